@@ -1,0 +1,1 @@
+"""Questions: webdataset shards, media, the resumable stream. Import from the modules."""

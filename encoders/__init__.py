@@ -1,0 +1,1 @@
+"""Pixels to features: image and video processing, the vision tower, positions, fusion. Import from the modules."""

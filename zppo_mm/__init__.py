@@ -1,0 +1,1 @@
+"""ZPPO reinforcement learning of vision-language students on megatron-core."""

@@ -1,0 +1,284 @@
+"""The whole run as dataclasses. Imports no torch, so that `--help` and a config check are quick.
+
+`zppo_mm.config_io` merges YAML and `key.sub=value` into it and writes it back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """One folder of webdataset shards."""
+
+    path: str = ""
+    """Folder with `*.tar` shards and their index, relative to the working directory."""
+    weight: float = 1.0
+    """Relative share of this source in the stream."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Questions and their media."""
+
+    train: list[SourceConfig] = field(default_factory=list)
+    """Training sources; empty means the embedded digit questions of the chosen modality."""
+    held_out: list[SourceConfig] = field(default_factory=list)
+    """Held-out sources for evaluation; empty means the embedded ones."""
+    max_prompt_tokens: int = 4096
+    """Longest plain prompt; longer questions are skipped and counted when the stream meets them."""
+    video_frames_per_second: float = 2.0
+    """Rate at which frames of a video are sampled."""
+    video_max_frames: int = 64
+    """Most frames of one video; a longer clip is sampled more sparsely."""
+    max_media_bytes: int = 256_000_000
+    """Largest media file that is opened."""
+    max_media_pixels: int = 40_000_000
+    """Most pixels (frame width x height) of an image or a video frame that is decoded."""
+    decode_timeout_seconds: float = 30.0
+    """Time after which a video decoding worker is killed and the sample skipped."""
+    num_decode_workers: int = 1
+    """Worker processes for video decoding, per rank."""
+    max_bad_share: float = 0.05
+    """The run stops when more than this share of the samples met is bad (checked from 20 samples on)."""
+    strict: bool = False
+    """Stop at the first bad sample."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Student and the network's implementation."""
+
+    student: str = ""
+    """Hugging Face folder of the student; empty means the embedded tiny student."""
+    transformer_impl: str = "auto"
+    """`local`, `transformer_engine`, or `auto`: Transformer Engine where it is installed and a GPU is there."""
+    params_dtype: str = "auto"
+    """`float32`, `bfloat16`, or `auto`: bfloat16 on a GPU, float32 without."""
+    fp8: str = ""
+    """FP8 format (`e4m3` or `hybrid`) of the language model's linears; empty is off. Needs Transformer Engine and a GPU."""
+    fp8_recipe: str = "tensorwise"
+    """Transformer Engine's FP8 recipe: delayed, tensorwise, blockwise, mxfp8."""
+    recompute: str = "none"
+    """Activation recomputation of the language model: none, selective, full."""
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """Megatron's parallel layout; what is left of the world size is data parallel."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share every layer's weights."""
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages."""
+    sequence_parallel: bool = False
+    """Shard activations between tensor-parallel regions over the sequence."""
+    use_distributed_optimizer: bool = True
+    """Shard the optimizer state over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Overlap gradient reduction with the backward pass."""
+    timeout_minutes: float = 10.0
+    """Time after which a collective that waits for a lost rank fails."""
+
+
+@dataclass(kw_only=True)
+class RolloutConfig:
+    """How the student samples while it trains."""
+
+    num_rollouts: int = 8
+    """Student rollouts per prompt (G_S)."""
+    max_response_tokens: int = 12288
+    """Longest response."""
+    temperature: float = 1.0
+    """Sampling temperature; the log-probs of the loss are taken at it too."""
+    top_p: float = 1.0
+    """Nucleus mass; 1 keeps everything."""
+    top_k: int = 0
+    """Most likely tokens kept; 0 keeps everything."""
+    max_batch_size: int = 128
+    """Most sequences that one replica decodes at once."""
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    """The frozen teacher."""
+
+    model: str = ""
+    """Hugging Face folder of the teacher; empty means the embedded tiny teacher."""
+    num_rollouts: int = 4
+    """Teacher rollouts per hard question (G_T)."""
+    temperature: float = 1.0
+    """Sampling temperature of the teacher."""
+    max_response_tokens: int = 12288
+    """Longest teacher response."""
+    compressor: str = "rule"
+    """Who compresses candidates: `rule` (keeps the last lines and the boxed answer) or `teacher` (rewrites them)."""
+    compression_max_tokens: int = 512
+    """Most tokens of a candidate."""
+    compression_max_lines: int = 5
+    """Most lines of a candidate."""
+
+
+@dataclass(kw_only=True)
+class ZoneConfig:
+    """What ZPPO adds to GRPO."""
+
+    bcq: bool = True
+    """Ask hard questions again with one right and one wrong candidate."""
+    ncq: bool = True
+    """Ask hard questions again with the student's own wrong answers."""
+    replay: bool = True
+    """Bring hard questions back from the prompt replay buffer until they are mastered."""
+    tau: float = 0.5
+    """A question is hard while its mean accuracy is below this."""
+    rho_replay: float = 0.25
+    """Replayed questions per step, as a fraction of new ones."""
+    rho_aug: float = 0.25
+    """BCQ and NCQ instances per step, at most this fraction of new questions."""
+    buffer_capacity: int = 10_000
+    """Most questions in the buffer (B_max)."""
+    templates: str = ""
+    """Folder with bcq.txt, ncq.txt and closing.txt; empty means the embedded ones."""
+
+
+@dataclass(kw_only=True)
+class AlgorithmConfig:
+    """Advantages and loss."""
+
+    advantage_normalization: str = "nonzero"
+    """Second normalisation of advantages: none, nonzero (over non-trivial groups), all."""
+    clip_ratio_low: float = 0.20
+    """Lower clip range of the ratio."""
+    clip_ratio_high: float = 0.28
+    """Upper clip range of the ratio."""
+    clip_ratio_c: float = 10.0
+    """Dual clip: bound of the loss for negative advantages."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The loop and the optimizer."""
+
+    train_iters: int = 200
+    """Rollout steps."""
+    num_new_questions: int = 384
+    """New questions per rollout step, over all ranks."""
+    updates_per_step: int = 4
+    """Gradient updates per rollout step (I); every token is used once."""
+    micro_batch_tokens: int = 16384
+    """Most tokens that one forward pass packs; a longer single sequence is passed alone."""
+    lr: float = 1e-6
+    """Constant learning rate."""
+    lr_warmup_updates: int = 0
+    """Gradient updates over which the learning rate rises from 0."""
+    adam_beta1: float = 0.9
+    """AdamW's first beta."""
+    adam_beta2: float = 0.999
+    """AdamW's second beta."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.1
+    """AdamW's weight decay."""
+    clip_grad: float = 1.0
+    """Largest gradient norm."""
+    freeze: list[str] = field(default_factory=list)
+    """Parts that do not train: any of vision, projector, language."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    interval: int = 10
+    """Steps between checkpoints; one is always saved at the end."""
+    keep: int = 2
+    """Checkpoints kept; older ones are removed after a newer one is complete."""
+    resume: bool = True
+    """Continue from the run folder's newest complete checkpoint."""
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """Accuracy on held-out questions."""
+
+    interval: int = 20
+    """Steps between evaluations; there is always one before and one after. 0 turns those between off."""
+    num_questions: int = 64
+    """Held-out questions per evaluation, always the same ones; 0 means all."""
+    num_rollouts: int = 1
+    """Responses per question."""
+    temperature: float = 0.6
+    """0 is greedy."""
+    top_p: float = 0.95
+    """Nucleus mass."""
+    top_k: int = 20
+    """Most likely tokens kept."""
+    presence_penalty: float = 1.5
+    """Penalty on tokens already in the response."""
+
+
+@dataclass(kw_only=True)
+class ObservabilityConfig:
+    """What a run writes besides checkpoints."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    wandb_project: str = ""
+    """Weights & Biases project; empty is off."""
+    progress_bar: bool = True
+    """Show a progress bar on rank 0."""
+    report: bool = True
+    """Write report.html at the end and with every checkpoint."""
+    report_examples: int = 4
+    """Questions shown in the report with their media and prompts."""
+
+
+@dataclass(kw_only=True)
+class RewardConfig:
+    """Grading."""
+
+    timeout_seconds: float = 5.0
+    """Hard limit for grading one answer in a worker that can be killed."""
+    num_workers: int = 1
+    """Grading workers per rank."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    name: str = ""
+    """Name of the run's folder under `output_dir`; empty means `<method>-<modality>`."""
+    output_dir: str = "runs"
+    """Where run folders lie."""
+    modality: str = "mixed"
+    """Which embedded questions to use: text, image, video or mixed."""
+    method: str = "zppo"
+    """Preset of the zone: grpo, grpo_replay, bcq, ncq, bcq_replay, ncq_replay, zppo. Keys under `zone` given besides win."""
+    seed: int = 0
+    """Seed of the stream, the sampling and the zone."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Questions and their media."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Student and the network's implementation."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Megatron's parallel layout."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """How the student samples."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The frozen teacher."""
+    zone: ZoneConfig = field(default_factory=ZoneConfig)
+    """What ZPPO adds to GRPO."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """Grading."""
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    """Advantages and loss."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The loop and the optimizer."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving and resuming."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Accuracy on held-out questions."""
+    observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)
+    """What a run writes besides checkpoints."""

@@ -1,0 +1,17 @@
+"""Errors that a user can cause; each message says where, what, expected, and what to do."""
+
+
+class ZppoError(ValueError):
+    """Base class of the package's errors."""
+
+
+class ConfigError(ZppoError):
+    """A configuration key or value is wrong."""
+
+
+class CheckpointError(ZppoError):
+    """A checkpoint is missing, incomplete or does not fit."""
+
+
+class ModelError(ZppoError):
+    """A model folder, weight or layout is not usable."""

@@ -1,0 +1,209 @@
+"""What flows through a ZPPO step: one frozen dataclass per thing, shapes first.
+
+Arrays of tokens are NumPy on the sampling side and torch from `Microbatch` on. Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from data.question import Question
+
+if TYPE_CHECKING:
+    import torch
+
+    from encoders.processor import VisionInput
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+GroupKind = Literal["new", "replayed", "bcq", "ncq"]
+FinishReason = Literal["stop", "length"]
+PLAIN_KINDS: tuple[GroupKind, ...] = ("new", "replayed")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A compressed response shown inside a BCQ or NCQ prompt.
+
+    Attributes:
+        text: The text as shown, special tokens neutralised.
+        source: Who wrote the response that was compressed.
+        correct: Whether the compressed response had reward 1.
+        answer: Its parsed final answer, `None` if it had none.
+    """
+
+    text: str
+    source: Literal["teacher", "student"]
+    correct: bool
+    answer: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptInstance:
+    """A question together with the text that the student is asked: one future group.
+
+    Attributes:
+        uid: Unique over the run: `<step>/<kind>/<question id>`.
+        question: The question whose media and answer count.
+        kind: Where the prompt comes from.
+        text: The whole user text, closing format instruction included.
+        candidates: Shown candidates in the order shown; empty for plain prompts.
+    """
+
+    uid: str
+    question: Question
+    kind: GroupKind
+    text: str
+    candidates: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A tokenised prompt, placeholders of its media expanded.
+
+    Attributes:
+        text: The rendered chat text before the placeholders were expanded.
+        token_ids: `[prompt]`.
+        positions: `[3, prompt]` rotary positions (time, height, width).
+        next_position: Position of the first response token, the same on the three axes.
+        grids: `(t, h, w)` in patches of every image and video, in prompt order.
+    """
+
+    text: str
+    token_ids: IntArray
+    positions: IntArray
+    next_position: int
+    grids: tuple[tuple[int, int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled and verified response.
+
+    Attributes:
+        response_ids: `[response]`, the stop token included when it was sampled.
+        rollout_logprobs: `[response]`, log-probs of the sampling policy at the sampling temperature.
+        finish_reason: `stop` or `length`.
+        text: Decoded response without special tokens at the end.
+        parsed: Final answer (content of the last `\\boxed{}`), `None` if nothing was boxed.
+        reward: 0 or 1.
+        policy_version: Rollout step whose weights sampled it.
+    """
+
+    response_ids: IntArray
+    rollout_logprobs: FloatArray
+    finish_reason: FinishReason
+    text: str
+    parsed: str | None
+    reward: float
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All rollouts of one prompt; advantages are computed inside it."""
+
+    instance: PromptInstance
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def uid(self) -> str:
+        return self.instance.uid
+
+    @property
+    def question(self) -> Question:
+        return self.instance.question
+
+    @property
+    def kind(self) -> GroupKind:
+        return self.instance.kind
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the prompt is the unchanged question (new or replayed)."""
+        return self.instance.kind in PLAIN_KINDS
+
+    @property
+    def accuracy(self) -> float:
+        """Mean reward over the rollouts, the method's r-bar."""
+        return sum(rollout.reward for rollout in self.rollouts) / len(self.rollouts)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSample:
+    """One sequence to train on.
+
+    Attributes:
+        uid: Group it comes from.
+        question: For its media, opened again by reference on the first pipeline stage.
+        token_ids: `[tokens]`, prompt then response.
+        positions: `[3, tokens]`.
+        loss_mask: `[tokens]`, 1 on response tokens. Entry i speaks of token i itself, not of its successor.
+        old_logprobs: `[tokens]`, of token i given the tokens before it; 0 where the mask is 0.
+        advantages: `[tokens]`; 0 where the mask is 0.
+        grids: `(t, h, w)` in patches of its media.
+    """
+
+    uid: str
+    question: Question
+    token_ids: IntArray
+    positions: IntArray
+    loss_mask: FloatArray
+    old_logprobs: FloatArray
+    advantages: FloatArray
+    grids: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return int(self.loss_mask.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """Packed sequences for one forward pass.
+
+    Attributes:
+        token_ids: `[tokens]` int64.
+        positions: `[3, tokens]` int64, restarting with every sequence.
+        cu_seqlens: `[sequences + 1]` int32.
+        loss_mask: `[tokens]` float32; like the next two, entry i speaks of token i.
+        old_logprobs: `[tokens]` float32.
+        advantages: `[tokens]` float32.
+        patches: `[patches, channels * temporal * patch * patch]` float32; `None` without media and off the first stage.
+        grids: `[media, 3]` int64, `None` without media.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+    loss_mask: torch.Tensor
+    old_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    patches: torch.Tensor | None = None
+    grids: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One gradient update: this rank's micro-batches and the one global denominator."""
+
+    microbatches: tuple[Microbatch, ...]
+    num_loss_tokens: int
+
+
+class MediaSource(Protocol):
+    """Opens and patchifies the media of a question, by reference, deterministically."""
+
+    def vision_inputs(self, question: Question) -> Sequence[VisionInput]:
+        """Return one input per media reference, in prompt order."""
+        ...

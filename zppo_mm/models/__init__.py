@@ -1,0 +1,1 @@
+"""The network on megatron-core. Knows nothing of reinforcement learning."""

@@ -1,0 +1,1 @@
+"""Metrics, transcripts and the report."""

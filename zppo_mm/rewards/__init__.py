@@ -1,0 +1,1 @@
+"""From a response and an answer to a reward. No torch."""

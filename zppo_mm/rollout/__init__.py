@@ -1,0 +1,1 @@
+"""Sampling groups of responses from a policy. Knows nothing of training."""

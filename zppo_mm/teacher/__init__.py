@@ -1,0 +1,1 @@
+"""The frozen teacher: answers hard questions and compresses candidates."""

@@ -1,0 +1,1 @@
+"""One optimizer step on megatron-core, and its checkpoints."""

@@ -1,0 +1,1 @@
+"""What ZPPO adds: hard questions, reformulated prompts, the replay buffer. No torch."""
