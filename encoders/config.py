@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+IMAGE_FILE = "preprocessor_config.json"
+VIDEO_FILE = "video_preprocessor_config.json"
+JOINT_FILE = "processor_config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,3 +31,107 @@ class ProcessorConfig:
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     rescale_factor: float = 1 / 255
+
+    @property
+    def merged_patch_pixels(self) -> int:
+        """Side in pixels of the square that becomes one feature; heights and widths are multiples of it."""
+        return self.patch_size * self.merge_size
+
+
+def read_processor_config(folder: str | Path) -> ProcessorConfig:
+    """Read a Hugging Face folder's image and video processor settings.
+
+    The two settings come from `preprocessor_config.json` and `video_preprocessor_config.json`, or from the entries
+    `image_processor` and `video_processor` of `processor_config.json`.
+
+    Args:
+        folder: The model's folder.
+
+    Raises:
+        ValueError: A file is missing, is not a JSON object, lacks a key, or image and video disagree on the patches.
+    """
+    image, image_name = _settings(Path(folder), IMAGE_FILE, "image_processor")
+    video, video_name = _settings(Path(folder), VIDEO_FILE, "video_processor")
+    keys = ("patch_size", "temporal_patch_size", "merge_size")
+    sizes = {key: _positive_integer(image, key, image_name) for key in keys}
+    for key in keys:
+        if _positive_integer(video, key, video_name) != sizes[key]:
+            raise ValueError(
+                f"{video_name}: {key} differs from {image_name}, got {video[key]}, expected {sizes[key]}; "
+                "one tower reads both, so make them equal"
+            )
+    for key in ("image_mean", "image_std"):
+        if _triple(video, key, video_name) != _triple(image, key, image_name):
+            raise ValueError(
+                f"{video_name}: {key} differs from {image_name}, got {video[key]}, expected {image[key]}; "
+                "one tower reads both, so make them equal"
+            )
+    image_min, image_max = _pixel_limits(image, image_name)
+    video_min, video_max = _pixel_limits(video, video_name)
+    return ProcessorConfig(
+        patch_size=sizes["patch_size"],
+        temporal_patch_size=sizes["temporal_patch_size"],
+        merge_size=sizes["merge_size"],
+        image_min_pixels=image_min,
+        image_max_pixels=image_max,
+        video_min_pixels=video_min,
+        video_max_pixels=video_max,
+        image_mean=_triple(image, "image_mean", image_name),
+        image_std=_triple(image, "image_std", image_name),
+        rescale_factor=float(image.get("rescale_factor", 1 / 255)),
+    )
+
+
+def _settings(folder: Path, file_name: str, joint_key: str) -> tuple[Mapping[str, Any], str]:
+    """Return one processor's settings and the name under which errors speak of them."""
+    path = folder / file_name
+    if path.is_file():
+        return _read_object(path), str(path)
+    joint = folder / JOINT_FILE
+    if joint.is_file():
+        inner = _read_object(joint).get(joint_key)
+        if isinstance(inner, dict):
+            return inner, f"{joint} ({joint_key})"
+    raise ValueError(
+        f"{folder}: no processor settings, got neither {file_name} nor {joint_key} in {JOINT_FILE}, expected one of them; "
+        "copy the file from the original model folder"
+    )
+
+
+def _read_object(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as JSON, got {error}, expected a JSON object; restore the file") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: wrong content, got {type(content).__name__}, expected a JSON object; restore the file")
+    return content
+
+
+def _positive_integer(settings: Mapping[str, Any], key: str, name: str) -> int:
+    value = settings.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: wrong {key}, got {value!r}, expected a positive integer; correct the file")
+    return value
+
+
+def _triple(settings: Mapping[str, Any], key: str, name: str) -> tuple[float, float, float]:
+    value = settings.get(key)
+    if not isinstance(value, list) or len(value) != 3 or not all(isinstance(item, (int, float)) for item in value):
+        raise ValueError(f"{name}: wrong {key}, got {value!r}, expected three numbers; correct the file")
+    return float(value[0]), float(value[1]), float(value[2])
+
+
+def _pixel_limits(settings: Mapping[str, Any], name: str) -> tuple[int, int]:
+    """Return least and most pixels; `min_pixels` and `max_pixels` win over `size`, as in transformers."""
+    size = settings.get("size") or {}
+    if not isinstance(size, dict):
+        raise ValueError(f"{name}: wrong size, got {size!r}, expected an object with shortest_edge and longest_edge; correct the file")
+    low = settings.get("min_pixels") or size.get("shortest_edge")
+    high = settings.get("max_pixels") or size.get("longest_edge")
+    if not isinstance(low, int) or not isinstance(high, int) or not 0 < low <= high:
+        raise ValueError(
+            f"{name}: no usable pixel limits, got min {low!r} and max {high!r}, expected 0 < min <= max "
+            "as size.shortest_edge and size.longest_edge or min_pixels and max_pixels; correct the file"
+        )
+    return low, high
