@@ -1,0 +1,86 @@
+"""Process set-up, object exchange and the loss of a rank, on gloo."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed.launch import run_ranks
+from zppo_mm.config import ParallelConfig
+from zppo_mm.errors import ConfigError
+from zppo_mm.models import parallel
+
+
+def describe(config: ParallelConfig) -> dict[str, object]:
+    parallel.initialize(config, seed=7)
+    layout = {
+        "data": parallel.data_rank(),
+        "tensor": parallel.tensor_rank(),
+        "pipeline": parallel.pipeline_rank(),
+        "leader": parallel.is_replica_leader(),
+        "gathered": parallel.gather_from_replicas([f"from {parallel.rank()}"]),
+        "broadcast": parallel.broadcast_object({"rank": parallel.rank()}, source=2),
+        "random": torch.rand(1).item(),
+    }
+    parallel.shutdown()
+    return layout
+
+
+def lose_a_rank() -> None:
+    parallel.initialize(ParallelConfig(timeout_minutes=1.0), seed=0)
+    if parallel.rank() == 1:
+        os._exit(3)
+    with parallel.explain_lost_rank():
+        dist.all_reduce(torch.ones(1))
+
+
+def test_every_rank_gets_what_every_replica_leader_has() -> None:
+    layouts = run_ranks(describe, 4, ParallelConfig(tensor_model_parallel_size=2))
+    assert [(layout["data"], layout["tensor"]) for layout in layouts] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all(layout["gathered"] == [["from 0"], ["from 2"]] for layout in layouts)
+    assert all(layout["broadcast"] == {"rank": 2} for layout in layouts)
+    assert len({layout["random"] for layout in layouts}) == 1
+
+
+def test_the_leader_of_a_pipeline_is_on_its_last_stage() -> None:
+    layouts = run_ranks(describe, 4, ParallelConfig(pipeline_model_parallel_size=2))
+    leaders = {rank: layout["data"] for rank, layout in enumerate(layouts) if layout["leader"]}
+    assert leaders == {2: 0, 3: 1}
+    assert all(layout["gathered"] == [["from 2"], ["from 3"]] for layout in layouts)
+
+
+def test_a_lost_rank_ends_the_others_with_a_message() -> None:
+    (code, output), (lost, _) = run_ranks(lose_a_rank, 2, check=False, timeout_seconds=200.0)
+    assert lost == 3
+    assert code == 1, output
+    assert "parallel: rank 0 lost another process of the run" in output
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "processes", "suggestion"), [(2, 1, 3, (1, 1)), (2, 2, 2, (2, 1)), (4, 2, 6, (3, 2))])
+def test_a_layout_that_does_not_fit_names_one_that_does(tensor: int, pipeline: int, processes: int, suggestion: tuple[int, int]) -> None:
+    config = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    message = f"tensor_model_parallel_size={suggestion[0]} parallel.pipeline_model_parallel_size={suggestion[1]}, the nearest layout"
+    with pytest.raises(ConfigError, match=message):
+        parallel.validate_layout(config, processes)
+
+
+def test_sizes_below_one_are_refused() -> None:
+    with pytest.raises(ConfigError, match="sizes must be at least 1"):
+        parallel.validate_layout(ParallelConfig(tensor_model_parallel_size=0), 1)
+
+
+def alone() -> tuple[int, list[list[int]]]:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        del os.environ[name]
+    parallel.initialize(ParallelConfig(), seed=0)
+    gathered = parallel.gather_from_replicas([1, 2])
+    size = parallel.data_size()
+    parallel.shutdown()
+    return size, gathered
+
+
+def test_one_process_needs_no_launcher() -> None:
+    assert run_ranks(alone, 1) == [(1, [[1, 2]])]

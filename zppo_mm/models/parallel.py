@@ -1,0 +1,222 @@
+"""The parallel layout of a run: set-up on NCCL or gloo, ranks and sizes, and the few exchanges of Python objects."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from zppo_mm.config import ParallelConfig
+from zppo_mm.errors import ConfigError, ZppoError
+from zppo_mm.models import megatron_cpu
+
+T = TypeVar("T")
+_LOST_RANK_SIGNS = ("connection closed", "connection reset", "timed out", "timeout", "broken pipe", "recvvalue failed", "aborted")
+
+
+class LostRankError(ZppoError, RuntimeError):
+    """Another process of the run died or stopped answering."""
+
+
+def initialize(config: ParallelConfig, seed: int) -> None:
+    """Join the process group and set up Megatron's groups and random streams.
+
+    Works under torchrun (its environment is read) and, without any launcher, as a single process.
+
+    Args:
+        config: The layout; what is left of the world size is data parallel.
+        seed: Seeds weight initialisation and dropout, the same on every rank.
+
+    Raises:
+        ConfigError: The number of processes does not fit the layout.
+    """
+    megatron_cpu.install()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    validate_layout(config, world_size)
+    timeout = timedelta(minutes=config.timeout_minutes)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        distributed_timeout_minutes=config.timeout_minutes,
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def validate_layout(config: ParallelConfig, world_size: int) -> None:
+    """Check that the processes can be split into the layout.
+
+    Raises:
+        ConfigError: A size is below 1, or the world size is no multiple of tensor x pipeline.
+    """
+    tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    if tensor < 1 or pipeline < 1:
+        raise ConfigError(
+            f"parallel: sizes must be at least 1, got tensor_model_parallel_size={tensor}, pipeline_model_parallel_size={pipeline}; "
+            "set both to 1 or more"
+        )
+    model_size = tensor * pipeline
+    if world_size % model_size == 0:
+        return
+    near_tensor, near_pipeline = _nearest_layout(tensor, pipeline, world_size)
+    more = (world_size // model_size + 1) * model_size
+    raise ConfigError(
+        f"parallel: {world_size} process(es) cannot be split into tensor {tensor} x pipeline {pipeline}, got a world size of {world_size}, "
+        f"expected a multiple of {model_size}; start {more} processes (torchrun --nproc-per-node), or set "
+        f"parallel.tensor_model_parallel_size={near_tensor} parallel.pipeline_model_parallel_size={near_pipeline}, the nearest layout that works"
+    )
+
+
+def _nearest_layout(tensor: int, pipeline: int, world_size: int) -> tuple[int, int]:
+    """Return the largest layout not above the asked one that divides the world size; more tensor than pipeline on a tie."""
+    fitting = [(t, p) for t in range(1, tensor + 1) for p in range(1, pipeline + 1) if world_size % (t * p) == 0]
+    return max(fitting, key=lambda layout: (layout[0] * layout[1], layout[0]))
+
+
+def shutdown() -> None:
+    """Leave the process group after every rank has arrived; does nothing if there is none."""
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def explain_lost_rank() -> Iterator[None]:
+    """Turn the backend's message about a broken connection into one that says what happened.
+
+    Raises:
+        LostRankError: A collective inside the block failed because another rank is gone or silent.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, ZppoError) or not any(sign in str(error).lower() for sign in _LOST_RANK_SIGNS):
+            raise
+        raise LostRankError(
+            f"parallel: rank {rank()} lost another process of the run, got {error}, expected every rank to answer within "
+            "parallel.timeout_minutes; look at the other ranks' output for the first error, then start the run again to resume"
+        ) from error
+
+
+def device() -> torch.device:
+    """Return where this rank's tensors live."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def rank() -> int:
+    """Return this process's rank in the world; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def tensor_rank() -> int:
+    """Return this rank's place among those that share its layers' weights."""
+    return int(parallel_state.get_tensor_model_parallel_rank())
+
+
+def tensor_size() -> int:
+    """Return how many ranks share every layer's weights."""
+    return int(parallel_state.get_tensor_model_parallel_world_size())
+
+
+def tensor_group() -> dist.ProcessGroup:
+    """Return the ranks that share this rank's layers' weights."""
+    return cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group())
+
+
+def pipeline_rank() -> int:
+    """Return this rank's pipeline stage."""
+    return int(parallel_state.get_pipeline_model_parallel_rank())
+
+
+def pipeline_size() -> int:
+    """Return the number of pipeline stages."""
+    return int(parallel_state.get_pipeline_model_parallel_world_size())
+
+
+def pipeline_group() -> dist.ProcessGroup:
+    """Return the stages of this rank's pipeline."""
+    return cast(dist.ProcessGroup, parallel_state.get_pipeline_model_parallel_group())
+
+
+def data_rank() -> int:
+    """Return which replica of the model this rank belongs to."""
+    return int(parallel_state.get_data_parallel_rank())
+
+
+def data_size() -> int:
+    """Return the number of replicas of the model."""
+    return int(parallel_state.get_data_parallel_world_size())
+
+
+def data_group() -> dist.ProcessGroup:
+    """Return the ranks that hold the same part of the model, one per replica."""
+    return cast(dist.ProcessGroup, parallel_state.get_data_parallel_group())
+
+
+def model_group() -> dist.ProcessGroup:
+    """Return the ranks of this replica: all its tensor-parallel ranks on all its stages."""
+    return cast(dist.ProcessGroup, parallel_state.get_model_parallel_group())
+
+
+def is_first_stage() -> bool:
+    """Return whether this rank embeds tokens and media."""
+    return pipeline_rank() == 0
+
+
+def is_last_stage() -> bool:
+    """Return whether this rank computes logits and the loss."""
+    return pipeline_rank() == pipeline_size() - 1
+
+
+def is_replica_leader() -> bool:
+    """Return whether this rank speaks for its replica: tensor rank 0 of the last stage."""
+    return is_last_stage() and tensor_rank() == 0
+
+
+def gather_from_replicas(local: Sequence[T]) -> list[list[T]]:
+    """Exchange what every replica has; all ranks call it and all get everything.
+
+    Args:
+        local: This replica's objects. Only its leader's count, so the other ranks of the replica may pass an empty list.
+
+    Returns:
+        One list per replica, in data-parallel order.
+    """
+    contribution = (data_rank(), list(local)) if is_replica_leader() else None
+    collected: list[Any] = [None] * world_size()
+    dist.all_gather_object(collected, contribution)
+    return [objects for _, objects in sorted((item for item in collected if item is not None), key=lambda item: item[0])]
+
+
+def broadcast_object(value: T | None, source: int = 0) -> T:
+    """Return rank `source`'s value on every rank; the others' argument is ignored."""
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return cast(T, box[0])
+
+
+def barrier() -> None:
+    """Wait until every rank has arrived; returns at once without a process group."""
+    if dist.is_initialized():
+        dist.barrier()
