@@ -62,7 +62,7 @@ def test_a_lost_rank_ends_the_others_with_a_message() -> None:
 @pytest.mark.parametrize(("tensor", "pipeline", "processes", "suggestion"), [(2, 1, 3, (1, 1)), (2, 2, 2, (2, 1)), (4, 2, 6, (3, 2))])
 def test_a_layout_that_does_not_fit_names_one_that_does(tensor: int, pipeline: int, processes: int, suggestion: tuple[int, int]) -> None:
     config = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
-    message = f"tensor_model_parallel_size={suggestion[0]} parallel.pipeline_model_parallel_size={suggestion[1]}, the nearest layout"
+    message = rf"nearest layout .*tensor_model_parallel_size={suggestion[0]} parallel.pipeline_model_parallel_size={suggestion[1]}$"
     with pytest.raises(ConfigError, match=message):
         parallel.validate_layout(config, processes)
 

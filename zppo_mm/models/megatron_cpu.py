@@ -76,8 +76,8 @@ def _no_synchronize(*_: object, **__: object) -> None:
 def _patch_device() -> None:
     """`torch.cuda.current_device` answers the CPU and `torch.cuda.synchronize` returns at once.
 
-    The device is asked for by rotary tables, gradient buffers, tensor-parallel mappings and pipeline messages; the pipeline's variable-length
-    messages and the checkpoint writer synchronize unconditionally.
+    The device is asked for by rotary tables, gradient buffers, tensor-parallel mappings and pipeline messages; the pipeline's
+    variable-length messages and the checkpoint writer synchronize unconditionally.
     """
     cuda: Any = torch.cuda
     cuda.current_device = _current_device

@@ -76,8 +76,8 @@ def validate_layout(config: ParallelConfig, world_size: int) -> None:
     more = (world_size // model_size + 1) * model_size
     raise ConfigError(
         f"parallel: {world_size} process(es) cannot be split into tensor {tensor} x pipeline {pipeline}, got a world size of {world_size}, "
-        f"expected a multiple of {model_size}; start {more} processes (torchrun --nproc-per-node), or set "
-        f"parallel.tensor_model_parallel_size={near_tensor} parallel.pipeline_model_parallel_size={near_pipeline}, the nearest layout that works"
+        f"expected a multiple of {model_size}; start {more} processes (torchrun --nproc-per-node), or set the nearest layout that works: "
+        f"parallel.tensor_model_parallel_size={near_tensor} parallel.pipeline_model_parallel_size={near_pipeline}"
     )
 
 
