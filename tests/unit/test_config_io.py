@@ -1,0 +1,171 @@
+"""Configuration: order of the layers, errors that name their origin, writing and reading back, quick help."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from zppo_mm.config import RunConfig
+from zppo_mm.config_checks import CHOICES, METHODS, RANGES
+from zppo_mm.config_help import describe_options
+from zppo_mm.config_io import load_config, save_config
+from zppo_mm.errors import ConfigError
+
+HELP_TIMEOUT_SECONDS = 10.0
+"""Importing torch alone takes several seconds; the help measures 0.2 s, the rest is room for a busy machine."""
+
+
+def every_key(group: object, prefix: str = "") -> list[str]:
+    keys = []
+    for field in fields(group):  # type: ignore[arg-type]
+        value = getattr(group, field.name)
+        keys += every_key(value, f"{prefix}{field.name}.") if is_dataclass(value) else [prefix + field.name]
+    return keys
+
+
+def test_embedded_preset_applies_only_without_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: 3\n")
+    assert load_config(None).train.num_new_questions == 16
+    assert load_config(path).train == RunConfig().train
+    assert load_config(path).seed == 3
+
+
+def test_later_layers_win(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("method: grpo\nzone: {ncq: true}\ntrain: {lr: 0.1, clip_grad: 2}\n")
+    config = load_config(path, ["train.lr=1e-6", "train.lr=2e-6", "modality=video", "data.train=[{path: a, weight: 2}]"])
+    assert config.train.lr == 2e-6
+    assert config.train.clip_grad == 2.0
+    assert (config.zone.bcq, config.zone.ncq, config.zone.replay) == (False, True, False)
+    assert config.modality == "video"
+    assert config.data.train[0].weight == 2.0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_sets_the_zone_and_an_override_before_it_still_wins(method: str) -> None:
+    zone = load_config(None, ["zone.bcq=false", f"method={method}"]).zone
+    assert (zone.bcq, zone.ncq, zone.replay) == (False, METHODS[method]["ncq"], METHODS[method]["replay"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lrr=3", r"argument `train.lrr=3`: unknown key, got train.lrr, .*did you mean train.lr\?"),
+        ("trian.lr=1", r"unknown key, got trian, .*did you mean train\?"),
+        ("num_new_questions=1", r"did you mean train.num_new_questions\?"),
+        ("data.train=[{path: x, wieght: 2}]", r"got data.train.wieght, .*did you mean data.train.weight\?"),
+        ("qqqqqq=1", r"got qqqqqq, .*see --help"),
+        ("train.lr=abc", r"argument `train.lr=abc`: train.lr has the wrong type"),
+        ("train.train_iters=1.5", "train.train_iters has the wrong type"),
+        ("train.train_iters=true", "train.train_iters has the wrong type"),
+        ("zone.bcq=maybe", "zone.bcq has the wrong type"),
+        ("name=null", "name has the wrong type"),
+        ("train=3", "argument `train=3`: .*wrong type"),
+        ("train.lr.x=3", "train.lr has the wrong type"),
+        ("foo", "not an option, got 'foo', expected key=value"),
+        ("a..b=3", "not an option"),
+        ("train.lr=[", "not valid YAML"),
+        ("name=${nope}", "Interpolation key 'nope' not found"),
+        ("method=zpo", r"unknown method, got 'zpo', expected one of grpo, .*did you mean zppo\?"),
+        ("method=[zppo]", "unknown method"),
+        ("modality=audio", "modality: not a choice, got 'audio', expected one of 'text'"),
+        ("zone.tau=1.5", "zone.tau: out of range, got 1.5, expected at least 0 and at most 1"),
+        ("rollout.top_p=0", "rollout.top_p: out of range, got 0.0, expected more than 0 and at most 1"),
+        ("train.adam_beta1=1", "expected at least 0 and less than 1"),
+        ("algorithm.clip_ratio_c=1", "expected more than 1"),
+        ("train.lr=.nan", "train.lr: out of range, got nan"),
+        ("train.lr=.inf", "train.lr: out of range, got inf"),
+        ("train.num_new_questions=15", "train.num_new_questions: does not split into equal updates, got 15 questions for 2 updates"),
+        ("train.freeze=[vison]", "train.freeze: cannot freeze this"),
+        ("train.freeze=[vision,projector,language]", "at most two of vision, projector, language"),
+        ("parallel.sequence_parallel=true", "parallel.sequence_parallel: needs tensor parallelism"),
+        ("name=a/b", "name: not a folder name, got 'a/b'"),
+        ("data.train=[{weight: 1}]", r"data.train\[0\].path: missing"),
+        ("data.held_out=[{path: x, weight: 0}]", r"data.held_out\[0\].weight: out of range"),
+    ],
+)
+def test_wrong_override_is_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [override])
+
+
+def test_fp8_without_transformer_engine_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.fp8: needs Transformer Engine"):
+        load_config(None, ["model.fp8=e4m3", "model.transformer_impl=local"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("train: {lrr: 1}\n", r"run.yaml: unknown key, got train.lrr"),
+        ("- 1\n", "run.yaml: the root is wrong, got a list"),
+        ("train: [\n", "run.yaml: not valid YAML"),
+        ("seed: 1\nseed: 2\n", "run.yaml: not valid YAML: .*duplicate"),
+        ("train: {lr: fast}\n", "run.yaml: train.lr has the wrong type"),
+    ],
+)
+def test_wrong_file_is_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match="(?s)" + message):
+        load_config(path)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no\.yaml: cannot be read \(No such file"):
+        load_config(tmp_path / "no.yaml")
+
+
+def test_empty_value_is_the_empty_string() -> None:
+    assert load_config(None, ["name=x", "name="]).name == ""
+
+
+def test_written_config_reads_equal(tmp_path: Path) -> None:
+    config = load_config(
+        None,
+        [
+            "method=bcq_replay",
+            "zone.ncq=true",
+            "train.lr=1.23456789e-7",
+            "train.freeze=[vision]",
+            "data.train=[{path: 'a b'}]",
+            "name=true",
+            "model.student=1.0",
+        ],
+    )
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_empty_file_is_the_paper(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("")
+    assert load_config(tmp_path / "run.yaml") == RunConfig()
+
+
+def test_tables_name_existing_keys() -> None:
+    keys = set(every_key(RunConfig()))
+    assert set(CHOICES) <= keys
+    assert set(RANGES) <= keys
+
+
+def test_help_describes_every_key_with_its_meaning() -> None:
+    text = describe_options()
+    for key in every_key(RunConfig()):
+        assert f"  {key}  " in text
+    assert "train.lr  float = 1e-06\n      Constant learning rate." in text
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    program = (
+        "import sys; from zppo_mm.config_help import describe_options; from zppo_mm.config_io import load_config\n"
+        "describe_options(); load_config(None)\n"
+        "print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HELP_TIMEOUT_SECONDS, check=True)
+    assert run.stdout.strip() == "[]"

@@ -1,0 +1,170 @@
+"""What a configuration's values must be beyond their types: choices, ranges, and keys that must fit one another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from zppo_mm.config import RunConfig
+from zppo_mm.errors import ConfigError
+
+METHODS: Mapping[str, Mapping[str, bool]] = {
+    "grpo": {"bcq": False, "ncq": False, "replay": False},
+    "grpo_replay": {"bcq": False, "ncq": False, "replay": True},
+    "bcq": {"bcq": True, "ncq": False, "replay": False},
+    "ncq": {"bcq": False, "ncq": True, "replay": False},
+    "bcq_replay": {"bcq": True, "ncq": False, "replay": True},
+    "ncq_replay": {"bcq": False, "ncq": True, "replay": True},
+    "zppo": {"bcq": True, "ncq": True, "replay": True},
+}
+"""Zone flags of every method."""
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "modality": ("text", "image", "video", "mixed"),
+    "model.transformer_impl": ("auto", "local", "transformer_engine"),
+    "model.params_dtype": ("auto", "float32", "bfloat16"),
+    "model.fp8": ("", "e4m3", "hybrid"),
+    "model.fp8_recipe": ("delayed", "tensorwise", "blockwise", "mxfp8"),
+    "model.recompute": ("none", "selective", "full"),
+    "teacher.compressor": ("rule", "teacher"),
+    "algorithm.advantage_normalization": ("none", "nonzero", "all"),
+}
+"""Strings that a key may have."""
+
+TRAINABLE_PARTS = ("vision", "projector", "language")
+
+_ABOVE_ZERO = (math.ulp(0.0), math.inf)
+_FROM_ZERO = (0.0, math.inf)
+_FROM_ONE = (1.0, math.inf)
+_SHARE = (0.0, 1.0)
+_BELOW_ONE = (0.0, math.nextafter(1.0, 0.0))
+
+RANGES: Mapping[str, tuple[float, float]] = {
+    "data.max_prompt_tokens": _FROM_ONE,
+    "data.video_frames_per_second": _ABOVE_ZERO,
+    "data.video_max_frames": _FROM_ONE,
+    "data.max_media_bytes": _FROM_ONE,
+    "data.max_media_pixels": _FROM_ONE,
+    "data.decode_timeout_seconds": _ABOVE_ZERO,
+    "data.num_decode_workers": _FROM_ONE,
+    "data.max_bad_share": _SHARE,
+    "parallel.tensor_model_parallel_size": _FROM_ONE,
+    "parallel.pipeline_model_parallel_size": _FROM_ONE,
+    "parallel.timeout_minutes": _ABOVE_ZERO,
+    "rollout.num_rollouts": (2.0, math.inf),
+    "rollout.max_response_tokens": _FROM_ONE,
+    "rollout.temperature": _ABOVE_ZERO,
+    "rollout.top_p": (math.ulp(0.0), 1.0),
+    "rollout.top_k": _FROM_ZERO,
+    "rollout.max_batch_size": _FROM_ONE,
+    "teacher.num_rollouts": _FROM_ONE,
+    "teacher.temperature": _FROM_ZERO,
+    "teacher.max_response_tokens": _FROM_ONE,
+    "teacher.compression_max_tokens": _FROM_ONE,
+    "teacher.compression_max_lines": _FROM_ONE,
+    "zone.tau": _SHARE,
+    "zone.rho_replay": _FROM_ZERO,
+    "zone.rho_aug": _FROM_ZERO,
+    "zone.buffer_capacity": _FROM_ONE,
+    "reward.timeout_seconds": _ABOVE_ZERO,
+    "reward.num_workers": _FROM_ONE,
+    "algorithm.clip_ratio_low": _BELOW_ONE,
+    "algorithm.clip_ratio_high": _ABOVE_ZERO,
+    "algorithm.clip_ratio_c": (math.nextafter(1.0, 2.0), math.inf),
+    "train.train_iters": _FROM_ONE,
+    "train.num_new_questions": _FROM_ONE,
+    "train.updates_per_step": _FROM_ONE,
+    "train.micro_batch_tokens": _FROM_ONE,
+    "train.lr": _FROM_ZERO,
+    "train.lr_warmup_updates": _FROM_ZERO,
+    "train.adam_beta1": _BELOW_ONE,
+    "train.adam_beta2": _BELOW_ONE,
+    "train.adam_eps": _ABOVE_ZERO,
+    "train.weight_decay": _FROM_ZERO,
+    "train.clip_grad": _ABOVE_ZERO,
+    "checkpoint.interval": _FROM_ONE,
+    "checkpoint.keep": _FROM_ONE,
+    "evaluation.interval": _FROM_ZERO,
+    "evaluation.num_questions": _FROM_ZERO,
+    "evaluation.num_rollouts": _FROM_ONE,
+    "evaluation.temperature": _FROM_ZERO,
+    "evaluation.top_p": (math.ulp(0.0), 1.0),
+    "evaluation.top_k": _FROM_ZERO,
+    "evaluation.presence_penalty": (-2.0, 2.0),
+    "observability.report_examples": _FROM_ZERO,
+}
+"""Smallest and largest value of a key, both allowed."""
+
+
+def check_config(config: RunConfig) -> None:
+    """Raise on the first value that cannot be meant.
+
+    Raises:
+        ConfigError: A string that is no choice, a number out of its range, or keys that contradict one another.
+    """
+    for key, choices in CHOICES.items():
+        value = _value(config, key)
+        if value not in choices:
+            raise ConfigError(
+                f"{key}: not a choice, got {value!r}, expected one of {', '.join(repr(choice) for choice in choices)}; correct it"
+            )
+    for key, (low, high) in RANGES.items():
+        value = _value(config, key)
+        if not low <= value <= high or not math.isfinite(value):
+            raise ConfigError(f"{key}: out of range, got {value}, expected {_range_text(low, high)}; correct it")
+    _check_sources(config)
+    _check_relations(config)
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    """Return the value at a dotted key."""
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _range_text(low: float, high: float) -> str:
+    """Say a range in words; the neighbours of 0 and 1 stand for open ends."""
+    lower = {math.ulp(0.0): "more than 0", math.nextafter(1.0, 2.0): "more than 1"}.get(low, f"at least {low:g}")
+    upper = {math.inf: "", math.nextafter(1.0, 0.0): " and less than 1"}.get(high, f" and at most {high:g}")
+    return lower + upper
+
+
+def _check_sources(config: RunConfig) -> None:
+    """Check every data source."""
+    for name, sources in (("data.train", config.data.train), ("data.held_out", config.data.held_out)):
+        for index, source in enumerate(sources):
+            where = f"{name}[{index}]"
+            if not source.path:
+                raise ConfigError(f"{where}.path: missing, got an empty path, expected a folder with shards; give it or remove the source")
+            if not (source.weight > 0 and math.isfinite(source.weight)):
+                raise ConfigError(f"{where}.weight: out of range, got {source.weight}, expected more than 0; remove an unused source")
+
+
+def _check_relations(config: RunConfig) -> None:
+    """Check keys against one another."""
+    train, parallel, model = config.train, config.parallel, config.model
+    if train.num_new_questions % train.updates_per_step:
+        raise ConfigError(
+            f"train.num_new_questions: does not split into equal updates, got {train.num_new_questions} questions for "
+            f"{train.updates_per_step} updates, expected a multiple of train.updates_per_step; change one of them"
+        )
+    unknown = [part for part in train.freeze if part not in TRAINABLE_PARTS]
+    if unknown or set(train.freeze) == set(TRAINABLE_PARTS):
+        raise ConfigError(
+            f"train.freeze: cannot freeze this, got {train.freeze}, expected at most two of {', '.join(TRAINABLE_PARTS)}; correct the list"
+        )
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        raise ConfigError(
+            "parallel.sequence_parallel: needs tensor parallelism, got true with parallel.tensor_model_parallel_size=1, "
+            "expected a size of 2 or more; turn it off or raise the size"
+        )
+    if model.fp8 and model.transformer_impl == "local":
+        raise ConfigError(
+            f"model.fp8: needs Transformer Engine, got {model.fp8!r} with model.transformer_impl='local', "
+            "expected 'transformer_engine' or 'auto'; without it megatron-core would ignore FP8 silently"
+        )
+    if any(separator in config.name for separator in "/\\") or config.name in (".", ".."):
+        raise ConfigError(f"name: not a folder name, got {config.name!r}, expected a name without slashes; use output_dir for the place")
