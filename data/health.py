@@ -1,0 +1,98 @@
+"""Count good and bad samples, name the bad ones, and stop a run that meets too many."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from data.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+MIN_SAMPLES = 20  # a share over fewer samples says nothing
+MAX_LISTED = 100  # bad samples kept by name, so that state and messages stay small
+
+
+class SampleHealth:
+    """Counters of the samples met so far.
+
+    Attributes:
+        num_good: Samples that could be used.
+        counts: Bad samples by reason.
+        listed: The first bad samples: `(sample id, reason, detail)`.
+    """
+
+    def __init__(self, max_bad_share: float = 0.05, strict: bool = False) -> None:
+        """Start with nothing counted.
+
+        Args:
+            max_bad_share: Largest share of bad samples, checked once 20 samples were met.
+            strict: Raise at the first bad sample.
+
+        Raises:
+            DataError: The share is not between 0 and 1.
+        """
+        if not 0.0 <= max_bad_share <= 1.0:
+            raise DataError(f"SampleHealth: max_bad_share is no share, got {max_bad_share}, expected 0 to 1; correct it")
+        self.max_bad_share = max_bad_share
+        self.strict = strict
+        self.num_good = 0
+        self.counts: dict[str, int] = {}
+        self.listed: list[tuple[str, str, str]] = []
+
+    @property
+    def num_bad(self) -> int:
+        """Bad samples over all reasons."""
+        return sum(self.counts.values())
+
+    @property
+    def bad_share(self) -> float:
+        """Share of bad samples among those met; 0 before the first."""
+        num_met = self.num_good + self.num_bad
+        return self.num_bad / num_met if num_met else 0.0
+
+    def good(self, n: int = 1) -> None:
+        """Count usable samples."""
+        self.num_good += n
+
+    def bad(self, sample_id: str, reason: str, detail: str, *, was_good: bool = False) -> None:
+        """Count one bad sample, name it in the log, and stop when there are too many.
+
+        Args:
+            sample_id: Where the sample lies, e.g. `shard.tar:key`, or the question's id.
+            reason: Short fixed name to count by, e.g. `bad_json`.
+            detail: What is wrong.
+            was_good: The sample was counted by `good` before; its media failed later.
+
+        Raises:
+            DataError: `strict`, or the share of bad samples is above `max_bad_share`.
+        """
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        if was_good:
+            self.num_good = max(0, self.num_good - 1)
+        if len(self.listed) < MAX_LISTED:
+            self.listed.append((sample_id, reason, detail))
+        logger.warning("skipped sample %s: %s: %s", sample_id, reason, detail)
+        if self.strict:
+            raise DataError(f"data: sample {sample_id} is bad ({reason}): {detail}; correct or remove it, or run without strict")
+        if self.num_good + self.num_bad >= MIN_SAMPLES and self.bad_share > self.max_bad_share:
+            raise DataError(self._too_many())
+
+    def _too_many(self) -> str:
+        lines = [f"  {sample_id}: {reason}: {detail}" for sample_id, reason, detail in self.listed]
+        if self.num_bad > len(self.listed):
+            lines.append(f"  … and {self.num_bad - len(self.listed)} more")
+        return (
+            f"data: too many bad samples, got {self.num_bad} of {self.num_good + self.num_bad} ({self.bad_share:.1%}), "
+            f"expected at most {self.max_bad_share:.1%}; correct them or raise data.max_bad_share:\n" + "\n".join(lines)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counters as JSON values."""
+        return {"num_good": self.num_good, "counts": dict(self.counts), "listed": [list(entry) for entry in self.listed]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from saved counters."""
+        self.num_good = int(state["num_good"])
+        self.counts = {str(reason): int(count) for reason, count in state["counts"].items()}
+        self.listed = [(str(sample_id), str(reason), str(detail)) for sample_id, reason, detail in state["listed"]]
