@@ -181,6 +181,7 @@ class Microbatch:
         advantages: `[tokens]` float32.
         patches: `[patches, channels * temporal * patch * patch]` float32; `None` without media and off the first stage.
         grids: `[media, 3]` int64, `None` without media.
+        uids: Groups of the sequences, to name them when something goes wrong; padding has none.
     """
 
     token_ids: torch.Tensor
@@ -191,13 +192,19 @@ class Microbatch:
     advantages: torch.Tensor
     patches: torch.Tensor | None = None
     grids: torch.Tensor | None = None
+    uids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One gradient update: this rank's micro-batches and the one global denominator."""
+    """One gradient update: this rank's micro-batches and the one global denominator.
 
-    microbatches: tuple[Microbatch, ...]
+    Attributes:
+        microbatches: Of this rank; opened one at a time, so that the pixels of a whole mini-batch never lie in memory together.
+        num_loss_tokens: Loss tokens of all ranks, those of samples that need no forward pass included.
+    """
+
+    microbatches: Sequence[Microbatch]
     num_loss_tokens: int
 
 

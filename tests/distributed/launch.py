@@ -3,7 +3,7 @@
     results = run_ranks(function, world_size, *arguments)
 
 `function` is a module-level function; arguments and results are pickled. The ranks are fresh processes with torchrun's environment on a
-free port, so `zppo_mm.models.parallel.initialize` works in them unchanged. A rank that fails or hangs fails the test with all ranks' output.
+free port, so `zppo_mm.models.parallel.initialize` works in them unchanged. A failing or hanging rank fails the test with all output.
 """
 
 from __future__ import annotations
