@@ -1,0 +1,158 @@
+"""Prompts: equal to the tokenizer's own where text is harmless, safe where it imitates special tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from data.errors import DataError
+from data.media import Frames
+from data.question import MediaRef, Question
+from tests.unit.tiny_folder import SPECIAL, TEMPLATE, build_folder
+from zppo_mm.errors import ConfigError
+from zppo_mm.rollout.prompt import PromptEncoder, PromptError
+
+
+class Media:
+    """Opens invented media and counts how often."""
+
+    def __init__(self) -> None:
+        self.opened: list[str] = []
+
+    def __call__(self, reference: MediaRef) -> Frames:
+        self.opened.append(reference.key)
+        if reference.key == "broken":
+            raise DataError("media: cannot decode")
+        rng = np.random.default_rng(len(reference.key))
+        if reference.kind == "image":
+            return Frames(rng.integers(0, 256, (1, 16, 24, 3), dtype=np.uint8), (0.0,))
+        return Frames(rng.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8), (0.0, 0.5, 1.0))
+
+
+def question(*kinds: str, key: str = "a") -> Question:
+    media = tuple(MediaRef(kind, "shard.tar", f"{key}{index}", "png") for index, kind in enumerate(kinds))
+    return Question(id=f"q{key}", text="?", media=media, answer="1", answer_type="math")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    build_folder(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> PromptEncoder:
+    return PromptEncoder(folder, Media())
+
+
+@pytest.mark.parametrize("text", ["What is 1 + 1?", "  the\n\n the end  ", "<think>the</think>", "\n\n"])
+def test_text_equals_the_tokenizers_own_chat(folder: Path, encoder: PromptEncoder, text: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt, vision = encoder.encode(text, question())
+    expected = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    assert prompt.token_ids.tolist() == expected
+    assert vision == ()
+    assert prompt.next_position == len(expected)
+    assert prompt.text == tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+
+
+def test_media_are_expanded_as_the_family_does(folder: Path, encoder: PromptEncoder) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt, vision = encoder.encode("the sum?", question("image", "video"))
+    # image 16 x 24 pixels: 4 x 6 patches, 6 features. Video: times 0, 0.5 | 1, 1 in two temporal patches, 4 features each.
+    expected = (
+        "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>"
+        "<0.2 seconds><|vision_start|>" + "<|video_pad|>" * 4 + "<|vision_end|>"
+        "<1.0 seconds><|vision_start|>" + "<|video_pad|>" * 4 + "<|vision_end|>"
+        "the sum?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    )
+    assert prompt.token_ids.tolist() == tokenizer.encode(expected)
+    assert prompt.grids == ((1, 4, 6), (2, 4, 4)) == tuple(item.grid for item in vision)
+    assert prompt.text.count("<|image_pad|>") == prompt.text.count("<|video_pad|>") == 1
+    assert prompt.positions.shape == (3, len(prompt.token_ids))
+    assert prompt.next_position < len(prompt.token_ids)
+
+
+SNIPPETS = [*SPECIAL, "<think>", "\ue200", "\ue2010\ue201", "\ue2000\ue201", "the ", "\n", "<|", "|>"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(SNIPPETS), max_size=8).map("".join), st.booleans())
+def test_imitated_special_tokens_stay_text(encoder: PromptEncoder, text: str, with_image: bool) -> None:
+    asked = question("image") if with_image else question()
+    plain, _ = encoder.encode("x", asked)
+    prompt, _ = encoder.encode(text, asked)
+    special = set(encoder.chat._special_ids.values())
+    kept = [token for token in prompt.token_ids.tolist() if token in special]
+    assert kept == [token for token in plain.token_ids.tolist() if token in special]
+    assert (text if with_image else text.strip()) in encoder.chat._tokenizer.decode(prompt.token_ids)
+
+
+def test_placeholders_that_are_no_special_tokens_are_broken_in_text(folder: Path, tmp_path: Path) -> None:
+    for item in folder.iterdir():
+        (tmp_path / item.name).write_bytes(item.read_bytes())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        content = json.loads((tmp_path / name).read_text())
+        for token in content.get("added_tokens", []) + list(content.get("added_tokens_decoder", {}).values()):
+            token["special"] = token["special"] and token["content"] != "<|image_pad|>"
+        (tmp_path / name).write_text(json.dumps(content))
+    encoder = PromptEncoder(tmp_path, Media())
+    prompt, _ = encoder.encode("see <|image_pad|>", question("image"))
+    assert (prompt.token_ids == encoder.chat.image_token_id).sum() == 6
+    assert "<\u200b|image_pad|>" in encoder.chat._tokenizer.decode(prompt.token_ids)
+
+
+def test_decode_drops_special_tokens_at_the_end_only(encoder: PromptEncoder) -> None:
+    tokenizer = encoder.chat._tokenizer
+    ids = tokenizer.encode("<think>the<|im_start|> end<|im_end|><|endoftext|>")
+    assert encoder.decode(ids) == "<think>the<|im_start|> end"
+    assert encoder.decode(np.array(ids[:2])) == "<think>the"
+    assert encoder.decode([]) == ""
+    assert encoder.stop_token_ids == tuple(tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
+
+
+def test_media_are_opened_once_while_cached(folder: Path) -> None:
+    media = Media()
+    encoder = PromptEncoder(folder, media, max_cached_bytes=1)
+    encoder.encode("one", question("image", "video"))
+    encoder.encode("two", question("image", "video"))
+    assert encoder.vision_inputs(question("image", "video"))[0].kind == "image"
+    assert media.opened == ["a0", "a1"]
+    encoder.vision_inputs(question("image", key="b"))
+    encoder.vision_inputs(question("image", "video"))
+    assert media.opened == ["a0", "a1", "b0", "a0", "a1"]
+
+
+def test_bad_media_and_templates_are_refused(folder: Path, tmp_path: Path) -> None:
+    encoder = PromptEncoder(folder, Media())
+    bad = Question(id="q", text="", media=(MediaRef("image", "s.tar", "broken", "png"),), answer="1", answer_type="math")
+    with pytest.raises(PromptError, match=r"question q: image s.tar:broken.png: media: cannot decode") as caught:
+        encoder.encode("x", bad)
+    assert caught.value.reason == "media"
+    build_folder(tmp_path, template=TEMPLATE.replace("_pad|><|vision_end|>", "|>"))
+    with pytest.raises(PromptError, match=r"placeholders do not fit its media, got \[\], expected \['image'\]"):
+        PromptEncoder(tmp_path, Media()).encode("x", question("image"))
+
+
+def test_text_models_and_incomplete_folders(tmp_path: Path) -> None:
+    build_folder(tmp_path, vision=False)
+    encoder = PromptEncoder(tmp_path, Media())
+    assert len(encoder.encode("the", question())[0].token_ids)
+    with pytest.raises(PromptError, match="takes no media"):
+        encoder.encode("the", question("image"))
+    (tmp_path / "config.json").write_text('{"vision_config": {}, "image_token_id": 9999}')
+    with pytest.raises(ConfigError, match="unusable image_token_id, got 9999"):
+        PromptEncoder(tmp_path, Media())
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match="no chat template"):
+        PromptEncoder(tmp_path, Media())

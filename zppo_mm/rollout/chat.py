@@ -1,0 +1,174 @@
+"""A model folder's chat format: template, tokenizer and special tokens, safe against text that imitates them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from data.question import MediaKind
+from zppo_mm.errors import ConfigError
+
+NO_TOKEN = -1
+"""Stands for a token that the model does not have; no token has this id."""
+MARK_OPEN, MARK_CLOSE = "\ue200", "\ue201"
+"""Private-use characters that bracket the number of a literal special token while the template runs over the text."""
+ZERO_WIDTH_SPACE = "\u200b"
+
+Piece = int | str
+"""The id of a special token, or plain text that is never read as one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A rendered chat: as a person reads it, and in pieces."""
+
+    text: str
+    pieces: tuple[Piece, ...]
+
+
+class ChatFormat:
+    """Renders one user message and turns pieces into token ids.
+
+    Args:
+        hf_dir: Folder with tokenizer, chat template and config.json.
+        template_kwargs: Passed to the chat template.
+
+    Raises:
+        ConfigError: No chat template, no stop token, or media tokens that the tokenizer does not know.
+    """
+
+    def __init__(self, hf_dir: str | Path, template_kwargs: Mapping[str, object] | None = None) -> None:
+        self._folder = Path(hf_dir)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(hf_dir))
+        self._template_kwargs = dict(template_kwargs or {})
+        if not self._tokenizer.chat_template:
+            raise ConfigError(
+                f"{hf_dir}: no chat template, got none, expected chat_template.jinja or an entry in tokenizer_config.json; add it"
+            )
+        config = _read_json(self._folder / "config.json")
+        self.takes_media = "vision_config" in config
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        tokens = [self._media_token(config, name) if self.takes_media else NO_TOKEN for name in names]
+        self.image_token_id, self.video_token_id, self.vision_start_id, self.vision_end_id = tokens
+        self.media_kinds: dict[Piece, MediaKind] = {self.image_token_id: "image", self.video_token_id: "video"} if self.takes_media else {}
+        self._special_ids = self._find_special_ids(tokens)
+        self._pattern = _any_of(self._special_ids)
+        self._literal_pattern = _any_of([*self._special_ids, MARK_OPEN, MARK_CLOSE])
+        self.stop_token_ids = self._find_stop_tokens()
+
+    def render(self, text: str, media: Sequence[MediaKind]) -> Rendered:
+        """Render one user message, media first, and the start of the answer.
+
+        Literal special tokens inside the text are hidden from the template's own and come back as plain text.
+
+        Args:
+            text: The user's text.
+            media: Kinds of media in order.
+        """
+        literals: list[str] = []
+
+        def hide(match: re.Match[str]) -> str:
+            literals.append(match.group())
+            return f"{MARK_OPEN}{len(literals) - 1}{MARK_CLOSE}"
+
+        def restore(hidden: str) -> str:
+            return re.sub(f"{MARK_OPEN}(\\d+){MARK_CLOSE}", lambda match: literals[int(match.group(1))], hidden)
+
+        marked = self._literal_pattern.sub(hide, text)
+        shown: list[dict[str, str]] = [{"type": kind} for kind in media]
+        content = [*shown, {"type": "text", "text": marked}] if media else marked
+        rendered: str = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, **self._template_kwargs
+        )
+        pieces: list[Piece] = []
+        position = 0
+        for match in self._pattern.finditer(rendered):
+            pieces.extend([restore(rendered[position : match.start()]), self._special_ids[match.group()]])
+            position = match.end()
+        pieces.append(restore(rendered[position:]))
+        return Rendered(restore(rendered), tuple(piece for piece in pieces if piece != ""))
+
+    def tokenize(self, pieces: Sequence[Piece]) -> list[int]:
+        """Return the ids of pieces; neighbouring plain pieces are tokenised as one text, as in a whole string."""
+        ids: list[int] = []
+        for plain, group in groupby(pieces, key=lambda piece: isinstance(piece, str)):
+            if plain:
+                ids.extend(self._tokenize_plain("".join(str(piece) for piece in group)))
+            else:
+                ids.extend(int(piece) for piece in group)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids without the special tokens at their end; special tokens elsewhere are shown."""
+        special = set(self._special_ids.values())
+        end = len(ids)
+        while end and ids[end - 1] in special:
+            end -= 1
+        text: str = self._tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def _tokenize_plain(self, text: str) -> list[int]:
+        """Tokenise text in which nothing is a special token.
+
+        A tokenizer can be told to split what it lists as special; what a folder lists as an ordinary added token (media placeholders in
+        some) it finds regardless, so there a zero-width space breaks the literal.
+        """
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        forbidden = set(self._special_ids.values())
+        if not forbidden.intersection(ids):
+            return ids
+        broken = self._pattern.sub(lambda match: match.group()[0] + ZERO_WIDTH_SPACE + match.group()[1:], text)
+        ids = self._tokenizer.encode(broken, add_special_tokens=False, split_special_tokens=True)
+        assert not forbidden.intersection(ids), "a broken literal is no special token"
+        return ids
+
+    def _media_token(self, config: Mapping[str, Any], name: str) -> int:
+        token = config.get(name)
+        if not isinstance(token, int) or not 0 <= token < len(self._tokenizer):
+            raise ConfigError(
+                f"{self._folder}/config.json: unusable {name}, got {token!r}, expected an id below the tokenizer's {len(self._tokenizer)}; "
+                "use the tokenizer that belongs to the model"
+            )
+        return token
+
+    def _find_special_ids(self, media_tokens: Sequence[int]) -> dict[str, int]:
+        """Return the special tokens by text: those the tokenizer flags as special, and the media tokens in any case."""
+        added = self._tokenizer.added_tokens_decoder.items()
+        special = {str(token.content): int(token_id) for token_id, token in added if token.special}
+        special |= {str(self._tokenizer.convert_ids_to_tokens(token)): token for token in media_tokens if token != NO_TOKEN}
+        if not special:
+            raise ConfigError(f"{self._folder}: the tokenizer has no special tokens, got none, expected at least a stop token; add them")
+        return special
+
+    def _find_stop_tokens(self) -> tuple[int, ...]:
+        generation = self._folder / "generation_config.json"
+        stop = _read_json(generation).get("eos_token_id") if generation.is_file() else None
+        if stop is None:
+            stop = self._tokenizer.eos_token_id
+        if stop is None:
+            raise ConfigError(
+                f"{self._folder}: no stop token, got none, expected eos_token_id in generation_config.json or the tokenizer; add it"
+            )
+        return tuple(int(token) for token in stop) if isinstance(stop, list) else (int(stop),)
+
+
+def _any_of(literals: Sequence[str] | Mapping[str, int]) -> re.Pattern[str]:
+    """Match any of the literals, the longest first."""
+    return re.compile("|".join(re.escape(literal) for literal in sorted(literals, key=len, reverse=True)))
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable, got {error}, expected a JSON object; restore the file") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: wrong content, got {type(content).__name__}, expected a JSON object; restore the file")
+    return content

@@ -1,0 +1,179 @@
+"""A question and its text to a tokenised prompt: chat template, media placeholders, positions; and back from ids to text."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data.errors import DataError
+from data.media import Frames
+from data.question import MediaRef, Question
+from encoders.config import read_processor_config
+from encoders.positions import mrope_positions
+from encoders.processor import VisionInput, process_image, process_video
+from zppo_mm.experience import IntArray, Prompt
+from zppo_mm.rollout.chat import ChatFormat, Piece
+
+DEFAULT_CACHE_BYTES = 512 * 1024 * 1024
+
+
+class PromptError(DataError):
+    """A question cannot be turned into a prompt.
+
+    Attributes:
+        reason: Short fixed name to count by: `media`, `placeholders`, or the media opener's own.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class PromptEncoder:
+    """Turns questions into prompts for one model; also the `MediaSource` that training opens media with.
+
+    A question's media are opened and processed once and kept while they are among the most recently used ones, so that a group, its
+    BCQ and NCQ prompts and its training samples in the same step share the work.
+
+    Args:
+        hf_dir: Folder with the tokenizer, its chat template, config.json and, for a model that sees, the processor settings.
+        media: Opens a media reference to pixels; what it raises as ValueError makes the question unusable.
+        chat_template_kwargs: Passed to the chat template, e.g. `{"enable_thinking": False}`.
+        max_cached_bytes: Most bytes of patches kept.
+
+    Raises:
+        ConfigError: The folder lacks a part or contradicts itself.
+    """
+
+    def __init__(
+        self,
+        hf_dir: str | Path,
+        media: Callable[[MediaRef], Frames],
+        *,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        max_cached_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
+        self.chat = ChatFormat(hf_dir, chat_template_kwargs)
+        self._processor = read_processor_config(hf_dir) if self.chat.takes_media else None
+        self._open = media
+        self._cache: OrderedDict[tuple[MediaRef, ...], tuple[VisionInput, ...]] = OrderedDict()
+        self._max_cached_bytes = max_cached_bytes
+        self._cached_bytes = 0
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a response, from the folder's generation_config.json or the tokenizer."""
+        return self.chat.stop_token_ids
+
+    def encode(self, text: str, question: Question) -> tuple[Prompt, tuple[VisionInput, ...]]:
+        """Return the prompt that asks `text` about the question's media: one user message, media first, then the text.
+
+        Literal special tokens inside the text stay plain text, whoever wrote them.
+
+        Args:
+            text: The whole user text, closing format instruction included.
+            question: Whose media are shown.
+
+        Raises:
+            PromptError: The media cannot be opened or processed, or do not fit the placeholders.
+        """
+        vision = self.vision_inputs(question)
+        rendered = self.chat.render(text, [reference.kind for reference in question.media])
+        shown = [self.chat.media_kinds[piece] for piece in rendered.pieces if piece in self.chat.media_kinds]
+        if shown != [item.kind for item in vision]:
+            raise PromptError(
+                f"prompt: question {question.id}: placeholders do not fit its media, got {shown}, "
+                f"expected {[item.kind for item in vision]}; the chat template must show every image and video once, in order",
+                "placeholders",
+            )
+        token_ids = np.array(self.chat.tokenize(self._expand(rendered.pieces, vision)), dtype=np.int64)
+        grids = tuple(item.grid for item in vision)
+        merge_size = self._processor.merge_size if self._processor else 1
+        positions, next_position = mrope_positions(token_ids, grids, self.chat.image_token_id, self.chat.video_token_id, merge_size)
+        self._check_counts(token_ids, vision, question)
+        return Prompt(rendered.text, token_ids, positions, next_position, grids), vision
+
+    def vision_inputs(self, question: Question) -> tuple[VisionInput, ...]:
+        """Return one input per media reference, in prompt order.
+
+        Raises:
+            PromptError: A medium cannot be opened or processed, or the model takes none.
+        """
+        if not question.media:
+            return ()
+        if question.media in self._cache:
+            self._cache.move_to_end(question.media)
+            return self._cache[question.media]
+        inputs = tuple(self._process(reference, question) for reference in question.media)
+        self._cache[question.media] = inputs
+        self._cached_bytes += _num_bytes(inputs)
+        while self._cached_bytes > self._max_cached_bytes and len(self._cache) > 1:
+            self._cached_bytes -= _num_bytes(self._cache.popitem(last=False)[1])
+        return inputs
+
+    def decode(self, ids: Sequence[int] | IntArray) -> str:
+        """Return the text of a response without the special tokens at its end."""
+        return self.chat.decode([int(token) for token in ids])
+
+    def _process(self, reference: MediaRef, question: Question) -> VisionInput:
+        where = f"prompt: question {question.id}: {reference.kind} {reference.shard}:{reference.key}.{reference.extension}"
+        if self._processor is None:
+            raise PromptError(f"{where}: this model takes no media, got one, expected text only; use a vision-language model", "media")
+        try:
+            frames = self._open(reference)
+            if reference.kind == "image":
+                return process_image(frames.pixels[0], self._processor)
+            return process_video(frames.pixels, frames.timestamps, self._processor)
+        except ValueError as error:
+            raise PromptError(f"{where}: {error}", str(getattr(error, "reason", "media"))) from error
+
+    def _expand(self, pieces: Sequence[Piece], vision: Sequence[VisionInput]) -> list[Piece]:
+        """Repeat each placeholder once per feature; a video becomes one timestamped block per temporal patch.
+
+        The template shows a video as start, placeholder, end: start and end go around every block instead.
+        """
+        if self._processor is None or not vision:
+            return list(pieces)
+        chat = self.chat
+        expanded: list[Piece] = []
+        remaining = iter(vision)
+        skip_end = False
+        for piece in pieces:
+            kind = chat.media_kinds.get(piece)
+            if kind is None:
+                if not (skip_end and piece == chat.vision_end_id):
+                    expanded.append(piece)
+                skip_end = False
+                continue
+            item = next(remaining)
+            t, h, w = item.grid
+            num_features = h * w // self._processor.merge_size**2
+            if kind == "image":
+                expanded.extend([piece] * (t * num_features))
+                continue
+            if expanded and expanded[-1] == chat.vision_start_id:
+                expanded.pop()
+                skip_end = True
+            for seconds in item.timestamps:
+                expanded.extend([f"<{seconds:.1f} seconds>", chat.vision_start_id, *[piece] * num_features, chat.vision_end_id])
+        return expanded
+
+    def _check_counts(self, token_ids: IntArray, vision: Sequence[VisionInput], question: Question) -> None:
+        """Refuse a prompt in which placeholder tokens and features differ, which would train on the wrong pixels."""
+        merged = self._processor.merge_size**2 if self._processor else 1
+        for kind, token in (("image", self.chat.image_token_id), ("video", self.chat.video_token_id)):
+            got = int((token_ids == token).sum())
+            expected = sum(int(np.prod(item.grid)) // merged for item in vision if item.kind == kind)
+            if got != expected:
+                raise PromptError(
+                    f"prompt: question {question.id}: {kind} placeholders do not fit, got {got} tokens, expected {expected}; "
+                    "check the chat template and the tokenizer's special tokens",
+                    "placeholders",
+                )
+
+
+def _num_bytes(inputs: Sequence[VisionInput]) -> int:
+    return sum(item.patches.nbytes for item in inputs)
