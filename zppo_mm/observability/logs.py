@@ -1,0 +1,40 @@
+"""Log lines of a run: rank 0 to the terminal and to `run.log`, the other ranks their warnings only."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+LOG_FILE = "run.log"
+
+
+class ProgressBarHandler(logging.Handler):
+    """Writes above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:
+            # The logging module's own way: a log line that cannot be written is reported once and never stops the program.
+            self.handleError(record)
+
+
+def configure_logging(run_folder: Path | None, rank: int) -> None:
+    """Set the root logger's handlers; call once per process, before the first log line.
+
+    Args:
+        run_folder: Rank 0 also appends to `run.log` there; `None` writes to the terminal alone.
+        rank: Ranks other than 0 show warnings and errors only, marked with their number.
+    """
+    mark = "" if rank == 0 else f"[rank {rank}] "
+    formatter = logging.Formatter(f"%(asctime)s {mark}%(levelname).1s %(message)s", datefmt="%H:%M:%S")
+    handlers: list[logging.Handler] = [ProgressBarHandler()]
+    if run_folder is not None and rank == 0:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(run_folder / LOG_FILE, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(formatter)
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=handlers, force=True)

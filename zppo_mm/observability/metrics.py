@@ -1,0 +1,175 @@
+"""What a step measures: values typed by their reduction, under names that are documented here."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import psutil
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """Adds up over calls and ranks."""
+
+    value: float
+
+    def merge(self, other: Sum) -> Sum:
+        return Sum(self.value + other.value)
+
+    def reduced(self) -> float | None:
+        return float(self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """Averages over everything that was counted, not over calls or ranks; nothing counted has no value."""
+
+    sum: float
+    count: float = 1.0
+
+    def merge(self, other: Mean) -> Mean:
+        return Mean(self.sum + other.sum, self.count + other.count)
+
+    def reduced(self) -> float | None:
+        return float(self.sum / self.count) if self.count else None
+
+
+@dataclass(frozen=True, slots=True)
+class Max:
+    """Keeps the largest."""
+
+    value: float
+
+    def merge(self, other: Max) -> Max:
+        return Max(max(self.value, other.value))
+
+    def reduced(self) -> float | None:
+        return float(self.value)
+
+
+Metric: TypeAlias = Sum | Mean | Max
+
+METRICS: Mapping[str, str] = {
+    "accuracy/plain": "Mean reward of the rollouts of plain prompts, new and replayed.",
+    "accuracy/new": "Mean reward of the rollouts of new questions.",
+    "accuracy/replayed": "Mean reward of the rollouts of replayed questions.",
+    "accuracy/bcq": "Mean reward of the rollouts of BCQ prompts.",
+    "accuracy/ncq": "Mean reward of the rollouts of NCQ prompts.",
+    "advantage/positive": "Share of rollouts with a positive advantage.",
+    "advantage/nontrivial_groups": "Share of groups whose rewards differ.",
+    "audit/bcq_right": "Share of BCQ rollouts whose answer equals the right candidate's.",
+    "audit/bcq_wrong": "Share of BCQ rollouts whose answer equals the wrong candidate's.",
+    "audit/ncq_listed": "Share of NCQ rollouts whose answer equals one listed as wrong.",
+    "batch/questions": "Plain questions of the step.",
+    "batch/easy": "Plain questions that are not hard.",
+    "batch/hard": "Plain questions whose accuracy is below tau.",
+    "batch/bcq_eligible": "Hard questions with a correct teacher rollout and a wrong student rollout, before the cap.",
+    "batch/ncq_eligible": "Hard questions with a wrong student rollout, before the cap.",
+    "batch/groups/*": "Groups of one kind (new, replayed, bcq, ncq) that the step trained on.",
+    "batch/loss_tokens": "Response tokens that carried loss, over all updates.",
+    "buffer/size": "Questions in the replay buffer after the step.",
+    "buffer/occupancy/*": "Questions in the buffer by accuracy at admission, in percent.",
+    "buffer/admitted/*": "Questions admitted since the start, by accuracy at admission in percent.",
+    "buffer/graduated/*": "Questions graduated since the start, by accuracy at admission in percent.",
+    "buffer/evicted/*": "Questions evicted since the start, by accuracy at admission in percent.",
+    "buffer/graduated_visits/*": "Questions graduated since the start, by number of replay visits.",
+    "buffer/evicted_visits/*": "Questions evicted since the start, by number of replay visits.",
+    "data/samples": "Samples met by the stream.",
+    "data/skipped/*": "Samples skipped, by reason.",
+    "policy/loss": "Loss, averaged over the response tokens of each update and then over the updates.",
+    "policy/entropy": "Entropy of the policy per response token, in nats.",
+    "policy/clip_low": "Share of response tokens clipped at the lower bound of the ratio.",
+    "policy/clip_high": "Share of response tokens clipped at the upper bound of the ratio.",
+    "policy/clip_dual": "Share of response tokens held by the dual clip.",
+    "policy/ratio": "Mean ratio of the policy's to the sampling policy's probability of a response token.",
+    "policy/ratio_max": "Largest such ratio.",
+    "policy/kl_old": "Estimated divergence of the policy from the sampling policy per response token, in nats.",
+    "policy/logprob_gap": "Mean absolute difference between sampled and recomputed log-probs at the first update.",
+    "policy/logprob_gap_max": "Largest such difference.",
+    "policy/grad_norm": "Gradient norm before clipping, averaged over the updates.",
+    "policy/grad_norm_max": "Largest gradient norm before clipping.",
+    "policy/lr": "Learning rate of the last update.",
+    "policy/updates": "Gradient updates made.",
+    "policy/skipped_updates": "Gradient updates skipped, because the gradient was not finite or the mini-batch had no loss.",
+    "response/tokens": "Mean length of a response.",
+    "response/tokens_max": "Longest response.",
+    "response/tokens/*": "Mean length of a response by kind of prompt (plain, bcq, ncq, teacher).",
+    "response/truncated": "Share of responses that met the length limit.",
+    "response/truncated/*": "The same by kind of prompt (plain, bcq, ncq, teacher).",
+    "response/unparsed": "Share of responses without a boxed answer.",
+    "prompt/tokens/*": "Mean length of a prompt by kind (plain, bcq, ncq).",
+    "reward/timeouts": "Answers whose grading was killed at the time limit; they count as wrong.",
+    "rollout/failed_groups": "Groups that could not be sampled, because the prompt or the media could not be read.",
+    "seconds/*": "Seconds of one phase (data, plain_rollout, teacher, reformulated_rollout, old_logprobs, update, evaluation, …).",
+    "seconds/step": "Seconds of the whole step.",
+    "system/rss_bytes": "Resident memory of the largest process of the run, now.",
+    "system/rss_peak_bytes": "Largest resident memory of a process of the run since it started.",
+    "system/gpu_peak_bytes": "Largest GPU memory allocated by a process since it started.",
+    "teacher/accuracy": "Mean reward of the teacher's rollouts on hard questions.",
+    "teacher/solved": "Share of hard questions with a correct teacher rollout.",
+    "teacher/compression_rejects": "Rewrites of candidates refused because they changed the final answer.",
+    "teacher/compression_cuts": "Candidates cut to the cap because no faithful rewrite was had.",
+    "throughput/rollout_tokens_per_second": "Sampled tokens per second of the sampling phases, over all ranks.",
+    "throughput/train_tokens_per_second": "Packed tokens per second of the update phase, over all ranks.",
+    "throughput/tokens_per_second": "Response tokens of the step per second of the step, over all ranks.",
+}
+"""Every name that `metrics.jsonl` can have; `*` stands for one last part."""
+
+
+def is_documented(name: str) -> bool:
+    """Return whether a name, or a pattern that it matches, is in `METRICS`."""
+    return name in METRICS or any("*" in pattern and fnmatch.fnmatchcase(name, pattern) for pattern in METRICS)
+
+
+class StepMetrics:
+    """Collects the measurements of one step."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, Metric] = {}
+
+    def add(self, name: str, metric: Metric) -> None:
+        """Merge one measurement into what the step already has under that name."""
+        assert is_documented(name), f"metric {name}: not documented; describe it in METRICS"
+        before = self._metrics.get(name)
+        if before is None:
+            self._metrics[name] = metric
+            return
+        assert type(before) is type(metric), f"metric {name}: reduced as {type(metric).__name__} and as {type(before).__name__}"
+        self._metrics[name] = before.merge(metric)  # type: ignore[arg-type]
+
+    def merge(self, other: StepMetrics) -> None:
+        """Merge the measurements of another part of the step, or of another rank."""
+        for name, metric in other._metrics.items():
+            self.add(name, metric)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the seconds that the block takes to `seconds/<name>`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(f"seconds/{name}", Sum(time.perf_counter() - start))
+
+    def values(self) -> dict[str, float]:
+        """Return the reduced values by name, sorted; means over nothing are left out."""
+        reduced = {name: metric.reduced() for name, metric in sorted(self._metrics.items())}
+        return {name: value for name, value in reduced.items() if value is not None}
+
+
+def process_memory() -> StepMetrics:
+    """Return this process's memory, to be merged over ranks by their maximum."""
+    metrics = StepMetrics()
+    metrics.add("system/rss_bytes", Max(psutil.Process(os.getpid()).memory_info().rss))
+    # Linux counts the peak in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    metrics.add("system/rss_peak_bytes", Max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
+    return metrics

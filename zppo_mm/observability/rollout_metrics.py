@@ -1,0 +1,114 @@
+"""What a step's groups say in numbers: accuracy, lengths, advantages, teacher and match audit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from zppo_mm.experience import Group, Rollout
+from zppo_mm.observability.audit import audit_matches
+from zppo_mm.observability.metrics import Max, Mean, StepMetrics, Sum
+
+
+def group_metrics(groups: Sequence[Group], advantages: Mapping[str, Sequence[float]], tau: float) -> StepMetrics:
+    """Measure all groups of a step.
+
+    Args:
+        groups: Plain, BCQ and NCQ groups that the step trains on.
+        advantages: One advantage per rollout, by group uid.
+        tau: A plain question is hard while its accuracy is below this.
+    """
+    metrics = StepMetrics()
+    for group in groups:
+        part = "plain" if group.is_plain else group.kind
+        rewards = [rollout.reward for rollout in group.rollouts]
+        for name in {part, group.kind}:
+            metrics.add(f"accuracy/{name}", Mean(sum(rewards), len(rewards)))
+        metrics.add(f"batch/groups/{group.kind}", Sum(1))
+        metrics.add(f"prompt/tokens/{part}", Mean(len(group.prompt.token_ids)))
+        metrics.add("advantage/nontrivial_groups", Mean(len(set(rewards)) > 1))
+        metrics.add("advantage/positive", Mean(sum(value > 0 for value in advantages[group.uid]), len(rewards)))
+        metrics.merge(response_metrics(group.rollouts, part))
+        metrics.add("response/tokens_max", Max(max(len(rollout.response_ids) for rollout in group.rollouts)))
+    plain = [group for group in groups if group.is_plain]
+    num_hard = sum(group.accuracy < tau for group in plain)
+    metrics.add("batch/questions", Sum(len(plain)))
+    metrics.add("batch/hard", Sum(num_hard))
+    metrics.add("batch/easy", Sum(len(plain) - num_hard))
+    metrics.merge(audit_metrics(groups))
+    return metrics
+
+
+def response_metrics(rollouts: Sequence[Rollout], part: str) -> StepMetrics:
+    """Measure the student's responses to one kind of prompt."""
+    metrics = StepMetrics()
+    num_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+    num_truncated = sum(rollout.finish_reason == "length" for rollout in rollouts)
+    for suffix in ("", f"/{part}"):
+        metrics.add(f"response/tokens{suffix}", Mean(num_tokens, len(rollouts)))
+        metrics.add(f"response/truncated{suffix}", Mean(num_truncated, len(rollouts)))
+    metrics.add("response/unparsed", Mean(sum(rollout.parsed is None for rollout in rollouts), len(rollouts)))
+    return metrics
+
+
+def teacher_metrics(answers: Sequence[Sequence[Rollout]]) -> StepMetrics:
+    """Measure the teacher's rollouts on the hard questions of a step, one sequence per question."""
+    metrics = StepMetrics()
+    for rollouts in answers:
+        rewards = [rollout.reward for rollout in rollouts]
+        metrics.add("teacher/accuracy", Mean(sum(rewards), len(rewards)))
+        metrics.add("teacher/solved", Mean(any(rewards)))
+        metrics.add("response/tokens/teacher", Mean(sum(len(rollout.response_ids) for rollout in rollouts), len(rollouts)))
+        metrics.add("response/truncated/teacher", Mean(sum(rollout.finish_reason == "length" for rollout in rollouts), len(rollouts)))
+    return metrics
+
+
+def audit_metrics(groups: Sequence[Group]) -> StepMetrics:
+    """Measure how often BCQ and NCQ answers repeat a candidate's."""
+    audit = audit_matches(groups)
+    metrics = StepMetrics()
+    metrics.add("audit/bcq_right", Mean(audit.bcq_right, audit.num_bcq))
+    metrics.add("audit/bcq_wrong", Mean(audit.bcq_wrong, audit.num_bcq))
+    metrics.add("audit/ncq_listed", Mean(audit.ncq_listed, audit.num_ncq))
+    return metrics
+
+
+class BufferStatistics(Protocol):
+    """Counts of the replay buffer: now, and since the start of the run. Keys are accuracy at admission, or replay visits."""
+
+    @property
+    def occupancy(self) -> Mapping[float, int]: ...
+
+    @property
+    def admitted(self) -> Mapping[float, int]: ...
+
+    @property
+    def graduated(self) -> Mapping[float, int]: ...
+
+    @property
+    def evicted(self) -> Mapping[float, int]: ...
+
+    @property
+    def graduated_visits(self) -> Mapping[int, int]: ...
+
+    @property
+    def evicted_visits(self) -> Mapping[int, int]: ...
+
+
+def buffer_metrics(statistics: BufferStatistics) -> StepMetrics:
+    """Name the buffer's counts; accuracies become percent."""
+    metrics = StepMetrics()
+    metrics.add("buffer/size", Sum(sum(statistics.occupancy.values())))
+    by_accuracy = {
+        "occupancy": statistics.occupancy,
+        "admitted": statistics.admitted,
+        "graduated": statistics.graduated,
+        "evicted": statistics.evicted,
+    }
+    for name, counts in by_accuracy.items():
+        for accuracy, count in counts.items():
+            metrics.add(f"buffer/{name}/{100 * accuracy:g}", Sum(count))
+    for name, by_visits in (("graduated_visits", statistics.graduated_visits), ("evicted_visits", statistics.evicted_visits)):
+        for visits, count in by_visits.items():
+            metrics.add(f"buffer/{name}/{visits}", Sum(count))
+    return metrics

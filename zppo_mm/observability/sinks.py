@@ -1,0 +1,200 @@
+"""Where a step's numbers go: JSON lines always; TensorBoard, W&B and a progress bar by choice."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from tqdm import tqdm
+
+from zppo_mm.config import ObservabilityConfig
+from zppo_mm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+EVALUATION_FILE = "evaluation.jsonl"
+
+
+class MetricsSink(Protocol):
+    """Takes the reduced values of one step."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the values of a step; steps come in ascending order."""
+        ...
+
+    def close(self) -> None:
+        """Flush and release; called once, at the end."""
+        ...
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON line and leave it on the disk; numbers that are not finite become null."""
+    clean = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(clean, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def append_evaluation(run_folder: Path, evaluation: DataclassInstance) -> None:
+    """Append one evaluation, a dataclass with a `step`, to the run's `evaluation.jsonl`."""
+    append_line(run_folder / EVALUATION_FILE, asdict(evaluation))
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Keep the lines of steps up to `step`, so that a resumed run leaves no step twice; a torn last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            if line:
+                logger.warning("%s: dropped a line that was not written to its end", path)
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text("".join(kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
+class JsonLinesSink:
+    """Appends `{"step": …, name: value, …}` to `metrics.jsonl`."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        """Open the file and drop what a killed run wrote after `last_step`, the step of the checkpoint that goes on."""
+        self._path = path
+        truncate_after(path, last_step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        append_line(self._path, {"step": step, **values})
+
+    def close(self) -> None:
+        """Nothing is held between writes."""
+
+
+class TensorBoardSink:
+    """Writes scalars under `tensorboard/`; on resume the later steps of a killed run are hidden."""
+
+    def __init__(self, folder: Path, last_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=last_step + 1 if last_step > 0 else None)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """Logs to Weights & Biases; the run's folder is the identity, so that a resumed run goes on in the same place."""
+
+    def __init__(self, project: str, run_folder: Path) -> None:
+        try:
+            import wandb
+        except Exception as error:
+            raise ConfigError(
+                f"observability.wandb_project: wandb cannot be imported ({error}), got project {project!r}, expected an installed wandb; "
+                "install the `wandb` extra or leave the project empty"
+            ) from error
+        self._run = wandb.init(project=project, name=run_folder.name, id=run_folder.name, dir=str(run_folder), resume="allow")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class ConsoleSink:
+    """Logs one line per step and moves a progress bar where there is a terminal."""
+
+    # Shown name, metric, format.
+    COLUMNS: ClassVar[tuple[tuple[str, str, str], ...]] = (
+        ("plain", "accuracy/plain", ".3f"),
+        ("bcq", "accuracy/bcq", ".3f"),
+        ("ncq", "accuracy/ncq", ".3f"),
+        ("teacher", "teacher/accuracy", ".3f"),
+        ("buffer", "buffer/size", ".0f"),
+        ("loss", "policy/loss", ".4f"),
+        ("entropy", "policy/entropy", ".3f"),
+        ("grad", "policy/grad_norm", ".3f"),
+        ("tokens/s", "throughput/tokens_per_second", ".0f"),
+        ("seconds", "seconds/step", ".1f"),
+    )
+
+    def __init__(self, train_iters: int, last_step: int, progress_bar: bool) -> None:
+        """Start at `last_step`; without a terminal there is no bar, only the lines."""
+        self._train_iters = train_iters
+        self._bar: tqdm[Any] = tqdm(
+            total=train_iters, initial=last_step, unit="step", dynamic_ncols=True, file=sys.stderr, disable=None if progress_bar else True
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        shown = [f"{name} {values[metric]:{form}}" for name, metric, form in self.COLUMNS if metric in values]
+        logger.info("step %d/%d  %s", step, self._train_iters, "  ".join(shown))
+        self._bar.set_postfix_str(f"plain {values['accuracy/plain']:.3f}" if "accuracy/plain" in values else "")
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class MetricsLog:
+    """All sinks of a run as one."""
+
+    def __init__(self, sinks: tuple[MetricsSink, ...]) -> None:
+        self._sinks = sinks
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Hand a step's values to every sink."""
+        for sink in self._sinks:
+            sink.write(step, values)
+
+    def close(self) -> None:
+        """Close every sink, the later ones too when one fails."""
+        errors = []
+        for sink in self._sinks:
+            try:
+                sink.close()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise ExceptionGroup("metrics: some sinks did not close", errors)
+
+
+def open_metrics_log(config: ObservabilityConfig, run_folder: Path, train_iters: int, last_step: int) -> MetricsLog:
+    """Open the sinks that the configuration asks for; call on one rank only.
+
+    Args:
+        config: Which sinks.
+        run_folder: Where their files lie.
+        train_iters: Steps of the whole run.
+        last_step: Last step that the checkpoint holds, 0 at the start; later lines of `metrics.jsonl` and `evaluation.jsonl` are dropped.
+    """
+    truncate_after(run_folder / EVALUATION_FILE, last_step)
+    sinks: list[MetricsSink] = [JsonLinesSink(run_folder / METRICS_FILE, last_step)]
+    if config.tensorboard:
+        sinks.append(TensorBoardSink(run_folder / "tensorboard", last_step))
+    if config.wandb_project:
+        sinks.append(WandbSink(config.wandb_project, run_folder))
+    sinks.append(ConsoleSink(train_iters, last_step, config.progress_bar))
+    return MetricsLog(tuple(sinks))

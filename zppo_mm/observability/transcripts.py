@@ -1,0 +1,127 @@
+"""Transcripts and buffer files: the public record from which every advantage, cap and buffer decision of a run can be recomputed.
+
+The format is described in docs/data.md. Every file is written aside and renamed, so a file that is there is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from zppo_mm.experience import Group, Rollout
+
+TRANSCRIPTS_FOLDER = "transcripts"
+BUFFER_FOLDER = "buffer"
+
+
+class BufferChange(Protocol):
+    """What one step did to the replay buffer, as question ids; `content` is the whole buffer after it, oldest first."""
+
+    @property
+    def admitted(self) -> Sequence[str]: ...
+
+    @property
+    def graduated(self) -> Sequence[str]: ...
+
+    @property
+    def evicted(self) -> Sequence[str]: ...
+
+    @property
+    def content(self) -> Sequence[str]: ...
+
+
+def transcript_path(run_folder: Path, step: int) -> Path:
+    """Return where a step's transcript lies."""
+    return run_folder / TRANSCRIPTS_FOLDER / f"step_{step:06d}.jsonl"
+
+
+def buffer_path(run_folder: Path, step: int) -> Path:
+    """Return where a step's buffer file lies."""
+    return run_folder / BUFFER_FOLDER / f"step_{step:06d}.json"
+
+
+def write_transcript(
+    run_folder: Path,
+    step: int,
+    groups: Iterable[Group],
+    advantages: Mapping[str, Sequence[float]],
+    minibatches: Mapping[str, Sequence[int]],
+) -> Path:
+    """Write all groups of a step, one line each, in their order.
+
+    Args:
+        run_folder: The run's folder.
+        step: Rollout step.
+        groups: Plain, BCQ and NCQ groups.
+        advantages: One advantage per rollout, by group uid.
+        minibatches: Index of the gradient update that used each rollout, by group uid; -1 for a rollout that none used.
+    """
+    lines = [json.dumps(_group_record(step, group, advantages[group.uid], minibatches[group.uid]), ensure_ascii=False) for group in groups]
+    return _write_aside(transcript_path(run_folder, step), "".join(line + "\n" for line in lines))
+
+
+def write_buffer(run_folder: Path, step: int, change: BufferChange) -> Path:
+    """Write what a step admitted, graduated and evicted, and the buffer after it in FIFO order."""
+    record = {
+        "step": step,
+        "admitted": list(change.admitted),
+        "graduated": list(change.graduated),
+        "evicted": list(change.evicted),
+        "content": list(change.content),
+    }
+    return _write_aside(buffer_path(run_folder, step), json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def discard_steps_after(run_folder: Path, step: int) -> None:
+    """Remove the files of later steps, which a resumed run will make again."""
+    for folder in (TRANSCRIPTS_FOLDER, BUFFER_FOLDER):
+        for path in (run_folder / folder).glob("step_*.json*"):
+            if int(path.stem.removeprefix("step_")) > step:
+                path.unlink()
+
+
+def _group_record(step: int, group: Group, advantages: Sequence[float], minibatches: Sequence[int]) -> dict[str, Any]:
+    question = group.question
+    candidates = [
+        {"text": candidate.text, "source": candidate.source, "correct": candidate.correct, "answer": candidate.answer}
+        for candidate in group.instance.candidates
+    ]
+    return {
+        "step": step,
+        "uid": group.uid,
+        "question_id": question.id,
+        "kind": group.kind,
+        "prompt": group.instance.text,
+        "media": [{"kind": ref.kind, "shard": ref.shard, "key": ref.key, "extension": ref.extension} for ref in question.media],
+        "answer": question.answer,
+        "accuracy": group.accuracy,
+        "candidates": candidates,
+        "rollouts": [
+            _rollout_record(rollout, advantage, minibatch)
+            for rollout, advantage, minibatch in zip(group.rollouts, advantages, minibatches, strict=True)
+        ],
+    }
+
+
+def _rollout_record(rollout: Rollout, advantage: float, minibatch: int) -> dict[str, Any]:
+    return {
+        "text": rollout.text,
+        "parsed": rollout.parsed,
+        "reward": float(rollout.reward),
+        "advantage": float(advantage),
+        "num_tokens": len(rollout.response_ids),
+        "finish_reason": rollout.finish_reason,
+        "minibatch": int(minibatch),
+    }
+
+
+def _write_aside(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    # A lone surrogate becomes its JSON escape instead of stopping the run.
+    aside.write_bytes(text.encode("utf-8", errors="backslashreplace"))
+    os.replace(aside, path)
+    return path
