@@ -1,0 +1,178 @@
+"""Planning and packing of gradient updates."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.errors import DataError
+from data.question import MediaRef, Question
+from encoders.processor import VisionInput
+from zppo_mm.experience import TrainingSample
+from zppo_mm.randomness import generator
+from zppo_mm.training.batching import BatchPlan, build_batches, pack, plan_batches
+
+CPU = torch.device("cpu")
+
+
+def make_sample(uid: str, prompt: int, response: int, advantage: float = 1.0, num_images: int = 0, first_id: int = 100) -> TrainingSample:
+    tokens = prompt + response
+    mask = np.array([0.0] * prompt + [1.0] * response, dtype=np.float32)
+    media = tuple(MediaRef("image", "shard.tar", uid, f"{i}.png") for i in range(num_images))
+    return TrainingSample(
+        uid=uid,
+        question=Question(id=uid, text="", media=media, answer="1", answer_type="math"),
+        token_ids=np.arange(first_id, first_id + tokens),
+        positions=np.tile(np.arange(tokens), (3, 1)),
+        loss_mask=mask,
+        old_logprobs=-mask,
+        advantages=advantage * mask,
+        grids=((1, 2, 2),) * num_images,
+    )
+
+
+class SquareMedia:
+    """Every image is four patches that hold the number of its question's id."""
+
+    def __init__(self, grid: tuple[int, int, int] = (1, 2, 2)) -> None:
+        self.grid = grid
+        self.opened: list[str] = []
+
+    def vision_inputs(self, question: Question) -> list[VisionInput]:
+        self.opened.append(question.id)
+        return [VisionInput("image", np.full((4, 3), float(question.id), dtype=np.float32), self.grid) for _ in question.media]
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> list[TrainingSample]:
+    groups = draw(st.lists(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 40), st.booleans()), min_size=1, max_size=5), max_size=9))
+    return [
+        make_sample(f"{number}", prompt, response, advantage=float(counts), first_id=1000 * number)
+        for number, group in enumerate(groups)
+        for prompt, response, counts in group
+    ]
+
+
+def plan(samples: list[TrainingSample], num_minibatches: int = 2, num_replicas: int = 2, budget: int = 60) -> BatchPlan:
+    return plan_batches(
+        samples,
+        num_minibatches=num_minibatches,
+        num_replicas=num_replicas,
+        micro_batch_tokens=budget,
+        random=generator(0, "minibatches", 3),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(samples=steps(), num_minibatches=st.integers(1, 5), num_replicas=st.integers(1, 4), budget=st.integers(1, 120))
+def test_no_token_is_lost_or_doubled(samples: list[TrainingSample], num_minibatches: int, num_replicas: int, budget: int) -> None:
+    made = plan(samples, num_minibatches, num_replicas, budget)
+    assert len(made.minibatch_of) == len(samples)
+    for update, replicas in enumerate(made.microbatches):
+        members = [i for i, owner in enumerate(made.minibatch_of) if owner == update]
+        assert made.num_loss_tokens[update] == sum(samples[i].num_loss_tokens for i in members)
+        passed = [i for replica in replicas for microbatch in replica for i in microbatch]
+        assert sorted(passed) == [i for i in members if np.any(samples[i].advantages != 0)]
+        for microbatch in (m for replica in replicas for m in replica):
+            assert len(microbatch) == 1 or sum(samples[i].num_tokens for i in microbatch) <= budget
+        totals = [sum(samples[i].num_tokens for microbatch in replica for i in microbatch) for replica in replicas]
+        assert max(totals) - min(totals) <= max((samples[i].num_tokens for i in passed), default=0)
+    batches = [build_batches(made, samples, replica=r, media=None, device=CPU) for r in range(num_replicas)]
+    packed = Counter(int(t) for share in batches for batch in share for mb in batch.microbatches if mb.uids for t in mb.token_ids)
+    assert packed == Counter(int(t) for s in samples if np.any(s.advantages != 0) for t in s.token_ids)
+
+
+@settings(max_examples=60, deadline=None)
+@given(num_groups=st.integers(1, 30), num_minibatches=st.integers(1, 8))
+def test_groups_stay_whole_and_updates_are_equal(num_groups: int, num_minibatches: int) -> None:
+    samples = [make_sample(f"{group}", 2, 2) for group in range(num_groups) for _ in range(3)]
+    made = plan(samples, num_minibatches)
+    if num_groups < num_minibatches:
+        sizes = Counter(made.minibatch_of).values()
+        assert len(sizes) == min(num_minibatches, len(samples))
+    else:
+        owners = {sample.uid: owner for sample, owner in zip(samples, made.minibatch_of, strict=True)}
+        assert [owners[sample.uid] for sample in samples] == list(made.minibatch_of)
+        sizes = Counter(owners.values()).values()
+        assert len(sizes) == num_minibatches
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_shuffle_depends_on_the_step_alone() -> None:
+    samples = [make_sample(f"{group}", 2, 2) for group in range(16)]
+    assert plan(samples) == plan(samples)
+    assert plan(samples).minibatch_of == plan(samples, num_replicas=4, budget=5).minibatch_of
+    other = plan_batches(samples, num_minibatches=2, num_replicas=2, micro_batch_tokens=60, random=generator(0, "minibatches", 4))
+    assert plan(samples).minibatch_of != other.minibatch_of
+
+
+def test_trivial_samples_count_but_are_not_passed() -> None:
+    samples = [make_sample("0", 3, 5), make_sample("1", 3, 7, advantage=0.0)]
+    made = plan(samples, num_minibatches=1, num_replicas=1)
+    assert made.microbatches == ((((0,),),),)
+    assert made.num_loss_tokens == (12,)
+    assert made.num_skipped == 1
+    full = plan_batches(samples, num_minibatches=1, num_replicas=1, micro_batch_tokens=60, random=generator(0), skip_zero_advantage=False)
+    assert full.microbatches == ((((0, 1),),),)
+    assert full.num_loss_tokens == (12,)
+
+
+def test_packing_lays_sequences_end_to_end() -> None:
+    packed = pack([make_sample("0", 2, 1, first_id=10), make_sample("1", 1, 2, first_id=20)], media=None, device=CPU)
+    assert packed.token_ids.tolist() == [10, 11, 12, 20, 21, 22]
+    assert packed.positions.tolist() == [[0, 1, 2, 0, 1, 2]] * 3
+    assert packed.cu_seqlens.tolist() == [0, 3, 6]
+    assert packed.cu_seqlens.dtype == torch.int32
+    assert packed.loss_mask.tolist() == [0, 0, 1, 0, 1, 1]
+    assert packed.old_logprobs.tolist() == [0, 0, -1, 0, -1, -1]
+    assert packed.uids == ("0", "1")
+
+
+def test_padding_is_a_sequence_of_its_own_without_loss() -> None:
+    packed = pack([make_sample("0", 2, 3)], media=None, device=CPU, token_multiple=4)
+    assert packed.cu_seqlens.tolist() == [0, 5, 8]
+    assert packed.loss_mask.tolist() == [0, 0, 1, 1, 1, 0, 0, 0]
+    assert packed.positions[:, 5:].tolist() == [[0, 1, 2]] * 3
+
+
+def test_a_replica_without_samples_gets_one_idle_micro_batch() -> None:
+    samples = [make_sample("0", 2, 3)]
+    made = plan(samples, num_minibatches=1, num_replicas=2)
+    (batch,) = build_batches(made, samples, replica=1, media=SquareMedia(), device=CPU, token_multiple=3)
+    (idle,) = batch.microbatches
+    assert len(idle.token_ids) % 3 == 0
+    assert idle.loss_mask.sum() == 0
+    assert idle.patches is None
+    assert batch.num_loss_tokens == 3
+
+
+def test_pixels_are_opened_when_asked_for_and_only_with_a_source() -> None:
+    samples = [make_sample("1", 2, 3, num_images=2), make_sample("2", 2, 3), make_sample("3", 2, 3, num_images=1)]
+    made = plan(samples, num_minibatches=1, num_replicas=1)
+    media = SquareMedia()
+    (batch,) = build_batches(made, samples, replica=0, media=media, device=CPU)
+    assert media.opened == []
+    (packed,) = batch.microbatches
+    assert packed.patches is not None
+    assert packed.patches[:, 0].tolist() == [1.0] * 8 + [3.0] * 4
+    assert packed.grids is not None
+    assert packed.grids.tolist() == [[1, 2, 2]] * 3
+    (later_stage,) = build_batches(made, samples, replica=0, media=None, device=CPU)[0].microbatches
+    assert later_stage.patches is None
+    assert later_stage.grids is not None
+
+
+def test_media_that_changed_since_the_prompt_are_refused() -> None:
+    with pytest.raises(DataError, match=r"media of question '7' have changed, got grids \(\(1, 2, 4\),\)"):
+        pack([make_sample("7", 2, 3, num_images=1)], media=SquareMedia((1, 2, 4)), device=CPU)
+
+
+def test_no_samples_give_no_update() -> None:
+    made = plan([])
+    assert made.microbatches == ()
+    assert build_batches(made, [], replica=0, media=None, device=CPU) == []

@@ -1,0 +1,244 @@
+"""Training samples to gradient updates: equal mini-batches, balanced over replicas, packed into micro-batches.
+
+`plan_batches` decides with indices alone and gives the same answer on every rank; `build_batches` makes this rank's tensors from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+import torch
+
+from data.errors import DataError
+from zppo_mm.experience import Batch, FloatArray, MediaSource, Microbatch, TrainingSample
+
+# A replica without work still takes part in the update, with one sequence of this many tokens that carry no loss.
+IDLE_TOKENS = 8
+PADDING_TOKEN_ID = 0
+
+Indices = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """Which sample goes where.
+
+    Attributes:
+        minibatch_of: Per sample, the update (from 0) that uses it.
+        num_loss_tokens: Per update, the loss tokens of all its samples.
+        microbatches: `[update][replica][micro-batch]` indices of the samples that are passed through the network.
+        num_skipped: Samples that need no forward pass.
+    """
+
+    minibatch_of: Indices
+    num_loss_tokens: Indices
+    microbatches: tuple[tuple[tuple[Indices, ...], ...], ...]
+    num_skipped: int
+
+
+def has_gradient(sample: TrainingSample) -> bool:
+    """Return whether any token of the sample can move the weights."""
+    return bool(np.any((sample.loss_mask != 0) & (sample.advantages != 0)))
+
+
+def plan_batches(
+    samples: Sequence[TrainingSample],
+    *,
+    num_minibatches: int,
+    num_replicas: int,
+    micro_batch_tokens: int,
+    random: np.random.Generator,
+    skip_zero_advantage: bool = True,
+) -> BatchPlan:
+    """Assign every sample to one update, and in it to a replica and a micro-batch.
+
+    Whole groups are shuffled and dealt to the updates, whose numbers of groups differ by at most one; only when there are fewer groups
+    than updates are single samples dealt instead. With fewer samples than updates there are as many updates as samples.
+
+    Samples whose advantages are all 0 (those of trivial groups) have a surrogate of 0 and no gradient whatever the weights are. Their
+    forward pass is left out, while their tokens still count in the denominator, so loss and gradient are those of the full pass.
+
+    Args:
+        samples: Of the whole step, the same on every rank.
+        num_minibatches: I, the updates per step.
+        num_replicas: Data-parallel size.
+        micro_batch_tokens: Most tokens of a micro-batch; a longer sample has one to itself.
+        random: Shuffles the groups.
+        skip_zero_advantage: `False` passes every sample with loss tokens, for objectives that do not look at advantages.
+
+    Source: ZPPO, Algorithm 1, step 6.
+    """
+    minibatch_of = _deal(samples, num_minibatches, random)
+    num_updates = max(minibatch_of, default=-1) + 1
+    needed = [has_gradient(sample) if skip_zero_advantage else sample.num_loss_tokens > 0 for sample in samples]
+    plans = []
+    tokens = [0] * num_updates
+    for update in range(num_updates):
+        members = [index for index, owner in enumerate(minibatch_of) if owner == update]
+        tokens[update] = sum(samples[index].num_loss_tokens for index in members)
+        lengths = {index: samples[index].num_tokens for index in members if needed[index]}
+        shares = balance(lengths, num_replicas)
+        plans.append(tuple(fill({index: lengths[index] for index in share}, micro_batch_tokens) for share in shares))
+    return BatchPlan(minibatch_of, tuple(tokens), tuple(plans), len(samples) - sum(needed))
+
+
+def _deal(samples: Sequence[TrainingSample], num_minibatches: int, random: np.random.Generator) -> Indices:
+    """Return the update of every sample."""
+    uids = list(dict.fromkeys(sample.uid for sample in samples))
+    by_group = len(uids) >= num_minibatches
+    units: Sequence[str | int] = uids if by_group else list(range(len(samples)))
+    order = random.permutation(len(units))
+    num_updates = min(num_minibatches, len(units))
+    owner = {units[place]: position * num_updates // len(units) for position, place in enumerate(order)}
+    return tuple(owner[sample.uid if by_group else index] for index, sample in enumerate(samples))
+
+
+def balance(lengths: dict[int, int], num_replicas: int) -> tuple[Indices, ...]:
+    """Split samples over replicas: the longest first, always to the replica with the fewest tokens.
+
+    The totals of two replicas differ by at most the longest sample.
+
+    Args:
+        lengths: Tokens by sample index.
+        num_replicas: Number of shares.
+    """
+    totals = [0] * num_replicas
+    shares: list[list[int]] = [[] for _ in range(num_replicas)]
+    for index in sorted(lengths, key=lambda i: (-lengths[i], i)):
+        replica = min(range(num_replicas), key=totals.__getitem__)
+        totals[replica] += lengths[index]
+        shares[replica].append(index)
+    return tuple(tuple(sorted(share)) for share in shares)
+
+
+def fill(lengths: dict[int, int], max_tokens: int) -> tuple[Indices, ...]:
+    """Pack samples into few micro-batches: the longest first, always into the first that has room.
+
+    Args:
+        lengths: Tokens by sample index.
+        max_tokens: Room of a micro-batch; a longer sample is alone in one.
+    """
+    bins: list[list[int]] = []
+    rooms: list[int] = []
+    for index in sorted(lengths, key=lambda i: (-lengths[i], i)):
+        for place, room in enumerate(rooms):
+            if lengths[index] <= room:
+                bins[place].append(index)
+                rooms[place] -= lengths[index]
+                break
+        else:
+            bins.append([index])
+            rooms.append(max_tokens - lengths[index])
+    # In sample order, the rollouts of a group lie together and share their media in the source's cache.
+    return tuple(sorted(tuple(sorted(members)) for members in bins))
+
+
+def build_batches(
+    plan: BatchPlan,
+    samples: Sequence[TrainingSample],
+    *,
+    replica: int,
+    media: MediaSource | None,
+    device: torch.device,
+    token_multiple: int = 1,
+) -> list[Batch]:
+    """Return the updates as this replica's micro-batches; a replica without samples gets one that carries no loss.
+
+    Args:
+        plan: What goes where.
+        samples: Those the plan was made from.
+        replica: This rank's data-parallel rank.
+        media: Opens pixels; `None` off the first pipeline stage.
+        device: Where the tensors go.
+        token_multiple: Every micro-batch is padded to a multiple of this many tokens.
+    """
+    batches = []
+    for update, replicas in enumerate(plan.microbatches):
+        packs = [[samples[index] for index in members] for members in replicas[replica]] or [[]]
+        batches.append(Batch(LazyMicrobatches(packs, media, device, token_multiple), plan.num_loss_tokens[update]))
+    return batches
+
+
+class LazyMicrobatches(Sequence[Microbatch]):
+    """Micro-batches that are packed, and their media opened, when they are asked for."""
+
+    def __init__(
+        self, packs: Sequence[Sequence[TrainingSample]], media: MediaSource | None, device: torch.device, token_multiple: int
+    ) -> None:
+        self._packs = packs
+        self._media = media
+        self._device = device
+        self._token_multiple = token_multiple
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    @overload
+    def __getitem__(self, index: int) -> Microbatch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Microbatch]: ...
+    def __getitem__(self, index: int | slice) -> Microbatch | Sequence[Microbatch]:
+        if isinstance(index, slice):
+            return LazyMicrobatches(self._packs[index], self._media, self._device, self._token_multiple)
+        return pack(self._packs[index], media=self._media, device=self._device, token_multiple=self._token_multiple)
+
+    def __iter__(self) -> Iterator[Microbatch]:
+        return (self[index] for index in range(len(self)))
+
+
+def pack(samples: Sequence[TrainingSample], *, media: MediaSource | None, device: torch.device, token_multiple: int = 1) -> Microbatch:
+    """Lay samples end to end for one forward pass.
+
+    Args:
+        samples: In this order; none gives a micro-batch of padding.
+        media: Opens the pixels of the samples' questions; `None` leaves `patches` out.
+        device: Where the tensors go.
+        token_multiple: A last sequence of padding, without loss, fills up to a multiple of this.
+
+    Raises:
+        DataError: A sample's media no longer has the grid that its prompt was made with.
+    """
+    for sample in samples:
+        assert sample.num_tokens > 0, f"pack: {sample.uid} has no token"
+        assert sample.loss_mask[0] == 0, f"pack: the first token of {sample.uid} carries loss, but nothing predicts it"
+    lengths = [sample.num_tokens for sample in samples]
+    padding = -sum(lengths) % token_multiple if samples else -(-IDLE_TOKENS // token_multiple) * token_multiple
+    if padding:
+        lengths.append(padding)
+    zeros = np.zeros(padding, dtype=np.float32)
+    grids = [grid for sample in samples for grid in sample.grids]
+
+    def join(parts: Iterable[np.ndarray], tail: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([*parts, tail], axis=-1)).to(device=device, dtype=dtype)
+
+    return Microbatch(
+        token_ids=join((s.token_ids for s in samples), np.full(padding, PADDING_TOKEN_ID), torch.int64),
+        positions=join((s.positions for s in samples), np.tile(np.arange(padding), (3, 1)), torch.int64),
+        cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device),
+        loss_mask=join((s.loss_mask for s in samples), zeros, torch.float32),
+        old_logprobs=join((s.old_logprobs for s in samples), zeros, torch.float32),
+        advantages=join((s.advantages for s in samples), zeros, torch.float32),
+        patches=_open_patches(samples, media, device) if media is not None and grids else None,
+        grids=torch.tensor(grids, dtype=torch.int64, device=device) if grids else None,
+        uids=tuple(dict.fromkeys(s.uid for s in samples)),
+    )
+
+
+def _open_patches(samples: Sequence[TrainingSample], media: MediaSource, device: torch.device) -> torch.Tensor:
+    """Return `[patches, channels]` of all media, in the order of the samples and of their prompts."""
+    parts: list[FloatArray] = []
+    for sample in samples:
+        if not sample.grids:
+            continue
+        inputs = media.vision_inputs(sample.question)
+        opened = tuple(tuple(item.grid) for item in inputs)
+        if opened != tuple(tuple(grid) for grid in sample.grids):
+            raise DataError(
+                f"training.batching: the media of question {sample.question.id!r} have changed, got grids {opened}, "
+                f"expected {sample.grids} as in its prompt; do not rewrite shards during a run"
+            )
+        parts.extend(item.patches for item in inputs)
+    return torch.from_numpy(np.concatenate(parts)).to(device=device, dtype=torch.float32)
