@@ -1,0 +1,46 @@
+"""Which questions lie in the zone: hard selection, the pre-cap, and the shares of a step.
+
+Source: ZPPO (arXiv 2606.18216), Algorithm 1, steps 1 to 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from zppo_mm.experience import Group
+from zppo_mm.randomness import generator
+
+# 0.29 * 100 is 28.999999999999996 in floating point; the share that was meant is 29.
+_ROUNDING = 1e-9
+
+
+def count_of_share(share: float, num_new: int) -> int:
+    """Return the whole number of questions that a fraction of the new ones stands for, rounded down.
+
+    Used for `rho_replay * |X_new|` and `rho_aug * |X_new|`.
+    """
+    return math.floor(share * num_new + _ROUNDING)
+
+
+def select_hard(groups: Iterable[Group], tau: float) -> list[Group]:
+    """Return the plain groups (new and replayed) whose mean accuracy is below tau, in the order given.
+
+    Source: ZPPO, Algorithm 1, step 2.
+    """
+    return [group for group in groups if group.is_plain and group.accuracy < tau]
+
+
+def pre_cap(hard: Sequence[Group], limit: int, seed: int, step: int) -> list[Group]:
+    """Return the hardest groups, ascending by accuracy, at most `limit`.
+
+    Equal accuracies are ordered by a draw from the stream `("pre_cap", step, question id)`. The order of the step would always
+    prefer new questions to replayed ones, which come after them, and most hard questions tie at 0.
+
+    Source: ZPPO, Algorithm 1, step 3.
+    """
+
+    def key(group: Group) -> tuple[float, float, str]:
+        return group.accuracy, float(generator(seed, "pre_cap", step, group.question.id).random()), group.uid
+
+    return sorted(hard, key=key)[:limit]

@@ -1,0 +1,190 @@
+"""From hard questions to BCQ and NCQ prompts.
+
+Source: ZPPO (arXiv 2606.18216), Algorithm 1, steps 3 to 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from zppo_mm.config import ZoneConfig
+from zppo_mm.experience import Candidate, Group, GroupKind, PromptInstance, Rollout
+from zppo_mm.randomness import generator
+from zppo_mm.teacher.teacher import CompressedTrace, Compressor, Trace
+from zppo_mm.zone.hard import count_of_share, pre_cap, select_hard
+from zppo_mm.zone.prompts import PromptTemplates
+
+TeacherAnswers = Mapping[str, tuple[Rollout, ...]]
+"""Teacher rollouts by question id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """Plain groups of a step before any cap; a hard question may be eligible for both kinds."""
+
+    num_easy: int
+    num_hard: int
+    num_bcq_eligible: int
+    num_ncq_eligible: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reformulation:
+    """The reformulated prompts of a step and what their compression took.
+
+    Attributes:
+        instances: BCQ and NCQ prompts, ascending by the accuracy of their question, BCQ before NCQ.
+        num_kept: Hard questions left by the pre-cap.
+        num_candidates: Candidates shown.
+        num_compression_rejects: Rewrites refused because they changed the answer.
+        num_compression_cuts: Candidates that were cut because no faithful rewrite was had.
+    """
+
+    instances: tuple[PromptInstance, ...]
+    num_kept: int
+    num_candidates: int
+    num_compression_rejects: int
+    num_compression_cuts: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Pick:
+    """A rollout to be shown and who wrote it."""
+
+    group: Group
+    rollout: Rollout
+    by_teacher: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """One future instance, before compression."""
+
+    kind: GroupKind
+    group: Group
+    picks: tuple[_Pick, ...]
+
+
+def composition(groups: Iterable[Group], answers: TeacherAnswers, tau: float) -> Composition:
+    """Count the plain groups of a step by what could be made of them, before any cap and whatever kinds are switched on."""
+    plain = [group for group in groups if group.is_plain]
+    hard = select_hard(plain, tau)
+    return Composition(
+        num_easy=len(plain) - len(hard),
+        num_hard=len(hard),
+        num_bcq_eligible=sum(_is_bcq_eligible(group, answers) for group in hard),
+        num_ncq_eligible=sum(bool(_wrong(group.rollouts)) for group in hard),
+    )
+
+
+class Reformulator:
+    """Makes BCQ and NCQ prompts of hard groups.
+
+    Every choice follows from the seed, the step and the question, so all ranks make the same prompts without speaking.
+
+    Args:
+        templates: The texts around question and candidates.
+        zone: Which kinds are made, and rho_aug.
+        seed: The run's seed.
+        compressor: Shortens every rollout that is shown, right and wrong alike.
+    """
+
+    def __init__(self, templates: PromptTemplates, zone: ZoneConfig, seed: int, compressor: Compressor) -> None:
+        self.templates = templates
+        self.zone = zone
+        self.seed = seed
+        self.compressor = compressor
+
+    def reformulate(self, hard: Sequence[Group], answers: TeacherAnswers, step: int, num_new: int) -> Reformulation:
+        """Return at most `rho_aug * num_new` prompts.
+
+        Which prompts there will be follows from the rollouts alone, so only the candidates of prompts that the cap leaves are
+        compressed, in one call. A question that stands in `hard` twice is reformulated once, from its less accurate group.
+
+        Args:
+            hard: Hard plain groups of the step.
+            answers: Fresh teacher rollouts per question id, verified.
+            step: Rollout step.
+            num_new: New questions of the step.
+
+        Source: ZPPO, Algorithm 1, steps 3 to 5.
+        """
+        limit = count_of_share(self.zone.rho_aug, num_new)
+        kept = pre_cap(_one_group_per_question(hard), limit, self.seed, step)
+        plans = [plan for group in kept for plan in self._plans(group, answers, step)][:limit]
+        picks = [pick for plan in plans for pick in plan.picks]
+        traces = [Trace(pick.group.question, pick.rollout.text, pick.rollout.parsed) for pick in picks]
+        compressed = self.compressor.compress(traces, step) if traces else []
+        remaining = iter(zip(picks, compressed, strict=True))
+        return Reformulation(
+            instances=tuple(self._instance(plan, [next(remaining) for _ in plan.picks], step) for plan in plans),
+            num_kept=len(kept),
+            num_candidates=len(picks),
+            num_compression_rejects=sum(trace.rejects for trace in compressed),
+            num_compression_cuts=sum(trace.method == "cut" for trace in compressed),
+        )
+
+    def _plans(self, group: Group, answers: TeacherAnswers, step: int) -> list[_Plan]:
+        """Return the BCQ, then the NCQ of one question, as far as its rollouts allow them and the zone has them switched on."""
+        plans: list[_Plan] = []
+        wrong = _wrong(group.rollouts)
+        if self.zone.bcq and _is_bcq_eligible(group, answers):
+            rng = generator(self.seed, "reformulate", step, group.question.id)
+            right = _right(answers[group.question.id])
+            pair = [
+                _Pick(group, right[rng.integers(len(right))], by_teacher=True),
+                _Pick(group, wrong[rng.integers(len(wrong))], by_teacher=False),
+            ]
+            plans.append(_Plan("bcq", group, tuple(pair[i] for i in rng.permutation(2))))
+        if self.zone.ncq and wrong:
+            plans.append(_Plan("ncq", group, tuple(_Pick(group, rollout, by_teacher=False) for rollout in wrong)))
+        return plans
+
+    def _instance(self, plan: _Plan, shown: Sequence[tuple[_Pick, CompressedTrace]], step: int) -> PromptInstance:
+        question = plan.group.question
+        candidates = tuple(
+            Candidate(
+                text=self.templates.inert(trace.text),
+                source="teacher" if pick.by_teacher else "student",
+                correct=_is_right(pick.rollout),
+                answer=pick.rollout.parsed,
+            )
+            for pick, trace in shown
+        )
+        texts = [candidate.text for candidate in candidates]
+        if plan.kind == "bcq":
+            text = self.templates.bcq_text(question, texts)
+        else:
+            text = self.templates.ncq_text(question, distinct_answers(candidates), texts)
+        return PromptInstance(f"{step}/{plan.kind}/{question.id}", question, plan.kind, text, candidates)
+
+
+def distinct_answers(candidates: Iterable[Candidate]) -> list[str]:
+    """Return the parsed answers of candidates, each once, in the order of their first appearance."""
+    return list(dict.fromkeys(c.answer.strip() for c in candidates if c.answer is not None and c.answer.strip()))
+
+
+def _one_group_per_question(groups: Sequence[Group]) -> list[Group]:
+    hardest: dict[str, Group] = {}
+    for group in groups:
+        other = hardest.get(group.question.id)
+        if other is None or group.accuracy < other.accuracy:
+            hardest[group.question.id] = group
+    return list(hardest.values())
+
+
+def _is_bcq_eligible(group: Group, answers: TeacherAnswers) -> bool:
+    return bool(_right(answers.get(group.question.id, ()))) and bool(_wrong(group.rollouts))
+
+
+def _is_right(rollout: Rollout) -> bool:
+    return rollout.reward >= 1
+
+
+def _right(rollouts: Iterable[Rollout]) -> list[Rollout]:
+    return [rollout for rollout in rollouts if _is_right(rollout)]
+
+
+def _wrong(rollouts: Iterable[Rollout]) -> list[Rollout]:
+    return [rollout for rollout in rollouts if not _is_right(rollout)]
