@@ -1,0 +1,80 @@
+"""How replicas of the model share the sampling and tell each other the results, as a protocol so that one process needs no groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+from zppo_mm.models import parallel, replica
+
+T = TypeVar("T")
+
+
+class Exchange(Protocol):
+    """This rank's place among the replicas, and two collectives that every rank calls together."""
+
+    @property
+    def replica(self) -> int:
+        """Which replica this rank belongs to."""
+        ...
+
+    @property
+    def num_replicas(self) -> int:
+        """Replicas of the model in the run."""
+        ...
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank speaks for its replica."""
+        ...
+
+    def gather(self, local: Sequence[T]) -> list[list[T]]:
+        """Return the list of every replica's leader, in the order of the replicas; the other ranks' lists do not count."""
+        ...
+
+    def gather_in_replica(self, local: Sequence[T]) -> list[list[T]]:
+        """Return the lists of all ranks of this replica."""
+        ...
+
+
+class ParallelExchange:
+    """The run's process groups."""
+
+    @property
+    def replica(self) -> int:
+        """Data-parallel rank."""
+        return parallel.data_rank()
+
+    @property
+    def num_replicas(self) -> int:
+        """Data-parallel size."""
+        return parallel.data_size()
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is tensor rank 0 of the last stage."""
+        return parallel.is_replica_leader()
+
+    def gather(self, local: Sequence[T]) -> list[list[T]]:
+        """Exchange what the replicas have."""
+        return parallel.gather_from_replicas(local)
+
+    def gather_in_replica(self, local: Sequence[T]) -> list[list[T]]:
+        """Exchange what the ranks of this replica have."""
+        return replica.gather_in_replica(list(local))
+
+
+class SingleProcess:
+    """One process that is the whole run."""
+
+    replica = 0
+    num_replicas = 1
+    is_leader = True
+
+    def gather(self, local: Sequence[T]) -> list[list[T]]:
+        """Return the own list."""
+        return [list(local)]
+
+    def gather_in_replica(self, local: Sequence[T]) -> list[list[T]]:
+        """Return the own list."""
+        return [list(local)]

@@ -1,0 +1,87 @@
+"""New questions that can really be asked: media open, prompt within the limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from data.health import SampleHealth
+from data.question import Question
+from data.stream import QuestionStream
+from zppo_mm.rollout.exchange import Exchange
+from zppo_mm.rollout.prompt import PromptEncoder, PromptError
+
+TOO_LONG = "prompt_too_long"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a question cannot be asked; `index` is its place in the list that was checked."""
+
+    index: int
+    reason: str
+    detail: str
+
+
+class QuestionFeed:
+    """Draws from the stream until enough questions are good.
+
+    Each replica checks its share and all learn every verdict, so that all ranks take the same questions and count the same bad ones.
+
+    Args:
+        stream: Where questions come from.
+        encoder: Opens media and counts tokens.
+        health: Counts good and bad samples; the stream's own.
+        exchange: The replicas.
+        plain_text: Renders a question with the closing format instruction.
+        max_prompt_tokens: Longest plain prompt, media included.
+    """
+
+    def __init__(
+        self,
+        stream: QuestionStream,
+        encoder: PromptEncoder,
+        health: SampleHealth,
+        exchange: Exchange,
+        *,
+        plain_text: Callable[[Question], str],
+        max_prompt_tokens: int,
+    ) -> None:
+        self._stream = stream
+        self._encoder = encoder
+        self._health = health
+        self._exchange = exchange
+        self._plain_text = plain_text
+        self._max_prompt_tokens = max_prompt_tokens
+
+    def take(self, num_questions: int) -> list[Question]:
+        """Return the next good questions, the same on every rank.
+
+        Raises:
+            DataError: Too many samples are bad, or any under `strict`.
+        """
+        good: list[Question] = []
+        while len(good) < num_questions:
+            drawn = self._stream.take(num_questions - len(good))
+            refused = {refusal.index: refusal for refusal in self._check(drawn)}
+            for index, question in enumerate(drawn):
+                refusal = refused.get(index)
+                if refusal is None:
+                    good.append(question)
+                else:
+                    self._health.bad(question.id, refusal.reason, refusal.detail, was_good=True)
+        return good
+
+    def _check(self, questions: Sequence[Question]) -> list[Refusal]:
+        """Check this replica's share and return all replicas' refusals."""
+        refusals = []
+        for index in range(self._exchange.replica, len(questions), self._exchange.num_replicas):
+            try:
+                prompt, _ = self._encoder.encode(self._plain_text(questions[index]), questions[index])
+            except PromptError as error:
+                refusals.append(Refusal(index, error.reason, str(error)))
+                continue
+            if len(prompt.token_ids) > self._max_prompt_tokens:
+                detail = f"{len(prompt.token_ids)} tokens, more than data.max_prompt_tokens={self._max_prompt_tokens}"
+                refusals.append(Refusal(index, TOO_LONG, detail))
+        return [refusal for replica in self._exchange.gather(refusals) for refusal in replica]

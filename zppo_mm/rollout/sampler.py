@@ -1,0 +1,171 @@
+"""From prompts to verified groups: every replica samples its share, all ranks end with all groups."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from data.question import Question
+from encoders.processor import VisionInput
+from zppo_mm.experience import PLAIN_KINDS, Group, Prompt, PromptInstance, Rollout
+from zppo_mm.rollout.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
+from zppo_mm.rollout.exchange import Exchange
+from zppo_mm.rollout.prompt import PromptEncoder, PromptError
+
+logger = logging.getLogger(__name__)
+
+
+class Verdict(Protocol):
+    """What a grader says about a response."""
+
+    @property
+    def parsed(self) -> str | None:
+        """Final answer, `None` if there is none."""
+        ...
+
+    @property
+    def reward(self) -> float:
+        """0 or 1."""
+        ...
+
+
+class Grader(Protocol):
+    """Grades responses; `zppo_mm.rewards.verify.Verifier` is one."""
+
+    def verify_all(self, items: Sequence[tuple[Question, str]]) -> Sequence[Verdict]:
+        """Return one verdict per question and response text, in order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """An instance of this replica's share, by its place in the whole list."""
+
+    index: int
+    prompt: Prompt
+    vision: tuple[VisionInput, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What a replica tells the others about one instance: its group's parts, or why there is none."""
+
+    index: int
+    prompt: Prompt | None = None
+    rollouts: tuple[Rollout, ...] = ()
+    reason: str = ""
+    detail: str = ""
+
+
+class GroupSampler:
+    """Samples and verifies groups with one engine.
+
+    Args:
+        engine: Continues prompts with the current weights.
+        encoder: Of the same model.
+        verifier: Grades, on one rank per replica.
+        exchange: The replicas.
+
+    Attributes:
+        failures: Prompts that could not be made so far, by reason.
+    """
+
+    def __init__(self, engine: RolloutEngine, encoder: PromptEncoder, verifier: Grader, exchange: Exchange) -> None:
+        self._engine = engine
+        self._encoder = encoder
+        self._verifier = verifier
+        self._exchange = exchange
+        self.failures: Counter[str] = Counter()
+
+    def sample(self, instances: Sequence[PromptInstance], params: SamplingParams, num_rollouts: int, step: int) -> list[Group]:
+        """Return the groups of all instances, in order and the same on every rank.
+
+        An instance whose prompt cannot be made has no group; it is logged and counted in `failures`.
+
+        Args:
+            instances: The same list on every rank.
+            params: How tokens are drawn.
+            num_rollouts: Rollouts per instance.
+            step: Rollout step whose weights sample; recorded in the rollouts.
+        """
+        mine = split_instances(instances, self._exchange.num_replicas)[self._exchange.replica]
+        encoded, failed = self._encode(instances, mine)
+        requests = [
+            GenerationRequest(item.prompt, item.vision, num_rollouts, ("rollout", instances[item.index].uid)) for item in encoded
+        ]
+        # An engine is called even with nothing to do: its ranks may have to meet.
+        generations = self._engine.generate(requests, params)
+        outcomes = failed
+        if self._exchange.is_leader:
+            outcomes = [*failed, *self._grade(instances, encoded, generations, step)]
+        collected = {outcome.index: outcome for replica in self._exchange.gather(outcomes) for outcome in replica}
+        return self._groups(instances, collected)
+
+    def _encode(self, instances: Sequence[PromptInstance], mine: Sequence[int]) -> tuple[list[_Encoded], list[_Outcome]]:
+        """Encode this replica's share; what fails on one of its ranks is left out on all, or they would sample different lists."""
+        encoded: list[_Encoded] = []
+        failed: list[_Outcome] = []
+        for index in mine:
+            try:
+                prompt, vision = self._encoder.encode(instances[index].text, instances[index].question)
+            except PromptError as error:
+                failed.append(_Outcome(index, reason=error.reason, detail=str(error)))
+            else:
+                encoded.append(_Encoded(index, prompt, vision))
+        known = {outcome.index: outcome for rank in self._exchange.gather_in_replica(failed) for outcome in rank}
+        return [item for item in encoded if item.index not in known], [known[index] for index in sorted(known)]
+
+    def _grade(
+        self, instances: Sequence[PromptInstance], encoded: Sequence[_Encoded], generations: Sequence[Sequence[Generation]], step: int
+    ) -> list[_Outcome]:
+        """Decode and verify all responses in one batch."""
+        texts = [[self._encoder.decode(generation.response_ids) for generation in group] for group in generations]
+        items = [(instances[item.index].question, text) for item, group in zip(encoded, texts, strict=True) for text in group]
+        verdicts = iter(self._verifier.verify_all(items))
+        outcomes = []
+        for item, group, group_texts in zip(encoded, generations, texts, strict=True):
+            rollouts = tuple(_rollout(generation, text, next(verdicts), step) for generation, text in zip(group, group_texts, strict=True))
+            outcomes.append(_Outcome(item.index, item.prompt, rollouts))
+        return outcomes
+
+    def _groups(self, instances: Sequence[PromptInstance], outcomes: dict[int, _Outcome]) -> list[Group]:
+        groups = []
+        for index, instance in enumerate(instances):
+            outcome = outcomes[index]
+            if outcome.prompt is None:
+                self.failures[outcome.reason] += 1
+                logger.warning("no group for %s: %s: %s", instance.uid, outcome.reason, outcome.detail)
+            else:
+                groups.append(Group(instance, outcome.prompt, outcome.rollouts))
+        return groups
+
+
+def split_instances(instances: Sequence[PromptInstance], num_replicas: int) -> list[list[int]]:
+    """Deal instances to replicas, as even in number as possible.
+
+    Plain ones go in order, as the question feed dealt them, so that a replica finds their media open already. The others go from the
+    longest text to the shortest: in their own order BCQ and NCQ alternate, and one replica would get all the long ones.
+
+    Returns:
+        Ascending places per replica.
+    """
+    plain = [index for index, instance in enumerate(instances) if instance.kind in PLAIN_KINDS]
+    guided = [index for index, instance in enumerate(instances) if instance.kind not in PLAIN_KINDS]
+    guided.sort(key=lambda index: (-len(instances[index].text), index))
+    order = [*plain, *guided]
+    return [sorted(order[replica::num_replicas]) for replica in range(num_replicas)]
+
+
+def _rollout(generation: Generation, text: str, verdict: Verdict, step: int) -> Rollout:
+    return Rollout(
+        response_ids=generation.response_ids,
+        rollout_logprobs=generation.rollout_logprobs,
+        finish_reason=generation.finish_reason,
+        text=text,
+        parsed=verdict.parsed,
+        reward=float(verdict.reward),
+        policy_version=step,
+    )
