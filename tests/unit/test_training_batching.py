@@ -133,19 +133,13 @@ def test_packing_lays_sequences_end_to_end() -> None:
     assert packed.uids == ("0", "1")
 
 
-def test_padding_is_a_sequence_of_its_own_without_loss() -> None:
-    packed = pack([make_sample("0", 2, 3)], media=None, device=CPU, token_multiple=4)
-    assert packed.cu_seqlens.tolist() == [0, 5, 8]
-    assert packed.loss_mask.tolist() == [0, 0, 1, 1, 1, 0, 0, 0]
-    assert packed.positions[:, 5:].tolist() == [[0, 1, 2]] * 3
-
-
 def test_a_replica_without_samples_gets_one_idle_micro_batch() -> None:
     samples = [make_sample("0", 2, 3)]
     made = plan(samples, num_minibatches=1, num_replicas=2)
-    (batch,) = build_batches(made, samples, replica=1, media=SquareMedia(), device=CPU, token_multiple=3)
+    (batch,) = build_batches(made, samples, replica=1, media=SquareMedia(), device=CPU)
     (idle,) = batch.microbatches
-    assert len(idle.token_ids) % 3 == 0
+    assert idle.cu_seqlens.tolist() == [0, len(idle.token_ids)]
+    assert idle.uids == ()
     assert idle.loss_mask.sum() == 0
     assert idle.patches is None
     assert batch.num_loss_tokens == 3

@@ -143,7 +143,6 @@ def build_batches(
     replica: int,
     media: MediaSource | None,
     device: torch.device,
-    token_multiple: int = 1,
 ) -> list[Batch]:
     """Return the updates as this replica's micro-batches; a replica without samples gets one that carries no loss.
 
@@ -153,25 +152,21 @@ def build_batches(
         replica: This rank's data-parallel rank.
         media: Opens pixels; `None` off the first pipeline stage.
         device: Where the tensors go.
-        token_multiple: Every micro-batch is padded to a multiple of this many tokens.
     """
     batches = []
     for update, replicas in enumerate(plan.microbatches):
         packs = [[samples[index] for index in members] for members in replicas[replica]] or [[]]
-        batches.append(Batch(LazyMicrobatches(packs, media, device, token_multiple), plan.num_loss_tokens[update]))
+        batches.append(Batch(LazyMicrobatches(packs, media, device), plan.num_loss_tokens[update]))
     return batches
 
 
 class LazyMicrobatches(Sequence[Microbatch]):
     """Micro-batches that are packed, and their media opened, when they are asked for."""
 
-    def __init__(
-        self, packs: Sequence[Sequence[TrainingSample]], media: MediaSource | None, device: torch.device, token_multiple: int
-    ) -> None:
+    def __init__(self, packs: Sequence[Sequence[TrainingSample]], media: MediaSource | None, device: torch.device) -> None:
         self._packs = packs
         self._media = media
         self._device = device
-        self._token_multiple = token_multiple
 
     def __len__(self) -> int:
         return len(self._packs)
@@ -182,21 +177,20 @@ class LazyMicrobatches(Sequence[Microbatch]):
     def __getitem__(self, index: slice) -> Sequence[Microbatch]: ...
     def __getitem__(self, index: int | slice) -> Microbatch | Sequence[Microbatch]:
         if isinstance(index, slice):
-            return LazyMicrobatches(self._packs[index], self._media, self._device, self._token_multiple)
-        return pack(self._packs[index], media=self._media, device=self._device, token_multiple=self._token_multiple)
+            return LazyMicrobatches(self._packs[index], self._media, self._device)
+        return pack(self._packs[index], media=self._media, device=self._device)
 
     def __iter__(self) -> Iterator[Microbatch]:
         return (self[index] for index in range(len(self)))
 
 
-def pack(samples: Sequence[TrainingSample], *, media: MediaSource | None, device: torch.device, token_multiple: int = 1) -> Microbatch:
+def pack(samples: Sequence[TrainingSample], *, media: MediaSource | None, device: torch.device) -> Microbatch:
     """Lay samples end to end for one forward pass.
 
     Args:
-        samples: In this order; none gives a micro-batch of padding.
+        samples: In this order; none gives a short sequence without loss.
         media: Opens the pixels of the samples' questions; `None` leaves `patches` out.
         device: Where the tensors go.
-        token_multiple: A last sequence of padding, without loss, fills up to a multiple of this.
 
     Raises:
         DataError: A sample's media no longer has the grid that its prompt was made with.
@@ -205,9 +199,8 @@ def pack(samples: Sequence[TrainingSample], *, media: MediaSource | None, device
         assert sample.num_tokens > 0, f"pack: {sample.uid} has no token"
         assert sample.loss_mask[0] == 0, f"pack: the first token of {sample.uid} carries loss, but nothing predicts it"
     lengths = [sample.num_tokens for sample in samples]
-    padding = -sum(lengths) % token_multiple if samples else -(-IDLE_TOKENS // token_multiple) * token_multiple
-    if padding:
-        lengths.append(padding)
+    padding = 0 if samples else IDLE_TOKENS
+    lengths += [padding] if padding else []
     zeros = np.zeros(padding, dtype=np.float32)
     grids = [grid for sample in samples for grid in sample.grids]
 

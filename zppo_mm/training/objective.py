@@ -1,0 +1,117 @@
+"""From the logits of a micro-batch to the loss to descend, summed over its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from zppo_mm.algorithms.losses import policy_loss, supervised_loss
+from zppo_mm.config import AlgorithmConfig
+from zppo_mm.experience import Microbatch
+from zppo_mm.training.logprobs import TokenStatistics, token_statistics
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectiveTerms:
+    """What a micro-batch adds to the update.
+
+    Attributes:
+        loss_sum: Scalar with gradient, summed over loss tokens; the update divides it by the global token count.
+        sums: `[names]` without gradient, one per name of the objective; adds up over micro-batches and replicas.
+    """
+
+    loss_sum: torch.Tensor
+    sums: torch.Tensor
+
+
+class Objective(Protocol):
+    """What is descended. Called on the last pipeline stage, once per micro-batch."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the sums; the first two are `loss` and `num_tokens`."""
+        ...
+
+    def __call__(self, logits: torch.Tensor, microbatch: Microbatch) -> ObjectiveTerms:
+        """Return the terms from `[tokens, vocab / tp]` logits."""
+        ...
+
+
+def loss_token_statistics(
+    logits: torch.Tensor, microbatch: Microbatch, group: dist.ProcessGroup | None, temperature: float
+) -> tuple[torch.Tensor, TokenStatistics]:
+    """Return the places of the loss tokens, `[loss tokens]`, and their log-probs and entropies.
+
+    The logits at place i - 1 predict token i. As the first token of a sequence never carries loss, no prediction crosses into the
+    next sequence.
+
+    Args:
+        logits: `[tokens, vocab / tp]`.
+        microbatch: The packed sequences they were computed from.
+        group: Ranks that share the vocabulary.
+        temperature: Of the log-probs.
+    """
+    places = microbatch.loss_mask.nonzero().squeeze(-1)
+    return places, token_statistics(logits, places - 1, microbatch.token_ids[places], group, temperature)
+
+
+class PolicyObjective:
+    """The clipped surrogate on sampled responses."""
+
+    names = ("loss", "num_tokens", "clip_fraction_low", "clip_fraction_high", "clip_fraction_dual", "ratio", "kl", "entropy")
+
+    def __init__(self, config: AlgorithmConfig, temperature: float, group: dist.ProcessGroup | None = None) -> None:
+        """Keep the clip ranges.
+
+        Args:
+            config: Clip ranges of the surrogate.
+            temperature: Of the rollouts.
+            group: Ranks that share the vocabulary.
+        """
+        self._config = config
+        self._temperature = temperature
+        self._group = group
+
+    def __call__(self, logits: torch.Tensor, microbatch: Microbatch) -> ObjectiveTerms:
+        """Return the negative surrogate and how far the policy has moved from the one that sampled."""
+        places, statistics = loss_token_statistics(logits, microbatch, self._group, self._temperature)
+        terms = policy_loss(
+            statistics.logprobs,
+            microbatch.old_logprobs[places],
+            microbatch.advantages[places],
+            microbatch.loss_mask[places],
+            self._config.clip_ratio_low,
+            self._config.clip_ratio_high,
+            self._config.clip_ratio_c,
+        )
+        values = (
+            terms.loss_sum,
+            terms.num_tokens,
+            terms.num_clipped_low,
+            terms.num_clipped_high,
+            terms.num_dual_clipped,
+            terms.ratio_sum,
+            terms.kl_sum,
+            statistics.entropies.sum(),
+        )
+        return ObjectiveTerms(terms.loss_sum, torch.stack([value.detach().double() for value in values]))
+
+
+class SupervisedObjective:
+    """Plain cross-entropy on the tokens that the mask names."""
+
+    names = ("loss", "num_tokens", "entropy")
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        """Keep the ranks that share the vocabulary."""
+        self._group = group
+
+    def __call__(self, logits: torch.Tensor, microbatch: Microbatch) -> ObjectiveTerms:
+        """Return the negative log-likelihood."""
+        places, statistics = loss_token_statistics(logits, microbatch, self._group, temperature=1.0)
+        loss = supervised_loss(statistics.logprobs, microbatch.loss_mask[places])
+        count = torch.tensor(float(len(places)), device=loss.device)
+        return ObjectiveTerms(loss, torch.stack([value.detach().double() for value in (loss, count, statistics.entropies.sum())]))

@@ -1,0 +1,136 @@
+"""megatron-core's gradient buffers, optimizer and learning-rate schedule, as this project sets them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from zppo_mm.config import ParallelConfig, TrainConfig
+
+
+def wrap_model(model: torch.nn.Module, parallel: ParallelConfig) -> Any:
+    """Return the model with gradient buffers that are summed, not averaged, over replicas.
+
+    Args:
+        model: A Megatron module with its `config`.
+        parallel: Whether the optimizer is sharded and reduction overlaps.
+    """
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        # A gradient that is not finite skips the update instead of ending the run.
+        check_for_nan_in_grad=False,
+    )
+    config: Any = model.config
+    # Makes the buffers sum over replicas; the policy divides by the one global token count.
+    config.calculate_per_token_loss = True
+    return DistributedDataParallel(config, ddp_config, model)
+
+
+def build_optimizer(wrapped: Any, train: TrainConfig, parallel: ParallelConfig, params_dtype: torch.dtype) -> Any:
+    """Return Megatron's AdamW over the trainable parameters; biases and other one-dimensional parameters do not decay.
+
+    Args:
+        wrapped: From `wrap_model`.
+        train: Learning rate, betas, decay, clipping.
+        parallel: Whether the optimizer state is sharded over replicas.
+        params_dtype: Type of the weights; below float32 the optimizer keeps float32 copies.
+    """
+    make_torch_adam_resumable()
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=train.lr,
+        min_lr=train.lr,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_eps=train.adam_eps,
+        clip_grad=train.clip_grad,
+        params_dtype=params_dtype,
+        bf16=params_dtype == torch.bfloat16,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    return get_megatron_optimizer(config, [wrapped])
+
+
+def build_scheduler(optimizer: Any, train: TrainConfig) -> Any:
+    """Return the schedule of the learning rate: a rise from 0 over `lr_warmup_updates`, then constant."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=train.lr,
+        min_lr=train.lr,
+        lr_warmup_steps=train.lr_warmup_updates,
+        # Constant needs no end, but the class wants one after the warm-up.
+        lr_decay_steps=train.lr_warmup_updates + train.train_iters * train.updates_per_step + 1,
+        lr_decay_style="constant",
+        start_wd=train.weight_decay,
+        end_wd=train.weight_decay,
+        wd_incr_steps=1,
+        wd_incr_style="constant",
+    )
+
+
+def gradient_norm(optimizer: Any) -> float:
+    """Move the reduced gradients to the optimizer and return their norm over all parameters of the model."""
+    optimizer.prepare_grads()
+    norm = optimizer.get_grad_norm()
+    return float(norm) if norm is not None else math.nan
+
+
+def clip_and_step(optimizer: Any, norm: float) -> None:
+    """Scale the gradients so that their norm is at most `clip_grad`, and update the weights.
+
+    Args:
+        optimizer: After `gradient_norm`.
+        norm: What that returned, finite.
+    """
+    clip = optimizer.config.clip_grad
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = part.get_parameters()
+        if clip > 0 and parameters:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=norm)
+    optimizer.step_with_ready_grads()
+
+
+def make_torch_adam_resumable() -> None:
+    """Let a checkpoint of the distributed optimizer be loaded where torch's AdamW does the work (neither Apex nor Transformer Engine).
+
+    megatron-core 0.16 to 0.20 was written for Apex's optimizer, which keeps the step count per group. With torch's, which keeps it per
+    parameter, a fresh optimizer cannot be asked for its state, loading misses the key `step`, and afterwards all parameters share ONE step
+    tensor, so that Adam's bias correction silently runs ahead by the number of parameters with every update. Nothing is done twice.
+    """
+    optimizer_class: Any = distrib_optimizer.DistributedOptimizer
+    if distrib_optimizer.HAVE_APEX_OR_TE or getattr(optimizer_class.state_dict, "__module__", "") == __name__:
+        return
+    original_state, original_load = optimizer_class.state_dict, optimizer_class.load_state_dict
+    original_set = optimizer_class._set_main_param_and_optimizer_states
+
+    def state_dict(self: Any) -> Any:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not self.optimizer.state[parameter]:
+                    zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+        return original_state(self)
+
+    def load_state_dict(self: Any, state: Any) -> None:
+        original_load(self, state)
+        for values in self.optimizer.state.values():
+            values["step"] = values["step"].clone()
+
+    def set_states(self: Any, model_parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        group, place = self.model_param_group_index_map[model_parameter]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
+        original_set(self, model_parameter, {**tensors, "step": state["step"]})
+
+    optimizer_class.state_dict = state_dict
+    optimizer_class.load_state_dict = load_state_dict
+    optimizer_class._set_main_param_and_optimizer_states = set_states

@@ -1,0 +1,252 @@
+"""The student as something to train: one optimizer step per mini-batch, on any layout."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from zppo_mm.config import ParallelConfig, TrainConfig
+from zppo_mm.experience import Batch, Microbatch
+from zppo_mm.models import parallel
+from zppo_mm.models.provider import freeze_parts
+from zppo_mm.models.vision_language import VisionLanguageModel
+from zppo_mm.training.objective import Objective, ObjectiveTerms, loss_token_statistics
+from zppo_mm.training.optimizer import build_optimizer, build_scheduler, clip_and_step, gradient_norm, wrap_model
+
+logger = logging.getLogger(__name__)
+MAX_UIDS_NAMED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateMetrics:
+    """One gradient update.
+
+    Attributes:
+        loss: Over all loss tokens of the mini-batch.
+        grad_norm: Before clipping.
+        learning_rate: Of this update.
+        num_loss_tokens: Of the mini-batch, the denominator of the loss.
+        num_passed_tokens: Loss tokens that went through the network; those of trivial groups did not.
+        means: The objective's sums by name. Fractions and `loss` are per loss token; `ratio`, `kl`, `entropy` per passed token.
+        skipped: Whether the weights were left alone because loss or gradient was not finite.
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    num_loss_tokens: int
+    num_passed_tokens: int
+    means: dict[str, float]
+    skipped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrainMetrics:
+    """All updates of a step; the means leave out skipped updates and weigh the others alike."""
+
+    updates: tuple[UpdateMetrics, ...]
+
+    @property
+    def num_skipped_updates(self) -> int:
+        """Updates whose loss or gradient was not finite."""
+        return sum(update.skipped for update in self.updates)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss."""
+        return _mean([update.loss for update in self.updates if not update.skipped])
+
+    @property
+    def grad_norm(self) -> float:
+        """Mean gradient norm before clipping."""
+        return _mean([update.grad_norm for update in self.updates if not update.skipped])
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the last update."""
+        return self.updates[-1].learning_rate if self.updates else math.nan
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Mean of the updates' means, by name."""
+        kept = [update for update in self.updates if not update.skipped]
+        return {name: _mean([update.means[name] for update in kept]) for name in (kept[0].means if kept else ())}
+
+
+class Policy:
+    """The student with its gradient buffers, optimizer and schedule. Every rank of the run calls its methods together."""
+
+    def __init__(self, model: VisionLanguageModel, train: TrainConfig, layout: ParallelConfig, objective: Objective) -> None:
+        """Freeze what is not trained, wrap the model and build the optimizer.
+
+        Args:
+            model: This rank's stage, weights loaded.
+            train: Optimizer and schedule.
+            layout: The one the process groups were made for.
+            objective: What is descended.
+
+        Raises:
+            ConfigError: `train.freeze` names an unknown part or leaves nothing.
+        """
+        freeze_parts(model, train.freeze)
+        self.model = model
+        self._objective = objective
+        self._denominator = 1
+        self._config: Any = model.config
+        _keep_replicated_gradients_equal(model)
+        self._wrapped = wrap_model(model, layout)
+        self._config.finalize_model_grads_func = self._finalize_gradients
+        if layout.overlap_grad_reduce:
+            self._config.no_sync_func = self._wrapped.no_sync
+        self.optimizer = build_optimizer(self._wrapped, train, layout, self._config.params_dtype)
+        self.scheduler = build_scheduler(self.optimizer, train)
+        model.train()
+
+    def train_step(self, batches: Sequence[Batch]) -> TrainMetrics:
+        """Make one update per batch, in order.
+
+        Loss and gradient are sums over all loss tokens of the update divided by their number, so they depend neither on the layout nor
+        on how micro-batches are cut.
+        """
+        return TrainMetrics(tuple(self._update(batch) for batch in batches))
+
+    def _update(self, batch: Batch) -> UpdateMetrics:
+        self._wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._denominator = max(batch.num_loss_tokens, 1)
+        results = self._run(batch.microbatches, self._loss, forward_only=False)
+        norm = gradient_norm(self.optimizer)
+        sums, finite = self._reduce([terms.sums for terms, _ in results], norm)
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        if finite:
+            clip_and_step(self.optimizer, norm)
+            self.scheduler.step(increment=1)
+        else:
+            self._report_skip(results)
+        return _update_metrics(self._objective.names, sums, batch.num_loss_tokens, norm, learning_rate, not finite)
+
+    def _run(self, microbatches: Sequence[Microbatch], reduce: Any, forward_only: bool) -> list[Any]:
+        """Pass micro-batches through Megatron's pipeline schedule; returns what `reduce` gave per micro-batch on the last stage."""
+
+        def forward(iterator: Iterator[Microbatch], model: Any) -> tuple[torch.Tensor, Any]:
+            microbatch = next(iterator)
+            output = model(microbatch.token_ids, microbatch.positions, microbatch.cu_seqlens, microbatch.patches, microbatch.grids)
+            return output, partial(reduce, microbatch)
+
+        return cast(
+            "list[Any]",
+            get_forward_backward_func()(
+                forward_step_func=forward,
+                data_iterator=iter(microbatches),
+                model=[self._wrapped],
+                num_microbatches=len(microbatches),
+                # Unused: stages tell each other the length of every micro-batch.
+                seq_length=1,
+                micro_batch_size=1,
+                forward_only=forward_only,
+                collect_non_loss_data=forward_only,
+            ),
+        )
+
+    def _loss(self, microbatch: Microbatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        terms = self._objective(logits, microbatch)
+        # The schedule only adds up this count; the denominator is the batch's.
+        uncounted = torch.zeros((), dtype=torch.int, device=logits.device)
+        return terms.loss_sum, uncounted, (ObjectiveTerms(terms.loss_sum.detach(), terms.sums), microbatch.uids)
+
+    def _finalize_gradients(self, model: list[Any], num_tokens: torch.Tensor | None, **groups: Any) -> None:
+        """Finish the reductions over replicas, tied stages and tensor ranks, then divide by the one global token count."""
+        finalize_model_grads(model, None, **groups)
+        if parallel.tensor_size() > 1:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad and getattr(parameter, "sum_gradients_across_tp", False):
+                    dist.all_reduce(cast(Any, parameter).main_grad, group=parallel.tensor_group())
+        for chunk in model:
+            chunk.scale_gradients(1.0 / self._denominator)
+
+    def _reduce(self, sums: list[torch.Tensor], norm: float) -> tuple[list[float], bool]:
+        """Add up the sums of all micro-batches and replicas, for every rank; and agree on whether the gradient is finite."""
+        total = torch.zeros(1 + len(self._objective.names), dtype=torch.float64, device=parallel.device())
+        if sums and parallel.is_replica_leader():
+            total[1:] = torch.stack(sums).sum(0)
+        total[0] = 0.0 if math.isfinite(norm) else 1.0
+        dist.all_reduce(total)
+        values = total.tolist()
+        return values[1:], values[0] == 0.0 and math.isfinite(values[1])
+
+    def _report_skip(self, results: list[tuple[ObjectiveTerms, tuple[str, ...]]]) -> None:
+        """Log which groups had a loss that is not finite; all groups of the update if none had."""
+        suspects = [uids for terms, uids in results if not bool(torch.isfinite(terms.loss_sum))]
+        broken = [uid for replica in parallel.gather_from_replicas(suspects) for uids in replica for uid in uids]
+        present = [uid for replica in parallel.gather_from_replicas([uids for _, uids in results]) for uids in replica for uid in uids]
+        if parallel.rank() == 0:
+            named, what = (broken, "their loss") if broken else (present, "the gradient of the update they are in")
+            names = ", ".join(named[:MAX_UIDS_NAMED]) + (f" and {len(named) - MAX_UIDS_NAMED} more" if len(named) > MAX_UIDS_NAMED else "")
+            logger.warning("training.policy: the update was skipped, %s is not finite: groups %s", what, names)
+
+    @torch.no_grad()
+    def compute_logprobs(self, batch: Batch, temperature: float = 1.0) -> list[torch.Tensor]:
+        """Return the log-probs of the loss tokens from the training forward pass.
+
+        Args:
+            batch: This rank's micro-batches.
+            temperature: Of the rollouts.
+
+        Returns:
+            Per micro-batch of this replica, on all its ranks: `[tokens]` float32, 0 where the loss mask is 0.
+        """
+
+        def collect(microbatch: Microbatch, logits: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+            places, statistics = loss_token_statistics(logits, microbatch, parallel.tensor_group(), temperature)
+            result = torch.zeros_like(microbatch.old_logprobs)
+            result[places] = statistics.logprobs
+            return result
+
+        results = self._run(batch.microbatches, collect, forward_only=True)
+        if parallel.pipeline_size() == 1:
+            return results
+        box = [[result.cpu() for result in results]]
+        group = parallel.pipeline_group()
+        dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[-1], group=group)
+        return [result.to(parallel.device()) for result in box[0]]
+
+
+def _keep_replicated_gradients_equal(model: VisionLanguageModel) -> None:
+    """Have Megatron average the tower's gradients over the tensor ranks that each compute all of it.
+
+    They are equal but for the order in which a GPU adds; averaged, the copies can never drift apart.
+    """
+    for part in ("vision", "projector"):
+        for parameter in model.parameters_of(part):
+            cast(Any, parameter).average_gradients_across_tp_domain = True
+
+
+def _update_metrics(
+    names: tuple[str, ...], sums: list[float], num_loss_tokens: int, norm: float, learning_rate: float, skipped: bool
+) -> UpdateMetrics:
+    named = dict(zip(names, sums, strict=True))
+    passed = named.pop("num_tokens")
+    per_passed = {"ratio", "kl", "entropy"}
+    means = {name: value / max(passed if name in per_passed else num_loss_tokens, 1) for name, value in named.items()}
+    return UpdateMetrics(
+        loss=means.pop("loss"),
+        grad_norm=norm,
+        learning_rate=learning_rate,
+        num_loss_tokens=num_loss_tokens,
+        num_passed_tokens=int(passed) if math.isfinite(passed) else 0,
+        means=means,
+        skipped=skipped,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
