@@ -73,12 +73,19 @@ def _no_synchronize(*_: object, **__: object) -> None:
     return None
 
 
+def _stay(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return tensor
+
+
 def _patch_device() -> None:
-    """`torch.cuda.current_device` answers the CPU and `torch.cuda.synchronize` returns at once.
+    """`torch.cuda.current_device` answers the CPU, `torch.cuda.synchronize` returns at once, `Tensor.cuda` returns the tensor itself.
 
     The device is asked for by rotary tables, gradient buffers, tensor-parallel mappings and pipeline messages; the pipeline's
-    variable-length messages and the checkpoint writer synchronize unconditionally.
+    variable-length messages and the checkpoint writer synchronize unconditionally; a tied embedding is moved while pipeline stages are
+    built.
     """
+    tensor: Any = torch.Tensor
+    tensor.cuda = _stay
     cuda: Any = torch.cuda
     cuda.current_device = _current_device
     cuda.synchronize = _no_synchronize
