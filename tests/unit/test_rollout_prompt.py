@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data.errors import DataError
+from data.errors import DataError, MediaError
 from data.media import Frames
 from data.question import MediaRef, Question
 from tests.unit.tiny_folder import SPECIAL, TEMPLATE, build_folder
@@ -28,7 +28,9 @@ class Media:
     def __call__(self, reference: MediaRef) -> Frames:
         self.opened.append(reference.key)
         if reference.key == "broken":
-            raise DataError("media: cannot decode")
+            raise MediaError("unreadable", "media: cannot decode")
+        if reference.key == "lost":
+            raise DataError("shard is gone")
         rng = np.random.default_rng(len(reference.key))
         if reference.kind == "image":
             return Frames(rng.integers(0, 256, (1, 16, 24, 3), dtype=np.uint8), (0.0,))
@@ -137,7 +139,11 @@ def test_bad_media_and_templates_are_refused(folder: Path, tmp_path: Path) -> No
     bad = Question(id="q", text="", media=(MediaRef("image", "s.tar", "broken", "png"),), answer="1", answer_type="math")
     with pytest.raises(PromptError, match=r"question q: image s.tar:broken.png: media: cannot decode") as caught:
         encoder.encode("x", bad)
-    assert caught.value.reason == "media"
+    assert caught.value.reason == "unreadable"
+    lost = Question(id="q", text="", media=(MediaRef("image", "s.tar", "lost", "png"),), answer="1", answer_type="math")
+    with pytest.raises(DataError, match="shard is gone") as stopped:
+        encoder.encode("x", lost)
+    assert not isinstance(stopped.value, PromptError)
     build_folder(tmp_path, template=TEMPLATE.replace("_pad|><|vision_end|>", "|>"))
     with pytest.raises(PromptError, match=r"placeholders do not fit its media, got \[\], expected \['image'\]"):
         PromptEncoder(tmp_path, Media()).encode("x", question("image"))

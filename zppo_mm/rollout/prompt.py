@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.errors import DataError
+from data.errors import DataError, MediaError
 from data.media import Frames
 from data.question import MediaRef, Question
 from encoders.config import read_processor_config
@@ -24,10 +24,10 @@ class PromptError(DataError):
     """A question cannot be turned into a prompt.
 
     Attributes:
-        reason: Short fixed name to count by: `media`, `placeholders`, or the media opener's own.
+        reason: Short fixed name to count by: `unusable_media`, `placeholders`, or the media opener's own.
     """
 
-    def __init__(self, message: str, reason: str) -> None:
+    def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
 
@@ -40,7 +40,7 @@ class PromptEncoder:
 
     Args:
         hf_dir: Folder with the tokenizer, its chat template, config.json and, for a model that sees, the processor settings.
-        media: Opens a media reference to pixels; what it raises as ValueError makes the question unusable.
+        media: Opens a media reference to pixels; a MediaError makes the question unusable, any other error is the run's.
         chat_template_kwargs: Passed to the chat template, e.g. `{"enable_thinking": False}`.
         max_cached_bytes: Most bytes of patches kept.
 
@@ -85,9 +85,9 @@ class PromptEncoder:
         shown = [self.chat.media_kinds[piece] for piece in rendered.pieces if piece in self.chat.media_kinds]
         if shown != [item.kind for item in vision]:
             raise PromptError(
+                "placeholders",
                 f"prompt: question {question.id}: placeholders do not fit its media, got {shown}, "
                 f"expected {[item.kind for item in vision]}; the chat template must show every image and video once, in order",
-                "placeholders",
             )
         token_ids = np.array(self.chat.tokenize(self._expand(rendered.pieces, vision)), dtype=np.int64)
         grids = tuple(item.grid for item in vision)
@@ -121,14 +121,18 @@ class PromptEncoder:
     def _process(self, reference: MediaRef, question: Question) -> VisionInput:
         where = f"prompt: question {question.id}: {reference.kind} {reference.shard}:{reference.key}.{reference.extension}"
         if self._processor is None:
-            raise PromptError(f"{where}: this model takes no media, got one, expected text only; use a vision-language model", "media")
+            message = f"{where}: this model takes no media, got one, expected text only; use a vision-language model"
+            raise PromptError("unusable_media", message)
         try:
             frames = self._open(reference)
+        except MediaError as error:
+            raise PromptError(error.reason, f"{where}: {error}") from error
+        try:
             if reference.kind == "image":
                 return process_image(frames.pixels[0], self._processor)
             return process_video(frames.pixels, frames.timestamps, self._processor)
         except ValueError as error:
-            raise PromptError(f"{where}: {error}", str(getattr(error, "reason", "media"))) from error
+            raise PromptError("unusable_media", f"{where}: {error}") from error
 
     def _expand(self, pieces: Sequence[Piece], vision: Sequence[VisionInput]) -> list[Piece]:
         """Repeat each placeholder once per feature; a video becomes one timestamped block per temporal patch.
@@ -169,9 +173,9 @@ class PromptEncoder:
             expected = sum(int(np.prod(item.grid)) // merged for item in vision if item.kind == kind)
             if got != expected:
                 raise PromptError(
+                    "placeholders",
                     f"prompt: question {question.id}: {kind} placeholders do not fit, got {got} tokens, expected {expected}; "
                     "check the chat template and the tokenizer's special tokens",
-                    "placeholders",
                 )
 
 

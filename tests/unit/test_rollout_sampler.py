@@ -1,0 +1,176 @@
+"""The question feed and the group sampler in one process: what is taken, graded, refused and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.errors import DataError, MediaError
+from data.health import SampleHealth
+from data.media import Frames
+from data.question import MediaRef, Question
+from data.sample import ShardSample
+from data.shards import ShardFolder, write_shards
+from data.stream import QuestionStream
+from tests.unit.tiny_folder import build_folder
+from zppo_mm.experience import PromptInstance
+from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
+from zppo_mm.rollout.exchange import SingleProcess
+from zppo_mm.rollout.feed import QuestionFeed
+from zppo_mm.rollout.prompt import PromptEncoder
+from zppo_mm.rollout.sampler import GroupSampler, split_instances
+
+SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8, stop_token_ids=(0,))
+
+
+def open_media(reference: MediaRef) -> Frames:
+    if reference.key.endswith("7"):
+        raise MediaError("unreadable", "cannot decode")
+    return Frames(np.zeros((1, 16, 16, 3), np.uint8), (0.0,))
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> PromptEncoder:
+    folder = tmp_path_factory.mktemp("model")
+    build_folder(folder)
+    return PromptEncoder(folder, open_media)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty questions; 7 and 17 have broken media, 3 a very long text."""
+    folder = tmp_path_factory.mktemp("shards")
+    samples = []
+    for index in range(20):
+        text = "long " * 100 if index == 3 else f"question {index}"
+        fields = {"id": f"q{index}", "question": text, "answer": "1", "answer_type": "math", "source": "s"}
+        samples.append(ShardSample(f"k{index}", fields, [("png", b"x")] if index % 2 else []))
+    write_shards(folder, samples)
+    return folder
+
+
+def feed_of(shards: Path, encoder: PromptEncoder, **health: object) -> tuple[QuestionFeed, SampleHealth]:
+    counted = SampleHealth(**health)
+    stream = QuestionStream([(ShardFolder(shards), 1.0)], 5, counted)
+    plain_text = lambda question: question.text  # noqa: E731
+    return QuestionFeed(stream, encoder, counted, SingleProcess(), plain_text=plain_text, max_prompt_tokens=120), counted
+
+
+def test_feed_takes_good_questions_only_and_counts_the_others(shards: Path, encoder: PromptEncoder) -> None:
+    feed, health = feed_of(shards, encoder, max_bad_share=0.5)
+    taken = [question.id for question in feed.take(17)]
+    assert sorted(taken) == sorted({f"q{index}" for index in range(20)} - {"q3", "q7", "q17"})
+    feed, health = feed_of(shards, encoder, max_bad_share=0.5)
+    in_two_parts = [question.id for question in feed.take(5) + feed.take(29)]
+    assert in_two_parts[:17] == taken
+    assert health.num_good == 34
+    assert health.counts["unreadable"] + health.counts["prompt_too_long"] == health.num_bad
+    assert set(health.counts) == {"unreadable", "prompt_too_long"}
+    details = [detail for _, reason, detail in health.listed if reason == "prompt_too_long"]
+    assert "tokens, more than data.max_prompt_tokens=120" in details[0]
+
+
+def test_feed_stops_at_too_many_bad_samples_or_the_first_when_strict(shards: Path, encoder: PromptEncoder) -> None:
+    with pytest.raises(DataError, match="too many bad samples"):
+        feed_of(shards, encoder, max_bad_share=0.05)[0].take(40)
+    with pytest.raises(DataError, match="run without strict"):
+        feed_of(shards, encoder, strict=True)[0].take(20)
+
+
+class EchoEngine:
+    """Continues every prompt by its own last tokens and the number of the rollout."""
+
+    def __init__(self) -> None:
+        self.requests: list[GenerationRequest] = []
+
+    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
+        self.requests.extend(requests)
+        return [
+            [
+                Generation(np.array([65 + rollout, 0]), np.full(2, -0.5, np.float32), "stop" if rollout else "length")
+                for rollout in range(request.num_rollouts)
+            ]
+            for request in requests
+        ]
+
+
+@dataclass(frozen=True)
+class Grade:
+    parsed: str | None
+    reward: float
+
+
+class FirstLetterGrader:
+    """Right is the response that equals the answer."""
+
+    def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Grade]:
+        return [Grade(text, float(text == question.answer)) for question, text in items]
+
+
+def instance(index: int, kind: str = "new", media: str | None = None, text: str = "what?") -> PromptInstance:
+    references = (MediaRef("image", "s.tar", media, "png"),) if media else ()
+    answer = chr(ord("b") + index % 2)
+    question = Question(id=f"q{index}", text="", media=references, answer=answer, answer_type="open")
+    return PromptInstance(f"1/{kind}/{index}", question, kind, text)
+
+
+def test_sampler_returns_verified_groups_in_order(encoder: PromptEncoder) -> None:
+    engine = EchoEngine()
+    sampler = GroupSampler(engine, encoder, FirstLetterGrader(), SingleProcess())
+    instances = [instance(0), instance(1, media="k7"), instance(2, media="k1"), instance(3, kind="bcq")]
+    groups = sampler.sample(instances, SAMPLING, 3, step=4)
+    assert [group.uid for group in groups] == ["1/new/0", "1/new/2", "1/bcq/3"]
+    assert dict(sampler.failures) == {"unreadable": 1}
+    # tokens 65, 66, 67 of the byte alphabet are b, c, d; question 0 wants b, question 3 wants c
+    letters = [encoder.decode([token]) for token in (65, 66, 67)]
+    assert [rollout.text for rollout in groups[0].rollouts] == [letter + encoder.decode([0]) for letter in letters]
+    assert [rollout.finish_reason for rollout in groups[0].rollouts] == ["length", "stop", "stop"]
+    assert {rollout.policy_version for group in groups for rollout in group.rollouts} == {4}
+    assert [request.seed_path for request in engine.requests] == [("rollout", uid) for uid in ("1/new/0", "1/new/2", "1/bcq/3")]
+    assert [len(request.vision) for request in engine.requests] == [0, 1, 0]
+    assert len(groups[1].prompt.grids) == 1
+
+
+def test_sampler_grades_with_the_questions_answer(encoder: PromptEncoder) -> None:
+    class Plain(EchoEngine):
+        def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
+            tokens = encoder.chat.tokenize(["b"]), encoder.chat.tokenize(["c"])
+            make = [Generation(np.array(ids), np.zeros(1, np.float32), "stop") for ids in tokens]
+            return [make for _ in requests]
+
+    groups = GroupSampler(Plain(), encoder, FirstLetterGrader(), SingleProcess()).sample([instance(0), instance(1)], SAMPLING, 2, 1)
+    assert [[rollout.reward for rollout in group.rollouts] for group in groups] == [[1.0, 0.0], [0.0, 1.0]]
+    assert [[rollout.parsed for rollout in group.rollouts] for group in groups] == [["b", "c"], ["b", "c"]]
+
+
+def test_sampler_calls_the_engine_even_for_nothing(encoder: PromptEncoder) -> None:
+    called = []
+
+    class Recorder(EchoEngine):
+        def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
+            called.append(len(requests))
+            return super().generate(requests, sampling)
+
+    assert GroupSampler(Recorder(), encoder, FirstLetterGrader(), SingleProcess()).sample([], SAMPLING, 2, 1) == []
+    assert called == [0]
+
+
+@given(st.lists(st.sampled_from(["new", "replayed", "bcq", "ncq"]), max_size=30), st.integers(1, 5))
+def test_split_covers_every_instance_once_and_evenly(kinds: list[str], num_replicas: int) -> None:
+    instances = [instance(index, kind, text="x" * (index * 7 % 11)) for index, kind in enumerate(kinds)]
+    parts = split_instances(instances, num_replicas)
+    assert sorted(index for part in parts for index in part) == list(range(len(instances)))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert all(part == sorted(part) for part in parts)
+
+
+def test_split_does_not_give_one_replica_all_the_long_prompts() -> None:
+    pairs = [instance(index, kind, text="x" * length) for index in range(4) for kind, length in (("bcq", 10), ("ncq", 1000))]
+    totals = [sum(len(pairs[index].text) for index in part) for part in split_instances(pairs, 2)]
+    assert totals == [2020, 2020]
