@@ -1,0 +1,55 @@
+"""A vision tower whose work is shared gives the features and gradients of one that computes everything."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from encoders.tower import VisionTower
+from tests.distributed.launch import run_ranks
+
+VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "in_channels": 3,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 36,
+}
+TOLERANCE = 1e-5  # float32, the same sums in another order
+
+
+def largest_difference(grids: list[list[int]], frozen: bool) -> tuple[float, float]:
+    """Return how far features and gradients of the shared tower are from the replicated one's."""
+    torch.manual_seed(0)
+    tower = VisionTower(VISION)
+    for name, parameter in tower.named_parameters():
+        parameter.requires_grad_(not (frozen and "merger" not in name))
+    counts = torch.tensor(grids).prod(dim=1)
+    patches = torch.randn(int(counts.sum()), 96)
+    upstream = torch.randn(int(counts.sum()) // 4, 64)
+    results = []
+    for group in (None, dist.group.WORLD):
+        tower.zero_grad()
+        features = tower(patches, torch.tensor(grids), group)
+        (features * upstream).sum().backward()
+        results.append((features.detach(), [p.grad for p in tower.parameters() if p.requires_grad]))
+    (features, gradients), (shared_features, shared_gradients) = results
+    distances = [float((a - b).abs().max() / a.abs().max().clamp(min=1e-6)) for a, b in zip(gradients, shared_gradients, strict=True)]
+    return float((features - shared_features).abs().max()), max(distances)
+
+
+def compare_all() -> list[tuple[float, float]]:
+    dist.init_process_group("gloo")
+    cases = [([[1, 4, 6], [3, 2, 4], [1, 2, 2]], False), ([[1, 4, 4]], False), ([[1, 4, 6], [2, 4, 4]], True)]
+    return [largest_difference(grids, frozen) for grids, frozen in cases]
+
+
+def test_shared_work_gives_the_same_features_and_gradients() -> None:
+    # The second case has one medium for two ranks: the idle one takes part in every collective.
+    for differences in run_ranks(compare_all, 2):
+        assert max(max(pair) for pair in differences) < TOLERANCE
