@@ -1,0 +1,107 @@
+"""Gated full attention over packed sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from zppo_mm.models.packing import PackedLayout
+from zppo_mm.models.rotary import rotate
+
+
+class PackedAttention(MegatronModule):  # type: ignore[misc]
+    """Causal attention of packed sequences through torch's kernel, batched over sequences of similar length.
+
+    megatron-core's local attention refuses packed sequences. Padding lies behind every sequence, where a causal token never looks.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.scale = softmax_scale or config.kv_channels**-0.5
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        packed_seq_params: PackedLayout,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Attend inside each sequence.
+
+        Args:
+            query: `[tokens, heads, head_dim]`.
+            key: `[tokens, groups, head_dim]`.
+            value: `[tokens, groups, head_dim]`.
+            attention_mask: Unused.
+            packed_seq_params: Where the sequences lie.
+
+        Returns:
+            `[tokens, heads * head_dim]`.
+        """
+        parts = []
+        for bucket in packed_seq_params.buckets:
+            q, k, v = (bucket.pad(heads).transpose(1, 2) for heads in (query, key, value))
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1])
+            parts.append(bucket.unpad(mixed.transpose(1, 2)))
+        return packed_seq_params.join(parts).flatten(1)
+
+
+class GatedAttention(SelfAttention):  # type: ignore[misc]
+    """megatron-core's self-attention with an output gate, for packed sequences and prefill.
+
+    The forward pass replaces megatron-core's, whose packed rotary embedding recomputes the tables in every layer.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        rotary_pos_emb: torch.Tensor,
+        packed_seq_params: PackedLayout,
+        **_: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Mix tokens of each sequence.
+
+        Args:
+            hidden_states: `[tokens, 1, hidden]`; a share of the tokens under sequence parallelism.
+            attention_mask: Unused.
+            rotary_pos_emb: `[2, tokens, 1, rotated channels]` cosines and sines.
+            packed_seq_params: Where the sequences lie, and the cache that a prefill fills.
+
+        Returns:
+            Output like `hidden_states`, and no bias.
+        """
+        query, key, value, gate = self.get_query_key_value_tensors(hidden_states, None, output_gate=True, split_qkv=True)
+        query = rotate(query.squeeze(1), rotary_pos_emb)
+        key = rotate(key.squeeze(1), rotary_pos_emb)
+        value = value.squeeze(1)
+        if packed_seq_params.cache is not None:
+            packed_seq_params.cache.store_attention(self.layer_number, key, value)
+        if self.checkpoint_core_attention and self.training:
+            mixed = self._checkpointed_attention_forward(
+                query, key, value, None, attn_mask_type=self.attn_mask_type, packed_seq_params=packed_seq_params
+            )
+        else:
+            mixed = self._attend(query, key, value, packed_seq_params)
+        gated = mixed.reshape(len(mixed), 1, -1) * torch.sigmoid(gate.reshape(len(mixed), 1, -1))
+        output: tuple[torch.Tensor, torch.Tensor | None] = self.linear_proj(gated)
+        return output
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        if isinstance(self.core_attention, PackedAttention):
+            local: torch.Tensor = self.core_attention(query, key, value, packed_seq_params=layout)
+            return local
+        fused: torch.Tensor = self.core_attention(
+            query, key, value, None, attn_mask_type=self.attn_mask_type, attention_bias=None, packed_seq_params=layout.without_buckets()
+        )
+        return fused

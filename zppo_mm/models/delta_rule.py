@@ -1,0 +1,107 @@
+"""The gated delta rule in plain torch, chunk-wise, for padded batches of short sequences."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+MAX_CHUNK_TOKENS = 64
+"""Longest chunk: work inside a chunk grows with its square, steps between chunks with their number."""
+NORM_EPSILON = 1e-6
+"""Added to the squared length of queries and keys, as the fused kernels do."""
+
+
+def unit_length(vectors: torch.Tensor) -> torch.Tensor:
+    """Scale the last axis to length 1, in float32."""
+    vectors = vectors.float()
+    return vectors * torch.rsqrt((vectors * vectors).sum(-1, keepdim=True) + NORM_EPSILON)
+
+
+def chunk_gated_delta_rule(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_decay: torch.Tensor,
+    beta: torch.Tensor,
+    final_state: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run the gated delta rule over every sequence of a batch, from an empty state.
+
+    With the state S `[key_dim, value_dim]`, each token does S <- exp(log_decay) S, then S <- S + beta k (v - S^T k)^T, and reads S^T q.
+    A token with `beta` and `log_decay` 0 leaves the state alone, so sequences are padded with zeros there.
+
+    Args:
+        query: `[batch, length, key_heads, key_dim]`, scaled to unit length here.
+        key: Like `query`.
+        value: `[batch, length, value_heads, value_dim]`; each key head serves consecutive value heads.
+        log_decay: `[batch, length, value_heads]` float32, at most 0.
+        beta: `[batch, length, value_heads]`.
+        final_state: Whether to compute the state after the last token.
+
+    Returns:
+        Output `[batch, length, value_heads, value_dim]` float32, and the state `[batch, value_heads, key_dim, value_dim]` or `None`.
+
+    Source: "Gated Delta Networks", arXiv 2412.06464, section 3.3; the chunk form is the UT transform of arXiv 2406.06484.
+    """
+    length, key_heads = key.shape[1:3]
+    value_heads, value_dim = value.shape[2:]
+    num_chunks = -(-length // MAX_CHUNK_TOKENS)
+    size = -(-length // num_chunks)
+    padding = num_chunks * size - length
+    query, key, value = (_chunks(tensor, num_chunks, padding) for tensor in (unit_length(query), unit_length(key), value.float()))
+    query = query * query.shape[-1] ** -0.5
+    beta, decay = (_chunks(tensor.float()[..., None], num_chunks, padding) for tensor in (beta, log_decay))
+    decay = decay.squeeze(-1).cumsum(-1)
+
+    # Inside a chunk: token i sees token j <= i through the decay accumulated between them.
+    upper = torch.ones(size, size, dtype=torch.bool, device=key.device).triu(1)
+    between = (decay[..., :, None] - decay[..., None, :]).masked_fill(upper, float("-inf")).exp()
+    products = torch.stack([key, query], 0) @ key.transpose(-1, -2)
+    key_products, query_products = products.unbind(0)
+    if value_heads != key_heads:
+        repeats = value_heads // key_heads
+        query, key, key_products, query_products = (t.repeat_interleave(repeats, 1) for t in (query, key, key_products, query_products))
+    reads = query_products * between
+    since_start = decay.exp()[..., None]
+    # What each token writes depends on what the tokens before it wrote: one triangular system per chunk.
+    writes = torch.linalg.solve_triangular(
+        key_products * between * beta, torch.cat([value, key * since_start], -1) * beta, upper=False, unitriangular=True
+    )
+    values, state_keys = writes.split([value_dim, key.shape[-1]], -1)
+    output, state = _scan_chunks(values, state_keys, reads, query * since_start, key, decay, final_state)
+    output = output.flatten(2, 3).transpose(1, 2)
+    return (output[:, :length] if padding else output), state
+
+
+def _chunks(tensor: torch.Tensor, num_chunks: int, padding: int) -> torch.Tensor:
+    """Turn `[batch, length, heads, dim]` into `[batch, heads, chunks, size, dim]`."""
+    if padding:
+        tensor = F.pad(tensor, (0, 0, 0, 0, 0, padding))
+    return tensor.unflatten(1, (num_chunks, -1)).permute(0, 3, 1, 2, 4).contiguous()
+
+
+def _scan_chunks(
+    values: torch.Tensor,
+    state_keys: torch.Tensor,
+    reads: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    decay: torch.Tensor,
+    final_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Carry the state from chunk to chunk; the first starts empty."""
+    num_chunks = values.shape[2]
+    first_write = values[:, :, 0]
+    if num_chunks == 1 and not final_state:
+        return (reads[:, :, 0] @ first_write)[:, :, None], None
+    until_end = (decay[..., -1:] - decay).exp()[..., None]
+    to_state = (key * until_end).transpose(-1, -2)
+    whole = decay[..., -1].exp()[..., None, None]
+    outputs = [reads[:, :, 0] @ first_write]
+    state = to_state[:, :, 0] @ first_write
+    for chunk in range(1, num_chunks):
+        write = values[:, :, chunk] - state_keys[:, :, chunk] @ state
+        outputs.append(query[:, :, chunk] @ state + reads[:, :, chunk] @ write)
+        if final_state or chunk + 1 < num_chunks:
+            state = state * whole[:, :, chunk] + to_state[:, :, chunk] @ write
+    return torch.stack(outputs, 2), state if final_state else None

@@ -1,0 +1,176 @@
+"""One function builds the network, whatever megatron-core's model classes are called."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from zppo_mm.config import ModelConfig, ParallelConfig
+from zppo_mm.errors import ConfigError, ModelError
+from zppo_mm.models.architecture import Architecture, check_layout
+from zppo_mm.models.specs import Implementation, block_submodules, choose_implementation
+from zppo_mm.models.vision_language import VisionLanguageModel
+
+_PARTS = ("vision", "projector", "language")
+
+
+def build_model(
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, *, trainable: bool = True
+) -> VisionLanguageModel:
+    """Build this rank's pipeline stage, weights not yet set.
+
+    Megatron's process groups must be initialised. `weights.load_hf_weights` or `initial_weights.initialize_weights` sets the weights.
+
+    Args:
+        architecture: The network.
+        model: Implementation, precision and recomputation; its `student` path is not read.
+        parallel: The layout that the process groups were made for.
+        trainable: Whether parameters require gradients; a frozen model is also put into evaluation mode.
+
+    Raises:
+        ModelError: The network cannot be split into this layout.
+        ConfigError: The implementation or FP8 is asked for where it cannot run, or a value is unknown.
+    """
+    check_layout(architecture, parallel)
+    _check_groups(parallel)
+    implementation = choose_implementation(model)
+    config = transformer_config(architecture, model, parallel, implementation)
+    network = VisionLanguageModel(
+        architecture,
+        config,
+        block_submodules(architecture, config, implementation),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
+    )
+    if not trainable:
+        network.requires_grad_(False)
+        network.eval()
+    return network
+
+
+def freeze_parts(model: VisionLanguageModel, parts: list[str]) -> None:
+    """Turn gradients off for parts of the network.
+
+    Args:
+        model: The network.
+        parts: Any of `vision` (the tower without its merger), `projector` (the merger), `language`.
+
+    Raises:
+        ConfigError: A part is unknown, or all parts that the network has are frozen.
+    """
+    for part in parts:
+        if part not in _PARTS:
+            raise ConfigError(f"train.freeze: unknown part, got {part!r}, expected any of {', '.join(_PARTS)}; correct the list")
+    present = _PARTS if model.architecture.has_vision else ("language",)
+    if set(present) <= set(parts):
+        raise ConfigError(f"train.freeze: nothing is left to train, got {sorted(parts)}, expected at least one part left out; shorten the list")
+    for part in parts:
+        for parameter in model.parameters_of(part):
+            parameter.requires_grad_(False)
+
+
+def transformer_config(
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, implementation: Implementation
+) -> TransformerConfig:
+    """Translate the network and the layout into megatron-core's configuration.
+
+    Raises:
+        ConfigError: `params_dtype` or `recompute` has an unknown value.
+    """
+    dtype = _params_dtype(model)
+    options: dict[str, Any] = {
+        **_network_options(architecture),
+        **_recompute_options(model),
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "fp8": model.fp8 or None,
+        "transformer_impl": implementation,
+        # Packs differ in length from micro-batch to micro-batch; megatron-core asks for this dispatcher then, even without experts.
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "perform_initialization": False,
+        # Each of these needs Apex, Transformer Engine or a compiler; what is not fused is the same on every machine.
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+    }
+    if model.fp8:
+        options["fp8_recipe"] = model.fp8_recipe
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    return TransformerConfig(**{key: value for key, value in options.items() if key in known})
+
+
+def _network_options(architecture: Architecture) -> dict[str, Any]:
+    return {
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_query_groups": architecture.num_query_groups,
+        "kv_channels": architecture.head_dim,
+        "layernorm_epsilon": architecture.norm_epsilon,
+        "normalization": "RMSNorm",
+        "layernorm_zero_centered_gamma": True,
+        "qk_layernorm": True,
+        "attention_output_gate": True,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "linear_conv_kernel_dim": architecture.linear_conv_kernel_dim,
+        "linear_key_head_dim": architecture.linear_key_head_dim,
+        "linear_value_head_dim": architecture.linear_value_head_dim,
+        "linear_num_key_heads": architecture.linear_num_key_heads,
+        "linear_num_value_heads": architecture.linear_num_value_heads,
+        # As a list it makes checkpoints keep each layer under its own number, which layers of two kinds need. megatron-core's own hybrid
+        # variant stays off: it demands Transformer Engine.
+        "linear_attention_freq": [int(kind == "linear_attention") for kind in architecture.layer_types],
+        "hetereogenous_dist_checkpoint": True,
+    }
+
+
+def _recompute_options(model: ModelConfig) -> dict[str, Any]:
+    if model.recompute == "none":
+        return {}
+    if model.recompute == "selective":
+        return {"recompute_granularity": "selective"}
+    if model.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    raise ConfigError(f"model.recompute: unknown value, got {model.recompute!r}, expected none, selective or full; choose one of them")
+
+
+def _params_dtype(model: ModelConfig) -> torch.dtype:
+    types = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "auto": torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+    }
+    if model.params_dtype not in types:
+        raise ConfigError(f"model.params_dtype: unknown value, got {model.params_dtype!r}, expected {', '.join(types)}; choose one of them")
+    return types[model.params_dtype]
+
+
+def _check_groups(parallel: ParallelConfig) -> None:
+    if not parallel_state.is_initialized():
+        raise ModelError("build_model: Megatron's process groups are missing, expected an initialised layout; call parallel.initialize first")
+    sizes = (parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_world_size())
+    asked = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    if sizes != asked:
+        raise ModelError(
+            f"build_model: the layout is not that of the process groups, got tensor x pipeline {asked}, expected {sizes}; "
+            "pass the configuration that parallel.initialize got"
+        )

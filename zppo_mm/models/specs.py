@@ -1,0 +1,126 @@
+"""Which module each part of a layer is built from: megatron-core's own layers, or Transformer Engine's."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
+
+from zppo_mm.config import ModelConfig
+from zppo_mm.errors import ConfigError
+from zppo_mm.models.architecture import Architecture, LayerType
+from zppo_mm.models.attention import GatedAttention, PackedAttention
+from zppo_mm.models.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from zppo_mm.models.norm import RMSNorm
+
+Implementation = Literal["local", "transformer_engine"]
+
+
+def transformer_engine_provider() -> BackendSpecProvider | None:
+    """Return megatron-core's catalogue of Transformer Engine modules, `None` where the package is not usable."""
+    try:
+        from megatron.core.extensions.transformer_engine import HAVE_TE
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+    except Exception:
+        # The meta package without its torch part raises RuntimeError, a CUDA mismatch raises OSError.
+        return None
+    return TESpecProvider() if HAVE_TE else None
+
+
+def choose_implementation(model: ModelConfig) -> Implementation:
+    """Decide what layers are built from, and refuse what this machine cannot do.
+
+    Raises:
+        ConfigError: Transformer Engine or FP8 is asked for without a GPU or without the package, or a value is unknown.
+    """
+    asked = model.transformer_impl
+    if asked not in ("auto", "local", "transformer_engine"):
+        raise ConfigError(
+            f"model.transformer_impl: unknown value, got {asked!r}, expected auto, local or transformer_engine; choose one of them"
+        )
+    missing = _missing_for_transformer_engine()
+    for key, wanted in (("model.transformer_impl=transformer_engine", asked == "transformer_engine"), (f"model.fp8={model.fp8}", bool(model.fp8))):
+        if wanted and missing:
+            raise ConfigError(
+                f"{key}: Transformer Engine cannot be used here, got {missing}, expected a CUDA GPU and the package transformer-engine[pytorch]; "
+                "install the extra `gpu` on a machine with a GPU, or leave the key at its default"
+            )
+    if model.fp8 and asked == "local":
+        raise ConfigError(
+            "model.fp8: needs Transformer Engine's layers, got model.transformer_impl=local, expected auto or transformer_engine; change one of them"
+        )
+    return "local" if asked == "local" or missing else "transformer_engine"
+
+
+def _missing_for_transformer_engine() -> str:
+    """Return what this machine lacks, empty if nothing."""
+    if not torch.cuda.is_available():
+        return "no GPU"
+    return "" if transformer_engine_provider() is not None else "no usable installation of the package"
+
+
+def block_submodules(architecture: Architecture, config: TransformerConfig, implementation: Implementation) -> TransformerBlockSubmodules:
+    """Return the layers of this pipeline stage."""
+    make = _local_layer if implementation == "local" else _transformer_engine_layer
+    offset, count = get_transformer_layer_offset(config), get_num_layers_to_build(config)
+    layers = [make(kind) for kind in architecture.layer_types[offset : offset + count]]
+    if implementation == "local":
+        return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    provider = transformer_engine_provider()
+    assert provider is not None
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=provider.layer_norm(rms_norm=True))
+
+
+def _local_layer(kind: LayerType) -> ModuleSpec:
+    norms = {"input_layernorm": RMSNorm, "pre_mlp_layernorm": RMSNorm}
+    if kind == "linear_attention":
+        mixer, projection = _delta_net(ColumnParallelLinear, RowParallelLinear), "in_proj"
+    else:
+        mixer, projection = _attention(ColumnParallelLinear, RowParallelLinear, PackedAttention, RMSNorm), "linear_qkv"
+    # Checkpoints carry Transformer Engine's names, which hold a norm inside the linear layer after it.
+    names = {"input_layernorm.": f"self_attention.{projection}.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    return _layer(mixer, ColumnParallelLinear, RowParallelLinear, sharded_state_dict_keys_map=names, **norms)
+
+
+def _transformer_engine_layer(kind: LayerType) -> ModuleSpec:
+    provider = transformer_engine_provider()
+    assert provider is not None
+    column, row = provider.column_parallel_layer_norm_linear(), provider.row_parallel_linear()
+    if kind == "linear_attention":
+        mixer = _delta_net(column, row)
+    else:
+        mixer = _attention(column, row, provider.core_attention(), provider.layer_norm(rms_norm=True, for_qk=True))
+    return _layer(mixer, column, row, input_layernorm=IdentityOp, pre_mlp_layernorm=IdentityOp)
+
+
+def _delta_net(column: Any, row: Any) -> ModuleSpec:
+    return ModuleSpec(module=GatedDeltaNet, submodules=GatedDeltaNetSubmodules(in_proj=column, out_proj=row))
+
+
+def _attention(column: Any, row: Any, core: Any, norm: Any) -> ModuleSpec:
+    submodules = SelfAttentionSubmodules(linear_qkv=column, core_attention=core, linear_proj=row, q_layernorm=norm, k_layernorm=norm)
+    return ModuleSpec(module=GatedAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=submodules)
+
+
+def _layer(mixer: ModuleSpec, column: Any, row: Any, **others: Any) -> ModuleSpec:
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=mixer,
+            self_attn_bda=get_bias_dropout_add,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp_bda=get_bias_dropout_add,
+            **others,
+        ),
+    )

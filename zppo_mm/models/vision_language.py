@@ -1,0 +1,209 @@
+"""The network of one pipeline stage: vision tower and embedding first, decoder layers, output layer last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from encoders.fusion import fuse
+from encoders.tower import VisionTower
+from zppo_mm.errors import ModelError
+from zppo_mm.models.architecture import Architecture
+from zppo_mm.models.cache import DecodeCache
+from zppo_mm.models.packing import PackedLayout, build_layout
+from zppo_mm.models.rotary import InterleavedRotary
+
+FP8_TOKEN_MULTIPLE = 16
+"""FP8 matrix products need the number of tokens on a rank to be a multiple of this."""
+
+
+class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
+    """A Qwen3.5 network on megatron-core's GPTModel, with the Hugging Face vision tower on its first stage.
+
+    Args:
+        architecture: The network.
+        config: Its megatron-core configuration.
+        submodules: What this stage's layers are built from.
+        pre_process: Whether this is the first stage.
+        post_process: Whether this is the last stage.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: TransformerConfig,
+        submodules: TransformerBlockSubmodules,
+        pre_process: bool,
+        post_process: bool,
+    ) -> None:
+        super().__init__(config=config)
+        self.architecture = architecture
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.share_embeddings_and_output_weights = architecture.tie_word_embeddings
+        self.language_model = GPTModel(
+            config,
+            submodules,
+            architecture.vocab_size,
+            architecture.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+            position_embedding_type="none",
+            # Features are fused into the whole sequence; it is scattered after that.
+            scatter_embedding_sequence_parallel=False,
+        )
+        self.model_type = self.language_model.model_type
+        self.rotary = InterleavedRotary(architecture)
+        self.vision: VisionTower | None = None
+        if pre_process and architecture.vision is not None:
+            self.vision = VisionTower(architecture.vision, dtype=config.params_dtype)
+            if not config.use_cpu_initialization:
+                self.vision.cuda()
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        patches: torch.Tensor | None = None,
+        grids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run packed sequences through this stage.
+
+        Args:
+            token_ids: `[tokens]` int64.
+            positions: `[3, tokens]` int64, restarting with every sequence.
+            cu_seqlens: `[sequences + 1]` int32.
+            patches: `[patches, patch elements]` of all media in pack order; only the first stage looks at them.
+            grids: `[media, 3]` int64, `(t, h, w)` in patches.
+
+        Returns:
+            On the last stage logits `[tokens, vocabulary / tensor size]` float32, else hidden states `[tokens, 1, hidden]` (a share of the
+            tokens under sequence parallelism).
+
+        Raises:
+            ValueError: The media do not fit the placeholder tokens.
+            ModelError: Media came without a vision tower.
+        """
+        num_tokens = len(token_ids)
+        token_ids, positions, cu_seqlens = self.pad_tokens(token_ids, positions, cu_seqlens)
+        hidden = self.run_stage(token_ids, positions, build_layout(cu_seqlens), patches, grids)
+        return self.logits(hidden)[:num_tokens] if self.post_process else hidden
+
+    def run_stage(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        layout: PackedLayout,
+        patches: torch.Tensor | None = None,
+        grids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return this stage's hidden states, normalised on the last; the first embeds, the others read the input tensor that was set."""
+        hidden = self.embed(token_ids, patches, grids) if self.pre_process else None
+        table = self.rotary.table(positions)
+        output = self.language_model.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=table, packed_seq_params=layout)
+        return cast(torch.Tensor, output)
+
+    def embed(self, token_ids: torch.Tensor, patches: torch.Tensor | None, grids: torch.Tensor | None) -> torch.Tensor:
+        """Return embeddings with the media's features in their places, `[tokens, 1, hidden]` or this rank's share of them."""
+        embeddings = self.language_model.embedding(input_ids=token_ids[None], position_ids=None)
+        if self.vision is not None:
+            embeddings = self._fuse_media(self.vision, embeddings, token_ids, patches, grids)
+        elif patches is not None:
+            raise ModelError(
+                f"VisionLanguageModel: media without a vision tower, got {len(patches)} patches, expected none for a text-only network; "
+                "use a folder with a vision tower or text questions"
+            )
+        if self.config.sequence_parallel:
+            embeddings = scatter_to_sequence_parallel_region(embeddings)
+        return cast(torch.Tensor, embeddings)
+
+    def _fuse_media(
+        self, tower: VisionTower, embeddings: torch.Tensor, token_ids: torch.Tensor, patches: torch.Tensor | None, grids: torch.Tensor | None
+    ) -> torch.Tensor:
+        weight = next(tower.parameters())
+        if patches is None or grids is None:
+            features = embeddings.new_zeros((0, embeddings.shape[-1]))
+        else:
+            features = tower(patches.to(weight.device, weight.dtype), grids.to(weight.device))
+        fused = fuse(embeddings, token_ids, features, self.architecture.image_token_id, self.architecture.video_token_id)
+        if patches is None and torch.is_grad_enabled() and any(parameter.requires_grad for parameter in tower.parameters()):
+            # Every parameter must get a gradient in every micro-batch: bucketed gradient reduction waits for all of them.
+            fused = fused + self._idle_features(tower, weight).sum().to(fused.dtype) * 0
+        return fused
+
+    def _idle_features(self, tower: VisionTower, weight: torch.Tensor) -> torch.Tensor:
+        """Return the features of one blank block of patches."""
+        size = self.architecture.spatial_merge_size
+        elements = self.architecture.vision or {}
+        width = elements.get("in_channels", 3) * elements.get("temporal_patch_size", 2) * elements.get("patch_size", 16) ** 2
+        blank = weight.new_zeros((size * size, width))
+        return cast(torch.Tensor, tower(blank, torch.tensor([[1, size, size]], device=weight.device)))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits `[tokens, vocabulary / tensor size]` of normalised hidden states `[tokens, 1, hidden]`; last stage only."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _bias = self.language_model.output_layer(hidden, weight=weight)
+        return cast(torch.Tensor, logits).squeeze(1).float()
+
+    def pad_tokens(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Add one more sequence where the number of tokens must be a multiple of something."""
+        multiple = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        if self.config.fp8:
+            multiple *= FP8_TOKEN_MULTIPLE
+        missing = -len(token_ids) % multiple
+        if not missing:
+            return token_ids, positions, cu_seqlens
+        return (
+            torch.cat([token_ids, token_ids.new_zeros(missing)]),
+            torch.cat([positions, torch.arange(missing, device=positions.device).expand(3, -1)], dim=1),
+            torch.cat([cu_seqlens, cu_seqlens[-1:] + missing]),
+        )
+
+    def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
+        """Take the hidden states of the previous stage; Megatron's schedules call this before `forward`."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
+        """Return the weight that first and last stage share in a tied network; Megatron's gradient finalisation asks for it."""
+        return cast("torch.Tensor | None", self.language_model.shared_embedding_or_output_weight())
+
+    def parameters_of(self, part: str) -> Iterator[nn.Parameter]:
+        """Yield this stage's parameters of `vision` (the tower without its merger), `projector` (the merger) or `language`."""
+        if part == "language":
+            yield from self.language_model.parameters()
+            return
+        for name, parameter in self.vision.named_parameters() if self.vision is not None else ():
+            if (part == "projector") == name.startswith("model.merger."):
+                yield parameter
+
+    def prefill(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        patches: torch.Tensor | None,
+        grids: torch.Tensor | None,
+        cache: DecodeCache,
+    ) -> torch.Tensor | None:
+        """Run packed prompts and keep what decoding needs; see `decode.prefill`."""
+        from zppo_mm.models.decode import prefill
+
+        return prefill(self, token_ids, positions, cu_seqlens, patches, grids, cache)
+
+    def decode(self, token_ids: torch.Tensor, positions: torch.Tensor, cache: DecodeCache) -> torch.Tensor | None:
+        """Run one token per sequence; see `decode.decode`."""
+        from zppo_mm.models.decode import decode
+
+        return decode(self, token_ids, positions, cache)

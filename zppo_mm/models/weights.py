@@ -1,0 +1,283 @@
+"""Hugging Face weights into the network: which tensors make which parameter, and how each is cut over ranks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import nn
+
+from zppo_mm.errors import ModelError
+from zppo_mm.models.architecture import Architecture
+from zppo_mm.models.safetensors_folder import SafetensorsFolder
+from zppo_mm.models.vision_language import VisionLanguageModel
+
+PASSED_THROUGH = "mtp."
+"""Keys of the multi-token-prediction head: not part of the network, copied from the source on export."""
+_VISION_PARAMETERS = "vision.model."
+_LANGUAGE_PARAMETERS = "language_model."
+Fusion = Literal["single", "concatenated", "qkv"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How one kind of parameter is made from Hugging Face tensors.
+
+    Attributes:
+        names: The parameter's name inside its layer, local spelling first, then Transformer Engine's.
+        sources: Hugging Face names inside the layer.
+        fusion: How several tensors become one.
+        axis: Axis cut over tensor-parallel ranks; `None` for a replicated parameter.
+    """
+
+    names: tuple[str, ...]
+    sources: tuple[str, ...]
+    fusion: Fusion = "single"
+    axis: int | None = None
+
+
+_LAYER_RULES = (
+    Rule(
+        ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight", "self_attention.in_proj.layer_norm_weight"),
+        ("input_layernorm.weight",),
+    ),
+    Rule(("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"), ("post_attention_layernorm.weight",)),
+    Rule(
+        ("self_attention.linear_qkv.weight",),
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        "qkv",
+        0,
+    ),
+    Rule(("self_attention.linear_proj.weight",), ("self_attn.o_proj.weight",), axis=1),
+    Rule(("self_attention.q_layernorm.weight",), ("self_attn.q_norm.weight",)),
+    Rule(("self_attention.k_layernorm.weight",), ("self_attn.k_norm.weight",)),
+    Rule(
+        ("self_attention.in_proj.weight",),
+        tuple(f"linear_attn.in_proj_{part}.weight" for part in ("qkv", "z", "b", "a")),
+        "concatenated",
+        0,
+    ),
+    Rule(("self_attention.conv1d.weight",), ("linear_attn.conv1d.weight",), axis=0),
+    Rule(("self_attention.A_log",), ("linear_attn.A_log",), axis=0),
+    Rule(("self_attention.dt_bias",), ("linear_attn.dt_bias",), axis=0),
+    Rule(("self_attention.out_norm.weight",), ("linear_attn.norm.weight",)),
+    Rule(("self_attention.out_proj.weight",), ("linear_attn.out_proj.weight",), axis=1),
+    Rule(("mlp.linear_fc1.weight",), ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "concatenated", 0),
+    Rule(("mlp.linear_fc2.weight",), ("mlp.down_proj.weight",), axis=1),
+)
+_TOP_RULES = {
+    "embedding.word_embeddings.weight": ("embed_tokens.weight", 0),
+    "decoder.final_layernorm.weight": ("norm.weight", None),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """One parameter of this rank and the Hugging Face tensors that it is made from.
+
+    Attributes:
+        name: The parameter's name on this rank.
+        parameter: This rank's share.
+        keys: Full Hugging Face keys.
+        rule: How they become the parameter.
+        copied_from_embedding: Whether it is the last stage's copy of a tied embedding, which no file holds under its own name.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    keys: tuple[str, ...]
+    rule: Rule
+    copied_from_embedding: bool = False
+
+    @property
+    def short_name(self) -> str:
+        return self.rule.names[0]
+
+
+def parameter_mappings(model: VisionLanguageModel) -> Iterator[Mapping]:
+    """Yield every parameter of this rank's stage with its Hugging Face keys."""
+    architecture = model.architecture
+    language, vision = prefixes(architecture)
+    offset = get_transformer_layer_offset(model.config)
+    for name, parameter in model.named_parameters():
+        if name.startswith(_VISION_PARAMETERS):
+            key = vision + name.removeprefix(_VISION_PARAMETERS)
+            yield Mapping(name, parameter, (key,), Rule((name,), (key,)))
+            continue
+        inner = name.removeprefix(_LANGUAGE_PARAMETERS)
+        layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", inner)
+        if layer is not None:
+            rule = _layer_rule(layer[2])
+            prefix = f"{language}layers.{int(layer[1]) + offset}."
+            yield Mapping(name, parameter, tuple(prefix + source for source in rule.sources), rule)
+        elif inner == "output_layer.weight":
+            tied = architecture.tie_word_embeddings
+            key = f"{language}embed_tokens.weight" if tied else "lm_head.weight"
+            yield Mapping(name, parameter, (key,), Rule((inner,), (key,), axis=0), copied_from_embedding=tied)
+        else:
+            source, axis = _TOP_RULES[inner]
+            yield Mapping(name, parameter, (language + source,), Rule((inner,), (source,), axis=axis))
+
+
+def prefixes(architecture: Architecture) -> tuple[str, str]:
+    """Return what Hugging Face puts before the names of the language model and of the vision tower."""
+    return ("model.language_model.", "model.visual.") if architecture.has_vision else ("model.", "")
+
+
+def _layer_rule(name: str) -> Rule:
+    for rule in _LAYER_RULES:
+        if name in rule.names:
+            return rule
+    raise AssertionError(f"no weight rule for the parameter {name}")
+
+
+@torch.no_grad()
+def load_hf_weights(model: VisionLanguageModel, hf_dir: str | Path) -> None:
+    """Set every parameter of this rank from a Hugging Face folder, one tensor in memory at a time.
+
+    Raises:
+        ModelError: A file or key is missing, a key is not known, or a shape does not fit; the message names file and key.
+    """
+    folder = SafetensorsFolder(hf_dir)
+    mappings = list(parameter_mappings(model))
+    _check_keys(model.architecture, folder, {key for mapping in mappings for key in mapping.keys}, holds_vision=model.vision is not None)
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    for mapping in mappings:
+        _check_shapes(mapping, folder, model.architecture, size)
+        tensors = [folder.read(key) for key in mapping.keys]
+        whole = fuse_tensors(tensors, mapping.rule, model.architecture)
+        mapping.parameter.copy_(cut(whole, mapping, model.architecture, rank, size))
+
+
+def known_language_keys(architecture: Architecture) -> set[str]:
+    """Return all Hugging Face keys of the language model, on whichever stage they are."""
+    prefix, _vision = prefixes(architecture)
+    keys = {prefix + source for source, _axis in _TOP_RULES.values()}
+    if not architecture.tie_word_embeddings:
+        keys.add("lm_head.weight")
+    for number, kind in enumerate(architecture.layer_types):
+        other = "self_attn." if kind == "linear_attention" else "linear_attn."
+        sources = (source for rule in _LAYER_RULES for source in rule.sources)
+        keys.update(f"{prefix}layers.{number}.{source}" for source in sources if not source.startswith(other))
+    return keys
+
+
+def _check_keys(architecture: Architecture, folder: SafetensorsFolder, wanted: set[str], holds_vision: bool) -> None:
+    present = set(folder.keys())
+    missing = sorted((wanted | known_language_keys(architecture)) - present)
+    if missing:
+        raise ModelError(
+            f"{folder.where(missing[0])}: the key {missing[0]} is missing ({len(missing)} in all), got {len(present)} keys, expected all of the "
+            "network that config.json describes; download or export the folder again"
+        )
+    vision = prefixes(architecture)[1]
+    known = wanted | known_language_keys(architecture)
+    unknown = sorted(
+        key
+        for key in present - known
+        if not key.startswith(PASSED_THROUGH) and not (vision and not holds_vision and key.startswith(vision))
+    )
+    if unknown:
+        raise ModelError(
+            f"{folder.where(unknown[0])}: the key {unknown[0]} belongs to nothing in the network ({len(unknown)} in all), expected only keys of "
+            f"the network that config.json describes and {PASSED_THROUGH}*; check that config.json and weights are of the same model"
+        )
+
+
+def _check_shapes(mapping: Mapping, folder: SafetensorsFolder, architecture: Architecture, size: int) -> None:
+    full = list(mapping.parameter.shape)
+    if mapping.rule.axis is not None:
+        full[mapping.rule.axis] *= size
+    expected = split_tensors(torch.empty(full, device="meta"), mapping.rule, architecture)
+    for key, tensor in zip(mapping.keys, expected, strict=True):
+        shape = folder.shape(key)
+        if shape != tuple(tensor.shape):
+            raise ModelError(
+                f"{folder.where(key)}: the shape of {key} does not fit, got {list(shape)}, expected {list(tensor.shape)} from config.json; "
+                "check that config.json and weights are of the same model"
+            )
+
+
+def fuse_tensors(tensors: list[torch.Tensor], rule: Rule, architecture: Architecture) -> torch.Tensor:
+    """Make one parameter, not yet cut, from its Hugging Face tensors."""
+    if rule.fusion == "single":
+        return tensors[0]
+    if rule.fusion == "concatenated":
+        return torch.cat(tensors)
+    groups, dim, heads = _attention_sizes(architecture)
+    query, key, value = tensors
+    # Hugging Face interleaves query and gate per head; megatron-core wants all queries, then all gates, key and value of a group.
+    query = query.reshape(groups, heads, 2, dim, -1).transpose(1, 2).reshape(groups, 2 * heads * dim, -1)
+    return torch.cat([query, key.reshape(groups, dim, -1), value.reshape(groups, dim, -1)], 1).reshape(-1, query.shape[-1])
+
+
+def split_tensors(whole: torch.Tensor, rule: Rule, architecture: Architecture) -> list[torch.Tensor]:
+    """Undo `fuse_tensors`."""
+    if rule.fusion == "single":
+        return [whole]
+    if rule.fusion == "concatenated":
+        return list(whole.split(_concatenated_sizes(rule, architecture)))
+    groups, dim, heads = _attention_sizes(architecture)
+    width = whole.shape[-1]
+    query, key, value = whole.reshape(groups, -1, width).split([2 * heads * dim, dim, dim], 1)
+    query = query.reshape(groups, 2, heads, dim, width).transpose(1, 2)
+    return [query.reshape(-1, width), key.reshape(-1, width), value.reshape(-1, width)]
+
+
+def cut(whole: torch.Tensor, mapping: Mapping, architecture: Architecture, rank: int, size: int) -> torch.Tensor:
+    """Return a rank's share of a parameter: of each section its part, laid end to end."""
+    axis = mapping.rule.axis
+    if axis is None or size == 1:
+        return whole
+    sections = _sections(mapping, architecture, whole.shape[axis])
+    return torch.cat([section.chunk(size, axis)[rank] for section in whole.split(sections, axis)], axis)
+
+
+def join(shares: list[torch.Tensor], mapping: Mapping, architecture: Architecture) -> torch.Tensor:
+    """Undo `cut`, given the shares of all ranks in order."""
+    axis = mapping.rule.axis
+    if axis is None or len(shares) == 1:
+        return shares[0]
+    size = len(shares)
+    sections = [section // size for section in _sections(mapping, architecture, shares[0].shape[axis] * size)]
+    parts = [share.split(sections, axis) for share in shares]
+    return torch.cat([part[section] for section in range(len(sections)) for part in parts], axis)
+
+
+def _sections(mapping: Mapping, architecture: Architecture, whole: int) -> list[int]:
+    """Return the sections of a parameter that are cut one by one."""
+    key, value, heads = _linear_sizes(architecture)
+    if mapping.short_name == "self_attention.in_proj.weight":
+        return [key, key, value, value, heads, heads]
+    if mapping.short_name == "self_attention.conv1d.weight":
+        return [key, key, value]
+    if mapping.short_name == "mlp.linear_fc1.weight":
+        return [whole // 2, whole // 2]
+    return [whole]
+
+
+def _concatenated_sizes(rule: Rule, architecture: Architecture) -> list[int]:
+    key, value, heads = _linear_sizes(architecture)
+    if rule.names[0] == "mlp.linear_fc1.weight":
+        return [architecture.ffn_hidden_size] * 2
+    return [2 * key + value, value, heads, heads]
+
+
+def _attention_sizes(architecture: Architecture) -> tuple[int, int, int]:
+    """Return key heads, width of a head, and query heads per key head."""
+    groups = architecture.num_query_groups
+    return groups, architecture.head_dim, architecture.num_attention_heads // groups
+
+
+def _linear_sizes(architecture: Architecture) -> tuple[int, int, int]:
+    """Return the widths of all keys and all values of a DeltaNet layer, and its value heads."""
+    key = architecture.linear_num_key_heads * architecture.linear_key_head_dim
+    value = architecture.linear_num_value_heads * architecture.linear_value_head_dim
+    return key, value, cast(int, architecture.linear_num_value_heads)
