@@ -93,7 +93,7 @@ class TensorBoardSink:
     def __init__(self, folder: Path, last_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=last_step + 1 if last_step > 0 else None)
+        self._writer = SummaryWriter(str(folder), purge_step=last_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
