@@ -77,7 +77,7 @@ class DecodeAttention:
         mask = None if cache.mask is None else cache.mask[..., :used].expand(-1, self.groups, heads, -1)
         # The queries of one group stand where a kernel expects the tokens of one head, so keys are never repeated.
         mixed = F.scaled_dot_product_attention(both[:, :, :heads], state.keys[:, :, :used], state.values[:, :, :used], attn_mask=mask)
-        return self.projection((mixed * gate.sigmoid()).view(batch, -1))
+        return self.projection((mixed * gate.sigmoid()).reshape(batch, -1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class DecodeDeltaNet:
         both = F.rms_norm(both, (key_dim,), None, NORM_EPSILON / key_dim) * self.qk_scale
         if heads != self.key_heads:
             both = both.repeat_interleave(heads // self.key_heads, 2)
-        value = mixed[:, 2 * width :].view(batch * heads, 1, value_dim)
+        value = mixed[:, 2 * width :].reshape(batch * heads, 1, value_dim)
         decay = (F.softplus(alpha.float() + self.dt_bias) * self.decay_rate).exp_().view(-1, 1, 1)
         output = _delta_step(
             memory.state.view(batch * heads, key_dim, value_dim),
@@ -127,7 +127,7 @@ class DecodeDeltaNet:
             beta.float().sigmoid().view(-1, 1, 1),
         )
         gated = self.norm(output.view(batch, heads, value_dim)) * F.silu(gate.float()).view(batch, heads, value_dim)
-        return self.out_proj(gated.view(batch, -1).to(hidden.dtype))
+        return self.out_proj(gated.reshape(batch, -1).to(hidden.dtype))
 
 
 def _delta_step(state: torch.Tensor, query_key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
