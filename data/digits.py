@@ -122,7 +122,8 @@ def draw_problem(
     kind = _weighted(rng, kinds or dict.fromkeys(KINDS, 1.0))
     level = _weighted(rng, levels or dict.fromkeys(LEVELS, 1.0))
     digits = tuple(int(digit) for digit in rng.integers(0, 10, level))
-    while sequence_split(digits) != split:
+    # Single digits, a first lesson in supervised training, are too few to be split.
+    while level > 1 and sequence_split(digits) != split:
         digits = tuple(int(digit) for digit in rng.integers(0, 10, level))
     target = int(rng.choice(digits) if rng.random() < 0.7 else rng.integers(0, 10)) if kind == "equal" else None
     problem = DigitProblem(kind, digits, target)
@@ -144,7 +145,8 @@ def _options(rng: np.random.Generator, problem: DigitProblem) -> tuple[str, ...]
     else:
         right = int(problem.value)
         lowest = right - 3 if problem.kind == "alternating" else max(0, right - 3)
-        near = [str(value) for value in range(lowest, lowest + 8) if value != right]
+        highest = 9 if problem.kind == "largest" else lowest + 7
+        near = [str(value) for value in range(lowest, highest + 1) if value != right]
     wrong = rng.choice(len(near), 3, replace=False)
     options = [problem.value, *(near[int(i)] for i in wrong)]
     return tuple(options[int(i)] for i in rng.permutation(4))

@@ -2,15 +2,61 @@
 
 from __future__ import annotations
 
-from data.digits import DigitProblem, running_values
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from data.digits import LETTERS, DigitProblem, running_values
+
+MISREAD_SHARE = 0.5
 
 
 def reasoning(problem: DigitProblem) -> str:
     """Return the partial results digit by digit, e.g. `3+7=10+1=11` for a sum and `3:0,4:1` for a count."""
+    return _chain(problem, [] if problem.kind == "read" else running_values(problem))
+
+
+def solution(problem: DigitProblem) -> str:
+    """Return the whole response: reasoning inside `<think>`, final answer in a box."""
+    return response(reasoning(problem), problem.answer)
+
+
+def response(thought: str, answer: str) -> str:
+    """Return a response in the format that the closing instruction asks for."""
+    return f"<think>{thought}</think>\\boxed{{{answer}}}"
+
+
+def flawed_solution(rng: np.random.Generator, problem: DigitProblem) -> tuple[str, str]:
+    """Return a wrong response and its answer: one digit misread, or one slip that the following steps carry on.
+
+    Args:
+        rng: Draws the flaw.
+        problem: What was asked.
+    """
+    while True:
+        place = int(rng.integers(problem.level))
+        if problem.kind == "read" or rng.random() < MISREAD_SHARE:
+            digit = int((problem.digits[place] + rng.integers(1, 10)) % 10)
+            misread = replace(problem, digits=(*problem.digits[:place], digit, *problem.digits[place + 1 :]), choices=())
+            thought, value = reasoning(misread), misread.value
+        else:
+            slip = 1 if problem.kind in ("even", "equal") else int(rng.choice((-2, -1, 1, 2)))
+            values = [value + slip * (i >= max(place, 1)) for i, value in enumerate(running_values(problem))]
+            thought, value = _chain(problem, values), str(values[-1])
+        if value == problem.value:
+            continue
+        if not problem.choices:
+            return response(thought, value), value
+        others = [option for option in problem.choices if option != problem.value]
+        answer = LETTERS[problem.choices.index(value if value in others else others[int(rng.integers(len(others)))])]
+        return response(thought, answer), answer
+
+
+def _chain(problem: DigitProblem, values: Sequence[int]) -> str:
     digits = problem.digits
     if problem.kind == "read":
         return ",".join(map(str, digits))
-    values = running_values(problem)
     if problem.kind in ("even", "equal"):
         return ",".join(f"{digit}:{value}" for digit, value in zip(digits, values, strict=True))
     sign = "|" if problem.kind == "largest" else "+"
@@ -18,8 +64,3 @@ def reasoning(problem: DigitProblem) -> str:
     for place, (digit, value) in enumerate(zip(digits[1:], values[1:], strict=True), start=1):
         parts.append(f"{'-' if problem.kind == 'alternating' and place % 2 else sign}{digit}={value}")
     return "".join(parts)
-
-
-def solution(problem: DigitProblem) -> str:
-    """Return the whole response: reasoning inside `<think>`, final answer in a box."""
-    return f"<think>{reasoning(problem)}</think>\\boxed{{{problem.answer}}}"
