@@ -265,4 +265,3 @@ class ShardFolder:
             digest.update(f"{Path(shard).name}\0{index.tar_size}\0".encode())
             digest.update("\0".join(index.samples).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import queue
@@ -12,6 +13,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data.errors import DataError, MediaError
+
+logger = logging.getLogger(__name__)
 
 WORKER = Path(__file__).with_name("video_worker.py")
 LENGTH = struct.Struct(">Q")
@@ -31,6 +35,16 @@ class _WorkerGone(Exception):
     """The worker closed its socket."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """Frames `[frames, height, width, 3]` and their seconds, or why there are none."""
+
+    pixels: npt.NDArray[np.uint8] | None = None
+    timestamps: tuple[float, ...] = ()
+    reason: str = ""
+    detail: str = ""
+
+
 class VideoWorker:
     """One decoding process and the socket to it."""
 
@@ -40,7 +54,7 @@ class VideoWorker:
         Raises:
             DataError: It does not start, so that no video could be decoded at all.
         """
-        self.num_requests = 0
+        self._num_requests = 0
         self._connection, child = socket.socketpair()
         # -P: the script's folder must not come first on the import path, its modules have everyday names.
         command = [sys.executable, "-P", str(WORKER), str(memory_bytes)]
@@ -58,15 +72,16 @@ class VideoWorker:
             self.kill()
             raise DataError(f"video: the decoder does not start ({answer['detail']}); install it with: pip install decord2")
 
-    def request(self, header: dict[str, Any], content: bytes, deadline: float) -> tuple[dict[str, Any], npt.NDArray[np.uint8] | None]:
-        """Send one video and return the answer's header and the pixels.
+    def request(self, header: dict[str, Any], content: bytes, deadline: float) -> Answer:
+        """Send one video and return the answer.
 
         Raises:
             TimeoutError: The deadline passed.
             OSError: The connection broke.
+            ValueError, TypeError, KeyError: The answer makes no sense.
             _WorkerGone: The process ended.
         """
-        self.num_requests += 1
+        self._num_requests += 1
         encoded = json.dumps({**header, "size": len(content)}).encode()
         self._connection.settimeout(_remaining(deadline))
         self._connection.sendall(LENGTH.pack(len(encoded)) + encoded)
@@ -74,14 +89,21 @@ class VideoWorker:
         self._connection.sendall(content)
         answer = self._receive_header(deadline)
         if "shape" not in answer:
-            return answer, None
-        frames, height, width, channels = answer["shape"]
+            return Answer(reason="oversized" if answer["reason"] == "oversized" else "unreadable", detail=str(answer["detail"]))
         # A forged file may have taken the worker over: its answer is checked like any input.
-        if not (0 < frames <= header["max_frames"] and 0 < height * width <= header["max_pixels"] and channels == 3):
-            raise _WorkerGone
+        frames, height, width, channels = map(int, answer["shape"])
+        timestamps = tuple(map(float, answer["timestamps"]))
+        if not (0 < frames <= header["max_frames"] and min(height, width) > 0 and height * width <= header["max_pixels"] and channels == 3):
+            raise ValueError(f"shape {answer['shape']}")
+        if len(timestamps) != frames or not all(map(math.isfinite, timestamps)):
+            raise ValueError(f"{len(timestamps)} time stamps for {frames} frames")
         pixels = np.empty((frames, height, width, 3), np.uint8)
         self._receive_into(pixels.data.cast("B"), deadline)
-        return answer, pixels
+        return Answer(pixels=pixels, timestamps=timestamps)
+
+    def is_fit(self) -> bool:
+        """Return whether the process still runs and has not served its time."""
+        return self._process.poll() is None and self._num_requests < MAX_REQUESTS
 
     def kill(self) -> str:
         """End the process and return how it ended."""
@@ -154,31 +176,43 @@ class VideoDecoder:
             DataError: No decoder can be started.
         """
         worker = self._slots.get()
+        answer: Answer
         try:
-            worker = worker or VideoWorker(self._memory_bytes)
-            try:
-                answer, pixels = worker.request(header, content, time.monotonic() + self._timeout_seconds)
-                timestamps = tuple(float(second) for second in answer.get("timestamps", ()))
-            except TimeoutError as error:
-                worker.kill()
-                worker = None
-                message = f"video: not decoded within {self._timeout_seconds:g} s; shorten it or raise data.decode_timeout_seconds"
-                raise MediaError("timeout", message) from error
-            except (OSError, ValueError, TypeError, _WorkerGone) as error:
-                how, worker = worker.how_it_ended(), None
-                raise MediaError("decoder_died", f"video: the decoder died on it ({how}); convert or remove the file") from error
-            if worker.num_requests >= MAX_REQUESTS:
-                worker.kill()
-                worker = None
+            worker, answer = self._answer(worker, header, content)
+        except BaseException:
+            worker = None  # it has ended, or is in the middle of an answer
+            raise
         finally:
             self._slots.put(worker)
-        if pixels is None:
-            reason = answer.get("reason")
-            known = reason if reason in ("unreadable", "oversized") else "unreadable"
-            raise MediaError(known, f"video: {known}: {answer.get('detail')}; convert or remove the file")
-        if len(timestamps) != len(pixels) or not all(map(math.isfinite, timestamps)):
-            raise MediaError("unreadable", f"video: time stamps do not fit, got {len(timestamps)} for {len(pixels)} frames; convert it")
-        return pixels, timestamps
+        if answer.pixels is None:
+            raise MediaError(answer.reason, f"video: {answer.reason}: {answer.detail}; convert or remove the file")
+        return answer.pixels, answer.timestamps
+
+    def _answer(self, worker: VideoWorker | None, header: dict[str, Any], content: bytes) -> tuple[VideoWorker, Answer]:
+        """Return the answer and the worker that gave it: the one at hand if it is fit, else a new one."""
+        if worker is not None and worker.is_fit():
+            try:
+                return worker, self._ask(worker, header, content)
+            except MediaError as error:
+                if error.reason != "decoder_died":
+                    raise
+                logger.info("%s; asking a new decoder, because an earlier video may have been the cause", error)
+        elif worker is not None:
+            worker.kill()
+        fresh = VideoWorker(self._memory_bytes)
+        return fresh, self._ask(fresh, header, content)
+
+    def _ask(self, worker: VideoWorker, header: dict[str, Any], content: bytes) -> Answer:
+        """Return the worker's answer; a worker that hangs or breaks off has ended when this raises."""
+        try:
+            return worker.request(header, content, time.monotonic() + self._timeout_seconds)
+        except TimeoutError as error:
+            worker.kill()
+            message = f"video: not decoded within {self._timeout_seconds:g} s; shorten it or raise data.decode_timeout_seconds"
+            raise MediaError("timeout", message) from error
+        except (OSError, ValueError, TypeError, KeyError, _WorkerGone) as error:
+            how = worker.how_it_ended()
+            raise MediaError("decoder_died", f"video: the decoder died on it ({how}); convert or remove the file") from error
 
     def close(self) -> None:
         """End all workers; the next video starts new ones."""
@@ -187,4 +221,3 @@ class VideoDecoder:
             if worker is not None:
                 worker.kill()
             self._slots.put(None)
-

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import resource
 import socket
 import struct
@@ -103,6 +104,12 @@ def decode(content: bytearray, request: dict[str, Any]) -> tuple[dict[str, Any],
     return {"shape": pixels.shape, "timestamps": timestamps}, pixels.data.cast("B")
 
 
+def plain(message: str) -> str:
+    """Return the last line of a decoder's message without clock times and source files."""
+    lines = message.strip().splitlines() or [""]
+    return re.sub(r"\[\d\d:\d\d:\d\d\] \S+: ", "", lines[-1])[:200]
+
+
 def serve(connection: socket.socket) -> None:
     """Answer requests until the parent is gone."""
     while (prefix := receive(connection, LENGTH.size)) is not None:
@@ -118,8 +125,7 @@ def serve(connection: socket.socket) -> None:
         except MemoryError:
             answer, pixels = {"reason": "oversized", "detail": "decoding it needs more memory than the worker may take"}, b""
         except Exception as error:  # the decoder raises its own types, StopIteration and bare assertions
-            lines = str(error).strip().splitlines() or [""]
-            answer, pixels = {"reason": "unreadable", "detail": f"{type(error).__name__}: {lines[-1][:200]}"}, b""
+            answer, pixels = {"reason": "unreadable", "detail": f"{type(error).__name__}: {plain(str(error))}"}, b""
         send(connection, answer, pixels)
 
 

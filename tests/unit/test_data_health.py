@@ -1,0 +1,69 @@
+"""Counting of bad samples."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from data.errors import DataError
+from data.health import MAX_LISTED, SampleHealth
+
+
+def test_bad_samples_are_counted_by_reason_and_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    health = SampleHealth(max_bad_share=0.5)
+    health.good(7)
+    with caplog.at_level(logging.WARNING):
+        health.bad("a.tar:1", "bad_json", "no JSON")
+        health.bad("a.tar:2", "bad_json", "no JSON")
+        health.bad("a.tar:3", "timeout", "too slow")
+    assert health.counts == {"bad_json": 2, "timeout": 1}
+    assert (health.num_good, health.num_bad, health.bad_share) == (7, 3, 0.3)
+    assert [record.getMessage() for record in caplog.records][2] == "skipped sample a.tar:3: timeout: too slow"
+
+
+def test_the_share_is_checked_from_twenty_samples_on() -> None:
+    health = SampleHealth(max_bad_share=0.1)
+    health.good(16)
+    for index in range(3):
+        health.bad(f"s{index}", "r", "d")  # 3 of 19 is far above a tenth, but too few to say so
+    with pytest.raises(DataError, match=r"got 4 of 20 \(20.0%\), expected at most 10.0%.*\n  s0: r: d\n  s1: r: d\n  s2: r: d\n  s3: r: d"):
+        health.bad("s3", "r", "d")
+
+
+def test_exactly_the_allowed_share_passes() -> None:
+    health = SampleHealth(max_bad_share=0.05)
+    health.good(19)
+    health.bad("s", "r", "d")  # 1 of 20 is 0.05
+    with pytest.raises(DataError, match="got 2 of 21"):
+        health.bad("t", "r", "d")
+
+
+def test_strict_stops_at_the_first() -> None:
+    with pytest.raises(DataError, match=r"sample a.tar:1 is bad \(timeout\): too slow"):
+        SampleHealth(strict=True).bad("a.tar:1", "timeout", "too slow")
+
+
+def test_a_sample_whose_media_fail_later_counts_once() -> None:
+    health = SampleHealth(max_bad_share=1.0)
+    health.good(4)
+    health.bad("q", "truncated", "d", was_good=True)
+    assert (health.num_good, health.num_bad, health.bad_share) == (3, 1, 0.25)
+
+
+def test_state_continues_and_stays_small() -> None:
+    health = SampleHealth(max_bad_share=1.0)
+    health.good(1000)
+    for index in range(MAX_LISTED + 50):
+        health.bad(f"s{index}", "r", "d")
+    assert len(health.listed) == MAX_LISTED
+    resumed = SampleHealth(max_bad_share=1.0)
+    resumed.load_state_dict(json.loads(json.dumps(health.state_dict())))
+    assert resumed.state_dict() == health.state_dict()
+    assert resumed.num_bad == MAX_LISTED + 50
+
+
+def test_a_share_must_be_one() -> None:
+    with pytest.raises(DataError, match="max_bad_share is no share, got 5"):
+        SampleHealth(max_bad_share=5)
