@@ -1,4 +1,4 @@
-"""What the ranks of one replica tell each other: the tokens that its leader chose, and objects."""
+"""What the ranks of one replica tell each other while it samples: logits, the tokens that its leader chose, objects."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ def gather_in_replica(value: T) -> list[T]:
         return [value]
     dist.all_gather_object(collected, value, group=group)
     return cast(list[T], collected)
+
+
+def gather_vocabulary(logits: torch.Tensor) -> torch.Tensor:
+    """Return `[batch, vocabulary]` from every tensor rank's `[batch, vocabulary / tensor size]`; all ranks of the stage call it."""
+    if parallel.tensor_size() == 1:
+        return logits
+    parts = [torch.empty_like(logits) for _ in range(parallel.tensor_size())]
+    dist.all_gather(parts, logits.contiguous(), group=parallel.tensor_group())
+    return torch.cat(parts, dim=-1)
 
 
 def _leader(group: dist.ProcessGroup) -> int:
