@@ -1,0 +1,136 @@
+"""From a response to its reward: rules first, killable algebra where rules do not decide, a judge for open questions.
+
+Source: ZPPO (arXiv 2606.18216), reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from data.question import Question
+from zppo_mm.errors import ConfigError
+from zppo_mm.rewards.choice import matches_choice
+from zppo_mm.rewards.mathematics import MAX_ANSWER_CHARS, Undecided, compare, last_boxed
+from zppo_mm.rewards.workers import GradingPool, Outcome
+
+Reason = Literal["match", "mismatch", "not_boxed", "too_long", "timeout", "error"]
+_REASON_OF_OUTCOME: dict[Outcome, Reason] = {"equal": "match", "different": "mismatch", "timeout": "timeout", "error": "error"}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The grade of one response.
+
+    Attributes:
+        parsed: Content of the last `\\boxed{}`, `None` if nothing was boxed.
+        reward: 1 if the answer is right, else 0.
+        reason: `match` is right; all others are wrong. `timeout` and `error` mean that the comparison itself failed.
+    """
+
+    parsed: str | None
+    reward: float
+    reason: Reason
+
+
+class Judge(Protocol):
+    """Compares free-form answers with their references; never solves."""
+
+    def judge(self, items: Sequence[tuple[Question, str]]) -> list[bool]:
+        """Return for every (question, parsed answer) whether it agrees with the reference answer."""
+        ...
+
+
+class Verifier:
+    """Grades responses. May be used from any thread.
+
+    Args:
+        timeout_seconds: Hard wall-clock limit of one comparison by algebra.
+        num_workers: Most worker processes; they start when the first answer needs one.
+        judge: For questions of answer type `open`.
+    """
+
+    def __init__(self, timeout_seconds: float = 5.0, num_workers: int = 1, judge: Judge | None = None) -> None:
+        if timeout_seconds <= 0 or num_workers < 1:
+            raise ConfigError(
+                f"reward: out of range, got timeout_seconds={timeout_seconds} and num_workers={num_workers}, expected a positive limit "
+                "and at least one worker; correct the two keys"
+            )
+        self.judge = judge
+        self._pool = GradingPool(timeout_seconds, num_workers)
+
+    @property
+    def num_timeouts(self) -> int:
+        """Comparisons ended by the limit so far."""
+        return self._pool.num_timeouts
+
+    @property
+    def num_errors(self) -> int:
+        """Comparisons in which the library failed so far."""
+        return self._pool.num_errors
+
+    def verify(self, question: Question, text: str) -> Verdict:
+        """Grade one response; see `verify_all`."""
+        return self.verify_all([(question, text)])[0]
+
+    def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Verdict]:
+        """Grade (question, response text) pairs, in order; equal comparisons are made once.
+
+        Raises:
+            ConfigError: If a question is `open` and there is no judge.
+            DataError: If the reference answer of a multiple-choice question is no option's letter.
+        """
+        self._check_judge(items)
+        answers = [last_boxed(text) for _, text in items]
+        graded = [self._by_rule(question, parsed) for (question, _), parsed in zip(items, answers, strict=True)]
+        pairs = list(dict.fromkeys((grade.parsed, grade.gold) for grade in graded if isinstance(grade, Undecided)))
+        outcomes = dict(zip(pairs, self._pool.compare_all(pairs) if pairs else [], strict=True))
+        judged = iter(self._by_judge([(q, p) for (q, _), p, g in zip(items, answers, graded, strict=True) if g is None and p is not None]))
+        verdicts: list[Verdict] = []
+        for parsed, grade in zip(answers, graded, strict=True):
+            if isinstance(grade, Undecided):
+                reason = _REASON_OF_OUTCOME[outcomes[grade.parsed, grade.gold]]
+            else:
+                reason = next(judged) if grade is None else grade
+            verdicts.append(Verdict(parsed, float(reason == "match"), reason))
+        return verdicts
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._pool.close()
+
+    def __enter__(self) -> Verifier:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _by_rule(self, question: Question, parsed: str | None) -> Reason | Undecided | None:
+        """Return the reason if rules decide, the pair if algebra has to, `None` if a judge has to."""
+        if parsed is None:
+            return "not_boxed"
+        if question.answer_type == "open":
+            return None
+        if question.answer_type == "choice":
+            return "match" if matches_choice(parsed, question) else "mismatch"
+        verdict = compare(parsed, question.answer)
+        if isinstance(verdict, Undecided):
+            return verdict
+        if not verdict and len(parsed) > MAX_ANSWER_CHARS:
+            return "too_long"
+        return "match" if verdict else "mismatch"
+
+    def _by_judge(self, items: Sequence[tuple[Question, str]]) -> list[Reason]:
+        if not items:
+            return []
+        assert self.judge is not None
+        return ["match" if right else "mismatch" for right in self.judge.judge(items)]
+
+    def _check_judge(self, items: Sequence[tuple[Question, str]]) -> None:
+        asked = next((question for question, _ in items if question.answer_type == "open"), None)
+        if self.judge is None and asked is not None:
+            raise ConfigError(
+                f"Verifier: question {asked.id!r} has answer_type 'open' and there is no judge, expected math or choice; "
+                "give the Verifier a judge or leave such questions out of the data"
+            )
