@@ -46,28 +46,6 @@ class TinySize:
     vision_num_heads: int = 4
 
 
-STUDENT_SIZE = TinySize(
-    hidden_size=96,
-    intermediate_size=256,
-    num_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    linear_num_heads=4,
-    vision_depth=2,
-    vision_hidden_size=64,
-)
-TEACHER_SIZE = TinySize(
-    hidden_size=128,
-    intermediate_size=384,
-    num_layers=8,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    linear_num_heads=4,
-    vision_depth=2,
-    vision_hidden_size=96,
-)
-
-
 def write_untrained(folder: str | Path, size: TinySize, seed: int) -> None:
     """Write a complete folder with random weights.
 
@@ -90,7 +68,6 @@ def write_untrained(folder: str | Path, size: TinySize, seed: int) -> None:
 def tiny_config(size: TinySize, tokenizer: PreTrainedTokenizerFast) -> Qwen3_5Config:
     """Return the config.json of a tiny model."""
     vocab_size = -(-len(tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    token = tokenizer.convert_tokens_to_ids
     text: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": size.hidden_size,
@@ -106,8 +83,8 @@ def tiny_config(size: TinySize, tokenizer: PreTrainedTokenizerFast) -> Qwen3_5Co
         "linear_conv_kernel_dim": 4,
         "max_position_embeddings": MAX_POSITIONS,
         "tie_word_embeddings": True,
-        "eos_token_id": token("<|im_end|>"),
-        "pad_token_id": token("<|endoftext|>"),
+        "eos_token_id": token_id(tokenizer, "<|im_end|>"),
+        "pad_token_id": token_id(tokenizer, "<|endoftext|>"),
         "rope_parameters": dict(ROPE),
     }
     vision = {
@@ -125,12 +102,19 @@ def tiny_config(size: TinySize, tokenizer: PreTrainedTokenizerFast) -> Qwen3_5Co
     return Qwen3_5Config(
         text_config=text,
         vision_config=vision,
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
+        image_token_id=token_id(tokenizer, "<|image_pad|>"),
+        video_token_id=token_id(tokenizer, "<|video_pad|>"),
+        vision_start_token_id=token_id(tokenizer, "<|vision_start|>"),
+        vision_end_token_id=token_id(tokenizer, "<|vision_end|>"),
         tie_word_embeddings=True,
     )
+
+
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """Return the id of one token."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int), f"the tokenizer knows {token}"
+    return found
 
 
 def _settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, dict[str, Any]]:
@@ -145,7 +129,7 @@ def _settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, dict[str, Any]]:
         "rescale_factor": 1 / 255,
         "processor_class": "Qwen3VLProcessor",
     }
-    eos, pad = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
+    eos, pad = token_id(tokenizer, "<|im_end|>"), token_id(tokenizer, "<|endoftext|>")
     return {
         "preprocessor_config.json": {
             **shared,

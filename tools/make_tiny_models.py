@@ -1,0 +1,26 @@
+"""Train the embedded student and teacher from scratch and write their Hugging Face folders."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from zppo_mm.embedded.build import build_tiny_model
+from zppo_mm.embedded.recipes import RECIPES
+
+
+def main() -> None:
+    """Read the command line and build the models one after another."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out_dir", type=Path, help="folder for OUT_DIR/student and OUT_DIR/teacher")
+    parser.add_argument("--model", choices=RECIPES, nargs="+", default=list(RECIPES), help="which models (default: both)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and questions (default: %(default)s)")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    for name in arguments.model:
+        build_tiny_model(RECIPES[name], arguments.out_dir / name, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The embedded digit questions as data sources, built once per output folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from data.digits import Modality, Split
+from data.digits_shards import build_digit_shards
+from zppo_mm.config import RunConfig, SourceConfig
+from zppo_mm.models import parallel
+
+logger = logging.getLogger(__name__)
+
+NUM_QUESTIONS: dict[Split, int] = {"train": 1500, "held_out": 300}
+QUESTIONS_SEED = 0
+MODALITIES: dict[str, tuple[Modality, ...]] = {
+    "text": ("text",),
+    "image": ("image",),
+    "video": ("video",),
+    "mixed": ("text", "image", "video"),
+}
+
+
+def embedded_sources(config: RunConfig, split: Split) -> list[SourceConfig]:
+    """Return the digit questions of the run's modality; rank 0 builds what is not there yet, every rank calls this.
+
+    The questions are the same for every run, whatever its seed, so that runs can be compared.
+    """
+    folders = [embedded_folder(Path(config.output_dir), modality, split) for modality in MODALITIES[config.modality]]
+    if parallel.rank() == 0:
+        for modality, folder in zip(MODALITIES[config.modality], folders, strict=True):
+            if not folder.exists():
+                _build(folder, modality, split)
+    parallel.barrier()
+    return [SourceConfig(path=str(folder)) for folder in folders]
+
+
+def embedded_folder(output_dir: Path, modality: Modality, split: Split) -> Path:
+    """Return where the shards of one modality and split lie."""
+    return output_dir / "digit_questions" / f"{modality}-{split}-{NUM_QUESTIONS[split]}"
+
+
+def _build(folder: Path, modality: Modality, split: Split) -> None:
+    logger.info("building %d %s digit questions in %s", NUM_QUESTIONS[split], modality, folder)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    build_digit_shards(aside, modality, split, NUM_QUESTIONS[split], QUESTIONS_SEED)
+    try:
+        os.replace(aside, folder)
+    except OSError:
+        # Another run beside this one was faster; the same seed gives the same bytes.
+        if not folder.exists():
+            raise
+        shutil.rmtree(aside)

@@ -1,0 +1,63 @@
+"""Sizes and curricula of the embedded models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from zppo_mm.embedded.folder import TinySize
+from zppo_mm.embedded.lessons import Stage
+
+MICRO_BATCH_TOKENS = 4096
+"""Most tokens of a forward pass in supervised training; more is slower where the cache is small."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How one embedded model is made."""
+
+    size: TinySize
+    stages: tuple[Stage, ...]
+
+
+# Reading one digit comes first: with longer sequences the tower learns nothing until the language model knows where to look.
+FIRST_DIGITS = Stage(
+    num_updates=150, batch_size=48, lr=2e-3, final_lr=2e-3, warmup_updates=30, levels={1: 1, 2: 1}, kinds={"read": 1}, choice_share=0
+)
+READING = Stage(num_updates=150, batch_size=32, lr=2e-3, final_lr=2e-3, levels={2: 1, 3: 1, 4: 1, 5: 1, 6: 1}, kinds={"read": 1}, choice_share=0)
+
+STUDENT = Recipe(
+    TinySize(
+        hidden_size=96,
+        intermediate_size=192,
+        num_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        linear_num_heads=4,
+        vision_depth=2,
+        vision_hidden_size=48,
+    ),
+    (
+        FIRST_DIGITS,
+        READING,
+        Stage(num_updates=400, batch_size=32, lr=2e-3, final_lr=2e-4, levels={2: 3, 3: 3, 4: 2, 5: 1, 6: 1}, bcq_share=0.15, ncq_share=0.1),
+    ),
+)
+TEACHER = Recipe(
+    TinySize(
+        hidden_size=160,
+        intermediate_size=384,
+        num_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        linear_num_heads=4,
+        vision_depth=2,
+        vision_hidden_size=64,
+    ),
+    (
+        FIRST_DIGITS,
+        READING,
+        Stage(num_updates=1500, batch_size=32, lr=2e-3, final_lr=1e-4, levels={2: 1, 3: 1, 4: 2, 5: 3, 6: 3}),
+    ),
+)
+RECIPES: Mapping[str, Recipe] = {"student": STUDENT, "teacher": TEACHER}
