@@ -20,6 +20,7 @@ from zppo_mm.zone.replay import ReplayBuffer
 
 GROUP_SIZE = 8
 TAU = 0.5
+TEMPLATES = load_templates()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,7 @@ def make_rollout(answer: str | None, reward: float, step: int = 1, num_tokens: i
 def make_group(
     question: Question, kind: GroupKind, rollouts: Sequence[Rollout], step: int = 1, candidates: tuple[Candidate, ...] = (), text: str = ""
 ) -> Group:
-    templates = load_templates()
-    instance = PromptInstance(f"{step}/{kind}/{question.id}", question, kind, text or templates.plain_text(question), candidates)
+    instance = PromptInstance(f"{step}/{kind}/{question.id}", question, kind, text or TEMPLATES.plain_text(question), candidates)
     prompt = Prompt(text=instance.text, token_ids=np.arange(40), positions=np.zeros((3, 40), np.int64), next_position=40)
     return Group(instance, prompt, tuple(rollouts))
 
@@ -84,16 +84,16 @@ def group_advantages(groups: Sequence[Group]) -> dict[str, list[float]]:
 
 
 def reformulated(rng: np.random.Generator, hard: Sequence[Group], step: int, skill: float, limit: int) -> list[Group]:
-    templates, groups = load_templates(), []
+    groups: list[Group] = []
     for group in sorted(hard, key=lambda each: each.accuracy):
         question = group.question
         wrong = [rollout for rollout in group.rollouts if not rollout.reward]
         right = Candidate(f"The digits add up.\n\\boxed{{{question.answer}}}", "teacher", True, question.answer)
         negatives = tuple(Candidate(f"I count again.\n\\boxed{{{each.parsed}}}", "student", False, each.parsed) for each in wrong)
         pair = (right, negatives[0]) if rng.random() < 0.5 else (negatives[0], right)
-        text = templates.bcq_text(question, [candidate.text for candidate in pair])
+        text = TEMPLATES.bcq_text(question, [candidate.text for candidate in pair])
         groups.append(make_group(question, "bcq", make_rollouts(rng, question, min(0.95, skill + 0.3), step), step, pair, text))
-        text = templates.ncq_text(
+        text = TEMPLATES.ncq_text(
             question, sorted({each.parsed for each in wrong if each.parsed}), [candidate.text for candidate in negatives]
         )
         groups.append(make_group(question, "ncq", make_rollouts(rng, question, min(0.95, skill + 0.1), step), step, negatives, text))

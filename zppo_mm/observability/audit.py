@@ -48,7 +48,7 @@ def audit_matches(groups: Iterable[Group]) -> MatchAudit:
 
 def comparable_answer(answer: str) -> str:
     """Return an answer without what never changes its meaning: outer spaces and dollars, inner spacing, case, a closing full stop."""
-    return re.sub(r"\s+", " ", answer.strip().strip("$").strip().rstrip(".")).casefold()
+    return re.sub(r"\s+", " ", answer.strip().rstrip(".").strip("$").strip().rstrip(".")).casefold()
 
 
 def _num_matches(group: Group, correct: bool) -> int:
