@@ -107,7 +107,9 @@ def save(model: Any, path: Path, **more: torch.Tensor) -> Path:
     (path / "tokenizer.json").write_text(json.dumps({"stand-in": True}))
     if more:
         file = path / "model.safetensors"
-        save_file({**load_file(file), **{name.replace("__", "."): tensor for name, tensor in more.items()}}, file, metadata={"format": "pt"})
+        save_file(
+            {**load_file(file), **{name.replace("__", "."): tensor for name, tensor in more.items()}}, file, metadata={"format": "pt"}
+        )
     return path
 
 

@@ -97,8 +97,10 @@ def parse_architecture(raw: dict[str, Any], where: str = "config.json") -> Archi
     """
     family = raw.get("model_type")
     if family not in _FAMILIES:
-        raise ModelError(f"{where}: model_type is not supported, got {family!r}, expected one of {', '.join(_FAMILIES)}; use a Qwen3.5 folder")
-    text = raw["text_config"] if "text_config" in raw else raw
+        raise ModelError(
+            f"{where}: model_type is not supported, got {family!r}, expected one of {', '.join(_FAMILIES)}; use a Qwen3.5 folder"
+        )
+    text = raw.get("text_config", raw)
     vision = raw.get("vision_config") if family == "qwen3_5" else None
     try:
         architecture = _parse(family, raw, text, vision)
@@ -168,18 +170,19 @@ def _check_settings(architecture: Architecture, where: str) -> None:
     for key, (value, allowed) in found.items():
         if value not in allowed:
             raise ModelError(
-                f"{where}: {key} is not supported, got {value!r}, expected {' or '.join(map(repr, allowed))}; use an unmodified Qwen3.5 folder"
+                f"{where}: {key} is not supported, got {value!r}, expected {' or '.join(map(repr, allowed))}; "
+                "use an unmodified Qwen3.5 folder"
             )
     unknown = set(architecture.layer_types) - {"linear_attention", "full_attention"}
     if unknown:
         raise ModelError(
-            f"{where}: layer_types has an unknown kind, got {sorted(unknown)}, expected linear_attention or full_attention; "
-            "use an unmodified Qwen3.5 folder"
+            f"{where}: layer_types has an unknown kind, got {sorted(unknown)}, expected linear_attention or full_attention; use "
+            "an unmodified Qwen3.5 folder"
         )
     if sum(architecture.mrope_section) * 2 != architecture.rotary_dim:
         raise ModelError(
-            f"{where}: mrope_section does not fit, got {list(architecture.mrope_section)}, expected a sum of {architecture.rotary_dim // 2} "
-            "(half the rotated channels of a head); correct rope_parameters"
+            f"{where}: mrope_section does not fit, got {list(architecture.mrope_section)}, expected a sum of "
+            f"{architecture.rotary_dim // 2} (half the rotated channels of a head); correct rope_parameters"
         )
 
 
@@ -201,11 +204,11 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
     for name, value in by_tensor.items():
         if value % tensor:
             raise ModelError(
-                f"parallel.tensor_model_parallel_size: {name} cannot be split, got {value} over {tensor} ranks, expected a multiple of {tensor}; "
-                "choose a tensor size that divides it"
+                f"parallel.tensor_model_parallel_size: {name} cannot be split, got {value} over {tensor} ranks, expected a "
+                f"multiple of {tensor}; choose a tensor size that divides it"
             )
     if architecture.num_layers % pipeline:
         raise ModelError(
-            f"parallel.pipeline_model_parallel_size: layers cannot be split, got {architecture.num_layers} over {pipeline} stages, expected a "
-            f"multiple of {pipeline}; choose a pipeline size that divides them"
+            f"parallel.pipeline_model_parallel_size: layers cannot be split, got {architecture.num_layers} over {pipeline} stages, "
+            f"expected a multiple of {pipeline}; choose a pipeline size that divides them"
         )

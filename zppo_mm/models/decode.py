@@ -99,7 +99,9 @@ def decode(model: VisionLanguageModel, token_ids: torch.Tensor, positions: torch
 
 
 def _send(hidden: torch.Tensor) -> None:
-    dist.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), parallel_state.get_pipeline_model_parallel_group())
+    dist.send(
+        hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), parallel_state.get_pipeline_model_parallel_group()
+    )
 
 
 def _receive(buffer: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,7 @@ class DecodeAttention:
         batch, heads, dim = len(hidden), self.repeats, self.head_dim
         state: AttentionState = cache.attention[self.number]
         projected = F.linear(hidden, self.qkv).view(batch, self.groups, 2 * heads + 2, dim)
-        query, gate, key, value = projected.split([heads, heads, 1, 1], 2)
+        query, gate, key, value = torch.split(projected, [heads, heads, 1, 1], 2)
         both = torch.cat([query, key], 2)
         both = rotary((F.rms_norm(both.float(), (dim,), None, self.eps) * self.qk_scale).to(hidden.dtype))
         slot, used = cache.used, cache.used + 1
@@ -96,7 +96,7 @@ class DecodeDeltaNet:
     in_proj: torch.Tensor
     out_proj: RowParallel
     taps: torch.Tensor
-    sections: tuple[int, ...]
+    sections: list[int]
     key_heads: int
     value_heads: int
     qk_scale: torch.Tensor
@@ -107,7 +107,7 @@ class DecodeDeltaNet:
     def __call__(self, hidden: torch.Tensor, rotary: RotaryStep, cache: DecodeCache) -> torch.Tensor:
         batch, heads = len(hidden), self.value_heads
         memory: LinearState = cache.linear[self.number]
-        inputs, gate, beta, alpha = F.linear(hidden, self.in_proj).split(self.sections, 1)
+        inputs, gate, beta, alpha = torch.split(F.linear(hidden, self.in_proj), self.sections, 1)
         newest = (cache.step + len(self.taps) - 1) % len(self.taps)
         memory.inputs[:, newest] = inputs
         mixed = F.silu((memory.inputs * self.taps[newest]).sum(1)).float()
@@ -199,7 +199,8 @@ class DecodePlan:
 
     def logits(self, hidden: torch.Tensor, normalised: bool) -> torch.Tensor:
         """Return float32 logits of `[batch, hidden]` on the last stage."""
-        assert self.final_norm is not None and self.output_weight is not None
+        assert self.final_norm is not None
+        assert self.output_weight is not None
         return F.linear(hidden if normalised else self.final_norm(hidden), self.output_weight).float()
 
 
@@ -266,7 +267,7 @@ def _delta_net(mixer: GatedDeltaNet, eps: float, group: dist.ProcessGroup | None
         in_proj=mixer.in_proj.weight,
         out_proj=RowParallel(mixer.out_proj.weight, group),
         taps=ring,
-        sections=(sum(heads.qkv), *heads.projection[3:]),
+        sections=[sum(heads.qkv), *heads.projection[3:]],
         key_heads=heads.key_heads,
         value_heads=heads.value_heads,
         # The norm brings vectors to length sqrt(key_dim); queries are scaled once more by 1 / sqrt(key_dim).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-MAX_CHUNK_TOKENS = 64
+MAX_CHUNK_TOKENS = 32
 """Longest chunk: work inside a chunk grows with its square, steps between chunks with their number."""
 NORM_EPSILON = 1e-6
 """Added to the squared length of queries and keys, as the fused kernels do."""
@@ -77,7 +77,8 @@ def _chunks(tensor: torch.Tensor, num_chunks: int, padding: int) -> torch.Tensor
     """Turn `[batch, length, heads, dim]` into `[batch, heads, chunks, size, dim]`."""
     if padding:
         tensor = F.pad(tensor, (0, 0, 0, 0, 0, padding))
-    return tensor.unflatten(1, (num_chunks, -1)).permute(0, 3, 1, 2, 4).contiguous()
+    batch, length, heads, dim = tensor.shape
+    return tensor.reshape(batch, num_chunks, length // num_chunks, heads, dim).permute(0, 3, 1, 2, 4).contiguous()
 
 
 def _scan_chunks(

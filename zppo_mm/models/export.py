@@ -76,11 +76,7 @@ def _collect(own: Iterator[tuple[str, torch.Tensor]], source: SafetensorsFolder)
     keys: list[str] = []
     for key, tensor in own:
         keys.append(key)
-        if stage == 0:
-            if speaks:
-                weights[key] = tensor
-        elif speaks:
-            # A stage's tensors wait in order for the receiver, which learns their names first.
+        if speaks:
             weights[key] = tensor
     if num_stages == 1 or not speaks:
         return weights
@@ -99,25 +95,23 @@ def _collect(own: Iterator[tuple[str, torch.Tensor]], source: SafetensorsFolder)
 
 
 def _write_folder(weights: dict[str, torch.Tensor], source: SafetensorsFolder, target: Path) -> None:
-    unknown = sorted(key for key in source.keys() if key not in weights and not key.startswith(PASSED_THROUGH))
+    unknown = sorted(key for key in source.places if key not in weights and not key.startswith(PASSED_THROUGH))
     if unknown:
         raise ModelError(
-            f"{source.where(unknown[0])}: the key {unknown[0]} belongs to nothing in the network ({len(unknown)} in all), expected only the "
-            "network's own keys; export with the folder that the network was loaded from"
+            f"{source.where(unknown[0])}: the key {unknown[0]} belongs to nothing in the network ({len(unknown)} in all), expected only "
+            "the network's own keys; export with the folder that the network was loaded from"
         )
     aside = target.with_name(target.name + _INCOMPLETE)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     for file in sorted(source.path.rglob("*")):
-        name = file.relative_to(source.path)
+        relative = file.relative_to(source.path)
         if file.is_dir():
-            (aside / name).mkdir(parents=True, exist_ok=True)
-        elif str(name) not in source.files:
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, aside / name)
+            (aside / relative).mkdir(parents=True, exist_ok=True)
+        elif str(relative) not in source.files:
+            shutil.copyfile(file, aside / relative)
     for name in source.files:
         tensors = {key: weights[key] if key in weights else source.read(key) for key in source.keys_of(name)}
-        (aside / name).parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, aside / name, metadata=source.metadata_of(name) or {"format": "pt"})
     _replace(aside, target)
 
@@ -138,4 +132,6 @@ def _agree(failure: Exception | None, target: Path) -> None:
     dist.all_gather_object(reports, None if failure is None else str(failure))
     reasons = [report for report in reports if report is not None]
     if reasons:
-        raise ModelError(f"{target}: the export failed, got {json.dumps(reasons[0])}, expected a complete folder; correct the cause and export again")
+        raise ModelError(
+            f"{target}: the export failed, got {json.dumps(reasons[0])}, expected a complete folder; correct the cause and export again"
+        )

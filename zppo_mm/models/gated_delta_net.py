@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,8 @@ class GatedRMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=torch.float32, device=parameter_device(config)))
-        # Each rank's gradient covers its own heads. Megatron sums over ranks only what is marked sequence-parallel, and only when that is on.
+        # Each rank's gradient covers its own heads. Megatron sums over ranks only what is marked
+        # sequence-parallel, and only when that is on.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.weight.sum_gradients_across_tp = tensor_size > 1 and not config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -142,11 +143,11 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         self.fused_kernels = fused_kernels() if parameter_device(config).type == "cuda" else None
 
     def _build_own_parameters(self, config: TransformerConfig, tensor_size: int) -> None:
-        place = {"device": parameter_device(config)}
+        device, dtype = parameter_device(config), config.params_dtype
         channels, taps, heads = sum(self.heads.qkv), config.linear_conv_kernel_dim, self.heads.value_heads
-        self.conv1d = nn.Conv1d(channels, channels, taps, groups=channels, padding=taps - 1, bias=False, dtype=config.params_dtype, **place)
-        self.dt_bias = nn.Parameter(torch.ones(heads, dtype=config.params_dtype, **place))
-        self.A_log = nn.Parameter(torch.zeros(heads, dtype=torch.float32, **place))
+        self.conv1d = nn.Conv1d(channels, channels, taps, groups=channels, padding=taps - 1, bias=False, dtype=dtype, device=device)
+        self.dt_bias = nn.Parameter(torch.ones(heads, dtype=dtype, device=device))
+        self.A_log = nn.Parameter(torch.zeros(heads, dtype=torch.float32, device=device))
         for parameter in (self.conv1d.weight, self.dt_bias, self.A_log):
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
             parameter.partition_dim = 0  # type: ignore[attr-defined]
@@ -183,10 +184,12 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         for bucket in layout.buckets:
             inputs = bucket.pad(mixed)
             query, key, value = self._heads(causal_convolution(inputs, self.conv1d.weight))
-            output, state = chunk_gated_delta_rule(query, key, value, bucket.pad(log_decay), bucket.pad(beta), final_state=cache is not None)
+            decay, write = bucket.pad(log_decay), bucket.pad(beta)
+            output, state = chunk_gated_delta_rule(query, key, value, decay, write, final_state=cache is not None)
             parts.append(bucket.unpad(output))
             if cache is not None and state is not None:
-                cache.store_linear(self.layer_number, bucket.sequences, last_inputs(inputs, bucket.lengths, self.conv1d.weight.shape[-1] - 1), state)
+                taps = self.conv1d.weight.shape[-1]
+                cache.store_linear(self.layer_number, bucket.sequences, last_inputs(inputs, bucket.lengths, taps - 1), state)
         return layout.join(parts)
 
     def _mix_packed(self, mixed: torch.Tensor, log_decay: torch.Tensor, beta: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
@@ -214,13 +217,14 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
             for bucket in layout.buckets:
                 inputs = last_inputs(bucket.pad(mixed), bucket.lengths, weight.shape[-1] - 1)
                 layout.cache.store_linear(self.layer_number, bucket.sequences, inputs, state[list(bucket.sequences)])
-        return output[0].float()
+        return cast(torch.Tensor, output)[0].float()
 
     def _heads(self, convolved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Split `[batch, length, channels]` into `[batch, length, heads, dim]` of query, key and value."""
-        query, key, value = convolved.split(self.heads.qkv, dim=-1)
+        query, key, value = torch.split(convolved, self.heads.qkv, dim=-1)
         key_heads, value_heads = self.heads.key_heads, self.heads.value_heads
-        return query.unflatten(-1, (key_heads, -1)), key.unflatten(-1, (key_heads, -1)), value.unflatten(-1, (value_heads, -1))
+        query, key = (heads.reshape(*heads.shape[:-1], key_heads, -1) for heads in (query, key))
+        return query, key, value.reshape(*value.shape[:-1], value_heads, -1)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GatedDeltaNet:
         return _apply_keeping_float32(self, super()._apply, fn, recurse)  # type: ignore[return-value]

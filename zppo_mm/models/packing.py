@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -87,7 +88,7 @@ def build_layout(cu_seqlens: torch.Tensor, cache: DecodeCache | None = None) -> 
         cache: Filled by the forward pass if given.
     """
     bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    lengths = [end - start for start, end in pairwise(bounds)]
     groups: list[list[int]] = []
     for sequence in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
         if lengths[sequence] == 0:

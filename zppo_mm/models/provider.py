@@ -19,9 +19,7 @@ from zppo_mm.models.vision_language import VisionLanguageModel
 _PARTS = ("vision", "projector", "language")
 
 
-def build_model(
-    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, *, trainable: bool = True
-) -> VisionLanguageModel:
+def build_model(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, *, trainable: bool = True) -> VisionLanguageModel:
     """Build this rank's pipeline stage, weights not yet set.
 
     Megatron's process groups must be initialised. `weights.load_hf_weights` or `initial_weights.initialize_weights` sets the weights.
@@ -68,7 +66,9 @@ def freeze_parts(model: VisionLanguageModel, parts: list[str]) -> None:
             raise ConfigError(f"train.freeze: unknown part, got {part!r}, expected any of {', '.join(_PARTS)}; correct the list")
     present = _PARTS if model.architecture.has_vision else ("language",)
     if set(present) <= set(parts):
-        raise ConfigError(f"train.freeze: nothing is left to train, got {sorted(parts)}, expected at least one part left out; shorten the list")
+        raise ConfigError(
+            f"train.freeze: nothing is left to train, got {sorted(parts)}, expected at least one part left out; shorten the list"
+        )
     for part in parts:
         for parameter in model.parameters_of(part):
             parameter.requires_grad_(False)
@@ -166,7 +166,9 @@ def _params_dtype(model: ModelConfig) -> torch.dtype:
 
 def _check_groups(parallel: ParallelConfig) -> None:
     if not parallel_state.is_initialized():
-        raise ModelError("build_model: Megatron's process groups are missing, expected an initialised layout; call parallel.initialize first")
+        raise ModelError(
+            "build_model: Megatron's process groups are missing, expected an initialised layout; call parallel.initialize first"
+        )
     sizes = (parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_world_size())
     asked = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     if sizes != asked:

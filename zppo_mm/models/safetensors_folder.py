@@ -28,8 +28,9 @@ _DTYPES = {
 class SafetensorsFolder:
     """The weights of a Hugging Face folder: one file, or several with an index. Only headers are read until a tensor is asked for.
 
-    Args:
+    Attributes:
         path: The folder.
+        places: File name of every key.
 
     Raises:
         ModelError: There are no weights, the index names a missing file, or a file is no safetensors file.
@@ -38,7 +39,7 @@ class SafetensorsFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._files = self._find_files()
-        self._places: dict[str, str] = {}
+        self.places: dict[str, str] = {}
         self._open: dict[str, Any] = {}
         for name in self._files:
             file = self.path / name
@@ -49,7 +50,8 @@ class SafetensorsFolder:
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{file}: cannot be read as safetensors, got {error}; download or export the folder again") from error
             self._open[name] = handle
-            self._places.update(dict.fromkeys(handle.keys(), name))
+            names: list[str] = handle.keys()  # type: ignore[no-untyped-call]
+            self.places.update(dict.fromkeys(names, name))
 
     def _find_files(self) -> tuple[str, ...]:
         index = self.path / INDEX_NAME
@@ -68,10 +70,6 @@ class SafetensorsFolder:
         """Names of the weight files."""
         return self._files
 
-    def keys(self) -> list[str]:
-        """Return all keys."""
-        return list(self._places)
-
     def keys_of(self, file: str) -> list[str]:
         """Return the keys of one file."""
         return list(self._open[file].keys())
@@ -82,7 +80,7 @@ class SafetensorsFolder:
 
     def where(self, key: str) -> Path:
         """Return the file that has the key, or the folder if none has."""
-        return self.path / self._places[key] if key in self._places else self.path
+        return self.path / self.places[key] if key in self.places else self.path
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return a tensor's shape from the header."""
@@ -104,7 +102,7 @@ class SafetensorsFolder:
 
     def read(self, key: str) -> torch.Tensor:
         """Return one tensor."""
-        return cast(torch.Tensor, self._open[self._places[key]].get_tensor(key))
+        return cast(torch.Tensor, self._open[self.places[key]].get_tensor(key))
 
     def _slice(self, key: str) -> Any:
-        return self._open[self._places[key]].get_slice(key)
+        return self._open[self.places[key]].get_slice(key)

@@ -50,15 +50,19 @@ def choose_implementation(model: ModelConfig) -> Implementation:
             f"model.transformer_impl: unknown value, got {asked!r}, expected auto, local or transformer_engine; choose one of them"
         )
     missing = _missing_for_transformer_engine()
-    for key, wanted in (("model.transformer_impl=transformer_engine", asked == "transformer_engine"), (f"model.fp8={model.fp8}", bool(model.fp8))):
+    for key, wanted in (
+        ("model.transformer_impl=transformer_engine", asked == "transformer_engine"),
+        (f"model.fp8={model.fp8}", bool(model.fp8)),
+    ):
         if wanted and missing:
             raise ConfigError(
-                f"{key}: Transformer Engine cannot be used here, got {missing}, expected a CUDA GPU and the package transformer-engine[pytorch]; "
-                "install the extra `gpu` on a machine with a GPU, or leave the key at its default"
+                f"{key}: Transformer Engine cannot be used here, got {missing}, expected a CUDA GPU and the package "
+                "transformer-engine[pytorch]; install the extra `gpu` on a machine with a GPU, or leave the key at its default"
             )
     if model.fp8 and asked == "local":
         raise ConfigError(
-            "model.fp8: needs Transformer Engine's layers, got model.transformer_impl=local, expected auto or transformer_engine; change one of them"
+            "model.fp8: needs Transformer Engine's layers, got model.transformer_impl=local, expected auto or "
+            "transformer_engine; change one of them"
         )
     return "local" if asked == "local" or missing else "transformer_engine"
 

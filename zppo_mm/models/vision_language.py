@@ -128,7 +128,12 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         return cast(torch.Tensor, embeddings)
 
     def _fuse_media(
-        self, tower: VisionTower, embeddings: torch.Tensor, token_ids: torch.Tensor, patches: torch.Tensor | None, grids: torch.Tensor | None
+        self,
+        tower: VisionTower,
+        embeddings: torch.Tensor,
+        token_ids: torch.Tensor,
+        patches: torch.Tensor | None,
+        grids: torch.Tensor | None,
     ) -> torch.Tensor:
         weight = next(tower.parameters())
         if patches is None or grids is None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from megatron.core import parallel_state
@@ -170,12 +170,12 @@ def known_language_keys(architecture: Architecture) -> set[str]:
 
 
 def _check_keys(architecture: Architecture, folder: SafetensorsFolder, wanted: set[str], holds_vision: bool) -> None:
-    present = set(folder.keys())
+    present = set(folder.places)
     missing = sorted((wanted | known_language_keys(architecture)) - present)
     if missing:
         raise ModelError(
-            f"{folder.where(missing[0])}: the key {missing[0]} is missing ({len(missing)} in all), got {len(present)} keys, expected all of the "
-            "network that config.json describes; download or export the folder again"
+            f"{folder.where(missing[0])}: the key {missing[0]} is missing ({len(missing)} in all), got {len(present)} keys, "
+            "expected all of the network that config.json describes; download or export the folder again"
         )
     vision = prefixes(architecture)[1]
     known = wanted | known_language_keys(architecture)
@@ -186,8 +186,9 @@ def _check_keys(architecture: Architecture, folder: SafetensorsFolder, wanted: s
     )
     if unknown:
         raise ModelError(
-            f"{folder.where(unknown[0])}: the key {unknown[0]} belongs to nothing in the network ({len(unknown)} in all), expected only keys of "
-            f"the network that config.json describes and {PASSED_THROUGH}*; check that config.json and weights are of the same model"
+            f"{folder.where(unknown[0])}: the key {unknown[0]} belongs to nothing in the network ({len(unknown)} in all), expected only "
+            f"keys of the network that config.json describes and {PASSED_THROUGH}*; "
+            "check that config.json and weights are of the same model"
         )
 
 
@@ -223,10 +224,10 @@ def split_tensors(whole: torch.Tensor, rule: Rule, architecture: Architecture) -
     if rule.fusion == "single":
         return [whole]
     if rule.fusion == "concatenated":
-        return list(whole.split(_concatenated_sizes(rule, architecture)))
+        return list(torch.split(whole, _concatenated_sizes(rule, architecture)))
     groups, dim, heads = _attention_sizes(architecture)
     width = whole.shape[-1]
-    query, key, value = whole.reshape(groups, -1, width).split([2 * heads * dim, dim, dim], 1)
+    query, key, value = torch.split(whole.reshape(groups, -1, width), [2 * heads * dim, dim, dim], 1)
     query = query.reshape(groups, 2, heads, dim, width).transpose(1, 2)
     return [query.reshape(-1, width), key.reshape(-1, width), value.reshape(-1, width)]
 
@@ -237,7 +238,7 @@ def cut(whole: torch.Tensor, mapping: Mapping, architecture: Architecture, rank:
     if axis is None or size == 1:
         return whole
     sections = _sections(mapping, architecture, whole.shape[axis])
-    return torch.cat([section.chunk(size, axis)[rank] for section in whole.split(sections, axis)], axis)
+    return torch.cat([section.chunk(size, axis)[rank] for section in torch.split(whole, sections, axis)], axis)
 
 
 def join(shares: list[torch.Tensor], mapping: Mapping, architecture: Architecture) -> torch.Tensor:
@@ -247,7 +248,7 @@ def join(shares: list[torch.Tensor], mapping: Mapping, architecture: Architectur
         return shares[0]
     size = len(shares)
     sections = [section // size for section in _sections(mapping, architecture, shares[0].shape[axis] * size)]
-    parts = [share.split(sections, axis) for share in shares]
+    parts = [torch.split(share, sections, axis) for share in shares]
     return torch.cat([part[section] for section in range(len(sections)) for part in parts], axis)
 
 
@@ -280,4 +281,4 @@ def _linear_sizes(architecture: Architecture) -> tuple[int, int, int]:
     """Return the widths of all keys and all values of a DeltaNet layer, and its value heads."""
     key = architecture.linear_num_key_heads * architecture.linear_key_head_dim
     value = architecture.linear_num_value_heads * architecture.linear_value_head_dim
-    return key, value, cast(int, architecture.linear_num_value_heads)
+    return key, value, architecture.linear_num_value_heads
