@@ -28,7 +28,8 @@ class LostRankError(ZppoError, RuntimeError):
 def initialize(config: ParallelConfig, seed: int) -> None:
     """Join the process group and set up Megatron's groups and random streams.
 
-    Works under torchrun (its environment is read) and, without any launcher, as a single process.
+    Works under torchrun (its environment is read) and, without any launcher, as a single process. Called again, it changes the layout of
+    the same processes.
 
     Args:
         config: The layout; what is left of the world size is data parallel.
@@ -38,16 +39,11 @@ def initialize(config: ParallelConfig, seed: int) -> None:
         ConfigError: The number of processes does not fit the layout.
     """
     megatron_cpu.install()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    validate_layout(config, world_size)
-    timeout = timedelta(minutes=config.timeout_minutes)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if backend == "nccl":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+    validate_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
     else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        _join(timedelta(minutes=config.timeout_minutes))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -55,6 +51,17 @@ def initialize(config: ParallelConfig, seed: int) -> None:
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _join(timeout: timedelta) -> None:
+    """Join the processes that torchrun's environment names, or be alone."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def validate_layout(config: ParallelConfig, world_size: int) -> None:
@@ -207,6 +214,13 @@ def gather_from_replicas(local: Sequence[T]) -> list[list[T]]:
     collected: list[Any] = [None] * world_size()
     dist.all_gather_object(collected, contribution)
     return [objects for _, objects in sorted((item for item in collected if item is not None), key=lambda item: item[0])]
+
+
+def gather_from_ranks(local: T) -> list[T]:
+    """Return every rank's object on every rank, by rank."""
+    collected: list[Any] = [None] * world_size()
+    dist.all_gather_object(collected, local)
+    return collected
 
 
 def broadcast_object(value: T | None, source: int = 0) -> T:

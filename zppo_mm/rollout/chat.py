@@ -114,6 +114,15 @@ class ChatFormat:
         text: str = self._tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Texts of the special tokens."""
+        return tuple(self._special_ids)
+
+    def count_tokens(self, text: str) -> int:
+        """Return the length of a text in tokens, nothing in it taken for a special token."""
+        return len(self._tokenize_plain(text))
+
     def _tokenize_plain(self, text: str) -> list[int]:
         """Tokenise text in which nothing is a special token.
 

@@ -104,6 +104,24 @@ class GroupSampler:
         collected = {outcome.index: outcome for replica in self._exchange.gather(outcomes) for outcome in replica}
         return self._groups(instances, collected)
 
+    def respond(self, texts: Sequence[str], params: SamplingParams, name: str) -> list[str]:
+        """Return one response per user text, without media and without a grade; the same on every rank.
+
+        Args:
+            texts: The same list on every rank.
+            params: How tokens are drawn.
+            name: Names the random streams.
+        """
+        replica, size = self._exchange.replica, self._exchange.num_replicas
+        nothing = Question(id=name, text="", media=(), answer="", answer_type="open")
+        requests = [
+            GenerationRequest(*self._encoder.encode(texts[index], nothing), 1, ("respond", name, index))
+            for index in range(replica, len(texts), size)
+        ]
+        generations = self._engine.generate(requests, params)
+        shares = self._exchange.gather([self._encoder.decode(group[0].response_ids) for group in generations])
+        return [shares[index % size][index // size] for index in range(len(texts))]
+
     def _encode(self, instances: Sequence[PromptInstance], mine: Sequence[int]) -> tuple[list[_Encoded], list[_Outcome]]:
         """Encode this replica's share; what fails on one of its ranks is left out on all, or they would sample different lists."""
         encoded: list[_Encoded] = []

@@ -1,0 +1,226 @@
+"""From a configuration to the parts of a run."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.health import SampleHealth
+from data.media import Frames, MediaLimits, MediaOpener
+from data.question import MediaRef, Question
+from data.shards import ShardFolder, ShardReader
+from data.stream import QuestionStream
+from zppo_mm.config import DataConfig, RunConfig
+from zppo_mm.embedded import STUDENT_DIR, TEACHER_DIR
+from zppo_mm.embedded.questions import embedded_sources
+from zppo_mm.evaluate import held_out_questions
+from zppo_mm.models import parallel
+from zppo_mm.models.architecture import load_architecture
+from zppo_mm.models.provider import build_model
+from zppo_mm.models.vision_language import VisionLanguageModel
+from zppo_mm.models.weights import load_hf_weights
+from zppo_mm.rewards.verify import Verifier
+from zppo_mm.rollout.engine import SamplingParams
+from zppo_mm.rollout.exchange import ParallelExchange
+from zppo_mm.rollout.feed import QuestionFeed
+from zppo_mm.rollout.megatron_engine import MegatronEngine
+from zppo_mm.rollout.prompt import PromptEncoder
+from zppo_mm.rollout.sampler import GroupSampler
+from zppo_mm.step import Stages
+from zppo_mm.teacher.compress import RuleCompressor, TeacherCompressor, load_compression_template
+from zppo_mm.teacher.megatron_teacher import MegatronTeacher
+from zppo_mm.teacher.teacher import Compressor
+from zppo_mm.training.learner import Learner
+from zppo_mm.training.objective import PolicyObjective
+from zppo_mm.training.policy import Policy
+from zppo_mm.zone.prompts import PromptTemplates, load_templates
+from zppo_mm.zone.reformulate import Reformulator
+from zppo_mm.zone.replay import ReplayBuffer
+
+logger = logging.getLogger(__name__)
+
+
+class MediaStore:
+    """Opens any media reference of the run's shards."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self._reader = ShardReader()
+        self._opener = MediaOpener(
+            MediaLimits(
+                max_bytes=config.max_media_bytes,
+                max_pixels=config.max_media_pixels,
+                frames_per_second=config.video_frames_per_second,
+                max_frames=config.video_max_frames,
+                decode_timeout_seconds=config.decode_timeout_seconds,
+                num_workers=config.num_decode_workers,
+            )
+        )
+
+    def open(self, ref: MediaRef) -> Frames:
+        """Return the sampled frames of a media file."""
+        return self._opener.open_ref(ref, self._reader)
+
+    def close(self) -> None:
+        """End the decoding workers and close the shards."""
+        self._opener.close()
+        self._reader.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The parts of a run that the loop needs.
+
+    Attributes:
+        stages: What a step is made of.
+        stream: Where new questions come from, for its state.
+        held_out: Questions of every evaluation; none turns evaluation off.
+        evaluation_sampling: How they are answered.
+        media: Opens and decodes media.
+        verifier: Grades.
+    """
+
+    stages: Stages
+    stream: QuestionStream
+    held_out: list[Question]
+    evaluation_sampling: SamplingParams
+    media: MediaStore
+    verifier: Verifier
+
+    @property
+    def templates(self) -> PromptTemplates:
+        """Texts of the prompts."""
+        return self.stages.reformulator.templates
+
+    @property
+    def policy(self) -> Policy:
+        """The student that is trained."""
+        return self.stages.learner.policy
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self.media.close()
+        self.verifier.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What student and teacher have in common."""
+
+    config: RunConfig
+    media: MediaStore
+    verifier: Verifier
+    exchange: ParallelExchange
+
+    def sampler(self, model: VisionLanguageModel, encoder: PromptEncoder) -> GroupSampler:
+        engine = MegatronEngine(model, self.config.seed, self.config.rollout.max_batch_size)
+        return GroupSampler(engine, encoder, self.verifier, self.exchange)
+
+
+def student_folder(config: RunConfig) -> Path:
+    """Return the Hugging Face folder that the student starts from."""
+    return Path(config.model.student) if config.model.student else STUDENT_DIR
+
+
+def build_run(config: RunConfig) -> Run:
+    """Build the parts of a run; process groups must be initialised.
+
+    Raises:
+        ZppoError: A model, its layout or a template cannot be used.
+        DataError: A data source cannot be used.
+    """
+    media = MediaStore(config.data)
+    verifier = Verifier(config.reward.timeout_seconds, config.reward.num_workers)
+    shared = _Shared(config, media, verifier, ParallelExchange())
+    encoder = PromptEncoder(student_folder(config), media.open)
+    templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
+    student = _load_model(config, student_folder(config), trainable=True)
+    objective = PolicyObjective(config.algorithm, config.rollout.temperature, parallel.tensor_group())
+    policy = Policy(student, config.train, config.parallel, objective)
+    teacher = _build_teacher(shared, templates)
+    stream = _build_stream(config)
+    stages = Stages(
+        config=config,
+        feed=QuestionFeed(
+            stream,
+            encoder,
+            stream.health,
+            shared.exchange,
+            plain_text=templates.plain_text,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+        ),
+        replay=ReplayBuffer(config.zone.buffer_capacity),
+        sampler=shared.sampler(student, encoder),
+        sampling=_sampling(config, encoder),
+        teacher=teacher if config.zone.bcq else None,
+        reformulator=Reformulator(templates, config.zone, config.seed, _build_compressor(config, encoder, teacher)),
+        learner=Learner(policy, encoder, config.train, config.seed),
+    )
+    return Run(stages, stream, _held_out(config), _evaluation_sampling(config, encoder), media, verifier)
+
+
+def _load_model(config: RunConfig, folder: Path, trainable: bool) -> VisionLanguageModel:
+    model = build_model(load_architecture(folder), config.model, config.parallel, trainable=trainable)
+    load_hf_weights(model, folder)
+    return model
+
+
+def _build_teacher(shared: _Shared, templates: PromptTemplates) -> MegatronTeacher | None:
+    """Load the teacher unless nothing in this configuration would ask it."""
+    config = shared.config
+    rewrites = config.teacher.compressor == "teacher" and (config.zone.bcq or config.zone.ncq)
+    if not (config.zone.bcq or rewrites):
+        return None
+    folder = Path(config.teacher.model) if config.teacher.model else TEACHER_DIR
+    encoder = PromptEncoder(folder, shared.media.open)
+    sampling = SamplingParams(
+        temperature=config.teacher.temperature,
+        max_new_tokens=config.teacher.max_response_tokens,
+        stop_token_ids=encoder.stop_token_ids,
+    )
+    model = _load_model(config, folder, trainable=False)
+    return MegatronTeacher(shared.sampler(model, encoder), sampling, config.teacher.num_rollouts, templates.plain_text)
+
+
+def _build_compressor(config: RunConfig, encoder: PromptEncoder, teacher: MegatronTeacher | None) -> Compressor:
+    """Candidates are counted in the student's tokens: the student reads them."""
+    rule = RuleCompressor(encoder.chat.count_tokens, config.teacher.compression_max_tokens, config.teacher.compression_max_lines)
+    if config.teacher.compressor == "rule" or teacher is None:
+        return rule
+    return TeacherCompressor(teacher.rewrite, rule, load_compression_template())
+
+
+def _build_stream(config: RunConfig) -> QuestionStream:
+    sources = config.data.train or embedded_sources(config, "train")
+    health = SampleHealth(config.data.max_bad_share, config.data.strict)
+    return QuestionStream([(ShardFolder(source.path), source.weight) for source in sources], config.seed, health)
+
+
+def _held_out(config: RunConfig) -> list[Question]:
+    """Return the questions of every evaluation; without held-out data of their own, a user's questions are not evaluated."""
+    if config.data.train and not config.data.held_out:
+        logger.warning("data.held_out is empty: this run trains without evaluation; name a folder of held-out shards to have one")
+        return []
+    sources = config.data.held_out or embedded_sources(config, "held_out")
+    return held_out_questions([ShardFolder(source.path) for source in sources], config.evaluation.num_questions, config.seed)
+
+
+def _sampling(config: RunConfig, encoder: PromptEncoder) -> SamplingParams:
+    return SamplingParams(
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
+        max_new_tokens=config.rollout.max_response_tokens,
+        stop_token_ids=encoder.stop_token_ids,
+    )
+
+
+def _evaluation_sampling(config: RunConfig, encoder: PromptEncoder) -> SamplingParams:
+    return SamplingParams(
+        temperature=config.evaluation.temperature,
+        top_p=config.evaluation.top_p,
+        top_k=config.evaluation.top_k,
+        presence_penalty=config.evaluation.presence_penalty,
+        max_new_tokens=config.rollout.max_response_tokens,
+        stop_token_ids=encoder.stop_token_ids,
+    )

@@ -1,0 +1,48 @@
+"""The in-process teacher: a second, frozen Megatron model in the same ranks as the student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from data.question import Question
+from zppo_mm.experience import PromptInstance, Rollout
+from zppo_mm.rollout.engine import SamplingParams
+from zppo_mm.rollout.sampler import GroupSampler
+
+
+class MegatronTeacher:
+    """Answers hard questions with its own weights, tokenizer and processor. Implements `Teacher`."""
+
+    def __init__(
+        self,
+        sampler: GroupSampler,
+        sampling: SamplingParams,
+        num_rollouts: int,
+        plain_text: Callable[[Question], str],
+    ) -> None:
+        """Wrap a sampler whose engine holds the teacher's weights.
+
+        Args:
+            sampler: Samples and verifies with the teacher's engine and prompt encoder.
+            sampling: Temperature, limits and stop tokens of the teacher.
+            num_rollouts: Rollouts per question (G_T).
+            plain_text: Renders the original question with the closing format instruction.
+        """
+        self._sampler = sampler
+        self._sampling = sampling
+        self._num_rollouts = num_rollouts
+        self._plain_text = plain_text
+
+    def answer(self, questions: Sequence[Question], step: int) -> list[tuple[Rollout, ...]]:
+        """Return fresh, verified rollouts per question, in order; empty for a question that could not be asked."""
+        instances = [
+            PromptInstance(uid=f"{step}/teacher/{question.id}", question=question, kind="new", text=self._plain_text(question))
+            for question in questions
+        ]
+        groups = self._sampler.sample(instances, self._sampling, self._num_rollouts, step)
+        by_question = {group.question.id: group.rollouts for group in groups}
+        return [by_question.get(question.id, ()) for question in questions]
+
+    def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> list[str]:
+        """Return one response per user text, for the compressor; another attempt draws anew."""
+        return self._sampler.respond(texts, self._sampling, f"{step}/rewrite/{attempt}")

@@ -1,0 +1,204 @@
+"""The run: build, resume, loop, save, export."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+
+from data.errors import DataError
+from zppo_mm.build import Run, build_run, student_folder
+from zppo_mm.config import RunConfig
+from zppo_mm.config_io import save_config
+from zppo_mm.errors import CheckpointError, ConfigError, ZppoError
+from zppo_mm.evaluate import Evaluation, evaluate
+from zppo_mm.models import parallel
+from zppo_mm.models.export import export_hf_weights
+from zppo_mm.observability.logs import configure_logging
+from zppo_mm.observability.metrics import Mean, Sum, process_memory
+from zppo_mm.observability.report import write_report
+from zppo_mm.observability.sinks import EVALUATION_FILE, MetricsLog, append_evaluation, open_metrics_log
+from zppo_mm.observability.transcripts import discard_steps_after, write_buffer, write_transcript
+from zppo_mm.step import StepRecord, run_step
+from zppo_mm.training import checkpoint
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+HF_FOLDER = "hf"
+NO_STEP = -1
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Return the folder that the run writes to."""
+    return Path(config.output_dir) / (config.name or f"{config.method}-{config.modality}")
+
+
+def train(config: RunConfig) -> Path:
+    """Train from the start or from the newest checkpoint to the last step, then export.
+
+    Every rank calls this. The folder of a run holds config.yaml, metrics.jsonl, evaluation.jsonl, transcripts/, buffer/,
+    checkpoints/, hf/ and report.html.
+
+    Returns:
+        The run's folder.
+    """
+    folder = run_folder(config)
+    parallel.initialize(config.parallel, config.seed)
+    configure_logging(folder, parallel.rank())
+    run = build_run(config)
+    try:
+        with parallel.explain_lost_rank():
+            done = _resume(run, folder)
+            _prepare_folder(config, folder, done)
+            log = None
+            if parallel.rank() == 0:
+                log = open_metrics_log(config.observability, folder, config.train.train_iters, max(done, 0))
+            _loop(run, folder, done, log)
+            _finish(run, folder)
+            if log is not None:
+                log.close()
+            parallel.shutdown()
+    finally:
+        run.close()
+    return folder
+
+
+def _loop(run: Run, folder: Path, done: int, log: MetricsLog | None) -> None:
+    """Run the steps that are left, evaluating and saving as they come due."""
+    config = run.stages.config
+    if done == NO_STEP:
+        _evaluate(run, folder, 0)
+    for step in range(max(done, 0) + 1, config.train.train_iters + 1):
+        started = time.perf_counter()
+        record = run_step(run.stages, step)
+        is_last = step == config.train.train_iters
+        evaluation = None
+        if is_last or (config.evaluation.interval and step % config.evaluation.interval == 0):
+            with record.metrics.phase("evaluation"):
+                evaluation = _evaluate(run, folder, step)
+        _record(run, folder, record, time.perf_counter() - started, log)
+        if is_last or step % config.checkpoint.interval == 0:
+            _save(run, folder, step)
+        if evaluation is not None and not is_last:
+            _report(run, folder)
+
+
+def _resume(run: Run, folder: Path) -> int:
+    """Load the newest complete checkpoint; returns its step, or `NO_STEP`.
+
+    Raises:
+        CheckpointError: There are checkpoints, but none of them can be used.
+        ConfigError: The folder has another run that is not to be continued.
+    """
+    config = run.stages.config
+    checkpoints = folder / checkpoint.CHECKPOINTS_FOLDER
+    if not config.checkpoint.resume:
+        if checkpoint.latest(checkpoints) is not None:
+            raise ConfigError(
+                f"checkpoint.resume: {folder} holds checkpoints of an earlier run, got resume=false, expected a folder without; "
+                "give another name or remove the folder"
+            )
+        return NO_STEP
+    state = checkpoint.load_latest(checkpoints, run.policy)
+    if state is None:
+        return NO_STEP
+    run.stream.load_state_dict(state["stream"])
+    run.stages.replay.load_state_dict(state["replay"])
+    if state["seed"] != config.seed:
+        raise CheckpointError(f"{folder}: the run was started with seed={state['seed']}, got seed={config.seed}; keep the seed to resume")
+    logger.info("resumed %s after step %d", folder, state["step"])
+    return int(state["step"])
+
+
+def _save(run: Run, folder: Path, step: int) -> None:
+    state = {
+        "step": step,
+        "seed": run.stages.config.seed,
+        "stream": run.stream.state_dict(),
+        "replay": run.stages.replay.state_dict(),
+    }
+    checkpoint.save(folder / checkpoint.CHECKPOINTS_FOLDER, step, run.policy, state, keep=run.stages.config.checkpoint.keep)
+
+
+def _prepare_folder(config: RunConfig, folder: Path, done: int) -> None:
+    """Write the configuration and take away what a killed run wrote after the checkpoint that goes on."""
+    if parallel.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / CONFIG_FILE)
+        discard_steps_after(folder, max(done, 0))
+        if done == NO_STEP:
+            (folder / EVALUATION_FILE).unlink(missing_ok=True)
+    parallel.barrier()
+
+
+def _evaluate(run: Run, folder: Path, step: int) -> Evaluation | None:
+    config = run.stages.config
+    if not run.held_out:
+        return None
+    result = evaluate(
+        run.stages.sampler,
+        run.held_out,
+        run.templates.plain_text,
+        run.evaluation_sampling,
+        config.evaluation.num_rollouts,
+        step,
+    )
+    if parallel.rank() == 0:
+        append_evaluation(folder, result)
+        parts = ", ".join(f"{source} {accuracy:.3f}" for source, accuracy in result.accuracy_by_source.items())
+        logger.info("held-out accuracy after step %d: %.3f (%s)", step, result.accuracy, parts)
+    return result
+
+
+def _record(run: Run, folder: Path, record: StepRecord, seconds: float, log: MetricsLog | None) -> None:
+    """Write transcripts, buffer file and metrics of a step."""
+    metrics = record.metrics
+    for memory in parallel.gather_from_ranks(process_memory()):
+        metrics.merge(memory)
+    timeouts = sum(count for replica in parallel.gather_from_replicas([run.verifier.num_timeouts]) for count in replica)
+    metrics.add("reward/timeouts", Sum(timeouts))
+    health = run.stream.health
+    metrics.add("data/samples", Sum(health.num_good + health.num_bad))
+    for reason, count in health.counts.items():
+        metrics.add(f"data/skipped/{reason}", Sum(count))
+    metrics.add("seconds/step", Sum(seconds))
+    num_tokens = sum(len(rollout.response_ids) for group in record.groups for rollout in group.rollouts)
+    metrics.add("throughput/tokens_per_second", Mean(num_tokens, seconds))
+    if log is None:
+        return
+    advantages = {uid: values.tolist() for uid, values in record.advantages.items()}
+    write_transcript(folder, record.step, record.groups, advantages, record.minibatches)
+    write_buffer(folder, record.step, record.buffer_change)
+    log.write(record.step, metrics.values())
+
+
+def _finish(run: Run, folder: Path) -> None:
+    """Export the trained student as a Hugging Face folder and write the report."""
+    export_hf_weights(run.policy.model, student_folder(run.stages.config), folder / HF_FOLDER)
+    _report(run, folder)
+    if parallel.rank() == 0:
+        logger.info("trained model in %s, report in %s", folder / HF_FOLDER, folder / "report.html")
+
+
+def _report(run: Run, folder: Path) -> None:
+    observability = run.stages.config.observability
+    if parallel.rank() == 0 and observability.report:
+        write_report(folder, lambda ref: run.media.open(ref).pixels, observability.report_examples)
+
+
+def run_training(config: RunConfig) -> int:
+    """Train and say what went wrong in one line if the user can mend it; returns the exit code."""
+    try:
+        train(config)
+    except (ZppoError, DataError) as error:
+        logger.error("%s", error)
+        return 1
+    return 0
+
+
+def read_evaluations(folder: Path) -> list[dict[str, object]]:
+    """Return the evaluations of a run, in their order."""
+    lines = (folder / EVALUATION_FILE).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,100 @@
+"""One rollout step's worth of learning: groups and advantages to I gradient updates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from zppo_mm.config import TrainConfig
+from zppo_mm.experience import FloatArray, Group, MediaSource
+from zppo_mm.models import parallel
+from zppo_mm.observability.metrics import Max, Mean, StepMetrics, Sum
+from zppo_mm.randomness import generator
+from zppo_mm.training.batching import BatchPlan, build_batches, plan_batches
+from zppo_mm.training.policy import Policy, TrainMetrics
+from zppo_mm.training.samples import to_training_samples
+
+_SHARES = {
+    "clip_fraction_low": "policy/clip_low",
+    "clip_fraction_high": "policy/clip_high",
+    "clip_fraction_dual": "policy/clip_dual",
+    "ratio": "policy/ratio",
+    "kl": "policy/kl_old",
+    "entropy": "policy/entropy",
+}
+
+
+class Learner:
+    """Plans mini-batches, packs this rank's share and updates the policy.
+
+    Args:
+        policy: What is trained.
+        media: Opens the media of training samples on the first pipeline stage.
+        config: Updates per step and size of a micro-batch.
+        seed: The run's seed; mini-batches are dealt by it.
+    """
+
+    def __init__(self, policy: Policy, media: MediaSource, config: TrainConfig, seed: int) -> None:
+        self.policy = policy
+        self._media = media
+        self._config = config
+        self._seed = seed
+
+    def learn(
+        self, groups: Sequence[Group], advantages: Mapping[str, FloatArray], step: int, metrics: StepMetrics
+    ) -> dict[str, tuple[int, ...]]:
+        """Make the I updates of a step.
+
+        Args:
+            groups: All groups of the step, the same on every rank.
+            advantages: Per group uid `[rollouts]`.
+            step: Rollout step.
+            metrics: Gets loss, entropy, clip fractions, gradient norm and the like.
+
+        Returns:
+            Per group uid, the index of the update that used each rollout.
+        """
+        started = time.perf_counter()
+        samples = to_training_samples(groups, [advantages[group.uid] for group in groups])
+        plan = plan_batches(
+            samples,
+            num_minibatches=self._config.updates_per_step,
+            num_replicas=parallel.data_size(),
+            micro_batch_tokens=self._config.micro_batch_tokens,
+            random=generator(self._seed, "minibatches", step),
+        )
+        batches = build_batches(
+            plan,
+            samples,
+            replica=parallel.data_rank(),
+            media=self._media if parallel.is_first_stage() else None,
+            device=parallel.device(),
+        )
+        trained = self.policy.train_step(batches)
+        _measure(trained, metrics)
+        passed = {index for update in plan.microbatches for replica in update for pack in replica for index in pack}
+        num_tokens = sum(samples[index].num_tokens for index in passed)
+        metrics.add("throughput/train_tokens_per_second", Mean(num_tokens, time.perf_counter() - started))
+        metrics.add("batch/loss_tokens", Sum(sum(plan.num_loss_tokens)))
+        return _by_group(groups, plan)
+
+
+def _by_group(groups: Sequence[Group], plan: BatchPlan) -> dict[str, tuple[int, ...]]:
+    ends = np.cumsum([len(group.rollouts) for group in groups])
+    return {group.uid: plan.minibatch_of[end - len(group.rollouts) : end] for group, end in zip(groups, ends.tolist(), strict=True)}
+
+
+def _measure(trained: TrainMetrics, metrics: StepMetrics) -> None:
+    metrics.add("policy/updates", Sum(len(trained.updates) - trained.num_skipped_updates))
+    metrics.add("policy/skipped_updates", Sum(trained.num_skipped_updates))
+    metrics.add("policy/lr", Max(trained.learning_rate))
+    for update in trained.updates:
+        if update.skipped:
+            continue
+        metrics.add("policy/loss", Mean(update.loss))
+        metrics.add("policy/grad_norm", Mean(update.grad_norm))
+        metrics.add("policy/grad_norm_max", Max(update.grad_norm))
+        for name, metric in _SHARES.items():
+            metrics.add(metric, Mean(update.means[name]))
