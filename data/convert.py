@@ -65,7 +65,7 @@ def _good_samples(source: Path, root: Path, opener: MediaOpener | None, health: 
             where = f"{source}:{number}"
             try:
                 sample = _sample(where, source.stem, number, line, root)
-                _check(where, sample, opener)
+                _check(str(source), number, sample, opener)
                 question_id = sample.question["id"]
                 if first_line.setdefault(question_id, number) != number:
                     raise SampleError(
@@ -107,10 +107,10 @@ def _sample(where: str, stem: str, number: int, line: bytes, root: Path) -> Shar
     return ShardSample(key=f"{number:09d}", question=fields, media=media)
 
 
-def _check(where: str, sample: ShardSample, opener: MediaOpener | None) -> None:
+def _check(source: str, number: int, sample: ShardSample, opener: MediaOpener | None) -> None:
     """Raise what reading the sample from its shard would raise."""
     content = json.dumps(dict(sample.question)).encode()
-    question = parse_question(where, sample.key, content, (extension for extension, _ in sample.media))
+    question = parse_question(source, str(number), content, (extension for extension, _ in sample.media))
     if opener is not None:
         for reference, (_, media) in zip(question.media, sample.media, strict=True):
             opener.open(media, reference.kind)

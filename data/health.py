@@ -52,8 +52,13 @@ class SampleHealth:
         return self.num_bad / num_met if num_met else 0.0
 
     def good(self, n: int = 1) -> None:
-        """Count usable samples."""
+        """Count usable samples.
+
+        Raises:
+            DataError: Enough samples were met by now to see that too many of them are bad.
+        """
         self.num_good += n
+        self._check_share()
 
     def bad(self, sample_id: str, reason: str, detail: str, *, was_good: bool = False) -> None:
         """Count one bad sample, name it in the log, and stop when there are too many.
@@ -67,6 +72,7 @@ class SampleHealth:
         Raises:
             DataError: `strict`, or the share of bad samples is above `max_bad_share`.
         """
+        detail = detail.removeprefix(f"{sample_id}: ")
         self.counts[reason] = self.counts.get(reason, 0) + 1
         if was_good:
             self.num_good = max(0, self.num_good - 1)
@@ -75,14 +81,15 @@ class SampleHealth:
         logger.warning("skipped sample %s: %s: %s", sample_id, reason, detail)
         if self.strict:
             raise DataError(f"data: sample {sample_id} is bad ({reason}): {detail}; correct or remove it, or run without strict")
-        if self.num_good + self.num_bad >= MIN_SAMPLES and self.bad_share > self.max_bad_share:
-            raise DataError(self._too_many())
+        self._check_share()
 
-    def _too_many(self) -> str:
+    def _check_share(self) -> None:
+        if self.num_good + self.num_bad < MIN_SAMPLES or self.bad_share <= self.max_bad_share:
+            return
         lines = [f"  {sample_id}: {reason}: {detail}" for sample_id, reason, detail in self.listed]
         if self.num_bad > len(self.listed):
             lines.append(f"  … and {self.num_bad - len(self.listed)} more")
-        return (
+        raise DataError(
             f"data: too many bad samples, got {self.num_bad} of {self.num_good + self.num_bad} ({self.bad_share:.1%}), "
             f"expected at most {self.max_bad_share:.1%}; correct them or raise data.max_bad_share:\n" + "\n".join(lines)
         )

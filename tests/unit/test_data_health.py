@@ -32,6 +32,15 @@ def test_the_share_is_checked_from_twenty_samples_on() -> None:
         health.bad("s3", "r", "d")
 
 
+def test_the_share_is_checked_again_when_good_samples_make_it_twenty() -> None:
+    health = SampleHealth(max_bad_share=0.1)
+    for index in range(4):
+        health.bad(f"s{index}", "r", "d")
+    health.good(15)
+    with pytest.raises(DataError, match="got 4 of 20"):
+        health.good()
+
+
 def test_exactly_the_allowed_share_passes() -> None:
     health = SampleHealth(max_bad_share=0.05)
     health.good(19)

