@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 from zppo_mm.config import ParallelConfig, TrainConfig
 
@@ -29,9 +30,23 @@ def wrap_model(model: torch.nn.Module, parallel: ParallelConfig) -> Any:
         check_for_nan_in_grad=False,
     )
     config: Any = model.config
+    mark_split_parameters(model)
     # Makes the buffers sum over replicas; the policy divides by the one global token count.
     config.calculate_per_token_loss = True
     return DistributedDataParallel(config, ddp_config, model)
+
+
+def mark_split_parameters(model: torch.nn.Module) -> None:
+    """Say of every parameter of Megatron's split layers that each tensor rank holds its own part.
+
+    The gradient norm counts what is not marked on tensor rank 0 alone. megatron-core marks these parameters while it initialises them,
+    which is turned off for a model whose weights are loaded.
+    """
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
+            for parameter in (module.weight, module.bias if isinstance(module, ColumnParallelLinear) else None):
+                if parameter is not None:
+                    cast(Any, parameter).tensor_model_parallel = True
 
 
 def build_optimizer(wrapped: Any, train: TrainConfig, parallel: ParallelConfig, params_dtype: torch.dtype) -> Any:

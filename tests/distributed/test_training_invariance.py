@@ -1,0 +1,95 @@
+"""Loss and gradient do not depend on the layout, on how micro-batches are cut, or on skipping trivial samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import run_ranks
+from tests.distributed.training_example import Case, make_plan, make_samples, run_cases, write_tiny_folder
+from zppo_mm.config import ParallelConfig
+from zppo_mm.training.policy import TrainMetrics
+
+# Float32 sums in another order, carried through four updates.
+TOLERANCE = 2e-5
+
+ALONE = {
+    "reference": Case(),
+    "one sample per micro-batch": Case(micro_batch_tokens=1),
+    "one micro-batch": Case(micro_batch_tokens=1000),
+    "trivial samples passed": Case(skip_zero_advantage=False),
+}
+TWO_RANKS = {
+    "data 2": Case(),
+    "data 2, whole optimizer": Case(ParallelConfig(use_distributed_optimizer=False)),
+    "data 2, overlapped": Case(ParallelConfig(overlap_grad_reduce=True)),
+    "tensor 2": Case(ParallelConfig(tensor_model_parallel_size=2)),
+    "tensor 2, sequence parallel": Case(ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "pipeline 2": Case(ParallelConfig(pipeline_model_parallel_size=2)),
+    "pipeline 2, small micro-batches": Case(ParallelConfig(pipeline_model_parallel_size=2), micro_batch_tokens=1),
+}
+FOUR_RANKS = {
+    "tensor 2 x pipeline 2": Case(ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+    "pipeline 2 x data 2": Case(ParallelConfig(pipeline_model_parallel_size=2)),
+    # One of the four replicas has no sample in an update.
+    "data 4": Case(),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, list[TrainMetrics]]:
+    return dict(zip(ALONE, run_ranks(run_cases, 1, folder, list(ALONE.values()))[0], strict=True))
+
+
+def assert_same(actual: list[TrainMetrics], expected: list[TrainMetrics], name: str, all_means: bool = True) -> None:
+    for step, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        for update, (mine, reference) in enumerate(zip(one.updates, other.updates, strict=True)):
+            where = f"{name}, step {step}, update {update}"
+            assert not mine.skipped, where
+            assert mine.loss == pytest.approx(reference.loss, rel=TOLERANCE, abs=TOLERANCE), where
+            assert mine.grad_norm == pytest.approx(reference.grad_norm, rel=TOLERANCE), where
+            assert mine.num_loss_tokens == reference.num_loss_tokens, where
+            if all_means:
+                assert mine.means == pytest.approx(reference.means, rel=TOLERANCE, abs=TOLERANCE), where
+
+
+def test_the_example_has_a_replica_without_media_and_one_without_samples() -> None:
+    samples = make_samples()
+    with_media = [
+        [any(samples[i].grids for mb in replica for i in mb) for replica in update] for update in make_plan(Case(), 2).microbatches
+    ]
+    assert with_media == [[True, False], [True, False]]
+    assert any(replica == () for replica in make_plan(Case(), 4).microbatches[0])
+
+
+def test_the_reference_moves(alone: dict[str, list[TrainMetrics]]) -> None:
+    first, second = alone["reference"]
+    assert all(update.grad_norm > 0.01 for update in first.updates)
+    assert abs(second.loss - first.loss) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["one sample per micro-batch", "one micro-batch"])
+def test_micro_batches_do_not_matter(alone: dict[str, list[TrainMetrics]], name: str) -> None:
+    assert_same(alone[name], alone["reference"], name)
+
+
+def test_skipping_trivial_samples_changes_neither_loss_nor_gradient(alone: dict[str, list[TrainMetrics]]) -> None:
+    name = "trivial samples passed"
+    assert_same(alone[name], alone["reference"], name, all_means=False)
+    full, short = alone[name][0].updates[0], alone["reference"][0].updates[0]
+    assert (full.num_passed_tokens, short.num_passed_tokens) == (63, 46)
+    assert full.means["clip_fraction_low"] == pytest.approx(short.means["clip_fraction_low"])
+
+
+@pytest.mark.parametrize(("world_size", "cases"), [(2, TWO_RANKS), (4, FOUR_RANKS)])
+def test_the_layout_does_not_matter(folder: Path, alone: dict[str, list[TrainMetrics]], world_size: int, cases: dict[str, Case]) -> None:
+    ranks = run_ranks(run_cases, world_size, folder, list(cases.values()))
+    for results in ranks:
+        for name, actual in zip(cases, results, strict=True):
+            assert_same(actual, alone["reference"], name)

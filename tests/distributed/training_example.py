@@ -1,0 +1,173 @@
+"""A tiny Qwen3.5-VL folder, samples with and without images, and a few updates on them: what the training tests share."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.question import MediaRef, Question
+from encoders.processor import VisionInput
+from zppo_mm.config import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
+from zppo_mm.experience import Batch, TrainingSample
+from zppo_mm.models import parallel
+from zppo_mm.models.architecture import load_architecture
+from zppo_mm.models.provider import build_model
+from zppo_mm.models.weights import load_hf_weights
+from zppo_mm.randomness import generator
+from zppo_mm.training.batching import BatchPlan, build_batches, plan_batches
+from zppo_mm.training.objective import PolicyObjective
+from zppo_mm.training.policy import Policy, TrainMetrics
+
+VOCABULARY = 128
+IMAGE, VIDEO, VISION_START, VISION_END = 120, 121, 122, 123
+GRID = (1, 4, 6)
+PATCH_ELEMENTS = 3 * 2 * 4 * 4
+# An epsilon above the gradients' rounding: Adam divides a near-zero gradient by itself, which turns rounding into whole steps.
+TRAIN = TrainConfig(updates_per_step=2, lr=2e-2, adam_eps=1e-3, clip_grad=0.3, train_iters=10)
+
+
+def write_tiny_folder(folder: Path, tied: bool = True) -> Path:
+    """Write a random Hugging Face model with 3 DeltaNet layers, 1 attention layer and a vision tower."""
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_conv_kernel_dim": 4,
+        "max_position_embeddings": 512,
+        "full_attention_interval": 4,
+        "tie_word_embeddings": tied,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+        },
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "in_channels": 3,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 36,
+    }
+    torch.manual_seed(5)
+    config = Qwen3_5Config(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        tie_word_embeddings=tied,
+    )
+    Qwen3_5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def make_sample(uid: str, number: int, prompt: int, response: int, advantage: float, image: bool) -> TrainingSample:
+    """Return a random sample; with an image its prompt starts with the placeholders."""
+    random = generator(1, uid, number)
+    pixels = [VISION_START, *[IMAGE] * (GRID[1] * GRID[2] // 4), VISION_END] if image else []
+    ids = np.array([*pixels, *random.integers(1, 100, prompt + response)])
+    mask = np.zeros(len(ids), dtype=np.float32)
+    mask[len(ids) - response :] = 1
+    media = (MediaRef("image", "none.tar", uid, "png"),) if image else ()
+    return TrainingSample(
+        uid=uid,
+        question=Question(id=uid, text="", media=media, answer="", answer_type="math"),
+        token_ids=ids,
+        positions=np.tile(np.arange(len(ids)), (3, 1)),
+        loss_mask=mask,
+        # Around the log-prob of a uniform guess, so that ratios lie on both sides of the clip range.
+        old_logprobs=(mask * (-np.log(VOCABULARY) + 0.4 * random.standard_normal(len(ids)))).astype(np.float32),
+        advantages=(advantage * mask).astype(np.float32),
+        grids=(GRID,) if image else (),
+    )
+
+
+def make_samples() -> list[TrainingSample]:
+    """Return two groups, one per update: in each a long image sample balances short text samples, and two are trivial."""
+    shapes = [(8, 30, 1.5, True), (6, 9, -0.7, False), (5, 12, 0.0, False), (6, 5, 0.0, False), (4, 7, -1.2, False)]
+    return [
+        make_sample(uid, number, prompt, response, advantage, image)
+        for uid in ("first", "second")
+        for number, (prompt, response, advantage, image) in enumerate(shapes)
+    ]
+
+
+class RandomMedia:
+    """Pixels that follow from the question's id."""
+
+    def vision_inputs(self, question: Question) -> list[VisionInput]:
+        patches = generator(2, question.id).standard_normal((GRID[0] * GRID[1] * GRID[2], PATCH_ELEMENTS)).astype(np.float32)
+        return [VisionInput("image", patches, GRID) for _ in question.media]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run the same updates."""
+
+    layout: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    micro_batch_tokens: int = 64
+    skip_zero_advantage: bool = True
+    train: TrainConfig = dataclasses.field(default_factory=lambda: TRAIN)
+
+
+def make_plan(case: Case, num_replicas: int) -> BatchPlan:
+    return plan_batches(
+        make_samples(),
+        num_minibatches=case.train.updates_per_step,
+        num_replicas=num_replicas,
+        micro_batch_tokens=case.micro_batch_tokens,
+        random=generator(0, "minibatches", 0),
+        skip_zero_advantage=case.skip_zero_advantage,
+    )
+
+
+def make_batches(case: Case) -> list[Batch]:
+    """Return this rank's updates."""
+    media = RandomMedia() if parallel.is_first_stage() else None
+    plan = make_plan(case, parallel.data_size())
+    return build_batches(plan, make_samples(), replica=parallel.data_rank(), media=media, device=parallel.device())
+
+
+def build_policy(folder: Path, case: Case) -> Policy:
+    """Set the layout, load the folder and wrap it."""
+    parallel.initialize(case.layout, seed=0)
+    model = build_model(load_architecture(folder), ModelConfig(), case.layout)
+    load_hf_weights(model, folder)
+    return Policy(model, case.train, case.layout, PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group()))
+
+
+def run_case(folder: Path, case: Case, num_steps: int = 2) -> list[TrainMetrics]:
+    """Return the metrics of some steps over the same batches."""
+    policy = build_policy(folder, case)
+    batches = make_batches(case)
+    return [policy.train_step(batches) for _ in range(num_steps)]
+
+
+def run_cases(folder: Path, cases: list[Case]) -> list[list[TrainMetrics]]:
+    """Run several cases in the same processes."""
+    results = [run_case(folder, case) for case in cases]
+    parallel.shutdown()
+    return results
