@@ -24,6 +24,16 @@ TEMPLATES = load_templates()
 
 
 @dataclass(frozen=True, slots=True)
+class BufferRecord:
+    """What a step did to the buffer."""
+
+    admitted: tuple[str, ...]
+    graduated: tuple[str, ...]
+    evicted: tuple[str, ...]
+    content: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SimulatedEvaluation:
     """The fields of an evaluation that the report reads."""
 
@@ -137,18 +147,19 @@ def simulate_run(folder: Path, num_steps: int, media: Sequence[MediaRef] = (), n
         metrics = teacher_metrics([make_rollouts(rng, group.question, 0.7, step)[:4] for group in hard])
         metrics.add("batch/bcq_eligible", Sum(max(0, len(hard) - 1)))
         metrics.add("batch/ncq_eligible", Sum(len(hard)))
-        change = buffer.update(groups, TAU, step)
+        update = buffer.update(groups, TAU, step)
+        change = BufferRecord(update.admitted, update.graduated, update.evicted, tuple(buffer.content()))
         groups += reformulated(rng, hard, step, 0.25 + 0.3 * progress, num_new // 4)
         advantages = group_advantages(groups)
         for part in (
             group_metrics(groups, advantages, TAU),
-            buffer_metrics(buffer.occupancy(), buffer.fates),
+            buffer_metrics(buffer.statistics()),
             policy_metrics(rng, progress),
         ):
             metrics.merge(part)
         metrics.merge(process_memory())
         write_transcript(folder, step, groups, advantages, {group.uid: [i % 2 for i in range(GROUP_SIZE)] for group in groups})
-        write_buffer(folder, step, change, buffer.content())
+        write_buffer(folder, step, change)
         log.write(step, metrics.values())
         if step % 10 == 0:
             evaluate(folder, step, 0.35 + 0.3 * progress)

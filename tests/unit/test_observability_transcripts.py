@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from data.question import MediaRef
-from tests.unit.simulated_run import make_group, make_question, make_rollout, simulate_run
+from tests.unit.simulated_run import BufferRecord, make_group, make_question, make_rollout, simulate_run
 from zppo_mm.experience import Candidate
 from zppo_mm.observability.transcripts import buffer_path, discard_steps_after, transcript_path, write_buffer, write_transcript
-from zppo_mm.zone.replay import BufferUpdate
 
 GROUP_KEYS = ["step", "uid", "question_id", "kind", "prompt", "media", "answer", "accuracy", "candidates", "rollouts"]
 ROLLOUT_KEYS = ["text", "parsed", "reward", "advantage", "num_tokens", "finish_reason", "minibatch"]
@@ -59,7 +58,7 @@ def test_one_value_per_rollout_is_demanded(tmp_path: Path) -> None:
 
 
 def test_format_of_a_buffer_file(tmp_path: Path) -> None:
-    path = write_buffer(tmp_path, 3, BufferUpdate(("b", "c"), ("a",), ()), ["x", "b", "c"])
+    path = write_buffer(tmp_path, 3, BufferRecord(("b", "c"), ("a",), (), ("x", "b", "c")))
     assert path == tmp_path / "buffer" / "step_000003.json"
     assert json.loads(path.read_text()) == {
         "step": 3,
@@ -73,7 +72,7 @@ def test_format_of_a_buffer_file(tmp_path: Path) -> None:
 
 def test_steps_after_the_checkpoint_are_discarded(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        write_buffer(tmp_path, step, BufferUpdate((), (), ()), [])
+        write_buffer(tmp_path, step, BufferRecord((), (), (), ()))
         write_transcript(tmp_path, step, [], {}, {})
     discard_steps_after(tmp_path, 2)
     assert [buffer_path(tmp_path, step).exists() for step in (1, 2, 3)] == [True, True, False]

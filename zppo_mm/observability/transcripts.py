@@ -18,7 +18,7 @@ BUFFER_FOLDER = "buffer"
 
 
 class BufferChange(Protocol):
-    """What one step did to the replay buffer, as question ids."""
+    """What one step did to the replay buffer, as question ids; `content` is the whole buffer after it, oldest admission first."""
 
     @property
     def admitted(self) -> Sequence[str]: ...
@@ -28,6 +28,9 @@ class BufferChange(Protocol):
 
     @property
     def evicted(self) -> Sequence[str]: ...
+
+    @property
+    def content(self) -> Sequence[str]: ...
 
 
 def transcript_path(run_folder: Path, step: int) -> Path:
@@ -60,14 +63,14 @@ def write_transcript(
     return _write_aside(transcript_path(run_folder, step), "".join(line + "\n" for line in lines))
 
 
-def write_buffer(run_folder: Path, step: int, change: BufferChange, content: Sequence[str]) -> Path:
+def write_buffer(run_folder: Path, step: int, change: BufferChange) -> Path:
     """Write what a step admitted, graduated and evicted, and the whole buffer after it, oldest admission first."""
     record = {
         "step": step,
         "admitted": list(change.admitted),
         "graduated": list(change.graduated),
         "evicted": list(change.evicted),
-        "content": list(content),
+        "content": list(change.content),
     }
     return _write_aside(buffer_path(run_folder, step), json.dumps(record, ensure_ascii=False) + "\n")
 
