@@ -153,7 +153,7 @@ def simulate_run(folder: Path, num_steps: int, media: Sequence[MediaRef] = (), n
         advantages = group_advantages(groups)
         for part in (
             group_metrics(groups, advantages, TAU),
-            buffer_metrics(buffer.statistics()),
+            buffer_metrics(buffer.occupancy(), buffer.fates),
             policy_metrics(rng, progress),
         ):
             metrics.merge(part)

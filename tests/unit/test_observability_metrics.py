@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from tests.unit.simulated_run import make_group, make_question, make_rollout
@@ -9,7 +11,7 @@ from zppo_mm.experience import Candidate
 from zppo_mm.observability.audit import audit_matches, comparable_answer
 from zppo_mm.observability.metrics import METRICS, Max, Mean, StepMetrics, Sum, is_documented, process_memory
 from zppo_mm.observability.rollout_metrics import buffer_metrics, group_metrics, teacher_metrics
-from zppo_mm.zone.replay import BufferStatistics
+from zppo_mm.zone.replay import BufferFates
 
 RIGHT = Candidate("a", "teacher", True, "7")
 WRONG = Candidate("b", "student", False, "8")
@@ -122,8 +124,8 @@ def test_teacher_metrics_by_hand() -> None:
 
 
 def test_buffer_metrics_name_their_bins_in_percent() -> None:
-    statistics = BufferStatistics({0.0: 2, 0.125: 1}, {0.0: 3, 0.125: 2}, {0.125: 1}, {0.0: 1}, {2: 1}, {0: 1})
-    assert buffer_metrics(statistics).values() == {
+    fates = BufferFates(Counter({0.0: 3, 0.125: 2}), Counter({0.125: 1}), Counter({0.0: 1}), Counter({2: 1}), Counter({0: 1}))
+    assert buffer_metrics({0.0: 2, 0.125: 1}, fates).values() == {
         "buffer/size": 3,
         "buffer/occupancy/0": 2,
         "buffer/occupancy/12.5": 1,

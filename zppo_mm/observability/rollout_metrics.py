@@ -73,42 +73,44 @@ def audit_metrics(groups: Sequence[Group]) -> StepMetrics:
     return metrics
 
 
-class BufferStatistics(Protocol):
-    """Counts of the replay buffer: now, and since the start of the run. Keys are accuracy at admission, or number of visits."""
+class BufferFates(Protocol):
+    """What became of the questions of the replay buffer since the run began, by accuracy at admission and by number of visits."""
 
     @property
-    def occupancy(self) -> Mapping[float, int]: ...
+    def admitted_by_accuracy(self) -> Mapping[float, int]: ...
 
     @property
-    def admitted(self) -> Mapping[float, int]: ...
+    def graduated_by_accuracy(self) -> Mapping[float, int]: ...
 
     @property
-    def graduated(self) -> Mapping[float, int]: ...
+    def evicted_by_accuracy(self) -> Mapping[float, int]: ...
 
     @property
-    def evicted(self) -> Mapping[float, int]: ...
+    def graduated_by_visits(self) -> Mapping[int, int]: ...
 
     @property
-    def graduated_visits(self) -> Mapping[int, int]: ...
-
-    @property
-    def evicted_visits(self) -> Mapping[int, int]: ...
+    def evicted_by_visits(self) -> Mapping[int, int]: ...
 
 
-def buffer_metrics(statistics: BufferStatistics) -> StepMetrics:
-    """Name the buffer's counts; accuracies at admission become percent."""
+def buffer_metrics(occupancy: Mapping[float, int], fates: BufferFates) -> StepMetrics:
+    """Name the buffer's counts; accuracies at admission become percent.
+
+    Args:
+        occupancy: Questions in the buffer by accuracy at admission.
+        fates: Counts since the start of the run.
+    """
     metrics = StepMetrics()
-    metrics.add("buffer/size", Sum(sum(statistics.occupancy.values())))
+    metrics.add("buffer/size", Sum(sum(occupancy.values())))
     by_accuracy = {
-        "occupancy": statistics.occupancy,
-        "admitted": statistics.admitted,
-        "graduated": statistics.graduated,
-        "evicted": statistics.evicted,
+        "occupancy": occupancy,
+        "admitted": fates.admitted_by_accuracy,
+        "graduated": fates.graduated_by_accuracy,
+        "evicted": fates.evicted_by_accuracy,
     }
     for name, counts in by_accuracy.items():
         for accuracy, count in counts.items():
             metrics.add(f"buffer/{name}/{100 * accuracy:g}", Sum(count))
-    for name, by_visits in (("graduated_visits", statistics.graduated_visits), ("evicted_visits", statistics.evicted_visits)):
+    for name, by_visits in (("graduated_visits", fates.graduated_by_visits), ("evicted_visits", fates.evicted_by_visits)):
         for visits, count in by_visits.items():
             metrics.add(f"buffer/{name}/{visits}", Sum(count))
     return metrics
