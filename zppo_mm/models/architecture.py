@@ -190,7 +190,7 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
     """Check that the network can be split over the tensor and pipeline ranks.
 
     Raises:
-        ModelError: Heads, DeltaNet heads, feed-forward width or vocabulary do not divide by the tensor size, or layers by the pipeline size.
+        ModelError: Heads, feed-forward width or vocabulary do not divide by the tensor size, or layers by the pipeline size.
     """
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     by_tensor = {
