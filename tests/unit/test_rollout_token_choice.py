@@ -104,6 +104,15 @@ def test_tokens_without_probability_are_never_drawn() -> None:
         assert choose_tokens(logits, torch.tensor([uniform], dtype=torch.float64), params())[0].item() == token
 
 
+@pytest.mark.parametrize("chosen", [params(), params(0.0), params(top_k=2), params(top_p=0.9)])
+def test_forbidden_tokens_are_never_drawn(chosen: SamplingParams) -> None:
+    logits = torch.tensor([[9.0, 1.0, 8.0, 2.0]]).expand(200, -1)
+    uniforms = torch.arange(200, dtype=torch.float64) / 200
+    tokens, logprobs = choose_tokens(logits, uniforms, chosen, forbidden=torch.tensor([0, 2]))
+    assert set(tokens.tolist()) <= {1, 3}
+    assert torch.equal(logprobs, torch.log_softmax(logits, -1).gather(1, tokens[:, None]).squeeze(1))
+
+
 def test_a_large_vocabulary_keeps_its_probabilities() -> None:
     # 248,320 equal tokens: the uniform u selects token floor(u * 248320); float32 sums would be off by hundreds.
     size = 248_320

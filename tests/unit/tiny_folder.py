@@ -69,3 +69,49 @@ def build_folder(folder: Path, *, vision: bool = True, template: str = TEMPLATE)
     stops = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
     return tokenizer
+
+
+def build_model(folder: Path, seed: int = 0, **text_changes: Any) -> None:
+    """Write everything with random weights: a network of every kind of layer, whose logits differ clearly between tokens."""
+    import torch
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    tokenizer = build_folder(folder)
+    ids = json.loads((folder / "config.json").read_text())
+    text = {
+        "vocab_size": -(-len(tokenizer) // 8) * 8,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_conv_kernel_dim": 4,
+        "max_position_embeddings": 4096,
+        "full_attention_interval": 4,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.1,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e7,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+        },
+    } | text_changes
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    config = Qwen3_5Config(
+        text_config=text,
+        vision_config=VISION | {"out_hidden_size": text["hidden_size"], "initializer_range": 0.1},
+        tie_word_embeddings=text["tie_word_embeddings"],
+        **{name: ids[name] for name in names},
+    )
+    torch.manual_seed(seed)
+    model = Qwen3_5ForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)

@@ -26,7 +26,8 @@ COMPACTION_SHARE = 0.25
 class MegatronEngine:
     """Implements `RolloutEngine` on prefill and decode of the network.
 
-    Every rank of a replica calls `generate` with the same requests; the leader's tokens count on all of them.
+    Every rank of a replica calls `generate` with the same requests; the leader's tokens count on all of them. Media placeholders are
+    never sampled.
 
     Args:
         model: This rank's stage; its weights are read anew at every wave.
@@ -43,6 +44,11 @@ class MegatronEngine:
         self._seed = seed
         self._max_batch_size = max_batch_size
         self._max_prefill_tokens = max_prefill_tokens
+        # A response that holds a media placeholder has no features for it: training on it would have to invent them.
+        architecture = model.architecture
+        placeholders = [architecture.image_token_id, architecture.video_token_id] if architecture.has_vision else []
+        device = next(model.parameters()).device
+        self._placeholders = torch.tensor(placeholders, dtype=torch.int64, device=device) if placeholders else None
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
@@ -107,7 +113,7 @@ class MegatronEngine:
         """Draw on the last stage and tell the whole replica; int64 tokens and float32 log-probs, each `[batch]`."""
         if logits is not None:
             whole = replica.gather_vocabulary(logits)
-            tokens, logprobs = choose_tokens(whole, uniforms.to(whole.device), sampling, batch.seen)
+            tokens, logprobs = choose_tokens(whole, uniforms.to(whole.device), sampling, batch.seen, self._placeholders)
         else:
             tokens = torch.empty(batch.size, dtype=torch.int64, device=batch.device)
             logprobs = torch.empty(batch.size, dtype=torch.float32, device=batch.device)

@@ -8,7 +8,11 @@ from zppo_mm.rollout.engine import SamplingParams
 
 
 def choose_tokens(
-    logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams, seen: torch.Tensor | None = None
+    logits: torch.Tensor,
+    uniforms: torch.Tensor,
+    params: SamplingParams,
+    seen: torch.Tensor | None = None,
+    forbidden: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token per sequence.
 
@@ -21,10 +25,11 @@ def choose_tokens(
         uniforms: `[batch]` float64 in [0, 1); not read when greedy.
         params: How tokens are drawn.
         seen: `[batch, vocabulary]` bool, tokens already in the response; needed with a presence penalty.
+        forbidden: `[tokens]` int64, tokens that are never drawn.
 
     Returns:
-        `[batch]` int64 tokens and `[batch]` float32 log-probs. The log-prob is what the loss computes: of the unpenalised,
-        untruncated distribution at the sampling temperature (at temperature 1 when greedy).
+        `[batch]` int64 tokens and `[batch]` float32 log-probs. The log-prob is what the loss computes: of the whole,
+        unpenalised distribution at the sampling temperature (at temperature 1 when greedy).
     """
     temperature = params.temperature if params.temperature > 0 else 1.0
     logprobs = torch.log_softmax(logits / temperature if temperature != 1.0 else logits, dim=-1)
@@ -33,6 +38,8 @@ def choose_tokens(
         assert seen is not None, "a presence penalty needs the tokens seen so far"
         # A constant per row does not matter: the scores are normalised again before the draw.
         scores = logprobs - seen.to(logprobs.dtype) * (params.presence_penalty / temperature)
+    if forbidden is not None:
+        scores = scores.index_fill(1, forbidden, float("-inf"))
     if params.temperature == 0:
         tokens = scores.argmax(dim=-1)
     elif params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0:
