@@ -38,3 +38,5 @@ def configure_logging(run_folder: Path | None, rank: int) -> None:
     for handler in handlers:
         handler.setFormatter(formatter)
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=handlers, force=True)
+    # megatron-core lists every parameter and option at the information level.
+    logging.getLogger("megatron").setLevel(logging.WARNING)

@@ -16,10 +16,12 @@ from zppo_mm.training.batching import BatchPlan, build_batches, plan_batches
 from zppo_mm.training.policy import Policy, TrainMetrics
 from zppo_mm.training.samples import to_training_samples
 
-_SHARES = {
+_PER_LOSS_TOKEN = {
     "clip_fraction_low": "policy/clip_low",
     "clip_fraction_high": "policy/clip_high",
     "clip_fraction_dual": "policy/clip_dual",
+}
+_PER_PASSED_TOKEN = {
     "ratio": "policy/ratio",
     "kl": "policy/kl_old",
     "entropy": "policy/entropy",
@@ -96,5 +98,8 @@ def _measure(trained: TrainMetrics, metrics: StepMetrics) -> None:
         metrics.add("policy/loss", Mean(update.loss))
         metrics.add("policy/grad_norm", Mean(update.grad_norm))
         metrics.add("policy/grad_norm_max", Max(update.grad_norm))
-        for name, metric in _SHARES.items():
+        for name, metric in _PER_LOSS_TOKEN.items():
             metrics.add(metric, Mean(update.means[name]))
+        # An update of trivial groups alone passes nothing through the network and knows nothing of these.
+        for name, metric in _PER_PASSED_TOKEN.items():
+            metrics.add(metric, Mean(update.means[name] * update.num_passed_tokens, update.num_passed_tokens))

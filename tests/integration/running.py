@@ -1,0 +1,69 @@
+"""Starts real runs as a user does and reads what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+CLONE = Path(__file__).resolve().parents[2]
+# A run of a few steps takes well under a minute on an idle core; a loaded machine gets a wide margin.
+RUN_TIMEOUT_SECONDS = 280
+
+SMALL = (
+    "train.num_new_questions=8",
+    "train.updates_per_step=2",
+    "rollout.num_rollouts=4",
+    "rollout.max_response_tokens=64",
+    "teacher.num_rollouts=2",
+    "evaluation.num_questions=6",
+    "evaluation.interval=0",
+    "observability.tensorboard=false",
+    "zone.rho_aug=0.5",
+)
+"""Options that make a step small but let it have replayed questions and reformulated prompts."""
+
+
+def start(output_dir: Path, name: str, *options: str, processes: int = 1) -> subprocess.Popen[str]:
+    """Start a run of small steps; `output_dir/name` is its folder."""
+    tool = [str(CLONE / "tools" / "train_zppo.py"), f"output_dir={output_dir}", f"name={name}", *SMALL, *options]
+    if processes > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
+    else:
+        launcher = []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CLONE)}
+    command = [sys.executable, *launcher, *tool]
+    return subprocess.Popen(
+        command, cwd=CLONE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def run(output_dir: Path, name: str, *options: str, processes: int = 1) -> Path:
+    """Run to the end and return the run's folder."""
+    process = start(output_dir, name, *options, processes=processes)
+    output, _ = process.communicate(timeout=RUN_TIMEOUT_SECONDS)
+    assert process.returncode == 0, output[-6000:]
+    return output_dir / name
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def transcript(folder: Path, step: int) -> list[dict[str, Any]]:
+    """Read the groups of one step."""
+    return lines(folder / "transcripts" / f"step_{step:06d}.jsonl")
+
+
+def buffer(folder: Path, step: int) -> dict[str, Any]:
+    """Read what one step did to the buffer."""
+    record: dict[str, Any] = json.loads((folder / "buffer" / f"step_{step:06d}.json").read_text(encoding="utf-8"))
+    return record

@@ -1,0 +1,107 @@
+"""From transcripts and buffer files alone, every advantage, cap and buffer decision of a run is computed again."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.running import buffer, lines, run, transcript
+
+STEPS = 4
+NUM_NEW = 8
+TAU = 0.5
+RHO_AUG = 0.5
+RHO_REPLAY = 0.25
+# Advantages are written from float32.
+ADVANTAGE_TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("runs"), "zppo", "modality=mixed", f"train.train_iters={STEPS}", processes=2)
+
+
+def plain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [group for group in groups if group["kind"] in ("new", "replayed")]
+
+
+def test_the_run_leaves_everything(folder: Path) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "evaluation.jsonl", "report.html", "hf/model.safetensors", "hf/config.json", "run.log"):
+        assert (folder / name).stat().st_size > 0, name
+    assert [line["step"] for line in lines(folder / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines(folder / "evaluation.jsonl")] == [0, STEPS]
+
+
+def test_advantages(folder: Path) -> None:
+    for step in range(1, STEPS + 1):
+        groups = transcript(folder, step)
+        centred = []
+        for group in groups:
+            rewards = [rollout["reward"] for rollout in group["rollouts"]]
+            assert group["accuracy"] == pytest.approx(sum(rewards) / len(rewards))
+            centred.append([reward - sum(rewards) / len(rewards) for reward in rewards] if len(set(rewards)) > 1 else None)
+        values = [value for group in centred if group for value in group]
+        mean = sum(values) / max(len(values), 1)
+        std = math.sqrt(sum((value - mean) ** 2 for value in values) / max(len(values), 1))
+        for group, expected in zip(groups, centred, strict=True):
+            got = [rollout["advantage"] for rollout in group["rollouts"]]
+            want = [(value - mean) / std for value in expected] if expected else [0.0] * len(got)
+            assert got == pytest.approx(want, abs=ADVANTAGE_TOLERANCE)
+
+
+def test_caps_and_kinds(folder: Path) -> None:
+    for step in range(1, STEPS + 1):
+        groups = transcript(folder, step)
+        by_kind = defaultdict(list)
+        for group in groups:
+            by_kind[group["kind"]].append(group)
+        hard = {group["question_id"]: group["accuracy"] for group in plain(groups) if group["accuracy"] < TAU}
+        guided = by_kind["bcq"] + by_kind["ncq"]
+        assert len(by_kind["new"]) == NUM_NEW
+        assert len(by_kind["replayed"]) <= RHO_REPLAY * NUM_NEW
+        assert len(guided) <= RHO_AUG * NUM_NEW
+        assert len(guided) >= min(len(hard), RHO_AUG * NUM_NEW)
+        reformulated = {group["question_id"] for group in guided}
+        assert reformulated <= set(hard)
+        # Whatever was reformulated is no easier than whatever was left out.
+        left_out = [accuracy for question, accuracy in hard.items() if question not in reformulated]
+        assert max((hard[question] for question in reformulated), default=0.0) <= min(left_out, default=1.0)
+        for group in by_kind["bcq"]:
+            shown = [(candidate["source"], candidate["correct"]) for candidate in group["candidates"]]
+            assert sorted(shown) == [("student", False), ("teacher", True)]
+        for group in by_kind["ncq"]:
+            wrong = [r for p in plain(groups) if p["question_id"] == group["question_id"] for r in p["rollouts"] if r["reward"] == 0]
+            assert [candidate["answer"] for candidate in group["candidates"]] == [rollout["parsed"] for rollout in wrong]
+
+
+def test_buffer(folder: Path) -> None:
+    content: list[str] = []
+    for step in range(1, STEPS + 1):
+        groups, record = transcript(folder, step), buffer(folder, step)
+        accuracy = {group["question_id"]: group["accuracy"] for group in plain(groups)}
+        for group in groups:
+            if group["kind"] == "replayed":
+                assert group["question_id"] in content
+        admitted = [question for question, value in accuracy.items() if value < TAU and question not in content]
+        graduated = [question for question, value in accuracy.items() if value >= TAU and question in content]
+        content = [question for question in content if question not in graduated] + admitted
+        assert record["admitted"] == admitted
+        assert sorted(record["graduated"]) == sorted(graduated)
+        assert record["evicted"] == []
+        assert record["content"] == content
+
+
+def test_every_rollout_is_used_once_in_equal_minibatches(folder: Path) -> None:
+    for step in range(1, STEPS + 1):
+        groups = transcript(folder, step)
+        counts: dict[int, int] = defaultdict(int)
+        for group in groups:
+            indices = {rollout["minibatch"] for rollout in group["rollouts"]}
+            assert len(indices) == 1
+            counts[indices.pop()] += 1
+        assert set(counts) == {0, 1}
+        assert abs(counts[0] - counts[1]) <= 1
