@@ -39,7 +39,7 @@ test-gpu: install
 	TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -m gpu
 
 tiny-models: install
-	$(RUN_ENV) $(BIN)/python tools/build_tiny_models.py
+	$(RUN_ENV) $(BIN)/python tools/make_tiny_models.py zppo_mm/embedded
 
 bench: install
 	$(RUN_ENV) $(BIN)/python benchmarks/run.py
