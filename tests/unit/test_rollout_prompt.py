@@ -122,6 +122,12 @@ def test_decode_drops_special_tokens_at_the_end_only(encoder: PromptEncoder) -> 
     assert encoder.stop_token_ids == tuple(tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
 
 
+def test_counts_and_names_tokens(encoder: PromptEncoder) -> None:
+    assert set(encoder.chat.special_tokens) == set(SPECIAL)
+    # "the" is one token by two merges, "<|" one, and the literal is plain text here: 3 + 6 bytes and "|>" as two
+    assert encoder.chat.count_tokens("the<|im_end|>") == 1 + 1 + 6 + 2
+
+
 def test_media_are_opened_once_while_cached(folder: Path) -> None:
     media = Media()
     encoder = PromptEncoder(folder, media, max_cached_bytes=1)
