@@ -38,6 +38,7 @@ _DEGREE = re.compile(r" ?\^ ?(?:\\circ|\{ ?\\circ ?\})(?![a-zA-Z])| ?\\degree(?!
 _PERCENT = re.compile(r" ?\\?%| per ?cent(?![a-zA-Z])")
 _ASSIGNMENT = re.compile(r"(\\?[A-Za-z]+(?:_\{?\w+\}?)?) ?= ?([^=<>]+)")
 _AROUND_SYMBOL = re.compile(r" ?([^\w\s]) ?")
+_AFTER_COMMAND = re.compile(r"(\\[a-zA-Z]+) (?![a-zA-Z])")
 _COMMAND = re.compile(r"\\(?:begin|end) ?\{[^{}]*\}|\\[a-zA-Z]+")
 _LETTERS = re.compile(r"[^\W\d_]+")
 _MATH_NAMES = (
@@ -79,7 +80,7 @@ def last_boxed(text: str) -> str | None:
 
 def normalise(answer: str) -> str:
     """Return the answer in one spelling: no delimiters, layout commands or text wrappers, single spaces."""
-    text = answer.translate(_TRANSLATION).strip()
+    text = _without_period(answer.translate(_TRANSLATION).strip())
     for opening, closing in _DELIMITERS:
         if len(text) > len(opening) + len(closing) and text.startswith(opening) and text.endswith(closing):
             text = text[len(opening) : -len(closing)].strip()
@@ -87,8 +88,8 @@ def normalise(answer: str) -> str:
     text = _TEXT.sub(r" \1 ", text)
     text = _SPACE.sub(" ", text).replace("{,}", ",")
     text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
-    text = re.sub(r" +", " ", text).strip()
-    return text[:-1].strip() if text.endswith(".") and not text.endswith("..") else text
+    text = _AFTER_COMMAND.sub(r"\1", re.sub(r" +", " ", text)).strip()
+    return _without_period(text)
 
 
 def compare(parsed: str, gold: str) -> bool | Undecided:
@@ -157,6 +158,10 @@ def _compare_values(left: str, right: str) -> bool | None:
     if _is_textual(left) or _is_textual(right):
         return _squeeze(left).casefold() == _squeeze(right).casefold()
     return None
+
+
+def _without_period(text: str) -> str:
+    return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
 
 
 def _squeeze(text: str) -> str:

@@ -62,6 +62,7 @@ _NOT_UNIT_WORDS = (
 )
 _NOT_UNITS = frozenset(_NOT_UNIT_WORDS.split())
 _UNIT = re.compile(r"(.*?[0-9)}.]) ?((?:[A-Za-z]+)(?:[ /][A-Za-z]+){0,3})(?: ?\^ ?\{? ?([23]) ?\}?)?")
+_CURRENCY = re.compile(r"(\\?\$|€|£)?([^$€£\\]+)(\\?\$|€|£)?")
 _SQUARED = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
 
 
@@ -96,9 +97,9 @@ def split_unit(text: str) -> tuple[str, str]:
     After a plain number any few words that do not change its value are a unit ("5 red apples"); after an expression only measuring
     units are.
     """
-    for sign in ("\\$", "$", "€", "£"):
-        if text.startswith(sign) and parse_number(text[len(sign) :]) is not None:
-            return text[len(sign) :].strip(), sign.lstrip("\\")
+    currency = _CURRENCY.fullmatch(text)
+    if currency and parse_number(currency[2]) is not None and bool(currency[1]) != bool(currency[3]):
+        return currency[2].strip(), (currency[1] or currency[3]).lstrip("\\")
     match = _UNIT.fullmatch(text)
     if match is None:
         return text, ""

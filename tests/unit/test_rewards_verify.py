@@ -1,0 +1,185 @@
+"""Grading of whole responses: reasons, multiple choice, the judge, and workers that hang, die and come back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from data.errors import DataError
+from data.question import AnswerType, Question
+from zppo_mm.errors import ConfigError
+from zppo_mm.rewards.grading_process import is_equal
+from zppo_mm.rewards.verify import Verdict, Verifier
+from zppo_mm.rewards.workers import GradingPool
+
+LIMIT_SECONDS = 2.0
+# Killing and reaping a worker on a loaded machine.
+MARGIN_SECONDS = 8.0
+HANGING = {
+    "tower": "9^{9^{9^9}}", "ten": "10^{10^{10}}", "factorial": "(10^9)!", "binomial": "\\binom{10^9}{10^8}",
+    "parentheses": "(" * 2000 + "1+x" + ")" * 2000, "sum": "+".join(f"\\sqrt{{{i}}}" for i in range(300)),
+    "set": "\\{" + ",".join(f"\\sqrt{{{i}}}" for i in range(3000)) + "\\}",
+}  # fmt: skip
+
+
+def question(gold: str, answer_type: AnswerType = "math", choices: Sequence[str] = ()) -> Question:
+    return Question("q7", "?", (), gold, answer_type, tuple(choices))
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[GradingPool]:
+    made = GradingPool(LIMIT_SECONDS, 1)
+    yield made
+    made.close()
+
+
+def test_reasons() -> None:
+    with Verifier() as verifier:
+        items = [(question("5"), text) for text in ["\\boxed{5}", "\\boxed{6}", "5", "\\boxed{}", "\\boxed{5", f"\\boxed{{{'5' * 3000}}}"]]
+        assert verifier.verify_all(items) == [
+            Verdict("5", 1.0, "match"),
+            Verdict("6", 0.0, "mismatch"),
+            Verdict(None, 0.0, "not_boxed"),
+            Verdict(None, 0.0, "not_boxed"),
+            Verdict(None, 0.0, "not_boxed"),
+            Verdict("5" * 3000, 0.0, "too_long"),
+        ]
+        assert verifier.verify(question("5" * 3000), f"\\boxed{{{'5' * 3000}}}").reason == "match"
+        assert verifier.verify_all([]) == []
+
+
+@pytest.mark.parametrize("name", HANGING)
+def test_hanging_inputs_end_in_time_and_the_next_answer_is_right(pool: GradingPool, name: str) -> None:
+    pool.compare_all([("1+x", "x+1")])  # the worker is warm, so that only the answer is timed
+    started = time.monotonic()
+    (outcome,) = pool.compare_all([(HANGING[name], "\\frac{x}{3}")])
+    assert time.monotonic() - started < LIMIT_SECONDS + MARGIN_SECONDS
+    assert outcome in ("different", "timeout", "error")
+    assert pool.compare_all([("1+x", "x+1"), ("2+x", "x+1")]) == ["equal", "different"]
+
+
+def test_a_timeout_is_named_and_counted_and_harms_no_neighbour() -> None:
+    with Verifier(LIMIT_SECONDS, num_workers=2) as verifier:
+        hang = (question("x"), "\\boxed{9^{9^{9^9}}+x}")
+        fine = (question("x+1"), "\\boxed{1+x}")
+        verdicts = verifier.verify_all([hang, fine, hang, fine, (question("2x"), "\\boxed{x+x}")])
+        assert [v.reason for v in verdicts] == ["timeout", "match", "timeout", "match", "match"]
+        assert verifier.num_timeouts == 1  # equal comparisons are made once
+
+
+def test_works_off_the_main_thread_and_leaves_the_alarm_alone() -> None:
+    results: list[str] = []
+    handler = signal.getsignal(signal.SIGALRM)
+    signal.setitimer(signal.ITIMER_REAL, 500)
+    with Verifier(60.0) as verifier:
+
+        def grade() -> None:
+            results.append(verifier.verify(question("x+1"), "\\boxed{1+x}").reason)
+
+        threads = [threading.Thread(target=grade) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert results == ["match"] * 3
+    assert signal.setitimer(signal.ITIMER_REAL, 0)[0] > 0
+    assert signal.getsignal(signal.SIGALRM) == handler
+
+
+def test_a_worker_that_died_is_replaced_and_none_is_left_behind() -> None:
+    pool = GradingPool(60.0, 1)
+    assert pool.compare_all([("1+x", "x+1")]) == ["equal"]
+    process = pool._workers[0].process
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert pool.compare_all([("1+x", "x+1"), ("x", "y")]) == ["equal", "different"]
+    last = pool._workers[0].process
+    pool.close()
+    assert last.poll() is not None
+    assert pool.compare_all([("1+x", "x+1")]) == ["equal"]
+    last = pool._workers[0].process
+    del pool
+    assert last.poll() is not None
+
+
+def test_a_worker_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match=r"a grading worker ended before it was ready.*check that math-verify is installed"):
+        GradingPool(1.0, 1).compare_all([("x", "y")])
+
+
+def test_algebra_itself() -> None:
+    assert is_equal("\\frac{2x}{4}", "x/2")
+    assert not is_equal("1.414214", "\\sqrt{2}")
+
+
+CHOICES = ("7 cm", "8 cm", "red", "7.5")
+
+
+@pytest.mark.parametrize(
+    ("parsed", "gold", "right"),
+    [
+        ("B", "B", True), ("b", "B", True), ("(B)", "B", True), ("B.", "B", True), ("B)", "B", True), ("\\text{B}", "B", True),
+        ("option B", "B", True),
+        ("The answer is B", "B", True), ("Answer: (B)", "B", True), ("B. 8 cm", "B", True), ("(B) 8 cm", "B", True),
+        ("8 cm", "B", True), ("8", "B", True), ("Red", "C", True), ("\\frac{15}{2}", "D", True), ("B. eight", "B", True),
+        ("A", "B", False), ("B. 7 cm", "B", False), ("A. 8 cm", "B", False), ("A and B", "B", False), ("AB", "B", False), ("E", "B", False),
+        ("7 cm", "B", False), ("", "B", False), ("blue", "C", False), ("A, B", "B", False), ("7", "A", True),
+    ],
+)  # fmt: skip
+def test_multiple_choice(parsed: str, gold: str, right: bool) -> None:
+    with Verifier() as verifier:
+        assert verifier.verify(question(gold, "choice", CHOICES), f"\\boxed{{{parsed}}}").reward == float(right)
+
+
+def test_choice_text_must_be_unique_and_the_reference_a_letter() -> None:
+    with Verifier() as verifier:
+        assert verifier.verify(question("A", "choice", ["1/2", "0.5"]), "\\boxed{0.5}").reward == 0
+        assert verifier.verify(question("C", "choice"), "\\boxed{C}").reward == 1
+        with pytest.raises(
+            DataError, match=r"question 'q7': the reference answer is no option's letter, got 'E', expected one of A, B, C, D"
+        ):
+            verifier.verify(question("E", "choice", CHOICES), "\\boxed{A}")
+
+
+class ContainsJudge:
+    """Calls an answer right that contains the reference."""
+
+    def judge(self, items: Sequence[tuple[Question, str]]) -> list[bool]:
+        return [asked.answer in parsed for asked, parsed in items]
+
+
+def test_open_questions_go_to_the_judge() -> None:
+    items = [(question("a cat", "open"), text) for text in ["\\boxed{it is a cat}", "\\boxed{a dog}", "a cat"]]
+    with Verifier(judge=ContainsJudge()) as verifier:
+        assert [v.reason for v in verifier.verify_all([*items, (question("5"), "\\boxed{5}")])] == [
+            "match",
+            "mismatch",
+            "not_boxed",
+            "match",
+        ]
+    with Verifier() as verifier, pytest.raises(ConfigError, match=r"question 'q7' has answer_type 'open' and there is no judge"):
+        verifier.verify_all(items)
+
+
+def test_wrong_settings_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"reward: out of range, got timeout_seconds=0"):
+        Verifier(0)
+
+
+def test_a_forgotten_worker_ends_itself() -> None:
+    """A run that is killed cannot kill its workers: the kernel's alarm ends one that hangs, the end of its input any other."""
+    command = [sys.executable, "-m", "zppo_mm.rewards.grading_process", "1.0"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as hung:
+        assert hung.communicate(b'{"parsed": "9^{9^{9^9}}", "gold": "x"}\n', timeout=120)[0] == b'{"ready": true}\n'
+        assert hung.returncode == -signal.SIGALRM
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as idle:
+        assert idle.communicate(b'{"parsed": "1+x", "gold": "x+1"}\n', timeout=120)[0] == b'{"ready": true}\n{"equal": true}\n'
+        assert idle.returncode == 0
