@@ -84,7 +84,7 @@ class GatedRMSNorm(nn.Module):
         return (normed * F.silu(gate.float())).to(gate.dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GatedRMSNorm:
-        return _apply_keeping_float32(self, super()._apply, fn, recurse)  # type: ignore[return-value]
+        return _apply_keeping_float32(self, ("weight",), super()._apply, fn, recurse)  # type: ignore[return-value]
 
 
 class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
@@ -227,7 +227,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         return query, key, value.reshape(*value.shape[:-1], value_heads, -1)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GatedDeltaNet:
-        return _apply_keeping_float32(self, super()._apply, fn, recurse)  # type: ignore[return-value]
+        return _apply_keeping_float32(self, ("A_log",), super()._apply, fn, recurse)  # type: ignore[return-value]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None, **_: Any
@@ -274,13 +274,13 @@ def fused_kernels() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
 
 
 def _apply_keeping_float32(
-    module: nn.Module, apply: Callable[..., nn.Module], fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool
+    module: nn.Module, names: tuple[str, ...], apply: Callable[..., nn.Module], fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool
 ) -> nn.Module:
-    """Move or cast a module, its float32 parameters only moved."""
-    kept = {name: parameter.data for name, parameter in module._parameters.items() if parameter is not None}
+    """Move or cast a module, the named parameters only moved."""
+    kept = {name: module.get_parameter(name).data for name in names}
     apply(fn, recurse)
     for name, data in kept.items():
-        parameter = module._parameters[name]
-        if parameter is not None and data.dtype == torch.float32 and parameter.dtype != torch.float32:
+        parameter = module.get_parameter(name)
+        if parameter.dtype != data.dtype:
             parameter.data = data.to(parameter.device)
     return module
