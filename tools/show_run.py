@@ -1,0 +1,40 @@
+"""Say where the pieces of a run lie and how its held-out accuracy changed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from zppo_mm.observability.report_data import read_run
+
+PIECES = (
+    ("resolved configuration", "config.yaml"),
+    ("metrics", "metrics.jsonl"),
+    ("evaluations", "evaluation.jsonl"),
+    ("transcripts", "transcripts"),
+    ("replay buffer by step", "buffer"),
+    ("checkpoints", "checkpoints"),
+    ("trained student, Hugging Face format", "hf"),
+    ("report", "report.html"),
+)
+
+
+def main() -> None:
+    """Read the command line and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_folder", type=Path, help="a run's folder, such as runs/demo")
+    folder = parser.parse_args().run_folder
+    if not folder.is_dir():
+        sys.exit(f"show_run: no such folder, got {folder}, expected a run's folder; give the one under runs/")
+    for name, piece in PIECES:
+        if (folder / piece).exists():
+            print(f"{name + ':':<38} {folder / piece}")
+    evaluations = read_run(folder).evaluations
+    for label, evaluation in (("before", evaluations[0]), ("after", evaluations[-1])) if evaluations else ():
+        by_source = ", ".join(f"{source} {accuracy:.1%}" for source, accuracy in evaluation["accuracy_by_source"].items())
+        print(f"held-out accuracy {label:<6} (step {evaluation['step']}): {evaluation['accuracy']:.1%} ({by_source})")
+
+
+if __name__ == "__main__":
+    main()
