@@ -140,12 +140,17 @@ def test_front_door(lines: Path, tmp_path: Path) -> None:
     assert "lint FOLDER" in run("--help").stdout
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_easy_vqa_is_multiple_choice_among_answers_of_one_kind(split: str) -> None:
-    samples = list(easy_vqa_samples(distribution("easy-vqa"), split))
-    assert len(samples) == NUM_QUESTIONS[split]
-    records = json.loads(Path(str(distribution("easy-vqa").locate_file(f"easy_vqa/data/{split}/questions.json"))).read_text())
+def package_records(split: str) -> list[tuple[str, str, int]]:
+    path = distribution("easy-vqa").locate_file(f"easy_vqa/data/{split}/questions.json")
+    records: list[tuple[str, str, int]] = json.loads(Path(str(path)).read_text())
+    return records
+
+
+def test_easy_vqa_is_multiple_choice_among_answers_of_one_kind() -> None:
+    assert {split: len(package_records(split)) for split in NUM_QUESTIONS} == NUM_QUESTIONS
+    samples, records = list(easy_vqa_samples(distribution("easy-vqa"), "test")), package_records("test")
     letters: Counter[tuple[int, str]] = Counter()
+    places: set[tuple[str, str]] = set()
     for each, (text, answer, image) in zip(samples, records, strict=True):
         question = each.question
         assert question["question"].lower() == text
@@ -153,7 +158,9 @@ def test_easy_vqa_is_multiple_choice_among_answers_of_one_kind(split: str) -> No
         assert tuple(sorted(question["choices"])) in {tuple(sorted(kind)) for kind in ANSWER_KINDS}
         assert question["image"] == image
         letters[len(question["choices"]), question["answer"]] += 1
-    for size, tolerance in ((2, 0.04), (3, 0.15), (8, 0.4)):  # over 3 standard deviations of a fair draw in the smaller split
+        places.add((answer, question["answer"]))
+    assert len(places) == 2 * 2 + 3 * 3 + 8 * 8, "every answer stands at every letter of its kind"
+    for size, tolerance in ((2, 0.04), (3, 0.15), (8, 0.4)):  # over 3 standard deviations of a fair draw
         counts = [count for (choices, _), count in letters.items() if choices == size]
         assert len(counts) == size
         assert max(counts) / (sum(counts) / size) - 1 < tolerance, "no letter tells the answer"
