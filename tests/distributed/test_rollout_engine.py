@@ -22,6 +22,7 @@ from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.megatron_engine import MegatronEngine
 from zppo_mm.rollout.prompt import PromptEncoder
 
+pytestmark = pytest.mark.timeout(700)  # a start of two ranks takes a minute on a busy machine
 SEED = 11
 LOGPROB_TOLERANCE = 1e-4  # decoding and training sum the same float32 products in other orders; the bound that training relies on
 NEW_TOKENS = 24
