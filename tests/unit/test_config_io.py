@@ -169,3 +169,8 @@ def test_help_is_quick_and_imports_no_torch() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HELP_TIMEOUT_SECONDS, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").rglob("*.yaml")), ids=lambda path: path.parent.name)
+def test_every_example_loads(path: Path) -> None:
+    load_config(path)
