@@ -37,7 +37,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(RUN_ENV) $(BIN)/python -m pytest -q tests/unit/test_house_rules.py tests/unit/test_imports_layers.py
+	$(RUN_ENV) $(BIN)/python -m pytest -q tests/unit/test_house_rules.py tests/unit/test_house_docs.py tests/unit/test_imports_layers.py
 
 test-gpu: install
 	TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -m gpu
