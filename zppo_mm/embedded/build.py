@@ -9,7 +9,8 @@ from pathlib import Path
 from zppo_mm.config import ModelConfig, ParallelConfig
 from zppo_mm.embedded.folder import write_untrained
 from zppo_mm.embedded.lessons import DigitLessons
-from zppo_mm.embedded.recipes import MICRO_BATCH_TOKENS, Recipe
+from zppo_mm.embedded.recipes import CANDIDATE_LINES, CANDIDATE_TOKENS, MICRO_BATCH_TOKENS, Recipe
+from zppo_mm.embedded.tokenizer import build_tokenizer
 from zppo_mm.models import parallel
 from zppo_mm.models.architecture import load_architecture
 from zppo_mm.models.export import export_hf_weights
@@ -43,8 +44,10 @@ def build_tiny_model(recipe: Recipe, out_dir: str | Path, seed: int) -> float:
         model = build_model(load_architecture(untrained), ModelConfig(), layout)
         load_hf_weights(model, untrained)
         policy = Policy(model, supervised_config(recipe.stages), layout, SupervisedObjective())
-        lessons = DigitLessons(load_templates(), RuleCompressor(), seed)
-        encoder = PromptEncoder(untrained, lessons.open, max_cached_bytes=1)
+        tokenizer = build_tokenizer()
+        compressor = RuleCompressor(lambda text: len(tokenizer.encode(text)), CANDIDATE_TOKENS, CANDIDATE_LINES)
+        lessons = DigitLessons(load_templates(), compressor, seed)
+        encoder = PromptEncoder(untrained, lessons.open)
         loss = train_supervised(policy, encoder, lessons, recipe.stages, MICRO_BATCH_TOKENS)
         export_hf_weights(model, untrained, out_dir)
     logger.info("embedded: %s is built, last loss %.4f", out_dir, loss)

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from zppo_mm.embedded.folder import TinySize
 from zppo_mm.embedded.lessons import Stage
 
-MICRO_BATCH_TOKENS = 4096
+MICRO_BATCH_TOKENS = 2048
 """Most tokens of a forward pass in supervised training; more is slower where the cache is small."""
+CANDIDATE_TOKENS = 96
+CANDIDATE_LINES = 5
+"""Caps of a candidate, those of the embedded run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +48,8 @@ STUDENT = Recipe(
 )
 TEACHER = Recipe(
     TinySize(
-        hidden_size=160,
-        intermediate_size=384,
+        hidden_size=128,
+        intermediate_size=320,
         num_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -57,7 +60,7 @@ TEACHER = Recipe(
     (
         FIRST_DIGITS,
         READING,
-        Stage(num_updates=1500, batch_size=32, lr=2e-3, final_lr=1e-4, levels={2: 1, 3: 1, 4: 2, 5: 3, 6: 3}),
+        Stage(num_updates=1100, batch_size=32, lr=2e-3, final_lr=1e-4, levels={2: 1, 3: 1, 4: 1.5, 5: 2, 6: 2}),
     ),
 )
 RECIPES: Mapping[str, Recipe] = {"student": STUDENT, "teacher": TEACHER}
