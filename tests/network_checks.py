@@ -139,7 +139,9 @@ def share_logits(logits: torch.Tensor | None, batch: int, vocabulary: int) -> to
     return whole
 
 
-def greedy(network: VisionLanguageModel, parts: list[tiny_qwen.Sequence], num_tokens: int, repeats: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def greedy(
+    network: VisionLanguageModel, parts: list[tiny_qwen.Sequence], num_tokens: int, repeats: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode the most likely tokens of every sequence.
 
     Returns:
