@@ -8,10 +8,12 @@ free port, so `zppo_mm.models.parallel.initialize` works in them unchanged. A fa
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -80,9 +82,14 @@ def run_ranks(
                         stdout=log,
                         stderr=subprocess.STDOUT,
                         cwd=CLONE_ROOT,
+                        # A session of its own, so that what a killed rank leaves behind can be ended with it.
+                        start_new_session=True,
                     )
                 )
-        timed_out = _wait(processes, timeout_seconds, stop_after_failure=check)
+        try:
+            timed_out = _wait(processes, timeout_seconds, stop_after_failure=check)
+        finally:
+            _end_sessions(processes)
         outputs = [(Path(folder) / f"{rank}.log").read_text(errors="replace") for rank in range(world_size)]
         codes = [process.returncode for process in processes]
         if not check:
@@ -106,6 +113,14 @@ def _wait(processes: list[subprocess.Popen[bytes]], timeout_seconds: float, stop
                 process.kill()
         time.sleep(0.05)
     return timed_out
+
+
+def _end_sessions(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Kill the ranks and all that they started."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _report(codes: list[int], outputs: list[str], timed_out: bool) -> str:

@@ -90,6 +90,9 @@ def build_scheduler(optimizer: Any, train: TrainConfig) -> Any:
         end_wd=train.weight_decay,
         wd_incr_steps=1,
         wd_incr_style="constant",
+        # A resumed run takes its values from the configuration, not from the checkpoint.
+        override_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=False,
     )
 
 
