@@ -45,5 +45,8 @@ test-gpu: install
 tiny-models: install
 	$(RUN_ENV) $(BIN)/python tools/make_tiny_models.py zppo_mm/embedded
 
+# TRL wants an environment of its own; its Python is named by TRL_PYTHON, and without it that comparison is left out.
 bench: install
-	$(RUN_ENV) $(BIN)/python benchmarks/run.py
+	$(RUN_ENV) $(BIN)/python benchmarks/data_stream.py
+	$(RUN_ENV) $(BIN)/python benchmarks/sampling.py
+	test -z "$(TRL_PYTHON)" || $(BIN)/python benchmarks/grpo_step.py --trl-python $(TRL_PYTHON)
