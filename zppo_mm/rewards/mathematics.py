@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from zppo_mm.rewards.numbers import parse_number, parse_ratio, split_unit
+from zppo_mm.rewards.quantities import parse_number, parse_ratio, split_unit
 
 MAX_ANSWER_CHARS = 1000
 
