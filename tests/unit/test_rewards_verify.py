@@ -142,6 +142,9 @@ def test_multiple_choice(parsed: str, gold: str, right: bool) -> None:
 def test_choice_text_must_be_unique_and_the_reference_a_letter() -> None:
     with Verifier() as verifier:
         assert verifier.verify(question("A", "choice", ["1/2", "0.5"]), "\\boxed{0.5}").reward == 0
+        assert verifier.verify(question("B", "choice", ["1/2", "0.5"]), "\\boxed{0.5}").reward == 1  # spelled so
+        assert verifier.verify(question("B", "choice", ["1/2", "0.5"]), "\\boxed{0.50}").reward == 0  # means both
+        assert verifier.verify(question("B", "choice", ["paradox", "choice paradox"]), "\\boxed{Choice paradox}").reward == 1
         assert verifier.verify(question("C", "choice"), "\\boxed{C}").reward == 1
         with pytest.raises(
             DataError, match=r"question 'q7': the reference answer is no option's letter, got 'E', expected one of A, B, C, D"

@@ -27,7 +27,8 @@ def matches_choice(parsed: str, question: Question) -> bool:
         DataError: If the reference answer is not the letter of an option.
     """
     gold = _gold_letter(question)
-    text = _PREFIX.sub("", normalise(parsed), count=1)
+    whole = normalise(parsed)
+    text = _PREFIX.sub("", whole, count=1)
     alone = _LETTER_ALONE.fullmatch(text)
     if alone:
         return alone[1].upper() == gold
@@ -36,11 +37,13 @@ def matches_choice(parsed: str, question: Question) -> bool:
         named = (both[1] or both[2]).upper()
         spoken = _letters_of_text(both[3], question)
         return named == gold and (not spoken or gold in spoken)
-    return _letters_of_text(text, question) == [gold]
+    return (_letters_of_text(whole, question) or _letters_of_text(text, question)) == [gold]
 
 
 def _letters_of_text(text: str, question: Question) -> list[str]:
-    return [_letter(index) for index, choice in enumerate(question.choices) if compare(text, choice) is True]
+    """Return the options that read like a text: those spelled the same, else those that mean the same."""
+    spelled = [_letter(index) for index, choice in enumerate(question.choices) if normalise(choice).casefold() == text.casefold()]
+    return spelled or [_letter(index) for index, choice in enumerate(question.choices) if compare(text, choice) is True]
 
 
 def _gold_letter(question: Question) -> str:
