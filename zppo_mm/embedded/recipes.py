@@ -27,7 +27,9 @@ class Recipe:
 FIRST_DIGITS = Stage(
     num_updates=150, batch_size=48, lr=2e-3, final_lr=2e-3, warmup_updates=30, levels={1: 1, 2: 1}, kinds={"read": 1}, choice_share=0
 )
-READING = Stage(num_updates=150, batch_size=32, lr=2e-3, final_lr=2e-3, levels={2: 1, 3: 1, 4: 1, 5: 1, 6: 1}, kinds={"read": 1}, choice_share=0)
+READING = Stage(
+    num_updates=150, batch_size=32, lr=2e-3, final_lr=2e-3, levels={2: 1, 3: 1, 4: 1, 5: 1, 6: 1}, kinds={"read": 1}, choice_share=0
+)
 
 STUDENT = Recipe(
     TinySize(
@@ -43,7 +45,9 @@ STUDENT = Recipe(
     (
         FIRST_DIGITS,
         READING,
-        Stage(num_updates=400, batch_size=32, lr=2e-3, final_lr=2e-4, levels={2: 3, 3: 3, 4: 2, 5: 1, 6: 1}, bcq_share=0.15, ncq_share=0.1),
+        Stage(
+            num_updates=600, batch_size=32, lr=1e-3, final_lr=1e-3, levels={2: 4, 3: 3, 4: 2, 5: 1, 6: 0.5}, bcq_share=0.12, ncq_share=0.08
+        ),
     ),
 )
 TEACHER = Recipe(
