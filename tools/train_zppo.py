@@ -9,6 +9,7 @@ from zppo_mm.config import RunConfig
 from zppo_mm.config_help import describe_options
 from zppo_mm.config_io import load_config
 from zppo_mm.errors import ConfigError
+from zppo_mm.observability.logs import quiet_libraries
 
 
 def parse(arguments: list[str]) -> RunConfig:
@@ -36,6 +37,7 @@ def main() -> int:
     except ConfigError as error:
         print(f"train_zppo: {error}", file=sys.stderr)
         return 2
+    quiet_libraries()
     from zppo_mm.train import run_training
 
     return run_training(config)

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 from tqdm import tqdm
 
 LOG_FILE = "run.log"
+
+
+def quiet_libraries() -> None:
+    """Hide warnings of libraries that a user can do nothing about; call before megatron-core is imported.
+
+    megatron-core warns at import of every optional package that is not installed, and torch of the names that megatron-core calls.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 class ProgressBarHandler(logging.Handler):
