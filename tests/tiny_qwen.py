@@ -91,7 +91,8 @@ def _randomised(model: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("A_log"):
-                parameter.uniform_(-1.0, 2.0)
+                # Slow decay: what a chunk leaves in the state must matter several chunks later.
+                parameter.uniform_(-5.0, 1.0)
             elif parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             else:

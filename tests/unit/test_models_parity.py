@@ -15,6 +15,7 @@ from zppo_mm.config import ModelConfig, ParallelConfig
 from zppo_mm.errors import ConfigError, ModelError
 from zppo_mm.models import delta_rule, parallel
 from zppo_mm.models.cache import DecodeCache
+from zppo_mm.models.packing import MAX_PADDING_RATIO, build_layout
 from zppo_mm.models.provider import freeze_parts
 from zppo_mm.models.vision_language import VisionLanguageModel
 
@@ -130,6 +131,17 @@ def test_selection_reorders_repeats_and_drops_sequences_while_decoding(network: 
         positions = torch.tensor([len(parts[row].token_ids) + step for row in rows])
         logits = network.decode(token_ids, positions.expand(3, -1), cache)
         assert logits[:, : tiny_qwen.IMAGE].argmax(-1).tolist() == [int(alone[row][step + 1]) for row in rows]
+
+
+def test_padding_stays_below_the_bound_and_undoes_itself() -> None:
+    lengths = [9, 70, 3, 64, 0, 5, 40]
+    layout = build_layout(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32))
+    packed = torch.randn(sum(lengths), 2, 3)
+    padded = [bucket.pad(packed) for bucket in layout.buckets]
+    assert layout.join([bucket.unpad(batch) for bucket, batch in zip(layout.buckets, padded, strict=True)]).equal(packed)
+    # 70 takes in 64 and 40, but not 9; 9 takes in 5, but not 3; the empty sequence is nowhere.
+    assert [bucket.sequences for bucket in layout.buckets] == [(1, 3, 6), (0, 5), (2,)]
+    assert all(bucket.longest <= MAX_PADDING_RATIO * min(bucket.lengths) for bucket in layout.buckets)
 
 
 def test_the_chunked_rule_equals_a_loop_over_tokens() -> None:
