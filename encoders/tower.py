@@ -26,9 +26,7 @@ class VisionTower(nn.Module):
         attn_implementation: Attention kernel by transformers' name.
     """
 
-    def __init__(
-        self, vision_config: Mapping[str, Any], dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
-    ) -> None:
+    def __init__(self, vision_config: Mapping[str, Any], dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa") -> None:
         super().__init__()
         config = Qwen3_5VisionConfig(**dict(vision_config))
         self.merge_size = int(config.spatial_merge_size)

@@ -172,7 +172,6 @@ def test_responses_end_as_asked(folder: Path, single: dict[str, Any]) -> None:
     assert single["still_training"]
 
 
-
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
 def test_other_layouts_sample_the_same(folder: Path, single: dict[str, Any], tensor: int, pipeline: int) -> None:
     for results in run_ranks(sample_everything, tensor * pipeline, folder, tensor, pipeline):

@@ -74,9 +74,7 @@ def test_frequencies_are_the_probabilities(chosen: dict[str, float]) -> None:
     st.floats(0.05, 1.0),
     st.floats(0.0, 0.9),
 )
-def test_the_set_that_can_be_drawn_is_the_naive_one(
-    values: list[int], temperature: float, top_k: int, top_p: float, min_p: float
-) -> None:
+def test_the_set_that_can_be_drawn_is_the_naive_one(values: list[int], temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     logits = [value / 8 for value in values]
     expected = naive_distribution(logits, temperature, top_k, top_p, min_p, set(), 0.0)
     # One draw in the middle of every kept token's share, in the order in which shares are laid out, must give that very token.

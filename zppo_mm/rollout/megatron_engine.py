@@ -76,11 +76,13 @@ class MegatronEngine:
         cache.select(rows)
         logits = logits.index_select(0, rows) if logits is not None else None
         starts = [requests[share.request].prompt.next_position for share in wave for _ in range(share.count)]
-        streams = UniformStreams([
-            generator(self._seed, *requests[share.request].seed_path, rollout)
-            for share in wave
-            for rollout in range(share.first, share.first + share.count)
-        ])
+        streams = UniformStreams(
+            [
+                generator(self._seed, *requests[share.request].seed_path, rollout)
+                for share in wave
+                for rollout in range(share.first, share.first + share.count)
+            ]
+        )
         batch = RolloutBatch(starts, sampling, self._model.architecture.vocab_size, device)
         for step in range(sampling.max_new_tokens):
             tokens, logprobs = self._choose(logits, streams.column(step, batch.rows), batch, sampling)

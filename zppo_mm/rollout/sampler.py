@@ -93,9 +93,7 @@ class GroupSampler:
         """
         mine = split_instances(instances, self._exchange.num_replicas)[self._exchange.replica]
         encoded, failed = self._encode(instances, mine)
-        requests = [
-            GenerationRequest(item.prompt, item.vision, num_rollouts, ("rollout", instances[item.index].uid)) for item in encoded
-        ]
+        requests = [GenerationRequest(item.prompt, item.vision, num_rollouts, ("rollout", instances[item.index].uid)) for item in encoded]
         # An engine is called even with nothing to do: its ranks may have to meet.
         generations = self._engine.generate(requests, params)
         outcomes = failed
