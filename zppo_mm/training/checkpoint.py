@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import queue
 import re
 import shutil
 import zlib
@@ -23,6 +24,7 @@ import psutil  # noqa: F401
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from zppo_mm.errors import CheckpointError
@@ -66,6 +68,7 @@ def save(folder: Path, step: int, policy: Policy, state: dict[str, Any], keep: i
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
         # Newer versions default to a strategy of another package.
         arguments["async_strategy"] = "mcore"
+    _keep_results_in_process()
     dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(partial), **arguments)
     random_states = _gather_random_states()
     _on_rank_0(partial, lambda: _write_rest(partial, state, random_states))
@@ -154,6 +157,17 @@ def verify(path: Path) -> None:
         CheckpointError: On every rank, naming the first file that is missing or damaged.
     """
     _on_all_ranks(path, lambda: _verify_share(path))
+
+
+def _keep_results_in_process() -> None:
+    """Have the writers report through a queue of this process.
+
+    megatron-core starts a manager process for that, in case the save is asynchronous. Ours is not, and that process would outlive a killed
+    run and keep its output pipes open.
+    """
+    if getattr(filesystem_async, "_results_queue", None) is None:
+        writer: Any = filesystem_async
+        writer._results_queue = queue.SimpleQueue()
 
 
 def _metadata() -> dict[str, Any]:
