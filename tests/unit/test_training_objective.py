@@ -1,0 +1,80 @@
+"""Objectives on packed sequences against a loop over tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from zppo_mm.config import AlgorithmConfig
+from zppo_mm.experience import Microbatch
+from zppo_mm.training.objective import PolicyObjective, SupervisedObjective
+
+VOCABULARY = 11
+# Float32 sums of about ten terms.
+TOLERANCE = 1e-5
+
+
+def packed(old_shift: float = 0.0) -> tuple[torch.Tensor, Microbatch]:
+    """Two sequences of 5 and 4 tokens, the last 3 and 2 of which are responses."""
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(VOCABULARY, (9,), generator=random)
+    mask = torch.tensor([0.0, 0, 1, 1, 1, 0, 0, 1, 1])
+    logits = 2 * torch.randn(9, VOCABULARY, generator=random)
+    advantages = mask * torch.tensor([0.0, 0, 1.5, 1.5, 1.5, 0, 0, -0.5, -0.5])
+    old = torch.zeros(9)
+    for token in range(1, 9):
+        old[token] = torch.log_softmax(logits[token - 1], -1)[ids[token]] + old_shift
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]] * 3)
+    return logits, Microbatch(ids, positions, torch.tensor([0, 5, 9], dtype=torch.int32), mask, old * mask, advantages)
+
+
+def test_a_token_is_predicted_from_the_place_before_it() -> None:
+    logits, microbatch = packed()
+    terms = SupervisedObjective()(logits, microbatch)
+    expected = -sum(float(torch.log_softmax(logits[i - 1], -1)[microbatch.token_ids[i]]) for i in (2, 3, 4, 7, 8))
+    assert float(terms.loss_sum) == pytest.approx(expected, rel=TOLERANCE)
+    assert terms.sums.tolist()[:2] == pytest.approx([expected, 5.0], rel=TOLERANCE)
+
+
+def test_no_prediction_crosses_into_the_next_sequence() -> None:
+    logits, microbatch = packed()
+    logits.requires_grad_()
+    SupervisedObjective()(logits, microbatch).loss_sum.backward()
+    assert logits.grad is not None
+    touched = logits.grad.abs().sum(-1) > 0
+    # Responses are tokens 2-4 and 7-8, so logits 1-3 and 6-7 matter; 4 and 8 end their sequences.
+    assert touched.tolist() == [False, True, True, True, False, False, True, True, False]
+
+
+def test_on_policy_tokens_have_ratio_one() -> None:
+    logits, microbatch = packed()
+    objective = PolicyObjective(AlgorithmConfig(), temperature=1.0)
+    named = dict(zip(objective.names, objective(logits, microbatch).sums.tolist(), strict=True))
+    # loss = -(3 * 1.5 - 2 * 0.5)
+    assert named["loss"] == pytest.approx(-3.5, rel=TOLERANCE)
+    assert named["num_tokens"] == 5
+    assert named["ratio"] == pytest.approx(5.0, rel=TOLERANCE)
+    assert named["kl"] == pytest.approx(0.0, abs=TOLERANCE)
+    assert named["clip_fraction_low"] == named["clip_fraction_high"] == named["clip_fraction_dual"] == 0
+    entropies = torch.distributions.Categorical(logits=logits[[1, 2, 3, 6, 7]]).entropy()
+    assert named["entropy"] == pytest.approx(float(entropies.sum()), rel=TOLERANCE)
+
+
+def test_moved_policy_counts_its_clipped_tokens() -> None:
+    logits, microbatch = packed(old_shift=-0.5)
+    objective = PolicyObjective(AlgorithmConfig(), temperature=1.0)
+    named = dict(zip(objective.names, objective(logits, microbatch).sums.tolist(), strict=True))
+    # Ratio exp(0.5) = 1.6487: clipped to 1.28 where the advantage is 1.5, kept where it is -0.5.
+    assert named["loss"] == pytest.approx(-(3 * 1.28 * 1.5 - 2 * 1.6487213 * 0.5), rel=TOLERANCE)
+    assert (named["clip_fraction_low"], named["clip_fraction_high"]) == (0, 3)
+    assert named["ratio"] == pytest.approx(5 * 1.6487213, rel=TOLERANCE)
+
+
+def test_a_micro_batch_without_loss_tokens_has_no_gradient() -> None:
+    logits, microbatch = packed()
+    idle = Microbatch(*(getattr(microbatch, name) for name in ("token_ids", "positions", "cu_seqlens")), *[torch.zeros(9)] * 3)
+    logits.requires_grad_()
+    terms = PolicyObjective(AlgorithmConfig(), temperature=1.0)(logits, idle)
+    terms.loss_sum.backward()
+    assert terms.sums.tolist() == [0.0] * len(PolicyObjective.names)
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
