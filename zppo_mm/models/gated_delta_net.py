@@ -140,7 +140,9 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
             tp_comm_buffer_name="fc2",
             **shared,
         )
-        self.fused_kernels = fused_kernels() if parameter_device(config).type == "cuda" else None
+        # FLA's rule refuses float32.
+        fusable = parameter_device(config).type == "cuda" and config.params_dtype != torch.float32
+        self.fused_kernels = fused_kernels() if fusable else None
 
     def _build_own_parameters(self, config: TransformerConfig, tensor_size: int) -> None:
         device, dtype = parameter_device(config), config.params_dtype

@@ -139,7 +139,9 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         if patches is None or grids is None:
             features = embeddings.new_zeros((0, embeddings.shape[-1]))
         else:
-            features = tower(patches.to(weight.device, weight.dtype), grids.to(weight.device))
+            # Tensor ranks hold the same tower and get the same gradient of the features, so they share several media among themselves.
+            group = self.language_model.pg_collection.tp if len(grids) > 1 else None
+            features = tower(patches.to(weight.device, weight.dtype), grids.to(weight.device), group)
         fused = fuse(embeddings, token_ids, features, self.architecture.image_token_id, self.architecture.video_token_id)
         if patches is None and torch.is_grad_enabled() and any(parameter.requires_grad for parameter in tower.parameters()):
             # Every parameter must get a gradient in every micro-batch: bucketed gradient reduction waits for all of them.
