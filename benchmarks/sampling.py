@@ -154,6 +154,7 @@ def main() -> None:
         if arguments.model is None:
             random_model().save_pretrained(folder)
         prompts = make_prompts(arguments.prompts, load_architecture(folder).vocab_size)
+        # transformers first: once the CPU patches are in place, its loading leaves rotary frequencies uninitialised.
         theirs = transformers_side(folder, prompts, arguments)
         ours = engine_side(folder, prompts, arguments)
         sides = [ours, theirs]
