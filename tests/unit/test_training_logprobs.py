@@ -39,6 +39,18 @@ def test_values_and_gradients_are_those_of_the_softmax(temperature: float, chunk
     assert torch.equal(ours.detach(), logits)
 
 
+@pytest.mark.parametrize("field", ["logprobs", "entropies"])
+def test_a_loss_may_use_one_of_the_two_alone(field: str) -> None:
+    logits, rows, targets = example()
+    ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    getattr(token_statistics(ours, rows, targets), field).square().sum().backward()
+    expected = torch.log_softmax(plain[rows], -1)
+    both = {"logprobs": expected.gather(-1, targets[:, None]).squeeze(-1), "entropies": -(expected.exp() * expected).sum(-1)}
+    both[field].square().sum().backward()
+    assert ours.grad is not None
+    torch.testing.assert_close(ours.grad, plain.grad, atol=GRADIENT_TOLERANCE, rtol=0)
+
+
 def test_a_large_shift_of_the_logits_changes_nothing() -> None:
     logits, rows, targets = example()
     base = token_statistics(logits.double(), rows, targets)

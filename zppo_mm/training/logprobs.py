@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-DEFAULT_CHUNK_ROWS = 1024
+DEFAULT_CHUNK_ROWS = 256
+NO_WEIGHT = -1e4
+"""Bound of log-weights from below: its exponential is 0 in float32, and 0 times it is 0."""
 
 
 class TokenStatistics(NamedTuple):
@@ -69,42 +71,59 @@ class _TokenStatistics(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         local = _local_targets(targets, logits.shape[1], group)
         largest = logits.new_empty(len(rows), dtype=torch.float32)
-        for chunk in _chunks(len(rows), chunk_rows):
-            largest[chunk] = logits[rows[chunk]].amax(-1).float() / temperature
         if group is not None:
+            for chunk in _chunks(len(rows), chunk_rows):
+                largest[chunk] = logits[rows[chunk]].amax(-1).float() / temperature
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
         sums = logits.new_zeros((3, len(rows)), dtype=torch.float32)
         for chunk in _chunks(len(rows), chunk_rows):
-            shifted = (logits[rows[chunk]].float() / temperature).sub_(largest[chunk, None])
+            shifted = _scaled(logits, rows[chunk], temperature)
+            if group is None:
+                largest[chunk] = shifted.amax(-1)
+            shifted.sub_(largest[chunk, None])
             mine, index = local.mine[chunk], local.columns[chunk]
             sums[2, chunk] = torch.where(mine, shifted.gather(-1, index[:, None]).squeeze(-1), 0.0)
-            weights = shifted.exp()
-            sums[0, chunk] = weights.sum(-1)
             # A logit of -inf has weight 0 and must add 0, not 0 * -inf.
-            sums[1, chunk] = weights.mul_(shifted.masked_fill_(weights == 0, 0.0)).sum(-1)
+            weights = shifted.clamp_(min=NO_WEIGHT).exp()
+            sums[0, chunk] = weights.sum(-1)
+            sums[1, chunk] = weights.mul_(shifted).sum(-1)
         if group is not None:
             dist.all_reduce(sums, group=group)
         log_partition = sums[0].log()
         logprobs = sums[2] - log_partition
         entropies = log_partition - sums[1] / sums[0]
         ctx.save_for_backward(logits, rows, local.mine, local.columns, log_partition + largest, entropies)
+        ctx.set_materialize_grads(False)
         ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor, None, None, None, None, None]:
         logprob_gradient, entropy_gradient = gradients
         logits, rows, mine, index, log_partition, entropies = ctx.saved_tensors
+        if logprob_gradient is None:
+            logprob_gradient = torch.zeros_like(log_partition)
         result = torch.zeros_like(logits)
         for chunk in _chunks(len(rows), ctx.chunk_rows):
-            log_p = (logits[rows[chunk]].float() / ctx.temperature).sub_(log_partition[chunk, None])
-            p = log_p.exp()
-            surprise = log_p.masked_fill_(p == 0, 0.0).add_(entropies[chunk, None]).mul_(entropy_gradient[chunk, None])
-            gradient = p.neg().mul_(surprise.add_(logprob_gradient[chunk, None]))
+            log_p = _scaled(logits, rows[chunk], ctx.temperature).sub_(log_partition[chunk, None])
+            if entropy_gradient is None:
+                gradient = log_p.exp_().mul_(logprob_gradient[chunk, None].neg())
+            else:
+                p = log_p.clamp_(min=NO_WEIGHT).exp()
+                surprise = log_p.add_(entropies[chunk, None]).mul_(entropy_gradient[chunk, None])
+                gradient = p.neg_().mul_(surprise.add_(logprob_gradient[chunk, None]))
             ones = (logprob_gradient[chunk] * mine[chunk])[:, None]
             gradient.scatter_add_(-1, index[chunk][:, None], ones)
-            result[rows[chunk]] = gradient.div_(ctx.temperature).to(result.dtype)
+            if ctx.temperature != 1.0:
+                gradient.div_(ctx.temperature)
+            result[rows[chunk]] = gradient.to(result.dtype)
         return result, None, None, None, None, None
+
+
+def _scaled(logits: torch.Tensor, rows: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return a float32 copy of some rows, divided by the temperature."""
+    copy = logits[rows].float()
+    return copy if temperature == 1.0 else copy.div_(temperature)
 
 
 class _LocalTargets(NamedTuple):
