@@ -54,10 +54,10 @@ def chunk_gated_delta_rule(
     decay = decay.squeeze(-1).cumsum(-1)
 
     # Inside a chunk: token i sees token j <= i through the decay accumulated between them.
-    upper = torch.ones(size, size, dtype=torch.bool, device=key.device).triu(1)
-    between = (decay[..., :, None] - decay[..., None, :]).masked_fill(upper, float("-inf")).exp()
-    products = torch.stack([key, query], 0) @ key.transpose(-1, -2)
-    key_products, query_products = products.unbind(0)
+    future = torch.full((size, size), float("-inf"), device=key.device).triu(1)
+    between = (decay[..., :, None] + (future - decay[..., None, :])).exp()
+    transposed = key.transpose(-1, -2)
+    key_products, query_products = key @ transposed, query @ transposed
     if value_heads != key_heads:
         repeats = value_heads // key_heads
         query, key, key_products, query_products = (t.repeat_interleave(repeats, 1) for t in (query, key, key_products, query_products))
@@ -92,17 +92,20 @@ def _scan_chunks(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Carry the state from chunk to chunk; the first starts empty."""
     num_chunks = values.shape[2]
-    first_write = values[:, :, 0]
-    if num_chunks == 1 and not final_state:
-        return (reads[:, :, 0] @ first_write)[:, :, None], None
     until_end = (decay[..., -1:] - decay).exp()[..., None]
-    to_state = (key * until_end).transpose(-1, -2)
-    whole = decay[..., -1].exp()[..., None, None]
-    outputs = [reads[:, :, 0] @ first_write]
-    state = to_state[:, :, 0] @ first_write
-    for chunk in range(1, num_chunks):
-        write = values[:, :, chunk] - state_keys[:, :, chunk] @ state
-        outputs.append(query[:, :, chunk] @ state + reads[:, :, chunk] @ write)
+    # Unbinding has one backward pass for all chunks; indexing would fill a whole gradient tensor with zeros for each.
+    to_state = (key * until_end).transpose(-1, -2).unbind(2)
+    whole = decay[..., -1].exp()[..., None, None].unbind(2)
+    chunks = zip(values.unbind(2), state_keys.unbind(2), reads.unbind(2), query.unbind(2), strict=True)
+    outputs = []
+    state: torch.Tensor | None = None
+    for chunk, (write, state_key, read, chunk_query) in enumerate(chunks):
+        if state is None:
+            outputs.append(read @ write)
+        else:
+            write = write - state_key @ state
+            outputs.append(chunk_query @ state + read @ write)
         if final_state or chunk + 1 < num_chunks:
-            state = state * whole[:, :, chunk] + to_state[:, :, chunk] @ write
+            added = to_state[chunk] @ write
+            state = added if state is None else state * whole[chunk] + added
     return torch.stack(outputs, 2), state if final_state else None

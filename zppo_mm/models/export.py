@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from zppo_mm.errors import ModelError
 from zppo_mm.models.safetensors_folder import SafetensorsFolder
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.models.weights import PASSED_THROUGH, join, parameter_mappings, split_tensors
+from zppo_mm.models.weights import check_keys, join, parameter_mappings, split_tensors
 
 _INCOMPLETE = ".incomplete"
 _REPLACED = ".replaced"
@@ -35,18 +35,34 @@ def export_hf_weights(model: VisionLanguageModel, source_dir: str | Path, target
         target_dir: The folder to write.
 
     Raises:
-        ModelError: The source has keys that the network does not have, or writing failed on the writing rank; raised on every rank.
+        ModelError: The source does not fit the network, or writing failed on the writing rank; raised on every rank.
     """
-    failure: Exception | None = None
+    target = Path(target_dir)
+    failure: Exception | None
+    source, failure = _open_source(model, source_dir)
+    # Agreed on before any tensor travels: a rank that stopped here would leave the others waiting.
+    _agree(failure, target)
+    assert source is not None
     if parallel_state.get_data_parallel_rank() == 0:
-        source = SafetensorsFolder(source_dir)
         weights = _collect(_own_weights(model, source), source)
         if parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_first_stage(ignore_virtual=True):
             try:
-                _write_folder(weights, source, Path(target_dir))
+                _write_folder(weights, source, target)
             except (OSError, ModelError) as error:
                 failure = error
-    _agree(failure, Path(target_dir))
+    _agree(failure, target)
+
+
+def _open_source(model: VisionLanguageModel, source_dir: str | Path) -> tuple[SafetensorsFolder | None, ModelError | None]:
+    """Return the source folder, or what is wrong with it for this rank's stage."""
+    try:
+        source = SafetensorsFolder(source_dir)
+        check_keys(model, source)
+        for key in source.places:
+            source.dtype(key)
+    except ModelError as error:
+        return None, error
+    return source, None
 
 
 def _own_weights(model: VisionLanguageModel, source: SafetensorsFolder) -> Iterator[tuple[str, torch.Tensor]]:
@@ -95,12 +111,6 @@ def _collect(own: Iterator[tuple[str, torch.Tensor]], source: SafetensorsFolder)
 
 
 def _write_folder(weights: dict[str, torch.Tensor], source: SafetensorsFolder, target: Path) -> None:
-    unknown = sorted(key for key in source.places if key not in weights and not key.startswith(PASSED_THROUGH))
-    if unknown:
-        raise ModelError(
-            f"{source.where(unknown[0])}: the key {unknown[0]} belongs to nothing in the network ({len(unknown)} in all), expected only "
-            "the network's own keys; export with the folder that the network was loaded from"
-        )
     aside = target.with_name(target.name + _INCOMPLETE)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

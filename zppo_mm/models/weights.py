@@ -145,11 +145,10 @@ def load_hf_weights(model: VisionLanguageModel, hf_dir: str | Path) -> None:
         ModelError: A file or key is missing, a key is not known, or a shape does not fit; the message names file and key.
     """
     folder = SafetensorsFolder(hf_dir)
-    mappings = list(parameter_mappings(model))
-    _check_keys(model.architecture, folder, {key for mapping in mappings for key in mapping.keys}, holds_vision=model.vision is not None)
+    check_keys(model, folder)
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
-    for mapping in mappings:
+    for mapping in parameter_mappings(model):
         _check_shapes(mapping, folder, model.architecture, size)
         tensors = [folder.read(key) for key in mapping.keys]
         whole = fuse_tensors(tensors, mapping.rule, model.architecture)
@@ -169,20 +168,26 @@ def known_language_keys(architecture: Architecture) -> set[str]:
     return keys
 
 
-def _check_keys(architecture: Architecture, folder: SafetensorsFolder, wanted: set[str], holds_vision: bool) -> None:
+def check_keys(model: VisionLanguageModel, folder: SafetensorsFolder) -> None:
+    """Check that a folder has every tensor of the network and nothing that belongs to none; the tower's on its stage alone.
+
+    Raises:
+        ModelError: A key is missing or not known.
+    """
+    architecture = model.architecture
+    known = known_language_keys(architecture) | {key for mapping in parameter_mappings(model) for key in mapping.keys}
     present = set(folder.places)
-    missing = sorted((wanted | known_language_keys(architecture)) - present)
+    missing = sorted(known - present)
     if missing:
         raise ModelError(
             f"{folder.where(missing[0])}: the key {missing[0]} is missing ({len(missing)} in all), got {len(present)} keys, "
             "expected all of the network that config.json describes; download or export the folder again"
         )
     vision = prefixes(architecture)[1]
-    known = wanted | known_language_keys(architecture)
     unknown = sorted(
         key
         for key in present - known
-        if not key.startswith(PASSED_THROUGH) and not (vision and not holds_vision and key.startswith(vision))
+        if not key.startswith(PASSED_THROUGH) and not (vision and model.vision is None and key.startswith(vision))
     )
     if unknown:
         raise ModelError(
