@@ -42,6 +42,7 @@ class TinySize:
     linear_num_heads: int
     vision_depth: int
     vision_hidden_size: int
+    full_attention_interval: int = 4
     head_dim: int = 32
     linear_key_head_dim: int = 16
     linear_value_head_dim: int = 32
@@ -83,6 +84,7 @@ def tiny_config(size: TinySize, tokenizer: PreTrainedTokenizerFast) -> Qwen3_5Co
         "linear_key_head_dim": size.linear_key_head_dim,
         "linear_value_head_dim": size.linear_value_head_dim,
         "linear_conv_kernel_dim": 4,
+        "full_attention_interval": size.full_attention_interval,
         "max_position_embeddings": MAX_POSITIONS,
         "tie_word_embeddings": True,
         "initializer_range": INITIALIZER_RANGE,
