@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils._device as torch_device
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "randint", "zeros_like", "ones_like", "empty_like")
@@ -96,6 +97,9 @@ def _patch_factories() -> None:
 
     Needed by gradient clipping, the optimizer's overflow flags and the schedules' token counters, which name `device="cuda"` literally.
     """
+    # `with torch.device(...)` remembers the factories it finds at its first use. Finding ours, it would ignore the real ones, and models
+    # that transformers loads later would silently keep uninitialised rotary tables.
+    torch_device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
