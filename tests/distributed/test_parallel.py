@@ -14,19 +14,23 @@ from zppo_mm.errors import ConfigError
 from zppo_mm.models import parallel
 
 
-def describe(config: ParallelConfig) -> dict[str, object]:
-    parallel.initialize(config, seed=7)
-    layout = {
-        "data": parallel.data_rank(),
-        "tensor": parallel.tensor_rank(),
-        "pipeline": parallel.pipeline_rank(),
-        "leader": parallel.is_replica_leader(),
-        "gathered": parallel.gather_from_replicas([f"from {parallel.rank()}"]),
-        "broadcast": parallel.broadcast_object({"rank": parallel.rank()}, source=2),
-        "random": torch.rand(1).item(),
-    }
+def describe(layouts: list[ParallelConfig]) -> list[dict[str, object]]:
+    described = []
+    for layout in layouts:
+        parallel.initialize(layout, seed=7)
+        described.append(
+            {
+                "data": parallel.data_rank(),
+                "tensor": parallel.tensor_rank(),
+                "pipeline": parallel.pipeline_rank(),
+                "leader": parallel.is_replica_leader(),
+                "gathered": parallel.gather_from_replicas([f"from {parallel.rank()}"]),
+                "broadcast": parallel.broadcast_object({"rank": parallel.rank()}, source=2),
+                "random": torch.rand(1).item(),
+            }
+        )
     parallel.shutdown()
-    return layout
+    return described
 
 
 def lose_a_rank() -> None:
@@ -37,19 +41,18 @@ def lose_a_rank() -> None:
         dist.all_reduce(torch.ones(1))
 
 
-def test_every_rank_gets_what_every_replica_leader_has() -> None:
-    layouts = run_ranks(describe, 4, ParallelConfig(tensor_model_parallel_size=2))
-    assert [(layout["data"], layout["tensor"]) for layout in layouts] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert all(layout["gathered"] == [["from 0"], ["from 2"]] for layout in layouts)
-    assert all(layout["broadcast"] == {"rank": 2} for layout in layouts)
-    assert len({layout["random"] for layout in layouts}) == 1
-
-
-def test_the_leader_of_a_pipeline_is_on_its_last_stage() -> None:
-    layouts = run_ranks(describe, 4, ParallelConfig(pipeline_model_parallel_size=2))
-    leaders = {rank: layout["data"] for rank, layout in enumerate(layouts) if layout["leader"]}
-    assert leaders == {2: 0, 3: 1}
-    assert all(layout["gathered"] == [["from 2"], ["from 3"]] for layout in layouts)
+def test_ranks_and_exchanges_in_two_layouts_of_the_same_processes() -> None:
+    layouts = [ParallelConfig(tensor_model_parallel_size=2), ParallelConfig(pipeline_model_parallel_size=2)]
+    ranks = run_ranks(describe, 4, layouts)
+    tensor, pipeline = ([described[place] for described in ranks] for place in (0, 1))
+    assert [(rank["data"], rank["tensor"]) for rank in tensor] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [rank["gathered"] for rank in tensor] == [[["from 0"], ["from 2"]]] * 4
+    # The leader of a pipeline is on its last stage.
+    assert {place: rank["data"] for place, rank in enumerate(pipeline) if rank["leader"]} == {2: 0, 3: 1}
+    assert [rank["gathered"] for rank in pipeline] == [[["from 2"], ["from 3"]]] * 4
+    for described in (tensor, pipeline):
+        assert all(rank["broadcast"] == {"rank": 2} for rank in described)
+        assert len({rank["random"] for rank in described}) == 1
 
 
 def test_a_lost_rank_ends_the_others_with_a_message() -> None:

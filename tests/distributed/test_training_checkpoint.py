@@ -140,23 +140,27 @@ def kill_this_process_at(sign: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def resume_and_save(model: Path, target: Path) -> tuple[dict[str, Any] | None, list[str]]:
+def resume_and_save(model: Path, targets: list[Path]) -> list[tuple[dict[str, Any] | None, list[str]]]:
     policy = build_policy(model, Case())
-    state = checkpoint.load_latest(target, policy)
-    checkpoint.save(target, 2, policy, {"step": 2}, keep=1)
+    results = []
+    for target in targets:
+        state = checkpoint.load_latest(target, policy)
+        checkpoint.save(target, 2, policy, {"step": 2}, keep=1)
+        results.append((state, sorted(path.name for path in target.iterdir())))
     parallel.shutdown()
-    return state, sorted(path.name for path in target.iterdir())
+    return results
 
 
-@pytest.mark.parametrize("sign", [".step_000002.partial", f".step_000002.partial/{checkpoint.STATE_FILE}"])
-def test_a_kill_during_a_save_leaves_the_previous_checkpoint(folder: Path, tmp_path: Path, sign: str) -> None:
-    ((code, output),) = run_ranks(save_until_killed, 1, folder, tmp_path, sign, check=False)
-    assert code == -signal.SIGKILL, output
-    assert checkpoint.latest(tmp_path) == tmp_path / "step_000001"
-    assert (tmp_path / ".step_000002.partial").is_dir()
-    ((state, names),) = run_ranks(resume_and_save, 1, folder, tmp_path)
-    assert state == {"step": 1}
-    assert names == ["step_000002"]
+def test_a_kill_during_a_save_leaves_the_previous_checkpoint(folder: Path, tmp_path: Path) -> None:
+    signs = [".step_000002.partial", f".step_000002.partial/{checkpoint.STATE_FILE}"]
+    targets = [tmp_path / "at the start", tmp_path / "at the end"]
+    for target, sign in zip(targets, signs, strict=True):
+        ((code, output),) = run_ranks(save_until_killed, 1, folder, target, sign, check=False)
+        assert code == -signal.SIGKILL, output
+        assert checkpoint.latest(target) == target / "step_000001"
+        assert (target / ".step_000002.partial").is_dir()
+    (results,) = run_ranks(resume_and_save, 1, folder, targets)
+    assert results == [({"step": 1}, ["step_000002"])] * 2
 
 
 def test_only_completed_folders_count(tmp_path: Path) -> None:
