@@ -159,14 +159,24 @@ def build_policy(folder: Path, case: Case) -> Policy:
     return Policy(model, case.train, case.layout, PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group()))
 
 
-def run_case(folder: Path, case: Case, num_steps: int = 2) -> list[TrainMetrics]:
-    """Return the metrics of some steps over the same batches."""
+@dataclass(frozen=True)
+class Result:
+    """What came of a case: metrics by step, and the trained weights that every tensor rank holds whole, by name."""
+
+    metrics: list[TrainMetrics]
+    whole_weights: dict[str, torch.Tensor]
+
+
+def run_case(folder: Path, case: Case, num_steps: int = 2) -> Result:
+    """Make some steps over the same batches."""
     policy = build_policy(folder, case)
     batches = make_batches(case)
-    return [policy.train_step(batches) for _ in range(num_steps)]
+    metrics = [policy.train_step(batches) for _ in range(num_steps)]
+    named = policy.model.named_parameters()
+    return Result(metrics, {name: p.detach().clone() for name, p in named if not getattr(p, "tensor_model_parallel", False)})
 
 
-def run_cases(folder: Path, cases: list[Case]) -> list[list[TrainMetrics]]:
+def run_cases(folder: Path, cases: list[Case]) -> list[Result]:
     """Run several cases in the same processes."""
     results = [run_case(folder, case) for case in cases]
     parallel.shutdown()
