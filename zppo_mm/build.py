@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data.health import SampleHealth
@@ -11,7 +11,7 @@ from data.media import Frames, MediaLimits, MediaOpener
 from data.question import MediaRef, Question
 from data.shards import ShardFolder, ShardReader
 from data.stream import QuestionStream
-from zppo_mm.config import DataConfig, RunConfig
+from zppo_mm.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
 from zppo_mm.embedded import STUDENT_DIR, TEACHER_DIR
 from zppo_mm.embedded.questions import embedded_sources
 from zppo_mm.evaluate import held_out_questions
@@ -20,6 +20,7 @@ from zppo_mm.models.architecture import load_architecture
 from zppo_mm.models.provider import build_model
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.models.weights import load_hf_weights
+from zppo_mm.observability.metrics import StepMetrics, Sum
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.exchange import ParallelExchange
@@ -78,6 +79,8 @@ class Run:
         evaluation_sampling: How they are answered.
         media: Opens and decodes media.
         verifier: Grades.
+        encoders: Of the student and the teacher; they keep opened media.
+        counted: Losses that `take_losses` has handed out, by metric.
     """
 
     stages: Stages
@@ -86,6 +89,8 @@ class Run:
     evaluation_sampling: SamplingParams
     media: MediaStore
     verifier: Verifier
+    encoders: list[PromptEncoder]
+    counted: dict[str, int] = field(default_factory=dict)
 
     @property
     def templates(self) -> PromptTemplates:
@@ -96,6 +101,19 @@ class Run:
     def policy(self) -> Policy:
         """The student that is trained."""
         return self.stages.learner.policy
+
+    def take_losses(self) -> StepMetrics:
+        """Return what grading lost on this rank since the last call."""
+        metrics = StepMetrics()
+        for name, count in (("reward/timeouts", self.verifier.num_timeouts), ("reward/errors", self.verifier.num_errors)):
+            metrics.add(name, Sum(count - self.counted.get(name, 0)))
+            self.counted[name] = count
+        return metrics
+
+    def forget_media(self) -> None:
+        """Drop the opened media of a step, which the next one does not ask for again."""
+        for encoder in self.encoders:
+            encoder.forget_media()
 
     def close(self) -> None:
         """End the worker processes."""
@@ -111,6 +129,12 @@ class _Shared:
     media: MediaStore
     verifier: Verifier
     exchange: ParallelExchange
+    encoders: list[PromptEncoder] = field(default_factory=list)
+
+    def encoder(self, folder: Path) -> PromptEncoder:
+        encoder = PromptEncoder(folder, self.media.open)
+        self.encoders.append(encoder)
+        return encoder
 
     def sampler(self, model: VisionLanguageModel, encoder: PromptEncoder) -> GroupSampler:
         engine = MegatronEngine(model, self.config.seed, self.config.rollout.max_batch_size)
@@ -132,9 +156,9 @@ def build_run(config: RunConfig) -> Run:
     media = MediaStore(config.data)
     verifier = Verifier(config.reward.timeout_seconds, config.reward.num_workers)
     shared = _Shared(config, media, verifier, ParallelExchange())
-    encoder = PromptEncoder(student_folder(config), media.open)
+    encoder = shared.encoder(student_folder(config))
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
-    student = _load_model(config, student_folder(config), trainable=True)
+    student = _load_model(config.model, config.parallel, student_folder(config), trainable=True)
     objective = PolicyObjective(config.algorithm, config.rollout.temperature, parallel.tensor_group())
     policy = Policy(student, config.train, config.parallel, objective)
     teacher = _build_teacher(shared, templates)
@@ -156,11 +180,11 @@ def build_run(config: RunConfig) -> Run:
         reformulator=Reformulator(templates, config.zone, config.seed, _build_compressor(config, encoder, teacher)),
         learner=Learner(policy, encoder, config.train, config.seed),
     )
-    return Run(stages, stream, _held_out(config), _evaluation_sampling(config, encoder), media, verifier)
+    return Run(stages, stream, _held_out(config), _evaluation_sampling(config, encoder), media, verifier, shared.encoders)
 
 
-def _load_model(config: RunConfig, folder: Path, trainable: bool) -> VisionLanguageModel:
-    model = build_model(load_architecture(folder), config.model, config.parallel, trainable=trainable)
+def _load_model(options: ModelConfig, layout: ParallelConfig, folder: Path, trainable: bool) -> VisionLanguageModel:
+    model = build_model(load_architecture(folder), options, layout, trainable=trainable)
     load_hf_weights(model, folder)
     return model
 
@@ -172,13 +196,21 @@ def _build_teacher(shared: _Shared, templates: PromptTemplates) -> MegatronTeach
     if not (config.zone.bcq or rewrites):
         return None
     folder = Path(config.teacher.model) if config.teacher.model else TEACHER_DIR
-    encoder = PromptEncoder(folder, shared.media.open)
+    encoder = shared.encoder(folder)
     sampling = SamplingParams(
         temperature=config.teacher.temperature,
         max_new_tokens=config.teacher.max_response_tokens,
         stop_token_ids=encoder.stop_token_ids,
     )
-    model = _load_model(config, folder, trainable=False)
+    own = config.teacher
+    options = replace(
+        config.model,
+        transformer_impl=own.transformer_impl or config.model.transformer_impl,
+        params_dtype=own.params_dtype or config.model.params_dtype,
+        fp8=own.fp8,
+        recompute="none",
+    )
+    model = _load_model(options, config.parallel, folder, trainable=False)
     return MegatronTeacher(shared.sampler(model, encoder), sampling, config.teacher.num_rollouts, templates.plain_text)
 
 

@@ -112,6 +112,12 @@ class TeacherConfig:
     """Sampling temperature of the teacher."""
     max_response_tokens: int = 12288
     """Longest teacher response."""
+    transformer_impl: str = ""
+    """As model.transformer_impl; empty means the student's."""
+    params_dtype: str = ""
+    """As model.params_dtype; empty means the student's."""
+    fp8: str = ""
+    """As model.fp8, for the teacher alone; empty is off."""
     compressor: str = "rule"
     """Who compresses candidates: `rule` (keeps the last lines and the boxed answer) or `teacher` (rewrites them)."""
     compression_max_tokens: int = 512
@@ -229,7 +235,7 @@ class ObservabilityConfig:
     progress_bar: bool = True
     """Show a progress bar on rank 0."""
     report: bool = True
-    """Write report.html at the end and with every checkpoint."""
+    """Write report.html with every checkpoint, one of which is at the end."""
     report_examples: int = 4
     """Questions shown in the report with their media and prompts."""
 

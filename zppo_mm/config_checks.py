@@ -27,6 +27,9 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "model.fp8": ("", "e4m3", "hybrid"),
     "model.fp8_recipe": ("delayed", "tensorwise", "blockwise", "mxfp8"),
     "model.recompute": ("none", "selective", "full"),
+    "teacher.transformer_impl": ("", "auto", "local", "transformer_engine"),
+    "teacher.params_dtype": ("", "auto", "float32", "bfloat16"),
+    "teacher.fp8": ("", "e4m3", "hybrid"),
     "teacher.compressor": ("rule", "teacher"),
     "algorithm.advantage_normalization": ("none", "nonzero", "all"),
 }

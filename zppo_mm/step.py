@@ -71,6 +71,7 @@ class StepRecord:
         groups: Plain, BCQ and NCQ groups.
         advantages: Per group uid, one per rollout.
         minibatches: Per group uid, the update that used each rollout.
+        teacher_rewards: Rewards of the teacher's rollouts by question id; nothing for questions that it was not asked.
         buffer_change: What the step did to the replay buffer.
         metrics: Measurements of the step.
     """
@@ -79,6 +80,7 @@ class StepRecord:
     groups: tuple[Group, ...]
     advantages: dict[str, FloatArray]
     minibatches: dict[str, tuple[int, ...]]
+    teacher_rewards: dict[str, tuple[float, ...]]
     buffer_change: BufferChange
     metrics: StepMetrics
 
@@ -113,7 +115,8 @@ def run_step(stages: Stages, step: int) -> StepRecord:
     buffer_change = _update_buffer(stages, groups, step)
 
     _measure(stages, groups, advantages, answers, guided, metrics)
-    return StepRecord(step, tuple(groups), advantages, minibatches, buffer_change, metrics)
+    teacher_rewards = {question_id: tuple(rollout.reward for rollout in rollouts) for question_id, rollouts in answers.items()}
+    return StepRecord(step, tuple(groups), advantages, minibatches, teacher_rewards, buffer_change, metrics)
 
 
 def _draw_replayed(stages: Stages, new: Sequence[Question], step: int) -> list[Question]:
@@ -144,7 +147,8 @@ def _ask_teacher(stages: Stages, hard: Sequence[Group], step: int, metrics: Step
         return {}
     questions = list({group.question.id: group.question for group in hard}.values())
     rollouts = stages.teacher.answer(questions, step)
-    metrics.merge(teacher_metrics(rollouts))
+    metrics.merge(teacher_metrics([answers for answers in rollouts if answers]))
+    metrics.add("teacher/failed_questions", Sum(sum(not answers for answers in rollouts)))
     return {question.id: answers for question, answers in zip(questions, rollouts, strict=True)}
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import fcntl
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from data.errors import DataError
 from zppo_mm.build import Run, build_run, student_folder
 from zppo_mm.config import RunConfig
 from zppo_mm.config_io import save_config
 from zppo_mm.errors import CheckpointError, ConfigError, ZppoError
-from zppo_mm.evaluate import Evaluation, evaluate
+from zppo_mm.evaluate import evaluate
 from zppo_mm.models import parallel
 from zppo_mm.models.export import export_hf_weights
 from zppo_mm.observability.logs import configure_logging
@@ -27,6 +31,25 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 HF_FOLDER = "hf"
+LOCK_FILE = ".lock"
+# What may change between two parts of a run: where and how it computes, how long it goes on, what it writes and looks at.
+FREE_ON_RESUME = (
+    "output_dir",
+    "parallel.",
+    "model.transformer_impl",
+    "model.recompute",
+    "train.train_iters",
+    "train.micro_batch_tokens",
+    "rollout.max_batch_size",
+    "reward.",
+    "data.decode",
+    "data.num_decode_workers",
+    "data.max_bad_share",
+    "data.strict",
+    "checkpoint.",
+    "evaluation.",
+    "observability.",
+)
 NO_STEP = -1
 
 
@@ -46,10 +69,11 @@ def train(config: RunConfig) -> Path:
     """
     folder = run_folder(config)
     parallel.initialize(config.parallel, config.seed)
+    parallel.end_with_launcher()
     configure_logging(folder, parallel.rank())
-    run = build_run(config)
-    try:
-        with parallel.explain_lost_rank():
+    with parallel.explain_lost_rank(), _only_run(folder):
+        run = build_run(config)
+        try:
             done = _resume(run, folder)
             _prepare_folder(config, folder, done)
             log = None
@@ -59,10 +83,38 @@ def train(config: RunConfig) -> Path:
             _finish(run, folder)
             if log is not None:
                 log.close()
-            parallel.shutdown()
-    finally:
-        run.close()
+        finally:
+            run.close()
+    parallel.shutdown()
     return folder
+
+
+@contextmanager
+def _only_run(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock on rank 0 as long as the process lives; the system lets go of it when the process dies.
+
+    Raises:
+        ConfigError: On every rank, if another run writes to the folder.
+    """
+    lock = None
+    free = True
+    if parallel.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK_FILE).open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+    if not parallel.broadcast_object(free):
+        raise ConfigError(
+            f"{folder}: another process writes to this run, got a lock that is held, expected it free; wait for it to end or end it, "
+            "or give another name"
+        )
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
 
 
 def _loop(run: Run, folder: Path, done: int, log: MetricsLog | None) -> None:
@@ -74,14 +126,13 @@ def _loop(run: Run, folder: Path, done: int, log: MetricsLog | None) -> None:
         started = time.perf_counter()
         record = run_step(run.stages, step)
         is_last = step == config.train.train_iters
-        evaluation = None
         if is_last or (config.evaluation.interval and step % config.evaluation.interval == 0):
             with record.metrics.phase("evaluation"):
-                evaluation = _evaluate(run, folder, step)
+                _evaluate(run, folder, step)
+        run.forget_media()
         _record(run, folder, record, time.perf_counter() - started, log)
         if is_last or step % config.checkpoint.interval == 0:
             _save(run, folder, step)
-        if evaluation is not None and not is_last:
             _report(run, folder)
 
 
@@ -103,19 +154,60 @@ def _resume(run: Run, folder: Path) -> int:
         return NO_STEP
     state = checkpoint.load_latest(checkpoints, run.policy)
     if state is None:
+        _refuse_orphans(folder)
         return NO_STEP
+    _check_same_run(config, state["config"], folder)
     run.stream.load_state_dict(state["stream"])
     run.stages.replay.load_state_dict(state["replay"])
-    if state["seed"] != config.seed:
-        raise CheckpointError(f"{folder}: the run was started with seed={state['seed']}, got seed={config.seed}; keep the seed to resume")
     logger.info("resumed %s after step %d", folder, state["step"])
     return int(state["step"])
+
+
+def _refuse_orphans(folder: Path) -> None:
+    """Starting from nothing removes the records of earlier steps, which must not befall a finished run without its checkpoints.
+
+    Raises:
+        CheckpointError: The folder has an exported model but no checkpoint.
+    """
+    if (folder / HF_FOLDER).exists():
+        raise CheckpointError(
+            f"{folder}: a finished run without checkpoints, got {HF_FOLDER}/ but no checkpoint to continue from, expected both or neither; "
+            "give another name, or remove the folder to start again"
+        )
+
+
+def _check_same_run(config: RunConfig, saved: dict[str, Any], folder: Path) -> None:
+    """Compare the configuration with the checkpoint's.
+
+    Raises:
+        CheckpointError: A key that would change what the earlier steps mean is different.
+    """
+    before, now = _flat(saved), _flat(asdict(config))
+    changed = {key: (before[key], value) for key, value in now.items() if key in before and before[key] != value}
+    fixed = {key: values for key, values in changed.items() if not key.startswith(FREE_ON_RESUME)}
+    if fixed:
+        listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in fixed.items())
+        raise CheckpointError(
+            f"{folder}: the configuration is not the one of the checkpoint: {listed}; resume with the old values, or give the new run "
+            "another name"
+        )
+    for key, (old, new) in changed.items():
+        if parallel.rank() == 0:
+            logger.warning("resumed with %s=%r, was %r", key, new, old)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted keys to values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
 
 
 def _save(run: Run, folder: Path, step: int) -> None:
     state = {
         "step": step,
-        "seed": run.stages.config.seed,
+        "config": asdict(run.stages.config),
         "stream": run.stream.state_dict(),
         "replay": run.stages.replay.state_dict(),
     }
@@ -126,17 +218,18 @@ def _prepare_folder(config: RunConfig, folder: Path, done: int) -> None:
     """Write the configuration and take away what a killed run wrote after the checkpoint that goes on."""
     if parallel.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / CONFIG_FILE)
+        if done < config.train.train_iters:
+            save_config(config, folder / CONFIG_FILE)
         discard_steps_after(folder, max(done, 0))
         if done == NO_STEP:
             (folder / EVALUATION_FILE).unlink(missing_ok=True)
     parallel.barrier()
 
 
-def _evaluate(run: Run, folder: Path, step: int) -> Evaluation | None:
+def _evaluate(run: Run, folder: Path, step: int) -> None:
     config = run.stages.config
     if not run.held_out:
-        return None
+        return
     result = evaluate(
         run.stages.sampler,
         run.held_out,
@@ -149,7 +242,6 @@ def _evaluate(run: Run, folder: Path, step: int) -> Evaluation | None:
         append_evaluation(folder, result)
         parts = ", ".join(f"{source} {accuracy:.3f}" for source, accuracy in result.accuracy_by_source.items())
         logger.info("held-out accuracy after step %d: %.3f (%s)", step, result.accuracy, parts)
-    return result
 
 
 def _record(run: Run, folder: Path, record: StepRecord, seconds: float, log: MetricsLog | None) -> None:
@@ -157,8 +249,9 @@ def _record(run: Run, folder: Path, record: StepRecord, seconds: float, log: Met
     metrics = record.metrics
     for memory in parallel.gather_from_ranks(process_memory()):
         metrics.merge(memory)
-    timeouts = sum(count for replica in parallel.gather_from_replicas([run.verifier.num_timeouts]) for count in replica)
-    metrics.add("reward/timeouts", Sum(timeouts))
+    for replica in parallel.gather_from_replicas([run.take_losses()]):
+        for losses in replica:
+            metrics.merge(losses)
     health = run.stream.health
     metrics.add("data/samples", Sum(health.num_good + health.num_bad))
     for reason, count in health.counts.items():
@@ -169,7 +262,7 @@ def _record(run: Run, folder: Path, record: StepRecord, seconds: float, log: Met
     if log is None:
         return
     advantages = {uid: values.tolist() for uid, values in record.advantages.items()}
-    write_transcript(folder, record.step, record.groups, advantages, record.minibatches)
+    write_transcript(folder, record.step, record.groups, advantages, record.minibatches, record.teacher_rewards)
     write_buffer(folder, record.step, record.buffer_change)
     log.write(record.step, metrics.values())
 
@@ -177,7 +270,6 @@ def _record(run: Run, folder: Path, record: StepRecord, seconds: float, log: Met
 def _finish(run: Run, folder: Path) -> None:
     """Export the trained student as a Hugging Face folder and write the report."""
     export_hf_weights(run.policy.model, student_folder(run.stages.config), folder / HF_FOLDER)
-    _report(run, folder)
     if parallel.rank() == 0:
         logger.info("trained model in %s, report in %s", folder / HF_FOLDER, folder / "report.html")
 
@@ -185,7 +277,11 @@ def _finish(run: Run, folder: Path) -> None:
 def _report(run: Run, folder: Path) -> None:
     observability = run.stages.config.observability
     if parallel.rank() == 0 and observability.report:
-        write_report(folder, lambda ref: run.media.open(ref).pixels, observability.report_examples)
+        try:
+            write_report(folder, lambda ref: run.media.open(ref).pixels, observability.report_examples)
+        except Exception:
+            # A page about the run must not end it; tools/make_report.py draws it again.
+            logger.exception("the report could not be written, the run goes on")
 
 
 def run_training(config: RunConfig) -> int:
@@ -196,9 +292,3 @@ def run_training(config: RunConfig) -> int:
         logger.error("%s", error)
         return 1
     return 0
-
-
-def read_evaluations(folder: Path) -> list[dict[str, object]]:
-    """Return the evaluations of a run, in their order."""
-    lines = (folder / EVALUATION_FILE).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]

@@ -11,7 +11,7 @@ import pytest
 
 from tests.integration.running import buffer, lines, run, transcript
 
-STEPS = 4
+STEPS = 5
 NUM_NEW = 8
 TAU = 0.5
 RHO_AUG = 0.5
@@ -70,7 +70,10 @@ def test_caps_and_kinds(folder: Path) -> None:
         # Whatever was reformulated is no easier than whatever was left out.
         left_out = [accuracy for question, accuracy in hard.items() if question not in reformulated]
         assert max((hard[question] for question in reformulated), default=0.0) <= min(left_out, default=1.0)
+        solved = {group["question_id"] for group in plain(groups) if any(group.get("teacher_rewards", ()))}
+        assert {group["question_id"] for group in plain(groups) if "teacher_rewards" in group} == set(hard)
         for group in by_kind["bcq"]:
+            assert group["question_id"] in solved
             shown = [(candidate["source"], candidate["correct"]) for candidate in group["candidates"]]
             assert sorted(shown) == [("student", False), ("teacher", True)]
         for group in by_kind["ncq"]:
@@ -93,6 +96,13 @@ def test_buffer(folder: Path) -> None:
         assert sorted(record["graduated"]) == sorted(graduated)
         assert record["evicted"] == []
         assert record["content"] == content
+
+
+def test_the_run_met_every_kind_and_fate(folder: Path) -> None:
+    # Otherwise the tests above would have nothing to look at.
+    kinds = {group["kind"] for step in range(1, STEPS + 1) for group in transcript(folder, step)}
+    assert kinds == {"new", "replayed", "bcq", "ncq"}
+    assert any(buffer(folder, step)["graduated"] for step in range(1, STEPS + 1))
 
 
 def test_every_rollout_is_used_once_in_equal_minibatches(folder: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -18,6 +21,7 @@ from zppo_mm.errors import ConfigError, ZppoError
 from zppo_mm.models import megatron_cpu
 
 T = TypeVar("T")
+_PR_SET_PDEATHSIG = 1
 _LOST_RANK_SIGNS = ("connection closed", "connection reset", "timed out", "timeout", "broken pipe", "recvvalue failed", "aborted")
 
 
@@ -62,6 +66,20 @@ def _join(timeout: timedelta) -> None:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def end_with_launcher() -> None:
+    """Have the system end this process when the one that started it dies.
+
+    A killed torchrun leaves its workers running; they would go on writing beside the run that is started in their place. Linux only;
+    elsewhere nothing happens.
+    """
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it died before the request was in place
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def validate_layout(config: ParallelConfig, world_size: int) -> None:

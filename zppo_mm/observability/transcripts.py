@@ -49,6 +49,7 @@ def write_transcript(
     groups: Iterable[Group],
     advantages: Mapping[str, Sequence[float]],
     minibatches: Mapping[str, Sequence[int]],
+    teacher_rewards: Mapping[str, Sequence[float]] | None = None,
 ) -> Path:
     """Write all groups of a step, one line each, in their order.
 
@@ -58,8 +59,15 @@ def write_transcript(
         groups: Plain, BCQ and NCQ groups.
         advantages: One advantage per rollout, by group uid.
         minibatches: Index of the gradient update that used each rollout, by group uid; -1 for a rollout that none used.
+        teacher_rewards: Rewards of the teacher's rollouts by question id, recorded with the plain groups of the questions it was asked.
     """
-    lines = [json.dumps(_group_record(step, group, advantages[group.uid], minibatches[group.uid]), ensure_ascii=False) for group in groups]
+    asked = teacher_rewards or {}
+    lines = []
+    for group in groups:
+        record = _group_record(step, group, advantages[group.uid], minibatches[group.uid])
+        if group.is_plain and group.question.id in asked:
+            record["teacher_rewards"] = [float(reward) for reward in asked[group.question.id]]
+        lines.append(json.dumps(record, ensure_ascii=False))
     return _write_aside(transcript_path(run_folder, step), "".join(line + "\n" for line in lines))
 
 

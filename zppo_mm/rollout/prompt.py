@@ -114,6 +114,11 @@ class PromptEncoder:
             self._cached_bytes -= _num_bytes(self._cache.popitem(last=False)[1])
         return inputs
 
+    def forget_media(self) -> None:
+        """Drop the kept media; they are opened again when they are asked for."""
+        self._cache.clear()
+        self._cached_bytes = 0
+
     def decode(self, ids: Sequence[int] | IntArray) -> str:
         """Return the text of a response without the special tokens at its end."""
         return self.chat.decode([int(token) for token in ids])
