@@ -7,7 +7,7 @@ import torch
 
 from zppo_mm.config import AlgorithmConfig
 from zppo_mm.experience import Microbatch
-from zppo_mm.training.objective import PolicyObjective, SupervisedObjective
+from zppo_mm.training.objective import PolicyObjective, SupervisedObjective, predicting_rows
 
 VOCABULARY = 11
 # Float32 sums of about ten terms.
@@ -44,6 +44,15 @@ def test_no_prediction_crosses_into_the_next_sequence() -> None:
     touched = logits.grad.abs().sum(-1) > 0
     # Responses are tokens 2-4 and 7-8, so logits 1-3 and 6-7 matter; 4 and 8 end their sequences.
     assert touched.tolist() == [False, True, True, True, False, False, True, True, False]
+
+
+def test_the_predicting_rows_alone_give_the_same_terms() -> None:
+    logits, microbatch = packed(old_shift=0.1)
+    rows = predicting_rows(microbatch)
+    assert rows is not None
+    assert rows.tolist() == [1, 2, 3, 6, 7]
+    objective = PolicyObjective(AlgorithmConfig(), temperature=1.0)
+    assert torch.equal(objective(logits[rows], microbatch).sums, objective(logits, microbatch).sums)
 
 
 def test_on_policy_tokens_have_ratio_one() -> None:

@@ -76,6 +76,7 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         cu_seqlens: torch.Tensor,
         patches: torch.Tensor | None = None,
         grids: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run packed sequences through this stage.
 
@@ -85,10 +86,11 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
             cu_seqlens: `[sequences + 1]` int32.
             patches: `[patches, patch elements]` of all media in pack order; only the first stage looks at them.
             grids: `[media, 3]` int64, `(t, h, w)` in patches.
+            rows: `[rows]` int64, the tokens whose logits are wanted; `None` for all. Those of a long prompt are large and of no use.
 
         Returns:
-            On the last stage logits `[tokens, vocabulary / tensor size]` float32, else hidden states `[tokens, 1, hidden]` (a share of the
-            tokens under sequence parallelism).
+            On the last stage logits `[tokens or rows, vocabulary / tensor size]` float32, else hidden states `[tokens, 1, hidden]`
+            (a share of the tokens under sequence parallelism).
 
         Raises:
             ValueError: The media do not fit the placeholder tokens.
@@ -97,7 +99,12 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         num_tokens = len(token_ids)
         token_ids, positions, cu_seqlens = self.pad_tokens(token_ids, positions, cu_seqlens)
         hidden = self.run_stage(token_ids, positions, build_layout(cu_seqlens), patches, grids)
-        return self.logits(hidden)[:num_tokens] if self.post_process else hidden
+        if not self.post_process:
+            return hidden
+        if rows is None:
+            return self.logits(hidden)[:num_tokens]
+        # Under sequence parallelism the output layer itself brings the tokens together.
+        return self.logits(hidden)[rows] if self.config.sequence_parallel else self.logits(hidden.index_select(0, rows))
 
     def run_stage(
         self,

@@ -36,8 +36,18 @@ class Objective(Protocol):
         ...
 
     def __call__(self, logits: torch.Tensor, microbatch: Microbatch) -> ObjectiveTerms:
-        """Return the terms from `[tokens, vocab / tp]` logits."""
+        """Return the terms from `[tokens, vocab / tp]` logits, or from the predicting rows alone."""
         ...
+
+
+def predicting_rows(microbatch: Microbatch) -> torch.Tensor | None:
+    """Return the places whose logits predict the loss tokens, `[loss tokens]`; `None`, for all, where there are no loss tokens.
+
+    The logits at place i - 1 predict token i. As the first token of a sequence never carries loss, no prediction crosses into the
+    next sequence.
+    """
+    rows = microbatch.loss_mask.nonzero().squeeze(-1) - 1
+    return rows if len(rows) else None
 
 
 def loss_token_statistics(
@@ -45,17 +55,18 @@ def loss_token_statistics(
 ) -> tuple[torch.Tensor, TokenStatistics]:
     """Return the places of the loss tokens, `[loss tokens]`, and their log-probs and entropies.
 
-    The logits at place i - 1 predict token i. As the first token of a sequence never carries loss, no prediction crosses into the
-    next sequence.
-
     Args:
-        logits: `[tokens, vocab / tp]`.
+        logits: `[tokens, vocab / tp]`, or `[loss tokens, vocab / tp]` of the predicting rows alone.
         microbatch: The packed sequences they were computed from.
         group: Ranks that share the vocabulary.
         temperature: Of the log-probs.
     """
     places = microbatch.loss_mask.nonzero().squeeze(-1)
-    return places, token_statistics(logits, places - 1, microbatch.token_ids[places], group, temperature)
+    # The first token carries no loss: there are always fewer predicting rows than tokens.
+    whole = len(logits) == len(microbatch.token_ids)
+    assert whole or len(logits) == len(places), "logits of all tokens or of the predicting rows"
+    rows = places - 1 if whole else torch.arange(len(places), device=places.device)
+    return places, token_statistics(logits, rows, microbatch.token_ids[places], group, temperature)
 
 
 class PolicyObjective:

@@ -19,7 +19,7 @@ from zppo_mm.experience import Batch, Microbatch
 from zppo_mm.models import parallel
 from zppo_mm.models.provider import freeze_parts
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.training.objective import Objective, ObjectiveTerms, loss_token_statistics
+from zppo_mm.training.objective import Objective, ObjectiveTerms, loss_token_statistics, predicting_rows
 from zppo_mm.training.optimizer import build_optimizer, build_scheduler, clip_and_step, gradient_norm, wrap_model
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,8 @@ class Policy:
 
         def forward(iterator: Iterator[Microbatch], model: Any) -> tuple[torch.Tensor, Any]:
             microbatch = next(iterator)
-            output = model(microbatch.token_ids, microbatch.positions, microbatch.cu_seqlens, microbatch.patches, microbatch.grids)
+            media = (microbatch.patches, microbatch.grids)
+            output = model(microbatch.token_ids, microbatch.positions, microbatch.cu_seqlens, *media, rows=predicting_rows(microbatch))
             return output, partial(reduce, microbatch)
 
         return cast(
