@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from data.question import Question
-from zppo_mm.rewards.mathematics import Undecided, compare, last_boxed, normalise
+from zppo_mm.rewards.choice import matches_choice
+from zppo_mm.rewards.mathematics import MAX_ANSWER_CHARS, Undecided, compare, last_boxed, normalise
 from zppo_mm.rewards.verify import Verifier
 
 SAME_BY_RULE = [
@@ -124,6 +125,43 @@ def test_hostile_answers_are_read_in_no_time(answer: str) -> None:
     started = time.thread_time()
     compare(answer, "1/3")
     assert time.thread_time() - started < 25 * MAX_FAST_SECONDS
+
+
+# Repeated up to the length limit: whatever a pattern could match in two ways makes the time explode when the end does not fit.
+HOSTILE_UNITS = (
+    "1 : ", "1:", " : ", "1/", "1 / ", "1, ", "1,000 ", "1 000", " ", "- 1", "(1)", "{1}", "\\frac{1}", "\\frac{", "\\frac12",
+    "1 \\frac12", "1x10^1", "1*10^{1}", "2^2", "a_", "a_{", "_", "x =", "1a", "1 a", "1a/", "1 a ^2", "a ", "a", "A. ", "(A) ", "option ",
+    "the answer is ", "\\text{", "\\text{1}", "\\begin{", "\\left", "\\quad", "$", "\\$", "1\u20ac", "%", " per cent", "^\\circ",
+    "^ {", "30 degrees ", " .", "1.", "1e9", "\\\\", "~", "\u2212", "\u00b0", "\u03c0", "\n", "1\t", "\\boxed{", "}",
+)  # fmt: skip
+MAX_HOSTILE_SECONDS = 1.0  # measured below 0.1 on a busy core; a pattern that backtracks takes longer than the run
+
+
+@pytest.mark.timeout(100)  # a pattern that explodes cannot be interrupted otherwise
+@pytest.mark.parametrize("tail", ["", "1:", "!"])
+def test_every_rule_takes_little_time_for_any_answer_within_the_limit(tail: str) -> None:
+    options = Question("q", "?", (), "A", "choice", ("1/3", "7 cm", "red", "x" * 900))
+    slow = []
+    for unit in HOSTILE_UNITS:
+        answer = (unit * MAX_ANSWER_CHARS)[: MAX_ANSWER_CHARS - len(tail)] + tail
+        rules = {
+            "compare": lambda text=answer: compare(text, "1/3"),
+            "normalise": lambda text=answer: normalise(text),
+            "matches_choice": lambda text=answer: matches_choice(text, options),
+            "last_boxed": lambda text=answer: last_boxed("\\boxed{" + text + "}"),
+        }
+        for name, rule in rules.items():
+            started = time.thread_time()
+            rule()
+            seconds = time.thread_time() - started
+            slow += [(name, unit, seconds)] if seconds > MAX_HOSTILE_SECONDS else []
+    assert slow == []
+
+
+def test_a_long_ratio_is_still_one() -> None:
+    terms = [str(index) for index in range(1, 120)]
+    assert compare(" : ".join(terms), ":".join(terms)) is True
+    assert compare(" : ".join(terms), ":".join([*terms[:-1], "7"])) is False
 
 
 def test_plain_answers_need_no_worker_and_no_time() -> None:

@@ -15,7 +15,8 @@ _POWER = re.compile(rf"([+-]?)([0-9]{{1,{MAX_POWER_BASE_DIGITS}}})\^ ?(?:\{{ ?([
 _SLASH = re.compile(r"([^/]+)/([^/]+)")
 _FRAC = re.compile(r"([+-]?) ?\\frac ?(?:\{([^{}]*)\}|([0-9]))? ?(?:\{([^{}]*)\}|([0-9]))?")
 _MIXED = re.compile(r"([+-]?) ?([0-9]+) ?((?<= )[0-9]+ ?/ ?[0-9]+|\\frac.+)")
-_RATIO = re.compile(r"[^:]+(?: ?: ?[^:]+)+")
+# Spaces belong to the terms: an optional one beside each colon could be matched in two ways, and a long ratio in 2^n.
+_RATIO = re.compile(r"[^:]+(?::[^:]+)+")
 _WRAPPED = re.compile(r"\(([^()]*)\)|\{([^{}]*)\}")
 
 _ALIASES = {
