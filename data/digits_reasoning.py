@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from data.digits import LETTERS, DigitProblem, running_values
+from data.digits import DigitProblem, running_values
 
 MISREAD_SHARE = 0.5
 
@@ -18,8 +18,11 @@ def reasoning(problem: DigitProblem) -> str:
 
 
 def solution(problem: DigitProblem) -> str:
-    """Return the whole response: reasoning inside `<think>`, final answer in a box."""
-    return response(reasoning(problem), problem.answer)
+    """Return the whole response: reasoning inside `<think>`, final answer in a box.
+
+    A multiple-choice question is answered with the text of the option, which counts like its letter.
+    """
+    return response(reasoning(problem), problem.value)
 
 
 def response(thought: str, answer: str) -> str:
@@ -44,13 +47,21 @@ def flawed_solution(rng: np.random.Generator, problem: DigitProblem) -> tuple[st
             slip = 1 if problem.kind in ("even", "equal") else int(rng.choice((-2, -1, 1, 2)))
             values = [value + slip * (i >= max(place, 1)) for i, value in enumerate(running_values(problem))]
             thought, value = _chain(problem, values), str(values[-1])
-        if value == problem.value:
-            continue
-        if not problem.choices:
+        if value != problem.value:
             return response(thought, value), value
-        others = [option for option in problem.choices if option != problem.value]
-        answer = LETTERS[problem.choices.index(value if value in others else others[int(rng.integers(len(others)))])]
-        return response(thought, answer), answer
+
+
+def guess(rng: np.random.Generator, problem: DigitProblem) -> str:
+    """Return a response that skips the reasoning and boxes the answer to other digits, or any option.
+
+    Args:
+        rng: Draws the guess.
+        problem: What was asked.
+    """
+    if problem.choices:
+        return response("", problem.choices[int(rng.integers(len(problem.choices)))])
+    digits = tuple(int(digit) for digit in rng.integers(0, 10, problem.level))
+    return response("", replace(problem, digits=digits).value)
 
 
 def _chain(problem: DigitProblem, values: Sequence[int]) -> str:

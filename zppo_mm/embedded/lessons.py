@@ -9,7 +9,7 @@ import numpy as np
 
 from data.digits import MODALITIES, DigitKind, DigitProblem, Modality, draw_problem
 from data.digits_media import FRAME_PIXELS, load_bank, strip
-from data.digits_reasoning import flawed_solution, solution
+from data.digits_reasoning import flawed_solution, guess, solution
 from data.media import Frames
 from data.question import MediaRef, Question
 from zppo_mm.randomness import generator
@@ -36,6 +36,7 @@ class Stage:
         choice_share: Share of multiple-choice questions.
         bcq_share: Share of prompts that show a right and a wrong solution.
         ncq_share: Share of prompts that show wrong solutions.
+        guess_share: Share of plain prompts, per number of digits, whose lesson is to guess without reasoning; none by default.
     """
 
     num_updates: int
@@ -48,6 +49,7 @@ class Stage:
     choice_share: float = 0.2
     bcq_share: float = 0.0
     ncq_share: float = 0.0
+    guess_share: Mapping[int, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +98,14 @@ class DigitLessons:
         self._problems[key] = problem
         media = () if modality == "text" else (MediaRef(modality, "", key, ""),)
         question = Question(key, problem.text(modality), media, problem.answer, problem.answer_type, problem.choices)
-        return Example(question, self._prompt(rng, stage, problem, question), solution(problem))
+        text = self._prompt(rng, stage, problem, question)
+        guesses = (stage.guess_share or {}).get(problem.level, 0.0) if text == self._templates.plain_text(question) else 0.0
+        return Example(question, text, guess(rng, problem) if guesses and rng.random() < guesses else solution(problem))
 
     def _prompt(self, rng: np.random.Generator, stage: Stage, problem: DigitProblem, question: Question) -> str:
         draw = rng.random()
         if draw < stage.bcq_share:
-            shown = [(solution(problem), problem.answer), flawed_solution(rng, problem)]
+            shown = [(solution(problem), problem.value), flawed_solution(rng, problem)]
             return self._templates.bcq_text(question, self._candidates(question, [shown[i] for i in rng.permutation(2)]))
         if draw < stage.bcq_share + stage.ncq_share:
             wrong = [flawed_solution(rng, problem) for _ in range(int(rng.integers(1, MAX_NCQ_CANDIDATES + 1)))]
