@@ -7,28 +7,24 @@ class DataError(ValueError):
     """A sample, a shard or a media file is not what it must be."""
 
 
-class SampleError(DataError):
-    """One sample breaks a rule of the format.
+class ReasonedError(DataError):
+    """An error that is counted by its reason.
 
     Attributes:
-        reason: Short fixed name to count by, one of `data.sample.REASONS`.
+        reason: Short fixed name to count by.
     """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
 
-
-class MediaError(DataError):
-    """One image or video cannot be opened within the limits.
-
-    Attributes:
-        reason: Short fixed name to count by, one of `data.media.MEDIA_REASONS`.
-    """
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[type[MediaError], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[ReasonedError], tuple[str, str]]:
         return type(self), (self.reason, str(self))
+
+
+class SampleError(ReasonedError):
+    """One sample breaks a rule of the format; its reason is one of `data.sample.REASONS`."""
+
+
+class MediaError(ReasonedError):
+    """One image or video cannot be opened within the limits; its reason is one of `data.media.MEDIA_REASONS`."""

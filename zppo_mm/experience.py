@@ -212,5 +212,9 @@ class MediaSource(Protocol):
     """Opens and patchifies the media of a question, by reference, deterministically."""
 
     def vision_inputs(self, question: Question) -> Sequence[VisionInput]:
-        """Return one input per media reference, in prompt order."""
+        """Return one input per media reference, in prompt order.
+
+        Raises:
+            ReasonedError: A medium cannot be opened; `timeout` and `decoder_died` may go well at another try.
+        """
         ...

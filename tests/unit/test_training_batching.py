@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.errors import DataError
+from data.errors import DataError, MediaError
 from data.question import MediaRef, Question
 from encoders.processor import VisionInput
 from zppo_mm.experience import TrainingSample
@@ -164,6 +164,39 @@ def test_pixels_are_opened_when_asked_for_and_only_with_a_source() -> None:
 def test_media_that_changed_since_the_prompt_are_refused() -> None:
     with pytest.raises(DataError, match=r"media of question '7' have changed, got grids \(\(1, 2, 4\),\)"):
         pack([make_sample("7", 2, 3, num_images=1)], media=SquareMedia((1, 2, 4)), device=CPU)
+
+
+class FailingMedia(SquareMedia):
+    """Fails as often as it is told, then opens."""
+
+    def __init__(self, reason: str, times: int) -> None:
+        super().__init__()
+        self.reason = reason
+        self.times = times
+
+    def vision_inputs(self, question: Question) -> list[VisionInput]:
+        inputs = super().vision_inputs(question)
+        if len(self.opened) <= self.times:
+            raise MediaError(self.reason, "the decoder was killed")
+        return inputs
+
+
+@pytest.mark.parametrize("reason", ["timeout", "decoder_died"])
+def test_a_decoder_that_failed_once_is_asked_again(reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    media = FailingMedia(reason, times=1)
+    packed = pack([make_sample("7", 2, 3, num_images=1)], media=media, device=CPU)
+    assert packed.patches is not None
+    assert packed.patches[:, 0].tolist() == [7.0] * 4
+    assert media.opened == ["7", "7"]
+    assert f"question 7 once more after {reason}" in caplog.text
+
+
+@pytest.mark.parametrize(("reason", "times", "tries"), [("timeout", 2, 2), ("unreadable", 1, 1)])
+def test_media_that_stay_closed_end_the_run(reason: str, times: int, tries: int) -> None:
+    media = FailingMedia(reason, times)
+    with pytest.raises(DataError, match="the decoder was killed"):
+        pack([make_sample("7", 2, 3, num_images=1)], media=media, device=CPU)
+    assert len(media.opened) == tries
 
 
 def test_no_samples_give_no_update() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.errors import DataError, MediaError
+from data.errors import MediaError, ReasonedError
 from data.media import Frames
 from data.question import MediaRef, Question
 from encoders.config import read_processor_config
@@ -20,16 +20,8 @@ from zppo_mm.rollout.chat import ChatFormat, Piece
 DEFAULT_CACHE_BYTES = 512 * 1024 * 1024
 
 
-class PromptError(DataError):
-    """A question cannot be turned into a prompt.
-
-    Attributes:
-        reason: Short fixed name to count by: `unusable_media`, `placeholders`, or the media opener's own.
-    """
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+class PromptError(ReasonedError):
+    """A question cannot be turned into a prompt; its reason is `unusable_media`, `placeholders`, or the media opener's own."""
 
 
 class PromptEncoder:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -12,9 +13,15 @@ from typing import overload
 import numpy as np
 import torch
 
-from data.errors import DataError
+from data.errors import DataError, ReasonedError
+from data.question import Question
+from encoders.processor import VisionInput
 from zppo_mm.experience import Batch, FloatArray, MediaSource, Microbatch, TrainingSample
 
+logger = logging.getLogger(__name__)
+
+# Failures of the decoding process, not of the file, which was opened before for its prompt.
+PASSING_REASONS = ("timeout", "decoder_died")
 # A replica without work still takes part in the update, with one sequence of this many tokens that carry no loss.
 IDLE_TOKENS = 8
 PADDING_TOKEN_ID = 0
@@ -226,7 +233,7 @@ def _open_patches(samples: Sequence[TrainingSample], media: MediaSource, device:
     for sample in samples:
         if not sample.grids:
             continue
-        inputs = media.vision_inputs(sample.question)
+        inputs = _open_again(sample.question, media)
         opened = tuple(tuple(item.grid) for item in inputs)
         if opened != tuple(tuple(grid) for grid in sample.grids):
             raise DataError(
@@ -235,3 +242,14 @@ def _open_patches(samples: Sequence[TrainingSample], media: MediaSource, device:
             )
         parts.extend(item.patches for item in inputs)
     return torch.from_numpy(np.concatenate(parts)).to(device=device, dtype=torch.float32)
+
+
+def _open_again(question: Question, media: MediaSource) -> Sequence[VisionInput]:
+    """Open media that were opened for the prompt, with one more try when the decoder failed, which a busy machine is enough for."""
+    try:
+        return media.vision_inputs(question)
+    except ReasonedError as error:
+        if error.reason not in PASSING_REASONS:
+            raise
+        logger.warning("opening the media of question %s once more after %s: %s", question.id, error.reason, error)
+        return media.vision_inputs(question)
