@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from data.errors import DataError
+
 AnswerType = Literal["math", "choice", "open"]
 MediaKind = Literal["image", "video"]
 
@@ -49,3 +51,22 @@ class Question:
     answer_type: AnswerType
     choices: tuple[str, ...] = ()
     source: str = ""
+
+
+def check_same_question(first: Question, second: Question) -> None:
+    """Refuse two different questions of one id, which everything that goes by the id would mix up.
+
+    Raises:
+        DataError: The ids are equal and something else is not.
+    """
+    if first.id == second.id and first != second:
+        raise DataError(
+            f"data: two different questions have the id {first.id!r}, got {_place(first)} and {_place(second)}, "
+            "expected an id of its own for every question of all sources; rename one; tools/make_shards.py lint finds all such ids"
+        )
+
+
+def _place(question: Question) -> str:
+    """Say where a question comes from as far as it knows: its source, its sample if it has media, and how it starts."""
+    sample = f", {question.media[0].shard}:{question.media[0].key}" if question.media else ""
+    return f"{question.text[:60]!r} (source {question.source!r}{sample})"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.question import Question
+from data.question import Question, check_same_question
 from zppo_mm.algorithms.advantages import group_advantages
 from zppo_mm.config import RunConfig
 from zppo_mm.experience import FloatArray, Group, GroupKind, PromptInstance
@@ -98,6 +98,7 @@ def run_step(stages: Stages, step: int) -> StepRecord:
     with metrics.phase("data"):
         new = stages.feed.take(num_new)
         replayed = _draw_replayed(stages, new, step)
+        _check_ids([*new, *replayed])
     with metrics.phase("plain_rollout"):
         plain = [*_plain_instances(stages, "new", new, step), *_plain_instances(stages, "replayed", replayed, step)]
         groups = _sample(stages, plain, step, metrics)
@@ -124,6 +125,13 @@ def _draw_replayed(stages: Stages, new: Sequence[Question], step: int) -> list[Q
     config = stages.config
     count = count_of_share(config.zone.rho_replay, len(new)) if config.zone.replay else 0
     return stages.replay.draw(count, generator(config.seed, "replay", step), exclude={question.id for question in new})
+
+
+def _check_ids(questions: Sequence[Question]) -> None:
+    """Refuse different questions under one id: replay, the teacher's answers and reformulation go by the id."""
+    first: dict[str, Question] = {}
+    for question in questions:
+        check_same_question(first.setdefault(question.id, question), question)
 
 
 def _plain_instances(stages: Stages, kind: GroupKind, questions: Sequence[Question], step: int) -> list[PromptInstance]:

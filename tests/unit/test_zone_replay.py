@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.errors import DataError
 from tests.unit.zone_builders import group, question
 from zppo_mm.errors import CheckpointError, ConfigError
 from zppo_mm.randomness import generator
@@ -91,6 +93,19 @@ def test_two_groups_of_one_question_count_together() -> None:
     update = buffer.update([group("a", [0, 0]), group("a", [1, 1], "replayed")], TAU, 1)
     assert (update.graduated, update.admitted, buffer.content()) == (("a",), (), [])
     assert buffer.fates.graduated_by_visits == {1: 1}
+
+
+def test_another_question_with_the_same_id_is_refused() -> None:
+    buffer = ReplayBuffer(4)
+    asked = group("a", [0, 0])
+    other = replace(asked, instance=replace(asked.instance, question=replace(asked.question, text="What else?", source="s2")))
+    named = r"two different questions have the id 'a', got 'What is a\?' \(source 'test', train/.*:a\) and 'What else\?' \(source 's2'"
+    with pytest.raises(DataError, match=named):
+        buffer.update([asked, other], TAU, 0)
+    buffer.update([asked], TAU, 0)
+    with pytest.raises(DataError, match=named):
+        buffer.update([other], TAU, 1)
+    buffer.update([asked], TAU, 1)
 
 
 def test_draw_is_uniform_without_replacement() -> None:

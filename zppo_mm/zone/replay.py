@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data.question import MediaRef, Question
+from data.question import MediaRef, Question, check_same_question
 from zppo_mm.errors import CheckpointError, ConfigError
 from zppo_mm.experience import Group
 
@@ -118,6 +118,9 @@ class ReplayBuffer:
         A question in the buffer at or above tau graduates, however it came to be asked: any plain group of it is a visit. Then the
         oldest are evicted while there are more than the capacity. Several plain groups of one question count as one larger group.
 
+        Raises:
+            DataError: A question has the id of another one that is asked here or in the buffer.
+
         Source: ZPPO, Algorithm 1, step 6.
         """
         admitted: list[str] = []
@@ -130,6 +133,7 @@ class ReplayBuffer:
                     self.fates.admitted_by_accuracy[accuracy] += 1
                     admitted.append(question.id)
                 continue
+            check_same_question(entry.question, question)
             entry = replace(entry, visits=entry.visits + 1, last_accuracy=accuracy)
             self._entries[question.id] = entry
             if accuracy >= tau:
@@ -183,7 +187,7 @@ def _accuracies(groups: Iterable[Group]) -> list[tuple[Question, float]]:
     questions: dict[str, Question] = {}
     for group in groups:
         if group.is_plain:
-            questions.setdefault(group.question.id, group.question)
+            check_same_question(questions.setdefault(group.question.id, group.question), group.question)
             rewards.setdefault(group.question.id, []).extend(rollout.reward for rollout in group.rollouts)
     return [(questions[question_id], sum(values) / len(values)) for question_id, values in rewards.items()]
 
