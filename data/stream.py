@@ -63,6 +63,11 @@ class QuestionStream:
         self._positions = [0] * len(sources)
         self._orders: list[tuple[int, npt.NDArray[np.int64]] | None] = [None] * len(sources)
 
+    @property
+    def num_samples(self) -> int:
+        """Samples of all sources together, bad ones included."""
+        return sum(len(folder) for folder in self._folders)
+
     def take(self, n: int) -> list[Question]:
         """Return the next `n` good questions; bad samples are skipped and counted.
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from data.health import SampleHealth
 from data.media import Frames, MediaLimits, MediaOpener
-from data.question import MediaRef, Question
+from data.question import MediaRef
 from data.shards import ShardFolder, ShardReader
 from data.stream import QuestionStream
 from zppo_mm.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
 from zppo_mm.embedded import STUDENT_DIR, TEACHER_DIR
 from zppo_mm.embedded.questions import embedded_sources
-from zppo_mm.evaluate import held_out_questions
+from zppo_mm.evaluate import HeldOut, held_out_questions
 from zppo_mm.models import parallel
 from zppo_mm.models.architecture import load_architecture
 from zppo_mm.models.provider import build_model
@@ -85,7 +85,7 @@ class Run:
 
     stages: Stages
     stream: QuestionStream
-    held_out: list[Question]
+    held_out: HeldOut
     evaluation_sampling: SamplingParams
     media: MediaStore
     verifier: Verifier
@@ -172,6 +172,7 @@ def build_run(config: RunConfig) -> Run:
             shared.exchange,
             plain_text=templates.plain_text,
             max_prompt_tokens=config.data.max_prompt_tokens,
+            can_grade=verifier.can_grade,
         ),
         replay=ReplayBuffer(config.zone.buffer_capacity),
         sampler=shared.sampler(student, encoder),
@@ -180,7 +181,7 @@ def build_run(config: RunConfig) -> Run:
         reformulator=Reformulator(templates, config.zone, config.seed, _build_compressor(config, encoder, teacher)),
         learner=Learner(policy, encoder, config.train, config.seed),
     )
-    return Run(stages, stream, _held_out(config), _evaluation_sampling(config, encoder), media, verifier, shared.encoders)
+    return Run(stages, stream, _held_out(config, verifier), _evaluation_sampling(config, encoder), media, verifier, shared.encoders)
 
 
 def _load_model(options: ModelConfig, layout: ParallelConfig, folder: Path, trainable: bool) -> VisionLanguageModel:
@@ -228,13 +229,18 @@ def _build_stream(config: RunConfig) -> QuestionStream:
     return QuestionStream([(ShardFolder(source.path), source.weight) for source in sources], config.seed, health)
 
 
-def _held_out(config: RunConfig) -> list[Question]:
+def _held_out(config: RunConfig, verifier: Verifier) -> HeldOut:
     """Return the questions of every evaluation; without held-out data of their own, a user's questions are not evaluated."""
     if config.data.train and not config.data.held_out:
         logger.warning("data.held_out is empty: this run trains without evaluation; name a folder of held-out shards to have one")
-        return []
+        return HeldOut()
     sources = config.data.held_out or embedded_sources(config, "held_out")
-    return held_out_questions([ShardFolder(source.path) for source in sources], config.evaluation.num_questions, config.seed)
+    folders = [ShardFolder(source.path) for source in sources]
+    health = SampleHealth(config.data.max_bad_share, config.data.strict)
+    chosen = held_out_questions(folders, config.evaluation.num_questions, config.seed, health, verifier.can_grade)
+    if chosen.num_skipped:
+        logger.warning("left out %d of %d held-out questions: %s", chosen.num_skipped, len(chosen) + chosen.num_skipped, health.counts)
+    return chosen
 
 
 def _sampling(config: RunConfig, encoder: PromptEncoder) -> SamplingParams:

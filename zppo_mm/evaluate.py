@@ -6,11 +6,14 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from data.errors import DataError, SampleError
+from data.health import SampleHealth
 from data.question import Question
 from data.shards import ShardFolder
 from zppo_mm.experience import Group, PromptInstance
 from zppo_mm.randomness import generator
 from zppo_mm.rollout.engine import SamplingParams
+from zppo_mm.rollout.feed import NEEDS_JUDGE, NEEDS_JUDGE_DETAIL
 from zppo_mm.rollout.sampler import GroupSampler
 
 
@@ -23,7 +26,7 @@ class Evaluation:
         accuracy: Mean reward over questions and responses.
         accuracy_by_source: The same per data source.
         num_questions: Questions that were answered.
-        num_skipped: Held-out questions whose prompt or media could not be read.
+        num_skipped: Held-out questions that were left out: a bad sample, no judge for it, or its prompt or media could not be read.
         truncated: Share of responses that met the length limit.
     """
 
@@ -35,26 +38,81 @@ class Evaluation:
     truncated: float
 
 
-def held_out_questions(folders: Sequence[ShardFolder], num_questions: int, seed: int) -> list[Question]:
-    """Return the run's fixed held-out questions, an even share from every folder.
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """The questions of every evaluation of a run.
+
+    Attributes:
+        questions: Those that can be asked.
+        num_skipped: Chosen ones that cannot.
+    """
+
+    questions: tuple[Question, ...] = ()
+    num_skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+
+def held_out_questions(
+    folders: Sequence[ShardFolder],
+    num_questions: int,
+    seed: int,
+    health: SampleHealth | None = None,
+    can_grade: Callable[[Question], bool] = lambda question: True,
+) -> HeldOut:
+    """Return the run's fixed held-out questions, an even share from every folder; none takes the place of one that is left out.
 
     Args:
         folders: Held-out shard folders.
         num_questions: How many in all; 0 means every question.
         seed: The run's seed; a resumed run evaluates on the same questions.
+        health: Counts, names the bad ones in the log, and stops when they are too many; not the training data's.
+        can_grade: Whether responses to a question can be graded.
+
+    Raises:
+        DataError: Too many samples are bad, or all.
     """
+    counted = health if health is not None else SampleHealth()
     questions: list[Question] = []
+    num_skipped = 0
     for index, folder in enumerate(folders):
         keys = list(folder.keys())
         share = len(keys) if num_questions == 0 else _even_share(num_questions, index, len(folders))
         order = generator(seed, "held_out", index).permutation(len(keys))[:share]
-        questions.extend(folder.question(*keys[i]) for i in sorted(order))
-    return questions
+        for shard, key in (keys[i] for i in sorted(order)):
+            question = _good_question(folder, shard, key, counted, can_grade)
+            if question is None:
+                num_skipped += 1
+            else:
+                questions.append(question)
+    if num_skipped and not questions:
+        raise DataError(
+            f"held-out data: no question can be asked, got {num_skipped} bad ones ({counted.counts}), expected at least one good; "
+            "correct data.held_out"
+        )
+    return HeldOut(tuple(questions), num_skipped)
+
+
+def _good_question(
+    folder: ShardFolder, shard: str, key: str, health: SampleHealth, can_grade: Callable[[Question], bool]
+) -> Question | None:
+    """Return a question that can be asked; what keeps another one out is counted."""
+    try:
+        question = folder.question(shard, key)
+    except SampleError as error:
+        health.bad(f"{shard}:{key}", error.reason, str(error))
+        return None
+    if not can_grade(question):
+        health.bad(f"{shard}:{key}", NEEDS_JUDGE, NEEDS_JUDGE_DETAIL)
+        return None
+    health.good()
+    return question
 
 
 def evaluate(
     sampler: GroupSampler,
-    questions: Sequence[Question],
+    held_out: HeldOut,
     plain_text: Callable[[Question], str],
     sampling: SamplingParams,
     num_rollouts: int,
@@ -66,13 +124,13 @@ def evaluate(
     """
     instances = [
         PromptInstance(uid=f"evaluation/{index}/{question.id}", question=question, kind="new", text=plain_text(question))
-        for index, question in enumerate(questions)
+        for index, question in enumerate(held_out.questions)
     ]
     groups = sampler.sample(instances, sampling, num_rollouts, step)
-    return _summarise(groups, num_asked=len(questions), step=step)
+    return _summarise(groups, num_chosen=len(held_out) + held_out.num_skipped, step=step)
 
 
-def _summarise(groups: Sequence[Group], num_asked: int, step: int) -> Evaluation:
+def _summarise(groups: Sequence[Group], num_chosen: int, step: int) -> Evaluation:
     by_source: dict[str, list[float]] = defaultdict(list)
     for group in groups:
         by_source[group.question.source].append(group.accuracy)
@@ -82,7 +140,7 @@ def _summarise(groups: Sequence[Group], num_asked: int, step: int) -> Evaluation
         accuracy=_mean([group.accuracy for group in groups]),
         accuracy_by_source={source: _mean(values) for source, values in sorted(by_source.items())},
         num_questions=len(groups),
-        num_skipped=num_asked - len(groups),
+        num_skipped=num_chosen - len(groups),
         truncated=_mean([float(rollout.finish_reason == "length") for rollout in rollouts]),
     )
 

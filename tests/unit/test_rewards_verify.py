@@ -172,6 +172,13 @@ def test_open_questions_go_to_the_judge() -> None:
         verifier.verify_all(items)
 
 
+def test_it_says_beforehand_what_it_can_grade() -> None:
+    kinds: tuple[AnswerType, ...] = ("math", "choice", "open")
+    with Verifier() as alone, Verifier(judge=ContainsJudge()) as judging:
+        assert [alone.can_grade(question("A", kind)) for kind in kinds] == [True, True, False]
+        assert [judging.can_grade(question("A", kind)) for kind in kinds] == [True, True, True]
+
+
 def test_wrong_settings_are_named() -> None:
     with pytest.raises(ConfigError, match=r"reward: out of range, got timeout_seconds=0"):
         Verifier(0)

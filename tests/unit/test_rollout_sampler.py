@@ -83,6 +83,37 @@ def test_feed_stops_at_too_many_bad_samples_or_the_first_when_strict(shards: Pat
         feed_of(shards, encoder, strict=True)[0].take(20)
 
 
+def test_feed_refuses_what_cannot_be_graded(shards: Path, encoder: PromptEncoder) -> None:
+    health = SampleHealth(max_bad_share=0.5)
+    stream = QuestionStream([(ShardFolder(shards), 1.0)], 5, health)
+    feed = QuestionFeed(
+        stream,
+        encoder,
+        health,
+        SingleProcess(),
+        plain_text=lambda question: question.text,
+        max_prompt_tokens=120,
+        can_grade=lambda question: question.id not in ("q4", "q17"),
+    )
+    assert not {question.id for question in feed.take(16)} & {"q3", "q4", "q7", "q17"}
+    assert health.counts == {"needs_judge": 2}  # the media of q17 are broken as well, but need not be opened
+
+
+@pytest.mark.timeout(60)
+def test_feed_stops_when_a_whole_epoch_is_refused(shards: Path, encoder: PromptEncoder) -> None:
+    def feed_without(refused: set[str]) -> QuestionFeed:
+        health = SampleHealth(max_bad_share=1.0)
+        stream = QuestionStream([(ShardFolder(shards), 1.0)], 5, health)
+        accepts = lambda question: question.id not in refused  # noqa: E731
+        return QuestionFeed(stream, encoder, health, SingleProcess(), plain_text=lambda q: q.text, max_prompt_tokens=120, can_grade=accepts)
+
+    everything = {f"q{index}" for index in range(20)}
+    with pytest.raises(DataError, match=r"no question of a whole epoch can be asked, got 20 refused in a row, the last as \w+ \("):
+        feed_without(everything).take(1)
+    # One good question of twenty is never a whole epoch away.
+    assert {question.id for question in feed_without(everything - {"q2"}).take(1)} == {"q2"}
+
+
 class EchoEngine:
     """Continues every prompt by its own last tokens and the number of the rollout."""
 

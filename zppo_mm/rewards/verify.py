@@ -35,7 +35,12 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Compares free-form answers with their references; never solves."""
+    """Compares free-form answers with their references; never solves.
+
+    Responses are graded on one rank of each replica, the replicas at times of their own. So a judge must be callable from one rank
+    alone, such as a model behind a server. A model that is spread over ranks of this run, such as the in-process teacher, must not be one:
+    its ranks would wait for each other for ever. It needs a stage of its own that all ranks enter.
+    """
 
     def judge(self, items: Sequence[tuple[Question, str]]) -> list[bool]:
         """Return for every (question, parsed answer) whether it agrees with the reference answer."""
@@ -69,6 +74,10 @@ class Verifier:
     def num_errors(self) -> int:
         """Comparisons in which the library failed so far."""
         return self._pool.num_errors
+
+    def can_grade(self, question: Question) -> bool:
+        """Return whether responses to a question can be graded: an `open` one needs a judge."""
+        return question.answer_type != "open" or self.judge is not None
 
     def verify(self, question: Question, text: str) -> Verdict:
         """Grade one response; see `verify_all`."""
@@ -128,8 +137,8 @@ class Verifier:
         return ["match" if right else "mismatch" for right in self.judge.judge(items)]
 
     def _check_judge(self, items: Sequence[tuple[Question, str]]) -> None:
-        asked = next((question for question, _ in items if question.answer_type == "open"), None)
-        if self.judge is None and asked is not None:
+        asked = next((question for question, _ in items if not self.can_grade(question)), None)
+        if asked is not None:
             raise ConfigError(
                 f"Verifier: question {asked.id!r} has answer_type 'open' and there is no judge, expected math or choice; "
                 "give the Verifier a judge or leave such questions out of the data"

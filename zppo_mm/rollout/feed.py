@@ -1,10 +1,11 @@
-"""New questions that can really be asked: media open, prompt within the limit."""
+"""New questions that can really be asked: gradable, media open, prompt within the limit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from data.errors import DataError
 from data.health import SampleHealth
 from data.question import Question
 from data.stream import QuestionStream
@@ -12,6 +13,8 @@ from zppo_mm.rollout.exchange import Exchange
 from zppo_mm.rollout.prompt import PromptEncoder, PromptError
 
 TOO_LONG = "prompt_too_long"
+NEEDS_JUDGE = "needs_judge"
+NEEDS_JUDGE_DETAIL = "responses to answer_type 'open' cannot be graded here; leave such questions out or give the run a judge"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,7 @@ class QuestionFeed:
         exchange: The replicas.
         plain_text: Renders a question with the closing format instruction.
         max_prompt_tokens: Longest plain prompt, media included.
+        can_grade: Whether responses to a question can be graded; the same answer on every rank.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class QuestionFeed:
         *,
         plain_text: Callable[[Question], str],
         max_prompt_tokens: int,
+        can_grade: Callable[[Question], bool] = lambda question: True,
     ) -> None:
         self._stream = stream
         self._encoder = encoder
@@ -53,14 +58,16 @@ class QuestionFeed:
         self._exchange = exchange
         self._plain_text = plain_text
         self._max_prompt_tokens = max_prompt_tokens
+        self._can_grade = can_grade
 
     def take(self, num_questions: int) -> list[Question]:
         """Return the next good questions, the same on every rank.
 
         Raises:
-            DataError: Too many samples are bad, or any under `strict`.
+            DataError: Too many samples are bad, or any under `strict`, or as many in a row as the sources hold.
         """
         good: list[Question] = []
+        num_refused = 0  # since the last good one
         while len(good) < num_questions:
             drawn = self._stream.take(num_questions - len(good))
             refused = {refusal.index: refusal for refusal in self._check(drawn)}
@@ -68,14 +75,28 @@ class QuestionFeed:
                 refusal = refused.get(index)
                 if refusal is None:
                     good.append(question)
+                    num_refused = 0
                 else:
                     self._health.bad(question.id, refusal.reason, refusal.detail, was_good=True)
+                    num_refused += 1
+                    self._check_refused(num_refused, refusal)
         return good
+
+    def _check_refused(self, num_refused: int, last: Refusal) -> None:
+        """Stop where data.max_bad_share lets every question be refused, for ever."""
+        if num_refused >= self._stream.num_samples:
+            raise DataError(
+                f"QuestionFeed: no question of a whole epoch can be asked, got {num_refused} refused in a row, the last as {last.reason} "
+                f"({last.detail}), expected a good one; correct the data or the limits under data"
+            )
 
     def _check(self, questions: Sequence[Question]) -> list[Refusal]:
         """Check this replica's share and return all replicas' refusals."""
         refusals = []
         for index in range(self._exchange.replica, len(questions), self._exchange.num_replicas):
+            if not self._can_grade(questions[index]):
+                refusals.append(Refusal(index, NEEDS_JUDGE, NEEDS_JUDGE_DETAIL))
+                continue
             try:
                 prompt, _ = self._encoder.encode(self._plain_text(questions[index]), questions[index])
             except PromptError as error:
