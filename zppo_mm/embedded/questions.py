@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
+from functools import cache
 from pathlib import Path
 
+from data import digits, digits_media, digits_shards
 from data.digits import Modality, Split
 from data.digits_shards import build_digit_shards
 from zppo_mm.config import RunConfig, SourceConfig
@@ -39,8 +42,18 @@ def embedded_sources(config: RunConfig, split: Split) -> list[SourceConfig]:
 
 
 def embedded_folder(output_dir: Path, modality: Modality, split: Split) -> Path:
-    """Return where the shards of one modality and split lie."""
-    return output_dir / "digit_questions" / f"{modality}-{split}-{NUM_QUESTIONS[split]}"
+    """Return where the shards of one modality and split lie; another generator has another folder, so that stale shards are not used."""
+    return output_dir / "digit_questions" / f"{modality}-{split}-{NUM_QUESTIONS[split]}-{_generator_version()}"
+
+
+@cache
+def _generator_version() -> str:
+    """Return a short digest of everything that the shards are made from: the seed and the source text of the generator."""
+    digest = hashlib.blake2b(str(QUESTIONS_SEED).encode(), digest_size=4)
+    for module in (digits, digits_media, digits_shards):
+        assert module.__file__ is not None
+        digest.update(Path(module.__file__).read_bytes())
+    return digest.hexdigest()
 
 
 def _build(folder: Path, modality: Modality, split: Split) -> None:

@@ -1,0 +1,23 @@
+"""Where the embedded questions are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data import digits_media
+from zppo_mm.embedded import questions
+
+
+def test_another_generator_has_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = questions.embedded_folder(tmp_path, "video", "train")
+    assert questions.embedded_folder(tmp_path, "video", "train") == before
+    changed = tmp_path / "digits_media.py"
+    changed.write_bytes(Path(digits_media.__file__).read_bytes() + b"# changed\n")
+    monkeypatch.setattr(digits_media, "__file__", str(changed))
+    questions._generator_version.cache_clear()
+    try:
+        assert questions.embedded_folder(tmp_path, "video", "train") != before
+    finally:
+        questions._generator_version.cache_clear()
