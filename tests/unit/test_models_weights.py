@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,17 @@ def test_a_folder_in_several_files_survives_the_round_trip(tmp_path: Path) -> No
     network = network_checks.build(tmp_path / "source", ParallelConfig())
     export_hf_weights(network, tmp_path / "source", tmp_path / "target")
     assert_same_folder(tmp_path / "source", tmp_path / "target")
+
+
+def test_an_exported_folder_is_read_by_whom_the_umask_lets(source: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        export_hf_weights(network_checks.build(source, ParallelConfig()), source, tmp_path / "target")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "target").iterdir()}
+    assert modes == dict.fromkeys(modes, 0o640)
+    assert "model.safetensors" in modes
 
 
 def test_changed_weights_reach_the_exported_folder(source: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,8 +123,16 @@ def _write_folder(weights: dict[str, torch.Tensor], source: SafetensorsFolder, t
             shutil.copyfile(file, aside / relative)
     for name in source.files:
         tensors = {key: weights[key] if key in weights else source.read(key) for key in source.keys_of(name)}
-        save_file(tensors, aside / name, metadata=source.metadata_of(name) or {"format": "pt"})
+        _save_file(tensors, aside / name, source.metadata_of(name) or {"format": "pt"})
     _replace(aside, target)
+
+
+def _save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write one weight file that may be read by whom the umask lets read; safetensors itself leaves it to its owner alone."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def _replace(aside: Path, target: Path) -> None:
