@@ -95,8 +95,10 @@ def test_lessons_are_deterministic_and_teach_the_solution() -> None:
         sample = training_sample(encoder, example)
         learned = encoder.decode(sample.token_ids[sample.loss_mask > 0])
         assert learned == example.response
-        assert example.response.endswith(f"\\boxed{{{example.question.answer}}}")
-        assert len(sample.grids) == len(example.question.media)
+        question = example.question
+        value = question.choices["ABCD".index(question.answer)] if question.choices else question.answer
+        assert example.response.endswith(f"\\boxed{{{value}}}")
+        assert len(sample.grids) == len(question.media)
         shown += "<candidate>" in example.text
     assert 0 < shown < len(batch)
 

@@ -95,11 +95,17 @@ def test_digits_reasoning_is_written_out(problem: DigitProblem, expected: str) -
     assert solution(problem) == f"<think>{expected}</think>\\boxed{{{problem.answer}}}"
 
 
+def test_digits_choices_are_answered_with_the_option() -> None:
+    problem = DigitProblem("sum", (3, 7, 1), choices=("10", "12", "11", "9"))
+    assert problem.answer == "C"
+    assert solution(problem) == "<think>3+7=10+1=11</think>\\boxed{11}"
+
+
 def test_digits_flawed_solutions_are_wrong_but_well_formed() -> None:
     rng = np.random.default_rng(0)
     for problem in drawn("train", 1, 500):
         text, answer = flawed_solution(rng, problem)
-        assert answer != problem.answer
+        assert answer != problem.value
         assert text != solution(problem)
-        assert re.fullmatch(r"<think>[-+=|:,0-9]+</think>\\boxed\{(-?\d+|[A-D])\}", text), text
+        assert re.fullmatch(r"<think>[-+=|:,0-9]+</think>\\boxed\{-?\d+\}", text), text
         assert text.endswith(f"\\boxed{{{answer}}}")
