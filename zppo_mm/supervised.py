@@ -59,6 +59,7 @@ def train_supervised(
             samples = [training_sample(encoder, example) for example in lessons.batch(stage, stage_index, update)]
             _set_learning_rate(policy, learning_rate(stage, update))
             loss = _update(policy, encoder, samples, micro_batch_tokens)
+            encoder.forget_media()
             done += 1
             recent = [*recent[1 - LOG_EVERY_UPDATES :], loss]
             if done % LOG_EVERY_UPDATES == 0 and parallel.rank() == 0:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from zppo_mm.config import ModelConfig, ParallelConfig
 from zppo_mm.embedded.folder import write_untrained
-from zppo_mm.embedded.lessons import DigitLessons
+from zppo_mm.embedded.lessons import DigitLessons, Stage
 from zppo_mm.embedded.recipes import CANDIDATE_LINES, CANDIDATE_TOKENS, MICRO_BATCH_TOKENS, Recipe
 from zppo_mm.embedded.tokenizer import build_tokenizer
 from zppo_mm.models import parallel
@@ -37,18 +39,29 @@ def build_tiny_model(recipe: Recipe, out_dir: str | Path, seed: int) -> float:
     Returns:
         Mean loss of the last updates.
     """
+    tokenizer = build_tokenizer()
+    compressor = RuleCompressor(lambda text: len(tokenizer.encode(text)), CANDIDATE_TOKENS, CANDIDATE_LINES)
+    loss = math.nan
+    with tempfile.TemporaryDirectory() as scratch:
+        start = Path(scratch) / "untrained"
+        write_untrained(start, recipe.size, seed)
+        for number, stages in enumerate(recipe.parts, 1):
+            lessons = DigitLessons(load_templates(), compressor, seed)
+            end = Path(scratch) / f"part-{number}" if number < len(recipe.parts) else Path(out_dir)
+            loss = _train_part(start, end, stages, lessons, seed)
+            start = end
+    logger.info("embedded: %s is built, last loss %.4f", out_dir, loss)
+    return loss
+
+
+def _train_part(start: Path, end: Path, stages: Sequence[Stage], lessons: DigitLessons, seed: int) -> float:
+    """Train the folder `start` through some stages and write the folder `end`."""
     layout = ParallelConfig()
     parallel.initialize(layout, seed)
-    with tempfile.TemporaryDirectory() as untrained:
-        write_untrained(untrained, recipe.size, seed)
-        model = build_model(load_architecture(untrained), ModelConfig(), layout)
-        load_hf_weights(model, untrained)
-        policy = Policy(model, supervised_config(recipe.stages), layout, SupervisedObjective())
-        tokenizer = build_tokenizer()
-        compressor = RuleCompressor(lambda text: len(tokenizer.encode(text)), CANDIDATE_TOKENS, CANDIDATE_LINES)
-        lessons = DigitLessons(load_templates(), compressor, seed)
-        encoder = PromptEncoder(untrained, lessons.open)
-        loss = train_supervised(policy, encoder, lessons, recipe.stages, MICRO_BATCH_TOKENS)
-        export_hf_weights(model, untrained, out_dir)
-    logger.info("embedded: %s is built, last loss %.4f", out_dir, loss)
+    model = build_model(load_architecture(start), ModelConfig(), layout)
+    load_hf_weights(model, start)
+    policy = Policy(model, supervised_config(stages), layout, SupervisedObjective())
+    encoder = PromptEncoder(start, lessons.open)
+    loss = train_supervised(policy, encoder, lessons, stages, MICRO_BATCH_TOKENS)
+    export_hf_weights(model, start, end)
     return loss

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zppo_mm.embedded.folder import TinySize
 from zppo_mm.embedded.lessons import Stage
@@ -17,10 +17,10 @@ CANDIDATE_LINES = 5
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one embedded model is made."""
+    """How one embedded model is made; every part of its curriculum starts with a fresh optimizer."""
 
     size: TinySize
-    stages: tuple[Stage, ...]
+    parts: tuple[tuple[Stage, ...], ...]
 
 
 # Reading one digit comes first: with longer sequences the tower learns nothing until the language model knows where to look.
@@ -29,6 +29,22 @@ FIRST_DIGITS = Stage(
 )
 READING = Stage(
     num_updates=150, batch_size=32, lr=2e-3, final_lr=2e-3, levels={2: 1, 3: 1, 4: 1, 5: 1, 6: 1}, kinds={"read": 1}, choice_share=0
+)
+# Candidates before pixels: a network that can already read digits never learns to read candidates, it does not need them.
+READING_CANDIDATES = Stage(
+    num_updates=150, batch_size=32, lr=2e-3, final_lr=2e-3, warmup_updates=30, levels={2: 1, 3: 1}, choice_share=0, bcq_share=1.0
+)
+# The bad habit that reinforcement has to break: the more digits, the more often the student answers at once instead of reasoning.
+GUESSING = Stage(
+    num_updates=250,
+    batch_size=32,
+    lr=1e-3,
+    final_lr=1e-4,
+    warmup_updates=20,
+    levels={2: 2, 3: 2, 4: 2, 5: 2, 6: 2},
+    bcq_share=0.3,
+    ncq_share=0.1,
+    guess_share={2: 0.3, 3: 0.6, 4: 0.9, 5: 0.97, 6: 0.99},
 )
 
 STUDENT = Recipe(
@@ -43,11 +59,21 @@ STUDENT = Recipe(
         vision_hidden_size=48,
     ),
     (
-        FIRST_DIGITS,
-        READING,
-        Stage(
-            num_updates=600, batch_size=32, lr=1e-3, final_lr=1e-3, levels={2: 4, 3: 3, 4: 2, 5: 1, 6: 0.5}, bcq_share=0.12, ncq_share=0.08
+        (
+            READING_CANDIDATES,
+            replace(FIRST_DIGITS, bcq_share=0.1, warmup_updates=0),
+            replace(READING, bcq_share=0.1),
+            Stage(
+                num_updates=600,
+                batch_size=32,
+                lr=1e-3,
+                final_lr=1e-3,
+                levels={2: 4, 3: 3, 4: 2, 5: 1, 6: 0.5},
+                bcq_share=0.2,
+                ncq_share=0.04,
+            ),
         ),
+        (GUESSING,),
     ),
 )
 TEACHER = Recipe(
@@ -62,9 +88,22 @@ TEACHER = Recipe(
         vision_hidden_size=64,
     ),
     (
-        FIRST_DIGITS,
-        READING,
-        Stage(num_updates=1100, batch_size=32, lr=2e-3, final_lr=1e-4, levels={2: 1, 3: 1, 4: 1.5, 5: 2, 6: 2}),
+        (
+            FIRST_DIGITS,
+            READING,
+            Stage(num_updates=1100, batch_size=32, lr=2e-3, final_lr=1e-4, levels={2: 1, 3: 1, 4: 1.5, 5: 2, 6: 2}),
+        ),
+        (
+            Stage(
+                num_updates=160,
+                batch_size=32,
+                lr=1e-3,
+                final_lr=5e-5,
+                warmup_updates=20,
+                levels={2: 1, 3: 1, 4: 1.5, 5: 2, 6: 2},
+                choice_share=0.3,
+            ),
+        ),
     ),
 )
 RECIPES: Mapping[str, Recipe] = {"student": STUDENT, "teacher": TEACHER}
