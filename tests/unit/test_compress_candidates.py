@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.question import Question
@@ -64,6 +64,7 @@ pieces = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(parts=pieces, max_tokens=st.integers(1, 12), max_lines=st.integers(1, 5))
+@example(parts=["\\boxed{", "<think>", "}"], max_tokens=1, max_lines=1)
 def test_rule_keeps_caps_and_answer_for_any_text(parts: list[str], max_tokens: int, max_lines: int) -> None:
     text = "".join(parts)
     short = rule(max_tokens, max_lines).cut(text, last_boxed(text))

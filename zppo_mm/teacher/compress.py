@@ -165,7 +165,7 @@ def _split_at_answer(text: str, answer: str | None) -> tuple[str, str]:
     """Return what comes before the final boxed answer, and that answer boxed on one line; all of the text without one."""
     if answer is None:
         return text.rstrip(), ""
-    boxed = f"\\boxed{{{' '.join(answer.split())}}}"
+    boxed = f"\\boxed{{{' '.join(_DROPPED.sub(' ', answer).split())}}}"
     found = last_boxed(text)
     if found is None:
         return text, boxed
