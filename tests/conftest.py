@@ -1,0 +1,9 @@
+"""Settings of the whole test suite."""
+
+from hypothesis import settings
+
+# The same examples every time, so that a test that passes on a commit passes on it everywhere. New ones are searched for with
+# `pytest --hypothesis-profile=search`; what it finds becomes an @example.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("search", derandomize=False)
+settings.load_profile("repeatable")
