@@ -129,7 +129,7 @@ def _loop(run: Run, folder: Path, done: int, log: MetricsLog | None) -> None:
         if is_last or (config.evaluation.interval and step % config.evaluation.interval == 0):
             with record.metrics.phase("evaluation"):
                 _evaluate(run, folder, step)
-        run.forget_media()
+        run.release_memory()
         _record(run, folder, record, time.perf_counter() - started, log)
         if is_last or step % config.checkpoint.interval == 0:
             _save(run, folder, step)
