@@ -14,6 +14,7 @@ from zppo_mm.models import parallel
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.training.batching import build_batches, plan_batches
 from zppo_mm.training.policy import Policy
+from zppo_mm.training.samples import response_sequence
 
 logger = logging.getLogger(__name__)
 LOG_EVERY_UPDATES = 50
@@ -79,13 +80,12 @@ def training_sample(encoder: PromptEncoder, example: Example) -> TrainingSample:
     """Return prompt and response as one sequence with loss on the response and its stop token."""
     prompt, _ = encoder.encode(example.text, example.question)
     response = np.array([*encoder.chat.tokenize([example.response]), encoder.stop_token_ids[0]], dtype=np.int64)
-    positions = np.broadcast_to(prompt.next_position + np.arange(len(response)), (3, len(response)))
-    mask = np.concatenate([np.zeros(len(prompt.token_ids)), np.ones(len(response))]).astype(np.float32)
+    token_ids, positions, mask = response_sequence(prompt, response)
     return TrainingSample(
         uid=example.question.id,
         question=example.question,
-        token_ids=np.concatenate([prompt.token_ids, response]),
-        positions=np.concatenate([prompt.positions, positions], axis=1),
+        token_ids=token_ids,
+        positions=positions,
         loss_mask=mask,
         old_logprobs=np.zeros_like(mask),
         advantages=mask,

@@ -194,11 +194,6 @@ def data_size() -> int:
     return int(parallel_state.get_data_parallel_world_size())
 
 
-def data_group() -> dist.ProcessGroup:
-    """Return the ranks that hold the same part of the model, one per replica."""
-    return cast(dist.ProcessGroup, parallel_state.get_data_parallel_group())
-
-
 def model_group() -> dist.ProcessGroup:
     """Return the ranks of this replica: all its tensor-parallel ranks on all its stages."""
     return cast(dist.ProcessGroup, parallel_state.get_model_parallel_group())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from zppo_mm.experience import FloatArray, Group, Rollout, TrainingSample
+from zppo_mm.experience import FloatArray, Group, IntArray, Prompt, Rollout, TrainingSample
 
 
 def to_training_samples(groups: Sequence[Group], advantages: Sequence[FloatArray]) -> list[TrainingSample]:
@@ -26,18 +26,32 @@ def to_training_samples(groups: Sequence[Group], advantages: Sequence[FloatArray
     return samples
 
 
-def _training_sample(group: Group, rollout: Rollout, advantage: float) -> TrainingSample:
-    prompt, num_response = group.prompt, len(rollout.response_ids)
-    before = np.zeros(len(prompt.token_ids), dtype=np.float32)
+def response_sequence(prompt: Prompt, response_ids: IntArray) -> tuple[IntArray, IntArray, FloatArray]:
+    """Return a prompt and its response as one sequence.
+
+    Args:
+        prompt: Tokens and positions.
+        response_ids: `[response]`.
+
+    Returns:
+        Token ids `[tokens]`, positions `[3, tokens]`, and the loss mask `[tokens]`, 1 on the response.
+    """
     # Text after the prompt advances all three rotary axes together.
-    response_positions = np.broadcast_to(prompt.next_position + np.arange(num_response), (3, num_response))
+    positions = np.broadcast_to(prompt.next_position + np.arange(len(response_ids)), (3, len(response_ids)))
+    mask = np.repeat(np.array([0, 1], dtype=np.float32), [len(prompt.token_ids), len(response_ids)])
+    return np.concatenate([prompt.token_ids, response_ids]), np.concatenate([prompt.positions, positions], axis=1), mask
+
+
+def _training_sample(group: Group, rollout: Rollout, advantage: float) -> TrainingSample:
+    token_ids, positions, mask = response_sequence(group.prompt, rollout.response_ids)
+    before = np.zeros(len(group.prompt.token_ids), dtype=np.float32)
     return TrainingSample(
         uid=group.uid,
         question=group.question,
-        token_ids=np.concatenate([prompt.token_ids, rollout.response_ids]),
-        positions=np.concatenate([prompt.positions, response_positions], axis=1),
-        loss_mask=np.concatenate([before, np.ones(num_response, dtype=np.float32)]),
+        token_ids=token_ids,
+        positions=positions,
+        loss_mask=mask,
         old_logprobs=np.concatenate([before, rollout.rollout_logprobs]),
-        advantages=np.concatenate([before, np.full(num_response, advantage, dtype=np.float32)]),
-        grids=prompt.grids,
+        advantages=mask * np.float32(advantage),
+        grids=group.prompt.grids,
     )
