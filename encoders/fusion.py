@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 
 
+def placeholder_places(token_ids: torch.Tensor, image_token_id: int, video_token_id: int) -> torch.Tensor:
+    """Return where placeholder tokens stand in `[tokens]`, ascending: `[features]` int64."""
+    return torch.nonzero((token_ids == image_token_id) | (token_ids == video_token_id)).squeeze(1)
+
+
 def fuse(
     embeddings: torch.Tensor, token_ids: torch.Tensor, features: torch.Tensor, image_token_id: int, video_token_id: int
 ) -> torch.Tensor:
@@ -24,7 +29,7 @@ def fuse(
         ValueError: The number of features is not the number of placeholder tokens, or the hidden sizes differ.
     """
     assert token_ids.shape == embeddings.shape[:1], "one token id per embedding"
-    places = torch.nonzero((token_ids == image_token_id) | (token_ids == video_token_id)).squeeze(1)
+    places = placeholder_places(token_ids, image_token_id, video_token_id)
     if len(places) != len(features):
         raise ValueError(
             f"fuse: features do not fit the placeholders, got {len(features)} features, expected {len(places)} for as many placeholder "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -9,29 +10,44 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.func import functional_call
-from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5VisionConfig
-from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
 
 from encoders.balance import GatherFeatures, SumGradients, assign_media
 
+_MODELS = {
+    "qwen3_5": ("qwen3_5", "Qwen3_5VisionConfig", "Qwen3_5VisionModel"),
+    "qwen3_vl": ("qwen3_vl", "Qwen3VLVisionConfig", "Qwen3VLVisionModel"),
+    "qwen2_5_vl": ("qwen2_5_vl", "Qwen2_5_VLVisionConfig", "Qwen2_5_VisionTransformerPretrainedModel"),
+}
+"""Package of transformers' models, config class and model class by `model_type` of the folder's config.json."""
+
 
 class VisionTower(nn.Module):
-    """The vision tower of a Qwen3.5 model.
+    """The vision tower of a family.
 
-    Its parameters are those of the Hugging Face module under `model.`; a checkpoint's `model.visual.NAME` is `model.NAME` here.
+    Its parameters are those of the Hugging Face module under `model.`; what a checkpoint calls `visual.NAME` is `model.NAME` here.
+
+    Attributes:
+        num_levels: Vectors per feature: the one that replaces a placeholder's embedding, then those for the first layers (deepstack).
 
     Args:
+        family: `model_type` of the folder's config.json.
         vision_config: The `vision_config` object of the folder's config.json.
         dtype: Of the parameters; the rotary frequencies stay in float32.
         attn_implementation: Attention kernel by transformers' name.
     """
 
-    def __init__(self, vision_config: Mapping[str, Any], dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa") -> None:
+    def __init__(
+        self, family: str, vision_config: Mapping[str, Any], dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+    ) -> None:
         super().__init__()
-        config = Qwen3_5VisionConfig(**dict(vision_config))
+        package, config_name, model_name = _MODELS[family]
+        models = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
+        configs = importlib.import_module(f"transformers.models.{package}.configuration_{package}")
+        config = getattr(configs, config_name)(**dict(vision_config))
         self.merge_size = int(config.spatial_merge_size)
         self.out_hidden_size = int(config.out_hidden_size)
-        self.model = Qwen3_5VisionModel._from_config(config, attn_implementation=attn_implementation)  # type: ignore[no-untyped-call]
+        self.num_levels = 1 + len(getattr(config, "deepstack_visual_indexes", None) or ())
+        self.model = getattr(models, model_name)._from_config(config, attn_implementation=attn_implementation)
         self.to(dtype)
 
     def forward(self, patches: torch.Tensor, grids: torch.Tensor, balance_group: dist.ProcessGroup | None = None) -> torch.Tensor:
@@ -45,7 +61,7 @@ class VisionTower(nn.Module):
                 group gets the same gradient of the features, as tensor-parallel ranks do.
 
         Returns:
-            `[sum of t * h * w / merge_size ** 2, out_hidden_size]`.
+            `[sum of t * h * w / merge_size ** 2, num_levels, out_hidden_size]`.
 
         Raises:
             ValueError: The patches do not fit the grids.
@@ -58,8 +74,12 @@ class VisionTower(nn.Module):
             )
         if balance_group is not None and balance_group.size() > 1:
             return self._forward_balanced(patches, grids, counts, balance_group)
-        features: torch.Tensor = self.model(patches, grid_thw=grids).pooler_output
-        return features
+        return self._levels(self.model(patches, grid_thw=grids))
+
+    def _levels(self, output: Any) -> torch.Tensor:
+        """Return all vectors of every feature from what the Hugging Face module gives, `[features, num_levels, out_hidden_size]`."""
+        further = getattr(output, "deepstack_features", None) or ()
+        return torch.stack([output.pooler_output, *further], 1)
 
     def _forward_balanced(
         self, patches: torch.Tensor, grids: torch.Tensor, counts: Sequence[int], group: dist.ProcessGroup
@@ -74,14 +94,15 @@ class VisionTower(nn.Module):
         if mine:
             split = patches.split(list(counts))  # type: ignore[no-untyped-call]
             inputs = (torch.cat([split[index] for index in mine]),)
-            local = functional_call(self.model, shared, inputs, {"grid_thw": grids[mine]}).pooler_output
+            local = self._levels(functional_call(self.model, shared, inputs, {"grid_thw": grids[mine]})).flatten(1)
         else:
-            local = patches.new_zeros((0, self.out_hidden_size), dtype=next(self.model.parameters()).dtype)
+            local = patches.new_zeros((0, self.num_levels * self.out_hidden_size), dtype=next(self.model.parameters()).dtype)
         if shared:
             # Ties every rank's features to the parameters: the sum of gradients is a collective, so a rank without media joins it too.
-            local = torch.cat([local, shared[names[0]].reshape(-1)[:1].expand(1, self.out_hidden_size) * 0])[: len(local)]
+            local = torch.cat([local, shared[names[0]].reshape(-1)[:1].expand(1, local.shape[1]) * 0])[: len(local)]
         num_features = [count // self.merge_size**2 for count in counts]
-        return cast(torch.Tensor, GatherFeatures.apply(local, group, assignment, num_features))  # type: ignore[no-untyped-call]
+        gathered = cast(torch.Tensor, GatherFeatures.apply(local, group, assignment, num_features))  # type: ignore[no-untyped-call]
+        return gathered.view(len(gathered), self.num_levels, self.out_hidden_size)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> VisionTower:
         """Keep the rotary frequencies in float32 when the module is cast; rounding them moves every position."""

@@ -77,16 +77,16 @@ def vision_language_model(*, tied: bool = False, seed: int = 0, **changes: Any) 
         vision_end_token_id=VISION_END,
         tie_word_embeddings=tied,
     )
-    return _randomised(Qwen3_5ForConditionalGeneration(config))
+    return randomised(Qwen3_5ForConditionalGeneration(config))
 
 
 def text_model(*, tied: bool = False, seed: int = 0, **changes: Any) -> Qwen3_5ForCausalLM:
     """Return a random text-only model."""
     torch.manual_seed(seed)
-    return _randomised(Qwen3_5ForCausalLM(Qwen3_5TextConfig(**text_config(tied=tied, **changes))))
+    return randomised(Qwen3_5ForCausalLM(Qwen3_5TextConfig(**text_config(tied=tied, **changes))))
 
 
-def _randomised(model: Any) -> Any:
+def randomised(model: Any) -> Any:
     """Spread the weights wide enough that logits differ and every path carries a gradient."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -26,7 +26,7 @@ TOLERANCE = 1e-5  # float32, the same sums in another order
 def largest_difference(grids: list[list[int]], frozen: bool) -> tuple[float, float]:
     """Return how far features and gradients of the shared tower are from the replicated one's."""
     torch.manual_seed(0)
-    tower = VisionTower(VISION)
+    tower = VisionTower("qwen3_5", VISION)
     for name, parameter in tower.named_parameters():
         parameter.requires_grad_(not (frozen and "merger" not in name))
     counts = torch.tensor(grids).prod(dim=1)

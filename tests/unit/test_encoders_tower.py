@@ -138,7 +138,7 @@ def test_fuse_refuses_what_does_not_fit() -> None:
 
 
 def test_tower_equals_transformers_and_stays_exact_in_bfloat16(oracle: Qwen3_5ForConditionalGeneration) -> None:
-    tower = VisionTower(VISION)
+    tower = VisionTower("qwen3_5", VISION)
     tower.model.load_state_dict(oracle.model.visual.state_dict())
     grids = torch.tensor([[1, 4, 6], [3, 2, 4]])
     patches = torch.randn(48, PATCH_ELEMENTS)

@@ -206,7 +206,7 @@ def changed(source: Path, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type is not supported, got 'llama', expected one of qwen3_5, qwen3_5_text"),
+        ({"model_type": "gpt2"}, "model_type is not supported, got 'gpt2', expected one of qwen3_5, qwen3_5_text, qwen3_vl"),
         ({"text__hidden_act": "gelu"}, "hidden_act is not supported, got 'gelu', expected 'silu'"),
         ({"text__attention_bias": True}, "attention_bias is not supported, got True, expected False"),
         ({"text__attn_output_gate": False}, "attn_output_gate is not supported"),

@@ -1,4 +1,4 @@
-"""Gated full attention over packed sequences."""
+"""Full attention over packed sequences, with an output gate where the family has one."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         return packed_seq_params.join(parts).flatten(1)
 
 
-class GatedAttention(SelfAttention):  # type: ignore[misc]
-    """megatron-core's self-attention with an output gate, for packed sequences and prefill.
+class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
+    """megatron-core's self-attention, for packed sequences and prefill.
 
     The forward pass replaces megatron-core's, whose packed rotary embedding recomputes the tables in every layer.
     """
@@ -81,7 +81,8 @@ class GatedAttention(SelfAttention):  # type: ignore[misc]
         Returns:
             Output like `hidden_states`, and no bias.
         """
-        query, key, value, gate = self.get_query_key_value_tensors(hidden_states, None, output_gate=True, split_qkv=True)
+        gated = self.config.attention_output_gate
+        query, key, value, *gate = self.get_query_key_value_tensors(hidden_states, None, output_gate=gated, split_qkv=True)
         query = rotate(query.squeeze(1), rotary_pos_emb)
         key = rotate(key.squeeze(1), rotary_pos_emb)
         value = value.squeeze(1)
@@ -93,8 +94,10 @@ class GatedAttention(SelfAttention):  # type: ignore[misc]
             )
         else:
             mixed = self._attend(query, key, value, packed_seq_params)
-        gated = mixed.reshape(len(mixed), 1, -1) * torch.sigmoid(gate.reshape(len(mixed), 1, -1))
-        output: tuple[torch.Tensor, torch.Tensor | None] = self.linear_proj(gated)
+        mixed = mixed.reshape(len(mixed), 1, -1)
+        if gated:
+            mixed = mixed * torch.sigmoid(gate[0].reshape(len(mixed), 1, -1))
+        output: tuple[torch.Tensor, torch.Tensor | None] = self.linear_proj(mixed)
         return output
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -10,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from zppo_mm.models.attention import GatedAttention
+from zppo_mm.models.attention import PackedSelfAttention
 from zppo_mm.models.cache import AttentionState, DecodeCache, LinearState
 from zppo_mm.models.delta_rule import NORM_EPSILON
 from zppo_mm.models.gated_delta_net import GatedDeltaNet
@@ -46,19 +48,23 @@ class RowParallel:
 
 @dataclass(frozen=True, slots=True)
 class DecodeAttention:
-    """Gated attention of one token per sequence.
+    """Full attention of one token per sequence.
 
     Attributes:
         number: Global layer number.
-        qk_scale: `[query heads of a group + 1, head_dim]` norm weights of queries and key.
+        bias: Of the projection to query, key and value, `None` in most families.
+        gated: Whether the projection holds a gate for the output.
+        qk_scale: `[query heads of a group + 1, head_dim]` norm weights of queries and key; `None` without that norm.
         groups: Key heads on this rank.
         repeats: Query heads per key head.
     """
 
     number: int
     qkv: torch.Tensor
+    bias: torch.Tensor | None
+    gated: bool
     projection: RowParallel
-    qk_scale: torch.Tensor
+    qk_scale: torch.Tensor | None
     eps: float
     groups: int
     repeats: int
@@ -67,17 +73,22 @@ class DecodeAttention:
     def __call__(self, hidden: torch.Tensor, rotary: RotaryStep, cache: DecodeCache) -> torch.Tensor:
         batch, heads, dim = len(hidden), self.repeats, self.head_dim
         state: AttentionState = cache.attention[self.number]
-        projected = F.linear(hidden, self.qkv).view(batch, self.groups, 2 * heads + 2, dim)
-        query, gate, key, value = torch.split(projected, [heads, heads, 1, 1], 2)
+        sections = [heads, heads, 1, 1] if self.gated else [heads, 1, 1]
+        projected = F.linear(hidden, self.qkv, self.bias).view(batch, self.groups, sum(sections), dim)
+        query, *gate, key, value = torch.split(projected, sections, 2)
         both = torch.cat([query, key], 2)
-        both = rotary((F.rms_norm(both.float(), (dim,), None, self.eps) * self.qk_scale).to(hidden.dtype))
+        if self.qk_scale is not None:
+            both = (F.rms_norm(both.float(), (dim,), None, self.eps) * self.qk_scale).to(hidden.dtype)
+        both = rotary(both)
         slot, used = cache.used, cache.used + 1
         state.keys[:, :, slot] = both[:, :, heads]
         state.values[:, :, slot] = value[:, :, 0]
         mask = None if cache.mask is None else cache.mask[..., :used].expand(-1, self.groups, heads, -1)
         # The queries of one group stand where a kernel expects the tokens of one head, so keys are never repeated.
         mixed = F.scaled_dot_product_attention(both[:, :, :heads], state.keys[:, :, :used], state.values[:, :, :used], attn_mask=mask)
-        return self.projection((mixed * gate.sigmoid()).reshape(batch, -1))
+        if self.gated:
+            mixed = mixed * gate[0].sigmoid()
+        return self.projection(mixed.reshape(batch, -1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,50 +224,56 @@ def build_plan(model: VisionLanguageModel) -> DecodePlan:
     half = architecture.rotary_dim // 2
     swap = torch.arange(architecture.head_dim, device=device)
     swap[: 2 * half] = torch.cat([swap[half : 2 * half], swap[:half]])
+    read_norm = partial(_norm, eps=architecture.norm_epsilon, zero_centered=architecture.zero_centered_norm)
     final_norm, output_weight = None, None
     if model.post_process:
-        final_norm = _norm(language.decoder.final_layernorm, architecture.norm_epsilon)
+        final_norm = read_norm(language.decoder.final_layernorm)
         output_weight = language.output_layer.weight
         if model.share_embeddings_and_output_weights:
             output_weight = model.shared_embedding_or_output_weight()
-    layers = tuple(_layer(layer, architecture.norm_epsilon, group) for layer in language.decoder.layers)
+    layers = tuple(_layer(layer, read_norm, group) for layer in language.decoder.layers)
     return DecodePlan(layers, final_norm, output_weight, swap, architecture.hidden_size, model.config.params_dtype)
 
 
-def _layer(layer: Any, eps: float, group: dist.ProcessGroup | None) -> DecodeLayer:
+def _layer(layer: Any, read_norm: Callable[..., Normed], group: dist.ProcessGroup | None) -> DecodeLayer:
     mixer = layer.self_attention
     linear = mixer.in_proj if isinstance(mixer, GatedDeltaNet) else mixer.linear_qkv
     return DecodeLayer(
-        input_norm=_norm(layer.input_layernorm, eps, linear),
-        mixer=_delta_net(mixer, eps, group) if isinstance(mixer, GatedDeltaNet) else _attention(mixer, eps, group),
-        mlp_norm=_norm(layer.pre_mlp_layernorm, eps, layer.mlp.linear_fc1),
+        input_norm=read_norm(layer.input_layernorm, linear),
+        mixer=_delta_net(mixer, group) if isinstance(mixer, GatedDeltaNet) else _attention(mixer, read_norm, group),
+        mlp_norm=read_norm(layer.pre_mlp_layernorm, layer.mlp.linear_fc1),
         fc1=layer.mlp.linear_fc1.weight,
         fc2=RowParallel(layer.mlp.linear_fc2.weight, group),
     )
 
 
-def _norm(norm: nn.Module, eps: float, linear: nn.Module | None = None) -> Normed:
-    """Read a zero-centred norm; Transformer Engine keeps its weight in the linear layer behind it."""
-    weight = norm.weight if hasattr(norm, "weight") else cast(Any, linear).layer_norm_weight
-    return Normed(cast(torch.Tensor, weight).detach().float() + 1.0, eps)
+def _norm(norm: nn.Module, linear: nn.Module | None = None, *, eps: float, zero_centered: bool) -> Normed:
+    """Read a norm; Transformer Engine keeps its weight in the linear layer behind it."""
+    weight = cast(torch.Tensor, norm.weight if hasattr(norm, "weight") else cast(Any, linear).layer_norm_weight).detach().float()
+    return Normed(weight + 1.0 if zero_centered else weight, eps)
 
 
-def _attention(mixer: GatedAttention, eps: float, group: dist.ProcessGroup | None) -> DecodeAttention:
+def _attention(mixer: PackedSelfAttention, read_norm: Callable[..., Normed], group: dist.ProcessGroup | None) -> DecodeAttention:
     groups, heads = mixer.num_query_groups_per_partition, mixer.num_attention_heads_per_partition
-    query_scale, key_scale = (_norm(norm, eps).scale for norm in (mixer.q_layernorm, mixer.k_layernorm))
+    qk_scale = None
+    if mixer.q_layernorm is not None:
+        query_scale, key_scale = (read_norm(norm).scale for norm in (mixer.q_layernorm, mixer.k_layernorm))
+        qk_scale = torch.cat([query_scale.expand(heads // groups, -1), key_scale[None]])
     return DecodeAttention(
         number=mixer.layer_number,
         qkv=mixer.linear_qkv.weight,
+        bias=mixer.linear_qkv.bias if mixer.config.add_qkv_bias else None,
+        gated=mixer.config.attention_output_gate,
         projection=RowParallel(mixer.linear_proj.weight, group),
-        qk_scale=torch.cat([query_scale.expand(heads // groups, -1), key_scale[None]]),
-        eps=eps,
+        qk_scale=qk_scale,
+        eps=mixer.config.layernorm_epsilon,
         groups=groups,
         repeats=heads // groups,
         head_dim=mixer.hidden_size_per_attention_head,
     )
 
 
-def _delta_net(mixer: GatedDeltaNet, eps: float, group: dist.ProcessGroup | None) -> DecodeDeltaNet:
+def _delta_net(mixer: GatedDeltaNet, group: dist.ProcessGroup | None) -> DecodeDeltaNet:
     heads = mixer.heads
     taps = mixer.conv1d.weight.detach().squeeze(1).t()
     # With the newest input in slot p, slot p holds the last tap and slot p + 1 the first.

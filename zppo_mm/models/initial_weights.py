@@ -7,6 +7,7 @@ import hashlib
 import torch
 from megatron.core import parallel_state
 
+from zppo_mm.models.architecture import Architecture
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.models.weights import Mapping, cut, parameter_mappings
 
@@ -31,11 +32,11 @@ def initialize_weights(model: VisionLanguageModel, seed: int) -> None:
         shape = list(mapping.parameter.shape)
         if mapping.rule.axis is not None:
             shape[mapping.rule.axis] *= size
-        whole = _draw(mapping, shape, seed)
+        whole = _draw(mapping, model.architecture, shape, seed)
         mapping.parameter.copy_(cut(whole, mapping, model.architecture, rank, size))
 
 
-def _draw(mapping: Mapping, shape: list[int], seed: int) -> torch.Tensor:
+def _draw(mapping: Mapping, architecture: Architecture, shape: list[int], seed: int) -> torch.Tensor:
     digest = hashlib.blake2b(f"{seed}/{mapping.keys[0]}".encode(), digest_size=7).digest()
     stream = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     key = mapping.keys[0]
@@ -46,6 +47,6 @@ def _draw(mapping: Mapping, shape: list[int], seed: int) -> torch.Tensor:
     if mapping.name.startswith("vision.") and len(shape) == 1:
         return torch.ones(shape) if ".norm" in key and key.endswith("weight") else torch.zeros(shape)
     if len(shape) == 1:
-        # The language model's norms are zero-centred.
-        return torch.zeros(shape)
+        centered = architecture.zero_centered_norm or key.endswith("bias")
+        return torch.zeros(shape) if centered else torch.ones(shape)
     return torch.randn(shape, generator=stream) * STANDARD_DEVIATION

@@ -114,7 +114,7 @@ def transformer_config(
 
 
 def _network_options(architecture: Architecture) -> dict[str, Any]:
-    return {
+    options = {
         "num_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,
         "ffn_hidden_size": architecture.ffn_hidden_size,
@@ -123,23 +123,33 @@ def _network_options(architecture: Architecture) -> dict[str, Any]:
         "kv_channels": architecture.head_dim,
         "layernorm_epsilon": architecture.norm_epsilon,
         "normalization": "RMSNorm",
-        "layernorm_zero_centered_gamma": True,
-        "qk_layernorm": True,
-        "attention_output_gate": True,
+        "layernorm_zero_centered_gamma": architecture.zero_centered_norm,
+        "qk_layernorm": architecture.qk_norm,
+        "add_qkv_bias": architecture.qkv_bias,
+        "attention_output_gate": architecture.output_gate,
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+        # Checkpoints keep each layer under its own number, which layers of two kinds need.
+        "hetereogenous_dist_checkpoint": True,
+    }
+    if architecture.has_linear_attention:
+        options |= _linear_options(architecture)
+    return options
+
+
+def _linear_options(architecture: Architecture) -> dict[str, Any]:
+    return {
         "linear_conv_kernel_dim": architecture.linear_conv_kernel_dim,
         "linear_key_head_dim": architecture.linear_key_head_dim,
         "linear_value_head_dim": architecture.linear_value_head_dim,
         "linear_num_key_heads": architecture.linear_num_key_heads,
         "linear_num_value_heads": architecture.linear_num_value_heads,
-        # As a list it makes checkpoints keep each layer under its own number, which layers of two kinds need. megatron-core's own hybrid
-        # variant stays off: it demands Transformer Engine.
+        # A list, which checkpoints of layers of two kinds ask for. megatron-core's own hybrid variant stays off: it demands Transformer
+        # Engine.
         "linear_attention_freq": [int(kind == "linear_attention") for kind in architecture.layer_types],
-        "hetereogenous_dist_checkpoint": True,
     }
 
 

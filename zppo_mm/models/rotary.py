@@ -1,29 +1,37 @@
-"""Rotary position embedding over three axes (time, height, width) whose frequencies interleave."""
+"""Rotary position embedding over three axes (time, height, width)."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from zppo_mm.models.architecture import Architecture
 
 
-class InterleavedRotary:
-    """Makes the rotary table of tokens from their three positions.
+class RotaryTable:
+    """Makes the rotary table of tokens from their three positions; in a text-only network only the first counts.
 
-    megatron-core's own multimodal rotary module lays the axes in sections and cannot interleave them. Not a module: the frequencies
-    must stay in float32 and belong in no checkpoint.
+    megatron-core's own multimodal rotary module cannot interleave the axes and needs CUDA. Not a module: the frequencies must stay in
+    float32 and belong in no checkpoint.
 
     Args:
-        architecture: Number of rotated channels, base and frequencies per axis.
+        architecture: Number of rotated channels, base, and which frequencies belong to which axis.
     """
 
     def __init__(self, architecture: Architecture) -> None:
         dim = architecture.rotary_dim
-        self._frequencies = 1.0 / (architecture.rotary_base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
-        axis = torch.zeros(dim // 2, dtype=torch.long)
-        for which in (1, 2):
-            axis[which : architecture.mrope_section[which] * 3 : 3] = which
-        self._axis = axis
+        frequencies = 1.0 / (architecture.rotary_base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+        self._frequencies = stretched(frequencies, architecture.rotary_scaling) if architecture.rotary_scaling else frequencies
+        section = torch.tensor(architecture.mrope_section)
+        if architecture.mrope_interleaved:
+            self._axis = torch.zeros(dim // 2, dtype=torch.long)
+            for which in (1, 2):
+                self._axis[which : section[which] * 3 : 3] = which
+        else:
+            self._axis = torch.arange(3).repeat_interleave(section)
 
     def table(self, positions: torch.Tensor) -> torch.Tensor:
         """Return cosine and sine of every rotated channel.
@@ -39,6 +47,25 @@ class InterleavedRotary:
         angles = positions.float().index_select(0, self._axis).t() * self._frequencies
         angles = torch.cat([angles, angles], dim=-1)[:, None]
         return torch.stack([angles.cos(), angles.sin()])
+
+
+def stretched(frequencies: torch.Tensor, scaling: Mapping[str, Any]) -> torch.Tensor:
+    """Return Llama 3's frequencies for a context longer than the first training's.
+
+    Waves that the first context held many times stay, those it did not hold once are slowed by `factor`, and between the two bounds the
+    change is gradual.
+
+    Args:
+        frequencies: `[channels / 2]`, radians per token.
+        scaling: `factor`, `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings`.
+
+    Source: `rope_type: llama3` of transformers.
+    """
+    low, high, context = (float(scaling[name]) for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+    waves_in_context = context * frequencies / (2 * math.pi)
+    kept = ((waves_in_context - low) / (high - low)).clamp(0, 1)
+    factor: float = scaling["factor"]
+    return frequencies * (kept + (1 - kept) / factor)
 
 
 def rotate(heads: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

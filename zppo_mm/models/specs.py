@@ -20,7 +20,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from zppo_mm.config import ModelConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.models.architecture import Architecture, LayerType
-from zppo_mm.models.attention import GatedAttention, PackedAttention
+from zppo_mm.models.attention import PackedAttention, PackedSelfAttention
+from zppo_mm.models.deepstack import DeepstackLayer
 from zppo_mm.models.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from zppo_mm.models.norm import RMSNorm
 
@@ -78,7 +79,7 @@ def block_submodules(architecture: Architecture, config: TransformerConfig, impl
     """Return the layers of this pipeline stage."""
     make = _local_layer if implementation == "local" else _transformer_engine_layer
     offset, count = get_transformer_layer_offset(config), get_num_layers_to_build(config)
-    layers = [make(kind) for kind in architecture.layer_types[offset : offset + count]]
+    layers = [make(kind, architecture) for kind in architecture.layer_types[offset : offset + count]]
     if implementation == "local":
         return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
     provider = transformer_engine_provider()
@@ -86,26 +87,28 @@ def block_submodules(architecture: Architecture, config: TransformerConfig, impl
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=provider.layer_norm(rms_norm=True))
 
 
-def _local_layer(kind: LayerType) -> ModuleSpec:
+def _local_layer(kind: LayerType, architecture: Architecture) -> ModuleSpec:
     norms = {"input_layernorm": RMSNorm, "pre_mlp_layernorm": RMSNorm}
     if kind == "linear_attention":
         mixer, projection = _delta_net(ColumnParallelLinear, RowParallelLinear), "in_proj"
     else:
-        mixer, projection = _attention(ColumnParallelLinear, RowParallelLinear, PackedAttention, RMSNorm), "linear_qkv"
+        norm = RMSNorm if architecture.qk_norm else None
+        mixer, projection = _attention(ColumnParallelLinear, RowParallelLinear, PackedAttention, norm), "linear_qkv"
     # Checkpoints carry Transformer Engine's names, which hold a norm inside the linear layer after it.
     names = {"input_layernorm.": f"self_attention.{projection}.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
-    return _layer(mixer, ColumnParallelLinear, RowParallelLinear, sharded_state_dict_keys_map=names, **norms)
+    return _layer(architecture, mixer, ColumnParallelLinear, RowParallelLinear, sharded_state_dict_keys_map=names, **norms)
 
 
-def _transformer_engine_layer(kind: LayerType) -> ModuleSpec:
+def _transformer_engine_layer(kind: LayerType, architecture: Architecture) -> ModuleSpec:
     provider = transformer_engine_provider()
     assert provider is not None
     column, row = provider.column_parallel_layer_norm_linear(), provider.row_parallel_linear()
     if kind == "linear_attention":
         mixer = _delta_net(column, row)
     else:
-        mixer = _attention(column, row, provider.core_attention(), provider.layer_norm(rms_norm=True, for_qk=True))
-    return _layer(mixer, column, row, input_layernorm=IdentityOp, pre_mlp_layernorm=IdentityOp)
+        norm = provider.layer_norm(rms_norm=True, for_qk=True) if architecture.qk_norm else None
+        mixer = _attention(column, row, provider.core_attention(), norm)
+    return _layer(architecture, mixer, column, row, input_layernorm=IdentityOp, pre_mlp_layernorm=IdentityOp)
 
 
 def _delta_net(column: Any, row: Any) -> ModuleSpec:
@@ -114,12 +117,12 @@ def _delta_net(column: Any, row: Any) -> ModuleSpec:
 
 def _attention(column: Any, row: Any, core: Any, norm: Any) -> ModuleSpec:
     submodules = SelfAttentionSubmodules(linear_qkv=column, core_attention=core, linear_proj=row, q_layernorm=norm, k_layernorm=norm)
-    return ModuleSpec(module=GatedAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=submodules)
+    return ModuleSpec(module=PackedSelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=submodules)
 
 
-def _layer(mixer: ModuleSpec, column: Any, row: Any, **others: Any) -> ModuleSpec:
+def _layer(architecture: Architecture, mixer: ModuleSpec, column: Any, row: Any, **others: Any) -> ModuleSpec:
     return ModuleSpec(
-        module=TransformerLayer,
+        module=DeepstackLayer if architecture.num_deepstack else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=mixer,
             self_attn_bda=get_bias_dropout_add,

@@ -13,20 +13,22 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from encoders.fusion import fuse
+from encoders.fusion import fuse, placeholder_places
 from encoders.tower import VisionTower
 from zppo_mm.errors import ModelError
 from zppo_mm.models.architecture import Architecture
 from zppo_mm.models.cache import DecodeCache
+from zppo_mm.models.deepstack import spread_features
 from zppo_mm.models.packing import PackedLayout, build_layout
-from zppo_mm.models.rotary import InterleavedRotary
+from zppo_mm.models.rotary import RotaryTable
 
+_MERGERS = ("model.merger.", "model.deepstack_merger_list.")
 FP8_TOKEN_MULTIPLE = 16
 """FP8 matrix products need the number of tokens on a rank to be a multiple of this."""
 
 
 class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
-    """A Qwen3.5 network on megatron-core's GPTModel, with the Hugging Face vision tower on its first stage.
+    """A network on megatron-core's GPTModel, with the Hugging Face vision tower on its first stage.
 
     Args:
         architecture: The network.
@@ -62,10 +64,10 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
             scatter_embedding_sequence_parallel=False,
         )
         self.model_type = self.language_model.model_type
-        self.rotary = InterleavedRotary(architecture)
+        self.rotary = RotaryTable(architecture)
         self.vision: VisionTower | None = None
         if pre_process and architecture.vision is not None:
-            self.vision = VisionTower(architecture.vision, dtype=config.params_dtype)
+            self.vision = VisionTower(architecture.family, architecture.vision, dtype=config.params_dtype)
             if not config.use_cpu_initialization:
                 self.vision.cuda()
 
@@ -115,16 +117,26 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         grids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return this stage's hidden states, normalised on the last; the first embeds, the others read the input tensor that was set."""
-        hidden = self.embed(token_ids, patches, grids) if self.pre_process else None
+        hidden, further = self.embed(token_ids, patches, grids) if self.pre_process else (None, None)
         table = self.rotary.table(positions)
-        output = self.language_model.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=table, packed_seq_params=layout)
+        output = self.language_model.decoder(
+            hidden_states=hidden, attention_mask=None, context=further, rotary_pos_emb=table, packed_seq_params=layout
+        )
         return cast(torch.Tensor, output)
 
-    def embed(self, token_ids: torch.Tensor, patches: torch.Tensor | None, grids: torch.Tensor | None) -> torch.Tensor:
-        """Return embeddings with the media's features in their places, `[tokens, 1, hidden]` or this rank's share of them."""
+    def embed(
+        self, token_ids: torch.Tensor, patches: torch.Tensor | None, grids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return embeddings with the media's features in their places, and what the first layers add for them.
+
+        Returns:
+            `[tokens, 1, hidden]` and `[tokens, layers, hidden]`, or this rank's shares of them; the second is `None` without deepstack or
+            without media.
+        """
         embeddings = self.language_model.embedding(input_ids=token_ids[None], position_ids=None)
+        further = None
         if self.vision is not None:
-            embeddings = self._fuse_media(self.vision, embeddings, token_ids, patches, grids)
+            embeddings, further = self._fuse_media(self.vision, embeddings, token_ids, patches, grids)
         elif patches is not None:
             raise ModelError(
                 f"VisionLanguageModel: media without a vision tower, got {len(patches)} patches, expected none for a text-only network; "
@@ -132,7 +144,8 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
             )
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings)
-        return cast(torch.Tensor, embeddings)
+            further = scatter_to_sequence_parallel_region(further) if further is not None else None
+        return embeddings, further
 
     def _fuse_media(
         self,
@@ -141,19 +154,22 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         token_ids: torch.Tensor,
         patches: torch.Tensor | None,
         grids: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight = next(tower.parameters())
         if patches is None or grids is None:
-            features = embeddings.new_zeros((0, embeddings.shape[-1]))
+            features = embeddings.new_zeros((0, tower.num_levels, embeddings.shape[-1]))
         else:
             # Tensor ranks hold the same tower and get the same gradient of the features, so they share several media among themselves.
             group = self.language_model.pg_collection.tp if len(grids) > 1 else None
             features = tower(patches.to(weight.device, weight.dtype), grids.to(weight.device), group)
-        fused = fuse(embeddings, token_ids, features, self.architecture.image_token_id, self.architecture.video_token_id)
+        placeholders = (self.architecture.image_token_id, self.architecture.video_token_id)
+        fused = fuse(embeddings, token_ids, features[:, 0], *placeholders)
         if patches is None and torch.is_grad_enabled() and any(parameter.requires_grad for parameter in tower.parameters()):
             # Every parameter must get a gradient in every micro-batch: bucketed gradient reduction waits for all of them.
             fused = fused + self._idle_features(tower, weight).sum().to(fused.dtype) * 0
-        return fused
+        if tower.num_levels == 1 or not len(features):
+            return fused, None
+        return fused, spread_features(features[:, 1:].to(fused.dtype), placeholder_places(token_ids, *placeholders), len(token_ids))
 
     def _idle_features(self, tower: VisionTower, weight: torch.Tensor) -> torch.Tensor:
         """Return the features of one blank block of patches."""
@@ -194,12 +210,12 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         return cast("torch.Tensor | None", self.language_model.shared_embedding_or_output_weight())
 
     def parameters_of(self, part: str) -> Iterator[nn.Parameter]:
-        """Yield this stage's parameters of `vision` (the tower without its merger), `projector` (the merger) or `language`."""
+        """Yield this stage's parameters of `vision` (the tower without its mergers), `projector` (the mergers) or `language`."""
         if part == "language":
             yield from self.language_model.parameters()
             return
         for name, parameter in self.vision.named_parameters() if self.vision is not None else ():
-            if (part == "projector") == name.startswith("model.merger."):
+            if (part == "projector") == name.startswith(_MERGERS):
                 yield parameter
 
     def prefill(

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import nn
 
 from zppo_mm.errors import ModelError
-from zppo_mm.models.architecture import Architecture
+from zppo_mm.models.architecture import Architecture, LayerType
 from zppo_mm.models.safetensors_folder import SafetensorsFolder
 from zppo_mm.models.vision_language import VisionLanguageModel
 
@@ -54,6 +54,7 @@ _LAYER_RULES = (
         "qkv",
         0,
     ),
+    Rule(("self_attention.linear_qkv.bias",), ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"), "qkv", 0),
     Rule(("self_attention.linear_proj.weight",), ("self_attn.o_proj.weight",), axis=1),
     Rule(("self_attention.q_layernorm.weight",), ("self_attn.q_norm.weight",)),
     Rule(("self_attention.k_layernorm.weight",), ("self_attn.k_norm.weight",)),
@@ -103,7 +104,7 @@ class Mapping:
 def parameter_mappings(model: VisionLanguageModel) -> Iterator[Mapping]:
     """Yield every parameter of this rank's stage with its Hugging Face keys."""
     architecture = model.architecture
-    language, vision = prefixes(architecture)
+    language, vision = architecture.language_prefix, architecture.vision_prefix
     offset = get_transformer_layer_offset(model.config)
     for name, parameter in model.named_parameters():
         if name.startswith(_VISION_PARAMETERS):
@@ -123,11 +124,6 @@ def parameter_mappings(model: VisionLanguageModel) -> Iterator[Mapping]:
         else:
             source, axis = _TOP_RULES[inner]
             yield Mapping(name, parameter, (language + source,), Rule((inner,), (source,), axis=axis))
-
-
-def prefixes(architecture: Architecture) -> tuple[str, str]:
-    """Return what Hugging Face puts before the names of the language model and of the vision tower."""
-    return ("model.language_model.", "model.visual.") if architecture.has_vision else ("model.", "")
 
 
 def _layer_rule(name: str) -> Rule:
@@ -157,15 +153,27 @@ def load_hf_weights(model: VisionLanguageModel, hf_dir: str | Path) -> None:
 
 def known_language_keys(architecture: Architecture) -> set[str]:
     """Return all Hugging Face keys of the language model, on whichever stage they are."""
-    prefix, _vision = prefixes(architecture)
+    prefix = architecture.language_prefix
     keys = {prefix + source for source, _axis in _TOP_RULES.values()}
     if not architecture.tie_word_embeddings:
         keys.add("lm_head.weight")
     for number, kind in enumerate(architecture.layer_types):
-        other = "self_attn." if kind == "linear_attention" else "linear_attn."
+        absent = _absent_sources(architecture, kind)
         sources = (source for rule in _LAYER_RULES for source in rule.sources)
-        keys.update(f"{prefix}layers.{number}.{source}" for source in sources if not source.startswith(other))
+        keys.update(f"{prefix}layers.{number}.{source}" for source in sources if not source.startswith(absent))
     return keys
+
+
+def _absent_sources(architecture: Architecture, kind: LayerType) -> tuple[str, ...]:
+    """Return how the names of tensors begin that a layer of this kind does not have."""
+    if kind == "linear_attention":
+        return ("self_attn.",)
+    absent = ["linear_attn."]
+    if not architecture.qk_norm:
+        absent += ["self_attn.q_norm.", "self_attn.k_norm."]
+    if not architecture.qkv_bias:
+        absent += [f"self_attn.{part}_proj.bias" for part in "qkv"]
+    return tuple(absent)
 
 
 def check_keys(model: VisionLanguageModel, folder: SafetensorsFolder) -> None:
@@ -183,7 +191,7 @@ def check_keys(model: VisionLanguageModel, folder: SafetensorsFolder) -> None:
             f"{folder.where(missing[0])}: the key {missing[0]} is missing ({len(missing)} in all), got {len(present)} keys, "
             "expected all of the network that config.json describes; download or export the folder again"
         )
-    vision = prefixes(architecture)[1]
+    vision = architecture.vision_prefix
     unknown = sorted(
         key
         for key in present - known
@@ -217,11 +225,12 @@ def fuse_tensors(tensors: list[torch.Tensor], rule: Rule, architecture: Architec
         return tensors[0]
     if rule.fusion == "concatenated":
         return torch.cat(tensors)
-    groups, dim, heads = _attention_sizes(architecture)
+    groups, dim, heads, parts = _attention_sizes(architecture)
     query, key, value = tensors
     # Hugging Face interleaves query and gate per head; megatron-core wants all queries, then all gates, key and value of a group.
-    query = query.reshape(groups, heads, 2, dim, -1).transpose(1, 2).reshape(groups, 2 * heads * dim, -1)
-    return torch.cat([query, key.reshape(groups, dim, -1), value.reshape(groups, dim, -1)], 1).reshape(-1, query.shape[-1])
+    query = query.reshape(groups, heads, parts, dim, -1).transpose(1, 2).reshape(groups, parts * heads * dim, -1)
+    whole = torch.cat([query, key.reshape(groups, dim, -1), value.reshape(groups, dim, -1)], 1)
+    return whole.reshape(-1, *tensors[0].shape[1:])
 
 
 def split_tensors(whole: torch.Tensor, rule: Rule, architecture: Architecture) -> list[torch.Tensor]:
@@ -230,11 +239,11 @@ def split_tensors(whole: torch.Tensor, rule: Rule, architecture: Architecture) -
         return [whole]
     if rule.fusion == "concatenated":
         return list(torch.split(whole, _concatenated_sizes(rule, architecture)))
-    groups, dim, heads = _attention_sizes(architecture)
-    width = whole.shape[-1]
-    query, key, value = torch.split(whole.reshape(groups, -1, width), [2 * heads * dim, dim, dim], 1)
-    query = query.reshape(groups, 2, heads, dim, width).transpose(1, 2)
-    return [query.reshape(-1, width), key.reshape(-1, width), value.reshape(-1, width)]
+    groups, dim, heads, parts = _attention_sizes(architecture)
+    rest = whole.shape[1:]
+    query, key, value = torch.split(whole.reshape(groups, -1, *rest), [parts * heads * dim, dim, dim], 1)
+    query = query.reshape(groups, parts, heads, dim, *rest).transpose(1, 2)
+    return [query.reshape(-1, *rest), key.reshape(-1, *rest), value.reshape(-1, *rest)]
 
 
 def cut(whole: torch.Tensor, mapping: Mapping, architecture: Architecture, rank: int, size: int) -> torch.Tensor:
@@ -276,10 +285,10 @@ def _concatenated_sizes(rule: Rule, architecture: Architecture) -> list[int]:
     return [2 * key + value, value, heads, heads]
 
 
-def _attention_sizes(architecture: Architecture) -> tuple[int, int, int]:
-    """Return key heads, width of a head, and query heads per key head."""
+def _attention_sizes(architecture: Architecture) -> tuple[int, int, int, int]:
+    """Return key heads, width of a head, query heads per key head, and what a query head is made of: itself, or itself and its gate."""
     groups = architecture.num_query_groups
-    return groups, architecture.head_dim, architecture.num_attention_heads // groups
+    return groups, architecture.head_dim, architecture.num_attention_heads // groups, 1 + architecture.output_gate
 
 
 def _linear_sizes(architecture: Architecture) -> tuple[int, int, int]:

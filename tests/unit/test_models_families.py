@@ -1,0 +1,149 @@
+"""Every family in one process against transformers: logits, gradients, greedy text, recomputation, packing, export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import network_checks, tiny_families, tiny_qwen
+from tests.network_checks import check_training
+from zppo_mm.config import ModelConfig, ParallelConfig
+from zppo_mm.errors import ModelError
+from zppo_mm.models import parallel
+from zppo_mm.models.architecture import check_layout, load_architecture, parse_architecture
+from zppo_mm.models.export import export_hf_weights
+
+# Qwen3.5 has tests of its own in test_models_parity.
+FAMILIES = tuple(family for family in tiny_families.KINDS if not family.startswith("qwen3_5"))
+CASES = [(family, kind) for family in FAMILIES for kind in tiny_families.KINDS[family]]
+# The same float32 sums in another grouping.
+MAX_PACKING_DIFFERENCE = 2e-5
+NUM_NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_rank() -> Iterator[None]:
+    parallel.initialize(ParallelConfig(), seed=0)
+    yield
+    parallel.shutdown()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    return {family: tiny_families.folder(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_logits_and_gradients_equal_transformers(models: dict[str, tuple[Path, Any]], family: str, kind: str) -> None:
+    folder, oracle = models[family]
+    # A text batch alone leaves the tower without a gradient in the oracle; with a second batch both have all.
+    beside = kind == "text" and len(tiny_families.KINDS[family]) > 1
+    check_training(network_checks.build(folder, ParallelConfig()), oracle, (kind, "mixed") if beside else (kind,))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tied_network_equals_transformers(family: str, tmp_path: Path) -> None:
+    folder, oracle = tiny_families.folder(family, tmp_path, tied=True)
+    check_training(network_checks.build(folder, ParallelConfig()), oracle, tiny_families.KINDS[family][-1:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputed_activations_give_the_same_gradients(models: dict[str, tuple[Path, Any]], family: str, recompute: str) -> None:
+    folder, oracle = models[family]
+    network = network_checks.build(folder, ParallelConfig(), ModelConfig(recompute=recompute))
+    check_training(network, oracle, tiny_families.KINDS[family][-1:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_sequences_equal_separate_ones(models: dict[str, tuple[Path, Any]], family: str) -> None:
+    network = network_checks.build(models[family][0], ParallelConfig())
+    parts = [part for kind in tiny_families.KINDS[family] for part in tiny_families.sequences(family, kind)]
+    with torch.no_grad():
+        packed = network(**tiny_qwen.pack(parts))
+        separate = torch.cat([network(**tiny_qwen.pack([part])) for part in parts])
+    assert (packed - separate).abs().max() <= MAX_PACKING_DIFFERENCE
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_greedy_tokens_equal_transformers(models: dict[str, tuple[Path, Any]], family: str, kind: str) -> None:
+    folder, oracle = models[family]
+    network = network_checks.build(folder, ParallelConfig())
+    parts = tiny_families.sequences(family, kind)
+    tokens, _logits = network_checks.greedy(network, parts, NUM_NEW_TOKENS)
+    assert tokens.tolist() == [network_checks.oracle_greedy(oracle, part, NUM_NEW_TOKENS) for part in parts]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_come_back_bit_for_bit(models: dict[str, tuple[Path, Any]], family: str, tmp_path: Path) -> None:
+    folder, _oracle = models[family]
+    export_hf_weights(network_checks.build(folder, ParallelConfig()), folder, tmp_path / "out")
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(after[key].equal(before[key]) for key in before)
+    assert (tmp_path / "out" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value", "message"),
+    [
+        (
+            "qwen3",
+            "use_sliding_window",
+            True,
+            "use_sliding_window is not supported, got True, expected False; use an",
+        ),
+        ("qwen3", "attention_bias", True, "attention_bias is not supported, got True"),
+        ("llama", "mlp_bias", True, "mlp_bias is not supported, got True, expected False; use an unmodified Llama"),
+        (
+            "llama",
+            "rope_parameters",
+            {"rope_type": "yarn", "rope_theta": 1.0},
+            "rope_type is not supported, got 'yarn', expected 'default' or 'llama3'",
+        ),
+        ("qwen3_vl", "text_config.hidden_act", "gelu", "hidden_act is not supported, got 'gelu'"),
+        (
+            "qwen3_vl",
+            "text_config.layer_types",
+            ["linear_attention"] * 4,
+            "unknown kind, got .'linear_attention'., expected full",
+        ),
+    ],
+)
+def test_settings_that_would_change_the_network_are_refused(
+    models: dict[str, tuple[Path, Any]], family: str, key: str, value: Any, message: str
+) -> None:
+    raw = json.loads((models[family][0] / "config.json").read_text())
+    part, _, inner = key.rpartition(".")
+    (raw[part] if part else raw)[inner] = value
+    with pytest.raises(ModelError, match=message):
+        parse_architecture(raw)
+
+
+def test_settings_of_older_folders_read_alike(models: dict[str, tuple[Path, Any]]) -> None:
+    for family in FAMILIES:
+        raw = json.loads((models[family][0] / "config.json").read_text())
+        old = json.loads(json.dumps(raw))
+        text = old.get("text_config", old)
+        rope = text.pop("rope_parameters")
+        text["rope_theta"] = rope.pop("rope_theta")
+        text["rope_scaling"] = {"type": rope.pop("rope_type"), **rope} if family == "llama" else rope
+        before, after = parse_architecture(raw), parse_architecture(old)
+        for field in ("rotary_base", "rotary_dim", "mrope_section", "rotary_scaling"):
+            assert getattr(before, field) == getattr(after, field), (family, field)
+
+
+def test_layers_that_take_in_features_must_be_on_the_first_stage(models: dict[str, tuple[Path, Any]]) -> None:
+    architecture = load_architecture(models["qwen3_vl"][0])
+    assert architecture.num_deepstack == 2
+    check_layout(architecture, ParallelConfig(pipeline_model_parallel_size=2))
+    with pytest.raises(ModelError, match=r"got 4 over 4 stages, expected a multiple of 4, at least 2 in the first stage.*choose 2 stages"):
+        check_layout(architecture, ParallelConfig(pipeline_model_parallel_size=4))
+    with pytest.raises(ModelError, match=r"num_key_value_heads cannot be split, got 2 over 4 ranks.*at most 2 here"):
+        check_layout(architecture, ParallelConfig(tensor_model_parallel_size=4))

@@ -1,0 +1,1 @@
+"""Model families: how each one's config.json reads. One file a family, one line in `table`."""

@@ -1,0 +1,38 @@
+"""Qwen2.5-VL: attention with biased projections, one block of rotary frequencies per axis, a vision tower with windows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zppo_mm.models.families.family import Architecture, Family, common_fields, refuse_others, rope_settings, text_part
+
+TITLE = "Qwen2.5-VL"
+
+
+def read(raw: dict[str, Any], where: str) -> Architecture:
+    """Read `qwen2_5_vl`, whose language settings stood at the top before transformers 5."""
+    text, vision = text_part(raw), raw["vision_config"]
+    refuse_others(
+        where,
+        TITLE,
+        {
+            "hidden_act": (text.get("hidden_act", "silu"), ("silu",)),
+            "use_sliding_window": (bool(text.get("use_sliding_window", False)), (False,)),
+            "rope_type": (rope_settings(text).get("rope_type", "default"), ("default", "mrope")),
+        },
+    )
+    fields = common_fields(raw, text, vision)
+    fields["mrope_interleaved"] = False
+    return Architecture(
+        **fields,
+        title=TITLE,
+        language_prefix="model.",
+        vision_prefix="visual.",
+        qk_norm=False,
+        qkv_bias=True,
+        output_gate=False,
+        zero_centered_norm=False,
+    )
+
+
+FAMILY = Family(title=TITLE, read=read)
