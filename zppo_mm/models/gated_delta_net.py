@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.ssm.gated_delta_net import _split_tensor_factory
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -22,6 +21,7 @@ from megatron.core.transformer.utils import (
 from torch import nn
 
 from zppo_mm.models.delta_rule import chunk_gated_delta_rule
+from zppo_mm.models.megatron_versions import split_sharded_tensor
 from zppo_mm.models.norm import parameter_device
 from zppo_mm.models.packing import PackedLayout
 
@@ -247,7 +247,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
             result.update(child)
         names = ["query", "key", "value", "z", "beta", "alpha"]
         for key, sections in ((f"{prefix}in_proj.weight", self.heads.projection), (f"{prefix}conv1d.weight", self.heads.qkv)):
-            result[key] = _split_tensor_factory(result[key], sections, names[: len(sections)], 0)
+            result[key] = split_sharded_tensor(result[key], sections, names[: len(sections)], 0)
         return result
 
 

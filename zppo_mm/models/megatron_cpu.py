@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import sys
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,25 +24,6 @@ _CUDA_TYPE_NAMES = {
     torch.bfloat16: "torch.cuda.BFloat16Tensor",
 }
 _TYPE_READERS = "megatron.core.optimizer"
-
-
-def bridge_missing_triton() -> None:
-    """Let newer megatron-core import without triton.
-
-    From 0.19 on `import megatron.core` imports triton through one MoE kernel module that dense models never call. An empty stand-in for
-    that one module is enough; a stand-in for triton itself would break torch's own look-ups.
-    """
-    name = "megatron.core.transformer.moe.ops.paged_stash"
-    if importlib.util.find_spec("triton") is not None or name in sys.modules:
-        return
-
-    def missing(attribute: str) -> None:
-        if attribute.startswith("__"):
-            raise AttributeError(attribute)
-
-    stand_in = types.ModuleType(name)
-    stand_in.__dict__["__getattr__"] = missing
-    sys.modules[name] = stand_in
 
 
 def install() -> bool:

@@ -6,7 +6,6 @@ moment therefore leaves the previous checkpoint as it was, and at most a hidden 
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import logging
@@ -29,6 +28,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from zppo_mm.errors import CheckpointError
 from zppo_mm.models import parallel
+from zppo_mm.models.megatron_versions import checkpoint_save_options
 from zppo_mm.training.policy import Policy
 
 T = TypeVar("T")
@@ -64,12 +64,9 @@ def save(folder: Path, step: int, policy: Policy, state: dict[str, Any], keep: i
     target = folder / f"step_{step:06d}"
     partial = folder / f".{target.name}.partial"
     _on_rank_0(partial, lambda: _make_empty(partial))
-    arguments: dict[str, Any] = {"content_metadata": _metadata()}
-    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
-        # Newer versions default to a strategy of another package.
-        arguments["async_strategy"] = "mcore"
     _keep_results_in_process()
-    dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(partial), **arguments)
+    weights_and_optimizer = _sharded_state(policy, is_loading=False)
+    dist_checkpointing.save(weights_and_optimizer, str(partial), content_metadata=_metadata(), **checkpoint_save_options())
     random_states = _gather_random_states()
     _on_rank_0(partial, lambda: _write_rest(partial, state, random_states))
     sums = _on_all_ranks(partial, lambda: _seal_share(partial))

@@ -1,0 +1,99 @@
+"""Where the megatron-core versions that this project runs with differ: 0.16.1, the newest for Python 3.11, to 0.19.2.
+
+Everything else imports what differs from here. Each function looks at what the installed version has, never at its number, and names
+the version that changed it. megatron-core is imported inside the functions, because `bridge_missing_triton` has to come first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import inspect
+import logging
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+
+def bridge_missing_triton() -> None:
+    """Let newer megatron-core import without triton, which torch's CPU builds do not bring along.
+
+    From 0.19 on `import megatron.core` imports triton through one MoE kernel module that dense models never call. An empty stand-in for
+    that one module is enough; a stand-in for triton itself would break torch's own look-ups.
+    """
+    name = "megatron.core.transformer.moe.ops.paged_stash"
+    if importlib.util.find_spec("triton") is not None or name in sys.modules:
+        return
+
+    def missing(attribute: str) -> None:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+
+    stand_in = types.ModuleType(name)
+    stand_in.__dict__["__getattr__"] = missing
+    sys.modules[name] = stand_in
+
+
+def gpt_model(*arguments: Any, **options: Any) -> Any:
+    """Build megatron-core's `GPTModel` with its own arguments.
+
+    0.19 announces its end with every one that is built and names `HybridModel` as successor. It stays until its removal: the successor's
+    decoder makes its last norm from Transformer Engine whatever the specification says, so it cannot be built without that package, and it
+    counts attention and MLP as layers of their own, so no checkpoint of before would fit. docs/architecture.md says how to change over.
+    The notice is hidden, as a user can do nothing about it.
+    """
+    from megatron.core.models.gpt import GPTModel
+
+    with _without_log_line("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"):
+        return GPTModel(*arguments, **options)
+
+
+def mlp_specification(linear_fc1: Any, linear_fc2: Any) -> Any:
+    """Return what a layer builds its MLP from: a bound builder from 0.19 on, a `ModuleSpec` before."""
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    submodules = MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2)
+    if hasattr(MLP, "as_mlp_submodule"):
+        return functools.partial(MLP.as_mlp_submodule, submodules=submodules)
+    return ModuleSpec(module=MLP, submodules=submodules)
+
+
+def split_sharded_tensor(tensor: Any, sections: list[int], names: list[str], axis: int) -> Any:
+    """Return a checkpoint entry that keeps the parts of a fused tensor under names of their own.
+
+    Args:
+        tensor: Megatron's `ShardedTensor` of the whole.
+        sections: Length of every part along the axis.
+        names: Ending of every part's name.
+        axis: Where the parts lie side by side.
+    """
+    try:
+        from megatron.core.ssm.utils import _split_tensor_factory
+    except ImportError:  # it lay beside its first user before 0.19
+        from megatron.core.ssm.gated_delta_net import _split_tensor_factory
+    return _split_tensor_factory(tensor, sections, names, axis)
+
+
+def checkpoint_save_options() -> dict[str, Any]:
+    """Return what `dist_checkpointing.save` must be told: from 0.19 on it defaults to a writer of another package."""
+    from megatron.core import dist_checkpointing
+
+    return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
+
+
+@contextlib.contextmanager
+def _without_log_line(logger_name: str, start: str) -> Iterator[None]:
+    """Drop the log lines of one logger that begin like this."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(start)
+
+    logger = logging.getLogger(logger_name)
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
