@@ -25,13 +25,13 @@ class RotaryTable:
         dim = architecture.rotary_dim
         frequencies = 1.0 / (architecture.rotary_base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
         self._frequencies = stretched(frequencies, architecture.rotary_scaling) if architecture.rotary_scaling else frequencies
-        section = torch.tensor(architecture.mrope_section)
+        time, height, width = architecture.mrope_section
         if architecture.mrope_interleaved:
             self._axis = torch.zeros(dim // 2, dtype=torch.long)
-            for which in (1, 2):
-                self._axis[which : section[which] * 3 : 3] = which
+            self._axis[1 : height * 3 : 3] = 1
+            self._axis[2 : width * 3 : 3] = 2
         else:
-            self._axis = torch.arange(3).repeat_interleave(section)
+            self._axis = torch.tensor([0] * time + [1] * height + [2] * width)
 
     def table(self, positions: torch.Tensor) -> torch.Tensor:
         """Return cosine and sine of every rotated channel.
