@@ -58,16 +58,17 @@ def _stay(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
 
 
 def _patch_device() -> None:
-    """`torch.cuda.current_device` answers the CPU, `torch.cuda.synchronize` returns at once, `Tensor.cuda` returns the tensor itself.
+    """`torch.cuda` answers with the CPU's device and stream, `synchronize` returns at once, `Tensor.cuda` returns the tensor itself.
 
-    The device is asked for by rotary tables, gradient buffers, tensor-parallel mappings and pipeline messages; the pipeline's
-    variable-length messages and the checkpoint writer synchronize unconditionally; a tied embedding is moved while pipeline stages are
-    built.
+    The device is asked for by rotary tables, gradient buffers, tensor-parallel mappings and pipeline messages, the stream from 0.19 on by
+    every reduction of gradients; the pipeline's variable-length messages and the checkpoint writer synchronize unconditionally; a tied
+    embedding is moved while pipeline stages are built.
     """
     tensor: Any = torch.Tensor
     tensor.cuda = _stay
     cuda: Any = torch.cuda
     cuda.current_device = _current_device
+    cuda.current_stream = torch.cpu.current_stream
     cuda.synchronize = _no_synchronize
 
 

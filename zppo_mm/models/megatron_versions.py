@@ -50,15 +50,28 @@ def gpt_model(*arguments: Any, **options: Any) -> Any:
         return GPTModel(*arguments, **options)
 
 
-def mlp_specification(linear_fc1: Any, linear_fc2: Any) -> Any:
+def data_parallel_model(*arguments: Any) -> Any:
+    """Wrap a model in megatron-core's `DistributedDataParallel`.
+
+    0.19 would like to be handed the layout of the distributed optimizer's buffers and says so each time; it computes the same one itself.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+
+    with _without_log_line(
+        "megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout not provided"
+    ):
+        return DistributedDataParallel(*arguments)
+
+
+def mlp_specification(linear_fc1: Any, linear_fc2: Any, ffn_hidden_size: int) -> Any:
     """Return what a layer builds its MLP from: a bound builder from 0.19 on, a `ModuleSpec` before."""
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     submodules = MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2)
     if hasattr(MLP, "as_mlp_submodule"):
-        return functools.partial(MLP.as_mlp_submodule, submodules=submodules)
-    return ModuleSpec(module=MLP, submodules=submodules)
+        return functools.partial(MLP.as_mlp_submodule, submodules=submodules, ffn_hidden_size=ffn_hidden_size)
+    return ModuleSpec(module=MLP, params={"ffn_hidden_size": ffn_hidden_size}, submodules=submodules)
 
 
 def split_sharded_tensor(tensor: Any, sections: list[int], names: list[str], axis: int) -> Any:

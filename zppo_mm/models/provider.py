@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -109,8 +108,7 @@ def transformer_config(
     }
     if model.fp8:
         options["fp8_recipe"] = model.fp8_recipe
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
-    return TransformerConfig(**{key: value for key, value in options.items() if key in known})
+    return TransformerConfig(**options)
 
 
 def _network_options(architecture: Architecture) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -23,6 +22,7 @@ from zppo_mm.models.architecture import Architecture, LayerType
 from zppo_mm.models.attention import PackedAttention, PackedSelfAttention
 from zppo_mm.models.deepstack import DeepstackLayer
 from zppo_mm.models.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from zppo_mm.models.megatron_versions import mlp_specification
 from zppo_mm.models.norm import RMSNorm
 
 Implementation = Literal["local", "transformer_engine"]
@@ -126,7 +126,7 @@ def _layer(architecture: Architecture, mixer: ModuleSpec, column: Any, row: Any,
         submodules=TransformerLayerSubmodules(
             self_attention=mixer,
             self_attn_bda=get_bias_dropout_add,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=mlp_specification(column, row, architecture.ffn_hidden_size),
             mlp_bda=get_bias_dropout_add,
             **others,
         ),

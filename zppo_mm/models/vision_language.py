@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import cast
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -19,6 +18,7 @@ from zppo_mm.errors import ModelError
 from zppo_mm.models.architecture import Architecture
 from zppo_mm.models.cache import DecodeCache
 from zppo_mm.models.deepstack import spread_features
+from zppo_mm.models.megatron_versions import gpt_model
 from zppo_mm.models.packing import PackedLayout, build_layout
 from zppo_mm.models.rotary import RotaryTable
 
@@ -51,7 +51,7 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         self.pre_process = pre_process
         self.post_process = post_process
         self.share_embeddings_and_output_weights = architecture.tie_word_embeddings
-        self.language_model = GPTModel(
+        self.language_model = gpt_model(
             config,
             submodules,
             architecture.vocab_size,

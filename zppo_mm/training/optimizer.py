@@ -6,13 +6,14 @@ import math
 from typing import Any, cast
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 from zppo_mm.config import ParallelConfig, TrainConfig
+from zppo_mm.models.megatron_versions import data_parallel_model
 
 
 def wrap_model(model: torch.nn.Module, parallel: ParallelConfig) -> Any:
@@ -33,7 +34,7 @@ def wrap_model(model: torch.nn.Module, parallel: ParallelConfig) -> Any:
     mark_split_parameters(model)
     # Makes the buffers sum over replicas; the policy divides by the one global token count.
     config.calculate_per_token_loss = True
-    return DistributedDataParallel(config, ddp_config, model)
+    return data_parallel_model(config, ddp_config, model)
 
 
 def mark_split_parameters(model: torch.nn.Module) -> None:
