@@ -80,7 +80,7 @@ class Run:
         evaluation_sampling: How they are answered.
         media: Opens and decodes media.
         verifier: Grades.
-        encoders: Of the student and the teacher; they keep opened media.
+        encoders: Of the student and then the teacher; they keep opened media.
         counted: Losses that `take_losses` has handed out, by metric.
     """
 
@@ -97,6 +97,11 @@ class Run:
     def templates(self) -> PromptTemplates:
         """Texts of the prompts."""
         return self.stages.reformulator.templates
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """The student's."""
+        return self.encoders[0]
 
     @property
     def policy(self) -> Policy:
@@ -169,7 +174,7 @@ def build_run(config: RunConfig) -> Run:
     objective = PolicyObjective(config.algorithm, config.rollout.temperature, parallel.tensor_group())
     policy = Policy(student, config.train, config.parallel, objective)
     teacher = _build_teacher(shared, templates)
-    stream = _build_stream(config)
+    stream = build_stream(config, SampleHealth(config.data.max_bad_share, config.data.strict))
     stages = Stages(
         config=config,
         feed=QuestionFeed(
@@ -230,9 +235,13 @@ def _build_compressor(config: RunConfig, encoder: PromptEncoder, teacher: Megatr
     return TeacherCompressor(teacher.rewrite, rule, load_compression_template())
 
 
-def _build_stream(config: RunConfig) -> QuestionStream:
+def build_stream(config: RunConfig, health: SampleHealth) -> QuestionStream:
+    """Return the run's training questions from the first on, its bad samples counted by `health`; every rank calls this.
+
+    Raises:
+        DataError: A data source cannot be used.
+    """
     sources = config.data.train or embedded_sources(config, "train")
-    health = SampleHealth(config.data.max_bad_share, config.data.strict)
     return QuestionStream([(ShardFolder(source.path), source.weight) for source in sources], config.seed, health)
 
 

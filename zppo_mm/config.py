@@ -225,6 +225,26 @@ class EvaluationConfig:
 
 
 @dataclass(kw_only=True)
+class ParityConfig:
+    """Comparison of sampling, training and the source checkpoint before the first update."""
+
+    mode: str = "stop"
+    """What a disagreement does: `stop` ends the run, `warn` logs it and goes on, `off` compares nothing."""
+    num_questions: int = 3
+    """Questions of each modality in the data (text, image, video, mixed) that are asked."""
+    max_response_tokens: int = 24
+    """Longest response that is compared."""
+    max_gap: float = 1e-3
+    """float32: largest difference of a token's log-probs, in nats."""
+    max_kl: float = 5e-3
+    """Anything coarser than float32: largest divergence of a modality's tokens, in nats per token."""
+    compare_source: bool = True
+    """Load the source checkpoint in transformers besides, where it fits into memory."""
+    max_source_seconds: float = 120.0
+    """Time after which the source checkpoint is asked no further question."""
+
+
+@dataclass(kw_only=True)
 class ObservabilityConfig:
     """What a run writes besides checkpoints."""
 
@@ -286,5 +306,7 @@ class RunConfig:
     """Saving and resuming."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Accuracy on held-out questions."""
+    parity: ParityConfig = field(default_factory=ParityConfig)
+    """Comparison of sampling, training and the source checkpoint before the first update."""
     observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)
     """What a run writes besides checkpoints."""

@@ -32,6 +32,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "teacher.fp8": ("", "e4m3", "hybrid"),
     "teacher.compressor": ("rule", "teacher"),
     "algorithm.advantage_normalization": ("none", "nonzero", "all"),
+    "parity.mode": ("stop", "warn", "off"),
 }
 """Strings that a key may have."""
 
@@ -95,6 +96,11 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "evaluation.top_p": (math.ulp(0.0), 1.0),
     "evaluation.top_k": _FROM_ZERO,
     "evaluation.presence_penalty": (-2.0, 2.0),
+    "parity.num_questions": _FROM_ONE,
+    "parity.max_response_tokens": _FROM_ONE,
+    "parity.max_gap": _ABOVE_ZERO,
+    "parity.max_kl": _ABOVE_ZERO,
+    "parity.max_source_seconds": _FROM_ZERO,
     "observability.report_examples": _FROM_ZERO,
 }
 """Smallest and largest value of a key, both allowed."""

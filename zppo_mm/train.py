@@ -22,8 +22,9 @@ from zppo_mm.models.export import export_hf_weights
 from zppo_mm.observability.logs import configure_logging
 from zppo_mm.observability.metrics import Mean, Sum, process_memory
 from zppo_mm.observability.report import write_report
-from zppo_mm.observability.sinks import EVALUATION_FILE, MetricsLog, append_evaluation, open_metrics_log
+from zppo_mm.observability.sinks import EVALUATION_FILE, PARITY_FILE, MetricsLog, append_evaluation, open_metrics_log
 from zppo_mm.observability.transcripts import discard_steps_after, write_buffer, write_transcript
+from zppo_mm.parity.gate import check_parity
 from zppo_mm.step import StepRecord, run_step
 from zppo_mm.training import checkpoint
 
@@ -48,6 +49,7 @@ FREE_ON_RESUME = (
     "data.strict",
     "checkpoint.",
     "evaluation.",
+    "parity.",
     "observability.",
 )
 NO_STEP = -1
@@ -61,7 +63,7 @@ def run_folder(config: RunConfig) -> Path:
 def train(config: RunConfig) -> Path:
     """Train from the start or from the newest checkpoint to the last step, then export.
 
-    Every rank calls this. The folder of a run holds config.yaml, metrics.jsonl, evaluation.jsonl, transcripts/, buffer/,
+    Every rank calls this. The folder of a run holds config.yaml, metrics.jsonl, evaluation.jsonl, parity.jsonl, transcripts/, buffer/,
     checkpoints/, hf/ and report.html.
 
     Returns:
@@ -76,6 +78,8 @@ def train(config: RunConfig) -> Path:
         try:
             done = _resume(run, folder)
             _prepare_folder(config, folder, done)
+            if done < config.train.train_iters:
+                check_parity(run, folder, max(done, 0))
             log = None
             if parallel.rank() == 0:
                 log = open_metrics_log(config.observability, folder, config.train.train_iters, max(done, 0))
@@ -223,6 +227,7 @@ def _prepare_folder(config: RunConfig, folder: Path, done: int) -> None:
         discard_steps_after(folder, max(done, 0))
         if done == NO_STEP:
             (folder / EVALUATION_FILE).unlink(missing_ok=True)
+            (folder / PARITY_FILE).unlink(missing_ok=True)
     parallel.barrier()
 
 

@@ -23,6 +23,7 @@ GROUPS = (
     "train",
     "checkpoint",
     "evaluation",
+    "parity",
     "observability",
 )
 

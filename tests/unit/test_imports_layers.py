@@ -46,7 +46,8 @@ ALLOWED: dict[str, set[str]] = {
     "zppo_mm.supervised": STAGES | {"zppo_mm.embedded.lessons"},
     "zppo_mm.embedded": STAGES | {"zppo_mm.supervised"},
     "zppo_mm.build": STAGES | {"zppo_mm.embedded", "zppo_mm.evaluate", "zppo_mm.step"},
-    "zppo_mm.train": STAGES | {"zppo_mm.build", "zppo_mm.config_io", "zppo_mm.evaluate", "zppo_mm.step"},
+    "zppo_mm.parity": STAGES | {"zppo_mm.build"},
+    "zppo_mm.train": STAGES | {"zppo_mm.build", "zppo_mm.parity", "zppo_mm.config_io", "zppo_mm.evaluate", "zppo_mm.step"},
 }
 """What each part may import besides itself and third parties."""
 

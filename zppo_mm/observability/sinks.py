@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"
+PARITY_FILE = "parity.jsonl"
 
 
 class MetricsSink(Protocol):

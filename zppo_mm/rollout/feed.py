@@ -70,7 +70,7 @@ class QuestionFeed:
         num_refused = 0  # since the last good one
         while len(good) < num_questions:
             drawn = self._stream.take(num_questions - len(good))
-            refused = {refusal.index: refusal for refusal in self._check(drawn)}
+            refused = {refusal.index: refusal for refusal in self.refusals(drawn)}
             for index, question in enumerate(drawn):
                 refusal = refused.get(index)
                 if refusal is None:
@@ -90,8 +90,8 @@ class QuestionFeed:
                 f"({last.detail}), expected a good one; correct the data or the limits under data"
             )
 
-    def _check(self, questions: Sequence[Question]) -> list[Refusal]:
-        """Check this replica's share and return all replicas' refusals."""
+    def refusals(self, questions: Sequence[Question]) -> list[Refusal]:
+        """Return which of these questions cannot be asked; each replica checks its share, all get every refusal, nothing is counted."""
         refusals = []
         for index in range(self._exchange.replica, len(questions), self._exchange.num_replicas):
             if not self._can_grade(questions[index]):

@@ -1,0 +1,243 @@
+"""Before the first update: does the run sample, train and start from one and the same network, and does it see its media?
+
+The training forward pass is compared with the engine, on the run's own layout and precision, and with the source checkpoint in
+transformers. Nothing of the run is moved: the questions come from a stream of the gate's own, the draws from random streams of their
+own names, and the global random states are put back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from zppo_mm.build import Run, build_stream, student_folder
+from zppo_mm.config import ParityConfig
+from zppo_mm.experience import Batch, FloatArray, Group, PromptInstance
+from zppo_mm.models import parallel
+from zppo_mm.parity.compare import SIDES, Limit, ParityError, Response, describe_gap, measure
+from zppo_mm.parity.media import MediaCount, media_in_prompt, num_features
+from zppo_mm.parity.oracle import SourceInput, SourceLogprobs, source_logprobs
+from zppo_mm.parity.questions import Chosen, UncountedHealth, choose_questions, modality
+from zppo_mm.parity.record import ParityRecord, count_modality, table, write_record
+from zppo_mm.randomness import generator
+from zppo_mm.training.batching import build_batches, plan_batches
+from zppo_mm.training.samples import response_sequence, to_training_samples
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+NUM_ROLLOUTS = 2
+"""Responses per question: more than one, so that the engine copies its caches as it does in training."""
+WAIT_SECONDS = 0.02
+"""Time between two words from rank 0 while it works and the others wait."""
+RESUMED = "the run goes on from a checkpoint, whose weights are no longer the folder's"
+
+
+def check_parity(run: Run, folder: Path, step: int) -> None:
+    """Compare, write `parity.jsonl` and the log, and stop the run if something disagrees; every rank calls this.
+
+    After a resume the source checkpoint is left out, because the weights are trained; the layout may be another one than before, so
+    sampling and training are compared again.
+
+    Args:
+        run: The run, nothing of which is moved.
+        folder: The run's folder.
+        step: Steps trained so far; 0 before the first.
+
+    Raises:
+        ParityError: Something disagrees, and `parity.mode` is `stop`; the same on every rank.
+    """
+    config = run.stages.config.parity
+    if config.mode == "off":
+        return
+    started = time.perf_counter()
+    with _random_states_kept():
+        chosen = _choose(run, config.num_questions)
+        groups = _sample(run, chosen, config)
+        responses = _responses(groups, _training_logprobs(run, groups))
+        counts, source = _on_rank_zero(partial(_look, run, groups, config, step))
+        for group, values in zip(groups, source.logprobs, strict=True):
+            first = responses[group.uid][0]
+            responses[group.uid][0] = dataclasses.replace(first, source=values)
+        run.release_memory()
+        run.take_losses()  # what grading the gate's responses lost is no part of the first step
+    record = _judge(run, chosen, [response for group in groups for response in responses[group.uid]], counts, source.skipped, step)
+    record = dataclasses.replace(record, seconds=time.perf_counter() - started)
+    if parallel.rank() == 0:
+        write_record(folder, record)
+        logger.info("%s", table(record))
+    _conclude(record, chosen, config.mode)
+
+
+def limit_for(config: ParityConfig, dtype: torch.dtype) -> Limit:
+    """Return the limit of a precision: for every token in float32, for a modality's divergence in anything coarser."""
+    if dtype == torch.float32:
+        return Limit("parity.max_gap", config.max_gap, of_divergence=False)
+    return Limit("parity.max_kl", config.max_kl, of_divergence=True)
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Put the global random states back; the run draws from named streams, but libraries may draw from these."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _choose(run: Run, num_questions: int) -> Chosen:
+    stream = build_stream(run.stages.config, UncountedHealth())
+    stream.load_state_dict(run.stream.state_dict())
+    return choose_questions(stream, run.stages.feed, num_questions)
+
+
+def _sample(run: Run, chosen: Chosen, config: ParityConfig) -> list[Group]:
+    """Sample short responses as in training; a first question of every modality comes before any second one."""
+    asked = [(place, question) for questions in chosen.questions.values() for place, question in enumerate(questions)]
+    instances = [
+        PromptInstance(f"parity/{place}/{question.id}", question, "new", run.templates.plain_text(question))
+        for place, question in sorted(asked, key=lambda item: item[0])
+    ]
+    longest = min(config.max_response_tokens, run.stages.sampling.max_new_tokens)
+    sampling = dataclasses.replace(run.stages.sampling, max_new_tokens=longest)
+    return run.stages.sampler.sample(instances, sampling, NUM_ROLLOUTS, step=0)
+
+
+def _training_logprobs(run: Run, groups: Sequence[Group]) -> list[FloatArray]:
+    """Return the training forward pass's log-probs per rollout, group after group, on every rank: packed and split as an update is."""
+    if not groups:
+        return []
+    config = run.stages.config
+    samples = to_training_samples(groups, [np.ones(len(group.rollouts), np.float32) for group in groups])
+    plan = plan_batches(
+        samples,
+        num_minibatches=1,
+        num_replicas=parallel.data_size(),
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        random=generator(config.seed, "parity"),
+        skip_zero_advantage=False,
+    )
+    media = run.encoder if parallel.is_first_stage() else None
+    [batch] = build_batches(plan, samples, replica=parallel.data_rank(), media=media, device=parallel.device())
+    microbatches = list(batch.microbatches)
+    values = run.policy.compute_logprobs(Batch(microbatches, batch.num_loss_tokens), config.rollout.temperature)
+    mine: list[tuple[int, FloatArray]] = []
+    members = plan.microbatches[0][parallel.data_rank()] or ((),)  # a replica without samples passes a sequence without loss
+    for indices, microbatch, logprobs in zip(members, microbatches, values, strict=True):
+        spoken = logprobs[microbatch.loss_mask != 0].cpu().numpy()
+        ends = np.cumsum([samples[index].num_loss_tokens for index in indices])
+        mine += [(index, spoken[end - samples[index].num_loss_tokens : end]) for index, end in zip(indices, ends.tolist(), strict=True)]
+    everything = dict(item for replica in parallel.gather_from_replicas(mine) for item in replica)
+    return [everything[index] for index in range(len(samples))]
+
+
+def _responses(groups: Sequence[Group], training: Sequence[FloatArray]) -> dict[str, list[Response]]:
+    """Return the responses by group uid."""
+    values = iter(training)
+    return {
+        group.uid: [
+            Response(modality(group.question), group.question.id, rollout.response_ids, next(values), rollout.rollout_logprobs)
+            for rollout in group.rollouts
+        ]
+        for group in groups
+    }
+
+
+def _look(run: Run, groups: Sequence[Group], config: ParityConfig, step: int) -> tuple[list[MediaCount], SourceLogprobs]:
+    """Count media and ask the source checkpoint about the first response of each question; rank 0 alone, a first pipeline stage."""
+    architecture, counts, inputs = run.policy.model.architecture, [], []
+    for group in groups:
+        prompt, question, response_ids = group.prompt, group.question, group.rollouts[0].response_ids
+        vision = tuple(run.encoder.vision_inputs(question))
+        tokens = (architecture.image_token_id, architecture.video_token_id)
+        kinds = [reference.kind for reference in question.media]
+        shown = media_in_prompt(prompt.token_ids, kinds, prompt.grids, *tokens, architecture.spatial_merge_size)
+        placeholders = int(np.isin(prompt.token_ids, tokens).sum())
+        features = num_features(run.policy.model, vision)
+        counts.append(MediaCount(modality(question), question.id, len(kinds), shown, placeholders, features))
+        token_ids, positions, _ = response_sequence(prompt, response_ids)
+        inputs.append(SourceInput(token_ids, positions, len(response_ids), vision))
+    if step or not config.compare_source:
+        why_not = RESUMED if step else "parity.compare_source=false"
+        return counts, SourceLogprobs((None,) * len(inputs), why_not)
+    source = source_logprobs(
+        student_folder(run.stages.config),
+        inputs,
+        dtype=run.policy.model.config.params_dtype,
+        temperature=run.stages.config.rollout.temperature,
+        device=next(run.policy.model.parameters()).device,
+        max_seconds=config.max_source_seconds,
+    )
+    return counts, source
+
+
+def _on_rank_zero(work: Callable[[], T]) -> T:
+    """Return what rank 0 made, on every rank.
+
+    Loading and running a large checkpoint can take longer than a collective waits. So it runs in a thread, and rank 0 keeps telling the
+    others that it is not done.
+
+    Raises:
+        ParityError: On the other ranks, when the work failed on rank 0, which raises its own error.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        future = pool.submit(work) if parallel.rank() == 0 else None
+        while not parallel.broadcast_object(future is None or future.done()):
+            time.sleep(WAIT_SECONDS)
+        error = future.exception() if future is not None else None
+        told = parallel.broadcast_object(repr(error) if error is not None else "")
+        if error is not None:
+            raise error
+        if told:
+            raise ParityError(f"parity: rank 0 could not look at media and source checkpoint, got {told}; see its own message")
+        return parallel.broadcast_object(future.result() if future is not None else None)
+
+
+def _judge(
+    run: Run, chosen: Chosen, responses: Sequence[Response], counts: Sequence[MediaCount], not_compared: str, step: int
+) -> ParityRecord:
+    """Hold everything against its limit; what is lost comes first, because it explains gaps."""
+    limit = limit_for(run.stages.config.parity, run.policy.model.config.params_dtype)
+    findings = [*chosen.lost, *(count.describe() for count in counts if not count.agrees)]
+    rows = []
+    for name, questions in chosen.questions.items():
+        mine = [response for response in responses if response.modality == name]
+        gaps = {side: measure(mine, side) for side in SIDES}
+        for side, gap in gaps.items():
+            if gap is not None and gap.exceeds(limit):
+                findings.append(describe_gap(mine, side, gap, limit, run.encoder.decode))
+        own_counts = [count for count in counts if count.modality == name]
+        rows.append(count_modality(name, len(questions), own_counts, gaps["rollout"], gaps["source"]))
+    dtype = str(run.policy.model.config.params_dtype).removeprefix("torch.")
+    return ParityRecord(step, dtype, limit, 0.0, tuple(rows), not_compared, tuple(findings))
+
+
+def _conclude(record: ParityRecord, chosen: Chosen, mode: str) -> None:
+    """Warn or stop.
+
+    Raises:
+        ParityError: There are findings, and the mode is `stop`.
+    """
+    if parallel.rank() == 0:
+        for name, why in chosen.refused.items():
+            logger.warning("parity: no %s question can be asked, so none is compared; the last one: %s", name, why)
+        for finding in record.findings if mode == "warn" else ():
+            logger.warning("%s", finding)
+    if record.findings and mode == "stop":
+        more = len(record.findings) - 1
+        raise ParityError(record.findings[0] + (f" (and {more} more in parity.jsonl)" if more else ""))
