@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from tests import network_checks, tiny_families, tiny_qwen
 from tests.network_checks import check_training
 from zppo_mm.config import ModelConfig, ParallelConfig
-from zppo_mm.errors import ModelError
+from zppo_mm.errors import ConfigError, ModelError
 from zppo_mm.models import parallel
 from zppo_mm.models.architecture import check_layout, load_architecture, parse_architecture
 from zppo_mm.models.export import export_hf_weights
+from zppo_mm.models.specs import check_recipe
 
 # Qwen3.5 has tests of its own in test_models_parity.
 FAMILIES = tuple(family for family in tiny_families.KINDS if not family.startswith("qwen3_5"))
@@ -147,3 +148,12 @@ def test_layers_that_take_in_features_must_be_on_the_first_stage(models: dict[st
         check_layout(architecture, ParallelConfig(pipeline_model_parallel_size=4))
     with pytest.raises(ModelError, match=r"num_key_value_heads cannot be split, got 2 over 4 ranks.*at most 2 here"):
         check_layout(architecture, ParallelConfig(tensor_model_parallel_size=4))
+
+
+def test_an_fp8_recipe_needs_its_gpu() -> None:
+    for recipe, capability in (("tensorwise", (8, 9)), ("blockwise", (9, 0)), ("mxfp8", (10, 0))):
+        check_recipe(ModelConfig(fp8="hybrid", fp8_recipe=recipe), capability)
+    with pytest.raises(ConfigError, match=r"mxfp8: this GPU cannot compute it, got compute capability 9.0, expected 10.0 .* delayed or "):
+        check_recipe(ModelConfig(fp8="hybrid", fp8_recipe="mxfp8"), (9, 0))
+    with pytest.raises(ConfigError, match=r"leave model\.fp8 empty"):
+        check_recipe(ModelConfig(fp8="hybrid"), (8, 0))

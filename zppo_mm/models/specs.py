@@ -26,6 +26,8 @@ from zppo_mm.models.megatron_versions import mlp_specification
 from zppo_mm.models.norm import RMSNorm
 
 Implementation = Literal["local", "transformer_engine"]
+RECIPE_CAPABILITIES = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+"""CUDA compute capability from which on Transformer Engine has a recipe: Ada, Hopper, Blackwell."""
 
 
 def transformer_engine_provider() -> BackendSpecProvider | None:
@@ -60,12 +62,34 @@ def choose_implementation(model: ModelConfig) -> Implementation:
                 f"{key}: Transformer Engine cannot be used here, got {missing}, expected a CUDA GPU and the package "
                 "transformer-engine[pytorch]; install the extra `gpu` on a machine with a GPU, or leave the key at its default"
             )
+    if model.fp8:
+        check_recipe(model, torch.cuda.get_device_capability())
     if model.fp8 and asked == "local":
         raise ConfigError(
             "model.fp8: needs Transformer Engine's layers, got model.transformer_impl=local, expected auto or "
             "transformer_engine; change one of them"
         )
     return "local" if asked == "local" or missing else "transformer_engine"
+
+
+def check_recipe(model: ModelConfig, capability: tuple[int, int]) -> None:
+    """Refuse an FP8 recipe that the GPU cannot compute.
+
+    Args:
+        model: Names the recipe.
+        capability: CUDA compute capability of the GPU.
+
+    Raises:
+        ConfigError: The GPU is older than the recipe.
+    """
+    needed = RECIPE_CAPABILITIES[model.fp8_recipe]
+    if capability < needed:
+        got, expected = (".".join(map(str, version)) for version in (capability, needed))
+        usable = [name for name, version in RECIPE_CAPABILITIES.items() if version <= capability]
+        raise ConfigError(
+            f"model.fp8_recipe={model.fp8_recipe}: this GPU cannot compute it, got compute capability {got}, expected {expected} or newer; "
+            + (f"choose {' or '.join(usable)}" if usable else "leave model.fp8 empty")
+        )
 
 
 def _missing_for_transformer_engine() -> str:
