@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from zppo_mm.models.vision_language import VisionLanguageModel
 
 
-@torch.inference_mode()
+# Megatron keeps one buffer for the gathers of sequence parallelism; made in inference mode, training could never write to it again.
+@torch.inference_mode(mode=False)
+@torch.no_grad()
 def prefill(
     model: VisionLanguageModel,
     token_ids: torch.Tensor,

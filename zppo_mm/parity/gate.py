@@ -66,7 +66,7 @@ def check_parity(run: Run, folder: Path, step: int) -> None:
         chosen = _choose(run, config.num_questions)
         groups = _sample(run, chosen, config)
         responses = _responses(groups, _training_logprobs(run, groups))
-        counts, source = _on_rank_zero(partial(_look, run, groups, config, step))
+        counts, source = on_rank_zero(partial(_look, run, groups, config, step))
         for group, values in zip(groups, source.logprobs, strict=True):
             first = responses[group.uid][0]
             responses[group.uid][0] = dataclasses.replace(first, source=values)
@@ -186,7 +186,7 @@ def _look(run: Run, groups: Sequence[Group], config: ParityConfig, step: int) ->
     return counts, source
 
 
-def _on_rank_zero(work: Callable[[], T]) -> T:
+def on_rank_zero(work: Callable[[], T]) -> T:
     """Return what rank 0 made, on every rank.
 
     Loading and running a large checkpoint can take longer than a collective waits. So it runs in a thread, and rank 0 keeps telling the
