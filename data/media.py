@@ -26,10 +26,13 @@ class Frames:
     Attributes:
         pixels: `[frames, height, width, 3]` uint8 RGB; one frame for an image.
         timestamps: Seconds of each frame from the start of the clip; `(0.0,)` for an image.
+        seconds_per_frame: Seconds between two frames of a video by the rate at which it was really sampled, which the timestamps show only
+            to the nearest frame of the clip; `None` if only they are known.
     """
 
     pixels: npt.NDArray[np.uint8]
     timestamps: tuple[float, ...]
+    seconds_per_frame: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,8 +146,8 @@ class MediaOpener:
             "max_pixels": self.limits.max_pixels,
             "max_clip_bytes": self.limits.worker_memory_bytes // 4,  # the decoder holds them twice, besides its own frames
         }
-        pixels, timestamps = self._decoder.decode(request, content)
-        return Frames(pixels=pixels, timestamps=timestamps)
+        pixels, timestamps, seconds_per_frame = self._decoder.decode(request, content)
+        return Frames(pixels=pixels, timestamps=timestamps, seconds_per_frame=seconds_per_frame)
 
 
 def _image_format(content: bytes) -> str:

@@ -37,10 +37,11 @@ class _WorkerGone(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """Frames `[frames, height, width, 3]` and their seconds, or why there are none."""
+    """Frames `[frames, height, width, 3]`, their seconds and the seconds between them, or why there are none."""
 
     pixels: npt.NDArray[np.uint8] | None = None
     timestamps: tuple[float, ...] = ()
+    seconds_per_frame: float = 0.0
     reason: str = ""
     detail: str = ""
 
@@ -92,14 +93,16 @@ class VideoWorker:
             return Answer(reason="oversized" if answer["reason"] == "oversized" else "unreadable", detail=str(answer["detail"]))
         # A forged file may have taken the worker over: its answer is checked like any input.
         frames, height, width, channels = map(int, answer["shape"])
-        timestamps = tuple(map(float, answer["timestamps"]))
+        timestamps, seconds = tuple(map(float, answer["timestamps"])), float(answer["seconds_per_frame"])
         if not (0 < frames <= header["max_frames"] and min(height, width) > 0 and height * width <= header["max_pixels"] and channels == 3):
             raise ValueError(f"shape {answer['shape']}")
         if len(timestamps) != frames or not all(map(math.isfinite, timestamps)):
             raise ValueError(f"{len(timestamps)} time stamps for {frames} frames")
+        if not 0 < seconds < math.inf:
+            raise ValueError(f"{seconds} seconds per frame")
         pixels = np.empty((frames, height, width, 3), np.uint8)
         self._receive_into(pixels.data.cast("B"), deadline)
-        return Answer(pixels=pixels, timestamps=timestamps)
+        return Answer(pixels=pixels, timestamps=timestamps, seconds_per_frame=seconds)
 
     def is_fit(self) -> bool:
         """Return whether the process still runs and has not served its time."""
@@ -168,8 +171,8 @@ class VideoDecoder:
         for _ in range(num_workers):
             self._slots.put(None)
 
-    def decode(self, header: dict[str, Any], content: bytes) -> tuple[npt.NDArray[np.uint8], tuple[float, ...]]:
-        """Return `[frames, height, width, 3]` pixels and the seconds of each frame.
+    def decode(self, header: dict[str, Any], content: bytes) -> tuple[npt.NDArray[np.uint8], tuple[float, ...], float]:
+        """Return `[frames, height, width, 3]` pixels, the seconds of each frame, and the seconds between two by the sampling rate.
 
         Raises:
             MediaError: `timeout`, `decoder_died`, `unreadable` or `oversized`; the next video gets a working decoder again.
@@ -186,7 +189,7 @@ class VideoDecoder:
             self._slots.put(worker)
         if answer.pixels is None:
             raise MediaError(answer.reason, f"video: {answer.reason}: {answer.detail}; convert or remove the file")
-        return answer.pixels, answer.timestamps
+        return answer.pixels, answer.timestamps, answer.seconds_per_frame
 
     def _answer(self, worker: VideoWorker | None, header: dict[str, Any], content: bytes) -> tuple[VideoWorker, Answer]:
         """Return the answer and the worker that gave it: the one at hand if it is fit, else a new one."""

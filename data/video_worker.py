@@ -62,6 +62,19 @@ def choose_frames(starts: list[float], ends: list[float], frames_per_second: flo
     return sorted({min(max(bisect_right(starts, middle) - 1, 0), len(starts) - 1) for middle in middles})
 
 
+def seconds_per_frame(duration: float, num_frames: int, frames_per_second: float) -> float:
+    """Return the time from one sampled frame to the next: that of the rate asked for, or more where there were too few frames for it.
+
+    A clip is rarely a whole number of parts long; what rounding their number takes from a part is not counted.
+
+    Args:
+        duration: Seconds of the whole clip.
+        num_frames: Frames sampled from it.
+        frames_per_second: Rate asked for.
+    """
+    return max(1 / frames_per_second, duration / num_frames)
+
+
 def read_frames(reader: Any, frames: list[int]) -> Any:
     """Return `[frames, height, width, 3]` pixels."""
     import decord
@@ -101,7 +114,8 @@ def decode(content: bytearray, request: dict[str, Any]) -> tuple[dict[str, Any],
         return {"reason": "oversized", "detail": f"frames are {pixels.shape[2]}x{pixels.shape[1]}, more than the headers state"}, b""
     # The decoder keeps times in single precision; what is below a millisecond is noise.
     timestamps = [round(starts[frame] - starts[0], 3) for frame in frames]
-    return {"shape": pixels.shape, "timestamps": timestamps}, pixels.data.cast("B")
+    seconds = seconds_per_frame(round(ends[-1] - starts[0], 3), len(frames), request["frames_per_second"])
+    return {"shape": pixels.shape, "timestamps": timestamps, "seconds_per_frame": seconds}, pixels.data.cast("B")
 
 
 def plain(message: str) -> str:

@@ -22,7 +22,7 @@ from PIL import Image
 from data.errors import MediaError
 from data.media import Frames, MediaLimits, MediaOpener
 from data.video import VideoDecoder
-from data.video_worker import choose_frames
+from data.video_worker import choose_frames, seconds_per_frame
 
 LOSSY_TOLERANCE = 6  # of 255, H.264 at crf 1 and the way through YUV
 TIMESTAMP_TOLERANCE_SECONDS = 0.001  # times are kept in milliseconds
@@ -88,7 +88,9 @@ def test_frames_are_sampled_at_the_rate_up_to_the_cap(opener: MediaOpener) -> No
     again = opener.open(GOOD, "video")
     assert (again.pixels == frames.pixels).all()
     capped = MediaOpener(MediaLimits(frames_per_second=10, max_frames=3))
-    assert frame_numbers(capped.open(GOOD, "video")) == [3, 10, 16]  # middles at 3.33, 10 and 16.67
+    sparse = capped.open(GOOD, "video")
+    assert frame_numbers(sparse) == [3, 10, 16]  # middles at 3.33, 10 and 16.67
+    assert (frames.seconds_per_frame, sparse.seconds_per_frame) == (0.5, 2 / 3)
     capped.close()
 
 
@@ -101,6 +103,13 @@ def test_choice_of_frames_by_hand() -> None:
     assert choose_frames(*clip(5.0, 5.5, 6.0, 6.5, end=7.0), 2.0, 64) == [0, 1, 2, 3], "a clip may start late"
     # the first frame stays for 3 s of 4: the middles 0.5, 1.5, 2.5 show it, once; 3.5 shows the frame of that time
     assert choose_frames(*clip(0.0, 3.0, 3.25, 3.5, 3.75, end=4.0), 1.0, 64) == [0, 3]
+
+
+def test_the_sampling_rate_is_the_one_asked_for_or_sparser() -> None:
+    assert seconds_per_frame(4.0, 8, 2.0) == 0.5
+    assert seconds_per_frame(3.967, 8, 2.0) == 0.5, "8 parts after rounding up from 7.9"
+    assert seconds_per_frame(4.2, 8, 2.0) == 0.525, "8 parts after rounding down from 8.4"
+    assert seconds_per_frame(128.0, 64, 2.0) == 2.0, "capped"
 
 
 @pytest.mark.parametrize(
