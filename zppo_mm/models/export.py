@@ -1,34 +1,37 @@
-"""The network back to a Hugging Face folder: the source's keys, types and files, with this run's weights."""
+"""The network back to a Hugging Face folder: the source's keys, types and files, with this run's weights.
+
+Parameters travel one by one: gathered over tensor ranks, cut into Hugging Face tensors, sent to the first rank, written to their places.
+No rank ever holds more than one whole parameter besides its own share of the network.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from safetensors.torch import save_file
 
 from zppo_mm.errors import ModelError
+from zppo_mm.models import parallel
+from zppo_mm.models.hf_writer import FolderWriter, other_files
 from zppo_mm.models.safetensors_folder import SafetensorsFolder
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.models.weights import check_keys, join, parameter_mappings, split_tensors
+from zppo_mm.models.weights import Mapping, check_keys, join, parameter_mappings, split_tensors
 
-_INCOMPLETE = ".incomplete"
-_REPLACED = ".replaced"
+ROUND_BYTES = 1 << 28
+"""Bytes of a rank's parameters between two checks that no rank has failed."""
+Sink = Callable[[str, torch.Tensor], None]
+"""Takes a Hugging Face key and its tensor, whole and on the CPU."""
 
 
-@torch.no_grad()
 def export_hf_weights(model: VisionLanguageModel, source_dir: str | Path, target_dir: str | Path) -> None:
     """Write the network as a Hugging Face folder; every rank calls it, one writes.
 
-    The folder has the source's weight files, keys and types, weights outside the network unchanged, and every other file byte for byte. It
-    is written aside and renamed when complete; an older folder of that name is replaced.
+    The folder has the source's weight files, keys and types, weights outside the network unchanged, and every other file byte for byte. A
+    quantised source gives a folder that is not. It is written aside and renamed when complete; an older folder of that name is replaced.
 
     Args:
         model: This rank's stage.
@@ -39,39 +42,177 @@ def export_hf_weights(model: VisionLanguageModel, source_dir: str | Path, target
         ModelError: The source does not fit the network, or writing failed on the writing rank; raised on every rank.
     """
     target = Path(target_dir)
-    failure: Exception | None
-    source, failure = _open_source(model, source_dir)
-    # Agreed on before any tensor travels: a rank that stopped here would leave the others waiting.
-    _agree(failure, target)
-    assert source is not None
-    if parallel_state.get_data_parallel_rank() == 0:
-        weights = _collect(_own_weights(model, source), source)
-        if parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_first_stage(ignore_virtual=True):
-            try:
-                _write_folder(weights, source, target)
-            except (OSError, ModelError) as error:
-                failure = error
-    _agree(failure, target)
-
-
-def _open_source(model: VisionLanguageModel, source_dir: str | Path) -> tuple[SafetensorsFolder | None, ModelError | None]:
-    """Return the source folder, or what is wrong with it for this rank's stage."""
+    source: SafetensorsFolder | None = None
+    failure: Exception | None = None
     try:
-        source = SafetensorsFolder(source_dir)
-        check_keys(model, source)
-        for key in source.places:
-            source.dtype(key)
+        source = open_source(model, SafetensorsFolder(source_dir))
+        refuse_inside(source, target)
     except ModelError as error:
-        return None, error
-    return source, None
+        failure = error
+    # Agreed on before any tensor travels: a rank that stopped here would leave the others waiting.
+    agree(failure, target)
+    assert source is not None
+    write_weights(model, in_rounds(parameter_mappings(model)), source, target)
 
 
-def _own_weights(model: VisionLanguageModel, source: SafetensorsFolder) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield this stage's tensors under their Hugging Face keys, whole, on the CPU and in the source's types."""
-    group = parallel_state.get_tensor_model_parallel_group()
-    for mapping in parameter_mappings(model):
+def open_source(model: VisionLanguageModel, source: SafetensorsFolder) -> SafetensorsFolder:
+    """Check that a folder fits this rank's stage and can be read; returns it.
+
+    Raises:
+        ModelError: A key is missing or not known, or a tensor's type is not supported.
+    """
+    check_keys(model, source)
+    for key in source.places:
+        source.dtype(key)
+    return source
+
+
+def in_rounds(mappings: Iterable[Mapping]) -> list[list[Mapping]]:
+    """Cut this stage's parameters into rounds of limited size, as many on every rank; every rank calls it.
+
+    The embedding's copy on the last stage is left out: no file holds it.
+    """
+    rounds: list[list[Mapping]] = []
+    room = 0
+    for mapping in mappings:
         if mapping.copied_from_embedding:
             continue
+        size = mapping.parameter.numel() * mapping.parameter.element_size()
+        if not rounds or size > room:
+            rounds.append([])
+            room = ROUND_BYTES
+        rounds[-1].append(mapping)
+        room -= size
+    most = max(parallel.gather_from_ranks(len(rounds)))
+    return rounds + [[] for _ in range(most - len(rounds))]
+
+
+def write_weights(model: VisionLanguageModel, rounds: Iterable[Sequence[Mapping]], source: SafetensorsFolder, target: Path) -> None:
+    """Write parameters, and what the source has besides them, as a Hugging Face folder; every rank calls it, one writes.
+
+    Args:
+        model: This rank's stage.
+        rounds: From `in_rounds`, with weights; they may be made one after another.
+        source: A checked folder.
+        target: The folder to write.
+
+    Raises:
+        ModelError: Writing failed on the writing rank; raised on every rank.
+    """
+    writer: FolderWriter | None = None
+    failure: Exception | None = None
+    try:
+        writer = FolderWriter(target, source.plain_headers(), other_files(source)) if is_writer() else None
+    except (OSError, ModelError) as error:
+        failure = error
+    agree(failure, target)
+    try:
+        written = stream_weights(model, rounds, source, writer.write if writer is not None else None, target)
+        if writer is not None:
+            try:
+                for key in source.places:
+                    if key not in written:
+                        writer.write(key, source.read(key))
+                writer.finish()
+            except (OSError, ModelError) as error:
+                failure = error
+        agree(failure, target)
+    except BaseException:
+        if writer is not None:
+            writer.discard()
+        raise
+
+
+@torch.no_grad()
+def stream_weights(
+    model: VisionLanguageModel, rounds: Iterable[Sequence[Mapping]], source: SafetensorsFolder, sink: Sink | None, target: Path
+) -> set[str]:
+    """Hand every parameter's Hugging Face tensors to the first rank, in the source's types; every rank calls it.
+
+    Args:
+        model: This rank's stage.
+        rounds: As `write_weights` takes them.
+        source: Tells types and shapes.
+        sink: Called once per key; only the writing rank's is.
+        target: Where the tensors go, for messages.
+
+    Returns:
+        The keys that were handed over; none but on the writing rank.
+
+    Raises:
+        ModelError: A sink failed; raised on every rank after the round.
+    """
+    done: set[str] = set()
+    for mappings in rounds:
+        failure: Exception | None = None
+        # A sink that failed is not asked again, but what the other ranks still send is taken: they wait for that.
+        for key, tensor in _arriving(model, mappings, source):
+            done.add(key)
+            if sink is not None and failure is None:
+                try:
+                    sink(key, tensor)
+                except (OSError, ModelError) as error:
+                    failure = error
+        agree(failure, target)
+    return done
+
+
+def is_writer() -> bool:
+    """Return whether this is the rank that writes: the first of the first replica."""
+    return _is_first_replica() and parallel.tensor_rank() == 0 and parallel.is_first_stage()
+
+
+def agree(failure: Exception | None, target: Path, what: str = "export") -> None:
+    """Wait for every rank, or fail on every rank.
+
+    Args:
+        failure: What went wrong on this rank.
+        target: The folder that is written.
+        what: Is done, for the message.
+
+    Raises:
+        ModelError: It failed on at least one.
+    """
+    reports: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, None if failure is None else str(failure))
+    reasons = [report for report in reports if report is not None]
+    if reasons:
+        raise ModelError(
+            f"{target}: the {what} failed, got {json.dumps(reasons[0])}, expected a complete folder; correct the cause and {what} again"
+        )
+
+
+def _is_first_replica() -> bool:
+    return int(parallel_state.get_data_parallel_rank(with_context_parallel=True)) == 0
+
+
+def _arriving(model: VisionLanguageModel, mappings: Sequence[Mapping], source: SafetensorsFolder) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield all stages' tensors on the writing rank and nothing on the others, which send theirs meanwhile."""
+    if not _is_first_replica():
+        return
+    group = parallel.pipeline_group()
+    keys: list[list[str]] = [[] for _ in range(parallel.pipeline_size())]
+    dist.all_gather_object(keys, [key for mapping in mappings for key in mapping.keys], group=group)
+    for key, tensor in _whole_tensors(model, mappings, source):
+        if is_writer():
+            yield key, tensor
+        elif parallel.tensor_rank() == 0:
+            dist.send(tensor.to(parallel.device()), dist.get_global_rank(group, 0), group=group)
+    if not is_writer():
+        return
+    for stage in range(1, len(keys)):
+        for key in keys[stage]:
+            buffer = torch.empty(source.shape(key), dtype=source.dtype(key), device=parallel.device())
+            dist.recv(buffer, dist.get_global_rank(group, stage), group=group)
+            yield key, buffer.cpu()
+
+
+def _whole_tensors(
+    model: VisionLanguageModel, mappings: Sequence[Mapping], source: SafetensorsFolder
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield Hugging Face tensors, whole, on the CPU and in the source's types; the tensor ranks of the stage go through it together."""
+    group = parallel.tensor_group()
+    for mapping in mappings:
         share = mapping.parameter.detach().contiguous()
         shares = [share]
         if mapping.rule.axis is not None and group.size() > 1:
@@ -82,75 +223,11 @@ def _own_weights(model: VisionLanguageModel, source: SafetensorsFolder) -> Itera
             yield key, tensor.to("cpu", source.dtype(key)).contiguous()
 
 
-def _collect(own: Iterator[tuple[str, torch.Tensor]], source: SafetensorsFolder) -> dict[str, torch.Tensor]:
-    """Bring all stages' tensors to the first; the other stages and tensor ranks keep none."""
-    group = parallel_state.get_pipeline_model_parallel_group()
-    stage, num_stages = parallel_state.get_pipeline_model_parallel_rank(), group.size()
-    speaks = parallel_state.get_tensor_model_parallel_rank() == 0
-    first = dist.get_global_rank(group, 0)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    weights: dict[str, torch.Tensor] = {}
-    keys: list[str] = []
-    for key, tensor in own:
-        keys.append(key)
-        if speaks:
-            weights[key] = tensor
-    if num_stages == 1 or not speaks:
-        return weights
-    all_keys: list[list[str]] = [[] for _ in range(num_stages)]
-    dist.all_gather_object(all_keys, keys, group=group)
-    if stage > 0:
-        for key in keys:
-            dist.send(weights.pop(key).to(device), first, group=group)
-        return {}
-    for sender in range(1, num_stages):
-        for key in all_keys[sender]:
-            buffer = torch.empty(source.shape(key), dtype=source.dtype(key), device=device)
-            dist.recv(buffer, dist.get_global_rank(group, sender), group=group)
-            weights[key] = buffer.cpu()
-    return weights
+def refuse_inside(source: SafetensorsFolder, target: Path) -> None:
+    """Copying a folder into itself would never end.
 
-
-def _write_folder(weights: dict[str, torch.Tensor], source: SafetensorsFolder, target: Path) -> None:
-    aside = target.with_name(target.name + _INCOMPLETE)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for file in sorted(source.path.rglob("*")):
-        relative = file.relative_to(source.path)
-        if file.is_dir():
-            (aside / relative).mkdir(parents=True, exist_ok=True)
-        elif str(relative) not in source.files:
-            shutil.copyfile(file, aside / relative)
-    for name in source.files:
-        tensors = {key: weights[key] if key in weights else source.read(key) for key in source.keys_of(name)}
-        _save_file(tensors, aside / name, source.metadata_of(name) or {"format": "pt"})
-    _replace(aside, target)
-
-
-def _save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write one weight file that may be read by whom the umask lets read; safetensors itself leaves it to its owner alone."""
-    path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)
-    save_file(tensors, path, metadata=metadata)
-    path.chmod(mode)
-
-
-def _replace(aside: Path, target: Path) -> None:
-    """Put a complete folder in the place of an older one; there is always one of the two under some name."""
-    replaced = target.with_name(target.name + _REPLACED)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        os.replace(target, replaced)
-    os.replace(aside, target)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _agree(failure: Exception | None, target: Path) -> None:
-    """Wait until the folder is there, or fail on every rank."""
-    reports: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, None if failure is None else str(failure))
-    reasons = [report for report in reports if report is not None]
-    if reasons:
-        raise ModelError(
-            f"{target}: the export failed, got {json.dumps(reasons[0])}, expected a complete folder; correct the cause and export again"
-        )
+    Raises:
+        ModelError: The target is inside the source.
+    """
+    if source.path.resolve() in target.resolve().parents:
+        raise ModelError(f"{target}: lies inside the source folder {source.path}, expected a folder beside it; choose another place")

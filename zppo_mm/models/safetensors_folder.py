@@ -1,108 +1,185 @@
-"""A folder of safetensors files, read tensor by tensor."""
+"""A folder of safetensors files, read tensor by tensor, quantised weights as if they were not."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from zppo_mm.errors import ModelError
+from zppo_mm.models.quantised import SCALE_SUFFIX, dequantise, read_block_size, scale_shape
+from zppo_mm.models.safetensors_file import DTYPES, Header, build_header, read_header, read_tensor, unsupported_type
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class SafetensorsFolder:
     """The weights of a Hugging Face folder: one file, or several with an index. Only headers are read until a tensor is asked for.
 
+    Weights in FP8 with one factor per block look like plain weights: they have the type asked for, are dequantised when they are read, and
+    their factors are no keys.
+
+    Args:
+        path: The folder.
+        dtype: Type of dequantised weights.
+
     Attributes:
         path: The folder.
         places: File name of every key.
+        dequantised_dtype: Type of dequantised weights.
 
     Raises:
-        ModelError: There are no weights, the index names a missing file, or a file is no safetensors file.
+        ModelError: There are no weights, the index names a missing file, a file is no complete safetensors file, lacks a key that the index
+            says it has, a key is in two files, or an FP8 weight has no factors or factors of another shape.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
         self.path = Path(path)
-        self._files = self._find_files()
-        self.places: dict[str, str] = {}
-        self._open: dict[str, Any] = {}
-        for name in self._files:
+        self.dequantised_dtype = dtype
+        self._headers = self._read_headers()
+        self._stored = self._find_keys()
+        self._block: tuple[int, int] = (0, 0)
+        self._scales = self._find_scales()
+        hidden = set(self._scales.values())
+        self.places = {key: name for key, name in self._stored.items() if key not in hidden}
+
+    def _read_headers(self) -> dict[str, Header]:
+        """Read every file that has weights."""
+        weight_map = self._weight_map()
+        headers = {}
+        for name in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_NAME]:
             file = self.path / name
             if not file.is_file():
                 raise ModelError(f"{file}: the file is missing, expected it because {INDEX_NAME} names it; download the folder again")
-            try:
-                handle = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{file}: cannot be read as safetensors, got {error}; download or export the folder again") from error
-            self._open[name] = handle
-            names: list[str] = handle.keys()  # type: ignore[no-untyped-call]
-            self.places.update(dict.fromkeys(names, name))
+            headers[name] = read_header(file)
+        for key, name in (weight_map or {}).items():
+            if key not in headers[name].entries:
+                raise ModelError(
+                    f"{self.path / name}: the key {key} is missing, got {len(headers[name].entries)} keys, expected it because "
+                    f"{INDEX_NAME} names it there; download the folder again"
+                )
+        return headers
 
-    def _find_files(self) -> tuple[str, ...]:
+    def _weight_map(self) -> dict[str, str] | None:
+        """Return the file of every key as the index has it, `None` for a folder with a single file."""
         index = self.path / INDEX_NAME
         if index.is_file():
             try:
-                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError) as error:
+                weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (OSError, ValueError, KeyError) as error:
                 raise ModelError(f"{index}: is no index of weights, got {error!r}; download the folder again") from error
-            return tuple(sorted(set(weight_map.values())))
+            return weight_map
         if (self.path / SINGLE_NAME).is_file():
-            return (SINGLE_NAME,)
+            return None
         raise ModelError(f"{self.path}: no weights found, expected {SINGLE_NAME} or {INDEX_NAME}; check the path")
+
+    def _find_keys(self) -> dict[str, str]:
+        """Return the file of every key as it is stored."""
+        stored: dict[str, str] = {}
+        for name, header in self._headers.items():
+            for key in header.entries:
+                if key in stored:
+                    raise ModelError(
+                        f"{self.path / name}: the key {key} is there twice, got it in {stored[key]} too, expected it in one file; "
+                        "download the folder again"
+                    )
+                stored[key] = name
+        return stored
+
+    def _find_scales(self) -> dict[str, str]:
+        """Return the key of the factors of every quantised weight."""
+        found: dict[str, str] = {}
+        for key in self._stored:
+            if DTYPES.get(self._entry_type(key)) not in FLOAT8:
+                continue
+            if not found:
+                self._block = read_block_size(self.path)
+            scale = key + SCALE_SUFFIX
+            if scale not in self._stored:
+                raise ModelError(
+                    f"{self.where(key)}: the FP8 weight {key} has no factors, got no key {scale}, expected one factor per block; "
+                    "download the folder again, or use one that is not quantised"
+                )
+            wanted = scale_shape(self._stored_shape(key), self._block)
+            if wanted is None or self._stored_shape(scale) != wanted:
+                expected = "a weight of two axes" if wanted is None else f"{list(wanted)} for blocks of {self._block[0]} x {self._block[1]}"
+                raise ModelError(
+                    f"{self.where(scale)}: the factors {scale} do not fit, got {list(self._stored_shape(scale))} for a weight of "
+                    f"{list(self._stored_shape(key))}, expected {expected}; check quantization_config.weight_block_size in config.json"
+                )
+            found[key] = scale
+        return found
 
     @property
     def files(self) -> tuple[str, ...]:
         """Names of the weight files."""
-        return self._files
+        return tuple(self._headers)
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether any weight is kept in FP8."""
+        return bool(self._scales)
+
+    def stored_headers(self) -> Mapping[str, Header]:
+        """Return the headers of the files as they are, by file name."""
+        return dict(self._headers)
+
+    def plain_headers(self) -> dict[str, Header]:
+        """Return the headers that the files have when nothing is quantised: the very same ones unless something is."""
+        plain = {}
+        for name, header in self._headers.items():
+            keys = [key for key in header.entries if key in self.places]
+            if not self._scales:
+                plain[name] = header
+            elif keys:
+                plain[name] = build_header({key: (self.dtype(key), self.shape(key)) for key in keys}, header.metadata)
+        return plain
 
     def keys_of(self, file: str) -> list[str]:
         """Return the keys of one file."""
-        return list(self._open[file].keys())
-
-    def metadata_of(self, file: str) -> dict[str, str]:
-        """Return what the header of one file says besides its tensors."""
-        return cast(dict[str, str], self._open[file].metadata() or {})
+        return [key for key in self._headers[file].entries if key in self.places]
 
     def where(self, key: str) -> Path:
         """Return the file that has the key, or the folder if none has."""
-        return self.path / self.places[key] if key in self.places else self.path
+        return self.path / self._stored[key] if key in self._stored else self.path
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return a tensor's shape from the header."""
-        return tuple(self._slice(key).get_shape())
+        return self._stored_shape(key)
 
     def dtype(self, key: str) -> torch.dtype:
-        """Return a tensor's type from the header.
+        """Return the type that a tensor has when it is read.
 
         Raises:
             ModelError: The type is not supported.
         """
-        name = self._slice(key).get_dtype()
-        if name not in _DTYPES:
-            raise ModelError(
-                f"{self.where(key)}: the type of {key} is not supported, got {name}, expected one of {', '.join(_DTYPES)}; "
-                "use a folder that is not quantised"
-            )
-        return _DTYPES[name]
+        if key in self._scales:
+            return self.dequantised_dtype
+        name = self._entry_type(key)
+        if name not in DTYPES:
+            raise unsupported_type(self.where(key), key, name)
+        return DTYPES[name]
 
     def read(self, key: str) -> torch.Tensor:
-        """Return one tensor."""
-        return cast(torch.Tensor, self._open[self.places[key]].get_tensor(key))
+        """Return one tensor, dequantised if it is in FP8.
 
-    def _slice(self, key: str) -> Any:
-        return self._open[self.places[key]].get_slice(key)
+        Raises:
+            ModelError: The file ends before the tensor does, or its type is not supported.
+        """
+        tensor = self._read_stored(key)
+        if key not in self._scales:
+            return tensor
+        return dequantise(tensor, self._read_stored(self._scales[key]), self._block, self.dequantised_dtype)
+
+    def _read_stored(self, key: str) -> torch.Tensor:
+        return read_tensor(self.where(key), self._headers[self._stored[key]], key)
+
+    def _entry_type(self, key: str) -> str:
+        return self._headers[self._stored[key]].entries[key].dtype
+
+    def _stored_shape(self, key: str) -> tuple[int, ...]:
+        return self._headers[self._stored[key]].entries[key].shape
