@@ -48,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "zppo_mm.build": STAGES | {"zppo_mm.embedded", "zppo_mm.evaluate", "zppo_mm.step"},
     "zppo_mm.parity": STAGES | {"zppo_mm.build"},
     "zppo_mm.train": STAGES | {"zppo_mm.build", "zppo_mm.parity", "zppo_mm.config_io", "zppo_mm.evaluate", "zppo_mm.step"},
+    "zppo_mm.conversion": STAGES | {"zppo_mm.build", "zppo_mm.train", "zppo_mm.config_io"},
 }
 """What each part may import besides itself and third parties."""
 

@@ -1,0 +1,89 @@
+"""An imported folder or a run's newest checkpoint to a Hugging Face folder, without a whole network in memory."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from zppo_mm.build import student_folder
+from zppo_mm.config import ParallelConfig
+from zppo_mm.config_io import load_config
+from zppo_mm.errors import CheckpointError, ModelError
+from zppo_mm.models import parallel
+from zppo_mm.models.architecture import load_architecture
+from zppo_mm.models.export import agree, in_rounds, open_source, refuse_inside, write_weights
+from zppo_mm.models.imported_folder import ImportedFolder, is_imported
+from zppo_mm.models.megatron_folder import build_without_weights, check_shapes, with_weights
+from zppo_mm.models.safetensors_folder import SafetensorsFolder
+from zppo_mm.models.weights import parameter_mappings
+from zppo_mm.train import CONFIG_FILE
+from zppo_mm.training import checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def export_folder(source_dir: Path, target: Path, layout: ParallelConfig) -> None:
+    """Turn an imported folder, or a run's newest checkpoint, into a Hugging Face folder; every rank calls it.
+
+    Args:
+        source_dir: An imported folder, or a run's folder.
+        target: The Hugging Face folder; an older one of that name is replaced.
+        layout: How the work is split over processes; the result does not depend on it.
+
+    Raises:
+        ModelError: The folder is neither, its files are not usable, or files cannot be written; raised on every rank.
+        CheckpointError: The weights cannot be loaded.
+    """
+    started = time.perf_counter()
+    place = find_weights(source_dir)
+    model = build_without_weights(load_architecture(place.source.path), layout)
+    failure: Exception | None = None
+    try:
+        open_source(model, place.source)
+        check_shapes(list(parameter_mappings(model)), place.source, model.architecture)
+        refuse_inside(place.source, target)
+    except ModelError as error:
+        failure = error
+    agree(failure, target)
+    rounds = in_rounds(parameter_mappings(model))
+    write_weights(model, with_weights(model, rounds, place.source, place.weights), place.source, target)
+    if parallel.rank() == 0:
+        logger.info("exported %s to %s in %.1f s", place.weights, target, time.perf_counter() - started)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Where an export comes from.
+
+    Attributes:
+        weights: A distributed checkpoint.
+        source: Tells what the exported folder must look like.
+    """
+
+    weights: Path
+    source: SafetensorsFolder
+
+
+def find_weights(folder: Path) -> Weights:
+    """Return the checkpoint of an imported folder, or the newest of a run and the student it began with.
+
+    Raises:
+        ModelError: The folder is neither.
+        CheckpointError: The run has no complete checkpoint, or the newest is damaged.
+    """
+    if is_imported(folder):
+        return Weights(folder, ImportedFolder(folder))
+    if not (folder / CONFIG_FILE).is_file():
+        raise ModelError(
+            f"{folder}: nothing to export, got no imported folder and no run with {CONFIG_FILE}, expected one of them; check the path"
+        )
+    newest = checkpoint.latest(folder / checkpoint.CHECKPOINTS_FOLDER)
+    if newest is None:
+        raise CheckpointError(
+            f"{folder}: the run has no checkpoint, got no complete folder in {checkpoint.CHECKPOINTS_FOLDER}/, expected one; let it run "
+            "until it has saved"
+        )
+    checkpoint.verify(newest)
+    return Weights(newest, SafetensorsFolder(student_folder(load_config(folder / CONFIG_FILE))))
