@@ -18,6 +18,7 @@ from zppo_mm.embedded.questions import embedded_sources
 from zppo_mm.evaluate import HeldOut, held_out_questions
 from zppo_mm.models import parallel
 from zppo_mm.models.architecture import load_architecture
+from zppo_mm.models.lora import add_lora
 from zppo_mm.models.provider import build_model
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.models.weights import load_hf_weights
@@ -36,6 +37,7 @@ from zppo_mm.teacher.teacher import Compressor
 from zppo_mm.training.learner import Learner
 from zppo_mm.training.objective import PolicyObjective
 from zppo_mm.training.policy import Policy
+from zppo_mm.training.trainable import log_part_sizes
 from zppo_mm.zone.prompts import PromptTemplates, load_templates
 from zppo_mm.zone.reformulate import Reformulator
 from zppo_mm.zone.replay import ReplayBuffer
@@ -171,8 +173,10 @@ def build_run(config: RunConfig) -> Run:
     encoder = shared.encoder(student_folder(config))
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     student = _load_model(config.model, config.parallel, student_folder(config), trainable=True)
+    add_lora(student, config.lora, config.seed)
     objective = PolicyObjective(config.algorithm, config.rollout.temperature, parallel.tensor_group())
     policy = Policy(student, config.train, config.parallel, objective)
+    log_part_sizes(student)
     teacher = _build_teacher(shared, templates)
     stream = build_stream(config, SampleHealth(config.data.max_bad_share, config.data.strict))
     stages = Stages(

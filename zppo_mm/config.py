@@ -192,6 +192,40 @@ class TrainConfig:
     """Parts that do not train: any of vision, projector, language."""
 
 
+LORA_TARGETS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "in_proj_qkv",
+    "in_proj_z",
+    "in_proj_b",
+    "in_proj_a",
+    "out_proj",
+)
+"""Linears of the language model that may have adapters, by their Hugging Face names."""
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on the language model, trained in place of its weights."""
+
+    rank: int = 0
+    """Width of the adapters; 0 is off. With adapters everything else is frozen, except what also_train names."""
+    alpha: int = 32
+    """What adapters add is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs dropped in training."""
+    targets: list[str] = field(default_factory=lambda: ["all"])
+    """Adapted linears: `all`, or any of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, in_proj_qkv, in_proj_z, in_proj_b,
+    in_proj_a, out_proj."""
+    also_train: list[str] = field(default_factory=list)
+    """Parts that train whole beside the adapters: any of vision, projector."""
+
+
 @dataclass(kw_only=True)
 class CheckpointConfig:
     """Saving and resuming."""
@@ -302,6 +336,8 @@ class RunConfig:
     """Advantages and loss."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop and the optimizer."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters on the language model, trained in place of its weights."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving and resuming."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from zppo_mm.config import RunConfig
+from zppo_mm.config import LORA_TARGETS, RunConfig
 from zppo_mm.errors import ConfigError
 
 METHODS: Mapping[str, Mapping[str, bool]] = {
@@ -87,6 +87,9 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "train.adam_eps": _ABOVE_ZERO,
     "train.weight_decay": _FROM_ZERO,
     "train.clip_grad": _ABOVE_ZERO,
+    "lora.rank": _FROM_ZERO,
+    "lora.alpha": _FROM_ONE,
+    "lora.dropout": _BELOW_ONE,
     "checkpoint.interval": _FROM_ONE,
     "checkpoint.keep": _FROM_ONE,
     "evaluation.interval": _FROM_ZERO,
@@ -124,6 +127,7 @@ def check_config(config: RunConfig) -> None:
             raise ConfigError(f"{key}: out of range, got {value}, expected {_range_text(low, high)}; correct it")
     _check_sources(config)
     _check_relations(config)
+    _check_lora(config)
 
 
 def _value(config: RunConfig, key: str) -> Any:
@@ -161,7 +165,7 @@ def _check_relations(config: RunConfig) -> None:
             f"{train.updates_per_step} updates, expected a multiple of train.updates_per_step; change one of them"
         )
     unknown = [part for part in train.freeze if part not in TRAINABLE_PARTS]
-    if unknown or set(train.freeze) == set(TRAINABLE_PARTS):
+    if unknown or (set(train.freeze) == set(TRAINABLE_PARTS) and not config.lora.rank):
         raise ConfigError(
             f"train.freeze: cannot freeze this, got {train.freeze}, expected at most two of {', '.join(TRAINABLE_PARTS)}; correct the list"
         )
@@ -177,3 +181,22 @@ def _check_relations(config: RunConfig) -> None:
         )
     if any(separator in config.name for separator in "/\\") or config.name in (".", ".."):
         raise ConfigError(f"name: not a folder name, got {config.name!r}, expected a name without slashes; use output_dir for the place")
+
+
+def _check_lora(config: RunConfig) -> None:
+    """Check what has adapters and what trains beside them."""
+    lora = config.lora
+    unknown = [name for name in lora.targets if name not in LORA_TARGETS]
+    if not lora.targets or (unknown and lora.targets != ["all"]):
+        raise ConfigError(
+            f"lora.targets: cannot adapt this, got {lora.targets}, expected [all] or any of {', '.join(LORA_TARGETS)}; correct the list"
+        )
+    parts = ("vision", "projector")
+    if any(part not in parts for part in lora.also_train) or (lora.also_train and not lora.rank):
+        raise ConfigError(
+            f"lora.also_train: cannot train this beside adapters, got {lora.also_train} with lora.rank={lora.rank}, expected any of "
+            f"{', '.join(parts)} and a rank above 0; correct the list, or use train.freeze without adapters"
+        )
+    both = [part for part in lora.also_train if part in config.train.freeze]
+    if both:
+        raise ConfigError(f"lora.also_train: {both[0]} is in train.freeze too, expected it in one of them; remove it from the other")

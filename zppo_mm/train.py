@@ -19,6 +19,8 @@ from zppo_mm.errors import CheckpointError, ConfigError, ZppoError
 from zppo_mm.evaluate import evaluate
 from zppo_mm.models import parallel
 from zppo_mm.models.export import export_hf_weights
+from zppo_mm.models.lora import adapters_of, merged
+from zppo_mm.models.lora_export import export_adapter
 from zppo_mm.observability.logs import configure_logging
 from zppo_mm.observability.metrics import Mean, Sum, process_memory
 from zppo_mm.observability.report import write_report
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 HF_FOLDER = "hf"
+ADAPTER_FOLDER = "adapter"
 LOCK_FILE = ".lock"
 # What may change between two parts of a run: where and how it computes, how long it goes on, what it writes and looks at.
 FREE_ON_RESUME = (
@@ -64,7 +67,7 @@ def train(config: RunConfig) -> Path:
     """Train from the start or from the newest checkpoint to the last step, then export.
 
     Every rank calls this. The folder of a run holds config.yaml, metrics.jsonl, evaluation.jsonl, parity.jsonl, transcripts/, buffer/,
-    checkpoints/, hf/ and report.html.
+    checkpoints/, hf/, adapter/ (with LoRA) and report.html.
 
     Returns:
         The run's folder.
@@ -273,8 +276,13 @@ def _record(run: Run, folder: Path, record: StepRecord, seconds: float, log: Met
 
 
 def _finish(run: Run, folder: Path) -> None:
-    """Export the trained student as a Hugging Face folder and write the report."""
-    export_hf_weights(run.policy.model, student_folder(run.stages.config), folder / HF_FOLDER)
+    """Export the trained student as a Hugging Face folder, its adapters merged, and the adapters by themselves beside it."""
+    model, source = run.policy.model, student_folder(run.stages.config)
+    with merged(model):
+        export_hf_weights(model, source, folder / HF_FOLDER)
+    # With more trained than adapters, these alone would be another model.
+    if adapters_of(model) is not None and not run.stages.config.lora.also_train:
+        export_adapter(model, source, folder / ADAPTER_FOLDER)
     if parallel.rank() == 0:
         logger.info("trained model in %s, report in %s", folder / HF_FOLDER, folder / "report.html")
 

@@ -21,6 +21,7 @@ GROUPS = (
     "reward",
     "algorithm",
     "train",
+    "lora",
     "checkpoint",
     "evaluation",
     "parity",

@@ -16,6 +16,7 @@ from zppo_mm.models.attention import PackedSelfAttention
 from zppo_mm.models.cache import AttentionState, DecodeCache, LinearState
 from zppo_mm.models.delta_rule import NORM_EPSILON
 from zppo_mm.models.gated_delta_net import GatedDeltaNet
+from zppo_mm.models.lora import weight_of
 
 if TYPE_CHECKING:
     from zppo_mm.models.vision_language import VisionLanguageModel
@@ -190,6 +191,8 @@ class RotaryStep:
 class DecodePlan:
     """This stage's weights in the form that the loop reads; they are the model's own tensors wherever that form is theirs.
 
+    Weights with adapters are copies with the adapters in them, so that a step costs no more calls than without.
+
     Attributes:
         swap: `[head_dim]` for each rotated channel its partner.
     """
@@ -231,19 +234,25 @@ def build_plan(model: VisionLanguageModel) -> DecodePlan:
         output_weight = language.output_layer.weight
         if model.share_embeddings_and_output_weights:
             output_weight = model.shared_embedding_or_output_weight()
-    layers = tuple(_layer(layer, read_norm, group) for layer in language.decoder.layers)
+    read_weight = partial(weight_of, model)
+    layers = tuple(_layer(layer, read_norm, read_weight, group) for layer in language.decoder.layers)
     return DecodePlan(layers, final_norm, output_weight, swap, architecture.hidden_size, model.config.params_dtype)
 
 
-def _layer(layer: Any, read_norm: Callable[..., Normed], group: dist.ProcessGroup | None) -> DecodeLayer:
+_ReadWeight = Callable[[nn.Module], torch.Tensor]
+
+
+def _layer(layer: Any, read_norm: Callable[..., Normed], read_weight: _ReadWeight, group: dist.ProcessGroup | None) -> DecodeLayer:
     mixer = layer.self_attention
     linear = mixer.in_proj if isinstance(mixer, GatedDeltaNet) else mixer.linear_qkv
     return DecodeLayer(
         input_norm=read_norm(layer.input_layernorm, linear),
-        mixer=_delta_net(mixer, group) if isinstance(mixer, GatedDeltaNet) else _attention(mixer, read_norm, group),
+        mixer=_delta_net(mixer, read_weight, group)
+        if isinstance(mixer, GatedDeltaNet)
+        else _attention(mixer, read_norm, read_weight, group),
         mlp_norm=read_norm(layer.pre_mlp_layernorm, layer.mlp.linear_fc1),
-        fc1=layer.mlp.linear_fc1.weight,
-        fc2=RowParallel(layer.mlp.linear_fc2.weight, group),
+        fc1=read_weight(layer.mlp.linear_fc1),
+        fc2=RowParallel(read_weight(layer.mlp.linear_fc2), group),
     )
 
 
@@ -253,7 +262,9 @@ def _norm(norm: nn.Module, linear: nn.Module | None = None, *, eps: float, zero_
     return Normed(weight + 1.0 if zero_centered else weight, eps)
 
 
-def _attention(mixer: PackedSelfAttention, read_norm: Callable[..., Normed], group: dist.ProcessGroup | None) -> DecodeAttention:
+def _attention(
+    mixer: PackedSelfAttention, read_norm: Callable[..., Normed], read_weight: _ReadWeight, group: dist.ProcessGroup | None
+) -> DecodeAttention:
     groups, heads = mixer.num_query_groups_per_partition, mixer.num_attention_heads_per_partition
     qk_scale = None
     if mixer.q_layernorm is not None:
@@ -261,10 +272,10 @@ def _attention(mixer: PackedSelfAttention, read_norm: Callable[..., Normed], gro
         qk_scale = torch.cat([query_scale.expand(heads // groups, -1), key_scale[None]])
     return DecodeAttention(
         number=mixer.layer_number,
-        qkv=mixer.linear_qkv.weight,
+        qkv=read_weight(mixer.linear_qkv),
         bias=mixer.linear_qkv.bias if mixer.config.add_qkv_bias else None,
         gated=mixer.config.attention_output_gate,
-        projection=RowParallel(mixer.linear_proj.weight, group),
+        projection=RowParallel(read_weight(mixer.linear_proj), group),
         qk_scale=qk_scale,
         eps=mixer.config.layernorm_epsilon,
         groups=groups,
@@ -273,7 +284,7 @@ def _attention(mixer: PackedSelfAttention, read_norm: Callable[..., Normed], gro
     )
 
 
-def _delta_net(mixer: GatedDeltaNet, group: dist.ProcessGroup | None) -> DecodeDeltaNet:
+def _delta_net(mixer: GatedDeltaNet, read_weight: _ReadWeight, group: dist.ProcessGroup | None) -> DecodeDeltaNet:
     heads = mixer.heads
     taps = mixer.conv1d.weight.detach().squeeze(1).t()
     # With the newest input in slot p, slot p holds the last tap and slot p + 1 the first.
@@ -281,8 +292,8 @@ def _delta_net(mixer: GatedDeltaNet, group: dist.ProcessGroup | None) -> DecodeD
     inverse_root = heads.key_dim**-0.5
     return DecodeDeltaNet(
         number=mixer.layer_number,
-        in_proj=mixer.in_proj.weight,
-        out_proj=RowParallel(mixer.out_proj.weight, group),
+        in_proj=read_weight(mixer.in_proj),
+        out_proj=RowParallel(read_weight(mixer.out_proj), group),
         taps=ring,
         sections=[sum(heads.qkv), *heads.projection[3:]],
         key_heads=heads.key_heads,

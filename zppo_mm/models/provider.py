@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from zppo_mm.config import ModelConfig, ParallelConfig
 from zppo_mm.errors import ConfigError, ModelError
 from zppo_mm.models.architecture import Architecture, check_layout
+from zppo_mm.models.lora import adapters_of
 from zppo_mm.models.specs import Implementation, block_submodules, choose_implementation
 from zppo_mm.models.vision_language import VisionLanguageModel
 
@@ -58,13 +59,13 @@ def freeze_parts(model: VisionLanguageModel, parts: list[str]) -> None:
         parts: Any of `vision` (the tower without its merger), `projector` (the merger), `language`.
 
     Raises:
-        ConfigError: A part is unknown, or all parts that the network has are frozen.
+        ConfigError: A part is unknown, or all parts that the network has are frozen and it has no adapters.
     """
     for part in parts:
         if part not in _PARTS:
             raise ConfigError(f"train.freeze: unknown part, got {part!r}, expected any of {', '.join(_PARTS)}; correct the list")
     present = _PARTS if model.architecture.has_vision else ("language",)
-    if set(present) <= set(parts):
+    if set(present) <= set(parts) and adapters_of(model) is None:
         raise ConfigError(
             f"train.freeze: nothing is left to train, got {sorted(parts)}, expected at least one part left out; shorten the list"
         )

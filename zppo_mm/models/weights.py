@@ -20,6 +20,8 @@ from zppo_mm.models.vision_language import VisionLanguageModel
 
 PASSED_THROUGH = "mtp."
 """Keys of the multi-token-prediction head: not part of the network, copied from the source on export."""
+ADAPTERS = "lora."
+"""How the names of adapters begin, which Hugging Face folders do not hold."""
 _VISION_PARAMETERS = "vision.model."
 _LANGUAGE_PARAMETERS = "language_model."
 Fusion = Literal["single", "concatenated", "qkv"]
@@ -102,11 +104,13 @@ class Mapping:
 
 
 def parameter_mappings(model: VisionLanguageModel) -> Iterator[Mapping]:
-    """Yield every parameter of this rank's stage with its Hugging Face keys."""
+    """Yield every parameter of this rank's stage with its Hugging Face keys; adapters, which have none, are left out."""
     architecture = model.architecture
     language, vision = architecture.language_prefix, architecture.vision_prefix
     offset = get_transformer_layer_offset(model.config)
     for name, parameter in model.named_parameters():
+        if name.startswith(ADAPTERS):
+            continue
         if name.startswith(_VISION_PARAMETERS):
             key = vision + name.removeprefix(_VISION_PARAMETERS)
             yield Mapping(name, parameter, (key,), Rule((name,), (key,)))
