@@ -14,7 +14,10 @@ import logging
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from zppo_mm.errors import CheckpointError
 
 
 def bridge_missing_triton() -> None:
@@ -90,11 +93,36 @@ def split_sharded_tensor(tensor: Any, sections: list[int], names: list[str], axi
     return _split_tensor_factory(tensor, sections, names, axis)
 
 
-def checkpoint_save_options() -> dict[str, Any]:
-    """Return what `dist_checkpointing.save` must be told: from 0.19 on it defaults to a writer of another package."""
+def save_checkpoint(state: dict[str, Any], folder: Path, metadata: dict[str, Any]) -> None:
+    """Write a sharded state. From 0.19 on megatron-core defaults to a writer of another package, and says so when its own is chosen."""
     from megatron.core import dist_checkpointing
 
-    return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
+    options = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
+    with _without_log_line("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated"):
+        dist_checkpointing.save(state, str(folder), content_metadata=metadata, **options)
+
+
+def load_checkpoint(state: dict[str, Any], folder: Path, **options: Any) -> Any:
+    """Read a sharded state. 0.19 also reads what earlier versions wrote, and says that they wrote otherwise.
+
+    Args:
+        state: What is wanted, in Megatron's sharded form.
+        folder: Saved at any layout.
+        **options: Further arguments of `dist_checkpointing.load`.
+
+    Raises:
+        CheckpointError: A newer megatron-core wrote the folder than can read it.
+    """
+    from megatron.core import dist_checkpointing
+
+    needs_common_file = "common_strategy" in inspect.signature(dist_checkpointing.load).parameters
+    if needs_common_file and not (folder / "common.pt").exists():
+        raise CheckpointError(
+            f"{folder}: a newer megatron-core wrote this checkpoint, got no common.pt, expected one, as the installed version writes; "
+            "go on in the environment that saved it, or export the weights there"
+        )
+    with _without_log_line("megatron.core.dist_checkpointing.strategies.common", "load_common is deprecated"):
+        return dist_checkpointing.load(state, str(folder), **options)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from zppo_mm.errors import CheckpointError
 from zppo_mm.models import parallel
-from zppo_mm.models.megatron_versions import checkpoint_save_options
+from zppo_mm.models.megatron_versions import load_checkpoint, save_checkpoint
 from zppo_mm.training.policy import Policy
 
 T = TypeVar("T")
@@ -65,8 +65,7 @@ def save(folder: Path, step: int, policy: Policy, state: dict[str, Any], keep: i
     partial = folder / f".{target.name}.partial"
     _on_rank_0(partial, lambda: _make_empty(partial))
     _keep_results_in_process()
-    weights_and_optimizer = _sharded_state(policy, is_loading=False)
-    dist_checkpointing.save(weights_and_optimizer, str(partial), content_metadata=_metadata(), **checkpoint_save_options())
+    save_checkpoint(_sharded_state(policy, is_loading=False), partial, _metadata())
     random_states = _gather_random_states()
     _on_rank_0(partial, lambda: _write_rest(partial, state, random_states))
     sums = _on_all_ranks(partial, lambda: _seal_share(partial))
@@ -127,11 +126,11 @@ def load(path: Path, policy: Policy) -> dict[str, Any]:
         The `state` that was saved with it.
 
     Raises:
-        CheckpointError: Its contents do not fit the model or the optimizer.
+        CheckpointError: Its contents do not fit the model or the optimizer, or a newer megatron-core wrote it.
     """
     configured = [{name: group[name] for name in _HYPERPARAMETERS if name in group} for group in policy.optimizer.param_groups]
     try:
-        loaded = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(path))
+        loaded = load_checkpoint(_sharded_state(policy, is_loading=True), path)
         policy.model.load_state_dict(loaded["model"])
         policy.optimizer.load_state_dict(loaded["optimizer"])
     except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError) as error:
