@@ -174,6 +174,8 @@ class TrainConfig:
     """Gradient updates per rollout step (I); every token is used once."""
     micro_batch_tokens: int = 16384
     """Most tokens that one forward pass packs; a longer single sequence is passed alone."""
+    share_prompts: str = "auto"
+    """auto, always or never: pass the prompt of a group once per forward pass instead of once per rollout; auto where the layers can."""
     lr: float = 1e-6
     """Constant learning rate."""
     lr_warmup_updates: int = 0

@@ -33,6 +33,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "teacher.compressor": ("rule", "teacher"),
     "algorithm.advantage_normalization": ("none", "nonzero", "all"),
     "parity.mode": ("stop", "warn", "off"),
+    "train.share_prompts": ("auto", "always", "never"),
 }
 """Strings that a key may have."""
 
@@ -168,6 +169,11 @@ def _check_relations(config: RunConfig) -> None:
     if unknown or (set(train.freeze) == set(TRAINABLE_PARTS) and not config.lora.rank):
         raise ConfigError(
             f"train.freeze: cannot freeze this, got {train.freeze}, expected at most two of {', '.join(TRAINABLE_PARTS)}; correct the list"
+        )
+    if train.share_prompts == "always" and model.transformer_impl == "transformer_engine":
+        raise ConfigError(
+            "train.share_prompts: Transformer Engine's layers cannot share prompts, got 'always' with "
+            "model.transformer_impl='transformer_engine', expected 'auto' or 'never' with that; change one of them"
         )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ConfigError(

@@ -167,14 +167,21 @@ class TrainingSample:
     def num_loss_tokens(self) -> int:
         return int(self.loss_mask.sum())
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens before the first that carries loss; all if none does."""
+        return int(np.argmax(self.loss_mask != 0)) if self.loss_mask.any() else self.num_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
     """Packed sequences for one forward pass.
 
+    A sequence may continue another one: responses of a group whose prompt is passed once are laid behind it, each a sequence of its own.
+
     Attributes:
         token_ids: `[tokens]` int64.
-        positions: `[3, tokens]` int64, restarting with every sequence.
+        positions: `[3, tokens]` int64, restarting with every sequence that continues none.
         cu_seqlens: `[sequences + 1]` int32.
         loss_mask: `[tokens]` float32; like the next two, entry i speaks of token i.
         old_logprobs: `[tokens]` float32.
@@ -182,6 +189,7 @@ class Microbatch:
         patches: `[patches, channels * temporal * patch * patch]` float32; `None` without media and off the first stage.
         grids: `[media, 3]` int64, `None` without media.
         uids: Groups of the sequences, to name them when something goes wrong; padding has none.
+        parents: Per sequence the place of the one that it continues, -1 for none; `None` if none does.
     """
 
     token_ids: torch.Tensor
@@ -193,6 +201,7 @@ class Microbatch:
     patches: torch.Tensor | None = None
     grids: torch.Tensor | None = None
     uids: tuple[str, ...] = ()
+    parents: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

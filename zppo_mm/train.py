@@ -44,6 +44,7 @@ FREE_ON_RESUME = (
     "model.recompute",
     "train.train_iters",
     "train.micro_batch_tokens",
+    "train.share_prompts",
     "rollout.max_batch_size",
     "reward.",
     "data.decode",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +116,21 @@ def make_samples() -> list[TrainingSample]:
     ]
 
 
+def make_groups() -> list[TrainingSample]:
+    """Return four groups whose samples have their prompt in common, one with an image; each response is a sample of its own length."""
+    shapes = [(3, (30, 9, 5), True), (11, (12, 1, 7, 7), False), (2, (5, 6), False), (20, (8,), False)]
+    samples = []
+    for number, (prompt, responses, image) in enumerate(shapes):
+        first = make_sample(f"group {number}", 0, prompt, responses[0], 1.5, image)
+        count = first.num_prompt_tokens
+        samples.append(first)
+        for place, response in enumerate(responses[1:], 1):
+            sample = make_sample(f"group {number}", place, prompt, response, -0.9 * place, image)
+            token_ids = np.concatenate([first.token_ids[:count], sample.token_ids[count:]])
+            samples.append(dataclasses.replace(sample, token_ids=token_ids))
+    return samples
+
+
 class RandomMedia:
     """Pixels that follow from the question's id."""
 
@@ -131,16 +147,19 @@ class Case:
     micro_batch_tokens: int = 64
     skip_zero_advantage: bool = True
     train: TrainConfig = dataclasses.field(default_factory=lambda: TRAIN)
+    samples: Callable[[], list[TrainingSample]] = make_samples
+    share_prompts: bool = False
 
 
 def make_plan(case: Case, num_replicas: int) -> BatchPlan:
     return plan_batches(
-        make_samples(),
+        case.samples(),
         num_minibatches=case.train.updates_per_step,
         num_replicas=num_replicas,
         micro_batch_tokens=case.micro_batch_tokens,
         random=generator(0, "minibatches", 0),
         skip_zero_advantage=case.skip_zero_advantage,
+        share_prompts=case.share_prompts,
     )
 
 
@@ -148,7 +167,7 @@ def make_batches(case: Case) -> list[Batch]:
     """Return this rank's updates."""
     media = RandomMedia() if parallel.is_first_stage() else None
     plan = make_plan(case, parallel.data_size())
-    return build_batches(plan, make_samples(), replica=parallel.data_rank(), media=media, device=parallel.device())
+    return build_batches(plan, case.samples(), replica=parallel.data_rank(), media=media, device=parallel.device())
 
 
 def build_policy(folder: Path, case: Case) -> Policy:

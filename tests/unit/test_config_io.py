@@ -80,6 +80,8 @@ def test_method_sets_the_zone_and_an_override_before_it_still_wins(method: str) 
         ("algorithm.clip_ratio_c=1", "expected more than 1"),
         ("train.lr=.nan", "train.lr: out of range, got nan"),
         ("train.lr=.inf", "train.lr: out of range, got inf"),
+        # YAML reads `on` as true, which is why the choices are other words.
+        ("train.share_prompts=on", "train.share_prompts: not a choice, got 'True', expected one of 'auto', 'always', 'never'"),
         ("train.num_new_questions=15", "train.num_new_questions: does not split into equal updates, got 15 questions for 2 updates"),
         ("train.freeze=[vison]", "train.freeze: cannot freeze this"),
         ("train.freeze=[vision,projector,language]", "at most two of vision, projector, language"),
@@ -97,6 +99,11 @@ def test_wrong_override_is_named(override: str, message: str) -> None:
 def test_fp8_without_transformer_engine_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model\.fp8: needs Transformer Engine"):
         load_config(None, ["model.fp8=e4m3", "model.transformer_impl=local"])
+
+
+def test_shared_prompts_with_transformer_engine_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train\.share_prompts: Transformer Engine's layers cannot share prompts, got 'always'"):
+        load_config(None, ["train.share_prompts=always", "model.transformer_impl=transformer_engine"])
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
     """Causal attention of packed sequences through torch's kernel, batched over sequences of similar length.
 
     megatron-core's local attention refuses packed sequences. Padding lies behind every sequence, where a causal token never looks.
+    Children are batched by parent, each with a copy of the parent's keys and values: no child is held against another one's tokens.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
@@ -35,7 +36,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         packed_seq_params: PackedLayout,
         **_: Any,
     ) -> torch.Tensor:
-        """Attend inside each sequence.
+        """Attend inside each sequence, and from a child to its parent.
 
         Args:
             query: `[tokens, heads, head_dim]`.
@@ -49,10 +50,28 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         """
         parts = []
         for bucket in packed_seq_params.buckets:
-            q, k, v = (bucket.pad(heads).transpose(1, 2) for heads in (query, key, value))
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1])
-            parts.append(bucket.unpad(mixed.transpose(1, 2)))
+            parts.append(bucket.unpad(self._mix(*(bucket.pad(heads) for heads in (query, key, value)))))
+        if packed_seq_params.branches:
+            # Splitting has one backward pass for all sequences; indexing would fill a whole gradient tensor with zeros for each.
+            keys, values = (torch.split(heads, list(packed_seq_params.lengths)) for heads in (key, value))
+        for branch in packed_seq_params.branches:
+            counts = [family.num_children for family in branch.families]
+            own = zip(branch.families, *(torch.split(branch.bucket.pad(heads), counts) for heads in (query, key, value)), strict=True)
+            mixed = [self._mix(q, _after(keys[family.parent], k), _after(values[family.parent], v), family.mask) for family, q, k, v in own]
+            parts.append(branch.bucket.unpad(torch.cat(mixed)))
         return packed_seq_params.join(parts).flatten(1)
+
+    def _mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Attend inside every sequence of `[batch, length, heads, head_dim]`, causally if no mask says otherwise."""
+        q, k, v = (heads.transpose(1, 2) for heads in (query, key, value))
+        grouped = q.shape[1] != k.shape[1]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped)
+        return mixed.transpose(1, 2)
+
+
+def _after(parent: torch.Tensor, children: torch.Tensor) -> torch.Tensor:
+    """Set `[parent's tokens, ...]` before each of `[children, longest, ...]`."""
+    return torch.cat([parent.expand(len(children), *parent.shape), children], 1)
 
 
 class PackedSelfAttention(SelfAttention):  # type: ignore[misc]

@@ -24,8 +24,9 @@ def chunk_gated_delta_rule(
     log_decay: torch.Tensor,
     beta: torch.Tensor,
     final_state: bool = False,
+    initial_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run the gated delta rule over every sequence of a batch, from an empty state.
+    """Run the gated delta rule over every sequence of a batch.
 
     With the state S `[key_dim, value_dim]`, each token does S <- exp(log_decay) S, then S <- S + beta k (v - S^T k)^T, and reads S^T q.
     A token with `beta` and `log_decay` 0 leaves the state alone, so sequences are padded with zeros there.
@@ -37,6 +38,7 @@ def chunk_gated_delta_rule(
         log_decay: `[batch, length, value_heads]` float32, at most 0.
         beta: `[batch, length, value_heads]`.
         final_state: Whether to compute the state after the last token.
+        initial_state: `[batch, value_heads, key_dim, value_dim]` float32 before the first token; empty if not given.
 
     Returns:
         Output `[batch, length, value_heads, value_dim]` float32, and the state `[batch, value_heads, key_dim, value_dim]` or `None`.
@@ -68,7 +70,7 @@ def chunk_gated_delta_rule(
         key_products * between * beta, torch.cat([value, key * since_start], -1) * beta, upper=False, unitriangular=True
     )
     values, state_keys = writes.split([value_dim, key.shape[-1]], -1)
-    output, state = _scan_chunks(values, state_keys, reads, query * since_start, key, decay, final_state)
+    output, state = _scan_chunks(values, state_keys, reads, query * since_start, key, decay, final_state, initial_state)
     output = output.flatten(2, 3).transpose(1, 2)
     return (output[:, :length] if padding else output), state
 
@@ -89,8 +91,9 @@ def _scan_chunks(
     key: torch.Tensor,
     decay: torch.Tensor,
     final_state: bool,
+    state: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Carry the state from chunk to chunk; the first starts empty."""
+    """Carry the state from chunk to chunk; without one, the first starts empty."""
     num_chunks = values.shape[2]
     until_end = (decay[..., -1:] - decay).exp()[..., None]
     # Unbinding has one backward pass for all chunks; indexing would fill a whole gradient tensor with zeros for each.
@@ -98,7 +101,6 @@ def _scan_chunks(
     whole = decay[..., -1].exp()[..., None, None].unbind(2)
     chunks = zip(values.unbind(2), state_keys.unbind(2), reads.unbind(2), query.unbind(2), strict=True)
     outputs = []
-    state: torch.Tensor | None = None
     for chunk, (write, state_key, read, chunk_query) in enumerate(chunks):
         if state is None:
             outputs.append(read @ write)

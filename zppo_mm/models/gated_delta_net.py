@@ -140,9 +140,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
             tp_comm_buffer_name="fc2",
             **shared,
         )
-        # FLA's rule refuses float32.
-        fusable = parameter_device(config).type == "cuda" and config.params_dtype != torch.float32
-        self.fused_kernels = fused_kernels() if fusable else None
+        self.fused_kernels = chosen_kernels(config)
 
     def _build_own_parameters(self, config: TransformerConfig, tensor_size: int) -> None:
         device, dtype = parameter_device(config), config.params_dtype
@@ -182,21 +180,47 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
     def _mix_padded(self, mixed: torch.Tensor, log_decay: torch.Tensor, beta: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
         """Run convolution and delta rule on padded batches; `[tokens, value_heads, value_dim]`."""
         cache = layout.cache
-        parts = []
+        parts, contexts, states = [], [], []
         for bucket in layout.buckets:
+            wanted = cache is not None or bucket.has_children
             inputs = bucket.pad(mixed)
-            query, key, value = self._heads(causal_convolution(inputs, self.conv1d.weight))
-            decay, write = bucket.pad(log_decay), bucket.pad(beta)
-            output, state = chunk_gated_delta_rule(query, key, value, decay, write, final_state=cache is not None)
+            output, state = self._mix_batch(inputs, bucket.pad(log_decay), bucket.pad(beta), final_state=wanted)
             parts.append(bucket.unpad(output))
-            if cache is not None and state is not None:
-                taps = self.conv1d.weight.shape[-1]
-                cache.store_linear(self.layer_number, bucket.sequences, last_inputs(inputs, bucket.lengths, taps - 1), state)
+            if state is None:
+                continue
+            context = last_inputs(inputs, bucket.lengths, self.conv1d.weight.shape[-1] - 1)
+            if cache is not None:
+                cache.store_linear(self.layer_number, bucket.sequences, context, state)
+            if bucket.has_children:
+                contexts.append(context)
+                states.append(state)
+        if layout.branches:
+            context_of, state_of = torch.cat(contexts), torch.cat(states)
+        for branch in layout.branches:
+            # A parent hands the same state to each child, so the gradients of all of them add up in it.
+            context, state = (left.index_select(0, branch.parent_rows) for left in (context_of, state_of))
+            inputs = branch.bucket.pad(mixed)
+            output, _state = self._mix_batch(inputs, branch.bucket.pad(log_decay), branch.bucket.pad(beta), context, state)
+            parts.append(branch.bucket.unpad(output))
         return layout.join(parts)
+
+    def _mix_batch(
+        self,
+        inputs: torch.Tensor,
+        log_decay: torch.Tensor,
+        beta: torch.Tensor,
+        context: torch.Tensor | None = None,
+        state: torch.Tensor | None = None,
+        final_state: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run convolution and delta rule on one padded batch, from the start or from what parents left."""
+        query, key, value = self._heads(causal_convolution(inputs, self.conv1d.weight, context))
+        return chunk_gated_delta_rule(query, key, value, log_decay, beta, final_state, state)
 
     def _mix_packed(self, mixed: torch.Tensor, log_decay: torch.Tensor, beta: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
         """Run convolution and delta rule with FLA's kernels, which know packing; `[tokens, value_heads, value_dim]`."""
         assert self.fused_kernels is not None
+        assert not layout.branches, "the fused kernels are not given initial states"
         convolve, rule = self.fused_kernels
         bounds = layout.cu_seqlens_q.long()
         weight = self.conv1d.weight.squeeze(1)
@@ -251,9 +275,21 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         return result
 
 
-def causal_convolution(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Convolve every channel of `[batch, length, channels]` over time, from zeros, and apply SiLU; `weight` is `[channels, 1, taps]`."""
-    padded = F.pad(inputs.transpose(1, 2), (weight.shape[-1] - 1, 0))
+def causal_convolution(inputs: torch.Tensor, weight: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+    """Convolve every channel over time and apply SiLU.
+
+    Args:
+        inputs: `[batch, length, channels]`.
+        weight: `[channels, 1, taps]`.
+        context: `[batch, taps - 1, channels]` inputs before the first; zeros if not given.
+
+    Returns:
+        Like `inputs`.
+    """
+    if context is None:
+        padded = F.pad(inputs.transpose(1, 2), (weight.shape[-1] - 1, 0))
+    else:
+        padded = torch.cat([context, inputs], 1).transpose(1, 2)
     return F.silu(F.conv1d(padded, weight, groups=weight.shape[0])).transpose(1, 2)
 
 
@@ -262,6 +298,11 @@ def last_inputs(inputs: torch.Tensor, lengths: tuple[int, ...], count: int) -> t
     padded = F.pad(inputs, (0, 0, count, 0))
     places = torch.tensor(lengths, device=inputs.device)[:, None] + torch.arange(count, device=inputs.device)
     return padded.gather(1, places[..., None].expand(-1, -1, inputs.shape[-1]))
+
+
+def chosen_kernels(config: TransformerConfig) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """Return FLA's kernels if a network of this configuration uses them, which none in float32 does: FLA's rule refuses that."""
+    return fused_kernels() if parameter_device(config).type == "cuda" and config.params_dtype != torch.float32 else None
 
 
 def fused_kernels() -> tuple[Callable[..., Any], Callable[..., Any]] | None:

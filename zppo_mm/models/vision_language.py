@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -18,6 +18,7 @@ from zppo_mm.errors import ModelError
 from zppo_mm.models.architecture import Architecture
 from zppo_mm.models.cache import DecodeCache
 from zppo_mm.models.deepstack import spread_features
+from zppo_mm.models.gated_delta_net import chosen_kernels
 from zppo_mm.models.megatron_versions import gpt_model
 from zppo_mm.models.packing import PackedLayout, build_layout
 from zppo_mm.models.rotary import RotaryTable
@@ -79,16 +80,19 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         patches: torch.Tensor | None = None,
         grids: torch.Tensor | None = None,
         rows: torch.Tensor | None = None,
+        parents: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Run packed sequences through this stage.
 
         Args:
             token_ids: `[tokens]` int64.
-            positions: `[3, tokens]` int64, restarting with every sequence.
+            positions: `[3, tokens]` int64, restarting with every sequence that has no parent.
             cu_seqlens: `[sequences + 1]` int32.
             patches: `[patches, patch elements]` of all media in pack order; only the first stage looks at them.
             grids: `[media, 3]` int64, `(t, h, w)` in patches.
-            rows: `[rows]` int64, the tokens whose logits are wanted; `None` for all. Those of a long prompt are large and of no use.
+            rows: `[rows]` int64, the tokens whose logits are wanted, in any order and number; `None` for all. Those of a long prompt are
+                large and of no use.
+            parents: Per sequence the one that it continues, -1 for none; `None` if none does. Only where `shares_prompts`.
 
         Returns:
             On the last stage logits `[tokens or rows, vocabulary / tensor size]` float32, else hidden states `[tokens, 1, hidden]`
@@ -100,7 +104,7 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         """
         num_tokens = len(token_ids)
         token_ids, positions, cu_seqlens = self.pad_tokens(token_ids, positions, cu_seqlens)
-        hidden = self.run_stage(token_ids, positions, build_layout(cu_seqlens), patches, grids)
+        hidden = self.run_stage(token_ids, positions, build_layout(cu_seqlens, parents=parents), patches, grids)
         if not self.post_process:
             return hidden
         if rows is None:
@@ -200,6 +204,12 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
             torch.cat([positions, torch.arange(missing, device=positions.device).expand(3, -1)], dim=1),
             torch.cat([cu_seqlens, cu_seqlens[-1:] + missing]),
         )
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a sequence may continue another one; the same on every rank, whatever layers its stage has."""
+        fused = self.architecture.has_linear_attention and chosen_kernels(self.config) is not None
+        return self.config.transformer_impl == "local" and not fused
 
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
         """Take the hidden states of the previous stage; Megatron's schedules call this before `forward`."""

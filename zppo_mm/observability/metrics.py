@@ -75,6 +75,7 @@ METRICS: Mapping[str, str] = {
     "batch/ncq_eligible": "Hard questions with a wrong student rollout, before the cap.",
     "batch/groups/*": "Groups of one kind (new, replayed, bcq, ncq) that the step trained on.",
     "batch/loss_tokens": "Response tokens that carried loss, over all updates.",
+    "batch/shared_prompt_tokens": "Prompt tokens that were not passed again, because rollouts of a micro-batch shared them.",
     "buffer/size": "Questions in the replay buffer after the step.",
     "buffer/occupancy/*": "Questions in the buffer by accuracy at admission, in percent.",
     "buffer/admitted/*": "Questions admitted since the start, by accuracy at admission in percent.",
@@ -116,7 +117,7 @@ METRICS: Mapping[str, str] = {
     "teacher/compression_rejects": "Rewrites of candidates refused because they changed the final answer.",
     "teacher/compression_cuts": "Candidates cut to the cap because no faithful rewrite was had.",
     "throughput/rollout_tokens_per_second": "Sampled tokens per second of the sampling phases, over all ranks.",
-    "throughput/train_tokens_per_second": "Packed tokens per second of the update phase, over all ranks.",
+    "throughput/train_tokens_per_second": "Tokens trained on per second of the update phase, a prompt counted with every rollout.",
     "throughput/tokens_per_second": "Response tokens of the step per second of the step, over all ranks.",
 }
 """Every name that `metrics.jsonl` can have; `*` stands for one last part."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -17,6 +17,7 @@ from data.errors import DataError, ReasonedError
 from data.question import Question
 from encoders.processor import VisionInput
 from zppo_mm.experience import Batch, FloatArray, MediaSource, Microbatch, TrainingSample
+from zppo_mm.training.units import Indices, balance, fill_microbatches, make_units
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,6 @@ PASSING_REASONS = ("timeout", "decoder_died")
 # A replica without work still takes part in the update, with one sequence of this many tokens that carry no loss.
 IDLE_TOKENS = 8
 PADDING_TOKEN_ID = 0
-
-Indices = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +37,14 @@ class BatchPlan:
         num_loss_tokens: Per update, the loss tokens of all its samples.
         microbatches: `[update][replica][micro-batch]` indices of the samples that are passed through the network.
         num_skipped: Samples that need no forward pass.
+        share_prompts: Whether the samples of one group in a micro-batch pass their prompt once.
     """
 
     minibatch_of: Indices
     num_loss_tokens: Indices
     microbatches: tuple[tuple[tuple[Indices, ...], ...], ...]
     num_skipped: int
+    share_prompts: bool = False
 
 
 def has_gradient(sample: TrainingSample) -> bool:
@@ -59,6 +60,7 @@ def plan_batches(
     micro_batch_tokens: int,
     random: np.random.Generator,
     skip_zero_advantage: bool = True,
+    share_prompts: bool = False,
 ) -> BatchPlan:
     """Assign every sample to one update, and in it to a replica and a micro-batch.
 
@@ -68,6 +70,10 @@ def plan_batches(
     Samples whose advantages are all 0 (those of trivial groups) have a surrogate of 0 and no gradient whatever the weights are. Their
     forward pass is left out, while their tokens still count in the denominator, so loss and gradient are those of the full pass.
 
+    In an update, the tokens of two replicas differ by at most the longest sample. With shared prompts, the tokens of a replica and of a
+    micro-batch are those that pass through the network, each prompt counted once per micro-batch. A group is then kept together unless it
+    is too long for a micro-batch or the balance asks for its division. To which update a sample goes does not depend on sharing.
+
     Args:
         samples: Of the whole step, the same on every rank.
         num_minibatches: I, the updates per step.
@@ -75,6 +81,7 @@ def plan_batches(
         micro_batch_tokens: Most tokens of a micro-batch; a longer sample has one to itself.
         random: Shuffles the groups.
         skip_zero_advantage: `False` passes every sample with loss tokens, for objectives that do not look at advantages.
+        share_prompts: Pass the prompt of a group once per micro-batch; all samples of a uid must have the same prompt.
 
     Source: ZPPO, Algorithm 1, step 6.
     """
@@ -86,10 +93,10 @@ def plan_batches(
     for update in range(num_updates):
         members = [index for index, owner in enumerate(minibatch_of) if owner == update]
         tokens[update] = sum(samples[index].num_loss_tokens for index in members)
-        lengths = {index: samples[index].num_tokens for index in members if needed[index]}
-        shares = balance(lengths, num_replicas)
-        plans.append(tuple(fill({index: lengths[index] for index in share}, micro_batch_tokens) for share in shares))
-    return BatchPlan(minibatch_of, tuple(tokens), tuple(plans), len(samples) - sum(needed))
+        units = make_units(samples, [index for index in members if needed[index]], micro_batch_tokens, share_prompts)
+        shares = balance(units, num_replicas, micro_batch_tokens)
+        plans.append(tuple(fill_microbatches(share, micro_batch_tokens) for share in shares))
+    return BatchPlan(minibatch_of, tuple(tokens), tuple(plans), len(samples) - sum(needed), share_prompts)
 
 
 def _deal(samples: Sequence[TrainingSample], num_minibatches: int, random: np.random.Generator) -> Indices:
@@ -101,46 +108,6 @@ def _deal(samples: Sequence[TrainingSample], num_minibatches: int, random: np.ra
     num_updates = min(num_minibatches, len(units))
     owner = {units[place]: position * num_updates // len(units) for position, place in enumerate(order)}
     return tuple(owner[sample.uid if by_group else index] for index, sample in enumerate(samples))
-
-
-def balance(lengths: dict[int, int], num_replicas: int) -> tuple[Indices, ...]:
-    """Split samples over replicas: the longest first, always to the replica with the fewest tokens.
-
-    The totals of two replicas differ by at most the longest sample.
-
-    Args:
-        lengths: Tokens by sample index.
-        num_replicas: Number of shares.
-    """
-    totals = [0] * num_replicas
-    shares: list[list[int]] = [[] for _ in range(num_replicas)]
-    for index in sorted(lengths, key=lambda i: (-lengths[i], i)):
-        replica = min(range(num_replicas), key=totals.__getitem__)
-        totals[replica] += lengths[index]
-        shares[replica].append(index)
-    return tuple(tuple(sorted(share)) for share in shares)
-
-
-def fill(lengths: dict[int, int], max_tokens: int) -> tuple[Indices, ...]:
-    """Pack samples into few micro-batches: the longest first, always into the first that has room.
-
-    Args:
-        lengths: Tokens by sample index.
-        max_tokens: Room of a micro-batch; a longer sample is alone in one.
-    """
-    bins: list[list[int]] = []
-    rooms: list[int] = []
-    for index in sorted(lengths, key=lambda i: (-lengths[i], i)):
-        for place, room in enumerate(rooms):
-            if lengths[index] <= room:
-                bins[place].append(index)
-                rooms[place] -= lengths[index]
-                break
-        else:
-            bins.append([index])
-            rooms.append(max_tokens - lengths[index])
-    # In sample order, the rollouts of a group lie together and share their media in the source's cache.
-    return tuple(sorted(tuple(sorted(members)) for members in bins))
 
 
 def build_batches(
@@ -163,17 +130,20 @@ def build_batches(
     batches = []
     for update, replicas in enumerate(plan.microbatches):
         packs = [[samples[index] for index in members] for members in replicas[replica]] or [[]]
-        batches.append(Batch(LazyMicrobatches(packs, media, device), plan.num_loss_tokens[update]))
+        batches.append(Batch(LazyMicrobatches(packs, media, device, plan.share_prompts), plan.num_loss_tokens[update]))
     return batches
 
 
 class LazyMicrobatches(Sequence[Microbatch]):
     """Micro-batches that are packed, and their media opened, when they are asked for."""
 
-    def __init__(self, packs: Sequence[Sequence[TrainingSample]], media: MediaSource | None, device: torch.device) -> None:
+    def __init__(
+        self, packs: Sequence[Sequence[TrainingSample]], media: MediaSource | None, device: torch.device, share_prompts: bool
+    ) -> None:
         self._packs = packs
         self._media = media
         self._device = device
+        self._share_prompts = share_prompts
 
     def __len__(self) -> int:
         return len(self._packs)
@@ -184,20 +154,35 @@ class LazyMicrobatches(Sequence[Microbatch]):
     def __getitem__(self, index: slice) -> Sequence[Microbatch]: ...
     def __getitem__(self, index: int | slice) -> Microbatch | Sequence[Microbatch]:
         if isinstance(index, slice):
-            return LazyMicrobatches(self._packs[index], self._media, self._device)
-        return pack(self._packs[index], media=self._media, device=self._device)
+            return LazyMicrobatches(self._packs[index], self._media, self._device, self._share_prompts)
+        return pack(self._packs[index], media=self._media, device=self._device, share_prompts=self._share_prompts)
 
     def __iter__(self) -> Iterator[Microbatch]:
         return (self[index] for index in range(len(self)))
 
 
-def pack(samples: Sequence[TrainingSample], *, media: MediaSource | None, device: torch.device) -> Microbatch:
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """A stretch of a sample that is laid as one sequence of a pack.
+
+    Attributes:
+        tokens: Of the sample.
+        parent: Place of the segment that this one continues, -1 for none.
+    """
+
+    sample: TrainingSample
+    tokens: slice
+    parent: int = -1
+
+
+def pack(samples: Sequence[TrainingSample], *, media: MediaSource | None, device: torch.device, share_prompts: bool = False) -> Microbatch:
     """Lay samples end to end for one forward pass.
 
     Args:
         samples: In this order; none gives a short sequence without loss.
         media: Opens the pixels of the samples' questions; `None` leaves `patches` out.
         device: Where the tensors go.
+        share_prompts: Lay the prompt of several samples of a group once, and then their responses.
 
     Raises:
         DataError: A sample's media no longer has the grid that its prompt was made with.
@@ -205,32 +190,67 @@ def pack(samples: Sequence[TrainingSample], *, media: MediaSource | None, device
     for sample in samples:
         assert sample.num_tokens > 0, f"pack: {sample.uid} has no token"
         assert sample.loss_mask[0] == 0, f"pack: the first token of {sample.uid} carries loss, but nothing predicts it"
-    lengths = [sample.num_tokens for sample in samples]
+    segments = _segments(samples) if share_prompts else [_Segment(sample, slice(0, sample.num_tokens)) for sample in samples]
+    lengths = [segment.tokens.stop - segment.tokens.start for segment in segments]
     padding = 0 if samples else IDLE_TOKENS
     lengths += [padding] if padding else []
     zeros = np.zeros(padding, dtype=np.float32)
-    grids = [grid for sample in samples for grid in sample.grids]
+    prompts = [segment.sample for segment in segments if segment.parent < 0]
+    grids = [grid for sample in prompts for grid in sample.grids]
 
-    def join(parts: Iterable[np.ndarray], tail: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    def join(name: str, tail: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        parts = (getattr(segment.sample, name)[..., segment.tokens] for segment in segments)
         return torch.from_numpy(np.concatenate([*parts, tail], axis=-1)).to(device=device, dtype=dtype)
 
     return Microbatch(
-        token_ids=join((s.token_ids for s in samples), np.full(padding, PADDING_TOKEN_ID), torch.int64),
-        positions=join((s.positions for s in samples), np.tile(np.arange(padding), (3, 1)), torch.int64),
+        token_ids=join("token_ids", np.full(padding, PADDING_TOKEN_ID), torch.int64),
+        positions=join("positions", np.tile(np.arange(padding), (3, 1)), torch.int64),
         cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device),
-        loss_mask=join((s.loss_mask for s in samples), zeros, torch.float32),
-        old_logprobs=join((s.old_logprobs for s in samples), zeros, torch.float32),
-        advantages=join((s.advantages for s in samples), zeros, torch.float32),
-        patches=_open_patches(samples, media, device) if media is not None and grids else None,
+        loss_mask=join("loss_mask", zeros, torch.float32),
+        old_logprobs=join("old_logprobs", zeros, torch.float32),
+        advantages=join("advantages", zeros, torch.float32),
+        patches=_open_patches(prompts, media, device) if media is not None and grids else None,
         grids=torch.tensor(grids, dtype=torch.int64, device=device) if grids else None,
         uids=tuple(dict.fromkeys(s.uid for s in samples)),
+        parents=tuple(segment.parent for segment in segments) if len(prompts) < len(segments) else None,
     )
 
 
-def _open_patches(samples: Sequence[TrainingSample], media: MediaSource, device: torch.device) -> torch.Tensor:
-    """Return `[patches, channels]` of all media, in the order of the samples and of their prompts."""
-    parts: list[FloatArray] = []
+def _segments(samples: Sequence[TrainingSample]) -> list[_Segment]:
+    """Lay every group's prompt once, its responses behind it; a sample that is alone stays in one piece."""
+    groups: dict[str, list[TrainingSample]] = {}
     for sample in samples:
+        groups.setdefault(sample.uid, []).append(sample)
+    segments: list[_Segment] = []
+    for members in groups.values():
+        first = members[0]
+        if len(members) == 1:
+            segments.append(_Segment(first, slice(0, first.num_tokens)))
+            continue
+        prompt = slice(0, first.num_prompt_tokens)
+        parent = len(segments)
+        segments.append(_Segment(first, prompt))
+        for sample in members:
+            assert _same_prompt(sample, first), f"pack: the samples of {first.uid} have different prompts"
+            segments.append(_Segment(sample, slice(prompt.stop, sample.num_tokens), parent))
+    return segments
+
+
+def _same_prompt(one: TrainingSample, other: TrainingSample) -> bool:
+    """Return whether two samples agree in everything before their responses."""
+    count = one.num_prompt_tokens
+    return (
+        count == other.num_prompt_tokens
+        and np.array_equal(one.token_ids[:count], other.token_ids[:count])
+        and np.array_equal(one.positions[:, :count], other.positions[:, :count])
+        and one.grids == other.grids
+    )
+
+
+def _open_patches(prompts: Sequence[TrainingSample], media: MediaSource, device: torch.device) -> torch.Tensor:
+    """Return `[patches, channels]` of all media, in the order of the prompts, each given by one of its samples."""
+    parts: list[FloatArray] = []
+    for sample in prompts:
         if not sample.grids:
             continue
         inputs = _open_again(sample.question, media)

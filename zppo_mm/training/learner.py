@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from zppo_mm.config import TrainConfig
-from zppo_mm.experience import FloatArray, Group, MediaSource
+from zppo_mm.experience import FloatArray, Group, MediaSource, TrainingSample
 from zppo_mm.models import parallel
 from zppo_mm.observability.metrics import Max, Mean, StepMetrics, Sum
 from zppo_mm.randomness import generator
@@ -66,6 +66,7 @@ class Learner:
             num_replicas=parallel.data_size(),
             micro_batch_tokens=self._config.micro_batch_tokens,
             random=generator(self._seed, "minibatches", step),
+            share_prompts=self.policy.shares_prompts,
         )
         batches = build_batches(
             plan,
@@ -76,11 +77,19 @@ class Learner:
         )
         trained = self.policy.train_step(batches)
         _measure(trained, metrics)
-        passed = {index for update in plan.microbatches for replica in update for pack in replica for index in pack}
-        num_tokens = sum(samples[index].num_tokens for index in passed)
+        packs = [pack for update in plan.microbatches for replica in update for pack in replica]
+        num_tokens = sum(samples[index].num_tokens for pack in packs for index in pack)
         metrics.add("throughput/train_tokens_per_second", Mean(num_tokens, time.perf_counter() - started))
+        shared = sum(_num_shared_tokens([samples[index] for index in pack]) for pack in packs) if plan.share_prompts else 0
+        metrics.add("batch/shared_prompt_tokens", Sum(shared))
         metrics.add("batch/loss_tokens", Sum(sum(plan.num_loss_tokens)))
         return _by_group(groups, plan)
+
+
+def _num_shared_tokens(samples: Sequence[TrainingSample]) -> int:
+    """Return the prompt tokens that a micro-batch with shared prompts does not pass again."""
+    prompts = {sample.uid: sample.num_prompt_tokens for sample in samples}
+    return sum(sample.num_prompt_tokens for sample in samples) - sum(prompts.values())
 
 
 def _by_group(groups: Sequence[Group], plan: BatchPlan) -> dict[str, tuple[int, ...]]:

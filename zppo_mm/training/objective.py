@@ -43,11 +43,24 @@ class Objective(Protocol):
 def predicting_rows(microbatch: Microbatch) -> torch.Tensor | None:
     """Return the places whose logits predict the loss tokens, `[loss tokens]`; `None`, for all, where there are no loss tokens.
 
-    The logits at place i - 1 predict token i. As the first token of a sequence never carries loss, no prediction crosses into the
-    next sequence.
+    The logits at place i - 1 predict token i. The first token of a sequence that continues another one is predicted by the last of that,
+    which so predicts the first token of each of its children. The first token of any other sequence never carries loss, so no prediction
+    crosses into the next sequence.
     """
-    rows = microbatch.loss_mask.nonzero().squeeze(-1) - 1
+    rows = _predictors(microbatch, microbatch.loss_mask.nonzero().squeeze(-1))
     return rows if len(rows) else None
+
+
+def _predictors(microbatch: Microbatch, places: torch.Tensor) -> torch.Tensor:
+    """Return the places whose logits predict some tokens; a place may come several times."""
+    if microbatch.parents is None:
+        return places - 1
+    parents = torch.tensor(microbatch.parents, device=places.device)
+    children = (parents >= 0).nonzero().squeeze(-1)
+    bounds = microbatch.cu_seqlens.long()
+    before = torch.arange(-1, len(microbatch.token_ids) - 1, device=places.device)
+    before[bounds[children]] = bounds[parents[children] + 1] - 1
+    return before[places]
 
 
 def loss_token_statistics(
@@ -63,9 +76,10 @@ def loss_token_statistics(
     """
     places = microbatch.loss_mask.nonzero().squeeze(-1)
     # The first token carries no loss: there are always fewer predicting rows than tokens.
-    whole = len(logits) == len(microbatch.token_ids)
-    assert whole or len(logits) == len(places), "logits of all tokens or of the predicting rows"
-    rows = places - 1 if whole else torch.arange(len(places), device=places.device)
+    if len(logits) == len(microbatch.token_ids):
+        logits = logits.index_select(0, _predictors(microbatch, places))
+    assert len(logits) == len(places), "logits of all tokens or of the predicting rows"
+    rows = torch.arange(len(places), device=places.device)
     return places, token_statistics(logits, rows, microbatch.token_ids[places], group, temperature)
 
 

@@ -15,6 +15,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from zppo_mm.config import ParallelConfig, TrainConfig
+from zppo_mm.errors import ConfigError
 from zppo_mm.experience import Batch, Microbatch
 from zppo_mm.models import parallel
 from zppo_mm.models.provider import freeze_parts
@@ -83,7 +84,12 @@ class TrainMetrics:
 
 
 class Policy:
-    """The student with its gradient buffers, optimizer and schedule. Every rank of the run calls its methods together."""
+    """The student with its gradient buffers, optimizer and schedule. Every rank of the run calls its methods together.
+
+    Attributes:
+        model: This rank's stage.
+        shares_prompts: Whether micro-batches may pass a group's prompt once.
+    """
 
     def __init__(self, model: VisionLanguageModel, train: TrainConfig, layout: ParallelConfig, objective: Objective) -> None:
         """Freeze what is not trained, wrap the model and build the optimizer.
@@ -95,8 +101,9 @@ class Policy:
             objective: What is descended.
 
         Raises:
-            ConfigError: `train.freeze` names an unknown part or leaves nothing.
+            ConfigError: `train.freeze` names an unknown part or leaves nothing, or prompts are to be shared where they cannot.
         """
+        self.shares_prompts = _shares_prompts(model, train)
         freeze_parts(model, train.freeze)
         self.model = model
         self._objective = objective
@@ -140,7 +147,8 @@ class Policy:
         def forward(iterator: Iterator[Microbatch], model: Any) -> tuple[torch.Tensor, Any]:
             microbatch = next(iterator)
             media = (microbatch.patches, microbatch.grids)
-            output = model(microbatch.token_ids, microbatch.positions, microbatch.cu_seqlens, *media, rows=predicting_rows(microbatch))
+            wanted = {"rows": predicting_rows(microbatch), "parents": microbatch.parents}
+            output = model(microbatch.token_ids, microbatch.positions, microbatch.cu_seqlens, *media, **wanted)
             return output, partial(reduce, microbatch)
 
         return cast(
@@ -219,6 +227,17 @@ class Policy:
         group = parallel.pipeline_group()
         dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[-1], group=group)
         return [result.to(parallel.device()) for result in box[0]]
+
+
+def _shares_prompts(model: VisionLanguageModel, train: TrainConfig) -> bool:
+    """Return whether the prompt of a group is passed once per micro-batch."""
+    if train.share_prompts == "always" and not model.shares_prompts:
+        raise ConfigError(
+            "train.share_prompts: this network cannot share prompts, got 'always' with Transformer Engine's layers or "
+            "flash-linear-attention's kernels, expected 'auto' or 'never' with those; change it, or set model.transformer_impl=local where "
+            "flash-linear-attention is not installed"
+        )
+    return model.shares_prompts and train.share_prompts != "never"
 
 
 def _keep_replicated_gradients_equal(model: VisionLanguageModel) -> None:

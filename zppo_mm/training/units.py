@@ -1,0 +1,145 @@
+"""What goes through the network together: a prompt with some of its responses, spread over replicas and filled into micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from zppo_mm.experience import TrainingSample
+
+Indices = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Samples whose prompt is passed once.
+
+    Attributes:
+        owner: What the samples have in common: their uid, or the sample itself where prompts are not shared.
+        prompt_tokens: Of the one prompt.
+        response_tokens: By sample index.
+    """
+
+    owner: str | int
+    prompt_tokens: int
+    response_tokens: dict[int, int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are passed, the prompt's counted once."""
+        return self.prompt_tokens + sum(self.response_tokens.values())
+
+    @property
+    def longest_sample(self) -> int:
+        """Tokens of the prompt and the longest response."""
+        return self.prompt_tokens + max(self.response_tokens.values())
+
+    def keep(self, indices: Iterable[int]) -> Unit:
+        """Return the unit with some of its samples."""
+        return Unit(self.owner, self.prompt_tokens, {index: self.response_tokens[index] for index in indices})
+
+    def fits(self, other: Unit, max_tokens: int) -> bool:
+        """Return whether the two have their prompt in common and together at most `max_tokens`."""
+        return self.owner == other.owner and self.num_tokens + other.num_tokens - self.prompt_tokens <= max_tokens
+
+    def join(self, other: Unit) -> Unit:
+        """Return one unit of the two."""
+        return Unit(self.owner, self.prompt_tokens, self.response_tokens | other.response_tokens)
+
+
+def make_units(samples: Sequence[TrainingSample], members: Iterable[int], max_tokens: int, share_prompts: bool) -> list[Unit]:
+    """Form units: whole groups as far as they fit a micro-batch, or single samples where prompts are not shared.
+
+    Args:
+        samples: Of the whole step.
+        members: Indices of those to form units of.
+        max_tokens: Most tokens of a unit of several samples.
+        share_prompts: Whether samples of one uid, whose prompts are equal, pass it once.
+    """
+    units: dict[str | int, Unit] = {}
+    for index in members:
+        sample = samples[index]
+        owner = sample.uid if share_prompts else index
+        alone = Unit(owner, sample.num_prompt_tokens, {index: sample.num_tokens - sample.num_prompt_tokens})
+        units[owner] = units[owner].join(alone) if owner in units else alone
+    return [unit.keep(bin) for unit in units.values() for bin in fill(unit.response_tokens, max_tokens - unit.prompt_tokens)]
+
+
+def balance(units: Sequence[Unit], num_replicas: int, max_tokens: int) -> list[list[Unit]]:
+    """Spread units over replicas: the largest first, always to the replica with the fewest tokens.
+
+    A unit is divided, and its prompt passed by two replicas, only where the totals of two would otherwise differ by more than the longest
+    sample; so they never do. As long as the longest sample is shorter than that difference, moving any one of the heavier replica's
+    samples leaves both below what the heavier had, so this ends.
+
+    Args:
+        units: What to spread.
+        num_replicas: Number of shares.
+        max_tokens: Up to which parts of a group that meet on a replica become one unit again.
+    """
+    shares: list[list[Unit]] = [[] for _ in range(num_replicas)]
+    totals = [0] * num_replicas
+    for unit in sorted(units, key=lambda unit: (-unit.num_tokens, min(unit.response_tokens))):
+        lightest = min(range(num_replicas), key=totals.__getitem__)
+        shares[lightest].append(unit)
+        totals[lightest] += unit.num_tokens
+    longest = max((unit.longest_sample for unit in units), default=0)
+    while (difference := max(totals) - min(totals)) > longest:
+        heaviest, lightest = totals.index(max(totals)), totals.index(min(totals))
+        largest = max(shares[heaviest], key=lambda unit: unit.num_tokens)
+        shares[heaviest].remove(largest)
+        kept, moved = _divide(largest, (difference - largest.prompt_tokens) // 2)
+        shares[heaviest] += kept
+        _add(shares[lightest], moved, max_tokens)
+        totals = [sum(unit.num_tokens for unit in share) for share in shares]
+    return shares
+
+
+def _divide(unit: Unit, room: int) -> tuple[list[Unit], Unit]:
+    """Return what stays of a unit, if anything, and what goes: the longest responses that have room, or the shortest one."""
+    by_length = sorted(unit.response_tokens, key=lambda index: (-unit.response_tokens[index], index))
+    moved = []
+    for index in by_length:
+        if unit.response_tokens[index] <= room:
+            room -= unit.response_tokens[index]
+            moved.append(index)
+    moved = moved or by_length[-1:]
+    kept = [index for index in by_length if index not in moved]
+    return [unit.keep(kept)] if kept else [], unit.keep(moved)
+
+
+def _add(share: list[Unit], unit: Unit, max_tokens: int) -> None:
+    """Add to a share; parts of a group that fit a micro-batch together become one, so that no prompt is counted twice in it."""
+    for place, other in enumerate(share):
+        if other.fits(unit, max_tokens):
+            share[place] = other.join(unit)
+            return
+    share.append(unit)
+
+
+def fill_microbatches(units: Sequence[Unit], max_tokens: int) -> tuple[Indices, ...]:
+    """Return the sample indices of few micro-batches that together hold the units."""
+    bins = fill({place: unit.num_tokens for place, unit in enumerate(units)}, max_tokens)
+    # In sample order, the rollouts of a group lie together and share their media in the source's cache.
+    return tuple(sorted(tuple(sorted(index for place in bin for index in units[place].response_tokens)) for bin in bins))
+
+
+def fill(lengths: dict[int, int], max_tokens: int) -> list[list[int]]:
+    """Pack things into few bins: the longest first, always into the first that has room.
+
+    Args:
+        lengths: Tokens by index.
+        max_tokens: Room of a bin; what is longer is alone in one.
+    """
+    bins: list[list[int]] = []
+    rooms: list[int] = []
+    for index in sorted(lengths, key=lambda i: (-lengths[i], i)):
+        for place, room in enumerate(rooms):
+            if lengths[index] <= room:
+                bins[place].append(index)
+                rooms[place] -= lengths[index]
+                break
+        else:
+            bins.append([index])
+            rooms.append(max_tokens - lengths[index])
+    return bins
