@@ -9,6 +9,7 @@ free port, so `zppo_mm.models.parallel.initialize` works in them unchanged. A fa
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import inspect
 import os
@@ -136,6 +137,8 @@ def _main() -> None:
     """Run one rank: load the task's module from its file, call the function, write the result."""
     task, result = Path(sys.argv[1]), Path(sys.argv[2])
     path, module_name, function_name, arguments = pickle.loads(task.read_bytes())
+    # First, because it makes `import megatron.core` possible everywhere.
+    importlib.import_module("zppo_mm.models")
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None
     assert spec.loader is not None

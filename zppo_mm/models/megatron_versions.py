@@ -45,7 +45,7 @@ def gpt_model(*arguments: Any, **options: Any) -> Any:
     0.19 announces its end with every one that is built and names `HybridModel` as successor. It stays until its removal: the successor's
     decoder makes its last norm from Transformer Engine whatever the specification says, so it cannot be built without that package, and it
     counts attention and MLP as layers of their own, so no checkpoint of before would fit. docs/architecture.md says how to change over.
-    The notice is hidden, as a user can do nothing about it.
+    A user can do nothing about the notice, so it is hidden.
     """
     from megatron.core.models.gpt import GPTModel
 
@@ -94,12 +94,11 @@ def split_sharded_tensor(tensor: Any, sections: list[int], names: list[str], axi
 
 
 def save_checkpoint(state: dict[str, Any], folder: Path, metadata: dict[str, Any]) -> None:
-    """Write a sharded state. From 0.19 on megatron-core defaults to a writer of another package, and says so when its own is chosen."""
+    """Write a sharded state and wait for it. 0.19 says each time that its only writer for that will one day be replaced."""
     from megatron.core import dist_checkpointing
 
-    options = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
     with _without_log_line("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated"):
-        dist_checkpointing.save(state, str(folder), content_metadata=metadata, **options)
+        dist_checkpointing.save(state, str(folder), content_metadata=metadata)
 
 
 def load_checkpoint(state: dict[str, Any], folder: Path, **options: Any) -> Any:
