@@ -1,9 +1,10 @@
 """One GRPO step of zppo_mm beside one of TRL's GRPOTrainer, on the CPU, in FP32.
 
-    python benchmarks/grpo_step.py --trl-python PATH [--threads 1 2] [--rounds 3] [--steps 4]
+    python benchmarks/grpo_step.py [--trl-python PATH] [--threads 1 2] [--rounds 3] [--steps 4]
 
 PATH is the Python of an environment of its own (TRL and this project need not agree on versions), made for example by
-`python -m venv trl && trl/bin/pip install torch==2.13.0 trl==1.16.0 datasets`.
+`python -m venv trl && trl/bin/pip install torch==2.13.0 trl==1.16.0 transformers==5.23.0 datasets`. Without it only
+zppo_mm is measured, with prompts passed once per micro-batch and with every rollout.
 
 A step is rollout, grading and one AdamW update. Both sides do equal work in it:
 - The same weights, a random Qwen3.5 of about ten million parameters, read from the same Hugging Face folder. As transformers computes its
@@ -33,6 +34,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 OURS = "zppo_mm, Qwen3.5"
+OURS_APART = "zppo_mm, prompts not shared"
 MEBIBYTE_KIB = 1024
 
 
@@ -71,9 +73,11 @@ class Side:
 
 
 def sides(folder: Path, arguments: argparse.Namespace) -> list[Side]:
-    """Return the three ways to make a step."""
+    """Return the ways to make a step."""
     ours = [sys.executable, str(HERE / "grpo_step_ours.py"), str(folder), str(arguments.steps + 1), str(arguments.micro_batch_tokens)]
-    result = [Side(OURS, ours)]
+    result = [Side(OURS, [*ours, "always"]), Side(OURS_APART, [*ours, "never"])]
+    if arguments.trl_python is None:
+        return result
     for family, name in (("qwen3_5", "TRL, Qwen3.5 (same weights)"), ("qwen3", "TRL, Qwen3 (attention only)")):
         worker = [arguments.trl_python, str(HERE / "grpo_step_trl.py"), str(folder), family, str(arguments.steps + 1)]
         result.append(Side(name, [*worker, str(arguments.trl_sequences)]))
@@ -106,7 +110,7 @@ def show(threads: int, measured: list[Side]) -> None:
 def main() -> None:
     """Make the material, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trl-python", required=True, help="Python of an environment with TRL")
+    parser.add_argument("--trl-python", help="Python of an environment with TRL")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="threads per process (default 1 2)")
     parser.add_argument("--rounds", type=int, default=3, help="processes per side (default %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="counted steps per process (default %(default)s)")

@@ -1,6 +1,6 @@
 """Steps of zppo_mm for `grpo_step.py`, which starts this in a process of its own.
 
-python benchmarks/grpo_step_ours.py FOLDER NUM_STEPS MICRO_BATCH_TOKENS RESULT
+python benchmarks/grpo_step_ours.py FOLDER NUM_STEPS MICRO_BATCH_TOKENS SHARE_PROMPTS RESULT
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class TimedEngine(MegatronEngine):
             self.seconds += time.perf_counter() - started
 
 
-def build(folder: Path, micro_batch_tokens: int) -> tuple[Run, Stages, TimedEngine]:
+def build(folder: Path, micro_batch_tokens: int, share_prompts: str) -> tuple[Run, Stages, TimedEngine]:
     """Return a GRPO run of one update per step whose responses never end early."""
     config = load_config(
         None,
@@ -65,6 +65,7 @@ def build(folder: Path, micro_batch_tokens: int) -> tuple[Run, Stages, TimedEngi
             "train.num_new_questions=8",
             "train.updates_per_step=1",
             f"train.micro_batch_tokens={micro_batch_tokens}",
+            f"train.share_prompts={share_prompts}",
             "train.lr=1e-6",
             f"rollout.num_rollouts={NUM_ROLLOUTS}",
             f"rollout.max_response_tokens={RESPONSE_TOKENS}",
@@ -96,8 +97,9 @@ def check_work(record: StepRecord) -> int:
 
 def main() -> None:
     """Run the steps and write one record per step."""
-    folder, num_steps, micro_batch_tokens, result = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-    run, stages, engine = build(folder, micro_batch_tokens)
+    folder, num_steps, micro_batch_tokens = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    share_prompts, result = sys.argv[4], Path(sys.argv[5])
+    run, stages, engine = build(folder, micro_batch_tokens, share_prompts)
     steps = []
     for step in range(1, num_steps + 1):
         engine.seconds = 0.0
