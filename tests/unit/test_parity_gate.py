@@ -20,7 +20,7 @@ import torch
 from data.errors import MediaError
 from data.health import SampleHealth
 from data.media import Frames
-from data.question import MediaRef
+from data.question import MediaRef, Question
 from zppo_mm.build import Run, build_run, build_stream, student_folder
 from zppo_mm.config import ParityConfig
 from zppo_mm.config_io import load_config
@@ -29,6 +29,7 @@ from zppo_mm.parity.compare import Limit, ParityError
 from zppo_mm.parity.gate import check_parity, limit_for
 from zppo_mm.parity.oracle import choose_device, source_logprobs, weight_bytes
 from zppo_mm.parity.questions import Chosen, UncountedHealth, choose_questions, modality
+from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.exchange import ParallelExchange
 from zppo_mm.rollout.feed import QuestionFeed
@@ -65,6 +66,10 @@ def with_options(run: Run, **changes: Any) -> Run:
     return dataclasses.replace(run, stages=dataclasses.replace(run.stages, config=config))
 
 
+def with_sampler(run: Run, sampler: GroupSampler) -> Run:
+    return dataclasses.replace(run, stages=dataclasses.replace(run.stages, sampler=sampler))
+
+
 def record(folder: Path) -> dict[str, Any]:
     [line] = (folder / "parity.jsonl").read_text().splitlines()
     return json.loads(line)
@@ -91,13 +96,27 @@ def random_states() -> list[Any]:
     return [random.getstate(), numpy[1].tolist(), numpy[2], torch.get_rng_state().tolist()]
 
 
+class SlowVerifier(Verifier):
+    """Counts one response of every call as one that took too long."""
+
+    num_timeouts = 0
+
+    def verify_all(self, items: Sequence[tuple[Question, str]]) -> Any:
+        self.num_timeouts += 1
+        return super().verify_all(items)
+
+
 def test_the_run_does_not_notice(run: Run, tmp_path: Path) -> None:
     stream, states = run.stream.state_dict(), random_states()
-    losses = run.take_losses().values()
-    check_parity(run, tmp_path, 0)
+    slow, engine = SlowVerifier(), MegatronEngine(run.policy.model, run.stages.config.seed)
+    sampler = GroupSampler(engine, run.encoder, slow, ParallelExchange())
+    slowed = dataclasses.replace(with_sampler(run, sampler), verifier=slow, counted={})
+    check_parity(slowed, tmp_path, 0)
+    slow.close()
     assert run.stream.state_dict() == stream
     assert random_states() == states
-    assert run.take_losses().values() == dict.fromkeys(losses, 0.0)
+    assert slow.num_timeouts == 1
+    assert slowed.take_losses().values()["reward/timeouts"] == 0
     fresh = build_stream(run.stages.config, SampleHealth())
     wanted = [question.id for question in fresh.take(20)]
     assert [question.id for question in run.stages.feed.take(20)] == wanted
@@ -155,9 +174,8 @@ def test_a_wrong_logprob_of_the_engine_is_named(run: Run, tmp_path: Path) -> Non
     question = choose_questions(stream, run.stages.feed, 3).questions["video"][1]
     engine = ShiftedEngine(MegatronEngine(run.policy.model, run.stages.config.seed), question.id, place=2)
     sampler = GroupSampler(engine, run.encoder, run.verifier, ParallelExchange())
-    shifted = dataclasses.replace(run, stages=dataclasses.replace(run.stages, sampler=sampler))
     with pytest.raises(ParityError) as caught:
-        check_parity(shifted, tmp_path, 0)
+        check_parity(with_sampler(run, sampler), tmp_path, 0)
     assert engine.reported is not None
     token, logprob = engine.reported.response_ids[2], engine.reported.rollout_logprobs[2]
     message = str(caught.value)

@@ -131,6 +131,7 @@ def _training_logprobs(run: Run, groups: Sequence[Group]) -> list[FloatArray]:
         micro_batch_tokens=config.train.micro_batch_tokens,
         random=generator(config.seed, "parity"),
         skip_zero_advantage=False,
+        share_prompts=run.policy.shares_prompts,
     )
     media = run.encoder if parallel.is_first_stage() else None
     [batch] = build_batches(plan, samples, replica=parallel.data_rank(), media=media, device=parallel.device())
@@ -139,7 +140,10 @@ def _training_logprobs(run: Run, groups: Sequence[Group]) -> list[FloatArray]:
     mine: list[tuple[int, FloatArray]] = []
     members = plan.microbatches[0][parallel.data_rank()] or ((),)  # a replica without samples passes a sequence without loss
     for indices, microbatch, logprobs in zip(members, microbatches, values, strict=True):
-        spoken = logprobs[microbatch.loss_mask != 0].cpu().numpy()
+        carries_loss = microbatch.loss_mask != 0
+        drawn = [samples[index].token_ids[-samples[index].num_loss_tokens :] for index in indices]
+        assert microbatch.token_ids[carries_loss].tolist() == [int(token) for ids in drawn for token in ids], "responses lie in their order"
+        spoken = logprobs[carries_loss].cpu().numpy()
         ends = np.cumsum([samples[index].num_loss_tokens for index in indices])
         mine += [(index, spoken[end - samples[index].num_loss_tokens : end]) for index, end in zip(indices, ends.tolist(), strict=True)]
     everything = dict(item for replica in parallel.gather_from_replicas(mine) for item in replica)
