@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -12,17 +13,22 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from tests import network_checks, tiny_families, tiny_qwen
 from tests.network_checks import MAX_GRADIENT_DIFFERENCE, MAX_LOGIT_DIFFERENCE
-from zppo_mm.config import LORA_TARGETS, LoraConfig, ModelConfig, ParallelConfig
-from zppo_mm.config_io import load_config
-from zppo_mm.errors import ConfigError, ModelError
+from zppo_mm.config import LORA_TARGETS, LoraConfig, ModelConfig, ParallelConfig, RunConfig
+from zppo_mm.config_io import load_config, save_config
+from zppo_mm.conversion.exporting import export_folder
+from zppo_mm.errors import CheckpointError, ConfigError, ModelError
 from zppo_mm.models import parallel
 from zppo_mm.models.export import export_hf_weights
 from zppo_mm.models.lora import LoraAdapters, adapters_of, add_lora, merged
 from zppo_mm.models.lora_export import export_adapter
 from zppo_mm.models.vision_language import VisionLanguageModel
+from zppo_mm.training import checkpoint
+from zppo_mm.training.objective import PolicyObjective
+from zppo_mm.training.policy import Policy
 
 ALL = LoraConfig(rank=4, alpha=8)
 SEED = 7
@@ -170,6 +176,26 @@ def test_a_failed_export_leaves_the_weights_as_they_were(folder: Path) -> None:
     with pytest.raises(RuntimeError, match="the disk is full"), merged(network):
         raise RuntimeError("the disk is full")
     assert all(torch.equal(parameter, before[name]) for name, parameter in network.named_parameters())
+
+
+def test_a_runs_checkpoint_is_exported_with_its_adapters(folder: Path, tmp_path: Path) -> None:
+    config = RunConfig(model=ModelConfig(student=str(folder)), lora=ALL)
+    network = adapted(folder)
+    policy = Policy(network, config.train, config.parallel, PolicyObjective(config.algorithm, 1.0, parallel.tensor_group()))
+    (tmp_path / "run").mkdir()
+    save_config(config, tmp_path / "run" / "config.yaml")
+    checkpoint.save(tmp_path / "run" / checkpoint.CHECKPOINTS_FOLDER, 1, policy, {"step": 1}, keep=1)
+    with merged(network):
+        export_hf_weights(network, folder, tmp_path / "hf")
+    export_folder(tmp_path / "run", tmp_path / "back", config.parallel)
+    direct, back, source = (load_file(path / "model.safetensors") for path in (tmp_path / "hf", tmp_path / "back", folder))
+    assert all(torch.equal(back[key], tensor) for key, tensor in direct.items())
+    # Two layers of each kind, with 8 and 7 adapted linears.
+    assert sum(not torch.equal(source[key], tensor) for key, tensor in direct.items()) == 2 * (8 + 7)
+    other = dataclasses.replace(config, lora=LoraConfig(rank=2))
+    save_config(other, tmp_path / "run" / "config.yaml")
+    with pytest.raises(CheckpointError, match=r"the adapters cannot be loaded, got .*shape mismatch.*, expected those that"):
+        export_folder(tmp_path / "run", tmp_path / "again", config.parallel)
 
 
 def test_decoding_gives_the_logits_of_the_training_forward(folder: Path) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from zppo_mm.build import student_folder
-from zppo_mm.config import ParallelConfig
+from zppo_mm.config import LoraConfig, ParallelConfig
 from zppo_mm.config_io import load_config
 from zppo_mm.errors import CheckpointError, ModelError
 from zppo_mm.models import parallel
 from zppo_mm.models.architecture import load_architecture
 from zppo_mm.models.export import agree, in_rounds, open_source, refuse_inside, write_weights
 from zppo_mm.models.imported_folder import ImportedFolder, is_imported
+from zppo_mm.models.lora import add_lora
+from zppo_mm.models.lora_checkpoint import merge_adapters
 from zppo_mm.models.megatron_folder import build_without_weights, check_shapes, with_weights
 from zppo_mm.models.safetensors_folder import SafetensorsFolder
 from zppo_mm.models.weights import parameter_mappings
@@ -39,6 +41,7 @@ def export_folder(source_dir: Path, target: Path, layout: ParallelConfig) -> Non
     started = time.perf_counter()
     place = find_weights(source_dir)
     model = build_without_weights(load_architecture(place.source.path), layout)
+    add_lora(model, place.lora, seed=0)
     failure: Exception | None = None
     try:
         open_source(model, place.source)
@@ -48,7 +51,8 @@ def export_folder(source_dir: Path, target: Path, layout: ParallelConfig) -> Non
         failure = error
     agree(failure, target)
     rounds = in_rounds(parameter_mappings(model))
-    write_weights(model, with_weights(model, rounds, place.source, place.weights), place.source, target)
+    weights = merge_adapters(model, with_weights(model, rounds, place.source, place.weights), place.weights)
+    write_weights(model, weights, place.source, target)
     if parallel.rank() == 0:
         logger.info("exported %s to %s in %.1f s", place.weights, target, time.perf_counter() - started)
 
@@ -60,10 +64,12 @@ class Weights:
     Attributes:
         weights: A distributed checkpoint.
         source: Tells what the exported folder must look like.
+        lora: The run's adapters, which are merged.
     """
 
     weights: Path
     source: SafetensorsFolder
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 def find_weights(folder: Path) -> Weights:
@@ -86,4 +92,5 @@ def find_weights(folder: Path) -> Weights:
             "until it has saved"
         )
     checkpoint.verify(newest)
-    return Weights(newest, SafetensorsFolder(student_folder(load_config(folder / CONFIG_FILE))))
+    config = load_config(folder / CONFIG_FILE)
+    return Weights(newest, SafetensorsFolder(student_folder(config)), config.lora)

@@ -93,9 +93,9 @@ class LoraBranch:
         """Return what this rank's weight changes by, float32 `[rows, inputs]`."""
         return self._scale * self._stacked_b().float() @ self._stacked_a().float()
 
-    def merged_weight(self) -> torch.Tensor:
-        """Return this rank's weight with the adapters in it, in the weight's type."""
-        weight = self.mapping.parameter.detach()
+    def merged_weight(self, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """Return this rank's weight with the adapters in it, in the weight's type; another weight than the network's own may be given."""
+        weight = self.mapping.parameter.detach() if weight is None else weight.detach()
         return (weight.float() + self.delta_weight().detach()).to(weight.dtype)
 
     @property
@@ -212,7 +212,8 @@ class LoraAdapters(nn.Module):
         order[torch.cat(places)] = torch.arange(len(torch.cat(places)))
         unchanged = torch.equal(order, torch.arange(len(here)))
         linear = model.get_submodule(mapping.name.removesuffix(".weight"))
-        placed = None if unchanged else order.to(weight.device)
+        # In a network without memory the places still count: its adapters may be read from a checkpoint.
+        placed = None if unchanged else order if weight.is_meta else order.to(weight.device)
         return LoraBranch(linear, mapping, targets, placed, self.config, model.config.sequence_parallel)
 
     def _keep(self, key: str, target: LoraTarget) -> None:

@@ -204,7 +204,7 @@ class Policy:
 
     @torch.no_grad()
     def compute_logprobs(self, batch: Batch, temperature: float = 1.0) -> list[torch.Tensor]:
-        """Return the log-probs of the loss tokens from the training forward pass.
+        """Return the log-probs of the loss tokens from the training forward pass, without the dropout of adapters.
 
         Args:
             batch: This rank's micro-batches.
@@ -220,7 +220,9 @@ class Policy:
             result[places] = statistics.logprobs
             return result
 
+        self.model.eval()
         results = self._run(batch.microbatches, collect, forward_only=True)
+        self.model.train()
         if parallel.pipeline_size() == 1:
             return results
         box = [[result.cpu() for result in results]]

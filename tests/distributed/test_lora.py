@@ -1,0 +1,199 @@
+"""Adapters on every layout: the same updates, PEFT folder, samples and table of sizes; checkpoints that continue at another one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import network_checks, tiny_qwen
+from tests.distributed.launch import run_ranks
+from tests.distributed.training_example import TRAIN, Case, make_batches, write_tiny_folder
+from zppo_mm.config import AlgorithmConfig, LoraConfig, ModelConfig, ParallelConfig
+from zppo_mm.models import parallel
+from zppo_mm.models.architecture import load_architecture
+from zppo_mm.models.cache import DecodeCache
+from zppo_mm.models.lora import adapters_of, add_lora
+from zppo_mm.models.lora_export import WEIGHTS_FILE, export_adapter
+from zppo_mm.models.provider import build_model
+from zppo_mm.models.vision_language import VisionLanguageModel
+from zppo_mm.models.weights import load_hf_weights
+from zppo_mm.training import checkpoint
+from zppo_mm.training.objective import PolicyObjective
+from zppo_mm.training.policy import Policy
+from zppo_mm.training.trainable import part_sizes
+
+pytestmark = pytest.mark.timeout(700)  # a start of four ranks takes a minute on a busy machine
+LORA = LoraConfig(rank=4, alpha=8)
+SEED = 3
+# Float32 sums in another order, carried through four updates.
+TOLERANCE = 2e-5
+# Equal ones differ by 1e-6 here, a gradient missing one rank's share moves a weight by 4e-3.
+WEIGHT_TOLERANCE = 1e-5
+SAMPLING_TOLERANCE = 1e-4
+
+TWO_RANKS = {
+    "data": ParallelConfig(),
+    "tensor": ParallelConfig(tensor_model_parallel_size=2),
+    "sequence": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+    "pipeline": ParallelConfig(pipeline_model_parallel_size=2),
+}
+FOUR_RANKS = {
+    "tensor x pipeline": ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+    "sequence x data": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_ranks(train_cases, 1, folder, {"alone": ParallelConfig()}, tmp_path_factory.mktemp("alone"))[0]["alone"]
+
+
+def build(folder: Path, layout: ParallelConfig, lora: LoraConfig = LORA) -> VisionLanguageModel:
+    """Return this rank's stage with adapters that have an effect, the same on every layout."""
+    parallel.initialize(layout, seed=0)
+    model = build_model(load_architecture(folder), ModelConfig(), layout)
+    load_hf_weights(model, folder)
+    add_lora(model, lora, SEED)
+    adapters = adapters_of(model)
+    assert adapters is not None
+    for branch in adapters.branches.values():
+        share = parallel.tensor_size() if branch.mapping.rule.axis == 0 else 1
+        for target in branch.targets:
+            stream = torch.Generator().manual_seed(sum(target.key.encode()))
+            whole = torch.randn(len(target.rows) * share, lora.rank, generator=stream) * 0.05
+            target.lora_B.data.copy_(whole[target.rows])
+    return model
+
+
+def wrap(model: VisionLanguageModel, layout: ParallelConfig) -> Policy:
+    return Policy(model, TRAIN, layout, PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group()))
+
+
+def train(folder: Path, layout: ParallelConfig, target: Path) -> dict[str, Any]:
+    """Export, decode, make two steps, export again."""
+    model = build(folder, layout)
+    export_adapter(model, folder, target / "before")
+    gap = sampling_gap(model)
+    policy = wrap(model, layout)
+    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    batches = make_batches(Case(layout))
+    updates = [update for _ in range(2) for update in policy.train_step(batches).updates]
+    export_adapter(model, folder, target / "after")
+    return {
+        "updates": [(update.loss, update.grad_norm, update.skipped) for update in updates],
+        "gap": gap,
+        "sizes": part_sizes(model),
+        "base unchanged": all(torch.equal(model.get_parameter(name), value) for name, value in base.items()),
+    }
+
+
+@torch.no_grad()
+def sampling_gap(model: VisionLanguageModel) -> float:
+    """Return the largest difference of a token's log-probs between prefill and decoding, and the training forward pass."""
+    part = tiny_qwen.make_sequence(0, [6, ("image", (1, 4, 6)), 5])
+    count, prompt, vocabulary = 6, len(part.token_ids), model.architecture.vocab_size
+    cache = DecodeCache(max_new_tokens=count)
+    logits = network_checks.share_logits(model.prefill(**tiny_qwen.pack([part]), cache=cache), 1, vocabulary)
+    tokens, sampled = [], [logits]
+    for step in range(count):
+        tokens.append(logits[:, : tiny_qwen.IMAGE].argmax(-1))
+        position = torch.full((3, 1), part.next_position + step)
+        logits = network_checks.share_logits(model.decode(tokens[-1], position, cache), 1, vocabulary)
+        sampled.append(logits)
+    if parallel.pipeline_size() > 1:
+        return 0.0  # a stage of a pipeline cannot run the forward pass alone; the engine's own tests cover its messages
+    pack = tiny_qwen.pack([part])
+    pack["token_ids"] = torch.cat([part.token_ids, *tokens])
+    pack["positions"] = torch.cat([part.positions, part.next_position + torch.arange(count).expand(3, -1)], 1)
+    pack["cu_seqlens"] = torch.tensor([0, prompt + count], dtype=torch.int32)
+    whole = network_checks.gather_vocabulary(model(**pack))[prompt - 1 :]
+    return float((torch.log_softmax(torch.cat(sampled), -1) - torch.log_softmax(whole, -1)).abs().max())
+
+
+def train_cases(folder: Path, layouts: dict[str, ParallelConfig], target: Path) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for name, layout in layouts.items():
+        results[name] = train(folder, layout, target / name)
+        for moment in ("before", "after"):
+            results[name][moment] = load_file(target / name / moment / WEIGHTS_FILE)
+    parallel.shutdown()
+    return results
+
+
+def test_adapters_learn_and_nothing_else_moves(alone: dict[str, Any]) -> None:
+    first, *_, last = alone["updates"]
+    assert first[1] > 0.001
+    assert abs(first[0] - last[0]) > 100 * TOLERANCE
+    assert alone["base unchanged"]
+    # 3 DeltaNet layers with 5 + 3 linears each, 1 of attention with 4 + 3.
+    assert len(alone["after"]) == 2 * (3 * 8 + 7)
+    moved = [float((alone["after"][name] - alone["before"][name]).abs().max()) for name in alone["after"]]
+    assert min(moved) > 20 * WEIGHT_TOLERANCE
+
+
+@pytest.mark.parametrize(("world_size", "layouts"), [(2, TWO_RANKS), (4, FOUR_RANKS)])
+def test_the_layout_does_not_matter(
+    folder: Path, alone: dict[str, Any], world_size: int, layouts: dict[str, ParallelConfig], tmp_path: Path
+) -> None:
+    for results in run_ranks(train_cases, world_size, folder, layouts, tmp_path, timeout_seconds=600):
+        for name, result in results.items():
+            assert result["base unchanged"], name
+            assert result["gap"] <= SAMPLING_TOLERANCE, name
+            assert result["sizes"] == alone["sizes"], name
+            for mine, reference in zip(result["updates"], alone["updates"], strict=True):
+                assert mine == pytest.approx(reference, rel=TOLERANCE, abs=TOLERANCE), name
+            assert result["before"].keys() == alone["before"].keys(), name
+            for key, initial in alone["before"].items():
+                assert torch.equal(result["before"][key], initial), (name, key)
+                torch.testing.assert_close(result["after"][key], alone["after"][key], atol=WEIGHT_TOLERANCE, rtol=0, msg=f"{name} {key}")
+
+
+def save_and_go_on(folder: Path, target: Path, layout: ParallelConfig) -> list[float]:
+    policy = wrap(build(folder, layout), layout)
+    batches = make_batches(Case(layout))
+    policy.train_step(batches)
+    checkpoint.save(target, 1, policy, {"step": 1}, keep=1)
+    return [update.loss for update in policy.train_step(batches).updates]
+
+
+def load_and_go_on(folder: Path, target: Path, layout: ParallelConfig) -> list[float]:
+    """Start from other adapters, which the checkpoint must replace."""
+    model = build(folder, layout)
+    adapters = adapters_of(model)
+    assert adapters is not None
+    for parameter in adapters.parameters():
+        torch.nn.init.normal_(parameter)
+    policy = wrap(model, layout)
+    assert checkpoint.load_latest(target, policy) == {"step": 1}
+    return [update.loss for update in policy.train_step(make_batches(Case(layout))).updates]
+
+
+def save_on_two_ranks(folder: Path, root: Path) -> dict[str, list[float]]:
+    results = {name: save_and_go_on(folder, root / name, layout) for name, layout in TWO_RANKS.items()}
+    results["tensor at pipeline"] = load_and_go_on(folder, root / "tensor", TWO_RANKS["pipeline"])
+    results["data at sequence"] = load_and_go_on(folder, root / "data", TWO_RANKS["sequence"])
+    parallel.shutdown()
+    return results
+
+
+def load_on_one_rank(folder: Path, root: Path) -> dict[str, list[float]]:
+    results = {name: load_and_go_on(folder, root / name, ParallelConfig()) for name in TWO_RANKS}
+    parallel.shutdown()
+    return results
+
+
+def test_a_checkpoint_continues_at_every_layout(folder: Path, alone: dict[str, Any], tmp_path: Path) -> None:
+    reference = [loss for loss, _norm, _skipped in alone["updates"][2:]]
+    results = [*run_ranks(save_on_two_ranks, 2, folder, tmp_path), *run_ranks(load_on_one_rank, 1, folder, tmp_path)]
+    for result in results:
+        for name, losses in result.items():
+            assert losses == pytest.approx(reference, rel=TOLERANCE, abs=TOLERANCE), name
