@@ -11,6 +11,28 @@ from typing import Any
 IMAGE_FILE = "preprocessor_config.json"
 VIDEO_FILE = "video_preprocessor_config.json"
 JOINT_FILE = "processor_config.json"
+DEFAULT_VIDEO_TOKENS = 128_000
+VIDEO_SHARE = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoLayout:
+    """How a family shows a video to its language model, and what its limits of pixels count.
+
+    Attributes:
+        timestamped: Every temporal patch is a run of placeholders of its own, after its time in words. Otherwise all of them are one run,
+            and time goes into the rotary positions.
+        tokens_per_second: Steps of the time axis in a second, of a video that is one run.
+        limits_per_frame: The limits hold for every frame. Otherwise for all sampled frames of a clip together.
+    """
+
+    timestamped: bool = True
+    tokens_per_second: float = 0.0
+    limits_per_frame: bool = False
+
+
+TIMESTAMPED = VideoLayout()
+"""Most families' way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +48,12 @@ class ProcessorConfig:
     image_min_pixels: int
     image_max_pixels: int
     video_min_pixels: int
-    """Least pixels of a whole sampled video (frames x height x width)."""
+    """Least pixels of a whole sampled video (frames x height x width), or of each frame."""
     video_max_pixels: int
+    video_limits_per_frame: bool = False
+    """Whether the two limits above are of each frame."""
+    video_shared_pixels: int | None = None
+    """Pixels that the frames of a video share evenly, where limits are per frame: each has at most its part of them."""
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     rescale_factor: float = 1 / 255
@@ -38,20 +64,25 @@ class ProcessorConfig:
         return self.patch_size * self.merge_size
 
 
-def read_processor_config(folder: str | Path) -> ProcessorConfig:
+def read_processor_config(folder: str | Path, layout: VideoLayout = TIMESTAMPED) -> ProcessorConfig:
     """Read a Hugging Face folder's image and video processor settings.
 
     The two settings come from `preprocessor_config.json` and `video_preprocessor_config.json`, or from the entries
-    `image_processor` and `video_processor` of `processor_config.json`.
+    `image_processor` and `video_processor` of `processor_config.json`. Where limits of pixels hold for every frame, the settings of
+    images are also those of videos if there are no others, as in folders written before videos had a file of their own.
 
     Args:
         folder: The model's folder.
+        layout: The family's way with videos.
 
     Raises:
         ValueError: A file is missing, is not a JSON object, lacks a key, or image and video disagree on the patches.
     """
     image, image_name = _settings(Path(folder), IMAGE_FILE, "image_processor")
-    video, video_name = _settings(Path(folder), VIDEO_FILE, "video_processor")
+    if layout.limits_per_frame and not _has_settings(Path(folder), VIDEO_FILE, "video_processor"):
+        video, video_name = image, image_name
+    else:
+        video, video_name = _settings(Path(folder), VIDEO_FILE, "video_processor")
     keys = ("patch_size", "temporal_patch_size", "merge_size")
     sizes = {key: _positive_integer(image, key, image_name) for key in keys}
     for key in keys:
@@ -76,10 +107,17 @@ def read_processor_config(folder: str | Path) -> ProcessorConfig:
         image_max_pixels=image_max,
         video_min_pixels=video_min,
         video_max_pixels=video_max,
+        video_limits_per_frame=layout.limits_per_frame,
+        video_shared_pixels=_shared_pixels(video, sizes, video_name) if layout.limits_per_frame else None,
         image_mean=_triple(image, "image_mean", image_name),
         image_std=_triple(image, "image_std", image_name),
         rescale_factor=float(image.get("rescale_factor", 1 / 255)),
     )
+
+
+def _has_settings(folder: Path, file_name: str, joint_key: str) -> bool:
+    joint = folder / JOINT_FILE
+    return (folder / file_name).is_file() or (joint.is_file() and isinstance(_read_object(joint).get(joint_key), dict))
 
 
 def _settings(folder: Path, file_name: str, joint_key: str) -> tuple[Mapping[str, Any], str]:
@@ -135,3 +173,15 @@ def _pixel_limits(settings: Mapping[str, Any], name: str) -> tuple[int, int]:
             "as size.shortest_edge and size.longest_edge or min_pixels and max_pixels; correct the file"
         )
     return low, high
+
+
+def _shared_pixels(settings: Mapping[str, Any], sizes: Mapping[str, int], name: str) -> int | None:
+    """Return the pixels that a video's frames share if the file asks for that: nine tenths of a context of so many tokens.
+
+    Source: transformers, `Qwen2VLVideoProcessor`; the share that is not for text is that of qwen-vl-utils.
+    """
+    if not settings.get("cap_pixels_per_frame"):
+        return None
+    tokens = _positive_integer({"max_video_tokens": DEFAULT_VIDEO_TOKENS, **settings}, "max_video_tokens", name)
+    features = int(tokens * (sizes["patch_size"] * sizes["merge_size"]) ** 2 * VIDEO_SHARE)
+    return features * sizes["temporal_patch_size"]

@@ -26,12 +26,14 @@ class VisionInput:
         patches: `[t * h * w, channels * temporal_patch_size * patch_size * patch_size]` float32.
         grid: `(t, h, w)` in patches.
         timestamps: Seconds, one per temporal patch of a video; empty for an image.
+        seconds_per_patch: Seconds from one temporal patch of a video to the next; 0 for an image.
     """
 
     kind: Literal["image", "video"]
     patches: npt.NDArray[np.float32]
     grid: tuple[int, int, int]
     timestamps: tuple[float, ...] = ()
+    seconds_per_patch: float = 0.0
 
 
 def process_image(pixels: npt.NDArray[np.uint8], config: ProcessorConfig) -> VisionInput:
@@ -53,13 +55,16 @@ def process_image(pixels: npt.NDArray[np.uint8], config: ProcessorConfig) -> Vis
     return VisionInput(kind="image", patches=patches, grid=grid)
 
 
-def process_video(frames: npt.NDArray[np.uint8], timestamps: Sequence[float], config: ProcessorConfig) -> VisionInput:
+def process_video(
+    frames: npt.NDArray[np.uint8], timestamps: Sequence[float], config: ProcessorConfig, seconds_per_frame: float | None = None
+) -> VisionInput:
     """Resize, normalise and patchify sampled frames; the last frame is repeated until the temporal patches are full.
 
     Args:
         frames: `[frames, height, width, 3]` RGB.
         timestamps: Seconds of each frame.
         config: The tower's processor settings.
+        seconds_per_frame: Seconds between two frames by the sampling rate; `None` takes the mean of what the timestamps say.
 
     Returns:
         The patches; a temporal patch's timestamp is the mean of its first and last frame's.
@@ -79,7 +84,15 @@ def process_video(frames: npt.NDArray[np.uint8], timestamps: Sequence[float], co
     resized = np.concatenate([resized, np.repeat(resized[-1:], missing, axis=0)])
     times = np.asarray([*timestamps, *[timestamps[-1]] * missing], dtype=np.float64).reshape(-1, config.temporal_patch_size)
     patches, grid = patchify(resized, config)
-    return VisionInput(kind="video", patches=patches, grid=grid, timestamps=tuple(((times[:, 0] + times[:, -1]) / 2).tolist()))
+    if seconds_per_frame is None:
+        seconds_per_frame = (timestamps[-1] - timestamps[0]) / max(1, len(timestamps) - 1)
+    return VisionInput(
+        kind="video",
+        patches=patches,
+        grid=grid,
+        timestamps=tuple(((times[:, 0] + times[:, -1]) / 2).tolist()),
+        seconds_per_patch=seconds_per_frame * config.temporal_patch_size,
+    )
 
 
 def image_size(height: int, width: int, config: ProcessorConfig) -> tuple[int, int]:
@@ -93,14 +106,18 @@ def image_size(height: int, width: int, config: ProcessorConfig) -> tuple[int, i
 
 
 def video_size(num_frames: int, height: int, width: int, config: ProcessorConfig) -> tuple[int, int]:
-    """Return the frames' height and width after resizing: the limits hold for frames x height x width.
+    """Return the frames' height and width after resizing: the limits hold for frames x height x width, or for every frame.
 
-    A clip shorter than one temporal patch counts as a full one, because its last frame is repeated.
+    Where they hold for all frames together, a clip shorter than one temporal patch counts as a full one, because its last frame is
+    repeated.
 
     Raises:
         ValueError: One side is more than 200 times the other.
     """
     unit = config.merged_patch_pixels
+    if config.video_limits_per_frame:
+        _check_aspect(height, width)
+        return _fit(height, width, 1, 1, unit, (config.video_min_pixels, _most_pixels_of_a_frame(num_frames, config)))
     if min(height, width) < unit:
         scale = max(unit / height, unit / width)
         height, width = int(height * scale), int(width * scale)
@@ -109,6 +126,14 @@ def video_size(num_frames: int, height: int, width: int, config: ProcessorConfig
     # round() is half to even here as in the reference: five frames in pairs count as four when the limits are checked.
     counted = round(num_frames / config.temporal_patch_size) * config.temporal_patch_size
     return _fit(height, width, num_frames, counted, unit, (config.video_min_pixels, config.video_max_pixels))
+
+
+def _most_pixels_of_a_frame(num_frames: int, config: ProcessorConfig) -> int:
+    """Return the limit of a frame, which is lower in a video of many frames if they share a number of pixels."""
+    if config.video_shared_pixels is None:
+        return config.video_max_pixels
+    # However many there are, each keeps a little more than the least size, as in the reference.
+    return max(min(config.video_max_pixels, config.video_shared_pixels // num_frames), int(config.video_min_pixels * 1.05))
 
 
 def patchify(frames: npt.NDArray[np.uint8], config: ProcessorConfig) -> tuple[npt.NDArray[np.float32], tuple[int, int, int]]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from tests import tiny_qwen
+from tests import tiny_families, tiny_qwen
 from zppo_mm.config import ModelConfig, ParallelConfig
 from zppo_mm.models import parallel
 from zppo_mm.models.architecture import load_architecture
@@ -102,7 +102,7 @@ def reduce_gradients(network: VisionLanguageModel) -> None:
 
 def gradient_differences(network: VisionLanguageModel, oracle: Any) -> dict[str, float]:
     """Return per parameter the largest difference of its gradient from the oracle's, relative to the oracle's largest entry."""
-    gradients = {name: parameter.grad for name, parameter in oracle.named_parameters()}
+    gradients = {tiny_families.saved_name(oracle, name): parameter.grad for name, parameter in oracle.named_parameters()}
     result = {}
     for mapping in parameter_mappings(network):
         wanted = [gradients[key] for key in mapping.keys]
@@ -118,12 +118,12 @@ def check_training(network: VisionLanguageModel, oracle: Any, kinds: tuple[str, 
     """Compare logits and summed gradients of one micro-batch per modality with transformers on separate sequences."""
     oracle.zero_grad()
     network.zero_grad()
-    parts = [tiny_qwen.sequences(kind) for kind in kinds]
+    parts = [tiny_families.sequences(network.architecture.family, kind) for kind in kinds]
     packs = [tiny_qwen.pack(part) for part in parts]
     outputs = run_schedule(network, packs)
     reduce_gradients(network)
     for index, (part, pack) in enumerate(zip(parts, packs, strict=True)):
-        wanted = tiny_qwen.oracle_logits(oracle, part)
+        wanted = tiny_families.oracle_logits(oracle, part)
         loss_of(wanted, pack["token_ids"]).backward()
         if parallel.is_last_stage():
             assert (outputs[index] - wanted).abs().max() <= MAX_LOGIT_DIFFERENCE, kinds[index]
@@ -168,7 +168,9 @@ def greedy(
 
 def oracle_greedy(oracle: Any, part: tiny_qwen.Sequence, num_tokens: int) -> list[int]:
     """Return transformers' greedy continuation of one sequence."""
-    inputs = tiny_qwen.oracle_inputs(part)
+    inputs = tiny_families.oracle_inputs(oracle, part)
+    if "position_ids" in inputs:
+        return _greedy_with_positions(oracle, inputs, part.next_position, num_tokens)
     special = list(range(tiny_qwen.IMAGE, tiny_qwen.VOCABULARY))
     output = oracle.generate(
         **inputs,
@@ -180,3 +182,18 @@ def oracle_greedy(oracle: Any, part: tiny_qwen.Sequence, num_tokens: int) -> lis
         suppress_tokens=special,
     )
     return output[0, len(part.token_ids) :].tolist()
+
+
+@torch.no_grad()
+def _greedy_with_positions(oracle: Any, inputs: dict[str, torch.Tensor], next_position: int, num_tokens: int) -> list[int]:
+    """Run the whole sequence anew for every token: `generate` continues only at positions that it computed itself."""
+    length = inputs["input_ids"].shape[1]
+    for step in range(num_tokens):
+        logits = oracle(**inputs, use_cache=False).logits[0, -1]
+        token = logits[: tiny_qwen.IMAGE].argmax().view(1, 1)
+        position = torch.full((3, 1, 1), next_position + step)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], token], 1)
+        inputs["position_ids"] = torch.cat([inputs["position_ids"], position], 2)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["mm_token_type_ids"] = F.pad(inputs["mm_token_type_ids"], (0, 1))
+    return inputs["input_ids"][0, length:].tolist()

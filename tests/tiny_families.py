@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import transformers
 
+from encoders.config import VideoLayout
 from tests import tiny_qwen
 
 TEXT = ("text",)
 ALL = tuple(tiny_qwen.SEQUENCES)
-KINDS = {"qwen3_5": ALL, "qwen3_5_text": TEXT, "qwen3_vl": ALL, "qwen3": TEXT, "llama": TEXT}
+KINDS = {"qwen3_5": ALL, "qwen3_5_text": TEXT, "qwen3_vl": ALL, "qwen2_5_vl": ALL, "qwen3": TEXT, "llama": TEXT}
 """Modalities of the families, by `model_type`."""
 MEDIA_TOKENS = {
     "image_token_id": tiny_qwen.IMAGE,
@@ -20,6 +21,16 @@ MEDIA_TOKENS = {
     "vision_start_token_id": tiny_qwen.VISION_START,
     "vision_end_token_id": tiny_qwen.VISION_END,
 }
+ONE_RUN = VideoLayout(timestamped=False, tokens_per_second=2.0, limits_per_frame=True)
+SECONDS_PER_PATCH = 1.25
+"""Times two tokens a second is no whole number: the time axis reads 0, 2, 5, 7."""
+ONE_RUN_SEQUENCES: dict[str, list[list[tiny_qwen.Part]]] = {
+    "text": tiny_qwen.SEQUENCES["text"],
+    "image": tiny_qwen.SEQUENCES["image"],
+    "video": [[3, ("video", (4, 6, 4)), 6], [1, ("video", (1, 2, 4)), 2, ("video", (3, 4, 6)), 4]],
+    "mixed": [[5, ("image", (1, 4, 6)), 3, ("video", (3, 6, 2)), 2], [40], [2, ("video", (2, 2, 2)), 1, ("image", (1, 2, 6)), 20]],
+}
+"""Where the tower has windows of 2 x 2 features: most of these grids are larger."""
 DENSE: dict[str, Any] = {
     "vocab_size": tiny_qwen.VOCABULARY,
     "hidden_size": 64,
@@ -77,9 +88,52 @@ def _qwen3_vl(tied: bool) -> Any:
     return transformers.Qwen3VLForConditionalGeneration(config)
 
 
-_BUILDERS = {"qwen3": _qwen3, "llama": _llama, "qwen3_vl": _qwen3_vl}
+def _qwen2_5_vl(tied: bool) -> Any:
+    # Windows of 16 x 16 pixels are 2 x 2 features; the middle block of the tower attends over whole frames.
+    windows = {"depth": 3, "window_size": 16, "fullatt_block_indexes": [1], "tokens_per_second": 2}
+    vision = {**tiny_qwen.vision_config(), **windows}
+    del vision["num_position_embeddings"]
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    text = {key: value for key, value in DENSE.items() if key != "head_dim"}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**text, "rope_parameters": rope, "tie_word_embeddings": tied},
+        vision_config=vision,
+        tie_word_embeddings=tied,
+        **MEDIA_TOKENS,
+    )
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+_BUILDERS = {"qwen3": _qwen3, "llama": _llama, "qwen3_vl": _qwen3_vl, "qwen2_5_vl": _qwen2_5_vl}
 
 
 def sequences(family: str, kind: str) -> list[tiny_qwen.Sequence]:
     """Return the sequences of one modality, laid out as the family wants its videos."""
-    return tiny_qwen.sequences(kind)
+    if family != "qwen2_5_vl":
+        return tiny_qwen.sequences(kind)
+    parts = enumerate(ONE_RUN_SEQUENCES[kind])
+    return [tiny_qwen.make_sequence(seed, part, ONE_RUN, SECONDS_PER_PATCH) for seed, part in parts]
+
+
+def saved_name(oracle: Any, name: str) -> str:
+    """Return the name that a parameter of transformers' model has in its weight file."""
+    if oracle.config.model_type != "qwen2_5_vl":
+        return name
+    # This family's files keep the names of before transformers 5.
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+def oracle_inputs(oracle: Any, part: tiny_qwen.Sequence) -> dict[str, torch.Tensor]:
+    """Return the arguments of transformers' model for one sequence.
+
+    It computes the positions itself, so that ours are checked too, but not after a video of Qwen2.5-VL: see `mrope_positions`.
+    """
+    inputs = tiny_qwen.oracle_inputs(part)
+    if oracle.config.model_type == "qwen2_5_vl" and "video" in part.kinds:
+        inputs["position_ids"] = part.positions[:, None]
+    return inputs
+
+
+def oracle_logits(oracle: Any, parts: list[tiny_qwen.Sequence]) -> torch.Tensor:
+    """Return transformers' logits of separate sequences, laid end to end: `[tokens, vocabulary]`."""
+    return torch.cat([oracle(**oracle_inputs(oracle, part)).logits[0] for part in parts])

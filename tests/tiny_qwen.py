@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import Qwen3_5Config, Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration, Qwen3_5TextConfig
 
+from encoders.config import TIMESTAMPED, VideoLayout
 from encoders.positions import mrope_positions
 
 IMAGE, VIDEO, VISION_START, VISION_END, VOCABULARY = 120, 121, 122, 123, 128
@@ -135,7 +136,10 @@ class Sequence:
     kinds: tuple[str, ...]
 
 
-def make_sequence(seed: int, parts: list[int | tuple[str, Grid]]) -> Sequence:
+Part = int | tuple[str, Grid]
+
+
+def make_sequence(seed: int, parts: list[Part], layout: VideoLayout = TIMESTAMPED, seconds_per_patch: float = 1.0) -> Sequence:
     """Return a sequence of text runs (a number of tokens) and media (`("image" | "video", grid)`)."""
     draw = np.random.default_rng(seed)
     ids: list[int] = []
@@ -148,17 +152,18 @@ def make_sequence(seed: int, parts: list[int | tuple[str, Grid]]) -> Sequence:
         kind, (t, h, w) = part
         grids.append((t, h, w))
         kinds.append(kind)
-        for _ in range(t if kind == "video" else 1):
+        num_runs = t if kind == "video" and layout.timestamped else 1
+        for _ in range(num_runs):
             ids += [*draw.integers(1, 110, 2).tolist(), VISION_START]
-            ids += [VIDEO if kind == "video" else IMAGE] * (h * w // MERGE**2)
+            ids += [VIDEO if kind == "video" else IMAGE] * (t * h * w // MERGE**2 // num_runs)
             ids.append(VISION_END)
-    positions, following = mrope_positions(np.array(ids), grids, IMAGE, VIDEO, MERGE)
+    positions, following = mrope_positions(np.array(ids), grids, IMAGE, VIDEO, MERGE, layout, [seconds_per_patch] * len(grids))
     count = sum(t * h * w for t, h, w in grids)
     patches = torch.from_numpy(draw.standard_normal((count, PATCH_ELEMENTS)).astype(np.float32))
     return Sequence(torch.tensor(ids), torch.from_numpy(positions), following, patches, tuple(grids), tuple(kinds))
 
 
-SEQUENCES: dict[str, list[list[int | tuple[str, Grid]]]] = {
+SEQUENCES: dict[str, list[list[Part]]] = {
     "text": [[9], [70], [3]],
     "image": [[4, ("image", (1, 4, 6)), 5], [2, ("image", (1, 2, 2)), 3, ("image", (1, 6, 4)), 2]],
     "video": [[3, ("video", (3, 4, 4)), 6], [1, ("video", (1, 2, 4)), 4]],

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_frame_size
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as reference_video_size
 
-from encoders.config import ProcessorConfig, read_processor_config
+from encoders.config import ProcessorConfig, VideoLayout, read_processor_config
 from encoders.processor import process_image, process_video, video_size
 
 CONFIG = ProcessorConfig(
@@ -26,6 +28,8 @@ CONFIG = ProcessorConfig(
     image_mean=(0.48145466, 0.4578275, 0.40821073),
     image_std=(0.26862954, 0.26130258, 0.27577711),
 )
+ONE_RUN = VideoLayout(timestamped=False, tokens_per_second=2.0, limits_per_frame=True)
+PER_FRAME = replace(CONFIG, patch_size=14, video_min_pixels=3136, video_max_pixels=20_000, video_limits_per_frame=True)
 
 
 def random_pixels(*shape: int) -> np.ndarray:
@@ -70,6 +74,44 @@ def test_video_patches_equal_transformers_on_frames_that_need_no_resizing() -> N
     assert result.grid == (t, h, w) == (3, 4, 6)
     assert np.array_equal(result.patches, expected[0].numpy())
     assert result.timestamps == (0.25, 1.25, 2.0)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+@pytest.mark.parametrize("size", [(64, 64), (17, 60), (300, 200), (9, 1000), (56, 84)])
+def test_frames_with_limits_of_their_own_are_sized_as_transformers_does(frames: int, size: tuple[int, int]) -> None:
+    # The video processor of transformers has the same function, which without torchvision cannot be imported from there.
+    expected = reference_frame_size(*size, factor=28, min_pixels=3136, max_pixels=20_000)
+    assert video_size(frames, *size, PER_FRAME) == expected
+
+
+@pytest.mark.parametrize("size", [(64, 96), (300, 200), (20, 33)])
+def test_frames_with_limits_of_their_own_are_the_patches_of_images(size: tuple[int, int]) -> None:
+    still, moved = random_pixels(*size), random_pixels(*size)[::-1].copy()
+    result = process_video(np.stack([still, still, moved, moved]), [0.0, 0.5, 1.0, 1.5], PER_FRAME)
+    oracle = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 3136, "longest_edge": 20_000}, image_mean=list(CONFIG.image_mean), image_std=list(CONFIG.image_std)
+    )([Image.fromarray(still), Image.fromarray(moved)], return_tensors="np")
+    # An image is a temporal patch of the same frame twice.
+    assert [[1, *result.grid[1:]]] * 2 == oracle["image_grid_thw"].tolist()
+    assert np.array_equal(result.patches, oracle["pixel_values"])
+
+
+def test_frames_may_share_a_number_of_pixels() -> None:
+    shared = replace(PER_FRAME, video_shared_pixels=200_000)
+    # 20 frames have 10,000 pixels each: 84 x 112 is the largest of that shape in 28s; 10 frames have what one frame may have.
+    assert video_size(20, 300, 400, shared) == (84, 112)
+    assert video_size(10, 300, 400, shared) == video_size(1, 300, 400, shared) == video_size(1, 300, 400, PER_FRAME)
+    # 200 frames would have 1,000 each, but none gets less than 1.05 x 3,136 pixels.
+    assert video_size(200, 300, 400, shared) == reference_frame_size(300, 400, 28, 3136, int(3136 * 1.05))
+
+
+def test_seconds_per_patch_come_from_the_rate_or_the_timestamps() -> None:
+    frames = random_pixels(5, 64, 64)
+    # A clip of 24 frames per second at 5: the timestamps fall on its frames, 0.2 s apart only on average.
+    timestamps = [0.083, 0.292, 0.5, 0.667, 0.875]
+    assert process_video(frames, timestamps, CONFIG, 0.2).seconds_per_patch == 0.4
+    assert process_video(frames, timestamps, CONFIG).seconds_per_patch == pytest.approx(2 * (0.875 - 0.083) / 4, abs=1e-9)
+    assert process_video(frames[:1], [0.5], CONFIG).seconds_per_patch == process_image(frames[0], CONFIG).seconds_per_patch == 0.0
 
 
 def test_one_frame_is_one_temporal_patch() -> None:
@@ -120,6 +162,37 @@ def test_reads_the_joint_file(tmp_path: Path) -> None:
         (tmp_path / name).unlink()
     (tmp_path / "processor_config.json").write_text(json.dumps(joint))
     assert read_processor_config(tmp_path) == expected
+
+
+def test_reads_a_folder_of_before_videos_had_a_file(tmp_path: Path) -> None:
+    published = {
+        "min_pixels": 3136,
+        "max_pixels": 12845056,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": list(CONFIG.image_mean),
+        "image_std": list(CONFIG.image_std),
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(published))
+    config = read_processor_config(tmp_path, ONE_RUN)
+    assert (config.merged_patch_pixels, config.image_mean, config.image_std) == (28, CONFIG.image_mean, CONFIG.image_std)
+    assert (config.video_min_pixels, config.video_max_pixels) == (3136, 12845056) == (config.image_min_pixels, config.image_max_pixels)
+    assert (config.video_limits_per_frame, config.video_shared_pixels) == (True, None)
+    # transformers reads the same, by a method that all its video processors share; this family's own needs torchvision.
+    assert Qwen3VLVideoProcessor.get_video_processor_dict(tmp_path)[0] == published
+    with pytest.raises(ValueError, match=r"got neither video_preprocessor_config\.json nor video_processor in processor_config\.json"):
+        read_processor_config(tmp_path)
+    own = published | {"max_pixels": 50_000, "cap_pixels_per_frame": True, "max_video_tokens": 1000}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"video_processor": own}))
+    config = read_processor_config(tmp_path, ONE_RUN)
+    # 900 of 1,000 tokens of 28 x 28 pixels and two frames
+    assert (config.image_max_pixels, config.video_max_pixels, config.video_shared_pixels) == (12845056, 50_000, 900 * 784 * 2)
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(own | {"max_video_tokens": 0}))
+    with pytest.raises(ValueError, match="wrong max_video_tokens, got 0"):
+        read_processor_config(tmp_path, ONE_RUN)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ VISION = {
     "num_position_embeddings": 36,
 }
 PATCH_ELEMENTS = 3 * 2 * 4 * 4
+# The same float32 sums in another grouping.
+MAX_BATCHING_DIFFERENCE = 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +145,8 @@ def test_tower_equals_transformers_and_stays_exact_in_bfloat16(oracle: Qwen3_5Fo
     grids = torch.tensor([[1, 4, 6], [3, 2, 4]])
     patches = torch.randn(48, PATCH_ELEMENTS)
     features = tower(patches, grids)
-    assert features.shape == (12, 64)
-    assert torch.equal(features, oracle.model.visual(patches, grid_thw=grids).pooler_output)
+    assert features.shape == (12, 1, 64)
+    assert torch.equal(features[:, 0], oracle.model.visual(patches, grid_thw=grids).pooler_output)
     before = tower.model.rotary_pos_emb.inv_freq.clone()
     tower.bfloat16()
     assert tower.model.rotary_pos_emb.inv_freq.dtype == torch.float32
@@ -152,6 +154,30 @@ def test_tower_equals_transformers_and_stays_exact_in_bfloat16(oracle: Qwen3_5Fo
     assert tower(patches, grids).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="patches do not fit the grids, got 47, expected 48"):
         tower(patches[:47], grids)
+
+
+def test_windows_stay_within_their_frame_and_medium() -> None:
+    # Windows of 2 x 2 features; all but the last grid are cut into several.
+    vision = {**VISION, "depth": 3, "window_size": 16, "fullatt_block_indexes": [1]}
+    del vision["num_position_embeddings"]
+    torch.manual_seed(0)
+    tower = VisionTower("qwen2_5_vl", vision)
+    grids = torch.tensor([[1, 4, 6], [3, 6, 4], [2, 2, 10], [1, 6, 6], [2, 4, 4]])
+    patches = torch.randn(int(grids.prod(1).sum()), PATCH_ELEMENTS)
+    together = tower(patches, grids)
+    parts = patches.split(grids.prod(1).tolist())
+    alone = [tower(part, grid[None]) for part, grid in zip(parts, grids, strict=True)]
+    assert (together - torch.cat(alone)).abs().max() <= MAX_BATCHING_DIFFERENCE
+    # A frame is not seen from another one of its video, but from elsewhere in itself.
+    changed = parts[1].clone()
+    changed[:4] += 1
+    difference = (tower(changed, grids[1:2]) - alone[1]).abs().amax((1, 2))
+    assert (difference[:6] > 1e-4).all()
+    assert not difference[6:].any()
+    # Without the block of whole frames a feature is seen from its window only: of 3 x 2 features the first two rows.
+    tower.model.fullatt_block_indexes = []
+    seen = (tower(changed, grids[1:2]) - tower(parts[1], grids[1:2])).abs().amax((1, 2)) > 0
+    assert seen[:6].tolist() == [True] * 4 + [False] * 2
 
 
 def test_media_are_assigned_evenly_once() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
+from encoders.config import TIMESTAMPED, VideoLayout
 from tests import network_checks, tiny_families, tiny_qwen
 from tests.network_checks import check_training
 from zppo_mm.config import ModelConfig, ParallelConfig
@@ -18,6 +21,9 @@ from zppo_mm.errors import ConfigError, ModelError
 from zppo_mm.models import parallel
 from zppo_mm.models.architecture import check_layout, load_architecture, parse_architecture
 from zppo_mm.models.export import export_hf_weights
+from zppo_mm.models.families.table import FAMILIES as FAMILY_TABLE
+from zppo_mm.models.initial_weights import initialize_weights
+from zppo_mm.models.provider import build_model
 from zppo_mm.models.specs import check_recipe
 
 # Qwen3.5 has tests of its own in test_models_parity.
@@ -115,6 +121,13 @@ def test_weights_come_back_bit_for_bit(models: dict[str, tuple[Path, Any]], fami
             ["linear_attention"] * 4,
             "unknown kind, got .'linear_attention'., expected full",
         ),
+        ("qwen2_5_vl", "text_config.use_sliding_window", True, "use_sliding_window is not supported, got True, expected False"),
+        (
+            "qwen2_5_vl",
+            "text_config.rope_parameters",
+            {"rope_type": "yarn", "rope_theta": 1.0},
+            "got 'yarn', expected",
+        ),
     ],
 )
 def test_settings_that_would_change_the_network_are_refused(
@@ -157,3 +170,105 @@ def test_an_fp8_recipe_needs_its_gpu() -> None:
         check_recipe(ModelConfig(fp8="hybrid", fp8_recipe="mxfp8"), (9, 0))
     with pytest.raises(ConfigError, match=r"leave model\.fp8 empty"):
         check_recipe(ModelConfig(fp8="hybrid"), (8, 0))
+
+
+# As in the config.json files of Qwen2.5-VL-3B-Instruct and -7B-Instruct: flat, rotary settings of before transformers 5.
+QWEN2_5_VL: dict[str, Any] = {
+    "model_type": "qwen2_5_vl",
+    "hidden_act": "silu",
+    "image_token_id": 151655,
+    "max_position_embeddings": 128000,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "use_sliding_window": False,
+    "video_token_id": 151656,
+    "vision_end_token_id": 151653,
+    "vision_start_token_id": 151652,
+    "vision_config": {
+        "depth": 32,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "hidden_act": "silu",
+        "hidden_size": 1280,
+        "in_chans": 3,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "temporal_patch_size": 2,
+        "tokens_per_second": 2,
+        "window_size": 112,
+    },
+}
+QWEN2_5_VL_SIZES: dict[str, dict[str, Any]] = {
+    "3B": {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "vocab_size": 151936,
+    },
+    "7B": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+        "vocab_size": 152064,
+    },
+}
+
+
+@pytest.mark.parametrize("size", QWEN2_5_VL_SIZES)
+def test_published_configs_of_qwen2_5_vl_read(size: str) -> None:
+    sizes = QWEN2_5_VL_SIZES[size]
+    architecture = parse_architecture({**QWEN2_5_VL, **sizes})
+    assert (architecture.language_prefix, architecture.vision_prefix) == ("model.", "visual.")
+    assert (architecture.hidden_size, architecture.ffn_hidden_size) == (sizes["hidden_size"], sizes["intermediate_size"])
+    assert architecture.layer_types == ("full_attention",) * sizes["num_hidden_layers"]
+    assert (architecture.num_attention_heads, architecture.num_query_groups) == (sizes["num_attention_heads"], sizes["num_key_value_heads"])
+    assert (architecture.head_dim, architecture.rotary_dim, architecture.rotary_base) == (128, 128, 1e6)
+    assert (architecture.mrope_section, architecture.mrope_interleaved) == ((16, 24, 24), False)
+    assert (architecture.qkv_bias, architecture.qk_norm, architecture.output_gate) == (True, False, False)
+    assert architecture.tie_word_embeddings is sizes["tie_word_embeddings"]
+    assert architecture.vocab_size == sizes["vocab_size"]
+    assert (architecture.image_token_id, architecture.vision_end_token_id, architecture.spatial_merge_size) == (151655, 151653, 2)
+    assert architecture.video_layout == VideoLayout(timestamped=False, tokens_per_second=2.0, limits_per_frame=True)
+
+
+def test_one_family_shows_a_video_in_one_run(models: dict[str, tuple[Path, Any]]) -> None:
+    # Prompts take the layout from the table, without an architecture.
+    table = {name: family.video_layout({"vision_config": {"tokens_per_second": 4}}) for name, family in FAMILY_TABLE.items()}
+    built = {family: load_architecture(models[family][0]).video_layout for family in FAMILIES}
+    for layouts in (table, built):
+        assert [name for name, layout in layouts.items() if layout != TIMESTAMPED] == ["qwen2_5_vl"]
+    assert (table["qwen2_5_vl"].tokens_per_second, built["qwen2_5_vl"].tokens_per_second) == (4.0, 2.0)
+
+
+def test_an_inner_language_part_may_say_that_the_output_layer_is_the_embedding() -> None:
+    inner = {key: value for key, value in {**QWEN2_5_VL, **QWEN2_5_VL_SIZES["3B"]}.items() if not key.endswith("_id")}
+    outer = {key: QWEN2_5_VL[key] for key in QWEN2_5_VL if key.endswith("_id") or key in ("model_type", "vision_config")}
+    for raw, tied in (
+        ({**outer, "text_config": inner}, True),
+        ({**outer, "text_config": inner, "tie_word_embeddings": False}, True),
+        ({**outer, "text_config": {**inner, "tie_word_embeddings": False}}, False),
+    ):
+        assert parse_architecture(raw).tie_word_embeddings is tied
+        assert transformers.Qwen2_5_VLConfig(**deepcopy(raw)).tie_word_embeddings is tied
+
+
+def test_a_text_batch_reaches_a_tower_whose_config_leaves_out_the_usual(models: dict[str, tuple[Path, Any]]) -> None:
+    raw = json.loads((models["qwen2_5_vl"][0] / "config.json").read_text())
+    for key in ("patch_size", "temporal_patch_size", "in_channels"):
+        del raw["vision_config"][key]
+    raw["vision_config"]["window_size"] = 56
+    network = build_model(parse_architecture(raw), ModelConfig(), ParallelConfig())
+    assert network.vision.model.patch_embed.proj.weight.shape[1:] == (3, 2, 14, 14)
+    initialize_weights(network, 0)
+    network(**tiny_qwen.pack(tiny_qwen.sequences("text"))).sum().backward()
+    assert all(parameter.grad is not None for parameter in network.vision.parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
@@ -178,8 +178,9 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
     def _idle_features(self, tower: VisionTower, weight: torch.Tensor) -> torch.Tensor:
         """Return the features of one blank block of patches."""
         size = self.architecture.spatial_merge_size
-        elements = self.architecture.vision or {}
-        width = elements.get("in_channels", 3) * elements.get("temporal_patch_size", 2) * elements.get("patch_size", 16) ** 2
+        # config.json may leave out what its family takes for granted; the tower was told everything.
+        vision = cast(Any, tower.model.config)
+        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         blank = weight.new_zeros((size * size, width))
         return cast(torch.Tensor, tower(blank, torch.tensor([[1, size, size]], device=weight.device)))
 

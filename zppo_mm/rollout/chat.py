@@ -13,7 +13,9 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from data.question import MediaKind
+from encoders.config import TIMESTAMPED, VideoLayout
 from zppo_mm.errors import ConfigError
+from zppo_mm.models.families.table import FAMILIES
 
 NO_TOKEN = -1
 """Stands for a token that the model does not have; no token has this id."""
@@ -41,23 +43,25 @@ class ChatFormat:
         template_kwargs: Passed to the chat template.
 
     Raises:
-        ConfigError: No chat template, no stop token, or media tokens that the tokenizer does not know.
+        ConfigError: No chat template, no stop token, media tokens that the tokenizer does not know, or a family that is not known.
     """
 
     def __init__(self, hf_dir: str | Path, template_kwargs: Mapping[str, object] | None = None) -> None:
         self._folder = Path(hf_dir)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(str(hf_dir))
         self._template_kwargs = dict(template_kwargs or {})
+        config = _read_json(self._folder / "config.json")
+        self.takes_media = "vision_config" in config
+        self._use_media_template()
         if not self._tokenizer.chat_template:
             raise ConfigError(
                 f"{hf_dir}: no chat template, got none, expected chat_template.jinja or an entry in tokenizer_config.json; add it"
             )
-        config = _read_json(self._folder / "config.json")
-        self.takes_media = "vision_config" in config
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         tokens = [self._media_token(config, name) if self.takes_media else NO_TOKEN for name in names]
         self.image_token_id, self.video_token_id, self.vision_start_id, self.vision_end_id = tokens
         self.media_kinds: dict[Piece, MediaKind] = {self.image_token_id: "image", self.video_token_id: "video"} if self.takes_media else {}
+        self.video_layout = self._find_video_layout(config) if self.takes_media else TIMESTAMPED
         self._special_ids = self._find_special_ids(tokens)
         self._pattern = _any_of(self._special_ids)
         self._literal_pattern = _any_of([*self._special_ids, MARK_OPEN, MARK_CLOSE])
@@ -137,6 +141,26 @@ class ChatFormat:
         ids = self._tokenizer.encode(broken, add_special_tokens=False, split_special_tokens=True)
         assert not forbidden.intersection(ids), "a broken literal is no special token"
         return ids
+
+    def _use_media_template(self) -> None:
+        """Take the template that folders of transformers 4 keep for media apart from the tokenizer's, which may know text only."""
+        path = self._folder / "chat_template.json"
+        if self.takes_media and path.is_file() and not path.with_suffix(".jinja").is_file():
+            self._tokenizer.chat_template = _read_json(path).get("chat_template")
+
+    def _find_video_layout(self, config: Mapping[str, Any]) -> VideoLayout:
+        family = FAMILIES.get(config.get("model_type", ""))
+        if family is None:
+            raise ConfigError(
+                f"{self._folder}/config.json: model_type is not supported, got {config.get('model_type')!r}, expected one of "
+                f"{', '.join(FAMILIES)}; use a folder of one of these families"
+            )
+        try:
+            return family.video_layout(config)
+        except KeyError as error:
+            raise ConfigError(
+                f"{self._folder}/config.json: the key {error} is missing, expected a complete {family.title} config; download it again"
+            ) from error
 
     def _media_token(self, config: Mapping[str, Any], name: str) -> int:
         token = config.get(name)

@@ -49,7 +49,7 @@ class PromptEncoder:
         max_cached_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         self.chat = ChatFormat(hf_dir, chat_template_kwargs)
-        self._processor = read_processor_config(hf_dir) if self.chat.takes_media else None
+        self._processor = read_processor_config(hf_dir, self.chat.video_layout) if self.chat.takes_media else None
         self._open = media
         self._cache: OrderedDict[tuple[MediaRef, ...], tuple[VisionInput, ...]] = OrderedDict()
         self._max_cached_bytes = max_cached_bytes
@@ -84,7 +84,9 @@ class PromptEncoder:
         token_ids = np.array(self.chat.tokenize(self._expand(rendered.pieces, vision)), dtype=np.int64)
         grids = tuple(item.grid for item in vision)
         merge_size = self._processor.merge_size if self._processor else 1
-        positions, next_position = mrope_positions(token_ids, grids, self.chat.image_token_id, self.chat.video_token_id, merge_size)
+        placeholders = (self.chat.image_token_id, self.chat.video_token_id)
+        seconds = [item.seconds_per_patch for item in vision]
+        positions, next_position = mrope_positions(token_ids, grids, *placeholders, merge_size, self.chat.video_layout, seconds)
         self._check_counts(token_ids, vision, question)
         return Prompt(rendered.text, token_ids, positions, next_position, grids), vision
 
@@ -127,14 +129,14 @@ class PromptEncoder:
         try:
             if reference.kind == "image":
                 return process_image(frames.pixels[0], self._processor)
-            return process_video(frames.pixels, frames.timestamps, self._processor)
+            return process_video(frames.pixels, frames.timestamps, self._processor, frames.seconds_per_frame)
         except ValueError as error:
             raise PromptError("unusable_media", f"{where}: {error}") from error
 
     def _expand(self, pieces: Sequence[Piece], vision: Sequence[VisionInput]) -> list[Piece]:
-        """Repeat each placeholder once per feature; a video becomes one timestamped block per temporal patch.
+        """Repeat each placeholder once per feature; where the family wants timestamps, a video becomes one block per temporal patch.
 
-        The template shows a video as start, placeholder, end: start and end go around every block instead.
+        The template shows a video as start, placeholder, end: start and end go around every such block instead.
         """
         if self._processor is None or not vision:
             return list(pieces)
@@ -152,7 +154,7 @@ class PromptEncoder:
             item = next(remaining)
             t, h, w = item.grid
             num_features = h * w // self._processor.merge_size**2
-            if kind == "image":
+            if kind == "image" or not chat.video_layout.timestamped:
                 expanded.extend([piece] * (t * num_features))
                 continue
             if expanded and expanded[-1] == chat.vision_start_id:

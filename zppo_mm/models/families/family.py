@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from encoders.config import TIMESTAMPED, VideoLayout
 from zppo_mm.errors import ModelError
 
 LayerType = Literal["linear_attention", "full_attention"]
@@ -35,6 +36,7 @@ class Architecture:
         tie_word_embeddings: Whether the output layer is the embedding.
         image_token_id: Placeholder of image features; -1 in a text-only network, as are the next three.
         num_deepstack: How many first layers get further features of the media added to their output.
+        video_layout: How videos are shown in the prompt.
         raw: The whole config.json.
         text: The text part of it.
         vision: The `vision_config` part, `None` in a text-only network.
@@ -74,6 +76,7 @@ class Architecture:
     vision_end_token_id: int
     spatial_merge_size: int
     num_deepstack: int = 0
+    video_layout: VideoLayout = TIMESTAMPED
     raw: dict[str, Any]
     text: dict[str, Any]
     vision: dict[str, Any] | None
@@ -91,6 +94,11 @@ class Architecture:
         return "linear_attention" in self.layer_types
 
 
+def timestamped_videos(raw: Mapping[str, Any]) -> VideoLayout:
+    """Return the layout of families that write the time before every temporal patch, whatever config.json says."""
+    return TIMESTAMPED
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """How one family reads.
@@ -99,10 +107,13 @@ class Family:
         title: Its name in messages.
         read: Makes the architecture from the whole config.json; raises KeyError for a key that is missing. The second argument names
             the file in messages.
+        video_layout: Makes the layout of videos from the whole config.json; raises KeyError for a key that is missing. Prompts are made
+            without the architecture.
     """
 
     title: str
     read: Callable[[dict[str, Any], str], Architecture]
+    video_layout: Callable[[Mapping[str, Any]], VideoLayout] = timestamped_videos
 
 
 def text_part(raw: dict[str, Any]) -> dict[str, Any]:
