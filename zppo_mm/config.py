@@ -265,7 +265,7 @@ class ParityConfig:
     """Comparison of sampling, training and the source checkpoint before the first update."""
 
     mode: str = "stop"
-    """What a disagreement does: `stop` ends the run, `warn` logs it and goes on, `off` compares nothing."""
+    """What a disagreement does: `stop` ends the run, `warn` logs it and goes on; `none` compares nothing."""
     num_questions: int = 3
     """Questions of each modality in the data (text, image, video, mixed) that are asked."""
     max_response_tokens: int = 24

@@ -32,7 +32,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "teacher.fp8": ("", "e4m3", "hybrid"),
     "teacher.compressor": ("rule", "teacher"),
     "algorithm.advantage_normalization": ("none", "nonzero", "all"),
-    "parity.mode": ("stop", "warn", "off"),
+    "parity.mode": ("stop", "warn", "none"),  # not `off`, which YAML reads as false
     "train.share_prompts": ("auto", "always", "never"),
 }
 """Strings that a key may have."""

@@ -146,8 +146,8 @@ def test_a_weight_that_is_not_the_folders_is_found(run: Run, tmp_path: Path, cap
         assert record(tmp_path / "later")["not_compared"].startswith("the run goes on from a checkpoint")
         check_parity(with_options(run, mode="warn"), tmp_path / "warned", 0)
         assert "the training forward pass disagree" in caplog.text
-        check_parity(with_options(run, mode="off"), tmp_path / "off", 0)
-        assert not (tmp_path / "off").exists()
+        check_parity(with_options(run, mode="none"), tmp_path / "none", 0)
+        assert not (tmp_path / "none").exists()
     finally:
         weight.data.copy_(kept)
 

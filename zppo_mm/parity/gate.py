@@ -59,7 +59,7 @@ def check_parity(run: Run, folder: Path, step: int) -> None:
         ParityError: Something disagrees, and `parity.mode` is `stop`; the same on every rank.
     """
     config = run.stages.config.parity
-    if config.mode == "off":
+    if config.mode == "none":
         return
     started = time.perf_counter()
     with _random_states_kept():
