@@ -98,9 +98,22 @@ class MediaOpener:
             MediaError: As `open`, besides `missing`; the message names the file.
             DataError: The shard is missing or was changed, or the video decoder is not installed.
         """
+        content = self.read_ref(ref, reader)
+        try:
+            return self.open(content, ref.kind)
+        except MediaError as error:
+            raise MediaError(error.reason, f"{ref.shard}:{ref.key}.{ref.extension}: {error}") from error
+
+    def read_ref(self, ref: MediaRef, reader: ShardReader) -> bytes:
+        """Return a file named by reference as it is; a file too large is refused before it is read.
+
+        Raises:
+            MediaError: The file is missing or too large; the message names it.
+            DataError: The shard is missing or was changed.
+        """
         try:
             self._check_bytes(ref.kind, reader.media_size(ref))
-            return self.open(reader.media_bytes(ref), ref.kind)
+            return reader.media_bytes(ref)
         except SampleError as error:
             raise MediaError("missing", str(error)) from error
         except MediaError as error:

@@ -32,8 +32,12 @@ from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.step import Stages
 from zppo_mm.teacher.compress import RuleCompressor, TeacherCompressor, load_compression_template
+from zppo_mm.teacher.connect import open_pool
+from zppo_mm.teacher.endpoint_pool import EndpointPool
+from zppo_mm.teacher.media_parts import MessageWriter
 from zppo_mm.teacher.megatron_teacher import MegatronTeacher
-from zppo_mm.teacher.teacher import Compressor
+from zppo_mm.teacher.served_teacher import ServedTeacher
+from zppo_mm.teacher.teacher import Compressor, Teacher
 from zppo_mm.training.learner import Learner
 from zppo_mm.training.objective import PolicyObjective
 from zppo_mm.training.policy import Policy
@@ -65,6 +69,10 @@ class MediaStore:
         """Return the sampled frames of a media file."""
         return self._opener.open_ref(ref, self._reader)
 
+    def read(self, ref: MediaRef) -> bytes:
+        """Return a media file as it is, within the size limit."""
+        return self._opener.read_ref(ref, self._reader)
+
     def close(self) -> None:
         """End the decoding workers and close the shards."""
         self._opener.close()
@@ -83,6 +91,7 @@ class Run:
         media: Opens and decodes media.
         verifier: Grades.
         encoders: Of the student and then the teacher; they keep opened media.
+        pool: The teacher's servers, if it is served.
         counted: Losses that `take_losses` has handed out, by metric.
     """
 
@@ -93,6 +102,7 @@ class Run:
     media: MediaStore
     verifier: Verifier
     encoders: list[PromptEncoder]
+    pool: EndpointPool | None = None
     counted: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -111,9 +121,11 @@ class Run:
         return self.stages.learner.policy
 
     def take_losses(self) -> StepMetrics:
-        """Return what grading lost on this rank since the last call."""
+        """Return what grading lost and what went to and fro with servers on this rank since the last call."""
         metrics = StepMetrics()
-        for name, count in (("reward/timeouts", self.verifier.num_timeouts), ("reward/errors", self.verifier.num_errors)):
+        served = {f"teacher/{name}": count for name, count in (self.pool.counts if self.pool is not None else {}).items()}
+        grading = {"reward/timeouts": self.verifier.num_timeouts, "reward/errors": self.verifier.num_errors}
+        for name, count in {**grading, **served}.items():
             metrics.add(name, Sum(count - self.counted.get(name, 0)))
             self.counted[name] = count
         return metrics
@@ -130,7 +142,9 @@ class Run:
             trim(0)
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes and the connections."""
+        if self.pool is not None:
+            self.pool.close()
         self.media.close()
         self.verifier.close()
 
@@ -143,6 +157,7 @@ class _Shared:
     media: MediaStore
     verifier: Verifier
     exchange: ParallelExchange
+    pool: EndpointPool | None
     encoders: list[PromptEncoder] = field(default_factory=list)
 
     def encoder(self, folder: Path) -> PromptEncoder:
@@ -169,7 +184,8 @@ def build_run(config: RunConfig) -> Run:
     """
     media = MediaStore(config.data)
     verifier = Verifier(config.reward.timeout_seconds, config.reward.num_workers)
-    shared = _Shared(config, media, verifier, ParallelExchange())
+    exchange = ParallelExchange()
+    shared = _Shared(config, media, verifier, exchange, open_pool(config.teacher, exchange))
     encoder = shared.encoder(student_folder(config))
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     student = _load_model(config.model, config.parallel, student_folder(config), trainable=True)
@@ -177,7 +193,7 @@ def build_run(config: RunConfig) -> Run:
     objective = PolicyObjective(config.algorithm, config.rollout.temperature, parallel.tensor_group())
     policy = Policy(student, config.train, config.parallel, objective)
     log_part_sizes(student)
-    teacher = _build_teacher(shared, templates)
+    teacher = _build_teacher(shared, templates, encoder)
     stream = build_stream(config, SampleHealth(config.data.max_bad_share, config.data.strict))
     stages = Stages(
         config=config,
@@ -197,7 +213,8 @@ def build_run(config: RunConfig) -> Run:
         reformulator=Reformulator(templates, config.zone, config.seed, _build_compressor(config, encoder, teacher)),
         learner=Learner(policy, encoder, config.train, config.seed),
     )
-    return Run(stages, stream, _held_out(config, verifier), _evaluation_sampling(config, encoder), media, verifier, shared.encoders)
+    held_out, answered = _held_out(config, verifier), _evaluation_sampling(config, encoder)
+    return Run(stages, stream, held_out, answered, media, verifier, shared.encoders, shared.pool)
 
 
 def _load_model(options: ModelConfig, layout: ParallelConfig, folder: Path, trainable: bool) -> VisionLanguageModel:
@@ -206,12 +223,23 @@ def _load_model(options: ModelConfig, layout: ParallelConfig, folder: Path, trai
     return model
 
 
-def _build_teacher(shared: _Shared, templates: PromptTemplates) -> MegatronTeacher | None:
-    """Load the teacher unless nothing in this configuration would ask it."""
+def _build_teacher(shared: _Shared, templates: PromptTemplates, student: PromptEncoder) -> Teacher | None:
+    """Load the teacher, or point to its servers, unless nothing in this configuration would ask it."""
     config = shared.config
     rewrites = config.teacher.compressor == "teacher" and (config.zone.bcq or config.zone.ncq)
     if not (config.zone.bcq or rewrites):
         return None
+    if shared.pool is not None:
+        return ServedTeacher(
+            shared.pool,
+            config.teacher,
+            shared.exchange,
+            shared.verifier,
+            MessageWriter(config.teacher, shared.media.open, shared.media.read),
+            plain_text=templates.plain_text,
+            tokenize=lambda text: student.chat.tokenize([text]),
+            seed=config.seed,
+        )
     folder = Path(config.teacher.model) if config.teacher.model else TEACHER_DIR
     encoder = shared.encoder(folder)
     sampling = SamplingParams(
@@ -231,7 +259,7 @@ def _build_teacher(shared: _Shared, templates: PromptTemplates) -> MegatronTeach
     return MegatronTeacher(shared.sampler(model, encoder), sampling, config.teacher.num_rollouts, templates.plain_text)
 
 
-def _build_compressor(config: RunConfig, encoder: PromptEncoder, teacher: MegatronTeacher | None) -> Compressor:
+def _build_compressor(config: RunConfig, encoder: PromptEncoder, teacher: Teacher | None) -> Compressor:
     """Candidates are counted in the student's tokens: the student reads them."""
     rule = RuleCompressor(encoder.chat.count_tokens, config.teacher.compression_max_tokens, config.teacher.compression_max_lines)
     if config.teacher.compressor == "rule" or teacher is None:

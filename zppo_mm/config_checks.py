@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from zppo_mm.config import LORA_TARGETS, RunConfig
 from zppo_mm.errors import ConfigError
@@ -31,6 +32,9 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "teacher.params_dtype": ("", "auto", "float32", "bfloat16"),
     "teacher.fp8": ("", "e4m3", "hybrid"),
     "teacher.compressor": ("rule", "teacher"),
+    "teacher.on_failure": ("wait", "ncq_only", "stop"),
+    "teacher.video": ("frames", "file"),
+    "teacher.media_format": ("png", "jpeg"),
     "algorithm.advantage_normalization": ("none", "nonzero", "all"),
     "parity.mode": ("stop", "warn", "none"),  # not `off`, which YAML reads as false
     "train.share_prompts": ("auto", "always", "never"),
@@ -66,6 +70,13 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "teacher.num_rollouts": _FROM_ONE,
     "teacher.temperature": _FROM_ZERO,
     "teacher.max_response_tokens": _FROM_ONE,
+    "teacher.max_concurrency": _FROM_ONE,
+    "teacher.connect_timeout_seconds": _ABOVE_ZERO,
+    "teacher.read_timeout_seconds": _ABOVE_ZERO,
+    "teacher.request_timeout_seconds": _ABOVE_ZERO,
+    "teacher.num_retries": _FROM_ZERO,
+    "teacher.backoff_seconds": _FROM_ZERO,
+    "teacher.max_wait_seconds": _ABOVE_ZERO,
     "teacher.compression_max_tokens": _FROM_ONE,
     "teacher.compression_max_lines": _FROM_ONE,
     "zone.tau": _SHARE,
@@ -129,6 +140,7 @@ def check_config(config: RunConfig) -> None:
     _check_sources(config)
     _check_relations(config)
     _check_lora(config)
+    _check_endpoints(config)
 
 
 def _value(config: RunConfig, key: str) -> Any:
@@ -206,3 +218,30 @@ def _check_lora(config: RunConfig) -> None:
     both = [part for part in lora.also_train if part in config.train.freeze]
     if both:
         raise ConfigError(f"lora.also_train: {both[0]} is in train.freeze too, expected it in one of them; remove it from the other")
+
+
+def _check_endpoints(config: RunConfig) -> None:
+    """Check the servers' addresses; what they hold is never repeated, because it may be a key."""
+    teacher = config.teacher
+    for index, url in enumerate(teacher.endpoints):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(
+                f"teacher.endpoints[{index}]: not an address, got {parts.scheme or 'no scheme'!r} and host {parts.hostname or 'none'!r}, "
+                "expected a base URL such as http://host:8000/v1; correct it"
+            )
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ConfigError(
+                f"teacher.endpoints[{index}]: holds more than an address, got a name, a password or a query for host {parts.hostname!r}, "
+                "expected scheme, host and path alone; give the key by the environment variable that teacher.api_key_env names"
+            )
+    if len(set(teacher.endpoints)) < len(teacher.endpoints):
+        raise ConfigError("teacher.endpoints: an address stands there twice, expected each once; raise teacher.max_concurrency instead")
+    if teacher.endpoints and not teacher.model:
+        raise ConfigError(
+            "teacher.model: missing, got endpoints without a model, expected the name under which they serve it (GET /v1/models); give it"
+        )
+    if teacher.api_key_env and not teacher.api_key_env.isidentifier():
+        raise ConfigError(
+            "teacher.api_key_env: not a name, expected the name of an environment variable, never the key itself; put the key there"
+        )

@@ -14,7 +14,7 @@ from data.question import Question, check_same_question
 from zppo_mm.algorithms.advantages import group_advantages
 from zppo_mm.config import RunConfig
 from zppo_mm.experience import FloatArray, Group, GroupKind, PromptInstance
-from zppo_mm.observability.metrics import Mean, StepMetrics, Sum
+from zppo_mm.observability.metrics import Max, Mean, StepMetrics, Sum
 from zppo_mm.observability.rollout_metrics import buffer_metrics, group_metrics, teacher_metrics
 from zppo_mm.randomness import generator
 from zppo_mm.rollout.engine import SamplingParams
@@ -154,7 +154,9 @@ def _ask_teacher(stages: Stages, hard: Sequence[Group], step: int, metrics: Step
     if stages.teacher is None or not hard:
         return {}
     questions = list({group.question.id: group.question for group in hard}.values())
-    rollouts = stages.teacher.answer(questions, step)
+    asked = stages.teacher.ask(questions, step)
+    rollouts = asked.wait()
+    metrics.add("teacher/answer_seconds", Max(asked.seconds))
     metrics.merge(teacher_metrics([answers for answers in rollouts if answers]))
     metrics.add("teacher/failed_questions", Sum(sum(not answers for answers in rollouts)))
     return {question.id: answers for question, answers in zip(questions, rollouts, strict=True)}

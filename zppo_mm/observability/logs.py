@@ -50,3 +50,5 @@ def configure_logging(run_folder: Path | None, rank: int) -> None:
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=handlers, force=True)
     # megatron-core lists every parameter and option at the information level.
     logging.getLogger("megatron").setLevel(logging.WARNING)
+    # The HTTP client writes a line per request.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)

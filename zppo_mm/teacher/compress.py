@@ -28,8 +28,8 @@ _DROPPED = re.compile(r"</?think>|<\|[^<>|\s]*\|>")
 _CLOSING = re.compile(r"\s*\}[ }]*(\${1,2}|\\\)|\\\])")
 _THINK_END = "</think>"
 
-Generate = Callable[[Sequence[str], int, int], list[str]]
-"""From user prompts, the step and the number of the attempt (for the random stream) to one greedy or sampled response each."""
+Generate = Callable[[Sequence[str], int, int], Sequence[str | None]]
+"""From user prompts, the step and the number of the attempt (for the random stream) to one response each; `None` where none was had."""
 
 
 class RuleCompressor:
@@ -89,7 +89,8 @@ class RuleCompressor:
 class TeacherCompressor:
     """Lets the teacher rewrite responses and refuses rewrites that change the final answer. Implements `Compressor`.
 
-    A refused rewrite is asked for once more; then the response is cut by rule. A faithful rewrite over the caps is cut as well.
+    A refused rewrite is asked for once more; then the response is cut by rule, as it is when the teacher does not answer. A faithful
+    rewrite over the caps is cut as well.
 
     Args:
         generate: The teacher as a function of user texts.
@@ -112,6 +113,8 @@ class TeacherCompressor:
                 break
             texts = self.generate([self._prompt(traces[index]) for index in open_traces], step, attempt)
             for index, text in zip(open_traces, texts, strict=True):
+                if text is None:
+                    continue
                 rewrite = text.rpartition(_THINK_END)[2].strip()
                 if _keeps_answer(rewrite, traces[index].answer):
                     rewritten[index] = self.rule.cut(rewrite, last_boxed(rewrite))

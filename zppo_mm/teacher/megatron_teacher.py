@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from data.question import Question
 from zppo_mm.experience import PromptInstance, Rollout
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.sampler import GroupSampler
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyAnswers:
+    """Answers that were sampled when they were asked for. Implements `Answers`."""
+
+    rollouts: list[tuple[Rollout, ...]]
+    seconds: float
+    is_pending: bool = False
+
+    def wait(self) -> list[tuple[Rollout, ...]]:
+        """Return the answers."""
+        return self.rollouts
 
 
 class MegatronTeacher:
@@ -33,16 +48,18 @@ class MegatronTeacher:
         self._num_rollouts = num_rollouts
         self._plain_text = plain_text
 
-    def answer(self, questions: Sequence[Question], step: int) -> list[tuple[Rollout, ...]]:
-        """Return fresh, verified rollouts per question, in order; empty for a question that could not be asked."""
+    def ask(self, questions: Sequence[Question], step: int) -> ReadyAnswers:
+        """Sample fresh, verified rollouts per question at once: the student's ranks are the teacher's."""
+        started = time.perf_counter()
         instances = [
             PromptInstance(uid=f"{step}/teacher/{question.id}", question=question, kind="new", text=self._plain_text(question))
             for question in questions
         ]
         groups = self._sampler.sample(instances, self._sampling, self._num_rollouts, step)
         by_question = {group.question.id: group.rollouts for group in groups}
-        return [by_question.get(question.id, ()) for question in questions]
+        rollouts = [by_question.get(question.id, ()) for question in questions]
+        return ReadyAnswers(rollouts, time.perf_counter() - started)
 
-    def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> list[str]:
+    def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> Sequence[str | None]:
         """Return one response per user text, for the compressor; another attempt draws anew."""
         return self._sampler.respond(texts, self._sampling, f"{step}/rewrite/{attempt}")

@@ -1,4 +1,4 @@
-"""What a teacher promises: an in-process model today, a served one later."""
+"""What a teacher promises, be it a model in this process or one behind a server."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from data.question import Question
+from zppo_mm.errors import ZppoError
 from zppo_mm.experience import Rollout
+
+
+class TeacherLostError(ZppoError):
+    """The teacher does not answer, and the configuration says not to go on without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +39,37 @@ class CompressedTrace:
     rejects: int
 
 
-class Teacher(Protocol):
-    """Answers hard questions and compresses responses. Every rank calls with the same arguments and gets the same results."""
+class Answers(Protocol):
+    """Answers that were asked for. Every rank holds one and calls it alike."""
 
-    def answer(self, questions: Sequence[Question], step: int) -> list[tuple[Rollout, ...]]:
-        """Return fresh, verified rollouts per question, drawn from the original question."""
+    @property
+    def is_pending(self) -> bool:
+        """Whether they come while this process does something else; the same on every rank and as long as the object lives."""
+        ...
+
+    @property
+    def seconds(self) -> float:
+        """From asking to the last answer; known after `wait`."""
+        ...
+
+    def wait(self) -> list[tuple[Rollout, ...]]:
+        """Return fresh, verified rollouts per question, in order and the same on every rank; empty for a question without an answer.
+
+        Raises:
+            TeacherLostError: On every rank, if the teacher does not answer and the run is not to go on without it.
+        """
+        ...
+
+
+class Teacher(Protocol):
+    """Answers hard questions and rewrites responses. Every rank calls with the same arguments and gets the same results."""
+
+    def ask(self, questions: Sequence[Question], step: int) -> Answers:
+        """Ask each original question, as many times as the teacher has rollouts."""
+        ...
+
+    def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> Sequence[str | None]:
+        """Return one response per user text; `None` where none could be had."""
         ...
 
 

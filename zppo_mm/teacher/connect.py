@@ -1,0 +1,69 @@
+"""From the configuration to the servers: key, share of the connections, and a first word with each."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from zppo_mm.config import TeacherConfig
+from zppo_mm.errors import ConfigError
+from zppo_mm.rollout.exchange import Exchange
+from zppo_mm.teacher.endpoint_pool import EndpointPool
+
+logger = logging.getLogger(__name__)
+
+# The address, the key or the model's name is wrong: waiting does not help. A question may be refused with 400, a greeting not.
+MISCONFIGURED = ("http_400", "http_401", "http_403", "http_404", "http_405")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def open_pool(config: TeacherConfig, exchange: Exchange, urls: Sequence[str] = (), model: str = "") -> EndpointPool | None:
+    """Return this process's way to the servers; `None` if there are none. Every rank calls this.
+
+    Every server is greeted once. One that is not there yet is named in the log: the first question will wait for it.
+
+    Args:
+        config: The teacher's addresses, model and limits.
+        exchange: The replicas, which share the connections.
+        urls: Other servers than the teacher's.
+        model: Their model.
+
+    Raises:
+        ConfigError: On every rank, if the key's variable is not set, or a server refuses the key, the address or the model.
+    """
+    urls = urls or config.endpoints
+    if not urls:
+        return None
+    share = max(1, config.max_concurrency // exchange.num_replicas)
+    key = read_key(config.api_key_env)
+    if key and any(urlsplit(url).scheme == "http" and urlsplit(url).hostname not in LOOPBACK for url in urls):
+        logger.warning("teacher.endpoints: the key goes over plain http to another machine; use https unless the network is yours alone")
+    pool = EndpointPool(urls, model or config.model, config, key, max_concurrency=share, first=exchange.replica)
+    speaks = exchange.is_leader and exchange.replica == 0
+    problems = [(url, fault.kind, str(fault)) for url, fault in pool.probe().result().items() if fault is not None] if speaks else []
+    for url, kind, problem in (each for replica in exchange.gather(problems) for each in replica):
+        if kind in MISCONFIGURED:
+            pool.close()
+            raise ConfigError(
+                f"teacher.endpoints: {url} refuses the model {model or config.model!r}, got {problem!r}, expected an answer to a greeting; "
+                "correct teacher.endpoints (the base URL ends before /chat/completions), teacher.model or the key"
+            )
+        if kind != "empty_choice":
+            logger.warning("teacher.endpoints: %s does not answer yet: %s", url, problem)
+    return pool
+
+
+def read_key(variable: str) -> str:
+    """Return the key in an environment variable; empty for an empty name.
+
+    Raises:
+        ConfigError: The variable is not set.
+    """
+    key = os.environ.get(variable, "") if variable else ""
+    if variable and not key:
+        raise ConfigError(
+            f"teacher.api_key_env: the environment has no {variable}, got none, expected the servers' key there; set it on every rank"
+        )
+    return key

@@ -1,0 +1,250 @@
+"""Several servers of one model: least outstanding first, bounded concurrency, retries with back-off and jitter, in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import httpx2
+
+from data.errors import ReasonedError
+from zppo_mm.config import TeacherConfig
+from zppo_mm.teacher.chat_api import Ask, Choice, Fault, Reply
+from zppo_mm.teacher.endpoint import Endpoint, open_client
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+MAX_BACKOFF_SECONDS = 60.0
+MAX_PROBLEM_CHARS = 300
+PROBE_SECONDS = 60.0
+HIDDEN = "***"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long an answer is worth waiting for.
+
+    Attributes:
+        max_seconds: Time for all attempts together, from when the question is handed over.
+        num_retries: Further attempts of one request; `None` means as many as the time allows.
+    """
+
+    max_seconds: float
+    num_retries: int | None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came of one `Ask`.
+
+    Attributes:
+        choices: By their place among the wanted answers; some or all may be missing.
+        problem: Why any are missing, in words; empty if none is.
+        is_refused: The message itself could not be made or was refused, by no fault of the servers.
+        seconds: From being handed over to the end.
+    """
+
+    choices: dict[int, Choice] = field(default_factory=dict)
+    problem: str = ""
+    is_refused: bool = False
+    seconds: float = 0.0
+
+    def answers(self) -> list[Choice]:
+        """Return the answers that came, in the order of their places."""
+        return [self.choices[place] for place in sorted(self.choices)]
+
+
+class EndpointPool:
+    """Asks servers for answers while the caller does other things.
+
+    Args:
+        urls: Base URLs of the servers.
+        model: The served model's name.
+        config: Time-outs and pauses.
+        api_key: Sent as a bearer token; empty sends none.
+        max_concurrency: Most requests in flight at one server, from this process.
+        first: Which server is preferred among equally busy ones, so that processes do not all start with the same one.
+
+    Attributes:
+        counts: Requests, retries, faults by kind and tokens so far, under the names of the metrics without `teacher/`.
+    """
+
+    def __init__(
+        self, urls: Sequence[str], model: str, config: TeacherConfig, api_key: str = "", *, max_concurrency: int = 0, first: int = 0
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self._model = model
+        self._config = config
+        self._api_key = api_key
+        self._max_concurrency = max_concurrency or config.max_concurrency
+        self._endpoints = [Endpoint(url) for url in [*urls[first % len(urls) :], *urls[: first % len(urls)]]]
+        self._jitter = random.Random(first)
+        self._sends_n = True
+        self._client: httpx2.AsyncClient | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._freed = asyncio.Event()
+
+    def submit(self, asks: Sequence[Ask], patience: Patience) -> Future[list[Outcome]]:
+        """Start asking; the future has one outcome per ask, in order, and no fault of a server makes it raise."""
+        return self._start(self._all(asks, patience))
+
+    def probe(self) -> Future[dict[str, Fault | None]]:
+        """Ask every server for one token, once; the future says by address what kept it from answering, `None` where nothing did."""
+        return self._start(self._probe_all())
+
+    def close(self) -> None:
+        """Drop what is in flight and end the thread."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            asyncio.run_coroutine_threadsafe(self._shut_down(), loop).result()
+            loop.call_soon_threadsafe(loop.stop)
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name="teacher endpoints", daemon=True).start()
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _shut_down(self) -> None:
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        if self._client is not None:
+            await self._client.aclose()
+
+    async def _probe_all(self) -> dict[str, Fault | None]:
+        ask = Ask(lambda: "Hello", num_choices=1, temperature=0.0, max_tokens=1, seed=0)
+        body = ask.body(self._model, 1, 0)
+
+        async def probe(endpoint: Endpoint) -> Fault | None:
+            try:
+                await endpoint.complete(self._connections(), body, 1, PROBE_SECONDS)
+            except Fault as fault:
+                return Fault(fault.kind, self._redacted(str(fault)))
+            return None
+
+        return dict(zip((e.url for e in self._endpoints), await asyncio.gather(*map(probe, self._endpoints)), strict=True))
+
+    def _connections(self) -> httpx2.AsyncClient:
+        if self._client is None:
+            self._client = open_client(self._config, self._api_key)
+        return self._client
+
+    async def _all(self, asks: Sequence[Ask], patience: Patience) -> list[Outcome]:
+        return list(await asyncio.gather(*(self._outcome(ask, patience) for ask in asks)))
+
+    async def _outcome(self, ask: Ask, patience: Patience) -> Outcome:
+        outcome, started = Outcome(), time.monotonic()
+        try:
+            async with asyncio.timeout(patience.max_seconds):
+                await self._collect(ask, outcome, patience.num_retries)
+            outcome.problem = ""
+        except TimeoutError:
+            outcome.problem = f"not answered within {patience.max_seconds:g} s" + (f", last {outcome.problem}" if outcome.problem else "")
+        except Fault as fault:
+            outcome.problem, outcome.is_refused = self._redacted(str(fault)), fault.is_refusal
+        except ReasonedError as error:
+            outcome.problem, outcome.is_refused = f"{error.reason}: {error}", True
+        outcome.seconds = time.monotonic() - started
+        return outcome
+
+    async def _collect(self, ask: Ask, outcome: Outcome, num_retries: int | None) -> None:
+        """Ask for all answers in one request where servers honour `n`, and for each that is missing alone."""
+        if self._sends_n and ask.num_choices > 1:
+            reply = await self._request(ask, ask.num_choices, 0, outcome, num_retries)
+            outcome.choices.update(enumerate(reply.choices))
+            if reply.num_returned == 1:
+                self._sends_n = False
+                logger.info("the served model returns one answer per request: each is asked for on its own from now on")
+        missing = range(len(outcome.choices), ask.num_choices)
+
+        async def fill(place: int) -> None:
+            reply = await self._request(ask, 1, place, outcome, num_retries)
+            outcome.choices[place] = reply.choices[0]
+
+        # One that fails must not take the others with it.
+        results = await asyncio.gather(*(fill(place) for place in missing), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _request(self, ask: Ask, num_choices: int, first: int, outcome: Outcome, num_retries: int | None) -> Reply:
+        """Try one request until a server answers it.
+
+        Raises:
+            Fault: The last one, when the retries are used up or the message is refused.
+            ReasonedError: The message cannot be made.
+        """
+        body = b""
+        avoided: Endpoint | None = None
+        attempt = 0
+        while True:
+            async with self._slot(avoided) as endpoint:
+                # Opening media takes time and would hold up the other requests of the loop.
+                body = body or await asyncio.to_thread(ask.body, self._model, num_choices, first)
+                self.counts["requests"] += 1
+                try:
+                    reply = await endpoint.complete(self._connections(), body, num_choices, self._config.request_timeout_seconds)
+                except Fault as fault:
+                    backoff = self._backoff_seconds(attempt)
+                    endpoint.failed(fault, backoff)
+                    self._count_fault(fault, outcome)
+                    if fault.is_refusal or (num_retries is not None and attempt >= num_retries):
+                        raise
+                    avoided = endpoint
+                else:
+                    self.counts["prompt_tokens"] += reply.prompt_tokens
+                    self.counts["completion_tokens"] += reply.completion_tokens
+                    return reply
+            self.counts["retries"] += 1
+            attempt += 1
+            await asyncio.sleep(backoff)
+
+    @asynccontextmanager
+    async def _slot(self, avoided: Endpoint | None) -> AsyncIterator[Endpoint]:
+        """Wait for room at a server that is not paused; the one that just failed comes last."""
+        while True:
+            now = time.monotonic()
+            free = [endpoint for endpoint in self._endpoints if endpoint.outstanding < self._max_concurrency]
+            awake = [endpoint for endpoint in free if endpoint.paused_until <= now]
+            if awake:
+                break
+            self._freed.clear()
+            pause = min((endpoint.paused_until - now for endpoint in free), default=None)
+            try:
+                async with asyncio.timeout(pause):
+                    await self._freed.wait()
+            except TimeoutError:
+                continue
+        chosen = min(awake, key=lambda endpoint: (endpoint is avoided, endpoint.outstanding))
+        chosen.outstanding += 1
+        try:
+            yield chosen
+        finally:
+            chosen.outstanding -= 1
+            self._freed.set()
+
+    def _backoff_seconds(self, attempt: int) -> float:
+        """Double the pause with every attempt; half of it is drawn, so that many requests do not come back together."""
+        longest = min(MAX_BACKOFF_SECONDS, self._config.backoff_seconds * 2.0 ** min(attempt, 30))
+        return longest * self._jitter.uniform(0.5, 1.0)
+
+    def _count_fault(self, fault: Fault, outcome: Outcome) -> None:
+        self.counts[f"faults/{fault.kind}"] += 1
+        outcome.problem = self._redacted(str(fault))
+        logger.debug("teacher endpoint: %s", outcome.problem)
+
+    def _redacted(self, text: str) -> str:
+        """Return a short text without the key: some servers repeat a wrong one in their message."""
+        return (text.replace(self._api_key, HIDDEN) if self._api_key else text)[:MAX_PROBLEM_CHARS]

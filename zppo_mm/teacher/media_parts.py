@@ -1,0 +1,82 @@
+"""Questions as user messages of an OpenAI-compatible server: media as data URLs, then the text."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from data.media import Frames
+from data.question import MediaRef, Question
+from zppo_mm.config import TeacherConfig
+from zppo_mm.teacher.chat_api import Content
+
+JPEG_QUALITY = 95
+VIDEO_TYPES = {"mp4": "mp4", "m4v": "mp4", "mov": "quicktime", "webm": "webm", "mkv": "x-matroska", "avi": "x-msvideo", "gif": "gif"}
+
+# The server would read a special token in the text as such; the space makes it plain text, as it is for a model in this process.
+_SPECIAL_TOKEN = re.compile(r"<(?=\|[^<>|\s]+\|>)")
+
+
+class MessageWriter:
+    """Makes the user message that asks a text about a question's media.
+
+    Args:
+        config: How video is sent, and in which image format.
+        open_media: Opens a reference to the pixels that the student sees too; raises MediaError.
+        read_file: Returns the bytes of a media file within the size limit; raises MediaError.
+    """
+
+    def __init__(self, config: TeacherConfig, open_media: Callable[[MediaRef], Frames], read_file: Callable[[MediaRef], bytes]) -> None:
+        self._config = config
+        self._open = open_media
+        self._read = read_file
+
+    def content(self, text: str, question: Question) -> Content:
+        """Return the message's content: a plain text without media, else parts, media first.
+
+        Raises:
+            MediaError: A medium cannot be opened.
+        """
+        text = inert_text(text)
+        if not question.media:
+            return text
+        parts = [part for ref in question.media for part in self._parts(ref)]
+        return [*parts, {"type": "text", "text": text}]
+
+    def _parts(self, ref: MediaRef) -> list[Mapping[str, Any]]:
+        if ref.kind == "video" and self._config.video == "file":
+            return [_url_part("video_url", f"video/{_video_type(ref.extension)}", self._read(ref))]
+        frames = self._open(ref)
+        images = [_url_part("image_url", f"image/{self._config.media_format}", self._encoded(pixels)) for pixels in frames.pixels]
+        if ref.kind == "image":
+            return images
+        times = ", ".join(f"{seconds:.1f}" for seconds in frames.timestamps)
+        return [{"type": "text", "text": f"A video as {len(images)} frames, at {times} seconds:"}, *images]
+
+    def _encoded(self, pixels: npt.NDArray[np.uint8]) -> bytes:
+        """Return `[height, width, 3]` as a file."""
+        buffer = io.BytesIO()
+        options: dict[str, Any] = {"quality": JPEG_QUALITY} if self._config.media_format == "jpeg" else {}
+        Image.fromarray(pixels).save(buffer, format=self._config.media_format.upper(), **options)
+        return buffer.getvalue()
+
+
+def inert_text(text: str) -> str:
+    """Return a text in which no special token of a chat template is left whole."""
+    return _SPECIAL_TOKEN.sub("< ", text)
+
+
+def _url_part(name: str, mime: str, content: bytes) -> Mapping[str, Any]:
+    return {"type": name, name: {"url": f"data:{mime};base64,{base64.b64encode(content).decode()}"}}
+
+
+def _video_type(extension: str) -> str:
+    ending = extension.rpartition(".")[2].lower()
+    return VIDEO_TYPES.get(ending, ending)

@@ -1,0 +1,192 @@
+"""The served teacher: any OpenAI-compatible server, asked by every replica for its share of the questions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data.question import Question
+from zppo_mm.config import TeacherConfig
+from zppo_mm.experience import Rollout
+from zppo_mm.randomness import generator
+from zppo_mm.rollout.exchange import Exchange
+from zppo_mm.rollout.sampler import Grader
+from zppo_mm.teacher.chat_api import Ask, Choice, Content
+from zppo_mm.teacher.endpoint_pool import EndpointPool, Outcome, Patience
+from zppo_mm.teacher.media_parts import MessageWriter, inert_text
+from zppo_mm.teacher.teacher import TeacherLostError
+
+logger = logging.getLogger(__name__)
+
+# Ranks that wait for another replica's answers meet this often: a collective that lasts would run into its time limit.
+MEETING_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What a replica tells the others about one of its questions or texts."""
+
+    index: int
+    rollouts: tuple[Rollout, ...] = ()
+    text: str | None = None
+    num_answers: int = 0
+    problem: str = ""
+    is_refused: bool = False
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class PendingAnswers:
+    """Answers on their way. Implements `Answers`."""
+
+    teacher: ServedTeacher
+    questions: Sequence[Question]
+    step: int
+    future: Future[list[Outcome]]
+    seconds: float = 0.0
+    is_pending: bool = field(default=True, init=False)
+
+    def wait(self) -> list[tuple[Rollout, ...]]:
+        """Wait for this replica's share, verify it and exchange; see `Answers.wait`."""
+        told = self.teacher.collect(self.future, len(self.questions), lambda place, out: self._graded(place, out), self.step)
+        self.seconds = max((each.seconds for each in told), default=0.0)
+        return [each.rollouts for each in told]
+
+    def _graded(self, places: Sequence[int], outcomes: Sequence[Outcome]) -> list[_Told]:
+        answers = [(self.questions[place], outcome.answers()) for place, outcome in zip(places, outcomes, strict=True)]
+        rollouts = self.teacher.verified(answers, self.step)
+        return [
+            _Told(place, graded, None, len(outcome.choices), outcome.problem, outcome.is_refused, outcome.seconds)
+            for place, outcome, graded in zip(places, outcomes, rollouts, strict=True)
+        ]
+
+
+class ServedTeacher:
+    """Answers hard questions and rewrites responses through servers. Implements `Teacher`.
+
+    Args:
+        pool: The servers.
+        config: Rollouts, lengths, and what a failure means.
+        exchange: The replicas; the leader of each asks for its share.
+        verifier: Grades the answers, on one rank per replica.
+        writer: Makes messages with media.
+        plain_text: Renders the original question with the closing format instruction.
+        tokenize: The student's tokenizer: the lengths of answers are counted in its tokens.
+        seed: The run's seed.
+    """
+
+    def __init__(
+        self,
+        pool: EndpointPool,
+        config: TeacherConfig,
+        exchange: Exchange,
+        verifier: Grader,
+        writer: MessageWriter,
+        *,
+        plain_text: Callable[[Question], str],
+        tokenize: Callable[[str], Sequence[int]],
+        seed: int,
+    ) -> None:
+        self._pool = pool
+        self._config = config
+        self._exchange = exchange
+        self._verifier = verifier
+        self._writer = writer
+        self._plain_text = plain_text
+        self._tokenize = tokenize
+        self._seed = seed
+
+    def ask(self, questions: Sequence[Question], step: int) -> PendingAnswers:
+        """Hand over this replica's share of the questions and return at once."""
+
+        def request(question: Question) -> Ask:
+            text = self._plain_text(question)
+            return self._request(lambda: self._writer.content(text, question), self._config.num_rollouts, "teacher", step, question.id)
+
+        return PendingAnswers(self, questions, step, self._submit([request(questions[place]) for place in self._share(len(questions))]))
+
+    def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> Sequence[str | None]:
+        """Return one response per user text; another attempt draws anew."""
+
+        def request(place: int) -> Ask:
+            return self._request(lambda: inert_text(texts[place]), 1, "rewrite", step, attempt, place)
+
+        def told(places: Sequence[int], outcomes: Sequence[Outcome]) -> list[_Told]:
+            return [
+                _Told(place, (), next((choice.text for choice in out.answers()), None), len(out.choices), out.problem, out.is_refused)
+                for place, out in zip(places, outcomes, strict=True)
+            ]
+
+        future = self._submit([request(place) for place in self._share(len(texts))])
+        return [each.text for each in self.collect(future, len(texts), told, step)]
+
+    def collect(
+        self, future: Future[list[Outcome]], count: int, tell: Callable[[Sequence[int], Sequence[Outcome]], list[_Told]], step: int
+    ) -> list[_Told]:
+        """Wait for every replica's share and exchange; one entry per question or text, in order and the same on every rank.
+
+        Raises:
+            TeacherLostError: Some were not answered, and the run is not to go on without.
+        """
+        is_done = False
+        while not is_done:
+            wait([future], timeout=MEETING_SECONDS)
+            is_done = all(done for replica in self._exchange.gather([future.done()]) for done in replica)
+        local = tell(self._share(count), future.result()) if self._exchange.is_leader else []
+        told = {each.index: each for replica in self._exchange.gather(local) for each in replica}
+        self._heed_losses(list(told.values()), step)
+        return [told[index] for index in range(count)]
+
+    def verified(self, answers: Sequence[tuple[Question, Sequence[Choice]]], step: int) -> list[tuple[Rollout, ...]]:
+        """Grade all answers in one batch; one that cannot be graded is left out.
+
+        `rollout_logprobs` are not known for another tokenizer: they are NaN.
+        """
+        lost = sum(self._config.num_rollouts - len(choices) for _, choices in answers)
+        self._pool.counts["lost_rollouts"] += lost
+        verdicts = iter(self._verifier.verify_all([(question, choice.text) for question, choices in answers for choice in choices]))
+        rollouts = []
+        for _, choices in answers:
+            graded = [(choice, next(verdicts)) for choice in choices]
+            rollouts.append(tuple(self._rollout(choice, verdict.parsed, verdict.reward, step) for choice, verdict in graded))
+        return rollouts
+
+    def _rollout(self, choice: Choice, parsed: str | None, reward: float, step: int) -> Rollout:
+        ids = np.array(self._tokenize(choice.text), dtype=np.int64)
+        return Rollout(ids, np.full(len(ids), np.nan, np.float32), choice.finish_reason, choice.text, parsed, float(reward), step)
+
+    def _share(self, count: int) -> range:
+        """Return the places that this rank asks for: those of its replica, if it speaks for it."""
+        return range(self._exchange.replica, count, self._exchange.num_replicas) if self._exchange.is_leader else range(0)
+
+    def _request(self, content: Callable[[], Content], num_choices: int, *path: str | int) -> Ask:
+        seed = int(generator(self._seed, *path).integers(2**31))
+        return Ask(content, num_choices, self._config.temperature, self._config.max_response_tokens, seed)
+
+    def _submit(self, asks: Sequence[Ask]) -> Future[list[Outcome]]:
+        if not asks:
+            nothing: Future[list[Outcome]] = Future()
+            nothing.set_result([])
+            return nothing
+        retries = None if self._config.on_failure == "wait" else self._config.num_retries
+        return self._pool.submit(asks, Patience(max_seconds=self._config.max_wait_seconds, num_retries=retries))
+
+    def _heed_losses(self, told: Sequence[_Told], step: int) -> None:
+        """Log what was not answered, and stop on every rank alike if the run is not to go on without it."""
+        refused = [each for each in told if each.is_refused and not each.num_answers]
+        lost = [each for each in told if not each.is_refused and not each.num_answers]
+        if refused:
+            logger.warning("step %d: the teacher could not be asked %d of %d times: %s", step, len(refused), len(told), refused[0].problem)
+        if not lost:
+            return
+        what = f"teacher: no answer to {len(lost)} of {len(told)} requests of step {step}, got {lost[0].problem!r}"
+        if self._config.on_failure != "ncq_only":
+            raise TeacherLostError(
+                f"{what}, expected one within teacher.max_wait_seconds and teacher.num_retries; mend the server and start the run again to "
+                "resume, or set teacher.on_failure=ncq_only to go on without it"
+            )
+        logger.warning("%s; the run goes on without", what)
