@@ -16,6 +16,7 @@ from tests.distributed.launch import run_ranks
 from zppo_mm.config import ModelConfig, ParallelConfig
 from zppo_mm.models import parallel
 from zppo_mm.models.export import export_hf_weights
+from zppo_mm.models.gated_delta_net import GatedDeltaNet
 from zppo_mm.models.provider import build_model
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.models.weights import parameter_mappings
@@ -54,6 +55,8 @@ def check_rank(tensor: int, pipeline: int, folders: dict[bool, Path], checkpoint
     for tied, folder in folders.items():
         oracle = tiny_qwen.vision_language_model(tied=tied)
         network = network_checks.build(folder, config)
+        if tied:
+            compute_small_projections_apart(network)
         network_checks.check_training(network, oracle, KINDS)
         if tied:
             check_decoding(network, oracle)
@@ -65,9 +68,17 @@ def check_rank(tensor: int, pipeline: int, folders: dict[bool, Path], checkpoint
         network = network_checks.build(folders[True], config)
         # Megatron sums these itself when the sequence is scattered; twice would be wrong.
         assert marked_parameters(network) == set()
+        compute_small_projections_apart(network)
         network_checks.check_training(network, tiny_qwen.vision_language_model(tied=True), KINDS)
         check_decoding(network, tiny_qwen.vision_language_model(tied=True))
     parallel.shutdown()
+
+
+def compute_small_projections_apart(network: VisionLanguageModel) -> None:
+    """Switch on what FP8 switches on in DeltaNet layers; nothing may change."""
+    for module in network.modules():
+        if isinstance(module, GatedDeltaNet):
+            module.small_projections_apart = True
 
 
 def check_decoding(network: VisionLanguageModel, oracle: Any) -> None:

@@ -15,6 +15,7 @@ from zppo_mm.config import ModelConfig, ParallelConfig
 from zppo_mm.errors import ConfigError, ModelError
 from zppo_mm.models import delta_rule, parallel
 from zppo_mm.models.cache import DecodeCache
+from zppo_mm.models.gated_delta_net import GatedDeltaNet
 from zppo_mm.models.packing import MAX_PADDING_RATIO, build_layout
 from zppo_mm.models.provider import freeze_parts
 from zppo_mm.models.vision_language import VisionLanguageModel
@@ -198,3 +199,13 @@ def extended(part: tiny_qwen.Sequence, tokens: torch.Tensor) -> tiny_qwen.Sequen
         part.grids,
         part.kinds,
     )
+
+
+def test_small_projections_computed_apart_are_the_same(network: VisionLanguageModel, oracle: Any) -> None:
+    layers = [module for module in network.modules() if isinstance(module, GatedDeltaNet)]
+    assert layers
+    assert not any(layer.small_projections_apart for layer in layers)
+    for layer in layers:
+        # What FP8 switches on; the projections' own rows then get their gradient from here alone.
+        layer.small_projections_apart = True
+    check_training(network, oracle, ("mixed",))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -130,6 +131,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
             **shared,
         )
         self._build_own_parameters(config, size)
+        self.small_projections_apart = bool(config.fp8)
         self.out_proj = build_module(
             submodules.out_proj,
             self.heads.value_heads * self.heads.value_dim * size,
@@ -169,6 +171,8 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         """
         projected, _bias = self.in_proj(hidden_states)
         mixed, gate, beta, alpha = projected.squeeze(1).split([sum(self.heads.qkv), *self.heads.projection[3:]], dim=-1)
+        if self.small_projections_apart:
+            beta, alpha = self._small_projections(hidden_states)
         beta = beta.float().sigmoid()
         log_decay = -self.A_log.exp() * F.softplus(alpha.float() + self.dt_bias.float())
         mix = self._mix_padded if self.fused_kernels is None else self._mix_packed
@@ -176,6 +180,19 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         gated = self.out_norm(output, gate.unflatten(-1, (self.heads.value_heads, -1)))
         result: tuple[torch.Tensor, torch.Tensor | None] = self.out_proj(gated.flatten(1).unsqueeze(1))
         return result
+
+    def _small_projections(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return beta's and alpha's inputs, `[tokens, value_heads]` each, in the parameters' own type.
+
+        FP8 rounds what the decay is an exponential of; these rows of the projection cost next to nothing.
+        """
+        if self.config.sequence_parallel:
+            whole = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
+        else:
+            whole = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
+        heads = self.heads.value_heads
+        beta, alpha = F.linear(whole.squeeze(1), self.in_proj.weight[-2 * heads :]).chunk(2, dim=-1)
+        return beta, alpha
 
     def _mix_padded(self, mixed: torch.Tensor, log_decay: torch.Tensor, beta: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
         """Run convolution and delta rule on padded batches; `[tokens, value_heads, value_dim]`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -101,7 +102,7 @@ def _missing_for_transformer_engine() -> str:
 
 def block_submodules(architecture: Architecture, config: TransformerConfig, implementation: Implementation) -> TransformerBlockSubmodules:
     """Return the layers of this pipeline stage."""
-    make = _local_layer if implementation == "local" else _transformer_engine_layer
+    make = _local_layer if implementation == "local" else partial(_transformer_engine_layer, fp8=bool(config.fp8))
     offset, count = get_transformer_layer_offset(config), get_num_layers_to_build(config)
     layers = [make(kind, architecture) for kind in architecture.layer_types[offset : offset + count]]
     if implementation == "local":
@@ -123,16 +124,22 @@ def _local_layer(kind: LayerType, architecture: Architecture) -> ModuleSpec:
     return _layer(architecture, mixer, ColumnParallelLinear, RowParallelLinear, sharded_state_dict_keys_map=names, **norms)
 
 
-def _transformer_engine_layer(kind: LayerType, architecture: Architecture) -> ModuleSpec:
+def _transformer_engine_layer(kind: LayerType, architecture: Architecture, fp8: bool) -> ModuleSpec:
     provider = transformer_engine_provider()
     assert provider is not None
     column, row = provider.column_parallel_layer_norm_linear(), provider.row_parallel_linear()
+    norms: dict[str, Any] = {"input_layernorm": IdentityOp, "pre_mlp_layernorm": IdentityOp}
     if kind == "linear_attention":
         mixer = _delta_net(column, row)
+        if fp8:
+            # The layer computes two small projections of the normalised input by itself, so the norm must stand alone.
+            mixer = _delta_net(provider.column_parallel_linear(), row)
+            norms["input_layernorm"] = provider.layer_norm(rms_norm=True)
+            norms["sharded_state_dict_keys_map"] = {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
     else:
         norm = provider.layer_norm(rms_norm=True, for_qk=True) if architecture.qk_norm else None
         mixer = _attention(column, row, provider.core_attention(), norm)
-    return _layer(architecture, mixer, column, row, input_layernorm=IdentityOp, pre_mlp_layernorm=IdentityOp)
+    return _layer(architecture, mixer, column, row, **norms)
 
 
 def _delta_net(column: Any, row: Any) -> ModuleSpec:
