@@ -13,7 +13,8 @@ from zppo_mm.models.architecture import load_architecture
 from zppo_mm.models.export import agree, is_writer, open_source, refuse_inside
 from zppo_mm.models.hf_writer import FolderWriter, aside_of
 from zppo_mm.models.imported_folder import begin_imported
-from zppo_mm.models.megatron_folder import build_without_weights, check_shapes, save_from_hf
+from zppo_mm.models.megatron_folder import build_without_weights, check_shapes
+from zppo_mm.models.megatron_writer import save_from_hf
 from zppo_mm.models.safetensors_folder import SafetensorsFolder
 from zppo_mm.models.weights import parameter_mappings
 

@@ -1,7 +1,6 @@
 """Weights in megatron-core's distributed format without the network that they belong to in memory.
 
-The network is built without weights, to say which shard of which tensor goes where. Saving reads the tensors of a shard from a Hugging Face
-folder when it is that shard's turn to be written; loading brings a few parameters at a time.
+The network is built without weights, to say which shard of which tensor goes where; loading brings a few parameters at a time.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,27 +15,19 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from zppo_mm.config import ModelConfig, ParallelConfig
 from zppo_mm.errors import CheckpointError, ModelError
 from zppo_mm.models import parallel
 from zppo_mm.models.architecture import Architecture
+from zppo_mm.models.megatron_versions import load_checkpoint
 from zppo_mm.models.provider import build_model
 from zppo_mm.models.safetensors_folder import SafetensorsFolder
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.models.weights import Mapping, cut, fuse_tensors, parameter_mappings, split_tensors
-
-COMMON_FILE = "common.pt"
+from zppo_mm.models.weights import Mapping, cut, fuse_tensors, split_tensors
 
 
 def build_without_weights(architecture: Architecture, layout: ParallelConfig) -> VisionLanguageModel:
@@ -74,30 +64,6 @@ def check_shapes(mappings: Sequence[Mapping], source: SafetensorsFolder, archite
                 )
 
 
-def save_from_hf(model: VisionLanguageModel, source: SafetensorsFolder, folder: Path) -> None:
-    """Write a Hugging Face folder's weights as a distributed checkpoint; every rank calls it and writes its share.
-
-    Memory is bounded by the largest parameter.
-
-    Args:
-        model: From `build_without_weights`.
-        source: A folder that fits it.
-        folder: Exists and is empty.
-
-    Raises:
-        CheckpointError: A file could not be read or written; raised on every rank.
-    """
-    planner = _LazyPlanner(_shards(model, source))
-    try:
-        save_shards({}, storage_writer=FileSystemWriter(folder), planner=planner)
-    except CheckpointException as error:
-        raise _first_failure(error, folder) from error
-    if parallel.rank() == 0:
-        # What megatron-core looks for beside the shards: values that all ranks have in common, of which weights have none, and the format.
-        torch.save({}, folder / COMMON_FILE)
-        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-
-
 def with_weights(
     model: VisionLanguageModel, rounds: Sequence[Sequence[Mapping]], source: SafetensorsFolder, folder: Path
 ) -> Iterator[list[Mapping]]:
@@ -112,133 +78,41 @@ def with_weights(
     Raises:
         CheckpointError: It cannot be read or does not fit the network.
     """
-    entries = _entries(model)
+    entries = save_entries(model)
     for mappings in rounds:
         wanted = {}
         for mapping in mappings:
             dtype = source_dtype(mapping, source)
-            wanted[mapping.name] = _with_data(entries[mapping.name], torch.empty(mapping.parameter.shape, dtype=dtype))
+            wanted[mapping.name] = entry_with(entries[mapping.name], torch.empty(mapping.parameter.shape, dtype=dtype))
         try:
             # A part of the network is asked for, which megatron-core's own check of completeness does not expect.
-            loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
+            loaded = load_checkpoint(wanted, folder, validate_access_integrity=False)
         except CheckpointException as error:
-            raise _first_failure(error, folder) from error
+            raise first_failure(error, folder) from error
         except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError, OSError) as error:
             raise CheckpointError(
                 f"{folder}: the weights cannot be loaded, got {type(error).__name__}: {error}, expected a complete checkpoint of this "
                 "network; use another one"
             ) from error
-        yield [dataclasses.replace(mapping, parameter=cast(nn.Parameter, loaded.pop(mapping.name))) for mapping in mappings]
+        filled = [dataclasses.replace(mapping, parameter=cast(nn.Parameter, loaded.pop(mapping.name))) for mapping in mappings]
+        yield filled
+        # Whoever asks for the next round still holds this one.
+        filled.clear()
+        wanted.clear()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Shard:
-    """One piece of a file: a parameter's part, or a small object.
-
-    Attributes:
-        item: What the checkpoint's plan says about it.
-        mapping: The parameter; `None` for an object.
-        entry: How the parameter becomes parts.
-        part: Which of them.
-        content: The object, pickled.
-    """
-
-    item: WriteItem
-    mapping: Mapping | None = None
-    entry: Any = None
-    part: int = 0
-    content: bytes = b""
-
-
-class _Shards(list[_Shard]):
-    """This rank's shards, and how to make their contents."""
-
-    def __init__(self, model: VisionLanguageModel, source: SafetensorsFolder) -> None:
-        super().__init__()
-        self._model, self._source = model, source
-        self._made: tuple[str, list[torch.Tensor]] = ("", [])
-
-    def content(self, shard: _Shard) -> torch.Tensor | io.BytesIO:
-        if shard.mapping is None:
-            return io.BytesIO(shard.content)
-        # The parts of one parameter follow one another, so that its tensors are read once.
-        if self._made[0] != shard.mapping.name:
-            self._made = ("", [])
-            share = read_share(self._model, shard.mapping, self._source)
-            self._made = (shard.mapping.name, [part.data for part in _parts(_with_data(shard.entry, share))])
-        assert shard.item.tensor_data is not None
-        return self._made[1][shard.part].reshape(shard.item.tensor_data.chunk.sizes).contiguous()
-
-
-class _LazyPlanner(DefaultSavePlanner):
-    """Plans from shards without contents and makes a content when it is asked for."""
-
-    def __init__(self, shards: _Shards) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._shards = shards
-        self._by_index = {shard.item.index: shard for shard in shards}
-
-    def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([shard.item for shard in self._shards])
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        return self._shards.content(self._by_index[write_item.index])
-
-
-def _shards(model: VisionLanguageModel, source: SafetensorsFolder) -> _Shards:
-    """Return what this rank writes: of every replicated shard, one rank writes it."""
-    shards = _Shards(model, source)
-    entries = _entries(model)
-    for mapping in parameter_mappings(model):
-        entry = entries.pop(mapping.name)
-        if mapping.copied_from_embedding:
-            continue
-        share = torch.empty(mapping.parameter.shape, dtype=source_dtype(mapping, source), device="meta")
-        for number, part in enumerate(_parts(_with_data(entry, share))):
-            if is_main_replica(part.replica_id):
-                shards.append(_Shard(_tensor_item(part), mapping, entry, number))
-    for entry in entries.values():
-        if isinstance(entry, ShardedObject) and is_main_replica(entry.replica_id):
-            box = io.BytesIO()
-            torch.save([entry.data], box)
-            shards.append(_Shard(WriteItem(MetadataIndex(entry.unique_key), WriteItemType.BYTE_IO), content=box.getvalue()))
-    return shards
-
-
-def _entries(model: VisionLanguageModel) -> dict[str, Any]:
+def save_entries(model: VisionLanguageModel) -> dict[str, Any]:
     """Return how megatron-core would save everything of this stage, by the name on this rank."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     entries: dict[str, Any] = cast(Any, model).sharded_state_dict(metadata={"dp_cp_group": group})
     return entries
 
 
-def _with_data(entry: Any, data: torch.Tensor) -> Any:
+def entry_with(entry: Any, data: torch.Tensor) -> Any:
     """Return an entry for other contents of the same shape."""
     if isinstance(entry, ShardedTensorFactory):
         return dataclasses.replace(entry, data=data)
     return dataclasses.replace(entry, data=data, dtype=data.dtype)
-
-
-def _parts(entry: Any) -> list[ShardedTensor]:
-    """Return the tensors that an entry is saved as; a fused parameter is saved as its sections."""
-    if isinstance(entry, ShardedTensorFactory):
-        return list(nested_values([entry.build()]))
-    return [entry]
-
-
-def _tensor_item(part: ShardedTensor) -> WriteItem:
-    offsets = torch.Size(part.global_offset)
-    sizes = torch.Size((1,) * part.prepend_axis_num + tuple(part.local_shape))
-    return WriteItem(
-        index=MetadataIndex(part.key, offsets),
-        type=WriteItemType.SHARD,
-        tensor_data=TensorWriteData(
-            chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes),
-            properties=TensorProperties(dtype=part.dtype),
-            size=torch.Size(part.global_shape),
-        ),
-    )
 
 
 def read_share(model: VisionLanguageModel, mapping: Mapping, source: SafetensorsFolder) -> torch.Tensor:
@@ -249,7 +123,7 @@ def read_share(model: VisionLanguageModel, mapping: Mapping, source: Safetensors
     return cut(whole, mapping, model.architecture, parallel.tensor_rank(), parallel.tensor_size())
 
 
-def _first_failure(error: CheckpointException, folder: Path) -> CheckpointError:
+def first_failure(error: CheckpointException, folder: Path) -> CheckpointError:
     """Say what the first rank that failed said."""
     rank, (cause, _trace) = sorted(error.failures.items())[0]
     if isinstance(cause, ModelError | CheckpointError):

@@ -1,0 +1,120 @@
+"""Import and export at tensor and pipeline sizes above one: the same bytes whatever the layout, and a failure on one rank is one on all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import network_checks, tiny_families
+from tests.conversion_checks import check_opens, content
+from tests.distributed.launch import run_ranks
+from zppo_mm.config import ParallelConfig
+from zppo_mm.conversion import importing
+from zppo_mm.conversion.exporting import export_folder
+from zppo_mm.errors import ZppoError
+from zppo_mm.models import export, parallel
+from zppo_mm.models.export import export_hf_weights
+from zppo_mm.models.hf_writer import FolderWriter
+from zppo_mm.models.safetensors_folder import SafetensorsFolder
+
+LAYOUTS = {"whole": (1, 1), "tensor": (2, 1), "pipeline": (1, 2), "both": (2, 2)}
+# One family with layers of two kinds and a tower, tied; one whose layers are all alike, untied.
+FAMILIES = {"qwen3_5": True, "qwen3": False}
+CHAIN = {
+    "qwen3_5": (("whole", "both"), ("both", "tensor"), ("pipeline", "whole")),
+    "qwen3": (("tensor", "pipeline"), ("both", "whole")),
+}
+"""Per family, the layout of an import and the one that it is opened at."""
+NUM_RANKS = 4
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("models")
+    saved = {}
+    for family, tied in FAMILIES.items():
+        model = tiny_families.model(family, tied=tied).to(torch.bfloat16)
+        model.save_pretrained(place / family, max_shard_size="200KB")
+        saved[family] = place / family
+    return saved
+
+
+def layout(name: str) -> ParallelConfig:
+    tensor, pipeline = LAYOUTS[name]
+    return ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, timeout_minutes=3)
+
+
+@pytest.fixture(scope="module")
+def converted(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]]:
+    """Return where four ranks wrote everything, and what each of them said about the conversions that must fail."""
+    place = tmp_path_factory.mktemp("converted")
+    return place, run_ranks(convert_everywhere, NUM_RANKS, folders, place)
+
+
+def test_the_layout_leaves_no_trace(folders: dict[str, Path], converted: tuple[Path, list[list[str]]]) -> None:
+    for family, folder in folders.items():
+        results = sorted(path for path in converted[0].glob(f"{family} export *"))
+        assert len(results) == len(CHAIN[family]) + 1
+        for result in results:
+            assert content(result) == content(folder), result.name
+
+
+def test_a_failure_on_one_rank_is_one_on_all(converted: tuple[Path, list[list[str]]]) -> None:
+    place, messages = converted
+    for writing, reading in messages:
+        assert "No space left on device" in writing
+        assert "Input/output error" in reading
+    assert [path.name for path in place.iterdir() if path.name.startswith(("failed", "."))] == []
+
+
+def convert_everywhere(folders: dict[str, Path], place: Path) -> list[str]:
+    """Run on every rank: import at one layout, open and export at another; export a loaded network; fail twice."""
+    for family, folder in folders.items():
+        for imported, opened in CHAIN[family]:
+            parallel.initialize(layout(imported), seed=0)
+            importing.import_folder(folder, place / f"{family} {imported}", layout(imported))
+            parallel.initialize(layout(opened), seed=0)
+            network = network_checks.build(folder, layout(opened))
+            check_opens(place / f"{family} {imported}", network, layout(opened))
+            export_folder(place / f"{family} {imported}", place / f"{family} export {imported} {opened}", layout(opened))
+        parallel.initialize(layout("both"), seed=0)
+        export_hf_weights(network_checks.build(folder, layout("both")), folder, place / f"{family} export network")
+    messages = fail_everywhere(folders["qwen3_5"], place)
+    parallel.shutdown()
+    return messages
+
+
+class Unreadable(SafetensorsFolder):
+    """A folder of which one rank cannot read a tensor."""
+
+    def read(self, key: str) -> torch.Tensor:
+        if parallel.rank() == NUM_RANKS - 1 and key.endswith("layers.3.mlp.down_proj.weight"):
+            raise OSError(5, "Input/output error", str(self.where(key)))
+        return super().read(key)
+
+
+class Full(FolderWriter):
+    """A writer whose disk is full after some tensors."""
+
+    def write(self, key: str, tensor: torch.Tensor) -> None:
+        if key.endswith("layers.2.mlp.down_proj.weight"):
+            raise OSError(28, "No space left on device", str(self.aside))
+        super().write(key, tensor)
+
+
+def fail_everywhere(folder: Path, place: Path) -> list[str]:
+    """Fail at an export that only the first rank notices, and at an import that only the last one does; returns the messages."""
+    network = network_checks.build(folder, layout("both"))
+    messages = []
+    export.FolderWriter = Full
+    importing.SafetensorsFolder = Unreadable
+    for convert in (
+        lambda: export_hf_weights(network, folder, place / "failed export"),
+        lambda: importing.import_folder(folder, place / "failed import", layout("both")),
+    ):
+        with pytest.raises(ZppoError) as caught:
+            convert()
+        messages.append(str(caught.value))
+    return messages
