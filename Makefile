@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints.txt
 PYTHON_LATEST ?= $(shell for python in python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12*/bin/python; do \
 	"$$python" -c "" 2>/dev/null && { command -v "$$python"; break; }; done)
 VENV_LATEST ?= .venv-latest
-TESTS_LATEST := tests/unit/test_models_*.py tests/unit/test_megatron_cpu.py tests/unit/test_training_*.py tests/distributed
+TESTS_LATEST := tests/unit/test_models_*.py tests/unit/test_convert_*.py tests/unit/test_megatron_cpu.py tests/unit/test_training_*.py tests/distributed
 # Extra pip flags for torch alone, e.g. the index of PyTorch's CPU builds.
 TORCH_FLAGS ?=
 # Further key=value options of the demo.

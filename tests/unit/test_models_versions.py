@@ -56,6 +56,13 @@ def test_a_checkpoint_of_a_newer_version_is_refused_by_name(tmp_path: Path) -> N
         load_checkpoint({}, tmp_path)
 
 
+def test_the_newest_environment_differs_in_megatron_core_alone() -> None:
+    pinned, latest = (set((ROOT / name).read_text().splitlines()[1:]) for name in ("constraints.txt", "constraints-latest.txt"))
+    assert {line.split("==")[0] for line in pinned - latest} == {"megatron-core"}, "pin it in constraints-latest.txt too"
+    # What torch's CUDA build brings; its own CUDA packages are pinned by torch itself.
+    assert {line.split("==")[0] for line in latest - pinned} == {"megatron-core", "setuptools", "triton"}
+
+
 def callers(name: str) -> set[str]:
     """Return the files of the package that call or import a name."""
     found = set()
