@@ -101,8 +101,8 @@ def test_frames_may_share_a_number_of_pixels() -> None:
     # 20 frames have 10,000 pixels each: 84 x 112 is the largest of that shape in 28s; 10 frames have what one frame may have.
     assert video_size(20, 300, 400, shared) == (84, 112)
     assert video_size(10, 300, 400, shared) == video_size(1, 300, 400, shared) == video_size(1, 300, 400, PER_FRAME)
-    # 200 frames would have 1,000 each, but none gets less than 1.05 x 3,136 pixels.
-    assert video_size(200, 300, 400, shared) == reference_frame_size(300, 400, 28, 3136, int(3136 * 1.05))
+    # 200 frames would have 1,000 each, but none gets less than 1.05 times the least: 12,600 pixels, which 112 x 112 are not above.
+    assert video_size(200, 280, 280, replace(shared, video_min_pixels=12_000)) == (112, 112)
 
 
 def test_seconds_per_patch_come_from_the_rate_or_the_timestamps() -> None:
