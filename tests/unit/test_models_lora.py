@@ -74,6 +74,7 @@ def largest_difference(left: torch.Tensor, right: torch.Tensor) -> float:
         ("qwen3_5", ["all"]),
         ("qwen3", ["all"]),
         ("qwen3_vl", ["all"]),
+        ("qwen2_5_vl", ["all"]),
         ("qwen3_5", ["k_proj", "q_proj", "in_proj_z", "in_proj_a", "up_proj", "out_proj"]),
     ],
 )
@@ -84,10 +85,10 @@ def test_peft_on_the_transformers_model_gives_the_same_logits_and_gradients(tmp_
     export_adapter(network, folder, tmp_path / "adapter")
     parts = [part for kind in kinds for part in tiny_families.sequences(family, kind)]
     pack = tiny_qwen.pack(parts)
-    base = tiny_qwen.oracle_logits(oracle, parts).detach()
+    base = tiny_families.oracle_logits(oracle, parts).detach()
     loaded = peft.PeftModel.from_pretrained(oracle, tmp_path / "adapter", is_trainable=True)
 
-    wanted = tiny_qwen.oracle_logits(loaded, parts)
+    wanted = tiny_families.oracle_logits(loaded, parts)
     logits = network(**pack)
 
     assert largest_difference(wanted, base) > MIN_EFFECT
