@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from zppo_mm.models.provider import build_model
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.models.weights import load_hf_weights
 from zppo_mm.observability.metrics import StepMetrics, Sum
+from zppo_mm.rewards.judge import LlmJudge, load_judge_template
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.exchange import ParallelExchange
@@ -36,6 +38,7 @@ from zppo_mm.teacher.connect import open_pool
 from zppo_mm.teacher.endpoint_pool import EndpointPool
 from zppo_mm.teacher.media_parts import MessageWriter
 from zppo_mm.teacher.megatron_teacher import MegatronTeacher
+from zppo_mm.teacher.served_judge import greedy_replies
 from zppo_mm.teacher.served_teacher import ServedTeacher
 from zppo_mm.teacher.teacher import Compressor, Teacher
 from zppo_mm.training.learner import Learner
@@ -91,7 +94,8 @@ class Run:
         media: Opens and decodes media.
         verifier: Grades.
         encoders: Of the student and then the teacher; they keep opened media.
-        pool: The teacher's servers, if it is served.
+        pools: Servers of the teacher and, if they are others, of the judge.
+        judge: Of open questions.
         counted: Losses that `take_losses` has handed out, by metric.
     """
 
@@ -102,7 +106,8 @@ class Run:
     media: MediaStore
     verifier: Verifier
     encoders: list[PromptEncoder]
-    pool: EndpointPool | None = None
+    pools: tuple[EndpointPool, ...] = ()
+    judge: LlmJudge | None = None
     counted: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -123,9 +128,11 @@ class Run:
     def take_losses(self) -> StepMetrics:
         """Return what grading lost and what went to and fro with servers on this rank since the last call."""
         metrics = StepMetrics()
-        served = {f"teacher/{name}": count for name, count in (self.pool.counts if self.pool is not None else {}).items()}
-        grading = {"reward/timeouts": self.verifier.num_timeouts, "reward/errors": self.verifier.num_errors}
-        for name, count in {**grading, **served}.items():
+        counts = Counter({"reward/timeouts": self.verifier.num_timeouts, "reward/errors": self.verifier.num_errors})
+        counts.update({f"reward/{name}": count for name, count in (self.judge.counts if self.judge else Counter[str]()).items()})
+        for pool in self.pools:
+            counts.update({f"teacher/{name}": count for name, count in pool.counts.items()})
+        for name, count in counts.items():
             metrics.add(name, Sum(count - self.counted.get(name, 0)))
             self.counted[name] = count
         return metrics
@@ -143,8 +150,8 @@ class Run:
 
     def close(self) -> None:
         """End the worker processes and the connections."""
-        if self.pool is not None:
-            self.pool.close()
+        for pool in self.pools:
+            pool.close()
         self.media.close()
         self.verifier.close()
 
@@ -183,9 +190,12 @@ def build_run(config: RunConfig) -> Run:
         DataError: A data source cannot be used.
     """
     media = MediaStore(config.data)
-    verifier = Verifier(config.reward.timeout_seconds, config.reward.num_workers)
     exchange = ParallelExchange()
-    shared = _Shared(config, media, verifier, exchange, open_pool(config.teacher, exchange))
+    pool = open_pool(config.teacher, exchange)
+    judge_pool = _judge_pool(config, pool, exchange)
+    judge = _build_judge(config, judge_pool)
+    verifier = Verifier(config.reward.timeout_seconds, config.reward.num_workers, judge)
+    shared = _Shared(config, media, verifier, exchange, pool)
     encoder = shared.encoder(student_folder(config))
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     student = _load_model(config.model, config.parallel, student_folder(config), trainable=True)
@@ -214,7 +224,8 @@ def build_run(config: RunConfig) -> Run:
         learner=Learner(policy, encoder, config.train, config.seed),
     )
     held_out, answered = _held_out(config, verifier), _evaluation_sampling(config, encoder)
-    return Run(stages, stream, held_out, answered, media, verifier, shared.encoders, shared.pool)
+    pools = tuple({id(each): each for each in (pool, judge_pool) if each is not None}.values())
+    return Run(stages, stream, held_out, answered, media, verifier, shared.encoders, pools, judge)
 
 
 def _load_model(options: ModelConfig, layout: ParallelConfig, folder: Path, trainable: bool) -> VisionLanguageModel:
@@ -257,6 +268,21 @@ def _build_teacher(shared: _Shared, templates: PromptTemplates, student: PromptE
     )
     model = _load_model(options, config.parallel, folder, trainable=False)
     return MegatronTeacher(shared.sampler(model, encoder), sampling, config.teacher.num_rollouts, templates.plain_text)
+
+
+def _judge_pool(config: RunConfig, teachers: EndpointPool | None, exchange: ParallelExchange) -> EndpointPool | None:
+    """Return the judge's servers: the teacher's unless it has its own or another model."""
+    reward = config.reward
+    if not reward.judge or not (reward.judge_endpoints or reward.judge_model):
+        return teachers if reward.judge else None
+    return open_pool(config.teacher, exchange, reward.judge_endpoints, reward.judge_model)
+
+
+def _build_judge(config: RunConfig, pool: EndpointPool | None) -> LlmJudge | None:
+    if pool is None:
+        return None
+    template = load_judge_template(config.reward.judge_template)
+    return LlmJudge(greedy_replies(pool, config.reward, config.teacher.num_retries), template)
 
 
 def _build_compressor(config: RunConfig, encoder: PromptEncoder, teacher: Teacher | None) -> Compressor:

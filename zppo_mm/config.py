@@ -329,6 +329,18 @@ class RewardConfig:
     """Hard limit for grading one answer in a worker that can be killed."""
     num_workers: int = 1
     """Grading workers per rank."""
+    judge: bool = True
+    """Have a served model judge questions of answer type `open`; without it, or without servers, such questions are refused."""
+    judge_endpoints: list[str] = field(default_factory=list)
+    """Base URLs of the judge's servers; empty means teacher.endpoints. Key, time-outs and concurrency are the teacher's."""
+    judge_model: str = ""
+    """Name of the judge's model; empty means teacher.model."""
+    judge_max_tokens: int = 512
+    """Longest reply of the judge."""
+    judge_max_wait_seconds: float = 300.0
+    """Time after which a rollout is left out because the judge does not reply, all attempts together."""
+    judge_template: str = ""
+    """File with the judge's prompt; empty means the embedded one."""
 
 
 @dataclass(kw_only=True)

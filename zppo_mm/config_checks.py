@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -85,6 +85,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "zone.buffer_capacity": _FROM_ONE,
     "reward.timeout_seconds": _ABOVE_ZERO,
     "reward.num_workers": _FROM_ONE,
+    "reward.judge_max_tokens": _FROM_ONE,
+    "reward.judge_max_wait_seconds": _ABOVE_ZERO,
     "algorithm.clip_ratio_low": _BELOW_ONE,
     "algorithm.clip_ratio_high": _ABOVE_ZERO,
     "algorithm.clip_ratio_c": (math.nextafter(1.0, 2.0), math.inf),
@@ -222,26 +224,40 @@ def _check_lora(config: RunConfig) -> None:
 
 def _check_endpoints(config: RunConfig) -> None:
     """Check the servers' addresses; what they hold is never repeated, because it may be a key."""
-    teacher = config.teacher
-    for index, url in enumerate(teacher.endpoints):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(
-                f"teacher.endpoints[{index}]: not an address, got {parts.scheme or 'no scheme'!r} and host {parts.hostname or 'none'!r}, "
-                "expected a base URL such as http://host:8000/v1; correct it"
-            )
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ConfigError(
-                f"teacher.endpoints[{index}]: holds more than an address, got a name, a password or a query for host {parts.hostname!r}, "
-                "expected scheme, host and path alone; give the key by the environment variable that teacher.api_key_env names"
-            )
-    if len(set(teacher.endpoints)) < len(teacher.endpoints):
-        raise ConfigError("teacher.endpoints: an address stands there twice, expected each once; raise teacher.max_concurrency instead")
+    teacher, reward = config.teacher, config.reward
+    _check_addresses("teacher.endpoints", teacher.endpoints)
+    _check_addresses("reward.judge_endpoints", reward.judge_endpoints)
     if teacher.endpoints and not teacher.model:
         raise ConfigError(
             "teacher.model: missing, got endpoints without a model, expected the name under which they serve it (GET /v1/models); give it"
         )
+    if reward.judge_endpoints and not (reward.judge_model or teacher.model):
+        raise ConfigError("reward.judge_model: missing, got judge_endpoints without a model, expected its served name; give it")
     if teacher.api_key_env and not teacher.api_key_env.isidentifier():
         raise ConfigError(
             "teacher.api_key_env: not a name, expected the name of an environment variable, never the key itself; put the key there"
         )
+    limit = 60 * config.parallel.timeout_minutes
+    if (teacher.endpoints or reward.judge_endpoints) and reward.judge and reward.judge_max_wait_seconds >= limit:
+        raise ConfigError(
+            f"reward.judge_max_wait_seconds: too long, got {reward.judge_max_wait_seconds:g}, expected less than the {limit:g} s of "
+            "parallel.timeout_minutes, in which the other ranks wait for a rank that grades; change one of them"
+        )
+
+
+def _check_addresses(key: str, urls: Sequence[str]) -> None:
+    """Check a list of base URLs."""
+    for index, url in enumerate(urls):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(
+                f"{key}[{index}]: not an address, got {parts.scheme or 'no scheme'!r} and host {parts.hostname or 'none'!r}, "
+                "expected a base URL such as http://host:8000/v1; correct it"
+            )
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ConfigError(
+                f"{key}[{index}]: holds more than an address, got a name, a password or a query for host {parts.hostname!r}, "
+                "expected scheme, host and path alone; give the key by the environment variable that teacher.api_key_env names"
+            )
+    if len(set(urls)) < len(urls):
+        raise ConfigError(f"{key}: an address stands there twice, expected each once; raise teacher.max_concurrency instead")

@@ -91,7 +91,7 @@ class Rollout:
         finish_reason: `stop` or `length`.
         text: Decoded response without special tokens at the end.
         parsed: Final answer (content of the last `\\boxed{}`), `None` if nothing was boxed.
-        reward: 0 or 1.
+        reward: 0 or 1; NaN where it could not be graded, which is so in `Group.ungraded` alone.
         policy_version: Rollout step whose weights sampled it.
     """
 
@@ -106,11 +106,19 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """All rollouts of one prompt; advantages are computed inside it."""
+    """All rollouts of one prompt; advantages are computed inside it.
+
+    Attributes:
+        instance: What was asked.
+        prompt: How it was asked.
+        rollouts: Those with a reward, at least one.
+        ungraded: Those that no judge graded: no part of accuracy, advantages, candidates or loss, but of the record.
+    """
 
     instance: PromptInstance
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
+    ungraded: tuple[Rollout, ...] = ()
 
     @property
     def uid(self) -> str:

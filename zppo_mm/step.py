@@ -146,6 +146,7 @@ def _sample(stages: Stages, instances: Sequence[PromptInstance], step: int, metr
     """Generate and verify; what could not be sampled is counted."""
     groups = stages.sampler.sample(instances, stages.sampling, stages.config.rollout.num_rollouts, step)
     metrics.add("rollout/failed_groups", Sum(len(instances) - len(groups)))
+    metrics.add("rollout/ungraded", Sum(sum(len(group.ungraded) for group in groups)))
     return groups
 
 

@@ -17,6 +17,8 @@ from zppo_mm.teacher.connect import open_pool
 from zppo_mm.teacher.endpoint import retry_after
 from zppo_mm.teacher.media_parts import inert_text
 
+A, B = (Choice(text, "stop", text) for text in "ab")
+
 
 def reply(*choices: dict[str, Any], **fields: Any) -> bytes:
     return json.dumps({"choices": list(choices), **fields}).encode()
@@ -30,23 +32,23 @@ def test_choices_and_usage() -> None:
     read = parse_reply(
         reply(choice("a"), {**choice("b", 1), "finish_reason": "length"}, usage={"prompt_tokens": 7, "completion_tokens": 5}), 2
     )
-    assert read.choices == (Choice("a", "stop"), Choice("b", "length"))
+    assert read.choices == (Choice("a", "stop", "a"), Choice("b", "length", "b"))
     assert (read.num_returned, read.prompt_tokens, read.completion_tokens) == (2, 7, 5)
 
 
 def test_no_choice_counts_twice_and_none_too_many() -> None:
-    assert parse_reply(reply(choice("a"), choice("a"), choice("b", 1)), 4).choices == (Choice("a", "stop"), Choice("b", "stop"))
-    assert parse_reply(reply(choice("a"), choice("b", 1)), 1).choices == (Choice("a", "stop"),)
+    assert parse_reply(reply(choice("a"), choice("a"), choice("b", 1)), 4).choices == (A, B)
+    assert parse_reply(reply(choice("a"), choice("b", 1)), 1).choices == (A,)
     some = parse_reply(reply(choice(""), choice("b", 1)), 2)
-    assert (some.choices, some.num_returned) == ((Choice("b", "stop"),), 2)
+    assert (some.choices, some.num_returned) == ((B,), 2)
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
 def test_reasoning_told_apart_is_put_back(name: str) -> None:
     (read,) = parse_reply(reply(choice("\\boxed{4}", **{name: "2 + 2"})), 1).choices
-    assert read.text == "<think>\n2 + 2\n</think>\n\n\\boxed{4}"
+    assert (read.text, read.content) == ("<think>\n2 + 2\n</think>\n\n\\boxed{4}", "\\boxed{4}")
     cut = {"index": 0, "message": {"content": None, name: "2 +"}, "finish_reason": "length"}
-    assert parse_reply(reply(cut), 1).choices == (Choice("<think>\n2 +\n</think>\n\n", "length"),)
+    assert parse_reply(reply(cut), 1).choices == (Choice("<think>\n2 +\n</think>\n\n", "length", ""),)
 
 
 @pytest.mark.parametrize(

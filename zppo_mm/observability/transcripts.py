@@ -15,6 +15,7 @@ from zppo_mm.experience import Group, Rollout
 
 TRANSCRIPTS_FOLDER = "transcripts"
 BUFFER_FOLDER = "buffer"
+NO_MINIBATCH = -1
 
 
 class BufferChange(Protocol):
@@ -110,16 +111,18 @@ def _group_record(step: int, group: Group, advantages: Sequence[float], minibatc
         "rollouts": [
             _rollout_record(rollout, advantage, minibatch)
             for rollout, advantage, minibatch in zip(group.rollouts, advantages, minibatches, strict=True)
-        ],
+        ]
+        + [_rollout_record(rollout, None, NO_MINIBATCH) for rollout in group.ungraded],
     }
 
 
-def _rollout_record(rollout: Rollout, advantage: float, minibatch: int) -> dict[str, Any]:
+def _rollout_record(rollout: Rollout, advantage: float | None, minibatch: int) -> dict[str, Any]:
+    """Return one rollout; one without an advantage was not graded and has no reward either."""
     return {
         "text": rollout.text,
         "parsed": rollout.parsed,
-        "reward": float(rollout.reward),
-        "advantage": float(advantage),
+        "reward": None if advantage is None else float(rollout.reward),
+        "advantage": None if advantage is None else float(advantage),
         "num_tokens": len(rollout.response_ids),
         "finish_reason": rollout.finish_reason,
         "minibatch": int(minibatch),

@@ -15,7 +15,7 @@ from zppo_mm.rewards.choice import matches_choice
 from zppo_mm.rewards.mathematics import MAX_ANSWER_CHARS, Undecided, compare, last_boxed
 from zppo_mm.rewards.workers import GradingPool, Outcome
 
-Reason = Literal["match", "mismatch", "not_boxed", "too_long", "timeout", "error"]
+Reason = Literal["match", "mismatch", "not_boxed", "too_long", "timeout", "error", "no_verdict"]
 _REASON_OF_OUTCOME: dict[Outcome, Reason] = {"equal": "match", "different": "mismatch", "timeout": "timeout", "error": "error"}
 
 
@@ -25,12 +25,12 @@ class Verdict:
 
     Attributes:
         parsed: Content of the last `\\boxed{}`, `None` if nothing was boxed.
-        reward: 1 if the answer is right, else 0.
-        reason: `match` is right; all others are wrong. `timeout` and `error` mean that the comparison itself failed.
+        reward: 1 if the answer is right, else 0; `None` if the judge gave no verdict.
+        reason: `match` is right; all others are wrong, but for `no_verdict`. `timeout` and `error` mean that the comparison itself failed.
     """
 
     parsed: str | None
-    reward: float
+    reward: float | None
     reason: Reason
 
 
@@ -42,8 +42,8 @@ class Judge(Protocol):
     its ranks would wait for each other for ever. It needs a stage of its own that all ranks enter.
     """
 
-    def judge(self, items: Sequence[tuple[Question, str]]) -> list[bool]:
-        """Return for every (question, parsed answer) whether it agrees with the reference answer."""
+    def judge(self, items: Sequence[tuple[Question, str]]) -> Sequence[bool | None]:
+        """Return for every (question, parsed answer) whether it agrees with the reference answer; `None` if the judge cannot be had."""
         ...
 
 
@@ -102,7 +102,7 @@ class Verifier:
                 reason = _REASON_OF_OUTCOME[outcomes[grade.parsed, grade.gold]]
             else:
                 reason = next(judged) if grade is None else grade
-            verdicts.append(Verdict(parsed, float(reason == "match"), reason))
+            verdicts.append(Verdict(parsed, None if reason == "no_verdict" else float(reason == "match"), reason))
         return verdicts
 
     def close(self) -> None:
@@ -120,7 +120,7 @@ class Verifier:
         if parsed is None:
             return "not_boxed"
         if question.answer_type == "open":
-            return None
+            return "too_long" if len(parsed) > MAX_ANSWER_CHARS else None
         if question.answer_type == "choice":
             return "match" if matches_choice(parsed, question) else "mismatch"
         verdict = compare(parsed, question.answer)
@@ -134,7 +134,7 @@ class Verifier:
         if not items:
             return []
         assert self.judge is not None
-        return ["match" if right else "mismatch" for right in self.judge.judge(items)]
+        return ["no_verdict" if right is None else "match" if right else "mismatch" for right in self.judge.judge(items)]
 
     def _check_judge(self, items: Sequence[tuple[Question, str]]) -> None:
         asked = next((question for question, _ in items if not self.can_grade(question)), None)

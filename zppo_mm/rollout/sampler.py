@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from zppo_mm.rollout.prompt import PromptEncoder, PromptError
 
 logger = logging.getLogger(__name__)
 
+UNGRADED = "ungraded"
+
 
 class Verdict(Protocol):
     """What a grader says about a response."""
@@ -27,8 +30,8 @@ class Verdict(Protocol):
         ...
 
     @property
-    def reward(self) -> float:
-        """0 or 1."""
+    def reward(self) -> float | None:
+        """0 or 1; `None` if it could not be graded."""
         ...
 
 
@@ -56,6 +59,7 @@ class _Outcome:
     index: int
     prompt: Prompt | None = None
     rollouts: tuple[Rollout, ...] = ()
+    ungraded: tuple[Rollout, ...] = ()
     reason: str = ""
     detail: str = ""
 
@@ -83,7 +87,8 @@ class GroupSampler:
     def sample(self, instances: Sequence[PromptInstance], params: SamplingParams, num_rollouts: int, step: int) -> list[Group]:
         """Return the groups of all instances, in order and the same on every rank.
 
-        An instance whose prompt cannot be made has no group; it is logged and counted in `failures`.
+        An instance whose prompt cannot be made, or none of whose rollouts can be graded, has no group; it is logged and counted in
+        `failures`. Of the others, rollouts that cannot be graded are set apart in `Group.ungraded`.
 
         Args:
             instances: The same list on every rank.
@@ -143,8 +148,13 @@ class GroupSampler:
         verdicts = iter(self._verifier.verify_all(items))
         outcomes = []
         for item, group, group_texts in zip(encoded, generations, texts, strict=True):
-            rollouts = tuple(_rollout(generation, text, next(verdicts), step) for generation, text in zip(group, group_texts, strict=True))
-            outcomes.append(_Outcome(item.index, item.prompt, rollouts))
+            rollouts = [_rollout(generation, text, next(verdicts), step) for generation, text in zip(group, group_texts, strict=True)]
+            graded = tuple(rollout for rollout in rollouts if not math.isnan(rollout.reward))
+            ungraded = tuple(rollout for rollout in rollouts if math.isnan(rollout.reward))
+            if graded:
+                outcomes.append(_Outcome(item.index, item.prompt, graded, ungraded))
+            else:
+                outcomes.append(_Outcome(item.index, reason=UNGRADED, detail="the judge graded none of its rollouts"))
         return outcomes
 
     def _groups(self, instances: Sequence[PromptInstance], outcomes: dict[int, _Outcome]) -> list[Group]:
@@ -155,7 +165,7 @@ class GroupSampler:
                 self.failures[outcome.reason] += 1
                 logger.warning("no group for %s: %s: %s", instance.uid, outcome.reason, outcome.detail)
             else:
-                groups.append(Group(instance, outcome.prompt, outcome.rollouts))
+                groups.append(Group(instance, outcome.prompt, outcome.rollouts, outcome.ungraded))
         return groups
 
 
@@ -182,6 +192,6 @@ def _rollout(generation: Generation, text: str, verdict: Verdict, step: int) -> 
         finish_reason=generation.finish_reason,
         text=text,
         parsed=verdict.parsed,
-        reward=float(verdict.reward),
+        reward=math.nan if verdict.reward is None else float(verdict.reward),
         policy_version=step,
     )

@@ -49,10 +49,17 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One answer; the text holds the reasoning too, inside `<think>` tags, if the server tells it apart."""
+    """One answer.
+
+    Attributes:
+        text: All that the model wrote: a reasoning that the server tells apart comes first, inside `<think>` tags.
+        finish_reason: `length` if it met the limit.
+        content: The text without a reasoning that the server tells apart.
+    """
 
     text: str
     finish_reason: FinishReason
+    content: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,4 +127,4 @@ def _choice(choice: Mapping[str, Any]) -> Choice:
     if not (isinstance(content, str) and isinstance(reasoning, str)):
         raise TypeError(f"content is no text, got {type(content).__name__}")
     text = f"<think>\n{reasoning.strip()}\n</think>\n\n{content}" if reasoning else content
-    return Choice(text, "length" if choice.get("finish_reason") == "length" else "stop")
+    return Choice(text, "length" if choice.get("finish_reason") == "length" else "stop", content)

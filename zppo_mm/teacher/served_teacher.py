@@ -152,7 +152,7 @@ class ServedTeacher:
         rollouts = []
         for _, choices in answers:
             graded = [(choice, next(verdicts)) for choice in choices]
-            rollouts.append(tuple(self._rollout(choice, verdict.parsed, verdict.reward, step) for choice, verdict in graded))
+            rollouts.append(tuple(self._rollout(c, v.parsed, v.reward, step) for c, v in graded if v.reward is not None))
         return rollouts
 
     def _rollout(self, choice: Choice, parsed: str | None, reward: float, step: int) -> Rollout:
