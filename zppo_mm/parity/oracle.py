@@ -20,6 +20,7 @@ import torch
 from encoders.processor import VisionInput
 from zppo_mm.errors import ModelError
 from zppo_mm.experience import FloatArray, IntArray
+from zppo_mm.models.families.table import FAMILIES
 from zppo_mm.models.safetensors_folder import SafetensorsFolder
 
 logger = logging.getLogger(__name__)
@@ -30,8 +31,6 @@ FIXED_BYTES = 512 * 2**20
 USABLE_SHARE = 0.8
 """Part of the free memory that may be taken: other processes of the machine grow too."""
 CGROUP_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
-OWN_VIDEO_POSITIONS = ("qwen2_5_vl",)
-"""Families whose text after a video stands elsewhere in transformers than where the model was trained and rollout engines put it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +200,8 @@ def _model_inputs(config: Any, item: SourceInput) -> dict[str, torch.Tensor]:
         if media:
             inputs[patches] = torch.from_numpy(np.concatenate([entry.patches for entry in media]))
             inputs[grids] = torch.tensor([entry.grid for entry in media])
-    if config.model_type in OWN_VIDEO_POSITIONS and "video_grid_thw" in inputs:
+    if not FAMILIES[config.model_type].video_layout.timestamped and "video_grid_thw" in inputs:
+        # Text after such a video stands elsewhere in transformers than where the model was trained and rollout engines put it.
         inputs["position_ids"] = torch.from_numpy(item.positions)[:, None]
     return inputs
 
