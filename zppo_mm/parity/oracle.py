@@ -200,7 +200,7 @@ def _model_inputs(config: Any, item: SourceInput) -> dict[str, torch.Tensor]:
         if media:
             inputs[patches] = torch.from_numpy(np.concatenate([entry.patches for entry in media]))
             inputs[grids] = torch.tensor([entry.grid for entry in media])
-    if not FAMILIES[config.model_type].video_layout.timestamped and "video_grid_thw" in inputs:
+    if not FAMILIES[config.model_type].video_layout(config.to_dict()).timestamped and "video_grid_thw" in inputs:
         # Text after such a video stands elsewhere in transformers than where the model was trained and rollout engines put it.
         inputs["position_ids"] = torch.from_numpy(item.positions)[:, None]
     return inputs
