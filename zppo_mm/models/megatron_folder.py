@@ -29,6 +29,8 @@ from zppo_mm.models.safetensors_folder import SafetensorsFolder
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.models.weights import Mapping, cut, fuse_tensors, split_tensors
 
+_FITTING = "expected a complete checkpoint of this network; use another one"
+
 
 def build_without_weights(architecture: Architecture, layout: ParallelConfig) -> VisionLanguageModel:
     """Build this rank's stage with parameters that have shapes and no memory; process groups must be initialised.
@@ -88,12 +90,9 @@ def with_weights(
             # A part of the network is asked for, which megatron-core's own check of completeness does not expect.
             loaded = load_checkpoint(wanted, folder, validate_access_integrity=False)
         except CheckpointException as error:
-            raise first_failure(error, folder) from error
+            raise first_failure(error, folder, _FITTING) from error
         except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError, OSError) as error:
-            raise CheckpointError(
-                f"{folder}: the weights cannot be loaded, got {type(error).__name__}: {error}, expected a complete checkpoint of this "
-                "network; use another one"
-            ) from error
+            raise CheckpointError(f"{folder}: the weights cannot be loaded, got {type(error).__name__}: {error}, {_FITTING}") from error
         filled = [dataclasses.replace(mapping, parameter=cast(nn.Parameter, loaded.pop(mapping.name))) for mapping in mappings]
         yield filled
         # Whoever asks for the next round still holds this one.
@@ -112,7 +111,8 @@ def entry_with(entry: Any, data: torch.Tensor) -> Any:
     """Return an entry for other contents of the same shape."""
     if isinstance(entry, ShardedTensorFactory):
         return dataclasses.replace(entry, data=data)
-    return dataclasses.replace(entry, data=data, dtype=data.dtype)
+    # megatron-core would let an embedding of another length pass and fill it up with zeros.
+    return dataclasses.replace(entry, data=data, dtype=data.dtype, allow_shape_mismatch=False)
 
 
 def read_share(model: VisionLanguageModel, mapping: Mapping, source: SafetensorsFolder) -> torch.Tensor:
@@ -123,15 +123,18 @@ def read_share(model: VisionLanguageModel, mapping: Mapping, source: Safetensors
     return cut(whole, mapping, model.architecture, parallel.tensor_rank(), parallel.tensor_size())
 
 
-def first_failure(error: CheckpointException, folder: Path) -> CheckpointError:
-    """Say what the first rank that failed said."""
+def first_failure(error: CheckpointException, folder: Path, expected: str) -> CheckpointError:
+    """Say what the first rank that failed said.
+
+    Args:
+        error: Of all ranks.
+        folder: The checkpoint.
+        expected: And what to do, for the message.
+    """
     rank, (cause, _trace) = sorted(error.failures.items())[0]
     if isinstance(cause, ModelError | CheckpointError):
         return CheckpointError(str(cause))
-    return CheckpointError(
-        f"{folder}: the checkpoint cannot be used, got {type(cause).__name__}: {cause} on rank {rank}, expected complete files and room on "
-        "the disk; correct the cause and try again"
-    )
+    return CheckpointError(f"{folder}: the checkpoint cannot be used, got {type(cause).__name__}: {cause} on rank {rank}, {expected}")
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.models.weights import Mapping, parameter_mappings
 
 COMMON_FILE = "common.pt"
+PIECE_BYTES = 1 << 26
+"""What is read at once when the checkpoint is loaded: a rank reads the pieces that overlap its share, each of them whole."""
 
 
 def save_from_hf(model: VisionLanguageModel, source: SafetensorsFolder, folder: Path) -> None:
@@ -47,7 +50,7 @@ def save_from_hf(model: VisionLanguageModel, source: SafetensorsFolder, folder: 
     try:
         save_shards({}, storage_writer=_StreamWriter(folder), planner=planner)
     except CheckpointException as error:
-        raise first_failure(error, folder) from error
+        raise first_failure(error, folder, "expected a readable source and room on the disk; correct the cause and import again") from error
     if parallel.rank() == 0:
         # What megatron-core looks for beside the shards: values that all ranks have in common, of which weights have none, and the format.
         torch.save({}, folder / COMMON_FILE)
@@ -63,6 +66,7 @@ class _Shard:
         mapping: The parameter; `None` for an object.
         entry: How the parameter becomes parts.
         part: Which of them.
+        rows: First row of the part and how many.
         content: The object, pickled.
     """
 
@@ -70,6 +74,7 @@ class _Shard:
     mapping: Mapping | None = None
     entry: Any = None
     part: int = 0
+    rows: tuple[int, int] = (0, 0)
     content: bytes = b""
 
 
@@ -90,9 +95,9 @@ class _Shards(list[_Shard]):
             share = read_share(self._model, shard.mapping, self._source)
             self._made = (shard.mapping.name, [part.data for part in _parts(entry_with(shard.entry, share))])
         assert shard.item.tensor_data is not None
-        part = self._made[1][shard.part].reshape(shard.item.tensor_data.chunk.sizes).contiguous()
+        rows = self._made[1][shard.part].narrow(0, *shard.rows).reshape(shard.item.tensor_data.chunk.sizes).contiguous()
         # What is saved of a view is all that it looks at.
-        return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
+        return rows if rows.untyped_storage().nbytes() == rows.nbytes else rows.clone()
 
 
 class _StreamWriter(FileSystemWriter):
@@ -145,7 +150,7 @@ def _shards(model: VisionLanguageModel, source: SafetensorsFolder) -> _Shards:
         share = torch.empty(mapping.parameter.shape, dtype=source_dtype(mapping, source), device="meta")
         for number, part in enumerate(_parts(entry_with(entry, share))):
             if is_main_replica(part.replica_id):
-                shards.append(_Shard(_tensor_item(part), mapping, entry, number))
+                shards.extend(_Shard(_tensor_item(part, rows), mapping, entry, number, rows) for rows in _pieces(part))
     for entry in entries.values():
         if isinstance(entry, ShardedObject) and is_main_replica(entry.replica_id):
             box = io.BytesIO()
@@ -161,14 +166,23 @@ def _parts(entry: Any) -> list[ShardedTensor]:
     return [entry]
 
 
-def _tensor_item(part: ShardedTensor) -> WriteItem:
-    offsets = torch.Size(part.global_offset)
-    sizes = torch.Size((1,) * part.prepend_axis_num + tuple(part.local_shape))
+def _pieces(part: ShardedTensor) -> list[tuple[int, int]]:
+    """Cut a part into pieces of whole rows: the first row of each and how many."""
+    num_rows = part.local_shape[0]
+    size = math.prod(part.local_shape) * part.dtype.itemsize
+    step = max(1, num_rows * PIECE_BYTES // size)
+    return [(start, min(step, num_rows - start)) for start in range(0, num_rows, step)]
+
+
+def _tensor_item(part: ShardedTensor, rows: tuple[int, int]) -> WriteItem:
+    prepended = part.prepend_axis_num
+    offsets, sizes = list(part.global_offset), [1] * prepended + list(part.local_shape)
+    offsets[prepended], sizes[prepended] = offsets[prepended] + rows[0], rows[1]
     return WriteItem(
-        index=MetadataIndex(part.key, offsets),
+        index=MetadataIndex(part.key, torch.Size(offsets)),
         type=WriteItemType.SHARD,
         tensor_data=TensorWriteData(
-            chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes),
+            chunk=ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes)),
             properties=TensorProperties(dtype=part.dtype),
             size=torch.Size(part.global_shape),
         ),
