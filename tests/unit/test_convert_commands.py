@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -78,6 +80,15 @@ def test_the_command_line_is_read(tool: ModuleType) -> None:
 def test_other_options_are_refused(tool: ModuleType, option: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         tool.parse(["import", "a", "b", option])
+
+
+def test_the_documents_commands_are_accepted(tool: ModuleType) -> None:
+    found = []
+    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for block in re.findall(r"^```\w*\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            for words in (shlex.split(line, comments=True) for line in block.splitlines() if "tools/convert_checkpoint.py" in line):
+                found.append(tool.parse(words[words.index("tools/convert_checkpoint.py") + 1 :])[0])
+    assert set(found) == set(tool.COMMANDS)
 
 
 def test_help_needs_no_torch() -> None:
