@@ -14,13 +14,13 @@ from data.question import Question, check_same_question
 from zppo_mm.algorithms.advantages import group_advantages
 from zppo_mm.config import RunConfig
 from zppo_mm.experience import FloatArray, Group, GroupKind, PromptInstance
-from zppo_mm.observability.metrics import Max, Mean, StepMetrics, Sum
-from zppo_mm.observability.rollout_metrics import buffer_metrics, group_metrics, teacher_metrics
+from zppo_mm.observability.metrics import Max, StepMetrics, Sum
+from zppo_mm.observability.rollout_metrics import buffer_metrics, group_metrics, sampling_speed, teacher_metrics
 from zppo_mm.randomness import generator
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.sampler import GroupSampler
-from zppo_mm.teacher.teacher import Teacher
+from zppo_mm.teacher.teacher import Answers, Teacher
 from zppo_mm.training.learner import Learner
 from zppo_mm.zone.hard import count_of_share, select_hard
 from zppo_mm.zone.reformulate import Reformulation, Reformulator, TeacherAnswers, composition
@@ -105,10 +105,17 @@ def run_step(stages: Stages, step: int) -> StepRecord:
 
     hard = select_hard(groups, config.zone.tau)
     with metrics.phase("teacher"):
-        answers = _ask_teacher(stages, hard, step, metrics)
-        guided = stages.reformulator.reformulate(hard, answers, step, num_new)
+        asked = _ask_teacher(stages, hard, step)
+        early = stages.reformulator.certain_ncq(hard, step, num_new) if asked and asked.is_pending else Reformulation()
     with metrics.phase("reformulated_rollout"):
-        groups += _sample(stages, guided.instances, step, metrics)
+        sampled = _sample(stages, early.instances, step, metrics) if early.instances else []  # while the teacher answers
+    with metrics.phase("teacher"):
+        answers = _hear_teacher(asked, metrics)
+        guided = stages.reformulator.reformulate(hard, answers, step, num_new, early)
+    with metrics.phase("reformulated_rollout"):
+        sampled += _sample(stages, [each for each in guided.instances if each not in early.instances], step, metrics)
+    places = {instance.uid: place for place, instance in enumerate(guided.instances)}
+    groups += sorted(sampled, key=lambda group: places[group.uid])
 
     advantages = _advantages(groups, config.algorithm.advantage_normalization)
     with metrics.phase("update"):
@@ -146,21 +153,23 @@ def _sample(stages: Stages, instances: Sequence[PromptInstance], step: int, metr
     """Generate and verify; what could not be sampled is counted."""
     groups = stages.sampler.sample(instances, stages.sampling, stages.config.rollout.num_rollouts, step)
     metrics.add("rollout/failed_groups", Sum(len(instances) - len(groups)))
-    metrics.add("rollout/ungraded", Sum(sum(len(group.ungraded) for group in groups)))
     return groups
 
 
-def _ask_teacher(stages: Stages, hard: Sequence[Group], step: int, metrics: StepMetrics) -> TeacherAnswers:
+def _ask_teacher(stages: Stages, hard: Sequence[Group], step: int) -> Answers | None:
     """Ask every hard question once, in its original form."""
-    if stages.teacher is None or not hard:
-        return {}
     questions = list({group.question.id: group.question for group in hard}.values())
-    asked = stages.teacher.ask(questions, step)
-    rollouts = asked.wait()
+    return stages.teacher.ask(questions, step) if stages.teacher is not None and questions else None
+
+
+def _hear_teacher(asked: Answers | None, metrics: StepMetrics) -> TeacherAnswers:
+    """Wait for the answers that are not there yet."""
+    if asked is None:
+        return {}
+    answers = asked.wait()
     metrics.add("teacher/answer_seconds", Max(asked.seconds))
-    metrics.merge(teacher_metrics([answers for answers in rollouts if answers]))
-    metrics.add("teacher/failed_questions", Sum(sum(not answers for answers in rollouts)))
-    return {question.id: answers for question, answers in zip(questions, rollouts, strict=True)}
+    metrics.merge(teacher_metrics(list(answers.values())))
+    return answers
 
 
 def _advantages(groups: Sequence[Group], normalization: str) -> dict[str, FloatArray]:
@@ -192,7 +201,4 @@ def _measure(
     metrics.add("teacher/compression_rejects", Sum(guided.num_compression_rejects))
     metrics.add("teacher/compression_cuts", Sum(guided.num_compression_cuts))
     metrics.merge(buffer_metrics(stages.replay.occupancy(), stages.replay.fates))
-    seconds = metrics.values()
-    sampling_seconds = seconds["seconds/plain_rollout"] + seconds["seconds/reformulated_rollout"]
-    num_tokens = sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts)
-    metrics.add("throughput/rollout_tokens_per_second", Mean(num_tokens, sampling_seconds))
+    metrics.merge(sampling_speed(groups, metrics))

@@ -28,6 +28,7 @@ from zppo_mm.observability.sinks import EVALUATION_FILE, PARITY_FILE, MetricsLog
 from zppo_mm.observability.transcripts import discard_steps_after, write_buffer, write_transcript
 from zppo_mm.parity.gate import check_parity
 from zppo_mm.step import StepRecord, run_step
+from zppo_mm.teacher.teacher import TeacherLostError
 from zppo_mm.training import checkpoint
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,16 @@ FREE_ON_RESUME = (
     "train.micro_batch_tokens",
     "train.share_prompts",
     "rollout.max_batch_size",
+    "teacher.endpoints",
+    "teacher.api_key_env",
+    "teacher.on_failure",
+    "teacher.max_concurrency",
+    "teacher.connect_timeout_seconds",
+    "teacher.read_timeout_seconds",
+    "teacher.request_timeout_seconds",
+    "teacher.num_retries",
+    "teacher.backoff_seconds",
+    "teacher.max_wait_seconds",
     "reward.",
     "data.decode",
     "data.num_decode_workers",
@@ -132,7 +143,14 @@ def _loop(run: Run, folder: Path, done: int, log: MetricsLog | None) -> None:
         _evaluate(run, folder, 0)
     for step in range(max(done, 0) + 1, config.train.train_iters + 1):
         started = time.perf_counter()
-        record = run_step(run.stages, step)
+        place = run.stream.state_dict()
+        try:
+            record = run_step(run.stages, step)
+        except TeacherLostError:
+            # The step has moved nothing but the stream: put back, it is taken up again by a resumed run.
+            run.stream.load_state_dict(place)
+            _save(run, folder, step - 1)
+            raise
         is_last = step == config.train.train_iters
         if is_last or (config.evaluation.interval and step % config.evaluation.interval == 0):
             with record.metrics.phase("evaluation"):

@@ -119,6 +119,7 @@ def test_teacher_metrics_by_hand() -> None:
         "response/tokens/teacher": 25.0,
         "response/truncated/teacher": 0.25,
         "teacher/accuracy": 0.25,
+        "teacher/failed_questions": 1.0,
         "teacher/solved": pytest.approx(1 / 3),
     }
 

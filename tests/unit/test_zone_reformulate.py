@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.unit.zone_builders import group, question, rollout
 from zppo_mm.config import ZoneConfig
@@ -179,3 +181,33 @@ def test_wrong_templates_are_named(tmp_path: Path, name: str, text: str, message
 def test_a_folder_without_templates_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no template found"):
         load_templates(str(tmp_path / "nowhere"))
+
+
+@given(
+    asked=st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=2, max_size=4), st.booleans()), min_size=1, max_size=12),
+    num_new=st.integers(0, 24),
+    rho_aug=st.sampled_from([0.25, 0.5, 1.0]),
+    switches=st.sampled_from([(True, True), (True, False), (False, True)]),
+)
+def test_what_is_asked_while_the_teacher_answers_changes_nothing(
+    asked: list[tuple[list[int], bool]], num_new: int, rho_aug: float, switches: tuple[bool, bool]
+) -> None:
+    hard = [g for g in (group(f"q{i}", rewards) for i, (rewards, _) in enumerate(asked)) if g.accuracy < 0.5]
+    answers = {f"q{i}": RIGHT if solved else RIGHT[:1] for i, (_, solved) in enumerate(asked)}
+    zone = ZoneConfig(rho_aug=rho_aug, bcq=switches[0], ncq=switches[1])
+    whole = make(zone)[0].reformulate(hard, answers, 5, num_new)
+    reformulator, compressor = make(zone)
+    early = reformulator.certain_ncq(hard, 5, num_new)
+    assert {instance.kind for instance in early.instances} <= {"ncq"}
+    assert reformulator.reformulate(hard, answers, 5, num_new, early) == whole
+    assert {instance.uid for instance in early.instances} <= {instance.uid for instance in whole.instances}
+    assert sum(map(len, compressor.calls)) == whole.num_candidates  # nothing is compressed twice
+
+
+def test_all_ncq_prompts_are_certain_if_every_question_has_both() -> None:
+    hard = [group(name, [0, 0]) for name in "abcdef"]
+    reformulator, _ = make(ZoneConfig(rho_aug=1.0))
+    for num_new in range(8):
+        whole = reformulator.reformulate(hard, dict.fromkeys("abcdef", RIGHT), 0, num_new)
+        early = [instance.uid for instance in reformulator.certain_ncq(hard, 0, num_new).instances]
+        assert early == [instance.uid for instance in whole.instances if instance.kind == "ncq"]

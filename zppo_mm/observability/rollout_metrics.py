@@ -25,6 +25,7 @@ def group_metrics(groups: Sequence[Group], advantages: Mapping[str, Sequence[flo
         for name in {part, group.kind}:
             metrics.add(f"accuracy/{name}", Mean(sum(rewards), len(rewards)))
         metrics.add(f"batch/groups/{group.kind}", Sum(1))
+        metrics.add("rollout/ungraded", Sum(len(group.ungraded)))
         metrics.add(f"prompt/tokens/{part}", Mean(len(group.prompt.token_ids)))
         metrics.add("advantage/nontrivial_groups", Mean(len(set(rewards)) > 1))
         metrics.add("advantage/positive", Mean(sum(value > 0 for value in advantages[group.uid]), len(rewards)))
@@ -52,14 +53,24 @@ def response_metrics(rollouts: Sequence[Rollout], part: str) -> StepMetrics:
 
 
 def teacher_metrics(answers: Sequence[Sequence[Rollout]]) -> StepMetrics:
-    """Measure the teacher's rollouts on the hard questions of a step, one sequence per question."""
+    """Measure the teacher's rollouts on the hard questions of a step, one sequence per question, empty if it has none."""
     metrics = StepMetrics()
+    metrics.add("teacher/failed_questions", Sum(sum(not rollouts for rollouts in answers)))
     for rollouts in answers:
         rewards = [rollout.reward for rollout in rollouts]
         metrics.add("teacher/accuracy", Mean(sum(rewards), len(rewards)))
         metrics.add("teacher/solved", Mean(any(rewards)))
         metrics.add("response/tokens/teacher", Mean(sum(len(rollout.response_ids) for rollout in rollouts), len(rollouts)))
         metrics.add("response/truncated/teacher", Mean(sum(rollout.finish_reason == "length" for rollout in rollouts), len(rollouts)))
+    return metrics
+
+
+def sampling_speed(groups: Sequence[Group], step: StepMetrics) -> StepMetrics:
+    """Measure tokens per second of the sampling phases, whose seconds the step's metrics have."""
+    metrics, seconds = StepMetrics(), step.values()
+    num_tokens = sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts)
+    sampling_seconds = seconds["seconds/plain_rollout"] + seconds["seconds/reformulated_rollout"]
+    metrics.add("throughput/rollout_tokens_per_second", Mean(num_tokens, sampling_seconds))
     return metrics
 
 

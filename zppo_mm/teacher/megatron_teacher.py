@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from data.question import Question
@@ -16,11 +16,11 @@ from zppo_mm.rollout.sampler import GroupSampler
 class ReadyAnswers:
     """Answers that were sampled when they were asked for. Implements `Answers`."""
 
-    rollouts: list[tuple[Rollout, ...]]
+    rollouts: Mapping[str, tuple[Rollout, ...]]
     seconds: float
     is_pending: bool = False
 
-    def wait(self) -> list[tuple[Rollout, ...]]:
+    def wait(self) -> Mapping[str, tuple[Rollout, ...]]:
         """Return the answers."""
         return self.rollouts
 
@@ -57,7 +57,7 @@ class MegatronTeacher:
         ]
         groups = self._sampler.sample(instances, self._sampling, self._num_rollouts, step)
         by_question = {group.question.id: group.rollouts for group in groups}
-        rollouts = [by_question.get(question.id, ()) for question in questions]
+        rollouts = {question.id: by_question.get(question.id, ()) for question in questions}
         return ReadyAnswers(rollouts, time.perf_counter() - started)
 
     def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> Sequence[str | None]:

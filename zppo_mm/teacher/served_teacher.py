@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
@@ -50,11 +50,11 @@ class PendingAnswers:
     seconds: float = 0.0
     is_pending: bool = field(default=True, init=False)
 
-    def wait(self) -> list[tuple[Rollout, ...]]:
+    def wait(self) -> Mapping[str, tuple[Rollout, ...]]:
         """Wait for this replica's share, verify it and exchange; see `Answers.wait`."""
         told = self.teacher.collect(self.future, len(self.questions), lambda place, out: self._graded(place, out), self.step)
         self.seconds = max((each.seconds for each in told), default=0.0)
-        return [each.rollouts for each in told]
+        return {question.id: each.rollouts for question, each in zip(self.questions, told, strict=True)}
 
     def _graded(self, places: Sequence[int], outcomes: Sequence[Outcome]) -> list[_Told]:
         answers = [(self.questions[place], outcome.answers()) for place, outcome in zip(places, outcomes, strict=True)]

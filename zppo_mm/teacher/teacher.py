@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,8 +52,8 @@ class Answers(Protocol):
         """From asking to the last answer; known after `wait`."""
         ...
 
-    def wait(self) -> list[tuple[Rollout, ...]]:
-        """Return fresh, verified rollouts per question, in order and the same on every rank; empty for a question without an answer.
+    def wait(self) -> Mapping[str, tuple[Rollout, ...]]:
+        """Return fresh, verified rollouts by question id, the same on every rank; empty for a question without an answer.
 
         Raises:
             TeacherLostError: On every rank, if the teacher does not answer and the run is not to go on without it.

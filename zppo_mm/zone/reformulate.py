@@ -41,11 +41,11 @@ class Reformulation:
         num_compression_cuts: Candidates that were cut because no faithful rewrite was had.
     """
 
-    instances: tuple[PromptInstance, ...]
-    num_kept: int
-    num_candidates: int
-    num_compression_rejects: int
-    num_compression_cuts: int
+    instances: tuple[PromptInstance, ...] = ()
+    num_kept: int = 0
+    num_candidates: int = 0
+    num_compression_rejects: int = 0
+    num_compression_cuts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,21 @@ class Reformulator:
         self.seed = seed
         self.compressor = compressor
 
-    def reformulate(self, hard: Sequence[Group], answers: TeacherAnswers, step: int, num_new: int) -> Reformulation:
+    def certain_ncq(self, hard: Sequence[Group], step: int, num_new: int) -> Reformulation:
+        """Return the NCQ prompts that the caps leave whatever the teacher answers, to be asked while it still does.
+
+        Before the NCQ of the question at place i (from 0) stand at most i BCQ and i NCQ prompts and its own BCQ, so with a cap of L those
+        of the first L // 2 questions are certain: all NCQ prompts of the step if the teacher solves every question.
+        """
+        limit = count_of_share(self.zone.rho_aug, num_new)
+        kept = pre_cap(_one_group_per_question(hard), limit, self.seed, step)
+        per_question = 2 if self.zone.bcq else 1
+        certain = kept[: limit // per_question]
+        return self._made([plan for group in certain for plan in self._plans(group, {}, step)], step, len(kept), Reformulation())
+
+    def reformulate(
+        self, hard: Sequence[Group], answers: TeacherAnswers, step: int, num_new: int, early: Reformulation | None = None
+    ) -> Reformulation:
         """Return at most `rho_aug * num_new` prompts.
 
         Which prompts there will be follows from the rollouts alone, so only the candidates of prompts that the cap leaves are
@@ -107,22 +121,30 @@ class Reformulator:
             answers: Fresh teacher rollouts per question id, verified.
             step: Rollout step.
             num_new: New questions of the step.
+            early: What `certain_ncq` returned for the step; those prompts are taken over as they are.
 
         Source: ZPPO, Algorithm 1, steps 3 to 5.
         """
         limit = count_of_share(self.zone.rho_aug, num_new)
         kept = pre_cap(_one_group_per_question(hard), limit, self.seed, step)
         plans = [plan for group in kept for plan in self._plans(group, answers, step)][:limit]
-        picks = [pick for plan in plans for pick in plan.picks]
+        return self._made(plans, step, len(kept), early or Reformulation())
+
+    def _made(self, plans: Sequence[_Plan], step: int, num_kept: int, early: Reformulation) -> Reformulation:
+        """Turn plans into prompts; candidates of those that are there already are not compressed again."""
+        there = {instance.uid: instance for instance in early.instances}
+        picks = [pick for plan in plans if _uid(plan, step) not in there for pick in plan.picks]
         traces = [Trace(pick.group.question, pick.rollout.text, pick.rollout.parsed) for pick in picks]
         compressed = self.compressor.compress(traces, step) if traces else []
         remaining = iter(zip(picks, compressed, strict=True))
         return Reformulation(
-            instances=tuple(self._instance(plan, [next(remaining) for _ in plan.picks], step) for plan in plans),
-            num_kept=len(kept),
-            num_candidates=len(picks),
-            num_compression_rejects=sum(trace.rejects for trace in compressed),
-            num_compression_cuts=sum(trace.method == "cut" for trace in compressed),
+            instances=tuple(
+                there.get(_uid(plan, step)) or self._instance(plan, [next(remaining) for _ in plan.picks], step) for plan in plans
+            ),
+            num_kept=num_kept,
+            num_candidates=early.num_candidates + len(picks),
+            num_compression_rejects=early.num_compression_rejects + sum(trace.rejects for trace in compressed),
+            num_compression_cuts=early.num_compression_cuts + sum(trace.method == "cut" for trace in compressed),
         )
 
     def _plans(self, group: Group, answers: TeacherAnswers, step: int) -> list[_Plan]:
@@ -157,7 +179,11 @@ class Reformulator:
             text = self.templates.bcq_text(question, texts)
         else:
             text = self.templates.ncq_text(question, distinct_answers(candidates), texts)
-        return PromptInstance(f"{step}/{plan.kind}/{question.id}", question, plan.kind, text, candidates)
+        return PromptInstance(_uid(plan, step), question, plan.kind, text, candidates)
+
+
+def _uid(plan: _Plan, step: int) -> str:
+    return f"{step}/{plan.kind}/{plan.group.question.id}"
 
 
 def distinct_answers(candidates: Iterable[Candidate]) -> list[str]:

@@ -1,0 +1,136 @@
+"""Runs with the embedded teacher behind a server: answers, faults, a server that dies, and a key that must be seen nowhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fault_proxy import PASS, stand_between
+from tests.integration.running import RUN_TIMEOUT_SECONDS, lines, run, start, transcript
+from tests.loopback_server import LoopbackServer, TinyModel, serve
+from zppo_mm.embedded import TEACHER_DIR
+
+KEY = "sk-4f9a0c77d1e2b3a4"
+
+
+@pytest.fixture(scope="module")
+def model() -> TinyModel:
+    return TinyModel(TEACHER_DIR)
+
+
+@pytest.fixture
+def server(model: TinyModel) -> Iterator[LoopbackServer]:
+    with serve(model) as made:
+        yield made
+
+
+def options(url: str, **changes: Any) -> list[str]:
+    given = {
+        "teacher.endpoints": f"[{url}]",
+        "teacher.model": "tiny",
+        "teacher.max_response_tokens": 64,
+        "teacher.backoff_seconds": 0.1,
+        "parity.mode": "none",
+        "observability.report": "false",
+        "evaluation.num_questions": 2,
+        **changes,
+    }
+    return [f"{name}={value}" for name, value in given.items()]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return lines(folder / "metrics.jsonl")
+
+
+def test_two_ranks_ask_and_agree_and_the_key_is_nowhere(server: LoopbackServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    server.api_key = KEY
+    # Every fifth request fails in one of four ways; one of them repeats the key to the client.
+    faults = ("500", "429", "half_body", "reset")
+    with stand_between(server.url, lambda number: PASS if number % 5 != 3 else faults[number // 5 % len(faults)]) as proxy:
+        given = options(
+            proxy.url, **{"teacher.api_key_env": "TEACHER_KEY", "train.train_iters": 2, "modality": "mixed", "teacher.video": "frames"}
+        )
+        process = start(tmp_path, "run", *given, processes=2)
+        output, _ = process.communicate(timeout=RUN_TIMEOUT_SECONDS)
+        assert process.returncode == 0, output[-6000:]
+    folder = tmp_path / "run"
+    asked = 0
+    for step, row in enumerate(metrics(folder), start=1):
+        groups = transcript(folder, step)
+        hard = {group["question_id"] for group in groups if group["kind"] in ("new", "replayed") and group["accuracy"] < 0.5}
+        rewards = {group["question_id"]: group["teacher_rewards"] for group in groups if "teacher_rewards" in group}
+        assert set(rewards) == hard  # only hard questions reach the teacher
+        assert all(len(each) == 2 for each in rewards.values())
+        assert row["teacher/lost_rollouts"] == row["teacher/failed_questions"] == 0
+        assert row["teacher/completion_tokens"] > 0
+        assert row["teacher/answer_seconds"] > 0
+        asked += len(hard)
+    texts = [str(request["messages"]) for request in server.requests]
+    assert any("data:image/png;base64," in text for text in texts)
+    assert any("A video as " in text for text in texts)
+    # Every request that was not spoilt before the model saw it: one per hard question, the greeting, and answers that were cut off.
+    assert asked + 1 <= len(server.requests) <= asked + 1 + proxy.injected["half_body"]
+    assert len(proxy.delivered) == asked + 1
+    assert sum(row.get(f"teacher/faults/{name}", 0) for row in metrics(folder) for name in ("http_500", "http_429", "cut_off")) > 0
+    leaks = [str(path) for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    assert leaks == []
+    assert KEY not in output
+
+
+def test_without_answers_the_run_goes_on_with_ncq(server: LoopbackServer, tmp_path: Path) -> None:
+    with stand_between(server.url, lambda number: PASS if number == 0 else "500") as proxy:
+        given = options(
+            proxy.url, **{"teacher.on_failure": "ncq_only", "teacher.num_retries": 1, "train.train_iters": 2, "modality": "text"}
+        )
+        folder = run(tmp_path, "run", *given)
+    for step, row in enumerate(metrics(folder), start=1):
+        groups = transcript(folder, step)
+        hard = {group["question_id"] for group in groups if group["kind"] in ("new", "replayed") and group["accuracy"] < 0.5}
+        assert row["teacher/failed_questions"] == len(hard) > 0
+        assert row["teacher/lost_rollouts"] == 2 * len(hard)
+        assert {group["kind"] for group in groups} <= {"new", "replayed", "ncq"}
+        assert sum(group["kind"] == "ncq" for group in groups) == min(len(hard), 4)  # the whole cap
+
+
+@pytest.mark.timeout(900)  # three runs one after another
+def test_a_dead_teacher_stops_the_run_with_a_checkpoint_and_it_resumes(server: LoopbackServer, tmp_path: Path) -> None:
+    alive = {"until": 10**9}
+    common = {"train.train_iters": 3, "modality": "text", "checkpoint.interval": 10}
+    whole = run(tmp_path, "whole", *options(server.url, **common))
+    num_first = 1 + int(metrics(whole)[0]["teacher/requests"])
+    alive["until"] = num_first  # the greeting and the first step
+    with stand_between(server.url, lambda number: PASS if number < alive["until"] else "503") as proxy:
+        given = options(proxy.url, **common, **{"teacher.on_failure": "stop", "teacher.num_retries": 1})
+        process = start(tmp_path, "cut", *given)
+        output, _ = process.communicate(timeout=RUN_TIMEOUT_SECONDS)
+        assert process.returncode == 1, output[-3000:]
+        assert "teacher: no answer to" in output
+        assert "of step 2, got 'http_503" in output
+        assert "Traceback" not in output
+        assert os.listdir(tmp_path / "cut" / "checkpoints") == ["step_000001"]
+        alive["until"] = 10**9
+        resumed = run(tmp_path, "cut", *given)
+    assert [row["step"] for row in metrics(resumed)] == [1, 2, 3]
+    for step in (1, 2, 3):
+        assert [group["uid"] for group in transcript(resumed, step)] == [group["uid"] for group in transcript(whole, step)]
+    assert metrics(resumed)[2]["policy/loss"] == pytest.approx(metrics(whole)[2]["policy/loss"], rel=1e-6)
+
+
+def test_dead_from_the_first_step_it_stops_before_any_update(server: LoopbackServer, tmp_path: Path) -> None:
+    with stand_between(server.url, lambda number: "500") as proxy:
+        given = options(
+            proxy.url, **{"teacher.on_failure": "wait", "teacher.max_wait_seconds": 2.0, "train.train_iters": 1, "modality": "text"}
+        )
+        process = start(tmp_path, "cut", *given)
+        output, _ = process.communicate(timeout=RUN_TIMEOUT_SECONDS)
+        assert process.returncode == 1, output[-3000:]
+        assert "not answered within 2 s" in output
+    assert os.listdir(tmp_path / "cut" / "checkpoints") == ["step_000000"]
+    folder = run(tmp_path, "cut", *options(server.url, **{"train.train_iters": 1, "modality": "text"}))
+    assert [row["step"] for row in metrics(folder)] == [1]
+    assert [row["step"] for row in lines(folder / "evaluation.jsonl")] == [0, 1]
