@@ -57,7 +57,7 @@ class MessageWriter:
         images = [_url_part("image_url", f"image/{self._config.media_format}", self._encoded(pixels)) for pixels in frames.pixels]
         if ref.kind == "image":
             return images
-        times = ", ".join(f"{seconds:.1f}" for seconds in frames.timestamps)
+        times = ", ".join(f"{seconds:.2f}" for seconds in frames.timestamps)
         return [{"type": "text", "text": f"A video as {len(images)} frames, at {times} seconds:"}, *images]
 
     def _encoded(self, pixels: npt.NDArray[np.uint8]) -> bytes:
