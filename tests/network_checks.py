@@ -56,21 +56,22 @@ class _FromTensorRanks(torch.autograd.Function):
         return gradient[:, start : start + ctx.width].contiguous()
 
 
-def loss_of(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Return a loss that weighs every token and every logit differently."""
-    weights = torch.cos(torch.arange(logits.numel(), dtype=torch.float32)).view_as(logits)
-    return (F.log_softmax(logits, -1) * weights).sum() / 10 + F.cross_entropy(logits, token_ids, reduction="sum") / 10
+def loss_of(logits: torch.Tensor, token_ids: torch.Tensor, own: slice | None = None) -> torch.Tensor:
+    """Return a loss that weighs every token and every logit differently; `own` says which tokens of a pack the logits are."""
+    own = own or slice(0, len(token_ids))
+    weights = torch.cos(torch.arange(len(token_ids) * logits.shape[-1], dtype=torch.float32)).view(len(token_ids), -1)[own]
+    return (F.log_softmax(logits, -1) * weights).sum() / 10 + F.cross_entropy(logits, token_ids[own], reduction="sum") / 10
 
 
 def run_schedule(network: VisionLanguageModel, packs: list[dict[str, torch.Tensor | None]]) -> list[torch.Tensor]:
-    """Run micro-batches forward and backward through Megatron's schedule; returns their logits on the last stage."""
+    """Run micro-batches forward and backward through Megatron's schedule; returns the logits of the own tokens on the last stage."""
     collected: list[torch.Tensor] = []
 
     def loss(token_ids: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         logits = _FromTensorRanks.apply(output)
         collected.append(logits.detach())
-        # The schedule divides by the number of micro-batches.
-        return loss_of(logits, token_ids) * len(packs), {}
+        # The schedule divides by the number of micro-batches, and takes the loss for a mean over the context ranks.
+        return loss_of(logits, token_ids, network.own_tokens(len(token_ids))) * len(packs) / parallel.context_size(), {}
 
     def step(batches: Iterator[dict[str, Any]], model: VisionLanguageModel) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
@@ -91,6 +92,8 @@ def run_schedule(network: VisionLanguageModel, packs: list[dict[str, torch.Tenso
 def reduce_gradients(network: VisionLanguageModel) -> None:
     """Do what Megatron's finalisation and the training code do with gradients of replicated parameters."""
     for name, parameter in network.named_parameters():
+        if parallel.context_size() > 1:
+            dist.all_reduce(parameter.grad, group=parallel.context_group())
         by_name = "q_layernorm" in name or "k_layernorm" in name
         scattered = network.config.sequence_parallel and getattr(parameter, "sequence_parallel", False)
         if parallel.tensor_size() > 1 and (by_name or scattered or getattr(parameter, "sum_gradients_across_tp", False)):
@@ -126,7 +129,7 @@ def check_training(network: VisionLanguageModel, oracle: Any, kinds: tuple[str, 
         wanted = tiny_families.oracle_logits(oracle, part)
         loss_of(wanted, pack["token_ids"]).backward()
         if parallel.is_last_stage():
-            assert (outputs[index] - wanted).abs().max() <= MAX_LOGIT_DIFFERENCE, kinds[index]
+            assert (outputs[index] - wanted[network.own_tokens(len(wanted))]).abs().max() <= MAX_LOGIT_DIFFERENCE, kinds[index]
     differences = gradient_differences(network, oracle)
     worst = max(differences, key=differences.__getitem__)
     assert differences[worst] <= MAX_GRADIENT_DIFFERENCE, (worst, differences[worst])

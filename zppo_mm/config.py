@@ -72,6 +72,8 @@ class ParallelConfig:
     """Ranks that share every layer's weights."""
     pipeline_model_parallel_size: int = 1
     """Pipeline stages."""
+    context_parallel_size: int = 1
+    """Ranks that share the tokens of every training pack, for long responses; each samples as a replica of its own."""
     sequence_parallel: bool = False
     """Shard activations between tensor-parallel regions over the sequence."""
     use_distributed_optimizer: bool = True

@@ -60,6 +60,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "data.max_bad_share": _SHARE,
     "parallel.tensor_model_parallel_size": _FROM_ONE,
     "parallel.pipeline_model_parallel_size": _FROM_ONE,
+    "parallel.context_parallel_size": _FROM_ONE,
     "parallel.timeout_minutes": _ABOVE_ZERO,
     "rollout.num_rollouts": (2.0, math.inf),
     "rollout.max_response_tokens": _FROM_ONE,
@@ -193,6 +194,12 @@ def _check_relations(config: RunConfig) -> None:
         raise ConfigError(
             "parallel.sequence_parallel: needs tensor parallelism, got true with parallel.tensor_model_parallel_size=1, "
             "expected a size of 2 or more; turn it off or raise the size"
+        )
+    if parallel.context_parallel_size > 1 and (model.transformer_impl == "transformer_engine" or model.fp8):
+        raise ConfigError(
+            f"parallel.context_parallel_size: not with Transformer Engine's layers, got {parallel.context_parallel_size} with "
+            f"model.transformer_impl={model.transformer_impl!r} and model.fp8={model.fp8!r}, expected 1 with those; "
+            "set model.transformer_impl=local without FP8, or the size to 1"
         )
     if model.fp8 and model.transformer_impl == "local":
         raise ConfigError(

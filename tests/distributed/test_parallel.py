@@ -70,6 +70,13 @@ def test_a_layout_that_does_not_fit_names_one_that_does(tensor: int, pipeline: i
         parallel.validate_layout(config, processes)
 
 
+def test_a_context_size_that_does_not_fit_is_named_too() -> None:
+    config = ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=2)
+    message = r"tensor 2 x pipeline 1 x context 2, got a world size of 6, expected a multiple of 4; .*parallel.context_parallel_size=1$"
+    with pytest.raises(ConfigError, match=message):
+        parallel.validate_layout(config, 6)
+
+
 def test_sizes_below_one_are_refused() -> None:
     with pytest.raises(ConfigError, match="sizes must be at least 1"):
         parallel.validate_layout(ParallelConfig(tensor_model_parallel_size=0), 1)

@@ -39,6 +39,7 @@ LAYOUTS = {
     "tensor 2": ParallelConfig(tensor_model_parallel_size=2),
     "tensor 2, sequence parallel": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
     "pipeline 2": ParallelConfig(pipeline_model_parallel_size=2),
+    "context 2": ParallelConfig(context_parallel_size=2),
 }
 
 

@@ -26,6 +26,7 @@ LAYOUTS = {
     "whole": ParallelConfig(use_distributed_optimizer=False),
     "tensor": ParallelConfig(tensor_model_parallel_size=2),
     "pipeline": ParallelConfig(pipeline_model_parallel_size=2),
+    "context": ParallelConfig(context_parallel_size=2),
 }
 STATE = {"step": 1, "stream": {"delivered": [3, 4]}, "replay": [{"id": "q", "accuracy": 0.1 + 0.2}]}
 
@@ -57,6 +58,8 @@ def save_and_load_on_two_ranks(model: Path, root: Path) -> dict[str, tuple[list[
         results[name] = (expected, load_train(model, root / name, layout))
     # Each is opened at another layout too.
     results["tensor as pipeline"] = (results["tensor"][0], load_train(model, root / "tensor", LAYOUTS["pipeline"]))
+    results["context as data"] = (results["context"][0], load_train(model, root / "context", LAYOUTS["data"]))
+    results["tensor as context"] = (results["tensor"][0], load_train(model, root / "tensor", LAYOUTS["context"]))
     results["data as tensor"] = (results["data"][0], load_train(model, root / "data", LAYOUTS["tensor"]))
     parallel.shutdown()
     return results
@@ -65,7 +68,7 @@ def save_and_load_on_two_ranks(model: Path, root: Path) -> dict[str, tuple[list[
 def load_on_one_rank(model: Path, root: Path) -> dict[str, Any]:
     results = {
         name: load_train(model, root / name, layout)
-        for name, layout in {**LAYOUTS, **dict.fromkeys(("tensor", "pipeline"), ParallelConfig())}.items()
+        for name, layout in {**LAYOUTS, **dict.fromkeys(("tensor", "pipeline", "context"), ParallelConfig())}.items()
     }
     parallel.shutdown()
     return results

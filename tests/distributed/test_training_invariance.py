@@ -28,12 +28,16 @@ TWO_RANKS = {
     "data 2, overlapped": Case(ParallelConfig(overlap_grad_reduce=True)),
     "tensor 2": Case(ParallelConfig(tensor_model_parallel_size=2)),
     "tensor 2, sequence parallel": Case(ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "context 2": Case(ParallelConfig(context_parallel_size=2)),
+    "context 2, whole optimizer": Case(ParallelConfig(context_parallel_size=2, use_distributed_optimizer=False)),
     "pipeline 2": Case(ParallelConfig(pipeline_model_parallel_size=2)),
     "pipeline 2, small micro-batches": Case(ParallelConfig(pipeline_model_parallel_size=2), micro_batch_tokens=1),
 }
 FOUR_RANKS = {
     "tensor 2 x pipeline 2": Case(ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
     "pipeline 2 x data 2": Case(ParallelConfig(pipeline_model_parallel_size=2)),
+    "context 2 x data 2": Case(ParallelConfig(context_parallel_size=2)),
+    "context 2 x pipeline 2": Case(ParallelConfig(context_parallel_size=2, pipeline_model_parallel_size=2), micro_batch_tokens=1),
     # One of the four replicas has no sample in an update.
     "data 4": Case(),
 }

@@ -106,6 +106,12 @@ def test_shared_prompts_with_transformer_engine_are_refused() -> None:
         load_config(None, ["train.share_prompts=always", "model.transformer_impl=transformer_engine"])
 
 
+@pytest.mark.parametrize("other", ["model.transformer_impl=transformer_engine", "model.fp8=e4m3"])
+def test_context_parallelism_with_transformer_engine_is_refused(other: str) -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.context_parallel_size: not with Transformer Engine's layers, got 2"):
+        load_config(None, ["parallel.context_parallel_size=2", other])
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

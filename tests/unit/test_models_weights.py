@@ -245,6 +245,11 @@ def test_layer_types_follow_the_interval_where_they_are_not_listed(source: Path)
     ("layout", "message"),
     [
         ({"tensor_model_parallel_size": 3}, "num_key_value_heads cannot be split, got 2 over 3 ranks"),
+        (
+            {"context_parallel_size": 4},
+            "num_key_value_heads cannot be split, got 2 over tensor 1 x context 4 ranks, .* divides 2, at most 2 here",
+        ),
+        ({"tensor_model_parallel_size": 2, "context_parallel_size": 2}, "got 2 over tensor 2 x context 2 ranks, .* at most 1 here"),
         ({"pipeline_model_parallel_size": 3}, "layers cannot be split, got 4 over 3 stages, expected a multiple of 3"),
     ],
 )
@@ -259,9 +264,8 @@ def test_a_vocabulary_that_does_not_divide_is_refused(source: Path) -> None:
 
 
 def test_a_layout_other_than_the_process_groups_is_refused(source: Path) -> None:
-    with pytest.raises(
-        ModelError, match=r"the layout is not that of the process groups, got tensor x pipeline \(2, 1\), expected \(1, 1\)"
-    ):
+    message = r"the layout is not that of the process groups, got tensor x pipeline x context \(2, 1, 1\), expected \(1, 1, 1\)"
+    with pytest.raises(ModelError, match=message):
         build_model(load_architecture(source), ModelConfig(), ParallelConfig(tensor_model_parallel_size=2))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from zppo_mm.config import AlgorithmConfig
 from zppo_mm.experience import Microbatch
-from zppo_mm.training.objective import PolicyObjective, SupervisedObjective, predicting_rows
+from zppo_mm.training.objective import PolicyObjective, SupervisedObjective, predicting_rows, with_loss_predicted_by
 
 VOCABULARY = 11
 # Float32 sums of about ten terms.
@@ -87,3 +89,29 @@ def test_a_micro_batch_without_loss_tokens_has_no_gradient() -> None:
     terms.loss_sum.backward()
     assert terms.sums.tolist() == [0.0] * len(PolicyObjective.names)
     assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("middle", [0, 1, 2, 3, 7, 9])
+def test_the_loss_is_divided_by_where_the_predicting_place_lies(middle: int) -> None:
+    logits, microbatch = packed(old_shift=0.1)
+    whole = SupervisedObjective()(logits, microbatch)
+    parts = []
+    for own in (slice(0, middle), slice(middle, 9)):
+        mine = with_loss_predicted_by(microbatch, own)
+        rows = predicting_rows(mine)
+        # A part that predicts nothing gives the logits of its own tokens, whatever their number.
+        parts.append(SupervisedObjective()(logits[own] if rows is None else logits[own][rows - own.start], mine))
+    assert sum(float(part.loss_sum) for part in parts) == pytest.approx(float(whole.loss_sum), rel=TOLERANCE)
+    # Tokens 2, 3, 4, 7 and 8 carry loss; their predecessors are counted.
+    assert int(parts[0].sums[1]) == sum(place - 1 < middle for place in (2, 3, 4, 7, 8))
+    assert int(parts[1].sums[1]) == 5 - int(parts[0].sums[1])
+
+
+def test_a_response_is_predicted_where_its_prompt_ends() -> None:
+    _, microbatch = packed()
+    # The second sequence continues the first: its first token is predicted by place 4.
+    child = dataclasses.replace(
+        microbatch, loss_mask=torch.tensor([0.0, 0, 0, 0, 0, 1, 1, 1, 1]), parents=(-1, 0), cu_seqlens=torch.tensor([0, 5, 9])
+    )
+    assert with_loss_predicted_by(child, slice(0, 5)).loss_mask.nonzero().flatten().tolist() == [5]
+    assert with_loss_predicted_by(child, slice(5, 9)).loss_mask.nonzero().flatten().tolist() == [6, 7, 8]

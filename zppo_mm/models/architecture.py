@@ -68,11 +68,11 @@ def split_sizes(architecture: Architecture) -> dict[str, int]:
 
 
 def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Check that the network can be split over the tensor and pipeline ranks.
+    """Check that the network can be split over the tensor, context and pipeline ranks.
 
     Raises:
-        ModelError: Heads, feed-forward width or vocabulary do not divide by the tensor size, layers not by the pipeline size, or the
-            first pipeline stage has fewer layers than get features of the media.
+        ModelError: Heads, feed-forward width or vocabulary do not divide by the tensor size, heads not by tensor x context size, layers
+            not by the pipeline size, or the first pipeline stage has fewer layers than get features of the media.
     """
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     for name, value in split_sizes(architecture).items():
@@ -81,6 +81,7 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
                 f"parallel.tensor_model_parallel_size: {name} cannot be split, got {value} over {tensor} ranks, expected a "
                 f"multiple of {tensor}; choose a tensor size that divides it, at most {_nearest_tensor_size(architecture, tensor)} here"
             )
+    _check_heads(architecture, tensor, parallel.context_parallel_size)
     if not _stages_fit(architecture, pipeline):
         layers, deepstack = architecture.num_layers, architecture.num_deepstack
         rule = f"a multiple of {pipeline}"
@@ -90,6 +91,18 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
             f"parallel.pipeline_model_parallel_size: layers cannot be split, got {layers} over {pipeline} stages, "
             f"expected {rule}; choose {_nearest_pipeline_size(architecture, pipeline)} stages"
         )
+
+
+def _check_heads(architecture: Architecture, tensor: int, context: int) -> None:
+    """Check that the context ranks can share the heads of a tensor rank."""
+    heads = {name: size for name, size in split_sizes(architecture).items() if name.endswith("_heads")}
+    for name, value in heads.items():
+        if value % (tensor * context):
+            nearest = max(size for size in range(1, context) if all(count % (tensor * size) == 0 for count in heads.values()))
+            raise ModelError(
+                f"parallel.context_parallel_size: {name} cannot be split, got {value} over tensor {tensor} x context {context} ranks, "
+                f"expected a multiple of {tensor * context}; choose a context size that divides {value // tensor}, at most {nearest} here"
+            )
 
 
 def _stages_fit(architecture: Architecture, pipeline: int) -> bool:

@@ -92,10 +92,10 @@ class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
         """Mix tokens of each sequence.
 
         Args:
-            hidden_states: `[tokens, 1, hidden]`; a share of the tokens under sequence parallelism.
+            hidden_states: `[tokens, 1, hidden]`; a share of the tokens under sequence or context parallelism.
             attention_mask: Unused.
-            rotary_pos_emb: `[2, tokens, 1, rotated channels]` cosines and sines.
-            packed_seq_params: Where the sequences lie, and the cache that a prefill fills.
+            rotary_pos_emb: `[2, tokens, 1, rotated channels]` cosines and sines; this rank's part under context parallelism.
+            packed_seq_params: Where the sequences of the whole pack lie, and the cache that a prefill fills.
 
         Returns:
             Output like `hidden_states`, and no bias.
@@ -107,12 +107,17 @@ class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
         value = value.squeeze(1)
         if packed_seq_params.cache is not None:
             packed_seq_params.cache.store_attention(self.layer_number, key, value)
+        exchange = packed_seq_params.exchange
+        if exchange is not None:
+            query, key, value = exchange.to_heads((query, key, value))
         if self.checkpoint_core_attention and self.training:
             mixed = self._checkpointed_attention_forward(
                 query, key, value, None, attn_mask_type=self.attn_mask_type, packed_seq_params=packed_seq_params
             )
         else:
             mixed = self._attend(query, key, value, packed_seq_params)
+        if exchange is not None:
+            mixed = exchange.to_tokens(mixed)
         mixed = mixed.reshape(len(mixed), 1, -1)
         if gated:
             mixed = mixed * torch.sigmoid(gate[0].reshape(len(mixed), 1, -1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,7 @@ from megatron.core.transformer.utils import (
 from torch import nn
 
 from zppo_mm.models.delta_rule import chunk_gated_delta_rule
+from zppo_mm.models.head_exchange import HeadExchange
 from zppo_mm.models.megatron_versions import split_sharded_tensor
 from zppo_mm.models.norm import parameter_device
 from zppo_mm.models.packing import PackedLayout
@@ -37,7 +38,7 @@ class GatedDeltaNetSubmodules:
 
 @dataclass(frozen=True, slots=True)
 class HeadLayout:
-    """Heads and widths on one tensor-parallel rank.
+    """Heads and widths on one rank.
 
     Attributes:
         key_heads: Query and key heads.
@@ -58,6 +59,30 @@ class HeadLayout:
     def projection(self) -> list[int]:
         """Widths of query, key, value, gate, beta and alpha in the input projection."""
         return [*self.qkv, self.value_heads * self.value_dim, self.value_heads, self.value_heads]
+
+
+@dataclass(frozen=True, slots=True)
+class MixingHeads:
+    """The heads whose tokens this rank mixes, with their parameters: all of the tensor rank's, or a context rank's share of them.
+
+    Attributes:
+        layout: Numbers and widths.
+        convolution: `[channels, 1, taps]`.
+        decay: `[value_heads]` the layer's `A_log`.
+        decay_bias: `[value_heads]` the layer's `dt_bias`.
+    """
+
+    layout: HeadLayout
+    convolution: torch.Tensor
+    decay: torch.Tensor
+    decay_bias: torch.Tensor
+
+    def split(self, channels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Split `[..., channels]` into `[..., heads, dim]` of query, key and value."""
+        query, key, value = torch.split(channels, self.layout.qkv, dim=-1)
+        key_heads, value_heads = self.layout.key_heads, self.layout.value_heads
+        query, key = (heads.reshape(*heads.shape[:-1], key_heads, -1) for heads in (query, key))
+        return query, key, value.reshape(*value.shape[:-1], value_heads, -1)
 
 
 class GatedRMSNorm(nn.Module):
@@ -162,9 +187,9 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         """Mix tokens of each sequence.
 
         Args:
-            hidden_states: `[tokens, 1, hidden]`; a share of the tokens under sequence parallelism.
+            hidden_states: `[tokens, 1, hidden]`; a share of the tokens under sequence or context parallelism.
             attention_mask: Unused.
-            packed_seq_params: Where the sequences lie, and the cache that a prefill fills.
+            packed_seq_params: Where the sequences of the whole pack lie, and the cache that a prefill fills.
 
         Returns:
             Output like `hidden_states`, and no bias.
@@ -173,10 +198,17 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         mixed, gate, beta, alpha = projected.squeeze(1).split([sum(self.heads.qkv), *self.heads.projection[3:]], dim=-1)
         if self.small_projections_apart:
             beta, alpha = self._small_projections(hidden_states)
+        heads, exchange = self._all_heads(), packed_seq_params.exchange
+        if exchange is not None:
+            *qkv, beta, alpha = exchange.to_heads((*heads.split(mixed), beta, alpha))
+            mixed = torch.cat([part.flatten(1) for part in qkv], -1)
+            heads = self._own_heads(exchange)
         beta = beta.float().sigmoid()
-        log_decay = -self.A_log.exp() * F.softplus(alpha.float() + self.dt_bias.float())
+        log_decay = -heads.decay.exp() * F.softplus(alpha.float() + heads.decay_bias.float())
         mix = self._mix_padded if self.fused_kernels is None else self._mix_packed
-        output = mix(mixed, log_decay, beta, packed_seq_params)
+        output = mix(heads, mixed, log_decay, beta, packed_seq_params)
+        if exchange is not None:
+            output = exchange.to_tokens(output)
         gated = self.out_norm(output, gate.unflatten(-1, (self.heads.value_heads, -1)))
         result: tuple[torch.Tensor, torch.Tensor | None] = self.out_proj(gated.flatten(1).unsqueeze(1))
         return result
@@ -194,18 +226,30 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         beta, alpha = F.linear(whole.squeeze(1), self.in_proj.weight[-2 * heads :]).chunk(2, dim=-1)
         return beta, alpha
 
-    def _mix_padded(self, mixed: torch.Tensor, log_decay: torch.Tensor, beta: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    def _all_heads(self) -> MixingHeads:
+        return MixingHeads(self.heads, self.conv1d.weight, self.A_log, self.dt_bias)
+
+    def _own_heads(self, exchange: HeadExchange) -> MixingHeads:
+        """Return the share of the heads that this context rank mixes."""
+        size = exchange.size
+        layout = replace(self.heads, key_heads=self.heads.key_heads // size, value_heads=self.heads.value_heads // size)
+        convolution = torch.cat([exchange.own_heads(part) for part in torch.split(self.conv1d.weight, self.heads.qkv)])
+        return MixingHeads(layout, convolution, exchange.own_heads(self.A_log), exchange.own_heads(self.dt_bias))
+
+    def _mix_padded(
+        self, heads: MixingHeads, mixed: torch.Tensor, log_decay: torch.Tensor, beta: torch.Tensor, layout: PackedLayout
+    ) -> torch.Tensor:
         """Run convolution and delta rule on padded batches; `[tokens, value_heads, value_dim]`."""
         cache = layout.cache
         parts, contexts, states = [], [], []
         for bucket in layout.buckets:
             wanted = cache is not None or bucket.has_children
             inputs = bucket.pad(mixed)
-            output, state = self._mix_batch(inputs, bucket.pad(log_decay), bucket.pad(beta), final_state=wanted)
+            output, state = _mix_batch(heads, inputs, bucket.pad(log_decay), bucket.pad(beta), final_state=wanted)
             parts.append(bucket.unpad(output))
             if state is None:
                 continue
-            context = last_inputs(inputs, bucket.lengths, self.conv1d.weight.shape[-1] - 1)
+            context = last_inputs(inputs, bucket.lengths, heads.convolution.shape[-1] - 1)
             if cache is not None:
                 cache.store_linear(self.layer_number, bucket.sequences, context, state)
             if bucket.has_children:
@@ -217,33 +261,22 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
             # A parent hands the same state to each child, so the gradients of all of them add up in it.
             context, state = (left.index_select(0, branch.parent_rows) for left in (context_of, state_of))
             inputs = branch.bucket.pad(mixed)
-            output, _state = self._mix_batch(inputs, branch.bucket.pad(log_decay), branch.bucket.pad(beta), context, state)
+            output, _state = _mix_batch(heads, inputs, branch.bucket.pad(log_decay), branch.bucket.pad(beta), context, state)
             parts.append(branch.bucket.unpad(output))
         return layout.join(parts)
 
-    def _mix_batch(
-        self,
-        inputs: torch.Tensor,
-        log_decay: torch.Tensor,
-        beta: torch.Tensor,
-        context: torch.Tensor | None = None,
-        state: torch.Tensor | None = None,
-        final_state: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run convolution and delta rule on one padded batch, from the start or from what parents left."""
-        query, key, value = self._heads(causal_convolution(inputs, self.conv1d.weight, context))
-        return chunk_gated_delta_rule(query, key, value, log_decay, beta, final_state, state)
-
-    def _mix_packed(self, mixed: torch.Tensor, log_decay: torch.Tensor, beta: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    def _mix_packed(
+        self, heads: MixingHeads, mixed: torch.Tensor, log_decay: torch.Tensor, beta: torch.Tensor, layout: PackedLayout
+    ) -> torch.Tensor:
         """Run convolution and delta rule with FLA's kernels, which know packing; `[tokens, value_heads, value_dim]`."""
         assert self.fused_kernels is not None
         assert not layout.branches, "the fused kernels are not given initial states"
         convolve, rule = self.fused_kernels
         bounds = layout.cu_seqlens_q.long()
-        weight = self.conv1d.weight.squeeze(1)
+        weight = heads.convolution.squeeze(1)
         convolved, _state = convolve(mixed[None], weight, activation="silu", cu_seqlens=bounds)
-        query, key, value = self._heads(convolved)
-        repeats = self.heads.value_heads // self.heads.key_heads
+        query, key, value = heads.split(convolved)
+        repeats = heads.layout.value_heads // heads.layout.key_heads
         if repeats > 1:
             query, key = query.repeat_interleave(repeats, 2), key.repeat_interleave(repeats, 2)
         output, state = rule(
@@ -261,13 +294,6 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
                 inputs = last_inputs(bucket.pad(mixed), bucket.lengths, weight.shape[-1] - 1)
                 layout.cache.store_linear(self.layer_number, bucket.sequences, inputs, state[list(bucket.sequences)])
         return cast(torch.Tensor, output)[0].float()
-
-    def _heads(self, convolved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Split `[batch, length, channels]` into `[batch, length, heads, dim]` of query, key and value."""
-        query, key, value = torch.split(convolved, self.heads.qkv, dim=-1)
-        key_heads, value_heads = self.heads.key_heads, self.heads.value_heads
-        query, key = (heads.reshape(*heads.shape[:-1], key_heads, -1) for heads in (query, key))
-        return query, key, value.reshape(*value.shape[:-1], value_heads, -1)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GatedDeltaNet:
         return _apply_keeping_float32(self, ("A_log",), super()._apply, fn, recurse)  # type: ignore[return-value]
@@ -290,6 +316,20 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         for key, sections in ((f"{prefix}in_proj.weight", self.heads.projection), (f"{prefix}conv1d.weight", self.heads.qkv)):
             result[key] = split_sharded_tensor(result[key], sections, names[: len(sections)], 0)
         return result
+
+
+def _mix_batch(
+    heads: MixingHeads,
+    inputs: torch.Tensor,
+    log_decay: torch.Tensor,
+    beta: torch.Tensor,
+    context: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
+    final_state: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run convolution and delta rule on one padded batch, from the start or from what parents left."""
+    query, key, value = heads.split(causal_convolution(inputs, heads.convolution, context))
+    return chunk_gated_delta_rule(query, key, value, log_decay, beta, final_state, state)
 
 
 def causal_convolution(inputs: torch.Tensor, weight: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:

@@ -79,7 +79,7 @@ def module_name(model: VisionLanguageModel, key: str) -> str:
 
 def _gather(model: VisionLanguageModel, adapters: LoraAdapters) -> dict[str, torch.Tensor]:
     """Return all A's and B's, whole and on the CPU, on rank 0; nothing on the others."""
-    mine = _shares(model, adapters) if parallel.data_rank() == 0 else []
+    mine = _shares(model, adapters) if parallel.replica_rank() == 0 else []
     everybodys: list[Any] | None = [None] * parallel.world_size() if parallel.rank() == 0 else None
     dist.gather_object(mine, everybodys, dst=0)
     whole: dict[str, torch.Tensor] = {}

@@ -14,6 +14,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from zppo_mm.models.cache import DecodeCache
+from zppo_mm.models.head_exchange import HeadExchange
 
 MAX_PADDING_RATIO = 2
 """A sequence shares a padded batch with one at most this many times as long."""
@@ -97,6 +98,7 @@ class PackedLayout(PackedSeqParams):  # type: ignore[misc]
         lengths: Tokens of every sequence.
         order: `[tokens]` place of every token in the tokens of buckets and branches laid end to end; `None` when that is the pack itself.
         cache: Where a prefill keeps keys, values and DeltaNet states; `None` in training.
+        exchange: How the ranks that share this pack swap tokens for heads; `None` where each rank has the whole pack.
     """
 
     buckets: tuple[Bucket, ...] = ()
@@ -104,6 +106,7 @@ class PackedLayout(PackedSeqParams):  # type: ignore[misc]
     lengths: tuple[int, ...] = ()
     order: torch.Tensor | None = None
     cache: DecodeCache | None = field(default=None)
+    exchange: HeadExchange | None = field(default=None)
 
     def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """Turn one `[tokens of the bucket, ...]` per bucket, then per branch, into `[tokens of the pack, ...]`."""
@@ -123,7 +126,12 @@ class PackedLayout(PackedSeqParams):  # type: ignore[misc]
         )
 
 
-def build_layout(cu_seqlens: torch.Tensor, cache: DecodeCache | None = None, parents: Sequence[int] | None = None) -> PackedLayout:
+def build_layout(
+    cu_seqlens: torch.Tensor,
+    cache: DecodeCache | None = None,
+    parents: Sequence[int] | None = None,
+    exchange: HeadExchange | None = None,
+) -> PackedLayout:
     """Sort the sequences of a pack into buckets of similar length.
 
     Args:
@@ -131,6 +139,7 @@ def build_layout(cu_seqlens: torch.Tensor, cache: DecodeCache | None = None, par
         cache: Filled by the forward pass if given.
         parents: Per sequence the one that it continues, -1 for none; sequences beyond the last entry have none. A parent has no parent
             itself.
+        exchange: How the ranks that share the pack swap tokens for heads, if any do.
     """
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(bounds)]
@@ -164,6 +173,7 @@ def build_layout(cu_seqlens: torch.Tensor, cache: DecodeCache | None = None, par
         lengths=tuple(lengths),
         order=order,
         cache=cache,
+        exchange=exchange,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
+import math
 import os
 import signal
 import sys
@@ -21,6 +23,7 @@ from zppo_mm.errors import ConfigError, ZppoError
 from zppo_mm.models import megatron_cpu
 
 T = TypeVar("T")
+_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
 _PR_SET_PDEATHSIG = 1
 _LOST_RANK_SIGNS = ("connection closed", "connection reset", "timed out", "timeout", "broken pipe", "recvvalue failed", "aborted")
 
@@ -51,6 +54,7 @@ def initialize(config: ParallelConfig, seed: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
         distributed_timeout_minutes=config.timeout_minutes,
     )
     torch.manual_seed(seed)
@@ -86,30 +90,29 @@ def validate_layout(config: ParallelConfig, world_size: int) -> None:
     """Check that the processes can be split into the layout.
 
     Raises:
-        ConfigError: A size is below 1, or the world size is no multiple of tensor x pipeline.
+        ConfigError: A size is below 1, or the world size is no multiple of tensor x pipeline x context.
     """
-    tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    if tensor < 1 or pipeline < 1:
-        raise ConfigError(
-            f"parallel: sizes must be at least 1, got tensor_model_parallel_size={tensor}, pipeline_model_parallel_size={pipeline}; "
-            "set both to 1 or more"
-        )
-    model_size = tensor * pipeline
+    sizes = {name: int(getattr(config, name)) for name in _SIZES if name != "context_parallel_size" or config.context_parallel_size != 1}
+    if min(sizes.values()) < 1:
+        got = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ConfigError(f"parallel: sizes must be at least 1, got {got}; set each to 1 or more")
+    model_size = math.prod(sizes.values())
     if world_size % model_size == 0:
         return
-    near_tensor, near_pipeline = _nearest_layout(tensor, pipeline, world_size)
+    asked = " x ".join(f"{name.split('_')[0]} {size}" for name, size in sizes.items())
+    nearest = zip(sizes, _nearest_layout(list(sizes.values()), world_size), strict=True)
     more = (world_size // model_size + 1) * model_size
     raise ConfigError(
-        f"parallel: {world_size} process(es) cannot be split into tensor {tensor} x pipeline {pipeline}, got a world size of {world_size}, "
+        f"parallel: {world_size} process(es) cannot be split into {asked}, got a world size of {world_size}, "
         f"expected a multiple of {model_size}; start {more} processes (torchrun --nproc-per-node), or set the nearest layout that works: "
-        f"parallel.tensor_model_parallel_size={near_tensor} parallel.pipeline_model_parallel_size={near_pipeline}"
+        + " ".join(f"parallel.{name}={size}" for name, size in nearest)
     )
 
 
-def _nearest_layout(tensor: int, pipeline: int, world_size: int) -> tuple[int, int]:
-    """Return the largest layout not above the asked one that divides the world size; more tensor than pipeline on a tie."""
-    fitting = [(t, p) for t in range(1, tensor + 1) for p in range(1, pipeline + 1) if world_size % (t * p) == 0]
-    return max(fitting, key=lambda layout: (layout[0] * layout[1], layout[0]))
+def _nearest_layout(sizes: Sequence[int], world_size: int) -> tuple[int, ...]:
+    """Return the largest layout not above the asked one that divides the world size; on a tie more of what comes first."""
+    layouts = itertools.product(*(range(1, size + 1) for size in sizes))
+    return max((layout for layout in layouts if world_size % math.prod(layout) == 0), key=lambda layout: (math.prod(layout), layout))
 
 
 def shutdown() -> None:
@@ -184,14 +187,39 @@ def pipeline_group() -> dist.ProcessGroup:
     return cast(dist.ProcessGroup, parallel_state.get_pipeline_model_parallel_group())
 
 
+def context_rank() -> int:
+    """Return which part of its packs this rank has in training."""
+    return int(parallel_state.get_context_parallel_rank())
+
+
+def context_size() -> int:
+    """Return how many ranks share the tokens of every pack in training."""
+    return int(parallel_state.get_context_parallel_world_size())
+
+
+def context_group() -> dist.ProcessGroup:
+    """Return the ranks that share this rank's packs in training, in the order of their parts."""
+    return cast(dist.ProcessGroup, parallel_state.get_context_parallel_group())
+
+
 def data_rank() -> int:
-    """Return which replica of the model this rank belongs to."""
+    """Return which share of an update's micro-batches this rank takes part in; context ranks have the same."""
     return int(parallel_state.get_data_parallel_rank())
 
 
 def data_size() -> int:
-    """Return the number of replicas of the model."""
+    """Return into how many shares the micro-batches of an update are dealt."""
     return int(parallel_state.get_data_parallel_world_size())
+
+
+def replica_rank() -> int:
+    """Return which replica of the model this rank belongs to: every context rank has all weights of its stage, so it counts."""
+    return int(parallel_state.get_data_parallel_rank(with_context_parallel=True))
+
+
+def num_replicas() -> int:
+    """Return the number of replicas of the model: data x context ranks."""
+    return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
 
 
 def model_group() -> dist.ProcessGroup:
@@ -221,9 +249,9 @@ def gather_from_replicas(local: Sequence[T]) -> list[list[T]]:
         local: This replica's objects. Only its leader's count, so the other ranks of the replica may pass an empty list.
 
     Returns:
-        One list per replica, in data-parallel order.
+        One list per replica, in their order.
     """
-    contribution = (data_rank(), list(local)) if is_replica_leader() else None
+    contribution = (replica_rank(), list(local)) if is_replica_leader() else None
     collected: list[Any] = [None] * world_size()
     dist.all_gather_object(collected, contribution)
     return [objects for _, objects in sorted((item for item in collected if item is not None), key=lambda item: item[0])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,11 +33,16 @@ def build_model(architecture: Architecture, model: ModelConfig, parallel: Parall
 
     Raises:
         ModelError: The network cannot be split into this layout.
-        ConfigError: The implementation or FP8 is asked for where it cannot run, or a value is unknown.
+        ConfigError: The implementation, FP8 or context parallelism is asked for where it cannot run, or a value is unknown.
     """
+    asked = parallel
+    if not trainable:
+        # Sampling never shares a pack: each context rank is a replica of its own there.
+        parallel = replace(parallel, context_parallel_size=1)
     check_layout(architecture, parallel)
-    _check_groups(parallel)
+    _check_groups(asked)
     implementation = choose_implementation(model)
+    _check_context(parallel, implementation)
     config = transformer_config(architecture, model, parallel, implementation)
     network = VisionLanguageModel(
         architecture,
@@ -88,6 +94,7 @@ def transformer_config(
         **_recompute_options(model),
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
         "sequence_parallel": parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -178,10 +185,22 @@ def _check_groups(parallel: ParallelConfig) -> None:
         raise ModelError(
             "build_model: Megatron's process groups are missing, expected an initialised layout; call parallel.initialize first"
         )
-    sizes = (parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_world_size())
-    asked = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    sizes = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+    )
+    asked = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size)
     if sizes != asked:
         raise ModelError(
-            f"build_model: the layout is not that of the process groups, got tensor x pipeline {asked}, expected {sizes}; "
+            f"build_model: the layout is not that of the process groups, got tensor x pipeline x context {asked}, expected {sizes}; "
             "pass the configuration that parallel.initialize got"
+        )
+
+
+def _check_context(parallel: ParallelConfig, implementation: Implementation) -> None:
+    if parallel.context_parallel_size > 1 and implementation == "transformer_engine":
+        raise ConfigError(
+            f"parallel.context_parallel_size: not with Transformer Engine's attention, got {parallel.context_parallel_size} on a machine "
+            "where it is used, expected 1 with it; set model.transformer_impl=local, or the size to 1"
         )

@@ -15,10 +15,12 @@ from torch import nn
 from encoders.fusion import fuse, placeholder_places
 from encoders.tower import VisionTower
 from zppo_mm.errors import ModelError
+from zppo_mm.models import parallel
 from zppo_mm.models.architecture import Architecture
 from zppo_mm.models.cache import DecodeCache
 from zppo_mm.models.deepstack import spread_features
 from zppo_mm.models.gated_delta_net import chosen_kernels
+from zppo_mm.models.head_exchange import HeadExchange
 from zppo_mm.models.megatron_versions import gpt_model
 from zppo_mm.models.packing import PackedLayout, build_layout
 from zppo_mm.models.rotary import RotaryTable
@@ -82,7 +84,7 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         rows: torch.Tensor | None = None,
         parents: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Run packed sequences through this stage.
+        """Run packed sequences through this stage. Context ranks are given the same pack, and each returns its own tokens.
 
         Args:
             token_ids: `[tokens]` int64.
@@ -90,25 +92,27 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
             cu_seqlens: `[sequences + 1]` int32.
             patches: `[patches, patch elements]` of all media in pack order; only the first stage looks at them.
             grids: `[media, 3]` int64, `(t, h, w)` in patches.
-            rows: `[rows]` int64, the tokens whose logits are wanted, in any order and number; `None` for all. Those of a long prompt are
-                large and of no use.
+            rows: `[rows]` int64, the tokens whose logits are wanted, in any order and number, all among `own_tokens`; `None` for all
+                of these. Those of a long prompt are large and of no use.
             parents: Per sequence the one that it continues, -1 for none; `None` if none does. Only where `shares_prompts`.
 
         Returns:
             On the last stage logits `[tokens or rows, vocabulary / tensor size]` float32, else hidden states `[tokens, 1, hidden]`
-            (a share of the tokens under sequence parallelism).
+            (a share of the tokens under sequence or context parallelism).
 
         Raises:
             ValueError: The media do not fit the placeholder tokens.
             ModelError: Media came without a vision tower.
         """
-        num_tokens = len(token_ids)
+        own = self.own_tokens(len(token_ids))
         token_ids, positions, cu_seqlens = self.pad_tokens(token_ids, positions, cu_seqlens)
-        hidden = self.run_stage(token_ids, positions, build_layout(cu_seqlens, parents=parents), patches, grids)
+        layout = build_layout(cu_seqlens, parents=parents, exchange=self._exchange())
+        hidden = self.run_stage(token_ids, positions, layout, patches, grids)
         if not self.post_process:
             return hidden
         if rows is None:
-            return self.logits(hidden)[:num_tokens]
+            return self.logits(hidden)[: own.stop - own.start]
+        rows = rows - own.start
         # Under sequence parallelism the output layer itself brings the tokens together.
         return self.logits(hidden)[rows] if self.config.sequence_parallel else self.logits(hidden.index_select(0, rows))
 
@@ -121,15 +125,16 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         grids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return this stage's hidden states, normalised on the last; the first embeds, the others read the input tensor that was set."""
-        hidden, further = self.embed(token_ids, patches, grids) if self.pre_process else (None, None)
-        table = self.rotary.table(positions)
+        exchange = layout.exchange
+        hidden, further = self.embed(token_ids, patches, grids, exchange) if self.pre_process else (None, None)
+        table = self.rotary.table(positions if exchange is None else exchange.own_tokens(positions, 1))
         output = self.language_model.decoder(
             hidden_states=hidden, attention_mask=None, context=further, rotary_pos_emb=table, packed_seq_params=layout
         )
         return cast(torch.Tensor, output)
 
     def embed(
-        self, token_ids: torch.Tensor, patches: torch.Tensor | None, grids: torch.Tensor | None
+        self, token_ids: torch.Tensor, patches: torch.Tensor | None, grids: torch.Tensor | None, exchange: HeadExchange | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return embeddings with the media's features in their places, and what the first layers add for them.
 
@@ -146,6 +151,10 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
                 f"VisionLanguageModel: media without a vision tower, got {len(patches)} patches, expected none for a text-only network; "
                 "use a folder with a vision tower or text questions"
             )
+        if exchange is not None:
+            # Each context rank embeds the whole pack; gradients of what it embedded for the others reach it as zeros.
+            embeddings = exchange.own_tokens(embeddings)
+            further = exchange.own_tokens(further) if further is not None else None
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings)
             further = scatter_to_sequence_parallel_region(further) if further is not None else None
@@ -194,10 +203,7 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         self, token_ids: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Add one more sequence where the number of tokens must be a multiple of something."""
-        multiple = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        if self.config.fp8:
-            multiple *= FP8_TOKEN_MULTIPLE
-        missing = -len(token_ids) % multiple
+        missing = -len(token_ids) % self._token_multiple()
         if not missing:
             return token_ids, positions, cu_seqlens
         return (
@@ -205,6 +211,24 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
             torch.cat([positions, torch.arange(missing, device=positions.device).expand(3, -1)], dim=1),
             torch.cat([cu_seqlens, cu_seqlens[-1:] + missing]),
         )
+
+    def own_tokens(self, num_tokens: int) -> slice:
+        """Return which tokens of a pack this context rank has: all of them without context parallelism, perhaps none of a short pack."""
+        size = self.config.context_parallel_size
+        share = (num_tokens + -num_tokens % self._token_multiple()) // size
+        start = share * (parallel.context_rank() if size > 1 else 0)
+        return slice(start, max(start, min(start + share, num_tokens)))
+
+    def _token_multiple(self) -> int:
+        """Return what the number of tokens of a pack must be a multiple of."""
+        multiple: int = self.config.context_parallel_size
+        if self.config.sequence_parallel:
+            multiple *= self.config.tensor_model_parallel_size
+        return multiple * FP8_TOKEN_MULTIPLE if self.config.fp8 else multiple
+
+    def _exchange(self) -> HeadExchange | None:
+        size = self.config.context_parallel_size
+        return HeadExchange(parallel.context_group(), parallel.context_rank(), size) if size > 1 else None
 
     @property
     def shares_prompts(self) -> bool:

@@ -42,13 +42,13 @@ class ParallelExchange:
 
     @property
     def replica(self) -> int:
-        """Data-parallel rank."""
-        return parallel.data_rank()
+        """Rank among the data-parallel and context ranks."""
+        return parallel.replica_rank()
 
     @property
     def num_replicas(self) -> int:
-        """Data-parallel size."""
-        return parallel.data_size()
+        """Data-parallel size x context size."""
+        return parallel.num_replicas()
 
     @property
     def is_leader(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -63,20 +63,40 @@ def _predictors(microbatch: Microbatch, places: torch.Tensor) -> torch.Tensor:
     return before[places]
 
 
+def with_loss_predicted_by(microbatch: Microbatch, tokens: slice) -> Microbatch:
+    """Return the micro-batch with loss on those tokens alone that some of its places predict.
+
+    Context ranks so divide the loss: each counts what the logits of its own part predict, the first token of the next part among it.
+
+    Args:
+        microbatch: The packed sequences.
+        tokens: The places whose logits are at hand.
+    """
+    if tokens == slice(0, len(microbatch.token_ids)):
+        return microbatch
+    places = microbatch.loss_mask.nonzero().squeeze(-1)
+    rows = _predictors(microbatch, places)
+    loss_mask = microbatch.loss_mask.clone()
+    loss_mask[places[(rows < tokens.start) | (rows >= tokens.stop)]] = 0
+    return replace(microbatch, loss_mask=loss_mask)
+
+
 def loss_token_statistics(
     logits: torch.Tensor, microbatch: Microbatch, group: dist.ProcessGroup | None, temperature: float
 ) -> tuple[torch.Tensor, TokenStatistics]:
     """Return the places of the loss tokens, `[loss tokens]`, and their log-probs and entropies.
 
     Args:
-        logits: `[tokens, vocab / tp]`, or `[loss tokens, vocab / tp]` of the predicting rows alone.
+        logits: `[tokens, vocab / tp]`, or `[loss tokens, vocab / tp]` of the predicting rows alone; of any tokens where none has loss.
         microbatch: The packed sequences they were computed from.
         group: Ranks that share the vocabulary.
         temperature: Of the log-probs.
     """
     places = microbatch.loss_mask.nonzero().squeeze(-1)
+    if not len(places):
+        logits = logits[:0]
     # The first token carries no loss: there are always fewer predicting rows than tokens.
-    if len(logits) == len(microbatch.token_ids):
+    elif len(logits) == len(microbatch.token_ids):
         logits = logits.index_select(0, _predictors(microbatch, places))
     assert len(logits) == len(places), "logits of all tokens or of the predicting rows"
     rows = torch.arange(len(places), device=places.device)

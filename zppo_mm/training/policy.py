@@ -20,7 +20,7 @@ from zppo_mm.experience import Batch, Microbatch
 from zppo_mm.models import parallel
 from zppo_mm.models.provider import freeze_parts
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.training.objective import Objective, ObjectiveTerms, loss_token_statistics, predicting_rows
+from zppo_mm.training.objective import Objective, ObjectiveTerms, loss_token_statistics, predicting_rows, with_loss_predicted_by
 from zppo_mm.training.optimizer import build_optimizer, build_scheduler, clip_and_step, gradient_norm, wrap_model
 
 logger = logging.getLogger(__name__)
@@ -146,6 +146,7 @@ class Policy:
 
         def forward(iterator: Iterator[Microbatch], model: Any) -> tuple[torch.Tensor, Any]:
             microbatch = next(iterator)
+            microbatch = with_loss_predicted_by(microbatch, self.model.own_tokens(len(microbatch.token_ids)))
             media = (microbatch.patches, microbatch.grids)
             wanted = {"rows": predicting_rows(microbatch), "parents": microbatch.parents}
             output = model(microbatch.token_ids, microbatch.positions, microbatch.cu_seqlens, *media, **wanted)
@@ -195,8 +196,9 @@ class Policy:
     def _report_skip(self, results: list[tuple[ObjectiveTerms, tuple[str, ...]]]) -> None:
         """Log which groups had a loss that is not finite; all groups of the update if none had."""
         suspects = [uids for terms, uids in results if not bool(torch.isfinite(terms.loss_sum))]
-        broken = [uid for replica in parallel.gather_from_replicas(suspects) for uids in replica for uid in uids]
-        present = [uid for replica in parallel.gather_from_replicas([uids for _, uids in results]) for uids in replica for uid in uids]
+        # Context ranks have the same groups.
+        found = parallel.gather_from_replicas(suspects), parallel.gather_from_replicas([uids for _, uids in results])
+        broken, present = (list(dict.fromkeys(uid for replica in every for uids in replica for uid in uids)) for every in found)
         if parallel.rank() == 0:
             named, what = (broken, "their loss") if broken else (present, "the gradient of the update they are in")
             names = ", ".join(named[:MAX_UIDS_NAMED]) + (f" and {len(named) - MAX_UIDS_NAMED} more" if len(named) > MAX_UIDS_NAMED else "")
@@ -223,6 +225,10 @@ class Policy:
         self.model.eval()
         results = self._run(batch.microbatches, collect, forward_only=True)
         self.model.train()
+        if parallel.context_size() > 1:
+            # Each has the log-probs that its own part predicts, and zeros elsewhere.
+            for result in results:
+                dist.all_reduce(result, group=parallel.context_group())
         if parallel.pipeline_size() == 1:
             return results
         box = [[result.cpu() for result in results]]

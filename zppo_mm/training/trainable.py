@@ -55,7 +55,7 @@ def part_sizes(model: VisionLanguageModel) -> dict[str, PartSize]:
         parts["lora"] = list(adapters.parameters())
     copies = {id(mapping.parameter) for mapping in parameter_mappings(model) if mapping.copied_from_embedding}
     mine = {part: _size(parameter for parameter in own if id(parameter) not in copies) for part, own in parts.items()}
-    everybodys = parallel.gather_from_ranks(mine if parallel.data_rank() == 0 else {})
+    everybodys = parallel.gather_from_ranks(mine if parallel.replica_rank() == 0 else {})
     return {part: sum((sizes[part] for sizes in everybodys if sizes), PartSize()) for part in parts}
 
 
