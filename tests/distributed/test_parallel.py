@@ -88,8 +88,17 @@ def alone() -> tuple[int, list[list[int]]]:
     parallel.initialize(ParallelConfig(), seed=0)
     gathered = parallel.gather_from_replicas([1, 2])
     size = parallel.data_size()
+    threads = num_threads()
+    parallel.initialize(ParallelConfig(), seed=0)
+    # The groups of the layout before are given up with all that they hold.
+    assert num_threads() <= threads
     parallel.shutdown()
     return size, gathered
+
+
+def num_threads() -> int:
+    """Return the threads of this process, those that Python does not know included."""
+    return len(os.listdir("/proc/self/task"))
 
 
 def test_one_process_needs_no_launcher() -> None:

@@ -48,7 +48,7 @@ def initialize(config: ParallelConfig, seed: int) -> None:
     megatron_cpu.install()
     validate_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
+        _leave_groups()
     else:
         _join(timedelta(minutes=config.timeout_minutes))
     parallel_state.initialize_model_parallel(
@@ -59,6 +59,15 @@ def initialize(config: ParallelConfig, seed: int) -> None:
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _leave_groups() -> None:
+    """Give up Megatron's groups of the layout so far. Megatron only forgets most of them, and a forgotten gloo group keeps its threads."""
+    groups = {id(group): group for group in parallel_state._global_process_group_list or () if isinstance(group, dist.ProcessGroup)}
+    dist.barrier()
+    for group in groups.values():
+        dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 def _join(timeout: timedelta) -> None:
