@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tests import network_checks, tiny_qwen
@@ -42,6 +43,7 @@ TWO_RANKS = {
     "tensor": ParallelConfig(tensor_model_parallel_size=2),
     "sequence": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
     "pipeline": ParallelConfig(pipeline_model_parallel_size=2),
+    "context": ParallelConfig(context_parallel_size=2),
     "few, pipeline": ParallelConfig(pipeline_model_parallel_size=2),
 }
 FOUR_RANKS = {
@@ -118,8 +120,10 @@ def sampling_gap(model: VisionLanguageModel) -> float:
     pack["token_ids"] = torch.cat([part.token_ids, *tokens])
     pack["positions"] = torch.cat([part.positions, part.next_position + torch.arange(count).expand(3, -1)], 1)
     pack["cu_seqlens"] = torch.tensor([0, prompt + count], dtype=torch.int32)
-    whole = network_checks.gather_vocabulary(model(**pack))[prompt - 1 :]
-    return float((torch.log_softmax(torch.cat(sampled), -1) - torch.log_softmax(whole, -1)).abs().max())
+    whole = torch.zeros(prompt + count, vocabulary)
+    whole[model.own_tokens(prompt + count)] = network_checks.gather_vocabulary(model(**pack))
+    dist.all_reduce(whole, group=parallel.context_group())
+    return float((torch.log_softmax(torch.cat(sampled), -1) - torch.log_softmax(whole[prompt - 1 :], -1)).abs().max())
 
 
 def train_cases(folder: Path, layouts: dict[str, ParallelConfig], target: Path) -> dict[str, Any]:
