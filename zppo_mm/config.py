@@ -299,8 +299,9 @@ class ParityConfig:
     """Longest response that is compared."""
     max_gap: float = 1e-3
     """float32: largest difference of a token's log-probs, in nats."""
-    max_kl: float = 5e-3
-    """Anything coarser than float32: largest divergence of a modality's tokens, in nats per token."""
+    max_kl: float = 0.02
+    """Anything coarser than float32: largest divergence of a modality's tokens, in nats per token. Rounding alone gives a real model 0.002,
+    and up to 0.006 when estimated from a few dozen tokens."""
     compare_source: bool = True
     """Load the source checkpoint in transformers besides, where it fits into memory."""
     max_source_seconds: float = 120.0

@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import os
 import pickle
+import random
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ CLONE_ROOT = Path(__file__).resolve().parents[2]
 # Starting and importing alone takes half a minute per rank on a loaded two-core machine.
 DEFAULT_TIMEOUT_SECONDS = 300.0
 GRACE_SECONDS = 20.0
+PORTS = (20_000, 32_000)
 OUTPUT_TAIL_CHARACTERS = 6000
 
 
@@ -36,10 +38,12 @@ class RanksFailedError(AssertionError):
 
 
 def free_port() -> int:
-    """Return a TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port that is free now, from below those that the system hands out: a connection could take one of them meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(*PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:

@@ -28,6 +28,7 @@ TENSORS = {
     "eight": torch.tensor([0.5, 448.0]).to(torch.float8_e4m3fn),
 }
 
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     save_file(TENSORS, tmp_path / "model.safetensors", metadata={"format": "pt"})

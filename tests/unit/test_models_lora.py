@@ -259,6 +259,15 @@ def test_targets_that_the_network_lacks_are_refused(tmp_path: Path) -> None:
         add_lora(network, LoraConfig(rank=4, also_train=["projector"]), SEED)
 
 
+def test_projections_that_fp8_leaves_out_cannot_be_adapted_under_it(tmp_path: Path) -> None:
+    folder, _ = tiny_families.folder("qwen3_5_text", tmp_path)
+    network = network_checks.build(folder, ParallelConfig())
+    network.config.fp8 = "hybrid"
+    with pytest.raises(ConfigError, match=r"lora.targets: not under FP8, got in_proj_a, in_proj_b, expected others"):
+        add_lora(network, LoraConfig(rank=4), SEED)
+    add_lora(network, LoraConfig(rank=4, targets=["in_proj_qkv"]), SEED)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -271,6 +271,12 @@ def add_lora(model: VisionLanguageModel, config: LoraConfig, seed: int) -> None:
         raise ConfigError(
             f"lora.also_train: the network has no vision tower, got {config.also_train}, expected an empty list; remove the key"
         )
+    apart = target_names(config, model.architecture) & {"in_proj_a", "in_proj_b"}
+    if model.config.fp8 and apart:
+        raise ConfigError(
+            f"lora.targets: not under FP8, got {', '.join(sorted(apart))}, expected others: these are computed apart from their linear "
+            "there, without its adapters; name the targets one by one and leave these out"
+        )
     model.requires_grad_(False)
     for part in config.also_train:
         for parameter in model.parameters_of(part):
