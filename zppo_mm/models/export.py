@@ -144,17 +144,26 @@ def stream_weights(
     """
     done: set[str] = set()
     for mappings in rounds:
-        failure: Exception | None = None
-        # A sink that failed is not asked again, but what the other ranks still send is taken: they wait for that.
-        for key, tensor in _arriving(model, mappings, source):
-            done.add(key)
-            if sink is not None and failure is None:
-                try:
-                    sink(key, tensor)
-                except (OSError, ModelError) as error:
-                    failure = error
-        agree(failure, target)
+        agree(_take_round(model, mappings, source, sink, done), target)
     return done
+
+
+def _take_round(
+    model: VisionLanguageModel, mappings: Sequence[Mapping], source: SafetensorsFolder, sink: Sink | None, done: set[str]
+) -> Exception | None:
+    """Hand over one round, of which nothing is held afterwards; returns what went wrong on this rank.
+
+    A sink that failed is not asked again, but what the other ranks still send is taken: they wait for that.
+    """
+    failure: Exception | None = None
+    for key, tensor in _arriving(model, mappings, source):
+        done.add(key)
+        if sink is not None and failure is None:
+            try:
+                sink(key, tensor)
+            except (OSError, ModelError) as error:
+                failure = error
+    return failure
 
 
 def is_writer() -> bool:
