@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -191,5 +192,5 @@ def test_a_served_judge_asks_greedily_and_a_dead_one_grades_nothing(server: Loop
         pool = EndpointPool([proxy.url], "tiny", settings)
         judge = LlmJudge(greedy_replies(pool, RewardConfig(judge_max_wait_seconds=20.0), 1), load_judge_template())
         assert judge.judge(items) == [None, None]
-        assert judge.counts == {"judge_failures": 2}
+        assert judge.counts == Counter({"judge_failures": 2})
         pool.close()

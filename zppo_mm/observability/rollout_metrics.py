@@ -25,12 +25,12 @@ def group_metrics(groups: Sequence[Group], advantages: Mapping[str, Sequence[flo
         for name in {part, group.kind}:
             metrics.add(f"accuracy/{name}", Mean(sum(rewards), len(rewards)))
         metrics.add(f"batch/groups/{group.kind}", Sum(1))
-        metrics.add("rollout/ungraded", Sum(len(group.ungraded)))
         metrics.add(f"prompt/tokens/{part}", Mean(len(group.prompt.token_ids)))
         metrics.add("advantage/nontrivial_groups", Mean(len(set(rewards)) > 1))
         metrics.add("advantage/positive", Mean(sum(value > 0 for value in advantages[group.uid]), len(rewards)))
         metrics.merge(response_metrics(group.rollouts, part))
         metrics.add("response/tokens_max", Max(max(len(rollout.response_ids) for rollout in group.rollouts)))
+    metrics.add("rollout/ungraded", Sum(sum(len(group.ungraded) for group in groups)))
     plain = [group for group in groups if group.is_plain]
     num_hard = sum(group.accuracy < tau for group in plain)
     metrics.add("batch/questions", Sum(len(plain)))

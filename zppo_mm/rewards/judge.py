@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 EMBEDDED_TEMPLATE = Path(__file__).parent / "templates" / "judge.txt"
 TEMPLATE_FIELDS = ("question", "reference", "answer")
 
+COUNTED = ("judged", "judge_malformed", "judge_disagreements", "judge_failures")
+
 Complete = Callable[[Sequence[str]], Sequence[str | None]]
 """From prompts to one greedy reply each; `None` where none could be had."""
 
@@ -41,7 +43,7 @@ class LlmJudge:
     def __init__(self, complete: Complete, template: str) -> None:
         self._complete = complete
         self._template = template
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
 
     def judge(self, items: Sequence[tuple[Question, str]]) -> list[bool | None]:
         """Return for every (question, parsed answer) whether it agrees with the reference, `None` where the model did not reply.

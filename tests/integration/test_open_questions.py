@@ -1,0 +1,92 @@
+"""Open questions from the shards to the update: judged by a served model, and left out when it is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.digits_shards import digit_samples
+from data.shards import write_shards
+from tests.fault_proxy import PASS, stand_between
+from tests.integration.running import lines, run, transcript
+from tests.loopback_server import LoopbackServer, TinyModel, serve
+from zppo_mm.embedded import TEACHER_DIR
+
+NUM_NEW, NUM_ROLLOUTS = 8, 4
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[LoopbackServer]:
+    with serve(TinyModel(TEACHER_DIR)) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sums and the like; every second question is open."""
+    folder = tmp_path_factory.mktemp("shards")
+    samples = list(digit_samples("text", "train", 40, 0))
+    kinds = {True: {"answer_type": "open", "choices": []}, False: {}}
+    write_shards(folder, [replace(sample, question={**sample.question, **kinds[i % 2 == 0]}) for i, sample in enumerate(samples)])
+    return folder
+
+
+def options(url: str, shards: Path, **changes: Any) -> list[str]:
+    given = {
+        "method": "grpo",
+        "data.train": f"[{{path: {shards}}}]",
+        "data.held_out": f"[{{path: {shards}}}]",
+        "teacher.endpoints": f"[{url}]",
+        "teacher.model": "tiny",
+        "teacher.num_retries": 0,
+        "reward.judge_max_tokens": 4,
+        "parity.mode": "none",
+        "observability.report": "false",
+        "train.train_iters": 1,
+        **changes,
+    }
+    return [f"{name}={value}" for name, value in given.items()]
+
+
+def test_open_questions_are_judged(server: LoopbackServer, shards: Path, tmp_path: Path) -> None:
+    folder = run(tmp_path, "run", *options(server.url, shards))
+    (row,) = lines(folder / "metrics.jsonl")
+    assert row["reward/judged"] > 0
+    assert row["reward/judge_malformed"] == row["reward/judged"]  # this model knows no JSON: all wrong
+    assert row["rollout/ungraded"] == row["rollout/failed_groups"] == row["reward/judge_failures"] == 0
+    assert "data/skipped/needs_judge" not in row
+    assert "teacher/answer_seconds" not in row  # the method has no teacher
+    groups = transcript(folder, 1)
+    assert len(groups) == NUM_NEW
+    judged = [request for request in server.requests if request["temperature"] == 0.0 and "Reference answer" in str(request["messages"])]
+    assert len(judged) >= row["reward/judged"] / NUM_ROLLOUTS
+    assert {request["max_tokens"] for request in judged} == {4}
+
+
+@pytest.mark.parametrize("openness", ["half", "all"])
+def test_a_judge_that_is_gone_takes_no_reward(server: LoopbackServer, shards: Path, tmp_path: Path, openness: str) -> None:
+    if openness == "all":
+        samples = digit_samples("text", "train", 40, 0)
+        shards = tmp_path / "open"
+        write_shards(shards, [replace(sample, question={**sample.question, "answer_type": "open", "choices": []}) for sample in samples])
+    with stand_between(server.url, lambda number: PASS if number == 0 else "500") as proxy:
+        folder = run(tmp_path, "run", *options(proxy.url, shards))
+    (row,) = lines(folder / "metrics.jsonl")
+    groups = transcript(folder, 1)
+    assert row["reward/judge_failures"] > 0
+    assert row["rollout/failed_groups"] == NUM_NEW - len(groups)
+    left = [rollout for group in groups for rollout in group["rollouts"]]
+    assert row["rollout/ungraded"] == sum(rollout["reward"] is None for rollout in left)
+    # Only an answer that boxes nothing is known to be wrong without a judge.
+    assert all(rollout["reward"] is not None or (rollout["advantage"], rollout["minibatch"]) == (None, -1) for rollout in left)
+    for group in groups:
+        rewards = [rollout["reward"] for rollout in group["rollouts"] if rollout["reward"] is not None]
+        assert group["accuracy"] == pytest.approx(sum(rewards) / len(rewards))
+    num_tokens = sum(rollout["num_tokens"] for rollout in left if rollout["reward"] is not None)
+    assert row["batch/loss_tokens"] == num_tokens
+    if openness == "all":
+        assert all(rollout["parsed"] is None for rollout in left if rollout["reward"] is not None)
