@@ -7,7 +7,7 @@ import io
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -109,11 +109,7 @@ class _StreamWriter(FileSystemWriter):
         with open(Path(self.path) / name, "wb") as stream:
             for item in plan.items:
                 start = stream.tell()
-                content = planner.resolve_data(item)
-                if isinstance(content, io.BytesIO):
-                    stream.write(content.getbuffer())
-                else:
-                    torch.save(content, stream)
+                _write_content(planner.resolve_data(item), stream)
                 size = stream.tell() - start
                 results.append(WriteResult(index=item.index, size_in_bytes=size, storage_data=_StorageInfo(name, start, size)))
             stream.flush()
@@ -121,6 +117,14 @@ class _StreamWriter(FileSystemWriter):
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
+
+
+def _write_content(content: torch.Tensor | io.BytesIO, stream: IO[bytes]) -> None:
+    """Write a content of which nothing is held afterwards, when the next one is made."""
+    if isinstance(content, io.BytesIO):
+        stream.write(content.getbuffer())
+    else:
+        torch.save(content, stream)
 
 
 class _LazyPlanner(DefaultSavePlanner):
