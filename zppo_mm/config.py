@@ -7,6 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from zppo_mm.config_models import LORA_TARGETS as LORA_TARGETS
+from zppo_mm.config_models import LoraConfig as LoraConfig
+from zppo_mm.config_models import ModelConfig as ModelConfig
+from zppo_mm.config_models import ParallelConfig as ParallelConfig
+from zppo_mm.config_teacher import TeacherConfig as TeacherConfig
+
 
 @dataclass(kw_only=True)
 class SourceConfig:
@@ -47,44 +53,6 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
-    """Student and the network's implementation."""
-
-    student: str = ""
-    """Hugging Face folder of the student; empty means the embedded tiny student."""
-    transformer_impl: str = "auto"
-    """`local`, `transformer_engine`, or `auto`: Transformer Engine where it is installed and a GPU is there."""
-    params_dtype: str = "auto"
-    """`float32`, `bfloat16`, or `auto`: bfloat16 on a GPU, float32 without."""
-    fp8: str = ""
-    """FP8 format (`e4m3` or `hybrid`) of the language model's linears; empty is off. Needs Transformer Engine and a GPU."""
-    fp8_recipe: str = "tensorwise"
-    """Transformer Engine's FP8 recipe: delayed, tensorwise, blockwise, mxfp8."""
-    recompute: str = "none"
-    """Activation recomputation of the language model: none, selective, full."""
-
-
-@dataclass(kw_only=True)
-class ParallelConfig:
-    """Megatron's parallel layout; what is left of the world size is data parallel."""
-
-    tensor_model_parallel_size: int = 1
-    """Ranks that share every layer's weights."""
-    pipeline_model_parallel_size: int = 1
-    """Pipeline stages."""
-    context_parallel_size: int = 1
-    """Ranks that share the tokens of every training pack, for long responses; each samples as a replica of its own."""
-    sequence_parallel: bool = False
-    """Shard activations between tensor-parallel regions over the sequence."""
-    use_distributed_optimizer: bool = True
-    """Shard the optimizer state over data-parallel ranks."""
-    overlap_grad_reduce: bool = False
-    """Overlap gradient reduction with the backward pass."""
-    timeout_minutes: float = 10.0
-    """Time after which a collective that waits for a lost rank fails."""
-
-
-@dataclass(kw_only=True)
 class RolloutConfig:
     """How the student samples while it trains."""
 
@@ -100,57 +68,6 @@ class RolloutConfig:
     """Most likely tokens kept; 0 keeps everything."""
     max_batch_size: int = 128
     """Most sequences that one replica decodes at once."""
-
-
-@dataclass(kw_only=True)
-class TeacherConfig:
-    """The frozen teacher."""
-
-    model: str = ""
-    """Hugging Face folder of the teacher; empty means the embedded tiny teacher. With endpoints, the served model's name."""
-    endpoints: list[str] = field(default_factory=list)
-    """Base URLs of OpenAI-compatible servers of the teacher, such as http://host:8000/v1; empty means a model in this process."""
-    api_key_env: str = ""
-    """Environment variable that holds the servers' key; empty sends none."""
-    on_failure: str = "wait"
-    """When a server does not answer: `wait` (retry until max_wait_seconds, then stop with a checkpoint), `ncq_only` (go on without its
-    answers after num_retries), `stop` (stop with a checkpoint after num_retries)."""
-    max_concurrency: int = 32
-    """Most requests in flight at one server, over all ranks; every replica has at least one."""
-    connect_timeout_seconds: float = 10.0
-    """Time for a connection to a server."""
-    read_timeout_seconds: float = 600.0
-    """Longest silence of a server; one that does not stream is silent until its answer is whole."""
-    request_timeout_seconds: float = 900.0
-    """Time for one request to a server as a whole."""
-    num_retries: int = 5
-    """Further attempts of a request that failed; without end under on_failure=wait."""
-    backoff_seconds: float = 1.0
-    """Longest pause before the first further attempt; it doubles with each one, up to a minute."""
-    max_wait_seconds: float = 3600.0
-    """Time after which a question counts as not answered, all attempts together."""
-    video: str = "frames"
-    """How a server gets a video: `frames` (the sampled frames as images) or `file` (the whole file)."""
-    media_format: str = "png"
-    """File format of images and frames sent to a server: png (lossless) or jpeg (smaller)."""
-    num_rollouts: int = 4
-    """Teacher rollouts per hard question (G_T)."""
-    temperature: float = 1.0
-    """Sampling temperature of the teacher."""
-    max_response_tokens: int = 12288
-    """Longest teacher response."""
-    transformer_impl: str = ""
-    """As model.transformer_impl; empty means the student's."""
-    params_dtype: str = ""
-    """As model.params_dtype; empty means the student's."""
-    fp8: str = ""
-    """As model.fp8, for the teacher alone; empty is off."""
-    compressor: str = "rule"
-    """Who compresses candidates: `rule` (keeps the last lines and the boxed answer) or `teacher` (rewrites them)."""
-    compression_max_tokens: int = 512
-    """Most tokens of a candidate."""
-    compression_max_lines: int = 5
-    """Most lines of a candidate."""
 
 
 @dataclass(kw_only=True)
@@ -219,40 +136,6 @@ class TrainConfig:
     """Largest gradient norm."""
     freeze: list[str] = field(default_factory=list)
     """Parts that do not train: any of vision, projector, language."""
-
-
-LORA_TARGETS = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "in_proj_qkv",
-    "in_proj_z",
-    "in_proj_b",
-    "in_proj_a",
-    "out_proj",
-)
-"""Linears of the language model that may have adapters, by their Hugging Face names."""
-
-
-@dataclass(kw_only=True)
-class LoraConfig:
-    """Low-rank adapters on the language model, trained in place of its weights."""
-
-    rank: int = 0
-    """Width of the adapters; 0 is off. With adapters everything else is frozen, except what also_train names."""
-    alpha: int = 32
-    """What adapters add is scaled by alpha / rank."""
-    dropout: float = 0.0
-    """Share of an adapter's inputs dropped in training."""
-    targets: list[str] = field(default_factory=lambda: ["all"])
-    """Adapted linears: `all`, or any of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, in_proj_qkv, in_proj_z, in_proj_b,
-    in_proj_a, out_proj."""
-    also_train: list[str] = field(default_factory=list)
-    """Parts that train whole beside the adapters: any of vision, projector."""
 
 
 @dataclass(kw_only=True)

@@ -1,14 +1,15 @@
-"""The text of `--help`: every key of the configuration with its type, default and meaning, read from the source of `zppo_mm.config`."""
+"""The text of `--help`: every key of the configuration with its type, default and meaning, read from the source of `zppo_mm.config`
+and its sections."""
 
 from __future__ import annotations
 
 import ast
+import inspect
 import textwrap
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
-import zppo_mm.config
+from zppo_mm import config, config_models, config_teacher
 from zppo_mm.config import RunConfig
 
 LINE_WIDTH = 110
@@ -49,9 +50,8 @@ def _default_text(value: Any) -> str:
 
 def _meanings() -> dict[tuple[str, str], str]:
     """Return the string under each field, by class and field name."""
-    tree = ast.parse(Path(zppo_mm.config.__file__).read_text())
     meanings = {}
-    for node in tree.body:
+    for node in (node for module in (config, config_models, config_teacher) for node in ast.parse(inspect.getsource(module)).body):
         if not isinstance(node, ast.ClassDef):
             continue
         for statement, follower in zip(node.body, node.body[1:], strict=False):
