@@ -72,12 +72,18 @@ class RolloutConfig:
 
 @dataclass(kw_only=True)
 class ZoneConfig:
-    """What ZPPO adds to GRPO."""
+    """What is done about hard questions: what ZPPO adds to GRPO, and what others do."""
 
     bcq: bool = True
     """Ask hard questions again with one right and one wrong candidate."""
     ncq: bool = True
     """Ask hard questions again with the student's own wrong answers."""
+    hint: bool = False
+    """Ask hard questions again with an answer-free hint made of a correct teacher rollout."""
+    prefix: bool = False
+    """Have the student continue the beginning of a correct teacher rollout to a hard question."""
+    inject: bool = False
+    """Train on a correct teacher rollout to a hard question as if it were one of the student's."""
     replay: bool = True
     """Bring hard questions back from the prompt replay buffer until they are mastered."""
     tau: float = 0.5
@@ -85,11 +91,16 @@ class ZoneConfig:
     rho_replay: float = 0.25
     """Replayed questions per step, as a fraction of new ones."""
     rho_aug: float = 0.25
-    """BCQ and NCQ instances per step, at most this fraction of new questions."""
+    """Reformulated instances (BCQ, NCQ, hint, prefix) per step, at most this fraction of new questions."""
+    prefix_share: float = 0.4
+    """Share of a teacher rollout's tokens that a prefix is."""
+    max_sampling_rounds: int = 1
+    """Dynamic sampling: most rounds of new questions until a step has num_new_questions with something to learn from; questions whose
+    groups, reformulated ones too, are all trivial are left out of the update. 1 is off."""
     buffer_capacity: int = 10_000
     """Most questions in the buffer (B_max)."""
     templates: str = ""
-    """Folder with bcq.txt, ncq.txt and closing.txt; empty means the embedded ones."""
+    """Folder with any of bcq.txt, ncq.txt, hint.txt, candidate.txt and closing.txt; empty means the embedded ones."""
 
 
 @dataclass(kw_only=True)
@@ -104,6 +115,19 @@ class AlgorithmConfig:
     """Upper clip range of the ratio."""
     clip_ratio_c: float = 10.0
     """Dual clip: bound of the loss for negative advantages."""
+    importance_cap: float = 0.0
+    """Truncated importance sampling: the loss of a token is weighted by its probability under the trained network over the one that it was
+    sampled with, at most this; old log-probs then come from the trained network. 0 is off."""
+
+
+@dataclass(kw_only=True)
+class DistillConfig:
+    """Distillation in the place of the policy gradient: Jensen-Shannon divergence to the teacher's distribution at every token."""
+
+    source: str = "none"
+    """On whose text: `none` (no distillation), `teacher` (its correct rollouts), `student` (its own rollouts)."""
+    top_k: int = 0
+    """Tokens whose teacher log-probs are used, all others together being one more outcome; 0 uses the whole distribution."""
 
 
 @dataclass(kw_only=True)
@@ -240,7 +264,8 @@ class RunConfig:
     modality: str = "mixed"
     """Which embedded questions to use: text, image, video or mixed."""
     method: str = "zppo"
-    """Preset of the zone: grpo, grpo_replay, bcq, ncq, bcq_replay, ncq_replay, zppo. Keys under `zone` given besides win."""
+    """Preset: grpo, bcq, ncq, bcq_ncq, hint, prefix, inject, off_distill, on_distill, each also with `_replay`; zppo is bcq_ncq with
+    replay. Keys given besides win."""
     seed: int = 0
     """Seed of the stream, the sampling and the zone."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -253,12 +278,16 @@ class RunConfig:
     """How the student samples."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The frozen teacher."""
+    fallback_teachers: list[TeacherConfig] = field(default_factory=list)
+    """Further teachers, each asked what all before it did not solve."""
     zone: ZoneConfig = field(default_factory=ZoneConfig)
-    """What ZPPO adds to GRPO."""
+    """What is done about hard questions."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """Grading."""
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     """Advantages and loss."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """Distillation in the place of the policy gradient."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop and the optimizer."""
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from zppo_mm.config import LORA_TARGETS, RunConfig
+from zppo_mm.config import LORA_TARGETS, RunConfig, TeacherConfig
 from zppo_mm.errors import ConfigError
 
-METHODS: Mapping[str, Mapping[str, bool]] = {
-    "grpo": {"bcq": False, "ncq": False, "replay": False},
-    "grpo_replay": {"bcq": False, "ncq": False, "replay": True},
-    "bcq": {"bcq": True, "ncq": False, "replay": False},
-    "ncq": {"bcq": False, "ncq": True, "replay": False},
-    "bcq_replay": {"bcq": True, "ncq": False, "replay": True},
-    "ncq_replay": {"bcq": False, "ncq": True, "replay": True},
-    "zppo": {"bcq": True, "ncq": True, "replay": True},
+Rule = TypeVar("Rule")
+
+_PARTS: Mapping[str, Mapping[str, Any]] = {
+    "grpo": {},
+    "bcq": {"zone.bcq": True},
+    "ncq": {"zone.ncq": True},
+    "bcq_ncq": {"zone.bcq": True, "zone.ncq": True},
+    "hint": {"zone.hint": True},
+    "prefix": {"zone.prefix": True},
+    "inject": {"zone.inject": True},
+    "off_distill": {"distill.source": "teacher", "train.updates_per_step": 1},
+    "on_distill": {"distill.source": "student"},
 }
-"""Zone flags of every method."""
+_NOTHING: Mapping[str, Any] = {**{f"zone.{name}": False for name in ("bcq", "ncq", "hint", "prefix", "inject")}, "distill.source": "none"}
+
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "zppo" if name + suffix == "bcq_ncq_replay" else name + suffix: {**_NOTHING, **part, "zone.replay": bool(suffix)}
+    for name, part in _PARTS.items()
+    for suffix in ("", "_replay")
+}
+"""Keys that every method sets."""
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "modality": ("text", "image", "video", "mixed"),
@@ -36,6 +47,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "teacher.video": ("frames", "file"),
     "teacher.media_format": ("png", "jpeg"),
     "algorithm.advantage_normalization": ("none", "nonzero", "all"),
+    "distill.source": ("none", "teacher", "student"),
     "parity.mode": ("stop", "warn", "none"),  # not `off`, which YAML reads as false
     "train.share_prompts": ("auto", "always", "never"),
 }
@@ -68,6 +80,9 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "rollout.top_p": (math.ulp(0.0), 1.0),
     "rollout.top_k": _FROM_ZERO,
     "rollout.max_batch_size": _FROM_ONE,
+    "teacher.num_ranks": _FROM_ZERO,
+    "teacher.tensor_model_parallel_size": _FROM_ONE,
+    "teacher.pipeline_model_parallel_size": _FROM_ONE,
     "teacher.num_rollouts": _FROM_ONE,
     "teacher.temperature": _FROM_ZERO,
     "teacher.max_response_tokens": _FROM_ONE,
@@ -83,6 +98,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "zone.tau": _SHARE,
     "zone.rho_replay": _FROM_ZERO,
     "zone.rho_aug": _FROM_ZERO,
+    "zone.prefix_share": (math.ulp(0.0), math.nextafter(1.0, 0.0)),
+    "zone.max_sampling_rounds": _FROM_ONE,
     "zone.buffer_capacity": _FROM_ONE,
     "reward.timeout_seconds": _ABOVE_ZERO,
     "reward.num_workers": _FROM_ONE,
@@ -91,6 +108,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "algorithm.clip_ratio_low": _BELOW_ONE,
     "algorithm.clip_ratio_high": _ABOVE_ZERO,
     "algorithm.clip_ratio_c": (math.nextafter(1.0, 2.0), math.inf),
+    "algorithm.importance_cap": _FROM_ZERO,
+    "distill.top_k": _FROM_ZERO,
     "train.train_iters": _FROM_ONE,
     "train.num_new_questions": _FROM_ONE,
     "train.updates_per_step": _FROM_ONE,
@@ -130,27 +149,40 @@ def check_config(config: RunConfig) -> None:
     Raises:
         ConfigError: A string that is no choice, a number out of its range, or keys that contradict one another.
     """
-    for key, choices in CHOICES.items():
+    _check_values(config)
+    _check_sources(config)
+    _check_relations(config)
+    _check_methods(config)
+    _check_lora(config)
+    _check_endpoints(config)
+
+
+def _check_values(config: RunConfig) -> None:
+    """Check every value by itself; what holds for the teacher holds for each of the others."""
+    for key, choices in _of_all_teachers(config, CHOICES):
         value = _value(config, key)
         if value not in choices:
             raise ConfigError(
                 f"{key}: not a choice, got {value!r}, expected one of {', '.join(repr(choice) for choice in choices)}; correct it"
             )
-    for key, (low, high) in RANGES.items():
+    for key, (low, high) in _of_all_teachers(config, RANGES):
         value = _value(config, key)
         if not low <= value <= high or not math.isfinite(value):
             raise ConfigError(f"{key}: out of range, got {value}, expected {_range_text(low, high)}; correct it")
-    _check_sources(config)
-    _check_relations(config)
-    _check_lora(config)
-    _check_endpoints(config)
+
+
+def _of_all_teachers(config: RunConfig, rules: Mapping[str, Rule]) -> list[tuple[str, Rule]]:
+    """Return the rules by key, those of the teacher also for each fallback teacher."""
+    own = [(key, rule) for key, rule in rules.items() if key.startswith("teacher.")]
+    others = [(f"fallback_teachers.{i}.{key[8:]}", rule) for i in range(len(config.fallback_teachers)) for key, rule in own]
+    return [*rules.items(), *others]
 
 
 def _value(config: RunConfig, key: str) -> Any:
     """Return the value at a dotted key."""
     value: Any = config
     for name in key.split("."):
-        value = getattr(value, name)
+        value = value[int(name)] if isinstance(value, list) else getattr(value, name)
     return value
 
 
@@ -210,6 +242,30 @@ def _check_relations(config: RunConfig) -> None:
         raise ConfigError(f"name: not a folder name, got {config.name!r}, expected a name without slashes; use output_dir for the place")
 
 
+def _check_methods(config: RunConfig) -> None:
+    """Check that what is done about hard questions and what is descended fit together."""
+    zone = config.zone
+    asks = [name for name in ("bcq", "ncq", "hint", "prefix", "inject") if getattr(zone, name)]
+    if config.distill.source == "none":
+        return
+    if asks:
+        raise ConfigError(
+            f"distill.source: distillation trains on no reformulated prompt, got {config.distill.source!r} with zone.{asks[0]}=true, "
+            "expected one of the two; set the zone's key to false, or distill.source=none"
+        )
+    if zone.max_sampling_rounds > 1 or config.algorithm.importance_cap:
+        raise ConfigError(
+            f"distill.source: distillation looks at no reward and no old log-probs, got {config.distill.source!r} with "
+            f"zone.max_sampling_rounds={zone.max_sampling_rounds} and algorithm.importance_cap={config.algorithm.importance_cap:g}, "
+            "expected 1 and 0; remove those keys"
+        )
+    if config.fallback_teachers:
+        raise ConfigError(
+            f"fallback_teachers: distillation has one teacher, got {len(config.fallback_teachers)} more with "
+            f"distill.source={config.distill.source!r}, expected none; remove them"
+        )
+
+
 def _check_lora(config: RunConfig) -> None:
     """Check what has adapters and what trains beside them."""
     lora = config.lora
@@ -232,23 +288,35 @@ def _check_lora(config: RunConfig) -> None:
 def _check_endpoints(config: RunConfig) -> None:
     """Check the servers' addresses; what they hold is never repeated, because it may be a key."""
     teacher, reward = config.teacher, config.reward
-    _check_addresses("teacher.endpoints", teacher.endpoints)
+    _check_teacher("teacher", teacher)
+    for index, other in enumerate(config.fallback_teachers):
+        _check_teacher(f"fallback_teachers[{index}]", other)
+        if other.num_ranks:
+            raise ConfigError(
+                f"fallback_teachers[{index}].num_ranks: only the first teacher can have ranks of its own, got {other.num_ranks}, "
+                "expected 0; serve this one and give its endpoints, or let the student's ranks run it"
+            )
     _check_addresses("reward.judge_endpoints", reward.judge_endpoints)
-    if teacher.endpoints and not teacher.model:
-        raise ConfigError(
-            "teacher.model: missing, got endpoints without a model, expected the name under which they serve it (GET /v1/models); give it"
-        )
     if reward.judge_endpoints and not (reward.judge_model or teacher.model):
         raise ConfigError("reward.judge_model: missing, got judge_endpoints without a model, expected its served name; give it")
-    if teacher.api_key_env and not teacher.api_key_env.isidentifier():
-        raise ConfigError(
-            "teacher.api_key_env: not a name, expected the name of an environment variable, never the key itself; put the key there"
-        )
     limit = 60 * config.parallel.timeout_minutes
     if (teacher.endpoints or reward.judge_endpoints) and reward.judge and reward.judge_max_wait_seconds >= limit:
         raise ConfigError(
             f"reward.judge_max_wait_seconds: too long, got {reward.judge_max_wait_seconds:g}, expected less than the {limit:g} s of "
             "parallel.timeout_minutes, in which the other ranks wait for a rank that grades; change one of them"
+        )
+
+
+def _check_teacher(where: str, teacher: TeacherConfig) -> None:
+    """Check where one teacher runs."""
+    _check_addresses(f"{where}.endpoints", teacher.endpoints)
+    if teacher.endpoints and not teacher.model:
+        raise ConfigError(
+            f"{where}.model: missing, got endpoints without a model, expected the name under which they serve it (GET /v1/models); give it"
+        )
+    if teacher.api_key_env and not teacher.api_key_env.isidentifier():
+        raise ConfigError(
+            f"{where}.api_key_env: not a name, expected the name of an environment variable, never the key itself; put the key there"
         )
 
 

@@ -36,7 +36,7 @@ class _Layer:
 def load_config(config_path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the checked configuration of a run.
 
-    Later ones win: the dataclass defaults; the embedded preset `tiny` when no file is given; the zone flags of the method; the YAML file;
+    Later ones win: the dataclass defaults; the embedded preset `tiny` when no file is given; the keys that the method sets; the YAML file;
     the overrides in their order.
 
     Args:
@@ -52,8 +52,8 @@ def load_config(config_path: str | Path | None, overrides: Sequence[str] = ()) -
     for layer in [*preset, *given]:
         _check_keys(layer)
     method = _chosen_method([*preset, *given])
-    zone_flags = _Layer(f"method {method}", OmegaConf.create({"zone": dict(METHODS[method])}))
-    config = _merge([*preset, zone_flags, *given])
+    method_keys = _Layer(f"method {method}", OmegaConf.from_dotlist([f"{key}={value}" for key, value in METHODS[method].items()]))
+    config = _merge([*preset, method_keys, *given])
     check_config(config)
     return config
 

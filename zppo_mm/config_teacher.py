@@ -13,6 +13,12 @@ class TeacherConfig:
     """Hugging Face folder of the teacher; empty means the embedded tiny teacher. With endpoints, the served model's name."""
     endpoints: list[str] = field(default_factory=list)
     """Base URLs of OpenAI-compatible servers of the teacher, such as http://host:8000/v1; empty means a model in this process."""
+    num_ranks: int = 0
+    """The last ranks of the job that run the teacher alone; 0 has the student's ranks run both in turn. Not with endpoints."""
+    tensor_model_parallel_size: int = 1
+    """As parallel.tensor_model_parallel_size, for a teacher on its own ranks."""
+    pipeline_model_parallel_size: int = 1
+    """As parallel.pipeline_model_parallel_size, for a teacher on its own ranks."""
     api_key_env: str = ""
     """Environment variable that holds the servers' key; empty sends none."""
     on_failure: str = "wait"
@@ -49,7 +55,7 @@ class TeacherConfig:
     fp8: str = ""
     """As model.fp8, for the teacher alone; empty is off."""
     compressor: str = "rule"
-    """Who compresses candidates: `rule` (keeps the last lines and the boxed answer) or `teacher` (rewrites them)."""
+    """Who compresses candidates and writes hints: `rule` (cuts what is there) or `teacher` (rewrites it)."""
     compression_max_tokens: int = 512
     """Most tokens of a candidate."""
     compression_max_lines: int = 5

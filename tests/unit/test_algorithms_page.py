@@ -20,6 +20,8 @@ def defined_names(module: Path) -> set[str]:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             names.add(node.name)
             names |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+        elif isinstance(node, ast.AnnAssign):
+            names.add(ast.unparse(node.target))
     return names
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
@@ -47,9 +48,37 @@ def test_later_layers_win(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_method_sets_the_zone_and_an_override_before_it_still_wins(method: str) -> None:
-    zone = load_config(None, ["zone.bcq=false", f"method={method}"]).zone
-    assert (zone.bcq, zone.ncq, zone.replay) == (False, METHODS[method]["ncq"], METHODS[method]["replay"])
+def test_method_sets_its_keys_and_an_override_before_it_still_wins(method: str) -> None:
+    config = load_config(None, ["zone.bcq=false", f"method={method}"])
+    expected = {**METHODS[method], "zone.bcq": False}
+    assert {key: operator.attrgetter(key)(config) for key in expected} == expected
+
+
+def test_every_method_is_there_with_and_without_replay() -> None:
+    parts = {"grpo", "bcq", "ncq", "hint", "prefix", "inject", "off_distill", "on_distill"}
+    assert set(METHODS) == {*parts, *(f"{part}_replay" for part in parts), "bcq_ncq", "zppo"}
+    assert METHODS["zppo"] == {**METHODS["bcq_ncq"], "zone.replay": True}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["method=on_distill", "zone.bcq=true"],
+            "distill.source: distillation trains on no reformulated prompt, got 'student' with zone.bcq",
+        ),
+        (["method=off_distill", "zone.max_sampling_rounds=2"], "distillation looks at no reward"),
+        (["method=off_distill", "algorithm.importance_cap=2"], "distillation looks at no reward"),
+        (["method=on_distill", "fallback_teachers=[{model: x}]"], "fallback_teachers: distillation has one teacher, got 1 more"),
+        (["fallback_teachers=[{num_rollouts: 0}]"], "fallback_teachers.0.num_rollouts: out of range, got 0"),
+        (["fallback_teachers=[{video: none}]"], "fallback_teachers.0.video: not a choice, got 'none'"),
+        (["fallback_teachers=[{endpoints: ['http://x/v1']}]"], r"fallback_teachers\[0\].model: missing"),
+        (["fallback_teachers=[{num_ranks: 1}]"], r"fallback_teachers\[0\].num_ranks: only the first teacher"),
+    ],
+)
+def test_methods_that_contradict_themselves_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, overrides)
 
 
 @pytest.mark.parametrize(
