@@ -6,7 +6,7 @@ Arrays of tokens are NumPy on the sampling side and torch from `Microbatch` on. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
-GroupKind = Literal["new", "replayed", "bcq", "ncq"]
+GroupKind = Literal["new", "replayed", "bcq", "ncq", "hint", "prefix", "inject", "teacher"]
 FinishReason = Literal["stop", "length"]
 PLAIN_KINDS: tuple[GroupKind, ...] = ("new", "replayed")
+"""Kinds whose prompt is the unchanged question and whose rollouts are all the student's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,8 @@ class PromptInstance:
         question: The question whose media and answer count.
         kind: Where the prompt comes from.
         text: The whole user text, closing format instruction included.
-        candidates: Shown candidates in the order shown; empty for plain prompts.
+        candidates: Shown candidates in the order shown, or the one hint; empty for plain prompts.
+        response_prefix: Tokens, in the student's vocabulary, that the response is made to begin with; they carry no loss.
     """
 
     uid: str
@@ -60,6 +62,7 @@ class PromptInstance:
     kind: GroupKind
     text: str
     candidates: tuple[Candidate, ...] = ()
+    response_prefix: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +83,31 @@ class Prompt:
     next_position: int
     grids: tuple[tuple[int, int, int], ...] = ()
 
+    def continued(self, ids: Sequence[int] | IntArray) -> Prompt:
+        """Return the prompt with text tokens behind it, which advance all three rotary axes together; `text` stays as it is."""
+        positions = np.broadcast_to(self.next_position + np.arange(len(ids)), (3, len(ids)))
+        return replace(
+            self,
+            token_ids=np.concatenate([self.token_ids, np.asarray(ids, dtype=np.int64)]),
+            positions=np.concatenate([self.positions, positions], axis=1),
+            next_position=self.next_position + len(ids),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """One sampled and verified response.
 
     Attributes:
-        response_ids: `[response]`, the stop token included when it was sampled.
-        rollout_logprobs: `[response]`, log-probs of the sampling policy at the sampling temperature.
+        response_ids: `[response]`, the stop token included when it was sampled, a given prefix left out.
+        rollout_logprobs: `[response]`, log-probs of the sampling policy at the sampling temperature; NaN where they are not known: the
+            training forward pass gives them then.
         finish_reason: `stop` or `length`.
-        text: Decoded response without special tokens at the end.
+        text: Decoded response, a given prefix included, without special tokens at the end.
         parsed: Final answer (content of the last `\\boxed{}`), `None` if nothing was boxed.
         reward: 0 or 1; NaN where it could not be graded, which is so in `Group.ungraded` alone.
         policy_version: Rollout step whose weights sampled it.
+        author: Who wrote it; a teacher's rollout stands in a group only where the method trains on teacher text.
     """
 
     response_ids: IntArray
@@ -102,6 +117,7 @@ class Rollout:
     parsed: str | None
     reward: float
     policy_version: int
+    author: Literal["teacher", "student"] = "student"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +214,7 @@ class Microbatch:
         grids: `[media, 3]` int64, `None` without media.
         uids: Groups of the sequences, to name them when something goes wrong; padding has none.
         parents: Per sequence the place of the one that it continues, -1 for none; `None` if none does.
+        importance: `[tokens]` float32 weights of the loss; `None` if they are all 1.
     """
 
     token_ids: torch.Tensor
@@ -210,6 +227,7 @@ class Microbatch:
     grids: torch.Tensor | None = None
     uids: tuple[str, ...] = ()
     parents: tuple[int, ...] | None = None
+    importance: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

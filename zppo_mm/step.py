@@ -13,9 +13,9 @@ import numpy as np
 from data.question import Question, check_same_question
 from zppo_mm.algorithms.advantages import group_advantages
 from zppo_mm.config import RunConfig
-from zppo_mm.experience import FloatArray, Group, GroupKind, PromptInstance
+from zppo_mm.experience import FloatArray, Group, GroupKind, PromptInstance, Rollout
 from zppo_mm.observability.metrics import Max, StepMetrics, Sum
-from zppo_mm.observability.rollout_metrics import buffer_metrics, group_metrics, sampling_speed, teacher_metrics
+from zppo_mm.observability.rollout_metrics import buffer_metrics, group_metrics, sampling_speed, selection_metrics, teacher_metrics
 from zppo_mm.randomness import generator
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.feed import QuestionFeed
@@ -25,6 +25,7 @@ from zppo_mm.training.learner import Learner
 from zppo_mm.zone.hard import count_of_share, select_hard
 from zppo_mm.zone.reformulate import Reformulation, Reformulator, TeacherAnswers, composition
 from zppo_mm.zone.replay import ReplayBuffer
+from zppo_mm.zone.selection import Selected, Selection, with_signal
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +38,11 @@ class Stages:
         replay: Hard questions that come back.
         sampler: Samples and verifies with the student's current weights.
         sampling: How the student samples while it trains.
-        teacher: Answers hard questions; `None` when no method in use shows its answers.
-        reformulator: Makes BCQ and NCQ prompts.
-        learner: Trains on what was sampled.
+        teacher: Answers questions; `None` when no method in use shows its answers.
+        reformulator: Makes reformulated prompts of hard questions.
+        selection: Chooses what is trained on.
+        learner: Trains on it.
+        portion: Plain prompts that are sampled before the teacher is asked about them; 0 means all.
     """
 
     config: RunConfig
@@ -49,7 +52,9 @@ class Stages:
     sampling: SamplingParams
     teacher: Teacher | None
     reformulator: Reformulator
+    selection: Selection
     learner: Learner
+    portion: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +73,9 @@ class StepRecord:
 
     Attributes:
         step: Rollout step, from 1.
-        groups: Plain, BCQ and NCQ groups.
-        advantages: Per group uid, one per rollout.
-        minibatches: Per group uid, the update that used each rollout.
+        groups: Plain and reformulated groups as sampled, then those that were made to be trained on.
+        advantages: Per uid of a group that was trained on, one per rollout.
+        minibatches: Per uid of a group that was trained on, the update that used each rollout.
         teacher_rewards: Rewards of the teacher's rollouts by question id; nothing for questions that it was not asked.
         buffer_change: What the step did to the replay buffer.
         metrics: Measurements of the step.
@@ -85,6 +90,16 @@ class StepRecord:
     metrics: StepMetrics
 
 
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """What one round of questions brought: once per step, or more often under dynamic sampling."""
+
+    questions: tuple[Question, ...]
+    groups: tuple[Group, ...]
+    answers: TeacherAnswers
+    guided: Reformulation
+
+
 def run_step(stages: Stages, step: int) -> StepRecord:
     """Run one rollout step and its I gradient updates.
 
@@ -92,39 +107,70 @@ def run_step(stages: Stages, step: int) -> StepRecord:
         stages: The parts, kept over the run.
         step: From 1; names all random draws of the step.
     """
-    config, metrics = stages.config, StepMetrics()
-    num_new = config.train.num_new_questions
+    metrics = StepMetrics()
+    rounds = [_sample_round(stages, step, 0, (), metrics)]
+    while _wants_more(stages, rounds):
+        asked_before = tuple(question.id for each in rounds for question in each.questions)
+        rounds.append(_sample_round(stages, step, len(rounds), asked_before, metrics))
+    groups = [group for each in rounds for group in each.groups]
+    questions = [question for each in rounds for question in each.questions]
+    answers = {question_id: rollouts for each in rounds for question_id, rollouts in each.answers.items()}
 
+    selected = stages.selection.choose(groups, questions, answers, step)
+    advantages = _advantages(selected.groups, stages.config.algorithm.advantage_normalization)
+    minibatches = stages.learner.learn(selected.groups, advantages, step, metrics)
+    buffer_change = _update_buffer(stages, groups, step)
+
+    _measure(stages, groups, selected, advantages, [each.guided for each in rounds], answers, metrics)
+    metrics.add("batch/sampling_rounds", Sum(len(rounds)))
+    teacher_rewards = {question_id: tuple(rollout.reward for rollout in rollouts) for question_id, rollouts in answers.items()}
+    recorded = {group.uid: group for group in [*groups, *selected.groups]}
+    return StepRecord(step, tuple(recorded.values()), advantages, minibatches, teacher_rewards, buffer_change, metrics)
+
+
+def _sample_round(stages: Stages, step: int, index: int, asked_before: Sequence[str], metrics: StepMetrics) -> _Round:
+    """Take questions, sample plain groups, hear the teacher, reformulate and sample again.
+
+    Args:
+        stages: The parts.
+        step: Rollout step.
+        index: Of the round; replayed questions come in the first.
+        asked_before: Ids of the questions of earlier rounds; such a question is not reformulated once more.
+        metrics: Of the step.
+    """
+    num_new = stages.config.train.num_new_questions
     with metrics.phase("data"):
         new = stages.feed.take(num_new)
-        replayed = _draw_replayed(stages, new, step)
+        replayed = _draw_replayed(stages, new, step) if index == 0 else []
         _check_ids([*new, *replayed])
-    with metrics.phase("plain_rollout"):
-        plain = [*_plain_instances(stages, "new", new, step), *_plain_instances(stages, "replayed", replayed, step)]
-        groups = _sample(stages, plain, step, metrics)
+    inquiry = _Inquiry(stages, step)
+    if stages.config.distill.source == "teacher":
+        with metrics.phase("teacher"):
+            inquiry.ask([*new, *replayed])
+    plain = [*_plain_instances(stages, "new", new, step, index * num_new), *_plain_instances(stages, "replayed", replayed, step, 0)]
+    groups = _sample_plain(stages, plain, inquiry, step, metrics)
 
-    hard = select_hard(groups, config.zone.tau)
+    hard = [group for group in select_hard(groups, stages.config.zone.tau) if group.question.id not in asked_before]
     with metrics.phase("teacher"):
-        asked = _ask_teacher(stages, hard, step)
-        early = stages.reformulator.certain_ncq(hard, step, num_new) if asked and asked.is_pending else Reformulation()
+        early = stages.reformulator.certain_ncq(hard, step, num_new) if inquiry.is_pending else Reformulation()
     with metrics.phase("reformulated_rollout"):
         sampled = _sample(stages, early.instances, step, metrics) if early.instances else []  # while the teacher answers
     with metrics.phase("teacher"):
-        answers = _hear_teacher(asked, metrics)
+        answers = inquiry.hear(metrics)
         guided = stages.reformulator.reformulate(hard, answers, step, num_new, early)
     with metrics.phase("reformulated_rollout"):
         sampled += _sample(stages, [each for each in guided.instances if each not in early.instances], step, metrics)
     places = {instance.uid: place for place, instance in enumerate(guided.instances)}
-    groups += sorted(sampled, key=lambda group: places[group.uid])
+    sampled.sort(key=lambda group: places[group.uid])
+    return _Round((*new, *replayed), (*groups, *sampled), answers, guided)
 
-    advantages = _advantages(groups, config.algorithm.advantage_normalization)
-    with metrics.phase("update"):
-        minibatches = stages.learner.learn(groups, advantages, step, metrics)
-    buffer_change = _update_buffer(stages, groups, step)
 
-    _measure(stages, groups, advantages, answers, guided, metrics)
-    teacher_rewards = {question_id: tuple(rollout.reward for rollout in rollouts) for question_id, rollouts in answers.items()}
-    return StepRecord(step, tuple(groups), advantages, minibatches, teacher_rewards, buffer_change, metrics)
+def _wants_more(stages: Stages, rounds: Sequence[_Round]) -> bool:
+    """Return whether dynamic sampling takes further questions: too few have a group from which something can be learned."""
+    if len(rounds) >= stages.config.zone.max_sampling_rounds:
+        return False
+    useful = with_signal([group for each in rounds for group in each.groups])
+    return len({group.question.id for group in useful}) < stages.config.train.num_new_questions
 
 
 def _draw_replayed(stages: Stages, new: Sequence[Question], step: int) -> list[Question]:
@@ -141,12 +187,31 @@ def _check_ids(questions: Sequence[Question]) -> None:
         check_same_question(first.setdefault(question.id, question), question)
 
 
-def _plain_instances(stages: Stages, kind: GroupKind, questions: Sequence[Question], step: int) -> list[PromptInstance]:
+def _plain_instances(stages: Stages, kind: GroupKind, questions: Sequence[Question], step: int, first: int) -> list[PromptInstance]:
     # A data set smaller than a step brings a question twice into it; its place keeps the uids apart.
     return [
         PromptInstance(f"{step}/{kind}/{place}/{question.id}", question, kind, stages.reformulator.templates.plain_text(question))
-        for place, question in enumerate(questions)
+        for place, question in enumerate(questions, first)
     ]
+
+
+def _sample_plain(stages: Stages, instances: Sequence[PromptInstance], inquiry: _Inquiry, step: int, metrics: StepMetrics) -> list[Group]:
+    """Sample plain groups, portion by portion where the teacher answers meanwhile: it is asked what was hard in each at once.
+
+    Without a buffer, distillation on the teacher's text has no use for them.
+    """
+    config = stages.config
+    if config.distill.source == "teacher" and not config.zone.replay:
+        return []
+    size = stages.portion or max(len(instances), 1)
+    groups: list[Group] = []
+    for first in range(0, len(instances), size):
+        with metrics.phase("plain_rollout"):
+            portion = _sample(stages, instances[first : first + size], step, metrics)
+        with metrics.phase("teacher"):
+            inquiry.ask([group.question for group in select_hard(portion, config.zone.tau)])
+        groups += portion
+    return groups
 
 
 def _sample(stages: Stages, instances: Sequence[PromptInstance], step: int, metrics: StepMetrics) -> list[Group]:
@@ -156,20 +221,36 @@ def _sample(stages: Stages, instances: Sequence[PromptInstance], step: int, metr
     return groups
 
 
-def _ask_teacher(stages: Stages, hard: Sequence[Group], step: int) -> Answers | None:
-    """Ask every hard question once, in its original form."""
-    questions = list({group.question.id: group.question for group in hard}.values())
-    return stages.teacher.ask(questions, step) if stages.teacher is not None and questions else None
+class _Inquiry:
+    """What the teacher is asked in a round: every question once, in its original form."""
 
+    def __init__(self, stages: Stages, step: int) -> None:
+        self._teacher = stages.teacher
+        self._step = step
+        self._known: set[str] = set()
+        self._asked: list[Answers] = []
 
-def _hear_teacher(asked: Answers | None, metrics: StepMetrics) -> TeacherAnswers:
-    """Wait for the answers that are not there yet."""
-    if asked is None:
-        return {}
-    answers = asked.wait()
-    metrics.add("teacher/answer_seconds", Max(asked.seconds))
-    metrics.merge(teacher_metrics(list(answers.values())))
-    return answers
+    @property
+    def is_pending(self) -> bool:
+        """Whether answers come while this process does something else."""
+        return any(answers.is_pending for answers in self._asked)
+
+    def ask(self, questions: Sequence[Question]) -> None:
+        """Ask what was not asked before."""
+        fresh = {question.id: question for question in questions if question.id not in self._known}
+        self._known |= fresh.keys()
+        if self._teacher is not None and fresh:
+            self._asked.append(self._teacher.ask(list(fresh.values()), self._step))
+
+    def hear(self, metrics: StepMetrics) -> TeacherAnswers:
+        """Wait for the answers that are not there yet."""
+        heard: dict[str, tuple[Rollout, ...]] = {}
+        for answers in self._asked:
+            heard |= answers.wait()
+            metrics.add("teacher/answer_seconds", Max(answers.seconds))
+        if self._asked:
+            metrics.merge(teacher_metrics(list(heard.values())))
+        return heard
 
 
 def _advantages(groups: Sequence[Group], normalization: str) -> dict[str, FloatArray]:
@@ -188,17 +269,22 @@ def _update_buffer(stages: Stages, groups: Sequence[Group], step: int) -> Buffer
 def _measure(
     stages: Stages,
     groups: Sequence[Group],
+    selected: Selected,
     advantages: dict[str, FloatArray],
+    guided: Sequence[Reformulation],
     answers: TeacherAnswers,
-    guided: Reformulation,
     metrics: StepMetrics,
 ) -> None:
     tau = stages.config.zone.tau
-    metrics.merge(group_metrics(groups, {uid: values.tolist() for uid, values in advantages.items()}, tau))
+    metrics.merge(group_metrics(groups, tau))
+    metrics.merge(selection_metrics(selected, {uid: values.tolist() for uid, values in advantages.items()}))
     mix = composition(groups, answers, tau)
     metrics.add("batch/bcq_eligible", Sum(mix.num_bcq_eligible))
     metrics.add("batch/ncq_eligible", Sum(mix.num_ncq_eligible))
-    metrics.add("teacher/compression_rejects", Sum(guided.num_compression_rejects))
-    metrics.add("teacher/compression_cuts", Sum(guided.num_compression_cuts))
+    for each in guided:
+        metrics.add("teacher/compression_rejects", Sum(each.num_compression_rejects))
+        metrics.add("teacher/compression_cuts", Sum(each.num_compression_cuts))
+        metrics.add("teacher/hint_rejects", Sum(each.num_hint_rejects))
+        metrics.add("teacher/hint_failures", Sum(each.num_hint_failures))
     metrics.merge(buffer_metrics(stages.replay.occupancy(), stages.replay.fates))
     metrics.merge(sampling_speed(groups, metrics))

@@ -12,11 +12,12 @@ from data.question import MediaRef, Question
 from zppo_mm.config_io import load_config, save_config
 from zppo_mm.experience import Candidate, Group, GroupKind, Prompt, PromptInstance, Rollout
 from zppo_mm.observability.metrics import Mean, StepMetrics, Sum, process_memory
-from zppo_mm.observability.rollout_metrics import buffer_metrics, group_metrics, teacher_metrics
+from zppo_mm.observability.rollout_metrics import buffer_metrics, group_metrics, selection_metrics, teacher_metrics
 from zppo_mm.observability.sinks import append_evaluation, open_metrics_log
 from zppo_mm.observability.transcripts import write_buffer, write_transcript
 from zppo_mm.zone.prompts import load_templates
 from zppo_mm.zone.replay import ReplayBuffer
+from zppo_mm.zone.selection import Selected
 
 GROUP_SIZE = 8
 TAU = 0.5
@@ -152,7 +153,8 @@ def simulate_run(folder: Path, num_steps: int, media: Sequence[MediaRef] = (), n
         groups += reformulated(rng, hard, step, 0.25 + 0.3 * progress, num_new // 4)
         advantages = group_advantages(groups)
         for part in (
-            group_metrics(groups, advantages, TAU),
+            group_metrics(groups, TAU),
+            selection_metrics(Selected(tuple(groups)), advantages),
             buffer_metrics(buffer.occupancy(), buffer.fates),
             policy_metrics(rng, progress),
         ):

@@ -92,6 +92,18 @@ def test_masked_and_far_tokens_are_harmless() -> None:
     assert math.isfinite(result.kl_sum.item())
 
 
+def test_importance_weighs_each_token_and_nothing_where_the_mask_is_zero() -> None:
+    logprobs = torch.zeros(4, requires_grad=True)
+    advantages = torch.tensor([1.0, 2.0, -1.0, 5.0])
+    weights = torch.tensor([0.5, 2.0, 1.0, math.nan])
+    result = policy_loss(logprobs, torch.zeros(4), advantages, torch.tensor([1.0, 1.0, 1.0, 0.0]), LOW, HIGH, DUAL, weights)
+    result.loss_sum.backward()
+    # At ratio 1 the loss is -w A: -(0.5 + 4 - 1) = -3.5, and its gradient -w A too.
+    assert result.loss_sum.item() == pytest.approx(-3.5)
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == [-0.5, -4.0, 1.0, 0.0]
+
+
 def test_bfloat16_is_computed_in_float32() -> None:
     tensors = tuple(t.bfloat16() for t in random_tokens(200))
     result = policy_loss(*tensors, LOW, HIGH, DUAL)

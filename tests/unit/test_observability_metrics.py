@@ -10,8 +10,9 @@ from tests.unit.simulated_run import make_group, make_question, make_rollout
 from zppo_mm.experience import Candidate
 from zppo_mm.observability.audit import audit_matches, comparable_answer
 from zppo_mm.observability.metrics import METRICS, Max, Mean, StepMetrics, Sum, is_documented, process_memory
-from zppo_mm.observability.rollout_metrics import buffer_metrics, group_metrics, teacher_metrics
+from zppo_mm.observability.rollout_metrics import buffer_metrics, group_metrics, selection_metrics, teacher_metrics
 from zppo_mm.zone.replay import BufferFates
+from zppo_mm.zone.selection import Selected
 
 RIGHT = Candidate("a", "teacher", True, "7")
 WRONG = Candidate("b", "student", False, "8")
@@ -81,7 +82,9 @@ def test_group_metrics_by_hand() -> None:
         make_group(question, "ncq", [make_rollout("8", 0.0, num_tokens=60), make_rollout("9", 0.0, num_tokens=60)], candidates=(WRONG,)),
     ]
     advantages = {groups[0].uid: [0.5, -0.5], groups[1].uid: [0.0, 0.0], groups[2].uid: [0.5, -0.5], groups[3].uid: [0.0, 0.0]}
-    values = group_metrics(groups, advantages, tau=0.5).values()
+    metrics = group_metrics(groups, tau=0.5)
+    metrics.merge(selection_metrics(Selected(tuple(groups), num_dropped_questions=3, num_injected=2), advantages))
+    values = metrics.values()
     expected = {
         "accuracy/plain": 1 / 4,
         "accuracy/new": 1 / 2,
@@ -97,6 +100,8 @@ def test_group_metrics_by_hand() -> None:
         "batch/groups/replayed": 1,
         "batch/groups/bcq": 1,
         "batch/groups/ncq": 1,
+        "batch/dropped_questions": 3,
+        "batch/injected_rollouts": 2,
         "response/tokens": 320 / 8,
         "response/tokens/plain": 100 / 4,
         "response/tokens/bcq": 50,

@@ -12,8 +12,8 @@ from tests.unit.simulated_run import BufferRecord, make_group, make_question, ma
 from zppo_mm.experience import Candidate
 from zppo_mm.observability.transcripts import buffer_path, discard_steps_after, transcript_path, write_buffer, write_transcript
 
-GROUP_KEYS = ["step", "uid", "question_id", "kind", "prompt", "media", "answer", "accuracy", "candidates", "rollouts"]
-ROLLOUT_KEYS = ["text", "parsed", "reward", "advantage", "num_tokens", "finish_reason", "minibatch"]
+GROUP_KEYS = ["step", "uid", "question_id", "kind", "prompt", "media", "answer", "accuracy", "candidates", "num_prefix_tokens", "rollouts"]
+ROLLOUT_KEYS = ["text", "parsed", "reward", "advantage", "num_tokens", "finish_reason", "minibatch", "author"]
 
 
 def test_format_of_a_group(tmp_path: Path) -> None:
@@ -39,7 +39,14 @@ def test_format_of_a_group(tmp_path: Path) -> None:
         "num_tokens": 12,
         "finish_reason": "length",
         "minibatch": -1,
+        "author": "student",
     }
+
+
+def test_a_group_that_was_not_trained_on_keeps_its_rewards(tmp_path: Path) -> None:
+    group = make_group(make_question(1), "new", [make_rollout("1", 1.0), make_rollout("2", 0.0)])
+    record = json.loads(write_transcript(tmp_path, 1, [group], {}, {}).read_text())
+    assert [(each["reward"], each["advantage"], each["minibatch"]) for each in record["rollouts"]] == [(1.0, None, -1), (0.0, None, -1)]
 
 
 @pytest.mark.parametrize("text", ["line\u2028separator", "lone \udc80 surrogate", 'quote " and \\ and \n', "数字 🙂"])

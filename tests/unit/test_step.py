@@ -44,6 +44,7 @@ def test_two_questions_with_one_id_stop_the_step(tmp_path: Path) -> None:
         sampling=unused,
         teacher=None,
         reformulator=unused,
+        selection=unused,
         learner=unused,
     )
     named = r"two different questions have the id 'q1', got '1 \+ 1 = \?' \(source 'first'\) and 'Another one\?' \(source 'second'\)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tests.unit.zone_builders import group, question, rollout
 from zppo_mm.config import ZoneConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import Rollout
-from zppo_mm.teacher.teacher import CompressedTrace, Trace
+from zppo_mm.teacher.teacher import CompressedTrace, Hint, Trace
 from zppo_mm.zone.prompts import load_templates
 from zppo_mm.zone.reformulate import Composition, Reformulation, Reformulator, composition
 
@@ -211,3 +212,64 @@ def test_all_ncq_prompts_are_certain_if_every_question_has_both() -> None:
         whole = reformulator.reformulate(hard, dict.fromkeys("abcdef", RIGHT), 0, num_new)
         early = [instance.uid for instance in reformulator.certain_ncq(hard, 0, num_new).instances]
         assert early == [instance.uid for instance in whole.instances if instance.kind == "ncq"]
+
+
+class NumberedHints:
+    """Hints that name the response they were made of; none for "teacher B"."""
+
+    def write(self, traces: Sequence[Trace], step: int) -> list[Hint]:
+        return [Hint(None if trace.text == "teacher B" else f"hint of {trace.text}", rejects=1) for trace in traces]
+
+
+def student_ids(answer: Rollout) -> list[int]:
+    return list(range(10))
+
+
+def make_all(zone: ZoneConfig) -> Reformulator:
+    return Reformulator(load_templates(), zone, 0, CountingCompressor(), hints=NumberedHints(), student_ids=student_ids)
+
+
+def test_all_kinds_of_one_question_share_the_cap_in_their_order() -> None:
+    hard = [group("low", [0, 0]), group("mid", [1, 0, 0])]
+    answers = {"low": RIGHT[:2], "mid": RIGHT[:2]}
+    zone = ZoneConfig(rho_aug=0.5, hint=True, prefix=True)
+    assert kinds(make_all(zone).reformulate(hard, answers, 3, 12)) == [
+        *("low:bcq", "low:ncq", "low:hint", "low:prefix"),
+        *("mid:bcq", "mid:ncq"),
+    ]
+
+
+def test_hint_prompts_show_a_hint_of_a_right_response_and_are_missing_without_one() -> None:
+    zone = ZoneConfig(rho_aug=1, bcq=False, ncq=False, hint=True)
+    hard = [group("good", [0, 0]), group("bad", [0, 0]), group("unsolved", [0, 0])]
+    result = make_all(zone).reformulate(hard, {"good": RIGHT[1:2], "bad": RIGHT[2:], "unsolved": RIGHT[:1]}, 1, 10)
+    assert kinds(result) == ["good:hint"]
+    (instance,) = result.instances
+    assert "<hint>\nhint of teacher A\n</hint>" in instance.text
+    assert instance.text.endswith(load_templates().closing)
+    assert [(each.text, each.source, each.correct) for each in instance.candidates] == [("hint of teacher A", "teacher", True)]
+    assert (result.num_hint_rejects, result.num_hint_failures, result.num_candidates) == (2, 1, 0)
+
+
+def test_prefix_prompts_are_plain_with_the_first_part_of_a_right_response() -> None:
+    zone = ZoneConfig(rho_aug=1, bcq=False, ncq=False, prefix=True)
+    hard = [group("q", [0, 0]), group("unsolved", [0, 0])]
+    (instance,) = make_all(zone).reformulate(hard, {"q": RIGHT, "unsolved": RIGHT[:1]}, 1, 10).instances
+    assert instance.text == load_templates().plain_text(hard[0].question)
+    assert instance.response_prefix == (0, 1, 2, 3)  # 40 % of ten tokens
+    (short,) = make_all(replace(zone, prefix_share=0.01)).reformulate(hard[:1], {"q": RIGHT}, 1, 10).instances
+    assert short.response_prefix == (0,)
+
+
+@given(st.integers(0, 12), st.booleans(), st.booleans(), st.booleans(), st.lists(st.booleans(), max_size=8))
+def test_certain_ncq_prompts_are_in_the_step_whatever_the_teacher_answers(
+    limit: int, bcq: bool, hint: bool, prefix: bool, solved: list[bool]
+) -> None:
+    zone = ZoneConfig(rho_aug=1.0, bcq=bcq, ncq=True, hint=hint, prefix=prefix)
+    hard = [group(f"q{index}", [0, 0]) for index in range(len(solved))]
+    early = make_all(zone).certain_ncq(hard, 1, limit)
+    answers = {each.question.id: RIGHT[1:2] for each, is_solved in zip(hard, solved, strict=True) if is_solved}
+    result = make_all(zone).reformulate(hard, answers, 1, limit, early)
+    assert set(kinds(early)) <= set(kinds(result))
+    if all(solved):  # then no further NCQ prompt comes later
+        assert len(early.instances) == sum(instance.kind == "ncq" for instance in result.instances)

@@ -44,6 +44,7 @@ def policy_loss(
     clip_ratio_low: float,
     clip_ratio_high: float,
     clip_ratio_c: float,
+    importance: torch.Tensor | None = None,
 ) -> PolicyLoss:
     """Return the token-level clipped surrogate, summed and negated.
 
@@ -58,6 +59,7 @@ def policy_loss(
         clip_ratio_low: eps_low.
         clip_ratio_high: eps_high.
         clip_ratio_c: Bound of the dual clip, over 1.
+        importance: `[tokens]` weights of the tokens' losses; `None` if they are all 1.
 
     Source: ZPPO, loss.
     """
@@ -70,6 +72,8 @@ def policy_loss(
     clipped = ratio.clamp(1 - clip_ratio_low, 1 + clip_ratio_high)
     surrogate = torch.minimum(ratio * advantage, clipped * advantage)
     surrogate = torch.where(advantage < 0, torch.maximum(surrogate, clip_ratio_c * advantage), surrogate)
+    if importance is not None:
+        surrogate = surrogate * torch.where(keep, importance.to(dtype), zero)
     negative, positive = advantage < 0, advantage > 0
     ratio, log_ratio = ratio.detach(), log_ratio.detach()
     return PolicyLoss(

@@ -10,12 +10,11 @@ from zppo_mm.observability.audit import audit_matches
 from zppo_mm.observability.metrics import Max, Mean, StepMetrics, Sum
 
 
-def group_metrics(groups: Sequence[Group], advantages: Mapping[str, Sequence[float]], tau: float) -> StepMetrics:
-    """Measure all groups of a step.
+def group_metrics(groups: Sequence[Group], tau: float) -> StepMetrics:
+    """Measure all groups that the student sampled in a step.
 
     Args:
-        groups: Plain, BCQ and NCQ groups that the step trains on.
-        advantages: One advantage per rollout, by group uid.
+        groups: Plain and reformulated groups.
         tau: A plain question is hard while its accuracy is below this.
     """
     metrics = StepMetrics()
@@ -24,10 +23,7 @@ def group_metrics(groups: Sequence[Group], advantages: Mapping[str, Sequence[flo
         rewards = [rollout.reward for rollout in group.rollouts]
         for name in {part, group.kind}:
             metrics.add(f"accuracy/{name}", Mean(sum(rewards), len(rewards)))
-        metrics.add(f"batch/groups/{group.kind}", Sum(1))
         metrics.add(f"prompt/tokens/{part}", Mean(len(group.prompt.token_ids)))
-        metrics.add("advantage/nontrivial_groups", Mean(len(set(rewards)) > 1))
-        metrics.add("advantage/positive", Mean(sum(value > 0 for value in advantages[group.uid]), len(rewards)))
         metrics.merge(response_metrics(group.rollouts, part))
         metrics.add("response/tokens_max", Max(max(len(rollout.response_ids) for rollout in group.rollouts)))
     metrics.add("rollout/ungraded", Sum(sum(len(group.ungraded) for group in groups)))
@@ -37,6 +33,36 @@ def group_metrics(groups: Sequence[Group], advantages: Mapping[str, Sequence[flo
     metrics.add("batch/hard", Sum(num_hard))
     metrics.add("batch/easy", Sum(len(plain) - num_hard))
     metrics.merge(audit_metrics(groups))
+    return metrics
+
+
+class SelectedGroups(Protocol):
+    """What a step trains on."""
+
+    @property
+    def groups(self) -> Sequence[Group]: ...
+
+    @property
+    def num_dropped_questions(self) -> int: ...
+
+    @property
+    def num_injected(self) -> int: ...
+
+
+def selection_metrics(selected: SelectedGroups, advantages: Mapping[str, Sequence[float]]) -> StepMetrics:
+    """Measure what a step trains on.
+
+    Args:
+        selected: Its groups.
+        advantages: One advantage per rollout, by group uid.
+    """
+    metrics = StepMetrics()
+    for group in selected.groups:
+        metrics.add(f"batch/groups/{group.kind}", Sum(1))
+        metrics.add("advantage/nontrivial_groups", Mean(len({rollout.reward for rollout in group.rollouts}) > 1))
+        metrics.add("advantage/positive", Mean(sum(value > 0 for value in advantages[group.uid]), len(group.rollouts)))
+    metrics.add("batch/dropped_questions", Sum(selected.num_dropped_questions))
+    metrics.add("batch/injected_rollouts", Sum(selected.num_injected))
     return metrics
 
 
@@ -69,7 +95,7 @@ def sampling_speed(groups: Sequence[Group], step: StepMetrics) -> StepMetrics:
     """Measure tokens per second of the sampling phases, whose seconds the step's metrics have."""
     metrics, seconds = StepMetrics(), step.values()
     num_tokens = sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts)
-    sampling_seconds = seconds["seconds/plain_rollout"] + seconds["seconds/reformulated_rollout"]
+    sampling_seconds = sum(seconds.get(f"seconds/{phase}", 0.0) for phase in ("plain_rollout", "reformulated_rollout"))
     metrics.add("throughput/rollout_tokens_per_second", Mean(num_tokens, sampling_seconds))
     return metrics
 

@@ -6,6 +6,7 @@ The format is described in docs/data.md. Every file is written aside and renamed
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -57,15 +58,15 @@ def write_transcript(
     Args:
         run_folder: The run's folder.
         step: Rollout step.
-        groups: Plain, BCQ and NCQ groups.
-        advantages: One advantage per rollout, by group uid.
-        minibatches: Index of the gradient update that used each rollout, by group uid; -1 for a rollout that none used.
+        groups: Groups of any kind.
+        advantages: One advantage per rollout, by the uid of a group that was trained on.
+        minibatches: Index of the gradient update that used each rollout, by the uid of a group that was trained on.
         teacher_rewards: Rewards of the teacher's rollouts by question id, recorded with the plain groups of the questions it was asked.
     """
     asked = teacher_rewards or {}
     lines = []
     for group in groups:
-        record = _group_record(step, group, advantages[group.uid], minibatches[group.uid])
+        record = _group_record(step, group, advantages.get(group.uid), minibatches.get(group.uid))
         if group.is_plain and group.question.id in asked:
             record["teacher_rewards"] = [float(reward) for reward in asked[group.question.id]]
         lines.append(json.dumps(record, ensure_ascii=False))
@@ -92,7 +93,7 @@ def discard_steps_after(run_folder: Path, step: int) -> None:
                 path.unlink()
 
 
-def _group_record(step: int, group: Group, advantages: Sequence[float], minibatches: Sequence[int]) -> dict[str, Any]:
+def _group_record(step: int, group: Group, advantages: Sequence[float] | None, minibatches: Sequence[int] | None) -> dict[str, Any]:
     question = group.question
     candidates = [
         {"text": candidate.text, "source": candidate.source, "correct": candidate.correct, "answer": candidate.answer}
@@ -108,24 +109,31 @@ def _group_record(step: int, group: Group, advantages: Sequence[float], minibatc
         "answer": question.answer,
         "accuracy": group.accuracy,
         "candidates": candidates,
+        "num_prefix_tokens": len(group.instance.response_prefix),
         "rollouts": [
             _rollout_record(rollout, advantage, minibatch)
-            for rollout, advantage, minibatch in zip(group.rollouts, advantages, minibatches, strict=True)
+            for rollout, advantage, minibatch in zip(
+                group.rollouts,
+                [None] * len(group.rollouts) if advantages is None else advantages,
+                [NO_MINIBATCH] * len(group.rollouts) if minibatches is None else minibatches,
+                strict=True,
+            )
         ]
         + [_rollout_record(rollout, None, NO_MINIBATCH) for rollout in group.ungraded],
     }
 
 
 def _rollout_record(rollout: Rollout, advantage: float | None, minibatch: int) -> dict[str, Any]:
-    """Return one rollout; one without an advantage was not graded and has no reward either."""
+    """Return one rollout; one without an advantage was not trained on, and one without a reward was not graded."""
     return {
         "text": rollout.text,
         "parsed": rollout.parsed,
-        "reward": None if advantage is None else float(rollout.reward),
+        "reward": None if math.isnan(rollout.reward) else float(rollout.reward),
         "advantage": None if advantage is None else float(advantage),
         "num_tokens": len(rollout.response_ids),
         "finish_reason": rollout.finish_reason,
         "minibatch": int(minibatch),
+        "author": rollout.author,
     }
 
 

@@ -14,10 +14,11 @@ from data.question import MediaRef, Question
 from encoders.config import read_processor_config
 from encoders.positions import mrope_positions
 from encoders.processor import VisionInput, process_image, process_video
-from zppo_mm.experience import IntArray, Prompt
+from zppo_mm.experience import IntArray, Prompt, Rollout
 from zppo_mm.rollout.chat import ChatFormat, Piece
 
 DEFAULT_CACHE_BYTES = 512 * 1024 * 1024
+THINK_OPEN = "<think>"
 
 
 class PromptError(ReasonedError):
@@ -50,6 +51,7 @@ class PromptEncoder:
     ) -> None:
         self.chat = ChatFormat(hf_dir, chat_template_kwargs)
         self._processor = read_processor_config(hf_dir, self.chat.video_layout) if self.chat.takes_media else None
+        self._prompt_opens_thought = self.chat.render("", []).text.rstrip().endswith(THINK_OPEN)
         self._open = media
         self._cache: OrderedDict[tuple[MediaRef, ...], tuple[VisionInput, ...]] = OrderedDict()
         self._max_cached_bytes = max_cached_bytes
@@ -116,6 +118,17 @@ class PromptEncoder:
     def decode(self, ids: Sequence[int] | IntArray) -> str:
         """Return the text of a response without the special tokens at its end."""
         return self.chat.decode([int(token) for token in ids])
+
+    def response_ids(self, rollout: Rollout) -> list[int]:
+        """Return the tokens that this model would have a response in that another one wrote.
+
+        A response that opens its reasoning itself loses that tag where this model's prompts open it already.
+        """
+        text = rollout.text
+        if self._prompt_opens_thought and text.lstrip().startswith(THINK_OPEN):
+            text = text.lstrip().removeprefix(THINK_OPEN).removeprefix("\n")
+        ids = self.chat.tokenize([text])
+        return [*ids, self.stop_token_ids[0]] if rollout.finish_reason == "stop" else ids
 
     def _process(self, reference: MediaRef, question: Question) -> VisionInput:
         where = f"prompt: question {question.id}: {reference.kind} {reference.shard}:{reference.key}.{reference.extension}"

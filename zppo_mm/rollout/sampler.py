@@ -107,6 +107,21 @@ class GroupSampler:
         collected = {outcome.index: outcome for replica in self._exchange.gather(outcomes) for outcome in replica}
         return self._groups(instances, collected)
 
+    def adopt(self, instances: Sequence[PromptInstance], rollouts: Sequence[tuple[Rollout, ...]]) -> list[Group]:
+        """Return groups of rollouts that are there already, in order and the same on every rank.
+
+        An instance whose prompt cannot be made is treated as by `sample`.
+
+        Args:
+            instances: The same list on every rank.
+            rollouts: Per instance at least one, in this model's tokens.
+        """
+        mine = split_instances(instances, self._exchange.num_replicas)[self._exchange.replica]
+        encoded, failed = self._encode(instances, mine)
+        outcomes = [*failed, *(_Outcome(item.index, item.prompt, rollouts[item.index]) for item in encoded)]
+        collected = {outcome.index: outcome for replica in self._exchange.gather(outcomes) for outcome in replica}
+        return self._groups(instances, collected)
+
     def respond(self, texts: Sequence[str], params: SamplingParams, name: str) -> list[str]:
         """Return one response per user text, without media and without a grade; the same on every rank.
 
@@ -135,7 +150,7 @@ class GroupSampler:
             except PromptError as error:
                 failed.append(_Outcome(index, reason=error.reason, detail=str(error)))
             else:
-                encoded.append(_Encoded(index, prompt, vision))
+                encoded.append(_Encoded(index, prompt.continued(instances[index].response_prefix), vision))
         known = {outcome.index: outcome for rank in self._exchange.gather_in_replica(failed) for outcome in rank}
         return [item for item in encoded if item.index not in known], [known[index] for index in sorted(known)]
 
@@ -143,7 +158,10 @@ class GroupSampler:
         self, instances: Sequence[PromptInstance], encoded: Sequence[_Encoded], generations: Sequence[Sequence[Generation]], step: int
     ) -> list[_Outcome]:
         """Decode and verify all responses in one batch."""
-        texts = [[self._encoder.decode(generation.response_ids) for generation in group] for group in generations]
+        texts = [
+            [self._encoder.decode([*instances[item.index].response_prefix, *generation.response_ids]) for generation in group]
+            for item, group in zip(encoded, generations, strict=True)
+        ]
         items = [(instances[item.index].question, text) for item, group in zip(encoded, texts, strict=True) for text in group]
         verdicts = iter(self._verifier.verify_all(items))
         outcomes = []

@@ -61,7 +61,7 @@ class RuleCompressor:
             answer: Its parsed answer; `None` keeps the end of the text and boxes nothing.
         """
         body, boxed = _split_at_answer(_DROPPED.sub(" ", text), answer)
-        lines = [" ".join(line.split()) for line in body.splitlines() if line.strip()]
+        lines = _lines(body)
         # The answer belongs to the line it stands in; on a line of its own it takes one of the lines.
         own_line = bool(boxed) and (not lines or body.rstrip(" \t").endswith("\n"))
         lines = [*lines, boxed] if own_line else [*lines[:-1], f"{lines[-1]} {boxed}".strip()] if lines else []
@@ -69,6 +69,10 @@ class RuleCompressor:
         while len(lines) > 1 and self.count_tokens("\n".join(lines)) > self.max_tokens:
             lines.pop(0)
         return self._tail("\n".join(lines), boxed)
+
+    def lines(self, text: str) -> list[str]:
+        """Return the lines of a text without thinking tags, special tokens and needless space."""
+        return _lines(_DROPPED.sub(" ", text))
 
     def _tail(self, line: str, boxed: str) -> str:
         """Return the longest end of a line within the cap, cut between words where the answer allows it."""
@@ -136,13 +140,24 @@ class TeacherCompressor:
         ]
 
     def _prompt(self, trace: Trace) -> str:
-        fields = {
-            "question": trace.question.text,
-            "trace": neutralise(_DROPPED.sub(" ", trace.text)).strip(),
-            "answer": neutralise(trace.answer) if trace.answer else NO_ANSWER,
-            "max_lines": str(self.rule.max_lines),
-        }
-        return re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), self.template)
+        return fill_template(self.template, trace, self.rule.max_lines)
+
+
+def fill_template(template: str, trace: Trace, max_lines: int) -> str:
+    """Return the prompt that asks the teacher to rewrite a response, made inert.
+
+    Args:
+        template: With any of the fields `{question}`, `{trace}`, `{answer}` and `{max_lines}`.
+        trace: The response.
+        max_lines: Most lines of the rewrite.
+    """
+    fields = {
+        "question": trace.question.text,
+        "trace": neutralise(_DROPPED.sub(" ", trace.text)).strip(),
+        "answer": neutralise(trace.answer) if trace.answer else NO_ANSWER,
+        "max_lines": str(max_lines),
+    }
+    return re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), template)
 
 
 def load_compression_template(path: str = "") -> str:
@@ -151,15 +166,28 @@ def load_compression_template(path: str = "") -> str:
     Raises:
         ConfigError: If the file is missing or lacks a field.
     """
-    file = Path(path) if path else EMBEDDED_TEMPLATE
+    return read_template("compression template", Path(path) if path else EMBEDDED_TEMPLATE, TEMPLATE_FIELDS)
+
+
+def read_template(name: str, file: Path, required: Sequence[str]) -> str:
+    """Read a prompt for the teacher.
+
+    Args:
+        name: What the file is, for errors.
+        file: A text file.
+        required: Fields that it must have.
+
+    Raises:
+        ConfigError: If the file is missing or lacks a field.
+    """
     if not file.is_file():
-        raise ConfigError(f"compression template: no such file, got {str(file)!r}, expected a text file; correct the path")
+        raise ConfigError(f"{name}: no such file, got {str(file)!r}, expected a text file; correct the path")
     text = file.read_text(encoding="utf-8").strip()
-    missing = [name for name in TEMPLATE_FIELDS if f"{{{name}}}" not in text]
+    missing = [field for field in required if f"{{{field}}}" not in text]
     if missing:
         raise ConfigError(
-            f"compression template: {file} lacks {', '.join(f'{{{name}}}' for name in missing)}, expected the fields "
-            f"{', '.join(f'{{{name}}}' for name in TEMPLATE_FIELDS)}; put them where their texts belong"
+            f"{name}: {file} lacks {', '.join(f'{{{field}}}' for field in missing)}, expected the fields "
+            f"{', '.join(f'{{{field}}}' for field in required)}; put them where their texts belong"
         )
     return text
 
@@ -175,6 +203,10 @@ def _split_at_answer(text: str, answer: str | None) -> tuple[str, str]:
     start = text.rfind("\\boxed")
     closing = _CLOSING.match(text, text.index(found, start) + len(found))
     return text[:start], boxed + (closing[1] if closing else "")
+
+
+def _lines(text: str) -> list[str]:
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
 
 
 def _keeps_answer(rewrite: str, answer: str | None) -> bool:

@@ -39,6 +39,19 @@ class CompressedTrace:
     rejects: int
 
 
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """A hint made of a correct response.
+
+    Attributes:
+        text: Without the answer; `None` if none could be made.
+        rejects: Texts of the teacher refused because they gave the answer away.
+    """
+
+    text: str | None
+    rejects: int = 0
+
+
 class Answers(Protocol):
     """Answers that were asked for. Every rank holds one and calls it alike."""
 
@@ -78,4 +91,12 @@ class Compressor(Protocol):
 
     def compress(self, traces: Sequence[Trace], step: int) -> list[CompressedTrace]:
         """Return one compressed trace per trace, in order."""
+        ...
+
+
+class HintWriter(Protocol):
+    """Makes hints of correct responses."""
+
+    def write(self, traces: Sequence[Trace], step: int) -> list[Hint]:
+        """Return one hint per trace, in order."""
         ...

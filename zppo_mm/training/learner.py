@@ -13,6 +13,7 @@ from zppo_mm.models import parallel
 from zppo_mm.observability.metrics import Max, Mean, StepMetrics, Sum
 from zppo_mm.randomness import generator
 from zppo_mm.training.batching import BatchPlan, build_batches, plan_batches
+from zppo_mm.training.old_logprobs import need_old_logprobs, with_old_logprobs
 from zppo_mm.training.policy import Policy, TrainMetrics
 from zppo_mm.training.samples import to_training_samples
 
@@ -25,6 +26,7 @@ _PER_PASSED_TOKEN = {
     "ratio": "policy/ratio",
     "kl": "policy/kl_old",
     "entropy": "policy/entropy",
+    "importance": "policy/importance",
 }
 
 
@@ -36,10 +38,16 @@ class Learner:
         media: Opens the media of training samples on the first pipeline stage.
         config: Updates per step and size of a micro-batch.
         seed: The run's seed; mini-batches are dealt by it.
+        temperature: Of the rollouts.
+        importance_cap: Largest importance weight; 0 weights nothing.
     """
 
-    def __init__(self, policy: Policy, media: MediaSource, config: TrainConfig, seed: int) -> None:
+    def __init__(
+        self, policy: Policy, media: MediaSource, config: TrainConfig, seed: int, *, temperature: float = 1.0, importance_cap: float = 0.0
+    ) -> None:
         self.policy = policy
+        self._temperature = temperature
+        self._importance_cap = importance_cap
         self._media = media
         self._config = config
         self._seed = seed
@@ -59,23 +67,28 @@ class Learner:
             Per group uid, the index of the update that used each rollout.
         """
         started = time.perf_counter()
-        samples = to_training_samples(groups, [advantages[group.uid] for group in groups])
-        plan = plan_batches(
-            samples,
-            num_minibatches=self._config.updates_per_step,
-            num_replicas=parallel.data_size(),
-            micro_batch_tokens=self._config.micro_batch_tokens,
-            random=generator(self._seed, "minibatches", step),
-            share_prompts=self.policy.shares_prompts,
-        )
-        batches = build_batches(
-            plan,
-            samples,
-            replica=parallel.data_rank(),
-            media=self._media if parallel.is_first_stage() else None,
-            device=parallel.device(),
-        )
-        trained = self.policy.train_step(batches)
+        with metrics.phase("update"):
+            samples = to_training_samples(groups, [advantages[group.uid] for group in groups])
+            plan = plan_batches(
+                samples,
+                num_minibatches=self._config.updates_per_step,
+                num_replicas=parallel.data_size(),
+                micro_batch_tokens=self._config.micro_batch_tokens,
+                random=generator(self._seed, "minibatches", step),
+                share_prompts=self.policy.shares_prompts,
+            )
+            batches = build_batches(
+                plan,
+                samples,
+                replica=parallel.data_rank(),
+                media=self._media if parallel.is_first_stage() else None,
+                device=parallel.device(),
+            )
+        if need_old_logprobs(samples, self._importance_cap):
+            with metrics.phase("old_logprobs"):
+                batches = with_old_logprobs(self.policy, batches, self._temperature, self._importance_cap)
+        with metrics.phase("update"):
+            trained = self.policy.train_step(batches)
         _measure(trained, metrics)
         packs = [pack for update in plan.microbatches for replica in update for pack in replica]
         num_tokens = sum(samples[index].num_tokens for pack in packs for index in pack)

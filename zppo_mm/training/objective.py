@@ -106,7 +106,7 @@ def loss_token_statistics(
 class PolicyObjective:
     """The clipped surrogate on sampled responses."""
 
-    names = ("loss", "num_tokens", "clip_fraction_low", "clip_fraction_high", "clip_fraction_dual", "ratio", "kl", "entropy")
+    names = ("loss", "num_tokens", "clip_fraction_low", "clip_fraction_high", "clip_fraction_dual", "ratio", "kl", "entropy", "importance")
 
     def __init__(self, config: AlgorithmConfig, temperature: float, group: dist.ProcessGroup | None = None) -> None:
         """Keep the clip ranges.
@@ -123,6 +123,7 @@ class PolicyObjective:
     def __call__(self, logits: torch.Tensor, microbatch: Microbatch) -> ObjectiveTerms:
         """Return the negative surrogate and how far the policy has moved from the one that sampled."""
         places, statistics = loss_token_statistics(logits, microbatch, self._group, self._temperature)
+        importance = microbatch.importance[places] if microbatch.importance is not None else None
         terms = policy_loss(
             statistics.logprobs,
             microbatch.old_logprobs[places],
@@ -131,6 +132,7 @@ class PolicyObjective:
             self._config.clip_ratio_low,
             self._config.clip_ratio_high,
             self._config.clip_ratio_c,
+            importance,
         )
         values = (
             terms.loss_sum,
@@ -141,6 +143,7 @@ class PolicyObjective:
             terms.ratio_sum,
             terms.kl_sum,
             statistics.entropies.sum(),
+            importance.sum() if importance is not None else terms.num_tokens,
         )
         return ObjectiveTerms(terms.loss_sum, torch.stack([value.detach().double() for value in values]))
 

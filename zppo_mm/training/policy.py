@@ -37,7 +37,8 @@ class UpdateMetrics:
         learning_rate: Of this update.
         num_loss_tokens: Of the mini-batch, the denominator of the loss.
         num_passed_tokens: Loss tokens that went through the network; those of trivial groups did not.
-        means: The objective's sums by name. Fractions and `loss` are per loss token; `ratio`, `kl`, `entropy` per passed token.
+        means: The objective's sums by name. Fractions and `loss` are per loss token; `ratio`, `kl`, `entropy` and `importance` per passed
+            token.
         skipped: Whether the weights were left alone because loss or gradient was not finite.
     """
 
@@ -263,7 +264,7 @@ def _update_metrics(
 ) -> UpdateMetrics:
     named = dict(zip(names, sums, strict=True))
     passed = named.pop("num_tokens")
-    per_passed = {"ratio", "kl", "entropy"}
+    per_passed = {"ratio", "kl", "entropy", "importance"}
     means = {name: value / max(passed if name in per_passed else num_loss_tokens, 1) for name, value in named.items()}
     return UpdateMetrics(
         loss=means.pop("loss"),

@@ -36,10 +36,9 @@ def response_sequence(prompt: Prompt, response_ids: IntArray) -> tuple[IntArray,
     Returns:
         Token ids `[tokens]`, positions `[3, tokens]`, and the loss mask `[tokens]`, 1 on the response.
     """
-    # Text after the prompt advances all three rotary axes together.
-    positions = np.broadcast_to(prompt.next_position + np.arange(len(response_ids)), (3, len(response_ids)))
+    whole = prompt.continued(response_ids)
     mask = np.repeat(np.array([0, 1], dtype=np.float32), [len(prompt.token_ids), len(response_ids)])
-    return np.concatenate([prompt.token_ids, response_ids]), np.concatenate([prompt.positions, positions], axis=1), mask
+    return whole.token_ids, whole.positions, mask
 
 
 def _training_sample(group: Group, rollout: Rollout, advantage: float) -> TrainingSample:

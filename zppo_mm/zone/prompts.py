@@ -1,4 +1,4 @@
-"""The texts that the student is asked: plain, BCQ and NCQ prompts from replaceable templates."""
+"""The texts that the student is asked: plain, BCQ, NCQ and hint prompts from replaceable templates."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ EMBEDDED_TEMPLATES = Path(__file__).parent / "templates"
 REQUIRED_FIELDS: dict[str, tuple[str, ...]] = {
     "bcq.txt": ("question", "candidates"),
     "ncq.txt": ("question", "answers", "candidates"),
+    "hint.txt": ("question", "hint"),
     "candidate.txt": ("text",),
     "closing.txt": (),
 }
@@ -30,6 +31,7 @@ class PromptTemplates:
     Attributes:
         bcq: With the fields `{question}` and `{candidates}`.
         ncq: With the fields `{question}`, `{answers}` and `{candidates}`.
+        hint: With the fields `{question}` and `{hint}`.
         candidate: One candidate block, with the field `{text}`.
         closing: The format instruction; no fields.
         special_tokens: The tokenizer's; they are neutralised in candidate text besides everything that looks like a tag.
@@ -37,6 +39,7 @@ class PromptTemplates:
 
     bcq: str
     ncq: str
+    hint: str
     candidate: str
     closing: str
     special_tokens: tuple[str, ...] = ()
@@ -61,6 +64,10 @@ class PromptTemplates:
         fields = {"question": question_text(question), "answers": listed, "candidates": self._blocks(candidates)}
         return self._close(_fill(self.ncq, fields))
 
+    def hint_text(self, question: Question, hint: str) -> str:
+        """Return the question with a hint, which must be inert."""
+        return self._close(_fill(self.hint, {"question": question_text(question), "hint": hint}))
+
     def inert(self, text: str) -> str:
         """Return candidate text with special tokens, tags and the lines of the candidate block neutralised."""
         return neutralise(text, (*_marker_lines(self.candidate), *self.special_tokens)).strip() or EMPTY_CANDIDATE
@@ -80,7 +87,7 @@ def load_templates(folder: str = "", special_tokens: Iterable[str] = ()) -> Prom
     """Read the templates; a file that the folder does not have is taken from the embedded ones.
 
     Args:
-        folder: May hold any of bcq.txt, ncq.txt, candidate.txt and closing.txt; empty means the embedded ones.
+        folder: May hold any of bcq.txt, ncq.txt, hint.txt, candidate.txt and closing.txt; empty means the embedded ones.
         special_tokens: The student tokenizer's special tokens.
 
     Raises:
@@ -97,7 +104,7 @@ def load_templates(folder: str = "", special_tokens: Iterable[str] = ()) -> Prom
             )
         paths.update(given)
     texts = {name: _checked(path, REQUIRED_FIELDS[name]) for name, path in paths.items()}
-    return PromptTemplates(texts["bcq.txt"], texts["ncq.txt"], texts["candidate.txt"], texts["closing.txt"], tuple(special_tokens))
+    return PromptTemplates(**{name.removesuffix(".txt"): text for name, text in texts.items()}, special_tokens=tuple(special_tokens))
 
 
 def question_text(question: Question) -> str:

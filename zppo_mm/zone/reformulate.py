@@ -1,17 +1,19 @@
-"""From hard questions to BCQ and NCQ prompts.
+"""From hard questions to BCQ, NCQ, hint and prefix prompts.
 
 Source: ZPPO (arXiv 2606.18216), Algorithm 1, steps 3 to 5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from zppo_mm.config import ZoneConfig
 from zppo_mm.experience import Candidate, Group, GroupKind, PromptInstance, Rollout
 from zppo_mm.randomness import generator
-from zppo_mm.teacher.teacher import CompressedTrace, Compressor, Trace
+from zppo_mm.teacher.teacher import CompressedTrace, Compressor, HintWriter, Trace
 from zppo_mm.zone.hard import count_of_share, pre_cap, select_hard
 from zppo_mm.zone.prompts import PromptTemplates
 
@@ -34,11 +36,13 @@ class Reformulation:
     """The reformulated prompts of a step and what their compression took.
 
     Attributes:
-        instances: BCQ and NCQ prompts, ascending by the accuracy of their question, BCQ before NCQ.
+        instances: Reformulated prompts, ascending by the accuracy of their question; of one question BCQ, NCQ, hint, prefix.
         num_kept: Hard questions left by the pre-cap.
         num_candidates: Candidates shown.
         num_compression_rejects: Rewrites refused because they changed the answer.
         num_compression_cuts: Candidates that were cut because no faithful rewrite was had.
+        num_hint_rejects: Hints refused because they gave the answer away.
+        num_hint_failures: Hint prompts that are missing because no hint could be made.
     """
 
     instances: tuple[PromptInstance, ...] = ()
@@ -46,6 +50,8 @@ class Reformulation:
     num_candidates: int = 0
     num_compression_rejects: int = 0
     num_compression_cuts: int = 0
+    num_hint_rejects: int = 0
+    num_hint_failures: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +65,15 @@ class _Pick:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """One future instance, before compression."""
+    """One future instance, before compression: the candidates it shows, or the one response that its hint or prefix is made of."""
 
     kind: GroupKind
     group: Group
     picks: tuple[_Pick, ...]
+
+    @property
+    def shows_candidates(self) -> bool:
+        return self.kind in ("bcq", "ncq")
 
 
 def composition(groups: Iterable[Group], answers: TeacherAnswers, tau: float) -> Composition:
@@ -79,7 +89,7 @@ def composition(groups: Iterable[Group], answers: TeacherAnswers, tau: float) ->
 
 
 class Reformulator:
-    """Makes BCQ and NCQ prompts of hard groups.
+    """Makes BCQ, NCQ, hint and prefix prompts of hard groups.
 
     Every choice follows from the seed, the step and the question, so all ranks make the same prompts without speaking.
 
@@ -88,24 +98,41 @@ class Reformulator:
         zone: Which kinds are made, and rho_aug.
         seed: The run's seed.
         compressor: Shortens every rollout that is shown, right and wrong alike.
+        hints: Makes hints; needed with `zone.hint`.
+        student_ids: Returns the tokens that the student would have a rollout's text in; needed with `zone.prefix`.
     """
 
-    def __init__(self, templates: PromptTemplates, zone: ZoneConfig, seed: int, compressor: Compressor) -> None:
+    def __init__(
+        self,
+        templates: PromptTemplates,
+        zone: ZoneConfig,
+        seed: int,
+        compressor: Compressor,
+        *,
+        hints: HintWriter | None = None,
+        student_ids: Callable[[Rollout], Sequence[int]] | None = None,
+    ) -> None:
+        assert hints is not None or not zone.hint, "hint prompts need a writer of hints"
+        assert student_ids is not None or not zone.prefix, "prefixes need the student's tokenizer"
         self.templates = templates
         self.zone = zone
         self.seed = seed
         self.compressor = compressor
+        self.hints = hints
+        self.student_ids = student_ids
 
     def certain_ncq(self, hard: Sequence[Group], step: int, num_new: int) -> Reformulation:
         """Return the NCQ prompts that the caps leave whatever the teacher answers, to be asked while it still does.
 
-        Before the NCQ of the question at place i (from 0) stand at most i BCQ and i NCQ prompts and its own BCQ, so with a cap of L those
-        of the first L // 2 questions are certain: all NCQ prompts of the step if the teacher solves every question.
+        Before the NCQ of the question at place i (from 0) stand at most k prompts of each question before it, k being the kinds in use, and
+        its own BCQ. So with a cap of L those of the first ceil((L - 1) / k) questions are certain, without BCQ of the first ceil(L / k).
+        With BCQ and NCQ alone these are all NCQ prompts of the step if the teacher solves every question.
         """
         limit = count_of_share(self.zone.rho_aug, num_new)
         kept = pre_cap(_one_group_per_question(hard), limit, self.seed, step)
-        per_question = 2 if self.zone.bcq else 1
-        certain = kept[: limit // per_question]
+        num_kinds = sum((self.zone.bcq, self.zone.ncq, self.zone.hint, self.zone.prefix))
+        num_certain = max(math.ceil((limit - self.zone.bcq) / max(num_kinds, 1)), 0)
+        certain = kept[:num_certain]
         return self._made([plan for group in certain for plan in self._plans(group, {}, step)], step, len(kept), Reformulation())
 
     def reformulate(
@@ -132,28 +159,36 @@ class Reformulator:
 
     def _made(self, plans: Sequence[_Plan], step: int, num_kept: int, early: Reformulation) -> Reformulation:
         """Turn plans into prompts; candidates of those that are there already are not compressed again."""
-        there = {instance.uid: instance for instance in early.instances}
-        picks = [pick for plan in plans if _uid(plan, step) not in there for pick in plan.picks]
-        traces = [Trace(pick.group.question, pick.rollout.text, pick.rollout.parsed) for pick in picks]
+        instances = {instance.uid: instance for instance in early.instances}
+        new = [plan for plan in plans if _uid(plan, step) not in instances]
+        shown = [plan for plan in new if plan.shows_candidates]
+        traces = [_trace(pick) for plan in shown for pick in plan.picks]
         compressed = self.compressor.compress(traces, step) if traces else []
-        remaining = iter(zip(picks, compressed, strict=True))
+        remaining = iter(compressed)
+        instances |= {_uid(plan, step): self._candidate_prompt(plan, [next(remaining) for _ in plan.picks], step) for plan in shown}
+        hinted = [plan for plan in new if plan.kind == "hint"]
+        hints = self.hints.write([_trace(plan.picks[0]) for plan in hinted], step) if self.hints is not None and hinted else []
+        instances |= {
+            _uid(plan, step): self._hint_prompt(plan, hint.text, step) for plan, hint in zip(hinted, hints, strict=True) if hint.text
+        }
+        instances |= {_uid(plan, step): self._prefix_prompt(plan, step) for plan in new if plan.kind == "prefix"}
         return Reformulation(
-            instances=tuple(
-                there.get(_uid(plan, step)) or self._instance(plan, [next(remaining) for _ in plan.picks], step) for plan in plans
-            ),
+            instances=tuple(instances[uid] for uid in (_uid(plan, step) for plan in plans) if uid in instances),
             num_kept=num_kept,
-            num_candidates=early.num_candidates + len(picks),
+            num_candidates=early.num_candidates + len(traces),
             num_compression_rejects=early.num_compression_rejects + sum(trace.rejects for trace in compressed),
             num_compression_cuts=early.num_compression_cuts + sum(trace.method == "cut" for trace in compressed),
+            num_hint_rejects=sum(hint.rejects for hint in hints),
+            num_hint_failures=sum(hint.text is None for hint in hints),
         )
 
     def _plans(self, group: Group, answers: TeacherAnswers, step: int) -> list[_Plan]:
-        """Return the BCQ, then the NCQ of one question, as far as its rollouts allow them and the zone has them switched on."""
+        """Return the prompts of one question, as far as its rollouts allow them and the zone has them switched on."""
         plans: list[_Plan] = []
         wrong = _wrong(group.rollouts)
-        if self.zone.bcq and _is_bcq_eligible(group, answers):
+        right = right_rollouts(answers.get(group.question.id, ()))
+        if self.zone.bcq and right and wrong:
             rng = generator(self.seed, "reformulate", step, group.question.id)
-            right = _right(answers[group.question.id])
             pair = [
                 _Pick(group, right[rng.integers(len(right))], by_teacher=True),
                 _Pick(group, wrong[rng.integers(len(wrong))], by_teacher=False),
@@ -161,9 +196,28 @@ class Reformulator:
             plans.append(_Plan("bcq", group, tuple(pair[i] for i in rng.permutation(2))))
         if self.zone.ncq and wrong:
             plans.append(_Plan("ncq", group, tuple(_Pick(group, rollout, by_teacher=False) for rollout in wrong)))
+        for kind, is_on in (("hint", self.zone.hint), ("prefix", self.zone.prefix)):
+            if is_on and right:
+                chosen = right[generator(self.seed, kind, step, group.question.id).integers(len(right))]
+                plans.append(_Plan(cast(GroupKind, kind), group, (_Pick(group, chosen, by_teacher=True),)))
         return plans
 
-    def _instance(self, plan: _Plan, shown: Sequence[tuple[_Pick, CompressedTrace]], step: int) -> PromptInstance:
+    def _hint_prompt(self, plan: _Plan, hint: str, step: int) -> PromptInstance:
+        question = plan.group.question
+        text = self.templates.inert(hint)
+        shown = Candidate(text, "teacher", correct=True, answer=plan.picks[0].rollout.parsed)
+        return PromptInstance(_uid(plan, step), question, plan.kind, self.templates.hint_text(question, text), (shown,))
+
+    def _prefix_prompt(self, plan: _Plan, step: int) -> PromptInstance:
+        """Return the plain prompt with the first part of the response: at least one token, and never all of them."""
+        assert self.student_ids is not None
+        ids = self.student_ids(plan.picks[0].rollout)
+        count = max(count_of_share(self.zone.prefix_share, len(ids)), 1)
+        question = plan.group.question
+        prefix = tuple(int(token) for token in ids[:count])
+        return PromptInstance(_uid(plan, step), question, plan.kind, self.templates.plain_text(question), response_prefix=prefix)
+
+    def _candidate_prompt(self, plan: _Plan, compressed: Sequence[CompressedTrace], step: int) -> PromptInstance:
         question = plan.group.question
         candidates = tuple(
             Candidate(
@@ -172,7 +226,7 @@ class Reformulator:
                 correct=_is_right(pick.rollout),
                 answer=pick.rollout.parsed,
             )
-            for pick, trace in shown
+            for pick, trace in zip(plan.picks, compressed, strict=True)
         )
         texts = [candidate.text for candidate in candidates]
         if plan.kind == "bcq":
@@ -184,6 +238,10 @@ class Reformulator:
 
 def _uid(plan: _Plan, step: int) -> str:
     return f"{step}/{plan.kind}/{plan.group.question.id}"
+
+
+def _trace(pick: _Pick) -> Trace:
+    return Trace(pick.group.question, pick.rollout.text, pick.rollout.parsed)
 
 
 def distinct_answers(candidates: Iterable[Candidate]) -> list[str]:
@@ -201,14 +259,15 @@ def _one_group_per_question(groups: Sequence[Group]) -> list[Group]:
 
 
 def _is_bcq_eligible(group: Group, answers: TeacherAnswers) -> bool:
-    return bool(_right(answers.get(group.question.id, ()))) and bool(_wrong(group.rollouts))
+    return bool(right_rollouts(answers.get(group.question.id, ()))) and bool(_wrong(group.rollouts))
 
 
 def _is_right(rollout: Rollout) -> bool:
     return rollout.reward >= 1
 
 
-def _right(rollouts: Iterable[Rollout]) -> list[Rollout]:
+def right_rollouts(rollouts: Iterable[Rollout]) -> list[Rollout]:
+    """Return the rollouts with reward 1."""
     return [rollout for rollout in rollouts if _is_right(rollout)]
 
 

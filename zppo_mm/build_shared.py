@@ -1,0 +1,79 @@
+"""What the models of a run share: media, grading, the replicas, and how a model is built and sampled from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.media import Frames, MediaLimits, MediaOpener
+from data.question import MediaRef
+from data.shards import ShardReader
+from zppo_mm.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
+from zppo_mm.models.architecture import load_architecture
+from zppo_mm.models.provider import build_model
+from zppo_mm.models.vision_language import VisionLanguageModel
+from zppo_mm.models.weights import load_hf_weights
+from zppo_mm.rewards.verify import Verifier
+from zppo_mm.rollout.exchange import ParallelExchange
+from zppo_mm.rollout.megatron_engine import MegatronEngine
+from zppo_mm.rollout.prompt import PromptEncoder
+from zppo_mm.rollout.sampler import GroupSampler
+
+
+class MediaStore:
+    """Opens any media reference of the run's shards."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self._reader = ShardReader()
+        self._opener = MediaOpener(
+            MediaLimits(
+                max_bytes=config.max_media_bytes,
+                max_pixels=config.max_media_pixels,
+                frames_per_second=config.video_frames_per_second,
+                max_frames=config.video_max_frames,
+                decode_timeout_seconds=config.decode_timeout_seconds,
+                num_workers=config.num_decode_workers,
+            )
+        )
+
+    def open(self, ref: MediaRef) -> Frames:
+        """Return the sampled frames of a media file."""
+        return self._opener.open_ref(ref, self._reader)
+
+    def read(self, ref: MediaRef) -> bytes:
+        """Return a media file as it is, within the size limit."""
+        return self._opener.read_ref(ref, self._reader)
+
+    def close(self) -> None:
+        """End the decoding workers and close the shards."""
+        self._opener.close()
+        self._reader.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What student and teachers have in common."""
+
+    config: RunConfig
+    media: MediaStore
+    verifier: Verifier
+    exchange: ParallelExchange
+    encoders: list[PromptEncoder] = field(default_factory=list)
+
+    def encoder(self, folder: Path) -> PromptEncoder:
+        """Return a prompt encoder whose opened media are dropped with the others'."""
+        encoder = PromptEncoder(folder, self.media.open)
+        self.encoders.append(encoder)
+        return encoder
+
+    def sampler(self, model: VisionLanguageModel, encoder: PromptEncoder) -> GroupSampler:
+        """Return a sampler with a model's weights."""
+        engine = MegatronEngine(model, self.config.seed, self.config.rollout.max_batch_size)
+        return GroupSampler(engine, encoder, self.verifier, self.exchange)
+
+
+def load_model(options: ModelConfig, layout: ParallelConfig, folder: Path, trainable: bool) -> VisionLanguageModel:
+    """Build this rank's part of a model and load its weights."""
+    model = build_model(load_architecture(folder), options, layout, trainable=trainable)
+    load_hf_weights(model, folder)
+    return model

@@ -1,0 +1,125 @@
+"""From a configuration to the teachers, the judge, and those who rewrite for prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from zppo_mm.build_shared import Shared, load_model
+from zppo_mm.config import RunConfig, TeacherConfig
+from zppo_mm.embedded import TEACHER_DIR
+from zppo_mm.rewards.judge import LlmJudge, load_judge_template
+from zppo_mm.rollout.engine import SamplingParams
+from zppo_mm.rollout.exchange import ParallelExchange
+from zppo_mm.rollout.prompt import PromptEncoder
+from zppo_mm.teacher.chain import TeacherChain
+from zppo_mm.teacher.compress import RuleCompressor, TeacherCompressor, load_compression_template
+from zppo_mm.teacher.connect import open_pool
+from zppo_mm.teacher.endpoint_pool import EndpointPool
+from zppo_mm.teacher.hint import RuleHintWriter, TeacherHintWriter, load_hint_template
+from zppo_mm.teacher.media_parts import MessageWriter
+from zppo_mm.teacher.megatron_teacher import MegatronTeacher
+from zppo_mm.teacher.served_judge import greedy_replies
+from zppo_mm.teacher.served_teacher import ServedTeacher
+from zppo_mm.teacher.teacher import Compressor, HintWriter, Teacher
+from zppo_mm.zone.prompts import PromptTemplates
+
+
+@dataclass(frozen=True, slots=True)
+class Teachers:
+    """Who helps.
+
+    Attributes:
+        answers: Answers questions; `None` if no method in use shows its answers.
+        rewrites: Rewrites for the compressor and the writer of hints; `None` if the rule does.
+        pools: Servers of further teachers.
+    """
+
+    answers: Teacher | None
+    rewrites: Teacher | None
+    pools: tuple[EndpointPool, ...] = ()
+
+    @property
+    def num_passed_on(self) -> int:
+        """Questions that a further teacher was asked so far."""
+        return self.answers.num_passed_on if isinstance(self.answers, TeacherChain) else 0
+
+
+def build_teachers(shared: Shared, pool: EndpointPool | None, templates: PromptTemplates, student: PromptEncoder) -> Teachers:
+    """Load the teachers, or point to their servers, unless nothing in this configuration would ask them.
+
+    Args:
+        shared: What they share with the student.
+        pool: Servers of the first teacher, `None` if it runs in this process.
+        templates: Texts of the prompts.
+        student: The student's prompts.
+    """
+    config = shared.config
+    zone = config.zone
+    answers = zone.bcq or zone.hint or zone.prefix or zone.inject or config.distill.source == "teacher"
+    rewrites = config.teacher.compressor == "teacher" and (zone.bcq or zone.ncq or zone.hint)
+    if not (answers or rewrites):
+        return Teachers(None, None)
+    first = _build_teacher(shared, config.teacher, pool, templates, student)
+    others: list[Teacher] = []
+    pools: list[EndpointPool] = []
+    for other in config.fallback_teachers if answers else ():
+        own = open_pool(other, shared.exchange)
+        pools += [own] if own is not None else []
+        others.append(_build_teacher(shared, other, own, templates, student))
+    chain = TeacherChain([first, *others]) if others else first
+    return Teachers(chain if answers else None, first if rewrites else None, tuple(pools))
+
+
+def _build_teacher(
+    shared: Shared, own: TeacherConfig, pool: EndpointPool | None, templates: PromptTemplates, student: PromptEncoder
+) -> Teacher:
+    config = shared.config
+    if pool is not None:
+        return ServedTeacher(
+            pool,
+            own,
+            shared.exchange,
+            shared.verifier,
+            MessageWriter(own, shared.media.open, shared.media.read),
+            plain_text=templates.plain_text,
+            tokenize=lambda text: student.chat.tokenize([text]),
+            seed=config.seed,
+        )
+    folder = Path(own.model) if own.model else TEACHER_DIR
+    encoder = shared.encoder(folder)
+    sampling = SamplingParams(temperature=own.temperature, max_new_tokens=own.max_response_tokens, stop_token_ids=encoder.stop_token_ids)
+    options = replace(
+        config.model,
+        transformer_impl=own.transformer_impl or config.model.transformer_impl,
+        params_dtype=own.params_dtype or config.model.params_dtype,
+        fp8=own.fp8,
+        recompute="none",
+    )
+    model = load_model(options, config.parallel, folder, trainable=False)
+    return MegatronTeacher(shared.sampler(model, encoder), sampling, own.num_rollouts, templates.plain_text)
+
+
+def judge_pool(config: RunConfig, teachers: EndpointPool | None, exchange: ParallelExchange) -> EndpointPool | None:
+    """Return the judge's servers: the teacher's unless it has its own or another model."""
+    reward = config.reward
+    if not reward.judge or not (reward.judge_endpoints or reward.judge_model):
+        return teachers if reward.judge else None
+    return open_pool(config.teacher, exchange, reward.judge_endpoints, reward.judge_model)
+
+
+def build_judge(config: RunConfig, pool: EndpointPool | None) -> LlmJudge | None:
+    if pool is None:
+        return None
+    template = load_judge_template(config.reward.judge_template)
+    return LlmJudge(greedy_replies(pool, config.reward, config.teacher.num_retries), template)
+
+
+def build_rewriters(config: RunConfig, student: PromptEncoder, teacher: Teacher | None) -> tuple[Compressor, HintWriter]:
+    """Return who shortens candidates and who writes hints; both count in the student's tokens: the student reads them."""
+    rule = RuleCompressor(student.chat.count_tokens, config.teacher.compression_max_tokens, config.teacher.compression_max_lines)
+    hints = RuleHintWriter(rule)
+    if teacher is None:
+        return rule, hints
+    by_teacher = TeacherHintWriter(teacher.rewrite, hints, load_hint_template())
+    return TeacherCompressor(teacher.rewrite, rule, load_compression_template()), by_teacher

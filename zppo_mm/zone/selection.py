@@ -1,0 +1,117 @@
+"""What a step trains on: the groups as they were sampled, or what a baseline or dynamic sampling makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from data.question import Question
+from zppo_mm.config import DistillConfig, ZoneConfig
+from zppo_mm.experience import FloatArray, Group, PromptInstance, Rollout
+from zppo_mm.randomness import generator
+from zppo_mm.zone.hard import select_hard
+from zppo_mm.zone.reformulate import TeacherAnswers, right_rollouts
+
+Adopt = Callable[[Sequence[PromptInstance], Sequence[tuple[Rollout, ...]]], list[Group]]
+"""From instances and finished rollouts to groups under the student's prompts; an instance without a prompt has no group."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """What a step trains on.
+
+    Attributes:
+        groups: Sampled groups and such as the selection made, each with rollouts to train on.
+        num_dropped_questions: Questions left out because nothing can be learned from any of their groups.
+        num_injected: Teacher rollouts that stand among the student's.
+    """
+
+    groups: tuple[Group, ...]
+    num_dropped_questions: int = 0
+    num_injected: int = 0
+
+
+class Selection:
+    """Chooses what is trained on; every rank chooses the same.
+
+    Args:
+        zone: Whether a right answer of the teacher's is injected, and whether sampling is dynamic.
+        distill: Whose text is distilled on.
+        seed: The run's seed.
+        student_ids: Returns the tokens that the student would have a rollout's text in, its stop token included if it stopped.
+        adopt: Makes groups of finished rollouts.
+        plain_text: Renders the original question with the closing format instruction.
+    """
+
+    def __init__(
+        self,
+        zone: ZoneConfig,
+        distill: DistillConfig,
+        seed: int,
+        *,
+        student_ids: Callable[[Rollout], Sequence[int]],
+        adopt: Adopt,
+        plain_text: Callable[[Question], str],
+    ) -> None:
+        self._zone = zone
+        self._distill = distill
+        self._seed = seed
+        self._student_ids = student_ids
+        self._adopt = adopt
+        self._plain_text = plain_text
+
+    def choose(self, groups: Sequence[Group], questions: Sequence[Question], answers: TeacherAnswers, step: int) -> Selected:
+        """Return the groups to train on.
+
+        Args:
+            groups: All that the student sampled in the step.
+            questions: Plain questions of the step, for distillation on the teacher's text.
+            answers: Teacher rollouts by question id.
+            step: Rollout step.
+        """
+        if self._distill.source == "teacher":
+            return Selected(tuple(self._teacher_groups(questions, answers, step)))
+        chosen = list(groups)
+        if self._zone.inject:
+            chosen = [self._injected(group, answers, step) for group in groups]
+        kept = with_signal(chosen) if self._zone.max_sampling_rounds > 1 else chosen
+        return Selected(
+            groups=tuple(kept),
+            num_dropped_questions=len({group.question.id for group in chosen} - {group.question.id for group in kept}),
+            num_injected=sum(group.kind == "inject" for group in kept),
+        )
+
+    def _teacher_groups(self, questions: Sequence[Question], answers: TeacherAnswers, step: int) -> list[Group]:
+        """Return one group of right teacher rollouts per question that has any."""
+        solved = {question.id: question for question in questions if right_rollouts(answers.get(question.id, ()))}
+        instances = [
+            PromptInstance(f"{step}/teacher/{question.id}", question, "teacher", self._plain_text(question)) for question in solved.values()
+        ]
+        rollouts = [tuple(self._as_student(rollout) for rollout in right_rollouts(answers[question_id])) for question_id in solved]
+        return self._adopt(instances, rollouts) if instances else []
+
+    def _injected(self, group: Group, answers: TeacherAnswers, step: int) -> Group:
+        """Return a hard plain group with one wrong rollout replaced by a right one of the teacher's; any other group as it is."""
+        right = right_rollouts(answers.get(group.question.id, ()))
+        wrong = [place for place, rollout in enumerate(group.rollouts) if rollout.reward < 1]
+        if not (select_hard([group], self._zone.tau) and right and wrong):
+            return group
+        rng = generator(self._seed, "inject", step, group.uid)
+        rollouts = list(group.rollouts)
+        rollouts[wrong[rng.integers(len(wrong))]] = self._as_student(right[rng.integers(len(right))])
+        uid = f"{step}/inject/{group.uid.partition('/')[2]}"
+        return replace(group, instance=replace(group.instance, uid=uid, kind="inject"), rollouts=tuple(rollouts))
+
+    def _as_student(self, rollout: Rollout) -> Rollout:
+        """Return a teacher rollout in the student's tokens; what the student would have sampled them with is not known yet."""
+        ids = np.asarray(self._student_ids(rollout), dtype=np.int64)
+        unknown: FloatArray = np.full(len(ids), np.nan, dtype=np.float32)
+        return replace(rollout, response_ids=ids, rollout_logprobs=unknown, author="teacher")
+
+
+def with_signal(groups: Sequence[Group]) -> list[Group]:
+    """Return the groups of questions that have a non-trivial group, whichever of theirs it is; a non-trivial group's rewards differ."""
+    useful = {group.question.id for group in groups if len({rollout.reward for rollout in group.rollouts}) > 1}
+    return [group for group in groups if group.question.id in useful]
