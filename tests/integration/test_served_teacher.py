@@ -134,3 +134,15 @@ def test_dead_from_the_first_step_it_stops_before_any_update(server: LoopbackSer
     folder = run(tmp_path, "cut", *options(server.url, **{"train.train_iters": 1, "modality": "text"}))
     assert [row["step"] for row in metrics(folder)] == [1]
     assert [row["step"] for row in lines(folder / "evaluation.jsonl")] == [0, 1]
+
+
+def test_asking_after_every_wave_changes_nothing_but_the_time(server: LoopbackServer, tmp_path: Path) -> None:
+    server.latency_seconds = 0.2
+    records = {}
+    for name, batch in (("waves", 8), ("whole", 128)):
+        before = len(server.requests)
+        given = {"train.train_iters": 2, "modality": "text", "rollout.max_batch_size": batch}
+        folder = run(tmp_path, name, *options(server.url, **given))
+        records[name] = [transcript(folder, step) for step in (1, 2)], len(server.requests) - before
+    assert records["waves"] == records["whole"]
+    assert records["waves"][1] > 2  # besides the greeting, questions of both steps were asked

@@ -16,6 +16,7 @@ from data.media import Frames
 from data.question import MediaRef, Question
 from tests.unit.tiny_folder import SPECIAL, TEMPLATE, build_folder
 from zppo_mm.errors import ConfigError
+from zppo_mm.experience import FinishReason, Rollout
 from zppo_mm.rollout.prompt import PromptEncoder, PromptError
 
 
@@ -82,6 +83,18 @@ def test_media_are_expanded_as_the_family_does(folder: Path, encoder: PromptEnco
     assert prompt.text.count("<|image_pad|>") == prompt.text.count("<|video_pad|>") == 1
     assert prompt.positions.shape == (3, len(prompt.token_ids))
     assert prompt.next_position < len(prompt.token_ids)
+
+
+def test_another_models_response_in_this_models_tokens(encoder: PromptEncoder) -> None:
+    def rollout(text: str, finish_reason: FinishReason) -> Rollout:
+        return Rollout(np.array([1]), np.zeros(1, np.float32), finish_reason, text, None, 1.0, 0)
+
+    plain = encoder.chat.tokenize(["the sum</think>\nis"])
+    assert encoder.response_ids(rollout("the sum</think>\nis", "length")) == plain
+    # This template's prompt ends with an opened thought: a second opening would be one too many.
+    assert encoder.response_ids(rollout("<think>\nthe sum</think>\nis", "stop")) == [*plain, encoder.stop_token_ids[0]]
+    # What imitates a special token is text.
+    assert encoder.chat.image_token_id not in encoder.response_ids(rollout("<|image_pad|>", "length"))
 
 
 SNIPPETS = [*SPECIAL, "<think>", "\ue200", "\ue2010\ue201", "\ue2000\ue201", "the ", "\n", "<|", "|>"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +178,37 @@ def test_sampler_grades_with_the_questions_answer(encoder: PromptEncoder) -> Non
     groups = GroupSampler(Plain(), encoder, FirstLetterGrader(), SingleProcess()).sample([instance(0), instance(1)], SAMPLING, 2, 1)
     assert [[rollout.reward for rollout in group.rollouts] for group in groups] == [[1.0, 0.0], [0.0, 1.0]]
     assert [[rollout.parsed for rollout in group.rollouts] for group in groups] == [["b", "c"], ["b", "c"]]
+
+
+def test_a_given_prefix_is_prompt_to_the_engine_and_response_to_the_grader(encoder: PromptEncoder) -> None:
+    class Ends(EchoEngine):
+        def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
+            self.requests += list(requests)
+            return [[Generation(np.array(encoder.chat.tokenize(["c"])), np.zeros(1, np.float32), "stop")] for _ in requests]
+
+    engine, prefix = Ends(), tuple(encoder.chat.tokenize(["b"]))
+    plain = instance(0)
+    asked = replace(plain, uid="1/prefix/0", kind="prefix", question=replace(plain.question, answer="bc"), response_prefix=prefix)
+    groups = GroupSampler(engine, encoder, FirstLetterGrader(), SingleProcess()).sample([plain, asked], SAMPLING, 1, 1)
+    before, after = (request.prompt for request in engine.requests)
+    assert after.token_ids.tolist() == [*before.token_ids.tolist(), *prefix]
+    assert after.positions[:, -1].tolist() == [before.next_position] * 3
+    assert after.next_position == before.next_position + 1
+    (rollout,) = groups[1].rollouts
+    assert (rollout.text, rollout.reward, len(rollout.response_ids)) == ("bc", 1.0, 1)
+    assert groups[1].prompt == after
+
+
+def test_adopted_rollouts_get_this_models_prompts_and_failures_are_counted(encoder: PromptEncoder) -> None:
+    engine = EchoEngine()
+    sampler = GroupSampler(engine, encoder, FirstLetterGrader(), SingleProcess())
+    (sampled,) = sampler.sample([instance(0)], SAMPLING, 2, 1)
+    adopted = sampler.adopt([instance(0), instance(1, media="k7")], [sampled.rollouts, sampled.rollouts])
+    assert [group.uid for group in adopted] == ["1/new/0"]
+    assert adopted[0].rollouts == sampled.rollouts
+    assert adopted[0].prompt.token_ids.tolist() == sampled.prompt.token_ids.tolist()
+    assert dict(sampler.failures) == {"unreadable": 1}
+    assert len(engine.requests) == 1  # nothing was generated
 
 
 def test_sampler_calls_the_engine_even_for_nothing(encoder: PromptEncoder) -> None:
