@@ -151,18 +151,13 @@ def _sample_round(stages: Stages, step: int, index: int, asked_before: Sequence[
     groups = _sample_plain(stages, plain, inquiry, step, metrics)
 
     hard = [group for group in select_hard(groups, stages.config.zone.tau) if group.question.id not in asked_before]
+    guided, sampled = _sample_while_teacher_answers(stages, hard, inquiry, step, metrics)
     with metrics.phase("teacher"):
-        early = stages.reformulator.certain_ncq(hard, step, num_new) if inquiry.is_pending else Reformulation()
-    with metrics.phase("reformulated_rollout"):
-        sampled = _sample(stages, early.instances, step, metrics) if early.instances else []  # while the teacher answers
-    with metrics.phase("teacher"):
-        answers = inquiry.hear(metrics)
-        guided = stages.reformulator.reformulate(hard, answers, step, num_new, early)
-    with metrics.phase("reformulated_rollout"):
-        sampled += _sample(stages, [each for each in guided.instances if each not in early.instances], step, metrics)
-    places = {instance.uid: place for place, instance in enumerate(guided.instances)}
-    sampled.sort(key=lambda group: places[group.uid])
-    return _Round((*new, *replayed), (*groups, *sampled), answers, guided)
+        answers = inquiry.hear()
+        before, guided = guided, stages.reformulator.reformulate(hard, answers, step, num_new, guided)
+    sampled += _sample_reformulated(stages, guided, before, step, metrics)
+    metrics.merge(inquiry.measure())
+    return _Round((*new, *replayed), (*groups, *_in_order(sampled, guided.instances)), answers, guided)
 
 
 def _wants_more(stages: Stages, rounds: Sequence[_Round]) -> bool:
@@ -204,14 +199,45 @@ def _sample_plain(stages: Stages, instances: Sequence[PromptInstance], inquiry: 
     if config.distill.source == "teacher" and not config.zone.replay:
         return []
     size = stages.portion or max(len(instances), 1)
+    # Replayed questions are likely to be hard once more: they come first, so that the teacher has the longest time for them.
+    ordered = sorted(instances, key=lambda instance: instance.kind != "replayed") if stages.portion else instances
     groups: list[Group] = []
-    for first in range(0, len(instances), size):
+    for first in range(0, len(ordered), size):
         with metrics.phase("plain_rollout"):
-            portion = _sample(stages, instances[first : first + size], step, metrics)
+            portion = _sample(stages, ordered[first : first + size], step, metrics)
         with metrics.phase("teacher"):
             inquiry.ask([group.question for group in select_hard(portion, config.zone.tau)])
         groups += portion
-    return groups
+    return _in_order(groups, instances)
+
+
+def _sample_while_teacher_answers(
+    stages: Stages, hard: Sequence[Group], inquiry: _Inquiry, step: int, metrics: StepMetrics
+) -> tuple[Reformulation, list[Group]]:
+    """Sample the prompts that the step will have whatever is answered later, as long as there are new ones of that kind."""
+    guided = Reformulation()
+    sampled: list[Group] = []
+    while inquiry.is_pending:
+        with metrics.phase("teacher"):
+            heard = inquiry.heard()
+            before, guided = guided, stages.reformulator.certain(hard, heard, step, stages.config.train.num_new_questions, guided)
+        if len(guided.instances) == len(before.instances):
+            break
+        sampled += _sample_reformulated(stages, guided, before, step, metrics)
+    return guided, sampled
+
+
+def _sample_reformulated(stages: Stages, guided: Reformulation, before: Reformulation, step: int, metrics: StepMetrics) -> list[Group]:
+    """Sample the prompts that were not there before."""
+    with metrics.phase("reformulated_rollout"):
+        fresh = [instance for instance in guided.instances if instance not in before.instances]
+        return _sample(stages, fresh, step, metrics) if fresh else []
+
+
+def _in_order(groups: Sequence[Group], instances: Sequence[PromptInstance]) -> list[Group]:
+    """Return groups in the order of their instances."""
+    places = {instance.uid: place for place, instance in enumerate(instances)}
+    return sorted(groups, key=lambda group: places[group.uid])
 
 
 def _sample(stages: Stages, instances: Sequence[PromptInstance], step: int, metrics: StepMetrics) -> list[Group]:
@@ -229,6 +255,8 @@ class _Inquiry:
         self._step = step
         self._known: set[str] = set()
         self._asked: list[Answers] = []
+        self._answers: dict[str, tuple[Rollout, ...]] = {}
+        self._seconds: dict[int, float] = {}  # of those that were heard
 
     @property
     def is_pending(self) -> bool:
@@ -242,15 +270,29 @@ class _Inquiry:
         if self._teacher is not None and fresh:
             self._asked.append(self._teacher.ask(list(fresh.values()), self._step))
 
-    def hear(self, metrics: StepMetrics) -> TeacherAnswers:
+    def heard(self) -> TeacherAnswers:
+        """Return the answers that are there, without waiting."""
+        self._hear([answers.is_ready() for answers in self._asked])
+        return self._answers
+
+    def hear(self) -> TeacherAnswers:
         """Wait for the answers that are not there yet."""
-        heard: dict[str, tuple[Rollout, ...]] = {}
-        for answers in self._asked:
-            heard |= answers.wait()
-            metrics.add("teacher/answer_seconds", Max(answers.seconds))
+        self._hear([True] * len(self._asked))
+        return self._answers
+
+    def _hear(self, wanted: Sequence[bool]) -> None:
+        for place, answers in enumerate(self._asked):
+            if wanted[place] and place not in self._seconds:
+                self._answers |= answers.wait()
+                self._seconds[place] = answers.seconds
+
+    def measure(self) -> StepMetrics:
+        """Measure what was answered; nothing where nothing was asked."""
+        metrics = StepMetrics()
         if self._asked:
-            metrics.merge(teacher_metrics(list(heard.values())))
-        return heard
+            metrics.add("teacher/answer_seconds", Max(max(self._seconds.values())))
+            metrics.merge(teacher_metrics(list(self._answers.values())))
+        return metrics
 
 
 def _advantages(groups: Sequence[Group], normalization: str) -> dict[str, FloatArray]:

@@ -19,6 +19,9 @@ class Ready:
     seconds: float = 1.5
     is_pending: bool = True
 
+    def is_ready(self) -> bool:
+        return True
+
     def wait(self) -> Mapping[str, tuple[Rollout, ...]]:
         return self.rollouts
 
@@ -44,6 +47,7 @@ def test_each_teacher_is_asked_what_all_before_it_did_not_solve() -> None:
     chain = TeacherChain([first, second, third])
     asked = chain.ask([question(name) for name in "abcd"], 1)
     assert asked.is_pending
+    assert not asked.is_ready()  # who else is asked is not known yet
     assert (second.asked, third.asked) == ([], [])  # only when the first has answered
     answers = asked.wait()
     assert first.asked == [["a", "b", "c", "d"]]

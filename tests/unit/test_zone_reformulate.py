@@ -198,7 +198,7 @@ def test_what_is_asked_while_the_teacher_answers_changes_nothing(
     zone = ZoneConfig(rho_aug=rho_aug, bcq=switches[0], ncq=switches[1])
     whole = make(zone)[0].reformulate(hard, answers, 5, num_new)
     reformulator, compressor = make(zone)
-    early = reformulator.certain_ncq(hard, 5, num_new)
+    early = reformulator.certain(hard, {}, 5, num_new, Reformulation())
     assert {instance.kind for instance in early.instances} <= {"ncq"}
     assert reformulator.reformulate(hard, answers, 5, num_new, early) == whole
     assert {instance.uid for instance in early.instances} <= {instance.uid for instance in whole.instances}
@@ -210,7 +210,7 @@ def test_all_ncq_prompts_are_certain_if_every_question_has_both() -> None:
     reformulator, _ = make(ZoneConfig(rho_aug=1.0))
     for num_new in range(8):
         whole = reformulator.reformulate(hard, dict.fromkeys("abcdef", RIGHT), 0, num_new)
-        early = [instance.uid for instance in reformulator.certain_ncq(hard, 0, num_new).instances]
+        early = [instance.uid for instance in reformulator.certain(hard, {}, 0, num_new, Reformulation()).instances]
         assert early == [instance.uid for instance in whole.instances if instance.kind == "ncq"]
 
 
@@ -261,15 +261,23 @@ def test_prefix_prompts_are_plain_with_the_first_part_of_a_right_response() -> N
     assert short.response_prefix == (0,)
 
 
-@given(st.integers(0, 12), st.booleans(), st.booleans(), st.booleans(), st.lists(st.booleans(), max_size=8))
-def test_certain_ncq_prompts_are_in_the_step_whatever_the_teacher_answers(
-    limit: int, bcq: bool, hint: bool, prefix: bool, solved: list[bool]
+@given(st.integers(0, 12), st.booleans(), st.booleans(), st.booleans(), st.lists(st.tuples(st.booleans(), st.booleans()), max_size=8))
+def test_certain_prompts_are_in_the_step_whatever_is_answered_later(
+    limit: int, bcq: bool, hint: bool, prefix: bool, fates: list[tuple[bool, bool]]
 ) -> None:
     zone = ZoneConfig(rho_aug=1.0, bcq=bcq, ncq=True, hint=hint, prefix=prefix)
-    hard = [group(f"q{index}", [0, 0]) for index in range(len(solved))]
-    early = make_all(zone).certain_ncq(hard, 1, limit)
-    answers = {each.question.id: RIGHT[1:2] for each, is_solved in zip(hard, solved, strict=True) if is_solved}
-    result = make_all(zone).reformulate(hard, answers, 1, limit, early)
-    assert set(kinds(early)) <= set(kinds(result))
-    if all(solved):  # then no further NCQ prompt comes later
-        assert len(early.instances) == sum(instance.kind == "ncq" for instance in result.instances)
+    hard = [group(f"q{index}", [0, 0]) for index in range(len(fates))]
+    answers = {each.question.id: RIGHT[1:] if solved else RIGHT[:1] for each, (solved, _) in zip(hard, fates, strict=True)}
+    so_far = {each.question.id: answers[each.question.id] for each, (_, is_early) in zip(hard, fates, strict=True) if is_early}
+    reformulator = make_all(zone)
+    first = reformulator.certain(hard, {}, 1, limit, Reformulation())
+    second = reformulator.certain(hard, so_far, 1, limit, first)
+    result = reformulator.reformulate(hard, answers, 1, limit, second)
+    assert {instance.kind for instance in first.instances} <= {"ncq"}
+    assert set(kinds(first)) <= set(kinds(second)) <= set(kinds(result))
+    assert len(result.instances) + result.num_hint_failures <= limit
+    assert kinds(result) == kinds(make_all(zone).reformulate(hard, answers, 1, limit))
+    if all(solved for solved, _ in fates):  # then no further NCQ prompt comes later
+        assert len(first.instances) == sum(instance.kind == "ncq" for instance in result.instances)
+    if all(is_early for _, is_early in fates):  # and then nothing at all
+        assert not all(solved for solved, _ in fates) or kinds(second) == kinds(result)

@@ -25,6 +25,10 @@ class ChainAnswers:
         """Whether the first teacher's answers come meanwhile."""
         return self.first.is_pending
 
+    def is_ready(self) -> bool:
+        """Return whether nobody needs to be waited for: who else is asked is known only when the first has answered."""
+        return self.first.is_ready() and not self.first.is_pending
+
     def wait(self) -> Mapping[str, tuple[Rollout, ...]]:
         """Return all rollouts of all teachers that were asked, by question id."""
         answers = dict(self.first.wait())

@@ -50,6 +50,10 @@ class PendingAnswers:
     seconds: float = 0.0
     is_pending: bool = field(default=True, init=False)
 
+    def is_ready(self) -> bool:
+        """Return whether every replica's share is there."""
+        return self.teacher.have_all_answers(self.future)
+
     def wait(self) -> Mapping[str, tuple[Rollout, ...]]:
         """Wait for this replica's share, verify it and exchange; see `Answers.wait`."""
         told = self.teacher.collect(self.future, len(self.questions), lambda place, out: self._graded(place, out), self.step)
@@ -135,11 +139,15 @@ class ServedTeacher:
         is_done = False
         while not is_done:
             wait([future], timeout=MEETING_SECONDS)
-            is_done = all(done for replica in self._exchange.gather([future.done()]) for done in replica)
+            is_done = self.have_all_answers(future)
         local = tell(self._share(count), future.result()) if self._exchange.is_leader else []
         told = {each.index: each for replica in self._exchange.gather(local) for each in replica}
         self._heed_losses(list(told.values()), step)
         return [told[index] for index in range(count)]
+
+    def have_all_answers(self, future: Future[list[Outcome]]) -> bool:
+        """Return whether every replica has its share."""
+        return all(done for replica in self._exchange.gather([future.done()]) for done in replica)
 
     def verified(self, answers: Sequence[tuple[Question, Sequence[Choice]]], step: int) -> list[tuple[Rollout, ...]]:
         """Grade all answers in one batch; one that cannot be graded is left out.

@@ -65,6 +65,10 @@ class Answers(Protocol):
         """From asking to the last answer; known after `wait`."""
         ...
 
+    def is_ready(self) -> bool:
+        """Return whether `wait` would not wait; the same on every rank."""
+        ...
+
     def wait(self) -> Mapping[str, tuple[Rollout, ...]]:
         """Return fresh, verified rollouts by question id, the same on every rank; empty for a question without an answer.
 

@@ -5,7 +5,6 @@ Source: ZPPO (arXiv 2606.18216), Algorithm 1, steps 3 to 5.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -16,6 +15,9 @@ from zppo_mm.randomness import generator
 from zppo_mm.teacher.teacher import CompressedTrace, Compressor, HintWriter, Trace
 from zppo_mm.zone.hard import count_of_share, pre_cap, select_hard
 from zppo_mm.zone.prompts import PromptTemplates
+
+REFORMULATED_KINDS: tuple[GroupKind, ...] = ("bcq", "ncq", "hint", "prefix")
+"""Kinds of prompts of one question in their order; each has a switch of its name in the zone."""
 
 TeacherAnswers = Mapping[str, tuple[Rollout, ...]]
 """Teacher rollouts by question id."""
@@ -43,6 +45,7 @@ class Reformulation:
         num_compression_cuts: Candidates that were cut because no faithful rewrite was had.
         num_hint_rejects: Hints refused because they gave the answer away.
         num_hint_failures: Hint prompts that are missing because no hint could be made.
+        failed: Their uids.
     """
 
     instances: tuple[PromptInstance, ...] = ()
@@ -52,6 +55,7 @@ class Reformulation:
     num_compression_cuts: int = 0
     num_hint_rejects: int = 0
     num_hint_failures: int = 0
+    failed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,19 +125,30 @@ class Reformulator:
         self.hints = hints
         self.student_ids = student_ids
 
-    def certain_ncq(self, hard: Sequence[Group], step: int, num_new: int) -> Reformulation:
-        """Return the NCQ prompts that the caps leave whatever the teacher answers, to be asked while it still does.
+    def certain(self, hard: Sequence[Group], answers: TeacherAnswers, step: int, num_new: int, early: Reformulation) -> Reformulation:
+        """Return the prompts that the caps leave whatever the teacher still answers, to be asked while it does.
 
-        Before the NCQ of the question at place i (from 0) stand at most k prompts of each question before it, k being the kinds in use, and
-        its own BCQ. So with a cap of L those of the first ceil((L - 1) / k) questions are certain, without BCQ of the first ceil(L / k).
-        With BCQ and NCQ alone these are all NCQ prompts of the step if the teacher solves every question.
+        Before a prompt stand at most k prompts of each of the i questions before its own, k being the kinds in use, and those kinds of its
+        own question that come before it. With a cap of L it is certain if these are fewer than L. NCQ needs no answer, the other kinds
+        those to their own question.
+
+        Args:
+            hard: Hard plain groups of the step.
+            answers: Teacher rollouts of the questions that were answered so far, by id.
+            step: Rollout step.
+            num_new: New questions of the step.
+            early: What was returned before in this step; taken over as it is.
         """
         limit = count_of_share(self.zone.rho_aug, num_new)
         kept = pre_cap(_one_group_per_question(hard), limit, self.seed, step)
-        num_kinds = sum((self.zone.bcq, self.zone.ncq, self.zone.hint, self.zone.prefix))
-        num_certain = max(math.ceil((limit - self.zone.bcq) / max(num_kinds, 1)), 0)
-        certain = kept[:num_certain]
-        return self._made([plan for group in certain for plan in self._plans(group, {}, step)], step, len(kept), Reformulation())
+        kinds = [kind for kind in REFORMULATED_KINDS if getattr(self.zone, kind)]
+        plans = [
+            plan
+            for place, group in enumerate(kept)
+            for plan in self._plans(group, answers, step)
+            if place * len(kinds) + kinds.index(plan.kind) < limit
+        ]
+        return self._made(plans, step, len(kept), early)
 
     def reformulate(
         self, hard: Sequence[Group], answers: TeacherAnswers, step: int, num_new: int, early: Reformulation | None = None
@@ -148,7 +163,7 @@ class Reformulator:
             answers: Fresh teacher rollouts per question id, verified.
             step: Rollout step.
             num_new: New questions of the step.
-            early: What `certain_ncq` returned for the step; those prompts are taken over as they are.
+            early: What `certain` returned for the step; those prompts are taken over as they are.
 
         Source: ZPPO, Algorithm 1, steps 3 to 5.
         """
@@ -160,7 +175,7 @@ class Reformulator:
     def _made(self, plans: Sequence[_Plan], step: int, num_kept: int, early: Reformulation) -> Reformulation:
         """Turn plans into prompts; candidates of those that are there already are not compressed again."""
         instances = {instance.uid: instance for instance in early.instances}
-        new = [plan for plan in plans if _uid(plan, step) not in instances]
+        new = [plan for plan in plans if _uid(plan, step) not in instances.keys() | early.failed]
         shown = [plan for plan in new if plan.shows_candidates]
         traces = [_trace(pick) for plan in shown for pick in plan.picks]
         compressed = self.compressor.compress(traces, step) if traces else []
@@ -178,8 +193,9 @@ class Reformulator:
             num_candidates=early.num_candidates + len(traces),
             num_compression_rejects=early.num_compression_rejects + sum(trace.rejects for trace in compressed),
             num_compression_cuts=early.num_compression_cuts + sum(trace.method == "cut" for trace in compressed),
-            num_hint_rejects=sum(hint.rejects for hint in hints),
-            num_hint_failures=sum(hint.text is None for hint in hints),
+            num_hint_rejects=early.num_hint_rejects + sum(hint.rejects for hint in hints),
+            num_hint_failures=early.num_hint_failures + sum(hint.text is None for hint in hints),
+            failed=early.failed | {_uid(plan, step) for plan, hint in zip(hinted, hints, strict=True) if hint.text is None},
         )
 
     def _plans(self, group: Group, answers: TeacherAnswers, step: int) -> list[_Plan]:
