@@ -1,0 +1,132 @@
+"""Time of a step with a served teacher beside that of a step without one, for several latencies of the teacher.
+
+    python benchmarks/teacher_overlap.py [--latencies 0.25 0.5 0.75 1.0] [--steps 6] [--rounds 2] [key.sub=value …]
+
+The teacher is a server on this machine that knows every answer and takes its time without using the processor, so that what it costs is
+waiting alone. Without teacher is `ncq_replay`: as many prompts under the same caps, and nobody to wait for. Latencies are shares of
+that run's plain rollout phase. Runs take turns; a step's time leaves out evaluation, and the first step, in which the buffer is empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from data.shards import ShardFolder
+from zppo_mm.config_io import load_config
+from zppo_mm.embedded.questions import embedded_sources
+from zppo_mm.zone.prompts import load_templates
+
+CLONE = Path(__file__).resolve().parents[1]
+SIZE = ("modality=text", "train.num_new_questions=64", "rollout.max_batch_size=64", "train.updates_per_step=4")
+QUIET = ("parity.mode=none", "evaluation.num_questions=1", "observability.report=false", "observability.progress_bar=false")
+
+
+class KnowingServer(ThreadingHTTPServer):
+    """Answers chat completions from a table of prompts after `latency_seconds`."""
+
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, answers: dict[str, str]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers = answers
+        self.latency_seconds = 0.0
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request."""
+
+    protocol_version = "HTTP/1.1"
+    server: KnowingServer
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        answer = self.server.answers.get(request["messages"][-1]["content"], "0")
+        time.sleep(self.server.latency_seconds)
+        message = {"role": "assistant", "content": f"<think>known</think>\\boxed{{{answer}}}"}
+        choices = [{"index": index, "message": message, "finish_reason": "stop"} for index in range(request.get("n", 1))]
+        body = json.dumps({"choices": choices, "usage": {"prompt_tokens": 1, "completion_tokens": 1}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+@contextmanager
+def serve() -> Iterator[KnowingServer]:
+    """Serve the embedded text questions' answers until the block ends."""
+    templates = load_templates()
+    answers = {}
+    for source in embedded_sources(load_config(None, ["modality=text"]), "train"):
+        folder = ShardFolder(source.path)
+        for shard, key in list(folder.keys()):
+            question = folder.question(shard, key)
+            answers[templates.plain_text(question)] = question.answer
+    server = KnowingServer(answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+
+
+def run(folder: Path, name: str, steps: int, options: list[str]) -> list[dict[str, float]]:
+    """Train and return the metrics of all steps but the first."""
+    command = [sys.executable, str(CLONE / "tools" / "train_zppo.py"), f"name={name}", f"output_dir={folder}", f"train.train_iters={steps}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(CLONE)}
+    subprocess.run([*command, *SIZE, *QUIET, *options], check=True, env=environment, stderr=subprocess.DEVNULL)
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()][1:]
+
+
+def seconds(row: dict[str, float], phase: str) -> float:
+    """Return a phase's seconds; those of the step leave out evaluation."""
+    return row.get(f"seconds/{phase}", 0.0) - (row.get("seconds/evaluation", 0.0) if phase == "step" else 0.0)
+
+
+def main() -> None:
+    """Run all latencies in turns and print one line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--latencies", nargs="+", type=float, default=[0.25, 0.5, 0.75, 1.0])
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("options", nargs="*", metavar="key=value")
+    known = parser.parse_intermixed_args()
+    rows: dict[str, list[dict[str, float]]] = defaultdict(list)
+    with serve() as server, tempfile.TemporaryDirectory() as scratch:
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        for turn in range(known.rounds):
+            rows["without"] += run(Path(scratch), f"without-{turn}", known.steps, ["method=ncq_replay", *known.options])
+            phase = statistics.median(seconds(row, "plain_rollout") for row in rows["without"])
+            for latency in known.latencies:
+                server.latency_seconds = latency * phase
+                given = ["method=zppo", f"teacher.endpoints=[{url}]", "teacher.model=known", *known.options]
+                rows[f"{latency:g}"] += run(Path(scratch), f"{latency:g}-{turn}", known.steps, given)
+    without = statistics.median(seconds(row, "step") for row in rows["without"])
+    phases = ("plain_rollout", "teacher", "reformulated_rollout", "update", "step")
+    print(f"| latency / plain rollouts | answers after | {' | '.join(phases)} | step / without |")
+    print("|---" * (len(phases) + 3) + "|")
+    for name, group in rows.items():
+        values = [statistics.median(seconds(row, phase) for row in group) for phase in phases]
+        answered = statistics.median(row.get("teacher/answer_seconds", 0.0) for row in group)
+        print(f"| {name} | {answered:.2f} | {' | '.join(f'{value:.2f}' for value in values)} | {values[-1] / without:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
