@@ -4,7 +4,7 @@
 
 The teacher is a server on this machine that knows every answer and takes its time without using the processor, so that what it costs is
 waiting alone. Without teacher is `ncq_replay`: as many prompts under the same caps, and nobody to wait for. Latencies are shares of
-that run's plain rollout phase. Runs take turns; a step's time leaves out evaluation, and the first step, in which the buffer is empty.
+that run's plain rollout phase; 0 answers at once. `grpo_replay`, which reformulates nothing, shows what ZPPO costs. Runs take turns; a step's time leaves out evaluation, and the first step, in which the buffer is empty.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from zppo_mm.embedded.questions import embedded_sources
 from zppo_mm.zone.prompts import load_templates
 
 CLONE = Path(__file__).resolve().parents[1]
+ALONE = ("ncq_replay", "grpo_replay")
 SIZE = ("modality=text", "train.num_new_questions=64", "rollout.max_batch_size=64", "train.updates_per_step=4")
 QUIET = ("parity.mode=none", "evaluation.num_questions=1", "observability.report=false", "observability.progress_bar=false")
 
@@ -103,7 +104,7 @@ def seconds(row: dict[str, float], phase: str) -> float:
 def main() -> None:
     """Run all latencies in turns and print one line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latencies", nargs="+", type=float, default=[0.25, 0.5, 0.75, 1.0])
+    parser.add_argument("--latencies", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0])
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("options", nargs="*", metavar="key=value")
@@ -112,20 +113,21 @@ def main() -> None:
     with serve() as server, tempfile.TemporaryDirectory() as scratch:
         url = f"http://127.0.0.1:{server.server_address[1]}/v1"
         for turn in range(known.rounds):
-            rows["without"] += run(Path(scratch), f"without-{turn}", known.steps, ["method=ncq_replay", *known.options])
-            phase = statistics.median(seconds(row, "plain_rollout") for row in rows["without"])
+            for method in ALONE:
+                rows[method] += run(Path(scratch), f"{method}-{turn}", known.steps, [f"method={method}", *known.options])
+            phase = statistics.median(seconds(row, "plain_rollout") for row in rows["ncq_replay"])
             for latency in known.latencies:
                 server.latency_seconds = latency * phase
                 given = ["method=zppo", f"teacher.endpoints=[{url}]", "teacher.model=known", *known.options]
-                rows[f"{latency:g}"] += run(Path(scratch), f"{latency:g}-{turn}", known.steps, given)
-    without = statistics.median(seconds(row, "step") for row in rows["without"])
+                rows[f"zppo, {latency:g}"] += run(Path(scratch), f"{latency:g}-{turn}", known.steps, given)
     phases = ("plain_rollout", "teacher", "reformulated_rollout", "update", "step")
-    print(f"| latency / plain rollouts | answers after | {' | '.join(phases)} | step / without |")
-    print("|---" * (len(phases) + 3) + "|")
+    values = {name: [statistics.median(seconds(row, phase) for row in group) for phase in phases] for name, group in rows.items()}
+    print(f"| run | answers after | {' | '.join(phases)} | {' | '.join(f'step / {method}' for method in ALONE)} |")
+    print("|---" * (len(phases) + 2 + len(ALONE)) + "|")
     for name, group in rows.items():
-        values = [statistics.median(seconds(row, phase) for row in group) for phase in phases]
         answered = statistics.median(row.get("teacher/answer_seconds", 0.0) for row in group)
-        print(f"| {name} | {answered:.2f} | {' | '.join(f'{value:.2f}' for value in values)} | {values[-1] / without:.2f} |")
+        ratios = [f"{values[name][-1] / values[method][-1]:.2f}" for method in ALONE]
+        print(f"| {name} | {' | '.join([*(f'{value:.2f}' for value in [answered, *values[name]]), *ratios])} |")
 
 
 if __name__ == "__main__":
