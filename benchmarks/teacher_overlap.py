@@ -3,8 +3,9 @@
     python benchmarks/teacher_overlap.py [--latencies 0.25 0.5 0.75 1.0] [--steps 6] [--rounds 2] [key.sub=value …]
 
 The teacher is a server on this machine that knows every answer and takes its time without using the processor, so that what it costs is
-waiting alone. Without teacher is `ncq_replay`: as many prompts under the same caps, and nobody to wait for. Latencies are shares of
-that run's plain rollout phase; 0 answers at once. `grpo_replay`, which reformulates nothing, shows what ZPPO costs. Runs take turns; a step's time leaves out evaluation, and the first step, in which the buffer is empty.
+waiting alone. Without teacher is `ncq_replay`: as many prompts under the same caps, and nobody to wait for. Latencies are shares of its
+plain rollout phase; 0 answers at once. `grpo_replay`, which reformulates nothing, shows what ZPPO costs. Runs take turns; a step's time
+leaves out evaluation, and the first step, in which the buffer is empty.
 """
 
 from __future__ import annotations
