@@ -72,11 +72,11 @@ class _TokenStatistics(torch.autograd.Function):
         local = _local_targets(targets, logits.shape[1], group)
         largest = logits.new_empty(len(rows), dtype=torch.float32)
         if group is not None:
-            for chunk in _chunks(len(rows), chunk_rows):
+            for chunk in row_chunks(len(rows), chunk_rows):
                 largest[chunk] = logits[rows[chunk]].amax(-1).float() / temperature
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
         sums = logits.new_zeros((3, len(rows)), dtype=torch.float32)
-        for chunk in _chunks(len(rows), chunk_rows):
+        for chunk in row_chunks(len(rows), chunk_rows):
             shifted = _scaled(logits, rows[chunk], temperature)
             if group is None:
                 largest[chunk] = shifted.amax(-1)
@@ -104,7 +104,7 @@ class _TokenStatistics(torch.autograd.Function):
         if logprob_gradient is None:
             logprob_gradient = torch.zeros_like(log_partition)
         result = torch.zeros_like(logits)
-        for chunk in _chunks(len(rows), ctx.chunk_rows):
+        for chunk in row_chunks(len(rows), ctx.chunk_rows):
             log_p = _scaled(logits, rows[chunk], ctx.temperature).sub_(log_partition[chunk, None])
             if entropy_gradient is None:
                 gradient = log_p.exp_().mul_(logprob_gradient[chunk, None].neg())
@@ -138,5 +138,6 @@ def _local_targets(targets: torch.Tensor, local_vocabulary: int, group: dist.Pro
     return _LocalTargets(mine, torch.where(mine, targets - offset, 0))
 
 
-def _chunks(length: int, size: int) -> list[slice]:
+def row_chunks(length: int, size: int) -> list[slice]:
+    """Return slices of at most `size` rows that cover all of them."""
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
