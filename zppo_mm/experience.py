@@ -25,6 +25,8 @@ GroupKind = Literal["new", "replayed", "bcq", "ncq", "hint", "prefix", "inject",
 FinishReason = Literal["stop", "length"]
 PLAIN_KINDS: tuple[GroupKind, ...] = ("new", "replayed")
 """Kinds whose prompt is the unchanged question and whose rollouts are all the student's own."""
+NO_TOKEN = -1
+"""Stands where a token could be and none is; no token has this id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,19 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class TopLogprobs:
+    """The tokens that the teacher found most likely at every token of a text, given the tokens before it.
+
+    Attributes:
+        ids: `[tokens, k]`, each at most once per token; `NO_TOKEN` where it named fewer.
+        logprobs: `[tokens, k]` of the teacher.
+    """
+
+    ids: IntArray
+    logprobs: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
 class Rollout:
     """One sampled and verified response.
 
@@ -108,6 +123,7 @@ class Rollout:
         reward: 0 or 1; NaN where it could not be graded, which is so in `Group.ungraded` alone.
         policy_version: Rollout step whose weights sampled it.
         author: Who wrote it; a teacher's rollout stands in a group only where the method trains on teacher text.
+        teacher_top: `[response, k]`, if the teacher told its log-probs with its answer.
     """
 
     response_ids: IntArray
@@ -118,6 +134,7 @@ class Rollout:
     reward: float
     policy_version: int
     author: Literal["teacher", "student"] = "student"
+    teacher_top: TopLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +189,7 @@ class TrainingSample:
         old_logprobs: `[tokens]`, of token i given the tokens before it; 0 where the mask is 0.
         advantages: `[tokens]`; 0 where the mask is 0.
         grids: `(t, h, w)` in patches of its media.
+        teacher_top: `[tokens, k]`, of token i given the tokens before it; no tokens where the mask is 0.
     """
 
     uid: str
@@ -182,6 +200,7 @@ class TrainingSample:
     old_logprobs: FloatArray
     advantages: FloatArray
     grids: tuple[tuple[int, int, int], ...] = ()
+    teacher_top: TopLogprobs | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -215,6 +234,9 @@ class Microbatch:
         uids: Groups of the sequences, to name them when something goes wrong; padding has none.
         parents: Per sequence the place of the one that it continues, -1 for none; `None` if none does.
         importance: `[tokens]` float32 weights of the loss; `None` if they are all 1.
+        teacher_ids: `[tokens, k]` int64, the teacher's most likely tokens in the place of token i, `NO_TOKEN` where there are fewer; `None`
+            if no sample has any.
+        teacher_logprobs: `[tokens, k]` float32 of the same.
     """
 
     token_ids: torch.Tensor
@@ -228,6 +250,8 @@ class Microbatch:
     uids: tuple[str, ...] = ()
     parents: tuple[int, ...] | None = None
     importance: torch.Tensor | None = None
+    teacher_ids: torch.Tensor | None = None
+    teacher_logprobs: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zppo_mm.training.divergence import NO_TOKEN, TopTokens, jensen_shannon, top_jensen_shannon, top_tokens
+from zppo_mm.experience import NO_TOKEN
+from zppo_mm.training.divergence import TopTokens, jensen_shannon, top_jensen_shannon, top_tokens
 
 # Float32 against float64: sums over 101 entries of differences of log-probs of up to 30.
 TOLERANCE = 5e-6

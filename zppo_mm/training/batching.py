@@ -16,7 +16,7 @@ import torch
 from data.errors import DataError, ReasonedError
 from data.question import Question
 from encoders.processor import VisionInput
-from zppo_mm.experience import Batch, FloatArray, MediaSource, Microbatch, TrainingSample
+from zppo_mm.experience import NO_TOKEN, Batch, FloatArray, MediaSource, Microbatch, TrainingSample
 from zppo_mm.training.units import Indices, balance, fill_microbatches, make_units
 
 logger = logging.getLogger(__name__)
@@ -213,7 +213,28 @@ def pack(samples: Sequence[TrainingSample], *, media: MediaSource | None, device
         grids=torch.tensor(grids, dtype=torch.int64, device=device) if grids else None,
         uids=tuple(dict.fromkeys(s.uid for s in samples)),
         parents=tuple(segment.parent for segment in segments) if len(prompts) < len(segments) else None,
+        **_join_teacher_top(segments, padding, device),
     )
+
+
+def _join_teacher_top(segments: Sequence[_Segment], padding: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the fields of what the teacher said about the tokens; nothing if it said nothing about any sample."""
+    width = max((top.ids.shape[1] for segment in segments if (top := segment.sample.teacher_top) is not None), default=0)
+    if not width:
+        return {}
+    num_tokens = sum(segment.tokens.stop - segment.tokens.start for segment in segments) + padding
+    ids = np.full((num_tokens, width), NO_TOKEN, dtype=np.int64)
+    logprobs = np.full((num_tokens, width), -np.inf, dtype=np.float32)
+    place = 0
+    for segment in segments:
+        end = place + segment.tokens.stop - segment.tokens.start
+        top = segment.sample.teacher_top
+        if top is not None:
+            columns = slice(0, top.ids.shape[1])
+            ids[place:end, columns] = top.ids[segment.tokens]
+            logprobs[place:end, columns] = top.logprobs[segment.tokens]
+        place = end
+    return {"teacher_ids": torch.from_numpy(ids).to(device), "teacher_logprobs": torch.from_numpy(logprobs).to(device)}
 
 
 def _segments(samples: Sequence[TrainingSample]) -> list[_Segment]:

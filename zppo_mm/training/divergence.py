@@ -17,11 +17,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import softplus
 
+from zppo_mm.experience import NO_TOKEN
 from zppo_mm.training.logprobs import NO_WEIGHT, row_chunks
 
 DEFAULT_CHUNK_ROWS = 64
-NO_TOKEN = -1
-"""Fills a row of teacher tokens that has fewer than the others."""
 
 
 class Divergence(NamedTuple):
@@ -230,7 +229,7 @@ class _Partition(NamedTuple):
 def _partition(logits: torch.Tensor, group: dist.ProcessGroup | None, temperature: float, chunk_rows: int) -> _Partition:
     """Normalise rows over the whole vocabulary."""
     values, ids = logits.max(-1)
-    largest = values.float()
+    largest = values.to(torch.float32, copy=True)
     if group is not None:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
         ids = torch.where(values == largest, ids + _offset(logits, group), torch.iinfo(ids.dtype).max)

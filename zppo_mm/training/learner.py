@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -27,6 +28,7 @@ _PER_PASSED_TOKEN = {
     "kl": "policy/kl_old",
     "entropy": "policy/entropy",
     "importance": "policy/importance",
+    "agreement": "distill/agreement",
 }
 
 
@@ -67,14 +69,19 @@ class Learner:
             Per group uid, the index of the update that used each rollout.
         """
         started = time.perf_counter()
+        objective = self.policy.objective
         with metrics.phase("update"):
             samples = to_training_samples(groups, [advantages[group.uid] for group in groups])
+            if objective.needs_teacher_top:
+                metrics.add("distill/left_out", Sum(sum(sample.teacher_top is None for sample in samples)))
+                samples = [sample if sample.teacher_top is not None else _without_loss(sample) for sample in samples]
             plan = plan_batches(
                 samples,
                 num_minibatches=self._config.updates_per_step,
                 num_replicas=parallel.data_size(),
                 micro_batch_tokens=self._config.micro_batch_tokens,
                 random=generator(self._seed, "minibatches", step),
+                skip_zero_advantage=objective.needs_advantages,
                 share_prompts=self.policy.shares_prompts,
             )
             batches = build_batches(
@@ -84,7 +91,7 @@ class Learner:
                 media=self._media if parallel.is_first_stage() else None,
                 device=parallel.device(),
             )
-        if need_old_logprobs(samples, self._importance_cap):
+        if objective.needs_advantages and need_old_logprobs(samples, self._importance_cap):
             with metrics.phase("old_logprobs"):
                 batches = with_old_logprobs(self.policy, batches, self._temperature, self._importance_cap)
         with metrics.phase("update"):
@@ -97,6 +104,11 @@ class Learner:
         metrics.add("batch/shared_prompt_tokens", Sum(shared))
         metrics.add("batch/loss_tokens", Sum(sum(plan.num_loss_tokens)))
         return _by_group(groups, plan)
+
+
+def _without_loss(sample: TrainingSample) -> TrainingSample:
+    """Return a sample that takes no part in an update."""
+    return replace(sample, loss_mask=np.zeros_like(sample.loss_mask))
 
 
 def _num_shared_tokens(samples: Sequence[TrainingSample]) -> int:
@@ -120,8 +132,9 @@ def _measure(trained: TrainMetrics, metrics: StepMetrics) -> None:
         metrics.add("policy/loss", Mean(update.loss))
         metrics.add("policy/grad_norm", Mean(update.grad_norm))
         metrics.add("policy/grad_norm_max", Max(update.grad_norm))
-        for name, metric in _PER_LOSS_TOKEN.items():
-            metrics.add(metric, Mean(update.means[name]))
-        # An update of trivial groups alone passes nothing through the network and knows nothing of these.
-        for name, metric in _PER_PASSED_TOKEN.items():
-            metrics.add(metric, Mean(update.means[name] * update.num_passed_tokens, update.num_passed_tokens))
+        for name, mean in update.means.items():
+            if name in _PER_LOSS_TOKEN:
+                metrics.add(_PER_LOSS_TOKEN[name], Mean(mean))
+            else:
+                # An update of trivial groups alone passes nothing through the network and knows nothing of these.
+                metrics.add(_PER_PASSED_TOKEN[name], Mean(mean * update.num_passed_tokens, update.num_passed_tokens))

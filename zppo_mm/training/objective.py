@@ -35,6 +35,16 @@ class Objective(Protocol):
         """Names of the sums; the first two are `loss` and `num_tokens`."""
         ...
 
+    @property
+    def needs_advantages(self) -> bool:
+        """Whether it looks at advantages and old log-probs; tokens with an advantage of 0 then have neither loss nor gradient."""
+        ...
+
+    @property
+    def needs_teacher_top(self) -> bool:
+        """Whether samples must carry the teacher's log-probs."""
+        ...
+
     def __call__(self, logits: torch.Tensor, microbatch: Microbatch) -> ObjectiveTerms:
         """Return the terms from `[tokens, vocab / tp]` logits, or from the predicting rows alone."""
         ...
@@ -81,16 +91,12 @@ def with_loss_predicted_by(microbatch: Microbatch, tokens: slice) -> Microbatch:
     return replace(microbatch, loss_mask=loss_mask)
 
 
-def loss_token_statistics(
-    logits: torch.Tensor, microbatch: Microbatch, group: dist.ProcessGroup | None, temperature: float
-) -> tuple[torch.Tensor, TokenStatistics]:
-    """Return the places of the loss tokens, `[loss tokens]`, and their log-probs and entropies.
+def predicting_logits(logits: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the places of the loss tokens, `[loss tokens]`, and the logits that predict them, `[loss tokens, vocab / tp]`.
 
     Args:
         logits: `[tokens, vocab / tp]`, or `[loss tokens, vocab / tp]` of the predicting rows alone; of any tokens where none has loss.
         microbatch: The packed sequences they were computed from.
-        group: Ranks that share the vocabulary.
-        temperature: Of the log-probs.
     """
     places = microbatch.loss_mask.nonzero().squeeze(-1)
     if not len(places):
@@ -99,6 +105,21 @@ def loss_token_statistics(
     elif len(logits) == len(microbatch.token_ids):
         logits = logits.index_select(0, _predictors(microbatch, places))
     assert len(logits) == len(places), "logits of all tokens or of the predicting rows"
+    return places, logits
+
+
+def loss_token_statistics(
+    logits: torch.Tensor, microbatch: Microbatch, group: dist.ProcessGroup | None, temperature: float
+) -> tuple[torch.Tensor, TokenStatistics]:
+    """Return the places of the loss tokens, `[loss tokens]`, and their log-probs and entropies.
+
+    Args:
+        logits: As in `predicting_logits`.
+        microbatch: The packed sequences they were computed from.
+        group: Ranks that share the vocabulary.
+        temperature: Of the log-probs.
+    """
+    places, logits = predicting_logits(logits, microbatch)
     rows = torch.arange(len(places), device=places.device)
     return places, token_statistics(logits, rows, microbatch.token_ids[places], group, temperature)
 
@@ -107,6 +128,8 @@ class PolicyObjective:
     """The clipped surrogate on sampled responses."""
 
     names = ("loss", "num_tokens", "clip_fraction_low", "clip_fraction_high", "clip_fraction_dual", "ratio", "kl", "entropy", "importance")
+    needs_advantages = True
+    needs_teacher_top = False
 
     def __init__(self, config: AlgorithmConfig, temperature: float, group: dist.ProcessGroup | None = None) -> None:
         """Keep the clip ranges.
@@ -152,6 +175,8 @@ class SupervisedObjective:
     """Plain cross-entropy on the tokens that the mask names."""
 
     names = ("loss", "num_tokens", "entropy")
+    needs_advantages = False
+    needs_teacher_top = False
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         """Keep the ranks that share the vocabulary."""

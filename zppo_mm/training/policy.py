@@ -37,7 +37,7 @@ class UpdateMetrics:
         learning_rate: Of this update.
         num_loss_tokens: Of the mini-batch, the denominator of the loss.
         num_passed_tokens: Loss tokens that went through the network; those of trivial groups did not.
-        means: The objective's sums by name. Fractions and `loss` are per loss token; `ratio`, `kl`, `entropy` and `importance` per passed
+        means: The objective's sums by name. Fractions and `loss` are per loss token; `ratio`, `kl`, `entropy`, `importance` and `agreement` per passed
             token.
         skipped: Whether the weights were left alone because loss or gradient was not finite.
     """
@@ -89,6 +89,7 @@ class Policy:
 
     Attributes:
         model: This rank's stage.
+        objective: What is descended.
         shares_prompts: Whether micro-batches may pass a group's prompt once.
     """
 
@@ -107,7 +108,7 @@ class Policy:
         self.shares_prompts = _shares_prompts(model, train)
         freeze_parts(model, train.freeze)
         self.model = model
-        self._objective = objective
+        self.objective = objective
         self._denominator = 1
         self._config: Any = model.config
         _keep_replicated_gradients_equal(model)
@@ -140,7 +141,7 @@ class Policy:
             self.scheduler.step(increment=1)
         else:
             self._report_skip(results)
-        return _update_metrics(self._objective.names, sums, batch.num_loss_tokens, norm, learning_rate, not finite)
+        return _update_metrics(self.objective.names, sums, batch.num_loss_tokens, norm, learning_rate, not finite)
 
     def _run(self, microbatches: Sequence[Microbatch], reduce: Any, forward_only: bool) -> list[Any]:
         """Pass micro-batches through Megatron's pipeline schedule; returns what `reduce` gave per micro-batch on the last stage."""
@@ -169,7 +170,7 @@ class Policy:
         )
 
     def _loss(self, microbatch: Microbatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        terms = self._objective(logits, microbatch)
+        terms = self.objective(logits, microbatch)
         # The schedule only adds up this count; the denominator is the batch's.
         uncounted = torch.zeros((), dtype=torch.int, device=logits.device)
         return terms.loss_sum, uncounted, (ObjectiveTerms(terms.loss_sum.detach(), terms.sums), microbatch.uids)
@@ -186,7 +187,7 @@ class Policy:
 
     def _reduce(self, sums: list[torch.Tensor], norm: float) -> tuple[list[float], bool]:
         """Add up the sums of all micro-batches and replicas, for every rank; and agree on whether the gradient is finite."""
-        total = torch.zeros(1 + len(self._objective.names), dtype=torch.float64, device=parallel.device())
+        total = torch.zeros(1 + len(self.objective.names), dtype=torch.float64, device=parallel.device())
         if sums and parallel.is_replica_leader():
             total[1:] = torch.stack(sums).sum(0)
         total[0] = 0.0 if math.isfinite(norm) else 1.0
@@ -264,7 +265,7 @@ def _update_metrics(
 ) -> UpdateMetrics:
     named = dict(zip(names, sums, strict=True))
     passed = named.pop("num_tokens")
-    per_passed = {"ratio", "kl", "entropy", "importance"}
+    per_passed = {"ratio", "kl", "entropy", "importance", "agreement"}
     means = {name: value / max(passed if name in per_passed else num_loss_tokens, 1) for name, value in named.items()}
     return UpdateMetrics(
         loss=means.pop("loss"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from zppo_mm.experience import FloatArray, Group, IntArray, Prompt, Rollout, TrainingSample
+from zppo_mm.experience import NO_TOKEN, FloatArray, Group, IntArray, Prompt, Rollout, TopLogprobs, TrainingSample
 
 
 def to_training_samples(groups: Sequence[Group], advantages: Sequence[FloatArray]) -> list[TrainingSample]:
@@ -53,4 +53,13 @@ def _training_sample(group: Group, rollout: Rollout, advantage: float) -> Traini
         old_logprobs=np.concatenate([before, rollout.rollout_logprobs]),
         advantages=mask * np.float32(advantage),
         grids=group.prompt.grids,
+        teacher_top=_after_prompt(rollout.teacher_top, len(before)),
     )
+
+
+def _after_prompt(top: TopLogprobs | None, num_prompt_tokens: int) -> TopLogprobs | None:
+    """Return the teacher's tokens in the places of prompt and response; a prompt has none."""
+    if top is None:
+        return None
+    rows = ((num_prompt_tokens, 0), (0, 0))
+    return TopLogprobs(np.pad(top.ids, rows, constant_values=NO_TOKEN), np.pad(top.logprobs, rows, constant_values=-np.inf))

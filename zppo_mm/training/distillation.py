@@ -1,0 +1,70 @@
+"""Distillation: the student's distribution at every response token is pulled towards the frozen teacher's."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from zppo_mm.experience import Microbatch
+from zppo_mm.models.vision_language import VisionLanguageModel
+from zppo_mm.training.divergence import Divergence, TopTokens, jensen_shannon, top_jensen_shannon, top_tokens
+from zppo_mm.training.objective import ObjectiveTerms, predicting_logits, predicting_rows
+
+
+class DistillationObjective:
+    """The Jensen-Shannon divergence to the teacher, whoever wrote the responses."""
+
+    names = ("loss", "num_tokens", "entropy", "agreement")
+    needs_advantages = False
+
+    def __init__(self, teacher: VisionLanguageModel | None, top_k: int, temperature: float, group: dist.ProcessGroup | None = None) -> None:
+        """Keep the teacher.
+
+        Args:
+            teacher: Frozen, in one pipeline stage, on the student's tensor ranks and with its vocabulary; passed each micro-batch whole,
+                on every context rank. `None` if the samples carry its log-probs.
+            top_k: Its most likely tokens that are told apart; 0 means all. Samples that carry log-probs have theirs.
+            temperature: Of both distributions.
+            group: Ranks that share the vocabulary.
+        """
+        self._teacher = teacher
+        self._top_k = top_k
+        self._temperature = temperature
+        self._group = group
+
+    @property
+    def needs_teacher_top(self) -> bool:
+        """Whether samples must carry the teacher's log-probs."""
+        return self._teacher is None
+
+    def __call__(self, logits: torch.Tensor, microbatch: Microbatch) -> ObjectiveTerms:
+        """Return the divergence and how often both would say the same."""
+        places, student = predicting_logits(logits, microbatch)
+        found = self._divergence(student, places, microbatch)
+        loss = found.jsd.sum()
+        count = torch.tensor(float(len(places)), device=loss.device)
+        values = (loss, count, found.entropies.sum(), found.agreements.sum())
+        return ObjectiveTerms(loss, torch.stack([value.detach().double() for value in values]))
+
+    def _divergence(self, student: torch.Tensor, places: torch.Tensor, microbatch: Microbatch) -> Divergence:
+        if not len(places):
+            return jensen_shannon(student, student, None)
+        if self._teacher is None:
+            assert microbatch.teacher_ids is not None, "samples with loss carry the teacher's log-probs"
+            assert microbatch.teacher_logprobs is not None, "ids and log-probs come together"
+            carried = TopTokens(microbatch.teacher_ids[places], microbatch.teacher_logprobs[places])
+            return top_jensen_shannon(student, carried, self._group, self._temperature)
+        teacher = teacher_logits(self._teacher, microbatch)
+        if not self._top_k:
+            return jensen_shannon(student, teacher, self._group, self._temperature)
+        top = top_tokens(teacher, self._top_k, self._group, self._temperature)
+        return top_jensen_shannon(student, top, self._group, self._temperature)
+
+
+@torch.no_grad()
+def teacher_logits(teacher: VisionLanguageModel, microbatch: Microbatch) -> torch.Tensor:
+    """Return the teacher's logits that predict the loss tokens, `[loss tokens, vocab / tp]`."""
+    media = (microbatch.patches, microbatch.grids)
+    wanted = {"rows": predicting_rows(microbatch), "parents": microbatch.parents}
+    logits: torch.Tensor = teacher(microbatch.token_ids, microbatch.positions, microbatch.cu_seqlens, *media, **wanted)
+    return logits
