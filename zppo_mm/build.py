@@ -19,6 +19,7 @@ from zppo_mm.embedded.questions import embedded_sources
 from zppo_mm.evaluate import HeldOut, held_out_questions
 from zppo_mm.models import parallel
 from zppo_mm.models.lora import add_lora
+from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.observability.metrics import StepMetrics, Sum
 from zppo_mm.rewards.judge import LlmJudge
 from zppo_mm.rewards.verify import Verifier
@@ -29,8 +30,9 @@ from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.step import Stages
 from zppo_mm.teacher.connect import open_pool
 from zppo_mm.teacher.endpoint_pool import EndpointPool
+from zppo_mm.training.distillation import DistillationObjective, check_networks
 from zppo_mm.training.learner import Learner
-from zppo_mm.training.objective import PolicyObjective
+from zppo_mm.training.objective import Objective, PolicyObjective
 from zppo_mm.training.policy import Policy
 from zppo_mm.training.trainable import log_part_sizes
 from zppo_mm.zone.prompts import PromptTemplates, load_templates
@@ -142,10 +144,9 @@ def build_run(config: RunConfig) -> Run:
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     student = load_model(config.model, config.parallel, student_folder(config), trainable=True)
     add_lora(student, config.lora, config.seed)
-    objective = PolicyObjective(config.algorithm, config.rollout.temperature, parallel.tensor_group())
-    policy = Policy(student, config.train, config.parallel, objective)
-    log_part_sizes(student)
     teachers = build_teachers(shared, pool, templates, encoder)
+    policy = Policy(student, config.train, config.parallel, _build_objective(config, student, teachers.network))
+    log_part_sizes(student)
     compressor, hints = build_rewriters(config, encoder, teachers.rewrites)
     sampler = shared.sampler(student, encoder)
     stream = build_stream(config, SampleHealth(config.data.max_bad_share, config.data.strict))
@@ -186,6 +187,16 @@ def build_run(config: RunConfig) -> Run:
     held_out, answered = _held_out(config, verifier), _evaluation_sampling(config, encoder)
     pools = tuple({id(each): each for each in (pool, judges, *teachers.pools) if each is not None}.values())
     return Run(stages, stream, held_out, answered, media, verifier, shared.encoders, teachers, pools, judge)
+
+
+def _build_objective(config: RunConfig, student: VisionLanguageModel, teacher: VisionLanguageModel | None) -> Objective:
+    """Return what is descended; a teacher without a network here has told its log-probs with its answers."""
+    temperature, group = config.rollout.temperature, parallel.tensor_group()
+    if config.distill.source == "none":
+        return PolicyObjective(config.algorithm, temperature, group)
+    if teacher is not None:
+        check_networks(student, teacher, config.train.share_prompts)
+    return DistillationObjective(teacher, config.distill.top_k, temperature, group)
 
 
 def build_stream(config: RunConfig, health: SampleHealth) -> QuestionStream:

@@ -8,6 +8,7 @@ from pathlib import Path
 from zppo_mm.build_shared import Shared, load_model
 from zppo_mm.config import RunConfig, TeacherConfig
 from zppo_mm.embedded import TEACHER_DIR
+from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.rewards.judge import LlmJudge, load_judge_template
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.exchange import ParallelExchange
@@ -21,6 +22,7 @@ from zppo_mm.teacher.media_parts import MessageWriter
 from zppo_mm.teacher.megatron_teacher import MegatronTeacher
 from zppo_mm.teacher.served_judge import greedy_replies
 from zppo_mm.teacher.served_teacher import ServedTeacher
+from zppo_mm.teacher.served_tokens import TokenReader
 from zppo_mm.teacher.teacher import Compressor, HintWriter, Teacher
 from zppo_mm.zone.prompts import PromptTemplates
 
@@ -33,11 +35,13 @@ class Teachers:
         answers: Answers questions; `None` if no method in use shows its answers.
         rewrites: Rewrites for the compressor and the writer of hints; `None` if the rule does.
         pools: Servers of further teachers.
+        network: To distil from; `None` if nothing is, or if the teacher tells its log-probs with its answers.
     """
 
     answers: Teacher | None
     rewrites: Teacher | None
     pools: tuple[EndpointPool, ...] = ()
+    network: VisionLanguageModel | None = None
 
     @property
     def num_passed_on(self) -> int:
@@ -58,7 +62,8 @@ def build_teachers(shared: Shared, pool: EndpointPool | None, templates: PromptT
     zone = config.zone
     answers = zone.bcq or zone.hint or zone.prefix or zone.inject or config.distill.source == "teacher"
     rewrites = config.teacher.compressor == "teacher" and (zone.bcq or zone.ncq or zone.hint)
-    if not (answers or rewrites):
+    distils = config.distill.source != "none"
+    if not (answers or rewrites or distils):
         return Teachers(None, None)
     first = _build_teacher(shared, config.teacher, pool, templates, student)
     others: list[Teacher] = []
@@ -68,7 +73,8 @@ def build_teachers(shared: Shared, pool: EndpointPool | None, templates: PromptT
         pools += [own] if own is not None else []
         others.append(_build_teacher(shared, other, own, templates, student))
     chain = TeacherChain([first, *others]) if others else first
-    return Teachers(chain if answers else None, first if rewrites else None, tuple(pools))
+    network = first.model if distils and isinstance(first, MegatronTeacher) else None
+    return Teachers(chain if answers else None, first if rewrites else None, tuple(pools), network)
 
 
 def _build_teacher(
@@ -85,9 +91,12 @@ def _build_teacher(
             plain_text=templates.plain_text,
             tokenize=lambda text: student.chat.tokenize([text]),
             seed=config.seed,
+            tokens=_token_reader(config, student),
         )
     folder = Path(own.model) if own.model else TEACHER_DIR
     encoder = shared.encoder(folder)
+    if config.distill.source != "none":
+        student.check_same_inputs(encoder, "distill.source")
     sampling = SamplingParams(temperature=own.temperature, max_new_tokens=own.max_response_tokens, stop_token_ids=encoder.stop_token_ids)
     options = replace(
         config.model,
@@ -97,7 +106,13 @@ def _build_teacher(
         recompute="none",
     )
     model = load_model(options, config.parallel, folder, trainable=False)
-    return MegatronTeacher(shared.sampler(model, encoder), sampling, own.num_rollouts, templates.plain_text)
+    return MegatronTeacher(model, shared.sampler(model, encoder), sampling, own.num_rollouts, templates.plain_text)
+
+
+def _token_reader(config: RunConfig, student: PromptEncoder) -> TokenReader | None:
+    if config.distill.source == "none":
+        return None
+    return TokenReader(student.chat.token_bytes(), student.stop_token_ids, config.distill.top_k)
 
 
 def judge_pool(config: RunConfig, teachers: EndpointPool | None, exchange: ParallelExchange) -> EndpointPool | None:

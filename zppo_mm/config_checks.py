@@ -259,10 +259,43 @@ def _check_methods(config: RunConfig) -> None:
             f"zone.max_sampling_rounds={zone.max_sampling_rounds} and algorithm.importance_cap={config.algorithm.importance_cap:g}, "
             "expected 1 and 0; remove those keys"
         )
+    _check_distillation(config)
     if config.fallback_teachers:
         raise ConfigError(
             f"fallback_teachers: distillation has one teacher, got {len(config.fallback_teachers)} more with "
             f"distill.source={config.distill.source!r}, expected none; remove them"
+        )
+
+
+def _check_distillation(config: RunConfig) -> None:
+    """Check that the teacher can say what is asked of it."""
+    teacher, distill = config.teacher, config.distill
+    if teacher.num_ranks:
+        raise ConfigError(
+            f"teacher.num_ranks: distillation needs the teacher on the student's ranks, got {teacher.num_ranks}, expected 0 with "
+            f"distill.source={distill.source!r}; set it to 0, or serve the teacher for distill.source=teacher"
+        )
+    if not teacher.endpoints:
+        if config.parallel.pipeline_model_parallel_size > 1:
+            raise ConfigError(
+                "parallel.pipeline_model_parallel_size: distillation passes the teacher on the stage of the loss, got "
+                f"{config.parallel.pipeline_model_parallel_size}, expected 1; use tensor or context parallelism, or serve the teacher"
+            )
+        return
+    if distill.source == "student":
+        raise ConfigError(
+            "distill.source: a server of chat completions says nothing about another's text, got 'student' with teacher.endpoints, "
+            "expected 'teacher' with those; remove the endpoints and have the teacher in this process (teacher.model names its folder)"
+        )
+    if not distill.top_k:
+        raise ConfigError(
+            "distill.top_k: a server does not send whole distributions, got 0 with teacher.endpoints, expected the number of log-probs per "
+            "token to ask for (OpenAI and vLLM give at most 20 unless told otherwise); set it"
+        )
+    if config.rollout.temperature != 1.0:
+        raise ConfigError(
+            f"rollout.temperature: a server's log-probs are those of temperature 1, got {config.rollout.temperature:g} with "
+            "teacher.endpoints and distillation, expected 1; set it, or have the teacher in this process"
         )
 
 

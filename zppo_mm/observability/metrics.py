@@ -132,6 +132,7 @@ METRICS: Mapping[str, str] = {
     "teacher/retries": "Further attempts at requests that failed.",
     "teacher/faults/*": "Failed attempts by kind: connection, timeout, cut_off, bad_reply, empty_choice, http_<status>.",
     "teacher/prompt_tokens": "Prompt tokens as the servers counted them.",
+    "teacher/lumped_tokens": "Most likely tokens told by servers that are not in the student's vocabulary; they count among all others.",
     "teacher/completion_tokens": "Answer tokens as the servers counted them.",
     "teacher/solved": "Share of hard questions with a correct teacher rollout.",
     "teacher/compression_rejects": "Rewrites of candidates refused because they changed the final answer.",

@@ -118,6 +118,36 @@ class ChatFormat:
         text: str = self._tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
+    def token_bytes(self) -> dict[bytes, int]:
+        """Return the ids of all tokens by the bytes that they stand for; of equals an added token, which tokenising finds first.
+
+        Raises:
+            ConfigError: The tokenizer is not of the byte-level kind.
+        """
+        added = {int(token_id): str(token.content) for token_id, token in self._tokenizer.added_tokens_decoder.items()}
+        plain = {token: token_id for token, token_id in self._tokenizer.get_vocab().items() if token_id not in added}
+        alphabet = _byte_alphabet()
+        foreign = next((token for token in plain if not alphabet.keys() >= set(token)), None)
+        if foreign is not None:
+            raise ConfigError(
+                f"{self._folder}: a server's tokens cannot be found in this tokenizer, got the entry {foreign!r}, expected a byte-level "
+                "vocabulary; distil from a teacher in this process"
+            )
+        spelled = {bytes(alphabet[character] for character in token): token_id for token, token_id in plain.items()}
+        return spelled | {text.encode(): token_id for token_id, text in added.items()}
+
+    def difference_from(self, other: ChatFormat) -> str:
+        """Return the first difference in what token ids mean, in words; empty if there is none."""
+        mine, theirs = ({token_id: token for token, token_id in chat._tokenizer.get_vocab().items()} for chat in (self, other))
+        for token_id in sorted(mine.keys() | theirs.keys()):
+            if mine.get(token_id) != theirs.get(token_id):
+                return f"token {token_id} is {mine.get(token_id)!r} and {theirs.get(token_id)!r}"
+        for name in ("special_tokens", "image_token_id", "video_token_id", "video_layout"):
+            one, another = getattr(self, name), getattr(other, name)
+            if one != another:
+                return f"{name} are {one} and {another}"
+        return ""
+
     @property
     def special_tokens(self) -> tuple[str, ...]:
         """Texts of the special tokens."""
@@ -190,6 +220,13 @@ class ChatFormat:
                 f"{self._folder}: no stop token, got none, expected eos_token_id in generation_config.json or the tokenizer; add it"
             )
         return tuple(int(token) for token in stop) if isinstance(stop, list) else (int(stop),)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return the byte that each character of a byte-level vocabulary stands for: printable ones for themselves, then those from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def _any_of(literals: Sequence[str] | Mapping[str, int]) -> re.Pattern[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from data.question import MediaRef, Question
 from encoders.config import read_processor_config
 from encoders.positions import mrope_positions
 from encoders.processor import VisionInput, process_image, process_video
+from zppo_mm.errors import ConfigError
 from zppo_mm.experience import IntArray, Prompt, Rollout
 from zppo_mm.rollout.chat import ChatFormat, Piece
 
@@ -109,6 +111,27 @@ class PromptEncoder:
         while self._cached_bytes > self._max_cached_bytes and len(self._cache) > 1:
             self._cached_bytes -= _num_bytes(self._cache.popitem(last=False)[1])
         return inputs
+
+    def check_same_inputs(self, other: PromptEncoder, where: str) -> None:
+        """Check that another model reads this one's tokens and patches as this one does.
+
+        Args:
+            other: Of the other model.
+            where: Configuration key that asks for it.
+
+        Raises:
+            ConfigError: Names the first difference.
+        """
+        difference = self.chat.difference_from(other.chat)
+        if not difference and self._processor is not None:
+            names = [field.name for field in fields(self._processor)]
+            pairs = ((name, getattr(self._processor, name), getattr(other._processor, name, None)) for name in names)
+            difference = next((f"{name} of the processors is {one} and {another}" for name, one, another in pairs if one != another), "")
+        if difference:
+            raise ConfigError(
+                f"{where}: teacher and student do not read the same input, got a student and a teacher whose {difference}, expected equal "
+                "tokenizers and processors; use a teacher of the student's family, or a method that shows the teacher's text"
+            )
 
     def forget_media(self) -> None:
         """Drop the kept media; they are opened again when they are asked for."""

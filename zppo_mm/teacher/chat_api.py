@@ -23,6 +23,7 @@ class Ask:
         temperature: 0 is greedy.
         max_tokens: Longest answer.
         seed: Names the server's random stream; answer i asked on its own has `seed + i`.
+        top_logprobs: Most likely tokens that are to come with every token of the answers; 0 asks for no log-probs.
     """
 
     content: Callable[[], Content]
@@ -30,6 +31,7 @@ class Ask:
     temperature: float
     max_tokens: int
     seed: int
+    top_logprobs: int = 0
 
     def body(self, model: str, num_choices: int, first: int) -> bytes:
         """Return the JSON request for `num_choices` answers from answer `first` on."""
@@ -44,7 +46,24 @@ class Ask:
         }
         if num_choices > 1:
             request["n"] = num_choices
+        if self.top_logprobs:
+            request |= {"logprobs": True, "top_logprobs": self.top_logprobs}
         return json.dumps(request, ensure_ascii=False).encode("utf-8", errors="backslashreplace")
+
+
+@dataclass(frozen=True, slots=True)
+class ServedToken:
+    """One token of an answer.
+
+    Attributes:
+        spelling: Its bytes.
+        logprob: Of this token.
+        top: Spelling and log-prob of the most likely tokens in its place.
+    """
+
+    spelling: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +74,13 @@ class Choice:
         text: All that the model wrote: a reasoning that the server tells apart comes first, inside `<think>` tags.
         finish_reason: `length` if it met the limit.
         content: The text without a reasoning that the server tells apart.
+        tokens: What the model wrote, token by token, reasoning and markup included; empty if the server tells no log-probs.
     """
 
     text: str
     finish_reason: FinishReason
     content: str
+    tokens: tuple[ServedToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,4 +148,16 @@ def _choice(choice: Mapping[str, Any]) -> Choice:
     if not (isinstance(content, str) and isinstance(reasoning, str)):
         raise TypeError(f"content is no text, got {type(content).__name__}")
     text = f"<think>\n{reasoning.strip()}\n</think>\n\n{content}" if reasoning else content
-    return Choice(text, "length" if choice.get("finish_reason") == "length" else "stop", content)
+    tokens = tuple(_token(item) for item in (choice.get("logprobs") or {}).get("content") or ())
+    return Choice(text, "length" if choice.get("finish_reason") == "length" else "stop", content, tokens)
+
+
+def _token(item: Mapping[str, Any]) -> ServedToken:
+    top = tuple((_spelling(each), float(each["logprob"])) for each in item.get("top_logprobs") or ())
+    return ServedToken(_spelling(item), float(item["logprob"]), top)
+
+
+def _spelling(item: Mapping[str, Any]) -> bytes:
+    """Return a token's bytes; part of a character has no text, so servers tell them apart."""
+    listed = item.get("bytes")
+    return bytes(listed) if listed is not None else str(item["token"]).encode("utf-8", errors="backslashreplace")

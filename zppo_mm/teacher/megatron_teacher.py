@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from data.question import Question
 from zppo_mm.experience import PromptInstance, Rollout
+from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.sampler import GroupSampler
 
@@ -30,10 +31,15 @@ class ReadyAnswers:
 
 
 class MegatronTeacher:
-    """Answers hard questions with its own weights, tokenizer and processor. Implements `Teacher`."""
+    """Answers hard questions with its own weights, tokenizer and processor. Implements `Teacher`.
+
+    Attributes:
+        model: Its network, frozen.
+    """
 
     def __init__(
         self,
+        model: VisionLanguageModel,
         sampler: GroupSampler,
         sampling: SamplingParams,
         num_rollouts: int,
@@ -42,11 +48,13 @@ class MegatronTeacher:
         """Wrap a sampler whose engine holds the teacher's weights.
 
         Args:
+            model: The teacher's network.
             sampler: Samples and verifies with the teacher's engine and prompt encoder.
             sampling: Temperature, limits and stop tokens of the teacher.
             num_rollouts: Rollouts per question (G_T).
             plain_text: Renders the original question with the closing format instruction.
         """
+        self.model = model
         self._sampler = sampler
         self._sampling = sampling
         self._num_rollouts = num_rollouts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from zppo_mm.rollout.sampler import Grader
 from zppo_mm.teacher.chat_api import Ask, Choice, Content
 from zppo_mm.teacher.endpoint_pool import EndpointPool, Outcome, Patience
 from zppo_mm.teacher.media_parts import MessageWriter, inert_text
+from zppo_mm.teacher.served_tokens import TokenReader
 from zppo_mm.teacher.teacher import TeacherLostError
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class ServedTeacher:
         plain_text: Renders the original question with the closing format instruction.
         tokenize: The student's tokenizer: the lengths of answers are counted in its tokens.
         seed: The run's seed.
+        tokens: Reads the log-probs of answers; `None` if none are wanted.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class ServedTeacher:
         plain_text: Callable[[Question], str],
         tokenize: Callable[[str], Sequence[int]],
         seed: int,
+        tokens: TokenReader | None = None,
     ) -> None:
         self._pool = pool
         self._config = config
@@ -103,13 +106,15 @@ class ServedTeacher:
         self._plain_text = plain_text
         self._tokenize = tokenize
         self._seed = seed
+        self._tokens = tokens
 
     def ask(self, questions: Sequence[Question], step: int) -> PendingAnswers:
         """Hand over this replica's share of the questions and return at once."""
 
         def request(question: Question) -> Ask:
             text = self._plain_text(question)
-            return self._request(lambda: self._writer.content(text, question), self._config.num_rollouts, "teacher", step, question.id)
+            ask = self._request(lambda: self._writer.content(text, question), self._config.num_rollouts, "teacher", step, question.id)
+            return ask if self._tokens is None else replace(ask, top_logprobs=self._tokens.num_top)
 
         return PendingAnswers(self, questions, step, self._submit([request(questions[place]) for place in self._share(len(questions))]))
 
@@ -161,11 +166,23 @@ class ServedTeacher:
         for _, choices in answers:
             graded = [(choice, next(verdicts)) for choice in choices]
             rollouts.append(tuple(self._rollout(c, v.parsed, v.reward, step) for c, v in graded if v.reward is not None))
+        if self._tokens is not None:
+            self._pool.counts["lumped_tokens"] = self._tokens.num_lumped
         return rollouts
 
     def _rollout(self, choice: Choice, parsed: str | None, reward: float, step: int) -> Rollout:
-        ids = np.array(self._tokenize(choice.text), dtype=np.int64)
-        return Rollout(ids, np.full(len(ids), np.nan, np.float32), choice.finish_reason, choice.text, parsed, float(reward), step)
+        read = self._tokens.read(choice) if self._tokens is not None else None
+        ids, top = read if read is not None else (np.array(self._tokenize(choice.text), dtype=np.int64), None)
+        return Rollout(
+            response_ids=ids,
+            rollout_logprobs=np.full(len(ids), np.nan, np.float32),
+            finish_reason=choice.finish_reason,
+            text=choice.text,
+            parsed=parsed,
+            reward=float(reward),
+            policy_version=step,
+            teacher_top=top,
+        )
 
     def _share(self, count: int) -> range:
         """Return the places that this rank asks for: those of its replica, if it speaks for it."""

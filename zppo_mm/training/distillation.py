@@ -5,10 +5,35 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from zppo_mm.errors import ConfigError
 from zppo_mm.experience import Microbatch
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.training.divergence import Divergence, TopTokens, jensen_shannon, top_jensen_shannon, top_tokens
 from zppo_mm.training.objective import ObjectiveTerms, predicting_logits, predicting_rows
+
+
+def check_networks(student: VisionLanguageModel, teacher: VisionLanguageModel, share_prompts: str) -> None:
+    """Check that the teacher can be passed the student's micro-batches and that their logits can be compared.
+
+    Args:
+        student: What is trained.
+        teacher: Frozen, on the same ranks.
+        share_prompts: As `train.share_prompts`.
+
+    Raises:
+        ConfigError: The vocabularies differ in size, or the student shares prompts and the teacher cannot.
+    """
+    sizes = [network.architecture.vocab_size for network in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"distill.source: teacher and student have different vocabularies, got {sizes[0]} tokens of the student and {sizes[1]} of the "
+            "teacher, expected as many; use a teacher of the student's family, or a method that shows the teacher's text"
+        )
+    if student.shares_prompts and not teacher.shares_prompts and share_prompts != "never":
+        raise ConfigError(
+            f"train.share_prompts: the teacher's layers cannot share prompts, got {share_prompts!r} with distillation, expected 'never' "
+            "with this teacher; set it, or teacher.transformer_impl=local"
+        )
 
 
 class DistillationObjective:

@@ -37,8 +37,8 @@ class UpdateMetrics:
         learning_rate: Of this update.
         num_loss_tokens: Of the mini-batch, the denominator of the loss.
         num_passed_tokens: Loss tokens that went through the network; those of trivial groups did not.
-        means: The objective's sums by name. Fractions and `loss` are per loss token; `ratio`, `kl`, `entropy`, `importance` and `agreement` per passed
-            token.
+        means: The objective's sums by name. Fractions and `loss` are per loss token; `ratio`, `kl`, `entropy`, `importance` and `agreement`
+            per passed token.
         skipped: Whether the weights were left alone because loss or gradient was not finite.
     """
 

@@ -106,6 +106,9 @@ class Selection:
 
     def _as_student(self, rollout: Rollout) -> Rollout:
         """Return a teacher rollout in the student's tokens; what the student would have sampled them with is not known yet."""
+        if rollout.teacher_top is not None:
+            # Its log-probs belong to these very tokens, which are the student's already.
+            return replace(rollout, author="teacher")
         ids = np.asarray(self._student_ids(rollout), dtype=np.int64)
         unknown: FloatArray = np.full(len(ids), np.nan, dtype=np.float32)
         return replace(rollout, response_ids=ids, rollout_logprobs=unknown, author="teacher")

@@ -1,0 +1,93 @@
+"""A server's tokens and their log-probs in the student's vocabulary."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from zppo_mm.experience import NO_TOKEN, IntArray, TopLogprobs
+from zppo_mm.teacher.chat_api import Choice, ServedToken
+
+logger = logging.getLogger(__name__)
+
+# Servers that make text of part of a character write this in its place; it may stand for many tokens.
+UNREADABLE = "\ufffd".encode()
+# A reasoning that the server tells apart loses its tags and the spaces around it.
+_MARKUP = re.compile(r"</?think>|\s+")
+
+
+class TokenReader:
+    """Finds a server's tokens in the student's vocabulary by their bytes.
+
+    Args:
+        ids: The student's ids by bytes.
+        stop_token_ids: The student's.
+        num_top: Most likely tokens to ask the server for.
+
+    Attributes:
+        num_lumped: Most likely tokens so far that the student's vocabulary does not have, or that the server did not spell out; they count
+            among all other tokens.
+    """
+
+    def __init__(self, ids: Mapping[bytes, int], stop_token_ids: Sequence[int], num_top: int) -> None:
+        self.num_top = num_top
+        self.num_lumped = 0
+        self._ids = ids
+        self._stop_token_ids = stop_token_ids
+        self._has_warned = False
+
+    def read(self, choice: Choice) -> tuple[IntArray, TopLogprobs] | None:
+        """Return the ids of an answer, `[response]`, and the teacher's log-probs, `[response, k]`.
+
+        The token that was written is among the k, whether or not the server lists it with the most likely ones.
+
+        Returns:
+            `None` if the server told no log-probs, wrote a token that the student does not have, or its tokens do not spell its text.
+        """
+        # Some servers write the token that ends an answer without its name.
+        tokens = choice.tokens[:-1] if choice.tokens and not choice.tokens[-1].spelling else choice.tokens
+        problem = self._problem(tokens, choice.text)
+        if problem:
+            if not self._has_warned:
+                logger.warning("teacher: an answer without usable log-probs is not distilled from: %s", problem)
+            self._has_warned = True
+            return None
+        ids = [self._ids[token.spelling] for token in tokens]
+        return np.array(ids, dtype=np.int64), self._top(tokens, ids)
+
+    def _problem(self, tokens: Sequence[ServedToken], answer: str) -> str:
+        """Return why the tokens cannot be used; empty if they can."""
+        if not tokens:
+            return "the server sends no log-probs"
+        unknown = next((token.spelling for token in tokens if self._id(token.spelling) is None), None)
+        if unknown is not None:
+            return f"its token {unknown!r} is not in the student's vocabulary"
+        written = tokens[:-1] if self._id(tokens[-1].spelling) in self._stop_token_ids else tokens
+        text = b"".join(token.spelling for token in written).decode("utf-8", errors="replace")
+        return "" if _MARKUP.sub("", text) == _MARKUP.sub("", answer) else "its tokens spell another text than its answer"
+
+    def _top(self, tokens: Sequence[ServedToken], ids: Sequence[int]) -> TopLogprobs:
+        rows = [self._row(token, token_id) for token, token_id in zip(tokens, ids, strict=True)]
+        shape = (len(rows), max(len(row) for row in rows))
+        top = TopLogprobs(np.full(shape, NO_TOKEN, dtype=np.int64), np.full(shape, -np.inf, dtype=np.float32))
+        for place, row in enumerate(rows):
+            top.ids[place, : len(row)] = list(row.keys())
+            top.logprobs[place, : len(row)] = list(row.values())
+        return top
+
+    def _row(self, token: ServedToken, token_id: int) -> dict[int, float]:
+        """Return the log-probs by id in the place of one token."""
+        row = {token_id: token.logprob}
+        for spelling, logprob in token.top:
+            other = self._id(spelling)
+            if other is None:
+                self.num_lumped += 1
+            else:
+                row.setdefault(other, logprob)
+        return row
+
+    def _id(self, spelling: bytes) -> int | None:
+        return None if UNREADABLE in spelling else self._ids.get(spelling)
