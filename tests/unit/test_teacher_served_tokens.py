@@ -1,0 +1,135 @@
+"""A server's tokens and log-probs in the student's vocabulary."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from zppo_mm.embedded import STUDENT_DIR
+from zppo_mm.experience import NO_TOKEN
+from zppo_mm.rollout.chat import ChatFormat
+from zppo_mm.teacher.chat_api import Ask, Choice, Fault, ServedToken, parse_reply
+from zppo_mm.teacher.served_tokens import TokenReader
+
+
+@pytest.fixture(scope="module")
+def chat() -> ChatFormat:
+    return ChatFormat(STUDENT_DIR)
+
+
+IDS = {b"<think>": 1, b"\n": 2, b"4": 3, b" is": 4, b"</think>": 5, b"<end>": 6, b"\xc3": 7, b"\xa9": 8, "\ufffd".encode(): 9}
+
+
+def token(spelling: bytes, probability: float = 0.5, **top: float) -> ServedToken:
+    return ServedToken(spelling, math.log(probability), tuple((text.encode(), math.log(p)) for text, p in top.items()))
+
+
+def choice(text: str, *tokens: ServedToken) -> Choice:
+    return Choice(text, "stop", text, tokens)
+
+
+def reader() -> TokenReader:
+    return TokenReader(IDS, [6], num_top=2)
+
+
+def test_bytes_of_tokens_spell_any_text(chat: ChatFormat) -> None:
+    ids_of = chat.token_bytes()
+    spelled = {token_id: spelling for spelling, token_id in ids_of.items()}
+    text = "What is 3 + 4? é ≤ 🙂\n\n<think> \\boxed{7}"
+    ids = chat.tokenize([text])
+    assert b"".join(spelled[token_id] for token_id in ids) == text.encode()
+    assert set(chat.stop_token_ids) <= set(spelled)
+    assert len(spelled) == len(ids_of)
+    # Every single byte is a token, so that part of a character can be one.
+    assert {bytes([byte]) for byte in range(256)} <= set(ids_of)
+
+
+def test_ids_and_log_probs_by_position() -> None:
+    answer = choice("4", token(b"4", 0.5, **{"4": 0.5, " is": 0.25}), token(b"<end>", 0.125, **{" is": 0.75, "4": 0.0625}))
+    found = reader().read(answer)
+    assert found is not None
+    ids, top = found
+    assert ids.tolist() == [3, 6]
+    # The written token is listed anyway in the first place, and not in the second.
+    assert top.ids.tolist() == [[3, 4, NO_TOKEN], [6, 4, 3]]
+    np.testing.assert_allclose(np.exp(top.logprobs), [[0.5, 0.25, 0.0], [0.125, 0.75, 0.0625]], rtol=1e-6)
+
+
+def test_a_character_may_be_divided_and_reasoning_told_apart() -> None:
+    written = [token(part) for part in (b"<think>", b"\n", b"4", b"\n", b"</think>", b"\n", b"\n", b"\xc3", b"\xa9", b"<end>")]
+    ids, _ = reader().read(choice("<think>\n4\n</think>\n\né", *written)) or (None, None)
+    assert ids is not None
+    assert ids.tolist() == [1, 2, 3, 2, 5, 2, 2, 7, 8, 6]
+    # The prompt may have opened the reasoning already.
+    assert reader().read(choice("<think>\n4\n</think>\n\né", *written[2:])) is not None
+
+
+def test_an_unnamed_end_is_left_out() -> None:
+    ids, _ = reader().read(choice("4", token(b"4"), token(b""))) or (None, None)
+    assert ids is not None
+    assert ids.tolist() == [3]
+
+
+def test_likely_tokens_that_are_not_known_are_lumped_and_counted() -> None:
+    read = reader()
+    found = read.read(choice("4", token(b"4", 0.5, cat=0.2, **{"\ufffd": 0.1, " is": 0.05})))
+    assert found is not None
+    assert found[1].ids.tolist() == [[3, 4]]
+    assert read.num_lumped == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (choice("4"), "sends no log-probs"),
+        (choice("cat", token(b"cat")), "b'cat' is not in the student's vocabulary"),
+        (choice("\ufffd", token("\ufffd".encode())), "is not in the student's vocabulary"),
+        (choice("4 is", token(b"4")), "spell another text"),
+        (choice("4", token(b""), token(b"4")), "b'' is not in the student's vocabulary"),
+    ],
+)
+def test_what_cannot_be_used_is_left_out_and_said_once(answer: Choice, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    read = reader()
+    with caplog.at_level(logging.WARNING):
+        assert read.read(answer) is None
+        assert read.read(answer) is None
+    assert len(caplog.records) == 1
+    assert reason in caplog.text
+
+
+def reply(content: Any) -> bytes:
+    return json.dumps({"choices": [{"index": 0, "message": {"content": "é4"}, "logprobs": content, "finish_reason": "stop"}]}).encode()
+
+
+def test_log_probs_of_a_reply() -> None:
+    listed = [
+        {"token": "\\xc3", "bytes": [195], "logprob": -0.5, "top_logprobs": [{"token": "4", "bytes": None, "logprob": -1.5}]},
+        {"token": "\\xa9", "bytes": [169], "logprob": -0.25},
+        {"token": "4", "bytes": None, "logprob": 0, "top_logprobs": []},
+    ]
+    (read,) = parse_reply(reply({"content": listed}), 1).choices
+    assert read.tokens == (
+        ServedToken(b"\xc3", -0.5, ((b"4", -1.5),)),
+        ServedToken(b"\xa9", -0.25, ()),
+        ServedToken(b"4", 0.0, ()),
+    )
+    for nothing in (None, {}, {"content": None}, {"content": []}):
+        assert parse_reply(reply(nothing), 1).choices[0].tokens == ()
+
+
+@pytest.mark.parametrize("content", [[5], {"content": [{"token": "4"}]}, {"content": [{"token": "4", "bytes": [300], "logprob": 0}]}])
+def test_log_probs_of_another_form_are_a_bad_reply(content: Any) -> None:
+    with pytest.raises(Fault) as caught:
+        parse_reply(reply(content), 1)
+    assert caught.value.kind == "bad_reply"
+
+
+def test_log_probs_are_asked_for_where_they_are_wanted() -> None:
+    ask = Ask(lambda: "hi", num_choices=1, temperature=1.0, max_tokens=9, seed=0, top_logprobs=20)
+    body = json.loads(ask.body("m", 1, 0))
+    assert (body["logprobs"], body["top_logprobs"]) == (True, 20)
