@@ -40,9 +40,10 @@ class TinyModel:
         self.opener = MediaOpener(MediaLimits())
         self.media: list[Frames] = []
         self.encoder = PromptEncoder(self.folder, lambda ref: self.media[int(ref.key)])
+        self.spellings = {token_id: spelling for spelling, token_id in self.encoder.chat.token_bytes().items()}
 
-    def answer(self, request: dict[str, Any], num_choices: int) -> tuple[list[tuple[str, str]], int, int]:
-        """Return text and finish reason of each choice, and the prompt's and the choices' tokens."""
+    def answer(self, request: dict[str, Any], num_choices: int) -> tuple[list[tuple[str, str, Any]], int, int]:
+        """Return text, finish reason and log-probs of each choice, and the prompt's and the choices' tokens."""
         with self.lock, torch.inference_mode():
             text, self.media = read_content(request["messages"][-1]["content"], self.opener)
             inputs = self.model_inputs(text)
@@ -51,21 +52,43 @@ class TinyModel:
             greedy = not request["temperature"]
             sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": request["temperature"], "top_k": 0}
             stops = self.encoder.stop_token_ids
-            output = self.network.generate(
+            generated = self.network.generate(
                 **inputs,
                 max_new_tokens=request["max_tokens"],
                 num_return_sequences=1 if greedy else num_choices,
                 eos_token_id=list(stops),
                 pad_token_id=stops[0],
+                output_logits=True,
+                return_dict_in_generate=True,
                 **sampling,
             )
+            output, logits = generated.sequences, torch.stack(generated.logits, 1)
         num_prompt = inputs["input_ids"].shape[1]
         choices, num_tokens = [], 0
-        for row in output[:, num_prompt:].tolist() * (num_choices // len(output)):
+        rows = [(row, logits[place]) for place, row in enumerate(output[:, num_prompt:].tolist())]
+        for row, scores in rows * (num_choices // len(output)):
             end = next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
             num_tokens += end
-            choices.append((self.encoder.decode(row[:end]), "stop" if row[end - 1] in stops else "length"))
+            told = self.logprobs(row[:end], scores[:end], request["top_logprobs"]) if request.get("logprobs") else None
+            choices.append((self.encoder.decode(row[:end]), "stop" if row[end - 1] in stops else "length", told))
         return choices, num_prompt, num_tokens
+
+    def logprobs(self, ids: list[int], logits: torch.Tensor, k: int) -> dict[str, Any]:
+        """Return the log-probs of an answer's tokens and of the k most likely ones in their places."""
+        logprobs = torch.log_softmax(logits.float(), -1)
+
+        def entry(place: int, token: int) -> dict[str, Any]:
+            # The network has rows that its tokenizer has no token for.
+            spelling = self.spellings.get(token, b"<unused>")
+            text = spelling.decode("utf-8", errors="replace")
+            return {"token": text, "bytes": list(spelling), "logprob": float(logprobs[place, token])}
+
+        top = logprobs.topk(k).indices.tolist()
+        return {
+            "content": [
+                {**entry(place, token), "top_logprobs": [entry(place, other) for other in top[place]]} for place, token in enumerate(ids)
+            ]
+        }
 
     def model_inputs(self, text: str) -> dict[str, Any]:
         """Return transformers' arguments for a text about `media`."""
@@ -161,12 +184,12 @@ class Handler(BaseHTTPRequestHandler):
             "object": "chat.completion",
             "model": self.server.served_name,
             "choices": [
-                {"index": index, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
-                for index, (text, reason) in enumerate(choices)
+                {"index": index, "message": {"role": "assistant", "content": text}, "logprobs": told, "finish_reason": reason}
+                for index, (text, reason, told) in enumerate(choices)
             ],
             "usage": {"prompt_tokens": num_prompt, "completion_tokens": num_completion, "total_tokens": num_prompt + num_completion},
         }
-        self.server.replies[reply["id"]] = [text for text, _ in choices]
+        self.server.replies[reply["id"]] = [text for text, *_ in choices]
         time.sleep(max(0.0, started + self.server.latency_seconds - time.monotonic()))
         self.send(200, reply)
 

@@ -21,7 +21,7 @@ def make_group(uid: str, num_prompt: int, widths: list[tuple[int, int]]) -> Grou
         ids = 1000 * number + np.arange(length)[:, None] + 100 * np.arange(k)
         top = TopLogprobs(ids, (-ids / 8).astype(np.float32)) if k else None
         response = 1000 * number + np.arange(length)
-        rollouts.append(Rollout(response, np.zeros(length, np.float32), "stop", "", None, 1.0, 0, top))
+        rollouts.append(Rollout(response, np.zeros(length, np.float32), "stop", "", None, 1.0, 0, teacher_top=top))
     question = Question(id=uid, text="", media=(), answer="", answer_type="math")
     prompt = Prompt("", np.arange(num_prompt), np.tile(np.arange(num_prompt), (3, 1)), num_prompt)
     return Group(PromptInstance(uid, question, "new", ""), prompt, tuple(rollouts))
