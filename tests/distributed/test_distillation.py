@@ -12,16 +12,29 @@ import torch
 
 from tests.distributed.launch import run_ranks
 from tests.distributed.test_training_invariance import assert_same
-from tests.distributed.training_example import IMAGE, TRAIN, Case, Result, make_batches, make_groups, write_tiny_folder
+from tests.distributed.training_example import (
+    IMAGE,
+    TRAIN,
+    Case,
+    RandomMedia,
+    Result,
+    make_batches,
+    make_groups,
+    make_plan,
+    write_tiny_folder,
+)
 from zppo_mm.config import ModelConfig, ParallelConfig
-from zppo_mm.experience import TopLogprobs, TrainingSample
+from zppo_mm.errors import ConfigError
+from zppo_mm.experience import Group, Prompt, PromptInstance, Rollout, TopLogprobs, TrainingSample
 from zppo_mm.models import parallel
 from zppo_mm.models.architecture import load_architecture
 from zppo_mm.models.provider import build_model
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.models.weights import load_hf_weights
-from zppo_mm.training.distillation import DistillationObjective
-from zppo_mm.training.divergence import jensen_shannon, top_jensen_shannon, top_tokens
+from zppo_mm.observability.metrics import StepMetrics
+from zppo_mm.training.distillation import DistillationObjective, check_networks
+from zppo_mm.training.divergence import top_tokens
+from zppo_mm.training.learner import Learner
 from zppo_mm.training.policy import Policy
 
 # Two implementations of the network in float32, then AdamW steps.
@@ -170,8 +183,6 @@ def compare_with_naive(folders: Path, top_k: int) -> tuple[list[tuple[float, flo
     way = Distilled(top_k=top_k, texts_only=True)
     policy = build(folders, way)
     samples = make_texts()
-    from tests.distributed.training_example import make_plan
-
     plan = make_plan(way.case(), 1)
     updates = [[s for s, owner in zip(samples, plan.minibatch_of, strict=True) if owner == update] for update in range(2)]
     ours = [(update.loss, update.grad_norm) for update in policy.train_step(make_batches(way.case())).updates]
@@ -249,15 +260,88 @@ def test_log_probs_that_samples_carry_are_as_good_as_the_teacher(folders: Path, 
     assert_same(actual, live, "carried")
 
 
-def probed_embeddings(folders: Path, ways: list[Distilled]) -> list[np.ndarray]:
-    """Return the gradient of the output layer's input, `[tokens]` norms, of the first micro-batch."""
+def learn(folders: Path) -> tuple[list[float], list[float], dict[str, float]]:
+    """Learn from groups of which one rollout has no log-probs of the teacher, and from the same groups without it."""
+    layout = ParallelConfig()
+    parallel.initialize(layout, seed=0)
+    teacher = load(folders / TEACHER, layout, trainable=False)
+    samples = [with_teacher_top(teacher, sample, TOP_K) for sample in make_texts()]
+    updates, measured = [], []
+    for without in (False, True):
+        policy = Policy(load(folders / STUDENT, layout, trainable=True), TRAIN, layout, DistillationObjective(None, TOP_K, 1.0))
+        groups = [as_group(samples[:4], None if without else 1), as_group(samples[4:6], 2)]
+        if without:
+            groups[0] = dataclasses.replace(groups[0], rollouts=(*groups[0].rollouts[:1], *groups[0].rollouts[2:]))
+        metrics = StepMetrics()
+        train = dataclasses.replace(TRAIN, updates_per_step=1)
+        advantages = {group.uid: np.zeros(len(group.rollouts), np.float32) for group in groups}
+        Learner(policy, RandomMedia(), train, 0, temperature=1.0, importance_cap=0.0).learn(groups, advantages, 1, metrics)
+        measured.append(metrics.values())
+        updates.append([measured[-1][name] for name in ("policy/loss", "policy/grad_norm", "batch/loss_tokens", "distill/agreement")])
+    parallel.shutdown()
+    return updates[0], updates[1], measured[0]
+
+
+def as_group(samples: list[TrainingSample], without_logprobs: int | None) -> Group:
+    """Return the samples of a group as what was sampled, one of them without the teacher's log-probs."""
+    first = samples[0]
+    count = first.num_prompt_tokens
+    prompt = Prompt("", first.token_ids[:count], first.positions[:, :count], count)
+    rollouts = []
+    for place, sample in enumerate(samples):
+        assert sample.teacher_top is not None
+        top = TopLogprobs(sample.teacher_top.ids[count:], sample.teacher_top.logprobs[count:])
+        unknown = np.full(sample.num_tokens - count, np.nan, np.float32)
+        told = None if place == without_logprobs else top
+        rollouts.append(Rollout(sample.token_ids[count:], unknown, "stop", "", None, 1.0, 1, teacher_top=told))
+    return Group(PromptInstance(first.uid, first.question, "teacher", ""), prompt, tuple(rollouts))
+
+
+def test_a_rollout_without_log_probs_is_left_out_and_counted(folders: Path) -> None:
+    ((with_it, without, metrics),) = run_ranks(learn, 1, folders)
+    assert metrics["distill/left_out"] == 1
+    np.testing.assert_allclose(with_it, without, rtol=TOLERANCE)
+    # Responses of 12, 7, 7 and 5, 6 tokens are left.
+    assert without[2] == 12 + 7 + 7 + 5 + 6
+
+
+def refusals(folders: Path) -> list[str]:
+    """Return what is said about teachers that cannot be compared with the student."""
+    layout = ParallelConfig()
+    parallel.initialize(layout, seed=0)
+    architecture = load_architecture(folders / STUDENT)
+    student = build_model(architecture, ModelConfig(), layout)
+    larger = build_model(dataclasses.replace(architecture, vocab_size=136), ModelConfig(), layout, trainable=False)
+    # Its layers say this of themselves on a machine with that package.
+    fused = build_model(architecture, ModelConfig(), layout, trainable=False)
+    fused.config.transformer_impl = "transformer_engine"
+    said = []
+    for teacher, share_prompts in ((larger, "auto"), (fused, "auto"), (fused, "never")):
+        try:
+            check_networks(student, teacher, share_prompts)
+            said.append("")
+        except ConfigError as error:
+            said.append(str(error))
+    check_networks(fused, student, "auto")
+    parallel.shutdown()
+    return said
+
+
+def test_networks_that_cannot_be_compared_are_refused(folders: Path) -> None:
+    ((sizes, sharing, apart),) = run_ranks(refusals, 1, folders)
+    assert "got 128 tokens of the student and 136 of the teacher, expected as many" in sizes
+    assert "train.share_prompts: the teacher's layers cannot share prompts, got 'auto'" in sharing
+    assert apart == ""
+
+
+def touched_places(folders: Path, ways: list[Distilled]) -> list[np.ndarray]:
+    """Return which tokens' logits get a gradient in the first micro-batch, and which should, `[2, tokens]`."""
     found = []
     for way in ways:
         policy = build(folders, way)
         microbatch = make_batches(way.case())[0].microbatches[0]
-        places = (policy.model, microbatch.token_ids, microbatch.positions, microbatch.cu_seqlens, microbatch.patches, microbatch.grids)
-        network, *inputs = places
-        logits = network(*inputs, parents=microbatch.parents)
+        inputs = (microbatch.token_ids, microbatch.positions, microbatch.cu_seqlens, microbatch.patches, microbatch.grids)
+        logits = policy.model(*inputs, parents=microbatch.parents)
         logits.retain_grad()
         policy.objective(logits, microbatch).loss_sum.backward()
         assert logits.grad is not None
@@ -277,52 +361,6 @@ def probed_embeddings(folders: Path, ways: list[Distilled]) -> list[np.ndarray]:
 @pytest.mark.parametrize("top_k", [0, TOP_K])
 def test_only_places_that_predict_the_response_get_a_gradient(folders: Path, top_k: int) -> None:
     ways = [Distilled(top_k=top_k, share_prompts=share, micro_batch_tokens=1000) for share in (False, True)]
-    for touched, expected in run_ranks(probed_embeddings, 1, folders, ways)[0]:
+    for touched, expected in run_ranks(touched_places, 1, folders, ways)[0]:
         np.testing.assert_array_equal(touched, expected)
         assert 0 < expected.sum() < len(expected)
-
-
-def divided_vocabulary(student: torch.Tensor, teacher: torch.Tensor) -> list[torch.Tensor]:
-    """Return value, gradient, entropy and agreement of this rank's slice of the vocabulary, whole and lumped."""
-    parallel.initialize(ParallelConfig(tensor_model_parallel_size=parallel_size()), seed=0)
-    group, size, rank = parallel.tensor_group(), parallel.tensor_size(), parallel.tensor_rank()
-    mine, other = (logits.chunk(size, -1)[rank].clone() for logits in (student, teacher))
-    found = []
-    top = top_tokens(other, TOP_K, group, 0.7)
-    for divergence in (
-        lambda logits: jensen_shannon(logits, other, group, 0.7, chunk_rows=3),
-        lambda logits: top_jensen_shannon(logits, top, group, 0.7, chunk_rows=3),
-    ):
-        logits = mine.clone().requires_grad_()
-        value = divergence(logits)
-        (value.jsd * torch.arange(1.0, 9.0)).sum().backward()
-        assert logits.grad is not None
-        found += [value.jsd.detach(), value.entropies, value.agreements, logits.grad]
-    parallel.shutdown()
-    return [top.ids, top.logprobs, *found]
-
-
-def parallel_size() -> int:
-    import os
-
-    return int(os.environ["WORLD_SIZE"])
-
-
-def test_a_divided_vocabulary_gives_the_same_divergence_and_gradient() -> None:
-    generator = torch.Generator().manual_seed(3)
-    student, teacher = 3 * torch.randn(2, 8, 32, generator=generator)
-    teacher[0] = student[0]
-    # Ties across the two slices: the first of equals counts on both sides.
-    student[1], teacher[1] = 0.0, 0.0
-    (alone,) = run_ranks(divided_vocabulary, 1, student, teacher)
-    ranks = run_ranks(divided_vocabulary, 2, student, teacher)
-    for place, expected in enumerate(alone):
-        parts = [rank[place] for rank in ranks]
-        if expected.shape == student.shape:
-            torch.testing.assert_close(torch.cat(parts, -1), expected, atol=TOLERANCE, rtol=0)
-            continue
-        for part in parts:
-            # Which of equal tokens are among the top ones is open.
-            rows = slice(None) if part.is_floating_point() else [0, *range(2, 8)]
-            torch.testing.assert_close(part[rows], expected[rows], atol=TOLERANCE, rtol=0)
-    assert alone[4].tolist()[:2] == [1.0, 1.0]

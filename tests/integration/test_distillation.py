@@ -16,6 +16,7 @@ COMMON = (
     "observability.report=false",
     "evaluation.num_questions=2",
     "teacher.max_response_tokens=64",
+    "modality=text",
 )
 
 
@@ -38,7 +39,7 @@ def test_on_the_students_text_over_two_tensor_ranks(tmp_path: Path) -> None:
 def test_on_the_text_of_a_served_teacher(tmp_path: Path) -> None:
     with serve(TinyModel(TEACHER_DIR)) as server:
         endpoint = (f"teacher.endpoints=[{server.url}]", "teacher.model=tiny", "distill.top_k=8")
-        folder = run(tmp_path, "run", *COMMON, *endpoint, "method=off_distill_replay", "modality=text", processes=2)
+        folder = run(tmp_path, "run", *COMMON, *endpoint, "method=off_distill_replay", "train.updates_per_step=1", processes=2)
         assert {request.get("top_logprobs") for request in server.requests[1:]} == {8}
     for row in lines(folder / "metrics.jsonl"):
         assert row["policy/updates"] == 1

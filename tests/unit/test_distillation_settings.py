@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from tests.unit.tiny_folder import build_folder
 from zppo_mm.config_io import load_config
 from zppo_mm.errors import ConfigError
 from zppo_mm.rollout.prompt import PromptEncoder
-from zppo_mm.training.distillation import check_networks
 
 SERVED = ["teacher.endpoints=['http://127.0.0.1:9/v1']", "teacher.model=m"]
 
@@ -26,7 +24,7 @@ SERVED = ["teacher.endpoints=['http://127.0.0.1:9/v1']", "teacher.model=m"]
         (["method=off_distill", *SERVED, "distill.top_k=20", "rollout.temperature=0.7"], r"rollout.temperature: .* got 0.7"),
         (
             ["method=on_distill", "parallel.pipeline_model_parallel_size=2"],
-            r"pipeline_model_parallel_size: .* got 2, expected 1; use tensor",
+            r"pipeline_model_parallel_size: .* got 2, expected 1; use",
         ),
         (["method=off_distill", "teacher.num_ranks=1"], r"teacher.num_ranks: .* got 1, expected 0"),
     ],
@@ -74,16 +72,3 @@ def test_the_first_difference_is_named(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"<think>"', '"<thought>"'))
     with pytest.raises(ConfigError, match=r"token \d+ is '<think>' and '<thought>'"):
         student.check_same_inputs(encoder(tmp_path / "tokens"), "distill.source")
-
-
-def network(vocab_size: int, shares_prompts: bool) -> Any:
-    return SimpleNamespace(architecture=SimpleNamespace(vocab_size=vocab_size), shares_prompts=shares_prompts)
-
-
-def test_networks_that_cannot_be_compared_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"got 128 tokens of the student and 136 of the teacher"):
-        check_networks(network(128, True), network(136, True), "auto")
-    with pytest.raises(ConfigError, match=r"train.share_prompts: .* got 'auto' with distillation, expected 'never'"):
-        check_networks(network(128, True), network(128, False), "auto")
-    check_networks(network(128, True), network(128, False), "never")
-    check_networks(network(128, False), network(128, True), "auto")
