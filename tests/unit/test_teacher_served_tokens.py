@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -69,10 +70,17 @@ def test_a_character_may_be_divided_and_reasoning_told_apart() -> None:
     assert reader().read(choice("<think>\n4\n</think>\n\né", *written[2:])) is not None
 
 
-def test_an_unnamed_end_is_left_out() -> None:
-    ids, _ = reader().read(choice("4", token(b"4"), token(b""))) or (None, None)
+def test_an_end_that_is_not_spelled_is_the_stop_token() -> None:
+    read = reader()
+    ids, top = read.read(choice("4", token(b"4", **{"": 0.25}), token(b"", **{"": 0.5, "4": 0.25}))) or (None, None)
     assert ids is not None
-    assert ids.tolist() == [3]
+    assert top is not None
+    assert ids.tolist() == [3, 6]
+    # Elsewhere it may be any special token.
+    assert top.ids.tolist() == [[3, NO_TOKEN], [6, 3]]
+    assert read.num_lumped == 1
+    cut = choice("4", token(b"4"), token(b""))
+    assert read.read(dataclasses.replace(cut, finish_reason="length")) is None
 
 
 def test_likely_tokens_that_are_not_known_are_lumped_and_counted() -> None:

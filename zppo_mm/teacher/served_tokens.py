@@ -47,27 +47,28 @@ class TokenReader:
         Returns:
             `None` if the server told no log-probs, wrote a token that the student does not have, or its tokens do not spell its text.
         """
-        # Some servers write the token that ends an answer without its name.
-        tokens = choice.tokens[:-1] if choice.tokens and not choice.tokens[-1].spelling else choice.tokens
-        problem = self._problem(tokens, choice.text)
+        ids = [self._id(token.spelling) for token in choice.tokens]
+        if ids and choice.finish_reason == "stop" and not choice.tokens[-1].spelling:
+            # llama.cpp does not spell special tokens, so neither the one that ends an answer.
+            ids[-1] = self._stop_token_ids[0]
+        problem = self._problem(choice, ids)
         if problem:
             if not self._has_warned:
                 logger.warning("teacher: an answer without usable log-probs is not distilled from: %s", problem)
             self._has_warned = True
             return None
-        ids = [self._ids[token.spelling] for token in tokens]
-        return np.array(ids, dtype=np.int64), self._top(tokens, ids)
+        known = [token_id for token_id in ids if token_id is not None]
+        return np.array(known, dtype=np.int64), self._top(choice.tokens, known)
 
-    def _problem(self, tokens: Sequence[ServedToken], answer: str) -> str:
+    def _problem(self, choice: Choice, ids: Sequence[int | None]) -> str:
         """Return why the tokens cannot be used; empty if they can."""
-        if not tokens:
+        if not ids:
             return "the server sends no log-probs"
-        unknown = next((token.spelling for token in tokens if self._id(token.spelling) is None), None)
-        if unknown is not None:
-            return f"its token {unknown!r} is not in the student's vocabulary"
-        written = tokens[:-1] if self._id(tokens[-1].spelling) in self._stop_token_ids else tokens
+        if None in ids:
+            return f"its token {choice.tokens[ids.index(None)].spelling!r} is not in the student's vocabulary"
+        written = choice.tokens[:-1] if ids[-1] in self._stop_token_ids else choice.tokens
         text = b"".join(token.spelling for token in written).decode("utf-8", errors="replace")
-        return "" if _MARKUP.sub("", text) == _MARKUP.sub("", answer) else "its tokens spell another text than its answer"
+        return "" if _MARKUP.sub("", text) == _MARKUP.sub("", choice.text) else "its tokens spell another text than its answer"
 
     def _top(self, tokens: Sequence[ServedToken], ids: Sequence[int]) -> TopLogprobs:
         rows = [self._row(token, token_id) for token, token_id in zip(tokens, ids, strict=True)]
@@ -82,6 +83,8 @@ class TokenReader:
         """Return the log-probs by id in the place of one token."""
         row = {token_id: token.logprob}
         for spelling, logprob in token.top:
+            if spelling == token.spelling:
+                continue
             other = self._id(spelling)
             if other is None:
                 self.num_lumped += 1
