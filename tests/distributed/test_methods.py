@@ -96,8 +96,8 @@ def run_methods(methods: list[str], scratch: str) -> dict[str, Seen]:
         config = load_config(None, [*SMALL, f"method={method}", f"output_dir={scratch}"])
         parallel.initialize(config.parallel, config.seed)
         run = build_run(config)
-        probe = Probe(run.policy._objective)
-        run.policy._objective = probe
+        probe = Probe(run.policy.objective)
+        run.policy.objective = probe
         before = [parameter.detach().clone() for parameter in run.policy.model.parameters()]
         try:
             records = [run_step(run.stages, step) for step in (1, 2)]
