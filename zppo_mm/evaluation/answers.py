@@ -13,6 +13,7 @@ from typing import Any
 from data.question import MediaRef, Question
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import Group, PromptInstance, Rollout
+from zppo_mm.rollout.sampler import UNGRADED
 
 ANSWERS_FILE = "answers.jsonl"
 RESULTS_FILE = "results.json"
@@ -113,7 +114,7 @@ class AnswerFolder:
         self.folder = folder
 
     def open(self, settings: Mapping[str, Any]) -> list[int]:
-        """Return the places of the questions that are answered already.
+        """Return the places of the questions that need no asking any more; those that a judge left ungraded are asked again.
 
         Args:
             settings: All that the answers depend on, as JSON values.
@@ -132,14 +133,14 @@ class AnswerFolder:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write_aside(path, json.dumps(settings, ensure_ascii=False, indent=1))
-        return [answered.index for answered in self.read()]
+        return [each.index for each in self.read() if each.skipped != UNGRADED and len(each.graded) == len(each.responses)]
 
     def add(self, answers: Sequence[AnsweredQuestion]) -> None:
         """Write a finished chunk."""
         _write_aside(self.folder / PARTS_FOLDER / f"from_{answers[0].index:08d}.jsonl", _lines(answers))
 
     def read(self) -> list[AnsweredQuestion]:
-        """Return all answers so far, in the order of the questions."""
+        """Return all answers so far, in the order of the questions; a chunk wins over what an earlier end of the evaluation left."""
         answers: dict[int, AnsweredQuestion] = {}
         finished = self.folder / ANSWERS_FILE
         for path in [*([finished] if finished.is_file() else []), *self._parts()]:
