@@ -158,6 +158,8 @@ def _answer(student: Student, chosen: HeldOut, done: set[int], folder: AnswerFol
     if done:
         logger.info("%d of %d questions are answered already", len(done), len(instances))
     num_rollouts = config.evaluation.num_rollouts
+    if num_rollouts > 1 and student.sampling.temperature == 0 and parallel.rank() == 0:
+        logger.warning("evaluation.num_rollouts: %d greedy responses per question are all the same; choose a temperature", num_rollouts)
     batch = parallel.num_replicas() * config.rollout.max_batch_size
     size = questions_per_chunk or max(1, BATCHES_PER_CHUNK * batch // num_rollouts)
     for start in range(0, len(left), size):
