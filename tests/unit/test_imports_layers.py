@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "zppo_mm.parity": STAGES | {"zppo_mm.build"},
     "zppo_mm.train": STAGES | {"zppo_mm.build", "zppo_mm.parity", "zppo_mm.config_io", "zppo_mm.evaluate", "zppo_mm.step"},
     "zppo_mm.evaluation": STAGES
-    | {"zppo_mm.build", "zppo_mm.config_io", "zppo_mm.embedded.questions", "zppo_mm.evaluate", "zppo_mm.train"},
+    | {f"zppo_mm.{name}" for name in ("build", "build_shared", "build_teacher", "config_io", "embedded.questions", "evaluate", "train")},
     "zppo_mm.conversion": STAGES | {"zppo_mm.build", "zppo_mm.train", "zppo_mm.config_io"},
 }
 """What each part may import besides itself and third parties."""

@@ -79,7 +79,8 @@ def read_config(request: EvaluationRequest) -> RunConfig:
         )
     if not is_run and not request.data:
         raise ConfigError(f"{request.model}: no questions, got a Hugging Face folder and no --data, expected folders of shards or a file")
-    layers: dict[str, object] = {"data.max_bad_share": 1.0, "model.student": str(folder)}
+    # Bad questions are counted in the results instead of stopping; and no teacher has ranks here.
+    layers: dict[str, object] = {"data.max_bad_share": 1.0, "model.student": str(folder), "teacher.num_ranks": 0}
     if not is_run:
         layers["rollout.max_response_tokens"] = SAMPLING["paper"]["rollout.max_response_tokens"]
     layers |= SAMPLING[request.sampling or "paper"] if request.sampling or not is_run else {}

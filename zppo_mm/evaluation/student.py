@@ -7,16 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from zppo_mm.build import MediaStore, build_judge, evaluation_sampling, judge_pool, student_folder
+from zppo_mm.build import evaluation_sampling, student_folder
+from zppo_mm.build_shared import MediaStore, Shared, load_model
+from zppo_mm.build_teacher import build_judge, judge_pool
 from zppo_mm.config import RunConfig
-from zppo_mm.models.architecture import load_architecture
-from zppo_mm.models.provider import build_model
-from zppo_mm.models.weights import load_hf_weights
 from zppo_mm.rewards.judge import LlmJudge
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.exchange import ParallelExchange
-from zppo_mm.rollout.megatron_engine import MegatronEngine
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.teacher.connect import open_pool
@@ -71,15 +69,13 @@ def build_student(config: RunConfig) -> Student:
     pool = judge_pool(config, None if own_servers else open_pool(config.teacher, exchange), exchange)
     judge = build_judge(config, pool)
     verifier = Verifier(config.reward.timeout_seconds, config.reward.num_workers, judge)
-    media = MediaStore(config.data)
+    shared = Shared(config, MediaStore(config.data), verifier, exchange)
     folder = student_folder(config)
-    encoder = PromptEncoder(folder, media.open)
+    encoder = shared.encoder(folder)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
-    model = build_model(load_architecture(folder), config.model, config.parallel, trainable=False)
-    load_hf_weights(model, folder)
-    engine = MegatronEngine(model, config.seed, config.rollout.max_batch_size)
-    sampler = GroupSampler(engine, encoder, verifier, exchange)
-    return Student(sampler, evaluation_sampling(config, encoder), templates, encoder, verifier, media, judge, pool)
+    model = load_model(config.model, config.parallel, folder, trainable=False)
+    sampler = shared.sampler(model, encoder)
+    return Student(sampler, evaluation_sampling(config, encoder), templates, encoder, verifier, shared.media, judge, pool)
 
 
 def describe_student(config: RunConfig, student: Student) -> dict[str, Any]:
