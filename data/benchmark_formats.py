@@ -22,6 +22,7 @@ HIDDEN_ANSWERS = ("", "?", "N/A")
 """What test splits have in the place of the answers that their authors keep."""
 _NUMBER = re.compile(r"[-+]?\$?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?(?: ?/ ?\d+)?%?", re.IGNORECASE)
 _LETTER = re.compile(r"\(?([A-Z])[).:]*")
+_PLACES = re.compile(r"(\d+)(?:\.0*)?")
 _MARKER = re.compile(r"<image (\d+)>")
 _SUBJECT = re.compile(r"(?:dev|validation|test)_(.+)_\d+")
 
@@ -82,7 +83,7 @@ class RowView:
             return str(values[0]).strip()
         column = self.columns.get(part, "")
         raise SampleError(
-            "bad_field", f"{self.where}: no {part}, got {values!r} in column {column!r}, expected one text; name it in --fields"
+            "bad_field", f"{self.where}: no {part}, got {values!r:.200} in column {column!r}, expected one text; name it in --fields"
         )
 
     def answer(self) -> str:
@@ -145,15 +146,14 @@ def read_mathvista(view: RowView) -> Draft:
     answer, choices = view.answer(), view.choices()
     kind = view.text("answer_type", default="text")
     text = view.text("question")
-    unit = view.row.get("unit")
-    if unit:
+    unit, places = view.row.get("unit"), _PLACES.fullmatch(str(view.row.get("precision")))
+    if unit and isinstance(unit, str):
         text += f" (Unit: {unit})"
-    precision = view.row.get("precision")
     answer_type: AnswerType = "math"
     if choices:
         answer_type, answer = "choice", view.letter(answer, choices, text_first=True)
-    elif kind == "float" and precision and precision == precision:
-        text += f" Round the answer to {int(precision)} decimal place{'s' if int(precision) > 1 else ''}."
+    elif kind == "float" and places:
+        text += f" Round the answer to {places[1]} decimal place{'' if places[1] == '1' else 's'}."
     elif kind == "text":
         answer_type = "open"
     source = f"mathvista/{view.text('source', default=view.stem)}"
@@ -295,7 +295,7 @@ def _spelled_list(text: str) -> Any:
     for read in (json.loads, ast.literal_eval):
         try:
             value = read(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             continue
         if isinstance(value, list):
             return value

@@ -18,7 +18,7 @@ from data.errors import DataError, SampleError
 from data.health import SampleHealth
 from data.media import MediaOpener, recognise_image
 from data.question import MediaKind
-from data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardSample, media_kind
+from data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardSample
 from data.shards import write_shards
 from data.tables import Row, read_rows
 
@@ -170,11 +170,12 @@ def _load(where: str, root: Path, kind: MediaKind, value: Any) -> tuple[str, byt
     known = IMAGE_EXTENSIONS if kind == "image" else VIDEO_EXTENSIONS
     suffix = Path(path).suffix[1:].lower()
     names = [path] if suffix in known else [f"{path}.{ending}" for ending in sorted(known)]
-    found = next((root / folder / name for folder in MEDIA_FOLDERS[kind] for name in names if (root / folder / name).is_file()), None)
-    if found is None:
-        raise SampleError("missing_media", f"{where}: no file for the {kind} {path!r} in {root}; add it or set --media-root")
-    assert media_kind(found.suffix[1:].lower()) == kind
     try:
-        return found.suffix[1:].lower(), found.read_bytes()
+        for found in (root / folder / name for folder in MEDIA_FOLDERS[kind] for name in names):
+            if found.is_file():
+                return found.suffix[1:].lower(), found.read_bytes()
     except OSError as error:
-        raise SampleError("missing_media", f"{where}: {found} cannot be read ({error.strerror}); make it readable") from error
+        raise SampleError(
+            "missing_media", f"{where}: the {kind} {path!r:.200} cannot be read ({error.strerror}); correct the path"
+        ) from error
+    raise SampleError("missing_media", f"{where}: no file for the {kind} {path!r} in {root}; add it or set --media-root")

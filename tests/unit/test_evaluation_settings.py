@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,12 +15,13 @@ from zppo_mm.embedded import STUDENT_DIR
 from zppo_mm.errors import ConfigError
 from zppo_mm.evaluation.settings import SAMPLING, EvaluationRequest, output_folder, read_config
 
+ROOT = Path(__file__).parents[2]
 SHARDS = (Path("shards"),)
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("evaluate_tool", Path(__file__).parents[2] / "tools" / "evaluate.py")
+    spec = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools" / "evaluate.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -51,6 +53,16 @@ def test_words_behind_lists_go_where_they_belong(tool: ModuleType) -> None:
     assert (request.model, request.data, request.fields) == (Path("m"), (Path("a"), Path("b.json")), {"question": "q", "media": "m"})
     assert (request.sampling, request.num_rollouts) == ("greedy", 4)
     assert sorted(request.options) == ["parallel.x=2", "rollout.top_k=3", "seed=1"]
+
+
+def test_every_command_of_the_documents_is_accepted(tool: ModuleType) -> None:
+    documents = [ROOT / "README.md", ROOT / "docs" / "evaluation.md"]
+    shown = [line for document in documents for line in document.read_text(encoding="utf-8").splitlines() if "tools/evaluate.py" in line]
+    commands = [shlex.split(line, comments=True) for line in shown if line.startswith(("python ", "torchrun "))]
+    assert len(commands) >= 5
+    for words in commands:
+        known = tool.parse(words[words.index("tools/evaluate.py") + 1 :])
+        load_config(None, known["options"])
 
 
 def test_counts_below_one_are_refused(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +100,8 @@ def test_errors_say_what_to_do(run: Path, tmp_path: Path) -> None:
         read_config(EvaluationRequest(model=STUDENT_DIR, data=SHARDS, options=("model.student=other",)))
     with pytest.raises(ConfigError, match=r"unknown key, got evaluation\.topk.*did you mean evaluation\.top_k"):
         read_config(EvaluationRequest(model=STUDENT_DIR, data=SHARDS, options=("evaluation.topk=3",)))
+    with pytest.raises(ConfigError, match=r"--fields, --media-root: nothing to read by them, got no file in --data"):
+        read_config(EvaluationRequest(model=STUDENT_DIR, data=SHARDS, fields={"question": "q"}))
     (run / "hf").rename(run / "elsewhere")
     with pytest.raises(ConfigError, match=r"the run is not finished, got no hf/ and no checkpoint either.*convert_checkpoint\.py export"):
         read_config(EvaluationRequest(model=run))

@@ -145,9 +145,16 @@ def _converted(file: Path, request: EvaluationRequest, output_dir: Path) -> Path
     folder = output_dir / BENCHMARKS_FOLDER / f"{file.stem}-{digest}"
     if read_conversion(folder) is None:
         logger.info("converting %s into %s", file, folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
         health = SampleHealth(max_bad_share=1.0)
-        convert_benchmark(file, folder, format_name=request.format, fields=request.fields, media_root=root, health=health)
+        convert_benchmark(file, aside, format_name=request.format, fields=request.fields, media_root=root, health=health)
+        try:
+            os.replace(aside, folder)
+        except OSError:
+            # Another evaluation beside this one was faster.
+            if not folder.exists():
+                raise
+            shutil.rmtree(aside)
     return folder
 
 

@@ -79,6 +79,8 @@ def read_config(request: EvaluationRequest) -> RunConfig:
         )
     if not is_run and not request.data:
         raise ConfigError(f"{request.model}: no questions, got a Hugging Face folder and no --data, expected folders of shards or a file")
+    if (request.format or request.fields or request.media_root) and not any(path.is_file() for path in request.data):
+        raise ConfigError("--format, --fields, --media-root: nothing to read by them, got no file in --data, expected one; leave them out")
     # Bad questions are counted in the results instead of stopping; and no teacher has ranks here.
     layers: dict[str, object] = {"data.max_bad_share": 1.0, "model.student": str(folder), "teacher.num_ranks": 0}
     if not is_run:
