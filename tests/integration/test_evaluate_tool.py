@@ -6,14 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data.digits_shards import build_digit_shards
-from data.shards import ShardFolder
+from data.digits_shards import build_digit_shards, digit_samples
+from data.shards import ShardFolder, write_shards
+from tests.fault_proxy import PASS, stand_between
 from tests.integration.running import CLONE, RUN_TIMEOUT_SECONDS, lines, run
+from tests.loopback_server import TinyModel, serve
+from zppo_mm.embedded import TEACHER_DIR
 
 STUDENT = CLONE / "zppo_mm" / "embedded" / "student"
 NUM_PER_MODALITY = 6
@@ -138,3 +142,24 @@ def test_a_benchmark_file_is_converted_once_and_what_cannot_be_asked_is_counted(
     assert again == 0, said
     assert "converting" not in said
     assert results(tmp_path / "out") == found
+
+
+def test_open_questions_are_asked_again_when_the_judge_is_back(tmp_path: Path) -> None:
+    samples = digit_samples("text", "held_out", 6, 0)
+    open_ones = [replace(sample, question={**sample.question, "answer_type": "open", "choices": []}) for sample in samples]
+    write_shards(tmp_path / "open", open_ones)
+    words = ["--data", str(tmp_path / "open"), "--num-rollouts", "2", "--output", str(tmp_path / "out"), SHORT]
+    words += ["teacher.model=tiny", "teacher.num_retries=0", "reward.judge_max_tokens=4"]
+    with serve(TinyModel(TEACHER_DIR)) as server:
+        with stand_between(server.url, lambda number: PASS if number == 0 else "500") as proxy:
+            code, said = evaluate(str(STUDENT), *words, f"teacher.endpoints=[{proxy.url}]")
+        assert code == 0, said
+        assert "judge_failures 12" in said
+        assert results(tmp_path / "out")["skipped"] == {"ungraded": 6}
+        code, said = evaluate(str(STUDENT), *words, f"teacher.endpoints=[{server.url}]")
+    assert code == 0, said
+    found = results(tmp_path / "out")
+    assert (found["num_questions"], found["num_skipped"], found["overall"]["num_responses"]) == (6, 0, 12)
+    assert list(found["by_answer_type"]) == ["open"]
+    # The tiny model knows no JSON, and what is no verdict counts as wrong.
+    assert found["overall"]["pass_at"]["2"]["value"] == 0
