@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def convert_jsonl(
         raise DataError(f"{source}: no such file, expected JSON lines; give its path as seen from here")
     root = source.parent if media_root is None else Path(media_root)
     counted = health if health is not None else SampleHealth()
-    samples = _good_samples(source, root, opener, counted)
+    samples = keep_good(source, _lines(source, root), opener, counted)
     written = write_shards(out_dir, samples, samples_per_shard, overwrite=overwrite)
     if not written:
         listed = "; ".join(detail for _, _, detail in counted.listed) or "the file is empty"
@@ -56,26 +57,38 @@ def convert_jsonl(
     return written
 
 
-def _good_samples(source: Path, root: Path, opener: MediaOpener | None, health: SampleHealth) -> Iterator[ShardSample]:
-    first_line: dict[str, int] = {}
+def _lines(source: Path, root: Path) -> Iterator[tuple[int, Callable[[], ShardSample]]]:
     with source.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{source}:{number}"
-            try:
-                sample = _sample(where, source.stem, number, line, root)
-                _check(str(source), number, sample, opener)
-                question_id = sample.question["id"]
-                if first_line.setdefault(question_id, number) != number:
-                    raise SampleError(
-                        "duplicate_id", f"{where}: id is used twice, got {question_id!r} as in line {first_line[question_id]}"
-                    )
-            except (SampleError, MediaError) as error:
-                health.bad(where, error.reason, str(error))
-                continue
-            health.good()
-            yield sample
+            if line.strip():
+                yield number, partial(_sample, f"{source}:{number}", source.stem, number, line, root)
+
+
+def keep_good(
+    source: Path, samples: Iterable[tuple[int, Callable[[], ShardSample]]], opener: MediaOpener | None, health: SampleHealth
+) -> Iterator[ShardSample]:
+    """Yield the samples that can be made and read again; the others, and those whose id was met before, are counted.
+
+    Args:
+        source: File that they come from.
+        samples: Number of a row, and what makes its sample or raises.
+        opener: Opens every media file; `None` skips that.
+        health: Counts, and stops when too many are bad.
+    """
+    first_row: dict[str, int] = {}
+    for number, make in samples:
+        where = f"{source}:{number}"
+        try:
+            sample = make()
+            _check(str(source), number, sample, opener)
+            question_id = sample.question["id"]
+            if first_row.setdefault(question_id, number) != number:
+                raise SampleError("duplicate_id", f"{where}: id is used twice, got {question_id!r} as in line {first_row[question_id]}")
+        except (SampleError, MediaError) as error:
+            health.bad(where, error.reason, str(error))
+            continue
+        health.good()
+        yield sample
 
 
 def _sample(where: str, stem: str, number: int, line: bytes, root: Path) -> ShardSample:

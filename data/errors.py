@@ -23,7 +23,7 @@ class ReasonedError(DataError):
 
 
 class SampleError(ReasonedError):
-    """One sample breaks a rule of the format; its reason is one of `data.sample.REASONS`."""
+    """One sample breaks a rule of the format; its reason is one of `data.sample.REASONS`, or of those of tables in docs/data.md."""
 
 
 class MediaError(ReasonedError):

@@ -134,7 +134,7 @@ class MediaOpener:
             raise MediaError("oversized", f"{kind}: too many pixels, got {width}x{height}, {expected}")
 
     def _open_image(self, content: bytes) -> Frames:
-        image_format = _image_format(content)
+        image_format = recognise_image(content)
         try:
             with Image.open(io.BytesIO(content), formats=[image_format]) as image:
                 self._check_pixels("image", *image.size)  # opening reads the header only
@@ -163,8 +163,12 @@ class MediaOpener:
         return Frames(pixels=pixels, timestamps=timestamps, seconds_per_frame=seconds_per_frame)
 
 
-def _image_format(content: bytes) -> str:
-    """Return Pillow's name of an image format by its first bytes."""
+def recognise_image(content: bytes) -> str:
+    """Return Pillow's name of an image format by its first bytes.
+
+    Raises:
+        MediaError: It is none of those that are opened.
+    """
     if content[:3] == b"\xff\xd8\xff":
         return "JPEG"
     if content[:8] == b"\x89PNG\r\n\x1a\n":

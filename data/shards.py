@@ -20,6 +20,8 @@ from data.sample import ShardSample, media_kind, parse_question
 from data.tar_index import BLOCK, Member, TarIndex, header_name, load_index, scan_tar, sidecar_path, write_sidecar
 
 SHARD_PATTERN = "*.tar"
+MAX_SHARD_BYTES = 1 << 30
+"""A shard with this much media is closed early: its samples are in memory until it is written."""
 MAX_OPEN_SHARDS = 256
 KEY = re.compile(r"[^\s./][^\s.]*\Z")
 
@@ -52,12 +54,14 @@ def write_shards(
     written: list[Path] = []
     seen: set[str] = set()
     batch: list[ShardSample] = []
+    num_bytes = 0
     for sample in samples:
         _check_sample(target, sample, seen)
         batch.append(sample)
-        if len(batch) == samples_per_shard:
+        num_bytes += sum(len(content) for _, content in sample.media)
+        if len(batch) == samples_per_shard or num_bytes >= MAX_SHARD_BYTES:
             written.append(_write_shard(target / f"shard-{len(written):06d}.tar", batch))
-            batch = []
+            batch, num_bytes = [], 0
     if batch:
         written.append(_write_shard(target / f"shard-{len(written):06d}.tar", batch))
     return written

@@ -1,4 +1,4 @@
-"""Turn JSON lines and media files into shards, or check shards: `make_shards.py lint FOLDER`."""
+"""Turn JSON lines, or a benchmark's own file, and media files into shards; or check shards: `make_shards.py lint FOLDER`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import logging
 import sys
 from collections import Counter
 
+from data.benchmark_formats import FORMATS, PARTS
+from data.benchmarks import convert_benchmark
 from data.convert import convert_jsonl
 from data.errors import DataError
 from data.health import SampleHealth
@@ -18,7 +20,10 @@ CONVERT_HELP = """Turn JSON lines and media files into webdataset shards with an
 Each line: {"id": …, "question": …, "answer": …, "answer_type": "math" | "choice" | "open",
 "choices": […], "source": …, "media": ["path", …]}.
 Choices, source, media and id may be left out; the answer to a choice question is its letter. docs/data.md has the details.
-To check shards: make_shards.py lint FOLDER (see make_shards.py lint --help)."""
+Files of benchmarks: make_shards.py benchmark FILE OUT_DIR. To check shards: make_shards.py lint FOLDER (each has its own --help)."""
+BENCHMARK_HELP = """Turn a benchmark's file (JSON, JSON lines, CSV, TSV, Parquet) and the media beside it into shards.
+
+Its format is recognised by its columns. docs/evaluation.md has what each format means."""
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +50,36 @@ def opener_of(arguments: argparse.Namespace) -> MediaOpener | None:
     )
 
 
+def add_manners(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what happens to bad samples and old shards."""
+    parser.add_argument("--max-bad-share", type=float, default=0.05, metavar="SHARE", help="stop above this share (default %(default)s)")
+    parser.add_argument("--strict", action="store_true", help="stop at the first bad sample")
+    parser.add_argument("--overwrite", action="store_true", help="replace shards that lie in OUT_DIR")
+    add_limits(parser)
+
+
+def add_format(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what the columns of a benchmark's file mean."""
+    parser.add_argument("--format", default="", choices=[*FORMATS], help="how to read the file (default: by its columns)")
+    parts = ", ".join(PARTS)
+    parser.add_argument("--fields", nargs="+", type=field, default=[], metavar="PART=COLUMN", help=f"columns of {parts}")
+    parser.add_argument("--media-root", metavar="DIR", help="what relative media paths start from (default: the folder of the file)")
+
+
+def field(text: str) -> tuple[str, str]:
+    """Read one `PART=COLUMN`."""
+    part, equals, column = text.partition("=")
+    if not equals or not column:
+        raise argparse.ArgumentTypeError(f"no field, got {text!r}, expected PART=COLUMN such as question=query")
+    return part, column
+
+
+def skipped(health: SampleHealth) -> str:
+    """Say how many samples were left out, and why."""
+    counts = ", ".join(f"{reason} {count}" for reason, count in sorted(health.counts.items()))
+    return f"{health.num_bad} skipped{': ' + counts if counts else ''}"
+
+
 def run_lint(argv: list[str]) -> int:
     """List all problems; exit status 1 if there are any."""
     parser = argparse.ArgumentParser(prog="make_shards.py lint", description="List every problem of the shards in some folders.")
@@ -69,10 +104,7 @@ def run_convert(argv: list[str]) -> int:
     parser.add_argument("out_dir", metavar="OUT_DIR", help="folder for the shards")
     parser.add_argument("--media-root", metavar="DIR", help="what relative media paths start from (default: the folder of INPUT.jsonl)")
     parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="most samples of one shard (default %(default)s)")
-    parser.add_argument("--max-bad-share", type=float, default=0.05, metavar="SHARE", help="stop above this share (default %(default)s)")
-    parser.add_argument("--strict", action="store_true", help="stop at the first bad sample")
-    parser.add_argument("--overwrite", action="store_true", help="replace shards that lie in OUT_DIR")
-    add_limits(parser)
+    add_manners(parser)
     arguments = parser.parse_args(argv)
     opener = opener_of(arguments)
     health = SampleHealth(arguments.max_bad_share, arguments.strict)
@@ -89,16 +121,46 @@ def run_convert(argv: list[str]) -> int:
     finally:
         if opener is not None:
             opener.close()
-    counts = ", ".join(f"{reason} {count}" for reason, count in sorted(health.counts.items()))
-    print(f"{health.num_good} samples in {len(shards)} shards, {health.num_bad} skipped{': ' + counts if counts else ''}")
+    print(f"{health.num_good} samples in {len(shards)} shards, {skipped(health)}")
+    return 0
+
+
+def run_benchmark(argv: list[str]) -> int:
+    """Write the shards of a benchmark; rows that cannot be used are skipped, named and counted."""
+    parser = argparse.ArgumentParser(
+        prog="make_shards.py benchmark", description=BENCHMARK_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("input", metavar="FILE", help="one question per row")
+    parser.add_argument("out_dir", metavar="OUT_DIR", help="folder for the shards")
+    add_format(parser)
+    add_manners(parser)
+    arguments = parser.parse_args(argv)
+    opener = opener_of(arguments)
+    health = SampleHealth(arguments.max_bad_share, arguments.strict)
+    try:
+        conversion = convert_benchmark(
+            arguments.input,
+            arguments.out_dir,
+            format_name=arguments.format,
+            fields=dict(arguments.fields),
+            media_root=arguments.media_root,
+            opener=opener,
+            health=health,
+            overwrite=arguments.overwrite,
+        )
+    finally:
+        if opener is not None:
+            opener.close()
+    print(f"{health.num_good} samples read as {conversion.format}, {skipped(health)}")
     return 0
 
 
 def main(argv: list[str]) -> int:
-    """Run one of the two commands; a data error is one line and exit status 2."""
+    """Run one of the commands; a data error is one line and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        return run_lint(argv[1:]) if argv[:1] == ["lint"] else run_convert(argv)
+        named = {"lint": run_lint, "benchmark": run_benchmark}.get(argv[0]) if argv else None
+        return named(argv[1:]) if named else run_convert(argv)
     except DataError as error:
         print(error, file=sys.stderr)
         return 2

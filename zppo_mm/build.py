@@ -184,7 +184,7 @@ def build_run(config: RunConfig) -> Run:
         ),
         portion=_portion(config),
     )
-    held_out, answered = _held_out(config, verifier), _evaluation_sampling(config, encoder)
+    held_out, answered = _held_out(config, verifier), evaluation_sampling(config, encoder)
     pools = tuple({id(each): each for each in (pool, judges, *teachers.pools) if each is not None}.values())
     return Run(stages, stream, held_out, answered, media, verifier, shared.encoders, teachers, pools, judge)
 
@@ -241,11 +241,13 @@ def _sampling(config: RunConfig, encoder: PromptEncoder) -> SamplingParams:
     )
 
 
-def _evaluation_sampling(config: RunConfig, encoder: PromptEncoder) -> SamplingParams:
+def evaluation_sampling(config: RunConfig, encoder: PromptEncoder) -> SamplingParams:
+    """Return how evaluations sample."""
     return SamplingParams(
         temperature=config.evaluation.temperature,
         top_p=config.evaluation.top_p,
         top_k=config.evaluation.top_k,
+        min_p=config.evaluation.min_p,
         presence_penalty=config.evaluation.presence_penalty,
         max_new_tokens=config.rollout.max_response_tokens,
         stop_token_ids=encoder.stop_token_ids,

@@ -190,6 +190,8 @@ class EvaluationConfig:
     """Nucleus mass."""
     top_k: int = 20
     """Most likely tokens kept."""
+    min_p: float = 0.0
+    """Least probability as a share of the most likely token's; 0 keeps everything."""
     presence_penalty: float = 1.5
     """Penalty on tokens already in the response."""
 

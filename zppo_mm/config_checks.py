@@ -132,6 +132,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "evaluation.temperature": _FROM_ZERO,
     "evaluation.top_p": (math.ulp(0.0), 1.0),
     "evaluation.top_k": _FROM_ZERO,
+    "evaluation.min_p": _SHARE,
     "evaluation.presence_penalty": (-2.0, 2.0),
     "parity.num_questions": _FROM_ONE,
     "parity.max_response_tokens": _FROM_ONE,

@@ -110,6 +110,14 @@ def _good_question(
     return question
 
 
+def evaluation_instances(held_out: HeldOut, plain_text: Callable[[Question], str]) -> list[PromptInstance]:
+    """Return what is asked; the uid, by which the random streams are named, has the place among all questions of the evaluation."""
+    return [
+        PromptInstance(uid=f"evaluation/{index}/{question.id}", question=question, kind="new", text=plain_text(question))
+        for index, question in enumerate(held_out.questions)
+    ]
+
+
 def evaluate(
     sampler: GroupSampler,
     held_out: HeldOut,
@@ -122,11 +130,7 @@ def evaluate(
 
     The random stream of a question does not depend on the step, so that two evaluations differ by their weights alone.
     """
-    instances = [
-        PromptInstance(uid=f"evaluation/{index}/{question.id}", question=question, kind="new", text=plain_text(question))
-        for index, question in enumerate(held_out.questions)
-    ]
-    groups = sampler.sample(instances, sampling, num_rollouts, step)
+    groups = sampler.sample(evaluation_instances(held_out, plain_text), sampling, num_rollouts, step)
     return _summarise(groups, num_chosen=len(held_out) + held_out.num_skipped, step=step)
 
 

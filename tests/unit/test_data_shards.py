@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
+import data.shards
 from data.errors import DataError, SampleError
 from data.question import MediaRef
 from data.sample import ShardSample, media_order, parse_question
@@ -43,6 +44,13 @@ def test_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
         assert sidecar_path(one).read_bytes() == sidecar_path(other).read_bytes()
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {name for path in first for name in (path.name, sidecar_path(path).name)}, "nothing is left aside"
+
+
+def test_a_shard_with_much_media_is_closed_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.shards, "MAX_SHARD_BYTES", 20)
+    written = write_shards(tmp_path, [sample(index, [("mp4", b"0123456789")]) for index in range(5)], 3)
+    # 10 bytes each: two of them reach 20.
+    assert [len(load_index(path).samples) for path in written] == [2, 2, 1]
 
 
 def test_every_sample_is_read_again_by_shard_and_key(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ class GroupSampler:
 
     Attributes:
         failures: Prompts that could not be made so far, by reason.
+        failed: Those of the last call: reasons by uid.
     """
 
     def __init__(self, engine: RolloutEngine, encoder: PromptEncoder, verifier: Grader, exchange: Exchange) -> None:
@@ -83,6 +84,7 @@ class GroupSampler:
         self._verifier = verifier
         self._exchange = exchange
         self.failures: Counter[str] = Counter()
+        self.failed: dict[str, str] = {}
 
     def sample(self, instances: Sequence[PromptInstance], params: SamplingParams, num_rollouts: int, step: int) -> list[Group]:
         """Return the groups of all instances, in order and the same on every rank.
@@ -177,10 +179,12 @@ class GroupSampler:
 
     def _groups(self, instances: Sequence[PromptInstance], outcomes: dict[int, _Outcome]) -> list[Group]:
         groups = []
+        self.failed = {}
         for index, instance in enumerate(instances):
             outcome = outcomes[index]
             if outcome.prompt is None:
                 self.failures[outcome.reason] += 1
+                self.failed[instance.uid] = outcome.reason
                 logger.warning("no group for %s: %s: %s", instance.uid, outcome.reason, outcome.detail)
             else:
                 groups.append(Group(instance, outcome.prompt, outcome.rollouts, outcome.ungraded))

@@ -1,0 +1,111 @@
+"""The folder of an evaluation, and the numbers that its answers give."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from zppo_mm.errors import ConfigError
+from zppo_mm.evaluation.answers import AnsweredQuestion, AnswerFolder, Response
+from zppo_mm.evaluation.summary import summarise, table
+
+SETTINGS = {"model": "m", "sampling": {"temperature": 0.6}, "data": [{"path": "a"}]}
+
+
+def answered(index: int, rewards: list[float | None], skipped: str = "", **fields: str) -> AnsweredQuestion:
+    """Return a question; a response of reward 0 meets the length limit without an answer, and response i has i + 1 tokens."""
+    responses = tuple(
+        Response(f"t{place}", None if reward == 0 else "1", reward, "length" if reward == 0 else "stop", place + 1)
+        for place, reward in enumerate(rewards)
+    )
+    known = {"source": "s", "modality": "text", "answer_type": "math"} | fields
+    return AnsweredQuestion(index=index, id=f"q{index}", prompt="p", media=[], answer="1", responses=responses, skipped=skipped, **known)
+
+
+def test_answers_come_back_in_order_from_chunks_and_from_the_end(tmp_path: Path) -> None:
+    folder = AnswerFolder(tmp_path / "out")
+    assert folder.open(SETTINGS) == []
+    answers = [answered(index, [1.0, 0.0], source="\u2028 line") for index in range(5)]
+    folder.add(answers[3:])
+    folder.add(answers[:3])
+    assert AnswerFolder(tmp_path / "out").open(SETTINGS) == [0, 1, 2, 3, 4]
+    assert folder.read() == answers
+    folder.finish(answers, {"n": 1})
+    assert sorted(path.name for path in folder.folder.iterdir()) == ["answers.jsonl", "results.json", "settings.json"]
+    assert folder.read() == answers
+    assert folder.open(SETTINGS) == [0, 1, 2, 3, 4]
+
+
+def test_what_no_judge_graded_is_asked_again_and_its_new_answers_win(tmp_path: Path) -> None:
+    folder = AnswerFolder(tmp_path)
+    folder.open(SETTINGS)
+    answers = [answered(0, [1.0]), answered(1, [1.0, None]), answered(2, [], "ungraded"), answered(3, [], "truncated")]
+    folder.add(answers)
+    folder.finish(folder.read(), {})
+    assert folder.open(SETTINGS) == [0, 3]
+    again = [answered(1, [1.0, 1.0]), answered(2, [0.0])]
+    folder.add(again)
+    assert folder.read() == [answers[0], *again, answers[3]]
+
+
+def test_a_file_that_was_not_finished_is_not_read(tmp_path: Path) -> None:
+    folder = AnswerFolder(tmp_path)
+    folder.open(SETTINGS)
+    folder.add([answered(0, [1.0])])
+    (tmp_path / "answers" / ".from_00000001.jsonl.tmp").write_text('{"ind')
+    assert folder.open(SETTINGS) == [0]
+
+
+def test_other_settings_are_named(tmp_path: Path) -> None:
+    AnswerFolder(tmp_path).open(SETTINGS)
+    other = {**SETTINGS, "sampling": {"temperature": 1.0}, "data": [{"path": "a"}, {"path": "b"}]}
+    with pytest.raises(ConfigError, match=r"data\.1\.path was None, is 'b'; sampling\.temperature was 0\.6, is 1\.0; go on with the old"):
+        AnswerFolder(tmp_path).open(other)
+
+
+def test_answers_of_unknown_settings_and_damaged_ones_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "answers.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"answers without settings, got no settings\.json"):
+        AnswerFolder(tmp_path).open(SETTINGS)
+    AnswerFolder(tmp_path / "b").open(SETTINGS)
+    (tmp_path / "b" / "answers.jsonl").write_text('{"index": 0}\n')
+    with pytest.raises(ConfigError, match=r"answers\.jsonl: a line is not readable .* remove the file"):
+        AnswerFolder(tmp_path / "b").open(SETTINGS)
+
+
+def test_numbers_by_hand() -> None:
+    answers = [
+        answered(0, [1.0, 0.0, 0.0, 1.0], source="a", modality="image"),
+        answered(1, [0.0, 0.0, 0.0, 0.0], source="a", modality="video"),
+        answered(2, [1.0, 1.0, None, None], source="b", modality="video", answer_type="open"),
+        answered(3, [], "oversized", source="b"),
+    ]
+    summary = summarise(answers, {"bad_json": 2, "oversized": 1}, seed=0)
+    overall = summary.overall
+    # pass@1 = (2/4 + 0 + 2/2) / 3; pass@2 = (1 - C(2,2)/C(4,2) + 0 + 1) / 3 = (5/6 + 1) / 3; pass@4 has the first two: (1 + 0) / 2.
+    assert {k: (each.value, each.num_questions) for k, each in overall.pass_at.items()} == {
+        1: (pytest.approx(0.5), 3),
+        2: (pytest.approx(11 / 18), 3),
+        4: (0.5, 2),
+    }
+    # 10 graded responses: 2 + 4 of the first two met the limit without an answer. Tokens 1+2+3+4, twice, and 1+2.
+    assert (overall.num_responses, overall.num_ungraded, overall.truncated, overall.unparsed) == (10, 2, 0.6, 0.6)
+    assert overall.response_tokens == 2.3
+    assert (summary.num_questions, summary.num_skipped, summary.skipped_share) == (3, 4, pytest.approx(4 / 7))
+    assert summary.skipped == {"bad_json": 2, "oversized": 2}
+    assert {name: part.num_questions for name, part in summary.by_source.items()} == {"a": 2, "b": 1}
+    assert {name: part.pass_at[1].value for name, part in summary.by_modality.items()} == {"image": 0.5, "video": 0.5}
+    assert {name: part.num_questions for name, part in summary.by_answer_type.items()} == {"math": 2, "open": 1}
+    assert list(summary.by_source["b"].pass_at) == [1, 2]
+    json.dumps(asdict(summary), allow_nan=False)
+
+
+def test_the_table_has_a_line_for_every_part_and_what_is_missing() -> None:
+    lines = table(summarise([answered(0, [1.0, None]), answered(1, [], "empty")], {}, seed=0)).splitlines()
+    assert [line.split("  ")[0] for line in lines[1:5]] == ["all", "source s", "modality text", "answer type math"]
+    assert "1.000 [1.000, 1.000]" in lines[1]
+    assert lines[5:] == ["skipped 1 (50.0%): empty 1", "responses that no judge graded, left out: 1"]
+    assert table(summarise([answered(0, [], "empty")], {}, seed=0)).splitlines()[-1] == "skipped 1 (100.0%): empty 1"

@@ -1,0 +1,223 @@
+"""Questions with their responses as they are written down, and the folder in which an interrupted evaluation goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data.question import MediaRef, Question
+from zppo_mm.errors import ConfigError
+from zppo_mm.experience import Group, PromptInstance, Rollout
+from zppo_mm.rollout.sampler import UNGRADED
+
+ANSWERS_FILE = "answers.jsonl"
+RESULTS_FILE = "results.json"
+SETTINGS_FILE = "settings.json"
+PARTS_FOLDER = "answers"
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One response.
+
+    Attributes:
+        text: As decoded.
+        parsed: Content of the last `\\boxed{}`, `None` if nothing was boxed.
+        reward: 0 or 1, `None` if no judge graded it.
+        finish_reason: `stop` or `length`.
+        num_tokens: Its length, the stop token included.
+    """
+
+    text: str
+    parsed: str | None
+    reward: float | None
+    finish_reason: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnsweredQuestion:
+    """A question and what the model made of it: one line of answers.jsonl.
+
+    Attributes:
+        index: Place among the questions of the evaluation.
+        id: The question's.
+        source: Its data source.
+        modality: `text`, `image`, `video`, or `mixed` with both kinds of media.
+        answer_type: `math`, `choice` or `open`.
+        prompt: The whole text that was asked, before the chat template and the placeholders of the media.
+        media: `{kind, shard, key, extension}` in prompt order.
+        answer: The reference answer.
+        responses: In the order sampled, those that no judge graded last; none if the question could not be asked.
+        skipped: Why it could not; empty otherwise.
+    """
+
+    index: int
+    id: str
+    source: str
+    modality: str
+    answer_type: str
+    prompt: str
+    media: list[dict[str, str]]
+    answer: str
+    responses: tuple[Response, ...] = ()
+    skipped: str = ""
+
+    @property
+    def graded(self) -> list[Response]:
+        """Responses with a reward."""
+        return [response for response in self.responses if response.reward is not None]
+
+    @property
+    def num_correct(self) -> int:
+        """Responses with reward 1."""
+        return sum(response.reward == 1.0 for response in self.responses)
+
+    @classmethod
+    def of(cls, index: int, instance: PromptInstance, group: Group | None, skipped: str) -> AnsweredQuestion:
+        """Return the record of a question, of which there is a group or a reason for none."""
+        question = instance.question
+        rollouts = [*group.rollouts, *group.ungraded] if group is not None else []
+        return cls(
+            index=index,
+            id=question.id,
+            source=question.source,
+            modality=modality(question),
+            answer_type=question.answer_type,
+            prompt=instance.text,
+            media=[_media_record(ref) for ref in question.media],
+            answer=question.answer,
+            responses=tuple(_response(rollout) for rollout in rollouts),
+            skipped=skipped,
+        )
+
+
+def modality(question: Question) -> str:
+    """Return `text`, `image`, `video` or `mixed`."""
+    kinds = {ref.kind for ref in question.media}
+    return "mixed" if len(kinds) > 1 else kinds.pop() if kinds else "text"
+
+
+class AnswerFolder:
+    """The folder of one evaluation; one process uses it.
+
+    `settings.json` says what the answers belong to. Each finished chunk is a file under `answers/`; at the end they become
+    `answers.jsonl`. Every file is written aside and renamed, so one that is there is complete.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def open(self, settings: Mapping[str, Any]) -> list[int]:
+        """Return the places of the questions that need no asking any more; those that a judge left ungraded are asked again.
+
+        Args:
+            settings: All that the answers depend on, as JSON values.
+
+        Raises:
+            ConfigError: The folder has answers that belong to other settings, or files that cannot be read.
+        """
+        path = self.folder / SETTINGS_FILE
+        if path.is_file():
+            self._check_same(_read_json(path), settings)
+        elif self._parts() or (self.folder / ANSWERS_FILE).exists():
+            raise ConfigError(
+                f"{self.folder}: answers without settings, got no {SETTINGS_FILE} beside them, expected both or neither; "
+                "give another --output or remove the folder"
+            )
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_aside(path, json.dumps(settings, ensure_ascii=False, indent=1))
+        return [each.index for each in self.read() if each.skipped != UNGRADED and len(each.graded) == len(each.responses)]
+
+    def add(self, answers: Sequence[AnsweredQuestion]) -> None:
+        """Write a finished chunk."""
+        _write_aside(self.folder / PARTS_FOLDER / f"from_{answers[0].index:08d}.jsonl", _lines(answers))
+
+    def read(self) -> list[AnsweredQuestion]:
+        """Return all answers so far, in the order of the questions; a chunk wins over what an earlier end of the evaluation left."""
+        answers: dict[int, AnsweredQuestion] = {}
+        finished = self.folder / ANSWERS_FILE
+        for path in [*([finished] if finished.is_file() else []), *self._parts()]:
+            for line in path.read_text(encoding="utf-8").split("\n"):
+                if line:
+                    answered = _parse(path, line)
+                    answers[answered.index] = answered
+        return [answers[index] for index in sorted(answers)]
+
+    def finish(self, answers: Sequence[AnsweredQuestion], results: Mapping[str, Any]) -> None:
+        """Write `answers.jsonl` and `results.json`, which take the place of the chunks."""
+        _write_aside(self.folder / ANSWERS_FILE, _lines(answers))
+        _write_aside(self.folder / RESULTS_FILE, json.dumps(results, ensure_ascii=False, indent=1))
+        for path in self._parts():
+            path.unlink()
+        if (self.folder / PARTS_FOLDER).is_dir():
+            (self.folder / PARTS_FOLDER).rmdir()
+
+    def _parts(self) -> list[Path]:
+        return sorted((self.folder / PARTS_FOLDER).glob("from_*.jsonl"))
+
+    def _check_same(self, before: Any, now: Mapping[str, Any]) -> None:
+        old, new = _flat(before), _flat(now)
+        different = [
+            f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+        ]
+        if different:
+            raise ConfigError(
+                f"{self.folder}: the answers there belong to another evaluation: {'; '.join(different)}; go on with the old settings, "
+                "give another --output, or remove the folder"
+            )
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Return values by dotted key; a list's entries by their places."""
+    if isinstance(values, Mapping):
+        items: Iterable[tuple[Any, Any]] = values.items()
+    elif isinstance(values, list):
+        items = enumerate(values)
+    else:
+        return {prefix.removesuffix("."): values}
+    return {key: value for name, entry in items for key, value in _flat(entry, f"{prefix}{name}.").items()}
+
+
+def _media_record(ref: MediaRef) -> dict[str, str]:
+    return {"kind": ref.kind, "shard": ref.shard, "key": ref.key, "extension": ref.extension}
+
+
+def _response(rollout: Rollout) -> Response:
+    reward = None if math.isnan(rollout.reward) else float(rollout.reward)
+    return Response(rollout.text, rollout.parsed, reward, rollout.finish_reason, len(rollout.response_ids))
+
+
+def _lines(answers: Iterable[AnsweredQuestion]) -> str:
+    return "".join(json.dumps(asdict(answered), ensure_ascii=False) + "\n" for answered in answers)
+
+
+def _parse(path: Path, line: str) -> AnsweredQuestion:
+    try:
+        fields = json.loads(line)
+        return AnsweredQuestion(**{**fields, "responses": tuple(Response(**response) for response in fields["responses"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path}: a line is not readable ({error}), expected one question's answers; remove the file") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable ({error}), expected JSON; give another --output or remove the folder") from error
+
+
+def _write_aside(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    with aside.open("w", encoding="utf-8", newline="") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)

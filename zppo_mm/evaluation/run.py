@@ -1,0 +1,243 @@
+"""One evaluation from its request to its results: questions, chunks of answers, numbers. Every rank calls this."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data.benchmarks import convert_benchmark, read_conversion
+from data.errors import DataError
+from data.health import SampleHealth
+from data.shards import ShardFolder
+from zppo_mm.config import RunConfig
+from zppo_mm.embedded.questions import embedded_sources
+from zppo_mm.errors import ZppoError
+from zppo_mm.evaluate import HeldOut, evaluation_instances, held_out_questions
+from zppo_mm.evaluation.answers import AnsweredQuestion, AnswerFolder
+from zppo_mm.evaluation.settings import EvaluationRequest, output_folder, read_config
+from zppo_mm.evaluation.student import Student, build_student, describe_student
+from zppo_mm.evaluation.summary import Summary, summarise, table
+from zppo_mm.experience import PromptInstance
+from zppo_mm.models import parallel
+from zppo_mm.observability.logs import configure_logging
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+EVALUATED_STEP = 0
+"""Recorded in rollouts, which nobody reads here."""
+BATCHES_PER_CHUNK = 4
+BENCHMARKS_FOLDER = "benchmarks"
+PACKAGES = ("zppo-mm", "torch", "megatron-core", "transformers", "math-verify")
+WARNED_SKIPPED_SHARE = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """What is asked, and what is left out before anything is asked.
+
+    Attributes:
+        chosen: The questions.
+        skipped: Rows and samples that are none, by reason.
+        listed: The first of them: place, reason, what is wrong.
+        data: Folders with their fingerprints.
+    """
+
+    chosen: HeldOut
+    skipped: dict[str, int]
+    listed: list[list[str]]
+    data: list[dict[str, str]]
+
+
+def evaluate_model(request: EvaluationRequest) -> Summary:
+    """Sample and grade responses to all questions, go on where an earlier start stopped, and write the results.
+
+    Every rank calls this and gets the same.
+
+    Raises:
+        ZppoError: The model, an option or the folder of the results cannot be used.
+        DataError: The questions cannot be used.
+    """
+    config = read_config(request)
+    output = output_folder(request, config)
+    parallel.initialize(config.parallel, config.seed)
+    parallel.end_with_launcher()
+    configure_logging(output, parallel.rank())
+    with parallel.explain_lost_rank():
+        student = build_student(config)
+        try:
+            questions = _questions(request, config, student)
+            settings = describe_student(config, student) | {"num_questions": config.evaluation.num_questions, "data": questions.data}
+            folder = AnswerFolder(output)
+            done = set(_on_first_rank(lambda: folder.open(settings)))
+            _answer(student, questions.chosen, done, folder, config, request.questions_per_chunk)
+            summary = _on_first_rank(lambda: _finish(folder, questions, settings, config.seed))
+        finally:
+            student.close()
+    parallel.shutdown()
+    return summary
+
+
+def run_evaluation(request: EvaluationRequest) -> tuple[int, str]:
+    """Evaluate, and say what went wrong in one line if the user can mend it.
+
+    Returns:
+        The exit code, and the table of the results on rank 0.
+    """
+    try:
+        summary = evaluate_model(request)
+    except (ZppoError, DataError) as error:
+        logger.error("%s", error)
+        return 1, ""
+    return 0, table(summary) if os.environ.get("RANK", "0") == "0" else ""
+
+
+def _questions(request: EvaluationRequest, config: RunConfig, student: Student) -> Questions:
+    folders, skipped, listed = [], Counter[str](), []
+    for path in request.data or _own_sources(config):
+        folder = _on_first_rank(partial(_converted, path, request, Path(config.output_dir))) if path.is_file() else path
+        folders.append(ShardFolder(folder))
+        conversion = read_conversion(folder)
+        if conversion is not None:
+            skipped.update(conversion.skipped)
+            listed += conversion.listed
+    health = SampleHealth(config.data.max_bad_share, config.data.strict)
+    chosen = held_out_questions(folders, config.evaluation.num_questions, config.seed, health, student.verifier.can_grade)
+    skipped.update(health.counts)
+    listed += [list(entry) for entry in health.listed]
+    data = [{"path": str(folder.path), "fingerprint": folder.fingerprint()} for folder in folders]
+    return Questions(chosen, dict(skipped), listed, data)
+
+
+def _own_sources(config: RunConfig) -> list[Path]:
+    """Return the held-out data that the run itself is evaluated on."""
+    sources = config.data.held_out
+    if config.data.train and not sources:
+        raise DataError("data.held_out: the run has no held-out questions, got none, expected a source; name questions with --data")
+    return [Path(source.path) for source in sources or embedded_sources(config, "held_out")]
+
+
+def _converted(file: Path, request: EvaluationRequest, output_dir: Path) -> Path:
+    """Return the shards of a benchmark's file, made at the first use and shared by the evaluations of all models."""
+    status = file.stat()
+    root = request.media_root or file.parent
+    made_from = [
+        str(file.resolve()),
+        status.st_size,
+        status.st_mtime_ns,
+        request.format,
+        sorted(request.fields.items()),
+        str(root.resolve()),
+    ]
+    digest = hashlib.blake2b(json.dumps(made_from).encode(), digest_size=4).hexdigest()
+    folder = output_dir / BENCHMARKS_FOLDER / f"{file.stem}-{digest}"
+    if read_conversion(folder) is None:
+        logger.info("converting %s into %s", file, folder)
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+        health = SampleHealth(max_bad_share=1.0)
+        convert_benchmark(file, aside, format_name=request.format, fields=request.fields, media_root=root, health=health)
+        try:
+            os.replace(aside, folder)
+        except OSError:
+            # Another evaluation beside this one was faster.
+            if not folder.exists():
+                raise
+            shutil.rmtree(aside)
+    return folder
+
+
+def _answer(student: Student, chosen: HeldOut, done: set[int], folder: AnswerFolder, config: RunConfig, questions_per_chunk: int) -> None:
+    """Answer the questions that are left, chunk by chunk."""
+    instances = evaluation_instances(chosen, student.templates.plain_text)
+    left = [index for index in range(len(instances)) if index not in done]
+    if done:
+        logger.info("%d of %d questions are answered already", len(done), len(instances))
+    num_rollouts = config.evaluation.num_rollouts
+    if num_rollouts > 1 and student.sampling.temperature == 0 and parallel.rank() == 0:
+        logger.warning("evaluation.num_rollouts: %d greedy responses per question are all the same; choose a temperature", num_rollouts)
+    batch = parallel.num_replicas() * config.rollout.max_batch_size
+    size = questions_per_chunk or max(1, BATCHES_PER_CHUNK * batch // num_rollouts)
+    for start in range(0, len(left), size):
+        began = time.perf_counter()
+        answers = _answer_chunk(student, instances, left[start : start + size], num_rollouts)
+        if parallel.rank() == 0:
+            folder.add(answers)
+            _log_progress(answers, len(instances) - len(left) + start + len(answers), len(instances), time.perf_counter() - began)
+        student.encoder.forget_media()
+    _log_losses(student)
+
+
+def _answer_chunk(
+    student: Student, instances: Sequence[PromptInstance], indices: Sequence[int], num_rollouts: int
+) -> list[AnsweredQuestion]:
+    asked = [instances[index] for index in indices]
+    groups = {group.uid: group for group in student.sampler.sample(asked, student.sampling, num_rollouts, EVALUATED_STEP)}
+    failed = student.sampler.failed
+    return [
+        AnsweredQuestion.of(index, instance, groups.get(instance.uid), failed.get(instance.uid, ""))
+        for index, instance in zip(indices, asked, strict=True)
+    ]
+
+
+def _log_progress(answers: Sequence[AnsweredQuestion], num_done: int, num_all: int, seconds: float) -> None:
+    num_graded = sum(len(each.graded) for each in answers)
+    num_correct = sum(each.num_correct for each in answers)
+    num_tokens = sum(response.num_tokens for each in answers for response in each.responses)
+    accuracy = f"{num_correct / num_graded:.3f}" if num_graded else "-"
+    logger.info(
+        "evaluated %d/%d questions  accuracy of these %d: %s  tokens/s %.0f  seconds %.1f",
+        num_done,
+        num_all,
+        len(answers),
+        accuracy,
+        num_tokens / seconds,
+        seconds,
+    )
+
+
+def _log_losses(student: Student) -> None:
+    """Say what the grader could not do; a comparison that timed out or failed counts as wrong."""
+    losses: Counter[str] = Counter()
+    for replica in parallel.gather_from_replicas([student.grading_losses()]):
+        for each in replica:
+            losses.update(each)
+    if parallel.rank() == 0 and any(losses.values()):
+        logger.warning("grading since this start: %s", ", ".join(f"{name} {count}" for name, count in losses.items() if count))
+
+
+def _finish(folder: AnswerFolder, questions: Questions, settings: Mapping[str, Any], seed: int) -> Summary:
+    answers = folder.read()
+    summary = summarise(answers, questions.skipped, seed)
+    versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    listed = questions.listed + [[each.id, each.skipped, "see the log"] for each in answers if each.skipped]
+    folder.finish(answers, {"settings": settings, "versions": versions, **asdict(summary), "listed": listed})
+    if summary.skipped_share > WARNED_SKIPPED_SHARE:
+        logger.warning("%.1f %% of the questions were skipped: %s", 100 * summary.skipped_share, summary.skipped)
+    logger.info("results and all answers in %s", folder.folder)
+    return summary
+
+
+def _on_first_rank(action: Callable[[], T]) -> T:
+    """Do something on rank 0 alone and return what came of it, or raise its error, on every rank."""
+    outcome: tuple[T | None, ZppoError | DataError | None] | None = None
+    if parallel.rank() == 0:
+        try:
+            outcome = action(), None
+        except (ZppoError, DataError) as error:
+            outcome = None, error
+    value, failure = parallel.broadcast_object(outcome)
+    if failure is not None:
+        raise failure
+    return value  # type: ignore[return-value]

@@ -1,0 +1,122 @@
+"""From a command line to what is evaluated, on what, and how."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from zppo_mm.build import student_folder
+from zppo_mm.config import RunConfig
+from zppo_mm.config_io import load_config
+from zppo_mm.errors import ConfigError
+from zppo_mm.train import CONFIG_FILE, HF_FOLDER
+from zppo_mm.training.checkpoint import CHECKPOINTS_FOLDER, latest
+
+SAMPLING: dict[str, dict[str, float]] = {
+    "greedy": {
+        "evaluation.temperature": 0.0,
+        "evaluation.top_p": 1.0,
+        "evaluation.top_k": 0,
+        "evaluation.min_p": 0.0,
+        "evaluation.presence_penalty": 0.0,
+    },
+    "paper": {
+        "evaluation.temperature": 0.6,
+        "evaluation.top_p": 0.95,
+        "evaluation.top_k": 20,
+        "evaluation.min_p": 0.0,
+        "evaluation.presence_penalty": 1.5,
+        "rollout.max_response_tokens": 12288,
+    },
+}
+"""Named ways to sample. Source: ZPPO (arXiv 2606.18216), evaluation."""
+EVALUATIONS_FOLDER = "evaluations"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRequest:
+    """What the command line asks for.
+
+    Attributes:
+        model: A Hugging Face folder, or the folder of a finished run.
+        data: Folders of shards and files of benchmarks; none means the held-out data of the run.
+        sampling: A name in `SAMPLING`; empty means the run's own settings, and `paper` for a Hugging Face folder.
+        num_rollouts: Responses per question; 0 means the configuration's.
+        output: Folder of the results; `None` means one named after the model.
+        questions_per_chunk: Questions between two files of answers; 0 means a few batches.
+        format: How files of benchmarks are read; empty means by their columns.
+        fields: Columns of these files by part of a question.
+        media_root: What media paths in these files start from; `None` means the folder of each.
+        options: `key.sub=value`, which win over all of the above.
+    """
+
+    model: Path
+    data: tuple[Path, ...] = ()
+    sampling: str = ""
+    num_rollouts: int = 0
+    output: Path | None = None
+    questions_per_chunk: int = 0
+    format: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    media_root: Path | None = None
+    options: tuple[str, ...] = ()
+
+
+def read_config(request: EvaluationRequest) -> RunConfig:
+    """Return the checked configuration of an evaluation; its student is the model that is evaluated.
+
+    Raises:
+        ConfigError: The folder is neither of the two, the run is not finished, there are no questions, or an option is wrong.
+    """
+    is_run = (request.model / CONFIG_FILE).is_file()
+    folder = _exported(request.model) if is_run else request.model
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{request.model}: nothing to evaluate, got no config.json and no {CONFIG_FILE} in it, expected a Hugging Face folder or the "
+            "folder of a run; check the path"
+        )
+    if not is_run and not request.data:
+        raise ConfigError(f"{request.model}: no questions, got a Hugging Face folder and no --data, expected folders of shards or a file")
+    if (request.format or request.fields or request.media_root) and not any(path.is_file() for path in request.data):
+        raise ConfigError("--format, --fields, --media-root: nothing to read by them, got no file in --data, expected one; leave them out")
+    # Bad questions are counted in the results instead of stopping; and no teacher has ranks here.
+    layers: dict[str, object] = {"data.max_bad_share": 1.0, "model.student": str(folder), "teacher.num_ranks": 0}
+    if not is_run:
+        layers["rollout.max_response_tokens"] = SAMPLING["paper"]["rollout.max_response_tokens"]
+    layers |= SAMPLING[request.sampling or "paper"] if request.sampling or not is_run else {}
+    if request.data:
+        layers["evaluation.num_questions"] = 0
+    if request.num_rollouts:
+        layers["evaluation.num_rollouts"] = request.num_rollouts
+    # JSON is YAML, in which a path may look like a number.
+    options = [*(f"{key}={json.dumps(value)}" for key, value in layers.items()), *request.options]
+    config = load_config(request.model / CONFIG_FILE if is_run else None, options)
+    if student_folder(config) != folder:
+        raise ConfigError(
+            f"model.student: another model than the one to evaluate, got {config.model.student!r}, expected {str(folder)!r}; "
+            "name the folder as the first argument only"
+        )
+    return config
+
+
+def output_folder(request: EvaluationRequest, config: RunConfig) -> Path:
+    """Return where the results go."""
+    return request.output or Path(config.output_dir) / EVALUATIONS_FOLDER / request.model.resolve().name
+
+
+def _exported(run: Path) -> Path:
+    """Return the trained model of a run.
+
+    Raises:
+        ConfigError: The run has not come to its end.
+    """
+    if (run / HF_FOLDER).is_dir():
+        return run / HF_FOLDER
+    newest = latest(run / CHECKPOINTS_FOLDER)
+    got = f"a newest checkpoint {newest.name}" if newest is not None else "no checkpoint either"
+    raise ConfigError(
+        f"{run}: the run is not finished, got no {HF_FOLDER}/ and {got}, expected an exported model; let it run to its end, or write its "
+        f"newest checkpoint as a Hugging Face folder and evaluate that: tools/convert_checkpoint.py export {run} HF_DIR"
+    )
