@@ -13,7 +13,8 @@ from zppo_mm.experience import Candidate
 from zppo_mm.observability.transcripts import buffer_path, discard_steps_after, transcript_path, write_buffer, write_transcript
 
 GROUP_KEYS = ["step", "uid", "question_id", "kind", "prompt", "media", "answer", "accuracy", "candidates", "num_prefix_tokens", "rollouts"]
-ROLLOUT_KEYS = ["text", "parsed", "reward", "advantage", "num_tokens", "finish_reason", "minibatch", "author"]
+RESPONSE_KEYS = ["text", "parsed", "reward", "num_tokens", "finish_reason"]
+ROLLOUT_KEYS = [*RESPONSE_KEYS, "advantage", "minibatch", "author"]
 
 
 def test_format_of_a_group(tmp_path: Path) -> None:
