@@ -152,10 +152,11 @@ def _outcome(run: PlannedRun, plan: Plan, returncode: int, seconds: float) -> li
         accuracy = f", held-out accuracy {record.evaluations[-1]['accuracy']:.1%}" if record.evaluations else ""
         logger.info("%s finished after %.0f s%s", run.name, seconds, accuracy)
         return []
-    lines = output_path(plan, run).read_text(encoding="utf-8", errors="replace").splitlines()[-NUM_TAIL_LINES:]
-    reason = "\n".join([f"exit status {returncode} after step {steps_reached(record)}; the end of its output:", *lines])
-    logger.error("%s failed: %s", run.name, reason)
-    return [Failure(run, reason)]
+    path = output_path(plan, run)
+    what = f"exit status {returncode} after step {steps_reached(record)}"
+    logger.error("%s failed, %s; see %s", run.name, what, path)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-NUM_TAIL_LINES:]
+    return [Failure(run, "\n".join([f"{what}; the end of its output:", *lines]))]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

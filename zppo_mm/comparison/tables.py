@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zppo_mm.comparison.accuracy import MethodAccuracy, method_accuracy, parts_of
 from zppo_mm.comparison.measures import FINAL, NUM_FINAL_STEPS, PHASES, TOKENS, Fates, cost, fates, final_means
@@ -40,9 +40,9 @@ def accuracies(results: Results) -> Accuracies:
 
 
 def tables(results: Results, by_part: Accuracies) -> list[Table]:
-    """Return all tables for which there is something to show."""
+    """Return all tables for which there is something to show, without columns that no method has a value in."""
     made = [_accuracy(results, by_part), _parts(results, by_part), _graduations(results), _visits(results), _cost(results), _final(results)]
-    return [*(table for table in made if table is not None and table.rows), _runs(results)]
+    return [*(_without_empty_columns(table) for table in made if table is not None and table.rows), _runs(results)]
 
 
 def _accuracy(results: Results, by_part: Accuracies) -> Table:
@@ -158,6 +158,13 @@ def _runs(results: Results) -> Table:
     rows = [(label, *(run.status for run in runs.values())) for label, runs in results.runs.items()]
     note = "Only finished runs are part of the tables."
     return Table("Runs", note, ("method", *(f"seed {seed}" for seed in results.plan.seeds)), tuple(rows))
+
+
+def _without_empty_columns(table: Table) -> Table:
+    kept = [place for place in range(len(table.header)) if any(row[place] for row in table.rows)]
+    return replace(
+        table, header=tuple(table.header[place] for place in kept), rows=tuple(tuple(row[place] for place in kept) for row in table.rows)
+    )
 
 
 def _num_counted(results: Results, label: str) -> str:
