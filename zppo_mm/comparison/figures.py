@@ -83,9 +83,8 @@ def _curves(results: Results, axes: Axes, series: Callable[[RunResult], Series])
         axes.plot(
             steps, means, color=look.color, linestyle=look.linestyle, label=label, marker="o" if len(steps) < 15 else "", markersize=3.5
         )
-        axes.fill_between(
-            steps, *([limit(values) for values in points.values()] for limit in (min, max)), color=look.color, alpha=0.1, lw=0
-        )
+        lows, highs = [min(values) for values in points.values()], [max(values) for values in points.values()]
+        axes.fill_between(steps, lows, highs, color=look.color, alpha=0.1, linewidth=0)
         drawn = True
     finish_axes(axes, "accuracy", percent=True)
     return drawn

@@ -101,7 +101,7 @@ def _headlines(results: Results, by_part: Accuracies) -> list[Headline]:
             low, high = 100 * each.after.low, 100 * each.after.high
             note = f"{100 * each.before:.1f} % before; 95 % interval {low:.1f} to {high:.1f} %, seeds: {len(each.seeds)}"
             headlines.append(Headline(title, f"{label} {100 * each.after.value:.1f} %", note))
-    buffered = {label: each for label in found if (each := fates(results, label)) is not None and each.admitted["0"]}
+    buffered = {label: fate for label in found if (fate := fates(results, label)) is not None and fate.admitted["0"]}
     if buffered:
         label, most = max(buffered.items(), key=lambda item: item[1].graduated["0"] / item[1].admitted["0"])
         graduated, admitted = most.graduated["0"], most.admitted["0"]
