@@ -27,7 +27,7 @@ class ComparisonConfig:
     """Run configuration that all runs start from, relative to the working directory; empty is the embedded preset."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of all runs, by their dotted keys."""
-    methods: Any = field(default_factory=list)
+    methods: Any = None
     """A list of methods, or labels with {method, options} each; without a method the label is one."""
     baseline: str = ""
     """Label that differences and ratios refer to; empty is the first."""
@@ -110,15 +110,16 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
 
 def _methods(given: Any, path: Path) -> dict[str, tuple[str, list[str]]]:
     """Return method and options by label."""
-    if isinstance(given, list):
-        given = dict.fromkeys(given) if len(set(map(str, given))) == len(given) else {}
-    if not isinstance(given, Mapping) or not given:
+    by_label: Any = dict.fromkeys(map(str, given)) if isinstance(given, list) else given
+    if isinstance(by_label, Mapping) and len(by_label) < len(given):
+        by_label = None
+    if not isinstance(by_label, Mapping) or not by_label:
         raise ConfigError(
             f"{path}: methods is wrong, got {given!r}, expected a list of different methods, or labels with {{method, options}} each; "
             "see docs/comparison.md"
         )
     methods = {}
-    for label, settings in given.items():
+    for label, settings in by_label.items():
         settings = settings or {}
         if not _LABEL.fullmatch(str(label)) or not isinstance(settings, Mapping):
             raise ConfigError(
