@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from zppo_mm.comparison.statistics import Estimate, share_interval
+from zppo_mm.comparison.intervals import Estimate, share_interval
 from zppo_mm.comparison.tables import Table
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import PLAIN_KINDS

@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from zppo_mm.comparison.statistics import Estimate, bootstrap_means, interval, mean_scores, share_interval
+from zppo_mm.comparison.intervals import Estimate, bootstrap_means, interval, mean_scores, share_interval
 
 # 10,000 draws of an event of probability p have a standard error of at most 0.005; four of them.
 FREQUENCY_TOLERANCE = 0.02
@@ -70,7 +70,7 @@ def test_a_row_has_the_same_draws_with_and_without_others() -> None:
 
 def test_blocks_change_no_number_of_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = [np.full((1, 30), 0.5), np.full((1, 20), 0.5)]
-    monkeypatch.setattr("zppo_mm.comparison.statistics._BLOCK_COUNTS", 1000)
+    monkeypatch.setattr("zppo_mm.comparison.intervals._BLOCK_COUNTS", 1000)
     assert bootstrap_means(scores)[:, 0].tolist() == pytest.approx([0.5] * 10_000)
 
 
