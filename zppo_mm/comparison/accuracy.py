@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zppo_mm.comparison.results import Answered, Answers, Results, RunResult
 from zppo_mm.comparison.intervals import Estimate, FloatArray, bootstrap_means, interval, mean_scores
+from zppo_mm.comparison.results import Answered, Answers, Results, RunResult
 
 
 @dataclass(frozen=True, slots=True)

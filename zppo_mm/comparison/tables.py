@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from zppo_mm.comparison.accuracy import MethodAccuracy, method_accuracy, parts_of
+from zppo_mm.comparison.intervals import Estimate
 from zppo_mm.comparison.measures import FINAL, NUM_FINAL_STEPS, PHASES, TOKENS, Fates, cost, fates, final_means
 from zppo_mm.comparison.results import Results
-from zppo_mm.comparison.intervals import Estimate
 
 MANY_VISITS = 4
 
