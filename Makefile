@@ -11,13 +11,15 @@ TESTS_LATEST := tests/unit/test_models_*.py tests/unit/test_convert_*.py tests/u
 TORCH_FLAGS ?=
 # Further key=value options of the demo.
 DEMO_OPTIONS ?=
+# Further key=value options of the demo of the comparison.
+COMPARE_OPTIONS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # One thread per process: tests and the demo start several processes, and spinning OpenMP threads starve each other.
 RUN_ENV := OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1
 
-.PHONY: install demo test test-latest check test-gpu tiny-models bench
+.PHONY: install demo compare-demo test test-latest check test-gpu tiny-models bench
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -35,6 +37,10 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 demo: install
 	$(RUN_ENV) $(BIN)/torchrun --standalone --nproc-per-node 2 tools/train_zppo.py --modality video --name demo $(DEMO_OPTIONS)
 	$(BIN)/python tools/show_run.py runs/demo
+
+# Finished runs are not repeated.
+compare-demo: install
+	$(RUN_ENV) $(BIN)/python tools/compare.py examples/compare_digits/compare.yaml $(COMPARE_OPTIONS)
 
 test: install
 	$(RUN_ENV) $(BIN)/python -m pytest

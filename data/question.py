@@ -52,6 +52,12 @@ class Question:
     choices: tuple[str, ...] = ()
     source: str = ""
 
+    @property
+    def modality(self) -> str:
+        """`text`, `image`, `video`, or `mixed` with both kinds of media."""
+        kinds = sorted({reference.kind for reference in self.media})
+        return "text" if not kinds else kinds[0] if len(kinds) == 1 else "mixed"
+
 
 def check_same_question(first: Question, second: Question) -> None:
     """Refuse two different questions of one id, which everything that goes by the id would mix up.

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast, get_args, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +23,8 @@ from zppo_mm.errors import ConfigError
 
 PRESETS_FOLDER = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "tiny"
+
+_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +52,24 @@ def load_config(config_path: str | Path | None, overrides: Sequence[str] = ()) -
     given = [_read_yaml(Path(config_path), str(config_path))] if config_path is not None else []
     given += [_read_override(override) for override in overrides]
     for layer in [*preset, *given]:
-        _check_keys(layer)
+        _check_keys(layer, RunConfig)
     method = _chosen_method([*preset, *given])
     method_keys = _Layer(f"method {method}", OmegaConf.from_dotlist([f"{key}={value}" for key, value in METHODS[method].items()]))
-    config = _merge([*preset, method_keys, *given])
+    config = _merge([*preset, method_keys, *given], RunConfig)
     check_config(config)
     return config
+
+
+def load_settings(kind: type[_Kind], path: Path, overrides: Sequence[str] = ()) -> _Kind:
+    """Return a dataclass other than a run's from its YAML file and overrides, keys and types checked alike.
+
+    Raises:
+        ConfigError: An unknown key, a value of the wrong type, or a file that cannot be read.
+    """
+    layers = [_read_yaml(path, str(path)), *(_read_override(override) for override in overrides)]
+    for layer in layers:
+        _check_keys(layer, kind)
+    return _merge(layers, kind)
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -99,16 +113,16 @@ def _chosen_method(layers: Sequence[_Layer]) -> str:
             method, origin = layer.content["method"], layer.origin
     if not isinstance(method, str) or method not in METHODS:
         raise ConfigError(
-            f"{origin}: unknown method, got {method!r}, expected one of {', '.join(METHODS)}{_did_you_mean(str(method), METHODS)}"
+            f"{origin}: unknown method, got {method!r}, expected one of {', '.join(METHODS)}{did_you_mean(str(method), METHODS)}"
         )
     return method
 
 
-def _check_keys(layer: _Layer) -> None:
+def _check_keys(layer: _Layer, kind: Any) -> None:
     """Raise on the first key of a layer that no dataclass has."""
     content = OmegaConf.to_container(layer.content, resolve=False)
-    for key, known in _unknown_keys(content, RunConfig, ""):
-        everywhere = [path for path in _all_keys(RunConfig, "") if path.rpartition(".")[2] == key.rpartition(".")[2]]
+    for key, known in _unknown_keys(content, kind, ""):
+        everywhere = [path for path in _all_keys(kind, "") if path.rpartition(".")[2] == key.rpartition(".")[2]]
         closest = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or everywhere
         hint = f"did you mean {closest[0]}?" if closest else "see --help for all keys"
         raise ConfigError(f"{layer.origin}: unknown key, got {key}, expected a key of the configuration; {hint}")
@@ -139,15 +153,15 @@ def _all_keys(kind: Any, prefix: str) -> Iterator[str]:
             yield f"{prefix}{field.name}"
 
 
-def _did_you_mean(got: str, known: Mapping[str, Any]) -> str:
+def did_you_mean(got: str, known: Iterable[str]) -> str:
     """Return `; did you mean X?` when something known is close."""
     closest = difflib.get_close_matches(got, list(known), n=1)
     return f"; did you mean {closest[0]}?" if closest else ""
 
 
-def _merge(layers: Sequence[_Layer]) -> RunConfig:
+def _merge(layers: Sequence[_Layer], kind: type[_Kind]) -> _Kind:
     """Merge layers into the dataclasses, naming the layer whose value does not fit its field's type."""
-    merged = OmegaConf.structured(RunConfig)
+    merged = OmegaConf.structured(kind)
     for layer in layers:
         try:
             merged = OmegaConf.merge(merged, layer.content)
@@ -157,4 +171,4 @@ def _merge(layers: Sequence[_Layer]) -> RunConfig:
             reason = str(error).splitlines()[0]
             key = getattr(error, "full_key", None) or "the value"
             raise ConfigError(f"{layer.origin}: {key} has the wrong type: {reason}; see --help for the type of every key") from error
-    return cast(RunConfig, resolved)
+    return cast(_Kind, resolved)

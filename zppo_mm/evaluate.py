@@ -126,15 +126,27 @@ def evaluate(
     num_rollouts: int,
     step: int,
 ) -> Evaluation:
+    """Ask every held-out question once and sum up; see `ask_held_out` and `summarise`."""
+    return summarise(ask_held_out(sampler, held_out, plain_text, sampling, num_rollouts, step), held_out, step)
+
+
+def ask_held_out(
+    sampler: GroupSampler,
+    held_out: HeldOut,
+    plain_text: Callable[[Question], str],
+    sampling: SamplingParams,
+    num_rollouts: int,
+    step: int,
+) -> list[Group]:
     """Sample and verify responses to plain prompts.
 
     The random stream of a question does not depend on the step, so that two evaluations differ by their weights alone.
     """
-    groups = sampler.sample(evaluation_instances(held_out, plain_text), sampling, num_rollouts, step)
-    return _summarise(groups, num_chosen=len(held_out) + held_out.num_skipped, step=step)
+    return sampler.sample(evaluation_instances(held_out, plain_text), sampling, num_rollouts, step)
 
 
-def _summarise(groups: Sequence[Group], num_chosen: int, step: int) -> Evaluation:
+def summarise(groups: Sequence[Group], held_out: HeldOut, step: int) -> Evaluation:
+    """Return the accuracy over the groups of one evaluation, and how many of the chosen questions have none."""
     by_source: dict[str, list[float]] = defaultdict(list)
     for group in groups:
         by_source[group.question.source].append(group.accuracy)
@@ -144,7 +156,7 @@ def _summarise(groups: Sequence[Group], num_chosen: int, step: int) -> Evaluatio
         accuracy=_mean([group.accuracy for group in groups]),
         accuracy_by_source={source: _mean(values) for source, values in sorted(by_source.items())},
         num_questions=len(groups),
-        num_skipped=num_chosen - len(groups),
+        num_skipped=len(held_out) + held_out.num_skipped - len(groups),
         truncated=_mean([float(rollout.finish_reason == "length") for rollout in rollouts]),
     )
 

@@ -16,7 +16,7 @@ from zppo_mm.build import Run, build_run, student_folder
 from zppo_mm.config import RunConfig
 from zppo_mm.config_io import save_config
 from zppo_mm.errors import CheckpointError, ConfigError, ZppoError
-from zppo_mm.evaluate import evaluate
+from zppo_mm.evaluate import ask_held_out, summarise
 from zppo_mm.models import parallel
 from zppo_mm.models.export import export_hf_weights
 from zppo_mm.models.lora import adapters_of, merged
@@ -25,7 +25,7 @@ from zppo_mm.observability.logs import configure_logging
 from zppo_mm.observability.metrics import Mean, Sum, process_memory
 from zppo_mm.observability.report import write_report
 from zppo_mm.observability.sinks import EVALUATION_FILE, PARITY_FILE, MetricsLog, append_evaluation, open_metrics_log
-from zppo_mm.observability.transcripts import discard_steps_after, write_buffer, write_transcript
+from zppo_mm.observability.transcripts import discard_steps_after, write_buffer, write_held_out_answers, write_transcript
 from zppo_mm.parity.gate import check_parity
 from zppo_mm.step import StepRecord, run_step
 from zppo_mm.teacher.teacher import TeacherLostError
@@ -78,8 +78,8 @@ def run_folder(config: RunConfig) -> Path:
 def train(config: RunConfig) -> Path:
     """Train from the start or from the newest checkpoint to the last step, then export.
 
-    Every rank calls this. The folder of a run holds config.yaml, metrics.jsonl, evaluation.jsonl, parity.jsonl, transcripts/, buffer/,
-    checkpoints/, hf/, adapter/ (with LoRA) and report.html.
+    Every rank calls this. The folder of a run holds config.yaml, metrics.jsonl, evaluation.jsonl, evaluations/, parity.jsonl, transcripts/,
+    buffer/, checkpoints/, hf/, adapter/ (with LoRA) and report.html.
 
     Returns:
         The run's folder.
@@ -257,7 +257,7 @@ def _evaluate(run: Run, folder: Path, step: int) -> None:
     config = run.stages.config
     if not run.held_out:
         return
-    result = evaluate(
+    groups = ask_held_out(
         run.stages.sampler,
         run.held_out,
         run.templates.plain_text,
@@ -265,7 +265,9 @@ def _evaluate(run: Run, folder: Path, step: int) -> None:
         config.evaluation.num_rollouts,
         step,
     )
+    result = summarise(groups, run.held_out, step)
     if parallel.rank() == 0:
+        write_held_out_answers(folder, step, groups)
         append_evaluation(folder, result)
         parts = ", ".join(f"{source} {accuracy:.3f}" for source, accuracy in result.accuracy_by_source.items())
         logger.info("held-out accuracy after step %d: %.3f (%s)", step, result.accuracy, parts)

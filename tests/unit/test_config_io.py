@@ -213,6 +213,6 @@ def test_help_is_quick_and_imports_no_torch() -> None:
     assert run.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").rglob("*.yaml")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").rglob("run.yaml")), ids=lambda path: path.parent.name)
 def test_every_example_loads(path: Path) -> None:
     load_config(path)

@@ -49,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "zppo_mm.embedded": STAGES | {"zppo_mm.supervised"},
     "zppo_mm.build_shared": STAGES,
     "zppo_mm.build_teacher": STAGES | {"zppo_mm.build_shared", "zppo_mm.embedded"},
+    "zppo_mm.comparison": BASE | {"zppo_mm.config_io", "zppo_mm.observability", "zppo_mm.rewards"},
     "zppo_mm.build": STAGES | {"zppo_mm.build_shared", "zppo_mm.build_teacher", "zppo_mm.embedded", "zppo_mm.evaluate", "zppo_mm.step"},
     "zppo_mm.parity": STAGES | {"zppo_mm.build"},
     "zppo_mm.train": STAGES | {"zppo_mm.build", "zppo_mm.parity", "zppo_mm.config_io", "zppo_mm.evaluate", "zppo_mm.step"},
@@ -59,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
 """What each part may import besides itself and third parties."""
 
 TORCH_FREE = ("zppo_mm.config", "zppo_mm.config_checks", "zppo_mm.config_help", "zppo_mm.config_io", "zppo_mm.zone", "zppo_mm.rewards")
-TORCH_FREE += ("zppo_mm.neutralise", "zppo_mm.errors", "zppo_mm.experience", "zppo_mm.neutralise", "zppo_mm.randomness", "data")
+TORCH_FREE += ("zppo_mm.neutralise", "zppo_mm.errors", "zppo_mm.experience", "zppo_mm.comparison", "zppo_mm.randomness", "data")
 HEAVY = {"torch", "transformers", "megatron"}
 # The vision tower shares its work over a group that it is handed; it makes none.
 PROCESS_GROUP_PARTS = ("zppo_mm.models", "zppo_mm.training", "encoders")

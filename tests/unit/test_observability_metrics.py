@@ -126,6 +126,7 @@ def test_teacher_metrics_by_hand() -> None:
         "teacher/accuracy": 0.25,
         "teacher/failed_questions": 1.0,
         "teacher/solved": pytest.approx(1 / 3),
+        "teacher/tokens": 100.0,
     }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,19 @@ import pytest
 from data.question import MediaRef
 from tests.unit.simulated_run import BufferRecord, make_group, make_question, make_rollout, simulate_run
 from zppo_mm.experience import Candidate
-from zppo_mm.observability.transcripts import buffer_path, discard_steps_after, transcript_path, write_buffer, write_transcript
+from zppo_mm.observability.transcripts import (
+    buffer_path,
+    discard_steps_after,
+    held_out_path,
+    transcript_path,
+    write_buffer,
+    write_held_out_answers,
+    write_transcript,
+)
 
 GROUP_KEYS = ["step", "uid", "question_id", "kind", "prompt", "media", "answer", "accuracy", "candidates", "num_prefix_tokens", "rollouts"]
-ROLLOUT_KEYS = ["text", "parsed", "reward", "advantage", "num_tokens", "finish_reason", "minibatch", "author"]
+RESPONSE_KEYS = ["text", "parsed", "reward", "num_tokens", "finish_reason"]
+ROLLOUT_KEYS = [*RESPONSE_KEYS, "advantage", "minibatch", "author"]
 
 
 def test_format_of_a_group(tmp_path: Path) -> None:
@@ -49,6 +60,21 @@ def test_a_group_that_was_not_trained_on_keeps_its_rewards(tmp_path: Path) -> No
     assert [(each["reward"], each["advantage"], each["minibatch"]) for each in record["rollouts"]] == [(1.0, None, -1), (0.0, None, -1)]
 
 
+def test_format_of_held_out_answers(tmp_path: Path) -> None:
+    ungraded = make_rollout("5", math.nan)
+    group = make_group(make_question(4, (MediaRef("video", "shards/000.tar", "k4", "mp4"),)), "new", [make_rollout("4", 1.0, num_tokens=9)])
+    group = replace(group, ungraded=(ungraded,))
+    path = write_held_out_answers(tmp_path, 20, [group, make_group(make_question(5), "new", [make_rollout(None, 0.0)])])
+    assert path == tmp_path / "evaluations" / "step_000020.jsonl"
+    first, second = [json.loads(line) for line in path.read_text().splitlines()]
+    assert list(first) == ["step", "question_id", "source", "modality", "answer", "accuracy", "rollouts"]
+    assert [list(rollout) for rollout in first["rollouts"]] == [RESPONSE_KEYS, RESPONSE_KEYS]
+    assert (first["step"], first["question_id"], first["source"], first["modality"]) == (20, group.question.id, "digits-video", "video")
+    # The answer that was not graded is shown, and is no part of the accuracy.
+    assert ([rollout["reward"] for rollout in first["rollouts"]], first["accuracy"]) == ([1.0, None], 1.0)
+    assert (second["modality"], second["rollouts"][0]["parsed"]) == ("text", None)
+
+
 @pytest.mark.parametrize("text", ["line\u2028separator", "lone \udc80 surrogate", 'quote " and \\ and \n', "数字 🙂"])
 def test_any_text_is_one_line_and_reads_back(tmp_path: Path, text: str) -> None:
     group = make_group(make_question(1), "new", [make_rollout("1", 1.0)], text=text)
@@ -81,7 +107,9 @@ def test_steps_after_the_checkpoint_are_discarded(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         write_buffer(tmp_path, step, BufferRecord((), (), (), ()))
         write_transcript(tmp_path, step, [], {}, {})
+        write_held_out_answers(tmp_path, step, [])
     discard_steps_after(tmp_path, 2)
+    assert [held_out_path(tmp_path, step).exists() for step in (1, 2, 3)] == [True, True, False]
     assert [buffer_path(tmp_path, step).exists() for step in (1, 2, 3)] == [True, True, False]
     assert [transcript_path(tmp_path, step).exists() for step in (1, 2, 3)] == [True, True, False]
 

@@ -28,7 +28,7 @@ from zppo_mm.models import parallel
 from zppo_mm.parity.compare import Limit, ParityError
 from zppo_mm.parity.gate import check_parity, limit_for
 from zppo_mm.parity.oracle import choose_device, source_logprobs, weight_bytes
-from zppo_mm.parity.questions import Chosen, UncountedHealth, choose_questions, modality
+from zppo_mm.parity.questions import Chosen, UncountedHealth, choose_questions
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.exchange import ParallelExchange
@@ -213,7 +213,7 @@ def test_questions_that_cannot_be_asked_give_way(run: Run) -> None:
 
     chosen = choose(run.encoder, 4096)
     assert {name: len(questions) for name, questions in chosen.questions.items()} == {"text": 2, "image": 2, "video": 2}
-    assert all(modality(question) == name for name, questions in chosen.questions.items() for question in questions)
+    assert all(question.modality == name for name, questions in chosen.questions.items() for question in questions)
     assert (chosen.refused, chosen.lost) == ({}, [])
     # A limit between two prompts of the same modality takes the longer one out and the next candidate in.
     lengths = [len(run.encoder.encode(run.templates.plain_text(question), question)[0].token_ids) for question in chosen.questions["text"]]

@@ -51,11 +51,13 @@ def comparable_answer(answer: str) -> str:
     return re.sub(r"\s+", " ", answer.strip().rstrip(".").strip("$").strip().rstrip(".")).casefold()
 
 
+def num_matches(parsed: Iterable[str | None], shown: Iterable[str | None]) -> int:
+    """Count the parsed answers that equal one of the shown ones; no answer equals nothing."""
+    answers = {comparable_answer(answer) for answer in shown if answer is not None}
+    return sum(answer is not None and comparable_answer(answer) in answers for answer in parsed)
+
+
 def _num_matches(group: Group, correct: bool) -> int:
     """Count the rollouts of one group whose answer equals that of a candidate of the given correctness."""
-    answers = {
-        comparable_answer(candidate.answer)
-        for candidate in group.instance.candidates
-        if candidate.correct == correct and candidate.answer is not None
-    }
-    return sum(rollout.parsed is not None and comparable_answer(rollout.parsed) in answers for rollout in group.rollouts)
+    shown = [candidate.answer for candidate in group.instance.candidates if candidate.correct == correct]
+    return num_matches([rollout.parsed for rollout in group.rollouts], shown)

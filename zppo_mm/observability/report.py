@@ -17,7 +17,8 @@ from zppo_mm.observability.report_figures import draw_figures
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.html"
-TEMPLATE_FILE = Path(__file__).parent / "report.html.jinja"
+TEMPLATES_FOLDER = Path(__file__).parent
+TEMPLATE_FILE = "report.html.jinja"
 NORMAL_95 = 1.96
 """Half width of a 95 % interval in standard errors."""
 
@@ -40,20 +41,34 @@ def write_report(run_folder: Path, open_media: MediaOpener | None = None, num_ex
         num_examples: Questions shown with their prompts and answers.
     """
     run = read_run(run_folder)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(TEMPLATE_FILE.read_text(encoding="utf-8"))
-    page = template.render(
-        name=run_folder.resolve().name,
-        facts=_facts(run),
-        headlines=_headlines(run),
-        figures=draw_figures(run),
-        examples=choose_examples(run_folder, num_examples, open_media),
+    page = (
+        page_environment(TEMPLATES_FOLDER)
+        .get_template(TEMPLATE_FILE)
+        .render(
+            name=run_folder.resolve().name,
+            facts=_facts(run),
+            headlines=_headlines(run),
+            figures=draw_figures(run),
+            examples=choose_examples(run_folder, num_examples, open_media),
+        )
     )
-    path = run_folder / REPORT_FILE
-    aside = run_folder / f".{REPORT_FILE}.tmp"
+    path = write_page(run_folder / REPORT_FILE, page)
+    logger.info("report: %s", path)
+    return path
+
+
+def page_environment(*folders: Path) -> jinja2.Environment:
+    """Return the settings of all pages; templates are found in the folders, in their order."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folders), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+
+
+def write_page(path: Path, page: str) -> Path:
+    """Write a page aside and rename it."""
+    aside = path.with_name(f".{path.name}.tmp")
     aside.write_bytes(page.encode("utf-8", errors="replace"))
     os.replace(aside, path)
-    logger.info("report: %s", path)
     return path
 
 

@@ -65,17 +65,18 @@ def draw_figures(run: RunRecord) -> list[DrawnFigure]:
             figure = Figure(figsize=SIZE_INCHES, layout="constrained")
             axes = figure.add_subplot()
             if draw(run, axes):
-                drawn.append(DrawnFigure(title, caption, _svg_uri(figure)))
+                drawn.append(DrawnFigure(title, caption, svg_uri(figure)))
     return drawn
 
 
-def _svg_uri(figure: Figure) -> str:
+def svg_uri(figure: Figure) -> str:
+    """Return a figure as a data URI that is the same for the same figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
+def smoothed(values: Sequence[float]) -> list[float]:
     """Average every value with those before it in a short window."""
     return [float(np.mean(values[max(0, i + 1 - SMOOTHING_STEPS) : i + 1])) for i in range(len(values))]
 
@@ -87,13 +88,13 @@ def _curve(axes: Axes, series: Series, label: str, color: str, smooth: bool = Tr
         return False
     if smooth and len(steps) > 2 * SMOOTHING_STEPS:
         axes.plot(steps, values, color=color, alpha=0.25, linewidth=1.0)
-        axes.plot(steps, _smooth(values), color=color, label=label)
+        axes.plot(steps, smoothed(values), color=color, label=label)
     else:
         axes.plot(steps, values, color=color, label=label, marker="o", markersize=4)
     return True
 
 
-def _finish(axes: Axes, ylabel: str, percent: bool = False, columns: int = 4) -> None:
+def finish_axes(axes: Axes, ylabel: str, percent: bool = False, columns: int = 4) -> None:
     """Label the axes and put the legend above the plot."""
     axes.set_xlabel("step")
     axes.set_ylabel(ylabel)
@@ -111,7 +112,7 @@ def _curves(ylabel: str, percent: bool, *curves: tuple[str, str, str]) -> Callab
 
     def draw(run: RunRecord, axes: Axes) -> bool:
         drawn = [_curve(axes, run.series(metric), label, color) for metric, label, color in curves]
-        _finish(axes, ylabel, percent)
+        finish_axes(axes, ylabel, percent)
         return any(drawn)
 
     return draw
@@ -148,7 +149,7 @@ def _held_out(run: RunRecord, axes: Axes) -> bool:
             points = [(row["step"], row["accuracy_by_source"][source]) for row in rows if source in row.get("accuracy_by_source", {})]
             axes.plot(*zip(*points, strict=True), color=color, linewidth=1.1, alpha=0.8, marker="o", markersize=2.5, label=source)
     drawn = _curve(axes, ([row["step"] for row in rows], [row["accuracy"] for row in rows]), "all held-out", HELD_OUT, smooth=False)
-    _finish(axes, "accuracy", percent=True)
+    finish_axes(axes, "accuracy", percent=True)
     return drawn
 
 
@@ -156,7 +157,7 @@ def _composition(run: RunRecord, axes: Axes) -> bool:
     drawn = _stack(axes, run, ("batch/easy", "batch/hard"), ("easy", "hard"), (COLORS["easy"], "#e9a49d"))
     _curve(axes, run.series("batch/bcq_eligible"), "BCQ-eligible", BCQ)
     _curve(axes, run.series("batch/ncq_eligible"), "NCQ-eligible", NCQ)
-    _finish(axes, "plain questions")
+    finish_axes(axes, "plain questions")
     return drawn
 
 
@@ -165,14 +166,14 @@ def _groups(run: RunRecord, axes: Axes) -> bool:
     drawn = _stack(
         axes, run, [f"batch/groups/{kind}" for kind in kinds], ("new", "replayed", "BCQ", "NCQ"), [COLORS[kind] for kind in kinds]
     )
-    _finish(axes, "groups")
+    finish_axes(axes, "groups")
     return drawn
 
 
 def _occupancy(run: RunRecord, axes: Axes) -> bool:
     bins = run.names("buffer/occupancy/")
     drawn = _stack(axes, run, [f"buffer/occupancy/{part}" for part in bins], [f"{part} %" for part in bins], _ramp(len(bins)))
-    _finish(axes, "questions in the buffer", columns=8)
+    finish_axes(axes, "questions in the buffer", columns=8)
     return drawn
 
 
@@ -193,7 +194,7 @@ def _fates(run: RunRecord, axes: Axes) -> bool:
     axes.bar(range(len(bins)), admitted - gone, bottom=bottom, label="still in the buffer", color="#d5dce6", width=0.6)
     for index, (total, share) in enumerate(zip(admitted, shares, strict=True)):
         axes.text(index, total, f"{share:.0%} graduated", ha="center", va="bottom", fontsize=8, color="#4b5563")
-    _finish(axes, "admissions")
+    finish_axes(axes, "admissions")
     axes.set_xticks(range(len(bins)), [f"{part} %" for part in bins])
     axes.set_xlabel("accuracy at admission")
     axes.grid(axis="x", visible=False)
@@ -207,14 +208,14 @@ def _phases(run: RunRecord, axes: Axes) -> bool:
     names = [name for name in known if name in present] + [name for name in present if name not in known]
     colors = (SEQUENCE * (len(names) // len(SEQUENCE) + 1))[: len(names)]
     drawn = _stack(axes, run, [f"seconds/{name}" for name in names], [name.replace("_", " ") for name in names], colors)
-    _finish(axes, "seconds per step", columns=5)
+    finish_axes(axes, "seconds per step", columns=5)
     return drawn
 
 
 def _memory(run: RunRecord, axes: Axes) -> bool:
     steps, values = run.series("system/rss_bytes")
     drawn = _curve(axes, (steps, [value / 2**30 for value in values]), "largest process, now", GREY, smooth=False)
-    _finish(axes, "GiB")
+    finish_axes(axes, "GiB")
     axes.set_ylim(0, 1.2 * max(values, default=0.0) / 2**30 or 1.0)
     return drawn
 

@@ -26,6 +26,7 @@ def group_metrics(groups: Sequence[Group], tau: float) -> StepMetrics:
         metrics.add(f"prompt/tokens/{part}", Mean(len(group.prompt.token_ids)))
         metrics.merge(response_metrics(group.rollouts, part))
         metrics.add("response/tokens_max", Max(max(len(rollout.response_ids) for rollout in group.rollouts)))
+    metrics.add("rollout/tokens", Sum(sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts)))
     metrics.add("rollout/ungraded", Sum(sum(len(group.ungraded) for group in groups)))
     plain = [group for group in groups if group.is_plain]
     num_hard = sum(group.accuracy < tau for group in plain)
@@ -82,6 +83,7 @@ def teacher_metrics(answers: Sequence[Sequence[Rollout]]) -> StepMetrics:
     """Measure the teacher's rollouts on the hard questions of a step, one sequence per question, empty if it has none."""
     metrics = StepMetrics()
     metrics.add("teacher/failed_questions", Sum(sum(not rollouts for rollouts in answers)))
+    metrics.add("teacher/tokens", Sum(sum(len(rollout.response_ids) for rollouts in answers for rollout in rollouts)))
     for rollouts in answers:
         rewards = [rollout.reward for rollout in rollouts]
         metrics.add("teacher/accuracy", Mean(sum(rewards), len(rewards)))

@@ -1,4 +1,5 @@
-"""Transcripts and buffer files: the public record from which every advantage, cap and buffer decision of a run can be recomputed.
+"""Transcripts, buffer files and held-out answers: the public record from which every advantage, cap, buffer decision and evaluation of a
+run can be recomputed.
 
 The format is described in docs/data.md. Every file is written aside and renamed, so a file that is there is complete.
 """
@@ -16,6 +17,7 @@ from zppo_mm.experience import Group, Rollout
 
 TRANSCRIPTS_FOLDER = "transcripts"
 BUFFER_FOLDER = "buffer"
+HELD_OUT_FOLDER = "evaluations"
 NO_MINIBATCH = -1
 
 
@@ -45,6 +47,11 @@ def buffer_path(run_folder: Path, step: int) -> Path:
     return run_folder / BUFFER_FOLDER / f"step_{step:06d}.json"
 
 
+def held_out_path(run_folder: Path, step: int) -> Path:
+    """Return where the answers of the evaluation after a step lie."""
+    return run_folder / HELD_OUT_FOLDER / f"step_{step:06d}.jsonl"
+
+
 def write_transcript(
     run_folder: Path,
     step: int,
@@ -64,13 +71,13 @@ def write_transcript(
         teacher_rewards: Rewards of the teacher's rollouts by question id, recorded with the plain groups of the questions it was asked.
     """
     asked = teacher_rewards or {}
-    lines = []
+    records = []
     for group in groups:
         record = _group_record(step, group, advantages.get(group.uid), minibatches.get(group.uid))
         if group.is_plain and group.question.id in asked:
             record["teacher_rewards"] = [float(reward) for reward in asked[group.question.id]]
-        lines.append(json.dumps(record, ensure_ascii=False))
-    return _write_aside(transcript_path(run_folder, step), "".join(line + "\n" for line in lines))
+        records.append(record)
+    return _write_lines(transcript_path(run_folder, step), records)
 
 
 def write_buffer(run_folder: Path, step: int, change: BufferChange) -> Path:
@@ -85,9 +92,26 @@ def write_buffer(run_folder: Path, step: int, change: BufferChange) -> Path:
     return _write_aside(buffer_path(run_folder, step), json.dumps(record, ensure_ascii=False) + "\n")
 
 
+def write_held_out_answers(run_folder: Path, step: int, groups: Iterable[Group]) -> Path:
+    """Write what the student answered to every held-out question after a step, one line per question, in their order."""
+    records = [
+        {
+            "step": step,
+            "question_id": group.question.id,
+            "source": group.question.source,
+            "modality": group.question.modality,
+            "answer": group.question.answer,
+            "accuracy": group.accuracy,
+            "rollouts": [_response_record(rollout) for rollout in (*group.rollouts, *group.ungraded)],
+        }
+        for group in groups
+    ]
+    return _write_lines(held_out_path(run_folder, step), records)
+
+
 def discard_steps_after(run_folder: Path, step: int) -> None:
     """Remove the files of later steps, which a resumed run will make again."""
-    for folder in (TRANSCRIPTS_FOLDER, BUFFER_FOLDER):
+    for folder in (TRANSCRIPTS_FOLDER, BUFFER_FOLDER, HELD_OUT_FOLDER):
         for path in (run_folder / folder).glob("step_*.json*"):
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
@@ -125,16 +149,22 @@ def _group_record(step: int, group: Group, advantages: Sequence[float] | None, m
 
 def _rollout_record(rollout: Rollout, advantage: float | None, minibatch: int) -> dict[str, Any]:
     """Return one rollout; one without an advantage was not trained on, and one without a reward was not graded."""
+    own = {"advantage": None if advantage is None else float(advantage), "minibatch": int(minibatch), "author": rollout.author}
+    return {**_response_record(rollout), **own}
+
+
+def _response_record(rollout: Rollout) -> dict[str, Any]:
     return {
         "text": rollout.text,
         "parsed": rollout.parsed,
         "reward": None if math.isnan(rollout.reward) else float(rollout.reward),
-        "advantage": None if advantage is None else float(advantage),
         "num_tokens": len(rollout.response_ids),
         "finish_reason": rollout.finish_reason,
-        "minibatch": int(minibatch),
-        "author": rollout.author,
     }
+
+
+def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
+    return _write_aside(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def _write_aside(path: Path, text: str) -> Path:

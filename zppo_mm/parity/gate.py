@@ -28,7 +28,7 @@ from zppo_mm.models import parallel
 from zppo_mm.parity.compare import SIDES, Limit, ParityError, Response, describe_gap, measure
 from zppo_mm.parity.media import MediaCount, media_in_prompt, num_features
 from zppo_mm.parity.oracle import SourceInput, SourceLogprobs, source_logprobs
-from zppo_mm.parity.questions import Chosen, UncountedHealth, choose_questions, modality
+from zppo_mm.parity.questions import Chosen, UncountedHealth, choose_questions
 from zppo_mm.parity.record import ParityRecord, count_modality, table, write_record
 from zppo_mm.randomness import generator
 from zppo_mm.training.batching import build_batches, plan_batches
@@ -155,7 +155,7 @@ def _responses(groups: Sequence[Group], training: Sequence[FloatArray]) -> dict[
     values = iter(training)
     return {
         group.uid: [
-            Response(modality(group.question), group.question.id, rollout.response_ids, next(values), rollout.rollout_logprobs)
+            Response(group.question.modality, group.question.id, rollout.response_ids, next(values), rollout.rollout_logprobs)
             for rollout in group.rollouts
         ]
         for group in groups
@@ -173,7 +173,7 @@ def _look(run: Run, groups: Sequence[Group], config: ParityConfig, step: int) ->
         shown = media_in_prompt(prompt.token_ids, kinds, prompt.grids, *tokens, architecture.spatial_merge_size)
         placeholders = int(np.isin(prompt.token_ids, tokens).sum())
         features = num_features(run.policy.model, vision)
-        counts.append(MediaCount(modality(question), question.id, len(kinds), shown, placeholders, features))
+        counts.append(MediaCount(question.modality, question.id, len(kinds), shown, placeholders, features))
         token_ids, positions, _ = response_sequence(prompt, response_ids)
         inputs.append(SourceInput(token_ids, positions, len(response_ids), vision))
     if step or not config.compare_source:

@@ -45,12 +45,6 @@ class Chosen:
     lost: list[str] = field(default_factory=list)
 
 
-def modality(question: Question) -> str:
-    """Return the kind of media that a question has."""
-    kinds = sorted({reference.kind for reference in question.media})
-    return "text" if not kinds else kinds[0] if len(kinds) == 1 else "mixed"
-
-
 def choose_questions(stream: QuestionStream, feed: QuestionFeed, num_questions: int) -> Chosen:
     """Return questions that can be asked; every rank calls this.
 
@@ -64,7 +58,7 @@ def choose_questions(stream: QuestionStream, feed: QuestionFeed, num_questions: 
     while batch := _next_batch(candidates, chosen.questions, num_questions):
         refusals = {refusal.index: refusal for refusal in feed.refusals(batch)}
         for index, question in enumerate(batch):
-            name, refusal = modality(question), refusals.get(index)
+            name, refusal = question.modality, refusals.get(index)
             if refusal is None:
                 chosen.questions[name].append(question)
                 continue
@@ -82,7 +76,7 @@ def _candidates(stream: QuestionStream, num_wanted: int) -> dict[str, list[Quest
     found: dict[str, dict[str, Question]] = {}
     for _ in range(min(SEARCHED_QUESTIONS, stream.num_samples)):
         [question] = stream.take(1)
-        kind = found.setdefault(modality(question), {})
+        kind = found.setdefault(question.modality, {})
         if len(kind) < num_wanted:
             kind.setdefault(question.id, question)
         if len(found) == len(MODALITIES) and all(len(questions) == num_wanted for questions in found.values()):

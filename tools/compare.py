@@ -1,0 +1,45 @@
+"""Compare methods over seeds: `python tools/compare.py examples/compare_digits/compare.yaml [key.sub=value …]`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from zppo_mm.comparison.launch import run_all
+from zppo_mm.comparison.plan import load_plan
+from zppo_mm.comparison.report import MARKDOWN_FILE, PAGE_FILE, write_comparison
+from zppo_mm.comparison.tables import markdown
+from zppo_mm.errors import ConfigError
+from zppo_mm.observability.logs import configure_logging
+
+TRAIN_TOOL = Path(__file__).with_name("train_zppo.py")
+
+
+def main() -> int:
+    """Run what is missing, write the report, print its tables; 0 if every run is finished, 1 if one failed, 2 if nothing could start."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog="The file's keys stand in docs/comparison.md.")
+    parser.add_argument("comparison", type=Path, help="YAML file of the comparison")
+    parser.add_argument("--report-only", action="store_true", help="start nothing, only write the report of the runs that are there")
+    parser.add_argument("options", nargs="*", metavar="key=value", help="keys of the file, or options of all runs; they win over the file")
+    arguments = parser.parse_intermixed_args()
+    configure_logging(None, rank=0)
+    # Ended like by Ctrl-C, so that the runs end with it.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        plan = load_plan(arguments.comparison, arguments.options)
+    except ConfigError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    failures = [] if arguments.report_only else run_all(plan, TRAIN_TOOL)
+    for table in write_comparison(plan, failures):
+        print(f"\n{table.title}\n\n{markdown(table)}")
+    print(f"\n{plan.folder / MARKDOWN_FILE}\n{plan.folder / PAGE_FILE}")
+    for failure in failures:
+        print(f"compare: {failure.run.name} failed: {failure.reason}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
