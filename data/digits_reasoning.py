@@ -51,6 +51,12 @@ def flawed_solution(rng: np.random.Generator, problem: DigitProblem) -> tuple[st
             return response(thought, value), value
 
 
+def read_out(problem: DigitProblem) -> tuple[str, str]:
+    """Return the response of someone who reads the digits out, whatever is asked, and its answer."""
+    reading = replace(problem, kind="read", target=None, choices=())
+    return solution(reading), reading.value
+
+
 def guess(rng: np.random.Generator, problem: DigitProblem) -> str:
     """Return a response that skips the reasoning and boxes the answer to other digits, or any option.
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data.digits import CHOICE_SHARE, KINDS, LETTERS, LEVELS, MODALITIES, WORDS, DigitProblem, Split, draw_problem, sequence_split
-from data.digits_reasoning import flawed_solution, reasoning, solution
+from data.digits_reasoning import flawed_solution, read_out, reasoning, solution
 
 NUM_DRAWN = 2000
 CHOICE_TOLERANCE = 0.04
@@ -109,3 +109,8 @@ def test_digits_flawed_solutions_are_wrong_but_well_formed() -> None:
         assert text != solution(problem)
         assert re.fullmatch(r"<think>[-+=|:,0-9]+</think>\\boxed\{-?\d+\}", text), text
         assert text.endswith(f"\\boxed{{{answer}}}")
+
+
+def test_digits_read_out_ignores_what_is_asked() -> None:
+    problem = DigitProblem("sum", (0, 7, 1), choices=("8", "9", "10", "7"))
+    assert read_out(problem) == ("<think>0,7,1</think>\\boxed{071}", "071")

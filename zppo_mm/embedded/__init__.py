@@ -1,4 +1,4 @@
-"""The tiny student and teacher that a run uses when no model is named, and what builds their folders."""
+"""The tiny models that come with the program, student and teacher of a run that names none among them, and what builds their folders."""
 
 from __future__ import annotations
 
@@ -6,5 +6,7 @@ from pathlib import Path
 
 STUDENT_DIR = Path(__file__).parent / "student"
 """Hugging Face folder of the embedded student."""
+BEGINNER_DIR = Path(__file__).parent / "beginner"
+"""Hugging Face folder of the student for comparing methods, which is hardly ever right unaided; chosen by `model.student`."""
 TEACHER_DIR = Path(__file__).parent / "teacher"
 """Hugging Face folder of the embedded teacher."""

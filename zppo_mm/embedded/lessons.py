@@ -9,7 +9,7 @@ import numpy as np
 
 from data.digits import MODALITIES, DigitKind, DigitProblem, Modality, draw_problem
 from data.digits_media import FRAME_PIXELS, load_bank, strip
-from data.digits_reasoning import flawed_solution, guess, solution
+from data.digits_reasoning import flawed_solution, guess, read_out, solution
 from data.media import Frames
 from data.question import MediaRef, Question
 from zppo_mm.randomness import generator
@@ -37,6 +37,9 @@ class Stage:
         bcq_share: Share of prompts that show a right and a wrong solution.
         ncq_share: Share of prompts that show wrong solutions.
         guess_share: Share of plain prompts, per number of digits, whose lesson is to guess without reasoning; none by default.
+        read_out_share: Share of plain prompts whose lesson is to read the digits out, whatever is asked. Above 0, wrong candidates do
+            so too.
+        guided_read_out_share: The same share of BCQ and NCQ prompts.
     """
 
     num_updates: int
@@ -50,6 +53,8 @@ class Stage:
     bcq_share: float = 0.0
     ncq_share: float = 0.0
     guess_share: Mapping[int, float] | None = None
+    read_out_share: float = 0.0
+    guided_read_out_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,19 +104,29 @@ class DigitLessons:
         media = () if modality == "text" else (MediaRef(modality, "", key, ""),)
         question = Question(key, problem.text(modality), media, problem.answer, problem.answer_type, problem.choices)
         text = self._prompt(rng, stage, problem, question)
-        guesses = (stage.guess_share or {}).get(problem.level, 0.0) if text == self._templates.plain_text(question) else 0.0
-        return Example(question, text, guess(rng, problem) if guesses and rng.random() < guesses else solution(problem))
+        return Example(question, text, self._response(rng, stage, problem, is_plain=text == self._templates.plain_text(question)))
+
+    def _response(self, rng: np.random.Generator, stage: Stage, problem: DigitProblem, is_plain: bool) -> str:
+        reads_out = stage.read_out_share if is_plain else stage.guided_read_out_share
+        if reads_out and rng.random() < reads_out:
+            return read_out(problem)[0]
+        guesses = (stage.guess_share or {}).get(problem.level, 0.0) if is_plain else 0.0
+        return guess(rng, problem) if guesses and rng.random() < guesses else solution(problem)
 
     def _prompt(self, rng: np.random.Generator, stage: Stage, problem: DigitProblem, question: Question) -> str:
         draw = rng.random()
         if draw < stage.bcq_share:
-            shown = [(solution(problem), problem.value), flawed_solution(rng, problem)]
+            shown = [(solution(problem), problem.value), self._wrong(rng, stage, problem)]
             return self._templates.bcq_text(question, self._candidates(question, [shown[i] for i in rng.permutation(2)]))
         if draw < stage.bcq_share + stage.ncq_share:
-            wrong = [flawed_solution(rng, problem) for _ in range(int(rng.integers(1, MAX_NCQ_CANDIDATES + 1)))]
+            wrong = [self._wrong(rng, stage, problem) for _ in range(int(rng.integers(1, MAX_NCQ_CANDIDATES + 1)))]
             answers = list(dict.fromkeys(answer for _, answer in wrong))
             return self._templates.ncq_text(question, answers, self._candidates(question, wrong))
         return self._templates.plain_text(question)
+
+    def _wrong(self, rng: np.random.Generator, stage: Stage, problem: DigitProblem) -> tuple[str, str]:
+        """Return a wrong response and its answer."""
+        return read_out(problem) if stage.read_out_share and problem.kind != "read" else flawed_solution(rng, problem)
 
     def _candidates(self, question: Question, responses: Sequence[tuple[str, str]]) -> list[str]:
         traces = [Trace(question, text, answer) for text, answer in responses]

@@ -76,6 +76,21 @@ STUDENT = Recipe(
         (GUESSING,),
     ),
 )
+# A gap between what the student does and what it can do: it reads the digits out, whatever is asked, always on plain prompts, half of the
+# time on guided ones.
+READING_OUT = Stage(
+    num_updates=500,
+    batch_size=32,
+    lr=1e-3,
+    final_lr=3e-5,
+    warmup_updates=20,
+    levels={2: 1, 3: 1, 4: 1.5, 5: 2, 6: 2},
+    bcq_share=0.15,
+    ncq_share=0.1,
+    read_out_share=1.0,
+    guided_read_out_share=0.5,
+)
+BEGINNER = Recipe(STUDENT.size, (STUDENT.parts[0], (READING_OUT,)))
 TEACHER = Recipe(
     TinySize(
         hidden_size=128,
@@ -106,4 +121,4 @@ TEACHER = Recipe(
         ),
     ),
 )
-RECIPES: Mapping[str, Recipe] = {"student": STUDENT, "teacher": TEACHER}
+RECIPES: Mapping[str, Recipe] = {"student": STUDENT, "beginner": BEGINNER, "teacher": TEACHER}
