@@ -28,7 +28,6 @@ SMALL = (
     "zone.rho_aug=0.5",
     "train.lr=1e-3",
 )
-RUN = [method for method in METHODS if "distill" not in method]
 # The embedded student has learned most of its format by heart.
 LEAST_PROBED = 0.3
 GUIDED = {"bcq": {"bcq"}, "ncq": {"ncq"}, "bcq_ncq": {"bcq", "ncq"}, "zppo": {"bcq", "ncq"}, "hint": {"hint"}, "prefix": {"prefix"}}
@@ -125,10 +124,10 @@ def run_methods(methods: list[str], scratch: str) -> dict[str, Seen]:
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Seen]]:
     scratch: Path = tmp_path_factory.mktemp("runs")
-    return run_ranks(run_methods, 2, RUN, str(scratch))
+    return run_ranks(run_methods, 2, list(METHODS), str(scratch))
 
 
-@pytest.mark.parametrize("method", RUN)
+@pytest.mark.parametrize("method", METHODS)
 def test_ranks_agree_and_the_weights_move(seen: list[dict[str, Seen]], method: str) -> None:
     one, two = (rank[method] for rank in seen)
     assert one.uids == two.uids
@@ -137,7 +136,7 @@ def test_ranks_agree_and_the_weights_move(seen: list[dict[str, Seen]], method: s
     assert one.change > 0
 
 
-@pytest.mark.parametrize("method", RUN)
+@pytest.mark.parametrize("method", METHODS)
 def test_kinds_and_buffer(seen: list[dict[str, Seen]], method: str) -> None:
     one = seen[0][method]
     base, replay = method.removesuffix("_replay"), METHODS[method]["zone.replay"]
@@ -153,7 +152,7 @@ def test_kinds_and_buffer(seen: list[dict[str, Seen]], method: str) -> None:
         assert one.trained == one.sampled
 
 
-@pytest.mark.parametrize("method", RUN)
+@pytest.mark.parametrize("method", METHODS)
 def test_exactly_the_tokens_of_trained_responses_carry_loss(seen: list[dict[str, Seen]], method: str) -> None:
     """A probe on the gradient of the logits: no prompt, candidate, hint or prefix token is ever a target."""
     ranks = [rank[method] for rank in seen]
