@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 
-import torch.distributed as dist
+from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
 
 from zppo_mm.config import ParallelConfig, TeacherConfig
 from zppo_mm.errors import ConfigError
@@ -36,7 +36,7 @@ class World:
     rank: int
     size: int
     job_rank: int
-    store: dist.Store
+    store: Store
 
 
 def teacher_layout(teacher: TeacherConfig, student: ParallelConfig) -> ParallelConfig:
@@ -65,7 +65,7 @@ def divide_job(student: ParallelConfig, teacher: TeacherConfig) -> World | None:
         )
     # On the teacher's ranks too, so that nobody waits for a process that has given up.
     validate_layout(student, num_students, num_others=teacher.num_ranks)
-    store, rank, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=student.timeout_minutes)))
+    store, rank, _ = next(rendezvous("env://", timeout=timedelta(minutes=student.timeout_minutes)))
     if rank < num_students:
         return World("student", rank, num_students, rank, store)
     return World("teacher", rank - num_students, teacher.num_ranks, rank, store)

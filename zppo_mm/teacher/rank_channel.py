@@ -22,6 +22,8 @@ POLL_SECONDS = 0.05
 BEAT_SECONDS = 5.0
 # Ranks that wait for their leader meet this often: a collective that lasts would run into its time limit.
 MEETING_SECONDS = 5.0
+# The last word of a world that ended as it should.
+DONE = "done"
 
 
 class Store(Protocol):
@@ -119,6 +121,10 @@ class Channel:
         self._put(f"request/{number}", request)
         return number
 
+    def has_reply(self, number: int) -> bool:
+        """Return whether there is a reply to a request."""
+        return self._store.check([f"reply/{number}"])
+
     def reply(self, number: int) -> Any:
         """Return the reply to a request, `None` while there is none."""
         return self._get(f"reply/{number}")
@@ -146,13 +152,15 @@ class Channel:
         self._store.delete_key(f"finished/{number}")
         return True
 
-    def leave(self, problem: str = "") -> None:
-        """Say that this world ends, and why; the first of its ranks to do so is heard. No sign of life comes after it."""
+    def leave(self, problem: str = DONE) -> None:
+        """Say that this world ends, and why; the first of its ranks to do so is heard. Of this rank no sign of life comes after it."""
         self._ended.set()
-        self._store.compare_set(f"{self._own}/last_word", "", problem or "done")
+        # Without a store there is nobody left to hear it.
+        with contextlib.suppress(RuntimeError):
+            self._store.compare_set(f"{self._own}/last_word", "", problem)
 
     def last_word(self) -> str | None:
-        """Return what ended the other world, `done` if nothing went wrong, `None` while it has not ended."""
+        """Return what ended the other world, `DONE` if nothing went wrong, `None` while it has not ended."""
         key = f"{self._other}/last_word"
         return self._store.get(key).decode() if self._store.check([key]) else None
 

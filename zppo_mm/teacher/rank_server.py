@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from data.question import Question
@@ -26,7 +26,7 @@ from zppo_mm.teacher.rank_channel import (
 
 logger = logging.getLogger(__name__)
 
-Result = bool | list[str] | dict[str, tuple[Rollout, ...]]
+Result = bool | Sequence[str | None] | Mapping[str, tuple[Rollout, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +117,9 @@ class TeacherServer:
         """Do what is asked; all ranks get the same result."""
         match request:
             case Questions(questions, step):
-                return dict(self._teacher.ask(questions, step).wait())
+                return self._teacher.ask(questions, step).wait()
             case Rewrites(texts, step, attempt):
-                return [text or "" for text in self._teacher.rewrite(texts, step, attempt)]
+                return self._teacher.rewrite(texts, step, attempt)
             case Judgements(prompts):
                 return self._teacher.judge(prompts, self._judge_max_tokens)
             case Greeting():
@@ -134,8 +134,8 @@ class TeacherServer:
                 return _Turn(last_word=word)
             if self._channel.is_other_silent():
                 raise LostRankError(
-                    "teacher ranks: the student has ended without a word, got no sign of life within parallel.timeout_minutes, expected one every "
-                    "few seconds; look at the first ranks' output for the first error, then start the run again to resume"
+                    "teacher: the student's ranks are gone, got no sign of life within parallel.timeout_minutes, expected one every few "
+                    "seconds; look at their output for the first error, then start the run again to resume"
                 )
             self._look_at_requests()
             if self._jobs:
@@ -161,7 +161,7 @@ class TeacherServer:
         if not isinstance(job.request, Questions):
             self._reply(job, result)
             return
-        assert isinstance(result, dict)
+        assert isinstance(result, Mapping)
         job.rollouts.update(result)
         job.request = replace(job.request, questions=job.request.questions[self._num_at_once :])
         if not job.request.questions:

@@ -41,6 +41,10 @@ class PendingAnswers:
     seconds: float = 0.0
     is_pending: bool = field(default=True, init=False)
 
+    def is_ready(self) -> bool:
+        """Return whether the answers are there; see `Answers.is_ready`."""
+        return self.teacher.has_reply(self.number)
+
     def wait(self) -> Mapping[str, tuple[Rollout, ...]]:
         """Wait for the answers and grade them; see `Answers.wait`."""
         sampled: Sampled | None = self.teacher.hear(self.number, self.deadline, f"{len(self.questions)} questions of step {self.step}")
@@ -61,7 +65,7 @@ class RanksTeacher:
         channel: The way there, of every student rank.
         config: Waiting, and what a failure means.
         exchange: The student's replicas.
-        verifier: Grades the answers, on one rank per replica. The teacher's ranks cannot: the judge of open questions is to be asked from here.
+        verifier: Grades the answers, on one rank per replica. The teacher's ranks could not ask the judge, who may be themselves.
 
     Attributes:
         max_wait_seconds: Longest wait for a reply.
@@ -129,10 +133,15 @@ class RanksTeacher:
         late = f"teacher: no answer to {what}, got none within teacher.max_wait_seconds={self.max_wait_seconds:g}"
         if self._config.on_failure != "ncq_only":
             raise TeacherLostError(
-                f"{late}, expected one; raise it, give the teacher more ranks, or set teacher.on_failure=ncq_only to go on without its answers"
+                f"{late}, expected one; raise it, give the teacher more ranks, or set teacher.on_failure=ncq_only to go on without"
             )
         logger.warning("%s; the run goes on without", late)
         return None
+
+    def has_reply(self, number: int) -> bool:
+        """Return whether a reply is there; every rank calls this and gets the same."""
+        (told,), *_ = self._exchange.gather([self._channel.has_reply(number)] if self._speaks else [])
+        return told
 
     def graded(self, questions: Sequence[Question], sampled: Mapping[str, Sequence[Rollout]]) -> dict[str, tuple[Rollout, ...]]:
         """Grade every replica's share of the answers and exchange; one that cannot be graded is left out."""
@@ -183,12 +192,12 @@ class RanksTeacher:
     def _heed(self, heard: _Heard) -> None:
         if heard.problem:
             raise TeacherLostError(
-                f"teacher: its ranks have ended, got {heard.problem!r}, expected them to live as long as the student; look at the last ranks' "
-                "output, then start the run again to resume"
+                f"teacher: its ranks have ended, got {heard.problem!r}, expected them to live as long as the student; "
+                "look at the last ranks' output, then start the run again to resume"
             )
 
 
-def greedy_replies(channel: Channel, config: RewardConfig) -> Callable[[Sequence[str]], list[str | None]]:
+def replies_of_ranks(channel: Channel, config: RewardConfig) -> Callable[[Sequence[str]], list[str | None]]:
     """Return a function from prompts to one greedy reply each, `None` where none comes in time; callable from one rank alone."""
 
     def complete(prompts: Sequence[str]) -> list[str | None]:
