@@ -74,11 +74,29 @@ def test_every_method_is_there_with_and_without_replay() -> None:
         (["fallback_teachers=[{video: none}]"], "fallback_teachers.0.video: not a choice, got 'none'"),
         (["fallback_teachers=[{endpoints: ['http://x/v1']}]"], r"fallback_teachers\[0\].model: missing"),
         (["fallback_teachers=[{num_ranks: 1}]"], r"fallback_teachers\[0\].num_ranks: only the first teacher"),
+        (["method=on_distill", "teacher.num_ranks=1"], "distill.source: not with a teacher on its own ranks, got 'student'"),
     ],
 )
 def test_methods_that_contradict_themselves_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(None, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["teacher.endpoints=['http://x/v1']", "teacher.model=t"],
+            "teacher.num_ranks: a served teacher needs no ranks, got 3 with 1 endpoints",
+        ),
+        (["teacher.tensor_model_parallel_size=2"], "teacher.num_ranks: cannot be split into tensor 2 x pipeline 1, got 3, .*multiple of 2"),
+        (["teacher.num_ranks=0", "teacher.pipeline_model_parallel_size=2"], "for a teacher on its own ranks, got tensor 1 x pipeline 2"),
+        (["reward.judge_max_wait_seconds=600"], "reward.judge_max_wait_seconds: too long, got 600, expected less than the 600 s"),
+    ],
+)
+def test_teacher_ranks_that_cannot_be_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, ["teacher.num_ranks=3", *overrides])
 
 
 @pytest.mark.parametrize(
