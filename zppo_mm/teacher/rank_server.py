@@ -145,11 +145,11 @@ class TeacherServer:
 
     def _look_at_requests(self) -> None:
         """Take in new requests, drop finished ones, and put the one that is next to the front."""
-        self._answered = [number for number in self._answered if not self._channel.clear_if_finished(number)]
-        self._jobs = [job for job in self._jobs if not self._channel.clear_if_finished(job.number)]
         while (request := self._channel.take_request(self._next_number)) is not None:
             self._jobs.append(_Job(self._next_number, request, time.time()))
             self._next_number += 1
+        self._answered = [number for number in self._answered if not self._channel.clear_if_finished(number)]
+        self._jobs = [job for job in self._jobs if not self._channel.clear_if_finished(job.number)]
         self._jobs.sort(key=lambda job: (not isinstance(job.request, Judgements), job.number))
 
     def _part(self, request: Request) -> Request:
