@@ -178,7 +178,7 @@ def test_a_judge_comes_first_and_replies_greedily_without_reasoning(worlds: Worl
 
 
 def test_messages_above_the_limit_of_the_store_pass(worlds: Worlds) -> None:
-    student, teacher = worlds.channel("student", "teacher"), worlds.channel("teacher", "student")
+    student, teacher = worlds.channel("student", "teacher", beats=False), worlds.channel("teacher", "student", beats=False)
     level = worlds.store.num_keys()
     text = "0123456789" * (CHUNK_BYTES // 4)  # 2.5 chunks
     number = student.request(Rewrites((text,), 1, 0))
