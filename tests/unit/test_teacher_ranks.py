@@ -27,7 +27,7 @@ from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.teacher.megatron_teacher import MegatronTeacher
 from zppo_mm.teacher.rank_channel import CHUNK_BYTES, DONE, Channel, Judgements, Rewrites
 from zppo_mm.teacher.rank_server import LeaveToStudent, TeacherServer
-from zppo_mm.teacher.ranks_teacher import RanksTeacher, greedy_replies
+from zppo_mm.teacher.ranks_teacher import RanksTeacher, replies_of_ranks
 from zppo_mm.teacher.teacher import TeacherLostError
 
 pytestmark = pytest.mark.timeout(120)
@@ -156,7 +156,7 @@ def test_answers_come_graded_and_nothing_stays_in_the_store(worlds: Worlds) -> N
     assert worlds.words == [DONE]
 
 
-def test_a_judge_comes_first_and_replies_greedily_without_reasoning(worlds: Worlds) -> None:
+def test_what_the_student_stands_still_for_comes_first_and_a_judge_replies_greedily(worlds: Worlds) -> None:
     student = worlds.channel("student", "teacher")
     asking = worlds.student(student)
     worlds.engine.gate.clear()
@@ -166,14 +166,12 @@ def test_a_judge_comes_first_and_replies_greedily_without_reasoning(worlds: Worl
     rewrites = student.request(Rewrites(("shorter, please",), 1, 0))
     judge = student.request(Judgements(("one", "two")))
     worlds.engine.gate.set()
-    eventually(lambda: student.reply(judge) is not None)
-    assert student.reply(judge) == ["\\boxed{0}"] * 2
+    assert not pending.is_ready()
     pending.wait()
-    eventually(lambda: student.reply(rewrites) is not None)
     assert student.reply(rewrites) == ["so </think> \\boxed{0}"]
-    # One question, both of the judge's prompts at temperature 0, the other questions, the rewrite that was asked for before the judge.
-    greedy = [(size, temperature, limit) for size, temperature, limit in worlds.engine.calls]
-    assert greedy == [(1, 1.0, 40), (2, 0.0, 7), (1, 1.0, 40), (1, 1.0, 40), (1, 1.0, 40)]
+    assert student.reply(judge) == ["\\boxed{0}"] * 2
+    # One question, the rewrite, both of the judge's prompts at temperature 0 and without their reasoning, the other two questions.
+    assert worlds.engine.calls == [(1, 1.0, 40), (1, 1.0, 40), (2, 0.0, 7), (1, 1.0, 40), (1, 1.0, 40)]
     end(student, teacher)
 
 
@@ -205,7 +203,7 @@ def test_without_an_answer_in_time_the_run_stops_or_goes_on_as_it_is_told(worlds
     assert hasty.ask(questions(3), 2).wait() == {"q0": (), "q1": (), "q2": ()}
     assert hasty.counts == {"lost_rollouts": 6}
     assert hasty.rewrite(["a", "b"], 2, 0) == [None, None]
-    assert greedy_replies(student, RewardConfig(judge_max_wait_seconds=0.1))(["a", "b"]) == [None, None]
+    assert replies_of_ranks(student, RewardConfig(judge_max_wait_seconds=0.1))(["a", "b"]) == [None, None]
     level = worlds.store.num_keys()
     worlds.engine.gate.set()
     patient = worlds.student(student)
@@ -226,7 +224,7 @@ def test_the_error_of_a_teacher_rank_is_named_where_the_student_waits(worlds: Wo
         asking.ask(questions(1), 1).wait()
     with pytest.raises(TeacherLostError, match=named):
         asking.check()
-    assert greedy_replies(student, RewardConfig())(["a"]) == [None]  # soon, and neither right nor wrong
+    assert replies_of_ranks(student, RewardConfig())(["a"]) == [None]  # soon, and neither right nor wrong
     end(student, teacher)
 
 

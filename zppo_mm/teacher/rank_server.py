@@ -1,4 +1,7 @@
-"""The teacher's world at work: takes the student's requests in order, a judge's first, and answers them on all its ranks together."""
+"""The teacher's world at work: it answers the student's requests on all its ranks together.
+
+They are taken in their order, but the student stands still for a judge and for rewrites, and not for answers: these come last.
+"""
 
 from __future__ import annotations
 
@@ -64,8 +67,8 @@ class _Job:
 class TeacherServer:
     """Answers until the student has left.
 
-    Questions are answered a few at a time, so that a judge's request waits for no more than one such part, and an answer that has been
-    given up costs no more than that.
+    Questions are answered a few at a time, so that other requests wait for no more than one such part, and answers that have been given
+    up cost no more than that.
 
     Args:
         channel: The way to the student; only the leader's is used.
@@ -150,7 +153,7 @@ class TeacherServer:
             self._next_number += 1
         self._answered = [number for number in self._answered if not self._channel.clear_if_finished(number)]
         self._jobs = [job for job in self._jobs if not self._channel.clear_if_finished(job.number)]
-        self._jobs.sort(key=lambda job: (not isinstance(job.request, Judgements), job.number))
+        self._jobs.sort(key=lambda job: (isinstance(job.request, Questions), job.number))
 
     def _part(self, request: Request) -> Request:
         return replace(request, questions=request.questions[: self._num_at_once]) if isinstance(request, Questions) else request
