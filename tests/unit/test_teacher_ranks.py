@@ -17,8 +17,10 @@ from torch.distributed import TCPStore
 from data.media import Frames
 from data.question import MediaRef, Question
 from tests.unit.tiny_folder import build_folder
-from zppo_mm.config import RewardConfig, TeacherConfig
+from zppo_mm.config import ParallelConfig, RewardConfig, TeacherConfig
+from zppo_mm.errors import ConfigError
 from zppo_mm.models.parallel import LostRankError
+from zppo_mm.models.worlds import divide_job
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.exchange import SingleProcess
@@ -275,3 +277,16 @@ def test_what_cannot_be_graded_is_left_out(worlds: Worlds) -> None:
     answers = asking.ask(questions(2), 1).wait()
     assert [[rollout.text for rollout in rollouts] for rollouts in answers.values()] == [["so </think> \\boxed{1}"]] * 2
     end(student, teacher)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "tensor", "message"),
+    [
+        (4, 1, r"teacher.num_ranks: leaves the student none, got 4 of 4 process\(es\), expected fewer"),
+        (1, 2, r"parallel: 3 process\(es\) cannot be split into tensor 2 x pipeline 1, .*multiple of 2; start 5 processes"),
+    ],
+)
+def test_a_job_that_cannot_be_divided_is_refused(num_ranks: int, tensor: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match=message):
+        divide_job(ParallelConfig(tensor_model_parallel_size=tensor), TeacherConfig(num_ranks=num_ranks))
