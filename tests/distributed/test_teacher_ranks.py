@@ -1,4 +1,4 @@
-"""The teacher on its own ranks against the teacher in the student's: same answers and rewrites; and what happens when a rank fails or dies."""
+"""The teacher on its own ranks against the teacher in the student's: same answers and rewrites; and ranks that fail or die."""
 
 from __future__ import annotations
 
