@@ -127,7 +127,7 @@ def test_the_same_is_answered_wherever_the_teacher_is(shards: Path, num_ranks: i
 def meet_trouble(trouble: str, shards: Path) -> None:
     """Load a teacher that is not there, or have one killed while it is asked, or fail as a student."""
     options = [f"teacher.model={shards}"] if trouble == "no model" else []
-    config = configuration(1, "parallel.timeout_minutes=0.2", *options)
+    config = configuration(1, "parallel.timeout_minutes=1", "reward.judge_max_wait_seconds=10", *options)
     world = divide_job(config.parallel, config.teacher)
     assert world is not None
     if world.name == "teacher":
@@ -161,8 +161,7 @@ def test_a_teacher_that_fails_is_named_on_every_student_rank(shards: Path) -> No
     assert code == 1, output
     for code, output in students:
         assert code == 1, output
-        assert "TeacherLostError: teacher: its ranks have ended, got 'rank 2: ModelError:" in output
-        assert "config.json" in output
+        assert "TeacherLostError: teacher: its ranks have ended, got \"rank 2: ValueError: Couldn't instantiate the backend" in output
 
 
 def test_a_teacher_that_is_killed_is_missed_within_the_time_limit(shards: Path) -> None:
