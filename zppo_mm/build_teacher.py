@@ -149,7 +149,7 @@ def judge_pool(config: RunConfig, teachers: EndpointPool | None, exchange: Paral
     return open_pool(config.teacher, exchange, reward.judge_endpoints, reward.judge_model)
 
 
-def build_judge(config: RunConfig, pool: EndpointPool | None, channel: Channel | None) -> LlmJudge | None:
+def build_judge(config: RunConfig, pool: EndpointPool | None, channel: Channel | None = None) -> LlmJudge | None:
     """Return the judge behind servers, or else on the teacher's own ranks."""
     if pool is not None:
         complete = greedy_replies(pool, config.reward, config.teacher.num_retries)

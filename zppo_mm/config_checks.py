@@ -377,11 +377,6 @@ def _check_teacher_ranks(config: RunConfig) -> None:
             f"teacher.num_ranks: cannot be split into tensor {sizes[0]} x pipeline {sizes[1]}, got {teacher.num_ranks}, "
             f"expected a multiple of {math.prod(sizes)}; change it or the teacher's sizes"
         )
-    if config.distill.source != "none":
-        raise ConfigError(
-            f"distill.source: not with a teacher on its own ranks, got {config.distill.source!r} with teacher.num_ranks="
-            f"{teacher.num_ranks}, expected 'none' with those; set teacher.num_ranks=0 to have the student's ranks run the teacher"
-        )
 
 
 def _check_addresses(key: str, urls: Sequence[str]) -> None:

@@ -82,9 +82,10 @@ class Worlds:
     def start_teacher(self, num_at_once: int = 100, beats: bool = True) -> threading.Thread:
         sampler = GroupSampler(self.engine, self.encoder, LeaveToStudent(), SingleProcess())
         channel = self.channel("teacher", "student", beats)
+        no_network: Any = None  # the engine has none
         server = TeacherServer(
             channel,
-            MegatronTeacher(sampler, SAMPLING, NUM_ROLLOUTS, lambda question: question.text),
+            MegatronTeacher(no_network, sampler, SAMPLING, NUM_ROLLOUTS, lambda question: question.text),
             SingleProcess(),
             judge_max_tokens=7,
             num_at_once=num_at_once,
