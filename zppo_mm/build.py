@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 from data.health import SampleHealth
 from data.shards import ShardFolder
 from data.stream import QuestionStream
-from zppo_mm.build_shared import MediaStore, Shared, load_model
+from zppo_mm.build_shared import MediaStore, Shared, load_model, release_memory
 from zppo_mm.build_teacher import Teachers, build_judge, build_rewriters, build_teachers, judge_pool
 from zppo_mm.config import RunConfig
 from zppo_mm.embedded import STUDENT_DIR
@@ -30,6 +29,8 @@ from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.step import Stages
 from zppo_mm.teacher.connect import open_pool
 from zppo_mm.teacher.endpoint_pool import EndpointPool
+from zppo_mm.teacher.rank_channel import Channel
+from zppo_mm.teacher.ranks_teacher import RanksTeacher
 from zppo_mm.training.distillation import DistillationObjective, check_networks
 from zppo_mm.training.learner import Learner
 from zppo_mm.training.objective import Objective, PolicyObjective
@@ -93,8 +94,8 @@ class Run:
         metrics = StepMetrics()
         counts = Counter({"reward/timeouts": self.verifier.num_timeouts, "reward/errors": self.verifier.num_errors})
         counts.update({f"reward/{name}": count for name, count in (self.judge.counts if self.judge else Counter[str]()).items()})
-        for pool in self.pools:
-            counts.update({f"teacher/{name}": count for name, count in pool.counts.items()})
+        for counted in (*(pool.counts for pool in self.pools), self.teachers.ranks.counts if self.teachers.ranks else Counter[str]()):
+            counts.update({f"teacher/{name}": count for name, count in counted.items()})
         # Every rank knows of these, and what the replicas count is added up.
         counts["teacher/passed_on"] = self.teachers.num_passed_on if parallel.replica_rank() == 0 else 0
         for name, count in counts.items():
@@ -103,15 +104,8 @@ class Run:
         return metrics
 
     def release_memory(self) -> None:
-        """Drop the opened media of a step, which the next one does not ask for again, and give freed memory back to the system.
-
-        glibc keeps what tensors of ever new sizes have freed, so that resident memory creeps up over a run although nothing is held.
-        """
-        for encoder in self.encoders:
-            encoder.forget_media()
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+        """Drop the opened media of a step, which the next one does not ask for again."""
+        release_memory(self.encoders)
 
     def close(self) -> None:
         """End the worker processes and the connections."""
@@ -126,8 +120,12 @@ def student_folder(config: RunConfig) -> Path:
     return Path(config.model.student) if config.model.student else STUDENT_DIR
 
 
-def build_run(config: RunConfig) -> Run:
+def build_run(config: RunConfig, channel: Channel | None = None) -> Run:
     """Build the parts of a run; process groups must be initialised.
+
+    Args:
+        config: The run.
+        channel: The way to a teacher on ranks of its own, which is waited for.
 
     Raises:
         ZppoError: A model, its layout or a template cannot be used.
@@ -137,14 +135,15 @@ def build_run(config: RunConfig) -> Run:
     exchange = ParallelExchange()
     pool = open_pool(config.teacher, exchange)
     judges = judge_pool(config, pool, exchange)
-    judge = build_judge(config, judges)
+    judge = build_judge(config, judges, channel)
     verifier = Verifier(config.reward.timeout_seconds, config.reward.num_workers, judge)
     shared = Shared(config, media, verifier, exchange)
+    ranks = RanksTeacher(channel, config.teacher, exchange, verifier) if channel is not None else None
     encoder = shared.encoder(student_folder(config))
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     student = load_model(config.model, config.parallel, student_folder(config), trainable=True)
     add_lora(student, config.lora, config.seed)
-    teachers = build_teachers(shared, pool, templates, encoder)
+    teachers = build_teachers(shared, pool, templates, encoder, ranks)
     policy = Policy(student, config.train, config.parallel, _build_objective(config, student, teachers.network))
     log_part_sizes(student)
     compressor, hints = build_rewriters(config, encoder, teachers.rewrites)
@@ -186,6 +185,8 @@ def build_run(config: RunConfig) -> Run:
     )
     held_out, answered = _held_out(config, verifier), evaluation_sampling(config, encoder)
     pools = tuple({id(each): each for each in (pool, judges, *teachers.pools) if each is not None}.values())
+    if ranks is not None:
+        ranks.greet()
     return Run(stages, stream, held_out, answered, media, verifier, shared.encoders, teachers, pools, judge)
 
 

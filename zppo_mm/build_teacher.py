@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zppo_mm.build_shared import Shared, load_model
-from zppo_mm.config import RunConfig, TeacherConfig
+from zppo_mm.config import ParallelConfig, RunConfig, TeacherConfig
 from zppo_mm.embedded import TEACHER_DIR
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.rewards.judge import LlmJudge, load_judge_template
@@ -20,6 +20,8 @@ from zppo_mm.teacher.endpoint_pool import EndpointPool
 from zppo_mm.teacher.hint import RuleHintWriter, TeacherHintWriter, load_hint_template
 from zppo_mm.teacher.media_parts import MessageWriter
 from zppo_mm.teacher.megatron_teacher import MegatronTeacher
+from zppo_mm.teacher.rank_channel import Channel
+from zppo_mm.teacher.ranks_teacher import RanksTeacher, replies_of_ranks
 from zppo_mm.teacher.served_judge import greedy_replies
 from zppo_mm.teacher.served_teacher import ServedTeacher
 from zppo_mm.teacher.served_tokens import TokenReader
@@ -36,12 +38,14 @@ class Teachers:
         rewrites: Rewrites for the compressor and the writer of hints; `None` if the rule does.
         pools: Servers of further teachers.
         network: To distil from; `None` if nothing is, or if the teacher tells its log-probs with its answers.
+        ranks: The first teacher, if it has ranks of its own.
     """
 
     answers: Teacher | None
     rewrites: Teacher | None
     pools: tuple[EndpointPool, ...] = ()
     network: VisionLanguageModel | None = None
+    ranks: RanksTeacher | None = None
 
     @property
     def num_passed_on(self) -> int:
@@ -49,7 +53,9 @@ class Teachers:
         return self.answers.num_passed_on if isinstance(self.answers, TeacherChain) else 0
 
 
-def build_teachers(shared: Shared, pool: EndpointPool | None, templates: PromptTemplates, student: PromptEncoder) -> Teachers:
+def build_teachers(
+    shared: Shared, pool: EndpointPool | None, templates: PromptTemplates, student: PromptEncoder, ranks: RanksTeacher | None = None
+) -> Teachers:
     """Load the teachers, or point to their servers, unless nothing in this configuration would ask them.
 
     Args:
@@ -57,6 +63,7 @@ def build_teachers(shared: Shared, pool: EndpointPool | None, templates: PromptT
         pool: Servers of the first teacher, `None` if it runs in this process.
         templates: Texts of the prompts.
         student: The student's prompts.
+        ranks: The first teacher, if it has ranks of its own.
     """
     config = shared.config
     zone = config.zone
@@ -64,8 +71,8 @@ def build_teachers(shared: Shared, pool: EndpointPool | None, templates: PromptT
     rewrites = config.teacher.compressor == "teacher" and (zone.bcq or zone.ncq or zone.hint)
     distils = config.distill.source != "none"
     if not (answers or rewrites or distils):
-        return Teachers(None, None)
-    first = _build_teacher(shared, config.teacher, pool, templates, student)
+        return Teachers(None, None, ranks=ranks)
+    first = ranks or _build_teacher(shared, config.teacher, pool, templates, student)
     others: list[Teacher] = []
     pools: list[EndpointPool] = []
     for other in config.fallback_teachers if answers else ():
@@ -74,7 +81,7 @@ def build_teachers(shared: Shared, pool: EndpointPool | None, templates: PromptT
         others.append(_build_teacher(shared, other, own, templates, student))
     chain = TeacherChain([first, *others]) if others else first
     network = first.model if distils and isinstance(first, MegatronTeacher) else None
-    return Teachers(chain if answers else None, first if rewrites else None, tuple(pools), network)
+    return Teachers(chain if answers else None, first if rewrites else None, tuple(pools), network, ranks)
 
 
 def _build_teacher(
@@ -93,9 +100,28 @@ def _build_teacher(
             seed=config.seed,
             tokens=_token_reader(config, student),
         )
+    return megatron_teacher(shared, own, config.parallel, templates, student)
+
+
+def megatron_teacher(
+    shared: Shared, own: TeacherConfig, layout: ParallelConfig, templates: PromptTemplates, student: PromptEncoder | None = None
+) -> MegatronTeacher:
+    """Load a teacher onto the ranks of this process's world.
+
+    Args:
+        shared: What the models there have in common.
+        own: The teacher.
+        layout: How the ranks are laid out.
+        templates: Texts of the prompts.
+        student: The student's prompts, if it is in this world; one that distils must have the same.
+
+    Raises:
+        ZppoError: Its folder or its layout cannot be used.
+    """
+    config = shared.config
     folder = Path(own.model) if own.model else TEACHER_DIR
     encoder = shared.encoder(folder)
-    if config.distill.source != "none":
+    if student is not None and config.distill.source != "none":
         student.check_same_inputs(encoder, "distill.source")
     sampling = SamplingParams(temperature=own.temperature, max_new_tokens=own.max_response_tokens, stop_token_ids=encoder.stop_token_ids)
     options = replace(
@@ -105,7 +131,7 @@ def _build_teacher(
         fp8=own.fp8,
         recompute="none",
     )
-    model = load_model(options, config.parallel, folder, trainable=False)
+    model = load_model(options, layout, folder, trainable=False)
     return MegatronTeacher(model, shared.sampler(model, encoder), sampling, own.num_rollouts, templates.plain_text)
 
 
@@ -123,11 +149,15 @@ def judge_pool(config: RunConfig, teachers: EndpointPool | None, exchange: Paral
     return open_pool(config.teacher, exchange, reward.judge_endpoints, reward.judge_model)
 
 
-def build_judge(config: RunConfig, pool: EndpointPool | None) -> LlmJudge | None:
-    if pool is None:
+def build_judge(config: RunConfig, pool: EndpointPool | None, channel: Channel | None = None) -> LlmJudge | None:
+    """Return the judge behind servers, or else on the teacher's own ranks."""
+    if pool is not None:
+        complete = greedy_replies(pool, config.reward, config.teacher.num_retries)
+    elif channel is not None and config.reward.judge:
+        complete = replies_of_ranks(channel, config.reward)
+    else:
         return None
-    template = load_judge_template(config.reward.judge_template)
-    return LlmJudge(greedy_replies(pool, config.reward, config.teacher.num_retries), template)
+    return LlmJudge(complete, load_judge_template(config.reward.judge_template))
 
 
 def build_rewriters(config: RunConfig, student: PromptEncoder, teacher: Teacher | None) -> tuple[Compressor, HintWriter]:

@@ -242,7 +242,7 @@ class RewardConfig:
     num_workers: int = 1
     """Grading workers per rank."""
     judge: bool = True
-    """Have a served model judge questions of answer type `open`; without it, or without servers, such questions are refused."""
+    """Have a model judge questions of answer type `open`: served, or the teacher on its own ranks. Without, they are refused."""
     judge_endpoints: list[str] = field(default_factory=list)
     """Base URLs of the judge's servers; empty means teacher.endpoints. Key, time-outs and concurrency are the teacher's."""
     judge_model: str = ""

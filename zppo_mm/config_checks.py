@@ -156,6 +156,7 @@ def check_config(config: RunConfig) -> None:
     _check_methods(config)
     _check_lora(config)
     _check_endpoints(config)
+    _check_teacher_ranks(config)
 
 
 def _check_values(config: RunConfig) -> None:
@@ -334,7 +335,8 @@ def _check_endpoints(config: RunConfig) -> None:
     if reward.judge_endpoints and not (reward.judge_model or teacher.model):
         raise ConfigError("reward.judge_model: missing, got judge_endpoints without a model, expected its served name; give it")
     limit = 60 * config.parallel.timeout_minutes
-    if (teacher.endpoints or reward.judge_endpoints) and reward.judge and reward.judge_max_wait_seconds >= limit:
+    has_judge = reward.judge and (teacher.endpoints or reward.judge_endpoints or teacher.num_ranks)
+    if has_judge and reward.judge_max_wait_seconds >= limit:
         raise ConfigError(
             f"reward.judge_max_wait_seconds: too long, got {reward.judge_max_wait_seconds:g}, expected less than the {limit:g} s of "
             "parallel.timeout_minutes, in which the other ranks wait for a rank that grades; change one of them"
@@ -351,6 +353,29 @@ def _check_teacher(where: str, teacher: TeacherConfig) -> None:
     if teacher.api_key_env and not teacher.api_key_env.isidentifier():
         raise ConfigError(
             f"{where}.api_key_env: not a name, expected the name of an environment variable, never the key itself; put the key there"
+        )
+
+
+def _check_teacher_ranks(config: RunConfig) -> None:
+    """Check a teacher on ranks of its own; how many ranks there are is known later."""
+    teacher = config.teacher
+    sizes = (teacher.tensor_model_parallel_size, teacher.pipeline_model_parallel_size)
+    if not teacher.num_ranks:
+        if max(sizes) > 1:
+            raise ConfigError(
+                f"teacher.tensor_model_parallel_size: for a teacher on its own ranks, got tensor {sizes[0]} x pipeline {sizes[1]} with "
+                "teacher.num_ranks=0, expected 1 x 1, because it is laid out as the student there; give it ranks or leave the sizes out"
+            )
+        return
+    if teacher.endpoints:
+        raise ConfigError(
+            f"teacher.num_ranks: a served teacher needs no ranks, got {teacher.num_ranks} with {len(teacher.endpoints)} endpoints, "
+            "expected one of them; take the other out"
+        )
+    if teacher.num_ranks % math.prod(sizes):
+        raise ConfigError(
+            f"teacher.num_ranks: cannot be split into tensor {sizes[0]} x pipeline {sizes[1]}, got {teacher.num_ranks}, "
+            f"expected a multiple of {math.prod(sizes)}; change it or the teacher's sizes"
         )
 
 

@@ -22,8 +22,8 @@ class TeacherConfig:
     api_key_env: str = ""
     """Environment variable that holds the servers' key; empty sends none."""
     on_failure: str = "wait"
-    """When a server does not answer: `wait` (retry until max_wait_seconds, then stop with a checkpoint), `ncq_only` (go on without its
-    answers after num_retries), `stop` (stop with a checkpoint after num_retries)."""
+    """When a served teacher does not answer: `wait` (retry until max_wait_seconds, then stop with a checkpoint), `ncq_only` (go on without
+    its answers after num_retries), `stop` (stop with a checkpoint after num_retries). On its own ranks nothing is tried again."""
     max_concurrency: int = 32
     """Most requests in flight at one server, over all ranks; every replica has at least one."""
     connect_timeout_seconds: float = 10.0

@@ -21,6 +21,7 @@ from zppo_mm.models import parallel
 from zppo_mm.models.export import export_hf_weights
 from zppo_mm.models.lora import adapters_of, merged
 from zppo_mm.models.lora_export import export_adapter
+from zppo_mm.models.worlds import World, divide_job
 from zppo_mm.observability.logs import configure_logging
 from zppo_mm.observability.metrics import Mean, Sum, process_memory
 from zppo_mm.observability.report import write_report
@@ -28,7 +29,9 @@ from zppo_mm.observability.sinks import EVALUATION_FILE, PARITY_FILE, MetricsLog
 from zppo_mm.observability.transcripts import discard_steps_after, write_buffer, write_held_out_answers, write_transcript
 from zppo_mm.parity.gate import check_parity
 from zppo_mm.step import StepRecord, run_step
+from zppo_mm.teacher.rank_channel import Channel
 from zppo_mm.teacher.teacher import TeacherLostError
+from zppo_mm.teacher_ranks import reach_teacher, serve_teacher
 from zppo_mm.training import checkpoint
 
 logger = logging.getLogger(__name__)
@@ -48,6 +51,9 @@ FREE_ON_RESUME = (
     "train.share_prompts",
     "rollout.max_batch_size",
     "teacher.endpoints",
+    "teacher.num_ranks",
+    "teacher.tensor_model_parallel_size",
+    "teacher.pipeline_model_parallel_size",
     "teacher.api_key_env",
     "teacher.on_failure",
     "teacher.max_concurrency",
@@ -78,18 +84,29 @@ def run_folder(config: RunConfig) -> Path:
 def train(config: RunConfig) -> Path:
     """Train from the start or from the newest checkpoint to the last step, then export.
 
-    Every rank calls this. The folder of a run holds config.yaml, metrics.jsonl, evaluation.jsonl, evaluations/, parity.jsonl, transcripts/,
-    buffer/, checkpoints/, hf/, adapter/ (with LoRA) and report.html.
+    Every rank calls this; those of a teacher on ranks of its own answer until the others have ended. The folder of a run holds config.yaml,
+    metrics.jsonl, evaluation.jsonl, evaluations/, parity.jsonl, transcripts/, buffer/, checkpoints/, hf/, adapter/ (with LoRA) and
+    report.html.
 
     Returns:
         The run's folder.
     """
     folder = run_folder(config)
-    parallel.initialize(config.parallel, config.seed)
+    world = divide_job(config.parallel, config.teacher)
+    if world is not None and world.name == "teacher":
+        serve_teacher(config, world)
+    else:
+        with reach_teacher(config, world) as channel:
+            _train_student(config, folder, world, channel)
+    return folder
+
+
+def _train_student(config: RunConfig, folder: Path, world: World | None, channel: Channel | None) -> None:
+    parallel.initialize(config.parallel, config.seed, world)
     parallel.end_with_launcher()
     configure_logging(folder, parallel.rank())
     with parallel.explain_lost_rank(), _only_run(folder):
-        run = build_run(config)
+        run = build_run(config, channel)
         try:
             done = _resume(run, folder)
             _prepare_folder(config, folder, done)
@@ -105,7 +122,6 @@ def train(config: RunConfig) -> Path:
         finally:
             run.close()
     parallel.shutdown()
-    return folder
 
 
 @contextmanager
@@ -145,6 +161,8 @@ def _loop(run: Run, folder: Path, done: int, log: MetricsLog | None) -> None:
         started = time.perf_counter()
         place = run.stream.state_dict()
         try:
+            if run.teachers.ranks is not None:
+                run.teachers.ranks.check()
             record = run_step(run.stages, step)
         except TeacherLostError:
             # The step has moved nothing but the stream: put back, it is taken up again by a resumed run.

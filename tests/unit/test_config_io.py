@@ -82,6 +82,23 @@ def test_methods_that_contradict_themselves_are_refused(overrides: list[str], me
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["teacher.endpoints=['http://x/v1']", "teacher.model=t"],
+            "teacher.num_ranks: a served teacher needs no ranks, got 3 with 1 endpoints",
+        ),
+        (["teacher.tensor_model_parallel_size=2"], "teacher.num_ranks: cannot be split into tensor 2 x pipeline 1, got 3, .*multiple of 2"),
+        (["teacher.num_ranks=0", "teacher.pipeline_model_parallel_size=2"], "for a teacher on its own ranks, got tensor 1 x pipeline 2"),
+        (["reward.judge_max_wait_seconds=600"], "reward.judge_max_wait_seconds: too long, got 600, expected less than the 600 s"),
+    ],
+)
+def test_teacher_ranks_that_cannot_be_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, ["teacher.num_ranks=3", *overrides])
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("train.lrr=3", r"argument `train.lrr=3`: unknown key, got train.lrr, .*did you mean train.lr\?"),

@@ -52,7 +52,9 @@ ALLOWED: dict[str, set[str]] = {
     "zppo_mm.comparison": BASE | {"zppo_mm.config_io", "zppo_mm.observability", "zppo_mm.rewards"},
     "zppo_mm.build": STAGES | {"zppo_mm.build_shared", "zppo_mm.build_teacher", "zppo_mm.embedded", "zppo_mm.evaluate", "zppo_mm.step"},
     "zppo_mm.parity": STAGES | {"zppo_mm.build"},
-    "zppo_mm.train": STAGES | {"zppo_mm.build", "zppo_mm.parity", "zppo_mm.config_io", "zppo_mm.evaluate", "zppo_mm.step"},
+    "zppo_mm.teacher_ranks": STAGES | {"zppo_mm.build_shared", "zppo_mm.build_teacher"},
+    "zppo_mm.train": STAGES
+    | {"zppo_mm.build", "zppo_mm.teacher_ranks", "zppo_mm.parity", "zppo_mm.config_io", "zppo_mm.evaluate", "zppo_mm.step"},
     "zppo_mm.evaluation": STAGES
     | {f"zppo_mm.{name}" for name in ("build", "build_shared", "build_teacher", "config_io", "embedded.questions", "evaluate", "train")},
     "zppo_mm.conversion": STAGES | {"zppo_mm.build", "zppo_mm.train", "zppo_mm.config_io"},

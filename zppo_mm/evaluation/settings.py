@@ -82,7 +82,8 @@ def read_config(request: EvaluationRequest) -> RunConfig:
     if (request.format or request.fields or request.media_root) and not any(path.is_file() for path in request.data):
         raise ConfigError("--format, --fields, --media-root: nothing to read by them, got no file in --data, expected one; leave them out")
     # Bad questions are counted in the results instead of stopping; and no teacher has ranks here.
-    layers: dict[str, object] = {"data.max_bad_share": 1.0, "model.student": str(folder), "teacher.num_ranks": 0}
+    layers: dict[str, object] = {"data.max_bad_share": 1.0, "model.student": str(folder)}
+    layers |= {"teacher.num_ranks": 0, "teacher.tensor_model_parallel_size": 1, "teacher.pipeline_model_parallel_size": 1}
     if not is_run:
         layers["rollout.max_response_tokens"] = SAMPLING["paper"]["rollout.max_response_tokens"]
     layers |= SAMPLING[request.sampling or "paper"] if request.sampling or not is_run else {}

@@ -11,16 +11,19 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
 
 from zppo_mm.config import ParallelConfig
 from zppo_mm.errors import ConfigError, ZppoError
 from zppo_mm.models import megatron_cpu
+
+if TYPE_CHECKING:
+    from zppo_mm.models.worlds import World
 
 T = TypeVar("T")
 _SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
@@ -32,7 +35,7 @@ class LostRankError(ZppoError, RuntimeError):
     """Another process of the run died or stopped answering."""
 
 
-def initialize(config: ParallelConfig, seed: int) -> None:
+def initialize(config: ParallelConfig, seed: int, world: World | None = None) -> None:
     """Join the process group and set up Megatron's groups and random streams.
 
     Works under torchrun (its environment is read) and, without any launcher, as a single process. Called again, it changes the layout of
@@ -41,16 +44,18 @@ def initialize(config: ParallelConfig, seed: int) -> None:
     Args:
         config: The layout; what is left of the world size is data parallel.
         seed: Seeds weight initialisation and dropout, the same on every rank.
+        world: The part of a divided job that is to be the whole world here; `None` takes all its processes.
 
     Raises:
         ConfigError: The number of processes does not fit the layout.
     """
     megatron_cpu.install()
-    validate_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
     if dist.is_initialized():
+        validate_layout(config, dist.get_world_size())
         _leave_groups()
     else:
-        _join(timedelta(minutes=config.timeout_minutes))
+        validate_layout(config, world.size if world is not None else int(os.environ.get("WORLD_SIZE", "1")))
+        _join(timedelta(minutes=config.timeout_minutes), world)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -70,12 +75,15 @@ def _leave_groups() -> None:
     parallel_state.destroy_model_parallel()
 
 
-def _join(timeout: timedelta) -> None:
-    """Join the processes that torchrun's environment names, or be alone."""
+def _join(timeout: timedelta, world: World | None) -> None:
+    """Join this world's processes, or those that torchrun's environment names, or be alone."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+    if world is not None:
+        store = PrefixStore(world.name, world.store)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+    elif "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -95,8 +103,13 @@ def end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def validate_layout(config: ParallelConfig, world_size: int) -> None:
+def validate_layout(config: ParallelConfig, world_size: int, num_others: int = 0) -> None:
     """Check that the processes can be split into the layout.
+
+    Args:
+        config: The layout.
+        world_size: Processes to be laid out.
+        num_others: Further processes of the job, which are laid out apart.
 
     Raises:
         ConfigError: A size is below 1, or the world size is no multiple of tensor x pipeline x context.
@@ -110,7 +123,7 @@ def validate_layout(config: ParallelConfig, world_size: int) -> None:
         return
     asked = " x ".join(f"{name.split('_')[0]} {size}" for name, size in sizes.items())
     nearest = zip(sizes, _nearest_layout(list(sizes.values()), world_size), strict=True)
-    more = (world_size // model_size + 1) * model_size
+    more = (world_size // model_size + 1) * model_size + num_others
     raise ConfigError(
         f"parallel: {world_size} process(es) cannot be split into {asked}, got a world size of {world_size}, "
         f"expected a multiple of {model_size}; start {more} processes (torchrun --nproc-per-node), or set the nearest layout that works: "

@@ -130,12 +130,13 @@ class GroupSampler:
         Args:
             texts: The same list on every rank.
             params: How tokens are drawn.
-            name: Names the random streams.
+            name: Names the random streams, together with the text.
         """
         replica, size = self._exchange.replica, self._exchange.num_replicas
         nothing = Question(id=name, text="", media=(), answer="", answer_type="open")
         requests = [
-            GenerationRequest(*self._encoder.encode(texts[index], nothing), 1, ("respond", name, index))
+            # Named by the text, not by its place: a teacher that answers meanwhile is asked for the same rewrites in other lots.
+            GenerationRequest(*self._encoder.encode(texts[index], nothing), 1, ("respond", name, texts[index]))
             for index in range(replica, len(texts), size)
         ]
         generations = self._engine.generate(requests, params)

@@ -1,16 +1,18 @@
-"""The in-process teacher: a second, frozen Megatron model in the same ranks as the student."""
+"""The teacher as a frozen Megatron model: in the student's ranks, in turn with it, or on ranks of its own."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data.question import Question
 from zppo_mm.experience import PromptInstance, Rollout
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.sampler import GroupSampler
+
+_THINK_END = "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class MegatronTeacher:
         self._plain_text = plain_text
 
     def ask(self, questions: Sequence[Question], step: int) -> ReadyAnswers:
-        """Sample fresh, verified rollouts per question at once: the student's ranks are the teacher's."""
+        """Sample fresh, verified rollouts per question at once: the ranks that ask are the teacher's."""
         started = time.perf_counter()
         instances = [
             PromptInstance(uid=f"{step}/teacher/{question.id}", question=question, kind="new", text=self._plain_text(question))
@@ -75,3 +77,8 @@ class MegatronTeacher:
     def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> Sequence[str | None]:
         """Return one response per user text, for the compressor; another attempt draws anew."""
         return self._sampler.respond(texts, self._sampling, f"{step}/rewrite/{attempt}")
+
+    def judge(self, prompts: Sequence[str], max_tokens: int) -> list[str]:
+        """Return one greedy response per user text, without a reasoning that comes before it."""
+        sampling = replace(self._sampling, temperature=0.0, max_new_tokens=max_tokens)
+        return [text.rpartition(_THINK_END)[2].strip() for text in self._sampler.respond(prompts, sampling, "judge")]

@@ -1,0 +1,76 @@
+"""Runs with the teacher on the last rank of the job: the same run as without, answers while the student samples, and a judge."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.digits_shards import digit_samples
+from data.shards import write_shards
+from tests.integration.running import RUN_TIMEOUT_SECONDS, lines, run, start, transcript
+
+pytestmark = pytest.mark.timeout(900)  # two or three runs one after another
+COMMON = {
+    "modality": "text",
+    "teacher.max_response_tokens": 64,
+    "parity.mode": "none",
+    "observability.report": "false",
+    "evaluation.num_questions": 2,
+    "train.train_iters": 2,
+}
+
+
+def options(**changes: Any) -> list[str]:
+    return [f"{name}={value}" for name, value in {**COMMON, **changes}.items()]
+
+
+def test_the_run_is_the_same_and_the_teacher_answers_meanwhile(tmp_path: Path) -> None:
+    inside = run(tmp_path, "inside", *options(), processes=2)
+    # Small parts, so that the teacher is asked early in the plain phase and there is something left to sample while it answers.
+    apart = run(tmp_path, "apart", *options(**{"teacher.num_ranks": 1, "rollout.max_batch_size": 4}), processes=3)
+    for step in (1, 2):
+        assert transcript(apart, step) == transcript(inside, step)
+    for row in lines(apart / "metrics.jsonl"):
+        assert row["teacher/answer_seconds"] > 0
+        assert row["teacher/failed_questions"] == row["teacher/lost_rollouts"] == 0
+    # The student stood still for less time than the teacher took: the rest of it was spent sampling.
+    rows = lines(apart / "metrics.jsonl")
+    assert sum(row["seconds/teacher"] for row in rows) < sum(row["teacher/answer_seconds"] for row in rows)
+    log = (apart / "run.log").read_text()
+    assert "trained model in" in log
+    # Resumed without ranks for the teacher, the run goes on.
+    resumed = run(tmp_path, "apart", *options(**{"rollout.max_batch_size": 4, "train.train_iters": 3}), processes=1)
+    assert [row["step"] for row in lines(resumed / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_open_questions_are_judged_by_the_teacher(tmp_path: Path) -> None:
+    samples = digit_samples("text", "train", 40, 0)
+    write_shards(tmp_path / "open", [replace(each, question={**each.question, "answer_type": "open", "choices": []}) for each in samples])
+    given = options(
+        **{
+            "method": "bcq",
+            "data.train": f"[{{path: {tmp_path / 'open'}}}]",
+            "teacher.num_ranks": 1,
+            "reward.judge_max_tokens": 4,
+            "train.train_iters": 1,
+        }
+    )
+    folder = run(tmp_path, "run", *given, processes=3)
+    (row,) = lines(folder / "metrics.jsonl")
+    assert row["reward/judged"] > 0
+    assert row["reward/judge_malformed"] == row["reward/judged"]  # this model knows no JSON: all wrong
+    assert row["reward/judge_failures"] == row["rollout/ungraded"] == row["rollout/failed_groups"] == 0
+    assert "data/skipped/needs_judge" not in row
+    rewards = [reward for group in transcript(folder, 1) for reward in group.get("teacher_rewards", [])]
+    assert rewards == [0.0] * len(rewards) != []
+
+
+def test_a_teacher_that_cannot_be_loaded_ends_the_job_with_its_error(tmp_path: Path) -> None:
+    process = start(tmp_path, "run", *options(**{"teacher.num_ranks": 1, "teacher.model": tmp_path}), processes=3)
+    output, _ = process.communicate(timeout=RUN_TIMEOUT_SECONDS)
+    assert process.returncode == 1, output[-3000:]
+    # Said by the student, not only in the traceback of the teacher's rank.
+    assert "E teacher: its ranks have ended, got \"rank 2: ValueError: Couldn't instantiate the backend tokenizer" in output

@@ -1,0 +1,108 @@
+"""A job whose last ranks are the teacher's: what those do, and how the student's ranks begin and end beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+
+from zppo_mm.build_shared import MediaStore, Shared, release_memory
+from zppo_mm.build_teacher import megatron_teacher
+from zppo_mm.config import RunConfig
+from zppo_mm.models import parallel
+from zppo_mm.models.worlds import World, teacher_layout
+from zppo_mm.observability.logs import configure_logging
+from zppo_mm.rollout.exchange import ParallelExchange
+from zppo_mm.teacher.rank_channel import DONE, POLL_SECONDS, Channel
+from zppo_mm.teacher.rank_server import LeaveToStudent, TeacherServer
+from zppo_mm.teacher.teacher import TeacherLostError
+from zppo_mm.zone.prompts import load_templates
+
+logger = logging.getLogger(__name__)
+
+
+def serve_teacher(config: RunConfig, world: World) -> None:
+    """Load the teacher and answer until the student has ended; every rank of the teacher's world calls this.
+
+    One that fails tells the student first and lets it save: a launcher ends all other processes as soon as one has failed.
+    """
+    configure_logging(None, world.job_rank)
+    channel = _open_channel(config, world)
+    try:
+        with parallel.explain_lost_rank():
+            parallel.initialize(teacher_layout(config.teacher, config.parallel), config.seed, world)
+            parallel.end_with_launcher()
+            word = _serve(config, channel)
+            parallel.shutdown()
+    except Exception as error:
+        channel.leave(_say(world, error))
+        # A store that is gone went with the student's first rank.
+        with contextlib.suppress(RuntimeError):
+            while channel.last_word() is None and not channel.is_other_silent():
+                time.sleep(POLL_SECONDS)
+        raise
+    channel.leave()
+    if word != DONE:
+        logger.warning("the teacher ends because the student does: %s", word)
+
+
+@contextlib.contextmanager
+def reach_teacher(config: RunConfig, world: World | None) -> Iterator[Channel | None]:
+    """Hold the channel to the teacher's ranks; when the student ends, well or not, they are told.
+
+    Raises:
+        TeacherLostError: The student is through, but the teacher's ranks do not end.
+    """
+    if world is None:
+        yield None
+        return
+    channel = _open_channel(config, world)
+    try:
+        yield channel
+    except BaseException as error:
+        channel.leave(_say(world, error))
+        raise
+    channel.leave()
+    if world.rank == 0:  # it may hold the store, from which the teacher hears that it can end
+        _wait_for_teacher(channel, 60 * config.parallel.timeout_minutes)
+
+
+def _serve(config: RunConfig, channel: Channel) -> str:
+    media = MediaStore(config.data)
+    try:
+        shared = Shared(config, media, LeaveToStudent(), ParallelExchange())
+        layout = teacher_layout(config.teacher, config.parallel)
+        teacher = megatron_teacher(shared, config.teacher, layout, load_templates(config.zone.templates))
+        at_once = shared.exchange.num_replicas * max(1, config.rollout.max_batch_size // config.teacher.num_rollouts)
+        server = TeacherServer(
+            channel,
+            teacher,
+            shared.exchange,
+            judge_max_tokens=config.reward.judge_max_tokens,
+            num_at_once=at_once,
+            release_memory=lambda: release_memory(shared.encoders),
+        )
+        return server.serve()
+    finally:
+        media.close()
+
+
+def _open_channel(config: RunConfig, world: World) -> Channel:
+    other = "teacher" if world.name == "student" else "student"
+    return Channel(world.store, world.name, other, silence_seconds=60 * config.parallel.timeout_minutes, beats=world.rank == 0)
+
+
+def _wait_for_teacher(channel: Channel, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while channel.last_word() is None:
+        if time.monotonic() > deadline:
+            raise TeacherLostError(
+                f"teacher: its ranks do not end, got no word from them for {seconds:g} s, expected them to end with the student; "
+                "the run is complete, so end the job"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _say(world: World, error: BaseException) -> str:
+    return f"rank {world.job_rank}: {type(error).__name__}: {error}"
