@@ -12,6 +12,7 @@ import pytest
 from data.errors import DataError
 from data.question import MediaRef
 from tests.unit.simulated_run import make_group, make_question, make_rollout, simulate_run
+from zppo_mm.experience import GroupKind
 from zppo_mm.observability.report import write_report
 from zppo_mm.observability.report_examples import choose_examples, split_prompt
 from zppo_mm.observability.report_figures import FIGURES
@@ -88,6 +89,15 @@ def test_one_step_without_reformulation(tmp_path: Path) -> None:
     assert "step 0, 64 questions" in page
     assert page.count('class="card example"') == 2
     assert "BCQ prompt" not in page
+
+
+def test_groups_of_other_methods_are_shown_as_what_they_are(tmp_path: Path) -> None:
+    kinds: tuple[GroupKind, ...] = ("new", "hint", "prefix", "inject", "teacher")
+    groups = [make_group(make_question(0), kind, [make_rollout("1", 0.0)]) for kind in kinds]
+    write_transcript(tmp_path, 1, groups, {}, {})
+    (example,) = choose_examples(tmp_path, 1, None)
+    assert [group.kind for group in example.groups] == list(kinds)
+    assert [group.title for group in example.groups[:2]] == ["Plain prompt", "Hint prompt"]
 
 
 def test_media_that_cannot_be_opened_is_named(run_folder: Path) -> None:

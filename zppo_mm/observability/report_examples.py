@@ -15,6 +15,7 @@ from PIL import Image
 
 from data.errors import DataError
 from data.question import MediaRef
+from zppo_mm.experience import PLAIN_KINDS
 from zppo_mm.observability.report_data import read_lines, transcripts_newest_first
 
 MediaOpener = Callable[[MediaRef], npt.NDArray[np.uint8]]
@@ -25,7 +26,15 @@ MAX_SIDE_PIXELS = 320
 MAX_RESPONSES_SHOWN = 8
 MAX_TRANSCRIPTS_READ = 25
 NUM_CASES_PER_EXAMPLE = 3
-PART_TITLES = (("plain", "Plain prompt"), ("bcq", "BCQ prompt"), ("ncq", "NCQ prompt"))
+PART_TITLES = (
+    ("plain", "Plain prompt"),
+    ("bcq", "BCQ prompt"),
+    ("ncq", "NCQ prompt"),
+    ("hint", "Hint prompt"),
+    ("prefix", "Continued response"),
+    ("inject", "Plain prompt with a teacher's response"),
+    ("teacher", "Teacher's responses"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +86,7 @@ class _Case:
         path: The transcript.
         question_id: The question.
         media_kinds: Of its media.
-        accuracies: By `plain`, `bcq`, `ncq`, as far as there are such groups.
+        accuracies: By part (`plain`, or another kind of group), as far as there are such groups.
     """
 
     path: Path
@@ -89,7 +98,9 @@ class _Case:
     def interest(self) -> tuple[bool, bool, bool, float]:
         """Rank: both reformulations, then BCQ, then NCQ, then by how much they helped."""
         bcq, ncq = "bcq" in self.accuracies, "ncq" in self.accuracies
-        guided = max((accuracy for part, accuracy in self.accuracies.items() if part != "plain"), default=0.0)
+        # Groups with the teacher's own responses say nothing about help.
+        parts = [part for part in self.accuracies if part not in ("plain", "inject", "teacher")]
+        guided = max((self.accuracies[part] for part in parts), default=0.0)
         return bcq and ncq, bcq, ncq, guided - self.accuracies.get("plain", 1.0)
 
 
@@ -134,7 +145,7 @@ def _varied(ranked: Sequence[_Case]) -> list[_Case]:
 
 
 def _part(record: Mapping[str, Any]) -> str:
-    return record["kind"] if record["kind"] in ("bcq", "ncq") else "plain"
+    return "plain" if record["kind"] in PLAIN_KINDS else str(record["kind"])
 
 
 def _example(case: _Case, open_media: MediaOpener | None) -> Example:

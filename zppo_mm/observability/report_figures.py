@@ -17,7 +17,19 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from zppo_mm.observability.report_data import RunRecord, Series
 
 PLAIN, BCQ, NCQ, HELD_OUT, GREY = "#3b6fb6", "#1f9d78", "#e08a2c", "#7b4fb3", "#8a94a6"
-COLORS = {"plain": PLAIN, "new": PLAIN, "replayed": "#9dbbe3", "bcq": BCQ, "ncq": NCQ, "easy": "#cbd8ea", "hard": "#d9655b"}
+COLORS = {
+    "plain": PLAIN,
+    "new": PLAIN,
+    "replayed": "#9dbbe3",
+    "bcq": BCQ,
+    "ncq": NCQ,
+    "hint": "#7b4fb3",
+    "prefix": "#8a94a6",
+    "inject": "#8c564b",
+    "teacher": "#b79cd8",
+    "easy": "#cbd8ea",
+    "hard": "#d9655b",
+}
 SEQUENCE = ("#23395d", "#3b6fb6", "#7fa6d9", "#c3d6ef", "#e08a2c", "#f0bd84", "#1f9d78", "#8accb4", "#7b4fb3", "#b79cd8")
 SOURCE_COLORS = ("#5b8fd0", "#45b894", "#e6a860", "#d9655b", "#8a94a6")
 SIZE_INCHES = (6.4, 3.0)
@@ -162,10 +174,9 @@ def _composition(run: RunRecord, axes: Axes) -> bool:
 
 
 def _groups(run: RunRecord, axes: Axes) -> bool:
-    kinds = ("new", "replayed", "bcq", "ncq")
-    drawn = _stack(
-        axes, run, [f"batch/groups/{kind}" for kind in kinds], ("new", "replayed", "BCQ", "NCQ"), [COLORS[kind] for kind in kinds]
-    )
+    kinds = ("new", "replayed", "bcq", "ncq", "hint", "prefix", "inject", "teacher")
+    labels = ("new", "replayed", "BCQ", "NCQ", "hint", "prefix", "inject", "teacher")
+    drawn = _stack(axes, run, [f"batch/groups/{kind}" for kind in kinds], labels, [COLORS[kind] for kind in kinds])
     finish_axes(axes, "groups")
     return drawn
 
@@ -208,6 +219,9 @@ def _phases(run: RunRecord, axes: Axes) -> bool:
     names = [name for name in known if name in present] + [name for name in present if name not in known]
     colors = (SEQUENCE * (len(names) // len(SEQUENCE) + 1))[: len(names)]
     drawn = _stack(axes, run, [f"seconds/{name}" for name in names], [name.replace("_", " ") for name in names], colors)
+    answered = run.series("teacher/answer_seconds")
+    if answered[0]:
+        axes.plot(*answered, color="black", linewidth=1.2, linestyle="--", label="asked to answered")
     finish_axes(axes, "seconds per step", columns=5)
     return drawn
 
@@ -229,8 +243,16 @@ def _ramp(count: int) -> list[str]:
 FIGURES: tuple[tuple[str, str, Callable[[RunRecord, Axes], bool]], ...] = (
     (
         "Training accuracy by kind of prompt",
-        "Mean reward of the student's rollouts. BCQ and NCQ prompts come from hard questions only, so their curves lie on harder ground.",
-        _curves("accuracy", True, ("accuracy/plain", "plain", PLAIN), ("accuracy/bcq", "BCQ", BCQ), ("accuracy/ncq", "NCQ", NCQ)),
+        "Mean reward of the student's rollouts. Reformulated prompts come from hard questions only, so their curves lie on harder ground.",
+        _curves(
+            "accuracy",
+            True,
+            ("accuracy/plain", "plain", PLAIN),
+            ("accuracy/bcq", "BCQ", BCQ),
+            ("accuracy/ncq", "NCQ", NCQ),
+            ("accuracy/hint", "hint", COLORS["hint"]),
+            ("accuracy/prefix", "prefix", COLORS["prefix"]),
+        ),
     ),
     ("Held-out accuracy", "The same questions every time, plain prompts; none of them is trained on.", _held_out),
     (
@@ -261,7 +283,11 @@ FIGURES: tuple[tuple[str, str, Callable[[RunRecord, Axes], bool]], ...] = (
             ("audit/ncq_listed", "NCQ: listed as wrong", NCQ),
         ),
     ),
-    ("Loss", "Clipped surrogate, averaged over the step's updates.", _curves("loss", False, ("policy/loss", "loss", PLAIN))),
+    (
+        "Loss",
+        "Clipped surrogate, or divergence from the teacher's distribution, averaged over the step's updates.",
+        _curves("loss", False, ("policy/loss", "loss", PLAIN)),
+    ),
     ("Entropy", "Of the policy, per response token.", _curves("nats", False, ("policy/entropy", "entropy", PLAIN))),
     (
         "Clipped tokens",
@@ -288,10 +314,17 @@ FIGURES: tuple[tuple[str, str, Callable[[RunRecord, Axes], bool]], ...] = (
             ("response/tokens/plain", "plain", PLAIN),
             ("response/tokens/bcq", "BCQ", BCQ),
             ("response/tokens/ncq", "NCQ", NCQ),
+            ("response/tokens/hint", "hint", COLORS["hint"]),
+            ("response/tokens/prefix", "prefix", COLORS["prefix"]),
         ),
     ),
     ("Truncated responses", "Share that met the length limit.", _curves("share", True, ("response/truncated", "truncated", PLAIN))),
-    ("Time by phase", "Where the seconds of each step went.", _phases),
+    (
+        "Time by phase",
+        "Where the seconds of each step went. Dashed: from asking the teacher to its last answer; with a teacher that runs elsewhere, what "
+        "is longer than the step's own teacher phase passed while the student sampled.",
+        _phases,
+    ),
     ("Memory", "Resident memory, which must not grow with the steps.", _memory),
 )
 """Title, caption and drawing of every figure."""

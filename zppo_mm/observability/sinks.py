@@ -133,6 +133,8 @@ class ConsoleSink:
         ("plain", "accuracy/plain", ".3f"),
         ("bcq", "accuracy/bcq", ".3f"),
         ("ncq", "accuracy/ncq", ".3f"),
+        ("hint", "accuracy/hint", ".3f"),
+        ("prefix", "accuracy/prefix", ".3f"),
         ("teacher", "teacher/accuracy", ".3f"),
         ("buffer", "buffer/size", ".0f"),
         ("loss", "policy/loss", ".4f"),
