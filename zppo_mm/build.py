@@ -97,7 +97,8 @@ class Run:
         for counted in (*(pool.counts for pool in self.pools), self.teachers.ranks.counts if self.teachers.ranks else Counter[str]()):
             counts.update({f"teacher/{name}": count for name, count in counted.items()})
         # Every rank knows of these, and what the replicas count is added up.
-        counts["teacher/passed_on"] = self.teachers.num_passed_on if parallel.replica_rank() == 0 else 0
+        if parallel.replica_rank() == 0:
+            counts.update({"teacher/passed_on": self.teachers.num_passed_on, "teacher/lost_rollouts": self.teachers.num_ungraded})
         for name, count in counts.items():
             metrics.add(name, Sum(count - self.counted.get(name, 0)))
             self.counted[name] = count

@@ -52,6 +52,12 @@ class Teachers:
         """Questions that a further teacher was asked so far."""
         return self.answers.num_passed_on if isinstance(self.answers, TeacherChain) else 0
 
+    @property
+    def num_ungraded(self) -> int:
+        """Rollouts of teachers in this process that could not be graded so far."""
+        asked = [self.answers.first, *self.answers.others] if isinstance(self.answers, TeacherChain) else [self.answers]
+        return sum(teacher.num_ungraded for teacher in asked if isinstance(teacher, MegatronTeacher))
+
 
 def build_teachers(
     shared: Shared, pool: EndpointPool | None, templates: PromptTemplates, student: PromptEncoder, ranks: RanksTeacher | None = None

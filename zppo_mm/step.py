@@ -5,7 +5,7 @@ A baseline is another configuration of these stages, never another loop. Source:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from zppo_mm.training.learner import Learner
 from zppo_mm.zone.hard import count_of_share, select_hard
 from zppo_mm.zone.reformulate import Reformulation, Reformulator, TeacherAnswers, composition
 from zppo_mm.zone.replay import ReplayBuffer
-from zppo_mm.zone.selection import Selected, Selection, with_signal
+from zppo_mm.zone.selection import Selected, Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +108,14 @@ def run_step(stages: Stages, step: int) -> StepRecord:
         step: From 1; names all random draws of the step.
     """
     metrics = StepMetrics()
-    rounds = [_sample_round(stages, step, 0, (), metrics)]
-    while _wants_more(stages, rounds):
-        asked_before = tuple(question.id for each in rounds for question in each.questions)
-        rounds.append(_sample_round(stages, step, len(rounds), asked_before, metrics))
+    rounds = [_sample_round(stages, step, (), metrics)]
+    while _wants_more(stages, rounds, step):
+        rounds.append(_sample_round(stages, step, rounds, metrics))
     groups = [group for each in rounds for group in each.groups]
-    questions = [question for each in rounds for question in each.questions]
-    answers = {question_id: rollouts for each in rounds for question_id, rollouts in each.answers.items()}
+    answers = _all_answers(rounds)
 
-    selected = stages.selection.choose(groups, questions, answers, step)
+    selected = _select(stages, rounds, step)
+    metrics.add("rollout/failed_groups", Sum(selected.num_failed))
     advantages = _advantages(selected.groups, stages.config.algorithm.advantage_normalization)
     minibatches = stages.learner.learn(selected.groups, advantages, step, metrics)
     buffer_change = _update_buffer(stages, groups, step)
@@ -128,26 +127,28 @@ def run_step(stages: Stages, step: int) -> StepRecord:
     return StepRecord(step, tuple(recorded.values()), advantages, minibatches, teacher_rewards, buffer_change, metrics)
 
 
-def _sample_round(stages: Stages, step: int, index: int, asked_before: Sequence[str], metrics: StepMetrics) -> _Round:
+def _sample_round(stages: Stages, step: int, earlier: Sequence[_Round], metrics: StepMetrics) -> _Round:
     """Take questions, sample plain groups, hear the teacher, reformulate and sample again.
 
     Args:
         stages: The parts.
         step: Rollout step.
-        index: Of the round; replayed questions come in the first.
-        asked_before: Ids of the questions of earlier rounds; such a question is not reformulated once more.
+        earlier: Rounds of the step so far; replayed questions come in the first. A question that comes once more is sampled again, but the
+            teacher is not asked about it again, and it is not reformulated again.
         metrics: Of the step.
     """
+    met = [question for each in earlier for question in each.questions]
+    asked_before = {question.id for question in met}
     num_new = stages.config.train.num_new_questions
     with metrics.phase("data"):
         new = stages.feed.take(num_new)
-        replayed = _draw_replayed(stages, new, step) if index == 0 else []
-        _check_ids([*new, *replayed])
-    inquiry = _Inquiry(stages, step)
+        replayed = _draw_replayed(stages, new, step) if not earlier else []
+        _check_ids([*met, *new, *replayed])
+    inquiry = _Inquiry(stages, step, asked_before)
     if stages.config.distill.source == "teacher":
         with metrics.phase("teacher"):
             inquiry.ask([*new, *replayed])
-    plain = [*_plain_instances(stages, "new", new, step, index * num_new), *_plain_instances(stages, "replayed", replayed, step, 0)]
+    plain = [*_plain_instances(stages, "new", new, step, len(earlier) * num_new), *_plain_instances(stages, "replayed", replayed, step, 0)]
     groups = _sample_plain(stages, plain, inquiry, step, metrics)
 
     hard = [group for group in select_hard(groups, stages.config.zone.tau) if group.question.id not in asked_before]
@@ -160,12 +161,26 @@ def _sample_round(stages: Stages, step: int, index: int, asked_before: Sequence[
     return _Round((*new, *replayed), (*groups, *_in_order(sampled, guided.instances)), answers, guided)
 
 
-def _wants_more(stages: Stages, rounds: Sequence[_Round]) -> bool:
-    """Return whether dynamic sampling takes further questions: too few have a group from which something can be learned."""
+def _wants_more(stages: Stages, rounds: Sequence[_Round], step: int) -> bool:
+    """Return whether dynamic sampling takes further questions: too few have a group from which something can be learned.
+
+    A question counts as often as it was asked plainly, or a data set smaller than a step would never have enough.
+    """
     if len(rounds) >= stages.config.zone.max_sampling_rounds:
         return False
-    useful = with_signal([group for each in rounds for group in each.groups])
-    return len({group.question.id for group in useful}) < stages.config.train.num_new_questions
+    useful = _select(stages, rounds, step).groups
+    return sum(group.is_plain or group.kind == "inject" for group in useful) < stages.config.train.num_new_questions
+
+
+def _select(stages: Stages, rounds: Sequence[_Round], step: int) -> Selected:
+    """Choose what is trained on among all that the rounds brought."""
+    groups = [group for each in rounds for group in each.groups]
+    questions = [question for each in rounds for question in each.questions]
+    return stages.selection.choose(groups, questions, _all_answers(rounds), step)
+
+
+def _all_answers(rounds: Sequence[_Round]) -> TeacherAnswers:
+    return {question_id: rollouts for each in rounds for question_id, rollouts in each.answers.items()}
 
 
 def _draw_replayed(stages: Stages, new: Sequence[Question], step: int) -> list[Question]:
@@ -250,10 +265,10 @@ def _sample(stages: Stages, instances: Sequence[PromptInstance], step: int, metr
 class _Inquiry:
     """What the teacher is asked in a round: every question once, in its original form."""
 
-    def __init__(self, stages: Stages, step: int) -> None:
+    def __init__(self, stages: Stages, step: int, known: Iterable[str]) -> None:
         self._teacher = stages.teacher
         self._step = step
-        self._known: set[str] = set()
+        self._known = set(known)
         self._asked: list[Answers] = []
         self._answers: dict[str, tuple[Rollout, ...]] = {}
         self._seconds: dict[int, float] = {}  # of those that were heard

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,6 +74,7 @@ FREE_ON_RESUME = (
     "parity.",
     "observability.",
 )
+_FURTHER_TEACHER = re.compile(r"^fallback_teachers\.\d+\.")
 NO_STEP = -1
 
 
@@ -226,9 +228,10 @@ def _check_same_run(config: RunConfig, saved: dict[str, Any], folder: Path) -> N
     Raises:
         CheckpointError: A key that would change what the earlier steps mean is different.
     """
-    before, now = _flat(saved), _flat(asdict(config))
-    changed = {key: (before[key], value) for key, value in now.items() if key in before and before[key] != value}
-    fixed = {key: values for key, values in changed.items() if not key.startswith(FREE_ON_RESUME)}
+    # A checkpoint that is older than a key was made with its default.
+    before, now, default = _flat(saved), _flat(asdict(config)), _flat(asdict(RunConfig()))
+    changed = {key: (old, value) for key, value in now.items() if (old := before.get(key, default.get(key))) != value}
+    fixed = {key: values for key, values in changed.items() if not _FURTHER_TEACHER.sub("teacher.", key).startswith(FREE_ON_RESUME)}
     if fixed:
         listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in fixed.items())
         raise CheckpointError(
@@ -241,9 +244,12 @@ def _check_same_run(config: RunConfig, saved: dict[str, Any], folder: Path) -> N
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return dotted keys to values."""
+    """Return dotted keys to values; the entries of a list of sections are numbered."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
+        if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+            flat[f"{prefix}{key}.count"] = len(value)
+            value = {str(index): item for index, item in enumerate(value)}
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
 
@@ -304,8 +310,7 @@ def _record(run: Run, folder: Path, record: StepRecord, seconds: float, log: Met
     for reason, count in health.counts.items():
         metrics.add(f"data/skipped/{reason}", Sum(count))
     metrics.add("seconds/step", Sum(seconds))
-    num_tokens = sum(len(rollout.response_ids) for group in record.groups for rollout in group.rollouts)
-    metrics.add("throughput/tokens_per_second", Mean(num_tokens, seconds))
+    metrics.add("throughput/tokens_per_second", Mean(metrics.values().get("rollout/tokens", 0.0), seconds))
     if log is None:
         return
     advantages = {uid: values.tolist() for uid, values in record.advantages.items()}

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from data.sample import ShardSample
+from data.shards import write_shards
 from tests.distributed.launch import run_ranks
 from zppo_mm.config_checks import METHODS
 from zppo_mm.config_io import load_config
@@ -86,13 +88,23 @@ class Probe:
         self.probed += targets[gradient.abs().sum(-1) > 0].tolist()
 
 
-def run_methods(methods: list[str], scratch: str) -> dict[str, Seen]:
+VARIANTS = {
+    "dynamic": ("method=zppo", "zone.max_sampling_rounds=3", "data.train=[{path: few}]"),
+    "dynamic, injected": ("method=inject", "zone.max_sampling_rounds=2"),
+    "weighted": ("method=grpo", "algorithm.importance_cap=2"),
+    "two teachers": ("method=bcq", "fallback_teachers=[{num_rollouts: 1, max_response_tokens: 48}]"),
+}
+"""Runs of what goes beyond the paper."""
+
+
+def run_methods(runs: dict[str, tuple[str, ...]], scratch: str) -> dict[str, Seen]:
     from zppo_mm.build import build_run
     from zppo_mm.step import run_step
 
     result = {}
-    for method in methods:
-        config = load_config(None, [*SMALL, f"method={method}", f"output_dir={scratch}"])
+    for name, options in runs.items():
+        given = [option.replace("path: few", f"path: {scratch}/few") for option in options]
+        config = load_config(None, [*SMALL, *given, f"output_dir={scratch}"])
         parallel.initialize(config.parallel, config.seed)
         run = build_run(config)
         probe = Probe(run.policy.objective)
@@ -105,7 +117,7 @@ def run_methods(methods: list[str], scratch: str) -> dict[str, Seen]:
         trained = [group for record in records for group in record.groups if group.uid in record.advantages]
         distilled = config.distill.source != "none"
         carried = [group for group in trained if distilled or len({rollout.reward for rollout in group.rollouts}) > 1]
-        result[method] = Seen(
+        result[name] = Seen(
             sampled=Counter(group.kind for record in records for group in record.groups),
             trained=Counter(group.kind for group in trained),
             uids=[group.uid for record in records for group in record.groups],
@@ -124,10 +136,16 @@ def run_methods(methods: list[str], scratch: str) -> dict[str, Seen]:
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Seen]]:
     scratch: Path = tmp_path_factory.mktemp("runs")
-    return run_ranks(run_methods, 2, list(METHODS), str(scratch))
+    questions = [
+        {"id": f"q{index}", "question": f"What is the sum of the digits {words}?", "answer": answer, "answer_type": "math", "source": "few"}
+        for index, (words, answer) in enumerate((("three four", "7"), ("nine eight", "17"), ("two two seven", "11")))
+    ]
+    write_shards(scratch / "few", [ShardSample(question["id"], question, []) for question in questions])
+    runs = {method: (f"method={method}",) for method in METHODS} | VARIANTS
+    return run_ranks(run_methods, 2, runs, str(scratch))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *VARIANTS])
 def test_ranks_agree_and_the_weights_move(seen: list[dict[str, Seen]], method: str) -> None:
     one, two = (rank[method] for rank in seen)
     assert one.uids == two.uids
@@ -152,7 +170,19 @@ def test_kinds_and_buffer(seen: list[dict[str, Seen]], method: str) -> None:
         assert one.trained == one.sampled
 
 
-@pytest.mark.parametrize("method", METHODS)
+def test_dynamic_sampling_goes_on_until_there_is_enough_to_learn_from(seen: list[dict[str, Seen]]) -> None:
+    """Three questions serve steps of eight: they come again and again, within a round and in the next one."""
+    dynamic = seen[0]["dynamic"]
+    assert len(set(dynamic.uids)) == len(dynamic.uids)
+    assert dynamic.sampled["new"] in range(16, 16 * 3 + 1, 8)
+    assert dynamic.trained <= dynamic.sampled
+    # What is asked about a question twice in a step is asked of the teacher once, and reformulated once.
+    assert dynamic.sampled["bcq"] <= 2 * 3
+    injected = seen[0]["dynamic, injected"]
+    assert injected.trained["new"] + injected.trained["inject"] < injected.sampled["new"]
+
+
+@pytest.mark.parametrize("method", [*METHODS, *VARIANTS])
 def test_exactly_the_tokens_of_trained_responses_carry_loss(seen: list[dict[str, Seen]], method: str) -> None:
     """A probe on the gradient of the logits: no prompt, candidate, hint or prefix token is ever a target."""
     ranks = [rank[method] for rank in seen]

@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "zppo_mm.config": {"zppo_mm.config_models", "zppo_mm.config_teacher"},
     "zppo_mm.config_models": set(),
     "zppo_mm.config_teacher": set(),
-    "zppo_mm.config_checks": {"zppo_mm.config", "zppo_mm.errors"},
+    "zppo_mm.config_relations": {"zppo_mm.config", "zppo_mm.errors"},
+    "zppo_mm.config_checks": {"zppo_mm.config", "zppo_mm.config_relations", "zppo_mm.errors"},
     "zppo_mm.config_help": {"zppo_mm.config", "zppo_mm.config_models", "zppo_mm.config_teacher"},
     "zppo_mm.config_io": {"zppo_mm.config", "zppo_mm.config_checks", "zppo_mm.errors"},
     "zppo_mm.experience": {"data", "encoders"},
@@ -61,7 +62,15 @@ ALLOWED: dict[str, set[str]] = {
 }
 """What each part may import besides itself and third parties."""
 
-TORCH_FREE = ("zppo_mm.config", "zppo_mm.config_checks", "zppo_mm.config_help", "zppo_mm.config_io", "zppo_mm.zone", "zppo_mm.rewards")
+TORCH_FREE = (
+    "zppo_mm.config",
+    "zppo_mm.config_checks",
+    "zppo_mm.config_relations",
+    "zppo_mm.config_help",
+    "zppo_mm.config_io",
+    "zppo_mm.zone",
+    "zppo_mm.rewards",
+)
 TORCH_FREE += ("zppo_mm.neutralise", "zppo_mm.errors", "zppo_mm.experience", "zppo_mm.comparison", "zppo_mm.randomness", "data")
 HEAVY = {"torch", "transformers", "megatron"}
 # The vision tower shares its work over a group that it is handed; it makes none.

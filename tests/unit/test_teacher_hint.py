@@ -79,3 +79,8 @@ def test_teacher_hints_are_checked_asked_for_once_more_and_replaced_by_the_rule(
 def test_a_thinking_teacher_is_read_after_its_thought() -> None:
     writer = TeacherHintWriter(lambda texts, step, attempt: ["<think>it is 42</think>\nHalve it."], rule(), load_hint_template())
     assert writer.write([trace("way\n\\boxed{42}")], 1) == [Hint("Halve it.", 0)]
+
+
+def test_a_long_hint_keeps_its_beginning() -> None:
+    writer = TeacherHintWriter(lambda texts, step, attempt: ["one\ntwo\n\nthree\nfour"], rule(), load_hint_template())
+    assert writer.write([trace("way\n\\boxed{42}")], 1) == [Hint("one\ntwo\nthree", 0)]

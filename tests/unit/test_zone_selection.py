@@ -74,6 +74,7 @@ def test_distillation_on_teacher_text_trains_on_its_right_answers_to_all_questio
     questions = [each.question for each in groups]
     chosen = make(replace(ZONE, inject=False), "teacher").choose(groups, questions, {"a": RIGHT, "b": RIGHT[:1], "unreadable": RIGHT}, 4)
     (taught,) = chosen.groups
+    assert chosen.num_failed == 1  # the prompt of the unreadable question could not be made
     assert (taught.uid, taught.kind, taught.instance.text) == ("4/teacher/a", "teacher", "plain a")
     assert [(each.text, each.author) for each in taught.rollouts] == [("teacher A", "teacher"), ("teacher B", "teacher")]
 

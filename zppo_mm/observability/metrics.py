@@ -127,7 +127,7 @@ METRICS: Mapping[str, str] = {
     "system/rss_peak_bytes": "Largest resident memory of a process of the run since it started.",
     "teacher/accuracy": "Mean reward of the teacher's rollouts on hard questions.",
     "teacher/failed_questions": "Hard questions without a teacher rollout: its prompt or media could not be read, or no server answered.",
-    "teacher/lost_rollouts": "Teacher rollouts that no server returned.",
+    "teacher/lost_rollouts": "Teacher rollouts that no server returned, or that could not be graded.",
     "teacher/answer_seconds": "Seconds from asking the teacher to its last answer; seconds/teacher has those that the step stood still.",
     "teacher/requests": "Requests to servers, further attempts included.",
     "teacher/retries": "Further attempts at requests that failed.",

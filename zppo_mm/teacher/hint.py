@@ -39,14 +39,18 @@ class RuleHintWriter:
 
     def _hint(self, trace: Trace) -> str | None:
         lines = self.rule.lines(trace.text.partition(_BOX_START)[0])
-        kept = [line for line in lines if not reveals(line, trace)][: self.rule.max_lines]
+        kept = [line for line in lines if not reveals(line, trace)]
         if not kept and lines:
             found = _appearance(lines[0], trace)
             kept = [lines[0][: found.start()].strip()] if found else []
-        while len(kept) > 1 and self.rule.count_tokens("\n".join(kept)) > self.rule.max_tokens:
+        return self.beginning(kept)
+
+    def beginning(self, lines: Sequence[str]) -> str | None:
+        """Return as many of the first lines as the caps allow; `None` if that is none."""
+        kept = list(lines[: self.rule.max_lines])
+        while kept and self.rule.count_tokens("\n".join(kept)) > self.rule.max_tokens:
             kept.pop()
-        text = "\n".join(kept)
-        return text if text and self.rule.count_tokens(text) <= self.rule.max_tokens else None
+        return "\n".join(kept) or None
 
 
 class TeacherHintWriter:
@@ -73,13 +77,14 @@ class TeacherHintWriter:
             missing = [index for index in range(len(traces)) if index not in written]
             prompts = [fill_template(self.template, traces[index], self.rule.rule.max_lines) for index in missing]
             for index, text in zip(missing, self.generate(prompts, step, attempt) if prompts else (), strict=True):
-                hint = text.rpartition(_THINK_END)[2].strip() if text is not None else ""
-                if not hint:
+                whole = text.rpartition(_THINK_END)[2] if text is not None else ""
+                hint = self.rule.beginning(self.rule.rule.lines(whole))
+                if hint is None:
                     continue
-                if reveals(hint, traces[index]):
+                if reveals(whole, traces[index]):
                     rejects[index] += 1
                 else:
-                    written[index] = self.rule.rule.cut(hint, None)
+                    written[index] = hint
         if sum(rejects):
             by_rule_count = len(traces) - len(written)
             logger.info("hints at step %d: %d gave the answer away, %d of %d by rule", step, sum(rejects), by_rule_count, len(traces))

@@ -37,6 +37,7 @@ class MegatronTeacher:
 
     Attributes:
         model: Its network, frozen.
+        num_ungraded: Its rollouts that could not be graded so far, the same on every rank.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class MegatronTeacher:
         self._sampling = sampling
         self._num_rollouts = num_rollouts
         self._plain_text = plain_text
+        self.num_ungraded = 0
 
     def ask(self, questions: Sequence[Question], step: int) -> ReadyAnswers:
         """Sample fresh, verified rollouts per question at once: the ranks that ask are the teacher's."""
@@ -70,6 +72,7 @@ class MegatronTeacher:
             for question in questions
         ]
         groups = self._sampler.sample(instances, self._sampling, self._num_rollouts, step)
+        self.num_ungraded += sum(len(group.ungraded) for group in groups)
         by_question = {group.question.id: group.rollouts for group in groups}
         rollouts = {question.id: by_question.get(question.id, ()) for question in questions}
         return ReadyAnswers(rollouts, time.perf_counter() - started)

@@ -228,7 +228,7 @@ class Reformulator:
         """Return the plain prompt with the first part of the response: at least one token, and never all of them."""
         assert self.student_ids is not None
         ids = self.student_ids(plan.picks[0].rollout)
-        count = max(count_of_share(self.zone.prefix_share, len(ids)), 1)
+        count = min(max(count_of_share(self.zone.prefix_share, len(ids)), 1), len(ids) - 1)
         question = plan.group.question
         prefix = tuple(int(token) for token in ids[:count])
         return PromptInstance(_uid(plan, step), question, plan.kind, self.templates.plain_text(question), response_prefix=prefix)

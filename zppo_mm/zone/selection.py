@@ -26,11 +26,13 @@ class Selected:
         groups: Sampled groups and such as the selection made, each with rollouts to train on.
         num_dropped_questions: Questions left out because nothing can be learned from any of their groups.
         num_injected: Teacher rollouts that stand among the student's.
+        num_failed: Groups of teacher rollouts that are missing because the student's prompt could not be made.
     """
 
     groups: tuple[Group, ...]
     num_dropped_questions: int = 0
     num_injected: int = 0
+    num_failed: int = 0
 
 
 class Selection:
@@ -72,7 +74,7 @@ class Selection:
             step: Rollout step.
         """
         if self._distill.source == "teacher":
-            return Selected(tuple(self._teacher_groups(questions, answers, step)))
+            return self._teacher_groups(questions, answers, step)
         chosen = list(groups)
         if self._zone.inject:
             chosen = [self._injected(group, answers, step) for group in groups]
@@ -83,14 +85,15 @@ class Selection:
             num_injected=sum(group.kind == "inject" for group in kept),
         )
 
-    def _teacher_groups(self, questions: Sequence[Question], answers: TeacherAnswers, step: int) -> list[Group]:
+    def _teacher_groups(self, questions: Sequence[Question], answers: TeacherAnswers, step: int) -> Selected:
         """Return one group of right teacher rollouts per question that has any."""
         solved = {question.id: question for question in questions if right_rollouts(answers.get(question.id, ()))}
         instances = [
             PromptInstance(f"{step}/teacher/{question.id}", question, "teacher", self._plain_text(question)) for question in solved.values()
         ]
         rollouts = [tuple(self._as_student(rollout) for rollout in right_rollouts(answers[question_id])) for question_id in solved]
-        return self._adopt(instances, rollouts) if instances else []
+        groups = self._adopt(instances, rollouts) if instances else []
+        return Selected(tuple(groups), num_failed=len(instances) - len(groups))
 
     def _injected(self, group: Group, answers: TeacherAnswers, step: int) -> Group:
         """Return a hard plain group with one wrong rollout replaced by a right one of the teacher's; any other group as it is."""
