@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -39,6 +41,32 @@ def lose_a_rank() -> None:
         os._exit(3)
     with parallel.explain_lost_rank():
         dist.all_reduce(torch.ones(1))
+
+
+def fail() -> None:
+    raise OSError("disk gone")
+
+
+def work_long() -> int:
+    time.sleep(6)
+    return parallel.rank()
+
+
+def let_rank_zero_work() -> list[object]:
+    parallel.initialize(ParallelConfig(), seed=0)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), dist.group.WORLD)  # less than the work takes
+    made: list[object] = [parallel.on_rank_zero(work_long)]
+    try:
+        parallel.on_rank_zero(fail)
+    except (OSError, parallel.RankZeroError) as error:
+        made.append(f"{type(error).__name__}: {error}")
+    parallel.shutdown()
+    return made
+
+
+def test_the_others_wait_for_rank_zero_longer_than_a_collective_and_end_with_it() -> None:
+    told = "parallel: rank 0 could not do its work for all ranks, got OSError('disk gone'); see its own message"
+    assert run_ranks(let_rank_zero_work, 2) == [[0, "OSError: disk gone"], [0, f"RankZeroError: {told}"]]
 
 
 def test_ranks_and_exchanges_in_two_layouts_of_the_same_processes() -> None:

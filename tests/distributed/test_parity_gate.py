@@ -14,7 +14,7 @@ from zppo_mm.build import Run, build_run
 from zppo_mm.config_io import load_config
 from zppo_mm.models import parallel
 from zppo_mm.parity.compare import ParityError
-from zppo_mm.parity.gate import check_parity, on_rank_zero
+from zppo_mm.parity.gate import check_parity
 
 pytestmark = pytest.mark.timeout(700)  # a start of two ranks takes a minute on a busy machine
 # Float32 sums in another order and over two ranks; the largest seen is 5e-6.
@@ -32,18 +32,6 @@ def verdict(run: Run, folder: Path) -> str:
         check_parity(run, folder, 0)
     except ParityError as error:
         return str(error)
-    return ""
-
-
-def fail() -> None:
-    raise OSError("disk gone")
-
-
-def failure_of_rank_zero() -> str:
-    try:
-        on_rank_zero(fail)
-    except (OSError, ParityError) as error:
-        return f"{type(error).__name__}: {error}"
     return ""
 
 
@@ -85,18 +73,3 @@ def test_every_layout_passes_and_sees_a_wrong_weight(tmp_path: Path) -> None:
         assert first[name][1] == second[name][1], name
     # With two replicas of which one is wrong, its share of the responses is: what it sampled itself, what the other one did too.
     assert first["data"][1] == second["data"][1] != ""
-
-
-def test_a_failure_of_rank_zero_ends_every_rank() -> None:
-    assert run_ranks(failure_on_its_own, 2) == [
-        "OSError: disk gone",
-        "ParityError: parity: rank 0 could not look at media and source checkpoint, got OSError('disk gone'); see its own message",
-    ]
-
-
-def failure_on_its_own() -> str:
-    config = load_config(None, [])
-    parallel.initialize(config.parallel, config.seed)
-    failure = failure_of_rank_zero()
-    parallel.shutdown()
-    return failure

@@ -91,7 +91,7 @@ def test_an_interrupted_evaluation_goes_on_and_refuses_other_settings(alone: tup
     (tmp_path / "settings.json").write_bytes((alone[0] / "settings.json").read_bytes())
     (tmp_path / "answers").mkdir()
     marked = [{**each, "prompt": "kept"} for each in whole[:5]]
-    (tmp_path / "answers" / "from_00000000.jsonl").write_text("".join(json.dumps(each) + "\n" for each in marked))
+    (tmp_path / "answers" / "part_00000001.jsonl").write_text("".join(json.dumps(each) + "\n" for each in marked))
     code, said = evaluate(str(STUDENT), *words, "evaluation.temperature=1.0")
     assert code == 1
     assert "sampling.temperature was 0.6, is 1.0" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from zppo_mm.errors import ConfigError
 from zppo_mm.evaluation.answers import AnsweredQuestion, AnswerFolder, Response
+from zppo_mm.evaluation.student import text_files_digest
 from zppo_mm.evaluation.summary import summarise, table
 
 SETTINGS = {"model": "m", "sampling": {"temperature": 0.6}, "data": [{"path": "a"}]}
@@ -51,12 +53,52 @@ def test_what_no_judge_graded_is_asked_again_and_its_new_answers_win(tmp_path: P
     assert folder.read() == [answers[0], *again, answers[3]]
 
 
+def test_a_chunk_of_a_second_start_takes_no_answers_of_the_first_away(tmp_path: Path) -> None:
+    folder = AnswerFolder(tmp_path)
+    folder.open(SETTINGS)
+    folder.add([answered(0, [1.0]), answered(1, [None])])
+    folder.add([answered(2, [None]), answered(3, [0.0]), answered(4, [None])])
+    again = AnswerFolder(tmp_path)
+    assert again.open(SETTINGS) == [0, 3]
+    # The first new chunk begins before an old one that has question 2 ungraded, the second one with an old one's first question.
+    again.add([answered(1, [1.0]), answered(4, [0.0])])
+    again.add([answered(2, [1.0]), answered(5, [1.0])])
+    assert [each.graded[0].reward for each in again.read_complete(6)] == [1.0, 1.0, 1.0, 0.0, 0.0, 1.0]
+    again.finish(again.read(), {})
+    assert AnswerFolder(tmp_path).open(SETTINGS) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("num_questions", "first"), [(1, 2), (2, 1), (4, 1)])
+def test_an_evaluation_with_a_missing_or_a_foreign_answer_does_not_end(tmp_path: Path, num_questions: int, first: int) -> None:
+    folder = AnswerFolder(tmp_path)
+    folder.open(SETTINGS)
+    folder.add([answered(0, [1.0]), answered(2, [1.0])])
+    with pytest.raises(ConfigError, match=rf"got 2 answers, expected one to each of {num_questions} questions; .* index {first}; start"):
+        folder.read_complete(num_questions)
+
+
 def test_a_file_that_was_not_finished_is_not_read(tmp_path: Path) -> None:
     folder = AnswerFolder(tmp_path)
     folder.open(SETTINGS)
     folder.add([answered(0, [1.0])])
-    (tmp_path / "answers" / ".from_00000001.jsonl.tmp").write_text('{"ind')
+    (tmp_path / "answers" / ".part_00000002.jsonl.tmp").write_text('{"ind')
     assert folder.open(SETTINGS) == [0]
+    folder.finish(folder.read(), {})
+    assert not (tmp_path / "answers").exists()
+
+
+def test_a_changed_chat_template_or_tokenizer_is_another_model_and_a_copy_is_not(tmp_path: Path) -> None:
+    names = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json")
+    for name in (*names, "README.md"):
+        (tmp_path / name).write_text("old", encoding="utf-8")
+    before = text_files_digest(tmp_path)
+    assert text_files_digest(shutil.copytree(tmp_path, tmp_path / "copy")) == before
+    (tmp_path / "README.md").write_text("new", encoding="utf-8")
+    assert text_files_digest(tmp_path) == before
+    for name in names:
+        (tmp_path / name).write_text("new", encoding="utf-8")
+        assert text_files_digest(tmp_path) != before, name
+        (tmp_path / name).write_text("old", encoding="utf-8")
 
 
 def test_other_settings_are_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,7 +108,8 @@ class AnswerFolder:
     """The folder of one evaluation; one process uses it.
 
     `settings.json` says what the answers belong to. Each finished chunk is a file under `answers/`; at the end they become
-    `answers.jsonl`. Every file is written aside and renamed, so one that is there is complete.
+    `answers.jsonl`. Chunks are numbered in the order of writing, and a later one wins. Every file is written aside and renamed, so one
+    that is there is complete.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -136,8 +138,10 @@ class AnswerFolder:
         return [each.index for each in self.read() if each.skipped != UNGRADED and len(each.graded) == len(each.responses)]
 
     def add(self, answers: Sequence[AnsweredQuestion]) -> None:
-        """Write a finished chunk."""
-        _write_aside(self.folder / PARTS_FOLDER / f"from_{answers[0].index:08d}.jsonl", _lines(answers))
+        """Write a finished chunk, which wins over all that are there."""
+        parts = self._parts()
+        number = int(parts[-1].stem.removeprefix("part_")) + 1 if parts else 1
+        _write_aside(self.folder / PARTS_FOLDER / f"part_{number:08d}.jsonl", _lines(answers))
 
     def read(self) -> list[AnsweredQuestion]:
         """Return all answers so far, in the order of the questions; a chunk wins over what an earlier end of the evaluation left."""
@@ -150,17 +154,33 @@ class AnswerFolder:
                     answers[answered.index] = answered
         return [answers[index] for index in sorted(answers)]
 
+    def read_complete(self, num_questions: int) -> list[AnsweredQuestion]:
+        """Return all answers, one per question.
+
+        Raises:
+            ConfigError: A question has none, or there is one to a question that is not asked.
+        """
+        answers = self.read()
+        differing = sorted({each.index for each in answers} ^ set(range(num_questions)))
+        if differing:
+            raise ConfigError(
+                f"{self.folder}: answers and questions do not belong together, got {len(answers)} answers, expected one to each of "
+                f"{num_questions} questions; the first that differs has the index {differing[0]}; start the evaluation again, "
+                "or give another --output"
+            )
+        return answers
+
     def finish(self, answers: Sequence[AnsweredQuestion], results: Mapping[str, Any]) -> None:
         """Write `answers.jsonl` and `results.json`, which take the place of the chunks."""
         _write_aside(self.folder / ANSWERS_FILE, _lines(answers))
         _write_aside(self.folder / RESULTS_FILE, json.dumps(results, ensure_ascii=False, indent=1))
-        for path in self._parts():
+        for path in self._parts():  # the latest last: if this is cut short, none that is left wins wrongly
             path.unlink()
         if (self.folder / PARTS_FOLDER).is_dir():
-            (self.folder / PARTS_FOLDER).rmdir()
+            shutil.rmtree(self.folder / PARTS_FOLDER)
 
     def _parts(self) -> list[Path]:
-        return sorted((self.folder / PARTS_FOLDER).glob("from_*.jsonl"))
+        return sorted((self.folder / PARTS_FOLDER).glob("part_*.jsonl"))
 
     def _check_same(self, before: Any, now: Mapping[str, Any]) -> None:
         old, new = _flat(before), _flat(now)

@@ -10,12 +10,12 @@ import platform
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from data.benchmarks import convert_benchmark, read_conversion
 from data.errors import DataError
@@ -35,7 +35,6 @@ from zppo_mm.observability.logs import configure_logging
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 EVALUATED_STEP = 0
 """Recorded in rollouts, which nobody reads here."""
 BATCHES_PER_CHUNK = 4
@@ -67,7 +66,7 @@ def evaluate_model(request: EvaluationRequest) -> Summary:
     Every rank calls this and gets the same.
 
     Raises:
-        ZppoError: The model, an option or the folder of the results cannot be used.
+        ZppoError: The model, an option or the folder of the results cannot be used, or rank 0 failed at what it does alone.
         DataError: The questions cannot be used.
     """
     config = read_config(request)
@@ -81,9 +80,9 @@ def evaluate_model(request: EvaluationRequest) -> Summary:
             questions = _questions(request, config, student)
             settings = describe_student(config, student) | {"num_questions": config.evaluation.num_questions, "data": questions.data}
             folder = AnswerFolder(output)
-            done = set(_on_first_rank(lambda: folder.open(settings)))
+            done = set(parallel.on_rank_zero(lambda: folder.open(settings)))
             _answer(student, questions.chosen, done, folder, config, request.questions_per_chunk)
-            summary = _on_first_rank(lambda: _finish(folder, questions, settings, config.seed))
+            summary = parallel.on_rank_zero(lambda: _finish(folder, questions, settings, config.seed))
         finally:
             student.close()
     parallel.shutdown()
@@ -107,7 +106,7 @@ def run_evaluation(request: EvaluationRequest) -> tuple[int, str]:
 def _questions(request: EvaluationRequest, config: RunConfig, student: Student) -> Questions:
     folders, skipped, listed = [], Counter[str](), []
     for path in request.data or _own_sources(config):
-        folder = _on_first_rank(partial(_converted, path, request, Path(config.output_dir))) if path.is_file() else path
+        folder = parallel.on_rank_zero(partial(_converted, path, request, Path(config.output_dir))) if path.is_file() else path
         folders.append(ShardFolder(folder))
         conversion = read_conversion(folder)
         if conversion is not None:
@@ -218,7 +217,7 @@ def _log_losses(student: Student) -> None:
 
 
 def _finish(folder: AnswerFolder, questions: Questions, settings: Mapping[str, Any], seed: int) -> Summary:
-    answers = folder.read()
+    answers = folder.read_complete(len(questions.chosen))
     summary = summarise(answers, questions.skipped, seed)
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     listed = questions.listed + [[each.id, each.skipped, "see the log"] for each in answers if each.skipped]
@@ -227,17 +226,3 @@ def _finish(folder: AnswerFolder, questions: Questions, settings: Mapping[str, A
         logger.warning("%.1f %% of the questions were skipped: %s", 100 * summary.skipped_share, summary.skipped)
     logger.info("results and all answers in %s", folder.folder)
     return summary
-
-
-def _on_first_rank(action: Callable[[], T]) -> T:
-    """Do something on rank 0 alone and return what came of it, or raise its error, on every rank."""
-    outcome: tuple[T | None, ZppoError | DataError | None] | None = None
-    if parallel.rank() == 0:
-        try:
-            outcome = action(), None
-        except (ZppoError, DataError) as error:
-            outcome = None, error
-    value, failure = parallel.broadcast_object(outcome)
-    if failure is not None:
-        raise failure
-    return value  # type: ignore[return-value]

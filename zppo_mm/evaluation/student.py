@@ -21,6 +21,9 @@ from zppo_mm.teacher.connect import open_pool
 from zppo_mm.teacher.endpoint_pool import EndpointPool
 from zppo_mm.zone.prompts import PromptTemplates, load_templates
 
+TEXT_FILES = ("chat_template.*", "tokenizer*", "vocab.json", "merges.txt", "*_tokens*.json", "*config.json")
+"""Small files of a model's folder that decide what a prompt looks like, where a response ends and what its text is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Student:
@@ -86,6 +89,7 @@ def describe_student(config: RunConfig, student: Student) -> dict[str, Any]:
     return {
         "model": str(student_folder(config)),
         "weights": _weights_digest(student_folder(config)),
+        "text_files": text_files_digest(student_folder(config)),
         "params_dtype": config.model.params_dtype,
         "fp8": config.model.fp8,
         "transformer_impl": config.model.transformer_impl,
@@ -104,4 +108,13 @@ def _weights_digest(folder: Path) -> str:
     for path in sorted(folder.glob("*.safetensors")):
         status = path.stat()
         digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+def text_files_digest(folder: Path) -> str:
+    """Return a digest of names and content of the files that decide the text, whatever time they were written at."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted({path for pattern in TEXT_FILES for path in folder.glob(pattern) if path.is_file()}):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -9,7 +9,9 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from zppo_mm.models.worlds import World
 
 T = TypeVar("T")
+_WAIT_SECONDS = 0.02
+"""Time between two words from rank 0 while it works and the others wait."""
 _SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
 _PR_SET_PDEATHSIG = 1
 _LOST_RANK_SIGNS = ("connection closed", "connection reset", "timed out", "timeout", "broken pipe", "recvvalue failed", "aborted")
@@ -33,6 +37,10 @@ _LOST_RANK_SIGNS = ("connection closed", "connection reset", "timed out", "timeo
 
 class LostRankError(ZppoError, RuntimeError):
     """Another process of the run died or stopped answering."""
+
+
+class RankZeroError(ZppoError):
+    """What rank 0 did for all ranks failed there."""
 
 
 def initialize(config: ParallelConfig, seed: int, world: World | None = None) -> None:
@@ -291,6 +299,32 @@ def broadcast_object(value: T | None, source: int = 0) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=source)
     return cast(T, box[0])
+
+
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """Return what rank 0 made, on every rank.
+
+    The work can take longer than a collective waits. So it runs in a thread, and rank 0 keeps telling the others that it is not done.
+
+    Args:
+        work: What rank 0 alone does; it calls no collective.
+
+    Raises:
+        RankZeroError: On the other ranks, when the work failed on rank 0, which raises its own error.
+    """
+    if world_size() == 1:
+        return work()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        future = pool.submit(work) if rank() == 0 else None
+        while not broadcast_object(future is None or future.done()):
+            time.sleep(_WAIT_SECONDS)
+        error = future.exception() if future is not None else None
+        told = broadcast_object(repr(error) if error is not None else "")
+        if error is not None:
+            raise error
+        if told:
+            raise RankZeroError(f"parallel: rank 0 could not do its work for all ranks, got {told}; see its own message")
+        return broadcast_object(future.result() if future is not None else None)
 
 
 def barrier() -> None:

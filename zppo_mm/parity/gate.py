@@ -11,12 +11,10 @@ import dataclasses
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -36,11 +34,8 @@ from zppo_mm.training.samples import response_sequence, to_training_samples
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 NUM_ROLLOUTS = 2
 """Responses per question: more than one, so that the engine copies its caches as it does in training."""
-WAIT_SECONDS = 0.02
-"""Time between two words from rank 0 while it works and the others wait."""
 RESUMED = "the run goes on from a checkpoint, whose weights are no longer the folder's"
 
 
@@ -66,7 +61,7 @@ def check_parity(run: Run, folder: Path, step: int) -> None:
         chosen = _choose(run, config.num_questions)
         groups = _sample(run, chosen, config)
         responses = _responses(groups, _training_logprobs(run, groups))
-        counts, source = on_rank_zero(partial(_look, run, groups, config, step))
+        counts, source = parallel.on_rank_zero(partial(_look, run, groups, config, step))
         for group, values in zip(groups, source.logprobs, strict=True):
             first = responses[group.uid][0]
             responses[group.uid][0] = dataclasses.replace(first, source=values)
@@ -188,28 +183,6 @@ def _look(run: Run, groups: Sequence[Group], config: ParityConfig, step: int) ->
         max_seconds=config.max_source_seconds,
     )
     return counts, source
-
-
-def on_rank_zero(work: Callable[[], T]) -> T:
-    """Return what rank 0 made, on every rank.
-
-    Loading and running a large checkpoint can take longer than a collective waits. So it runs in a thread, and rank 0 keeps telling the
-    others that it is not done.
-
-    Raises:
-        ParityError: On the other ranks, when the work failed on rank 0, which raises its own error.
-    """
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        future = pool.submit(work) if parallel.rank() == 0 else None
-        while not parallel.broadcast_object(future is None or future.done()):
-            time.sleep(WAIT_SECONDS)
-        error = future.exception() if future is not None else None
-        told = parallel.broadcast_object(repr(error) if error is not None else "")
-        if error is not None:
-            raise error
-        if told:
-            raise ParityError(f"parity: rank 0 could not look at media and source checkpoint, got {told}; see its own message")
-        return parallel.broadcast_object(future.result() if future is not None else None)
 
 
 def _judge(
