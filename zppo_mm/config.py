@@ -91,7 +91,7 @@ class ZoneConfig:
     rho_replay: float = 0.25
     """Replayed questions per step, as a fraction of new ones."""
     rho_aug: float = 0.25
-    """Reformulated instances (BCQ, NCQ, hint, prefix) per step, at most this fraction of new questions."""
+    """Reformulated instances (BCQ, NCQ, hint, prefix) per step (per round of dynamic sampling), at most this fraction of new questions."""
     prefix_share: float = 0.4
     """Share of a teacher rollout's tokens that a prefix is."""
     max_sampling_rounds: int = 1

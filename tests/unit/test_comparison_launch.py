@@ -15,6 +15,7 @@ import pytest
 from tests.unit.simulated_comparison import STEPS, make_plan
 from zppo_mm.comparison.launch import output_path, run_all
 from zppo_mm.comparison.plan import Plan, load_plan
+from zppo_mm.comparison.results import read_results
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,6 +96,9 @@ def test_a_finished_run_of_another_configuration_is_refused(tmp_path: Path) -> N
     (failure,) = run_all(changed, tool)
     assert failure.run.label == "grpo_replay"
     assert "a finished run of another configuration, got train.lr was 3e-05, is 0.5, expected the planned one" in failure.reason
+    refused, same = (read_results(changed).runs[label][0] for label in ("grpo_replay", "zppo"))
+    assert (refused.status, refused.counts) == ("finished, with another configuration", False)  # nor is it mixed into the tables
+    assert not same.is_refused
     assert starts(plan) == [1, 1]
 
 

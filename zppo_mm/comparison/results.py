@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from zppo_mm.comparison.launch import is_finished, steps_reached
+from zppo_mm.comparison.launch import check_same_configuration, is_finished, steps_reached
 from zppo_mm.comparison.plan import Plan, PlannedRun
+from zppo_mm.errors import ConfigError
 from zppo_mm.observability.report_data import RunRecord, read_lines, read_run
 from zppo_mm.observability.transcripts import HELD_OUT_FOLDER
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,7 @@ class Answered:
 
 
 Answers = Mapping[str, Answered]
-"""One evaluation by question id."""
+"""One evaluation by source and question id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +38,14 @@ class RunResult:
         record: Metrics and evaluations.
         answers: Evaluations by step.
         is_finished: Whether it came to its end.
+        is_refused: Whether it was made with another configuration than the planned one.
     """
 
     run: PlannedRun
     record: RunRecord
     answers: Mapping[int, Answers]
     is_finished: bool
+    is_refused: bool = False
 
     @property
     def last_step(self) -> int:
@@ -47,12 +53,14 @@ class RunResult:
 
     @property
     def counts(self) -> bool:
-        """Whether the run is finished and has the answers before and after training, so that it is part of the tables."""
-        return self.is_finished and {0, self.last_step} <= set(self.answers)
+        """Whether the run is finished, the planned one, and has the answers before and after training: part of the tables."""
+        return self.is_finished and not self.is_refused and {0, self.last_step} <= set(self.answers)
 
     @property
     def status(self) -> str:
         """How far it came, in words."""
+        if self.is_refused:
+            return "finished, with another configuration"
         if self.is_finished:
             return "finished" if self.counts else "finished, without answers to held-out questions"
         steps = steps_reached(self.record)
@@ -84,14 +92,28 @@ def read_results(plan: Plan) -> Results:
     runs: dict[str, dict[int, RunResult]] = {label: {} for label in plan.labels}
     for run in plan.runs:
         record = read_run(run.folder)
-        runs[run.label][run.seed] = RunResult(run, record, read_answers(run.folder), is_finished(run, record))
+        finished = is_finished(run, record)
+        runs[run.label][run.seed] = RunResult(run, record, read_answers(run.folder), finished, finished and not _is_planned(run))
     return Results(plan, runs)
+
+
+def _is_planned(run: PlannedRun) -> bool:
+    try:
+        check_same_configuration(run)
+    except ConfigError as error:
+        logger.warning("left out of the tables: %s", error)
+        return False
+    return True
 
 
 def read_answers(folder: Path) -> dict[int, Answers]:
     """Return all evaluations of a run by step; answers without a reward are no part of a question's accuracy."""
     answers: dict[int, Answers] = {}
     for path in sorted((folder / HELD_OUT_FOLDER).glob("step_*.jsonl")):
-        of_step = {line["question_id"]: Answered(line["source"], line["modality"], line["accuracy"]) for line in read_lines(path)}
+        # Two sources may use the same id.
+        of_step = {
+            f"{line['source']}/{line['question_id']}": Answered(line["source"], line["modality"], line["accuracy"])
+            for line in read_lines(path)
+        }
         answers[int(path.stem.removeprefix("step_"))] = of_step
     return answers

@@ -268,8 +268,8 @@ FIGURES: tuple[tuple[str, str, Callable[[RunRecord, Axes], bool]], ...] = (
     ),
     ("Fates by accuracy at admission", "What became of all questions admitted so far.", _fates),
     (
-        "Teacher on hard questions",
-        "Questions with at least one correct teacher rollout, and the mean over all of them.",
+        "Teacher on what it was asked",
+        "Questions with at least one correct teacher rollout, and the mean over all: hard ones, or all in distillation on its text.",
         _curves("share", True, ("teacher/solved", "questions solved", NCQ), ("teacher/accuracy", "rollouts correct", GREY)),
     ),
     (

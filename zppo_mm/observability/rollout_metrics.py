@@ -80,7 +80,7 @@ def response_metrics(rollouts: Sequence[Rollout], part: str) -> StepMetrics:
 
 
 def teacher_metrics(answers: Sequence[Sequence[Rollout]]) -> StepMetrics:
-    """Measure the teacher's rollouts on the hard questions of a step, one sequence per question, empty if it has none."""
+    """Measure the teacher's rollouts on the questions that it was asked in a step, one sequence per question, empty if it has none."""
     metrics = StepMetrics()
     metrics.add("teacher/failed_questions", Sum(sum(not rollouts for rollouts in answers)))
     metrics.add("teacher/tokens", Sum(sum(len(rollout.response_ids) for rollouts in answers for rollout in rollouts)))
