@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_type_hints
@@ -77,6 +77,17 @@ def save_config(config: RunConfig, path: Path) -> None:
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     os.replace(aside, path)
+
+
+def flat_keys(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted keys to values; the entries of a list of sections are numbered."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+            flat[f"{prefix}{key}.count"] = len(value)
+            value = {str(index): item for index, item in enumerate(value)}
+        flat.update(flat_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
 
 
 def _read_yaml(path: Path, origin: str) -> _Layer:

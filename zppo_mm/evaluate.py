@@ -118,18 +118,6 @@ def evaluation_instances(held_out: HeldOut, plain_text: Callable[[Question], str
     ]
 
 
-def evaluate(
-    sampler: GroupSampler,
-    held_out: HeldOut,
-    plain_text: Callable[[Question], str],
-    sampling: SamplingParams,
-    num_rollouts: int,
-    step: int,
-) -> Evaluation:
-    """Ask every held-out question once and sum up; see `ask_held_out` and `summarise`."""
-    return summarise(ask_held_out(sampler, held_out, plain_text, sampling, num_rollouts, step), held_out, step)
-
-
 def ask_held_out(
     sampler: GroupSampler,
     held_out: HeldOut,

@@ -109,12 +109,13 @@ def run_step(stages: Stages, step: int) -> StepRecord:
     """
     metrics = StepMetrics()
     rounds = [_sample_round(stages, step, (), metrics)]
-    while _wants_more(stages, rounds, step):
+    selected = _select(stages, rounds, step)
+    while _wants_more(stages, len(rounds), selected):
         rounds.append(_sample_round(stages, step, rounds, metrics))
+        selected = _select(stages, rounds, step)
     groups = [group for each in rounds for group in each.groups]
     answers = _all_answers(rounds)
 
-    selected = _select(stages, rounds, step)
     metrics.add("rollout/failed_groups", Sum(selected.num_failed))
     advantages = _advantages(selected.groups, stages.config.algorithm.advantage_normalization)
     minibatches = stages.learner.learn(selected.groups, advantages, step, metrics)
@@ -161,15 +162,14 @@ def _sample_round(stages: Stages, step: int, earlier: Sequence[_Round], metrics:
     return _Round((*new, *replayed), (*groups, *_in_order(sampled, guided.instances)), answers, guided)
 
 
-def _wants_more(stages: Stages, rounds: Sequence[_Round], step: int) -> bool:
+def _wants_more(stages: Stages, num_rounds: int, selected: Selected) -> bool:
     """Return whether dynamic sampling takes further questions: too few have a group from which something can be learned.
 
     A question counts as often as it was asked plainly, or a data set smaller than a step would never have enough.
     """
-    if len(rounds) >= stages.config.zone.max_sampling_rounds:
+    if num_rounds >= stages.config.zone.max_sampling_rounds:
         return False
-    useful = _select(stages, rounds, step).groups
-    return sum(group.is_plain or group.kind == "inject" for group in useful) < stages.config.train.num_new_questions
+    return sum(group.is_plain or group.kind == "inject" for group in selected.groups) < stages.config.train.num_new_questions
 
 
 def _select(stages: Stages, rounds: Sequence[_Round], step: int) -> Selected:
@@ -245,7 +245,8 @@ def _sample_while_teacher_answers(
 def _sample_reformulated(stages: Stages, guided: Reformulation, before: Reformulation, step: int, metrics: StepMetrics) -> list[Group]:
     """Sample the prompts that were not there before."""
     with metrics.phase("reformulated_rollout"):
-        fresh = [instance for instance in guided.instances if instance not in before.instances]
+        there = {instance.uid for instance in before.instances}
+        fresh = [instance for instance in guided.instances if instance.uid not in there]
         return _sample(stages, fresh, step, metrics) if fresh else []
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from data.errors import DataError
 from zppo_mm.build import Run, build_run, student_folder
 from zppo_mm.config import RunConfig
-from zppo_mm.config_io import save_config
+from zppo_mm.config_io import flat_keys, save_config
 from zppo_mm.errors import CheckpointError, ConfigError, ZppoError
 from zppo_mm.evaluate import ask_held_out, summarise
 from zppo_mm.models import parallel
@@ -229,7 +229,7 @@ def _check_same_run(config: RunConfig, saved: dict[str, Any], folder: Path) -> N
         CheckpointError: A key that would change what the earlier steps mean is different.
     """
     # A checkpoint that is older than a key was made with its default.
-    before, now, default = _flat(saved), _flat(asdict(config)), _flat(asdict(RunConfig()))
+    before, now, default = flat_keys(saved), flat_keys(asdict(config)), flat_keys(asdict(RunConfig()))
     changed = {key: (old, value) for key, value in now.items() if (old := before.get(key, default.get(key))) != value}
     fixed = {key: values for key, values in changed.items() if not _FURTHER_TEACHER.sub("teacher.", key).startswith(FREE_ON_RESUME)}
     if fixed:
@@ -241,17 +241,6 @@ def _check_same_run(config: RunConfig, saved: dict[str, Any], folder: Path) -> N
     for key, (old, new) in changed.items():
         if parallel.rank() == 0:
             logger.warning("resumed with %s=%r, was %r", key, new, old)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return dotted keys to values; the entries of a list of sections are numbered."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-            flat[f"{prefix}{key}.count"] = len(value)
-            value = {str(index): item for index, item in enumerate(value)}
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
 
 
 def _save(run: Run, folder: Path, step: int) -> None:

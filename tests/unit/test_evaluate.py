@@ -15,7 +15,7 @@ from data.question import MediaRef, Question
 from data.shards import ShardFolder, write_shards
 from tests.unit.shard_samples import sample
 from tests.unit.tiny_folder import build_folder
-from zppo_mm.evaluate import evaluate, held_out_questions
+from zppo_mm.evaluate import ask_held_out, held_out_questions, summarise
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.exchange import SingleProcess
@@ -78,5 +78,5 @@ def test_what_was_left_out_is_in_the_evaluation(folder: ShardFolder, tmp_path: P
     with Verifier() as verifier:
         held_out = held_out_questions([folder], 0, 0, SampleHealth(0.1), verifier.can_grade)
         sampler = GroupSampler(SilentEngine(), PromptEncoder(tmp_path, no_media), verifier, SingleProcess())
-        result = evaluate(sampler, held_out, plain_text, SAMPLING, 2, step=5)
+        result = summarise(ask_held_out(sampler, held_out, plain_text, SAMPLING, 2, step=5), held_out, step=5)
     assert (result.step, result.num_questions, result.num_skipped, result.accuracy) == (5, 28, 2, 0.0)

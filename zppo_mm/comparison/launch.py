@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from zppo_mm.comparison.plan import Plan, PlannedRun
-from zppo_mm.config_io import load_config
+from zppo_mm.config_io import flat_keys, load_config
 from zppo_mm.errors import ConfigError
 from zppo_mm.observability.report_data import CONFIG_FILE, RunRecord, read_run
 
@@ -58,8 +57,9 @@ def check_same_configuration(run: PlannedRun) -> None:
     Raises:
         ConfigError: It was made with other options, so its numbers are not those of the comparison.
     """
-    made, planned = (_flat(asdict(config)) for config in (load_config(run.folder / CONFIG_FILE), run.config))
-    changed = [f"{key} was {made[key]!r}, is {planned[key]!r}" for key in planned if key != "output_dir" and made[key] != planned[key]]
+    made, planned = (flat_keys(asdict(config)) for config in (load_config(run.folder / CONFIG_FILE), run.config))
+    keys = [key for key in planned if key != "output_dir" and made.get(key) != planned[key]]
+    changed = [f"{key} was {made.get(key)!r}, is {planned[key]!r}" for key in keys]
     if changed:
         raise ConfigError(
             f"{run.folder}: a finished run of another configuration, got {'; '.join(changed)}, expected the planned one; remove the folder "
@@ -157,11 +157,3 @@ def _outcome(run: PlannedRun, plan: Plan, returncode: int, seconds: float) -> li
     logger.error("%s failed, %s; see %s", run.name, what, path)
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-NUM_TAIL_LINES:]
     return [Failure(run, "\n".join([f"{what}; the end of its output:", *lines]))]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return dotted keys to values."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import overload
 
 import numpy as np
@@ -130,35 +131,33 @@ def build_batches(
     batches = []
     for update, replicas in enumerate(plan.microbatches):
         packs = [[samples[index] for index in members] for members in replicas[replica]] or [[]]
-        batches.append(Batch(LazyMicrobatches(packs, media, device, plan.share_prompts), plan.num_loss_tokens[update]))
+        makers = [partial(pack, each, media=media, device=device, share_prompts=plan.share_prompts) for each in packs]
+        batches.append(Batch(LazyMicrobatches(makers), plan.num_loss_tokens[update]))
     return batches
 
 
 class LazyMicrobatches(Sequence[Microbatch]):
-    """Micro-batches that are packed, and their media opened, when they are asked for."""
+    """Micro-batches that are made, and their media opened, when they are asked for.
 
-    def __init__(
-        self, packs: Sequence[Sequence[TrainingSample]], media: MediaSource | None, device: torch.device, share_prompts: bool
-    ) -> None:
-        self._packs = packs
-        self._media = media
-        self._device = device
-        self._share_prompts = share_prompts
+    Args:
+        makers: One per micro-batch; called every time that it is asked for.
+    """
+
+    def __init__(self, makers: Sequence[Callable[[], Microbatch]]) -> None:
+        self._makers = makers
 
     def __len__(self) -> int:
-        return len(self._packs)
+        return len(self._makers)
 
     @overload
     def __getitem__(self, index: int) -> Microbatch: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[Microbatch]: ...
     def __getitem__(self, index: int | slice) -> Microbatch | Sequence[Microbatch]:
-        if isinstance(index, slice):
-            return LazyMicrobatches(self._packs[index], self._media, self._device, self._share_prompts)
-        return pack(self._packs[index], media=self._media, device=self._device, share_prompts=self._share_prompts)
+        return LazyMicrobatches(self._makers[index]) if isinstance(index, slice) else self._makers[index]()
 
     def __iter__(self) -> Iterator[Microbatch]:
-        return (self[index] for index in range(len(self)))
+        return (make() for make in self._makers)
 
 
 @dataclass(frozen=True, slots=True)

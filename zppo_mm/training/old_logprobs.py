@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import overload
+from functools import partial
 
 import numpy as np
 import torch
 
 from zppo_mm.experience import Batch, Microbatch, TrainingSample
+from zppo_mm.training.batching import LazyMicrobatches
 from zppo_mm.training.policy import Policy
 
 
@@ -32,35 +33,21 @@ def with_old_logprobs(policy: Policy, batches: Sequence[Batch], temperature: flo
         temperature: Of the rollouts.
         importance_cap: Above 0, all old log-probs are the policy's and the loss is weighted; else only unknown ones (NaN) are filled in.
     """
-    return [
-        replace(batch, microbatches=_Corrected(batch.microbatches, policy.compute_logprobs(batch, temperature), importance_cap))
-        for batch in batches
-    ]
+    corrected = []
+    for batch in batches:
+        logprobs = policy.compute_logprobs(batch, temperature)
+        makers = [partial(_corrected, batch.microbatches, place, known, importance_cap) for place, known in enumerate(logprobs)]
+        corrected.append(replace(batch, microbatches=LazyMicrobatches(makers)))
+    return corrected
 
 
-class _Corrected(Sequence[Microbatch]):
-    """Micro-batches that get their recomputed log-probs when they are asked for."""
-
-    def __init__(self, microbatches: Sequence[Microbatch], logprobs: Sequence[torch.Tensor], importance_cap: float) -> None:
-        self._microbatches = microbatches
-        self._logprobs = logprobs
-        self._cap = importance_cap
-
-    def __len__(self) -> int:
-        return len(self._microbatches)
-
-    @overload
-    def __getitem__(self, index: int) -> Microbatch: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Microbatch]: ...
-    def __getitem__(self, index: int | slice) -> Microbatch | Sequence[Microbatch]:
-        if isinstance(index, slice):
-            return _Corrected(self._microbatches[index], self._logprobs[index], self._cap)
-        microbatch, logprobs = self._microbatches[index], self._logprobs[index]
-        sampled = microbatch.old_logprobs
-        if not self._cap:
-            return replace(microbatch, old_logprobs=torch.where(sampled.isnan(), logprobs, sampled))
-        return replace(microbatch, old_logprobs=logprobs, importance=importance_weights(logprobs, sampled, self._cap))
+def _corrected(microbatches: Sequence[Microbatch], place: int, logprobs: torch.Tensor, importance_cap: float) -> Microbatch:
+    """Return one of the micro-batches with recomputed log-probs."""
+    microbatch = microbatches[place]
+    sampled = microbatch.old_logprobs
+    if not importance_cap:
+        return replace(microbatch, old_logprobs=torch.where(sampled.isnan(), logprobs, sampled))
+    return replace(microbatch, old_logprobs=logprobs, importance=importance_weights(logprobs, sampled, importance_cap))
 
 
 def importance_weights(logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
