@@ -25,6 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 CLONE_ROOT = Path(__file__).resolve().parents[2]
 # Starting and importing alone takes half a minute per rank on a loaded two-core machine.
 DEFAULT_TIMEOUT_SECONDS = 300.0
@@ -141,8 +143,8 @@ def _main() -> None:
     """Run one rank: load the task's module from its file, call the function, write the result."""
     task, result = Path(sys.argv[1]), Path(sys.argv[2])
     path, module_name, function_name, arguments = pickle.loads(task.read_bytes())
-    # First, because it makes `import megatron.core` possible everywhere.
-    importlib.import_module("zppo_mm.models")
+    # First, because it makes `import megatron.core` possible everywhere and the world's group free of what would keep it.
+    importlib.import_module("zppo_mm.models.parallel")
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -150,6 +152,9 @@ def _main() -> None:
     sys.modules[module_name] = module
     spec.loader.exec_module(module)
     result.write_bytes(pickle.dumps(getattr(module, function_name)(*pickle.loads(arguments))))
+    if dist.is_initialized():
+        # As `parallel.shutdown` does, and for the same reason.
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +133,25 @@ def num_threads() -> int:
 
 def test_one_process_needs_no_launcher() -> None:
     assert run_ranks(alone, 1) == [(1, [[1, 2]])]
+
+
+def gloo_threads() -> int:
+    """Return the threads of this process that belong to gloo's groups."""
+    names = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task")]
+    return sum("gloo" in name for name in names)
+
+
+def see_gloo_threads() -> tuple[int, int]:
+    parallel.initialize(ParallelConfig(tensor_model_parallel_size=2), seed=0)
+    # Imported by transformers' networks among others; made now, its functions' defaults would hold the world's group.
+    importlib.import_module("torch.distributed.nn")
+    before = gloo_threads()
+    parallel.shutdown()
+    return before, gloo_threads()
+
+
+def test_threads_end_with_their_groups() -> None:
+    # One that still freed a tensor while the interpreter ended would abort the process.
+    for before, after in run_ranks(see_gloo_threads, 2):
+        assert before > 0
+        assert after == 0

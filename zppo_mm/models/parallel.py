@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+# Here, because its functions would otherwise hold the world's group, if there is one when they are made, and with it gloo's threads.
+import torch.distributed.nn
 from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
 
@@ -80,7 +83,15 @@ def _leave_groups() -> None:
     dist.barrier()
     for group in groups.values():
         dist.destroy_process_group(group)
+    _forget_groups()
+
+
+def _forget_groups() -> None:
+    """Have Megatron forget its groups, those that its own function leaves in place too."""
     parallel_state.destroy_model_parallel()
+    for name, value in list(vars(parallel_state).items()):
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)
 
 
 def _join(timeout: timedelta, world: World | None) -> None:
@@ -146,11 +157,14 @@ def _nearest_layout(sizes: Sequence[int], world_size: int) -> tuple[int, ...]:
 
 
 def shutdown() -> None:
-    """Leave the process group after every rank has arrived; does nothing if there is none."""
+    """Leave the process group after every rank has arrived; does nothing if there is none.
+
+    Gloo's threads end with their groups. One of them that still frees a tensor while the interpreter ends would abort the process.
+    """
     if not dist.is_initialized():
         return
     dist.barrier()
-    parallel_state.destroy_model_parallel()
+    _forget_groups()
     dist.destroy_process_group()
 
 
