@@ -36,6 +36,7 @@ from zppo_mm.training.learner import Learner
 from zppo_mm.training.objective import Objective, PolicyObjective
 from zppo_mm.training.policy import Policy
 from zppo_mm.training.trainable import log_part_sizes
+from zppo_mm.zone.portions import Portions
 from zppo_mm.zone.prompts import PromptTemplates, load_templates
 from zppo_mm.zone.reformulate import Reformulator
 from zppo_mm.zone.replay import ReplayBuffer
@@ -182,7 +183,7 @@ def build_run(config: RunConfig, channel: Channel | None = None) -> Run:
             temperature=config.rollout.temperature,
             importance_cap=config.algorithm.importance_cap,
         ),
-        portion=_portion(config),
+        portions=_portions(config),
     )
     held_out, answered = _held_out(config, verifier), evaluation_sampling(config, encoder)
     pools = tuple({id(each): each for each in (pool, judges, *teachers.pools) if each is not None}.values())
@@ -225,12 +226,11 @@ def _held_out(config: RunConfig, verifier: Verifier) -> HeldOut:
     return chosen
 
 
-def _portion(config: RunConfig) -> int:
-    """Return how many plain prompts are sampled before the teacher is asked about them: where it answers meanwhile, what all replicas
-    decode at once."""
+def _portions(config: RunConfig) -> Portions:
+    """Return how plain prompts are divided: where the teacher answers meanwhile, into what all replicas decode at once."""
     if not (config.teacher.endpoints or config.teacher.num_ranks):
-        return 0
-    return max(1, config.rollout.max_batch_size // config.rollout.num_rollouts) * parallel.num_replicas()
+        return Portions(config.seed)
+    return Portions(config.seed, max(1, config.rollout.max_batch_size // config.rollout.num_rollouts), parallel.num_replicas())
 
 
 def _sampling(config: RunConfig, encoder: PromptEncoder) -> SamplingParams:

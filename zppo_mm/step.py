@@ -5,7 +5,7 @@ A baseline is another configuration of these stages, never another loop. Source:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,16 +13,18 @@ import numpy as np
 from data.question import Question, check_same_question
 from zppo_mm.algorithms.advantages import group_advantages
 from zppo_mm.config import RunConfig
-from zppo_mm.experience import FloatArray, Group, GroupKind, PromptInstance, Rollout
+from zppo_mm.experience import FloatArray, Group, GroupKind, PromptInstance
 from zppo_mm.observability.metrics import Max, StepMetrics, Sum
 from zppo_mm.observability.rollout_metrics import buffer_metrics, group_metrics, sampling_speed, selection_metrics, teacher_metrics
 from zppo_mm.randomness import generator
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.sampler import GroupSampler
-from zppo_mm.teacher.teacher import Answers, Teacher
+from zppo_mm.teacher.inquiry import Inquiry
+from zppo_mm.teacher.teacher import Teacher, TeacherLostError
 from zppo_mm.training.learner import Learner
 from zppo_mm.zone.hard import count_of_share, select_hard
+from zppo_mm.zone.portions import Portions
 from zppo_mm.zone.reformulate import Reformulation, Reformulator, TeacherAnswers, composition
 from zppo_mm.zone.replay import ReplayBuffer
 from zppo_mm.zone.selection import Selected, Selection
@@ -42,7 +44,7 @@ class Stages:
         reformulator: Makes reformulated prompts of hard questions.
         selection: Chooses what is trained on.
         learner: Trains on it.
-        portion: Plain prompts that are sampled before the teacher is asked about them; 0 means all.
+        portions: Divides plain prompts; the teacher is asked about each part as soon as it is sampled.
     """
 
     config: RunConfig
@@ -54,7 +56,7 @@ class Stages:
     reformulator: Reformulator
     selection: Selection
     learner: Learner
-    portion: int = 0
+    portions: Portions
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,8 @@ class StepRecord:
         teacher_rewards: Rewards of the teacher's rollouts by question id; nothing for questions that it was not asked.
         buffer_change: What the step did to the replay buffer.
         metrics: Measurements of the step.
+        teacher_lost: Why answers that nothing but the records was waiting for are missing from them. The step is complete without, the
+            run is not to go on.
     """
 
     step: int
@@ -88,6 +92,7 @@ class StepRecord:
     teacher_rewards: dict[str, tuple[float, ...]]
     buffer_change: BufferChange
     metrics: StepMetrics
+    teacher_lost: TeacherLostError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +101,7 @@ class _Round:
 
     questions: tuple[Question, ...]
     groups: tuple[Group, ...]
-    answers: TeacherAnswers
+    inquiry: Inquiry
     guided: Reformulation
 
 
@@ -109,23 +114,24 @@ def run_step(stages: Stages, step: int) -> StepRecord:
     """
     metrics = StepMetrics()
     rounds = [_sample_round(stages, step, (), metrics)]
-    selected = _select(stages, rounds, step)
+    selected = _select(stages, rounds, step, metrics)
     while _wants_more(stages, len(rounds), selected):
         rounds.append(_sample_round(stages, step, rounds, metrics))
-        selected = _select(stages, rounds, step)
+        selected = _select(stages, rounds, step, metrics)
     groups = [group for each in rounds for group in each.groups]
-    answers = _all_answers(rounds)
 
     metrics.add("rollout/failed_groups", Sum(selected.num_failed))
     advantages = _advantages(selected.groups, stages.config.algorithm.advantage_normalization)
     minibatches = stages.learner.learn(selected.groups, advantages, step, metrics)
     buffer_change = _update_buffer(stages, groups, step)
+    teacher_lost = _hear_the_rest(rounds, metrics)
 
+    answers = _all_answers(rounds)
     _measure(stages, groups, selected, advantages, [each.guided for each in rounds], answers, metrics)
     metrics.add("batch/sampling_rounds", Sum(len(rounds)))
     teacher_rewards = {question_id: tuple(rollout.reward for rollout in rollouts) for question_id, rollouts in answers.items()}
     recorded = {group.uid: group for group in [*groups, *selected.groups]}
-    return StepRecord(step, tuple(recorded.values()), advantages, minibatches, teacher_rewards, buffer_change, metrics)
+    return StepRecord(step, tuple(recorded.values()), advantages, minibatches, teacher_rewards, buffer_change, metrics, teacher_lost)
 
 
 def _sample_round(stages: Stages, step: int, earlier: Sequence[_Round], metrics: StepMetrics) -> _Round:
@@ -145,7 +151,7 @@ def _sample_round(stages: Stages, step: int, earlier: Sequence[_Round], metrics:
         new = stages.feed.take(num_new)
         replayed = _draw_replayed(stages, new, step) if not earlier else []
         _check_ids([*met, *new, *replayed])
-    inquiry = _Inquiry(stages, step, asked_before)
+    inquiry = Inquiry(stages.teacher, step, asked_before)
     if stages.config.distill.source == "teacher":
         with metrics.phase("teacher"):
             inquiry.ask([*new, *replayed])
@@ -153,13 +159,8 @@ def _sample_round(stages: Stages, step: int, earlier: Sequence[_Round], metrics:
     groups = _sample_plain(stages, plain, inquiry, step, metrics)
 
     hard = [group for group in select_hard(groups, stages.config.zone.tau) if group.question.id not in asked_before]
-    guided, sampled = _sample_while_teacher_answers(stages, hard, inquiry, step, metrics)
-    with metrics.phase("teacher"):
-        answers = inquiry.hear()
-        before, guided = guided, stages.reformulator.reformulate(hard, answers, step, num_new, guided)
-    sampled += _sample_reformulated(stages, guided, before, step, metrics)
-    metrics.merge(inquiry.measure())
-    return _Round((*new, *replayed), (*groups, *_in_order(sampled, guided.instances)), answers, guided)
+    guided, sampled = _sample_guided(stages, hard, inquiry, step, metrics)
+    return _Round((*new, *replayed), (*groups, *_in_order(sampled, guided.instances)), inquiry, guided)
 
 
 def _wants_more(stages: Stages, num_rounds: int, selected: Selected) -> bool:
@@ -172,15 +173,35 @@ def _wants_more(stages: Stages, num_rounds: int, selected: Selected) -> bool:
     return sum(group.is_plain or group.kind == "inject" for group in selected.groups) < stages.config.train.num_new_questions
 
 
-def _select(stages: Stages, rounds: Sequence[_Round], step: int) -> Selected:
+def _select(stages: Stages, rounds: Sequence[_Round], step: int, metrics: StepMetrics) -> Selected:
     """Choose what is trained on among all that the rounds brought."""
+    if stages.selection.needs_answers:
+        with metrics.phase("teacher"):
+            for each in rounds:
+                each.inquiry.hear()
     groups = [group for each in rounds for group in each.groups]
     questions = [question for each in rounds for question in each.questions]
     return stages.selection.choose(groups, questions, _all_answers(rounds), step)
 
 
 def _all_answers(rounds: Sequence[_Round]) -> TeacherAnswers:
-    return {question_id: rollouts for each in rounds for question_id, rollouts in each.answers.items()}
+    return {question_id: rollouts for each in rounds for question_id, rollouts in each.inquiry.answers.items()}
+
+
+def _hear_the_rest(rounds: Sequence[_Round], metrics: StepMetrics) -> TeacherLostError | None:
+    """Wait for the answers that changed nothing, which had the time of the update to arrive, and measure what was answered."""
+    lost = None
+    try:
+        with metrics.phase("teacher"):
+            for each in rounds:
+                each.inquiry.hear()
+    except TeacherLostError as error:
+        lost = error
+    for each in rounds:
+        if each.inquiry.seconds is not None:
+            metrics.add("teacher/answer_seconds", Max(each.inquiry.seconds))
+            metrics.merge(teacher_metrics(list(each.inquiry.answers.values())))
+    return lost
 
 
 def _draw_replayed(stages: Stages, new: Sequence[Question], step: int) -> list[Question]:
@@ -205,49 +226,49 @@ def _plain_instances(stages: Stages, kind: GroupKind, questions: Sequence[Questi
     ]
 
 
-def _sample_plain(stages: Stages, instances: Sequence[PromptInstance], inquiry: _Inquiry, step: int, metrics: StepMetrics) -> list[Group]:
-    """Sample plain groups, portion by portion where the teacher answers meanwhile: it is asked what was hard in each at once.
+def _sample_plain(stages: Stages, instances: Sequence[PromptInstance], inquiry: Inquiry, step: int, metrics: StepMetrics) -> list[Group]:
+    """Sample plain groups, part by part where the teacher answers meanwhile: it is asked what was hard in each at once.
 
     Without a buffer, distillation on the teacher's text has no use for them.
     """
     config = stages.config
     if config.distill.source == "teacher" and not config.zone.replay:
         return []
-    size = stages.portion or max(len(instances), 1)
-    # Replayed questions are likely to be hard once more: they come first, so that the teacher has the longest time for them.
-    ordered = sorted(instances, key=lambda instance: instance.kind != "replayed") if stages.portion else instances
     groups: list[Group] = []
-    for first in range(0, len(ordered), size):
+    for part in stages.portions.divide(instances, step):
         with metrics.phase("plain_rollout"):
-            portion = _sample(stages, ordered[first : first + size], step, metrics)
+            sampled = _sample(stages, part, step, metrics)
         with metrics.phase("teacher"):
-            inquiry.ask([group.question for group in select_hard(portion, config.zone.tau)])
-        groups += portion
+            inquiry.ask([group.question for group in select_hard(sampled, config.zone.tau)])
+        groups += sampled
     return _in_order(groups, instances)
 
 
-def _sample_while_teacher_answers(
-    stages: Stages, hard: Sequence[Group], inquiry: _Inquiry, step: int, metrics: StepMetrics
+def _sample_guided(
+    stages: Stages, hard: Sequence[Group], inquiry: Inquiry, step: int, metrics: StepMetrics
 ) -> tuple[Reformulation, list[Group]]:
-    """Sample the prompts that the step will have whatever is answered later, as long as there are new ones of that kind."""
+    """Reformulate and sample again: at once what stands whatever is answered later, the rest as answers come in.
+
+    Answers that can change nothing any more are not waited for.
+    """
     guided = Reformulation()
     sampled: list[Group] = []
-    while inquiry.is_pending:
+    while True:
         with metrics.phase("teacher"):
-            heard = inquiry.heard()
-            before, guided = guided, stages.reformulator.certain(hard, heard, step, stages.config.train.num_new_questions, guided)
-        if len(guided.instances) == len(before.instances):
-            break
-        sampled += _sample_reformulated(stages, guided, before, step, metrics)
-    return guided, sampled
-
-
-def _sample_reformulated(stages: Stages, guided: Reformulation, before: Reformulation, step: int, metrics: StepMetrics) -> list[Group]:
-    """Sample the prompts that were not there before."""
-    with metrics.phase("reformulated_rollout"):
-        there = {instance.uid for instance in before.instances}
+            inquiry.look()
+            there = {instance.uid for instance in guided.instances}
+            guided = stages.reformulator.reformulate(
+                hard, inquiry.answers, step, stages.config.train.num_new_questions, guided, inquiry.awaited
+            )
         fresh = [instance for instance in guided.instances if instance.uid not in there]
-        return _sample(stages, fresh, step, metrics) if fresh else []
+        if fresh:
+            with metrics.phase("reformulated_rollout"):
+                sampled += _sample(stages, fresh, step, metrics)
+        if not guided.awaited:
+            return guided, sampled
+        if not fresh:
+            with metrics.phase("teacher"):
+                inquiry.hear(guided.awaited)
 
 
 def _in_order(groups: Sequence[Group], instances: Sequence[PromptInstance]) -> list[Group]:
@@ -261,54 +282,6 @@ def _sample(stages: Stages, instances: Sequence[PromptInstance], step: int, metr
     groups = stages.sampler.sample(instances, stages.sampling, stages.config.rollout.num_rollouts, step)
     metrics.add("rollout/failed_groups", Sum(len(instances) - len(groups)))
     return groups
-
-
-class _Inquiry:
-    """What the teacher is asked in a round: every question once, in its original form."""
-
-    def __init__(self, stages: Stages, step: int, known: Iterable[str]) -> None:
-        self._teacher = stages.teacher
-        self._step = step
-        self._known = set(known)
-        self._asked: list[Answers] = []
-        self._answers: dict[str, tuple[Rollout, ...]] = {}
-        self._seconds: dict[int, float] = {}  # of those that were heard
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether answers come while this process does something else."""
-        return any(answers.is_pending for answers in self._asked)
-
-    def ask(self, questions: Sequence[Question]) -> None:
-        """Ask what was not asked before."""
-        fresh = {question.id: question for question in questions if question.id not in self._known}
-        self._known |= fresh.keys()
-        if self._teacher is not None and fresh:
-            self._asked.append(self._teacher.ask(list(fresh.values()), self._step))
-
-    def heard(self) -> TeacherAnswers:
-        """Return the answers that are there, without waiting."""
-        self._hear([answers.is_ready() for answers in self._asked])
-        return self._answers
-
-    def hear(self) -> TeacherAnswers:
-        """Wait for the answers that are not there yet."""
-        self._hear([True] * len(self._asked))
-        return self._answers
-
-    def _hear(self, wanted: Sequence[bool]) -> None:
-        for place, answers in enumerate(self._asked):
-            if wanted[place] and place not in self._seconds:
-                self._answers |= answers.wait()
-                self._seconds[place] = answers.seconds
-
-    def measure(self) -> StepMetrics:
-        """Measure what was answered; nothing where nothing was asked."""
-        metrics = StepMetrics()
-        if self._asked:
-            metrics.add("teacher/answer_seconds", Max(max(self._seconds.values())))
-            metrics.merge(teacher_metrics(list(self._answers.values())))
-        return metrics
 
 
 def _advantages(groups: Sequence[Group], normalization: str) -> dict[str, FloatArray]:

@@ -177,9 +177,11 @@ def _loop(run: Run, folder: Path, done: int, log: MetricsLog | None) -> None:
                 _evaluate(run, folder, step)
         run.release_memory()
         _record(run, folder, record, time.perf_counter() - started, log)
-        if is_last or step % config.checkpoint.interval == 0:
+        if is_last or step % config.checkpoint.interval == 0 or record.teacher_lost:
             _save(run, folder, step)
             _report(run, folder)
+        if record.teacher_lost:
+            raise record.teacher_lost
 
 
 def _resume(run: Run, folder: Path) -> int:

@@ -136,6 +136,23 @@ def test_dead_from_the_first_step_it_stops_before_any_update(server: LoopbackSer
     assert [row["step"] for row in lines(folder / "evaluation.jsonl")] == [0, 1]
 
 
+def test_answers_that_no_prompt_waits_for_may_be_lost_without_losing_the_step(server: LoopbackServer, tmp_path: Path) -> None:
+    with stand_between(server.url, lambda number: PASS if number == 0 else "500") as proxy:
+        # No room for a reformulated prompt: the answers are for the records alone.
+        given = options(
+            proxy.url,
+            **{"teacher.on_failure": "stop", "teacher.num_retries": 0, "train.train_iters": 2, "modality": "text", "zone.rho_aug": 0.0},
+        )
+        process = start(tmp_path, "cut", *given)
+        output, _ = process.communicate(timeout=RUN_TIMEOUT_SECONDS)
+    assert process.returncode == 1, output[-3000:]
+    assert "teacher: no answer to" in output
+    (row,) = metrics(tmp_path / "cut")
+    assert row["policy/updates"] > 0
+    assert "step_000001" in os.listdir(tmp_path / "cut" / "checkpoints")
+    assert {group["kind"] for group in transcript(tmp_path / "cut", 1)} == {"new"}
+
+
 def test_asking_after_every_wave_changes_nothing_but_the_time(server: LoopbackServer, tmp_path: Path) -> None:
     server.latency_seconds = 0.2
     records = {}

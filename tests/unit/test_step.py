@@ -20,6 +20,7 @@ from zppo_mm.rollout.exchange import SingleProcess
 from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.step import Stages, run_step
+from zppo_mm.zone.portions import Portions
 from zppo_mm.zone.replay import ReplayBuffer
 
 
@@ -46,6 +47,7 @@ def test_two_questions_with_one_id_stop_the_step(tmp_path: Path) -> None:
         reformulator=unused,
         selection=unused,
         learner=unused,
+        portions=Portions(seed=0),
     )
     named = r"two different questions have the id 'q1', got '1 \+ 1 = \?' \(source 'first'\) and 'Another one\?' \(source 'second'\)"
     with pytest.raises(DataError, match=named):

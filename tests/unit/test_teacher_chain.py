@@ -17,10 +17,10 @@ from zppo_mm.teacher.chain import TeacherChain
 class Ready:
     rollouts: Mapping[str, tuple[Rollout, ...]]
     seconds: float = 1.5
-    is_pending: bool = True
+    is_there: bool = True
 
     def is_ready(self) -> bool:
-        return True
+        return self.is_there
 
     def wait(self) -> Mapping[str, tuple[Rollout, ...]]:
         return self.rollouts
@@ -42,12 +42,22 @@ class Knows:
         return [f"{self.name}: {text}" for text in texts]
 
 
+@dataclass
+class Slow(Knows):
+    """One whose answers are there only when the test says so."""
+
+    answers: list[Ready] = field(default_factory=list)
+
+    def ask(self, questions: Sequence[Question], step: int) -> Ready:
+        self.answers.append(super().ask(questions, step))
+        self.answers[-1].is_there = False
+        return self.answers[-1]
+
+
 def test_each_teacher_is_asked_what_all_before_it_did_not_solve() -> None:
     first, second, third = Knows("first", {"a"}), Knows("second", {"b"}), Knows("third", {"a", "b", "c"})
     chain = TeacherChain([first, second, third])
     asked = chain.ask([question(name) for name in "abcd"], 1)
-    assert asked.is_pending
-    assert not asked.is_ready()  # who else is asked is not known yet
     assert (second.asked, third.asked) == ([], [])  # only when the first has answered
     answers = asked.wait()
     assert first.asked == [["a", "b", "c", "d"]]
@@ -60,6 +70,22 @@ def test_each_teacher_is_asked_what_all_before_it_did_not_solve() -> None:
         "d": ["first"] * 2 + ["second"] * 2 + ["third"] * 2,
     }
     assert chain.num_passed_on == 3 + 2
+    assert asked.seconds == pytest.approx(4.5)
+
+
+def test_the_next_teacher_is_asked_when_one_is_seen_to_have_answered() -> None:
+    first, second, third = Slow("first", {"a"}), Slow("second", {"b"}), Knows("third", set())
+    asked = TeacherChain([first, second, third]).ask([question(name) for name in "abc"], 1)
+    assert not asked.is_ready()
+    assert second.asked == []
+    first.answers[0].is_there = True
+    assert not asked.is_ready()
+    assert not asked.is_ready()  # looking twice asks nobody twice
+    assert (second.asked, third.asked) == ([["b", "c"]], [])
+    second.answers[0].is_there = True
+    assert asked.is_ready()
+    assert third.asked == [["c"]]
+    assert {name: len(rollouts) for name, rollouts in asked.wait().items()} == {"a": 2, "b": 4, "c": 6}
     assert asked.seconds == pytest.approx(4.5)
 
 

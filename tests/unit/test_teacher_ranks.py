@@ -142,7 +142,6 @@ def test_answers_come_graded_and_nothing_stays_in_the_store(worlds: Worlds) -> N
     level = worlds.store.num_keys()
     for step in (1, 2, 3):
         pending = asking.ask(questions(5), step)
-        assert pending.is_pending
         answers = pending.wait()
         assert pending.seconds > 0
         assert list(answers) == [f"q{index}" for index in range(5)]

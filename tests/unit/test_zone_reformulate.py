@@ -198,20 +198,36 @@ def test_what_is_asked_while_the_teacher_answers_changes_nothing(
     zone = ZoneConfig(rho_aug=rho_aug, bcq=switches[0], ncq=switches[1])
     whole = make(zone)[0].reformulate(hard, answers, 5, num_new)
     reformulator, compressor = make(zone)
-    early = reformulator.certain(hard, {}, 5, num_new, Reformulation())
+    early = reformulator.reformulate(hard, {}, 5, num_new, None, answers.keys())
     assert {instance.kind for instance in early.instances} <= {"ncq"}
     assert reformulator.reformulate(hard, answers, 5, num_new, early) == whole
     assert {instance.uid for instance in early.instances} <= {instance.uid for instance in whole.instances}
     assert sum(map(len, compressor.calls)) == whole.num_candidates  # nothing is compressed twice
 
 
-def test_all_ncq_prompts_are_certain_if_every_question_has_both() -> None:
+def test_all_ncq_prompts_stand_if_every_question_has_both() -> None:
     hard = [group(name, [0, 0]) for name in "abcdef"]
     reformulator, _ = make(ZoneConfig(rho_aug=1.0))
     for num_new in range(8):
         whole = reformulator.reformulate(hard, dict.fromkeys("abcdef", RIGHT), 0, num_new)
-        early = [instance.uid for instance in reformulator.certain(hard, {}, 0, num_new, Reformulation()).instances]
+        early = [instance.uid for instance in reformulator.reformulate(hard, {}, 0, num_new, None, "abcdef").instances]
         assert early == [instance.uid for instance in whole.instances if instance.kind == "ncq"]
+
+
+def test_answers_that_can_change_nothing_are_not_awaited() -> None:
+    hard = [group(name, [0, 0]) for name in "abcdef"]
+    both, bcq = make(ZoneConfig(rho_aug=1.0))[0], make(ZoneConfig(rho_aug=1.0, ncq=False))[0]
+    order = [name[0] for name in kinds(both.reformulate(hard, {}, 0, 6))]  # NCQ prompts of all, as the draw of the pre-cap has them
+    # Four prompts: with the answer to the first question known, two are its own, and at most two questions come after it.
+    first = {order[0]: RIGHT}
+    assert both.reformulate(hard, first, 0, 4, None, order[1:]).awaited == set(order[1:3])
+    assert both.reformulate(hard, {}, 0, 4, None, order).awaited == set(order[:4])
+    # Without NCQ every question that the pre-cap keeps may have a prompt, until enough have one.
+    assert bcq.reformulate(hard, first, 0, 2, None, order[1:]).awaited == {order[1]}
+    assert bcq.reformulate(hard, dict.fromkeys(order[:2], RIGHT), 0, 2, None, order[2:]).awaited == set()
+    assert bcq.reformulate(hard, dict.fromkeys(order[:2], RIGHT[:1]), 0, 4, None, order[2:]).awaited == set(order[2:4])
+    # Nothing is made of answers here.
+    assert make(ZoneConfig(rho_aug=1.0, bcq=False))[0].reformulate(hard, {}, 0, 6, None, order).awaited == set()
 
 
 class NumberedHints:
@@ -261,23 +277,29 @@ def test_prefix_prompts_are_plain_with_the_first_part_of_a_right_response() -> N
     assert short.response_prefix == (0,)
 
 
-@given(st.integers(0, 12), st.booleans(), st.booleans(), st.booleans(), st.lists(st.tuples(st.booleans(), st.booleans()), max_size=8))
-def test_certain_prompts_are_in_the_step_whatever_is_answered_later(
-    limit: int, bcq: bool, hint: bool, prefix: bool, fates: list[tuple[bool, bool]]
+@given(
+    st.integers(0, 12), st.tuples(*[st.booleans()] * 4), st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 1)), max_size=8)
+)
+def test_prompts_that_stand_are_in_the_step_whatever_is_answered_later(
+    limit: int, switches: tuple[bool, bool, bool, bool], fates: list[tuple[bool, bool, int]]
 ) -> None:
-    zone = ZoneConfig(rho_aug=1.0, bcq=bcq, ncq=True, hint=hint, prefix=prefix)
-    hard = [group(f"q{index}", [0, 0]) for index in range(len(fates))]
-    answers = {each.question.id: RIGHT[1:] if solved else RIGHT[:1] for each, (solved, _) in zip(hard, fates, strict=True)}
-    so_far = {each.question.id: answers[each.question.id] for each, (_, is_early) in zip(hard, fates, strict=True) if is_early}
+    bcq, ncq, hint, prefix = switches
+    zone = ZoneConfig(rho_aug=1.0, bcq=bcq, ncq=ncq, hint=hint, prefix=prefix)
+    hard = [group(f"q{index}", [0, 0, right]) for index, (_, _, right) in enumerate(fates)]
+    answers = {each.question.id: RIGHT[1:] if fate[0] else RIGHT[:1] for each, fate in zip(hard, fates, strict=True)}
+    so_far = {each.question.id: answers[each.question.id] for each, fate in zip(hard, fates, strict=True) if fate[1]}
     reformulator = make_all(zone)
-    first = reformulator.certain(hard, {}, 1, limit, Reformulation())
-    second = reformulator.certain(hard, so_far, 1, limit, first)
+    first = reformulator.reformulate(hard, {}, 1, limit, None, answers.keys())
+    second = reformulator.reformulate(hard, so_far, 1, limit, first, answers.keys() - so_far.keys())
     result = reformulator.reformulate(hard, answers, 1, limit, second)
+    whole = make_all(zone).reformulate(hard, answers, 1, limit)
     assert {instance.kind for instance in first.instances} <= {"ncq"}
     assert set(kinds(first)) <= set(kinds(second)) <= set(kinds(result))
     assert len(result.instances) + result.num_hint_failures <= limit
-    assert kinds(result) == kinds(make_all(zone).reformulate(hard, answers, 1, limit))
-    if all(solved for solved, _ in fates):  # then no further NCQ prompt comes later
-        assert len(first.instances) == sum(instance.kind == "ncq" for instance in result.instances)
-    if all(is_early for _, is_early in fates):  # and then nothing at all
-        assert not all(solved for solved, _ in fates) or kinds(second) == kinds(result)
+    assert kinds(result) == kinds(whole)
+    # What is not awaited makes no difference, be it answered well or not at all.
+    for late in (RIGHT[1:], ()):
+        others = {question_id: late for question_id in answers if question_id not in second.awaited | so_far.keys()}
+        assert kinds(make_all(zone).reformulate(hard, answers | others, 1, limit)) == kinds(whole)
+    if not second.awaited:
+        assert kinds(second) == kinds(whole)

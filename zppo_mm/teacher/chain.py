@@ -3,46 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from data.question import Question
 from zppo_mm.experience import Rollout
 from zppo_mm.teacher.teacher import Answers, Teacher
 
 
-@dataclass(slots=True)
 class ChainAnswers:
-    """Answers of the first teacher on their way; the others are asked when these are there. Implements `Answers`."""
+    """Answers of all teachers on their way: the next one is asked as soon as one is seen to have answered. Implements `Answers`.
 
-    chain: TeacherChain
-    questions: Sequence[Question]
-    step: int
-    first: Answers
-    seconds: float = 0.0
+    Args:
+        chain: The teachers.
+        questions: What is asked.
+        step: Rollout step.
+    """
 
-    @property
-    def is_pending(self) -> bool:
-        """Whether the first teacher's answers come meanwhile."""
-        return self.first.is_pending
+    def __init__(self, chain: TeacherChain, questions: Sequence[Question], step: int) -> None:
+        self.seconds = 0.0
+        self._chain = chain
+        self._questions = questions
+        self._step = step
+        self._rollouts: dict[str, tuple[Rollout, ...]] = {question.id: () for question in questions}
+        self._later = list(chain.others)
+        self._asked: Answers | None = chain.first.ask(questions, step)
 
     def is_ready(self) -> bool:
-        """Return whether nobody needs to be waited for: who else is asked is known only when the first has answered."""
-        return self.first.is_ready() and not self.first.is_pending
+        """Return whether nobody needs to be waited for."""
+        while self._asked is not None and self._asked.is_ready():
+            self._asked = self._pass_on(self._asked)
+        return self._asked is None
 
     def wait(self) -> Mapping[str, tuple[Rollout, ...]]:
         """Return all rollouts of all teachers that were asked, by question id."""
-        answers = dict(self.first.wait())
-        self.seconds = self.first.seconds
-        for teacher in self.chain.others:
-            unsolved = [question for question in self.questions if not any(rollout.reward >= 1 for rollout in answers[question.id])]
-            if not unsolved:
-                break
-            self.chain.num_passed_on += len(unsolved)
-            asked = teacher.ask(unsolved, self.step)
-            for question_id, rollouts in asked.wait().items():
-                answers[question_id] = (*answers[question_id], *rollouts)
-            self.seconds += asked.seconds
-        return answers
+        while self._asked is not None:
+            self._asked = self._pass_on(self._asked)
+        return self._rollouts
+
+    def _pass_on(self, asked: Answers) -> Answers | None:
+        """Hear a teacher, and ask the next one what nobody solved so far; `None` if there is nothing more to ask."""
+        for question_id, rollouts in asked.wait().items():
+            self._rollouts[question_id] += rollouts
+        self.seconds += asked.seconds
+        unsolved = [question for question in self._questions if not any(each.reward >= 1 for each in self._rollouts[question.id])]
+        if not (unsolved and self._later):
+            return None
+        self._chain.num_passed_on += len(unsolved)
+        return self._later.pop(0).ask(unsolved, self._step)
 
 
 class TeacherChain:
@@ -61,7 +67,7 @@ class TeacherChain:
 
     def ask(self, questions: Sequence[Question], step: int) -> ChainAnswers:
         """Ask the first teacher."""
-        return ChainAnswers(self, questions, step, self.first.ask(questions, step))
+        return ChainAnswers(self, questions, step)
 
     def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> Sequence[str | None]:
         """Return one response of the first teacher per user text."""

@@ -21,7 +21,6 @@ class ReadyAnswers:
 
     rollouts: Mapping[str, tuple[Rollout, ...]]
     seconds: float
-    is_pending: bool = False
 
     def is_ready(self) -> bool:
         """Return that the answers are there."""

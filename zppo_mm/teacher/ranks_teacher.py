@@ -6,7 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data.question import Question
@@ -39,7 +39,6 @@ class PendingAnswers:
     number: int
     deadline: float
     seconds: float = 0.0
-    is_pending: bool = field(default=True, init=False)
 
     def is_ready(self) -> bool:
         """Return whether the answers are there; see `Answers.is_ready`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -49,7 +49,6 @@ class PendingAnswers:
     step: int
     future: Future[list[Outcome]]
     seconds: float = 0.0
-    is_pending: bool = field(default=True, init=False)
 
     def is_ready(self) -> bool:
         """Return whether every replica's share is there."""

@@ -56,11 +56,6 @@ class Answers(Protocol):
     """Answers that were asked for. Every rank holds one and calls it alike."""
 
     @property
-    def is_pending(self) -> bool:
-        """Whether they come while this process does something else; the same on every rank and as long as the object lives."""
-        ...
-
-    @property
     def seconds(self) -> float:
         """From asking to the last answer; known after `wait`."""
         ...

@@ -31,16 +31,21 @@ def select_hard(groups: Iterable[Group], tau: float) -> list[Group]:
     return [group for group in groups if group.is_plain and group.accuracy < tau]
 
 
+def pre_cap_draw(seed: int, step: int, question_id: str) -> float:
+    """Return the number that orders questions of equal accuracy, from the stream `("pre_cap", step, question id)`."""
+    return float(generator(seed, "pre_cap", step, question_id).random())
+
+
 def pre_cap(hard: Sequence[Group], limit: int, seed: int, step: int) -> list[Group]:
     """Return the hardest groups, ascending by accuracy, at most `limit`.
 
-    Equal accuracies are ordered by a draw from the stream `("pre_cap", step, question id)`. The order of the step would always
-    prefer new questions to replayed ones, which come after them, and most hard questions tie at 0.
+    Equal accuracies are ordered by `pre_cap_draw`. The order of the step would always prefer new questions to replayed ones, which come
+    after them, and most hard questions tie at 0.
 
     Source: ZPPO, Algorithm 1, step 3.
     """
 
     def key(group: Group) -> tuple[float, float, str]:
-        return group.accuracy, float(generator(seed, "pre_cap", step, group.question.id).random()), group.uid
+        return group.accuracy, pre_cap_draw(seed, step, group.question.id), group.uid
 
     return sorted(hard, key=key)[:limit]

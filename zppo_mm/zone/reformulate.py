@@ -5,7 +5,7 @@ Source: ZPPO (arXiv 2606.18216), Algorithm 1, steps 3 to 5.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -40,6 +40,7 @@ class Reformulation:
     Attributes:
         instances: Reformulated prompts, ascending by the accuracy of their question; of one question BCQ, NCQ, hint, prefix.
         num_kept: Hard questions left by the pre-cap.
+        awaited: Ids of questions whose answers, still on their way, can add prompts; with none, no prompt is missing.
         num_candidates: Candidates shown.
         num_compression_rejects: Rewrites refused because they changed the answer.
         num_compression_cuts: Candidates that were cut because no faithful rewrite was had.
@@ -50,6 +51,7 @@ class Reformulation:
 
     instances: tuple[PromptInstance, ...] = ()
     num_kept: int = 0
+    awaited: frozenset[str] = frozenset()
     num_candidates: int = 0
     num_compression_rejects: int = 0
     num_compression_cuts: int = 0
@@ -125,35 +127,16 @@ class Reformulator:
         self.hints = hints
         self.student_ids = student_ids
 
-    def certain(self, hard: Sequence[Group], answers: TeacherAnswers, step: int, num_new: int, early: Reformulation) -> Reformulation:
-        """Return the prompts that the caps leave whatever the teacher still answers, to be asked while it does.
-
-        Before a prompt stand at most k prompts of each of the i questions before its own, k being the kinds in use, and those kinds of its
-        own question that come before it. With a cap of L it is certain if these are fewer than L. NCQ needs no answer, the other kinds
-        those to their own question.
-
-        Args:
-            hard: Hard plain groups of the step.
-            answers: Teacher rollouts of the questions that were answered so far, by id.
-            step: Rollout step.
-            num_new: New questions of the step.
-            early: What was returned before in this step; taken over as it is.
-        """
-        limit = count_of_share(self.zone.rho_aug, num_new)
-        kept = pre_cap(_one_group_per_question(hard), limit, self.seed, step)
-        kinds = [kind for kind in REFORMULATED_KINDS if getattr(self.zone, kind)]
-        plans = [
-            plan
-            for place, group in enumerate(kept)
-            for plan in self._plans(group, answers, step)
-            if place * len(kinds) + kinds.index(plan.kind) < limit
-        ]
-        return self._made(plans, step, len(kept), early)
-
     def reformulate(
-        self, hard: Sequence[Group], answers: TeacherAnswers, step: int, num_new: int, early: Reformulation | None = None
+        self,
+        hard: Sequence[Group],
+        answers: TeacherAnswers,
+        step: int,
+        num_new: int,
+        early: Reformulation | None = None,
+        awaited: Collection[str] = (),
     ) -> Reformulation:
-        """Return at most `rho_aug * num_new` prompts.
+        """Return at most `rho_aug * num_new` prompts; while answers are awaited, those that stand whatever they will be.
 
         Which prompts there will be follows from the rollouts alone, so only the candidates of prompts that the cap leaves are
         compressed, in one call. A question that stands in `hard` twice is reformulated once, from its less accurate group.
@@ -163,16 +146,45 @@ class Reformulator:
             answers: Fresh teacher rollouts per question id, verified.
             step: Rollout step.
             num_new: New questions of the step.
-            early: What `certain` returned for the step; those prompts are taken over as they are.
+            early: What was returned before in this step; taken over as it is.
+            awaited: Ids of questions whose answers are still on their way.
 
         Source: ZPPO, Algorithm 1, steps 3 to 5.
         """
         limit = count_of_share(self.zone.rho_aug, num_new)
         kept = pre_cap(_one_group_per_question(hard), limit, self.seed, step)
-        plans = [plan for group in kept for plan in self._plans(group, answers, step)][:limit]
-        return self._made(plans, step, len(kept), early or Reformulation())
+        plans, open_questions = self._standing(kept, answers, awaited, limit, step)
+        return self._made(plans, step, len(kept), open_questions, early or Reformulation())
 
-    def _made(self, plans: Sequence[_Plan], step: int, num_kept: int, early: Reformulation) -> Reformulation:
+    def _standing(
+        self, kept: Sequence[Group], answers: TeacherAnswers, awaited: Collection[str], limit: int, step: int
+    ) -> tuple[list[_Plan], frozenset[str]]:
+        """Return the prompts below the cap in every case, and the awaited questions that can have one in some case.
+
+        An answer only adds prompts to its own question. So before a question stand at least the prompts that the earlier ones have now,
+        and at most these with every kind in use for those that are awaited.
+        """
+        kinds = [kind for kind in REFORMULATED_KINDS if getattr(self.zone, kind)]
+        can_add = any(kind != "ncq" for kind in kinds)
+        plans: list[_Plan] = []
+        open_questions: list[str] = []
+        fewest = most = 0
+        for group in kept:
+            if fewest >= limit:
+                break
+            own = self._plans(group, answers, step)
+            is_open = can_add and group.question.id in awaited
+            if is_open:
+                open_questions.append(group.question.id)
+            places = [kinds.index(plan.kind) for plan in own] if is_open else range(len(own))
+            plans += [plan for plan, place in zip(own, places, strict=True) if most + place < limit]
+            fewest += len(own)
+            most += len(kinds) if is_open else len(own)
+        return plans, frozenset(open_questions)
+
+    def _made(
+        self, plans: Sequence[_Plan], step: int, num_kept: int, open_questions: frozenset[str], early: Reformulation
+    ) -> Reformulation:
         """Turn plans into prompts; candidates of those that are there already are not compressed again."""
         instances = {instance.uid: instance for instance in early.instances}
         new = [plan for plan in plans if _uid(plan, step) not in instances.keys() | early.failed]
@@ -190,6 +202,7 @@ class Reformulator:
         return Reformulation(
             instances=tuple(instances[uid] for uid in (_uid(plan, step) for plan in plans) if uid in instances),
             num_kept=num_kept,
+            awaited=open_questions,
             num_candidates=early.num_candidates + len(traces),
             num_compression_rejects=early.num_compression_rejects + sum(trace.rejects for trace in compressed),
             num_compression_cuts=early.num_compression_cuts + sum(trace.method == "cut" for trace in compressed),

@@ -64,6 +64,11 @@ class Selection:
         self._adopt = adopt
         self._plain_text = plain_text
 
+    @property
+    def needs_answers(self) -> bool:
+        """Whether `choose` looks at the teacher's answers."""
+        return self._zone.inject or self._distill.source == "teacher"
+
     def choose(self, groups: Sequence[Group], questions: Sequence[Question], answers: TeacherAnswers, step: int) -> Selected:
         """Return the groups to train on.
 

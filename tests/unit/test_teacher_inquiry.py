@@ -1,0 +1,80 @@
+"""What is asked once, what is heard without waiting, and what is waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from data.question import Question
+from tests.unit.zone_builders import question, rollout
+from zppo_mm.experience import Rollout
+from zppo_mm.teacher.inquiry import Inquiry
+
+
+@dataclass
+class Letter:
+    """Answers to one lot of questions, there when the test says so."""
+
+    ids: list[str]
+    seconds: float
+    is_there: bool = False
+    num_waits: int = 0
+
+    def is_ready(self) -> bool:
+        return self.is_there
+
+    def wait(self) -> Mapping[str, tuple[Rollout, ...]]:
+        self.num_waits += 1
+        return {each: (rollout(f"about {each}", "42", 1.0),) for each in self.ids}
+
+
+@dataclass
+class Correspondent:
+    letters: list[Letter] = field(default_factory=list)
+
+    def ask(self, questions: Sequence[Question], step: int) -> Letter:
+        self.letters.append(Letter([each.id for each in questions], seconds=1.0 + len(self.letters)))
+        return self.letters[-1]
+
+    def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> Sequence[str | None]:
+        raise AssertionError(texts)
+
+
+def questions(names: str) -> list[Question]:
+    return [question(name) for name in names]
+
+
+def test_a_question_is_asked_once_and_those_known_before_never() -> None:
+    teacher = Correspondent()
+    inquiry = Inquiry(teacher, 3, known={"k"})
+    for names in ("aba", "bck", "kc"):
+        inquiry.ask(questions(names))
+    assert [letter.ids for letter in teacher.letters] == [["a", "b"], ["c"]]
+    assert inquiry.awaited == {"a", "b", "c"}
+
+
+def test_looking_hears_what_is_there_and_hearing_waits_for_what_is_named() -> None:
+    teacher = Correspondent()
+    inquiry = Inquiry(teacher, 3)
+    for names in ("ab", "c", "d"):
+        inquiry.ask(questions(names))
+    first, second, third = teacher.letters
+    second.is_there = True
+    inquiry.look()
+    assert (list(inquiry.answers), inquiry.awaited) == (["c"], {"a", "b", "d"})
+    inquiry.hear({"b"})
+    assert (list(inquiry.answers), inquiry.awaited) == (["a", "b", "c"], {"d"})  # in the order of asking
+    assert inquiry.seconds == 2.0
+    inquiry.hear()
+    inquiry.look()
+    assert inquiry.awaited == frozenset()
+    assert [letter.num_waits for letter in (first, second, third)] == [1, 1, 1]
+    assert inquiry.seconds == 3.0
+
+
+def test_without_a_teacher_nothing_is_asked() -> None:
+    inquiry = Inquiry(None, 1)
+    inquiry.ask(questions("ab"))
+    inquiry.look()
+    inquiry.hear()
+    assert (inquiry.answers, inquiry.awaited, inquiry.seconds) == ({}, frozenset(), None)

@@ -1,0 +1,64 @@
+"""What the teacher is asked in a round of questions, and what has been heard of it so far."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from data.question import Question
+from zppo_mm.experience import Rollout
+from zppo_mm.teacher.teacher import Answers, Teacher
+
+
+class Inquiry:
+    """Asks every question once, in its original form. Every rank holds one and calls it alike.
+
+    Args:
+        teacher: Who is asked; `None` is never asked anything.
+        step: Rollout step.
+        known: Ids of questions that are not asked again.
+    """
+
+    def __init__(self, teacher: Teacher | None, step: int, known: Iterable[str] = ()) -> None:
+        self._teacher = teacher
+        self._step = step
+        self._known = set(known)
+        self._asked: list[tuple[frozenset[str], Answers]] = []
+        self._heard: dict[int, Mapping[str, tuple[Rollout, ...]]] = {}
+
+    def ask(self, questions: Sequence[Question]) -> None:
+        """Ask what was not asked before."""
+        fresh = {question.id: question for question in questions if question.id not in self._known}
+        self._known |= fresh.keys()
+        if self._teacher is not None and fresh:
+            self._asked.append((frozenset(fresh), self._teacher.ask(list(fresh.values()), self._step)))
+
+    @property
+    def answers(self) -> dict[str, tuple[Rollout, ...]]:
+        """What was heard so far: rollouts by question id, in the order of asking."""
+        return {question_id: rollouts for place in sorted(self._heard) for question_id, rollouts in self._heard[place].items()}
+
+    @property
+    def awaited(self) -> frozenset[str]:
+        """Ids of questions that were asked and whose answers were not heard."""
+        return frozenset[str]().union(*(ids for place, (ids, _) in enumerate(self._asked) if place not in self._heard))
+
+    def look(self) -> None:
+        """Hear the answers that are there, without waiting."""
+        for place, (_, answers) in enumerate(self._asked):
+            if place not in self._heard and answers.is_ready():
+                self._heard[place] = answers.wait()
+
+    def hear(self, question_ids: Collection[str] | None = None) -> None:
+        """Wait for the answers to these questions, or to all.
+
+        Raises:
+            TeacherLostError: On every rank, if the teacher does not answer and the run is not to go on without it.
+        """
+        for place, (ids, answers) in enumerate(self._asked):
+            if place not in self._heard and (question_ids is None or not ids.isdisjoint(question_ids)):
+                self._heard[place] = answers.wait()
+
+    @property
+    def seconds(self) -> float | None:
+        """From asking to the last answer that was heard; `None` if nothing was."""
+        return max((self._asked[place][1].seconds for place in self._heard), default=None)
