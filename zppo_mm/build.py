@@ -230,7 +230,10 @@ def _portions(config: RunConfig) -> Portions:
     """Return how plain prompts are divided: where the teacher answers meanwhile, into what all replicas decode at once."""
     if not (config.teacher.endpoints or config.teacher.num_ranks):
         return Portions(config.seed)
-    return Portions(config.seed, max(1, config.rollout.max_batch_size // config.rollout.num_rollouts), parallel.num_replicas())
+    size = max(1, config.rollout.max_batch_size // config.rollout.num_rollouts)
+    # Distillation on the teacher's text asks about every question first of all.
+    ahead_share = config.teacher.ask_ahead if config.distill.source != "teacher" else 0.0
+    return Portions(config.seed, size, parallel.num_replicas(), ahead_share)
 
 
 def _sampling(config: RunConfig, encoder: PromptEncoder) -> SamplingParams:

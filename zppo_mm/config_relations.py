@@ -16,6 +16,7 @@ ONLY_FIRST_TEACHER = (
     "compressor",
     "compression_max_tokens",
     "compression_max_lines",
+    "ask_ahead",
 )
 """Keys of a teacher that mean nothing for a further one."""
 
@@ -183,7 +184,7 @@ def _check_endpoints(config: RunConfig) -> None:
         unused = [name for name in ONLY_FIRST_TEACHER if getattr(other, name) != getattr(TeacherConfig(), name)]
         if unused:
             raise ConfigError(
-                f"fallback_teachers[{index}].{unused[0]}: only the first teacher rewrites and has sizes of its own, got "
+                f"fallback_teachers[{index}].{unused[0]}: only the first teacher rewrites, is asked ahead and has sizes of its own, got "
                 f"{getattr(other, unused[0])!r}, expected none; give it under teacher or leave it out"
             )
     _check_addresses("reward.judge_endpoints", reward.judge_endpoints)
@@ -212,8 +213,13 @@ def _check_teacher(where: str, teacher: TeacherConfig) -> None:
 
 
 def _check_teacher_ranks(config: RunConfig) -> None:
-    """Check a teacher on ranks of its own; how many ranks there are is known later."""
+    """Check a teacher beside the student or in its place; how many ranks there are is known later."""
     teacher = config.teacher
+    if teacher.ask_ahead and not (teacher.endpoints or teacher.num_ranks):
+        raise ConfigError(
+            f"teacher.ask_ahead: for a teacher that answers while the student samples, got {teacher.ask_ahead:g} with one on the student's "
+            "ranks, expected 0; set teacher.endpoints or teacher.num_ranks, or leave it out"
+        )
     sizes = (teacher.tensor_model_parallel_size, teacher.pipeline_model_parallel_size)
     if not teacher.num_ranks:
         if max(sizes) > 1:

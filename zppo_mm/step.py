@@ -235,12 +235,19 @@ def _sample_plain(stages: Stages, instances: Sequence[PromptInstance], inquiry: 
     if config.distill.source == "teacher" and not config.zone.replay:
         return []
     groups: list[Group] = []
-    for part in stages.portions.divide(instances, step):
+    parts = stages.portions.divide(instances, step)
+    with metrics.phase("teacher"):
+        for part in stages.portions.ahead(parts):
+            inquiry.ask([instance.question for instance in part])
+    for part in parts:
         with metrics.phase("plain_rollout"):
             sampled = _sample(stages, part, step, metrics)
         with metrics.phase("teacher"):
             inquiry.ask([group.question for group in select_hard(sampled, config.zone.tau)])
         groups += sampled
+    if stages.portions.ahead_share:
+        hard = {group.question.id for group in select_hard(groups, config.zone.tau)}
+        metrics.add("teacher/asked_in_vain", Sum(inquiry.want_only(hard)))
     return _in_order(groups, instances)
 
 

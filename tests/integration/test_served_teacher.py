@@ -153,13 +153,15 @@ def test_answers_that_no_prompt_waits_for_may_be_lost_without_losing_the_step(se
     assert {group["kind"] for group in transcript(tmp_path / "cut", 1)} == {"new"}
 
 
-def test_asking_after_every_wave_changes_nothing_but_the_time(server: LoopbackServer, tmp_path: Path) -> None:
+def test_when_the_teacher_is_asked_changes_nothing_but_the_time(server: LoopbackServer, tmp_path: Path) -> None:
     server.latency_seconds = 0.2
     records = {}
-    for name, batch in (("waves", 8), ("whole", 128)):
+    for name, batch, ahead in (("waves", 8, 0.0), ("whole", 128, 0.0), ("ahead", 8, 0.5)):
         before = len(server.requests)
-        given = {"train.train_iters": 2, "modality": "text", "rollout.max_batch_size": batch}
+        given = {"train.train_iters": 2, "modality": "text", "rollout.max_batch_size": batch, "teacher.ask_ahead": ahead}
         folder = run(tmp_path, name, *options(server.url, **given))
-        records[name] = [transcript(folder, step) for step in (1, 2)], len(server.requests) - before
-    assert records["waves"] == records["whole"]
+        in_vain = sum(row.get("teacher/asked_in_vain", 0) for row in metrics(folder))
+        records[name] = [transcript(folder, step) for step in (1, 2)], len(server.requests) - before - in_vain
+    assert records["waves"] == records["whole"] == records["ahead"]
     assert records["waves"][1] > 2  # besides the greeting, questions of both steps were asked
+    assert in_vain > 0

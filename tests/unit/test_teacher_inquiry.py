@@ -72,6 +72,18 @@ def test_looking_hears_what_is_there_and_hearing_waits_for_what_is_named() -> No
     assert inquiry.seconds == 3.0
 
 
+def test_unwanted_answers_are_neither_told_nor_awaited_but_heard() -> None:
+    teacher = Correspondent()
+    inquiry = Inquiry(teacher, 3)
+    for names in ("ab", "cd", "e"):
+        inquiry.ask(questions(names))
+    assert inquiry.want_only({"a", "e"}) == 3
+    assert inquiry.awaited == {"a", "e"}
+    inquiry.hear()
+    assert list(inquiry.answers) == ["a", "e"]
+    assert [letter.num_waits for letter in teacher.letters] == [1, 1, 1]
+
+
 def test_without_a_teacher_nothing_is_asked() -> None:
     inquiry = Inquiry(None, 1)
     inquiry.ask(questions("ab"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,6 +36,13 @@ def test_the_first_parts_hold_what_the_pre_cap_takes_of_equally_hard_questions()
         parts = Portions(3, size=5).divide(asked, step)
         taken = pre_cap([group(each.question.id, [0, 0]) for each in asked], 10, 3, step)
         assert [each.question.id for part in parts[:2] for each in part] == [each.question.id for each in taken]
+
+
+@pytest.mark.parametrize(("share", "first"), [(0.0, 5), (0.5, 3), (0.4, 3), (1.0, 0)])
+def test_the_last_parts_are_asked_about_ahead(share: float, first: int) -> None:
+    portions = Portions(0, size=2, ahead_share=share)
+    parts = portions.divide(instances(9), 1)
+    assert portions.ahead(parts) == parts[first:]
 
 
 def test_replicas_sample_what_the_feed_dealt_them() -> None:

@@ -24,6 +24,7 @@ class Inquiry:
         self._known = set(known)
         self._asked: list[tuple[frozenset[str], Answers]] = []
         self._heard: dict[int, Mapping[str, tuple[Rollout, ...]]] = {}
+        self._unwanted: set[str] = set()
 
     def ask(self, questions: Sequence[Question]) -> None:
         """Ask what was not asked before."""
@@ -32,15 +33,21 @@ class Inquiry:
         if self._teacher is not None and fresh:
             self._asked.append((frozenset(fresh), self._teacher.ask(list(fresh.values()), self._step)))
 
+    def want_only(self, question_ids: Collection[str]) -> int:
+        """Leave out of all that is told here what was asked about other questions; returns how many these are."""
+        self._unwanted = {question_id for ids, _ in self._asked for question_id in ids}.difference(question_ids)
+        return len(self._unwanted)
+
     @property
     def answers(self) -> dict[str, tuple[Rollout, ...]]:
         """What was heard so far: rollouts by question id, in the order of asking."""
-        return {question_id: rollouts for place in sorted(self._heard) for question_id, rollouts in self._heard[place].items()}
+        heard = (item for place in sorted(self._heard) for item in self._heard[place].items())
+        return {question_id: rollouts for question_id, rollouts in heard if question_id not in self._unwanted}
 
     @property
     def awaited(self) -> frozenset[str]:
         """Ids of questions that were asked and whose answers were not heard."""
-        return frozenset[str]().union(*(ids for place, (ids, _) in enumerate(self._asked) if place not in self._heard))
+        return frozenset[str]().union(*(ids for place, (ids, _) in enumerate(self._asked) if place not in self._heard)) - self._unwanted
 
     def look(self) -> None:
         """Hear the answers that are there, without waiting."""

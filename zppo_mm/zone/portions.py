@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 
 from zppo_mm.experience import PromptInstance
-from zppo_mm.zone.hard import pre_cap_draw
+from zppo_mm.zone.hard import count_of_share, pre_cap_draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +22,13 @@ class Portions:
         size: Prompts of a replica in one part; 0 leaves all in one.
         num_replicas: Replicas that share the sampling. Every one keeps the places that the question feed dealt it, since it has their
             media open.
+        ahead_share: Of the parts, the last ones, that the teacher is asked about before they are sampled.
     """
 
     seed: int
     size: int = 0
     num_replicas: int = 1
+    ahead_share: float = 0.0
 
     def divide(self, instances: Sequence[PromptInstance], step: int) -> list[Sequence[PromptInstance]]:
         """Return the parts, one after the other; nothing of nothing."""
@@ -42,3 +44,7 @@ class Portions:
         ordered = [instance for instance in chain.from_iterable(zip_longest(*lanes)) if instance is not None]
         size = self.size * self.num_replicas
         return [ordered[first : first + size] for first in range(0, len(ordered), size)]
+
+    def ahead(self, parts: Sequence[Sequence[PromptInstance]]) -> Sequence[Sequence[PromptInstance]]:
+        """Return the parts that the teacher is asked about before they are sampled."""
+        return parts[len(parts) - count_of_share(self.ahead_share, len(parts)) :]
