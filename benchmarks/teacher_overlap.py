@@ -1,16 +1,18 @@
 """Time of a step with a served teacher beside that of a step without one, for several latencies of the teacher.
 
-    python benchmarks/teacher_overlap.py [--latencies 0.25 0.5 0.75 1.0] [--steps 6] [--rounds 2] [key.sub=value …]
+    python benchmarks/teacher_overlap.py [--modality text] [--latencies 0 0.5 0.9] [--ask-ahead 0 0.5] [--steps 6] [--rounds 2] [key=v …]
 
-The teacher is a server on this machine that knows every answer and takes its time without using the processor, so that what it costs is
-waiting alone. Without teacher is `ncq_replay`: as many prompts under the same caps, and nobody to wait for. Latencies are shares of its
-plain rollout phase; 0 answers at once. `grpo_replay`, which reformulates nothing, shows what ZPPO costs. Runs take turns; a step's time
-leaves out evaluation, and the first step, in which the buffer is empty.
+The teacher is a server on this machine that knows every answer and takes its time without using the processor, for any number of questions
+at once, so that what it costs is waiting alone. Without teacher is `ncq_replay`: as many prompts under the same caps, and nobody to wait
+for. Latencies are shares of its plain rollout phase; 0 answers at once. The second number of a row is `teacher.ask_ahead`. `grpo_replay`,
+which reformulates nothing, shows what ZPPO costs. Runs take turns; a step's time leaves out evaluation, and the first step, in which the
+buffer is empty.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -23,17 +25,21 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from data.shards import ShardFolder
+from zppo_mm.build_shared import MediaStore
 from zppo_mm.config_io import load_config
 from zppo_mm.embedded.questions import embedded_sources
+from zppo_mm.teacher.chat_api import Content
+from zppo_mm.teacher.media_parts import MessageWriter
 from zppo_mm.zone.prompts import load_templates
 
 CLONE = Path(__file__).resolve().parents[1]
 ALONE = ("ncq_replay", "grpo_replay")
-SIZE = ("modality=text", "train.num_new_questions=64", "rollout.max_batch_size=64", "train.updates_per_step=4")
+SIZE = ("train.num_new_questions=64", "rollout.max_batch_size=64", "train.updates_per_step=4")
 QUIET = ("parity.mode=none", "evaluation.num_questions=1", "observability.report=false", "observability.progress_bar=false")
 
 
@@ -57,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        answer = self.server.answers.get(request["messages"][-1]["content"], "0")
+        answer = self.server.answers.get(digest(request["messages"][-1]["content"]), "0")
         time.sleep(self.server.latency_seconds)
         message = {"role": "assistant", "content": f"<think>known</think>\\boxed{{{answer}}}"}
         choices = [{"index": index, "message": message, "finish_reason": "stop"} for index in range(request.get("n", 1))]
@@ -71,16 +77,25 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def digest(content: Content) -> str:
+    """Return what a message is recognised by."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 @contextmanager
-def serve() -> Iterator[KnowingServer]:
-    """Serve the embedded text questions' answers until the block ends."""
+def serve(modality: str) -> Iterator[KnowingServer]:
+    """Serve the embedded questions' answers until the block ends."""
     templates = load_templates()
+    config = load_config(None, [f"modality={modality}"])
+    media = MediaStore(config.data)
+    writer = MessageWriter(config.teacher, media.open, media.read)
     answers = {}
-    for source in embedded_sources(load_config(None, ["modality=text"]), "train"):
+    for source in embedded_sources(config, "train"):
         folder = ShardFolder(source.path)
         for shard, key in list(folder.keys()):
             question = folder.question(shard, key)
-            answers[templates.plain_text(question)] = question.answer
+            answers[digest(writer.content(templates.plain_text(question), question))] = question.answer
+    media.close()
     server = KnowingServer(answers)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -105,22 +120,32 @@ def seconds(row: dict[str, float], phase: str) -> float:
 def main() -> None:
     """Run all latencies in turns and print one line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latencies", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0])
+    parser.add_argument("--modality", default="text")
+    parser.add_argument("--latencies", nargs="+", type=float, default=[0.0, 0.5, 0.9])
+    parser.add_argument("--ask-ahead", nargs="+", type=float, default=[0.0, 0.5])
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("options", nargs="*", metavar="key=value")
     known = parser.parse_intermixed_args()
     rows: dict[str, list[dict[str, float]]] = defaultdict(list)
-    with serve() as server, tempfile.TemporaryDirectory() as scratch:
+    options = [f"modality={known.modality}", *known.options]
+    with serve(known.modality) as server, tempfile.TemporaryDirectory() as scratch:
         url = f"http://127.0.0.1:{server.server_address[1]}/v1"
         for turn in range(known.rounds):
             for method in ALONE:
-                rows[method] += run(Path(scratch), f"{method}-{turn}", known.steps, [f"method={method}", *known.options])
+                rows[method] += run(Path(scratch), f"{method}-{turn}", known.steps, [f"method={method}", *options])
             phase = statistics.median(seconds(row, "plain_rollout") for row in rows["ncq_replay"])
-            for latency in known.latencies:
+            for latency, ahead in product(known.latencies, known.ask_ahead):
                 server.latency_seconds = latency * phase
-                given = ["method=zppo", f"teacher.endpoints=[{url}]", "teacher.model=known", *known.options]
-                rows[f"zppo, {latency:g}"] += run(Path(scratch), f"{latency:g}-{turn}", known.steps, given)
+                given = [
+                    "method=zppo",
+                    "teacher.max_concurrency=256",
+                    f"teacher.endpoints=[{url}]",
+                    "teacher.model=known",
+                    f"teacher.ask_ahead={ahead:g}",
+                    *options,
+                ]
+                rows[f"zppo, {latency:g}, {ahead:g}"] += run(Path(scratch), f"{latency:g}-{ahead:g}-{turn}", known.steps, given)
     phases = ("plain_rollout", "teacher", "reformulated_rollout", "update", "step")
     values = {name: [statistics.median(seconds(row, phase) for row in group) for phase in phases] for name, group in rows.items()}
     print(f"| run | answers after | {' | '.join(phases)} | {' | '.join(f'step / {method}' for method in ALONE)} |")
