@@ -5,8 +5,9 @@
 The teacher is a server on this machine that knows every answer and takes its time without using the processor, for any number of questions
 at once, so that what it costs is waiting alone. Without teacher is `ncq_replay`: as many prompts under the same caps, and nobody to wait
 for. Latencies are shares of its plain rollout phase; 0 answers at once. The second number of a row is `teacher.ask_ahead`. `grpo_replay`,
-which reformulates nothing, shows what ZPPO costs. Runs take turns; a step's time leaves out evaluation, and the first step, in which the
-buffer is empty.
+which reformulates nothing, shows what ZPPO costs. The embedded student's responses are shorter than its prompts; with
+`--response-tokens N` it knows no stop token, and all have N tokens. Runs take turns; a step's time leaves out evaluation, and the first
+step, in which the buffer is empty.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,6 +34,7 @@ from typing import Any
 from data.shards import ShardFolder
 from zppo_mm.build_shared import MediaStore
 from zppo_mm.config_io import load_config
+from zppo_mm.embedded import STUDENT_DIR
 from zppo_mm.embedded.questions import embedded_sources
 from zppo_mm.teacher.chat_api import Content
 from zppo_mm.teacher.media_parts import MessageWriter
@@ -82,6 +85,15 @@ def digest(content: Content) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def endless_student(folder: Path) -> Path:
+    """Write a copy of the embedded student whose stop token is a media placeholder, which is never sampled."""
+    shutil.copytree(STUDENT_DIR, folder)
+    placeholder = json.loads((folder / "config.json").read_text())["image_token_id"]
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": placeholder}))
+    return folder
+
+
 @contextmanager
 def serve(modality: str) -> Iterator[KnowingServer]:
     """Serve the embedded questions' answers until the block ends."""
@@ -123,6 +135,7 @@ def main() -> None:
     parser.add_argument("--modality", default="text")
     parser.add_argument("--latencies", nargs="+", type=float, default=[0.0, 0.5, 0.9])
     parser.add_argument("--ask-ahead", nargs="+", type=float, default=[0.0, 0.5])
+    parser.add_argument("--response-tokens", type=int, default=0)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("options", nargs="*", metavar="key=value")
@@ -130,6 +143,9 @@ def main() -> None:
     rows: dict[str, list[dict[str, float]]] = defaultdict(list)
     options = [f"modality={known.modality}", *known.options]
     with serve(known.modality) as server, tempfile.TemporaryDirectory() as scratch:
+        if known.response_tokens:
+            student = endless_student(Path(scratch) / "student")
+            options = [f"model.student={student}", f"rollout.max_response_tokens={known.response_tokens}", *options]
         url = f"http://127.0.0.1:{server.server_address[1]}/v1"
         for turn in range(known.rounds):
             for method in ALONE:
