@@ -81,8 +81,8 @@ def build_teachers(
     first = ranks or _build_teacher(shared, config.teacher, pool, templates, student)
     others: list[Teacher] = []
     pools: list[EndpointPool] = []
-    for other in config.fallback_teachers if answers else ():
-        own = open_pool(other, shared.exchange)
+    for index, other in enumerate(config.fallback_teachers if answers else ()):
+        own = open_pool(other, shared.exchange, where=f"fallback_teachers[{index}]")
         pools += [own] if own is not None else []
         others.append(_build_teacher(shared, other, own, templates, student))
     chain = TeacherChain([first, *others]) if others else first
@@ -152,7 +152,13 @@ def judge_pool(config: RunConfig, teachers: EndpointPool | None, exchange: Paral
     reward = config.reward
     if not reward.judge or not (reward.judge_endpoints or reward.judge_model):
         return teachers if reward.judge else None
-    return open_pool(config.teacher, exchange, reward.judge_endpoints, reward.judge_model)
+    return open_pool(
+        config.teacher,
+        exchange,
+        reward.judge_endpoints,
+        reward.judge_model,
+        where="reward.judge_endpoints" if reward.judge_endpoints else "reward.judge_model",
+    )
 
 
 def build_judge(config: RunConfig, pool: EndpointPool | None, channel: Channel | None = None) -> LlmJudge | None:

@@ -51,7 +51,8 @@ class PromptInstance:
     """A question together with the text that the student is asked: one future group.
 
     Attributes:
-        uid: Unique over the run: `<step>/<kind>/<question id>`, with the question's place in the step before the id where it is plain.
+        uid: Unique over the run: `<step>/<kind>/<question id>`, with the question's place in the step before the id where it is plain;
+            `<step>/inject/<kind>/<place>/<question id>` for a plain group into which a rollout was put.
         question: The question whose media and answer count.
         kind: Where the prompt comes from.
         text: The whole user text, closing format instruction included.

@@ -25,7 +25,7 @@ class Answered:
     accuracy: float
 
 
-Answers = Mapping[str, Answered]
+Answers = Mapping[tuple[str, str], Answered]
 """One evaluation by source and question id."""
 
 
@@ -112,8 +112,7 @@ def read_answers(folder: Path) -> dict[int, Answers]:
     for path in sorted((folder / HELD_OUT_FOLDER).glob("step_*.jsonl")):
         # Two sources may use the same id.
         of_step = {
-            f"{line['source']}/{line['question_id']}": Answered(line["source"], line["modality"], line["accuracy"])
-            for line in read_lines(path)
+            (line["source"], line["question_id"]): Answered(line["source"], line["modality"], line["accuracy"]) for line in read_lines(path)
         }
         answers[int(path.stem.removeprefix("step_"))] = of_step
     return answers

@@ -19,7 +19,9 @@ MISCONFIGURED = ("http_400", "http_401", "http_403", "http_404", "http_405")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-def open_pool(config: TeacherConfig, exchange: Exchange, urls: Sequence[str] = (), model: str = "") -> EndpointPool | None:
+def open_pool(
+    config: TeacherConfig, exchange: Exchange, urls: Sequence[str] = (), model: str = "", where: str = "teacher"
+) -> EndpointPool | None:
     """Return this process's way to the servers; `None` if there are none. Every rank calls this.
 
     Every server is greeted once. One that is not there yet is named in the log: the first question will wait for it.
@@ -29,6 +31,7 @@ def open_pool(config: TeacherConfig, exchange: Exchange, urls: Sequence[str] = (
         exchange: The replicas, which share the connections.
         urls: Other servers than the teacher's.
         model: Their model.
+        where: The keys' section, for messages.
 
     Raises:
         ConfigError: On every rank, if the key's variable is not set, or a server refuses the key, the address or the model.
@@ -39,7 +42,7 @@ def open_pool(config: TeacherConfig, exchange: Exchange, urls: Sequence[str] = (
     share = max(1, config.max_concurrency // exchange.num_replicas)
     key = read_key(config.api_key_env)
     if key and any(urlsplit(url).scheme == "http" and urlsplit(url).hostname not in LOOPBACK for url in urls):
-        logger.warning("teacher.endpoints: the key goes over plain http to another machine; use https unless the network is yours alone")
+        logger.warning("%s: the key goes over plain http to another machine; use https unless the network is yours alone", where)
     pool = EndpointPool(urls, model or config.model, config, key, max_concurrency=share, first=exchange.replica)
     speaks = exchange.is_leader and exchange.replica == 0
     problems = [(url, fault.kind, str(fault)) for url, fault in pool.probe().result().items() if fault is not None] if speaks else []
@@ -47,11 +50,11 @@ def open_pool(config: TeacherConfig, exchange: Exchange, urls: Sequence[str] = (
         if kind in MISCONFIGURED:
             pool.close()
             raise ConfigError(
-                f"teacher.endpoints: {url} refuses the model {model or config.model!r}, got {problem!r}, expected an answer to a greeting; "
-                "correct teacher.endpoints (the base URL ends before /chat/completions), teacher.model or the key"
+                f"{where}: {url} refuses the model {model or config.model!r}, got {problem!r}, expected an answer to a greeting; "
+                "correct the address (the base URL ends before /chat/completions), the model or the key"
             )
         if kind != "empty_choice":
-            logger.warning("teacher.endpoints: %s does not answer yet: %s", url, problem)
+            logger.warning("%s: %s does not answer yet: %s", where, url, problem)
     return pool
 
 
