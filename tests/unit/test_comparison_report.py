@@ -5,20 +5,22 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.unit.simulated_comparison import STEPS, Rewards, make_plan, write_evaluation, write_run
+from tests.unit.simulated_comparison import STEPS, Rewards, held_out_groups, make_plan, write_evaluation, write_run
 from zppo_mm.comparison.accuracy import method_accuracy, parts_of
 from zppo_mm.comparison.figures import FIGURES
 from zppo_mm.comparison.launch import Failure
 from zppo_mm.comparison.measures import cost, fates, final_means
 from zppo_mm.comparison.plan import Plan
 from zppo_mm.comparison.report import write_comparison
-from zppo_mm.comparison.results import read_results
+from zppo_mm.comparison.results import read_answers, read_results
 from zppo_mm.comparison.tables import accuracies, markdown, tables
+from zppo_mm.observability.transcripts import write_held_out_answers
 
 BEFORE: Rewards = {"text/1": (1,), "text/2": (0,), "clips/1": (0,), "clips/2": (0,)}
 BASE_AFTER: Rewards = {"text/1": (1,), "text/2": (0,), "clips/1": (1,), "clips/2": (0,)}
@@ -239,6 +241,14 @@ def test_evaluations_after_the_last_step_do_not_count(tmp_path: Path) -> None:
     found = method_accuracy(results, "zppo", parts_of(results)[0])
     assert found is not None
     assert (found.after.value, found.curve.value) == pytest.approx((0.75, 0.625))
+
+
+def test_two_sources_may_use_the_same_ids(tmp_path: Path) -> None:
+    (run,) = make_plan(tmp_path, seeds=[0], methods=["zppo"]).runs
+    groups = held_out_groups({"text/1": (1,), "clips/1": (0,)})
+    write_held_out_answers(run.folder, 0, [replace(g, instance=replace(g.instance, question=replace(g.question, id="1"))) for g in groups])
+    answers = read_answers(run.folder)[0].values()
+    assert sorted((answered.source, answered.accuracy) for answered in answers) == [("clips", 0.0), ("text", 1.0)]
 
 
 def test_scores_are_paired_by_question_not_by_place(tmp_path: Path) -> None:
