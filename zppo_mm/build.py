@@ -231,9 +231,7 @@ def _portions(config: RunConfig) -> Portions:
     if not (config.teacher.endpoints or config.teacher.num_ranks):
         return Portions(config.seed)
     size = max(1, config.rollout.max_batch_size // config.rollout.num_rollouts)
-    # Distillation on the teacher's text asks about every question first of all.
-    ahead_share = config.teacher.ask_ahead if config.distill.source != "teacher" else 0.0
-    return Portions(config.seed, size, parallel.num_replicas(), ahead_share)
+    return Portions(config.seed, size, parallel.num_replicas(), config.teacher.ask_ahead)
 
 
 def _sampling(config: RunConfig, encoder: PromptEncoder) -> SamplingParams:

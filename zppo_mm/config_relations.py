@@ -220,6 +220,11 @@ def _check_teacher_ranks(config: RunConfig) -> None:
             f"teacher.ask_ahead: for a teacher that answers while the student samples, got {teacher.ask_ahead:g} with one on the student's "
             "ranks, expected 0; set teacher.endpoints or teacher.num_ranks, or leave it out"
         )
+    if teacher.ask_ahead and config.distill.source == "teacher":
+        raise ConfigError(
+            f"teacher.ask_ahead: distillation on the teacher's text asks about every question first of all, got {teacher.ask_ahead:g}, "
+            "expected 0; leave it out"
+        )
     sizes = (teacher.tensor_model_parallel_size, teacher.pipeline_model_parallel_size)
     if not teacher.num_ranks:
         if max(sizes) > 1:

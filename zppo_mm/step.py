@@ -120,6 +120,10 @@ def run_step(stages: Stages, step: int) -> StepRecord:
         selected = _select(stages, rounds, step, metrics)
     groups = [group for each in rounds for group in each.groups]
 
+    with metrics.phase("teacher"):
+        for each in rounds:
+            # Who is asked next, where several teachers are, can answer during the update.
+            each.inquiry.look()
     metrics.add("rollout/failed_groups", Sum(selected.num_failed))
     advantages = _advantages(selected.groups, stages.config.algorithm.advantage_normalization)
     minibatches = stages.learner.learn(selected.groups, advantages, step, metrics)
@@ -178,7 +182,7 @@ def _select(stages: Stages, rounds: Sequence[_Round], step: int, metrics: StepMe
     if stages.selection.needs_answers:
         with metrics.phase("teacher"):
             for each in rounds:
-                each.inquiry.hear()
+                each.inquiry.hear_all()
     groups = [group for each in rounds for group in each.groups]
     questions = [question for each in rounds for question in each.questions]
     return stages.selection.choose(groups, questions, _all_answers(rounds), step)
@@ -190,18 +194,13 @@ def _all_answers(rounds: Sequence[_Round]) -> TeacherAnswers:
 
 def _hear_the_rest(rounds: Sequence[_Round], metrics: StepMetrics) -> TeacherLostError | None:
     """Wait for the answers that changed nothing, which had the time of the update to arrive, and measure what was answered."""
-    lost = None
-    try:
-        with metrics.phase("teacher"):
-            for each in rounds:
-                each.inquiry.hear()
-    except TeacherLostError as error:
-        lost = error
+    with metrics.phase("teacher"):
+        errors = [error for each in rounds for error in each.inquiry.hear_or_lose()]
     for each in rounds:
         if each.inquiry.seconds is not None:
             metrics.add("teacher/answer_seconds", Max(each.inquiry.seconds))
             metrics.merge(teacher_metrics(list(each.inquiry.answers.values())))
-    return lost
+    return errors[0] if errors else None
 
 
 def _draw_replayed(stages: Stages, new: Sequence[Question], step: int) -> list[Question]:
@@ -256,7 +255,7 @@ def _sample_guided(
 ) -> tuple[Reformulation, list[Group]]:
     """Reformulate and sample again: at once what stands whatever is answered later, the rest as answers come in.
 
-    Answers that can change nothing any more are not waited for.
+    Answers that can add no prompt any more are not waited for.
     """
     guided = Reformulation()
     sampled: list[Group] = []
@@ -275,7 +274,8 @@ def _sample_guided(
             return guided, sampled
         if not fresh:
             with metrics.phase("teacher"):
-                inquiry.hear(guided.awaited)
+                # With this answer others may not be needed any more.
+                inquiry.hear(guided.awaited[0])
 
 
 def _in_order(groups: Sequence[Group], instances: Sequence[PromptInstance]) -> list[Group]:

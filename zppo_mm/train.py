@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from zppo_mm.models.worlds import World, divide_job
 from zppo_mm.observability.logs import configure_logging
 from zppo_mm.observability.metrics import Mean, Sum, process_memory
 from zppo_mm.observability.report import write_report
+from zppo_mm.observability.report_data import read_lines
 from zppo_mm.observability.sinks import EVALUATION_FILE, PARITY_FILE, MetricsLog, append_evaluation, open_metrics_log
 from zppo_mm.observability.transcripts import discard_steps_after, write_buffer, write_held_out_answers, write_transcript
 from zppo_mm.parity.gate import check_parity
@@ -160,6 +162,9 @@ def _loop(run: Run, folder: Path, done: int, log: MetricsLog | None) -> None:
     config = run.stages.config
     if done == NO_STEP:
         _evaluate(run, folder, 0)
+    elif _is_evaluated(config, done) and not parallel.on_rank_zero(partial(_has_evaluation, folder, done)):
+        # The teacher was lost at the end of that step; it may be the judge of answers too.
+        _evaluate(run, folder, done)
     for step in range(max(done, 0) + 1, config.train.train_iters + 1):
         started = time.perf_counter()
         place = run.stream.state_dict()
@@ -173,7 +178,7 @@ def _loop(run: Run, folder: Path, done: int, log: MetricsLog | None) -> None:
             _save(run, folder, step - 1)
             raise
         is_last = step == config.train.train_iters
-        if is_last or (config.evaluation.interval and step % config.evaluation.interval == 0):
+        if _is_evaluated(config, step) and not record.teacher_lost:
             with record.metrics.phase("evaluation"):
                 _evaluate(run, folder, step)
         run.release_memory()
@@ -183,6 +188,14 @@ def _loop(run: Run, folder: Path, done: int, log: MetricsLog | None) -> None:
             _report(run, folder)
         if record.teacher_lost:
             raise record.teacher_lost
+
+
+def _is_evaluated(config: RunConfig, step: int) -> bool:
+    return step == config.train.train_iters or bool(config.evaluation.interval and step % config.evaluation.interval == 0)
+
+
+def _has_evaluation(folder: Path, step: int) -> bool:
+    return any(row["step"] == step for row in read_lines(folder / EVALUATION_FILE))
 
 
 def _resume(run: Run, folder: Path) -> int:

@@ -154,6 +154,7 @@ def _main() -> None:
     result.write_bytes(pickle.dumps(getattr(module, function_name)(*pickle.loads(arguments))))
     if dist.is_initialized():
         # As `parallel.shutdown` does, and for the same reason.
+        sys.modules["zppo_mm.models.parallel"].forget_groups()
         dist.destroy_process_group()
 
 

@@ -137,12 +137,10 @@ def test_dead_from_the_first_step_it_stops_before_any_update(server: LoopbackSer
 
 
 def test_answers_that_no_prompt_waits_for_may_be_lost_without_losing_the_step(server: LoopbackServer, tmp_path: Path) -> None:
+    # No room for a reformulated prompt: the answers are for the records alone.
+    common = {"train.train_iters": 2, "modality": "text", "zone.rho_aug": 0.0, "evaluation.interval": 1}
     with stand_between(server.url, lambda number: PASS if number == 0 else "500") as proxy:
-        # No room for a reformulated prompt: the answers are for the records alone.
-        given = options(
-            proxy.url,
-            **{"teacher.on_failure": "stop", "teacher.num_retries": 0, "train.train_iters": 2, "modality": "text", "zone.rho_aug": 0.0},
-        )
+        given = options(proxy.url, **common, **{"teacher.on_failure": "stop", "teacher.num_retries": 0})
         process = start(tmp_path, "cut", *given)
         output, _ = process.communicate(timeout=RUN_TIMEOUT_SECONDS)
     assert process.returncode == 1, output[-3000:]
@@ -150,7 +148,13 @@ def test_answers_that_no_prompt_waits_for_may_be_lost_without_losing_the_step(se
     (row,) = metrics(tmp_path / "cut")
     assert row["policy/updates"] > 0
     assert "step_000001" in os.listdir(tmp_path / "cut" / "checkpoints")
-    assert {group["kind"] for group in transcript(tmp_path / "cut", 1)} == {"new"}
+    groups = transcript(tmp_path / "cut", 1)
+    assert {group["kind"] for group in groups} == {"new"}
+    assert row["teacher/failed_questions"] == sum(group.get("teacher_rewards") == [] for group in groups) > 0
+    # The judge may be lost with the teacher: what was due is evaluated when the run goes on.
+    assert [each["step"] for each in lines(tmp_path / "cut" / "evaluation.jsonl")] == [0]
+    run(tmp_path, "cut", *options(server.url, **common))
+    assert [each["step"] for each in lines(tmp_path / "cut" / "evaluation.jsonl")] == [0, 1, 2]
 
 
 def test_when_the_teacher_is_asked_changes_nothing_but_the_time(server: LoopbackServer, tmp_path: Path) -> None:
@@ -159,6 +163,7 @@ def test_when_the_teacher_is_asked_changes_nothing_but_the_time(server: Loopback
     for name, batch, ahead in (("waves", 8, 0.0), ("whole", 128, 0.0), ("ahead", 8, 0.5)):
         before = len(server.requests)
         given = {"train.train_iters": 2, "modality": "text", "rollout.max_batch_size": batch, "teacher.ask_ahead": ahead}
+        given["teacher.compressor"] = "teacher"  # what is rewritten together depends on the time, what comes of it does not
         folder = run(tmp_path, name, *options(server.url, **given))
         in_vain = sum(row.get("teacher/asked_in_vain", 0) for row in metrics(folder))
         records[name] = [transcript(folder, step) for step in (1, 2)], len(server.requests) - before - in_vain

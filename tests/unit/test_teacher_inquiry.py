@@ -9,6 +9,7 @@ from data.question import Question
 from tests.unit.zone_builders import question, rollout
 from zppo_mm.experience import Rollout
 from zppo_mm.teacher.inquiry import Inquiry
+from zppo_mm.teacher.teacher import TeacherLostError
 
 
 @dataclass
@@ -62,10 +63,10 @@ def test_looking_hears_what_is_there_and_hearing_waits_for_what_is_named() -> No
     second.is_there = True
     inquiry.look()
     assert (list(inquiry.answers), inquiry.awaited) == (["c"], {"a", "b", "d"})
-    inquiry.hear({"b"})
+    inquiry.hear("b")
     assert (list(inquiry.answers), inquiry.awaited) == (["a", "b", "c"], {"d"})  # in the order of asking
     assert inquiry.seconds == 2.0
-    inquiry.hear()
+    inquiry.hear_all()
     inquiry.look()
     assert inquiry.awaited == frozenset()
     assert [letter.num_waits for letter in (first, second, third)] == [1, 1, 1]
@@ -79,14 +80,34 @@ def test_unwanted_answers_are_neither_told_nor_awaited_but_heard() -> None:
         inquiry.ask(questions(names))
     assert inquiry.want_only({"a", "e"}) == 3
     assert inquiry.awaited == {"a", "e"}
-    inquiry.hear()
+    inquiry.hear_all()
     assert list(inquiry.answers) == ["a", "e"]
     assert [letter.num_waits for letter in teacher.letters] == [1, 1, 1]
+
+
+def test_what_is_lost_counts_as_not_answered_and_the_rest_is_heard() -> None:
+    class Lost(Letter):
+        def wait(self) -> Mapping[str, tuple[Rollout, ...]]:
+            raise TeacherLostError("gone")
+
+    class Unreliable(Correspondent):
+        def ask(self, questions: Sequence[Question], step: int) -> Letter:
+            letter = super().ask(questions, step)
+            return Lost(letter.ids, 0.0) if "b" in letter.ids else letter
+
+    inquiry = Inquiry(Unreliable(), 3)
+    for names in ("a", "cb", "d"):
+        inquiry.ask(questions(names))
+    (error,) = inquiry.hear_or_lose()
+    assert str(error) == "gone"
+    assert {name: len(rollouts) for name, rollouts in inquiry.answers.items()} == {"a": 1, "b": 0, "c": 0, "d": 1}
+    assert inquiry.awaited == frozenset()
+    assert inquiry.hear_or_lose() == []
 
 
 def test_without_a_teacher_nothing_is_asked() -> None:
     inquiry = Inquiry(None, 1)
     inquiry.ask(questions("ab"))
     inquiry.look()
-    inquiry.hear()
+    inquiry.hear_all()
     assert (inquiry.answers, inquiry.awaited, inquiry.seconds) == ({}, frozenset(), None)

@@ -38,7 +38,7 @@ def test_the_first_parts_hold_what_the_pre_cap_takes_of_equally_hard_questions()
         assert [each.question.id for part in parts[:2] for each in part] == [each.question.id for each in taken]
 
 
-@pytest.mark.parametrize(("share", "first"), [(0.0, 5), (0.5, 3), (0.4, 3), (1.0, 0)])
+@pytest.mark.parametrize(("share", "first"), [(0.0, 5), (0.5, 2), (0.4, 3), (0.01, 4), (1.0, 0)])
 def test_the_last_parts_are_asked_about_ahead(share: float, first: int) -> None:
     portions = Portions(0, size=2, ahead_share=share)
     parts = portions.divide(instances(9), 1)

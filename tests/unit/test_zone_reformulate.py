@@ -220,14 +220,14 @@ def test_answers_that_can_change_nothing_are_not_awaited() -> None:
     order = [name[0] for name in kinds(both.reformulate(hard, {}, 0, 6))]  # NCQ prompts of all, as the draw of the pre-cap has them
     # Four prompts: with the answer to the first question known, two are its own, and at most two questions come after it.
     first = {order[0]: RIGHT}
-    assert both.reformulate(hard, first, 0, 4, None, order[1:]).awaited == set(order[1:3])
-    assert both.reformulate(hard, {}, 0, 4, None, order).awaited == set(order[:4])
+    assert both.reformulate(hard, first, 0, 4, None, order[1:]).awaited == tuple(order[1:3])
+    assert both.reformulate(hard, {}, 0, 4, None, order).awaited == tuple(order[:4])
     # Without NCQ every question that the pre-cap keeps may have a prompt, until enough have one.
-    assert bcq.reformulate(hard, first, 0, 2, None, order[1:]).awaited == {order[1]}
-    assert bcq.reformulate(hard, dict.fromkeys(order[:2], RIGHT), 0, 2, None, order[2:]).awaited == set()
-    assert bcq.reformulate(hard, dict.fromkeys(order[:2], RIGHT[:1]), 0, 4, None, order[2:]).awaited == set(order[2:4])
+    assert bcq.reformulate(hard, first, 0, 2, None, order[1:]).awaited == (order[1],)
+    assert bcq.reformulate(hard, dict.fromkeys(order[:2], RIGHT), 0, 2, None, order[2:]).awaited == ()
+    assert bcq.reformulate(hard, dict.fromkeys(order[:2], RIGHT[:1]), 0, 4, None, order[2:]).awaited == tuple(order[2:4])
     # Nothing is made of answers here.
-    assert make(ZoneConfig(rho_aug=1.0, bcq=False))[0].reformulate(hard, {}, 0, 6, None, order).awaited == set()
+    assert make(ZoneConfig(rho_aug=1.0, bcq=False))[0].reformulate(hard, {}, 0, 6, None, order).awaited == ()
 
 
 class NumberedHints:
@@ -299,7 +299,7 @@ def test_prompts_that_stand_are_in_the_step_whatever_is_answered_later(
     assert kinds(result) == kinds(whole)
     # What is not awaited makes no difference, be it answered well or not at all.
     for late in (RIGHT[1:], ()):
-        others = {question_id: late for question_id in answers if question_id not in second.awaited | so_far.keys()}
+        others = {question_id: late for question_id in answers if question_id not in {*second.awaited, *so_far}}
         assert kinds(make_all(zone).reformulate(hard, answers | others, 1, limit)) == kinds(whole)
     if not second.awaited:
         assert kinds(second) == kinds(whole)

@@ -83,10 +83,10 @@ def _leave_groups() -> None:
     dist.barrier()
     for group in groups.values():
         dist.destroy_process_group(group)
-    _forget_groups()
+    forget_groups()
 
 
-def _forget_groups() -> None:
+def forget_groups() -> None:
     """Have Megatron forget its groups, those that its own function leaves in place too."""
     parallel_state.destroy_model_parallel()
     for name, value in list(vars(parallel_state).items()):
@@ -164,7 +164,7 @@ def shutdown() -> None:
     if not dist.is_initialized():
         return
     dist.barrier()
-    _forget_groups()
+    forget_groups()
     dist.destroy_process_group()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from data.question import Question
 from zppo_mm.experience import Rollout
-from zppo_mm.teacher.teacher import Answers, Teacher
+from zppo_mm.teacher.teacher import Answers, Teacher, TeacherLostError
 
 
 class Inquiry:
@@ -55,15 +55,38 @@ class Inquiry:
             if place not in self._heard and answers.is_ready():
                 self._heard[place] = answers.wait()
 
-    def hear(self, question_ids: Collection[str] | None = None) -> None:
-        """Wait for the answers to these questions, or to all.
+    def hear(self, question_id: str) -> None:
+        """Wait for the answer to a question, and for those that were asked for together with it.
 
         Raises:
             TeacherLostError: On every rank, if the teacher does not answer and the run is not to go on without it.
         """
         for place, (ids, answers) in enumerate(self._asked):
-            if place not in self._heard and (question_ids is None or not ids.isdisjoint(question_ids)):
+            if place not in self._heard and question_id in ids:
                 self._heard[place] = answers.wait()
+
+    def hear_all(self) -> None:
+        """Wait for all answers.
+
+        Raises:
+            TeacherLostError: As `hear`.
+        """
+        for place, (_, answers) in enumerate(self._asked):
+            if place not in self._heard:
+                self._heard[place] = answers.wait()
+
+    def hear_or_lose(self) -> list[TeacherLostError]:
+        """Wait for all answers; what is lost counts as not answered, and the errors come back."""
+        errors = []
+        for place, (ids, answers) in enumerate(self._asked):
+            if place in self._heard:
+                continue
+            try:
+                self._heard[place] = answers.wait()
+            except TeacherLostError as error:
+                self._heard[place] = dict.fromkeys(sorted(ids), ())
+                errors.append(error)
+        return errors
 
     @property
     def seconds(self) -> float | None:

@@ -121,7 +121,8 @@ class ServedTeacher:
         """Return one response per user text; another attempt draws anew."""
 
         def request(place: int) -> Ask:
-            return self._request(lambda: inert_text(texts[place]), 1, "rewrite", step, attempt, place)
+            # Named by the text, not by its place: which texts are rewritten together depends on which answers were there.
+            return self._request(lambda: inert_text(texts[place]), 1, "rewrite", step, attempt, texts[place])
 
         def told(places: Sequence[int], outcomes: Sequence[Outcome]) -> list[_Told]:
             return [

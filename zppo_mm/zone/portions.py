@@ -47,4 +47,5 @@ class Portions:
 
     def ahead(self, parts: Sequence[Sequence[PromptInstance]]) -> Sequence[Sequence[PromptInstance]]:
         """Return the parts that the teacher is asked about before they are sampled."""
-        return parts[len(parts) - count_of_share(self.ahead_share, len(parts)) :]
+        # Rounded up: where all fits into one part, a share of it is asked about as a whole.
+        return parts[count_of_share(1.0 - self.ahead_share, len(parts)) :]

@@ -40,7 +40,8 @@ class Reformulation:
     Attributes:
         instances: Reformulated prompts, ascending by the accuracy of their question; of one question BCQ, NCQ, hint, prefix.
         num_kept: Hard questions left by the pre-cap.
-        awaited: Ids of questions whose answers, still on their way, can add prompts; with none, no prompt is missing.
+        awaited: Ids of questions whose answers, still on their way, can add prompts, in the order of the caps: that of the first one can
+            whatever else is answered. With none, no prompt is missing.
         num_candidates: Candidates shown.
         num_compression_rejects: Rewrites refused because they changed the answer.
         num_compression_cuts: Candidates that were cut because no faithful rewrite was had.
@@ -51,7 +52,7 @@ class Reformulation:
 
     instances: tuple[PromptInstance, ...] = ()
     num_kept: int = 0
-    awaited: frozenset[str] = frozenset()
+    awaited: tuple[str, ...] = ()
     num_candidates: int = 0
     num_compression_rejects: int = 0
     num_compression_cuts: int = 0
@@ -158,7 +159,7 @@ class Reformulator:
 
     def _standing(
         self, kept: Sequence[Group], answers: TeacherAnswers, awaited: Collection[str], limit: int, step: int
-    ) -> tuple[list[_Plan], frozenset[str]]:
+    ) -> tuple[list[_Plan], tuple[str, ...]]:
         """Return the prompts below the cap in every case, and the awaited questions that can have one in some case.
 
         An answer only adds prompts to its own question. So before a question stand at least the prompts that the earlier ones have now,
@@ -180,11 +181,9 @@ class Reformulator:
             plans += [plan for plan, place in zip(own, places, strict=True) if most + place < limit]
             fewest += len(own)
             most += len(kinds) if is_open else len(own)
-        return plans, frozenset(open_questions)
+        return plans, tuple(open_questions)
 
-    def _made(
-        self, plans: Sequence[_Plan], step: int, num_kept: int, open_questions: frozenset[str], early: Reformulation
-    ) -> Reformulation:
+    def _made(self, plans: Sequence[_Plan], step: int, num_kept: int, open_questions: Sequence[str], early: Reformulation) -> Reformulation:
         """Turn plans into prompts; candidates of those that are there already are not compressed again."""
         instances = {instance.uid: instance for instance in early.instances}
         new = [plan for plan in plans if _uid(plan, step) not in instances.keys() | early.failed]
@@ -202,7 +201,7 @@ class Reformulator:
         return Reformulation(
             instances=tuple(instances[uid] for uid in (_uid(plan, step) for plan in plans) if uid in instances),
             num_kept=num_kept,
-            awaited=open_questions,
+            awaited=tuple(open_questions),
             num_candidates=early.num_candidates + len(traces),
             num_compression_rejects=early.num_compression_rejects + sum(trace.rejects for trace in compressed),
             num_compression_cuts=early.num_compression_cuts + sum(trace.method == "cut" for trace in compressed),
