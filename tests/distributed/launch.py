@@ -25,8 +25,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 CLONE_ROOT = Path(__file__).resolve().parents[2]
 # Starting and importing alone takes half a minute per rank on a loaded two-core machine.
 DEFAULT_TIMEOUT_SECONDS = 300.0
@@ -144,7 +142,7 @@ def _main() -> None:
     task, result = Path(sys.argv[1]), Path(sys.argv[2])
     path, module_name, function_name, arguments = pickle.loads(task.read_bytes())
     # First, because it makes `import megatron.core` possible everywhere and the world's group free of what would keep it.
-    importlib.import_module("zppo_mm.models.parallel")
+    parallel = importlib.import_module("zppo_mm.models.parallel")
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -152,10 +150,7 @@ def _main() -> None:
     sys.modules[module_name] = module
     spec.loader.exec_module(module)
     result.write_bytes(pickle.dumps(getattr(module, function_name)(*pickle.loads(arguments))))
-    if dist.is_initialized():
-        # As `parallel.shutdown` does, and for the same reason.
-        sys.modules["zppo_mm.models.parallel"].forget_groups()
-        dist.destroy_process_group()
+    parallel.leave()
 
 
 if __name__ == "__main__":

@@ -83,10 +83,10 @@ def _leave_groups() -> None:
     dist.barrier()
     for group in groups.values():
         dist.destroy_process_group(group)
-    forget_groups()
+    _forget_groups()
 
 
-def forget_groups() -> None:
+def _forget_groups() -> None:
     """Have Megatron forget its groups, those that its own function leaves in place too."""
     parallel_state.destroy_model_parallel()
     for name, value in list(vars(parallel_state).items()):
@@ -157,15 +157,20 @@ def _nearest_layout(sizes: Sequence[int], world_size: int) -> tuple[int, ...]:
 
 
 def shutdown() -> None:
-    """Leave the process group after every rank has arrived; does nothing if there is none.
+    """Leave the process group after every rank has arrived; does nothing if there is none."""
+    if dist.is_initialized():
+        dist.barrier()
+        leave()
+
+
+def leave() -> None:
+    """Leave the process group, be the other ranks done or not; does nothing if there is none.
 
     Gloo's threads end with their groups. One of them that still frees a tensor while the interpreter ends would abort the process.
     """
-    if not dist.is_initialized():
-        return
-    dist.barrier()
-    forget_groups()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        _forget_groups()
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -47,12 +47,12 @@ class Inquiry:
     @property
     def awaited(self) -> frozenset[str]:
         """Ids of questions that were asked and whose answers were not heard."""
-        return frozenset[str]().union(*(ids for place, (ids, _) in enumerate(self._asked) if place not in self._heard)) - self._unwanted
+        return frozenset[str]().union(*(ids for _, ids, _ in self._unheard())) - self._unwanted
 
     def look(self) -> None:
         """Hear the answers that are there, without waiting."""
-        for place, (_, answers) in enumerate(self._asked):
-            if place not in self._heard and answers.is_ready():
+        for place, _, answers in self._unheard():
+            if answers.is_ready():
                 self._heard[place] = answers.wait()
 
     def hear(self, question_id: str) -> None:
@@ -61,8 +61,8 @@ class Inquiry:
         Raises:
             TeacherLostError: On every rank, if the teacher does not answer and the run is not to go on without it.
         """
-        for place, (ids, answers) in enumerate(self._asked):
-            if place not in self._heard and question_id in ids:
+        for place, ids, answers in self._unheard():
+            if question_id in ids:
                 self._heard[place] = answers.wait()
 
     def hear_all(self) -> None:
@@ -71,22 +71,23 @@ class Inquiry:
         Raises:
             TeacherLostError: As `hear`.
         """
-        for place, (_, answers) in enumerate(self._asked):
-            if place not in self._heard:
-                self._heard[place] = answers.wait()
+        for place, _, answers in self._unheard():
+            self._heard[place] = answers.wait()
 
     def hear_or_lose(self) -> list[TeacherLostError]:
         """Wait for all answers; what is lost counts as not answered, and the errors come back."""
         errors = []
-        for place, (ids, answers) in enumerate(self._asked):
-            if place in self._heard:
-                continue
+        for place, ids, answers in self._unheard():
             try:
                 self._heard[place] = answers.wait()
             except TeacherLostError as error:
                 self._heard[place] = dict.fromkeys(sorted(ids), ())
                 errors.append(error)
         return errors
+
+    def _unheard(self) -> list[tuple[int, frozenset[str], Answers]]:
+        """Return what was asked and not heard, with its place, in the order of asking."""
+        return [(place, ids, answers) for place, (ids, answers) in enumerate(self._asked) if place not in self._heard]
 
     @property
     def seconds(self) -> float | None:

@@ -6,7 +6,7 @@ Source: ZPPO (arXiv 2606.18216), Algorithm 1, steps 3 to 5.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from zppo_mm.config import ZoneConfig
@@ -155,7 +155,7 @@ class Reformulator:
         limit = count_of_share(self.zone.rho_aug, num_new)
         kept = pre_cap(_one_group_per_question(hard), limit, self.seed, step)
         plans, open_questions = self._standing(kept, answers, awaited, limit, step)
-        return self._made(plans, step, len(kept), open_questions, early or Reformulation())
+        return replace(self._made(plans, step, len(kept), early or Reformulation()), awaited=open_questions)
 
     def _standing(
         self, kept: Sequence[Group], answers: TeacherAnswers, awaited: Collection[str], limit: int, step: int
@@ -183,7 +183,7 @@ class Reformulator:
             most += len(kinds) if is_open else len(own)
         return plans, tuple(open_questions)
 
-    def _made(self, plans: Sequence[_Plan], step: int, num_kept: int, open_questions: Sequence[str], early: Reformulation) -> Reformulation:
+    def _made(self, plans: Sequence[_Plan], step: int, num_kept: int, early: Reformulation) -> Reformulation:
         """Turn plans into prompts; candidates of those that are there already are not compressed again."""
         instances = {instance.uid: instance for instance in early.instances}
         new = [plan for plan in plans if _uid(plan, step) not in instances.keys() | early.failed]
@@ -201,7 +201,6 @@ class Reformulator:
         return Reformulation(
             instances=tuple(instances[uid] for uid in (_uid(plan, step) for plan in plans) if uid in instances),
             num_kept=num_kept,
-            awaited=tuple(open_questions),
             num_candidates=early.num_candidates + len(traces),
             num_compression_rejects=early.num_compression_rejects + sum(trace.rejects for trace in compressed),
             num_compression_cuts=early.num_compression_cuts + sum(trace.method == "cut" for trace in compressed),
