@@ -124,10 +124,11 @@ def test_selection_reorders_repeats_and_drops_sequences_while_decoding(network: 
             rows = torch.tensor([2, 0, 2, 1])
             cache.select(rows)
         if step == 3:
-            # The longest prompt goes, and with it the empty slots before the others.
+            # The longest prompt goes, and with it the empty slots after the others.
             cache.select(torch.tensor([2, 1]))
             rows = rows[[2, 1]]
-            assert cache.starts == [0, 5]
+            assert cache.lengths == [7, 12]
+            assert {state.prompt[0].shape[2] for state in cache.attention.values()} == {12}
         token_ids = torch.stack([alone[row][step] for row in rows])
         positions = torch.tensor([len(parts[row].token_ids) + step for row in rows])
         logits = network.decode(token_ids, positions.expand(3, -1), cache)

@@ -8,13 +8,20 @@ from typing import Any
 
 import torch
 
+from zppo_mm.models.shared_attention import PromptGroups
+
 
 @dataclass(slots=True)
 class AttentionState:
-    """Keys and values of one attention layer, `[batch, groups, slots, head_dim]`; a sequence ends at the last used slot."""
+    """Keys and values of one attention layer.
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    Attributes:
+        prompt: Keys and values of the prompts, each `[prompts, groups, slots, head_dim]`; a prompt begins at the first slot.
+        own: Keys and values of what was decoded, each `[batch, groups, slots, head_dim]`; no slots before decoding begins.
+    """
+
+    prompt: tuple[torch.Tensor, torch.Tensor]
+    own: tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -34,25 +41,25 @@ class LinearState:
 class DecodeCache:
     """State of a batch of sequences on this pipeline stage.
 
-    Sequences are aligned at their ends: the tokens of one decoding step all go to the same slot, so writing is one copy and only the
-    empty slots before short sequences are masked.
+    Sequences after the same prompt share its keys and values. The tokens of one decoding step all go to the same slot, so writing is one
+    copy.
 
     Attributes:
         max_new_tokens: Tokens that will be decoded at most, over all calls.
-        starts: First used slot of every sequence; empty before the prefill.
-        used: Slots used so far.
+        lengths: Tokens of every prompt; empty before the prefill.
+        owners: The prompt of every sequence.
         step: Tokens decoded so far.
-        mask: `[batch, 1, 1, slots]`, 0 where a sequence has a token and minus infinity before its start; `None` if all start at 0.
+        prompts: Which sequences share which prompt, as the attention layers read it.
         attention: Per attention layer, by its global number.
         linear: Per DeltaNet layer, by its global number.
         plan: Weights as the decoding loop wants them, set by the prefill.
     """
 
     max_new_tokens: int
-    starts: list[int] = field(default_factory=list)
-    used: int = 0
+    lengths: list[int] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
     step: int = 0
-    mask: torch.Tensor | None = None
+    prompts: PromptGroups | None = None
     attention: dict[int, AttentionState] = field(default_factory=dict)
     linear: dict[int, LinearState] = field(default_factory=dict)
     plan: Any = None
@@ -60,29 +67,26 @@ class DecodeCache:
 
     @property
     def batch_size(self) -> int:
-        return len(self.starts)
+        return len(self.owners)
 
     def begin(self, cu_seqlens: torch.Tensor, dtype: torch.dtype) -> None:
-        """Make room for packed prompts.
+        """Make room for packed prompts, one sequence after each.
 
         Args:
             cu_seqlens: `[sequences + 1]`.
-            dtype: Of the mask, the network's.
+            dtype: The network's.
         """
-        assert not self.starts, "a cache is filled by one prefill"
+        assert not self.lengths, "a cache is filled by one prefill"
         lengths = cu_seqlens.diff().cpu()
-        self.used = int(lengths.max())
-        starts = self.used - lengths
-        self.starts = starts.tolist()
-        places = torch.arange(int(lengths.sum())) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-        rows = torch.arange(len(lengths)) * self.used + starts
-        self._slots = (torch.repeat_interleave(rows, lengths) + places).to(cu_seqlens.device)
-        self._make_mask(cu_seqlens.device, dtype)
+        self.lengths, self.owners = lengths.tolist(), list(range(len(lengths)))
+        skipped = torch.arange(len(lengths)) * max(self.lengths) - (lengths.cumsum(0) - lengths)
+        self._slots = (torch.arange(int(lengths.sum())) + torch.repeat_interleave(skipped, lengths)).to(cu_seqlens.device)
+        self.prompts = PromptGroups.build(self.owners, self.lengths, cu_seqlens.device, dtype)
 
     def store_attention(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep a layer's keys and values of packed prompts, each `[tokens, groups, head_dim]`."""
-        assert self._slots is not None, "begin comes first"
-        self.attention[layer] = AttentionState(self._aligned(key), self._aligned(value))
+        nothing = key.new_empty((self.batch_size, key.shape[1], 0, key.shape[2]))
+        self.attention[layer] = AttentionState((self._padded(key), self._padded(value)), (nothing, nothing))
 
     def store_linear(self, layer: int, sequences: Sequence[int], inputs: torch.Tensor, state: torch.Tensor) -> None:
         """Keep a DeltaNet layer's state after some of the prompts.
@@ -103,43 +107,47 @@ class DecodeCache:
     def select(self, index: torch.Tensor) -> None:
         """Keep the sequences that `index` names, in its order; a place may come several times or not at all.
 
+        Prompts that lose all their sequences are forgotten; the others stay where they are.
+
         Args:
             index: `[new batch]` int64 on the network's device.
         """
-        places = index.tolist()
-        starts = [self.starts[place] for place in places]
-        unused = min(starts, default=0)
-        self.starts = [start - unused for start in starts]
-        capacity = self.used - unused + self.max_new_tokens - self.step
+        owners = [self.owners[place] for place in index.tolist()]
+        kept = sorted(set(owners))
+        if len(kept) < len(self.lengths):
+            self._keep_prompts(torch.tensor(kept, device=index.device))
+        places = {prompt: place for place, prompt in enumerate(kept)}
+        self.owners = [places[owner] for owner in owners]
         for layer in self.attention.values():
-            layer.keys = self._moved(layer.keys, index, unused, capacity)
-            layer.values = self._moved(layer.values, index, unused, capacity)
+            keys, values = layer.own
+            layer.own = self._moved(keys, index), self._moved(values, index)
         for state in self.linear.values():
             state.inputs, state.state = state.inputs.index_select(0, index), state.state.index_select(0, index)
-        self.used -= unused
-        if self.mask is not None:
-            self._make_mask(index.device, self.mask.dtype)
+        assert self.prompts is not None, "begin comes first"
+        self.prompts = PromptGroups.build(self.owners, self.lengths, index.device, self.prompts.dtype)
 
     def reserve(self) -> None:
-        """Make room for the tokens to be decoded, unless a selection already did."""
-        first = next(iter(self.attention.values()), None)
-        if first is not None and first.keys.shape[2] < self.used + self.max_new_tokens - self.step:
-            self.select(torch.arange(self.batch_size, device=first.keys.device))
+        """Make room for the tokens to be decoded, unless an earlier call did."""
+        for layer in self.attention.values():
+            if layer.own[0].shape[2] < self.max_new_tokens:
+                keys = layer.prompt[0]
+                shape = (self.batch_size, keys.shape[1], self.max_new_tokens, keys.shape[3])
+                layer.own = keys.new_empty(shape), keys.new_empty(shape)
 
-    def _aligned(self, packed: torch.Tensor) -> torch.Tensor:
-        assert self._slots is not None
-        rows = packed.new_zeros((self.batch_size * self.used, *packed.shape[1:])).index_copy_(0, self._slots, packed)
-        return rows.view(self.batch_size, self.used, *packed.shape[1:]).transpose(1, 2).contiguous()
+    def _padded(self, packed: torch.Tensor) -> torch.Tensor:
+        assert self._slots is not None, "begin comes first"
+        prompts, longest = len(self.lengths), max(self.lengths)
+        rows = packed.new_zeros((prompts * longest, *packed.shape[1:])).index_copy_(0, self._slots, packed)
+        return rows.view(prompts, longest, *packed.shape[1:]).transpose(1, 2).contiguous()
 
-    def _moved(self, slots: torch.Tensor, index: torch.Tensor, unused: int, capacity: int) -> torch.Tensor:
-        moved = slots.new_empty((len(index), slots.shape[1], capacity, slots.shape[3]))
-        moved[:, :, : self.used - unused] = slots[:, :, unused : self.used].index_select(0, index)
+    def _moved(self, own: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        moved = own.new_empty((len(index), *own.shape[1:]))
+        moved[:, :, : self.step] = own[:, :, : self.step].index_select(0, index)
         return moved
 
-    def _make_mask(self, device: torch.device, dtype: torch.dtype) -> None:
-        if not any(self.starts):
-            self.mask = None
-            return
-        slots = self.used + self.max_new_tokens - self.step
-        empty = torch.arange(slots, device=device) < torch.tensor(self.starts, device=device)[:, None]
-        self.mask = torch.zeros(empty.shape, device=device, dtype=dtype).masked_fill_(empty, float("-inf"))[:, None, None]
+    def _keep_prompts(self, kept: torch.Tensor) -> None:
+        self.lengths = [self.lengths[place] for place in kept.tolist()]
+        longest = max(self.lengths, default=0)
+        for layer in self.attention.values():
+            keys, values = (part[:, :, :longest].index_select(0, kept) for part in layer.prompt)
+            layer.prompt = keys, values

@@ -92,7 +92,6 @@ def decode(model: VisionLanguageModel, token_ids: torch.Tensor, positions: torch
     else:
         hidden = _receive(token_ids.new_empty((len(token_ids), plan.hidden_size), dtype=plan.dtype))
     hidden = plan.run(hidden, model.rotary.table(positions), cache)
-    cache.used += 1
     cache.step += 1
     if not model.post_process:
         _send(hidden)

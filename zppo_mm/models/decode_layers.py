@@ -17,6 +17,7 @@ from zppo_mm.models.cache import AttentionState, DecodeCache, LinearState
 from zppo_mm.models.delta_rule import NORM_EPSILON
 from zppo_mm.models.gated_delta_net import GatedDeltaNet
 from zppo_mm.models.lora import weight_of
+from zppo_mm.models.shared_attention import attend
 
 if TYPE_CHECKING:
     from zppo_mm.models.vision_language import VisionLanguageModel
@@ -81,12 +82,12 @@ class DecodeAttention:
         if self.qk_scale is not None:
             both = (F.rms_norm(both.float(), (dim,), None, self.eps) * self.qk_scale).to(hidden.dtype)
         both = rotary(both)
-        slot, used = cache.used, cache.used + 1
-        state.keys[:, :, slot] = both[:, :, heads]
-        state.values[:, :, slot] = value[:, :, 0]
-        mask = None if cache.mask is None else cache.mask[..., :used].expand(-1, self.groups, heads, -1)
-        # The queries of one group stand where a kernel expects the tokens of one head, so keys are never repeated.
-        mixed = F.scaled_dot_product_attention(both[:, :, :heads], state.keys[:, :, :used], state.values[:, :, :used], attn_mask=mask)
+        keys, values = state.own
+        keys[:, :, cache.step] = both[:, :, heads]
+        values[:, :, cache.step] = value[:, :, 0]
+        used = cache.step + 1
+        assert cache.prompts is not None
+        mixed = attend(both[:, :, :heads], state.prompt, (keys[:, :, :used], values[:, :, :used]), cache.prompts)
         if self.gated:
             mixed = mixed * gate[0].sigmoid()
         return self.projection(mixed.reshape(batch, -1))

@@ -1,0 +1,116 @@
+"""Attention of one token per sequence, where sequences share prompts.
+
+The keys of a prompt are read once for all its sequences, whose queries stand side by side as the tokens of one; each sequence's own
+keys are read apart. A softmax over both is the mean of two softmaxes, weighted by their sums of exponentials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class PromptGroups:
+    """Which sequences of a batch share which prompt.
+
+    Attributes:
+        rows: `[prompts * width]` int64, the sequences of each prompt; groups smaller than the widest are filled with any sequence.
+        places: `[batch]` int64, where each sequence stands in `rows`.
+        num_prompts: Prompts, each with at least one sequence.
+        dtype: The network's.
+        mask: `[prompts, 1, 1, slots]`, 0 where a prompt has a token and minus infinity after its end; `None` if all are equally long.
+    """
+
+    rows: torch.Tensor
+    places: torch.Tensor
+    num_prompts: int
+    dtype: torch.dtype
+    mask: torch.Tensor | None
+
+    @staticmethod
+    def build(owners: Sequence[int], lengths: Sequence[int], device: torch.device, dtype: torch.dtype) -> PromptGroups:
+        """Arrange a batch.
+
+        Args:
+            owners: The prompt of each sequence, `[batch]`.
+            lengths: Tokens of each prompt.
+            device: The network's.
+            dtype: The network's.
+        """
+        members: list[list[int]] = [[] for _ in lengths]
+        for row, owner in enumerate(owners):
+            members[owner].append(row)
+        width = max(map(len, members), default=0)
+        rows = [row for group in members for row in group + [0] * (width - len(group))]
+        places = [0] * len(owners)
+        for owner, group in enumerate(members):
+            for place, row in enumerate(group):
+                places[row] = owner * width + place
+        mask = None
+        if len(set(lengths)) > 1:
+            after = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
+            mask = torch.zeros(after.shape, dtype=dtype).masked_fill_(after, float("-inf"))[:, None, None].to(device)
+        arrangement = (torch.tensor(indices, dtype=torch.int64, device=device) for indices in (rows, places))
+        return PromptGroups(*arrangement, len(lengths), dtype, mask)
+
+    def gather(self, queries: torch.Tensor) -> torch.Tensor:
+        """Bring `[batch, groups, heads, head_dim]` to `[prompts, groups, width * heads, head_dim]`."""
+        _, groups, heads, dim = queries.shape
+        rows = queries.index_select(0, self.rows).view(self.num_prompts, -1, groups, heads, dim)
+        return rows.transpose(1, 2).reshape(self.num_prompts, groups, -1, dim)
+
+    def scatter(self, values: torch.Tensor, heads: int) -> torch.Tensor:
+        """Bring `[prompts, groups, width * heads, channels]` back to `[batch, groups, heads, channels]`."""
+        prompts, groups, _, channels = values.shape
+        rows = values.view(prompts, groups, -1, heads, channels).transpose(1, 2).reshape(-1, groups, heads, channels)
+        return rows.index_select(0, self.places)
+
+
+def attend(
+    queries: torch.Tensor, prompt: tuple[torch.Tensor, torch.Tensor], own: tuple[torch.Tensor, torch.Tensor], prompts: PromptGroups
+) -> torch.Tensor:
+    """Attend to the prompts and to the sequences' own tokens.
+
+    Args:
+        queries: `[batch, groups, heads, head_dim]`, the heads that read one key head's keys.
+        prompt: Keys and values of the prompts, each `[prompts, groups, slots, head_dim]`.
+        own: Keys and values of the sequences' tokens after their prompts, each `[batch, groups, tokens, head_dim]`, at least one token.
+        prompts: Which sequences share which prompt.
+
+    Returns:
+        `[batch, groups, heads, head_dim]`.
+    """
+    heads = queries.shape[2]
+    from_prompt, prompt_sum = softmax_read(prompts.gather(queries), *prompt, prompts.mask)
+    from_own, own_sum = softmax_read(queries, *own, None)
+    weight = torch.sigmoid(own_sum[..., None] - prompts.scatter(prompt_sum[..., None], heads))
+    return torch.lerp(prompts.scatter(from_prompt, heads).float(), from_own.float(), weight).to(queries.dtype)
+
+
+def softmax_read(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend, and tell the scale of what was read.
+
+    Args:
+        queries: `[batch, groups, tokens, head_dim]`.
+        keys: `[batch, groups, slots, head_dim]`.
+        values: Like `keys`.
+        mask: `[batch, 1, 1, slots]`, added to the scores; `None` adds nothing.
+
+    Returns:
+        What was read, like `queries`, and the logarithm of each softmax's sum of exponentials, float32 `[batch, groups, tokens]`.
+    """
+    if queries.device.type == "cpu":
+        whole = None if mask is None else mask.expand(-1, *queries.shape[1:3], -1)
+        # The kernel behind scaled_dot_product_attention; the public function does not return the sums.
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, attn_mask=whole)
+    # Scores in bfloat16 would be off by 0.4 %, and then sampled log-probs by more than those of the forward pass in training.
+    scores = torch.matmul(queries.float() * queries.shape[-1] ** -0.5, keys.float().transpose(-1, -2))
+    if mask is not None:
+        scores = scores + mask
+    sums = scores.logsumexp(-1)
+    return torch.matmul((scores - sums[..., None]).exp().to(values.dtype), values), sums
