@@ -53,8 +53,8 @@ class PromptGroups:
         if len(set(lengths)) > 1:
             after = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
             mask = torch.zeros(after.shape, dtype=dtype).masked_fill_(after, float("-inf"))[:, None, None].to(device)
-        arrangement = (torch.tensor(indices, dtype=torch.int64, device=device) for indices in (rows, places))
-        return PromptGroups(*arrangement, len(lengths), dtype, mask)
+        arranged, back = (torch.tensor(indices, dtype=torch.int64, device=device) for indices in (rows, places))
+        return PromptGroups(arranged, back, len(lengths), dtype, mask)
 
     def gather(self, queries: torch.Tensor) -> torch.Tensor:
         """Bring `[batch, groups, heads, head_dim]` to `[prompts, groups, width * heads, head_dim]`."""
@@ -104,11 +104,21 @@ def softmax_read(
     Returns:
         What was read, like `queries`, and the logarithm of each softmax's sum of exponentials, float32 `[batch, groups, tokens]`.
     """
-    if queries.device.type == "cpu":
-        whole = None if mask is None else mask.expand(-1, *queries.shape[1:3], -1)
-        # The kernel behind scaled_dot_product_attention; the public function does not return the sums.
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, attn_mask=whole)
-    # Scores in bfloat16 would be off by 0.4 %, and then sampled log-probs by more than those of the forward pass in training.
+    if queries.device.type != "cpu":
+        return softmax_read_by_formula(queries, keys, values, mask)
+    whole = None if mask is None else mask.expand(-1, *queries.shape[1:3], -1)
+    # The kernel behind scaled_dot_product_attention; the public function does not return the sums.
+    read, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, attn_mask=whole)
+    return read, sums
+
+
+def softmax_read_by_formula(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do the same as `softmax_read` on any device, in few calls.
+
+    Scores are float32: in bfloat16 they would be off by 0.4 %, and sampled log-probs further from those of the forward pass in training.
+    """
     scores = torch.matmul(queries.float() * queries.shape[-1] ** -0.5, keys.float().transpose(-1, -2))
     if mask is not None:
         scores = scores + mask
