@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tests import network_checks, tiny_qwen
 from tests.network_checks import MAX_LOGIT_DIFFERENCE, check_training
 from zppo_mm.config import ModelConfig, ParallelConfig
 from zppo_mm.errors import ConfigError, ModelError
-from zppo_mm.models import delta_rule, parallel
+from zppo_mm.models import delta_rule, parallel, shared_attention
 from zppo_mm.models.cache import DecodeCache
 from zppo_mm.models.gated_delta_net import GatedDeltaNet
 from zppo_mm.models.packing import MAX_PADDING_RATIO, build_layout
@@ -101,7 +102,11 @@ def test_greedy_tokens_equal_transformers(network: VisionLanguageModel, oracle: 
     assert tokens.tolist() == [network_checks.oracle_greedy(oracle, part, NUM_NEW_TOKENS) for part in parts]
 
 
-def test_decoding_gives_the_logprobs_of_the_training_forward(network: VisionLanguageModel) -> None:
+@pytest.mark.parametrize("min_saved_slots", [-math.inf, math.inf], ids=["prompts shared", "prompts copied"])
+def test_decoding_gives_the_logprobs_of_the_training_forward(
+    network: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch, min_saved_slots: float
+) -> None:
+    monkeypatch.setattr(shared_attention, "MIN_SAVED_SLOTS", min_saved_slots)
     parts = [tiny_qwen.sequences(kind)[0] for kind in KINDS]
     tokens, logits = network_checks.greedy(network, parts, NUM_NEW_TOKENS, repeats=2)
     longer = [extended(part, row) for part, row in zip([part for part in parts for _ in range(2)], tokens, strict=True)]
@@ -113,25 +118,32 @@ def test_decoding_gives_the_logprobs_of_the_training_forward(network: VisionLang
         assert (trained[end - NUM_NEW_TOKENS - 1 : end - 1] - decoded).abs().max() <= MAX_LOGIT_DIFFERENCE
 
 
-def test_selection_reorders_repeats_and_drops_sequences_while_decoding(network: VisionLanguageModel) -> None:
+@pytest.mark.parametrize("copied_from", [0, 1, 3, 9], ids=["copied", "copied at the first selection", "copied at the second", "shared"])
+def test_selection_reorders_repeats_and_drops_sequences_while_decoding(
+    network: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch, copied_from: int
+) -> None:
     parts = [tiny_qwen.make_sequence(seed, [length]) for seed, length in enumerate((7, 30, 12))]
     alone = [network_checks.greedy(network, [part], 6)[0][0] for part in parts]
     cache = DecodeCache(max_new_tokens=6)
     network.prefill(**tiny_qwen.pack(parts), cache=cache)
     rows = torch.tensor([0, 1, 2])
     for step in range(5):
+        monkeypatch.setattr(shared_attention, "MIN_SAVED_SLOTS", math.inf if step >= copied_from else -math.inf)
         if step == 1:
             rows = torch.tensor([2, 0, 2, 1])
             cache.select(rows)
         if step == 3:
-            # The longest prompt goes, and with it the empty slots after the others.
+            # The longest prompt goes, and with it the empty slots before the others.
             cache.select(torch.tensor([2, 1]))
             rows = rows[[2, 1]]
             assert cache.lengths == [7, 12]
-            assert {state.prompt[0].shape[2] for state in cache.attention.values()} == {12}
+            assert all(
+                state.own[0].shape[2] == 12 + 6 if cache.is_copied else state.prompt[0].shape[2] == 12 for state in cache.attention.values()
+            )
         token_ids = torch.stack([alone[row][step] for row in rows])
         positions = torch.tensor([len(parts[row].token_ids) + step for row in rows])
         logits = network.decode(token_ids, positions.expand(3, -1), cache)
+        assert cache.is_copied == (step >= copied_from)
         assert logits[:, : tiny_qwen.IMAGE].argmax(-1).tolist() == [int(alone[row][step + 1]) for row in rows]
 
 

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
-from zppo_mm.models.shared_attention import PromptGroups
+from zppo_mm.models.shared_attention import PromptGroups, is_worth_sharing, prompt_mask
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values."""
 
 
 @dataclass(slots=True)
@@ -16,12 +19,13 @@ class AttentionState:
     """Keys and values of one attention layer.
 
     Attributes:
-        prompt: Keys and values of the prompts, each `[prompts, groups, slots, head_dim]`; a prompt begins at the first slot.
-        own: Keys and values of what was decoded, each `[batch, groups, slots, head_dim]`; no slots before decoding begins.
+        prompt: Those of the prompts, each `[prompts, groups, slots, head_dim]`; a prompt ends at the last slot. `None` once copied.
+        own: Those of each sequence alone, each `[batch, groups, slots, head_dim]`: what was decoded, after a copy of the prompt if prompts
+            are copied. `None` before decoding begins.
     """
 
-    prompt: tuple[torch.Tensor, torch.Tensor]
-    own: tuple[torch.Tensor, torch.Tensor]
+    prompt: Pair | None
+    own: Pair | None = None
 
 
 @dataclass(slots=True)
@@ -41,15 +45,19 @@ class LinearState:
 class DecodeCache:
     """State of a batch of sequences on this pipeline stage.
 
-    Sequences after the same prompt share its keys and values. The tokens of one decoding step all go to the same slot, so writing is one
-    copy.
+    Sequences after the same prompt share its keys and values as long as that saves time; then each gets a copy. Prompts are aligned at
+    their ends: the tokens of one decoding step all go to the same slot, so writing is one copy and only the empty slots before short
+    prompts are masked.
 
     Attributes:
         max_new_tokens: Tokens that will be decoded at most, over all calls.
         lengths: Tokens of every prompt; empty before the prefill.
         owners: The prompt of every sequence.
         step: Tokens decoded so far.
-        prompts: Which sequences share which prompt, as the attention layers read it.
+        is_copied: Whether each sequence has a copy of its prompt among its own slots.
+        prompts: Which sequences share which prompt, unless prompts are copied.
+        mask: `[batch, 1, 1, slots]` if prompts are copied, 0 where a sequence has a token and minus infinity before its start; `None` if
+            all are equally long.
         attention: Per attention layer, by its global number.
         linear: Per DeltaNet layer, by its global number.
         plan: Weights as the decoding loop wants them, set by the prefill.
@@ -60,14 +68,22 @@ class DecodeCache:
     owners: list[int] = field(default_factory=list)
     step: int = 0
     prompts: PromptGroups | None = None
+    mask: torch.Tensor | None = None
     attention: dict[int, AttentionState] = field(default_factory=dict)
     linear: dict[int, LinearState] = field(default_factory=dict)
     plan: Any = None
+    is_copied: bool = False
+    _dtype: torch.dtype = torch.float32
     _slots: torch.Tensor | None = None
 
     @property
     def batch_size(self) -> int:
         return len(self.owners)
+
+    @property
+    def own_slots(self) -> int:
+        """Slots that each sequence has for itself and that are used."""
+        return self.step + (max(self.lengths) if self.is_copied else 0)
 
     def begin(self, cu_seqlens: torch.Tensor, dtype: torch.dtype) -> None:
         """Make room for packed prompts, one sequence after each.
@@ -78,15 +94,13 @@ class DecodeCache:
         """
         assert not self.lengths, "a cache is filled by one prefill"
         lengths = cu_seqlens.diff().cpu()
-        self.lengths, self.owners = lengths.tolist(), list(range(len(lengths)))
-        skipped = torch.arange(len(lengths)) * max(self.lengths) - (lengths.cumsum(0) - lengths)
-        self._slots = (torch.arange(int(lengths.sum())) + torch.repeat_interleave(skipped, lengths)).to(cu_seqlens.device)
-        self.prompts = PromptGroups.build(self.owners, self.lengths, cu_seqlens.device, dtype)
+        self.lengths, self.owners, self._dtype = lengths.tolist(), list(range(len(lengths))), dtype
+        ends = (torch.arange(len(lengths)) + 1) * max(self.lengths)
+        self._slots = (torch.arange(int(lengths.sum())) + torch.repeat_interleave(ends - lengths.cumsum(0), lengths)).to(cu_seqlens.device)
 
     def store_attention(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep a layer's keys and values of packed prompts, each `[tokens, groups, head_dim]`."""
-        nothing = key.new_empty((self.batch_size, key.shape[1], 0, key.shape[2]))
-        self.attention[layer] = AttentionState((self._padded(key), self._padded(value)), (nothing, nothing))
+        self.attention[layer] = AttentionState((self._aligned(key), self._aligned(value)))
 
     def store_linear(self, layer: int, sequences: Sequence[int], inputs: torch.Tensor, state: torch.Tensor) -> None:
         """Keep a DeltaNet layer's state after some of the prompts.
@@ -107,47 +121,79 @@ class DecodeCache:
     def select(self, index: torch.Tensor) -> None:
         """Keep the sequences that `index` names, in its order; a place may come several times or not at all.
 
-        Prompts that lose all their sequences are forgotten; the others stay where they are.
+        Prompts that lose all their sequences are forgotten.
 
         Args:
-            index: `[new batch]` int64 on the network's device.
+            index: `[new batch]` int64 on the network's device, at least one.
         """
-        owners = [self.owners[place] for place in index.tolist()]
+        slots, owners = max(self.lengths), [self.owners[place] for place in index.tolist()]
         kept = sorted(set(owners))
-        if len(kept) < len(self.lengths):
-            self._keep_prompts(torch.tensor(kept, device=index.device))
+        loses_prompts = len(kept) < len(self.lengths)
         places = {prompt: place for place, prompt in enumerate(kept)}
         self.owners = [places[owner] for owner in owners]
-        for layer in self.attention.values():
-            keys, values = layer.own
-            layer.own = self._moved(keys, index), self._moved(values, index)
+        self.lengths = [self.lengths[prompt] for prompt in kept]
+        unused = slots - max(self.lengths)
         for state in self.linear.values():
             state.inputs, state.state = state.inputs.index_select(0, index), state.state.index_select(0, index)
-        assert self.prompts is not None, "begin comes first"
-        self.prompts = PromptGroups.build(self.owners, self.lengths, index.device, self.prompts.dtype)
+        if self.is_copied:
+            used = slice(unused, slots + self.step)
+            for layer in self.attention.values():
+                layer.own = self._joined([_picked(layer.own, used, index)])
+        else:
+            rows = torch.tensor(kept, device=index.device)
+            for layer in self.attention.values():
+                if loses_prompts:
+                    layer.prompt = _picked(layer.prompt, slice(unused, slots), rows)
+                if layer.own is not None:
+                    layer.own = self._joined([_picked(layer.own, slice(self.step), index)])
+        if self.step:
+            self._arrange(index.device)
 
     def reserve(self) -> None:
-        """Make room for the tokens to be decoded, unless an earlier call did."""
+        """Make room for the tokens to be decoded, before the first of them."""
         for layer in self.attention.values():
-            if layer.own[0].shape[2] < self.max_new_tokens:
-                keys = layer.prompt[0]
-                shape = (self.batch_size, keys.shape[1], self.max_new_tokens, keys.shape[3])
-                layer.own = keys.new_empty(shape), keys.new_empty(shape)
+            if layer.own is not None:
+                return
+            assert layer.prompt is not None
+            rows = torch.tensor(self.owners, device=layer.prompt[0].device)
+            layer.own = self._joined([_picked(layer.prompt, slice(0), rows)])
+            device = rows.device
+        if self.attention:
+            self._arrange(device)
 
-    def _padded(self, packed: torch.Tensor) -> torch.Tensor:
+    def _arrange(self, device: torch.device) -> None:
+        """Say who shares what, and copy the prompts if sharing them no longer saves time."""
+        slots = max(self.lengths)
+        if not self.is_copied and is_worth_sharing(self.owners, slots, device):
+            self.prompts = PromptGroups.build(self.owners, self.lengths, device, self._dtype)
+            return
+        rows = torch.tensor(self.owners, device=device)
+        if not self.is_copied:
+            self.is_copied, self.prompts = True, None
+            for layer in self.attention.values():
+                own = _picked(layer.own, slice(self.step), torch.arange(self.batch_size, device=device))
+                layer.own, layer.prompt = self._joined([_picked(layer.prompt, slice(slots), rows), own]), None
+        self.mask = prompt_mask(self.lengths, slots + self.max_new_tokens, device, self._dtype)
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, rows)
+
+    def _joined(self, parts: list[Pair]) -> Pair:
+        """Return buffers that begin with the slots of all parts and have room for what is left to be decoded."""
+        capacity = self.max_new_tokens + (max(self.lengths) if self.is_copied else 0)
+        both = []
+        for tensors in zip(*parts, strict=True):
+            joined = tensors[0].new_empty((*tensors[0].shape[:2], capacity, tensors[0].shape[3]))
+            torch.cat(tensors, 2, out=joined[:, :, : sum(tensor.shape[2] for tensor in tensors)])
+            both.append(joined)
+        return both[0], both[1]
+
+    def _aligned(self, packed: torch.Tensor) -> torch.Tensor:
         assert self._slots is not None, "begin comes first"
         prompts, longest = len(self.lengths), max(self.lengths)
         rows = packed.new_zeros((prompts * longest, *packed.shape[1:])).index_copy_(0, self._slots, packed)
         return rows.view(prompts, longest, *packed.shape[1:]).transpose(1, 2).contiguous()
 
-    def _moved(self, own: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        moved = own.new_empty((len(index), *own.shape[1:]))
-        moved[:, :, : self.step] = own[:, :, : self.step].index_select(0, index)
-        return moved
 
-    def _keep_prompts(self, kept: torch.Tensor) -> None:
-        self.lengths = [self.lengths[place] for place in kept.tolist()]
-        longest = max(self.lengths, default=0)
-        for layer in self.attention.values():
-            keys, values = (part[:, :, :longest].index_select(0, kept) for part in layer.prompt)
-            layer.prompt = keys, values
+def _picked(pair: Pair | None, slots: slice, rows: torch.Tensor) -> Pair:
+    assert pair is not None
+    return pair[0][:, :, slots].index_select(0, rows), pair[1][:, :, slots].index_select(0, rows)

@@ -1,7 +1,7 @@
 """Prefill and one-token steps, with the parameters of the training network but a loop of its own.
 
 At one token per sequence the time goes into calls, not arithmetic: megatron-core's modules would make several hundred small ones per
-layer. This loop reads the same parameters and makes about forty.
+layer. This loop reads the same parameters and makes about forty, some more where prompts are shared.
 """
 
 from __future__ import annotations

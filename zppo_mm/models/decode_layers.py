@@ -82,12 +82,17 @@ class DecodeAttention:
         if self.qk_scale is not None:
             both = (F.rms_norm(both.float(), (dim,), None, self.eps) * self.qk_scale).to(hidden.dtype)
         both = rotary(both)
-        keys, values = state.own
-        keys[:, :, cache.step] = both[:, :, heads]
-        values[:, :, cache.step] = value[:, :, 0]
-        used = cache.step + 1
-        assert cache.prompts is not None
-        mixed = attend(both[:, :, :heads], state.prompt, (keys[:, :, :used], values[:, :, :used]), cache.prompts)
+        assert state.own is not None, "reserve comes first"
+        slot = cache.own_slots
+        for slots, newest in zip(state.own, (both[:, :, heads], value[:, :, 0]), strict=True):
+            slots[:, :, slot] = newest
+        keys, values = (slots[:, :, : slot + 1] for slots in state.own)
+        if state.prompt is not None and cache.prompts is not None:
+            mixed = attend(both[:, :, :heads], state.prompt, (keys, values), cache.prompts)
+        else:
+            mask = None if cache.mask is None else cache.mask[..., : slot + 1].expand(-1, self.groups, heads, -1)
+            # The queries of one group stand where a kernel expects the tokens of one head, so keys are never repeated.
+            mixed = F.scaled_dot_product_attention(both[:, :, :heads], keys, values, attn_mask=mask)
         if self.gated:
             mixed = mixed * gate[0].sigmoid()
         return self.projection(mixed.reshape(batch, -1))

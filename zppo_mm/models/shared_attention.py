@@ -1,15 +1,48 @@
 """Attention of one token per sequence, where sequences share prompts.
 
 The keys of a prompt are read once for all its sequences, whose queries stand side by side as the tokens of one; each sequence's own
-keys are read apart. A softmax over both is the mean of two softmaxes, weighted by their sums of exponentials.
+keys are read apart. A softmax over both is the mean of two softmaxes, weighted by their sums of exponentials. The kernel that tells these
+sums is the processor's; elsewhere each sequence gets a copy of its prompt.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+MIN_SAVED_SLOTS = 2000
+"""What sharing has to save, in keys read by one sequence, to be worth its calls."""
+COST_OF_PROMPT, COST_OF_SEQUENCE = 0.7, 0.3
+"""A prompt's key read by n sequences together costs about 0.7 + 0.3 n of one that is read alone (benchmarks/decode_attention.py)."""
+
+
+def is_worth_sharing(owners: Sequence[int], slots: int, device: torch.device) -> bool:
+    """Return whether reading prompts once takes less time than reading a copy per sequence.
+
+    Args:
+        owners: The prompt of each sequence.
+        slots: Tokens of the longest prompt.
+        device: The network's.
+    """
+    if device.type != "cpu":
+        return False
+    sizes = Counter(owners).values()
+    saved = len(owners) - len(sizes) * (COST_OF_PROMPT + COST_OF_SEQUENCE * max(sizes))
+    return saved * slots >= MIN_SAVED_SLOTS
+
+
+def prompt_mask(lengths: Sequence[int], slots: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return `[prompts, 1, 1, slots]`, minus infinity before a prompt begins, else 0; `None` if all begin at slot 0.
+
+    Prompts end together, at the slot that the longest one ends at.
+    """
+    if len(set(lengths)) == 1:
+        return None
+    empty = torch.arange(slots, device=device) < torch.tensor([max(lengths) - length for length in lengths], device=device)[:, None]
+    return torch.zeros(empty.shape, device=device, dtype=dtype).masked_fill_(empty, float("-inf"))[:, None, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +53,12 @@ class PromptGroups:
         rows: `[prompts * width]` int64, the sequences of each prompt; groups smaller than the widest are filled with any sequence.
         places: `[batch]` int64, where each sequence stands in `rows`.
         num_prompts: Prompts, each with at least one sequence.
-        dtype: The network's.
-        mask: `[prompts, 1, 1, slots]`, 0 where a prompt has a token and minus infinity after its end; `None` if all are equally long.
+        mask: See `prompt_mask`.
     """
 
     rows: torch.Tensor
     places: torch.Tensor
     num_prompts: int
-    dtype: torch.dtype
     mask: torch.Tensor | None
 
     @staticmethod
@@ -43,18 +74,14 @@ class PromptGroups:
         members: list[list[int]] = [[] for _ in lengths]
         for row, owner in enumerate(owners):
             members[owner].append(row)
-        width = max(map(len, members), default=0)
+        width = max(map(len, members))
         rows = [row for group in members for row in group + [0] * (width - len(group))]
         places = [0] * len(owners)
         for owner, group in enumerate(members):
             for place, row in enumerate(group):
                 places[row] = owner * width + place
-        mask = None
-        if len(set(lengths)) > 1:
-            after = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
-            mask = torch.zeros(after.shape, dtype=dtype).masked_fill_(after, float("-inf"))[:, None, None].to(device)
         arranged, back = (torch.tensor(indices, dtype=torch.int64, device=device) for indices in (rows, places))
-        return PromptGroups(arranged, back, len(lengths), dtype, mask)
+        return PromptGroups(arranged, back, len(lengths), prompt_mask(lengths, max(lengths), device, dtype))
 
     def gather(self, queries: torch.Tensor) -> torch.Tensor:
         """Bring `[batch, groups, heads, head_dim]` to `[prompts, groups, width * heads, head_dim]`."""
@@ -104,23 +131,7 @@ def softmax_read(
     Returns:
         What was read, like `queries`, and the logarithm of each softmax's sum of exponentials, float32 `[batch, groups, tokens]`.
     """
-    if queries.device.type != "cpu":
-        return softmax_read_by_formula(queries, keys, values, mask)
     whole = None if mask is None else mask.expand(-1, *queries.shape[1:3], -1)
     # The kernel behind scaled_dot_product_attention; the public function does not return the sums.
     read, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, attn_mask=whole)
     return read, sums
-
-
-def softmax_read_by_formula(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do the same as `softmax_read` on any device, in few calls.
-
-    Scores are float32: in bfloat16 they would be off by 0.4 %, and sampled log-probs further from those of the forward pass in training.
-    """
-    scores = torch.matmul(queries.float() * queries.shape[-1] ** -0.5, keys.float().transpose(-1, -2))
-    if mask is not None:
-        scores = scores + mask
-    sums = scores.logsumexp(-1)
-    return torch.matmul((scores - sums[..., None]).exp().to(values.dtype), values), sums

@@ -35,7 +35,7 @@ from zppo_mm.training.samples import response_sequence, to_training_samples
 logger = logging.getLogger(__name__)
 
 NUM_ROLLOUTS = 2
-"""Responses per question: more than one, so that the engine copies its caches as it does in training."""
+"""Responses per question: more than one, so that they share a prompt in the engine's caches as they do in training."""
 RESUMED = "the run goes on from a checkpoint, whose weights are no longer the folder's"
 
 

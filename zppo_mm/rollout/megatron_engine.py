@@ -20,7 +20,7 @@ from zppo_mm.rollout.waves import Share, plan_waves
 
 DEFAULT_PREFILL_TOKENS = 65_536
 COMPACTION_SHARE = 0.25
-"""Finished sequences leave the batch when they are this share of it: moving the caches costs about as much as a decoding step."""
+"""Finished sequences leave the batch when they are this share of it: moving the caches costs up to about a decoding step."""
 
 
 class MegatronEngine:
