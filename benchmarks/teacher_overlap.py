@@ -1,13 +1,14 @@
 """Time of a step with a served teacher beside that of a step without one, for several latencies of the teacher.
 
-    python benchmarks/teacher_overlap.py [--modality text] [--latencies 0 0.5 0.9] [--ask-ahead 0 0.5] [--steps 6] [--rounds 2] [key=v …]
+    python benchmarks/teacher_overlap.py [--modality text] [--latencies 0 0.5 0.9] [--ask-ahead 0 0.5] [--steps 12] [key=v …]
 
 The teacher is a server on this machine that knows every answer and takes its time without using the processor, for any number of questions
 at once, so that what it costs is waiting alone. Without teacher is `ncq_replay`: as many prompts under the same caps, and nobody to wait
 for. Latencies are shares of its plain rollout phase; 0 answers at once. The second number of a row is `teacher.ask_ahead`. `grpo_replay`,
 which reformulates nothing, shows what ZPPO costs. The embedded student's responses are shorter than its prompts; with
-`--response-tokens N` it knows no stop token, and all have N tokens. Runs take turns; a step's time leaves out evaluation, and the first
-step, in which the buffer is empty.
+`--response-tokens N` it knows no stop token, and all have N tokens. All runs are started, and then take turns step by step, the others
+stopped meanwhile, so that a machine that slows down slows all alike. A step is a turn by the clock without evaluation; the first, in which
+the buffer is empty, does not count. Seconds are medians, ratios those of all counted turns together.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from pathlib import Path
@@ -40,6 +42,7 @@ from zppo_mm.teacher.chat_api import Content
 from zppo_mm.teacher.media_parts import MessageWriter
 from zppo_mm.zone.prompts import load_templates
 
+POLL_SECONDS = 0.002
 CLONE = Path(__file__).resolve().parents[1]
 ALONE = ("ncq_replay", "grpo_replay")
 SIZE = ("train.num_new_questions=64", "rollout.max_batch_size=64", "train.updates_per_step=4")
@@ -116,17 +119,62 @@ def serve(modality: str) -> Iterator[KnowingServer]:
         server.shutdown()
 
 
-def run(folder: Path, name: str, steps: int, options: list[str]) -> list[dict[str, float]]:
-    """Train and return the metrics of all steps but the first."""
-    command = [sys.executable, str(CLONE / "tools" / "train_zppo.py"), f"name={name}", f"output_dir={folder}", f"train.train_iters={steps}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(CLONE)}
-    subprocess.run([*command, *SIZE, *QUIET, *options], check=True, env=environment, stderr=subprocess.DEVNULL)
-    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()][1:]
+class Run:
+    """A training run that goes on for one step at a time, from the first turn on.
+
+    Attributes:
+        rows: Metrics of the steps so far; `seconds/step` is the turn's time by the clock, without evaluation.
+    """
+
+    def __init__(self, folder: Path, name: str, steps: int, options: list[str]) -> None:
+        program = str(CLONE / "tools" / "train_zppo.py")
+        command = [sys.executable, program, f"name={name}", f"output_dir={folder}", f"train.train_iters={steps}", *SIZE, *QUIET, *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(CLONE)}
+        # Its decoding workers must stop with it.
+        self._start = partial(subprocess.Popen[bytes], command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._metrics = folder / name / "metrics.jsonl"
+        self.rows: list[dict[str, float]] = []
+
+    def turn(self) -> None:
+        """Run until the next step's metrics are written.
+
+        Raises:
+            RuntimeError: The run ended instead.
+        """
+        started = time.monotonic()
+        self._process = self._process or self._start()
+        os.killpg(self._process.pid, signal.SIGCONT)
+        while not (self._metrics.exists() and self._metrics.read_bytes().count(b"\n") > len(self.rows)):
+            if self._process.poll() is not None:
+                raise RuntimeError(
+                    f"{self._metrics.parent.name} ended with exit status {self._process.returncode}; run it alone to see why"
+                )
+            time.sleep(POLL_SECONDS)
+        taken = time.monotonic() - started
+        os.killpg(self._process.pid, signal.SIGSTOP)
+        row = json.loads(self._metrics.read_text().splitlines()[len(self.rows)])
+        self.rows.append({**row, "seconds/step": taken - row.get("seconds/evaluation", 0.0)})
+
+    def end(self) -> None:
+        """Break the run off."""
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def seconds(self, phase: str) -> list[float]:
+        """Return a phase's seconds in all counted steps."""
+        return [row.get(f"seconds/{phase}", 0.0) for row in self.rows[1:]]
 
 
-def seconds(row: dict[str, float], phase: str) -> float:
-    """Return a phase's seconds; those of the step leave out evaluation."""
-    return row.get(f"seconds/{phase}", 0.0) - (row.get("seconds/evaluation", 0.0) if phase == "step" else 0.0)
+def prepare(folder: Path, url: str, known: argparse.Namespace, options: list[str]) -> dict[tuple[str, float], Run]:
+    """Return a run per method and setting, by name and latency."""
+    given = {(method, 0.0): [f"method={method}"] for method in ALONE}
+    for latency, ahead in product(known.latencies, known.ask_ahead):
+        endpoint = ["teacher.max_concurrency=256", f"teacher.endpoints=[{url}]", "teacher.model=known"]
+        given[f"zppo-{latency:g}-{ahead:g}", latency] = ["method=zppo", *endpoint, f"teacher.ask_ahead={ahead:g}"]
+    # The last step, which ends with a checkpoint, is not reached.
+    return {key: Run(folder, key[0], known.steps + 1, [*own, *options]) for key, own in given.items()}
 
 
 def main() -> None:
@@ -136,40 +184,39 @@ def main() -> None:
     parser.add_argument("--latencies", nargs="+", type=float, default=[0.0, 0.5, 0.9])
     parser.add_argument("--ask-ahead", nargs="+", type=float, default=[0.0, 0.5])
     parser.add_argument("--response-tokens", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("options", nargs="*", metavar="key=value")
     known = parser.parse_intermixed_args()
-    rows: dict[str, list[dict[str, float]]] = defaultdict(list)
     options = [f"modality={known.modality}", *known.options]
+    runs: dict[tuple[str, float], Run] = {}
     with serve(known.modality) as server, tempfile.TemporaryDirectory() as scratch:
         if known.response_tokens:
             student = endless_student(Path(scratch) / "student")
             options = [f"model.student={student}", f"rollout.max_response_tokens={known.response_tokens}", *options]
-        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-        for turn in range(known.rounds):
-            for method in ALONE:
-                rows[method] += run(Path(scratch), f"{method}-{turn}", known.steps, [f"method={method}", *options])
-            phase = statistics.median(seconds(row, "plain_rollout") for row in rows["ncq_replay"])
-            for latency, ahead in product(known.latencies, known.ask_ahead):
-                server.latency_seconds = latency * phase
-                given = [
-                    "method=zppo",
-                    "teacher.max_concurrency=256",
-                    f"teacher.endpoints=[{url}]",
-                    "teacher.model=known",
-                    f"teacher.ask_ahead={ahead:g}",
-                    *options,
-                ]
-                rows[f"zppo, {latency:g}, {ahead:g}"] += run(Path(scratch), f"{latency:g}-{ahead:g}-{turn}", known.steps, given)
+        try:
+            runs = prepare(Path(scratch), f"http://127.0.0.1:{server.server_address[1]}/v1", known, options)
+            for _ in range(known.steps):
+                for (_, latency), run in runs.items():
+                    phase = runs[ALONE[0], 0.0].seconds("plain_rollout")
+                    server.latency_seconds = latency * statistics.median(phase) if phase else 0.0
+                    run.turn()
+        finally:
+            for run in runs.values():
+                run.end()
+    show(runs)
+
+
+def show(runs: dict[tuple[str, float], Run]) -> None:
+    """Print one line per run."""
     phases = ("plain_rollout", "teacher", "reformulated_rollout", "update", "step")
-    values = {name: [statistics.median(seconds(row, phase) for row in group) for phase in phases] for name, group in rows.items()}
     print(f"| run | answers after | {' | '.join(phases)} | {' | '.join(f'step / {method}' for method in ALONE)} |")
     print("|---" * (len(phases) + 2 + len(ALONE)) + "|")
-    for name, group in rows.items():
-        answered = statistics.median(row.get("teacher/answer_seconds", 0.0) for row in group)
-        ratios = [f"{values[name][-1] / values[method][-1]:.2f}" for method in ALONE]
-        print(f"| {name} | {' | '.join([*(f'{value:.2f}' for value in [answered, *values[name]]), *ratios])} |")
+    for (name, _), run in runs.items():
+        answered = statistics.median(row.get("teacher/answer_seconds", 0.0) for row in run.rows[1:])
+        values = [answered, *(statistics.median(run.seconds(phase)) for phase in phases)]
+        others = [runs[method, 0.0].seconds("step") for method in ALONE]
+        ratios = [sum(run.seconds("step")) / sum(other) for other in others]
+        print(f"| {name} | {' | '.join(f'{value:.2f}' for value in [*values, *ratios])} |")
 
 
 if __name__ == "__main__":
