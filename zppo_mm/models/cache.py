@@ -128,54 +128,53 @@ class DecodeCache:
         """
         slots, owners = max(self.lengths), [self.owners[place] for place in index.tolist()]
         kept = sorted(set(owners))
-        loses_prompts = len(kept) < len(self.lengths)
         places = {prompt: place for place, prompt in enumerate(kept)}
+        loses_prompts, was_copied = len(kept) < len(self.lengths), self.is_copied
         self.owners = [places[owner] for owner in owners]
         self.lengths = [self.lengths[prompt] for prompt in kept]
-        unused = slots - max(self.lengths)
         for state in self.linear.values():
             state.inputs, state.state = state.inputs.index_select(0, index), state.state.index_select(0, index)
-        if self.is_copied:
-            used = slice(unused, slots + self.step)
-            for layer in self.attention.values():
-                layer.own = self._joined([_picked(layer.own, used, index)])
-        else:
-            rows = torch.tensor(kept, device=index.device)
-            for layer in self.attention.values():
-                if loses_prompts:
-                    layer.prompt = _picked(layer.prompt, slice(unused, slots), rows)
-                if layer.own is not None:
-                    layer.own = self._joined([_picked(layer.own, slice(self.step), index)])
         if self.step:
             self._arrange(index.device)
-
-    def reserve(self) -> None:
-        """Make room for the tokens to be decoded, before the first of them."""
+        unused = slots - max(self.lengths)
+        prompts, rows = (torch.tensor(numbers, device=index.device) for numbers in (kept, owners))
         for layer in self.attention.values():
-            if layer.own is not None:
-                return
-            assert layer.prompt is not None
-            rows = torch.tensor(self.owners, device=layer.prompt[0].device)
-            layer.own = self._joined([_picked(layer.prompt, slice(0), rows)])
-            device = rows.device
-        if self.attention:
-            self._arrange(device)
+            if was_copied:
+                layer.own = self._joined([_picked(layer.own, slice(unused, slots + self.step), index)])
+                continue
+            decoded = [] if layer.own is None else [_picked(layer.own, slice(self.step), index)]
+            if self.is_copied:
+                decoded.insert(0, _picked(layer.prompt, slice(unused, slots), rows))
+                layer.prompt = None
+            elif loses_prompts:
+                layer.prompt = _picked(layer.prompt, slice(unused, slots), prompts)
+            layer.own = self._joined(decoded) if decoded else None
+
+    def reserve(self, device: torch.device) -> None:
+        """Make room for the tokens to be decoded, before the first of them.
+
+        Args:
+            device: The network's.
+        """
+        if self.step:
+            return
+        self._arrange(device)
+        rows = torch.tensor(self.owners, device=device)
+        for layer in self.attention.values():
+            layer.own = self._joined([_picked(layer.prompt, slice(None if self.is_copied else 0), rows)])
+            layer.prompt = None if self.is_copied else layer.prompt
 
     def _arrange(self, device: torch.device) -> None:
-        """Say who shares what, and copy the prompts if sharing them no longer saves time."""
+        """Say who shares what, or that each has a copy because sharing does not save time; copies stay copies."""
         slots = max(self.lengths)
-        if not self.is_copied and is_worth_sharing(self.owners, slots, device):
+        self.is_copied = self.is_copied or not is_worth_sharing(self.owners, slots, device)
+        if not self.is_copied:
             self.prompts = PromptGroups.build(self.owners, self.lengths, device, self._dtype)
             return
-        rows = torch.tensor(self.owners, device=device)
-        if not self.is_copied:
-            self.is_copied, self.prompts = True, None
-            for layer in self.attention.values():
-                own = _picked(layer.own, slice(self.step), torch.arange(self.batch_size, device=device))
-                layer.own, layer.prompt = self._joined([_picked(layer.prompt, slice(slots), rows), own]), None
+        self.prompts = None
         self.mask = prompt_mask(self.lengths, slots + self.max_new_tokens, device, self._dtype)
         if self.mask is not None:
-            self.mask = self.mask.index_select(0, rows)
+            self.mask = self.mask[torch.tensor(self.owners, device=device)]
 
     def _joined(self, parts: list[Pair]) -> Pair:
         """Return buffers that begin with the slots of all parts and have room for what is left to be decoded."""

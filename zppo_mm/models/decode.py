@@ -86,7 +86,7 @@ def decode(model: VisionLanguageModel, token_ids: torch.Tensor, positions: torch
     assert len(token_ids) == cache.batch_size, "one token per sequence of the cache"
     assert cache.step < cache.max_new_tokens, "the cache has room for max_new_tokens"
     plan: DecodePlan = cache.plan
-    cache.reserve()
+    cache.reserve(token_ids.device)
     if model.pre_process:
         hidden = model.language_model.embedding.word_embeddings(token_ids[None]).squeeze(0)
     else:
