@@ -33,8 +33,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from data.media_store import MediaStore
 from data.shards import ShardFolder
-from zppo_mm.build_shared import MediaStore
+from zppo_mm.build_shared import media_limits
 from zppo_mm.config_io import load_config
 from zppo_mm.embedded import STUDENT_DIR
 from zppo_mm.embedded.questions import embedded_sources
@@ -102,14 +103,14 @@ def serve(modality: str) -> Iterator[KnowingServer]:
     """Serve the embedded questions' answers until the block ends."""
     templates = load_templates()
     config = load_config(None, [f"modality={modality}"])
-    media = MediaStore(config.data)
-    writer = MessageWriter(config.teacher, media.open, media.read)
+    media = MediaStore(media_limits(config.data))
+    writer = MessageWriter(config.teacher, media)
     answers = {}
     for source in embedded_sources(config, "train"):
         folder = ShardFolder(source.path)
         for shard, key in list(folder.keys()):
             question = folder.question(shard, key)
-            answers[digest(writer.content(templates.plain_text(question), question))] = question.answer
+            answers[digest(writer.content(templates.plain_text(question), question.media))] = question.answer
     media.close()
     server = KnowingServer(answers)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.health import SampleHealth
+from data.media_store import MediaStore
 from data.shards import ShardFolder
 from data.stream import QuestionStream
-from zppo_mm.build_shared import MediaStore, Shared, load_model, release_memory
+from zppo_mm.build_shared import Shared, load_model, media_limits, release_memory
 from zppo_mm.build_teacher import Teachers, build_judge, build_rewriters, build_teachers, judge_pool
 from zppo_mm.config import RunConfig
 from zppo_mm.embedded import STUDENT_DIR
@@ -28,9 +29,9 @@ from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.step import Stages
 from zppo_mm.teacher.connect import open_pool
-from zppo_mm.teacher.endpoint_pool import EndpointPool
 from zppo_mm.teacher.rank_channel import Channel
 from zppo_mm.teacher.ranks_teacher import RanksTeacher
+from zppo_mm.teacher.servers import Servers
 from zppo_mm.training.distillation import DistillationObjective, check_networks
 from zppo_mm.training.learner import Learner
 from zppo_mm.training.objective import Objective, PolicyObjective
@@ -71,7 +72,7 @@ class Run:
     verifier: Verifier
     encoders: list[PromptEncoder]
     teachers: Teachers
-    pools: tuple[EndpointPool, ...] = ()
+    pools: tuple[Servers, ...] = ()
     judge: LlmJudge | None = None
     counted: dict[str, int] = field(default_factory=dict)
 
@@ -96,7 +97,7 @@ class Run:
         counts = Counter({"reward/timeouts": self.verifier.num_timeouts, "reward/errors": self.verifier.num_errors})
         counts.update({f"reward/{name}": count for name, count in (self.judge.counts if self.judge else Counter[str]()).items()})
         for counted in (*(pool.counts for pool in self.pools), self.teachers.ranks.counts if self.teachers.ranks else Counter[str]()):
-            counts.update({f"teacher/{name}": count for name, count in counted.items()})
+            counts.update({f"teacher/{name}": count for name, count in dict(counted).items()})
         # Every rank knows of these, and what the replicas count is added up.
         if parallel.replica_rank() == 0:
             counts.update({"teacher/passed_on": self.teachers.num_passed_on, "teacher/lost_rollouts": self.teachers.num_ungraded})
@@ -133,9 +134,9 @@ def build_run(config: RunConfig, channel: Channel | None = None) -> Run:
         ZppoError: A model, its layout or a template cannot be used.
         DataError: A data source cannot be used.
     """
-    media = MediaStore(config.data)
+    media = MediaStore(media_limits(config.data))
     exchange = ParallelExchange()
-    pool = open_pool(config.teacher, exchange)
+    pool = open_pool(config.teacher, exchange, limits=media.limits)
     judges = judge_pool(config, pool, exchange)
     judge = build_judge(config, judges, channel)
     verifier = Verifier(config.reward.timeout_seconds, config.reward.num_workers, judge)

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.media import Frames, MediaLimits, MediaOpener
-from data.question import MediaRef
-from data.shards import ShardReader
+from data.media import MediaLimits
+from data.media_store import MediaStore
 from zppo_mm.config import DataConfig, ModelConfig, ParallelConfig, RunConfig
 from zppo_mm.models.architecture import load_architecture
 from zppo_mm.models.provider import build_model
@@ -19,36 +18,6 @@ from zppo_mm.rollout.exchange import ParallelExchange
 from zppo_mm.rollout.megatron_engine import MegatronEngine
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import Grader, GroupSampler
-
-
-class MediaStore:
-    """Opens any media reference of the run's shards."""
-
-    def __init__(self, config: DataConfig) -> None:
-        self._reader = ShardReader()
-        self._opener = MediaOpener(
-            MediaLimits(
-                max_bytes=config.max_media_bytes,
-                max_pixels=config.max_media_pixels,
-                frames_per_second=config.video_frames_per_second,
-                max_frames=config.video_max_frames,
-                decode_timeout_seconds=config.decode_timeout_seconds,
-                num_workers=config.num_decode_workers,
-            )
-        )
-
-    def open(self, ref: MediaRef) -> Frames:
-        """Return the sampled frames of a media file."""
-        return self._opener.open_ref(ref, self._reader)
-
-    def read(self, ref: MediaRef) -> bytes:
-        """Return a media file as it is, within the size limit."""
-        return self._opener.read_ref(ref, self._reader)
-
-    def close(self) -> None:
-        """End the decoding workers and close the shards."""
-        self._opener.close()
-        self._reader.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +40,18 @@ class Shared:
         """Return a sampler with a model's weights."""
         engine = MegatronEngine(model, self.config.seed, self.config.rollout.max_batch_size)
         return GroupSampler(engine, encoder, self.verifier, self.exchange)
+
+
+def media_limits(config: DataConfig) -> MediaLimits:
+    """Return what a run opens."""
+    return MediaLimits(
+        max_bytes=config.max_media_bytes,
+        max_pixels=config.max_media_pixels,
+        frames_per_second=config.video_frames_per_second,
+        max_frames=config.video_max_frames,
+        decode_timeout_seconds=config.decode_timeout_seconds,
+        num_workers=config.num_decode_workers,
+    )
 
 
 def release_memory(encoders: Sequence[PromptEncoder]) -> None:

@@ -16,15 +16,14 @@ from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.teacher.chain import TeacherChain
 from zppo_mm.teacher.compress import RuleCompressor, TeacherCompressor, load_compression_template
 from zppo_mm.teacher.connect import open_pool
-from zppo_mm.teacher.endpoint_pool import EndpointPool
 from zppo_mm.teacher.hint import RuleHintWriter, TeacherHintWriter, load_hint_template
-from zppo_mm.teacher.media_parts import MessageWriter
 from zppo_mm.teacher.megatron_teacher import MegatronTeacher
 from zppo_mm.teacher.rank_channel import Channel
 from zppo_mm.teacher.ranks_teacher import RanksTeacher, replies_of_ranks
 from zppo_mm.teacher.served_judge import greedy_replies
 from zppo_mm.teacher.served_teacher import ServedTeacher
 from zppo_mm.teacher.served_tokens import TokenReader
+from zppo_mm.teacher.servers import Servers
 from zppo_mm.teacher.teacher import Compressor, HintWriter, Teacher
 from zppo_mm.zone.prompts import PromptTemplates
 
@@ -43,7 +42,7 @@ class Teachers:
 
     answers: Teacher | None
     rewrites: Teacher | None
-    pools: tuple[EndpointPool, ...] = ()
+    pools: tuple[Servers, ...] = ()
     network: VisionLanguageModel | None = None
     ranks: RanksTeacher | None = None
 
@@ -60,7 +59,7 @@ class Teachers:
 
 
 def build_teachers(
-    shared: Shared, pool: EndpointPool | None, templates: PromptTemplates, student: PromptEncoder, ranks: RanksTeacher | None = None
+    shared: Shared, pool: Servers | None, templates: PromptTemplates, student: PromptEncoder, ranks: RanksTeacher | None = None
 ) -> Teachers:
     """Load the teachers, or point to their servers, unless nothing in this configuration would ask them.
 
@@ -80,9 +79,9 @@ def build_teachers(
         return Teachers(None, None, ranks=ranks)
     first = ranks or _build_teacher(shared, config.teacher, pool, templates, student)
     others: list[Teacher] = []
-    pools: list[EndpointPool] = []
+    pools: list[Servers] = []
     for index, other in enumerate(config.fallback_teachers if answers else ()):
-        own = open_pool(other, shared.exchange, where=f"fallback_teachers[{index}]")
+        own = open_pool(other, shared.exchange, limits=shared.media.limits, where=f"fallback_teachers[{index}]")
         pools += [own] if own is not None else []
         others.append(_build_teacher(shared, other, own, templates, student))
     chain = TeacherChain([first, *others]) if others else first
@@ -90,9 +89,7 @@ def build_teachers(
     return Teachers(chain if answers else None, first if rewrites else None, tuple(pools), network, ranks)
 
 
-def _build_teacher(
-    shared: Shared, own: TeacherConfig, pool: EndpointPool | None, templates: PromptTemplates, student: PromptEncoder
-) -> Teacher:
+def _build_teacher(shared: Shared, own: TeacherConfig, pool: Servers | None, templates: PromptTemplates, student: PromptEncoder) -> Teacher:
     config = shared.config
     if pool is not None:
         return ServedTeacher(
@@ -100,7 +97,6 @@ def _build_teacher(
             own,
             shared.exchange,
             shared.verifier,
-            MessageWriter(own, shared.media.open, shared.media.read),
             plain_text=templates.plain_text,
             tokenize=lambda text: student.chat.tokenize([text]),
             seed=config.seed,
@@ -147,7 +143,7 @@ def _token_reader(config: RunConfig, student: PromptEncoder) -> TokenReader | No
     return TokenReader(student.chat.token_bytes(), student.stop_token_ids, config.distill.top_k)
 
 
-def judge_pool(config: RunConfig, teachers: EndpointPool | None, exchange: ParallelExchange) -> EndpointPool | None:
+def judge_pool(config: RunConfig, teachers: Servers | None, exchange: ParallelExchange) -> Servers | None:
     """Return the judge's servers: the teacher's unless it has its own or another model."""
     reward = config.reward
     if not reward.judge or not (reward.judge_endpoints or reward.judge_model):
@@ -161,7 +157,7 @@ def judge_pool(config: RunConfig, teachers: EndpointPool | None, exchange: Paral
     )
 
 
-def build_judge(config: RunConfig, pool: EndpointPool | None, channel: Channel | None = None) -> LlmJudge | None:
+def build_judge(config: RunConfig, pool: Servers | None, channel: Channel | None = None) -> LlmJudge | None:
     """Return the judge behind servers, or else on the teacher's own ranks."""
     if pool is not None:
         complete = greedy_replies(pool, config.reward, config.teacher.num_retries)

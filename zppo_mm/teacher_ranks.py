@@ -7,7 +7,8 @@ import logging
 import time
 from collections.abc import Iterator
 
-from zppo_mm.build_shared import MediaStore, Shared, release_memory
+from data.media_store import MediaStore
+from zppo_mm.build_shared import Shared, media_limits, release_memory
 from zppo_mm.build_teacher import megatron_teacher
 from zppo_mm.config import RunConfig
 from zppo_mm.models import parallel
@@ -69,7 +70,7 @@ def reach_teacher(config: RunConfig, world: World | None) -> Iterator[Channel | 
 
 
 def _serve(config: RunConfig, channel: Channel) -> str:
-    media = MediaStore(config.data)
+    media = MediaStore(media_limits(config.data))
     try:
         shared = Shared(config, media, LeaveToStudent(), ParallelExchange())
         layout = teacher_layout(config.teacher, config.parallel)

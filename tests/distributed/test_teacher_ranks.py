@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from data.digits_shards import build_digit_shards
+from data.media_store import MediaStore
 from data.question import Question
 from data.shards import ShardFolder
 from data.stream import QuestionStream
 from tests.distributed.launch import run_ranks
-from zppo_mm.build_shared import MediaStore, Shared
+from zppo_mm.build_shared import Shared, media_limits
 from zppo_mm.build_teacher import megatron_teacher
 from zppo_mm.config import RunConfig
 from zppo_mm.config_io import load_config
@@ -66,7 +67,7 @@ def ask_both(num_ranks: int, sizes: Sequence[str], shards: Path) -> dict[str, An
     with reach_teacher(config, world) as channel:
         assert channel is not None
         parallel.initialize(config.parallel, config.seed, world)
-        media, exchange = MediaStore(config.data), ParallelExchange()
+        media, exchange = MediaStore(media_limits(config.data)), ParallelExchange()
         with Verifier() as verifier:
             apart = RanksTeacher(channel, config.teacher, exchange, verifier)
             apart.greet()

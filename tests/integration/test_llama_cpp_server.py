@@ -21,8 +21,9 @@ from zppo_mm.config_io import load_config
 from zppo_mm.rollout.exchange import SingleProcess
 from zppo_mm.teacher.chat_api import Ask
 from zppo_mm.teacher.connect import open_pool
-from zppo_mm.teacher.endpoint_pool import EndpointPool, Patience
+from zppo_mm.teacher.endpoint_pool import EndpointPool
 from zppo_mm.teacher.served_tokens import TokenReader
+from zppo_mm.teacher.servers import Patience
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LONG = Patience(max_seconds=300.0, num_retries=None)
@@ -44,7 +45,7 @@ def url() -> Iterator[str]:
 
 
 def ask(text: str, num_choices: int, temperature: float = 1.0, max_tokens: int = 24) -> Ask:
-    return Ask(lambda: text, num_choices, temperature, max_tokens, seed=7)
+    return Ask(text, num_choices, temperature, max_tokens, seed=7)
 
 
 def test_answers_differ_within_a_question_and_tokens_are_counted(url: str) -> None:

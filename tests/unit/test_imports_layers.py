@@ -11,7 +11,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("data", "encoders", "zppo_mm")
 
-BASE = {"data", "encoders", "zppo_mm.errors", "zppo_mm.experience", "zppo_mm.config", "zppo_mm.randomness", "zppo_mm.neutralise"}
+BASE = {
+    "data",
+    "encoders",
+    "zppo_mm.errors",
+    "zppo_mm.experience",
+    "zppo_mm.config",
+    "zppo_mm.randomness",
+    "zppo_mm.interpreters",
+    "zppo_mm.neutralise",
+}
 MODELS = BASE | {"zppo_mm.models"}
 STAGES = MODELS | {
     "zppo_mm.algorithms",
@@ -27,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "encoders": set(),
     "zppo_mm.errors": set(),
     "zppo_mm.randomness": set(),
+    "zppo_mm.interpreters": set(),
     "zppo_mm.neutralise": set(),
     "zppo_mm.config": {"zppo_mm.config_models", "zppo_mm.config_teacher"},
     "zppo_mm.config_models": set(),
@@ -71,7 +81,16 @@ TORCH_FREE = (
     "zppo_mm.zone",
     "zppo_mm.rewards",
 )
-TORCH_FREE += ("zppo_mm.neutralise", "zppo_mm.errors", "zppo_mm.experience", "zppo_mm.comparison", "zppo_mm.randomness", "data")
+TORCH_FREE += (
+    "zppo_mm.teacher.pool_server",
+    "zppo_mm.interpreters",
+    "zppo_mm.neutralise",
+    "zppo_mm.errors",
+    "zppo_mm.experience",
+    "zppo_mm.comparison",
+    "zppo_mm.randomness",
+    "data",
+)
 HEAVY = {"torch", "transformers", "megatron"}
 # The vision tower shares its work over a group that it is handed; it makes none.
 PROCESS_GROUP_PARTS = ("zppo_mm.models", "zppo_mm.training", "encoders")

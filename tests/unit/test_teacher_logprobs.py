@@ -15,7 +15,6 @@ from zppo_mm.experience import NO_TOKEN, Rollout
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.exchange import SingleProcess
 from zppo_mm.teacher.endpoint_pool import EndpointPool
-from zppo_mm.teacher.media_parts import MessageWriter
 from zppo_mm.teacher.served_teacher import ServedTeacher
 from zppo_mm.teacher.served_tokens import TokenReader
 from zppo_mm.zone.prompts import load_templates
@@ -25,10 +24,6 @@ TOLERANCE = 1e-4
 NUM_TOP = 5
 TEMPLATES = load_templates()
 QUESTIONS = [Question(f"q{n}", f"What is {n} + 2?", (), str(n + 2), "math") for n in range(3)]
-
-
-def never(*_arguments: Any) -> Any:
-    raise AssertionError("questions without media")
 
 
 def ask(model: TinyModel, reader: TokenReader | None) -> tuple[list[Rollout], list[dict[str, Any]], dict[str, int]]:
@@ -41,7 +36,6 @@ def ask(model: TinyModel, reader: TokenReader | None) -> tuple[list[Rollout], li
             config,
             SingleProcess(),
             verifier,
-            MessageWriter(config, never, never),
             plain_text=TEMPLATES.plain_text,
             tokenize=lambda text: model.encoder.chat.tokenize([text]),
             seed=0,

@@ -66,7 +66,7 @@ def shards_of(folder: Path, modality: Any) -> Shards:
 
 
 def parts_of(shards: Shards, question: Question, **options: Any) -> Sequence[Any]:
-    content = MessageWriter(TeacherConfig(**options), shards.open, shards.read).content("Look. <|image_pad|>", question)
+    content = MessageWriter(TeacherConfig(**options), shards).content("Look. <|image_pad|>", question.media)
     assert not isinstance(content, str)
     assert content[-1] == {"type": "text", "text": "Look. < |image_pad|>"}
     return content[:-1]
@@ -100,11 +100,7 @@ def test_a_video_leaves_as_its_sampled_frames_or_as_its_file(video: Shards) -> N
 
 
 def test_a_text_question_is_one_text() -> None:
-    def never(ref: MediaRef) -> Any:
-        raise AssertionError(ref)
-
-    question = Question("q", "Hi", (), "1", "math")
-    assert MessageWriter(TeacherConfig(), never, never).content("Hi", question) == "Hi"
+    assert MessageWriter(TeacherConfig()).content("Hi") == "Hi"
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +114,7 @@ def ask(
 ) -> tuple[Mapping[str, tuple[Rollout, ...]], Counter[str]]:
     """Return one greedy answer per question, and the counts."""
     config = TeacherConfig(model="tiny", temperature=0.0, num_rollouts=1, max_response_tokens=64, max_concurrency=2, **options)
-    pool = EndpointPool([server.url], "tiny", config)
+    pool = EndpointPool([server.url], "tiny", config, media=shards)
     chat = server.model.encoder.chat
     with Verifier() as verifier:
         teacher = ServedTeacher(
@@ -126,7 +122,6 @@ def ask(
             config,
             SingleProcess(),
             verifier,
-            MessageWriter(config, shards.open, shards.read),
             plain_text=TEMPLATES.plain_text,
             tokenize=lambda text: chat.tokenize([text]),
             seed=0,

@@ -79,8 +79,8 @@ def test_retry_after() -> None:
 
 
 def test_request_body() -> None:
-    ask = Ask(lambda: "hi é", num_choices=4, temperature=1.0, max_tokens=9, seed=2**31 - 1)
-    body = json.loads(ask.body("m", 4, 0))
+    ask = Ask("hi é", num_choices=4, temperature=1.0, max_tokens=9, seed=2**31 - 1)
+    body = json.loads(ask.body("m", "hi é", 4, 0))
     assert body == {
         "model": "m",
         "messages": [{"role": "user", "content": "hi é"}],
@@ -91,8 +91,8 @@ def test_request_body() -> None:
         "stream": False,
         "n": 4,
     }
-    assert json.loads(ask.body("m", 1, 1))["seed"] == 0  # servers take 31 bits
-    assert "n" not in json.loads(ask.body("m", 1, 1))
+    assert json.loads(ask.body("m", "hi é", 1, 1))["seed"] == 0  # servers take 31 bits
+    assert "n" not in json.loads(ask.body("m", "hi é", 1, 1))
 
 
 def test_special_tokens_in_a_question_are_plain_text() -> None:

@@ -138,6 +138,6 @@ def test_log_probs_of_another_form_are_a_bad_reply(content: Any) -> None:
 
 
 def test_log_probs_are_asked_for_where_they_are_wanted() -> None:
-    ask = Ask(lambda: "hi", num_choices=1, temperature=1.0, max_tokens=9, seed=0, top_logprobs=20)
-    body = json.loads(ask.body("m", 1, 0))
+    ask = Ask("hi", num_choices=1, temperature=1.0, max_tokens=9, seed=0, top_logprobs=20)
+    body = json.loads(ask.body("m", "hi", 1, 0))
     assert (body["logprobs"], body["top_logprobs"]) == (True, 20)

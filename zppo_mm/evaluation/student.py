@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data.media_store import MediaStore
 from zppo_mm.build import evaluation_sampling, student_folder
-from zppo_mm.build_shared import MediaStore, Shared, load_model
+from zppo_mm.build_shared import Shared, load_model, media_limits
 from zppo_mm.build_teacher import build_judge, judge_pool
 from zppo_mm.config import RunConfig
 from zppo_mm.rewards.judge import LlmJudge
@@ -18,7 +19,7 @@ from zppo_mm.rollout.exchange import ParallelExchange
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.teacher.connect import open_pool
-from zppo_mm.teacher.endpoint_pool import EndpointPool
+from zppo_mm.teacher.servers import Servers
 from zppo_mm.zone.prompts import PromptTemplates, load_templates
 
 TEXT_FILES = ("chat_template.*", "tokenizer*", "vocab.json", "merges.txt", "*_tokens*.json", "*config.json")
@@ -47,7 +48,7 @@ class Student:
     verifier: Verifier
     media: MediaStore
     judge: LlmJudge | None
-    pool: EndpointPool | None
+    pool: Servers | None
 
     def grading_losses(self) -> dict[str, int]:
         """Return what grading lost on this rank so far: comparisons that timed out or failed, and what the judge counts."""
@@ -72,7 +73,7 @@ def build_student(config: RunConfig) -> Student:
     pool = judge_pool(config, None if own_servers else open_pool(config.teacher, exchange), exchange)
     judge = build_judge(config, pool)
     verifier = Verifier(config.reward.timeout_seconds, config.reward.num_workers, judge)
-    shared = Shared(config, MediaStore(config.data), verifier, exchange)
+    shared = Shared(config, MediaStore(media_limits(config.data)), verifier, exchange)
     folder = student_folder(config)
     encoder = shared.encoder(folder)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)

@@ -11,7 +11,6 @@ import logging
 import os
 import selectors
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -20,6 +19,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Literal
+
+from zppo_mm.interpreters import start_interpreter
 
 logger = logging.getLogger(__name__)
 
@@ -158,13 +159,12 @@ class _Worker:
 
     def __init__(self, alarm_seconds: float) -> None:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the worker)
-        search_path = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", _SERVER, str(alarm_seconds)],
+        self.process = start_interpreter(
+            _SERVER,
+            str(alarm_seconds),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env={**os.environ, "PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"},
             start_new_session=True,  # an interrupt from the keyboard is ours to handle
         )
         assert self.process.stdout is not None

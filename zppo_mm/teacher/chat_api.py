@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from data.question import MediaRef
 from zppo_mm.experience import FinishReason
 
 Content = str | Sequence[Mapping[str, Any]]
@@ -18,26 +19,28 @@ class Ask:
     """One user message and how often it is to be answered.
 
     Attributes:
-        content: Makes the message when its turn comes, so that the media of waiting messages take no memory; may raise a ReasonedError.
+        text: Of the message.
         num_choices: Answers wanted.
         temperature: 0 is greedy.
         max_tokens: Longest answer.
         seed: Names the server's random stream; answer i asked on its own has `seed + i`.
         top_logprobs: Most likely tokens that are to come with every token of the answers; 0 asks for no log-probs.
+        media: What the message shows, in order. They are opened when its turn comes, so that those of waiting messages take no memory.
     """
 
-    content: Callable[[], Content]
+    text: str
     num_choices: int
     temperature: float
     max_tokens: int
     seed: int
     top_logprobs: int = 0
+    media: tuple[MediaRef, ...] = ()
 
-    def body(self, model: str, num_choices: int, first: int) -> bytes:
-        """Return the JSON request for `num_choices` answers from answer `first` on."""
+    def body(self, model: str, content: Content, num_choices: int, first: int) -> bytes:
+        """Return the JSON request that asks a content for `num_choices` answers from answer `first` on."""
         request: dict[str, Any] = {
             "model": model,
-            "messages": [{"role": "user", "content": self.content()}],
+            "messages": [{"role": "user", "content": content}],
             "temperature": self.temperature,
             "top_p": 1.0,
             "max_tokens": self.max_tokens,
@@ -105,6 +108,7 @@ class Fault(Exception):
 
     Attributes:
         kind: Fixed name to count by: connection, timeout, cut_off, bad_reply, empty_choice, http_<status>.
+        detail: In words.
         retry_after_seconds: How long the server asks to be left alone.
         is_refusal: The message itself is at fault, and another attempt would fail as well.
     """
@@ -112,8 +116,12 @@ class Fault(Exception):
     def __init__(self, kind: str, detail: str, retry_after_seconds: float | None = None, is_refusal: bool = False) -> None:
         super().__init__(f"{kind}: {detail}")
         self.kind = kind
+        self.detail = detail
         self.retry_after_seconds = retry_after_seconds
         self.is_refusal = is_refusal
+
+    def __reduce__(self) -> tuple[type[Fault], tuple[str, str, float | None, bool]]:
+        return type(self), (self.kind, self.detail, self.retry_after_seconds, self.is_refusal)
 
 
 def parse_reply(body: bytes, num_choices: int) -> Reply:

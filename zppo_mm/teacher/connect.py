@@ -7,10 +7,13 @@ import os
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from data.media import MediaLimits
 from zppo_mm.config import TeacherConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.rollout.exchange import Exchange
-from zppo_mm.teacher.endpoint_pool import EndpointPool
+from zppo_mm.teacher.pool_messages import PoolSettings
+from zppo_mm.teacher.pool_process import PoolProcess
+from zppo_mm.teacher.servers import Servers
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +23,14 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def open_pool(
-    config: TeacherConfig, exchange: Exchange, urls: Sequence[str] = (), model: str = "", where: str = "teacher"
-) -> EndpointPool | None:
+    config: TeacherConfig,
+    exchange: Exchange,
+    urls: Sequence[str] = (),
+    model: str = "",
+    *,
+    limits: MediaLimits | None = None,
+    where: str = "teacher",
+) -> Servers | None:
     """Return this process's way to the servers; `None` if there are none. Every rank calls this.
 
     Every server is greeted once. One that is not there yet is named in the log: the first question will wait for it.
@@ -31,6 +40,7 @@ def open_pool(
         exchange: The replicas, which share the connections.
         urls: Other servers than the teacher's.
         model: Their model.
+        limits: What is opened of media; `None` if no message has any.
         where: The keys' section, for messages.
 
     Raises:
@@ -43,7 +53,17 @@ def open_pool(
     key = read_key(config.api_key_env)
     if key and any(urlsplit(url).scheme == "http" and urlsplit(url).hostname not in LOOPBACK for url in urls):
         logger.warning("%s: the key goes over plain http to another machine; use https unless the network is yours alone", where)
-    pool = EndpointPool(urls, model or config.model, config, key, max_concurrency=share, first=exchange.replica)
+    pool = PoolProcess(
+        PoolSettings(
+            urls=tuple(urls),
+            model=model or config.model,
+            config=config,
+            api_key=key,
+            max_concurrency=share,
+            first=exchange.replica,
+            limits=limits,
+        )
+    )
     speaks = exchange.is_leader and exchange.replica == 0
     problems = [(url, fault.kind, str(fault)) for url, fault in pool.probe().result().items() if fault is not None] if speaks else []
     for url, kind, problem in (each for replica in exchange.gather(problems) for each in replica):

@@ -11,15 +11,16 @@ from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import httpx2
 
 from data.errors import ReasonedError
 from zppo_mm.config import TeacherConfig
-from zppo_mm.teacher.chat_api import Ask, Choice, Fault, Reply
+from zppo_mm.teacher.chat_api import Ask, Fault, Reply
 from zppo_mm.teacher.endpoint import Endpoint, open_client
+from zppo_mm.teacher.media_parts import Media, MessageWriter
+from zppo_mm.teacher.servers import Outcome, Patience
 
 logger = logging.getLogger(__name__)
 
@@ -30,42 +31,8 @@ PROBE_SECONDS = 60.0
 HIDDEN = "***"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """How long an answer is worth waiting for.
-
-    Attributes:
-        max_seconds: Time for all attempts together, from when the question is handed over.
-        num_retries: Further attempts of one request; `None` means as many as the time allows.
-    """
-
-    max_seconds: float
-    num_retries: int | None
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What came of one `Ask`.
-
-    Attributes:
-        choices: By their place among the wanted answers; some or all may be missing.
-        problem: Why any are missing, in words; empty if none is.
-        is_refused: The message itself could not be made or was refused, by no fault of the servers.
-        seconds: From being handed over to the end.
-    """
-
-    choices: dict[int, Choice] = field(default_factory=dict)
-    problem: str = ""
-    is_refused: bool = False
-    seconds: float = 0.0
-
-    def answers(self) -> list[Choice]:
-        """Return the answers that came, in the order of their places."""
-        return [self.choices[place] for place in sorted(self.choices)]
-
-
 class EndpointPool:
-    """Asks servers for answers while the caller does other things.
+    """Asks servers for answers in a thread of its own. Implements `Servers`.
 
     Args:
         urls: Base URLs of the servers.
@@ -74,13 +41,19 @@ class EndpointPool:
         api_key: Sent as a bearer token; empty sends none.
         max_concurrency: Most requests in flight at one server, from this process.
         first: Which server is preferred among equally busy ones, so that processes do not all start with the same one.
-
-    Attributes:
-        counts: Requests, retries, faults by kind and tokens so far, under the names of the metrics without `teacher/`.
+        media: Opens the media of messages; `None` if none has any.
     """
 
     def __init__(
-        self, urls: Sequence[str], model: str, config: TeacherConfig, api_key: str = "", *, max_concurrency: int = 0, first: int = 0
+        self,
+        urls: Sequence[str],
+        model: str,
+        config: TeacherConfig,
+        api_key: str = "",
+        *,
+        max_concurrency: int = 0,
+        first: int = 0,
+        media: Media | None = None,
     ) -> None:
         self.counts: Counter[str] = Counter()
         self._model = model
@@ -88,6 +61,7 @@ class EndpointPool:
         self._api_key = api_key
         self._max_concurrency = max_concurrency or config.max_concurrency
         self._endpoints = [Endpoint(url) for url in [*urls[first % len(urls) :], *urls[: first % len(urls)]]]
+        self._writer = MessageWriter(config, media)
         self._jitter = random.Random(first)
         self._sends_n = True
         self._client: httpx2.AsyncClient | None = None
@@ -124,14 +98,13 @@ class EndpointPool:
             await self._client.aclose()
 
     async def _probe_all(self) -> dict[str, Fault | None]:
-        ask = Ask(lambda: "Hello", num_choices=1, temperature=0.0, max_tokens=1, seed=0)
-        body = ask.body(self._model, 1, 0)
+        body = await self._body(Ask("Hello", num_choices=1, temperature=0.0, max_tokens=1, seed=0), 1, 0)
 
         async def probe(endpoint: Endpoint) -> Fault | None:
             try:
                 await endpoint.complete(self._connections(), body, 1, PROBE_SECONDS)
             except Fault as fault:
-                return Fault(fault.kind, self._redacted(str(fault)))
+                return Fault(fault.kind, self._redacted(fault.detail))
             return None
 
         return dict(zip((e.url for e in self._endpoints), await asyncio.gather(*map(probe, self._endpoints)), strict=True))
@@ -191,8 +164,7 @@ class EndpointPool:
         attempt = 0
         while True:
             async with self._slot(avoided) as endpoint:
-                # Opening media takes time and would hold up the other requests of the loop.
-                body = body or await asyncio.to_thread(ask.body, self._model, num_choices, first)
+                body = body or await self._body(ask, num_choices, first)
                 self.counts["requests"] += 1
                 try:
                     reply = await endpoint.complete(self._connections(), body, num_choices, self._config.request_timeout_seconds)
@@ -210,6 +182,13 @@ class EndpointPool:
             self.counts["retries"] += 1
             attempt += 1
             await asyncio.sleep(backoff)
+
+    async def _body(self, ask: Ask, num_choices: int, first: int) -> bytes:
+        def write() -> bytes:
+            return ask.body(self._model, self._writer.content(ask.text, ask.media), num_choices, first)
+
+        # Opening media takes time and would hold up the other requests of the loop.
+        return await asyncio.to_thread(write) if ask.media else write()
 
     @asynccontextmanager
     async def _slot(self, avoided: Endpoint | None) -> AsyncIterator[Endpoint]:

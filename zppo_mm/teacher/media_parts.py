@@ -5,15 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from data.media import Frames
-from data.question import MediaRef, Question
+from data.question import MediaRef
 from zppo_mm.config import TeacherConfig
 from zppo_mm.teacher.chat_api import Content
 
@@ -24,36 +24,47 @@ VIDEO_TYPES = {"mp4": "mp4", "m4v": "mp4", "mov": "quicktime", "webm": "webm", "
 _SPECIAL_TOKEN = re.compile(r"<(?=\|[^<>|\s]+\|>)")
 
 
+class Media(Protocol):
+    """Where media come from."""
+
+    def open(self, ref: MediaRef) -> Frames:
+        """Return the pixels that the student sees too; raises MediaError."""
+        ...
+
+    def read(self, ref: MediaRef) -> bytes:
+        """Return a file as it is, within the size limit; raises MediaError."""
+        ...
+
+
 class MessageWriter:
-    """Makes the user message that asks a text about a question's media.
+    """Makes user messages of a text and media.
 
     Args:
         config: How video is sent, and in which image format.
-        open_media: Opens a reference to the pixels that the student sees too; raises MediaError.
-        read_file: Returns the bytes of a media file within the size limit; raises MediaError.
+        media: Opens them; `None` if no message has any.
     """
 
-    def __init__(self, config: TeacherConfig, open_media: Callable[[MediaRef], Frames], read_file: Callable[[MediaRef], bytes]) -> None:
+    def __init__(self, config: TeacherConfig, media: Media | None = None) -> None:
         self._config = config
-        self._open = open_media
-        self._read = read_file
+        self._media = media
 
-    def content(self, text: str, question: Question) -> Content:
+    def content(self, text: str, media: Sequence[MediaRef] = ()) -> Content:
         """Return the message's content: a plain text without media, else parts, media first.
 
         Raises:
             MediaError: A medium cannot be opened.
         """
         text = inert_text(text)
-        if not question.media:
+        if not media:
             return text
-        parts = [part for ref in question.media for part in self._parts(ref)]
+        parts = [part for ref in media for part in self._parts(ref)]
         return [*parts, {"type": "text", "text": text}]
 
     def _parts(self, ref: MediaRef) -> list[Mapping[str, Any]]:
+        assert self._media is not None, "a message with media, but nowhere to open them"
         if ref.kind == "video" and self._config.video == "file":
-            return [_url_part("video_url", f"video/{_video_type(ref.extension)}", self._read(ref))]
-        frames = self._open(ref)
+            return [_url_part("video_url", f"video/{_video_type(ref.extension)}", self._media.read(ref))]
+        frames = self._media.open(ref)
         images = [_url_part("image_url", f"image/{self._config.media_format}", self._encoded(pixels)) for pixels in frames.pixels]
         if ref.kind == "image":
             return images

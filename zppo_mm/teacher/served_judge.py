@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from zppo_mm.config import RewardConfig
-from zppo_mm.teacher.chat_api import Ask, Content
-from zppo_mm.teacher.endpoint_pool import EndpointPool, Patience
-from zppo_mm.teacher.media_parts import inert_text
+from zppo_mm.teacher.chat_api import Ask
+from zppo_mm.teacher.servers import Patience, Servers
 
 
-def greedy_replies(pool: EndpointPool, config: RewardConfig, num_retries: int) -> Callable[[Sequence[str]], list[str | None]]:
+def greedy_replies(pool: Servers, config: RewardConfig, num_retries: int) -> Callable[[Sequence[str]], list[str | None]]:
     """Return a function from prompts to one greedy reply each, `None` where no server answers in time; callable from one rank alone.
 
     Args:
@@ -20,12 +19,8 @@ def greedy_replies(pool: EndpointPool, config: RewardConfig, num_retries: int) -
     """
 
     def complete(prompts: Sequence[str]) -> list[str | None]:
-        asks = [Ask(_constant(prompt), 1, 0.0, config.judge_max_tokens, 0) for prompt in prompts]
+        asks = [Ask(prompt, 1, 0.0, config.judge_max_tokens, 0) for prompt in prompts]
         outcomes = pool.submit(asks, Patience(max_seconds=config.judge_max_wait_seconds, num_retries=num_retries)).result()
         return [next((choice.content for choice in outcome.answers()), None) for outcome in outcomes]
 
     return complete
-
-
-def _constant(prompt: str) -> Callable[[], Content]:
-    return lambda: inert_text(prompt)

@@ -15,10 +15,9 @@ from zppo_mm.experience import Rollout
 from zppo_mm.randomness import generator
 from zppo_mm.rollout.exchange import Exchange
 from zppo_mm.rollout.sampler import Grader
-from zppo_mm.teacher.chat_api import Ask, Choice, Content
-from zppo_mm.teacher.endpoint_pool import EndpointPool, Outcome, Patience
-from zppo_mm.teacher.media_parts import MessageWriter, inert_text
+from zppo_mm.teacher.chat_api import Ask, Choice
 from zppo_mm.teacher.served_tokens import TokenReader
+from zppo_mm.teacher.servers import Outcome, Patience, Servers
 from zppo_mm.teacher.teacher import TeacherLostError
 
 logger = logging.getLogger(__name__)
@@ -77,7 +76,6 @@ class ServedTeacher:
         config: Rollouts, lengths, and what a failure means.
         exchange: The replicas; the leader of each asks for its share.
         verifier: Grades the answers, on one rank per replica.
-        writer: Makes messages with media.
         plain_text: Renders the original question with the closing format instruction.
         tokenize: The student's tokenizer: the lengths of answers are counted in its tokens.
         seed: The run's seed.
@@ -86,11 +84,10 @@ class ServedTeacher:
 
     def __init__(
         self,
-        pool: EndpointPool,
+        pool: Servers,
         config: TeacherConfig,
         exchange: Exchange,
         verifier: Grader,
-        writer: MessageWriter,
         *,
         plain_text: Callable[[Question], str],
         tokenize: Callable[[str], Sequence[int]],
@@ -101,7 +98,6 @@ class ServedTeacher:
         self._config = config
         self._exchange = exchange
         self._verifier = verifier
-        self._writer = writer
         self._plain_text = plain_text
         self._tokenize = tokenize
         self._seed = seed
@@ -111,9 +107,8 @@ class ServedTeacher:
         """Hand over this replica's share of the questions and return at once."""
 
         def request(question: Question) -> Ask:
-            text = self._plain_text(question)
-            ask = self._request(lambda: self._writer.content(text, question), self._config.num_rollouts, "teacher", step, question.id)
-            return ask if self._tokens is None else replace(ask, top_logprobs=self._tokens.num_top)
+            ask = self._request(self._plain_text(question), self._config.num_rollouts, "teacher", step, question.id)
+            return replace(ask, media=question.media, top_logprobs=self._tokens.num_top if self._tokens is not None else 0)
 
         return PendingAnswers(self, questions, step, self._submit([request(questions[place]) for place in self._share(len(questions))]))
 
@@ -122,7 +117,7 @@ class ServedTeacher:
 
         def request(place: int) -> Ask:
             # Named by the text, not by its place: which texts are rewritten together depends on which answers were there.
-            return self._request(lambda: inert_text(texts[place]), 1, "rewrite", step, attempt, texts[place])
+            return self._request(texts[place], 1, "rewrite", step, attempt, texts[place])
 
         def told(places: Sequence[int], outcomes: Sequence[Outcome]) -> list[_Told]:
             return [
@@ -188,9 +183,9 @@ class ServedTeacher:
         """Return the places that this rank asks for: those of its replica, if it speaks for it."""
         return range(self._exchange.replica, count, self._exchange.num_replicas) if self._exchange.is_leader else range(0)
 
-    def _request(self, content: Callable[[], Content], num_choices: int, *path: str | int) -> Ask:
+    def _request(self, text: str, num_choices: int, *path: str | int) -> Ask:
         seed = int(generator(self._seed, *path).integers(2**31))
-        return Ask(content, num_choices, self._config.temperature, self._config.max_response_tokens, seed)
+        return Ask(text, num_choices, self._config.temperature, self._config.max_response_tokens, seed)
 
     def _submit(self, asks: Sequence[Ask]) -> Future[list[Outcome]]:
         if not asks:

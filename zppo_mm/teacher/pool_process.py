@@ -1,0 +1,142 @@
+"""An `EndpointPool` in a process of its own."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import multiprocessing
+import subprocess
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from zppo_mm.interpreters import start_interpreter
+from zppo_mm.teacher.chat_api import Ask, Fault
+from zppo_mm.teacher.pool_messages import Done, PoolSettings, Work
+from zppo_mm.teacher.servers import Outcome, Patience
+
+logger = logging.getLogger(__name__)
+
+_SERVER = "zppo_mm.teacher.pool_server"
+CLOSING_SECONDS = 5.0
+
+
+class PoolProcess:
+    """Asks servers for answers in a process of its own, which starts with the first question. Implements `Servers`.
+
+    Should that process end, what it was asked is lost like questions to a server that does not answer, counted as `faults/client_process`,
+    and the next question starts a new one.
+    """
+
+    def __init__(self, settings: PoolSettings) -> None:
+        self.counts: Counter[str] = Counter()
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._client: _Client | None = None
+
+    def submit(self, asks: Sequence[Ask], patience: Patience) -> Future[list[Outcome]]:
+        """Start asking; see `Servers.submit`."""
+        return self._hand_over(tuple(asks), patience)
+
+    def probe(self) -> Future[dict[str, Fault | None]]:
+        """Greet every server; see `Servers.probe`. The future raises a RuntimeError if no process can be had."""
+        return self._hand_over((), None)
+
+    def close(self) -> None:
+        """Drop what is in flight and end the process; a later question starts a new one."""
+        with self._lock:
+            client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    def _hand_over(self, asks: tuple[Ask, ...], patience: Patience | None) -> Future[Any]:
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._client is None or not self._client.hand_over(asks, patience, future):
+                self._client = _Client(self._settings, self.counts)
+                self._client.hand_over(asks, patience, future)
+        return future
+
+
+class _Client:
+    """One process, what it is asked, and the thread that hears it."""
+
+    def __init__(self, settings: PoolSettings, counts: Counter[str]) -> None:
+        self._counts = counts
+        self._numbers = itertools.count()
+        self._pending: dict[int, tuple[Work, Future[Any]]] = {}
+        self._lock = threading.Lock()
+        self._is_gone = self._is_closing = False
+        self._connection, other = multiprocessing.Pipe()
+        with other:
+            descriptor = other.fileno()
+            self.process = start_interpreter(_SERVER, str(descriptor), stdin=subprocess.DEVNULL, pass_fds=(descriptor,))
+        self._send((logging.getLogger(_SERVER).getEffectiveLevel(), settings))
+        self._thread = threading.Thread(target=self._hear, name="teacher endpoints", daemon=True)
+        self._thread.start()
+
+    def hand_over(self, asks: tuple[Ask, ...], patience: Patience | None, future: Future[Any]) -> bool:
+        """Send a piece of work; false if the process has ended. Called by one thread at a time."""
+        work = Work(next(self._numbers), asks, patience)
+        with self._lock:
+            if self._is_gone:
+                return False
+            self._pending[work.number] = work, future
+        self._send(work)
+        return True
+
+    def close(self) -> None:
+        """Tell the process to end, and end it."""
+        self._is_closing = True
+        self._send(None)
+        self._thread.join(CLOSING_SECONDS)
+        self.process.kill()
+        self._thread.join()
+
+    def _send(self, thing: Any) -> None:
+        try:
+            self._connection.send(thing)
+        except OSError:  # it has ended; the thread that hears it settles what is pending
+            return
+
+    def _hear(self) -> None:
+        try:
+            while True:
+                self._take(self._connection.recv())
+        except (EOFError, OSError):
+            logger.debug("teacher endpoints: the process is gone")
+        except Exception:  # a message that cannot be read: nothing that it says can be relied on any more
+            self.process.kill()
+            raise
+        finally:
+            self._settle(self.process.wait())
+            self._connection.close()
+
+    def _take(self, message: logging.LogRecord | Done) -> None:
+        if isinstance(message, logging.LogRecord):
+            logging.getLogger(message.name).handle(message)
+            return
+        self._counts.update(message.counts)
+        with self._lock:
+            _, future = self._pending.pop(message.number)
+        if message.error is not None:
+            future.set_exception(message.error)
+        else:
+            future.set_result(message.value)
+
+    def _settle(self, code: int) -> None:
+        """Say of all that is pending that it will not come."""
+        with self._lock:
+            self._is_gone = True
+            pending = list(self._pending.values())
+        problem = f"client_process: the process that speaks with the servers ended with exit status {code}"
+        for work, future in pending:
+            if self._is_closing:
+                future.cancel()
+            elif work.patience is None:
+                future.set_exception(RuntimeError(f"teacher: {problem}, expected it to serve; what it wrote to standard error says why"))
+            else:
+                self._counts["faults/client_process"] += len(work.asks)
+                future.set_result([Outcome(problem=problem) for _ in work.asks])

@@ -1,0 +1,115 @@
+"""The process that speaks with a teacher's servers; `pool_process` starts it and speaks with it.
+
+Messages, frames and replies are made and read here, so that this work does not take turns with sampling in one interpreter. What comes
+and goes is pickled; both ends are ours. It ends when the other end does.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+import traceback
+from collections import Counter
+from concurrent.futures import CancelledError, Future
+from functools import partial
+from logging.handlers import QueueHandler
+from multiprocessing.connection import Connection
+from typing import Any
+
+from data.errors import DataError
+from data.media_store import MediaStore
+from zppo_mm.errors import ZppoError
+from zppo_mm.teacher.endpoint_pool import EndpointPool
+from zppo_mm.teacher.pool_messages import Done, Work
+
+# What a scheduler, a launcher or a keyboard says to all processes is for the training process to heed, which may want its answers yet.
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+LOGGED = ("zppo_mm", "data")
+
+
+class _Forwarding(QueueHandler):
+    """Sends log records to the other end, which decides what becomes of them."""
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self.queue.send(record)  # type: ignore[attr-defined]
+
+
+class _Mouth:
+    """Sends from several threads."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._counted: Counter[str] = Counter()
+
+    def send(self, thing: Any) -> None:
+        try:
+            with self._lock:
+                self._connection.send(thing)
+        except OSError:  # nobody is left to hear it, and the main thread is about to see that too
+            return
+
+    def tell(self, pool: EndpointPool, number: int, future: Future[Any]) -> None:
+        """Send what came of a piece of work; nothing if the pool was closed over it."""
+        value: Any = None
+        error: Exception | None = None
+        try:
+            value = future.result()
+        except CancelledError:
+            return
+        except (ZppoError, DataError) as known:
+            error = known
+        except Exception:  # a fault of ours is reported where it can end the run
+            error = RuntimeError(f"teacher endpoints: {traceback.format_exc()}")
+        counts = Counter(dict(pool.counts))
+        news = counts - self._counted
+        self._counted = counts
+        self.send(Done(number, value, error, news))
+
+
+def main(descriptor: int) -> None:
+    """Serve the other end of a connection until it is closed, or says that it is done.
+
+    Args:
+        descriptor: The connection's file descriptor.
+    """
+    for number in IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    connection = Connection(descriptor)
+    mouth = _Mouth(connection)
+    log_level, settings = connection.recv()
+    for name in LOGGED:
+        logging.getLogger(name).setLevel(log_level)
+        logging.getLogger(name).addHandler(_Forwarding(mouth))  # type: ignore[arg-type]
+        logging.getLogger(name).propagate = False
+    media = MediaStore(settings.limits) if settings.limits is not None else None
+    pool = EndpointPool(
+        settings.urls,
+        settings.model,
+        settings.config,
+        settings.api_key,
+        max_concurrency=settings.max_concurrency,
+        first=settings.first,
+        media=media,
+    )
+    while (work := _hear(connection)) is not None:
+        future: Future[Any] = pool.probe() if work.patience is None else pool.submit(work.asks, work.patience)
+        future.add_done_callback(partial(mouth.tell, pool, work.number))
+    pool.close()
+    if media is not None:
+        media.close()
+
+
+def _hear(connection: Connection) -> Work | None:
+    """Return the next piece of work; `None` if there will be none."""
+    try:
+        work: Work | None = connection.recv()
+    except (EOFError, OSError):
+        return None
+    return work
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
