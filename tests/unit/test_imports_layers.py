@@ -82,7 +82,6 @@ TORCH_FREE = (
     "zppo_mm.rewards",
 )
 TORCH_FREE += (
-    "zppo_mm.teacher.pool_server",
     "zppo_mm.interpreters",
     "zppo_mm.neutralise",
     "zppo_mm.errors",

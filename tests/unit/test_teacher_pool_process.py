@@ -168,6 +168,11 @@ def is_running(number: int) -> bool:
         return False
 
 
+def test_it_starts_without_torch() -> None:
+    script = "import sys, zppo_mm.teacher.pool_server; print(sorted({'torch', 'transformers', 'megatron'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", script], text=True, timeout=100) == "[]\n"
+
+
 def test_what_it_logs_is_heard_here(model: TinyModel, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="zppo_mm"), serve(model, honours_n=False) as server, process(server.url) as pool:
         pool.submit(asks(1), LONG).result(timeout=200)
