@@ -2,8 +2,11 @@
 
     results = run_ranks(function, world_size, *arguments)
 
-`function` is a module-level function; arguments and results are pickled. The ranks are fresh processes with torchrun's environment on a
-free port, so `zppo_mm.models.parallel.initialize` works in them unchanged. A failing or hanging rank fails the test with all output.
+`function` is a module-level function; arguments and results are pickled. The ranks are processes with torchrun's environment on a free
+port, so `zppo_mm.models.parallel.initialize` works in them unchanged. A failing or hanging rank fails the test with all output.
+
+Ranks are forked from a process that has imported torch, Megatron and the project and has done nothing else, since importing takes longer
+than most tests; with a GPU, whose driver does not outlive a fork, they import for themselves. Tests of whole programs start fresh ones.
 """
 
 from __future__ import annotations
@@ -12,23 +15,30 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import random
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import torch
 
 CLONE_ROOT = Path(__file__).resolve().parents[2]
 # Starting and importing alone takes half a minute per rank on a loaded two-core machine.
 DEFAULT_TIMEOUT_SECONDS = 300.0
 GRACE_SECONDS = 20.0
+# The first makes `import megatron.core` possible everywhere and the world's group free of what would keep it.
+IMPORTED = ("zppo_mm.models.parallel", "zppo_mm.build")
 PORTS = (20_000, 32_000)
 OUTPUT_TAIL_CHARACTERS = 6000
 
@@ -77,26 +87,13 @@ def run_ranks(
         # The arguments may hold classes of the test module, which a rank can unpickle only after importing it: pickled apart.
         task.write_bytes(pickle.dumps((inspect.getfile(function), function.__module__, function.__qualname__, pickle.dumps(arguments))))
         port = free_port()
-        processes = []
-        for rank in range(world_size):
-            with open(Path(folder) / f"{rank}.log", "w") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, str(Path(__file__).resolve()), str(task), str(Path(folder) / f"{rank}.result")],
-                        env=rank_environment(rank, world_size, port),
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        cwd=CLONE_ROOT,
-                        # A session of its own, so that what a killed rank leaves behind can be ended with it.
-                        start_new_session=True,
-                    )
-                )
+        processes = [_start(task, rank, rank_environment(rank, world_size, port)) for rank in range(world_size)]
         try:
             timed_out = _wait(processes, timeout_seconds, stop_after_failure=check)
         finally:
             _end_sessions(processes)
-        outputs = [(Path(folder) / f"{rank}.log").read_text(errors="replace") for rank in range(world_size)]
-        codes = [process.returncode for process in processes]
+        outputs = [_read(Path(folder) / f"{rank}.log") for rank in range(world_size)]
+        codes = [process.exitcode for process in processes]
         if not check:
             return list(zip(codes, outputs, strict=True))
         if timed_out or any(codes):
@@ -104,12 +101,25 @@ def run_ranks(
         return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(world_size)]
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], timeout_seconds: float, stop_after_failure: bool) -> bool:
+def _start(task: Path, rank: int, environment: dict[str, str]) -> BaseProcess:
+    if torch.cuda.is_available():
+        process: BaseProcess = multiprocessing.get_context("spawn").Process(target=_run_rank, args=(task, rank, environment))
+    else:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(IMPORTED))
+        with mock.patch.dict(os.environ, {"PYTHONPATH": environment["PYTHONPATH"], "OMP_NUM_THREADS": "1"}):
+            multiprocessing.forkserver.ensure_running()
+        process = context.Process(target=_run_rank, args=(task, rank, environment))
+    process.start()
+    return process
+
+
+def _wait(processes: list[BaseProcess], timeout_seconds: float, stop_after_failure: bool) -> bool:
     """Wait for all; kill what is left at the deadline, or a little after the first failure. Returns whether the time was over."""
     deadline = time.monotonic() + timeout_seconds
     timed_out = False
-    while any(process.poll() is None for process in processes):
-        if stop_after_failure and any(process.returncode for process in processes):
+    while any(process.is_alive() for process in processes):
+        if stop_after_failure and any(process.exitcode for process in processes):
             deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
             stop_after_failure = False
         if time.monotonic() > deadline:
@@ -120,15 +130,21 @@ def _wait(processes: list[subprocess.Popen[bytes]], timeout_seconds: float, stop
     return timed_out
 
 
-def _end_sessions(processes: list[subprocess.Popen[bytes]]) -> None:
+def _end_sessions(processes: list[BaseProcess]) -> None:
     """Kill the ranks and all that they started."""
     for process in processes:
+        assert process.pid is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()  # it may not have had the time to make a session of its own
+        process.join()
 
 
-def _report(codes: list[int], outputs: list[str], timed_out: bool) -> str:
+def _read(log: Path) -> str:
+    return log.read_text(errors="replace") if log.exists() else ""  # it may have been killed before it could write
+
+
+def _report(codes: list[int | None], outputs: list[str], timed_out: bool) -> str:
     head = "the time was over" if timed_out else "a rank failed"
     parts = [
         f"--- rank {rank}, exit code {code}\n{text[-OUTPUT_TAIL_CHARACTERS:]}"
@@ -137,21 +153,24 @@ def _report(codes: list[int], outputs: list[str], timed_out: bool) -> str:
     return f"{head}: exit codes {codes}\n" + "\n".join(parts)
 
 
-def _main() -> None:
+def _run_rank(task: Path, rank: int, environment: dict[str, str]) -> None:
     """Run one rank: load the task's module from its file, call the function, write the result."""
-    task, result = Path(sys.argv[1]), Path(sys.argv[2])
+    os.setsid()  # so that what a killed rank leaves behind can be ended with it
+    log = os.open(task.with_name(f"{rank}.log"), os.O_WRONLY | os.O_CREAT)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(log, stream.fileno())
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(CLONE_ROOT)
+    torch.set_num_threads(1)
+    parallel = importlib.import_module(IMPORTED[0])
     path, module_name, function_name, arguments = pickle.loads(task.read_bytes())
-    # First, because it makes `import megatron.core` possible everywhere and the world's group free of what would keep it.
-    parallel = importlib.import_module("zppo_mm.models.parallel")
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     spec.loader.exec_module(module)
-    result.write_bytes(pickle.dumps(getattr(module, function_name)(*pickle.loads(arguments))))
+    result = pickle.dumps(getattr(module, function_name)(*pickle.loads(arguments)))
+    task.with_name(f"{rank}.result").write_bytes(result)
     parallel.leave()
-
-
-if __name__ == "__main__":
-    _main()
