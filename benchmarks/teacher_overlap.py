@@ -8,7 +8,7 @@ for. Latencies are shares of its plain rollout phase; 0 answers at once. The sec
 which reformulates nothing, shows what ZPPO costs. The embedded student's responses are shorter than its prompts; with
 `--response-tokens N` it knows no stop token, and all have N tokens. All runs are started, and then take turns step by step, the others
 stopped meanwhile, so that a machine that slows down slows all alike. A step is a turn by the clock without evaluation; the first, in which
-the buffer is empty, does not count. Seconds are medians, ratios those of all counted turns together.
+the buffer is empty, does not count. Seconds are medians, ratios those of all counted turns together, tokens and groups means per step.
 """
 
 from __future__ import annotations
@@ -210,14 +210,20 @@ def main() -> None:
 def show(runs: dict[tuple[str, float], Run]) -> None:
     """Print one line per run."""
     phases = ("plain_rollout", "teacher", "reformulated_rollout", "update", "step")
-    print(f"| run | answers after | {' | '.join(phases)} | {' | '.join(f'step / {method}' for method in ALONE)} |")
-    print("|---" * (len(phases) + 2 + len(ALONE)) + "|")
+    head = ["run", "answers after", *phases, *(f"step / {method}" for method in ALONE), "sampled tokens", "groups with gradient"]
+    print(f"| {' | '.join(head)} |")
+    print("|---" * len(head) + "|")
     for (name, _), run in runs.items():
         answered = statistics.median(row.get("teacher/answer_seconds", 0.0) for row in run.rows[1:])
         values = [answered, *(statistics.median(run.seconds(phase)) for phase in phases)]
         others = [runs[method, 0.0].seconds("step") for method in ALONE]
         ratios = [sum(run.seconds("step")) / sum(other) for other in others]
-        print(f"| {name} | {' | '.join(f'{value:.2f}' for value in [*values, *ratios])} |")
+        tokens = statistics.mean(row["rollout/tokens"] for row in run.rows[1:])
+        groups = statistics.mean(
+            row["advantage/nontrivial_groups"] * sum(count for key, count in row.items() if key.startswith("batch/groups/"))
+            for row in run.rows[1:]
+        )
+        print(f"| {name} | {' | '.join(f'{value:.2f}' for value in [*values, *ratios])} | {tokens:.0f} | {groups:.1f} |")
 
 
 if __name__ == "__main__":

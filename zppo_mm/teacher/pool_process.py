@@ -54,9 +54,9 @@ class PoolProcess:
     def _hand_over(self, asks: tuple[Ask, ...], patience: Patience | None) -> Future[Any]:
         future: Future[Any] = Future()
         with self._lock:
-            if self._client is None or not self._client.hand_over(asks, patience, future):
+            if self._client is None or self._client.is_gone:
                 self._client = _Client(self._settings, self.counts)
-                self._client.hand_over(asks, patience, future)
+            self._client.hand_over(asks, patience, future)
         return future
 
 
@@ -68,7 +68,7 @@ class _Client:
         self._numbers = itertools.count()
         self._pending: dict[int, tuple[Work, Future[Any]]] = {}
         self._lock = threading.Lock()
-        self._is_gone = self._is_closing = False
+        self.is_gone = self._is_closing = False
         self._connection, other = multiprocessing.Pipe()
         with other:
             descriptor = other.fileno()
@@ -77,15 +77,17 @@ class _Client:
         self._thread = threading.Thread(target=self._hear, name="teacher endpoints", daemon=True)
         self._thread.start()
 
-    def hand_over(self, asks: tuple[Ask, ...], patience: Patience | None, future: Future[Any]) -> bool:
-        """Send a piece of work; false if the process has ended. Called by one thread at a time."""
+    def hand_over(self, asks: tuple[Ask, ...], patience: Patience | None, future: Future[Any]) -> None:
+        """Send a piece of work, which is lost if the process has ended. Called by one thread at a time."""
         work = Work(next(self._numbers), asks, patience)
         with self._lock:
-            if self._is_gone:
-                return False
-            self._pending[work.number] = work, future
-        self._send(work)
-        return True
+            is_gone = self.is_gone
+            if not is_gone:
+                self._pending[work.number] = work, future
+        if is_gone:
+            self._lose(work, future)
+        else:
+            self._send(work)
 
     def close(self) -> None:
         """Tell the process to end, and end it."""
@@ -111,7 +113,7 @@ class _Client:
             self.process.kill()
             raise
         finally:
-            self._settle(self.process.wait())
+            self._settle()
             self._connection.close()
 
     def _take(self, message: logging.LogRecord | Done) -> None:
@@ -121,22 +123,31 @@ class _Client:
         self._counts.update(message.counts)
         with self._lock:
             _, future = self._pending.pop(message.number)
+        if not future.set_running_or_notify_cancel():
+            return
         if message.error is not None:
             future.set_exception(message.error)
         else:
             future.set_result(message.value)
 
-    def _settle(self, code: int) -> None:
+    def _settle(self) -> None:
         """Say of all that is pending that it will not come."""
+        self.process.wait()
         with self._lock:
-            self._is_gone = True
+            self.is_gone = True
             pending = list(self._pending.values())
-        problem = f"client_process: the process that speaks with the servers ended with exit status {code}"
+            self._pending.clear()
         for work, future in pending:
-            if self._is_closing:
-                future.cancel()
-            elif work.patience is None:
-                future.set_exception(RuntimeError(f"teacher: {problem}, expected it to serve; what it wrote to standard error says why"))
-            else:
-                self._counts["faults/client_process"] += len(work.asks)
-                future.set_result([Outcome(problem=problem) for _ in work.asks])
+            self._lose(work, future)
+
+    def _lose(self, work: Work, future: Future[Any]) -> None:
+        problem = f"client_process: the process that speaks with the servers ended with exit status {self.process.returncode}"
+        if self._is_closing:
+            future.cancel()
+        elif not future.set_running_or_notify_cancel():
+            return
+        elif work.patience is None:
+            future.set_exception(RuntimeError(f"teacher: {problem}, expected it to serve; what it wrote to standard error says why"))
+        else:
+            self._counts["faults/client_process"] += len(work.asks)
+            future.set_result([Outcome(problem=problem) for _ in work.asks])

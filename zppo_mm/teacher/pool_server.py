@@ -42,6 +42,7 @@ class _Mouth:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._lock = threading.Lock()
+        self._counting = threading.Lock()
         self._counted: Counter[str] = Counter()
 
     def send(self, thing: Any) -> None:
@@ -63,9 +64,10 @@ class _Mouth:
             error = known
         except Exception:  # a fault of ours is reported where it can end the run
             error = RuntimeError(f"teacher endpoints: {traceback.format_exc()}")
-        counts = Counter(dict(pool.counts))
-        news = counts - self._counted
-        self._counted = counts
+        with self._counting:
+            counts = Counter(dict(pool.counts))
+            news = counts - self._counted
+            self._counted = counts
         self.send(Done(number, value, error, news))
 
 
