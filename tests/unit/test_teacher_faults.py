@@ -22,7 +22,7 @@ from zppo_mm.embedded import TEACHER_DIR
 from zppo_mm.errors import ConfigError
 from zppo_mm.rollout.exchange import SingleProcess
 from zppo_mm.teacher.chat_api import Ask
-from zppo_mm.teacher.connect import open_pool
+from zppo_mm.teacher.connect import open_pool, read_key
 from zppo_mm.teacher.endpoint_pool import EndpointPool
 from zppo_mm.teacher.servers import Outcome, Patience
 
@@ -200,6 +200,14 @@ def test_a_wrong_key_is_named_at_once_and_shown_nowhere(
     assert KEY not in repr(vars(pool))
     assert KEY not in Path(f"/proc/{vars(pool)['_client'].process.pid}/cmdline").read_text()
     pool.close()
+
+
+@pytest.mark.parametrize("key", ["sk-0123\n", "sk 0123", "sk-\u00e9"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("TEACHER_KEY", key)
+    with pytest.raises(ConfigError, match=r"teacher\.api_key_env: the key in TEACHER_KEY has a space") as caught:
+        read_key("TEACHER_KEY")
+    assert key.strip() not in str(caught.value)
 
 
 def test_a_wrong_model_and_a_server_not_yet_there(server: LoopbackServer, caplog: pytest.LogCaptureFixture) -> None:

@@ -27,7 +27,7 @@ from zppo_mm.embedded import TEACHER_DIR
 from zppo_mm.teacher.chat_api import Ask
 from zppo_mm.teacher.endpoint_pool import EndpointPool
 from zppo_mm.teacher.pool_messages import PoolSettings
-from zppo_mm.teacher.pool_process import PoolProcess
+from zppo_mm.teacher.pool_process import CLOSING_SECONDS, PoolProcess
 from zppo_mm.teacher.servers import Patience
 
 LONG = Patience(max_seconds=200.0, num_retries=None)
@@ -98,8 +98,10 @@ def test_media_are_opened_there(server: LoopbackServer, tmp_path: Path) -> None:
     assert all(any(part["type"] == "image_url" for part in content) for content in sent)
 
 
-def test_what_a_dead_process_was_asked_is_counted_and_the_next_question_starts_a_new_one(server: LoopbackServer) -> None:
-    with process(server.url) as pool:
+def test_what_a_dead_process_was_asked_is_counted_and_the_next_question_starts_a_new_one(
+    server: LoopbackServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING"), process(server.url) as pool:
         (before,) = pool.submit(asks(1), LONG).result(timeout=200)
         first = pid(pool)
         server.latency_seconds = 30.0
@@ -113,13 +115,15 @@ def test_what_a_dead_process_was_asked_is_counted_and_the_next_question_starts_a
         (after,) = pool.submit(asks(1), LONG).result(timeout=200)
         assert pid(pool) != first
     assert after.choices == before.choices
+    assert "exit status -9; 1 calls are lost" in caplog.text
 
 
-def test_signals_to_all_processes_of_a_run_do_not_end_it(server: LoopbackServer) -> None:
+@pytest.mark.parametrize("seconds", [0.0, 2.0])
+def test_signals_to_all_processes_of_a_run_do_not_end_it(server: LoopbackServer, seconds: float) -> None:
+    server.latency_seconds = 3.0
     with process(server.url) as pool:
-        pool.probe().result(timeout=100)
-        server.latency_seconds = 1.0
         pending = pool.submit(asks(1), LONG)
+        time.sleep(seconds)  # while it starts, or waits for the answer
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             os.kill(pid(pool), number)
         (outcome,) = pending.result(timeout=200)
@@ -132,23 +136,28 @@ def test_closing_drops_what_is_in_flight(server: LoopbackServer) -> None:
     with process(server.url) as pool:
         pending = pool.submit(asks(1), LONG)
         time.sleep(1.0)
-        child = pid(pool)
+        child = vars(pool)["_client"].process
         started = time.monotonic()
         pool.close()
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < CLOSING_SECONDS
+        assert child.returncode == 0  # told, not killed
         assert pending.cancelled()
-        assert not is_running(child)
+        assert not is_running(child.pid)
     server.latency_seconds = 0.0
 
 
 def test_it_ends_with_the_process_that_started_it(server: LoopbackServer) -> None:
+    server.latency_seconds = 60.0
     script = f"""
 import os
 from zppo_mm.config import TeacherConfig
 from zppo_mm.teacher.pool_messages import PoolSettings
 from zppo_mm.teacher.pool_process import PoolProcess
 pool = PoolProcess(PoolSettings(urls=({server.url!r},), model="tiny", config=TeacherConfig()))
-pool.probe().result()
+from zppo_mm.teacher.chat_api import Ask
+from zppo_mm.teacher.servers import Patience
+pool.submit([Ask("Hi", 1, 0.0, 4, 0)], Patience(max_seconds=100.0, num_retries=None))
+import time; time.sleep(3)
 print(vars(pool)["_client"].process.pid, flush=True)
 os.kill(os.getpid(), 9)
 """
@@ -158,6 +167,7 @@ os.kill(os.getpid(), 9)
     while is_running(int(ended.stdout)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_running(int(ended.stdout))
+    server.latency_seconds = 0.0
 
 
 def is_running(number: int) -> bool:
@@ -166,6 +176,26 @@ def is_running(number: int) -> bool:
         return ") Z " not in Path(f"/proc/{number}/stat").read_text()
     except FileNotFoundError:
         return False
+
+
+def test_what_it_cannot_say_ends_it(server: LoopbackServer) -> None:
+    """A result that cannot be sent must not leave its holder waiting."""
+    script = """
+import sys
+from zppo_mm.teacher import pool_server
+class Mute(Exception):
+    def __reduce__(self):
+        raise TypeError("no pickle")
+pool_server.Done = lambda *arguments: Mute()
+pool_server.main(int(sys.argv[1]))
+"""
+    with pytest.MonkeyPatch.context() as patch, process(server.url) as pool:
+        patch.setattr(
+            "zppo_mm.teacher.pool_process.start_interpreter",
+            lambda _, descriptor, **options: subprocess.Popen([sys.executable, "-c", script, descriptor], **options),
+        )
+        (outcome,) = pool.submit(asks(1), LONG).result(timeout=100)
+    assert "exit status 1" in outcome.problem
 
 
 def test_it_starts_without_torch() -> None:

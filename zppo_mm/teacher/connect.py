@@ -65,8 +65,11 @@ def open_pool(
         )
     )
     speaks = exchange.is_leader and exchange.replica == 0
-    problems = [(url, fault.kind, str(fault)) for url, fault in pool.probe().result().items() if fault is not None] if speaks else []
+    problems = _greet(pool) if speaks else []
     for url, kind, problem in (each for replica in exchange.gather(problems) for each in replica):
+        if not url:
+            pool.close()
+            raise RuntimeError(problem)
         if kind in MISCONFIGURED:
             pool.close()
             raise ConfigError(
@@ -78,15 +81,28 @@ def open_pool(
     return pool
 
 
+def _greet(pool: Servers) -> list[tuple[str, str, str]]:
+    """Return address, kind and words of what kept servers from answering; without an address, why none could be asked."""
+    try:
+        return [(url, fault.kind, str(fault)) for url, fault in pool.probe().result().items() if fault is not None]
+    except (RuntimeError, OSError) as error:  # told to the other ranks, which wait to hear of it
+        return [("", "client_process", str(error))]
+
+
 def read_key(variable: str) -> str:
     """Return the key in an environment variable; empty for an empty name.
 
     Raises:
-        ConfigError: The variable is not set.
+        ConfigError: The variable is not set, or holds what no header can.
     """
     key = os.environ.get(variable, "") if variable else ""
     if variable and not key:
         raise ConfigError(
             f"teacher.api_key_env: the environment has no {variable}, got none, expected the servers' key there; set it on every rank"
+        )
+    if not all("!" <= character <= "~" for character in key):
+        raise ConfigError(
+            f"teacher.api_key_env: the key in {variable} has a space, a line end or a character beyond ASCII (not shown), expected "
+            "printable ASCII; a file read into the variable often leaves a line end"
         )
     return key

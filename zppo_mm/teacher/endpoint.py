@@ -85,7 +85,7 @@ def retry_after(value: str | None) -> float | None:
 
 
 def open_client(config: TeacherConfig, api_key: str) -> httpx2.AsyncClient:
-    """Return the connections to all servers; the key lives in their headers alone, which never show it."""
+    """Return the connections to all servers; the key is in their headers, which never show it."""
     timeout = httpx2.Timeout(
         connect=config.connect_timeout_seconds, read=config.read_timeout_seconds, write=config.read_timeout_seconds, pool=None
     )

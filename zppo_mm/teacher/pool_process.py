@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import multiprocessing
+import signal
 import subprocess
 import threading
 from collections import Counter
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _SERVER = "zppo_mm.teacher.pool_server"
 CLOSING_SECONDS = 5.0
+# What a scheduler, a launcher or a keyboard says to all processes is for the training process to heed, which may want its answers yet.
+BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class PoolProcess:
@@ -72,7 +75,12 @@ class _Client:
         self._connection, other = multiprocessing.Pipe()
         with other:
             descriptor = other.fileno()
-            self.process = start_interpreter(_SERVER, str(descriptor), stdin=subprocess.DEVNULL, pass_fds=(descriptor,))
+            # A process inherits what its parent blocks, so that no signal finds it unprepared.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
+            try:
+                self.process = start_interpreter(_SERVER, str(descriptor), stdin=subprocess.DEVNULL, pass_fds=(descriptor,))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._send((logging.getLogger(_SERVER).getEffectiveLevel(), settings))
         self._thread = threading.Thread(target=self._hear, name="teacher endpoints", daemon=True)
         self._thread.start()
@@ -96,6 +104,7 @@ class _Client:
         self._thread.join(CLOSING_SECONDS)
         self.process.kill()
         self._thread.join()
+        self._connection.close()
 
     def _send(self, thing: Any) -> None:
         try:
@@ -114,7 +123,6 @@ class _Client:
             raise
         finally:
             self._settle()
-            self._connection.close()
 
     def _take(self, message: logging.LogRecord | Done) -> None:
         if isinstance(message, logging.LogRecord):
@@ -137,11 +145,16 @@ class _Client:
             self.is_gone = True
             pending = list(self._pending.values())
             self._pending.clear()
+        if not self._is_closing:
+            logger.warning("teacher: %s; %d calls are lost", self._problem(), len(pending))
         for work, future in pending:
             self._lose(work, future)
 
+    def _problem(self) -> str:
+        return f"client_process: the process here that speaks with the servers ended with exit status {self.process.returncode}"
+
     def _lose(self, work: Work, future: Future[Any]) -> None:
-        problem = f"client_process: the process that speaks with the servers ended with exit status {self.process.returncode}"
+        problem = self._problem()
         if self._is_closing:
             future.cancel()
         elif not future.set_running_or_notify_cancel():

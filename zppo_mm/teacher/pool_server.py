@@ -7,7 +7,7 @@ and goes is pickled; both ends are ours. It ends when the other end does.
 from __future__ import annotations
 
 import logging
-import signal
+import os
 import sys
 import threading
 import traceback
@@ -24,8 +24,6 @@ from zppo_mm.errors import ZppoError
 from zppo_mm.teacher.endpoint_pool import EndpointPool
 from zppo_mm.teacher.pool_messages import Done, Work
 
-# What a scheduler, a launcher or a keyboard says to all processes is for the training process to heed, which may want its answers yet.
-IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 LOGGED = ("zppo_mm", "data")
 
 
@@ -53,22 +51,25 @@ class _Mouth:
             return
 
     def tell(self, pool: EndpointPool, number: int, future: Future[Any]) -> None:
-        """Send what came of a piece of work; nothing if the pool was closed over it."""
-        value: Any = None
-        error: Exception | None = None
+        """Send what came of a piece of work. What cannot be said ends the process, so that nobody waits for it."""
         try:
-            value = future.result()
-        except CancelledError:
-            return
-        except (ZppoError, DataError) as known:
-            error = known
-        except Exception:  # a fault of ours is reported where it can end the run
-            error = RuntimeError(f"teacher endpoints: {traceback.format_exc()}")
-        with self._counting:
-            counts = Counter(dict(pool.counts))
-            news = counts - self._counted
-            self._counted = counts
-        self.send(Done(number, value, error, news))
+            with self._counting:
+                counts = Counter(dict(pool.counts))
+                news = counts - self._counted
+                self._counted = counts
+            self.send(_done(number, future, news))
+        except Exception:
+            traceback.print_exc()
+            os._exit(1)
+
+
+def _done(number: int, future: Future[Any], counts: Counter[str]) -> Done:
+    try:
+        return Done(number, future.result(), None, counts)
+    except (ZppoError, DataError) as known:
+        return Done(number, None, known, counts)
+    except (Exception, CancelledError):  # a fault of ours is reported where it can end the run
+        return Done(number, None, RuntimeError(f"teacher endpoints: {traceback.format_exc()}"), counts)
 
 
 def main(descriptor: int) -> None:
@@ -77,8 +78,6 @@ def main(descriptor: int) -> None:
     Args:
         descriptor: The connection's file descriptor.
     """
-    for number in IGNORED_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
     connection = Connection(descriptor)
     mouth = _Mouth(connection)
     log_level, settings = connection.recv()
@@ -99,9 +98,8 @@ def main(descriptor: int) -> None:
     while (work := _hear(connection)) is not None:
         future: Future[Any] = pool.probe() if work.patience is None else pool.submit(work.asks, work.patience)
         future.add_done_callback(partial(mouth.tell, pool, work.number))
-    pool.close()
-    if media is not None:
-        media.close()
+    # Nobody is left to hear anything: requests and decodings in flight are not waited for, and decoders end with their sockets.
+    os._exit(0)
 
 
 def _hear(connection: Connection) -> Work | None:
