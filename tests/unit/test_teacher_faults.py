@@ -71,8 +71,10 @@ def test_every_answer_comes_in_order_and_tokens_are_counted(server: LoopbackServ
     outcomes, counts = ask_all([server.url], asks(3, 4))
     assert [sorted(outcome.choices) for outcome in outcomes] == [[0, 1, 2, 3]] * 3
     assert [outcome.problem for outcome in outcomes] == ["", "", ""]
-    sent = {request["messages"][0]["content"]: reply for request, reply in zip(server.requests, server.replies.values(), strict=True)}
-    assert texts(outcomes) == [sent[f"What is {i} + 1?"] for i in range(3)]
+    asked = {request["seed"]: request["messages"][0]["content"] for request in server.requests}
+    assert asked == {10 * i: f"What is {i} + 1?" for i in range(3)}
+    sent = {int(name.split("-")[2]): reply for name, reply in server.replies.items()}  # in whatever order they were answered
+    assert texts(outcomes) == [sent[10 * i] for i in range(3)]
     assert {choice.finish_reason for outcome in outcomes for choice in outcome.answers()} <= {"stop", "length"}
     assert counts["requests"] == 3
     assert counts["completion_tokens"] >= 12
