@@ -34,7 +34,7 @@ from unittest import mock
 import torch
 
 CLONE_ROOT = Path(__file__).resolve().parents[2]
-# Starting and importing alone takes half a minute per rank on a loaded two-core machine.
+# Importing alone takes half a minute on a loaded two-core machine: once, or in every rank where there is a GPU.
 DEFAULT_TIMEOUT_SECONDS = 300.0
 GRACE_SECONDS = 20.0
 # The first makes `import megatron.core` possible everywhere and the world's group free of what would keep it.

@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from functools import partial
 from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection
@@ -68,7 +68,7 @@ def _done(number: int, future: Future[Any], counts: Counter[str]) -> Done:
         return Done(number, future.result(), None, counts)
     except (ZppoError, DataError) as known:
         return Done(number, None, known, counts)
-    except (Exception, CancelledError):  # a fault of ours is reported where it can end the run
+    except Exception:  # a fault of ours is reported where it can end the run
         return Done(number, None, RuntimeError(f"teacher endpoints: {traceback.format_exc()}"), counts)
 
 
