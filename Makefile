@@ -19,7 +19,7 @@ STAMP := $(VENV)/.installed
 # One thread per process: tests and the demo start several processes, and spinning OpenMP threads starve each other.
 RUN_ENV := OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1
 
-.PHONY: install demo compare-demo test test-latest check test-gpu tiny-models bench
+.PHONY: install demo compare-demo test fuzz test-latest check test-gpu tiny-models bench
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -44,6 +44,10 @@ compare-demo: install
 
 test: install
 	$(RUN_ENV) $(BIN)/python -m pytest
+
+# New examples at every border where foreign bytes enter; what fails becomes an @example.
+fuzz: install
+	$(RUN_ENV) $(BIN)/python -m pytest tests/fuzz --hypothesis-profile=fuzz --timeout=0
 
 # The parity and distributed tests on the newest megatron-core, in an environment of its own.
 test-latest:

@@ -9,4 +9,6 @@ import zppo_mm.models  # noqa: F401
 # `pytest --hypothesis-profile=search`; what it finds becomes an @example.
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("search", derandomize=False)
+# `make fuzz`: as many new examples as a test under tests/fuzz takes in minutes.
+settings.register_profile("fuzz", derandomize=False, max_examples=20_000, deadline=None)
 settings.load_profile("repeatable")
