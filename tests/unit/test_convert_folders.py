@@ -25,7 +25,7 @@ from zppo_mm.config_io import save_config
 from zppo_mm.conversion.exporting import export_folder
 from zppo_mm.conversion.importing import import_folder
 from zppo_mm.errors import CheckpointError, ModelError
-from zppo_mm.models import megatron_writer, parallel
+from zppo_mm.models import boxes, parallel
 from zppo_mm.models.architecture import load_architecture
 from zppo_mm.models.export import export_hf_weights
 from zppo_mm.models.hf_writer import FolderWriter
@@ -134,11 +134,11 @@ def test_the_index_of_a_quantised_folder_is_rewritten(tmp_path: Path) -> None:
     assert not (tmp_path / "back" / "b.safetensors").exists()
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 1000, megatron_writer.PIECE_BYTES])
+@pytest.mark.parametrize("piece_bytes", [1, 1000, boxes.PIECE_BYTES])
 def test_an_imported_folder_opens_as_a_runs_checkpoint_does(
     source: Path, tmp_path: Path, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(megatron_writer, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(boxes, "PIECE_BYTES", piece_bytes)
     import_folder(source, tmp_path / "megatron", LAYOUT)
     check_opens(tmp_path / "megatron", network_checks.build(source, LAYOUT), LAYOUT)
 
@@ -229,7 +229,7 @@ def test_a_damaged_source_is_named_and_nothing_is_left(source: Path, tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
-@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "passed_through.safetensors", "common.pt"])
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "passed_through.safetensors"])
 def test_a_damaged_import_is_refused(source: Path, tmp_path: Path, file: str) -> None:
     import_folder(source, tmp_path / "megatron", LAYOUT)
     path = tmp_path / "megatron" / file
@@ -283,7 +283,7 @@ def limited(largest_file: int, *arguments: str) -> subprocess.CompletedProcess[s
 def test_a_full_disk_fails_the_import_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
     result = limited(100_000, "import", str(source), str(tmp_path / "megatron"))
     assert result.returncode == 1, result.stderr
-    assert "expected a readable source and room on the disk" in result.stderr
+    assert "expected room and permission; check the disk" in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -303,7 +303,7 @@ import os, signal, sys
 from pathlib import Path
 from tests import network_checks
 from zppo_mm.config import ParallelConfig
-from zppo_mm.models import megatron_writer, parallel
+from zppo_mm.models import parallel
 from zppo_mm.models.export import write_weights
 from zppo_mm.models.safetensors_folder import SafetensorsFolder
 from zppo_mm.models.weights import parameter_mappings
@@ -322,7 +322,7 @@ import os, signal, sys
 from pathlib import Path
 from zppo_mm.config import ParallelConfig
 from zppo_mm.conversion import importing
-from zppo_mm.models import megatron_writer, parallel
+from zppo_mm.models import parallel
 
 class Dying(importing.SafetensorsFolder):
     def read(self, key):
@@ -378,6 +378,6 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
         path = tmp_path / "small megatron" / part
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         (tmp_path / "large megatron" / part).rename(path)
-    with pytest.raises(CheckpointError, match=r"small megatron: the checkpoint cannot be used, got .*shape mismatch.*expected a complete"):
+    with pytest.raises(CheckpointError, match=r"small megatron: shape mismatch of the tensor \S+, got \[112, 64\], expected \[128, 64\]"):
         export_folder(tmp_path / "small megatron", tmp_path / "back", LAYOUT)
     assert not list(tmp_path.glob("back*"))

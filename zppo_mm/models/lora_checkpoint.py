@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from zppo_mm.errors import CheckpointError
+from zppo_mm.models.boxes import boxes_of
+from zppo_mm.models.distributed_folder import DistributedFolder, on_every_rank
 from zppo_mm.models.lora import LoraAdapters, adapters_of
-from zppo_mm.models.megatron_versions import load_checkpoint
+from zppo_mm.models.megatron_folder import save_entries
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.models.weights import ADAPTERS, Mapping
 
@@ -51,15 +51,10 @@ def _load(adapters: LoraAdapters, folder: Path) -> None:
     for target in adapters.targets():
         for half in ("lora_A", "lora_B"):
             setattr(target, half, nn.Parameter(torch.empty(target.get_parameter(half).shape), requires_grad=False))
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    boxes = [box for entry in save_entries(adapters, ADAPTERS).values() for box in boxes_of(entry)]
     try:
-        loaded = load_checkpoint(
-            adapters.sharded_state_dict(ADAPTERS, metadata={"dp_cp_group": group}), folder, validate_access_integrity=False
-        )
-    except (CheckpointException, dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError, OSError) as error:
-        # torch puts the cause on the last line, below the traces of all ranks.
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        on_every_rank(folder, lambda: DistributedFolder(folder).read(boxes))
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{folder}: the adapters cannot be loaded, got {cause}, expected those that config.yaml describes; use another checkpoint"
+            f"{folder}: the adapters cannot be loaded, got {error}; expected those that config.yaml describes; use another checkpoint"
         ) from error
-    adapters.load_state_dict({name.removeprefix(ADAPTERS): tensor for name, tensor in loaded.items() if name.startswith(ADAPTERS)})

@@ -9,27 +9,26 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from zppo_mm.config import ModelConfig, ParallelConfig
-from zppo_mm.errors import CheckpointError, ModelError
+from zppo_mm.errors import ModelError
 from zppo_mm.models import parallel
 from zppo_mm.models.architecture import Architecture
-from zppo_mm.models.megatron_versions import load_checkpoint
+from zppo_mm.models.boxes import boxes_of
+from zppo_mm.models.distributed_folder import DistributedFolder, on_every_rank
 from zppo_mm.models.provider import build_model
 from zppo_mm.models.safetensors_folder import SafetensorsFolder
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.models.weights import Mapping, cut, fuse_tensors, split_tensors
-
-_FITTING = "expected a complete checkpoint of this network; use another one"
 
 
 def build_without_weights(architecture: Architecture, layout: ParallelConfig) -> VisionLanguageModel:
@@ -81,29 +80,29 @@ def with_weights(
         CheckpointError: It cannot be read or does not fit the network.
     """
     entries = save_entries(model)
+    opened = on_every_rank(folder, partial(DistributedFolder, folder))
     for mappings in rounds:
-        wanted = {}
+        filled, boxes = [], []
         for mapping in mappings:
-            dtype = source_dtype(mapping, source)
-            wanted[mapping.name] = entry_with(entries[mapping.name], torch.empty(mapping.parameter.shape, dtype=dtype))
-        try:
-            # A part of the network is asked for, which megatron-core's own check of completeness does not expect.
-            loaded = load_checkpoint(wanted, folder, validate_access_integrity=False)
-        except CheckpointException as error:
-            raise first_failure(error, folder, _FITTING) from error
-        except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError, OSError) as error:
-            raise CheckpointError(f"{folder}: the weights cannot be loaded, got {type(error).__name__}: {error}, {_FITTING}") from error
-        filled = [dataclasses.replace(mapping, parameter=cast(nn.Parameter, loaded.pop(mapping.name))) for mapping in mappings]
+            weight = torch.empty(mapping.parameter.shape, dtype=source_dtype(mapping, source))
+            boxes += boxes_of(entry_with(entries[mapping.name], weight))
+            filled.append(dataclasses.replace(mapping, parameter=cast(nn.Parameter, weight)))
+        on_every_rank(folder, partial(opened.read, boxes))
         yield filled
         # Whoever asks for the next round still holds this one.
         filled.clear()
-        wanted.clear()
+        boxes.clear()
 
 
-def save_entries(model: VisionLanguageModel) -> dict[str, Any]:
-    """Return how megatron-core would save everything of this stage, by the name on this rank."""
+def save_entries(module: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """Return how megatron-core would save everything of this stage, by the name on this rank; the entries hold the parameters themselves.
+
+    Args:
+        module: A stage, or a part of one.
+        prefix: Name of the part in the stage, with a dot.
+    """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    entries: dict[str, Any] = cast(Any, model).sharded_state_dict(metadata={"dp_cp_group": group})
+    entries: dict[str, Any] = cast(Any, module).sharded_state_dict(prefix, metadata={"dp_cp_group": group})
     return entries
 
 
@@ -121,20 +120,6 @@ def read_share(model: VisionLanguageModel, mapping: Mapping, source: Safetensors
     tensors = [source.read(key).to(dtype) for key in mapping.keys]
     whole = fuse_tensors(tensors, mapping.rule, model.architecture)
     return cut(whole, mapping, model.architecture, parallel.tensor_rank(), parallel.tensor_size())
-
-
-def first_failure(error: CheckpointException, folder: Path, expected: str) -> CheckpointError:
-    """Say what the first rank that failed said.
-
-    Args:
-        error: Of all ranks.
-        folder: The checkpoint.
-        expected: And what to do, for the message.
-    """
-    rank, (cause, _trace) = sorted(error.failures.items())[0]
-    if isinstance(cause, ModelError | CheckpointError):
-        return CheckpointError(str(cause))
-    return CheckpointError(f"{folder}: the checkpoint cannot be used, got {type(cause).__name__}: {cause} on rank {rank}, {expected}")
 
 
 @contextlib.contextmanager

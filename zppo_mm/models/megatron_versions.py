@@ -9,15 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import inspect
 import logging
 import sys
 import types
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-
-from zppo_mm.errors import CheckpointError
 
 
 def bridge_missing_triton() -> None:
@@ -91,37 +87,6 @@ def split_sharded_tensor(tensor: Any, sections: list[int], names: list[str], axi
     except ImportError:  # it lay beside its first user before 0.19
         from megatron.core.ssm.gated_delta_net import _split_tensor_factory
     return _split_tensor_factory(tensor, sections, names, axis)
-
-
-def save_checkpoint(state: dict[str, Any], folder: Path, metadata: dict[str, Any]) -> None:
-    """Write a sharded state and wait for it. 0.19 says each time that its only writer for that will one day be replaced."""
-    from megatron.core import dist_checkpointing
-
-    with _without_log_line("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated"):
-        dist_checkpointing.save(state, str(folder), content_metadata=metadata)
-
-
-def load_checkpoint(state: dict[str, Any], folder: Path, **options: Any) -> Any:
-    """Read a sharded state. 0.19 also reads what earlier versions wrote, and says that they wrote otherwise.
-
-    Args:
-        state: What is wanted, in Megatron's sharded form.
-        folder: Saved at any layout.
-        **options: Further arguments of `dist_checkpointing.load`.
-
-    Raises:
-        CheckpointError: A newer megatron-core wrote the folder than can read it.
-    """
-    from megatron.core import dist_checkpointing
-
-    needs_common_file = "common_strategy" in inspect.signature(dist_checkpointing.load).parameters
-    if needs_common_file and not (folder / "common.pt").exists():
-        raise CheckpointError(
-            f"{folder}: a newer megatron-core wrote this checkpoint, got no common.pt, expected one, as the installed version writes; "
-            "go on in the environment that saved it, or export the weights there"
-        )
-    with _without_log_line("megatron.core.dist_checkpointing.strategies.common", "load_common is deprecated"):
-        return dist_checkpointing.load(state, str(folder), **options)
 
 
 @contextlib.contextmanager

@@ -1,83 +1,170 @@
 """One folder per save: weights, optimizer and schedule in Megatron's distributed format, and everything else of the run beside them.
 
-A checkpoint is written next to its place and renamed when it is complete, synced to disk and listed in a manifest. A process killed at any
-moment therefore leaves the previous checkpoint as it was, and at most a hidden unfinished folder that the next save removes.
+A checkpoint is written next to its place, while training goes on, and renamed when it is complete, synced to disk and listed in a
+manifest. A process killed at any moment therefore leaves the previous checkpoint as it was, and at most a hidden unfinished folder that
+the next save removes. Each rank writes and reads about its own share, of which it holds one copy in host memory until it is written.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import logging
-import os
-import queue
-import re
 import shutil
-import zlib
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-# megatron-core's writer needs psutil and, without it, waits for ever for a child that has died.
-import psutil  # noqa: F401
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core import parallel_state
+from torch.distributed.checkpoint.metadata import Metadata
 
 from zppo_mm.errors import CheckpointError
 from zppo_mm.models import parallel
-from zppo_mm.models.megatron_versions import load_checkpoint, save_checkpoint
+from zppo_mm.models.boxes import Box, Piece, boxes_of, object_pieces, pieces_of
+from zppo_mm.models.distributed_folder import (
+    DistributedFolder,
+    WrittenFile,
+    gather_files,
+    on_every_rank,
+    on_rank_0,
+    share_out,
+    write_description,
+    write_pieces,
+)
+from zppo_mm.models.megatron_folder import save_entries
+from zppo_mm.training import optimizer_state
+from zppo_mm.training.checkpoint_files import MANIFEST_FILE, file_checksum, make_empty, publish, put_back, replace_folder, step_folders
 from zppo_mm.training.policy import Policy
+from zppo_mm.training.random_states import gather_random_states, restore_random_states
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS_FOLDER = "checkpoints"
-MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
+SCHEDULE_FILE = "schedule.json"
 RANDOM_FILE = "random.pt"
-_STEP_FOLDER = re.compile(r"step_(\d{6,})")
-_READ_BYTES = 1 << 24
-# The only sharding of optimizer state that megatron-core can save and also load at another tensor, pipeline and data size.
-_SHARDING = "fully_reshardable"
-_HYPERPARAMETERS = ("lr", "max_lr", "min_lr", "betas", "eps", "weight_decay")
+_WAIT_SECONDS = 0.05
 
 
-def save(folder: Path, step: int, policy: Policy, state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint, then remove the oldest beyond `keep`. Every rank calls it.
+@dataclass(frozen=True, slots=True)
+class _Save:
+    """A checkpoint on its way to the disk.
+
+    Attributes:
+        target: Where it will be.
+        partial: Where it is written.
+        metadata: What `.metadata` will say, on rank 0.
+        small_files: What rank 0 adds, by name.
+        writing: This rank's file.
+    """
+
+    target: Path
+    partial: Path
+    metadata: Metadata | None
+    small_files: dict[str, bytes]
+    writing: Future[WrittenFile]
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run while training goes on. Every rank calls its methods together, from the thread that trains.
+
+    The folder of a checkpoint appears when `publish_if_written` or `finish` is called after all ranks have written their files. A run
+    that is to end calls `finish` last, wherever it was interrupted between two collectives.
 
     Args:
         folder: Holds the checkpoints of a run, on storage that all ranks share.
-        step: Rollout steps done.
-        policy: Weights, optimizer and schedule.
-        state: Everything else that a resumed run needs, as JSON values, the same on every rank.
-        keep: Complete checkpoints left afterwards, at least 1.
+        keep: Complete checkpoints left after a save, at least 1.
+    """
 
-    Returns:
-        The checkpoint's folder.
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._pending: _Save | None = None
+
+    def save(self, step: int, policy: Policy, state: dict[str, Any]) -> Path:
+        """Finish the save before, copy what is to be saved, and begin to write it.
+
+        Args:
+            step: Rollout steps done.
+            policy: Weights, optimizer and schedule.
+            state: Everything else that a resumed run needs, as JSON values, the same on every rank.
+
+        Returns:
+            Where the checkpoint will be.
+
+        Raises:
+            CheckpointError: This save or the one before cannot be written; complete checkpoints are as they were.
+        """
+        self.finish()
+        target = self._folder / f"step_{step:06d}"
+        partial_folder = self._folder / f".{target.name}.partial"
+        on_rank_0(partial_folder, partial(make_empty, partial_folder))
+        small_files = {
+            STATE_FILE: json.dumps(state, indent=1).encode(),
+            SCHEDULE_FILE: json.dumps(_schedule(policy), indent=1).encode(),
+            RANDOM_FILE: gather_random_states(),
+        }
+        pieces, metadata = share_out(_pieces(policy))
+        # Training changes what they look at.
+        copies = [replace(piece, content=partial(_same, _host_copy(piece.content()))) for piece in pieces]
+        writing = _in_background(partial(write_pieces, copies, partial_folder))
+        self._pending = _Save(target, partial_folder, metadata, small_files, writing)
+        return target
+
+    def publish_if_written(self) -> None:
+        """Complete the save under way if every rank has written its file; costs one small exchange while there is one.
+
+        Raises:
+            CheckpointError: It cannot be written; complete checkpoints are as they were.
+        """
+        if self._pending is not None and all(parallel.gather_from_ranks(self._pending.writing.done())):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save under way, if there is one, and complete it.
+
+        Raises:
+            CheckpointError: It cannot be written; complete checkpoints are as they were.
+        """
+        if self._pending is None:
+            return
+        save, self._pending = self._pending, None
+        # A slow disk may take longer than a collective waits.
+        while not all(parallel.gather_from_ranks(save.writing.done())):
+            time.sleep(_WAIT_SECONDS)
+        try:
+            files = gather_files(on_every_rank(save.partial, save.writing.result))
+            on_rank_0(save.partial, lambda: _publish(save, files, self._keep))
+        except CheckpointError:
+            if parallel.rank() == 0:
+                # Half a checkpoint is of no use and may be what fills the disk.
+                shutil.rmtree(save.partial, ignore_errors=True)
+            raise
+        if parallel.rank() == 0:
+            logger.info("checkpoint: saved %s", save.target)
+
+
+def save(folder: Path, step: int, policy: Policy, state: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint and wait for it, then remove the oldest beyond `keep`; see `CheckpointWriter`. Every rank calls it.
 
     Raises:
         CheckpointError: A file cannot be written; the previous checkpoints are as they were.
     """
-    target = folder / f"step_{step:06d}"
-    partial = folder / f".{target.name}.partial"
-    _on_rank_0(partial, lambda: _make_empty(partial))
-    _keep_results_in_process()
-    save_checkpoint(_sharded_state(policy, is_loading=False), partial, _metadata())
-    random_states = _gather_random_states()
-    _on_rank_0(partial, lambda: _write_rest(partial, state, random_states))
-    sums = _on_all_ranks(partial, lambda: _seal_share(partial))
-    _on_rank_0(partial, lambda: _publish(partial, target, [entry for share in sums for entry in share], keep))
-    if parallel.rank() == 0:
-        logger.info("checkpoint: saved %s", target)
+    writer = CheckpointWriter(folder, keep)
+    target = writer.save(step, policy, state)
+    writer.finish()
     return target
 
 
 def latest(folder: Path) -> Path | None:
     """Return the newest checkpoint that was completed, `None` if there is none."""
-    complete = _step_folders(folder)
+    complete = step_folders(folder)
     return complete[-1] if complete else None
 
 
@@ -93,6 +180,7 @@ def load_latest(folder: Path, policy: Policy) -> dict[str, Any] | None:
         CheckpointError: There are checkpoints but none is usable, or a sound one does not fit the model.
     """
     problems: list[str] = []
+    on_rank_0(folder, partial(put_back, folder))
     while (path := parallel.broadcast_object(latest(folder) if parallel.rank() == 0 else None)) is not None:
         try:
             verify(path)
@@ -112,7 +200,7 @@ def load_latest(folder: Path, policy: Policy) -> dict[str, Any] | None:
 def _set_aside(path: Path, error: CheckpointError) -> None:
     if parallel.rank() == 0:
         logger.warning("checkpoint: %s is set aside: %s", path, error)
-    _on_rank_0(path, lambda: _replace(path, path.with_name(f"{path.name}.broken")))
+    on_rank_0(path, lambda: replace_folder(path, path.with_name(f"{path.name}.broken")))
 
 
 def load(path: Path, policy: Policy) -> dict[str, Any]:
@@ -128,21 +216,21 @@ def load(path: Path, policy: Policy) -> dict[str, Any]:
     Raises:
         CheckpointError: Its contents do not fit the model or the optimizer, or a newer megatron-core wrote it.
     """
-    configured = [{name: group[name] for name in _HYPERPARAMETERS if name in group} for group in policy.optimizer.param_groups]
-    try:
-        loaded = load_checkpoint(_sharded_state(policy, is_loading=True), path)
-        policy.model.load_state_dict(loaded["model"])
-        policy.optimizer.load_state_dict(loaded["optimizer"])
-    except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path}: the checkpoint does not fit, got {type(error).__name__}: {error}, expected the weights and the optimizer of this "
-            "model; resume with the model, train.freeze and parallel.use_distributed_optimizer that it was saved with"
-        ) from error
-    for group, values in zip(policy.optimizer.param_groups, configured, strict=True):
-        group.update(values)
-    policy.scheduler.load_state_dict(loaded["scheduler"])
-    _restore_random_states(path / RANDOM_FILE)
-    state: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    entries = save_entries(policy.model)
+    found = optimizer_state.shares(policy.optimizer)
+    weights = [box for entry in entries.values() for box in boxes_of(entry)]
+    states = optimizer_state.boxes(entries, found, only_main=False)
+    wanted = set().union(*parallel.gather_from_ranks({box.key for box in weights + states}))
+    files = on_every_rank(path, lambda: _read_small_files(path))
+    with torch.no_grad():
+        readers = _readers(weights)
+        on_every_rank(path, partial(_read_tensors, path, wanted, [*_own(weights, readers), *states]))
+        _hand_round(weights, readers)
+    schedule = json.loads(files[SCHEDULE_FILE])
+    optimizer_state.set_num_updates(policy.optimizer, found, schedule["num_updates"])
+    policy.scheduler.load_state_dict(schedule["scheduler"])
+    restore_random_states(files[RANDOM_FILE])
+    state: dict[str, Any] = json.loads(files[STATE_FILE])
     return state
 
 
@@ -152,102 +240,95 @@ def verify(path: Path) -> None:
     Raises:
         CheckpointError: On every rank, naming the first file that is missing or damaged.
     """
-    _on_all_ranks(path, lambda: _verify_share(path))
+    on_every_rank(path, lambda: _verify_share(path))
 
 
-def _keep_results_in_process() -> None:
-    """Have the writers report through a queue of this process.
-
-    megatron-core starts a manager process for that, in case the save is asynchronous. Ours is not, and that process would outlive a killed
-    run and keep its output pipes open.
-    """
-    if getattr(filesystem_async, "_results_queue", None) is None:
-        writer: Any = filesystem_async
-        writer._results_queue = queue.SimpleQueue()
-
-
-def _metadata() -> dict[str, Any]:
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return {"distrib_optim_sharding_type": _SHARDING, "chained_optim_avoid_prefix": True, "dp_cp_group": group}
+def _pieces(policy: Policy) -> list[Piece]:
+    """Return what this rank could write of a checkpoint. Weights come first, which more than one rank has."""
+    entries = save_entries(policy.model)
+    weights = [box for entry in entries.values() for box in boxes_of(entry)]
+    found = optimizer_state.shares(policy.optimizer)
+    states = optimizer_state.boxes(entries, found, only_main=True)
+    objects = [piece for entry in entries.values() for piece in object_pieces(entry)]
+    return objects + [piece for box in weights + states for piece in pieces_of(box, partial(_same, box.tensor))]
 
 
-def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
-    model: Any = policy.model
-    weights = model.sharded_state_dict(metadata=_metadata())
-    optimizer = policy.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_metadata())
-    return {"model": weights, "optimizer": optimizer, "scheduler": policy.scheduler.state_dict()}
+def _schedule(policy: Policy) -> dict[str, Any]:
+    updates = optimizer_state.num_updates(policy.optimizer, optimizer_state.shares(policy.optimizer))
+    return {"num_updates": max(parallel.gather_from_ranks(updates)), "scheduler": policy.scheduler.state_dict()}
 
 
-def _step_folders(folder: Path) -> list[Path]:
-    """Return the completed checkpoints, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name)) and path.is_dir()]
-    return [path for _, path in sorted(found)]
+def _same(value: T) -> T:
+    return value
 
 
-def _make_empty(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+def _host_copy(content: torch.Tensor | bytes) -> torch.Tensor | bytes:
+    return content if isinstance(content, bytes) else content.detach().to("cpu", copy=True)
 
 
-def _write_rest(partial: Path, state: dict[str, Any], random_states: list[bytes]) -> None:
-    (partial / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    torch.save([torch.frombuffer(bytearray(item), dtype=torch.uint8) for item in random_states], partial / RANDOM_FILE)
+def _in_background(action: Callable[[], T]) -> Future[T]:
+    """Start an action that ends with the process, be it done or not."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)  # whoever asks for the result gets it
+
+    threading.Thread(target=run, name="checkpoint writer", daemon=True).start()
+    return future
 
 
-def _files(path: Path) -> list[str]:
-    return sorted(str(item.relative_to(path)) for item in path.rglob("*") if item.is_file() and item.name != MANIFEST_FILE)
+def _publish(save: _Save, files: list[WrittenFile], keep: int) -> None:
+    write_description(save.partial, save.metadata, files)
+    for name, content in save.small_files.items():
+        (save.partial / name).write_bytes(content)
+    publish(save.partial, save.target, {file.name: file.checksum for file in files}, keep)
 
 
-def _seal_share(partial: Path) -> list[tuple[str, int, int]]:
-    """Sync this rank's share of the files to disk; returns name, size in bytes and checksum of each."""
-    entries = []
-    for name in _files(partial)[parallel.rank() :: parallel.world_size()]:
-        _sync(partial / name)
-        entries.append((name, (partial / name).stat().st_size, _checksum(partial / name)))
-    return entries
+def _read_small_files(path: Path) -> dict[str, bytes]:
+    return {name: (path / name).read_bytes() for name in (STATE_FILE, SCHEDULE_FILE, RANDOM_FILE)}
 
 
-def _publish(partial: Path, target: Path, entries: list[tuple[str, int, int]], keep: int) -> None:
-    """Write the manifest, put the folder in its place, then prune; the rename is the moment at which the checkpoint exists."""
-    listed = {name: {"size": size, "crc32": checksum} for name, size, checksum in sorted(entries)}
-    (partial / MANIFEST_FILE).write_text(json.dumps(listed, indent=1), encoding="utf-8")
-    _sync(partial / MANIFEST_FILE)
-    _sync(partial)
-    _replace(partial, target)
-    for old in _step_folders(target.parent)[: -max(keep, 1)]:
-        # Renamed first, so that a half-removed folder never looks like a checkpoint.
-        _replace(old, old.with_name(f".{old.name}.removed"))
-        shutil.rmtree(old.with_name(f".{old.name}.removed"))
-    for leftover in target.parent.glob(".step_*.*"):
-        shutil.rmtree(leftover)
+def _read_tensors(path: Path, wanted: set[str], boxes: list[Box]) -> None:
+    """Fill boxes from a checkpoint that holds the wanted tensors of all ranks and no other."""
+    folder = DistributedFolder(path)
+    if surplus := sorted(folder.tensor_keys - wanted):
+        raise CheckpointError(
+            f"{path}: the checkpoint does not fit, got {len(surplus)} tensors of no use ({surplus[0]}), expected the weights and the "
+            "optimizer of this model; resume with the model, model.params_dtype, train.freeze and lora that it was saved with"
+        )
+    folder.read(boxes)
 
 
-def _replace(source: Path, target: Path) -> None:
-    """Rename a folder, over another if there is one."""
-    if target.exists():
-        aside = target.with_name(f".{target.name}.replaced")
-        shutil.rmtree(aside, ignore_errors=True)
-        target.rename(aside)
-    source.rename(target)
-    _sync(target.parent)
+def _replicas() -> Any:
+    """Return the group of ranks that hold the same weights as this one."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _readers(weights: list[Box]) -> list[int]:
+    """Say of each box which of the ranks that have it reads it, so that each reads about as much."""
+    loads = [0] * dist.get_world_size(_replicas())
+    readers = []
+    for box in weights:
+        readers.append(loads.index(min(loads)))
+        loads[readers[-1]] += box.tensor.nbytes
+    return readers
 
 
-def _checksum(path: Path) -> int:
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(_READ_BYTES):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
+def _own(weights: list[Box], readers: list[int]) -> list[Box]:
+    mine = dist.get_rank(_replicas())
+    return [box for box, reader in zip(weights, readers, strict=True) if reader == mine]
+
+
+def _hand_round(weights: list[Box], readers: list[int]) -> None:
+    """Send what each rank has read to the others that hold the same weights."""
+    group = _replicas()
+    ranks = dist.get_process_group_ranks(group)
+    for box, reader in zip(weights, readers, strict=True):
+        # As bytes: not every backend knows every type.
+        dist.broadcast(box.tensor.reshape(-1).view(torch.uint8), src=ranks[reader], group=group)
 
 
 def _verify_share(path: Path) -> None:
@@ -263,52 +344,5 @@ def _verify_share(path: Path) -> None:
         if size != expected["size"]:
             got = "no file" if size is None else f"{size} bytes"
             raise CheckpointError(f"{file}: the checkpoint is incomplete, got {got}, expected {expected['size']} bytes; use another one")
-        if _checksum(file) != expected["crc32"]:
+        if file_checksum(file) != expected["crc32"]:
             raise CheckpointError(f"{file}: the file is damaged, got another checksum, expected {expected['crc32']}; use another one")
-
-
-def _gather_random_states() -> list[bytes]:
-    """Return the torch random states of every rank, by rank."""
-    box = io.BytesIO()
-    torch.save({"torch": torch.get_rng_state(), "streams": get_cuda_rng_tracker().get_states()}, box)
-    states: list[Any] = [None] * parallel.world_size()
-    dist.all_gather_object(states, box.getvalue())
-    return states
-
-
-def _restore_random_states(path: Path) -> None:
-    """Continue the random streams; on another number of ranks they start from the seed, as nothing there corresponds to them."""
-    states = torch.load(path, weights_only=True)
-    if len(states) != parallel.world_size():
-        logger.info("checkpoint: saved on %d ranks, the dropout streams start anew on %d", len(states), parallel.world_size())
-        return
-    mine = torch.load(io.BytesIO(states[parallel.rank()].numpy().tobytes()), weights_only=True)
-    torch.set_rng_state(mine["torch"])
-    get_cuda_rng_tracker().set_states(mine["streams"])
-
-
-def _on_rank_0(path: Path, action: Callable[[], None]) -> None:
-    """Run a file operation on rank 0; a failure raises on every rank instead of leaving the others waiting."""
-    _on_all_ranks(path, action if parallel.rank() == 0 else lambda: None)
-
-
-def _on_all_ranks(path: Path, action: Callable[[], T]) -> list[T]:
-    """Run a file operation on every rank and return all results, by rank.
-
-    Raises:
-        CheckpointError: It failed on at least one rank; raised on all.
-    """
-    result: T | None = None
-    problem: str | None = None
-    try:
-        result = action()
-    except CheckpointError as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{path}: the checkpoint's files cannot be used, got {error}, expected room and permission; check the disk"
-    outcomes: list[Any] = [None] * parallel.world_size()
-    dist.all_gather_object(outcomes, (result, problem))
-    for _, found in outcomes:
-        if found is not None:
-            raise CheckpointError(found)
-    return [found for found, _ in outcomes]

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -59,7 +59,6 @@ def build_optimizer(wrapped: Any, train: TrainConfig, parallel: ParallelConfig, 
         parallel: Whether the optimizer state is sharded over replicas.
         params_dtype: Type of the weights; below float32 the optimizer keeps float32 copies.
     """
-    make_torch_adam_resumable()
     config = OptimizerConfig(
         optimizer="adam",
         lr=train.lr,
@@ -117,39 +116,3 @@ def clip_and_step(optimizer: Any, norm: float) -> None:
         if clip > 0 and parameters:
             clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=norm)
     optimizer.step_with_ready_grads()
-
-
-def make_torch_adam_resumable() -> None:
-    """Let a checkpoint of the distributed optimizer be loaded where torch's AdamW does the work (neither Apex nor Transformer Engine).
-
-    megatron-core 0.16 to 0.20 was written for Apex's optimizer, which keeps the step count per group. With torch's, which keeps it per
-    parameter, a fresh optimizer cannot be asked for its state, loading misses the key `step`, and afterwards all parameters share ONE step
-    tensor, so that Adam's bias correction silently runs ahead by the number of parameters with every update. Nothing is done twice.
-    """
-    optimizer_class: Any = distrib_optimizer.DistributedOptimizer
-    if distrib_optimizer.HAVE_APEX_OR_TE or getattr(optimizer_class.state_dict, "__module__", "") == __name__:
-        return
-    original_state, original_load = optimizer_class.state_dict, optimizer_class.load_state_dict
-    original_set = optimizer_class._set_main_param_and_optimizer_states
-
-    def state_dict(self: Any) -> Any:
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if not self.optimizer.state[parameter]:
-                    zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                    self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
-        return original_state(self)
-
-    def load_state_dict(self: Any, state: Any) -> None:
-        original_load(self, state)
-        for values in self.optimizer.state.values():
-            values["step"] = values["step"].clone()
-
-    def set_states(self: Any, model_parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        group, place = self.model_param_group_index_map[model_parameter]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
-        original_set(self, model_parameter, {**tensors, "step": state["step"]})
-
-    optimizer_class.state_dict = state_dict
-    optimizer_class.load_state_dict = load_state_dict
-    optimizer_class._set_main_param_and_optimizer_states = set_states

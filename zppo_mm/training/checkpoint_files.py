@@ -1,0 +1,92 @@
+"""The folders of a run's checkpoints: how one is put in its place, and which of them count."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from pathlib import Path
+
+MANIFEST_FILE = "manifest.json"
+_STEP_FOLDER = re.compile(r"step_(\d{6,})")
+_READ_BYTES = 1 << 24
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Return the completed checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name)) and path.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def make_empty(partial_folder: Path) -> None:
+    """Make the folder to write to, without what an earlier process left unfinished."""
+    for leftover in partial_folder.parent.glob(".step_*.partial"):
+        shutil.rmtree(leftover)
+    partial_folder.mkdir(parents=True)
+
+
+def publish(partial_folder: Path, target: Path, checksums: dict[str, int], keep: int) -> None:
+    """Put a folder in its place, then prune; the rename is the moment at which the checkpoint exists.
+
+    Args:
+        partial_folder: With all files of the checkpoint.
+        target: Its place, beside the other checkpoints.
+        checksums: Of the files that are synced to disk already, by name.
+        keep: Complete checkpoints left afterwards, at least 1.
+
+    Raises:
+        OSError: There is no room or no permission; the other checkpoints are as they were.
+    """
+    listed = {}
+    for path in sorted(partial_folder.iterdir()):
+        if path.name not in checksums:
+            _sync(path)
+        checksum = checksums[path.name] if path.name in checksums else file_checksum(path)
+        listed[path.name] = {"size": path.stat().st_size, "crc32": checksum}
+    (partial_folder / MANIFEST_FILE).write_text(json.dumps(listed, indent=1), encoding="utf-8")
+    _sync(partial_folder / MANIFEST_FILE)
+    _sync(partial_folder)
+    replace_folder(partial_folder, target)
+    for old in step_folders(target.parent)[: -max(keep, 1)]:
+        # Renamed first, so that a half-removed folder never looks like a checkpoint.
+        replace_folder(old, old.with_name(f".{old.name}.removed"))
+    for leftover in target.parent.glob(".step_*.*"):
+        shutil.rmtree(leftover)
+
+
+def put_back(folder: Path) -> None:
+    """Undo a replacement that a kill cut in two: the earlier checkpoint of that name is complete."""
+    for aside in folder.glob(".step_*.replaced"):
+        target = aside.with_name(aside.name.removeprefix(".").removesuffix(".replaced"))
+        if not target.exists():
+            aside.rename(target)
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Rename a folder, over another if there is one."""
+    if target.exists():
+        aside = target.with_name(f".{target.name}.replaced")
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
+    source.rename(target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_checksum(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(_READ_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
