@@ -149,6 +149,7 @@ class Case:
     train: TrainConfig = dataclasses.field(default_factory=lambda: TRAIN)
     samples: Callable[[], list[TrainingSample]] = make_samples
     share_prompts: bool = False
+    params_dtype: str = "float32"
 
 
 def make_plan(case: Case, num_replicas: int) -> BatchPlan:
@@ -173,7 +174,7 @@ def make_batches(case: Case) -> list[Batch]:
 def build_policy(folder: Path, case: Case) -> Policy:
     """Set the layout, load the folder and wrap it."""
     parallel.initialize(case.layout, seed=0)
-    model = build_model(load_architecture(folder), ModelConfig(), case.layout)
+    model = build_model(load_architecture(folder), ModelConfig(params_dtype=case.params_dtype), case.layout)
     load_hf_weights(model, folder)
     return Policy(model, case.train, case.layout, PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group()))
 

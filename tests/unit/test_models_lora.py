@@ -195,7 +195,7 @@ def test_a_runs_checkpoint_is_exported_with_its_adapters(folder: Path, tmp_path:
     assert sum(not torch.equal(source[key], tensor) for key, tensor in direct.items()) == 2 * (8 + 7)
     other = dataclasses.replace(config, lora=LoraConfig(rank=2))
     save_config(other, tmp_path / "run" / "config.yaml")
-    with pytest.raises(CheckpointError, match=r"the adapters cannot be loaded, got .*shape mismatch.*, expected those that"):
+    with pytest.raises(CheckpointError, match=r"the adapters cannot be loaded, got .*shape mismatch.*; expected those that"):
         export_folder(tmp_path / "run", tmp_path / "again", config.parallel)
 
 
