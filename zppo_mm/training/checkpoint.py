@@ -13,10 +13,9 @@ import os
 import queue
 import re
 import shutil
-import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 # megatron-core's writer needs psutil and, without it, waits for ever for a child that has died.
 import psutil  # noqa: F401
@@ -29,17 +28,16 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from zppo_mm.errors import CheckpointError
 from zppo_mm.models import parallel
 from zppo_mm.models.megatron_versions import load_checkpoint, save_checkpoint
+from zppo_mm.training.manifest import MANIFEST_FILE, DamagedCheckpointError, check_file, checksum, read_manifest
 from zppo_mm.training.policy import Policy
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS_FOLDER = "checkpoints"
-MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
 RANDOM_FILE = "random.pt"
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
-_READ_BYTES = 1 << 24
 # The only sharding of optimizer state that megatron-core can save and also load at another tensor, pipeline and data size.
 _SHARDING = "fully_reshardable"
 _HYPERPARAMETERS = ("lr", "max_lr", "min_lr", "betas", "eps", "weight_decay")
@@ -84,26 +82,29 @@ def latest(folder: Path) -> Path | None:
 def load_latest(folder: Path, policy: Policy) -> dict[str, Any] | None:
     """Load the newest usable checkpoint. Every rank calls it.
 
-    A checkpoint with a missing or damaged file is named in a warning, renamed to end in `.broken`, and the one before it is tried.
+    A checkpoint with a missing or damaged file is named in a warning and renamed to end in `.broken`, if one before it is usable.
 
     Returns:
         The `state` that was saved with it; `None` if nothing was saved yet.
 
     Raises:
-        CheckpointError: There are checkpoints but none is usable, or a sound one does not fit the model.
+        CheckpointError: There are checkpoints but none is usable, one cannot be read now, or a sound one does not fit the model.
     """
-    problems: list[str] = []
-    while (path := parallel.broadcast_object(latest(folder) if parallel.rank() == 0 else None)) is not None:
+    found = _on_all_ranks(folder, lambda: _step_folders(folder) if parallel.rank() == 0 else [])[0]
+    damaged: list[tuple[Path, DamagedCheckpointError]] = []
+    for path in reversed(found):
         try:
             verify(path)
-        except CheckpointError as error:
-            problems.append(str(error))
-            _set_aside(path, error)
+        except DamagedCheckpointError as error:
+            damaged.append((path, error))
             continue
+        for each, problem in damaged:
+            _set_aside(each, problem)
         return load(path, policy)
-    if problems:
+    if damaged:
+        # Nothing is renamed: the next start must find the same, and not a run that has no checkpoint yet.
         raise CheckpointError(
-            f"checkpoint: no usable checkpoint in {folder}, got {len(problems)} broken ({problems[0]}), expected at least one complete; "
+            f"checkpoint: no usable checkpoint in {folder}, got {len(damaged)} broken ({damaged[0][1]}), expected at least one complete; "
             "restore one from a copy, or remove the run's folder to start again"
         )
     return None
@@ -150,7 +151,8 @@ def verify(path: Path) -> None:
     """Compare every file with the manifest, each rank its share. Every rank calls it.
 
     Raises:
-        CheckpointError: On every rank, naming the first file that is missing or damaged.
+        DamagedCheckpointError: On every rank, naming the first file that is missing or damaged.
+        CheckpointError: On every rank, if a file cannot be read now, which says nothing about the checkpoint.
     """
     _on_all_ranks(path, lambda: _verify_share(path))
 
@@ -205,7 +207,7 @@ def _seal_share(partial: Path) -> list[tuple[str, int, int]]:
     entries = []
     for name in _files(partial)[parallel.rank() :: parallel.world_size()]:
         _sync(partial / name)
-        entries.append((name, (partial / name).stat().st_size, _checksum(partial / name)))
+        entries.append((name, (partial / name).stat().st_size, checksum(partial / name)))
     return entries
 
 
@@ -242,29 +244,10 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _checksum(path: Path) -> int:
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(_READ_BYTES):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
-
-
 def _verify_share(path: Path) -> None:
-    try:
-        listed = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path / MANIFEST_FILE}: cannot be read, got {error}, expected the list of files; use another one"
-        ) from error
+    listed = read_manifest(path, STATE_FILE)
     for name in sorted(listed)[parallel.rank() :: parallel.world_size()]:
-        file, expected = path / name, listed[name]
-        size = file.stat().st_size if file.is_file() else None
-        if size != expected["size"]:
-            got = "no file" if size is None else f"{size} bytes"
-            raise CheckpointError(f"{file}: the checkpoint is incomplete, got {got}, expected {expected['size']} bytes; use another one")
-        if _checksum(file) != expected["crc32"]:
-            raise CheckpointError(f"{file}: the file is damaged, got another checksum, expected {expected['crc32']}; use another one")
+        check_file(path, name, listed[name])
 
 
 def _gather_random_states() -> list[bytes]:
@@ -298,17 +281,20 @@ def _on_all_ranks(path: Path, action: Callable[[], T]) -> list[T]:
     Raises:
         CheckpointError: It failed on at least one rank; raised on all.
     """
-    result: T | None = None
-    problem: str | None = None
-    try:
-        result = action()
-    except CheckpointError as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{path}: the checkpoint's files cannot be used, got {error}, expected room and permission; check the disk"
-    outcomes: list[Any] = [None] * parallel.world_size()
-    dist.all_gather_object(outcomes, (result, problem))
-    for _, found in outcomes:
-        if found is not None:
-            raise CheckpointError(found)
-    return [found for found, _ in outcomes]
+
+    def attempt() -> tuple[T | None, CheckpointError | None]:
+        try:
+            return action(), None
+        except CheckpointError as error:
+            return None, error
+        except OSError as error:
+            return None, CheckpointError(
+                f"{path}: the checkpoint's files cannot be used, got {error}, expected room and permission; check the disk"
+            )
+
+    outcomes = parallel.on_all_ranks(attempt)
+    problems = [problem for _, problem in outcomes if problem is not None]
+    if problems:
+        # One file that cannot be read now makes the damage of another uncertain.
+        raise min(problems, key=lambda problem: isinstance(problem, DamagedCheckpointError))
+    return cast(list[T], [result for result, _ in outcomes])
