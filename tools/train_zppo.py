@@ -9,6 +9,7 @@ from zppo_mm.config import RunConfig
 from zppo_mm.config_help import describe_options
 from zppo_mm.config_io import load_config
 from zppo_mm.errors import ConfigError
+from zppo_mm.interruption import Interruption
 from zppo_mm.observability.logs import quiet_libraries
 
 
@@ -31,7 +32,10 @@ def parse(arguments: list[str]) -> RunConfig:
 
 
 def main() -> int:
-    """Read the configuration, then import what needs torch and train."""
+    """Hear signals, read the configuration, then import what needs torch and train."""
+    # Before there is any other thread: they are to block these signals too.
+    interruption = Interruption()
+    interruption.listen()
     try:
         config = parse(sys.argv[1:])
     except ConfigError as error:
@@ -40,7 +44,7 @@ def main() -> int:
     quiet_libraries()
     from zppo_mm.train import run_training
 
-    return run_training(config)
+    return run_training(config, interruption)
 
 
 if __name__ == "__main__":

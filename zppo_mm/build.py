@@ -17,8 +17,10 @@ from zppo_mm.config import RunConfig
 from zppo_mm.embedded import STUDENT_DIR
 from zppo_mm.embedded.questions import embedded_sources
 from zppo_mm.evaluate import HeldOut, held_out_questions
+from zppo_mm.interruption import Interruption
 from zppo_mm.models import parallel
 from zppo_mm.models.lora import add_lora
+from zppo_mm.models.meetings import Meetings
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.observability.metrics import StepMetrics, Sum
 from zppo_mm.rewards.judge import LlmJudge
@@ -123,22 +125,27 @@ def student_folder(config: RunConfig) -> Path:
     return Path(config.model.student) if config.model.student else STUDENT_DIR
 
 
-def build_run(config: RunConfig, channel: Channel | None = None) -> Run:
+def build_run(
+    config: RunConfig, channel: Channel | None = None, meetings: Meetings | None = None, interruption: Interruption | None = None
+) -> Run:
     """Build the parts of a run; process groups must be initialised.
 
     Args:
         config: The run.
         channel: The way to a teacher on ranks of its own, which is waited for.
+        meetings: Where ranks wait for one another; `None` waits in collectives.
+        interruption: Ends the run before its last step; `None` is nothing that could.
 
     Raises:
         ZppoError: A model, its layout or a template cannot be used.
         DataError: A data source cannot be used.
     """
     media = MediaStore(media_limits(config.data))
-    exchange = ParallelExchange()
+    interruption = interruption or Interruption()
+    exchange = ParallelExchange(meetings, interruption.is_due)
     pool = open_pool(config.teacher, exchange, limits=media.limits)
     judges = judge_pool(config, pool, exchange)
-    judge = build_judge(config, judges, channel)
+    judge = build_judge(config, judges, channel, interruption.is_due)
     verifier = Verifier(config.reward.timeout_seconds, config.reward.num_workers, judge)
     shared = Shared(config, media, verifier, exchange)
     ranks = RanksTeacher(channel, config.teacher, exchange, verifier) if channel is not None else None
@@ -154,6 +161,7 @@ def build_run(config: RunConfig, channel: Channel | None = None) -> Run:
     stream = build_stream(config, SampleHealth(config.data.max_bad_share, config.data.strict))
     stages = Stages(
         config=config,
+        interruption=interruption,
         feed=QuestionFeed(
             stream,
             encoder,
@@ -176,21 +184,24 @@ def build_run(config: RunConfig, channel: Channel | None = None) -> Run:
             adopt=sampler.adopt,
             plain_text=templates.plain_text,
         ),
-        learner=Learner(
-            policy,
-            encoder,
-            config.train,
-            config.seed,
-            temperature=config.rollout.temperature,
-            importance_cap=config.algorithm.importance_cap,
-        ),
+        learner=_build_learner(config, policy, encoder),
         portions=_portions(config),
     )
     held_out, answered = _held_out(config, verifier), evaluation_sampling(config, encoder)
-    pools = tuple({id(each): each for each in (pool, judges, *teachers.pools) if each is not None}.values())
+    pools = _once(pool, judges, *teachers.pools)
     if ranks is not None:
         ranks.greet()
     return Run(stages, stream, held_out, answered, media, verifier, shared.encoders, teachers, pools, judge)
+
+
+def _build_learner(config: RunConfig, policy: Policy, encoder: PromptEncoder) -> Learner:
+    temperature, cap = config.rollout.temperature, config.algorithm.importance_cap
+    return Learner(policy, encoder, config.train, config.seed, temperature=temperature, importance_cap=cap)
+
+
+def _once(*pools: Servers | None) -> tuple[Servers, ...]:
+    """Return those that are there, each once."""
+    return tuple({id(pool): pool for pool in pools if pool is not None}.values())
 
 
 def _build_objective(config: RunConfig, student: VisionLanguageModel, teacher: VisionLanguageModel | None) -> Objective:

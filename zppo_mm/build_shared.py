@@ -38,7 +38,7 @@ class Shared:
 
     def sampler(self, model: VisionLanguageModel, encoder: PromptEncoder) -> GroupSampler:
         """Return a sampler with a model's weights."""
-        engine = MegatronEngine(model, self.config.seed, self.config.rollout.max_batch_size)
+        engine = MegatronEngine(model, self.config.seed, self.config.rollout.max_batch_size, should_stop=self.exchange.should_stop)
         return GroupSampler(engine, encoder, self.verifier, self.exchange)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -157,12 +158,14 @@ def judge_pool(config: RunConfig, teachers: Servers | None, exchange: ParallelEx
     )
 
 
-def build_judge(config: RunConfig, pool: Servers | None, channel: Channel | None = None) -> LlmJudge | None:
+def build_judge(
+    config: RunConfig, pool: Servers | None, channel: Channel | None = None, should_stop: Callable[[], bool] = bool
+) -> LlmJudge | None:
     """Return the judge behind servers, or else on the teacher's own ranks."""
     if pool is not None:
-        complete = greedy_replies(pool, config.reward, config.teacher.num_retries)
+        complete = greedy_replies(pool, config.reward, config.teacher.num_retries, should_stop)
     elif channel is not None and config.reward.judge:
-        complete = replies_of_ranks(channel, config.reward)
+        complete = replies_of_ranks(channel, config.reward, should_stop)
     else:
         return None
     return LlmJudge(complete, load_judge_template(config.reward.judge_template))

@@ -136,6 +136,10 @@ class TrainConfig:
 
     train_iters: int = 200
     """Rollout steps."""
+    max_hours: float = 0.0
+    """Hours after which a start of the run ends in good order, to be continued by the same command; 0 is without end."""
+    stop_within_seconds: float = 300.0
+    """Time that SIGTERM, SIGINT (Ctrl-C), SIGUSR1 or max_hours leaves for ending in good order; then the process ends as it is."""
     num_new_questions: int = 384
     """New questions per rollout step, over all ranks."""
     updates_per_step: int = 4

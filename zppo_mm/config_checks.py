@@ -110,6 +110,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "algorithm.importance_cap": _FROM_ZERO,
     "distill.top_k": _FROM_ZERO,
     "train.train_iters": _FROM_ONE,
+    "train.max_hours": _FROM_ZERO,
+    "train.stop_within_seconds": _ABOVE_ZERO,
     "train.num_new_questions": _FROM_ONE,
     "train.updates_per_step": _FROM_ONE,
     "train.micro_batch_tokens": _FROM_ONE,

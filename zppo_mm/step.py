@@ -6,7 +6,7 @@ A baseline is another configuration of these stages, never another loop. Source:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from data.question import Question, check_same_question
 from zppo_mm.algorithms.advantages import group_advantages
 from zppo_mm.config import RunConfig
 from zppo_mm.experience import FloatArray, Group, GroupKind, PromptInstance
+from zppo_mm.interruption import Interruption
 from zppo_mm.observability.metrics import Max, StepMetrics, Sum
 from zppo_mm.observability.rollout_metrics import buffer_metrics, group_metrics, sampling_speed, selection_metrics, teacher_metrics
 from zppo_mm.randomness import generator
@@ -45,6 +46,7 @@ class Stages:
         selection: Chooses what is trained on.
         learner: Trains on it.
         portions: Divides plain prompts; the teacher is asked about each part as soon as it is sampled.
+        interruption: Drops a step before its update begins; later the step is finished.
     """
 
     config: RunConfig
@@ -57,6 +59,7 @@ class Stages:
     selection: Selection
     learner: Learner
     portions: Portions
+    interruption: Interruption = field(default_factory=Interruption)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,10 @@ def run_step(stages: Stages, step: int) -> StepRecord:
     Args:
         stages: The parts, kept over the run.
         step: From 1; names all random draws of the step.
+
+    Raises:
+        TeacherLostError: On every rank, before anything but the stream was moved, if the teacher does not answer.
+        StopRequested: The same, if the run is to end.
     """
     metrics = StepMetrics()
     rounds = [_sample_round(stages, step, (), metrics)]
@@ -126,9 +133,10 @@ def run_step(stages: Stages, step: int) -> StepRecord:
             each.inquiry.look()
     metrics.add("rollout/failed_groups", Sum(selected.num_failed))
     advantages = _advantages(selected.groups, stages.config.algorithm.advantage_normalization)
-    minibatches = stages.learner.learn(selected.groups, advantages, step, metrics)
-    buffer_change = _update_buffer(stages, groups, step)
-    teacher_lost = _hear_the_rest(rounds, metrics)
+    with stages.interruption.held():
+        minibatches = stages.learner.learn(selected.groups, advantages, step, metrics)
+        buffer_change = _update_buffer(stages, groups, step)
+        teacher_lost = _hear_the_rest(rounds, metrics)
 
     answers = _all_answers(rounds)
     _measure(stages, groups, selected, advantages, [each.guided for each in rounds], answers, metrics)

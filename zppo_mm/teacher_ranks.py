@@ -11,7 +11,9 @@ from data.media_store import MediaStore
 from zppo_mm.build_shared import Shared, media_limits, release_memory
 from zppo_mm.build_teacher import megatron_teacher
 from zppo_mm.config import RunConfig
+from zppo_mm.interruption import Interruption, RunStopped, StopRequested
 from zppo_mm.models import parallel
+from zppo_mm.models.meetings import Meetings, open_meetings
 from zppo_mm.models.worlds import World, teacher_layout
 from zppo_mm.observability.logs import configure_logging
 from zppo_mm.rollout.exchange import ParallelExchange
@@ -22,11 +24,17 @@ from zppo_mm.zone.prompts import load_templates
 
 logger = logging.getLogger(__name__)
 
+STOPPED = "stopped after step "
+LOOK_SECONDS = 1.0
 
-def serve_teacher(config: RunConfig, world: World) -> None:
+
+def serve_teacher(config: RunConfig, world: World, interruption: Interruption) -> None:
     """Load the teacher and answer until the student has ended; every rank of the teacher's world calls this.
 
     One that fails tells the student first and lets it save: a launcher ends all other processes as soon as one has failed.
+
+    Raises:
+        RunStopped: The student was ended before its last step.
     """
     configure_logging(None, world.job_rank)
     channel = _open_channel(config, world)
@@ -34,7 +42,8 @@ def serve_teacher(config: RunConfig, world: World) -> None:
         with parallel.explain_lost_rank():
             parallel.initialize(teacher_layout(config.teacher, config.parallel), config.seed, world)
             parallel.end_with_launcher()
-            word = _serve(config, channel)
+            with open_meetings(config.parallel, world, interruption) as meetings:
+                word = _serve(config, channel, meetings, interruption)
             parallel.shutdown()
     except Exception as error:
         channel.leave(_say(world, error))
@@ -44,6 +53,8 @@ def serve_teacher(config: RunConfig, world: World) -> None:
                 time.sleep(POLL_SECONDS)
         raise
     channel.leave()
+    if word.startswith(STOPPED):
+        raise RunStopped(int(word.removeprefix(STOPPED)), "as the student")
     if word != DONE:
         logger.warning("the teacher ends because the student does: %s", word)
 
@@ -59,20 +70,25 @@ def reach_teacher(config: RunConfig, world: World | None) -> Iterator[Channel | 
         yield None
         return
     channel = _open_channel(config, world)
+    stopped: RunStopped | None = None
     try:
         yield channel
+    except RunStopped as error:
+        stopped = error
     except BaseException as error:
         channel.leave(_say(world, error))
         raise
-    channel.leave()
+    channel.leave(DONE if stopped is None else f"{STOPPED}{stopped.step}")
     if world.rank == 0:  # it may hold the store, from which the teacher hears that it can end
         _wait_for_teacher(channel, 60 * config.parallel.timeout_minutes)
+    if stopped is not None:
+        raise stopped
 
 
-def _serve(config: RunConfig, channel: Channel) -> str:
+def _serve(config: RunConfig, channel: Channel, meetings: Meetings | None, interruption: Interruption) -> str:
     media = MediaStore(media_limits(config.data))
     try:
-        shared = Shared(config, media, LeaveToStudent(), ParallelExchange())
+        shared = Shared(config, media, LeaveToStudent(), ParallelExchange(meetings, _HasStudentLeft(channel)))
         layout = teacher_layout(config.teacher, config.parallel)
         teacher = megatron_teacher(shared, config.teacher, layout, load_templates(config.zone.templates))
         at_once = shared.exchange.num_replicas * max(1, config.rollout.max_batch_size // config.teacher.num_rollouts)
@@ -84,9 +100,30 @@ def _serve(config: RunConfig, channel: Channel) -> str:
             num_at_once=at_once,
             release_memory=lambda: release_memory(shared.encoders),
         )
-        return server.serve()
+        # A signal is passed on to the student, which decides when to end.
+        with interruption.protected():
+            try:
+                return server.serve()
+            except StopRequested:
+                # The student has left in the middle of an answer that nobody waits for any more.
+                return channel.last_word() or DONE
     finally:
         media.close()
+
+
+class _HasStudentLeft:
+    """Whether answers are still wanted; looks at the store at most once per second, and stays true."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._next_look = 0.0
+        self._has_left = False
+
+    def __call__(self) -> bool:
+        if not self._has_left and time.monotonic() >= self._next_look:
+            self._has_left = self._channel.last_word() is not None
+            self._next_look = time.monotonic() + LOOK_SECONDS
+        return self._has_left
 
 
 def _open_channel(config: RunConfig, world: World) -> Channel:

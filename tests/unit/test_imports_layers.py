@@ -19,6 +19,7 @@ BASE = {
     "zppo_mm.config",
     "zppo_mm.randomness",
     "zppo_mm.interpreters",
+    "zppo_mm.interruption",
     "zppo_mm.neutralise",
 }
 MODELS = BASE | {"zppo_mm.models"}
@@ -37,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "zppo_mm.errors": set(),
     "zppo_mm.randomness": set(),
     "zppo_mm.interpreters": set(),
+    "zppo_mm.interruption": set(),
     "zppo_mm.neutralise": set(),
     "zppo_mm.config": {"zppo_mm.config_models", "zppo_mm.config_teacher"},
     "zppo_mm.config_models": set(),
@@ -64,10 +66,16 @@ ALLOWED: dict[str, set[str]] = {
     "zppo_mm.build": STAGES | {"zppo_mm.build_shared", "zppo_mm.build_teacher", "zppo_mm.embedded", "zppo_mm.evaluate", "zppo_mm.step"},
     "zppo_mm.parity": STAGES | {"zppo_mm.build"},
     "zppo_mm.teacher_ranks": STAGES | {"zppo_mm.build_shared", "zppo_mm.build_teacher"},
+    "zppo_mm.model_paths": MODELS,
+    "zppo_mm.learning_warnings": BASE,
+    "zppo_mm.run_folder": MODELS | {"zppo_mm.observability", "zppo_mm.config_io"},
+    "zppo_mm.resume": STAGES | {"zppo_mm.build", "zppo_mm.config_io"},
     "zppo_mm.train": STAGES
-    | {"zppo_mm.build", "zppo_mm.teacher_ranks", "zppo_mm.parity", "zppo_mm.config_io", "zppo_mm.evaluate", "zppo_mm.step"},
+    | {f"zppo_mm.{name}" for name in ("build", "teacher_ranks", "parity", "evaluate", "step")}
+    | {f"zppo_mm.{name}" for name in ("model_paths", "resume", "run_folder", "learning_warnings")},
     "zppo_mm.evaluation": STAGES
-    | {f"zppo_mm.{name}" for name in ("build", "build_shared", "build_teacher", "config_io", "embedded.questions", "evaluate", "train")},
+    | {f"zppo_mm.{name}" for name in ("build", "build_shared", "build_teacher", "config_io", "embedded.questions", "evaluate", "train")}
+    | {"zppo_mm.model_paths"},
     "zppo_mm.conversion": STAGES | {"zppo_mm.build", "zppo_mm.train", "zppo_mm.config_io"},
 }
 """What each part may import besides itself and third parties."""
@@ -83,6 +91,7 @@ TORCH_FREE = (
 )
 TORCH_FREE += (
     "zppo_mm.interpreters",
+    "zppo_mm.interruption",
     "zppo_mm.neutralise",
     "zppo_mm.errors",
     "zppo_mm.experience",

@@ -10,7 +10,7 @@ import pytest
 
 from zppo_mm.config_io import load_config
 from zppo_mm.errors import CheckpointError
-from zppo_mm.train import _check_same_run
+from zppo_mm.resume import check_same_run
 
 TEACHER = "{endpoints: ['http://a/v1'], model: large}"
 WHERE = Path("runs/one")
@@ -29,7 +29,7 @@ def saved(*overrides: str) -> dict[str, Any]:
     ],
 )
 def test_where_and_how_long_may_change(before: str, after: str) -> None:
-    _check_same_run(load_config(None, [after]), saved(before), WHERE)
+    check_same_run(load_config(None, [after]), saved(before), WHERE)
 
 
 @pytest.mark.parametrize(
@@ -43,13 +43,13 @@ def test_where_and_how_long_may_change(before: str, after: str) -> None:
 )
 def test_what_a_step_means_may_not(before: str, after: str, named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
-        _check_same_run(load_config(None, [after]), saved(before), WHERE)
+        check_same_run(load_config(None, [after]), saved(before), WHERE)
 
 
 def test_a_checkpoint_that_is_older_than_a_key_was_made_with_its_default() -> None:
     older = saved("method=grpo")
     del older["algorithm"]["importance_cap"], older["zone"]["inject"], older["distill"]
-    _check_same_run(load_config(None, ["method=grpo"]), older, WHERE)
+    check_same_run(load_config(None, ["method=grpo"]), older, WHERE)
     for changed, named in (("algorithm.importance_cap=2", "importance_cap was 0.0"), ("zone.inject=true", "zone.inject was False")):
         with pytest.raises(CheckpointError, match=named):
-            _check_same_run(load_config(None, ["method=grpo", changed]), older, WHERE)
+            check_same_run(load_config(None, ["method=grpo", changed]), older, WHERE)

@@ -80,17 +80,26 @@ def on_every_rank(path: Path, action: Callable[[], T]) -> T:
     Raises:
         CheckpointError: It failed on at least one rank; raised on all, so that none waits for another.
     """
-    problem = None
-    try:
-        result = action()
-    except ZppoError as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{path}: the checkpoint's files cannot be used, got {error}, expected room and permission; check the disk"
-    for found in parallel.gather_from_ranks(problem):
-        if found is not None:
-            raise CheckpointError(found)
-    return result
+
+    result: list[T] = []
+
+    def attempt() -> ZppoError | None:
+        try:
+            result.append(action())
+        except ZppoError as error:
+            return error
+        except OSError as error:
+            return CheckpointError(
+                f"{path}: the checkpoint's files cannot be used, got {error}, expected room and permission; check the disk"
+            )
+        return None
+
+    problems = [problem for problem in parallel.on_all_ranks(attempt) if problem is not None]
+    if problems:
+        # One file that cannot be read now makes the damage of another uncertain.
+        first = min(problems, key=lambda problem: type(problem) is not CheckpointError)
+        raise first if isinstance(first, CheckpointError) else CheckpointError(str(first))
+    return result[0]
 
 
 def on_rank_0(path: Path, action: Callable[[], object]) -> None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 # Here, because its functions would otherwise hold the world's group, if there is one when they are made, and with it gloo's threads.
 import torch.distributed.nn
 from megatron.core import parallel_state, tensor_parallel
-from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 
 from zppo_mm.config import ParallelConfig
 from zppo_mm.errors import ConfigError, ZppoError
@@ -66,7 +66,8 @@ def initialize(config: ParallelConfig, seed: int, world: World | None = None) ->
         _leave_groups()
     else:
         validate_layout(config, world.size if world is not None else int(os.environ.get("WORLD_SIZE", "1")))
-        _join(timedelta(minutes=config.timeout_minutes), world)
+        with explain_unreachable():
+            _join(timedelta(minutes=config.timeout_minutes), world)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -171,6 +172,23 @@ def leave() -> None:
     if dist.is_initialized():
         _forget_groups()
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def explain_unreachable() -> Iterator[None]:
+    """Say in one line why the processes of a job do not find one another.
+
+    Raises:
+        ConfigError: The address cannot be used inside the block.
+    """
+    try:
+        yield
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ConfigError(
+            f"parallel: the job's processes cannot meet at {place}, got {str(error).splitlines()[0]!r}, expected a free port on the first "
+            "node that all can reach; give another one (torchrun --master-port)"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -300,10 +318,15 @@ def gather_from_replicas(local: Sequence[T]) -> list[list[T]]:
     Returns:
         One list per replica, in their order.
     """
+    return gather_with_flag(local, flag=False)[0]
+
+
+def gather_with_flag(local: Sequence[T], flag: bool) -> tuple[list[list[T]], bool]:
+    """Exchange what every replica has, and whether a flag is up on any rank; all ranks call it and all get the same."""
     contribution = (replica_rank(), list(local)) if is_replica_leader() else None
-    collected: list[Any] = [None] * world_size()
-    dist.all_gather_object(collected, contribution)
-    return [objects for _, objects in sorted((item for item in collected if item is not None), key=lambda item: item[0])]
+    collected = gather_from_ranks((contribution, flag))
+    shares = sorted((share for share, _ in collected if share is not None), key=lambda share: share[0])
+    return [objects for _, objects in shares], any(flag for _, flag in collected)
 
 
 def gather_from_ranks(local: T) -> list[T]:
@@ -344,6 +367,31 @@ def on_rank_zero(work: Callable[[], T]) -> T:
         if told:
             raise RankZeroError(f"parallel: rank 0 could not do its work for all ranks, got {told}; see its own message")
         return broadcast_object(future.result() if future is not None else None)
+
+
+def on_all_ranks(work: Callable[[], T]) -> list[T]:
+    """Return what every rank made, by rank; ranks may take longer than a collective waits, one much longer than another.
+
+    Args:
+        work: Calls no collective and does not raise.
+    """
+    if world_size() == 1:
+        return [work()]
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        future = pool.submit(work)
+        while not all(gather_from_ranks(future.done())):
+            time.sleep(_WAIT_SECONDS)
+        return gather_from_ranks(future.result())
+
+
+def any_rank(flag: bool) -> bool:
+    """Return whether a flag is up on any rank; every rank calls it."""
+    return any(gather_from_ranks(flag))
+
+
+def store() -> Store:
+    """Return the key-value store of this world; process groups must be initialised."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def barrier() -> None:

@@ -15,7 +15,7 @@ from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
 
 from zppo_mm.config import ParallelConfig, TeacherConfig
 from zppo_mm.errors import ConfigError
-from zppo_mm.models.parallel import validate_layout
+from zppo_mm.models.parallel import explain_unreachable, validate_layout
 
 WorldName = Literal["student", "teacher"]
 
@@ -65,7 +65,8 @@ def divide_job(student: ParallelConfig, teacher: TeacherConfig) -> World | None:
         )
     # On the teacher's ranks too, so that nobody waits for a process that has given up.
     validate_layout(student, num_students, num_others=teacher.num_ranks)
-    store, rank, _ = next(rendezvous("env://", timeout=timedelta(minutes=student.timeout_minutes)))
+    with explain_unreachable():
+        store, rank, _ = next(rendezvous("env://", timeout=timedelta(minutes=student.timeout_minutes)))
     if rank < num_students:
         return World("student", rank, num_students, rank, store)
     return World("teacher", rank - num_students, teacher.num_ranks, rank, store)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
+from zppo_mm.interruption import StopRequested
 from zppo_mm.models import parallel, replica
+from zppo_mm.models.meetings import Meetings
 
 T = TypeVar("T")
 
@@ -37,8 +39,22 @@ class Exchange(Protocol):
         ...
 
 
+def never() -> bool:
+    """Return that a run is not to end before its time."""
+    return False
+
+
 class ParallelExchange:
-    """The run's process groups."""
+    """The run's process groups.
+
+    Args:
+        meetings: Let ranks wait for one another as long as all live; `None` leaves that to the time limit of the process group.
+        should_stop: Whether the run is to end, as far as this rank knows; once true, it stays so.
+    """
+
+    def __init__(self, meetings: Meetings | None = None, should_stop: Callable[[], bool] = never) -> None:
+        self._meetings = meetings
+        self.should_stop = should_stop
 
     @property
     def replica(self) -> int:
@@ -56,8 +72,17 @@ class ParallelExchange:
         return parallel.is_replica_leader()
 
     def gather(self, local: Sequence[T]) -> list[list[T]]:
-        """Exchange what the replicas have."""
-        return parallel.gather_from_replicas(local)
+        """Exchange what the replicas have.
+
+        Raises:
+            StopRequested: On every rank, if any of them knows that the run is to end.
+        """
+        if self._meetings is not None:
+            self._meetings.meet()
+        shares, is_stopping = parallel.gather_with_flag(local, self.should_stop())
+        if is_stopping:
+            raise StopRequested
+        return shares
 
     def gather_in_replica(self, local: Sequence[T]) -> list[list[T]]:
         """Exchange what the ranks of this replica have."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import numpy as np
 import torch
 
 from encoders.processor import VisionInput
+from zppo_mm.interruption import StopRequested
 from zppo_mm.models import parallel, replica
 from zppo_mm.models.cache import DecodeCache
 from zppo_mm.models.vision_language import VisionLanguageModel
@@ -21,6 +22,8 @@ from zppo_mm.rollout.waves import Share, plan_waves
 DEFAULT_PREFILL_TOKENS = 65_536
 COMPACTION_SHARE = 0.25
 """Finished sequences leave the batch when they are this share of it: moving the caches costs up to about a decoding step."""
+STOP_LOOK_TOKENS = 16
+"""Tokens decoded between two looks whether to stop."""
 
 
 class MegatronEngine:
@@ -34,16 +37,23 @@ class MegatronEngine:
         seed: The run's seed.
         max_batch_size: Most sequences decoded at once; what does not fit waits for the next wave.
         max_prefill_tokens: Most prompt tokens of one prefill.
+        should_stop: Looked at on the replica's leader while it decodes; `None` on every rank is not looked at.
     """
 
     def __init__(
-        self, model: VisionLanguageModel, seed: int, max_batch_size: int = 128, max_prefill_tokens: int = DEFAULT_PREFILL_TOKENS
+        self,
+        model: VisionLanguageModel,
+        seed: int,
+        max_batch_size: int = 128,
+        max_prefill_tokens: int = DEFAULT_PREFILL_TOKENS,
+        should_stop: Callable[[], bool] | None = None,
     ) -> None:
         assert max_batch_size > 0, "at least one sequence at a time"
         self._model = model
         self._seed = seed
         self._max_batch_size = max_batch_size
         self._max_prefill_tokens = max_prefill_tokens
+        self._should_stop = should_stop
         # A response that holds a media placeholder has no features for it: training on it would have to invent them.
         architecture = model.architecture
         placeholders = [architecture.image_token_id, architecture.video_token_id] if architecture.has_vision else []
@@ -52,7 +62,11 @@ class MegatronEngine:
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
-        """Return `num_rollouts` continuations per request, in the order of the requests."""
+        """Return `num_rollouts` continuations per request, in the order of the requests.
+
+        Raises:
+            StopRequested: On every rank of the replica, if its leader is to stop.
+        """
         results: list[dict[int, Generation]] = [{} for _ in requests]
         training = self._model.training
         self._model.eval()
@@ -85,6 +99,8 @@ class MegatronEngine:
         )
         batch = RolloutBatch(starts, sampling, self._model.architecture.vocab_size, device)
         for step in range(sampling.max_new_tokens):
+            if step % STOP_LOOK_TOKENS == 0:
+                self._heed_stop()
             tokens, logprobs = self._choose(logits, streams.column(step, batch.rows), batch, sampling)
             batch.append(tokens, logprobs)
             if batch.num_active == 0 or step + 1 == sampling.max_new_tokens:
@@ -95,6 +111,13 @@ class MegatronEngine:
                 tokens = tokens.index_select(0, kept)
             logits = self._model.decode(tokens, batch.positions(), cache)
         return batch.generations()
+
+    def _heed_stop(self) -> None:
+        if self._should_stop is None:
+            return
+        device = next(self._model.parameters()).device
+        if replica.broadcast_from_leader(torch.tensor([self._should_stop()], dtype=torch.uint8, device=device)).item():
+            raise StopRequested
 
     def _prefill(self, requests: Sequence[GenerationRequest], cache: DecodeCache, device: torch.device) -> torch.Tensor | None:
         """Return the prompts' next-token logits, this rank's part of the vocabulary, on the last stage."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from data.question import Question
 from encoders.processor import VisionInput
 from zppo_mm.experience import PLAIN_KINDS, Group, Prompt, PromptInstance, Rollout
+from zppo_mm.interruption import StopRequested
 from zppo_mm.rollout.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
 from zppo_mm.rollout.exchange import Exchange
 from zppo_mm.rollout.prompt import PromptEncoder, PromptError
@@ -102,7 +104,8 @@ class GroupSampler:
         encoded, failed = self._encode(instances, mine)
         requests = [GenerationRequest(item.prompt, item.vision, num_rollouts, ("rollout", instances[item.index].uid)) for item in encoded]
         # An engine is called even with nothing to do: its ranks may have to meet.
-        generations = self._engine.generate(requests, params)
+        with self._stopping_together():
+            generations = self._engine.generate(requests, params)
         outcomes = failed
         if self._exchange.is_leader:
             outcomes = [*failed, *self._grade(instances, encoded, generations, step)]
@@ -139,9 +142,19 @@ class GroupSampler:
             GenerationRequest(*self._encoder.encode(texts[index], nothing), 1, ("respond", name, texts[index]))
             for index in range(replica, len(texts), size)
         ]
-        generations = self._engine.generate(requests, params)
+        with self._stopping_together():
+            generations = self._engine.generate(requests, params)
         shares = self._exchange.gather([self._encoder.decode(group[0].response_ids) for group in generations])
         return [shares[index % size][index // size] for index in range(len(texts))]
+
+    @contextmanager
+    def _stopping_together(self) -> Iterator[None]:
+        """A replica that stops in the middle of sampling meets the others, which learn of it there and stop too."""
+        try:
+            yield
+        except StopRequested:
+            self._exchange.gather([])
+            raise
 
     def _encode(self, instances: Sequence[PromptInstance], mine: Sequence[int]) -> tuple[list[_Encoded], list[_Outcome]]:
         """Encode this replica's share; what fails on one of its ranks is left out on all, or they would sample different lists."""

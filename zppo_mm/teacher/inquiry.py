@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from data.question import Question
 from zppo_mm.experience import Rollout
+from zppo_mm.interruption import StopRequested
 from zppo_mm.teacher.teacher import Answers, Teacher, TeacherLostError
+
+logger = logging.getLogger(__name__)
 
 
 class Inquiry:
@@ -75,14 +79,17 @@ class Inquiry:
             self._heard[place] = answers.wait()
 
     def hear_or_lose(self) -> list[TeacherLostError]:
-        """Wait for all answers; what is lost counts as not answered, and the errors come back."""
+        """Wait for all answers; what is lost counts as not answered, and the teacher's errors come back."""
         errors = []
         for place, ids, answers in self._unheard():
             try:
                 self._heard[place] = answers.wait()
-            except TeacherLostError as error:
+            except (TeacherLostError, StopRequested) as error:
                 self._heard[place] = dict.fromkeys(sorted(ids), ())
-                errors.append(error)
+                if isinstance(error, TeacherLostError):
+                    errors.append(error)
+                else:
+                    logger.warning("step %d: the run ends without the teacher's answers to %d questions", self._step, len(ids))
         return errors
 
     def _unheard(self) -> list[tuple[int, frozenset[str], Answers]]:

@@ -196,13 +196,23 @@ class RanksTeacher:
             )
 
 
-def replies_of_ranks(channel: Channel, config: RewardConfig) -> Callable[[Sequence[str]], list[str | None]]:
-    """Return a function from prompts to one greedy reply each, `None` where none comes in time; callable from one rank alone."""
+def replies_of_ranks(
+    channel: Channel, config: RewardConfig, should_stop: Callable[[], bool] = bool
+) -> Callable[[Sequence[str]], list[str | None]]:
+    """Return a function from prompts to one greedy reply each, `None` where none comes in time; callable from one rank alone.
+
+    Args:
+        channel: The way to the teacher.
+        config: Longest wait.
+        should_stop: Whether what is judged will be dropped anyway, so that nothing is to be waited for.
+    """
 
     def complete(prompts: Sequence[str]) -> list[str | None]:
         number = channel.request(Judgements(tuple(prompts)))
         deadline = time.monotonic() + config.judge_max_wait_seconds
         while (reply := channel.reply(number)) is None and time.monotonic() < deadline and channel.last_word() is None:
+            if should_stop():
+                break
             time.sleep(POLL_SECONDS)
         channel.finish(number)
         return reply if reply is not None else [None] * len(prompts)

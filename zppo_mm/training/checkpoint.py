@@ -11,7 +11,6 @@ import json
 import logging
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -39,7 +38,8 @@ from zppo_mm.models.distributed_folder import (
 )
 from zppo_mm.models.megatron_folder import save_entries
 from zppo_mm.training import optimizer_state
-from zppo_mm.training.checkpoint_files import MANIFEST_FILE, file_checksum, make_empty, publish, put_back, replace_folder, step_folders
+from zppo_mm.training.checkpoint_files import make_empty, publish, put_back, replace_folder, step_folders
+from zppo_mm.training.manifest import DamagedCheckpointError, check_file, read_manifest
 from zppo_mm.training.policy import Policy
 from zppo_mm.training.random_states import gather_random_states, restore_random_states
 
@@ -50,7 +50,6 @@ CHECKPOINTS_FOLDER = "checkpoints"
 STATE_FILE = "state.json"
 SCHEDULE_FILE = "schedule.json"
 RANDOM_FILE = "random.pt"
-_WAIT_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +57,7 @@ class _Save:
     """A checkpoint on its way to the disk.
 
     Attributes:
+        step: Rollout steps done.
         target: Where it will be.
         partial: Where it is written.
         metadata: What `.metadata` will say, on rank 0.
@@ -65,6 +65,7 @@ class _Save:
         writing: This rank's file.
     """
 
+    step: int
     target: Path
     partial: Path
     metadata: Metadata | None
@@ -81,10 +82,11 @@ class CheckpointWriter:
     Args:
         folder: Holds the checkpoints of a run, on storage that all ranks share.
         keep: Complete checkpoints left after a save, at least 1.
+        on_complete: Told the step of every checkpoint that has become complete.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self._folder, self._keep = folder, keep
+    def __init__(self, folder: Path, keep: int, on_complete: Callable[[int], None] = lambda step: None) -> None:
+        self._folder, self._keep, self._on_complete = folder, keep, on_complete
         self._pending: _Save | None = None
 
     def save(self, step: int, policy: Policy, state: dict[str, Any]) -> Path:
@@ -114,7 +116,7 @@ class CheckpointWriter:
         # Training changes what they look at.
         copies = [replace(piece, content=partial(_same, _host_copy(piece.content()))) for piece in pieces]
         writing = _in_background(partial(write_pieces, copies, partial_folder))
-        self._pending = _Save(target, partial_folder, metadata, small_files, writing)
+        self._pending = _Save(step, target, partial_folder, metadata, small_files, writing)
         return target
 
     def publish_if_written(self) -> None:
@@ -135,9 +137,6 @@ class CheckpointWriter:
         if self._pending is None:
             return
         save, self._pending = self._pending, None
-        # A slow disk may take longer than a collective waits.
-        while not all(parallel.gather_from_ranks(save.writing.done())):
-            time.sleep(_WAIT_SECONDS)
         try:
             files = gather_files(on_every_rank(save.partial, save.writing.result))
             on_rank_0(save.partial, lambda: _publish(save, files, self._keep))
@@ -148,6 +147,7 @@ class CheckpointWriter:
             raise
         if parallel.rank() == 0:
             logger.info("checkpoint: saved %s", save.target)
+        self._on_complete(save.step)
 
 
 def save(folder: Path, step: int, policy: Policy, state: dict[str, Any], keep: int) -> Path:
@@ -171,27 +171,30 @@ def latest(folder: Path) -> Path | None:
 def load_latest(folder: Path, policy: Policy) -> dict[str, Any] | None:
     """Load the newest usable checkpoint. Every rank calls it.
 
-    A checkpoint with a missing or damaged file is named in a warning, renamed to end in `.broken`, and the one before it is tried.
+    A checkpoint with a missing or damaged file is named in a warning and renamed to end in `.broken`, if one before it is usable.
 
     Returns:
         The `state` that was saved with it; `None` if nothing was saved yet.
 
     Raises:
-        CheckpointError: There are checkpoints but none is usable, or a sound one does not fit the model.
+        CheckpointError: There are checkpoints but none is usable, one cannot be read now, or a sound one does not fit the model.
     """
-    problems: list[str] = []
     on_rank_0(folder, partial(put_back, folder))
-    while (path := parallel.broadcast_object(latest(folder) if parallel.rank() == 0 else None)) is not None:
+    found = parallel.broadcast_object(step_folders(folder) if parallel.rank() == 0 else None)
+    damaged: list[tuple[Path, DamagedCheckpointError]] = []
+    for path in reversed(found):
         try:
             verify(path)
-        except CheckpointError as error:
-            problems.append(str(error))
-            _set_aside(path, error)
+        except DamagedCheckpointError as error:
+            damaged.append((path, error))
             continue
+        for each, problem in damaged:
+            _set_aside(each, problem)
         return load(path, policy)
-    if problems:
+    if damaged:
+        # Nothing is renamed: the next start must find the same, and not a run that has no checkpoint yet.
         raise CheckpointError(
-            f"checkpoint: no usable checkpoint in {folder}, got {len(problems)} broken ({problems[0]}), expected at least one complete; "
+            f"checkpoint: no usable checkpoint in {folder}, got {len(damaged)} broken ({damaged[0][1]}), expected at least one complete; "
             "restore one from a copy, or remove the run's folder to start again"
         )
     return None
@@ -238,7 +241,8 @@ def verify(path: Path) -> None:
     """Compare every file with the manifest, each rank its share. Every rank calls it.
 
     Raises:
-        CheckpointError: On every rank, naming the first file that is missing or damaged.
+        DamagedCheckpointError: On every rank, naming the first file that is missing or damaged.
+        CheckpointError: On every rank, if a file cannot be read now, which says nothing about the checkpoint.
     """
     on_every_rank(path, lambda: _verify_share(path))
 
@@ -332,17 +336,6 @@ def _hand_round(weights: list[Box], readers: list[int]) -> None:
 
 
 def _verify_share(path: Path) -> None:
-    try:
-        listed = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path / MANIFEST_FILE}: cannot be read, got {error}, expected the list of files; use another one"
-        ) from error
+    listed = read_manifest(path, STATE_FILE)
     for name in sorted(listed)[parallel.rank() :: parallel.world_size()]:
-        file, expected = path / name, listed[name]
-        size = file.stat().st_size if file.is_file() else None
-        if size != expected["size"]:
-            got = "no file" if size is None else f"{size} bytes"
-            raise CheckpointError(f"{file}: the checkpoint is incomplete, got {got}, expected {expected['size']} bytes; use another one")
-        if file_checksum(file) != expected["crc32"]:
-            raise CheckpointError(f"{file}: the file is damaged, got another checksum, expected {expected['crc32']}; use another one")
+        check_file(path, name, listed[name])

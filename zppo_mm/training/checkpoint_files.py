@@ -6,12 +6,11 @@ import json
 import os
 import re
 import shutil
-import zlib
 from pathlib import Path
 
-MANIFEST_FILE = "manifest.json"
+from zppo_mm.training.manifest import MANIFEST_FILE, checksum
+
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
-_READ_BYTES = 1 << 24
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -45,8 +44,8 @@ def publish(partial_folder: Path, target: Path, checksums: dict[str, int], keep:
     for path in sorted(partial_folder.iterdir()):
         if path.name not in checksums:
             _sync(path)
-        checksum = checksums[path.name] if path.name in checksums else file_checksum(path)
-        listed[path.name] = {"size": path.stat().st_size, "crc32": checksum}
+        known = checksums.get(path.name)
+        listed[path.name] = {"size": path.stat().st_size, "crc32": checksum(path) if known is None else known}
     (partial_folder / MANIFEST_FILE).write_text(json.dumps(listed, indent=1), encoding="utf-8")
     _sync(partial_folder / MANIFEST_FILE)
     _sync(partial_folder)
@@ -82,11 +81,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def file_checksum(path: Path) -> int:
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(_READ_BYTES):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
