@@ -1,12 +1,8 @@
-"""Checkpoints: resume, other layouts, damage, pruning and a kill in the middle of a save."""
+"""Checkpoints: resume, other layouts, damage, and pruning."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -230,42 +226,6 @@ def test_damage_falls_back_and_pruning_keeps_the_newest(folder: Path, tmp_path: 
     assert "no usable checkpoint" in results["error"]
     assert f"step_000003/{checkpoint.STATE_FILE}: the checkpoint is incomplete, got no file" in results["error"]
     assert results["saved again"] == {"step": 4, "again": True}
-
-
-def save_until_killed(model: Path, target: Path, sign: str) -> None:
-    policy = build_policy(model, Case())
-    checkpoint.save(target, 1, policy, {"step": 1}, keep=1)
-    threading.Thread(target=kill_this_process_at, args=(target / sign,), daemon=True).start()
-    checkpoint.save(target, 2, policy, {"step": 2}, keep=1)
-
-
-def kill_this_process_at(sign: Path) -> None:
-    while not sign.exists():
-        time.sleep(0.0005)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def resume_and_save(model: Path, targets: list[Path]) -> list[tuple[dict[str, Any] | None, list[str]]]:
-    policy = build_policy(model, Case())
-    results = []
-    for target in targets:
-        state = checkpoint.load_latest(target, policy)
-        checkpoint.save(target, 2, policy, {"step": 2}, keep=1)
-        results.append((state, sorted(path.name for path in target.iterdir())))
-    parallel.shutdown()
-    return results
-
-
-def test_a_kill_during_a_save_leaves_the_previous_checkpoint(folder: Path, tmp_path: Path) -> None:
-    signs = [".step_000002.partial", f".step_000002.partial/{checkpoint.STATE_FILE}"]
-    targets = [tmp_path / "at the start", tmp_path / "at the end"]
-    for target, sign in zip(targets, signs, strict=True):
-        ((code, output),) = run_ranks(save_until_killed, 1, folder, target, sign, check=False)
-        assert code == -signal.SIGKILL, output
-        assert checkpoint.latest(target) == target / "step_000001"
-        assert (target / ".step_000002.partial").is_dir()
-    (results,) = run_ranks(resume_and_save, 1, folder, targets)
-    assert results == [({"step": 1}, ["step_000002"])] * 2
 
 
 def test_only_completed_folders_count(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def transformers_logits(
     """
     kind: Any = AutoModelForImageTextToText if architecture.has_vision else AutoModelForCausalLM
     try:
-        model, info = kind.from_pretrained(str(hf_dir), dtype=dtype, output_loading_info=True)
+        model, info = kind.from_pretrained(str(hf_dir), dtype=dtype, output_loading_info=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         raise ModelError(
             f"{hf_dir}: transformers cannot load it, got {type(error).__name__}: {error}, expected a folder that it opens; mend it, "

@@ -73,7 +73,7 @@ def smollm2_file() -> Path:
 
 
 def _tokenizer(source: Path) -> Any:
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name, trust_remote_code=False)
     # SmolLM2 cuts numbers into digits before anything else. GGUF names that rule (`smollm`) without spelling it out, and transformers
     # reads any such file by GPT-2's rule, which attaches a space to the digit after it.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -90,7 +90,7 @@ def _model(source: Path) -> Any:
     # Left as they are, GGUF's blocks compute slowly and cannot be saved.
     options = GgufConfig(dequantize=True)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        str(source.parent), gguf_file=source.name, quantization_config=options, dtype=torch.float32
+        str(source.parent), gguf_file=source.name, quantization_config=options, dtype=torch.float32, trust_remote_code=False
     )
     # GGUF has float32 where config.json has decimals.
     model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.6g}")

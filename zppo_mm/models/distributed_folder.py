@@ -230,11 +230,13 @@ class DistributedFolder:
         Raises:
             CheckpointError: A tensor is missing or another one, or a file cannot be read; named.
         """
-        items = [item for number, box in enumerate(boxes) for item in self._items(number, box)]
         try:
+            items = [item for number, box in enumerate(boxes) for item in self._items(number, box)]
             self._reader.read_data(LoadPlan(items), _FillBoxes(boxes))
+        except CheckpointError:
+            raise
         except Exception as error:
-            # torch's reader and unpickler raise what they please on bytes that are no tensor.
+            # torch's planner, reader and unpickler raise what they please on a forged description and on bytes that are no tensor.
             raise CheckpointError(f"{self._folder}: the checkpoint cannot be read, got {_told(error)}, {_FITTING}") from error
 
     def _items(self, number: int, box: Box) -> list[ReadItem]:

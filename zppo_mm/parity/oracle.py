@@ -148,7 +148,7 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind: Any = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
-    model, info = kind.from_pretrained(str(folder), dtype=dtype, output_loading_info=True)
+    model, info = kind.from_pretrained(str(folder), dtype=dtype, output_loading_info=True, trust_remote_code=False)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"{folder}: transformers misses {len(missing)} weights, got none for {missing[0]}, expected all; check the folder")

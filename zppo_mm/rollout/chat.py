@@ -48,7 +48,7 @@ class ChatFormat:
 
     def __init__(self, hf_dir: str | Path, template_kwargs: Mapping[str, object] | None = None) -> None:
         self._folder = Path(hf_dir)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(hf_dir))
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(hf_dir), trust_remote_code=False)
         self._template_kwargs = dict(template_kwargs or {})
         config = _read_json(self._folder / "config.json")
         self.takes_media = "vision_config" in config

@@ -41,7 +41,7 @@ from zppo_mm.training import optimizer_state
 from zppo_mm.training.checkpoint_files import make_empty, publish, put_back, replace_folder, step_folders
 from zppo_mm.training.manifest import DamagedCheckpointError, check_file, read_manifest
 from zppo_mm.training.policy import Policy
-from zppo_mm.training.random_states import gather_random_states, restore_random_states
+from zppo_mm.training.random_states import gather_random_states, read_random_states, restore_random_states
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class CheckpointWriter:
         except CheckpointError:
             if parallel.rank() == 0:
                 # Half a checkpoint is of no use and may be what fills the disk.
-                shutil.rmtree(save.partial, ignore_errors=True)
+                shutil.rmtree(save.partial)
             raise
         if parallel.rank() == 0:
             logger.info("checkpoint: saved %s", save.target)
@@ -224,16 +224,14 @@ def load(path: Path, policy: Policy) -> dict[str, Any]:
     weights = [box for entry in entries.values() for box in boxes_of(entry)]
     states = optimizer_state.boxes(entries, found, only_main=False)
     wanted = set().union(*parallel.gather_from_ranks({box.key for box in weights + states}))
-    files = on_every_rank(path, lambda: _read_small_files(path))
+    schedule, random_states, state = on_every_rank(path, partial(_read_small_files, path))
     with torch.no_grad():
         readers = _readers(weights)
         on_every_rank(path, partial(_read_tensors, path, wanted, [*_own(weights, readers), *states]))
         _hand_round(weights, readers)
-    schedule = json.loads(files[SCHEDULE_FILE])
     optimizer_state.set_num_updates(policy.optimizer, found, schedule["num_updates"])
     policy.scheduler.load_state_dict(schedule["scheduler"])
-    restore_random_states(files[RANDOM_FILE])
-    state: dict[str, Any] = json.loads(files[STATE_FILE])
+    restore_random_states(random_states)
     return state
 
 
@@ -291,8 +289,20 @@ def _publish(save: _Save, files: list[WrittenFile], keep: int) -> None:
     publish(save.partial, save.target, {file.name: file.checksum for file in files}, keep)
 
 
-def _read_small_files(path: Path) -> dict[str, bytes]:
-    return {name: (path / name).read_bytes() for name in (STATE_FILE, SCHEDULE_FILE, RANDOM_FILE)}
+def _read_small_files(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    """Return schedule, random states and the run's own state."""
+    found: list[Any] = []
+    for name, parse in ((SCHEDULE_FILE, json.loads), (RANDOM_FILE, read_random_states), (STATE_FILE, json.loads)):
+        try:
+            found.append(parse((path / name).read_bytes()))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path / name}: cannot be used, got {error}, expected what a run of this version saves; use another checkpoint"
+            ) from error
+    schedule, random_states, state = found
+    if not isinstance(schedule, dict) or not isinstance(state, dict) or type(schedule.get("num_updates")) is not int:
+        raise CheckpointError(f"{path}: {SCHEDULE_FILE} or {STATE_FILE} is no object of a run's checkpoint; use another checkpoint")
+    return schedule, random_states, state
 
 
 def _read_tensors(path: Path, wanted: set[str], boxes: list[Box]) -> None:

@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from zppo_mm.models import parallel
 
 logger = logging.getLogger(__name__)
+_NAMES = {"device", "torch", "streams"}
 
 
 def gather_random_states() -> bytes:
@@ -29,14 +30,29 @@ def gather_random_states() -> bytes:
     return box.getvalue()
 
 
-def restore_random_states(content: bytes) -> None:
+def read_random_states(content: bytes) -> list[dict[str, Any]]:
+    """Return the states of all ranks, by rank, from what `gather_random_states` gave.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    try:
+        states = torch.load(io.BytesIO(content), weights_only=True)
+    except Exception as error:
+        # torch's unpickler raises what it pleases on other bytes, and refuses whatever would run code.
+        raise ValueError(" ".join(str(error).split())[:300]) from error
+    if not isinstance(states, list) or not all(isinstance(each, dict) and set(each) >= _NAMES for each in states):
+        raise ValueError("no list of random states")
+    return states
+
+
+def restore_random_states(states: list[dict[str, Any]]) -> None:
     """Let the generators go on where they were; on other ranks or another kind of device they start from the seed, as nothing corresponds.
 
     Args:
-        content: From `gather_random_states`.
+        states: From `read_random_states`.
     """
     device = parallel.device()
-    states = torch.load(io.BytesIO(content), weights_only=True)
     if len(states) != parallel.world_size() or states[parallel.rank()]["device"] != device.type:
         found, now = f"{len(states)} {states[0]['device']} ranks", f"{parallel.world_size()} {device.type} ranks"
         logger.info("checkpoint: saved on %s, the dropout streams start anew on %s", found, now)
