@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from tests.distributed.launch import run_ranks
 from tests.distributed.training_example import Case, build_policy, make_batches, write_tiny_folder
@@ -55,6 +56,13 @@ def is_same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     return len(first) == len(second) and all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
+def draws() -> torch.Tensor:
+    """Draw from the process's generator and from Megatron's stream for dropout; every rank has its own."""
+    first = torch.rand(4)
+    with get_cuda_rng_tracker().fork():
+        return torch.cat([first, torch.rand(4)])
+
+
 def train_while_writing(model: Path, target: Path) -> dict[str, Any]:
     policy, batches, disk, results = build_policy(model, CASE), make_batches(CASE), HeldDisk(), {}
     complete: list[int] = []
@@ -64,6 +72,7 @@ def train_while_writing(model: Path, target: Path) -> dict[str, Any]:
     state = {"step": 1, "list": [1]}
     writer.save(1, policy, state)
     state["list"].append(2)
+    expected = draws()
     if parallel.rank() == 1:
         disk.let_go.set()
     policy.train_step(batches)
@@ -71,6 +80,7 @@ def train_while_writing(model: Path, target: Path) -> dict[str, Any]:
     time.sleep(0.2)
     writer.publish_if_written()
     results["one rank is not all"] = (checkpoint.latest(target), list(complete))
+    parallel.barrier()
     disk.let_go.set()
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not complete and time.monotonic() < deadline:
@@ -78,12 +88,14 @@ def train_while_writing(model: Path, target: Path) -> dict[str, Any]:
     results["complete"] = (checkpoint.latest(target), list(complete))
     results["state"] = checkpoint.load_latest(target, policy)
     results["as it was saved"] = is_same(before, snapshot(policy))
+    results["drawn"] = (torch.equal(draws(), expected), expected)
     # The next save waits for the one under way; the last one is waited for.
     writer.save(2, policy, {"step": 2})
     writer.save(3, policy, {"step": 3})
     writer.finish()
     writer.finish()
     results["after two more"] = (sorted(path.name for path in target.iterdir()), list(complete))
+    parallel.barrier()
     results["full"] = save_on_a_full_disk(policy, writer, target)
     writer.save(5, policy, {"step": 5})
     writer.finish()
@@ -102,7 +114,9 @@ def save_on_a_full_disk(policy: Any, writer: CheckpointWriter, target: Path) -> 
         writer.finish()
     except CheckpointError as error:
         parallel.barrier()
-        return str(error), sorted(path.name for path in target.iterdir())
+        left = sorted(path.name for path in target.iterdir())
+        parallel.barrier()
+        return str(error), left
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     return "", []
@@ -110,7 +124,10 @@ def save_on_a_full_disk(policy: Any, writer: CheckpointWriter, target: Path) -> 
 
 def test_training_goes_on_while_a_checkpoint_is_written(folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "checkpoints"
-    for results in run_ranks(train_while_writing, 2, folder, target):
+    ranks = run_ranks(train_while_writing, 2, folder, target)
+    assert not torch.equal(*(results["drawn"][1] for results in ranks))
+    for results in ranks:
+        assert results["drawn"][0]
         assert results["training moved on"]
         assert results["one rank is not all"] == (None, [])
         assert results["complete"] == (target / "step_000001", [1])

@@ -142,8 +142,8 @@ class CheckpointWriter:
             on_rank_0(save.partial, lambda: _publish(save, files, self._keep))
         except CheckpointError:
             if parallel.rank() == 0:
-                # Half a checkpoint is of no use and may be what fills the disk.
-                shutil.rmtree(save.partial)
+                # Half a checkpoint is of no use and may be what fills the disk; what cannot be removed now, the next save removes.
+                shutil.rmtree(save.partial, ignore_errors=True)
             raise
         if parallel.rank() == 0:
             logger.info("checkpoint: saved %s", save.target)
