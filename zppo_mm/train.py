@@ -154,7 +154,7 @@ def _train_step(run: Run, folder: Path, step: int, log: MetricsLog | None, saver
     is_stopping = parallel.any_rank(interruption.is_requested)
     is_last = step == config.train.train_iters
     is_due = is_last or step % config.checkpoint.interval == 0
-    saver.publish_if_written()
+    saver.notice()
     if is_last or is_stopping or record.teacher_lost:
         _save_now(run, step, saver)
     elif is_due:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import math
 import os
 import pickle
@@ -68,6 +69,21 @@ class WrittenFile:
     size: int
     checksum: int
     results: list[WriteResult]
+
+    def to_json(self) -> str:
+        """Return it as text for another rank."""
+        places = [(each.index.fqn, each.index.offset, each.storage_data.offset, each.size_in_bytes) for each in self.results]
+        return json.dumps([self.name, self.size, self.checksum, places])
+
+    @staticmethod
+    def from_json(text: str) -> WrittenFile:
+        """Return what `to_json` gave."""
+        name, size, checksum, places = json.loads(text)
+        results = [
+            WriteResult(MetadataIndex(key, None if offset is None else torch.Size(offset)), length, _StorageInfo(name, start, length))
+            for key, offset, start, length in places
+        ]
+        return WrittenFile(name, size, checksum, results)
 
 
 def on_every_rank(path: Path, action: Callable[[], T]) -> T:
@@ -161,13 +177,6 @@ def write_pieces(pieces: list[Piece], folder: Path) -> WrittenFile:
         stream.flush()
         os.fsync(stream.fileno())
     return WrittenFile(name, size, checksum, results)
-
-
-def gather_files(file: WrittenFile) -> list[WrittenFile]:
-    """Return the files of all ranks on rank 0, none on the others; every rank calls it."""
-    files: list[Any] | None = [None] * parallel.world_size() if parallel.rank() == 0 else None
-    dist.gather_object(file, files)
-    return files or []
 
 
 def _serialised(content: torch.Tensor | bytes) -> memoryview | bytes:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from zppo_mm.models import parallel
 from zppo_mm.models.boxes import Box, Piece, boxes_of, object_pieces, pieces_of
-from zppo_mm.models.distributed_folder import gather_files, on_every_rank, on_rank_0, share_out, write_description, write_pieces
+from zppo_mm.models.distributed_folder import on_every_rank, on_rank_0, share_out, write_description, write_pieces
 from zppo_mm.models.megatron_folder import entry_with, read_share, save_entries, source_dtype
 from zppo_mm.models.safetensors_folder import SafetensorsFolder
 from zppo_mm.models.vision_language import VisionLanguageModel
@@ -29,7 +30,7 @@ def save_from_hf(model: VisionLanguageModel, source: SafetensorsFolder, folder: 
         CheckpointError: A file could not be read or written; raised on every rank.
     """
     pieces, metadata = share_out(_pieces(model, source))
-    files = gather_files(on_every_rank(folder, partial(write_pieces, pieces, folder)))
+    files = parallel.gather_from_ranks(on_every_rank(folder, partial(write_pieces, pieces, folder)))
     on_rank_0(folder, partial(write_description, folder, metadata, files))
 
 

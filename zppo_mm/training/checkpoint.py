@@ -11,9 +11,10 @@ import json
 import logging
 import shutil
 import threading
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,15 +22,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch.distributed.checkpoint.metadata import Metadata
 
 from zppo_mm.errors import CheckpointError
 from zppo_mm.models import parallel
 from zppo_mm.models.boxes import Box, Piece, boxes_of, object_pieces, pieces_of
 from zppo_mm.models.distributed_folder import (
     DistributedFolder,
-    WrittenFile,
-    gather_files,
     on_every_rank,
     on_rank_0,
     share_out,
@@ -39,6 +37,7 @@ from zppo_mm.models.distributed_folder import (
 from zppo_mm.models.megatron_folder import save_entries
 from zppo_mm.training import optimizer_state
 from zppo_mm.training.checkpoint_files import make_empty, publish, put_back, replace_folder, step_folders
+from zppo_mm.training.file_exchange import FileExchange
 from zppo_mm.training.manifest import DamagedCheckpointError, check_file, read_manifest
 from zppo_mm.training.policy import Policy
 from zppo_mm.training.random_states import gather_random_states, read_random_states, restore_random_states
@@ -52,42 +51,21 @@ SCHEDULE_FILE = "schedule.json"
 RANDOM_FILE = "random.pt"
 
 
-@dataclass(frozen=True, slots=True)
-class _Save:
-    """A checkpoint on its way to the disk.
-
-    Attributes:
-        step: Rollout steps done.
-        target: Where it will be.
-        partial: Where it is written.
-        metadata: What `.metadata` will say, on rank 0.
-        small_files: What rank 0 adds, by name.
-        writing: This rank's file.
-    """
-
-    step: int
-    target: Path
-    partial: Path
-    metadata: Metadata | None
-    small_files: dict[str, bytes]
-    writing: Future[WrittenFile]
-
-
 class CheckpointWriter:
     """Writes the checkpoints of a run while training goes on. Every rank calls its methods together, from the thread that trains.
 
-    The folder of a checkpoint appears when `publish_if_written` or `finish` is called after all ranks have written their files. A run
-    that is to end calls `finish` last, wherever it was interrupted between two collectives.
+    A checkpoint is complete as soon as all ranks have written their files, whatever the training thread does then. A run that is to end
+    calls `finish` last, wherever it was interrupted between two collectives.
 
     Args:
         folder: Holds the checkpoints of a run, on storage that all ranks share.
         keep: Complete checkpoints left after a save, at least 1.
-        on_complete: Told the step of every checkpoint that has become complete.
+        on_complete: Told the step of every checkpoint that has become complete, by `notice` or `finish`.
     """
 
     def __init__(self, folder: Path, keep: int, on_complete: Callable[[int], None] = lambda step: None) -> None:
         self._folder, self._keep, self._on_complete = folder, keep, on_complete
-        self._pending: _Save | None = None
+        self._pending: tuple[int, Path, Future[None]] | None = None
 
     def save(self, step: int, policy: Policy, state: dict[str, Any]) -> Path:
         """Finish the save before, copy what is to be saved, and begin to write it.
@@ -115,39 +93,47 @@ class CheckpointWriter:
         pieces, metadata = share_out(_pieces(policy))
         # Training changes what they look at.
         copies = [replace(piece, content=partial(_same, _host_copy(piece.content()))) for piece in pieces]
-        writing = _in_background(partial(write_pieces, copies, partial_folder))
-        self._pending = _Save(step, target, partial_folder, metadata, small_files, writing)
+        name = parallel.broadcast_object(f"checkpoint/{uuid.uuid4().hex}")
+        exchange = FileExchange(parallel.store(), name, parallel.rank(), parallel.world_size())
+
+        def write() -> None:
+            files = exchange.of_all(lambda: write_pieces(copies, partial_folder))
+            if files is not None:
+                write_description(partial_folder, metadata, files)
+                for name, content in small_files.items():
+                    (partial_folder / name).write_bytes(content)
+                publish(partial_folder, target, {file.name: file.checksum for file in files}, self._keep)
+                logger.info("checkpoint: saved %s", target)
+
+        self._pending = step, partial_folder, _in_background(write)
         return target
 
-    def publish_if_written(self) -> None:
-        """Complete the save under way if every rank has written its file; costs one small exchange while there is one.
+    def notice(self) -> None:
+        """See whether the save under way is complete; costs one small exchange while there is one.
 
         Raises:
             CheckpointError: It cannot be written; complete checkpoints are as they were.
         """
-        if self._pending is not None and all(parallel.gather_from_ranks(self._pending.writing.done())):
+        if self._pending is not None and all(parallel.gather_from_ranks(self._pending[2].done())):
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the save under way, if there is one, and complete it.
+        """Wait for the save under way, if there is one.
 
         Raises:
             CheckpointError: It cannot be written; complete checkpoints are as they were.
         """
         if self._pending is None:
             return
-        save, self._pending = self._pending, None
+        (step, partial_folder, writing), self._pending = self._pending, None
         try:
-            files = gather_files(on_every_rank(save.partial, save.writing.result))
-            on_rank_0(save.partial, lambda: _publish(save, files, self._keep))
+            on_every_rank(partial_folder, writing.result)
         except CheckpointError:
             if parallel.rank() == 0:
                 # Half a checkpoint is of no use and may be what fills the disk; what cannot be removed now, the next save removes.
-                shutil.rmtree(save.partial, ignore_errors=True)
+                shutil.rmtree(partial_folder, ignore_errors=True)
             raise
-        if parallel.rank() == 0:
-            logger.info("checkpoint: saved %s", save.target)
-        self._on_complete(save.step)
+        self._on_complete(step)
 
 
 def save(folder: Path, step: int, policy: Policy, state: dict[str, Any], keep: int) -> Path:
@@ -282,13 +268,6 @@ def _in_background(action: Callable[[], T]) -> Future[T]:
     return future
 
 
-def _publish(save: _Save, files: list[WrittenFile], keep: int) -> None:
-    write_description(save.partial, save.metadata, files)
-    for name, content in save.small_files.items():
-        (save.partial / name).write_bytes(content)
-    publish(save.partial, save.target, {file.name: file.checksum for file in files}, keep)
-
-
 def _read_small_files(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
     """Return schedule, random states and the run's own state."""
     found: list[Any] = []
@@ -342,7 +321,7 @@ def _hand_round(weights: list[Box], readers: list[int]) -> None:
     ranks = dist.get_process_group_ranks(group)
     for box, reader in zip(weights, readers, strict=True):
         # As bytes: not every backend knows every type.
-        dist.broadcast(box.tensor.reshape(-1).view(torch.uint8), src=ranks[reader], group=group)
+        dist.broadcast(box.tensor.view(-1).view(torch.uint8), src=ranks[reader], group=group)
 
 
 def _verify_share(path: Path) -> None:
