@@ -12,7 +12,7 @@ import pytest
 from tests.integration.running import RUN_TIMEOUT_SECONDS, buffer, lines, run, start, transcript
 
 STEPS = 5
-# FP32 on the same layout; sums of a restarted process may be taken in another order.
+# On the same layout; sums of a restarted process may be taken in another order.
 LOSS_TOLERANCE = 1e-4
 
 
@@ -25,9 +25,9 @@ def kill_when(path: Path, process: object, pid: int) -> None:
     os.killpg(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("killed_at", [3])
-def test_kill_and_resume(tmp_path: Path, killed_at: int) -> None:
-    options = ("modality=video", f"train.train_iters={STEPS}", "checkpoint.interval=2")
+@pytest.mark.parametrize(("killed_at", "modality", "dtype"), [(3, "video", "float32"), (3, "text", "bfloat16")])
+def test_kill_and_resume(tmp_path: Path, killed_at: int, modality: str, dtype: str) -> None:
+    options = (f"modality={modality}", f"model.params_dtype={dtype}", f"train.train_iters={STEPS}", "checkpoint.interval=2")
     whole = run(tmp_path, "whole", *options)
     process = start(tmp_path, "killed", *options)
     kill_when(tmp_path / "killed" / "transcripts" / f"step_{killed_at:06d}.jsonl", process, process.pid)
