@@ -31,12 +31,12 @@ PATCH_ELEMENTS = 3 * 2 * 4 * 4
 TRAIN = TrainConfig(updates_per_step=2, lr=2e-2, adam_eps=1e-3, clip_grad=0.3, train_iters=10)
 
 
-def write_tiny_folder(folder: Path, tied: bool = True) -> Path:
+def write_tiny_folder(folder: Path, tied: bool = True, vocabulary: int = VOCABULARY) -> Path:
     """Write a random Hugging Face model with 3 DeltaNet layers, 1 attention layer and a vision tower."""
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
     text = {
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 4,
