@@ -69,6 +69,7 @@ def train_while_writing(model: Path, target: Path) -> dict[str, Any]:
     writer = CheckpointWriter(target, 2, complete.append)
     policy.train_step(batches)
     before = snapshot(policy)
+    torch.manual_seed(parallel.rank())
     state = {"step": 1, "list": [1]}
     writer.save(1, policy, state)
     state["list"].append(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import io
 import json
@@ -232,12 +233,18 @@ def test_code_in_a_model_folder_is_not_imported(source: Path, tmp_path: Path, ma
     architecture = load_architecture(folder)
     network_checks.build(folder, LAYOUT)
     transformers_logits(folder, architecture, [], Report(), torch.float32)
-    with pytest.raises(Exception, match=r"(?i)custom code|EvilTokenizer|tokenizer"):
-        ChatFormat(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "evil"}))
     with pytest.raises(ModelError):
         transformers_logits(folder, architecture, [], Report(), torch.float32)
+
+
+def test_code_beside_a_tokenizer_is_not_imported(tmp_path: Path, marker: Path) -> None:
+    build_folder(tmp_path / "chat", vision=False)
+    folder = hostile_folder(tmp_path / "chat", tmp_path / "hostile", marker)
+    # Whether transformers falls back on its own class or refuses is its affair.
+    with contextlib.suppress(ValueError):
+        ChatFormat(folder).render("a question", [])
 
 
 TEMPLATES = [
@@ -246,7 +253,7 @@ TEMPLATES = [
     "{{{{ lipsum.__globals__['os'].popen('touch {marker}').read() }}}}",
     "{{{{ raise_exception.__globals__['__builtins__']['open']('{marker}', 'w') }}}}",
     "{{{{ messages.__init__.__globals__ }}}}",
-    "{{% set x = strftime_now.__globals__ %}}{{{{ x['__builtins__']['exec']('open({marker!r}, \"w\")') }}}}",
+    "{{% set x = strftime_now.__globals__ %}}{{{{ x['__builtins__']['exec'](\"open('{marker}', 'w')\") }}}}",
     "{{% include '/etc/passwd' %}}",
 ]
 
