@@ -70,7 +70,10 @@ def train(config: RunConfig, interruption: Interruption | None = None) -> Path:
     """
     interruption = interruption or Interruption()
     interruption.limit(config.train.stop_within_seconds, config.train.max_hours)
-    check_model_paths(config)
+    configure_logging(None, int(os.environ.get("RANK", "0")))
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        # Once per machine: the others wait for this process to join them, and are ended by their launcher if it does not.
+        check_model_paths(config)
     folder = run_folder(config)
     world = divide_job(config.parallel, config.teacher)
     if world is not None and world.name == "teacher":
@@ -84,7 +87,6 @@ def train(config: RunConfig, interruption: Interruption | None = None) -> Path:
 def _train_student(config: RunConfig, folder: Path, world: World | None, channel: Channel | None, interruption: Interruption) -> None:
     parallel.initialize(config.parallel, config.seed, world)
     parallel.end_with_launcher()
-    configure_logging(None, parallel.rank())
     stopped: RunStopped | None = None
     with parallel.explain_lost_rank(), open_meetings(config.parallel, world, interruption) as meetings, claimed(folder):
         run = build_run(config, channel, meetings, interruption)
