@@ -134,14 +134,14 @@ def _loop(run: Run, folder: Path, done: int | None, log: MetricsLog | None) -> N
         _evaluate(run, folder, done)
     with run.stages.interruption.protected():
         for step in range((done or 0) + 1, config.train.train_iters + 1):
-            _heed_stop(run, step - 1)
+            _heed_stop(run, folder, step - 1)
             _train_step(run, folder, step, log)
-        _heed_stop(run, config.train.train_iters)
+        _heed_stop(run, folder, config.train.train_iters)
 
 
 def _train_step(run: Run, folder: Path, step: int, log: MetricsLog | None) -> None:
     """Run one step, with what comes due after it."""
-    config, interruption = run.stages.config, run.stages.interruption
+    config = run.stages.config
     started = time.perf_counter()
     record = _run_or_drop(run, folder, step)
     if _is_evaluated(config, step) and not record.teacher_lost:
@@ -150,11 +150,10 @@ def _train_step(run: Run, folder: Path, step: int, log: MetricsLog | None) -> No
             _evaluate(run, folder, step)
     run.release_memory()
     _record(run, folder, record, time.perf_counter() - started, log)
-    is_stopping = parallel.any_rank(interruption.is_requested)
     is_due = step == config.train.train_iters or step % config.checkpoint.interval == 0
-    if is_due or is_stopping or record.teacher_lost:
+    if is_due or record.teacher_lost:
         _save(run, folder, step)
-    if is_due and not is_stopping:
+    if is_due and not parallel.any_rank(run.stages.interruption.is_requested):
         parallel.on_rank_zero(partial(_report, run, folder))
     if record.teacher_lost:
         raise record.teacher_lost
@@ -172,27 +171,33 @@ def _run_or_drop(run: Run, folder: Path, step: int) -> StepRecord:
         if run.teachers.ranks is not None:
             run.teachers.ranks.check()
         return run_step(run.stages, step)
-    except (TeacherLostError, StopRequested) as error:
+    except TeacherLostError:
         run.stream.load_state_dict(place)
-        if run.stages.interruption.steps_done != step - 1:
-            _save(run, folder, step - 1)
-        if isinstance(error, TeacherLostError):
-            raise
-    _heed_stop(run, step - 1)
+        _save_once(run, folder, step - 1)
+        raise
+    except StopRequested:
+        run.stream.load_state_dict(place)
+    _heed_stop(run, folder, step - 1)
     raise AssertionError("a step is dropped because the run is to end")
 
 
-def _heed_stop(run: Run, step: int) -> None:
-    """End the run after a step that is saved.
+def _heed_stop(run: Run, folder: Path, step: int) -> None:
+    """End the run after a complete step.
 
     Raises:
-        RunStopped: On every rank, if any of them is to end.
+        RunStopped: On every rank, with a checkpoint, if any of them is to end.
     """
-    interruption = run.stages.interruption
-    reasons = [reason for reason in parallel.gather_from_ranks(interruption.reason) if reason]
+    reasons = [reason for reason in parallel.gather_from_ranks(run.stages.interruption.reason) if reason]
     if reasons:
-        interruption.close()
+        _save_once(run, folder, step)
+        run.stages.interruption.close()
         raise RunStopped(step, reasons[0])
+
+
+def _save_once(run: Run, folder: Path, step: int) -> None:
+    """Save unless the newest checkpoint is of this step: it is not to be at stake again."""
+    if run.stages.interruption.steps_done != step:
+        _save(run, folder, step)
 
 
 def _is_evaluated(config: RunConfig, step: int) -> bool:
