@@ -190,6 +190,11 @@ def _check_endpoints(config: RunConfig) -> None:
     _check_addresses("reward.judge_endpoints", reward.judge_endpoints)
     if reward.judge_endpoints and not (reward.judge_model or teacher.model):
         raise ConfigError("reward.judge_model: missing, got judge_endpoints without a model, expected its served name; give it")
+    if reward.judge_model and not (reward.judge_endpoints or teacher.endpoints):
+        raise ConfigError(
+            f"reward.judge_model: a served model's name without servers, got {reward.judge_model!r}, expected reward.judge_endpoints or "
+            "teacher.endpoints with it; give them or leave it out"
+        )
     limit = 60 * config.parallel.timeout_minutes
     has_judge = reward.judge and (teacher.endpoints or reward.judge_endpoints or teacher.num_ranks)
     if has_judge and reward.judge_max_wait_seconds >= limit:

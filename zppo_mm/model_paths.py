@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def check_model_path(key: str, value: str, endpoints: str | None = "") -> None:
     path = Path(value)
     found = _describe(path)
     if found:
-        served = f", or set {endpoints} if this is the name of a served model" if endpoints and not path.exists() else ""
+        served = f", or set {endpoints} if this is the name of a served model" if endpoints and not os.path.exists(path) else ""
         raise ConfigError(f"{key}: {found[0]}, got {value!r}, expected a Hugging Face folder; {found[1]}{served}")
     load_architecture(path)
     SafetensorsFolder(path)
@@ -72,8 +73,8 @@ def _describe(path: Path) -> tuple[str, str] | None:
         if path.is_dir() and (path / "config.json").is_file():
             return _describe_incomplete(path)
         return _describe_other(path) if path.is_dir() else ("a file", f"give its folder, {path.parent}, if that has a config.json")
-    except OSError as error:
-        return f"cannot be read ({error.strerror})", "correct its permissions or the path"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({getattr(error, 'strerror', error)})", "correct its permissions or the path"
 
 
 def _describe_missing(path: Path) -> tuple[str, str]:

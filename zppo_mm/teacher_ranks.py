@@ -28,7 +28,7 @@ STOPPED = "stopped after step "
 LOOK_SECONDS = 1.0
 
 
-def serve_teacher(config: RunConfig, world: World, interruption: Interruption) -> None:
+def serve_teacher(config: RunConfig, world: World, interruption: Interruption | None = None) -> None:
     """Load the teacher and answer until the student has ended; every rank of the teacher's world calls this.
 
     One that fails tells the student first and lets it save: a launcher ends all other processes as soon as one has failed.
@@ -37,6 +37,7 @@ def serve_teacher(config: RunConfig, world: World, interruption: Interruption) -
         RunStopped: The student was ended before its last step.
     """
     configure_logging(None, world.job_rank)
+    interruption = interruption or Interruption()
     channel = _open_channel(config, world)
     try:
         with parallel.explain_lost_rank():

@@ -70,7 +70,10 @@ def train(config: RunConfig, interruption: Interruption | None = None) -> Path:
     """
     interruption = interruption or Interruption()
     interruption.limit(config.train.stop_within_seconds, config.train.max_hours)
-    check_model_paths(config)
+    configure_logging(None, int(os.environ.get("RANK", "0")))
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        # Once per machine: the others wait for this process to join them, and are ended by their launcher if it does not.
+        check_model_paths(config)
     folder = run_folder(config)
     world = divide_job(config.parallel, config.teacher)
     if world is not None and world.name == "teacher":
@@ -84,7 +87,6 @@ def train(config: RunConfig, interruption: Interruption | None = None) -> Path:
 def _train_student(config: RunConfig, folder: Path, world: World | None, channel: Channel | None, interruption: Interruption) -> None:
     parallel.initialize(config.parallel, config.seed, world)
     parallel.end_with_launcher()
-    configure_logging(None, parallel.rank())
     stopped: RunStopped | None = None
     with parallel.explain_lost_rank(), open_meetings(config.parallel, world, interruption) as meetings, claimed(folder):
         run = build_run(config, channel, meetings, interruption)
@@ -142,7 +144,7 @@ def _loop(run: Run, folder: Path, done: int | None, log: MetricsLog | None, save
 
 def _train_step(run: Run, folder: Path, step: int, log: MetricsLog | None, saver: checkpoint.CheckpointWriter) -> None:
     """Run one step, with what comes due after it."""
-    config, interruption = run.stages.config, run.stages.interruption
+    config = run.stages.config
     started = time.perf_counter()
     record = _run_or_drop(run, step, saver)
     if _is_evaluated(config, step) and not record.teacher_lost:
@@ -151,15 +153,14 @@ def _train_step(run: Run, folder: Path, step: int, log: MetricsLog | None, saver
             _evaluate(run, folder, step)
     run.release_memory()
     _record(run, folder, record, time.perf_counter() - started, log)
-    is_stopping = parallel.any_rank(interruption.is_requested)
     is_last = step == config.train.train_iters
     is_due = is_last or step % config.checkpoint.interval == 0
     saver.notice()
-    if is_last or is_stopping or record.teacher_lost:
-        _save_now(run, step, saver)
-    elif is_due:
+    if is_due or record.teacher_lost:
         _save(run, step, saver)
-    if is_due and not is_stopping:
+    if is_last or record.teacher_lost:
+        saver.finish()
+    if is_due and not parallel.any_rank(run.stages.interruption.is_requested):
         parallel.on_rank_zero(partial(_report, run, folder))
     if record.teacher_lost:
         raise record.teacher_lost
@@ -177,27 +178,26 @@ def _run_or_drop(run: Run, step: int, saver: checkpoint.CheckpointWriter) -> Ste
         if run.teachers.ranks is not None:
             run.teachers.ranks.check()
         return run_step(run.stages, step)
-    except (TeacherLostError, StopRequested) as error:
+    except TeacherLostError:
         run.stream.load_state_dict(place)
-        _save_now(run, step - 1, saver)
-        if isinstance(error, TeacherLostError):
-            raise
+        _save_once(run, step - 1, saver)
+        raise
+    except StopRequested:
+        run.stream.load_state_dict(place)
     _heed_stop(run, step - 1, saver)
     raise AssertionError("a step is dropped because the run is to end")
 
 
 def _heed_stop(run: Run, step: int, saver: checkpoint.CheckpointWriter) -> None:
-    """End the run after a step that is saved.
+    """End the run after a complete step.
 
     Raises:
-        RunStopped: On every rank, if any of them is to end.
+        RunStopped: On every rank, with a checkpoint, if any of them is to end.
     """
-    interruption = run.stages.interruption
-    reasons = [reason for reason in parallel.gather_from_ranks(interruption.reason) if reason]
+    reasons = [reason for reason in parallel.gather_from_ranks(run.stages.interruption.reason) if reason]
     if reasons:
-        if step > 0:
-            _save_now(run, step, saver)
-        interruption.close()
+        _save_once(run, step, saver)
+        run.stages.interruption.close()
         raise RunStopped(step, reasons[0])
 
 
@@ -219,8 +219,8 @@ def _save(run: Run, step: int, saver: checkpoint.CheckpointWriter) -> None:
     saver.save(step, run.policy, state)
 
 
-def _save_now(run: Run, step: int, saver: checkpoint.CheckpointWriter) -> None:
-    """Leave a complete checkpoint of a step, be it one under way, one of before, or a new one."""
+def _save_once(run: Run, step: int, saver: checkpoint.CheckpointWriter) -> None:
+    """Leave a complete checkpoint of a step; one that is complete or under way is not to be at stake again."""
     saver.finish()
     if run.stages.interruption.steps_done != step:
         _save(run, step, saver)

@@ -229,6 +229,43 @@ def test_damage_falls_back_and_pruning_keeps_the_newest(folder: Path, tmp_path: 
     assert results["saved again"] == {"step": 4, "again": True}
 
 
+def fail_to_read(model: Path, target: Path) -> list[Any]:
+    """Save twice; then a file of the newer one is damaged, and another one cannot be read for a while."""
+    policy = build_policy(model, Case())
+    for step in (1, 2):
+        checkpoint.save(target, step, policy, {"step": step}, keep=2)
+    newest = target / "step_000002"
+    hidden, damaged = newest / checkpoint.STATE_FILE, newest / checkpoint.RANDOM_FILE
+    results: list[Any] = []
+    if parallel.rank() == 0:
+        damaged.write_bytes(b"")
+        hidden.rename(target / "hidden")
+        hidden.symlink_to(hidden)  # reading it fails with an error of the system's, whoever reads
+    parallel.barrier()
+    try:
+        checkpoint.load_latest(target, policy)
+    except CheckpointError as error:
+        results.append(str(error))
+    results.append(sorted(path.name for path in target.glob("step_*")))
+    parallel.barrier()
+    if parallel.rank() == 0:
+        hidden.unlink()
+        (target / "hidden").rename(hidden)
+    parallel.barrier()
+    results += [checkpoint.load_latest(target, policy), sorted(path.name for path in target.glob("step_*"))]
+    parallel.shutdown()
+    return results
+
+
+def test_a_disk_that_cannot_be_read_now_is_not_damage(folder: Path, tmp_path: Path) -> None:
+    for error, names, state, names_after in run_ranks(fail_to_read, 2, folder, tmp_path):
+        assert "the checkpoint's files cannot be used, got [Errno 40]" in error
+        assert names == ["step_000001", "step_000002"]
+        # Now the damage is certain.
+        assert state == {"step": 1}
+        assert names_after == ["step_000001", "step_000002.broken"]
+
+
 def test_only_completed_folders_count(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path / "missing") is None
     for name in (".step_000009.partial", "step_000008.broken", "step_x", "step_000002", "step_000010"):

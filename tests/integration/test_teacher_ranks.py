@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from data.digits_shards import digit_samples
 from data.shards import write_shards
 from tests.integration.running import RUN_TIMEOUT_SECONDS, lines, run, start, transcript
+from zppo_mm.embedded import TEACHER_DIR
 
 pytestmark = pytest.mark.timeout(900)  # two or three runs one after another
 COMMON = {
@@ -69,8 +72,15 @@ def test_open_questions_are_judged_by_the_teacher(tmp_path: Path) -> None:
 
 
 def test_a_teacher_that_cannot_be_loaded_ends_the_job_with_its_error(tmp_path: Path) -> None:
-    process = start(tmp_path, "run", *options(**{"teacher.num_ranks": 1, "teacher.model": tmp_path}), processes=3)
+    # Complete by its names, so that only the teacher's rank finds out.
+    folder = shutil.copytree(TEACHER_DIR, tmp_path / "teacher")
+    (folder / "tokenizer.json").write_text("no tokenizer", encoding="utf-8")
+    process = start(tmp_path, "run", *options(**{"teacher.num_ranks": 1, "teacher.model": folder}), processes=3)
     output, _ = process.communicate(timeout=RUN_TIMEOUT_SECONDS)
     assert process.returncode == 1, output[-3000:]
     # Said by the student, not only in the traceback of the teacher's rank.
-    assert "E teacher: its ranks have ended, got \"rank 2: ValueError: Couldn't instantiate the backend tokenizer" in output
+    assert re.search(r"E teacher: its ranks have ended, got .rank 2: ConfigError: \S+: the tokenizer cannot be loaded", output), output[
+        -3000:
+    ]
+    assert "zppo_mm/teacher_ranks.py" not in output  # no traceback
+    assert not (tmp_path / "run").exists()

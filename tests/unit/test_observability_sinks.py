@@ -45,6 +45,15 @@ def test_resume_leaves_no_step_twice(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[2]) == {"step": 3, "policy/loss": -3.0}
 
 
+def test_lines_that_are_no_records_end_no_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    damaged = [b"5", b"[]", b"null", b"{}", b'{"step": "1"}', b"\xff\xfe", b"\0" * 20, b"[" * 100_000]
+    path.write_bytes(b"\n".join([b'{"step": 1}', *damaged, b'{"step": 2}', b'{"step": 3}', b""]))
+    truncate_after(path, 2)
+    assert steps(path) == [1, 2]
+    assert len(caplog.records) == len(damaged)
+
+
 def test_truncating_a_missing_file_makes_none(tmp_path: Path) -> None:
     truncate_after(tmp_path / "metrics.jsonl", 3)
     assert list(tmp_path.iterdir()) == []

@@ -108,7 +108,9 @@ def test_steps_after_the_checkpoint_are_discarded(tmp_path: Path) -> None:
         write_buffer(tmp_path, step, BufferRecord((), (), (), ()))
         write_transcript(tmp_path, step, [], {}, {})
         write_held_out_answers(tmp_path, step, [])
+    (tmp_path / "buffer" / "step_mine.json").write_text("a user's own")
     discard_steps_after(tmp_path, 2)
+    assert (tmp_path / "buffer" / "step_mine.json").exists()
     assert [held_out_path(tmp_path, step).exists() for step in (1, 2, 3)] == [True, True, False]
     assert [buffer_path(tmp_path, step).exists() for step in (1, 2, 3)] == [True, True, False]
     assert [transcript_path(tmp_path, step).exists() for step in (1, 2, 3)] == [True, True, False]

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 OUTPUT_FOLDER = "output"
 NUM_TAIL_LINES = 15
 POLL_SECONDS = 0.2
-END_SECONDS = 20.0
+END_MARGIN_SECONDS = 20.0
 HF_FOLDER = "hf"
 
 
@@ -122,9 +122,10 @@ def _ended_at_exit() -> Iterator[_Running]:
     finally:
         for _, process, _ in running.values():
             process.terminate()
-        for _, process, _ in running.values():
+        for run, process, _ in running.values():
             try:
-                process.wait(END_SECONDS)
+                # A run writes a checkpoint before it ends.
+                process.wait(run.config.train.stop_within_seconds + END_MARGIN_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

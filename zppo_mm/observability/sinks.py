@@ -55,19 +55,19 @@ def append_evaluation(run_folder: Path, evaluation: DataclassInstance) -> None:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Keep the lines of steps up to `step`, so that a resumed run leaves no step twice; a torn last line goes too."""
+    """Keep the lines of steps up to `step`, so that a resumed run leaves no step twice; lines that are no records go too."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            if line:
-                logger.warning("%s: dropped a line that was not written to its end", path)
-            continue
-        if record["step"] <= step:
-            kept.append(line + "\n")
+            number = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            number = None
+        if type(number) is int:
+            kept += [line + "\n"] if number <= step else []
+        elif line:
+            logger.warning("%s: dropped a line that was not written to its end", path)
     aside = path.with_name(f".{path.name}.tmp")
     aside.write_text("".join(kept), encoding="utf-8")
     os.replace(aside, path)

@@ -113,7 +113,8 @@ def discard_steps_after(run_folder: Path, step: int) -> None:
     """Remove the files of later steps, which a resumed run will make again."""
     for folder in (TRANSCRIPTS_FOLDER, BUFFER_FOLDER, HELD_OUT_FOLDER):
         for path in (run_folder / folder).glob("step_*.json*"):
-            if int(path.stem.removeprefix("step_")) > step:
+            number = path.stem.removeprefix("step_")
+            if number.isdecimal() and int(number) > step:
                 path.unlink()
 
 

@@ -48,7 +48,7 @@ class ChatFormat:
 
     def __init__(self, hf_dir: str | Path, template_kwargs: Mapping[str, object] | None = None) -> None:
         self._folder = Path(hf_dir)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(hf_dir), trust_remote_code=False)
+        self._tokenizer = _load_tokenizer(self._folder)
         self._template_kwargs = dict(template_kwargs or {})
         config = _read_json(self._folder / "config.json")
         self.takes_media = "vision_config" in config
@@ -220,6 +220,17 @@ class ChatFormat:
                 f"{self._folder}: no stop token, got none, expected eos_token_id in generation_config.json or the tokenizer; add it"
             )
         return tuple(int(token) for token in stop) if isinstance(stop, list) else (int(stop),)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # what the libraries raise on a damaged file has no common kind
+        first = str(error).strip().splitlines()[:1]
+        raise ConfigError(
+            f"{folder}: the tokenizer cannot be loaded, got {type(error).__name__}: {''.join(first)}, expected tokenizer.json and "
+            "tokenizer_config.json of the model; download the folder again"
+        ) from error
 
 
 def _byte_alphabet() -> dict[str, int]:

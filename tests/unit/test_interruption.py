@@ -1,0 +1,148 @@
+"""Signals: what is heard when, what ends at once, and what the run's own processes inherit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from zppo_mm.interruption import EXIT_CODE, SIGNALS, Interruption
+
+ROOT = Path(__file__).parents[2]
+SOMEBODY, PARENT = 7, os.getppid()
+PROGRAM_SECONDS = 60
+
+
+def make(stop_seconds: float = 100.0, max_hours: float = 0.0) -> tuple[Interruption, list[int]]:
+    ended: list[int] = []
+    interruption = Interruption(end=ended.append)
+    interruption.limit(stop_seconds, max_hours)
+    return interruption, ended
+
+
+def test_before_a_step_is_under_way_a_signal_ends_the_process() -> None:
+    interruption, ended = make()
+    interruption.hear("SIGTERM", SOMEBODY)
+    assert ended == [EXIT_CODE]
+    assert not interruption.is_requested
+
+
+def test_the_first_signal_asks_and_the_second_ends() -> None:
+    interruption, ended = make()
+    with interruption.protected():
+        interruption.hear("SIGTERM", SOMEBODY)
+        assert (interruption.reason, ended) == ("SIGTERM", [])
+        interruption.hear("SIGINT", SOMEBODY)
+    assert ended == [EXIT_CODE]
+
+
+def test_what_a_launcher_passes_on_is_no_second_signal() -> None:
+    # A scheduler signals all processes; the launcher hears that too and passes it on.
+    for senders in ((SOMEBODY, PARENT), (PARENT, SOMEBODY)):
+        interruption, ended = make()
+        with interruption.protected():
+            for sender in senders:
+                interruption.hear("SIGTERM", sender)
+            assert ended == []
+            interruption.hear("SIGTERM", senders[0])
+            assert ended == [EXIT_CODE]
+
+
+def test_after_the_end_nothing_is_heeded() -> None:
+    interruption, ended = make()
+    with interruption.protected():
+        interruption.hear("SIGTERM", SOMEBODY)
+        interruption.close()
+        interruption.hear("SIGTERM", SOMEBODY)
+        interruption.hear("SIGTERM", PARENT)
+    interruption.hear("SIGTERM", PARENT)
+    assert ended == []
+
+
+def test_the_time_for_ending_is_bounded() -> None:
+    interruption, ended = make(stop_seconds=0.05)
+    with interruption.protected():
+        interruption.look_at_clock()
+        interruption.request("SIGTERM")
+        interruption.look_at_clock()
+        assert ended == []
+        time.sleep(0.06)
+        interruption.look_at_clock()
+    assert ended == [EXIT_CODE]
+
+
+def test_hours_count_once_there_is_a_step_to_be_saved() -> None:
+    interruption, ended = make(max_hours=0.01 / 3600)
+    time.sleep(0.02)
+    interruption.look_at_clock()
+    assert not interruption.is_requested
+    with interruption.protected():
+        interruption.look_at_clock()
+        assert interruption.reason == "train.max_hours"
+    without, _ = make(max_hours=0.0)
+    with without.protected():
+        without.look_at_clock()
+    assert not without.is_requested
+    assert ended == []
+
+
+def test_what_is_held_is_due_only_when_most_of_the_time_is_over() -> None:
+    interruption, _ = make(stop_seconds=0.2)
+    with interruption.protected():
+        assert not interruption.is_due()
+        interruption.request("SIGTERM")
+        assert interruption.is_due()
+        with interruption.held():
+            assert not interruption.is_due()
+            time.sleep(0.12)  # more than half of it
+            assert interruption.is_due()
+
+
+PROGRAM = """
+import logging, os, signal, subprocess, sys, time
+from zppo_mm.interruption import Interruption
+from zppo_mm.interpreters import start_interpreter
+logging.basicConfig(format="%(message)s")
+interruption = Interruption()
+interruption.listen()
+interruption.limit(60, 0)
+child = subprocess.Popen([sys.executable, "-c", "import signal; print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), flush=True)"])
+child.wait()
+with interruption.protected():
+    print("ready", flush=True)
+    while not interruption.is_requested:
+        sum(range(10**5))
+    print("asked", interruption.reason, flush=True)
+    time.sleep(100)
+"""
+
+
+def start_program() -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("RANK", None)
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_process_hears_real_signals_and_its_children_are_left_alone(number: signal.Signals) -> None:
+    process = start_program()
+    assert process.stdout is not None
+    inherited = process.stdout.readline()
+    assert all(f"<Signals.{each.name}" in inherited for each in SIGNALS)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.stdout.readline() == f"asked {number.name}\n"
+    process.send_signal(number)  # while the process sleeps in a system call
+    rest, _ = process.communicate(timeout=PROGRAM_SECONDS)
+    assert process.returncode == EXIT_CODE
+    assert rest.splitlines() == [
+        f"stopped at once; the same command continues from the newest complete checkpoint (second signal, {number.name})"
+    ]

@@ -1,0 +1,166 @@
+"""A model path that is none is answered in one line with what to write instead."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from zppo_mm.config_io import load_config
+from zppo_mm.embedded import STUDENT_DIR
+from zppo_mm.errors import ConfigError, ZppoError
+from zppo_mm.model_paths import check_model_path, check_model_paths
+
+
+def touch(path: Path, content: str = "{}") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+
+
+def file_with_weights(root: Path) -> Path:
+    touch(root / "model.safetensors")
+    return root / "model.safetensors"
+
+
+def finished_run(root: Path) -> Path:
+    for name in ("config.yaml", "hf/config.json"):
+        touch(root / "run" / name)
+    return root / "run"
+
+
+def unfinished_run(root: Path) -> Path:
+    touch(root / "run" / "config.yaml")
+    return root / "run"
+
+
+def checkpoint_of_a_run(root: Path) -> Path:
+    touch(root / "run" / "checkpoints" / "step_000004" / "manifest.json")
+    return root / "run" / "checkpoints" / "step_000004"
+
+
+def megatron(root: Path) -> Path:
+    touch(root / "megatron" / ".metadata")
+    return root / "megatron"
+
+
+def old_megatron(root: Path) -> Path:
+    touch(root / "megatron" / "iter_0000010" / "mp_rank_00" / "model_optim_rng.pt")
+    return root / "megatron"
+
+
+def hub_cache(root: Path) -> Path:
+    touch(root / "models--a--b" / "snapshots" / "0af3" / "config.json")
+    return root / "models--a--b"
+
+
+def one_above(root: Path) -> Path:
+    touch(root / "models" / "student" / "config.json")
+    return root / "models"
+
+
+def adapters(root: Path) -> Path:
+    touch(root / "adapter" / "adapter_config.json")
+    return root / "adapter"
+
+
+def pickled_weights(root: Path) -> Path:
+    touch(root / "model" / "config.json")
+    touch(root / "model" / "pytorch_model.bin")
+    return root / "model"
+
+
+def without_weights(root: Path) -> Path:
+    touch(root / "model" / "config.json")
+    return root / "model"
+
+
+def without_tokenizer(root: Path) -> Path:
+    for name in ("config.json", "model.safetensors"):
+        touch(root / "model" / name)
+    return root / "model"
+
+
+def empty(root: Path) -> Path:
+    (root / "empty").mkdir()
+    return root / "empty"
+
+
+@pytest.mark.parametrize(
+    ("make", "found", "advice"),
+    [
+        (file_with_weights, "a file", "give its folder, {root}"),
+        (finished_run, "the folder of a run", "give its exported model, {root}/run/hf"),
+        (unfinished_run, "the folder of a run that is not finished", "convert_checkpoint.py export {root}/run HF_DIR"),
+        (checkpoint_of_a_run, "a checkpoint of a run", "convert_checkpoint.py export {root}/run HF_DIR"),
+        (megatron, "a Megatron folder", "convert_checkpoint.py export {root}/megatron HF_DIR"),
+        (old_megatron, "a Megatron folder", "convert_checkpoint.py export {root}/megatron HF_DIR"),
+        (hub_cache, "a folder without config.json", "give {root}/models--a--b/snapshots/0af3, which has one"),
+        (one_above, "a folder without config.json", "give {root}/models/student, which has one"),
+        (adapters, "adapters without their model", "give the folder of the merged model"),
+        (pickled_weights, "a folder with weights that are not read here (pytorch_model.bin)", "model.safetensors"),
+        (without_weights, "a folder with no weights", "model.safetensors"),
+        (without_tokenizer, "a folder without a tokenizer", "copy the model's tokenizer.json"),
+        (empty, "a folder without config.json", "correct the path"),
+    ],
+)
+def test_what_is_there_but_no_model(make: object, found: str, advice: str, tmp_path: Path) -> None:
+    path = make(tmp_path)  # type: ignore[operator]
+    with pytest.raises(ConfigError) as raised:
+        check_model_path("teacher.model", str(path), "teacher.endpoints")
+    text = str(raised.value)
+    assert text.startswith(f"teacher.model: {found}, got '{path}', expected a Hugging Face folder; ")
+    assert advice.format(root=tmp_path) in text
+    assert "teacher.endpoints" not in text  # what is there is no served name
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("value", "found", "advice"),
+    [
+        ("Qwen/Qwen3.5-0.8B", "nothing is downloaded", "hf download Qwen/Qwen3.5-0.8B --local-dir models/Qwen3.5-0.8B"),
+        ("Qwen3.5-27B", "no such folder", "correct the path"),
+        ("models/typo/deeper", "no such folder", "correct the path"),
+        ("https://huggingface.co/Qwen/Qwen3.5-0.8B", "an address", "give its folder"),
+        ("s3://bucket/model", "an address", "give its folder"),
+        ("null\0byte", "no such folder", "correct the path"),
+        ("x" * 5000, "cannot be read (File name too long)", "correct its permissions or the path"),
+    ],
+)
+def test_what_is_not_there(value: str, found: str, advice: str) -> None:
+    for key, endpoints in (("model.student", ""), ("teacher.model", "teacher.endpoints")):
+        with pytest.raises(ConfigError, match=f"^{key}: ") as raised:
+            check_model_path(key, value, endpoints)
+        text = str(raised.value)
+        assert found in text
+        assert advice in text
+        if found.startswith("no"):
+            assert ("or set teacher.endpoints if this is the name of a served model" in text) == bool(endpoints)
+
+
+def test_a_real_folder_is_taken_and_its_faults_are_those_of_inspect(tmp_path: Path) -> None:
+    check_model_path("model.student", str(STUDENT_DIR))
+    copy = shutil.copytree(STUDENT_DIR, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    with pytest.raises(ZppoError, match=r"config.json: model_type is not supported, got 'gpt2'"):
+        check_model_path("model.student", str(copy))
+    (copy / "config.json").write_text(json.dumps(config))
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ZppoError, match=r"model\.safetensors"):
+        check_model_path("model.student", str(copy))
+
+
+def test_every_model_of_a_run_is_looked_at() -> None:
+    check_model_paths(load_config(None, []))
+    served = ["teacher.endpoints=['http://a/v1']", "teacher.model=Large/One"]
+    check_model_paths(load_config(None, served))
+    for options, named in (
+        (["model.student=nowhere"], "model.student"),
+        (["teacher.model=nowhere"], "teacher.model: .*set teacher.endpoints"),
+        ([*served, "fallback_teachers=[{model: nowhere}]"], r"fallback_teachers\[0\].model: .*set fallback_teachers\[0\].endpoints"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            check_model_paths(load_config(None, options))
