@@ -1,0 +1,384 @@
+"""config.json: every key that transformers reads is read alike, or refused by name. transformers' own models are the oracle."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import dataclasses
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from tests import network_checks, tiny_families, tiny_qwen
+from zppo_mm.config import ParallelConfig
+from zppo_mm.errors import ModelError
+from zppo_mm.models import parallel
+from zppo_mm.models.architecture import parse_architecture
+from zppo_mm.models.families import qwen2_5_vl, qwen3_5, qwen3_vl
+from zppo_mm.models.families.config_keys import BUILT, FOREIGN, HARMLESS, READ, READ_OUTSIDE
+
+FAMILIES = tuple(tiny_families.KINDS)
+WITH_TOWER = tuple(family for family in FAMILIES if len(tiny_families.KINDS[family]) > 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_rank() -> Iterator[None]:
+    parallel.initialize(ParallelConfig(), seed=0)
+    yield
+    parallel.shutdown()
+
+
+@pytest.fixture(scope="module")
+def raws(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The config.json that transformers writes for the tiny model of every family."""
+    folder = tmp_path_factory.mktemp("configs")
+    found = {}
+    for family in FAMILIES:
+        tiny_families.model(family).config.save_pretrained(folder / family)
+        found[family] = json.loads((folder / family / "config.json").read_text())
+    return found
+
+
+def text_of(raw: dict[str, Any]) -> dict[str, Any]:
+    part: dict[str, Any] = raw.get("text_config", raw)
+    return part
+
+
+def differs(raw: dict[str, Any], folder: Path) -> str:
+    """Return how the network of a config.json differs from transformers', or why it is refused; empty if they are equal."""
+    try:
+        architecture = parse_architecture(copy.deepcopy(raw))
+    except ModelError as error:
+        return f"refused: {error}"
+    family = architecture.family
+    config = transformers.CONFIG_MAPPING[family].from_dict(copy.deepcopy(raw))
+    auto: Any = transformers.AutoModelForImageTextToText if architecture.has_vision else transformers.AutoModelForCausalLM
+    torch.manual_seed(0)
+    oracle = tiny_qwen.randomised(auto.from_config(config).float())
+    folder.mkdir()
+    shared = set(oracle._tied_weights_keys) if config.tie_word_embeddings else set()
+    weights = {name: tensor.contiguous() for name, tensor in oracle.state_dict().items() if name not in shared}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(raw))
+    network = network_checks.build(folder, ParallelConfig())
+    parts = tiny_families.sequences(family, tiny_families.KINDS[family][-1])
+    with torch.no_grad():
+        gap = float((network(**tiny_qwen.pack(parts)) - tiny_families.oracle_logits(oracle, parts)).abs().max())
+    # Written so that a logit that is not a number differs.
+    return "" if gap <= network_checks.MAX_LOGIT_DIFFERENCE else f"logits differ by {gap}"
+
+
+def modules_of(family: str) -> tuple[Any, ...]:
+    package = family.removesuffix("_text")
+    names = (f"models.{package}.modeling_{package}", "modeling_rope_utils", "masking_utils")
+    return tuple(importlib.import_module(f"transformers.{name}") for name in names)
+
+
+def keys_that_are_looked_at(module: Any) -> set[str]:
+    """Return the names that a module's code asks a configuration for."""
+    found = set()
+    for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("config") and isinstance(node.ctx, ast.Load):
+            found.add(node.attr)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and "config" in ast.unparse(node.args[0]):
+            found.add(ast.literal_eval(node.args[1]) if isinstance(node.args[1], ast.Constant) else "a name that is computed")
+    return found
+
+
+# What the code asks a configuration for besides settings of a network: how it is run, and ways to its parts.
+NO_SETTINGS = {
+    "_attn_implementation",
+    "get_text_config",
+    "standardize_rope_params",
+    "validate_rope",
+    # Of a rotary type that is refused.
+    "a name that is computed",
+    "per_layer_config",
+    "default_theta",
+    "is_heterogeneous",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_key_that_transformers_knows_has_a_fate(family: str) -> None:
+    known = READ | set(BUILT) | HARMLESS
+    config = transformers.CONFIG_MAPPING[family]
+    parts = {name: spec.config_class for name, spec in config.sub_configs_defaults.items()}
+    text = parts.get("text_config", config)
+    assert {field.name for field in dataclasses.fields(text)} - known == set()
+    assert {field.name for field in dataclasses.fields(config)} - known - READ_OUTSIDE == set()
+    # The tower is transformers' own and reads its part by itself.
+    towers = transformers.CONFIG_MAPPING[family.removesuffix("_text")].sub_configs_defaults
+    tower = {field.name for field in dataclasses.fields(towers["vision_config"].config_class)} if towers else set()
+    asked = set().union(*map(keys_that_are_looked_at, modules_of(family)))
+    assert asked - known - READ_OUTSIDE - tower - NO_SETTINGS - set(FOREIGN) == set()
+    assert {"hidden_size", "rms_norm_eps", "is_causal", "head_dim"} <= asked, "the code is looked through"
+
+
+def test_no_key_has_two_fates() -> None:
+    tables = [set(READ), set(BUILT), set(HARMLESS), set(FOREIGN)]
+    assert sum(map(len, tables)) == len(set().union(*tables))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_key_that_is_left_out_has_the_value_that_transformers_gives_it(
+    raws: dict[str, dict[str, Any]], family: str, tmp_path: Path
+) -> None:
+    equal = []
+    for key in text_of(raws[family]):
+        raw = copy.deepcopy(raws[family])
+        if key == "model_type" and raw is text_of(raw):
+            continue
+        del text_of(raw)[key]
+        found = differs(raw, tmp_path / key)
+        assert is_named(key, found), (key, found)
+        equal += [key] if not found else []
+    # Refusing everything would be no reading. Rotary settings of these small heads do not fit transformers' defaults with a tower.
+    assert {"rms_norm_eps", "max_position_embeddings", "num_key_value_heads"} & set(equal), equal
+
+
+def is_named(key: str, found: str) -> bool:
+    """Return whether the networks are equal or the refusal names the key, or the axes that it decides the number of."""
+    named = "mrope_section does not fit" if key in ("head_dim", "partial_rotary_factor", "rope_parameters") else key
+    return found == "" or (found.startswith("refused: config.json: ") and (key in found or named in found))
+
+
+OTHER_VALUES: dict[str, Any] = {
+    "hidden_act": "gelu",
+    "attention_bias": True,
+    "mlp_bias": True,
+    "attention_dropout": 0.25,
+    "use_sliding_window": True,
+    "sliding_window": 8,
+    "attention_chunk_size": 8,
+    "is_causal": False,
+    "rms_norm_eps": 1e-2,
+    "head_dim": 8,
+    "num_key_value_heads": 1,
+    "max_window_layers": 1,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"],
+    "rope_theta": 77.0,
+    "partial_rotary_factor": 0.25,
+    "tie_word_embeddings": True,
+    "per_layer_config": {"1": {"num_key_value_heads": 4}},
+    "initializer_range": 0.5,
+    "pretraining_tp": 2,
+    "use_cache": False,
+    "linear_conv_kernel_dim": 2,
+    "linear_key_head_dim": 8,
+    "full_attention_interval": 4,
+    "attn_output_gate": False,
+    "output_gate_type": "sigmoid",
+    "logits_scaling": 2.0,
+    "final_logit_softcapping": 30.0,
+    "embedding_multiplier": 12.0,
+    "num_experts": 4,
+    "pad_token_id": 3,
+    "dtype": "bfloat16",
+    "torch_dtype": "float16",
+    "something_of_ours": 5,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_setting_is_computed_as_transformers_does_or_refused_by_name(
+    raws: dict[str, dict[str, Any]], family: str, tmp_path: Path
+) -> None:
+    for key, value in OTHER_VALUES.items():
+        raw = copy.deepcopy(raws[family])
+        text_of(raw)[key] = value
+        found = differs(raw, tmp_path / key)
+        assert is_named(key, found), (key, found)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(key, value) for key, value in OTHER_VALUES.items() if key in BUILT or key in FOREIGN],
+)
+def test_a_setting_that_is_not_built_is_refused(raws: dict[str, dict[str, Any]], key: str, value: Any) -> None:
+    raw = copy.deepcopy(raws["llama"])
+    raw[key] = value
+    with pytest.raises(ModelError, match=rf"config\.json: {key} is .*got "):
+        parse_architecture(raw)
+
+
+def test_a_key_of_a_newer_transformers_is_refused_unless_it_has_its_default(
+    raws: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(BUILT, "mlp_bias")
+    raw = copy.deepcopy(raws["llama"])
+    parse_architecture(raw)
+    with pytest.raises(ModelError, match="mlp_bias is not supported, got True, expected False; use an unmodified Llama folder"):
+        parse_architecture({**raw, "mlp_bias": True})
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+ROTARY: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "yarn": YARN,
+    "yarn of a trained length that is implied": {"rope_type": "yarn", "factor": 4.0},
+    "yarn, amplitude": {**YARN, "attention_factor": 0.7},
+    "yarn, bounds": {**YARN, "beta_fast": 8.0, "beta_slow": 0.5},
+    "yarn, both scales": {**YARN, "mscale": 0.8, "mscale_all_dim": 1.2},
+    "yarn, one scale": {**YARN, "mscale": 0.8},
+    "yarn, not truncated": {**YARN, "truncate": False},
+    "yarn that shrinks": {**YARN, "factor": 0.5},
+    "llama3": LLAMA3,
+}
+REFUSED: dict[str, dict[str, Any]] = {
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "longrope": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 16},
+    "proportional": {"rope_type": "proportional", "rope_theta": 1e4},
+    "unknown": {"rope_type": "su", "factor": 2.0},
+    "yarn without a factor": {"rope_type": "yarn"},
+    "yarn, factor of nothing": {**YARN, "factor": 0},
+    "yarn, factor in words": {**YARN, "factor": "four"},
+    "linear, infinite": {"rope_type": "linear", "factor": float("inf")},
+    "nested": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+    "no object": ["yarn"],  # type: ignore[dict-item]
+}
+
+
+def with_rope(raw: dict[str, Any], change: dict[str, Any], spelling: str) -> dict[str, Any]:
+    """Return a config.json whose rotary type is changed, in the spelling of transformers 5 or in one of before."""
+    raw = copy.deepcopy(raw)
+    text = text_of(raw)
+    rope = text.pop("rope_parameters")
+    kept = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved") if key in rope}
+    whole = {**kept, **change}
+    if spelling == "rope_parameters":
+        text["rope_parameters"] = whole
+        return raw
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in whole:
+            text[key] = whole.pop(key)
+    if spelling == "type":
+        whole["type"] = whole.pop("rope_type")
+    text["rope_scaling"] = whole
+    return raw
+
+
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling", "type"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rotary_embeddings_are_those_of_transformers_in_every_spelling(
+    raws: dict[str, dict[str, Any]], family: str, spelling: str, tmp_path: Path
+) -> None:
+    seen = set()
+    for name, change in ROTARY.items():
+        raw = with_rope(raws[family], change, spelling)
+        assert differs(raw, tmp_path / name) == "", name
+        architecture = parse_architecture(raw)
+        seen.add((architecture.rotary_frequencies, architecture.rotary_amplitude))
+    # One of two scales is not looked at, and bounds are rounded to the few frequencies of a small head.
+    assert len(seen) >= len(ROTARY) - 2
+
+
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_rotary_embeddings_that_are_not_built_are_refused(raws: dict[str, dict[str, Any]], name: str, spelling: str) -> None:
+    for family in FAMILIES:
+        raw = copy.deepcopy(raws[family])
+        text_of(raw).pop("rope_parameters")
+        text_of(raw)[spelling] = REFUSED[name]
+        with pytest.raises(ModelError, match=r"config\.json: .*(rope_type|rope_parameters|rope_scaling|factor)"):
+            parse_architecture(raw)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_two_rotary_spellings_none_is_dropped(raws: dict[str, dict[str, Any]], family: str, tmp_path: Path) -> None:
+    rope = text_of(raws[family])["rope_parameters"]
+    plain = {
+        key: value for key, value in rope.items() if key in ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
+    }
+    stretched = {**plain, **YARN}
+
+    def both(new: dict[str, Any] | None, old: dict[str, Any] | None, **beside: Any) -> dict[str, Any]:
+        raw = copy.deepcopy(raws[family])
+        text_of(raw).update({"rope_parameters": new, "rope_scaling": old, **beside})
+        return raw
+
+    # The same twice, or a type added in the older spelling to settings that say none: one meaning.
+    for number, raw in enumerate([both(stretched, stretched), both({**plain, "rope_type": "default"}, stretched), both(stretched, None)]):
+        assert differs(raw, tmp_path / str(number)) == ""
+        assert parse_architecture(raw).rotary_amplitude > 1
+    contradictions = {
+        "rope_type": both(stretched, {**plain, "rope_type": "default"}),
+        "factor": both({**stretched, "factor": 2.0}, stretched),
+        "attention_factor": both({**stretched, "attention_factor": 2.0}, stretched),
+        # Without its base, the older spelling would be read with transformers' default.
+        "rope_theta": both({**plain, "rope_theta": 77.0}, {key: value for key, value in stretched.items() if key != "rope_theta"}),
+        "type": both({**plain, "rope_type": "default", "type": "yarn"}, None),
+    }
+    for key, raw in contradictions.items():
+        with pytest.raises(
+            ModelError, match=rf"config\.json: {key} has two values, got .* in rope_parameters, and .* is what transformers"
+        ):
+            parse_architecture(raw)
+    with pytest.raises(ModelError, match=r"rope_theta has two values, got 78\.0 in the part around it"):
+        parse_architecture(both(plain, None, rope_theta=78.0))
+
+
+@pytest.mark.parametrize("family", WITH_TOWER)
+def test_settings_around_the_language_part_are_not_dropped(raws: dict[str, dict[str, Any]], family: str) -> None:
+    raw = raws[family]
+    text = text_of(raw)
+    same = {key: text[key] for key in ("hidden_size", "vocab_size", "rope_parameters", "num_hidden_layers")}
+    assert parse_architecture({**copy.deepcopy(raw), **copy.deepcopy(same)}) == parse_architecture(raw)
+    for stray in ({"rope_scaling": {**text["rope_parameters"], **YARN}}, {"rms_norm_eps": 0.5}, {"num_hidden_layers": 2}):
+        with pytest.raises(ModelError, match=r"twice|transformers cannot read it|two values"):
+            parse_architecture({**copy.deepcopy(raw), **stray})
+    with pytest.raises(ModelError, match="attention_chunk_size is not supported, got 4"):
+        parse_architecture({**copy.deepcopy(raw), "attention_chunk_size": 4})
+
+
+def test_axes_that_a_file_does_not_say_are_those_of_transformers() -> None:
+    for module, name in ((qwen3_5, "Qwen3_5Text"), (qwen3_vl, "Qwen3VLText"), (qwen2_5_vl, "Qwen2_5_VL")):
+        package = module.__name__.rpartition(".")[2]
+        code = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
+        config = getattr(transformers, f"{name.removesuffix('Text')}TextConfig")()
+        assert tuple(getattr(code, f"{name}RotaryEmbedding")(config).mrope_section) == module.DEFAULT_SECTION
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("qwen3_vl", {"out_hidden_size": 32}, "vision_config.out_hidden_size is not supported, got 32, expected 64"),
+        ("qwen2_5_vl", {"in_channels": 1}, "vision_config.in_channels is not supported, got 1, expected 3"),
+        (
+            "qwen3_vl",
+            {"deepstack_visual_indexes": [0, 0]},
+            r"deepstack_visual_indexes does not fit, got \[0, 0\], expected at most 4 different",
+        ),
+        ("qwen3_vl", {"deepstack_visual_indexes": [1, 3]}, r"deepstack_visual_indexes does not fit, got \[1, 3\], .* blocks below 3"),
+        ("qwen3_5", {"depth": "two"}, r"transformers cannot read it, got Strict.*depth"),
+    ],
+)
+def test_a_tower_that_does_not_fit_is_refused(raws: dict[str, dict[str, Any]], family: str, change: dict[str, Any], message: str) -> None:
+    raw = copy.deepcopy(raws[family])
+    raw["vision_config"].update(change)
+    with pytest.raises(ModelError, match=message):
+        parse_architecture(raw)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_value_of_another_kind_ends_in_no_traceback(raws: dict[str, dict[str, Any]], family: str) -> None:
+    for section in (raws[family], text_of(raws[family])):
+        for key in section:
+            for value in ("text", [1], {"a": 1}, -1, 1.5, None, True):
+                raw = copy.deepcopy(raws[family])
+                (raw if section is raws[family] else text_of(raw))[key] = value
+                with contextlib.suppress(ModelError):
+                    parse_architecture(raw)
+    for whole in ([], "text", None, 3):
+        with pytest.raises(ModelError, match=r"config\.json"):
+            parse_architecture(whole)  # type: ignore[arg-type]
