@@ -119,6 +119,8 @@ def read_processor_config(folder: str | Path, layout: VideoLayout = TIMESTAMPED)
             "one tower reads both, so make them equal"
         )
     _check_tower(Path(folder), sizes, image_name)
+    if not all(_triple(image, "image_std", image_name)):
+        raise ValueError(f"{image_name}: wrong image_std, got {image['image_std']}, expected numbers other than 0; correct the file")
     image_min, image_max = _pixel_limits(image, image_name)
     video_min, video_max = _pixel_limits(video, video_name)
     return ProcessorConfig(

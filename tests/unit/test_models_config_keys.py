@@ -341,6 +341,17 @@ def test_settings_around_the_language_part_are_not_dropped(raws: dict[str, dict[
         parse_architecture({**copy.deepcopy(raw), "attention_chunk_size": 4})
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_quantisation_that_is_not_read_is_refused(raws: dict[str, dict[str, Any]], family: str) -> None:
+    for section in ({}, {"quantization_config": None}, {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}):
+        parse_architecture({**copy.deepcopy(raws[family]), **section})
+    for found in ({"quant_method": "awq", "bits": 4}, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "fp4", [1]):
+        raw = copy.deepcopy(raws[family])
+        text_of(raw)["quantization_config"] = found
+        with pytest.raises(ModelError, match=r"config\.json: (quantization_config is not supported|transformers cannot read it)"):
+            parse_architecture(raw)
+
+
 def test_axes_that_a_file_does_not_say_are_those_of_transformers() -> None:
     for module, name in ((qwen3_5, "Qwen3_5Text"), (qwen3_vl, "Qwen3VLText"), (qwen2_5_vl, "Qwen2_5_VL")):
         package = module.__name__.rpartition(".")[2]

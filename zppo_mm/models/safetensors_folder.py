@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families.key_names import usual_name
+from zppo_mm.models.families.settings import read_config_file
 from zppo_mm.models.families.table import read_key_names
 from zppo_mm.models.quantised import SCALE_SUFFIX, dequantise, read_block_size, scale_shape
 from zppo_mm.models.safetensors_file import DTYPES, Header, build_header, read_header, read_pieces, read_tensor, unsupported_type
@@ -69,14 +69,16 @@ class SafetensorsFolder:
 
     def _weight_map(self) -> dict[str, str] | None:
         """Return the file of every key as the index has it, `None` for a folder with a single file."""
-        index = self.path / INDEX_NAME
+        index, single = self.path / INDEX_NAME, self.path / SINGLE_NAME
         if index.is_file():
-            try:
-                weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (OSError, ValueError, KeyError) as error:
-                raise ModelError(f"{index}: is no index of weights, got {error!r}; download the folder again") from error
+            weight_map = _parse_index(index)
+            if single.is_file() and SINGLE_NAME not in weight_map.values():
+                raise ModelError(
+                    f"{self.path}: there are two sets of weights, got {SINGLE_NAME}, which transformers would load, and {INDEX_NAME}, "
+                    "which names other files, expected one; remove the other"
+                )
             return weight_map
-        if (self.path / SINGLE_NAME).is_file():
+        if single.is_file():
             return None
         raise ModelError(f"{self.path}: no weights found, expected {SINGLE_NAME} or {INDEX_NAME}; check the path")
 
@@ -214,3 +216,21 @@ class SafetensorsFolder:
 
     def _stored_shape(self, key: str) -> tuple[int, ...]:
         return self._headers[self._stored[key]].entries[key].shape
+
+
+def _parse_index(path: Path) -> dict[str, str]:
+    """Return the file of every key.
+
+    Raises:
+        ModelError: It is no index, or names a file outside its folder.
+    """
+    weight_map = read_config_file(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"{path}: is no index of weights, got no file names by key in weight_map; download the folder again")
+    for key, name in weight_map.items():
+        parts = PurePosixPath(name).parts
+        if not parts or parts[0] == "/" or ".." in parts or "\\" in name or not name.isprintable():
+            raise ModelError(
+                f"{path}: the file of {key} is none of this folder, got {name!a}, expected a name inside it; download the folder again"
+            )
+    return weight_map

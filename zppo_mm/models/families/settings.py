@@ -94,6 +94,8 @@ def read_settings(raw: dict[str, Any], where: str, title: str) -> Settings:
     text = outer.text_config if _has_tower(raw) else outer
     vision = outer.vision_config if _has_tower(raw) else None
     settings = Settings(where, title, raw, outer, text, vision)
+    for section in (raw, inner):
+        _check_quantisation(section, where)
     _check_rope(inner, text, where)
     check_values(settings, text, BUILT)
     _check_foreign(settings, inner)
@@ -164,6 +166,16 @@ def _as_transformers(raw: dict[str, Any], where: str) -> Any:
             f"{where}: transformers cannot read it, got {type(error).__name__}: {reason}, expected a config that it knows; "
             "correct the file, or download the folder again"
         ) from error
+
+
+def _check_quantisation(section: Mapping[str, Any], where: str) -> None:
+    found = section.get("quantization_config")
+    method = found.get("quant_method", "fp8") if isinstance(found, dict) else found
+    if method not in (None, "fp8"):
+        raise ModelError(
+            f"{where}: quantization_config is not supported, got {method!r}, expected weights in blocks of fp8, or none; use a folder that "
+            "is not quantised"
+        )
 
 
 def _check_rope(section: Mapping[str, Any], text: Any, where: str) -> None:
