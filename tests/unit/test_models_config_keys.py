@@ -283,6 +283,17 @@ def test_rotary_embeddings_are_those_of_transformers_in_every_spelling(
     assert len(seen) >= len(ROTARY) - 2
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampling_rotates_as_training_does(raws: dict[str, dict[str, Any]], family: str, tmp_path: Path) -> None:
+    raw = with_rope(raws[family], ROTARY["yarn, amplitude"], "rope_scaling")
+    assert differs(raw, tmp_path / "folder") == ""
+    auto: Any = transformers.AutoModelForImageTextToText if family in WITH_TOWER else transformers.AutoModelForCausalLM
+    oracle = auto.from_pretrained(tmp_path / "folder").eval()
+    parts = tiny_families.sequences(family, "text")
+    tokens, _logits = network_checks.greedy(network_checks.build(tmp_path / "folder", ParallelConfig()), parts, 8)
+    assert tokens.tolist() == [network_checks.oracle_greedy(oracle, part, 8) for part in parts]
+
+
 @pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
 @pytest.mark.parametrize("name", REFUSED)
 def test_rotary_embeddings_that_are_not_built_are_refused(raws: dict[str, dict[str, Any]], name: str, spelling: str) -> None:

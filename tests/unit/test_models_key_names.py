@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import network_checks, tiny_families, tiny_qwen
 from zppo_mm.config import ParallelConfig
+from zppo_mm.conversion.description import describe_folder
 from zppo_mm.conversion.exporting import export_folder
 from zppo_mm.conversion.importing import import_folder
 from zppo_mm.conversion.verify import verify_folder
@@ -181,6 +182,15 @@ def test_a_tied_output_layer_in_the_file_is_written_equal_to_the_trained_embeddi
     assert after[embedding].equal(before[embedding] + 0.25)
     assert after["lm_head.weight"].equal(after[embedding])
     assert transformers_finds(tiny_families.model(family, tied=True), folder)
+
+
+def test_a_copy_of_the_embedding_is_no_parameter(tmp_path: Path) -> None:
+    texts = []
+    for name, folder in (("with", tied_folder("qwen3", tmp_path / "with", torch.Tensor.clone)[0]), ("without", tmp_path / "without")):
+        if name == "without":
+            tiny_families.folder("qwen3", folder, tied=True)
+        texts.append(next(line for line in describe_folder(folder).splitlines() if line.startswith("parameters in all")))
+    assert texts[0] == texts[1]
 
 
 def test_a_tied_output_layer_goes_through_megatrons_format(tmp_path: Path) -> None:
