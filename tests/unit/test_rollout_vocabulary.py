@@ -220,6 +220,24 @@ def test_of_several_templates_the_default_is_used(tmp_path: Path) -> None:
         ChatFormat(folder)
 
 
+def test_a_template_for_media_may_stand_in_another_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = folder_of(tmp_path)
+    older, oldest = (TEMPLATE.replace("'\\n'", text) for text in ("'older '", "'oldest '"))
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": oldest}))
+    with caplog.at_level(logging.WARNING):
+        assert ChatFormat(folder).render("x", []).text.startswith("<|im_start|>user\nx")
+    assert "that of chat_template.jinja is used and not that of ['chat_template.json']" in caplog.text
+    (folder / "processor_config.json").write_text(json.dumps({"chat_template": older}))
+    (folder / "chat_template.jinja").unlink()
+    assert ChatFormat(folder).render("x", []).text.startswith("<|im_start|>user")
+    assert "older x" in ChatFormat(folder).render("x", []).text
+    (folder / "processor_config.json").unlink()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert "oldest x" in ChatFormat(folder).render("x", []).text
+    assert "differ" not in caplog.text
+
+
 def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     for content in ("{}", "{", json.dumps({"version": "1.0", "model": {"type": "Nothing"}})):

@@ -236,16 +236,27 @@ class ChatFormat:
             check_ids(self._folder, self._tokenizer, used, num_rows)
 
     def _use_media_template(self) -> None:
-        """Take the template that folders of transformers 4 keep for media apart from the tokenizer's, which may know text only."""
-        path = self._folder / "chat_template.json"
-        if self.takes_media and path.is_file() and not path.with_suffix(".jinja").is_file():
-            self._tokenizer.chat_template = _read_json(path).get("chat_template")
+        """Take the template that some folders keep for media apart from the tokenizer's, which may know text only."""
+        if not self.takes_media:
+            return
+        # The newest way to keep one comes first; the tokenizer has read it.
+        jinja = self._folder / "chat_template.jinja"
+        found = {jinja.name: self._tokenizer.chat_template} if jinja.is_file() else {}
+        for path in (self._folder / "processor_config.json", self._folder / "chat_template.json"):
+            template = _read_json(path).get("chat_template") if path.is_file() else None
+            found |= {path.name: template} if template is not None else {}
+        if found:
+            (name, self._tokenizer.chat_template), *others = found.items()
+            different = [other for other, template in others if template != self._tokenizer.chat_template]
+            if different:
+                logger.warning("%s: chat templates differ, that of %s is used and not that of %s", self._folder, name, different)
 
     def _find_video_layout(self, config: Mapping[str, Any]) -> VideoLayout:
-        family = FAMILIES.get(config.get("model_type", ""))
+        name = config.get("model_type")
+        family = FAMILIES.get(name) if isinstance(name, str) else None
         if family is None:
             raise ConfigError(
-                f"{self._folder}/config.json: model_type is not supported, got {config.get('model_type')!r}, expected one of "
+                f"{self._folder}/config.json: model_type is not supported, got {name!r}, expected one of "
                 f"{', '.join(FAMILIES)}; use a folder of one of these families"
             )
         try:
