@@ -7,26 +7,19 @@ import contextlib
 import copy
 import dataclasses
 import importlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
-from safetensors.torch import save_file
 
-from tests import network_checks, tiny_families, tiny_qwen
+from tests.config_oracle import FAMILIES, WITH_TOWER, YARN, differs, text_of, written_configs
 from zppo_mm.config import ParallelConfig
 from zppo_mm.errors import ModelError
 from zppo_mm.models import parallel
 from zppo_mm.models.architecture import load_architecture, parse_architecture
-from zppo_mm.models.families import qwen2_5_vl, qwen3_5, qwen3_vl
 from zppo_mm.models.families.config_keys import BUILT, FOREIGN, HARMLESS, READ, READ_OUTSIDE
-
-FAMILIES = tuple(tiny_families.KINDS)
-WITH_TOWER = tuple(family for family in FAMILIES if len(tiny_families.KINDS[family]) > 1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,42 +31,7 @@ def _one_rank() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def raws(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The config.json that transformers writes for the tiny model of every family."""
-    folder = tmp_path_factory.mktemp("configs")
-    found = {}
-    for family in FAMILIES:
-        tiny_families.model(family).config.save_pretrained(folder / family)
-        found[family] = json.loads((folder / family / "config.json").read_text())
-    return found
-
-
-def text_of(raw: dict[str, Any]) -> dict[str, Any]:
-    part: dict[str, Any] = raw.get("text_config", raw)
-    return part
-
-
-def differs(raw: dict[str, Any], folder: Path) -> str:
-    """Return how the network of a config.json differs from transformers', or why it is refused; empty if they are equal."""
-    try:
-        architecture = parse_architecture(copy.deepcopy(raw))
-    except ModelError as error:
-        return f"refused: {error}"
-    family = architecture.family
-    config = transformers.CONFIG_MAPPING[family].from_dict(copy.deepcopy(raw))
-    auto: Any = transformers.AutoModelForImageTextToText if architecture.has_vision else transformers.AutoModelForCausalLM
-    torch.manual_seed(0)
-    oracle = tiny_qwen.randomised(auto.from_config(config).float())
-    folder.mkdir()
-    shared = set(oracle._tied_weights_keys) if config.tie_word_embeddings else set()
-    weights = {name: tensor.contiguous() for name, tensor in oracle.state_dict().items() if name not in shared}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(raw))
-    network = network_checks.build(folder, ParallelConfig())
-    parts = tiny_families.sequences(family, tiny_families.KINDS[family][-1])
-    with torch.no_grad():
-        gap = float((network(**tiny_qwen.pack(parts)) - tiny_families.oracle_logits(oracle, parts)).abs().max())
-    # Written so that a logit that is not a number differs.
-    return "" if gap <= network_checks.MAX_LOGIT_DIFFERENCE else f"logits differ by {gap}"
+    return written_configs(tmp_path_factory.mktemp("configs"))
 
 
 def modules_of(family: str) -> tuple[Any, ...]:
@@ -220,125 +178,6 @@ def test_a_key_of_a_newer_transformers_is_refused_unless_it_has_its_default(
         parse_architecture({**raw, "mlp_bias": True})
 
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-ROTARY: dict[str, dict[str, Any]] = {
-    "default": {"rope_type": "default"},
-    "linear": {"rope_type": "linear", "factor": 3.0},
-    "yarn": YARN,
-    "yarn of a trained length that is implied": {"rope_type": "yarn", "factor": 4.0},
-    "yarn, amplitude": {**YARN, "attention_factor": 0.7},
-    "yarn, bounds": {**YARN, "beta_fast": 8.0, "beta_slow": 0.5},
-    "yarn, both scales": {**YARN, "mscale": 0.8, "mscale_all_dim": 1.2},
-    "yarn, one scale": {**YARN, "mscale": 0.8},
-    "yarn, not truncated": {**YARN, "truncate": False},
-    "yarn that shrinks": {**YARN, "factor": 0.5},
-    "llama3": LLAMA3,
-}
-REFUSED: dict[str, dict[str, Any]] = {
-    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
-    "longrope": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 16},
-    "proportional": {"rope_type": "proportional", "rope_theta": 1e4},
-    "unknown": {"rope_type": "su", "factor": 2.0},
-    "yarn without a factor": {"rope_type": "yarn"},
-    "yarn, factor of nothing": {**YARN, "factor": 0},
-    "yarn, factor in words": {**YARN, "factor": "four"},
-    "linear, infinite": {"rope_type": "linear", "factor": float("inf")},
-    "nested": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
-    "no object": ["yarn"],  # type: ignore[dict-item]
-}
-
-
-def with_rope(raw: dict[str, Any], change: dict[str, Any], spelling: str) -> dict[str, Any]:
-    """Return a config.json whose rotary type is changed, in the spelling of transformers 5 or in one of before."""
-    raw = copy.deepcopy(raw)
-    text = text_of(raw)
-    rope = text.pop("rope_parameters")
-    kept = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved") if key in rope}
-    whole = {**kept, **change}
-    if spelling == "rope_parameters":
-        text["rope_parameters"] = whole
-        return raw
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if key in whole:
-            text[key] = whole.pop(key)
-    if spelling == "type":
-        whole["type"] = whole.pop("rope_type")
-    text["rope_scaling"] = whole
-    return raw
-
-
-@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling", "type"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rotary_embeddings_are_those_of_transformers_in_every_spelling(
-    raws: dict[str, dict[str, Any]], family: str, spelling: str, tmp_path: Path
-) -> None:
-    seen = set()
-    for name, change in ROTARY.items():
-        raw = with_rope(raws[family], change, spelling)
-        assert differs(raw, tmp_path / name) == "", name
-        architecture = parse_architecture(raw)
-        seen.add((architecture.rotary_frequencies, architecture.rotary_amplitude))
-    # One of two scales is not looked at, and bounds are rounded to the few frequencies of a small head.
-    assert len(seen) >= len(ROTARY) - 2
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sampling_rotates_as_training_does(raws: dict[str, dict[str, Any]], family: str, tmp_path: Path) -> None:
-    raw = with_rope(raws[family], ROTARY["yarn, amplitude"], "rope_scaling")
-    assert differs(raw, tmp_path / "folder") == ""
-    auto: Any = transformers.AutoModelForImageTextToText if family in WITH_TOWER else transformers.AutoModelForCausalLM
-    oracle = auto.from_pretrained(tmp_path / "folder").eval()
-    parts = tiny_families.sequences(family, "text")
-    tokens, _logits = network_checks.greedy(network_checks.build(tmp_path / "folder", ParallelConfig()), parts, 8)
-    assert tokens.tolist() == [network_checks.oracle_greedy(oracle, part, 8) for part in parts]
-
-
-@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
-@pytest.mark.parametrize("name", REFUSED)
-def test_rotary_embeddings_that_are_not_built_are_refused(raws: dict[str, dict[str, Any]], name: str, spelling: str) -> None:
-    for family in FAMILIES:
-        raw = copy.deepcopy(raws[family])
-        text_of(raw).pop("rope_parameters")
-        text_of(raw)[spelling] = REFUSED[name]
-        with pytest.raises(ModelError, match=r"config\.json: .*(rope_type|rope_parameters|rope_scaling|factor)"):
-            parse_architecture(raw)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_of_two_rotary_spellings_none_is_dropped(raws: dict[str, dict[str, Any]], family: str, tmp_path: Path) -> None:
-    rope = text_of(raws[family])["rope_parameters"]
-    plain = {
-        key: value for key, value in rope.items() if key in ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
-    }
-    stretched = {**plain, **YARN}
-
-    def both(new: dict[str, Any] | None, old: dict[str, Any] | None, **beside: Any) -> dict[str, Any]:
-        raw = copy.deepcopy(raws[family])
-        text_of(raw).update({"rope_parameters": new, "rope_scaling": old, **beside})
-        return raw
-
-    # The same twice, or a type added in the older spelling to settings that say none: one meaning.
-    for number, raw in enumerate([both(stretched, stretched), both({**plain, "rope_type": "default"}, stretched), both(stretched, None)]):
-        assert differs(raw, tmp_path / str(number)) == ""
-        assert parse_architecture(raw).rotary_amplitude > 1
-    contradictions = {
-        "rope_type": both(stretched, {**plain, "rope_type": "default"}),
-        "factor": both({**stretched, "factor": 2.0}, stretched),
-        "attention_factor": both({**stretched, "attention_factor": 2.0}, stretched),
-        # Without its base, the older spelling would be read with transformers' default.
-        "rope_theta": both({**plain, "rope_theta": 77.0}, {key: value for key, value in stretched.items() if key != "rope_theta"}),
-        "type": both({**plain, "rope_type": "default", "type": "yarn"}, None),
-    }
-    for key, raw in contradictions.items():
-        with pytest.raises(
-            ModelError, match=rf"config\.json: {key} has two values, got .* in rope_parameters, and .* is what transformers"
-        ):
-            parse_architecture(raw)
-    with pytest.raises(ModelError, match=r"rope_theta has two values, got 78\.0 in the part around it"):
-        parse_architecture(both(plain, None, rope_theta=78.0))
-
-
 @pytest.mark.parametrize("family", WITH_TOWER)
 def test_settings_around_the_language_part_are_not_dropped(raws: dict[str, dict[str, Any]], family: str) -> None:
     raw = raws[family]
@@ -361,14 +200,6 @@ def test_a_quantisation_that_is_not_read_is_refused(raws: dict[str, dict[str, An
         text_of(raw)["quantization_config"] = found
         with pytest.raises(ModelError, match=r"config\.json: (quantization_config is not supported|transformers cannot read it)"):
             parse_architecture(raw)
-
-
-def test_axes_that_a_file_does_not_say_are_those_of_transformers() -> None:
-    for module, name in ((qwen3_5, "Qwen3_5Text"), (qwen3_vl, "Qwen3VLText"), (qwen2_5_vl, "Qwen2_5_VL")):
-        package = module.__name__.rpartition(".")[2]
-        code = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
-        config = getattr(transformers, f"{name.removesuffix('Text')}TextConfig")()
-        assert tuple(getattr(code, f"{name}RotaryEmbedding")(config).mrope_section) == module.DEFAULT_SECTION
 
 
 @pytest.mark.parametrize(
