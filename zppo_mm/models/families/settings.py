@@ -82,26 +82,22 @@ def read_settings(raw: dict[str, Any], where: str, title: str) -> Settings:
     Raises:
         ModelError: transformers cannot read it, a size is missing, or a setting is not the one that is built or stands there twice.
     """
-    inner = _text_part(raw, where)
-    for key in ("vision_config",) if _has_tower(raw) else ():
-        if not isinstance(raw.get(key), dict):
-            raise ModelError(f"{where}: the key {key} is missing, expected a complete {title} config; download the folder again")
+    inner, has_tower = _text_part(raw, where), _has_tower(raw)
     missing = [key for key in SIZES if inner.get(key) is None]
+    if has_tower and not isinstance(raw.get("vision_config"), dict):
+        missing.append("vision_config")
     if missing:
         raise ModelError(f"{where}: the key {missing[0]!r} is missing, expected a complete {title} config; download the folder again")
-    outer = _as_transformers(raw, where)
-    text = outer.text_config if _has_tower(raw) else outer
-    vision = outer.vision_config if _has_tower(raw) else None
-    settings = Settings(where, title, raw, outer, text, vision)
     for section in (raw, inner):
         _check_quantisation(section, where)
+        _check_foreign(section, where, title)
+    outer = _as_transformers(raw, where)
+    text, vision = (outer.text_config, outer.vision_config) if has_tower else (outer, None)
+    settings = Settings(where, title, raw, outer, text, vision)
     _check_rope(inner, text, where)
     check_values(settings, text, BUILT)
-    _check_foreign(settings, inner)
     _check_unknown(settings, text, (READ, BUILT, HARMLESS))
-    if outer is not text:
-        _check_foreign(settings, raw)
-        _check_unknown(settings, outer, (READ, BUILT, HARMLESS, READ_OUTSIDE))
+    _check_unknown(settings, outer, (READ, BUILT, HARMLESS, READ_OUTSIDE))
     return settings
 
 
@@ -109,10 +105,7 @@ def text_level(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a file with an inner language part says about the language model outside it, where transformers does not look."""
     if not isinstance(raw.get("text_config"), dict):
         return {}
-    return {key: raw[key] for key in raw if key in READ | set(BUILT) and key not in ("tie_word_embeddings", *_COMMON_BUILT)}
-
-
-_COMMON_BUILT = ("is_encoder_decoder",)
+    return {key: value for key, value in raw.items() if key in READ | set(BUILT) and key not in READ_OUTSIDE}
 
 
 def check_values(settings: Settings, part: Any, built: Mapping[str, tuple[Any, ...]]) -> None:
@@ -192,12 +185,12 @@ def _check_rope(section: Mapping[str, Any], text: Any, where: str) -> None:
     check_spellings(section, text.rope_parameters, where)
 
 
-def _check_foreign(settings: Settings, section: Mapping[str, Any]) -> None:
+def _check_foreign(section: Mapping[str, Any], where: str, title: str) -> None:
     for key, neutral in FOREIGN.items():
         if key in section and not any(same_value(section[key], one) for one in neutral):
             raise ModelError(
-                f"{settings.where}: {key} is a setting of another architecture, got {section[key]!r}, expected none in a {settings.title} "
-                "folder; check model_type, or remove the key if the model was not trained with it"
+                f"{where}: {key} is a setting of another architecture, got {section[key]!r}, expected none in a {title} folder; "
+                "check model_type, or remove the key if the model was not trained with it"
             )
 
 
