@@ -191,6 +191,19 @@ def test_settings_around_the_language_part_are_not_dropped(raws: dict[str, dict[
         parse_architecture({**copy.deepcopy(raw), "attention_chunk_size": 4})
 
 
+def test_a_language_part_is_looked_for_where_transformers_does(raws: dict[str, dict[str, Any]]) -> None:
+    for family in WITH_TOWER:
+        raw = copy.deepcopy(raws[family])
+        flat = {**raw.pop("text_config"), **raw}
+        if family == "qwen2_5_vl":
+            assert parse_architecture(flat) == parse_architecture(raws[family])
+        else:
+            with pytest.raises(ModelError, match=r"config\.json: the key 'text_config' is missing"):
+                parse_architecture(flat)
+        with pytest.raises(ModelError, match=r"config\.json: the key 'vision_config' is missing"):
+            parse_architecture({key: value for key, value in raws[family].items() if key != "vision_config"})
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_quantisation_that_is_not_read_is_refused(raws: dict[str, dict[str, Any]], family: str) -> None:
     for section in ({}, {"quantization_config": None}, {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}):

@@ -93,6 +93,9 @@ def read_settings(raw: dict[str, Any], where: str, title: str) -> Settings:
         _check_foreign(section, where, title)
     outer = _as_transformers(raw, where)
     text, vision = (outer.text_config, outer.vision_config) if has_tower else (outer, None)
+    if any(inner[key] != getattr(text, key) for key in SIZES):
+        # Around it, most families' classes do not look for the language model's settings.
+        raise ModelError(f"{where}: the key 'text_config' is missing, expected a complete {title} config; download the folder again")
     settings = Settings(where, title, raw, outer, text, vision)
     _check_rope(inner, text, where)
     check_values(settings, text, BUILT)
