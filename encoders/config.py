@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,16 @@ VIDEO_FILE = "video_preprocessor_config.json"
 JOINT_FILE = "processor_config.json"
 DEFAULT_VIDEO_TOKENS = 128_000
 VIDEO_SHARE = 0.9
+STEPS: Mapping[str, tuple[Any, ...]] = {
+    "do_resize": (True,),
+    "do_rescale": (True,),
+    "do_normalize": (True,),
+    "do_convert_rgb": (True, None),
+    "resample": (3, None),
+}
+"""Settings of transformers' processors that have one value here: every step is taken, and sizes change bicubically."""
+PROCESSORS = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3_5")
+"""How the names of transformers' classes begin that make such patches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +108,19 @@ def read_processor_config(folder: str | Path, layout: VideoLayout = TIMESTAMPED)
                 f"{video_name}: {key} differs from {image_name}, got {video[key]}, expected {image[key]}; "
                 "one tower reads both, so make them equal"
             )
+    _check_steps(image, image_name)
+    _check_steps(video, video_name)
+    if video.get("cap_pixels_per_frame") and not layout.limits_per_frame:
+        raise ValueError(f"{video_name}: cap_pixels_per_frame is not supported here, got true, expected false; remove it")
+    rescale_factor = _rescale_factor(image, image_name)
+    if _rescale_factor(video, video_name) != rescale_factor:
+        raise ValueError(
+            f"{video_name}: rescale_factor differs from {image_name}, got {_rescale_factor(video, video_name)}, expected {rescale_factor}; "
+            "one tower reads both, so make them equal"
+        )
+    _check_tower(Path(folder), sizes, image_name)
+    if not all(_triple(image, "image_std", image_name)):
+        raise ValueError(f"{image_name}: wrong image_std, got {image['image_std']}, expected numbers other than 0; correct the file")
     image_min, image_max = _pixel_limits(image, image_name)
     video_min, video_max = _pixel_limits(video, video_name)
     return ProcessorConfig(
@@ -111,8 +135,48 @@ def read_processor_config(folder: str | Path, layout: VideoLayout = TIMESTAMPED)
         video_shared_pixels=_shared_pixels(video, sizes, video_name) if layout.limits_per_frame else None,
         image_mean=_triple(image, "image_mean", image_name),
         image_std=_triple(image, "image_std", image_name),
-        rescale_factor=float(image.get("rescale_factor", 1 / 255)),
+        rescale_factor=rescale_factor,
     )
+
+
+def _check_steps(settings: Mapping[str, Any], name: str) -> None:
+    """Refuse a processor that leaves out a step, interpolates in another way, or is of another kind."""
+    for key, allowed in STEPS.items():
+        value = settings.get(key, allowed[0])
+        if value not in allowed:
+            raise ValueError(f"{name}: {key} is not supported, got {value!r}, expected {allowed[0]!r}; use the model's own processor files")
+    for key in ("image_processor_type", "video_processor_type", "feature_extractor_type"):
+        kind = settings.get(key)
+        if kind is not None and not str(kind).startswith(PROCESSORS):
+            raise ValueError(
+                f"{name}: {key} is not supported, got {kind!r}, expected one of {', '.join(f'{start}*' for start in PROCESSORS)}; use the "
+                "model's own processor files"
+            )
+
+
+def _check_tower(folder: Path, sizes: Mapping[str, int], name: str) -> None:
+    """Compare the patches with those that the folder's tower takes."""
+    path = folder / "config.json"
+    vision = _read_object(path).get("vision_config") if path.is_file() else None
+    if not isinstance(vision, dict):
+        return
+    for key, tower_key in (
+        ("patch_size", "patch_size"),
+        ("temporal_patch_size", "temporal_patch_size"),
+        ("merge_size", "spatial_merge_size"),
+    ):
+        if vision.get(tower_key, sizes[key]) != sizes[key]:
+            raise ValueError(
+                f"{name}: {key} is not that of the tower, got {sizes[key]}, expected {vision[tower_key]!r} by vision_config.{tower_key} of "
+                "config.json; use the model's own processor files"
+            )
+
+
+def _rescale_factor(settings: Mapping[str, Any], name: str) -> float:
+    value = settings.get("rescale_factor", 1 / 255)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name}: wrong rescale_factor, got {value!r}, expected a positive number; correct the file")
+    return float(value)
 
 
 def _has_settings(folder: Path, file_name: str, joint_key: str) -> bool:
@@ -139,7 +203,7 @@ def _settings(folder: Path, file_name: str, joint_key: str) -> tuple[Mapping[str
 def _read_object(path: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON, got {error}, expected a JSON object; restore the file") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: wrong content, got {type(content).__name__}, expected a JSON object; restore the file")
@@ -155,9 +219,13 @@ def _positive_integer(settings: Mapping[str, Any], key: str, name: str) -> int:
 
 def _triple(settings: Mapping[str, Any], key: str, name: str) -> tuple[float, float, float]:
     value = settings.get(key)
-    if not isinstance(value, list) or len(value) != 3 or not all(isinstance(item, (int, float)) for item in value):
+    if not isinstance(value, list) or len(value) != 3 or not all(map(_is_number, value)):
         raise ValueError(f"{name}: wrong {key}, got {value!r}, expected three numbers; correct the file")
     return float(value[0]), float(value[1]), float(value[2])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _pixel_limits(settings: Mapping[str, Any], name: str) -> tuple[int, int]:
@@ -167,7 +235,7 @@ def _pixel_limits(settings: Mapping[str, Any], name: str) -> tuple[int, int]:
         raise ValueError(f"{name}: wrong size, got {size!r}, expected an object with shortest_edge and longest_edge; correct the file")
     low = settings.get("min_pixels") or size.get("shortest_edge")
     high = settings.get("max_pixels") or size.get("longest_edge")
-    if not isinstance(low, int) or not isinstance(high, int) or not 0 < low <= high:
+    if type(low) is not int or type(high) is not int or not 0 < low <= high:
         raise ValueError(
             f"{name}: no usable pixel limits, got min {low!r} and max {high!r}, expected 0 < min <= max "
             "as size.shortest_edge and size.longest_edge or min_pixels and max_pixels; correct the file"

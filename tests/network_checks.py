@@ -105,7 +105,7 @@ def reduce_gradients(network: VisionLanguageModel) -> None:
 
 def gradient_differences(network: VisionLanguageModel, oracle: Any) -> dict[str, float]:
     """Return per parameter the largest difference of its gradient from the oracle's, relative to the oracle's largest entry."""
-    gradients = {tiny_families.saved_name(oracle, name): parameter.grad for name, parameter in oracle.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in oracle.named_parameters()}
     result = {}
     for mapping in parameter_mappings(network):
         wanted = [gradients[key] for key in mapping.keys]

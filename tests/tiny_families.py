@@ -115,14 +115,6 @@ def sequences(family: str, kind: str) -> list[tiny_qwen.Sequence]:
     return [tiny_qwen.make_sequence(seed, part, ONE_RUN, SECONDS_PER_PATCH) for seed, part in parts]
 
 
-def saved_name(oracle: Any, name: str) -> str:
-    """Return the name that a parameter of transformers' model has in its weight file."""
-    if oracle.config.model_type != "qwen2_5_vl":
-        return name
-    # This family's files keep the names of before transformers 5.
-    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
-
-
 def oracle_inputs(oracle: Any, part: tiny_qwen.Sequence) -> dict[str, torch.Tensor]:
     """Return the arguments of transformers' model for one sequence.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests import network_checks, tiny_families
 from tests.conversion_checks import check_opens, content
@@ -38,7 +40,21 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model = tiny_families.model(family, tied=tied).to(torch.bfloat16)
         model.save_pretrained(place / family, max_shard_size="200KB")
         saved[family] = place / family
+        if tied:
+            add_output_layer(place / family)
     return saved
+
+
+def add_output_layer(folder: Path) -> None:
+    """Put the output layer beside the embedding that it is, as some published folders have it."""
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    [embedding] = [key for key in content["weight_map"] if key.endswith("embed_tokens.weight")]
+    file = folder / content["weight_map"][embedding]
+    tensors = load_file(file)
+    save_file({**tensors, "lm_head.weight": tensors[embedding].clone()}, file, metadata={"format": "pt"})
+    content["weight_map"]["lm_head.weight"] = file.name
+    index.write_text(json.dumps(content))
 
 
 def layout(name: str) -> ParallelConfig:

@@ -81,7 +81,7 @@ def test_a_truncated_file_is_named_with_the_first_key_that_it_lacks(file: Path) 
     [
         ({"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}, r"bytes 4 to 12 for the key a, expected 8 bytes from 0 on"),
         ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, r"bytes 0 to 4 for the key a, expected 8 bytes from 0 on"),
-        ({"dtype": "F32", "shape": [2]}, r"a header that is none \(KeyError\('data_offsets'\)\)"),
+        ({"dtype": "F32", "shape": [2]}, r"a header that is none \(the key a: the data_offsets None\)"),
     ],
 )
 def test_a_header_that_lies_is_refused(tmp_path: Path, entry: dict[str, Any], message: str) -> None:
@@ -198,6 +198,44 @@ def test_weight_and_factors_may_be_in_different_files(quantised: Path) -> None:
     folder = SafetensorsFolder(quantised)
     assert wanted.keys() == folder.places.keys()
     assert all(folder.read(key).equal(tensor) for key, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/../../x", "", "..", "a\0b", "..\\x", "\ud800"])
+def test_an_index_that_names_a_file_outside_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ModelError, match=r"index\.json: the file of a is none of this folder, got '.*', expected a name inside it"):
+        SafetensorsFolder(tmp_path)
+
+
+@pytest.mark.parametrize("content", [[], {}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": 3}}, {"weight_map": None}, "x"])
+def test_an_index_of_another_kind_is_refused(tmp_path: Path, content: Any) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"index\.json: is no (index of weights|JSON object), got"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_two_sets_of_weights_are_refused(quantised: Path) -> None:
+    whole = (quantised / "model.safetensors").read_bytes()
+    split(quantised)
+    SafetensorsFolder(quantised)
+    # transformers loads the single file, and an export would copy it unchanged beside the trained weights.
+    (quantised / "model.safetensors").write_bytes(whole)
+    with pytest.raises(
+        ModelError, match=r"there are two sets of weights, got model\.safetensors, which transformers would load, and .*index"
+    ):
+        SafetensorsFolder(quantised)
+
+
+def test_an_index_may_name_the_single_file_and_links(quantised: Path, tmp_path: Path) -> None:
+    keys = load_file(quantised / "model.safetensors").keys()
+    (quantised / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(keys, "model.safetensors")}))
+    wanted = SafetensorsFolder(quantised).places
+    # As the hub's cache has them: a folder of links to files elsewhere.
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in quantised.iterdir():
+        (linked / path.name).symlink_to(path)
+    assert SafetensorsFolder(linked).places == wanted
 
 
 def test_an_index_that_does_not_fit_its_files_is_refused(quantised: Path) -> None:

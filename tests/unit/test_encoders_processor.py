@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as reference_video_size
 
-from encoders.config import ProcessorConfig, VideoLayout, read_processor_config
+from encoders.config import STEPS, ProcessorConfig, VideoLayout, read_processor_config
 from encoders.processor import process_image, process_video, video_size
 
 CONFIG = ProcessorConfig(
@@ -204,12 +204,49 @@ def test_reads_a_folder_of_before_videos_had_a_file(tmp_path: Path) -> None:
         ({"image_std": [0.5]}, "wrong image_std"),
         ({"size": {"height": 3}}, "no usable pixel limits, got min None and max None"),
         ({"size": 3}, "wrong size, got 3"),
+        ({"size": {"shortest_edge": True, "longest_edge": 5}}, "no usable pixel limits, got min True and max 5"),
+        ({"do_resize": False}, "do_resize is not supported, got False, expected True"),
+        ({"do_rescale": False}, "do_rescale is not supported, got False"),
+        ({"do_normalize": False}, "do_normalize is not supported, got False"),
+        ({"resample": 2}, "resample is not supported, got 2, expected 3"),
+        ({"rescale_factor": 1.0}, "rescale_factor differs from .*, got 1.0, expected 0.0039"),
+        ({"rescale_factor": "1/255"}, "wrong rescale_factor, got '1/255'"),
+        ({"image_mean": [0.5, float("nan"), 0.5]}, "wrong image_mean, got"),
+        (
+            {"video_processor_type": "VivitImageProcessor"},
+            r"video_processor_type is not supported, got 'VivitImageProcessor', .* Qwen2VL\*",
+        ),
+        ({"cap_pixels_per_frame": True}, "cap_pixels_per_frame is not supported here"),
     ],
 )
 def test_folder_errors(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     write_configs(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         read_processor_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("patch_size", 14), ("temporal_patch_size", 1), ("spatial_merge_size", 4), ("patch_size", [16, 16])]
+)
+def test_patches_must_be_those_of_the_tower(tmp_path: Path, key: str, value: object) -> None:
+    write_configs(tmp_path)
+    tower = {"patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": tower}))
+    read_processor_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {**tower, key: value}}))
+    with pytest.raises(
+        ValueError, match=rf"preprocessor_config\.json: .* is not that of the tower, got \d+, expected .* vision_config\.{key}"
+    ):
+        read_processor_config(tmp_path)
+
+
+def test_what_is_refused_is_what_transformers_has_settings_for() -> None:
+    # A step of a newer transformers would be left out here in silence.
+    steps = {name for name in vars(Qwen2VLImageProcessorPil) if name.startswith("do_")} | {"resample"}
+    assert steps == set(STEPS)
+    read = {"size", "default_to_square", "image_mean", "image_std", "patch_size", "temporal_patch_size", "merge_size"}
+    settings = {name for name, value in vars(Qwen2VLImageProcessorPil).items() if not callable(value) and not name.startswith("_")}
+    assert settings - steps - read <= {"valid_kwargs", "model_input_names"}
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:

@@ -111,8 +111,8 @@ def test_weights_come_back_bit_for_bit(models: dict[str, tuple[Path, Any]], fami
         (
             "llama",
             "rope_parameters",
-            {"rope_type": "yarn", "rope_theta": 1.0},
-            "rope_type is not supported, got 'yarn', expected 'default' or 'llama3'",
+            {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+            "rope_type is not supported, got 'dynamic', expected 'default' or 'linear' or 'yarn' or 'llama3'",
         ),
         ("qwen3_vl", "text_config.hidden_act", "gelu", "hidden_act is not supported, got 'gelu'"),
         (
@@ -125,8 +125,8 @@ def test_weights_come_back_bit_for_bit(models: dict[str, tuple[Path, Any]], fami
         (
             "qwen2_5_vl",
             "text_config.rope_parameters",
-            {"rope_type": "yarn", "rope_theta": 1.0},
-            "got 'yarn', expected",
+            {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+            "got 'dynamic', expected",
         ),
     ],
 )
@@ -149,7 +149,7 @@ def test_settings_of_older_folders_read_alike(models: dict[str, tuple[Path, Any]
         text["rope_theta"] = rope.pop("rope_theta")
         text["rope_scaling"] = {"type": rope.pop("rope_type"), **rope} if family == "llama" else rope
         before, after = parse_architecture(raw), parse_architecture(old)
-        for field in ("rotary_base", "rotary_dim", "mrope_section", "rotary_scaling"):
+        for field in ("rotary_frequencies", "rotary_amplitude", "rotary_dim", "mrope_section"):
             assert getattr(before, field) == getattr(after, field), (family, field)
 
 
@@ -224,15 +224,22 @@ QWEN2_5_VL_SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+def published(size: str) -> dict[str, Any]:
+    """Return the whole config.json of a size."""
+    tower = {**QWEN2_5_VL["vision_config"], "out_hidden_size": QWEN2_5_VL_SIZES[size]["hidden_size"]}
+    return {**QWEN2_5_VL, **QWEN2_5_VL_SIZES[size], "vision_config": tower}
+
+
 @pytest.mark.parametrize("size", QWEN2_5_VL_SIZES)
 def test_published_configs_of_qwen2_5_vl_read(size: str) -> None:
     sizes = QWEN2_5_VL_SIZES[size]
-    architecture = parse_architecture({**QWEN2_5_VL, **sizes})
-    assert (architecture.language_prefix, architecture.vision_prefix) == ("model.", "visual.")
+    architecture = parse_architecture(published(size))
+    assert (architecture.language_prefix, architecture.vision_prefix) == ("model.language_model.", "model.visual.")
     assert (architecture.hidden_size, architecture.ffn_hidden_size) == (sizes["hidden_size"], sizes["intermediate_size"])
     assert architecture.layer_types == ("full_attention",) * sizes["num_hidden_layers"]
     assert (architecture.num_attention_heads, architecture.num_query_groups) == (sizes["num_attention_heads"], sizes["num_key_value_heads"])
-    assert (architecture.head_dim, architecture.rotary_dim, architecture.rotary_base) == (128, 128, 1e6)
+    assert (architecture.head_dim, architecture.rotary_dim, architecture.rotary_amplitude) == (128, 128, 1.0)
+    assert architecture.rotary_frequencies[1] == pytest.approx(1e6 ** (-1 / 64))
     assert (architecture.mrope_section, architecture.mrope_interleaved) == ((16, 24, 24), False)
     assert (architecture.qkv_bias, architecture.qk_norm, architecture.output_gate) == (True, False, False)
     assert architecture.tie_word_embeddings is sizes["tie_word_embeddings"]
@@ -251,8 +258,9 @@ def test_one_family_shows_a_video_in_one_run(models: dict[str, tuple[Path, Any]]
 
 
 def test_an_inner_language_part_may_say_that_the_output_layer_is_the_embedding() -> None:
-    inner = {key: value for key, value in {**QWEN2_5_VL, **QWEN2_5_VL_SIZES["3B"]}.items() if not key.endswith("_id")}
-    outer = {key: QWEN2_5_VL[key] for key in QWEN2_5_VL if key.endswith("_id") or key in ("model_type", "vision_config")}
+    flat = published("3B")
+    inner = {key: value for key, value in flat.items() if not key.endswith("_id")}
+    outer = {key: flat[key] for key in flat if key.endswith("_id") or key in ("model_type", "vision_config")}
     for raw, tied in (
         ({**outer, "text_config": inner}, True),
         ({**outer, "text_config": inner, "tie_word_embeddings": False}, True),

@@ -43,17 +43,13 @@ def pretended_ranks(size: int) -> Iterator[ParallelConfig]:
 
 @functools.cache
 def published_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of transformers' parameters under the names that the weight files have."""
+    """Return the shapes of transformers' parameters."""
     raw, _count = PUBLISHED[name]
     config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     auto: Any = transformers.AutoModelForImageTextToText if "vision_config" in raw else transformers.AutoModelForCausalLM
     with torch.device("meta"):
         model = auto.from_config(config)
-    shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
-    if raw["model_type"] != "qwen2_5_vl":
-        return shapes
-    # This family's files keep the names of before transformers 5.
-    return {key.replace("model.language_model.", "model.").replace("model.visual.", "visual."): shape for key, shape in shapes.items()}
+    return {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

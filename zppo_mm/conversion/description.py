@@ -15,7 +15,7 @@ from zppo_mm.models.architecture import Architecture, check_layout, load_archite
 from zppo_mm.models.export import open_source
 from zppo_mm.models.megatron_folder import build_without_weights, check_shapes
 from zppo_mm.models.safetensors_folder import SafetensorsFolder
-from zppo_mm.models.weights import Mapping, parameter_mappings
+from zppo_mm.models.weights import Mapping, parameter_mappings, tied_copies
 
 SIZES = (1, 2, 4, 8)
 """Tensor and pipeline sizes that are tried."""
@@ -86,7 +86,8 @@ def count_parameters(architecture: Architecture, mappings: list[Mapping], source
     """Return the numbers of the folder's parameters: of the language model, the vision tower, and outside the network."""
     mapped = {key for mapping in mappings for key in mapping.keys}
     counts = {"language": 0, "vision": 0, "passed through": 0}
-    for key in source.places:
+    # A copy of the embedding is no parameter.
+    for key in source.places.keys() - set(tied_copies(architecture, source).values()):
         inside = "vision" if architecture.vision_prefix and key.startswith(architecture.vision_prefix) else "language"
         counts[inside if key in mapped else "passed through"] += math.prod(source.shape(key))
     return counts

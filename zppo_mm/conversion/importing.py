@@ -16,7 +16,7 @@ from zppo_mm.models.imported_folder import begin_imported
 from zppo_mm.models.megatron_folder import build_without_weights, check_shapes
 from zppo_mm.models.megatron_writer import save_from_hf
 from zppo_mm.models.safetensors_folder import SafetensorsFolder
-from zppo_mm.models.weights import parameter_mappings
+from zppo_mm.models.weights import parameter_mappings, tied_copies
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def import_folder(hf_dir: Path, target: Path, layout: ParallelConfig) -> None:
         failure = error
     agree(failure, target, "import")
     assert source is not None
-    own = {key for mapping in mappings for key in mapping.keys}
+    own = {key for mapping in mappings for key in mapping.keys} | set(tied_copies(model.architecture, source).values())
     mapped = set().union(*parallel.gather_from_ranks(own))
     writer: FolderWriter | None = None
     try:

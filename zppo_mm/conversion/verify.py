@@ -132,7 +132,8 @@ def verify_folders(found_dir: Path, expected_dir: Path) -> Report:
     _refuse_launcher()
     report = Report()
     found, expected = SafetensorsFolder(found_dir), SafetensorsFolder(expected_dir)
-    only = {name: sorted(set(a.places) - set(b.places)) for name, a, b in (("first", found, expected), ("second", expected, found))}
+    names = [set(folder.stored_names.values()) for folder in (found, expected)]
+    only = {"first": sorted(names[0] - names[1]), "second": sorted(names[1] - names[0])}
     extra = _named(f"{key} is in the {name} only" for name, keys in only.items() for key in keys)
     report.add("keys", extra or f"{len(found.places)} in both", not extra)
     values = ValueComparison()

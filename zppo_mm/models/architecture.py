@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from zppo_mm.config import ParallelConfig
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families.family import Architecture, LayerType, check_architecture
+from zppo_mm.models.families.settings import read_config_file, read_settings, text_level
 from zppo_mm.models.families.table import FAMILIES
 
 __all__ = ["Architecture", "LayerType", "check_layout", "load_architecture", "parse_architecture", "split_sizes"]
@@ -21,13 +21,7 @@ def load_architecture(hf_dir: str | Path) -> Architecture:
         ModelError: The file is missing or no JSON, the family is not supported, or a setting is not.
     """
     path = Path(hf_dir) / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: the file is missing, expected a Hugging Face model folder; check the path") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON, got {error}; download or export the folder again") from error
-    return parse_architecture(raw, str(path))
+    return parse_architecture(read_config_file(path), str(path))
 
 
 def parse_architecture(raw: dict[str, Any], where: str = "config.json") -> Architecture:
@@ -41,16 +35,29 @@ def parse_architecture(raw: dict[str, Any], where: str = "config.json") -> Archi
         ModelError: The family is not supported, a key is missing, or a setting is not supported.
     """
     name = raw.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ModelError(
             f"{where}: model_type is not supported, got {name!r}, expected one of {', '.join(FAMILIES)}; use a folder of one of "
             "these families, or add the family as docs/models.md says"
         )
+    architecture = _read(raw, where)
+    stray = text_level(raw)
+    if stray and _read({**raw, "text_config": {**raw["text_config"], **stray}}, where) != architecture:
+        raise ModelError(
+            f"{where}: the language model is described twice, got other settings of it around text_config than inside, where transformers "
+            f"looks, expected one; correct or remove what stands outside among {', '.join(stray)}"
+        )
+    return architecture
+
+
+def _read(raw: dict[str, Any], where: str) -> Architecture:
+    family = FAMILIES[raw["model_type"]]
+    settings = read_settings(raw, where, family.title)
     try:
-        architecture = FAMILIES[name].read(raw, where)
+        architecture = family.read(settings)
     except KeyError as error:
-        raise ModelError(f"{where}: the key {error} is missing, expected a complete {name} config; download the folder again") from error
-    check_architecture(architecture, where)
+        raise ModelError(f"{where}: the key {error} is missing, expected a complete {family.title} config; download it again") from error
+    check_architecture(architecture, settings)
     return architecture
 
 

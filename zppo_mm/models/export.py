@@ -6,6 +6,7 @@ No rank ever holds more than one whole parameter besides its own share of the ne
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from zppo_mm.models import parallel
 from zppo_mm.models.hf_writer import FolderWriter, other_files
 from zppo_mm.models.safetensors_folder import SafetensorsFolder
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.models.weights import Mapping, check_keys, join, parameter_mappings, split_tensors
+from zppo_mm.models.weights import Mapping, check_keys, join, parameter_mappings, split_tensors, tied_copies
 
 ROUND_BYTES = 1 << 28
 """Bytes of a rank's parameters between two checks that no rank has failed."""
@@ -107,12 +108,13 @@ def write_weights(model: VisionLanguageModel, rounds: Iterable[Sequence[Mapping]
         failure = error
     agree(failure, target)
     try:
-        written = stream_weights(model, rounds, source, writer.write if writer is not None else None, target)
+        sink = functools.partial(_write_stored, writer, source) if writer is not None else None
+        written = stream_weights(model, rounds, source, sink, target)
         if writer is not None:
             try:
                 for key in source.places:
                     if key not in written:
-                        writer.write(key, source.read(key))
+                        _write_stored(writer, source, key, source.read(key))
                 writer.finish()
             except (OSError, ModelError) as error:
                 failure = error
@@ -121,6 +123,11 @@ def write_weights(model: VisionLanguageModel, rounds: Iterable[Sequence[Mapping]
         if writer is not None:
             writer.discard()
         raise
+
+
+def _write_stored(writer: FolderWriter, source: SafetensorsFolder, key: str, tensor: torch.Tensor) -> None:
+    """Write a tensor under the name that the source has for it."""
+    writer.write(source.stored_names[key], tensor)
 
 
 @torch.no_grad()
@@ -156,7 +163,7 @@ def _take_round(
     A sink that failed is not asked again, but what the other ranks still send is taken: they wait for that.
     """
     failure: Exception | None = None
-    for key, tensor in _arriving(model, mappings, source):
+    for key, tensor in _with_copies(_arriving(model, mappings, source), model, source):
         done.add(key)
         if sink is not None and failure is None:
             try:
@@ -164,6 +171,17 @@ def _take_round(
             except (OSError, ModelError) as error:
                 failure = error
     return failure
+
+
+def _with_copies(
+    tensors: Iterator[tuple[str, torch.Tensor]], model: VisionLanguageModel, source: SafetensorsFolder
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield tensors, and after a tied embedding the output layer that the source has besides."""
+    copies = tied_copies(model.architecture, source)
+    for key, tensor in tensors:
+        yield key, tensor
+        if key in copies:
+            yield copies[key], tensor.to(source.dtype(copies[key]))
 
 
 def is_writer() -> bool:

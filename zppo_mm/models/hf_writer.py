@@ -186,7 +186,8 @@ def plain_index(path: Path, headers: Mapping[str, Header]) -> bytes:
     """
     content = _read_json(path)
     sizes = [entry.size_bytes for header in headers.values() for entry in header.entries.values()]
-    content["metadata"] = {**content.get("metadata", {}), "total_size": sum(sizes)}
+    metadata = content.get("metadata")
+    content["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": sum(sizes)}
     places = {key: name for name, header in headers.items() for key in header.entries}
     content["weight_map"] = {key: places[key] for key in content["weight_map"] if key in places}
     return _json_bytes(content)

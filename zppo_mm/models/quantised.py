@@ -7,12 +7,12 @@ module names that differ between versions and model classes.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
 from zppo_mm.errors import ModelError
+from zppo_mm.models.families.settings import read_config_file
 
 SCALE_SUFFIX = "_scale_inv"
 DEFAULT_BLOCK = (128, 128)
@@ -26,12 +26,8 @@ def read_block_size(folder: Path) -> tuple[int, int]:
         ModelError: config.json names something else than two positive numbers.
     """
     path = folder / "config.json"
-    try:
-        block = json.loads(path.read_text(encoding="utf-8")).get(QUANTIZATION_KEY, {}).get("weight_block_size")
-    except FileNotFoundError:
-        return DEFAULT_BLOCK
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON, got {error}; download or export the folder again") from error
+    settings = read_config_file(path).get(QUANTIZATION_KEY) or {} if path.is_file() else {}
+    block = settings.get("weight_block_size") if isinstance(settings, dict) else settings
     if block is None:
         return DEFAULT_BLOCK
     if not (isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)):

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from zppo_mm.models.architecture import Architecture
@@ -18,13 +14,13 @@ class RotaryTable:
     float32 and belong in no checkpoint.
 
     Args:
-        architecture: Number of rotated channels, base, and which frequencies belong to which axis.
+        architecture: Frequencies, and which of them belong to which axis.
     """
 
     def __init__(self, architecture: Architecture) -> None:
         dim = architecture.rotary_dim
-        frequencies = 1.0 / (architecture.rotary_base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
-        self._frequencies = stretched(frequencies, architecture.rotary_scaling) if architecture.rotary_scaling else frequencies
+        self._frequencies = torch.tensor(architecture.rotary_frequencies, dtype=torch.float32)
+        self._amplitude = architecture.rotary_amplitude
         time, height, width = architecture.mrope_section
         if architecture.mrope_interleaved:
             self._axis = torch.zeros(dim // 2, dtype=torch.long)
@@ -46,26 +42,7 @@ class RotaryTable:
             self._frequencies, self._axis = self._frequencies.to(positions.device), self._axis.to(positions.device)
         angles = positions.float().index_select(0, self._axis).t() * self._frequencies
         angles = torch.cat([angles, angles], dim=-1)[:, None]
-        return torch.stack([angles.cos(), angles.sin()])
-
-
-def stretched(frequencies: torch.Tensor, scaling: Mapping[str, Any]) -> torch.Tensor:
-    """Return Llama 3's frequencies for a context longer than the first training's.
-
-    Waves that the first context held many times stay, those it did not hold once are slowed by `factor`, and between the two bounds the
-    change is gradual.
-
-    Args:
-        frequencies: `[channels / 2]`, radians per token.
-        scaling: `factor`, `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings`.
-
-    Source: `rope_type: llama3` of transformers.
-    """
-    low, high, context = (float(scaling[name]) for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
-    waves_in_context = context * frequencies / (2 * math.pi)
-    kept = ((waves_in_context - low) / (high - low)).clamp(0, 1)
-    factor: float = scaling["factor"]
-    return frequencies * (kept + (1 - kept) / factor)
+        return torch.stack([angles.cos(), angles.sin()]) * self._amplitude
 
 
 def rotate(heads: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

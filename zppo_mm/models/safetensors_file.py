@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import reprlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +36,18 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 """Types by their names in headers."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
+    "C64": 64,
+    "U64": 64,
+    "U32": 32,
+    "U16": 16,
+    "F8_E8M0": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+}
+"""Of an element, by every name that the format has; with those that are no types here nothing is computed."""
+_PIECE_BYTES = 1 << 24
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 _MAX_HEADER_BYTES = 100_000_000
@@ -117,22 +131,88 @@ def parse_header(raw: bytes, where: str) -> Header:
         ModelError: They are no header, or tensors overlap or leave gaps.
     """
     try:
-        content = json.loads(raw[_LENGTH_BYTES:])
-        metadata = content.pop(_METADATA, {})
-        entries = {
-            key: Entry(found["dtype"], tuple(found["shape"]), found["data_offsets"][0], found["data_offsets"][1])
-            for key, found in content.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise _unreadable(where, f"a header that is none ({error!r})") from error
+        content = _parse_json(raw[_LENGTH_BYTES:])
+        metadata = _texts(content.pop(_METADATA, None))
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(where, f"a header that is none ({error})") from error
+    entries = {}
+    for key, found in content.items():
+        try:
+            entries[key] = _entry(found)
+        except ValueError as error:
+            raise _unreadable(where, f"a header that is none (the key {key[:200]}: {error})") from error
     position = 0
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
-        known = entry.dtype in DTYPES
-        expected = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize if known else entry.size_bytes
+        expected = _size_bytes(entry)
         if entry.start != position or entry.size_bytes != expected:
             raise _unreadable(where, f"bytes {entry.start} to {entry.end} for the key {key}", f"{expected} bytes from {position} on")
         position = entry.end
     return Header(raw, entries, metadata)
+
+
+def _parse_json(text: bytes) -> dict[str, Any]:
+    """Return a JSON object in which no name stands twice and every number is whole, not negative, and fits 64 bits.
+
+    Raises:
+        ValueError: It is something else.
+    """
+
+    def refuse(number: str) -> Any:
+        raise ValueError(f"the number {number[:40]}")
+
+    def whole(number: str) -> int:
+        return int(number) if number.isdigit() and len(number) <= 20 and int(number) < 1 << 64 else refuse(number)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"{name[:80]!r} stands twice")
+        return found
+
+    if not text.startswith(b"{"):
+        raise ValueError(f"it begins with {text[:8]!r}")
+    content: dict[str, Any] = json.loads(text.decode(), parse_int=whole, parse_float=refuse, parse_constant=refuse, object_pairs_hook=once)
+    # A lone half of a surrogate pair is no text, though JSON can spell it.
+    json.dumps(content, ensure_ascii=False).encode()
+    return content
+
+
+def _texts(value: Any) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ValueError(f"{_METADATA} is not texts by name")
+    return value
+
+
+def _entry(found: Any) -> Entry:
+    """Check what a header says about one tensor.
+
+    Raises:
+        ValueError: It is not a type that the format knows, sizes, and first and last byte.
+    """
+    if not isinstance(found, dict):
+        raise ValueError(f"got {type(found).__name__}, expected an object")
+    values: list[Any] = [found.get(name) for name in ("dtype", "shape", "data_offsets")]
+    dtype, shape, offsets = values
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise ValueError(f"the dtype {reprlib.repr(dtype)}")
+    if not _are_whole(shape) or math.prod(size for size in shape if size) >= 1 << 63:
+        raise ValueError(f"the shape {reprlib.repr(shape)}")
+    if not _are_whole(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"the data_offsets {reprlib.repr(offsets)}")
+    return Entry(dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def _are_whole(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int for value in values)
+
+
+def _size_bytes(entry: Entry) -> int | None:
+    """Return the bytes of a tensor; `None` if they are not whole."""
+    bits = math.prod(entry.shape) * _BITS[entry.dtype]
+    return None if bits % 8 else bits // 8
 
 
 def build_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> Header:
@@ -163,20 +243,44 @@ def read_tensor(file: Path, header: Header, key: str) -> torch.Tensor:
         ModelError: Its type is not supported, or the file cannot be read to the tensor's end.
     """
     entry = header.entries[key]
-    if entry.dtype not in DTYPES:
-        raise unsupported_type(file, key, entry.dtype)
     content = torch.empty(entry.size_bytes, dtype=torch.uint8)
+    _read_into(content, file, header, key, 0)
+    return content.view(_dtype(file, header, key)).reshape(entry.shape)
+
+
+def read_pieces(file: Path, header: Header, key: str) -> Iterator[torch.Tensor]:
+    """Yield one tensor in flat pieces of the same number of elements.
+
+    Raises:
+        ModelError: As for `read_tensor`.
+    """
+    dtype, size = _dtype(file, header, key), header.entries[key].size_bytes
+    for start in range(0, size, _PIECE_BYTES):
+        content = torch.empty(min(_PIECE_BYTES, size - start), dtype=torch.uint8)
+        _read_into(content, file, header, key, start)
+        yield content.view(dtype)
+
+
+def _dtype(file: Path, header: Header, key: str) -> torch.dtype:
+    name = header.entries[key].dtype
+    if name not in DTYPES:
+        raise unsupported_type(file, key, name)
+    return DTYPES[name]
+
+
+def _read_into(content: torch.Tensor, file: Path, header: Header, key: str, offset: int) -> None:
+    """Fill bytes with those of a tensor, from an offset on."""
     left = memoryview(cast(Any, content.numpy()))
     try:
         with open(file, "rb", buffering=0) as stream:
-            stream.seek(len(header.raw) + entry.start)
+            stream.seek(len(header.raw) + header.entries[key].start + offset)
             while left and (count := stream.readinto(left)):
                 left = left[count:]
     except OSError as error:
         raise _unreadable(file, f"{error} at the key {key}") from error
     if left:
-        raise _unreadable(file, f"{entry.size_bytes - len(left)} bytes of the key {key}", f"{entry.size_bytes} bytes")
-    return content.view(DTYPES[entry.dtype]).reshape(entry.shape)
+        size = header.entries[key].size_bytes
+        raise _unreadable(file, f"{offset + len(content) - len(left)} bytes of the key {key}", f"{size} bytes")
 
 
 def unsupported_type(file: Path, key: str, name: str) -> ModelError:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
 from zppo_mm.errors import ModelError
+from zppo_mm.models.families.key_names import usual_name
+from zppo_mm.models.families.settings import read_config_file
+from zppo_mm.models.families.table import read_key_names
 from zppo_mm.models.quantised import SCALE_SUFFIX, dequantise, read_block_size, scale_shape
-from zppo_mm.models.safetensors_file import DTYPES, Header, build_header, read_header, read_tensor, unsupported_type
+from zppo_mm.models.safetensors_file import DTYPES, Header, build_header, read_header, read_pieces, read_tensor, unsupported_type
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -21,7 +23,7 @@ class SafetensorsFolder:
     """The weights of a Hugging Face folder: one file, or several with an index. Only headers are read until a tensor is asked for.
 
     Weights in FP8 with one factor per block look like plain weights: they have the type asked for, are dequantised when they are read, and
-    their factors are no keys.
+    their factors are no keys. Keys have the names of transformers' model, however the files spell them.
 
     Args:
         path: The folder.
@@ -30,11 +32,12 @@ class SafetensorsFolder:
     Attributes:
         path: The folder.
         places: File name of every key.
+        stored_names: Every key as its file spells it.
         dequantised_dtype: Type of dequantised weights.
 
     Raises:
         ModelError: There are no weights, the index names a missing file, a file is no complete safetensors file, lacks a key that the index
-            says it has, a key is in two files, or an FP8 weight has no factors or factors of another shape.
+            says it has, a key is in two files or in two spellings, or an FP8 weight has no factors or factors of another shape.
     """
 
     def __init__(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -44,8 +47,8 @@ class SafetensorsFolder:
         self._stored = self._find_keys()
         self._block: tuple[int, int] = (0, 0)
         self._scales = self._find_scales()
-        hidden = set(self._scales.values())
-        self.places = {key: name for key, name in self._stored.items() if key not in hidden}
+        self.stored_names = self._find_names()
+        self.places = {key: self._stored[name] for key, name in self.stored_names.items()}
 
     def _read_headers(self) -> dict[str, Header]:
         """Read every file that has weights."""
@@ -66,14 +69,16 @@ class SafetensorsFolder:
 
     def _weight_map(self) -> dict[str, str] | None:
         """Return the file of every key as the index has it, `None` for a folder with a single file."""
-        index = self.path / INDEX_NAME
+        index, single = self.path / INDEX_NAME, self.path / SINGLE_NAME
         if index.is_file():
-            try:
-                weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (OSError, ValueError, KeyError) as error:
-                raise ModelError(f"{index}: is no index of weights, got {error!r}; download the folder again") from error
+            weight_map = _parse_index(index)
+            if single.is_file() and SINGLE_NAME not in weight_map.values():
+                raise ModelError(
+                    f"{self.path}: there are two sets of weights, got {SINGLE_NAME}, which transformers would load, and {INDEX_NAME}, "
+                    "which names other files, expected one; remove the other"
+                )
             return weight_map
-        if (self.path / SINGLE_NAME).is_file():
+        if single.is_file():
             return None
         raise ModelError(f"{self.path}: no weights found, expected {SINGLE_NAME} or {INDEX_NAME}; check the path")
 
@@ -90,8 +95,25 @@ class SafetensorsFolder:
                 stored[key] = name
         return stored
 
+    def _find_names(self) -> dict[str, str]:
+        """Return the stored name of every key."""
+        renames = read_key_names(self.path)
+        hidden = set(self._scales.values())
+        found: dict[str, str] = {}
+        for name in self._stored:
+            if name in hidden:
+                continue
+            key = usual_name(name, renames)
+            if key in found:
+                raise ModelError(
+                    f"{self.path / self._stored[name]}: the key {key} is there in two spellings, got {found[key]} and {name}, expected "
+                    "one; download the folder again"
+                )
+            found[key] = name
+        return found
+
     def _find_scales(self) -> dict[str, str]:
-        """Return the key of the factors of every quantised weight."""
+        """Return the key of the factors of every quantised weight, both as they are stored."""
         found: dict[str, str] = {}
         for key in self._stored:
             if DTYPES.get(self._entry_type(key)) not in FLOAT8:
@@ -101,15 +123,16 @@ class SafetensorsFolder:
             scale = key + SCALE_SUFFIX
             if scale not in self._stored:
                 raise ModelError(
-                    f"{self.where(key)}: the FP8 weight {key} has no factors, got no key {scale}, expected one factor per block; "
-                    "download the folder again, or use one that is not quantised"
+                    f"{self.path / self._stored[key]}: the FP8 weight {key} has no factors, got no key {scale}, expected one factor per "
+                    "block; download the folder again, or use one that is not quantised"
                 )
             wanted = scale_shape(self._stored_shape(key), self._block)
             if wanted is None or self._stored_shape(scale) != wanted:
                 expected = "a weight of two axes" if wanted is None else f"{list(wanted)} for blocks of {self._block[0]} x {self._block[1]}"
                 raise ModelError(
-                    f"{self.where(scale)}: the factors {scale} do not fit, got {list(self._stored_shape(scale))} for a weight of "
-                    f"{list(self._stored_shape(key))}, expected {expected}; check quantization_config.weight_block_size in config.json"
+                    f"{self.path / self._stored[scale]}: the factors {scale} do not fit, got {list(self._stored_shape(scale))} for a "
+                    f"weight of {list(self._stored_shape(key))}, expected {expected}; check "
+                    "quantization_config.weight_block_size in config.json"
                 )
             found[key] = scale
         return found
@@ -130,26 +153,20 @@ class SafetensorsFolder:
 
     def plain_headers(self) -> dict[str, Header]:
         """Return the headers that the files have when nothing is quantised: the very same ones unless something is."""
-        plain = {}
-        for name, header in self._headers.items():
-            keys = [key for key in header.entries if key in self.places]
-            if not self._scales:
-                plain[name] = header
-            elif keys:
-                plain[name] = build_header({key: (self.dtype(key), self.shape(key)) for key in keys}, header.metadata)
-        return plain
-
-    def keys_of(self, file: str) -> list[str]:
-        """Return the keys of one file."""
-        return [key for key in self._headers[file].entries if key in self.places]
+        if not self._scales:
+            return dict(self._headers)
+        keys: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {name: {} for name in self._headers}
+        for key, name in self.places.items():
+            keys[name][self.stored_names[key]] = (self.dtype(key), self.shape(key))
+        return {name: build_header(found, self._headers[name].metadata) for name, found in keys.items() if found}
 
     def where(self, key: str) -> Path:
         """Return the file that has the key, or the folder if none has."""
-        return self.path / self._stored[key] if key in self._stored else self.path
+        return self.path / self.places[key] if key in self.places else self.path
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return a tensor's shape from the header."""
-        return self._stored_shape(key)
+        return self._stored_shape(self.stored_names[key])
 
     def dtype(self, key: str) -> torch.dtype:
         """Return the type that a tensor has when it is read.
@@ -157,9 +174,10 @@ class SafetensorsFolder:
         Raises:
             ModelError: The type is not supported.
         """
-        if key in self._scales:
+        stored = self.stored_names[key]
+        if stored in self._scales:
             return self.dequantised_dtype
-        name = self._entry_type(key)
+        name = self._entry_type(stored)
         if name not in DTYPES:
             raise unsupported_type(self.where(key), key, name)
         return DTYPES[name]
@@ -170,16 +188,49 @@ class SafetensorsFolder:
         Raises:
             ModelError: The file ends before the tensor does, or its type is not supported.
         """
-        tensor = self._read_stored(key)
-        if key not in self._scales:
+        stored = self.stored_names[key]
+        tensor = self._read_stored(stored)
+        if stored not in self._scales:
             return tensor
-        return dequantise(tensor, self._read_stored(self._scales[key]), self._block, self.dequantised_dtype)
+        return dequantise(tensor, self._read_stored(self._scales[stored]), self._block, self.dequantised_dtype)
 
-    def _read_stored(self, key: str) -> torch.Tensor:
-        return read_tensor(self.where(key), self._headers[self._stored[key]], key)
+    def have_equal_values(self, key: str, other: str) -> bool:
+        """Return whether two tensors have the same values; piece by piece where they have the same type.
+
+        Raises:
+            ModelError: A file ends before the tensor does, or a type is not supported.
+        """
+        if self.shape(key) != self.shape(other):
+            return False
+        names = [self.stored_names[name] for name in (key, other)]
+        if self.dtype(key) != self.dtype(other) or not self._scales.keys().isdisjoint(names):
+            return self.read(key).double().equal(self.read(other).double())
+        pieces = [read_pieces(self.path / self._stored[name], self._headers[self._stored[name]], name) for name in names]
+        return all(one.equal(another) for one, another in zip(*pieces, strict=True))
+
+    def _read_stored(self, name: str) -> torch.Tensor:
+        return read_tensor(self.path / self._stored[name], self._headers[self._stored[name]], name)
 
     def _entry_type(self, key: str) -> str:
         return self._headers[self._stored[key]].entries[key].dtype
 
     def _stored_shape(self, key: str) -> tuple[int, ...]:
         return self._headers[self._stored[key]].entries[key].shape
+
+
+def _parse_index(path: Path) -> dict[str, str]:
+    """Return the file of every key.
+
+    Raises:
+        ModelError: It is no index, or names a file outside its folder.
+    """
+    weight_map = read_config_file(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"{path}: is no index of weights, got no file names by key in weight_map; download the folder again")
+    for key, name in weight_map.items():
+        parts = PurePosixPath(name).parts
+        if not parts or parts[0] == "/" or ".." in parts or "\\" in name or not name.isprintable():
+            raise ModelError(
+                f"{path}: the file of {key} is none of this folder, got {name!a}, expected a name inside it; download the folder again"
+            )
+    return weight_map

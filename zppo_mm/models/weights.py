@@ -18,8 +18,10 @@ from zppo_mm.models.architecture import Architecture, LayerType
 from zppo_mm.models.safetensors_folder import SafetensorsFolder
 from zppo_mm.models.vision_language import VisionLanguageModel
 
-PASSED_THROUGH = "mtp."
-"""Keys of the multi-token-prediction head: not part of the network, copied from the source on export."""
+PASSED_THROUGH = re.compile(r"mtp\.|.*\brotary_emb\.inv_freq$")
+"""Keys that are not part of the network and copied from the source on export: the multi-token-prediction head, and the frequencies that
+old files keep although config.json decides them."""
+OUTPUT_LAYER = "lm_head.weight"
 ADAPTERS = "lora."
 """How the names of adapters begin, which Hugging Face folders do not hold."""
 _VISION_PARAMETERS = "vision.model."
@@ -123,7 +125,7 @@ def parameter_mappings(model: VisionLanguageModel) -> Iterator[Mapping]:
             yield Mapping(name, parameter, tuple(prefix + source for source in rule.sources), rule)
         elif inner == "output_layer.weight":
             tied = architecture.tie_word_embeddings
-            key = f"{language}embed_tokens.weight" if tied else "lm_head.weight"
+            key = embedding_key(architecture) if tied else OUTPUT_LAYER
             yield Mapping(name, parameter, (key,), Rule((inner,), (key,), axis=0), copied_from_embedding=tied)
         else:
             source, axis = _TOP_RULES[inner]
@@ -155,12 +157,23 @@ def load_hf_weights(model: VisionLanguageModel, hf_dir: str | Path) -> None:
         mapping.parameter.copy_(cut(whole, mapping, model.architecture, rank, size))
 
 
+def embedding_key(architecture: Architecture) -> str:
+    """Return the Hugging Face key of the embedding."""
+    return f"{architecture.language_prefix}embed_tokens.weight"
+
+
+def tied_copies(architecture: Architecture, folder: SafetensorsFolder) -> dict[str, str]:
+    """Return by the key of the embedding that of its copy, the output layer, if a folder has both for one tied parameter."""
+    both = architecture.tie_word_embeddings and OUTPUT_LAYER in folder.places
+    return {embedding_key(architecture): OUTPUT_LAYER} if both else {}
+
+
 def known_language_keys(architecture: Architecture) -> set[str]:
     """Return all Hugging Face keys of the language model, on whichever stage they are."""
     prefix = architecture.language_prefix
     keys = {prefix + source for source, _axis in _TOP_RULES.values()}
     if not architecture.tie_word_embeddings:
-        keys.add("lm_head.weight")
+        keys.add(OUTPUT_LAYER)
     for number, kind in enumerate(architecture.layer_types):
         absent = _absent_sources(architecture, kind)
         sources = (source for rule in _LAYER_RULES for source in rule.sources)
@@ -184,7 +197,7 @@ def check_keys(model: VisionLanguageModel, folder: SafetensorsFolder) -> None:
     """Check that a folder has every tensor of the network and nothing that belongs to none; the tower's on its stage alone.
 
     Raises:
-        ModelError: A key is missing or not known.
+        ModelError: A key is missing or not known, or the output layer is not the embedding although config.json says so.
     """
     architecture = model.architecture
     known = known_language_keys(architecture) | {key for mapping in parameter_mappings(model) for key in mapping.keys}
@@ -195,18 +208,22 @@ def check_keys(model: VisionLanguageModel, folder: SafetensorsFolder) -> None:
             f"{folder.where(missing[0])}: the key {missing[0]} is missing ({len(missing)} in all), got {len(present)} keys, "
             "expected all of the network that config.json describes; download or export the folder again"
         )
-    vision = architecture.vision_prefix
+    copies = tied_copies(architecture, folder)
+    elsewhere = tuple(filter(None, (architecture.foreign_prefix, architecture.vision_prefix if model.vision is None else "")))
     unknown = sorted(
-        key
-        for key in present - known
-        if not key.startswith(PASSED_THROUGH) and not (vision and model.vision is None and key.startswith(vision))
+        key for key in present - known - set(copies.values()) if not PASSED_THROUGH.match(key) and not key.startswith(elsewhere)
     )
     if unknown:
         raise ModelError(
             f"{folder.where(unknown[0])}: the key {unknown[0]} belongs to nothing in the network ({len(unknown)} in all), expected only "
-            f"keys of the network that config.json describes and {PASSED_THROUGH}*; "
-            "check that config.json and weights are of the same model"
+            "keys of the network that config.json describes and mtp.*; check that config.json and weights are of the same model"
         )
+    for key, copy in copies.items():
+        if not folder.have_equal_values(key, copy):
+            raise ModelError(
+                f"{folder.where(copy)}: {copy} is not the embedding, got other values than those of {key}, expected the same because "
+                "tie_word_embeddings is true in config.json; set it to false there if the output layer was trained by itself"
+            )
 
 
 def _check_shapes(mapping: Mapping, folder: SafetensorsFolder, architecture: Architecture, size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,18 @@ from data.question import MediaKind
 from encoders.config import TIMESTAMPED, VideoLayout
 from zppo_mm.errors import ConfigError
 from zppo_mm.models.families.table import FAMILIES
+from zppo_mm.rollout.vocabulary import GENERATION_FILE, check_ids, configured_stops, num_embedding_rows, stops_with_turn_end
+
+logger = logging.getLogger(__name__)
 
 NO_TOKEN = -1
 """Stands for a token that the model does not have; no token has this id."""
 MARK_OPEN, MARK_CLOSE = "\ue200", "\ue201"
 """Private-use characters that bracket the number of a literal special token while the template runs over the text."""
 ZERO_WIDTH_SPACE = "\u200b"
+
+_ASKED, _ANSWERED = "zppoquestion", "zppoanswer"
+"""Texts that no template has and none changes."""
 
 Piece = int | str
 """The id of a special token, or plain text that is never read as one."""
@@ -43,20 +50,18 @@ class ChatFormat:
         template_kwargs: Passed to the chat template.
 
     Raises:
-        ConfigError: No chat template, no stop token, media tokens that the tokenizer does not know, or a family that is not known.
+        ConfigError: No chat template or one that cannot render a question, no stop token, tokens that the tokenizer or the embedding does
+            not know, or a family that is not known.
     """
 
     def __init__(self, hf_dir: str | Path, template_kwargs: Mapping[str, object] | None = None) -> None:
         self._folder = Path(hf_dir)
-        self._tokenizer = _load_tokenizer(self._folder)
+        self._tokenizer: Any = _load_tokenizer(self._folder)
         self._template_kwargs = dict(template_kwargs or {})
         config = _read_json(self._folder / "config.json")
         self.takes_media = "vision_config" in config
         self._use_media_template()
-        if not self._tokenizer.chat_template:
-            raise ConfigError(
-                f"{hf_dir}: no chat template, got none, expected chat_template.jinja or an entry in tokenizer_config.json; add it"
-            )
+        self._check_template()
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         tokens = [self._media_token(config, name) if self.takes_media else NO_TOKEN for name in names]
         self.image_token_id, self.video_token_id, self.vision_start_id, self.vision_end_id = tokens
@@ -65,7 +70,10 @@ class ChatFormat:
         self._special_ids = self._find_special_ids(tokens)
         self._pattern = _any_of(self._special_ids)
         self._literal_pattern = _any_of([*self._special_ids, MARK_OPEN, MARK_CLOSE])
-        self.stop_token_ids = self._find_stop_tokens()
+        generation = self._folder / GENERATION_FILE
+        stops = configured_stops(self._folder, _read_json(generation) if generation.is_file() else {}, config, self._tokenizer)
+        self.stop_token_ids = stops_with_turn_end(self._folder, stops, self._find_turn_end(), num_embedding_rows(config))
+        self._check_prompts(num_embedding_rows(config))
 
     def render(self, text: str, media: Sequence[MediaKind]) -> Rendered:
         """Render one user message, media first, and the start of the answer.
@@ -88,9 +96,7 @@ class ChatFormat:
         marked = self._literal_pattern.sub(hide, text)
         shown: list[dict[str, str]] = [{"type": kind} for kind in media]
         content = [*shown, {"type": "text", "text": marked}] if media else marked
-        rendered: str = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, **self._template_kwargs
-        )
+        rendered = self._apply_template([{"role": "user", "content": content}])
         pieces: list[Piece] = []
         position = 0
         for match in self._pattern.finditer(rendered):
@@ -172,21 +178,91 @@ class ChatFormat:
         assert not forbidden.intersection(ids), "a broken literal is no special token"
         return ids
 
+    def _apply_template(self, messages: Sequence[Mapping[str, object]], *, opens_answer: bool = True) -> str:
+        """Return a rendered conversation.
+
+        Raises:
+            ConfigError: The template cannot render it.
+        """
+        try:
+            rendered: str = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=opens_answer, **self._template_kwargs
+            )
+        except Exception as error:
+            # A template is a program: what it can raise has no bounds.
+            raise ConfigError(
+                f"{self._folder}: the chat template cannot render {[message['role'] for message in messages]}, got {type(error).__name__}: "
+                f"{' '.join(str(error).split())}, expected text; use the template that belongs to the model"
+            ) from error
+        return rendered
+
+    def _check_template(self) -> None:
+        template = self._tokenizer.chat_template
+        if isinstance(template, dict) and "default" not in template:
+            raise ConfigError(f"{self._folder}: no chat template, got {sorted(template)}, expected one that is named default; name it so")
+        if not template:
+            raise ConfigError(
+                f"{self._folder}: no chat template, got none, expected chat_template.jinja or an entry in tokenizer_config.json; add it"
+            )
+
+    def _find_turn_end(self) -> int | None:
+        """Return the special token that the template puts after an answer; `None` if there is none, or it also opens what the user says."""
+        messages = [{"role": role, "content": text} for role, text in (("user", _ASKED), ("assistant", _ANSWERED), ("user", _ASKED))]
+        try:
+            rendered = self._apply_template(messages)
+        except ConfigError as error:
+            logger.warning("%s", error)
+            return None
+        before, _, rest = rendered.partition(_ASKED)
+        opener = [match.group() for match in self._pattern.finditer(before)][-1:]
+        after = rest.rpartition(_ANSWERED)[2]
+        found = self._pattern.match(after, len(after) - len(after.lstrip())) if _ANSWERED in rest else None
+        return None if found is None or found.group() in opener else self._special_ids[found.group()]
+
+    def _check_prompts(self, num_rows: int | None) -> None:
+        """Render a question of every kind, and check what comes out before it comes in the middle of a run."""
+        used = {self.stop_token_ids[0], *(piece for piece in self.media_kinds if isinstance(piece, int))}
+        for media in ([], *([kind] for kind in self.media_kinds.values())):
+            rendered = self.render(_ASKED, media)
+            used |= {piece for piece in rendered.pieces if isinstance(piece, int)}
+            if rendered.text.count(_ASKED) != 1:
+                raise ConfigError(
+                    f"{self._folder}: the chat template does not show what it is given, got the text of a question with "
+                    f"{media or 'no media'} {rendered.text.count(_ASKED)} times, expected once; use the template that belongs to the model"
+                )
+            if media and [self.media_kinds[piece] for piece in rendered.pieces if piece in self.media_kinds] != media:
+                logger.warning("%s: the chat template does not show one %s once; such questions will be refused", self._folder, media[0])
+        if num_rows is not None:
+            check_ids(self._folder, self._tokenizer, used, num_rows)
+
     def _use_media_template(self) -> None:
-        """Take the template that folders of transformers 4 keep for media apart from the tokenizer's, which may know text only."""
-        path = self._folder / "chat_template.json"
-        if self.takes_media and path.is_file() and not path.with_suffix(".jinja").is_file():
-            self._tokenizer.chat_template = _read_json(path).get("chat_template")
+        """Take the template that some folders keep for media apart from the tokenizer's, which may know text only."""
+        if not self.takes_media:
+            return
+        # The newest way to keep one comes first; the tokenizer has read it.
+        jinja = self._folder / "chat_template.jinja"
+        found = {jinja.name: self._tokenizer.chat_template} if jinja.is_file() else {}
+        for path in (self._folder / "processor_config.json", self._folder / "chat_template.json"):
+            template = _read_json(path).get("chat_template") if path.is_file() else None
+            found |= {path.name: template} if template is not None else {}
+        if found:
+            (name, self._tokenizer.chat_template), *others = found.items()
+            different = [other for other, template in others if template != self._tokenizer.chat_template]
+            if different:
+                logger.warning("%s: chat templates differ, that of %s is used and not that of %s", self._folder, name, different)
 
     def _find_video_layout(self, config: Mapping[str, Any]) -> VideoLayout:
-        family = FAMILIES.get(config.get("model_type", ""))
+        name = config.get("model_type")
+        family = FAMILIES.get(name) if isinstance(name, str) else None
         if family is None:
             raise ConfigError(
-                f"{self._folder}/config.json: model_type is not supported, got {config.get('model_type')!r}, expected one of "
+                f"{self._folder}/config.json: model_type is not supported, got {name!r}, expected one of "
                 f"{', '.join(FAMILIES)}; use a folder of one of these families"
             )
         try:
             return family.video_layout(config)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{self._folder}/config.json: its layout of videos is unusable, got {error}; correct the file") from error
         except KeyError as error:
             raise ConfigError(
                 f"{self._folder}/config.json: the key {error} is missing, expected a complete {family.title} config; download it again"
@@ -210,26 +286,20 @@ class ChatFormat:
             raise ConfigError(f"{self._folder}: the tokenizer has no special tokens, got none, expected at least a stop token; add them")
         return special
 
-    def _find_stop_tokens(self) -> tuple[int, ...]:
-        generation = self._folder / "generation_config.json"
-        stop = _read_json(generation).get("eos_token_id") if generation.is_file() else None
-        if stop is None:
-            stop = self._tokenizer.eos_token_id
-        if stop is None:
-            raise ConfigError(
-                f"{self._folder}: no stop token, got none, expected eos_token_id in generation_config.json or the tokenizer; add it"
-            )
-        return tuple(int(token) for token in stop) if isinstance(stop, list) else (int(stop),)
-
 
 def _load_tokenizer(folder: Path) -> Any:
+    """Return a folder's tokenizer; no code of the folder is run.
+
+    Raises:
+        ConfigError: It cannot be loaded.
+    """
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # what the libraries raise on a damaged file has no common kind
-        first = str(error).strip().splitlines()[:1]
+    except Exception as error:
+        # The tokenizers library raises bare exceptions.
         raise ConfigError(
-            f"{folder}: the tokenizer cannot be loaded, got {type(error).__name__}: {''.join(first)}, expected tokenizer.json and "
-            "tokenizer_config.json of the model; download the folder again"
+            f"{folder}: the tokenizer cannot be loaded, got {type(error).__name__}: {' '.join(str(error).split())}, expected files of a "
+            "Hugging Face tokenizer; copy them from the original model folder"
         ) from error
 
 
@@ -248,7 +318,7 @@ def _any_of(literals: Sequence[str] | Mapping[str, int]) -> re.Pattern[str]:
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable, got {error}, expected a JSON object; restore the file") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: wrong content, got {type(content).__name__}, expected a JSON object; restore the file")

@@ -52,7 +52,10 @@ class PromptEncoder:
         max_cached_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         self.chat = ChatFormat(hf_dir, chat_template_kwargs)
-        self._processor = read_processor_config(hf_dir, self.chat.video_layout) if self.chat.takes_media else None
+        try:
+            self._processor = read_processor_config(hf_dir, self.chat.video_layout) if self.chat.takes_media else None
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         self._prompt_opens_thought = self.chat.render("", []).text.rstrip().endswith(THINK_OPEN)
         self._open = media
         self._cache: OrderedDict[tuple[MediaRef, ...], tuple[VisionInput, ...]] = OrderedDict()

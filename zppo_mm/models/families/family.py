@@ -8,8 +8,13 @@ from typing import Any, Literal
 
 from encoders.config import TIMESTAMPED, VideoLayout
 from zppo_mm.errors import ModelError
+from zppo_mm.models.families.key_names import TEXT, Renames
+from zppo_mm.models.families.rope import read_rotary
+from zppo_mm.models.families.settings import Settings, media_tokens, refusal
 
 LayerType = Literal["linear_attention", "full_attention"]
+Section = tuple[int, int, int]
+"""Rotary frequencies of the time, height and width axes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +24,7 @@ class Architecture:
     Attributes:
         family: `model_type` of config.json.
         title: The family's name in messages.
-        language_prefix: What stands before the language model's names in the weight files.
+        language_prefix: What stands before the language model's names in transformers' model.
         vision_prefix: The same for the vision tower; empty in a text-only network.
         hidden_size: Width of the residual stream.
         layer_types: Kind of attention of every layer.
@@ -29,23 +34,24 @@ class Architecture:
         output_gate: Whether the output of full attention is gated; the gate comes out of the query projection.
         zero_centered_norm: Whether norms store their weight minus one.
         rotary_dim: How many channels of a head are rotated.
-        rotary_scaling: Settings of a `rope_type` other than `default`; empty for that one.
+        rotary_frequencies: Radians per position, one for each pair of rotated channels.
+        rotary_amplitude: Factor of sines and cosines.
         mrope_section: Rotary frequencies of the time, height and width axes.
         mrope_interleaved: Whether the axes' frequencies alternate; otherwise each axis has one block.
         linear_num_key_heads: Of DeltaNet layers; 0, like the next four, in a network without.
+        foreign_prefix: How keys of a tower begin that a text-only network leaves alone; empty if there are none.
         tie_word_embeddings: Whether the output layer is the embedding.
         image_token_id: Placeholder of image features; -1 in a text-only network, as are the next three.
         num_deepstack: How many first layers get further features of the media added to their output.
         video_layout: How videos are shown in the prompt.
-        raw: The whole config.json.
-        text: The text part of it.
-        vision: The `vision_config` part, `None` in a text-only network.
+        vision: The `vision_config` part of config.json, `None` in a text-only network.
     """
 
     family: str
     title: str
     language_prefix: str
     vision_prefix: str
+    foreign_prefix: str = ""
     vocab_size: int
     hidden_size: int
     ffn_hidden_size: int
@@ -58,8 +64,8 @@ class Architecture:
     output_gate: bool
     zero_centered_norm: bool
     rotary_dim: int
-    rotary_base: float
-    rotary_scaling: Mapping[str, Any]
+    rotary_frequencies: tuple[float, ...]
+    rotary_amplitude: float
     mrope_section: tuple[int, int, int]
     mrope_interleaved: bool
     norm_epsilon: float
@@ -77,8 +83,6 @@ class Architecture:
     spatial_merge_size: int
     num_deepstack: int = 0
     video_layout: VideoLayout = TIMESTAMPED
-    raw: dict[str, Any]
-    text: dict[str, Any]
     vision: dict[str, Any] | None
 
     @property
@@ -105,95 +109,103 @@ class Family:
 
     Attributes:
         title: Its name in messages.
-        read: Makes the architecture from the whole config.json; raises KeyError for a key that is missing. The second argument names
-            the file in messages.
+        read: Makes the architecture from the settings that transformers reads in config.json.
         video_layout: Makes the layout of videos from the whole config.json; raises KeyError for a key that is missing. Prompts are made
             without the architecture.
+        key_names: Spellings of keys in weight files.
     """
 
     title: str
-    read: Callable[[dict[str, Any], str], Architecture]
+    read: Callable[[Settings], Architecture]
     video_layout: Callable[[Mapping[str, Any]], VideoLayout] = timestamped_videos
+    key_names: Renames = TEXT
 
 
-def text_part(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return the language model's settings: an object of their own, or the whole file."""
-    part: dict[str, Any] = raw.get("text_config") or raw
-    return part
+def common_fields(settings: Settings, *, partial_rotation: bool = False, mrope_section: Section = (0, 0, 0)) -> dict[str, Any]:
+    """Return the fields of the architecture that every family spells alike.
 
+    Args:
+        settings: Of the file.
+        partial_rotation: Whether the family may rotate some channels of a head alone.
+        mrope_section: What transformers takes where the file does not say it.
 
-def rope_settings(text: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rotary settings under the names of transformers 5: `rope_theta`, `rope_type` and what belongs to that type.
-
-    Folders written before have `rope_theta` beside `rope_scaling`, whose type was once called `type`.
+    Raises:
+        ModelError: A setting is not supported.
     """
-    if text.get("rope_parameters"):
-        return dict(text["rope_parameters"])
-    settings = dict(text.get("rope_scaling") or {})
-    settings.setdefault("rope_type", settings.pop("type", "default"))
-    settings["rope_theta"] = text["rope_theta"]
-    return settings
-
-
-def common_fields(raw: dict[str, Any], text: dict[str, Any], vision: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the fields of the architecture that every family spells alike."""
-    rope = rope_settings(text)
-    head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    rotary_dim = int(head_dim * rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0)))
-    section = rope.get("mrope_section") or [rotary_dim // 2, 0, 0]
-    media_tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    text, vision, head_dim = settings.text, settings.vision, settings.head_dim
+    share = text.rope_parameters.get("partial_rotary_factor")
+    if share not in (None, 1) and not partial_rotation:
+        raise refusal(settings, "partial_rotary_factor", share, (1.0,))
+    rotary_dim = int(head_dim * (1 if share is None else share))
+    rotary = read_rotary(text, rotary_dim, settings.where)
+    # Text has the same position on all axes.
+    section = (text.rope_parameters.get("mrope_section") or mrope_section) if vision is not None else (rotary_dim // 2, 0, 0)
     return {
-        "family": raw["model_type"],
-        "vocab_size": text["vocab_size"],
-        "hidden_size": text["hidden_size"],
-        "ffn_hidden_size": text["intermediate_size"],
-        "layer_types": tuple(text.get("layer_types") or ["full_attention"] * text["num_hidden_layers"]),
-        "num_attention_heads": text["num_attention_heads"],
-        "num_query_groups": text.get("num_key_value_heads") or text["num_attention_heads"],
+        "title": settings.title,
+        "family": settings.outer.model_type,
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "ffn_hidden_size": text.intermediate_size,
+        "layer_types": tuple(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers),
+        "num_attention_heads": text.num_attention_heads,
+        "num_query_groups": text.num_key_value_heads,
         "head_dim": head_dim,
         "rotary_dim": rotary_dim,
-        "rotary_base": float(rope["rope_theta"]),
-        "rotary_scaling": {},
-        "mrope_section": (section[0], section[1], section[2]),
+        "rotary_frequencies": rotary.frequencies,
+        "rotary_amplitude": rotary.amplitude,
+        "mrope_section": tuple(section),
         "mrope_interleaved": True,
-        "norm_epsilon": text["rms_norm_eps"],
-        "max_position_embeddings": text["max_position_embeddings"],
-        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-        **{name: raw[name] if vision else -1 for name in media_tokens},
-        "spatial_merge_size": vision["spatial_merge_size"] if vision else 1,
-        "raw": raw,
-        "text": text,
-        "vision": vision,
+        "norm_epsilon": text.rms_norm_eps,
+        "max_position_embeddings": text.max_position_embeddings,
+        "tie_word_embeddings": _is_tied(settings),
+        **media_tokens(settings),
+        "spatial_merge_size": vision.spatial_merge_size if vision is not None else 1,
+        "vision": settings.raw["vision_config"] if vision is not None else None,
     }
 
 
-def refuse_others(where: str, title: str, found: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> None:
-    """Refuse what the network would silently compute differently.
-
-    Args:
-        where: The file in messages.
-        title: The family's name.
-        found: Per setting, its value and the values that are supported.
+def refuse_other_axes(settings: Settings, *, interleaved: bool) -> None:
+    """Refuse rotary axes that are laid out in another way than the family's, which transformers takes for granted.
 
     Raises:
-        ModelError: A setting has another value.
+        ModelError: They alternate where they should be blocks, or the other way round.
     """
-    for key, (value, allowed) in found.items():
-        if value not in allowed:
-            raise ModelError(
-                f"{where}: {key} is not supported, got {value!r}, expected {' or '.join(map(repr, allowed))}; "
-                f"use an unmodified {title} folder"
-            )
+    said = settings.text.rope_parameters.get("mrope_interleaved", interleaved)
+    if settings.vision is not None and said is not interleaved:
+        raise refusal(settings, "mrope_interleaved", said, (interleaved,))
 
 
-def check_architecture(architecture: Architecture, where: str) -> None:
+def _is_tied(settings: Settings) -> bool:
+    """Return whether the output layer is the embedding.
+
+    transformers asks the whole file. Where that says nothing, the language part is asked: some folders say
+    it there alone, and have no output layer.
+    """
+    inner = settings.raw.get("text_config") or {}
+    silent = "tie_word_embeddings" not in settings.raw
+    return bool(settings.outer.tie_word_embeddings or (silent and inner.get("tie_word_embeddings")))
+
+
+def check_architecture(architecture: Architecture, settings: Settings) -> None:
     """Check what must hold in every family.
 
     Raises:
-        ModelError: A kind of layer is unknown, there are too few or too many of them, or rotary frequencies do not add up.
+        ModelError: A size is not positive, heads do not divide, a kind of layer is unknown, there are too few or too many of them, rotary
+            frequencies do not add up, or the tower does not fit the language model.
     """
-    text = architecture.text
-    refuse_others(where, architecture.title, {"layer_types": (len(architecture.layer_types), (text["num_hidden_layers"],))})
+    where = settings.where
+    for name, key in (_SIZES | (_LINEAR_SIZES if architecture.has_linear_attention else {})).items():
+        if getattr(architecture, name) < 1:
+            raise ModelError(f"{where}: {key} is no size, got {getattr(architecture, name)}, expected a positive number; correct the file")
+    for many, few in (("num_attention_heads", "num_query_groups"), ("linear_num_value_heads", "linear_num_key_heads")):
+        found = [getattr(architecture, name) for name in (many, few)]
+        if found[1] and found[0] % found[1]:
+            raise ModelError(
+                f"{where}: {many} and {_SIZES.get(few, few)} do not fit, got {found[0]} and {found[1]}, expected a multiple; "
+                "download the folder again"
+            )
+    if len(architecture.layer_types) != settings.text.num_hidden_layers:
+        raise refusal(settings, "layer_types", len(architecture.layer_types), (settings.text.num_hidden_layers,))
     kinds = ["full_attention", "linear_attention"] if architecture.linear_num_key_heads else ["full_attention"]
     unknown = set(architecture.layer_types) - set(kinds)
     if unknown:
@@ -201,8 +213,49 @@ def check_architecture(architecture: Architecture, where: str) -> None:
             f"{where}: layer_types has an unknown kind, got {sorted(unknown)}, expected {' or '.join(reversed(kinds))}; use "
             f"an unmodified {architecture.title} folder"
         )
-    if sum(architecture.mrope_section) * 2 != architecture.rotary_dim:
+    section = architecture.mrope_section
+    if len(section) != 3 or sum(section) * 2 != architecture.rotary_dim:
         raise ModelError(
-            f"{where}: mrope_section does not fit, got {list(architecture.mrope_section)}, expected a sum of "
-            f"{architecture.rotary_dim // 2} (half the rotated channels of a head); correct rope_parameters"
+            f"{where}: mrope_section does not fit, got {list(section)}, expected a sum of "
+            f"{architecture.rotary_dim // 2} (half the rotated channels of a head) over three axes; correct rope_parameters"
+        )
+    if settings.vision is not None:
+        _check_tower(architecture, settings)
+
+
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_position_embeddings",
+}
+
+
+_LINEAR_SIZES = {
+    f"linear_{name}": f"linear_{name}" for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
+}
+
+
+def _check_tower(architecture: Architecture, settings: Settings) -> None:
+    """Check that the tower's features fit the language model's placeholders, and that it takes RGB."""
+    vision = settings.vision
+    assert vision is not None
+    for key, expected in (("in_channels", 3), ("out_hidden_size", architecture.hidden_size)):
+        if getattr(vision, key) != expected:
+            raise refusal(settings, f"vision_config.{key}", getattr(vision, key), (expected,))
+    levels = list(getattr(vision, "deepstack_visual_indexes", None) or ())
+    if len(set(levels)) != len(levels) or not set(levels) <= set(range(vision.depth)) or len(levels) > architecture.num_layers:
+        raise ModelError(
+            f"{settings.where}: vision_config.deepstack_visual_indexes does not fit, got {levels}, expected at most "
+            f"{architecture.num_layers} different blocks below {vision.depth}; download the folder again"
+        )
+    outside = {key: getattr(architecture, key) for key in media_tokens(settings)}
+    beyond = {key: token for key, token in outside.items() if not 0 <= token < architecture.vocab_size}
+    if beyond:
+        raise ModelError(
+            f"{settings.where}: tokens of media are not in the vocabulary, got {beyond}, expected ids below {architecture.vocab_size}; "
+            "download the folder again"
         )

@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from zppo_mm.models.families.family import Architecture, Family, common_fields, refuse_others, rope_settings
-
-TITLE = "Llama"
+from zppo_mm.models.families.family import Architecture, Family, common_fields
+from zppo_mm.models.families.settings import Settings
 
 
-def read(raw: dict[str, Any], where: str) -> Architecture:
-    """Read `llama`, its `llama3` stretching of rotary frequencies included."""
-    rope = rope_settings(raw)
-    refuse_others(
-        where,
-        TITLE,
-        {
-            "hidden_act": (raw.get("hidden_act", "silu"), ("silu",)),
-            "attention_bias": (bool(raw.get("attention_bias", False)), (False,)),
-            "mlp_bias": (bool(raw.get("mlp_bias", False)), (False,)),
-            "rope_type": (rope.get("rope_type", "default"), ("default", "llama3")),
-        },
-    )
-    fields = common_fields(raw, raw, None)
-    fields["rotary_scaling"] = rope if rope.get("rope_type") == "llama3" else {}
+def read(settings: Settings) -> Architecture:
+    """Read `llama`."""
     return Architecture(
-        **fields,
-        title=TITLE,
+        **common_fields(settings),
         language_prefix="model.",
         vision_prefix="",
         qk_norm=False,
@@ -36,4 +19,4 @@ def read(raw: dict[str, Any], where: str) -> Architecture:
     )
 
 
-FAMILY = Family(title=TITLE, read=read)
+FAMILY = Family(title="Llama", read=read)

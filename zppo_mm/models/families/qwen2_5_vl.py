@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from encoders.config import VideoLayout
-from zppo_mm.models.families.family import Architecture, Family, common_fields, refuse_others, rope_settings, text_part
+from zppo_mm.models.families.family import Architecture, Family, common_fields, refuse_other_axes
+from zppo_mm.models.families.key_names import FLAT_TOWER
+from zppo_mm.models.families.settings import Settings, check_values
 
-TITLE = "Qwen2.5-VL"
+DEFAULT_SECTION = (16, 24, 24)
 
 
 def video_layout(raw: Mapping[str, Any]) -> VideoLayout:
@@ -17,33 +19,24 @@ def video_layout(raw: Mapping[str, Any]) -> VideoLayout:
     return VideoLayout(timestamped=False, tokens_per_second=rate, limits_per_frame=True)
 
 
-def read(raw: dict[str, Any], where: str) -> Architecture:
+def read(settings: Settings) -> Architecture:
     """Read `qwen2_5_vl`, whose language settings stood at the top before transformers 5."""
-    text, vision = text_part(raw), raw["vision_config"]
-    refuse_others(
-        where,
-        TITLE,
-        {
-            "hidden_act": (text.get("hidden_act", "silu"), ("silu",)),
-            "use_sliding_window": (bool(text.get("use_sliding_window", False)), (False,)),
-            "rope_type": (rope_settings(text).get("rope_type", "default"), ("default", "mrope")),
-        },
-    )
-    fields = common_fields(raw, text, vision)
+    text = settings.text
+    # Not a setting of this family: its attention divides the width by the heads, whatever the file says.
+    check_values(settings, text, {"head_dim": (text.hidden_size // text.num_attention_heads, None)})
+    refuse_other_axes(settings, interleaved=False)
+    fields = common_fields(settings, mrope_section=DEFAULT_SECTION)
     fields["mrope_interleaved"] = False
-    # Folders of transformers 4 with an inner language part say there, and only there, that the output layer is the embedding.
-    fields["tie_word_embeddings"] |= bool(text.get("tie_word_embeddings", False))
     return Architecture(
         **fields,
-        title=TITLE,
-        language_prefix="model.",
-        vision_prefix="visual.",
+        language_prefix="model.language_model.",
+        vision_prefix="model.visual.",
         qk_norm=False,
         qkv_bias=True,
         output_gate=False,
         zero_centered_norm=False,
-        video_layout=video_layout(raw),
+        video_layout=video_layout(settings.raw),
     )
 
 
-FAMILY = Family(title=TITLE, read=read, video_layout=video_layout)
+FAMILY = Family(title="Qwen2.5-VL", read=read, video_layout=video_layout, key_names=FLAT_TOWER)

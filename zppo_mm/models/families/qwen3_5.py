@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from zppo_mm.models.families.family import Architecture, Family, common_fields, refuse_other_axes
+from zppo_mm.models.families.key_names import TEXT_OF_TOWER, TOWER
+from zppo_mm.models.families.settings import Settings, refusal
 
-from zppo_mm.models.families.family import Architecture, Family, LayerType, common_fields, refuse_others, rope_settings, text_part
+DEFAULT_SECTION = (11, 11, 10)
+LINEAR = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
 
-TITLE = "Qwen3.5"
 
-
-def read(raw: dict[str, Any], where: str) -> Architecture:
+def read(settings: Settings) -> Architecture:
     """Read `qwen3_5` or `qwen3_5_text`."""
-    text = text_part(raw)
-    vision = raw.get("vision_config") if raw["model_type"] == "qwen3_5" else None
-    fields = common_fields(raw, text, vision)
-    rope = rope_settings(text)
-    refuse_others(
-        where,
-        TITLE,
-        {
-            "hidden_act": (text.get("hidden_act", "silu"), ("silu",)),
-            "attention_bias": (bool(text.get("attention_bias", False)), (False,)),
-            "attn_output_gate": (text.get("attn_output_gate", True), (True,)),
-            "output_gate_type": (text.get("output_gate_type") or "swish", ("swish", "silu")),
-            "rope_parameters.rope_type": (rope.get("rope_type", "default"), ("default",)),
-            "rope_parameters.mrope_interleaved": (rope.get("mrope_interleaved", True), (True,)),
-            "vision_config.deepstack_visual_indexes": (len((vision or {}).get("deepstack_visual_indexes") or ()), (0,)),
-        },
-    )
-    linear = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
-    fields |= {f"linear_{name}": text[f"linear_{name}"] for name in linear}
-    fields["layer_types"] = _layer_types(text)
+    refuse_other_axes(settings, interleaved=True)
+    has_vision = settings.vision is not None
+    levels = getattr(settings.vision, "deepstack_visual_indexes", None) or ()
+    if levels:
+        # A relative's: transformers' class keeps it and its tower does not look at it.
+        raise refusal(settings, "vision_config.deepstack_visual_indexes", levels, ([],))
+    fields = common_fields(settings, partial_rotation=True, mrope_section=DEFAULT_SECTION)
     return Architecture(
         **fields,
-        title=TITLE,
-        language_prefix="model.language_model." if vision else "model.",
-        vision_prefix="model.visual." if vision else "",
+        **{f"linear_{name}": getattr(settings.text, f"linear_{name}") for name in LINEAR},
+        language_prefix="model.language_model." if has_vision else "model.",
+        vision_prefix="model.visual." if has_vision else "",
+        foreign_prefix="" if has_vision else "model.visual.",
         qk_norm=True,
         qkv_bias=False,
         output_gate=True,
@@ -43,11 +32,5 @@ def read(raw: dict[str, Any], where: str) -> Architecture:
     )
 
 
-def _layer_types(text: dict[str, Any]) -> tuple[LayerType, ...]:
-    if text.get("layer_types"):
-        return tuple(text["layer_types"])
-    interval = text.get("full_attention_interval", 4)
-    return tuple("linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(text["num_hidden_layers"]))
-
-
-FAMILY = Family(title=TITLE, read=read)
+FAMILY = Family(title="Qwen3.5", read=read, key_names=TOWER)
+TEXT_FAMILY = Family(title="Qwen3.5", read=read, key_names=TEXT_OF_TOWER)

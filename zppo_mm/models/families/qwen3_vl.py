@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from zppo_mm.models.families.family import Architecture, Family, common_fields, refuse_other_axes
+from zppo_mm.models.families.key_names import TOWER
+from zppo_mm.models.families.settings import Settings
 
-from zppo_mm.models.families.family import Architecture, Family, common_fields, refuse_others, rope_settings, text_part
-
-TITLE = "Qwen3-VL"
+DEFAULT_SECTION = (24, 20, 20)
 
 
-def read(raw: dict[str, Any], where: str) -> Architecture:
+def read(settings: Settings) -> Architecture:
     """Read `qwen3_vl`."""
-    text, vision = text_part(raw), raw["vision_config"]
-    rope = rope_settings(text)
-    refuse_others(
-        where,
-        TITLE,
-        {
-            "hidden_act": (text.get("hidden_act", "silu"), ("silu",)),
-            "attention_bias": (bool(text.get("attention_bias", False)), (False,)),
-            "rope_type": (rope.get("rope_type", "default"), ("default",)),
-            "mrope_interleaved": (rope.get("mrope_interleaved", True), (True,)),
-        },
-    )
+    refuse_other_axes(settings, interleaved=True)
     return Architecture(
-        **common_fields(raw, text, vision),
-        title=TITLE,
+        **common_fields(settings, mrope_section=DEFAULT_SECTION),
         language_prefix="model.language_model.",
         vision_prefix="model.visual.",
         qk_norm=True,
         qkv_bias=False,
         output_gate=False,
         zero_centered_norm=False,
-        num_deepstack=len(vision.get("deepstack_visual_indexes") or ()),
+        num_deepstack=len(settings.vision.deepstack_visual_indexes or ()) if settings.vision is not None else 0,
     )
 
 
-FAMILY = Family(title=TITLE, read=read)
+FAMILY = Family(title="Qwen3-VL", read=read, key_names=TOWER)
