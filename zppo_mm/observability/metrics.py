@@ -91,7 +91,7 @@ METRICS: Mapping[str, str] = {
     "data/samples": "Samples met by the stream.",
     "data/skipped/*": "Samples skipped, by reason.",
     "distill/agreement": "Share of loss tokens at which student and teacher find the same token most likely.",
-    "distill/left_out": "Rollouts that were not distilled from, because they came without the teacher's log-probs in the student's tokens.",
+    "distill/left_out": "Rollouts not distilled from: no log-probs of the teacher in the student's tokens, or impossible ones.",
     "policy/loss": "Loss, averaged over the response tokens of each update, then the updates; with distillation the divergence in nats.",
     "policy/entropy": "Entropy of the policy per response token of the non-trivial groups, in nats.",
     "policy/clip_low": "Share of response tokens clipped at the lower bound of the ratio.",
