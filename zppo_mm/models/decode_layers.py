@@ -52,11 +52,17 @@ class Linear:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         output = F.linear(hidden, self.weight, self.bias)
-        if self.adapters is not None:
-            output = self.adapters.add_to(output, hidden)
+        if self.adapters is None:
+            if self.group is not None:
+                dist.all_reduce(output, group=self.group)
+            return output
+        narrow = F.linear(hidden, self.adapters.down)
         if self.group is not None:
-            dist.all_reduce(output, group=self.group)
-        return output
+            # The narrow part goes along: B is for the sum over the ranks, as in training.
+            both = torch.cat([output, narrow], 1)
+            dist.all_reduce(both, group=self.group)
+            output, narrow = torch.split(both, [output.shape[1], narrow.shape[1]], 1)
+        return self.adapters.add_to(output, narrow)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,12 +71,12 @@ class DecodeAdapters:
     up: torch.Tensor
     scale: float
 
-    def add_to(self, output: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Add to `[batch, outputs]`, in place, what the adapters make of `[batch, inputs]`.
+    def add_to(self, output: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
+        """Add to `[batch, outputs]`, in place, what the adapters make of `[batch, sum of ranks]`, the product of inputs and `down`.
 
         Every product is rounded where the training forward pass rounds it: what small adapters add is below a step of the type.
         """
-        return output.add_(F.linear(F.linear(hidden, self.down) * self.scale, self.up))
+        return output.add_(F.linear(narrow * self.scale, self.up))
 
 
 class LoraBranch:
