@@ -13,5 +13,9 @@ class CheckpointError(ZppoError):
     """A checkpoint is missing, incomplete or does not fit."""
 
 
+class NotFiniteError(ZppoError):
+    """The network computes NaN or infinity, and the run is not to go on with it."""
+
+
 class ModelError(ZppoError):
     """A model folder, weight or layout is not usable."""

@@ -116,19 +116,19 @@ class Rollout:
 
     Attributes:
         response_ids: `[response]`, the stop token included when it was sampled, a given prefix left out.
-        rollout_logprobs: `[response]`, log-probs of the sampling policy at the sampling temperature; NaN where they are not known: the
-            training forward pass gives them then.
+        rollout_logprobs: `[response]`, log-probs of the sampling policy at the sampling temperature, all finite; `None` if they are not
+            known: the training forward pass gives them then.
         finish_reason: `stop` or `length`.
         text: Decoded response, a given prefix included, without special tokens at the end.
         parsed: Final answer (content of the last `\\boxed{}`), `None` if nothing was boxed.
-        reward: 0 or 1; NaN where it could not be graded, which is so in `Group.ungraded` alone.
+        reward: 0 or 1; NaN in `Group.ungraded`, so that nothing can be computed with it by mistake.
         policy_version: Rollout step whose weights sampled it.
         author: Who wrote it; a teacher's rollout stands in a group only where the method trains on teacher text.
         teacher_top: `[response, k]`, if the teacher told its log-probs with its answer.
     """
 
     response_ids: IntArray
-    rollout_logprobs: FloatArray
+    rollout_logprobs: FloatArray | None
     finish_reason: FinishReason
     text: str
     parsed: str | None
@@ -187,7 +187,7 @@ class TrainingSample:
         token_ids: `[tokens]`, prompt then response.
         positions: `[3, tokens]`.
         loss_mask: `[tokens]`, 1 on response tokens. Entry i speaks of token i itself, not of its successor.
-        old_logprobs: `[tokens]`, of token i given the tokens before it; 0 where the mask is 0.
+        old_logprobs: `[tokens]`, of token i given the tokens before it; 0 where the mask is 0. `None` if they are not known.
         advantages: `[tokens]`; 0 where the mask is 0.
         grids: `(t, h, w)` in patches of its media.
         teacher_top: `[tokens, k]`, of token i given the tokens before it; no tokens where the mask is 0.
@@ -198,7 +198,7 @@ class TrainingSample:
     token_ids: IntArray
     positions: IntArray
     loss_mask: FloatArray
-    old_logprobs: FloatArray
+    old_logprobs: FloatArray | None
     advantages: FloatArray
     grids: tuple[tuple[int, int, int], ...] = ()
     teacher_top: TopLogprobs | None = None
@@ -228,12 +228,13 @@ class Microbatch:
         positions: `[3, tokens]` int64, restarting with every sequence that continues none.
         cu_seqlens: `[sequences + 1]` int32.
         loss_mask: `[tokens]` float32; like the next two, entry i speaks of token i.
-        old_logprobs: `[tokens]` float32.
+        old_logprobs: `[tokens]` float32; 0 where they are not known.
         advantages: `[tokens]` float32.
         patches: `[patches, channels * temporal * patch * patch]` float32; `None` without media and off the first stage.
         grids: `[media, 3]` int64, `None` without media.
         uids: Groups of the sequences, to name them when something goes wrong; padding has none.
         parents: Per sequence the place of the one that it continues, -1 for none; `None` if none does.
+        unknown: `[tokens]` bool, tokens whose old log-probs are not known; `None` if all are.
         importance: `[tokens]` float32 weights of the loss; `None` if they are all 1.
         teacher_ids: `[tokens, k]` int64, the teacher's most likely tokens in the place of token i, `NO_TOKEN` where there are fewer; `None`
             if no sample has any.
@@ -250,6 +251,7 @@ class Microbatch:
     grids: torch.Tensor | None = None
     uids: tuple[str, ...] = ()
     parents: tuple[int, ...] | None = None
+    unknown: torch.Tensor | None = None
     importance: torch.Tensor | None = None
     teacher_ids: torch.Tensor | None = None
     teacher_logprobs: torch.Tensor | None = None

@@ -21,6 +21,7 @@ from zppo_mm.randomness import generator
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.sampler import GroupSampler
+from zppo_mm.rollout.soundness import NOT_FINITE
 from zppo_mm.teacher.inquiry import Inquiry
 from zppo_mm.teacher.teacher import Teacher, TeacherLostError
 from zppo_mm.training.learner import Learner
@@ -296,6 +297,7 @@ def _sample(stages: Stages, instances: Sequence[PromptInstance], step: int, metr
     """Generate and verify; what could not be sampled is counted."""
     groups = stages.sampler.sample(instances, stages.sampling, stages.config.rollout.num_rollouts, step)
     metrics.add("rollout/failed_groups", Sum(len(instances) - len(groups)))
+    metrics.add("rollout/not_finite_groups", Sum(sum(reason == NOT_FINITE for reason in stages.sampler.failed.values())))
     return groups
 
 

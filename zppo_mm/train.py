@@ -20,7 +20,7 @@ from zppo_mm.learning_warnings import LearningWatch, warn_of_few_questions
 from zppo_mm.model_paths import check_model_paths
 from zppo_mm.models import parallel
 from zppo_mm.models.export import export_hf_weights
-from zppo_mm.models.lora import adapters_of, merged
+from zppo_mm.models.lora import adapters_of
 from zppo_mm.models.lora_export import export_adapter
 from zppo_mm.models.meetings import open_meetings
 from zppo_mm.models.worlds import World, divide_job
@@ -272,8 +272,7 @@ def _record(run: Run, folder: Path, record: StepRecord, seconds: float, log: Met
 def _finish(run: Run, folder: Path) -> None:
     """Export the trained student as a Hugging Face folder, its adapters merged, and the adapters by themselves beside it."""
     model, source = run.policy.model, student_folder(run.stages.config)
-    with merged(model):
-        export_hf_weights(model, source, folder / HF_FOLDER)
+    export_hf_weights(model, source, folder / HF_FOLDER)
     # With more trained than adapters, these alone would be another model.
     if adapters_of(model) is not None and not run.stages.config.lora.also_train:
         export_adapter(model, source, folder / ADAPTER_FOLDER)

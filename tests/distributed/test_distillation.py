@@ -291,9 +291,8 @@ def as_group(samples: list[TrainingSample], without_logprobs: int | None) -> Gro
     for place, sample in enumerate(samples):
         assert sample.teacher_top is not None
         top = TopLogprobs(sample.teacher_top.ids[count:], sample.teacher_top.logprobs[count:])
-        unknown = np.full(sample.num_tokens - count, np.nan, np.float32)
         told = None if place == without_logprobs else top
-        rollouts.append(Rollout(sample.token_ids[count:], unknown, "stop", "", None, 1.0, 1, teacher_top=told))
+        rollouts.append(Rollout(sample.token_ids[count:], None, "stop", "", None, 1.0, 1, teacher_top=told))
     return Group(PromptInstance(first.uid, first.question, "teacher", ""), prompt, tuple(rollouts))
 
 

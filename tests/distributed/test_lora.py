@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tests import network_checks, tiny_qwen
 from tests.distributed.launch import run_ranks
 from tests.distributed.training_example import TRAIN, Case, make_batches, write_tiny_folder
+from tests.unit.test_models_lora_bfloat16 import decoding_linears
 from zppo_mm.config import AlgorithmConfig, LoraConfig, ModelConfig, ParallelConfig
 from zppo_mm.models import parallel
 from zppo_mm.models.architecture import load_architecture
@@ -216,3 +217,39 @@ def test_a_checkpoint_continues_at_every_layout(folder: Path, alone: dict[str, A
     for result in results:
         for (dtype, name), losses in result.items():
             assert losses == pytest.approx(reference, rel=LOSS_TOLERANCE[dtype], abs=LOSS_TOLERANCE[dtype]), (dtype, name)
+        for name, losses in result.items():
+            assert losses == pytest.approx(reference, rel=TOLERANCE, abs=TOLERANCE), name
+
+
+def equal_outputs(folder: Path, size: float) -> dict[str, bool]:
+    with torch.no_grad():
+        return _equal_outputs(folder, size)
+
+
+def _equal_outputs(folder: Path, size: float) -> dict[str, bool]:
+    """Compare every linear's output in bfloat16 in the decoding loop with that in training, on two tensor ranks."""
+    layout = ParallelConfig(tensor_model_parallel_size=2)
+    parallel.initialize(layout, seed=0)
+    model = build_model(load_architecture(folder), ModelConfig(params_dtype="bfloat16"), layout)
+    load_hf_weights(model, folder)
+    add_lora(model, LORA, SEED)
+    adapters = adapters_of(model)
+    assert adapters is not None
+    for target in adapters.targets():
+        stream = torch.Generator().manual_seed(sum(target.key.encode()))
+        target.lora_B.data.copy_(size * torch.randn(2 * len(target.rows), LORA.rank, generator=stream)[: len(target.rows)])
+    linears, equal = decoding_linears(model.eval()), {}
+    for name, branch in adapters.branches.items():
+        # Of a row-parallel linear each rank has inputs of its own.
+        stream = torch.Generator().manual_seed(parallel.tensor_rank() if branch.mapping.rule.axis == 1 else 5)
+        hidden = torch.randn(256, branch.mapping.parameter.shape[1], generator=stream).bfloat16()
+        equal[name] = torch.equal(linears[branch.linear](hidden), branch.linear(hidden[:, None])[0].squeeze(1))
+    parallel.shutdown()
+    return equal
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-1])
+def test_sampler_and_trainer_compute_the_same_in_bfloat16_on_two_tensor_ranks(folder: Path, size: float) -> None:
+    for equal in run_ranks(equal_outputs, 2, folder, size):
+        assert len(equal) == 4 * 4
+        assert all(equal.values()), equal

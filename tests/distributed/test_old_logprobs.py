@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,10 +32,7 @@ LAYOUTS = {
 
 def unknown_samples() -> list[TrainingSample]:
     """Every second sample has old log-probs that nobody knows."""
-    samples = make_groups()
-    for sample in samples[::2]:
-        sample.old_logprobs[sample.loss_mask > 0] = np.nan
-    return samples
+    return [sample if place % 2 else replace(sample, old_logprobs=None) for place, sample in enumerate(make_groups())]
 
 
 def known_samples() -> list[TrainingSample]:
@@ -66,11 +64,12 @@ def expected_losses(folder: Path) -> dict[str, float]:
         total = 0.0
         for place in microbatch.loss_mask.nonzero().flatten().tolist():
             logprob, old = float(now[place]), float(microbatch.old_logprobs[place])
+            is_known = microbatch.unknown is None or not microbatch.unknown[place]
             advantage = float(microbatch.advantages[place])
             if name == "weighted":  # ratio 1, weighted by the old one's distance
                 total -= min(np.exp(logprob - old), CAP) * advantage
             else:
-                ratio = 1.0 if np.isnan(old) else np.exp(logprob - old)
+                ratio = np.exp(logprob - old) if is_known else 1.0
                 surrogate = min(ratio * advantage, float(np.clip(ratio, 0.8, 1.28)) * advantage)
                 total -= max(surrogate, 10 * advantage) if advantage < 0 else surrogate
         expected[name] = total / batch.num_loss_tokens
@@ -108,9 +107,20 @@ def test_any_layout_gives_the_same(folder: Path, alone: dict[str, tuple[float, f
 
 
 def test_weights_by_hand() -> None:
-    weights = importance_weights(torch.log(torch.tensor([0.2, 0.5, 0.3])), torch.log(torch.tensor([0.4, 0.1, float("nan")])), 2.0)
+    trained, sampled = torch.log(torch.tensor([0.2, 0.5, 0.3])), torch.log(torch.tensor([0.4, 0.1, 1.0]))
+    weights = importance_weights(trained, sampled, torch.tensor([False, False, True]), 2.0)
     # 0.2 / 0.4, 0.5 / 0.1 = 5 held at 2, unknown
     assert weights.tolist() == pytest.approx([0.5, 2.0, 1.0])
+    assert importance_weights(trained, sampled, None, 2.0).tolist() == pytest.approx([0.5, 2.0, 0.3])
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_no_weight_is_made_of_what_is_not_finite(wrong: float) -> None:
+    numbers, finite = torch.tensor([-1.0, wrong]), torch.tensor([-1.0, -2.0])
+    for trained, sampled in ((numbers, finite), (finite, numbers)):
+        first, second = importance_weights(trained, sampled, None, 2.0).tolist()
+        assert first == 1.0
+        assert math.isnan(second)
 
 
 def test_needed_only_where_something_is_unknown_or_weighted() -> None:

@@ -15,6 +15,7 @@ import torch
 from tests.distributed.launch import run_ranks
 from tests.distributed.training_example import TRAIN, Case, RandomMedia, build_policy, make_sample, write_tiny_folder
 from zppo_mm.config import AlgorithmConfig, ModelConfig, ParallelConfig
+from zppo_mm.errors import NotFiniteError
 from zppo_mm.experience import Batch, TrainingSample
 from zppo_mm.models import parallel
 from zppo_mm.models.architecture import load_architecture
@@ -24,7 +25,7 @@ from zppo_mm.randomness import generator
 from zppo_mm.training.batching import build_batches, plan_batches
 from zppo_mm.training.logprobs import token_statistics
 from zppo_mm.training.objective import SupervisedObjective
-from zppo_mm.training.policy import Policy
+from zppo_mm.training.policy import MAX_SKIPPED_IN_A_ROW, Policy
 
 # Two implementations of the network in float32, then three AdamW steps.
 ORACLE_TOLERANCE = 1e-3
@@ -178,6 +179,34 @@ def test_a_gradient_that_is_not_finite_skips_the_update_on_every_rank(folder: Pa
     assert "the update was skipped, their loss is not finite: groups " in message
     assert "poisoned" in message
     assert second["messages"] == []
+
+
+def skip_until_the_end(folder: Path) -> tuple[list[bool], str, bool]:
+    """Three spoilt updates, a good one, then spoilt ones: of the spoilt ones only one rank's samples are."""
+    policy = build_policy(folder, Case())
+    good = text_samples()
+    spoilt = dataclasses.replace(good[0], uid="spoilt", old_logprobs=good[0].old_logprobs - np.float32(np.inf) * good[0].loss_mask)
+    skipped, message = [], ""
+    before = weights_of(policy)
+    try:
+        for is_spoilt in [True] * 3 + [False] + [True] * 9:
+            samples = [spoilt, *good[1:]] if is_spoilt else good
+            skipped.append(bool(policy.train_step(one_batch(samples)).num_skipped_updates))
+            if not is_spoilt:
+                before = weights_of(policy)
+    except NotFiniteError as error:
+        message = str(error)
+    untouched = torch.equal(before, weights_of(policy))
+    parallel.shutdown()
+    return skipped, message, untouched
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_skipped_updates_in_a_row_end_the_run_by_name_on_every_rank(folder: Path) -> None:
+    for skipped, message, untouched in run_ranks(skip_until_the_end, 2, folder):
+        assert skipped == [True] * 3 + [False] + [True] * (MAX_SKIPPED_IN_A_ROW - 1)
+        assert "training.policy: 4 updates in a row were skipped, got losses or gradients that are not finite" in message
+        assert untouched
 
 
 def train_supervised(folder: Path) -> tuple[list[float], list[bool]]:

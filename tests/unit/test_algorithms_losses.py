@@ -92,6 +92,21 @@ def test_masked_and_far_tokens_are_harmless() -> None:
     assert math.isfinite(result.kl_sum.item())
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("field", ["logprobs", "old_logprobs", "advantages", "importance"])
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+def test_nothing_that_is_not_finite_becomes_a_loss(wrong: float, field: str, advantage: float) -> None:
+    """An infinite ratio would be clipped to a finite one, and the update be made with it."""
+    tokens = {name: torch.tensor([-1.0, -2.0]) for name in ("logprobs", "old_logprobs")}
+    tokens |= {"advantages": torch.full((2,), advantage), "importance": torch.ones(2)}
+    for mask, is_finite in (((1.0, 1.0), False), ((1.0, 0.0), True)):
+        poisoned = {name: value.clone() for name, value in tokens.items()}
+        poisoned[field][1] = wrong
+        ones = torch.tensor(mask)
+        result = policy_loss(mask=ones, clip_ratio_low=LOW, clip_ratio_high=HIGH, clip_ratio_c=DUAL, **poisoned)
+        assert math.isfinite(result.loss_sum.item()) is is_finite
+
+
 def test_importance_weighs_each_token_and_nothing_where_the_mask_is_zero() -> None:
     logprobs = torch.zeros(4, requires_grad=True)
     advantages = torch.tensor([1.0, 2.0, -1.0, 5.0])

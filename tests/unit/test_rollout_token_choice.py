@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zppo_mm.experience import NO_TOKEN
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.token_choice import choose_tokens
 
@@ -97,7 +99,7 @@ def test_greedy_takes_the_largest_and_reports_temperature_one() -> None:
 
 
 def test_tokens_without_probability_are_never_drawn() -> None:
-    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    logits = torch.tensor([[-1e30, 0.0, -1e30, 0.0, -1e30]])
     for uniform, token in ((0.0, 1), (0.49, 1), (0.51, 3), (1 - 2**-53, 3)):
         assert choose_tokens(logits, torch.tensor([uniform], dtype=torch.float64), params())[0].item() == token
 
@@ -109,6 +111,48 @@ def test_forbidden_tokens_are_never_drawn(chosen: SamplingParams) -> None:
     tokens, logprobs = choose_tokens(logits, uniforms, chosen, forbidden=torch.tensor([0, 2]))
     assert set(tokens.tolist()) <= {1, 3}
     assert torch.equal(logprobs, torch.log_softmax(logits, -1).gather(1, tokens[:, None]).squeeze(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "chosen",
+    [params(), params(0.0), params(0.6), params(top_k=3), params(top_p=0.9), params(min_p=0.1, temperature=1.3), params(top_k=99)],
+)
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("places", [[0], [9], range(10), [2, 7]])
+def test_nothing_is_drawn_from_logits_that_are_not_finite(
+    dtype: torch.dtype, chosen: SamplingParams, wrong: float, places: Sequence[int]
+) -> None:
+    """The rows beside stay what they are, whatever the number and place of the wrong logits; one of the places is forbidden."""
+    logits = (torch.randn(4, 10, generator=torch.Generator().manual_seed(2)) * 3).to(dtype)
+    uniforms, forbidden = torch.tensor([0.1, 0.4, 0.7, 0.999], dtype=torch.float64), torch.tensor([9])
+    expected = choose_tokens(logits.float(), uniforms, chosen, forbidden=forbidden)
+    poisoned = logits.clone()
+    for row in (1, 3):
+        poisoned[row, list(places)] = wrong
+    tokens, logprobs = choose_tokens(poisoned.float(), uniforms, chosen, forbidden=forbidden)
+    assert tokens[[1, 3]].tolist() == [NO_TOKEN, NO_TOKEN]
+    assert logprobs[[1, 3]].tolist() == [0.0, 0.0]
+    assert torch.equal(tokens[[0, 2]], expected[0][[0, 2]])
+    assert torch.equal(logprobs[[0, 2]], expected[1][[0, 2]])
+    assert (expected[0] != NO_TOKEN).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-3, 0.5, 1.0, 1e30])
+@pytest.mark.parametrize("scale", [1.0, 1e30, 3e38])
+@pytest.mark.parametrize("truncated", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.3}])
+def test_finite_logits_of_any_size_give_a_token_and_a_log_prob(temperature: float, scale: float, truncated: dict[str, float]) -> None:
+    logits = torch.tensor([[-1.0, 0.5, 1.0, -0.25]]) * scale
+    for uniform in (1e-9, 0.5, 1 - 2**-53):
+        drawn = torch.tensor([uniform], dtype=torch.float64)
+        tokens, logprobs = choose_tokens(logits, drawn, params(temperature, **truncated))
+        assert 0 <= tokens.item() < 4
+        assert math.isfinite(logprobs.item())
+        if scale / temperature >= 1e3:
+            assert tokens.item() == 2
+        # With the most likely token forbidden, another one is drawn, not the last one of the vocabulary.
+        tokens, _ = choose_tokens(logits, drawn, params(1.0, **truncated), forbidden=torch.tensor([2]))
+        assert tokens.item() == 1 or scale == 1.0
 
 
 def test_a_large_vocabulary_keeps_its_probabilities() -> None:

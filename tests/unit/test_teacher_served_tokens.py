@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -108,6 +109,42 @@ def test_what_cannot_be_used_is_left_out_and_said_once(answer: Choice, reason: s
         assert read.read(answer) is None
     assert len(caplog.records) == 1
     assert reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    "logprob", [math.nan, math.inf, -math.inf, 1e-3, 0.5, 1e300, -1e300], ids=["nan", "inf", "-inf", "above 0", "1/2", "huge", "tiny"]
+)
+@pytest.mark.parametrize("place", ["written", "likely", "unknown to the student"])
+def test_log_probs_that_there_are_none_of_are_refused(logprob: float, place: str, caplog: pytest.LogCaptureFixture) -> None:
+    good = token(b"4", 0.5, **{" is": 0.25})
+    bad = {
+        "written": ServedToken(b" is", logprob, ((b"4", -1.0),)),
+        "likely": ServedToken(b" is", -1.0, ((b"4", logprob),)),
+        "unknown to the student": ServedToken(b" is", -1.0, ((b"4", -1.0), (b"cat", logprob))),
+    }[place]
+    read = reader()
+    with caplog.at_level(logging.WARNING):
+        assert read.read(choice("4 is", good, bad)) is None
+    assert "which is not a finite number of at most 0" in caplog.text
+    assert read.read(choice("4", good)) is not None
+
+
+def test_probabilities_above_one_together_are_refused_and_rounding_is_not(caplog: pytest.LogCaptureFixture) -> None:
+    read = reader()
+    assert read.read(choice("4", token(b"4", 0.75, **{"4": 0.75, " is": 0.2504}))) is not None  # the written one counts once
+    assert read.read(choice("4", ServedToken(b"4", -0.0, ((b" is", -9999.0), (b"\n", -3.4028234663852886e38))))) is not None
+    with caplog.at_level(logging.WARNING):
+        assert read.read(choice("4", token(b"4", 0.75, **{" is": 0.5}))) is None
+    assert "the most likely tokens beside b'4' have probability 1.25 together, more than 1" in caplog.text
+
+
+@pytest.mark.parametrize("told", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "0.25", '"nan"', "true"])
+def test_a_reply_with_such_log_probs_is_not_distilled_from(told: str) -> None:
+    body = reply({"content": [{"token": "é4", "bytes": None, "logprob": "TOLD"}]}).replace(b'"TOLD"', told.encode())
+    read = TokenReader({"é4".encode(): 1}, [6], num_top=1)
+    with contextlib.suppress(Fault):  # whether the reply is refused as a whole or its log-probs alone
+        assert read.read(parse_reply(body, 1).choices[0]) is None
+    assert read.read(parse_reply(body.replace(told.encode(), b"-0.5"), 1).choices[0]) is not None
 
 
 def reply(content: Any) -> bytes:

@@ -111,6 +111,30 @@ def test_the_shuffle_depends_on_the_step_alone() -> None:
     assert plan(samples).minibatch_of != other.minibatch_of
 
 
+@pytest.mark.parametrize("share_prompts", [False, True])
+@pytest.mark.parametrize("budget", [1600, 400])
+def test_a_replica_opens_the_media_of_its_share_of_the_questions(share_prompts: bool, budget: int) -> None:
+    """8 replicas, 576 questions: each opens 72, whether or not prompts are shared and a group fits into a micro-batch."""
+    lengths = np.random.default_rng(0)
+    samples = []
+    for question in range(576):
+        prompt = int(lengths.integers(5, 90))
+        samples += [make_sample(str(question), prompt, 1 + int(lengths.lognormal(3.2, 1.0))) for _ in range(8)]
+    made = plan_batches(
+        samples,
+        num_minibatches=4,
+        num_replicas=8,
+        micro_batch_tokens=budget,
+        random=generator(0, "minibatches", 3),
+        share_prompts=share_prompts,
+    )
+    for replica in range(8):
+        packs = [members for update in made.microbatches for members in update[replica]]
+        opened = {samples[index].uid for members in packs for index in members}
+        # Few groups are divided, so that the tokens of two replicas differ by at most the longest sample.
+        assert len(opened) <= 76, len(opened)
+
+
 def test_trivial_samples_count_but_are_not_passed() -> None:
     samples = [make_sample("0", 3, 5), make_sample("1", 3, 7, advantage=0.0)]
     made = plan(samples, num_minibatches=1, num_replicas=1)

@@ -49,7 +49,7 @@ def policy_loss(
     """Return the token-level clipped surrogate, summed and negated.
 
     For ratio rho and advantage A of a token: `min(rho A, clip(rho, 1 - low, 1 + high) A)`, and for A < 0 not below `c A`.
-    Whatever stands where the mask is 0, NaN included, has no influence.
+    Whatever stands where the mask is 0, NaN included, has no influence. Where it is not, a log-prob that is not finite makes the loss NaN.
 
     Args:
         logprobs: `[tokens]`, of the policy that is trained; carries gradient.
@@ -66,7 +66,9 @@ def policy_loss(
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
     keep = mask != 0
     zero = torch.zeros((), dtype=dtype, device=logprobs.device)
-    log_ratio = torch.where(keep, logprobs.to(dtype) - old_logprobs.detach().to(dtype), zero).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    gap = torch.where(keep, logprobs.to(dtype) - old_logprobs.detach().to(dtype), zero)
+    # The bound would make a number of an infinite gap, which no log-probs have that can be trained on.
+    log_ratio = torch.where(gap.isfinite(), gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), torch.nan)
     advantage = torch.where(keep, advantages.to(dtype), zero)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_ratio_low, 1 + clip_ratio_high)

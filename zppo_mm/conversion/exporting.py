@@ -16,7 +16,8 @@ from zppo_mm.models.architecture import load_architecture
 from zppo_mm.models.export import agree, in_rounds, open_source, refuse_inside, write_weights
 from zppo_mm.models.imported_folder import ImportedFolder, is_imported
 from zppo_mm.models.lora import add_lora
-from zppo_mm.models.lora_checkpoint import merge_adapters
+from zppo_mm.models.lora_checkpoint import load_adapters
+from zppo_mm.models.lora_merge import merged_rounds
 from zppo_mm.models.megatron_folder import build_without_weights, check_shapes, with_weights
 from zppo_mm.models.safetensors_folder import SafetensorsFolder
 from zppo_mm.models.weights import parameter_mappings
@@ -51,7 +52,8 @@ def export_folder(source_dir: Path, target: Path, layout: ParallelConfig) -> Non
         failure = error
     agree(failure, target)
     rounds = in_rounds(parameter_mappings(model))
-    weights = merge_adapters(model, with_weights(model, rounds, place.source, place.weights), place.weights)
+    load_adapters(model, place.weights)
+    weights = merged_rounds(model, with_weights(model, rounds, place.source, place.weights), place.source)
     write_weights(model, weights, place.source, target)
     if parallel.rank() == 0:
         logger.info("exported %s to %s in %.1f s", place.weights, target, time.perf_counter() - started)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +16,7 @@ from zppo_mm.models.attention import PackedSelfAttention
 from zppo_mm.models.cache import AttentionState, DecodeCache, LinearState
 from zppo_mm.models.delta_rule import NORM_EPSILON
 from zppo_mm.models.gated_delta_net import GatedDeltaNet
-from zppo_mm.models.lora import weight_of
+from zppo_mm.models.lora import DecodeAdapters, decode_adapters
 from zppo_mm.models.shared_attention import attend
 
 if TYPE_CHECKING:
@@ -35,17 +35,34 @@ class Normed:
 
 
 @dataclass(frozen=True, slots=True)
-class RowParallel:
-    """A linear layer whose input is split over the tensor-parallel ranks."""
+class Linear:
+    """A linear layer, with its adapters beside it if it has any.
+
+    Attributes:
+        weight: `[outputs, inputs]`, this rank's share.
+        bias: `[outputs]`, `None` in most families.
+        adapters: What is added to its output, as the training forward pass does.
+        group: The tensor-parallel ranks, if the input is split over them.
+    """
 
     weight: torch.Tensor
-    group: dist.ProcessGroup | None
+    bias: torch.Tensor | None = None
+    adapters: DecodeAdapters | None = None
+    group: dist.ProcessGroup | None = None
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        output = F.linear(hidden, self.weight)
+        output = F.linear(hidden, self.weight, self.bias)
+        if self.adapters is None:
+            if self.group is not None:
+                dist.all_reduce(output, group=self.group)
+            return output
+        narrow = F.linear(hidden, self.adapters.down)
         if self.group is not None:
-            dist.all_reduce(output, group=self.group)
-        return output
+            # The narrow part goes along: B is for the sum over the ranks, as in training.
+            both = torch.cat([output, narrow], 1)
+            dist.all_reduce(both, group=self.group)
+            output, narrow = torch.split(both, [output.shape[1], narrow.shape[1]], 1)
+        return self.adapters.add_to(output, narrow)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +71,6 @@ class DecodeAttention:
 
     Attributes:
         number: Global layer number.
-        bias: Of the projection to query, key and value, `None` in most families.
         gated: Whether the projection holds a gate for the output.
         qk_scale: `[query heads of a group + 1, head_dim]` norm weights of queries and key; `None` without that norm.
         groups: Key heads on this rank.
@@ -62,10 +78,9 @@ class DecodeAttention:
     """
 
     number: int
-    qkv: torch.Tensor
-    bias: torch.Tensor | None
+    qkv: Linear
     gated: bool
-    projection: RowParallel
+    projection: Linear
     qk_scale: torch.Tensor | None
     eps: float
     groups: int
@@ -76,7 +91,7 @@ class DecodeAttention:
         batch, heads, dim = len(hidden), self.repeats, self.head_dim
         state: AttentionState = cache.attention[self.number]
         sections = [heads, heads, 1, 1] if self.gated else [heads, 1, 1]
-        projected = F.linear(hidden, self.qkv, self.bias).view(batch, self.groups, sum(sections), dim)
+        projected = self.qkv(hidden).view(batch, self.groups, sum(sections), dim)
         query, *gate, key, value = torch.split(projected, sections, 2)
         both = torch.cat([query, key], 2)
         if self.qk_scale is not None:
@@ -104,15 +119,15 @@ class DecodeDeltaNet:
 
     Attributes:
         number: Global layer number.
-        in_proj: `[channels, hidden]`, query, key, value, gate, beta and alpha.
+        in_proj: To query, key, value, gate, beta and alpha.
         taps: `[taps, taps, channels]` convolution weights, entry p for a ring whose newest input is in slot p.
         qk_scale: `[2, 1, 1]` brings normalised queries and keys to the lengths that the rule wants.
         decay_rate: `[value_heads]`, minus exp(A_log).
     """
 
     number: int
-    in_proj: torch.Tensor
-    out_proj: RowParallel
+    in_proj: Linear
+    out_proj: Linear
     taps: torch.Tensor
     sections: list[int]
     key_heads: int
@@ -125,7 +140,7 @@ class DecodeDeltaNet:
     def __call__(self, hidden: torch.Tensor, rotary: RotaryStep, cache: DecodeCache) -> torch.Tensor:
         batch, heads = len(hidden), self.value_heads
         memory: LinearState = cache.linear[self.number]
-        inputs, gate, beta, alpha = torch.split(F.linear(hidden, self.in_proj), self.sections, 1)
+        inputs, gate, beta, alpha = torch.split(self.in_proj(hidden), self.sections, 1)
         newest = (cache.step + len(self.taps) - 1) % len(self.taps)
         memory.inputs[:, newest] = inputs
         mixed = F.silu((memory.inputs * self.taps[newest]).sum(1)).float()
@@ -168,12 +183,12 @@ class DecodeLayer:
     input_norm: Normed
     mixer: DecodeAttention | DecodeDeltaNet
     mlp_norm: Normed
-    fc1: torch.Tensor
-    fc2: RowParallel
+    fc1: Linear
+    fc2: Linear
 
     def __call__(self, hidden: torch.Tensor, rotary: RotaryStep, cache: DecodeCache) -> torch.Tensor:
         hidden = hidden + self.mixer(self.input_norm(hidden), rotary, cache)
-        gate, up = F.linear(self.mlp_norm(hidden), self.fc1).chunk(2, -1)
+        gate, up = self.fc1(self.mlp_norm(hidden)).chunk(2, -1)
         return hidden + self.fc2(F.silu(gate) * up)
 
 
@@ -197,7 +212,7 @@ class RotaryStep:
 class DecodePlan:
     """This stage's weights in the form that the loop reads; they are the model's own tensors wherever that form is theirs.
 
-    Weights with adapters are copies with the adapters in them, so that a step costs no more calls than without.
+    Adapters stay beside their weights: in bfloat16 a merged weight would round away most of what small ones add.
 
     Attributes:
         swap: `[head_dim]` for each rotated channel its partner.
@@ -240,25 +255,31 @@ def build_plan(model: VisionLanguageModel) -> DecodePlan:
         output_weight = language.output_layer.weight
         if model.share_embeddings_and_output_weights:
             output_weight = model.shared_embedding_or_output_weight()
-    read_weight = partial(weight_of, model)
-    layers = tuple(_layer(layer, read_norm, read_weight, group) for layer in language.decoder.layers)
+    read_linear = partial(_linear, decode_adapters(model))
+    layers = tuple(_layer(layer, read_norm, read_linear, group) for layer in language.decoder.layers)
     return DecodePlan(layers, final_norm, output_weight, swap, architecture.hidden_size, model.config.params_dtype)
 
 
-_ReadWeight = Callable[[nn.Module], torch.Tensor]
+def _linear(
+    adapters: Mapping[nn.Module, DecodeAdapters], linear: Any, bias: torch.Tensor | None = None, group: dist.ProcessGroup | None = None
+) -> Linear:
+    return Linear(linear.weight, bias, adapters.get(linear), group)
 
 
-def _layer(layer: Any, read_norm: Callable[..., Normed], read_weight: _ReadWeight, group: dist.ProcessGroup | None) -> DecodeLayer:
+_ReadLinear = Callable[..., Linear]
+
+
+def _layer(layer: Any, read_norm: Callable[..., Normed], read_linear: _ReadLinear, group: dist.ProcessGroup | None) -> DecodeLayer:
     mixer = layer.self_attention
     linear = mixer.in_proj if isinstance(mixer, GatedDeltaNet) else mixer.linear_qkv
     return DecodeLayer(
         input_norm=read_norm(layer.input_layernorm, linear),
-        mixer=_delta_net(mixer, read_weight, group)
+        mixer=_delta_net(mixer, read_linear, group)
         if isinstance(mixer, GatedDeltaNet)
-        else _attention(mixer, read_norm, read_weight, group),
+        else _attention(mixer, read_norm, read_linear, group),
         mlp_norm=read_norm(layer.pre_mlp_layernorm, layer.mlp.linear_fc1),
-        fc1=read_weight(layer.mlp.linear_fc1),
-        fc2=RowParallel(read_weight(layer.mlp.linear_fc2), group),
+        fc1=read_linear(layer.mlp.linear_fc1),
+        fc2=read_linear(layer.mlp.linear_fc2, group=group),
     )
 
 
@@ -269,7 +290,7 @@ def _norm(norm: nn.Module, linear: nn.Module | None = None, *, eps: float, zero_
 
 
 def _attention(
-    mixer: PackedSelfAttention, read_norm: Callable[..., Normed], read_weight: _ReadWeight, group: dist.ProcessGroup | None
+    mixer: PackedSelfAttention, read_norm: Callable[..., Normed], read_linear: _ReadLinear, group: dist.ProcessGroup | None
 ) -> DecodeAttention:
     groups, heads = mixer.num_query_groups_per_partition, mixer.num_attention_heads_per_partition
     qk_scale = None
@@ -278,10 +299,9 @@ def _attention(
         qk_scale = torch.cat([query_scale.expand(heads // groups, -1), key_scale[None]])
     return DecodeAttention(
         number=mixer.layer_number,
-        qkv=read_weight(mixer.linear_qkv),
-        bias=mixer.linear_qkv.bias if mixer.config.add_qkv_bias else None,
+        qkv=read_linear(mixer.linear_qkv, mixer.linear_qkv.bias if mixer.config.add_qkv_bias else None),
         gated=mixer.config.attention_output_gate,
-        projection=RowParallel(read_weight(mixer.linear_proj), group),
+        projection=read_linear(mixer.linear_proj, group=group),
         qk_scale=qk_scale,
         eps=mixer.config.layernorm_epsilon,
         groups=groups,
@@ -290,7 +310,7 @@ def _attention(
     )
 
 
-def _delta_net(mixer: GatedDeltaNet, read_weight: _ReadWeight, group: dist.ProcessGroup | None) -> DecodeDeltaNet:
+def _delta_net(mixer: GatedDeltaNet, read_linear: _ReadLinear, group: dist.ProcessGroup | None) -> DecodeDeltaNet:
     heads = mixer.heads
     taps = mixer.conv1d.weight.detach().squeeze(1).t()
     # With the newest input in slot p, slot p holds the last tap and slot p + 1 the first.
@@ -298,8 +318,8 @@ def _delta_net(mixer: GatedDeltaNet, read_weight: _ReadWeight, group: dist.Proce
     inverse_root = heads.key_dim**-0.5
     return DecodeDeltaNet(
         number=mixer.layer_number,
-        in_proj=read_weight(mixer.in_proj),
-        out_proj=RowParallel(read_weight(mixer.out_proj), group),
+        in_proj=read_linear(mixer.in_proj),
+        out_proj=read_linear(mixer.out_proj, group=group),
         taps=ring,
         sections=[sum(heads.qkv), *heads.projection[3:]],
         key_heads=heads.key_heads,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,9 +19,12 @@ from megatron.core import parallel_state
 from zppo_mm.errors import ModelError
 from zppo_mm.models import parallel
 from zppo_mm.models.hf_writer import FolderWriter, other_files
+from zppo_mm.models.lora_merge import merged_rounds
 from zppo_mm.models.safetensors_folder import SafetensorsFolder
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.models.weights import Mapping, check_keys, join, parameter_mappings, split_tensors, tied_copies
+
+logger = logging.getLogger(__name__)
 
 ROUND_BYTES = 1 << 28
 """Bytes of a rank's parameters between two checks that no rank has failed."""
@@ -29,7 +33,7 @@ Sink = Callable[[str, torch.Tensor], None]
 
 
 def export_hf_weights(model: VisionLanguageModel, source_dir: str | Path, target_dir: str | Path) -> None:
-    """Write the network as a Hugging Face folder; every rank calls it, one writes.
+    """Write the network as a Hugging Face folder, its adapters merged; every rank calls it, one writes.
 
     The folder has the source's weight files, keys and types, weights outside the network unchanged, and every other file byte for byte. A
     quantised source gives a folder that is not. It is written aside and renamed when complete; an older folder of that name is replaced.
@@ -53,7 +57,25 @@ def export_hf_weights(model: VisionLanguageModel, source_dir: str | Path, target
     # Agreed on before any tensor travels: a rank that stopped here would leave the others waiting.
     agree(failure, target)
     assert source is not None
-    write_weights(model, in_rounds(parameter_mappings(model)), source, target)
+    if is_writer():
+        _warn_of_rounding(model, source)
+    write_weights(model, merged_rounds(model, in_rounds(parameter_mappings(model)), source), source, target)
+
+
+def _warn_of_rounding(model: VisionLanguageModel, source: SafetensorsFolder) -> None:
+    """Say that the folder's types hold less than the weights that were trained, with which the run sampled."""
+    trained = [(key, each.parameter.dtype) for each in parameter_mappings(model) if each.parameter.requires_grad for key in each.keys]
+    rounded = [(key, dtype, source.dtype(key)) for key, dtype in trained if source.dtype(key).itemsize < dtype.itemsize]
+    if rounded:
+        key, dtype, coarser = rounded[0]
+        logger.warning(
+            "export: %d trained tensors, the first %s, are rounded from %s to %s, their type in the folder that the run started from; what "
+            "training changed by less than half a step of that type is lost",
+            len(rounded),
+            key,
+            str(dtype).removeprefix("torch."),
+            str(coarser).removeprefix("torch."),
+        )
 
 
 def open_source(model: VisionLanguageModel, source: SafetensorsFolder) -> SafetensorsFolder:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -57,6 +57,28 @@ class LoraTarget(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(len(rows), rank, device=weight.device, dtype=weight.dtype))
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeAdapters:
+    """All adapters of one linear, as a decoding step uses them.
+
+    Attributes:
+        down: `[sum of ranks, inputs]`, this rank's share of the inputs.
+        up: `[outputs, sum of ranks]`, this rank's share of the outputs.
+        scale: Of what they add.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+
+    def add_to(self, output: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
+        """Add to `[batch, outputs]`, in place, what the adapters make of `[batch, sum of ranks]`, the product of inputs and `down`.
+
+        Every product is rounded where the training forward pass rounds it: what small adapters add is below a step of the type.
+        """
+        return output.add_(F.linear(narrow * self.scale, self.up))
+
+
 class LoraBranch:
     """What is added to the output of one Megatron linear.
 
@@ -89,14 +111,15 @@ class LoraBranch:
         self._mark_gradients()
         linear.register_forward_hook(self._add_to_output)
 
+    @torch.no_grad()
     def delta_weight(self) -> torch.Tensor:
         """Return what this rank's weight changes by, float32 `[rows, inputs]`."""
         return self._scale * self._stacked_b().float() @ self._stacked_a().float()
 
-    def merged_weight(self, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """Return this rank's weight with the adapters in it, in the weight's type; another weight than the network's own may be given."""
-        weight = self.mapping.parameter.detach() if weight is None else weight.detach()
-        return (weight.float() + self.delta_weight().detach()).to(weight.dtype)
+    @torch.no_grad()
+    def for_decoding(self) -> DecodeAdapters:
+        """Return the adapters as they are now."""
+        return DecodeAdapters(self._stacked_a(), self._stacked_b(), self._scale)
 
     @property
     def _scale(self) -> float:
@@ -291,32 +314,10 @@ def adapters_of(model: nn.Module) -> LoraAdapters | None:
     return cast("LoraAdapters | None", getattr(model, "lora", None))
 
 
-def weight_of(model: nn.Module, linear: nn.Module) -> torch.Tensor:
-    """Return a linear's weight as it acts: with its adapters in it, or the parameter itself if it has none."""
+def decode_adapters(model: nn.Module) -> dict[nn.Module, DecodeAdapters]:
+    """Return the adapters by their linears as they are now, for a loop of decoding; nothing if there are none."""
     adapters = adapters_of(model)
-    for branch in adapters.branches.values() if adapters is not None else ():
-        if branch.linear is linear:
-            return branch.merged_weight()
-    return cast(torch.Tensor, linear.weight)
-
-
-@contextmanager
-def merged(model: nn.Module) -> Iterator[None]:
-    """Have the adapters inside the weights for the duration of a block that reads the weights, an export for example.
-
-    The weights come back bit for bit; meanwhile their copies are in host memory. The forward pass must not be run inside.
-    """
-    adapters = adapters_of(model)
-    originals: list[tuple[nn.Parameter, torch.Tensor]] = []
-    try:
-        for branch in adapters.branches.values() if adapters is not None else ():
-            weight = branch.mapping.parameter
-            originals.append((weight, weight.detach().to("cpu", copy=True)))
-            weight.data.copy_(branch.merged_weight())
-        yield
-    finally:
-        for weight, original in originals:
-            weight.data.copy_(original)
+    return {branch.linear: branch.for_decoding() for branch in (adapters.branches.values() if adapters is not None else ())}
 
 
 def target_names(config: LoraConfig, architecture: Architecture) -> set[str]:

@@ -1,11 +1,8 @@
-"""Adapters out of a run's checkpoint into weights that are read from it parameter by parameter."""
+"""Adapters out of a run's checkpoint."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
@@ -13,18 +10,17 @@ from torch import nn
 from zppo_mm.errors import CheckpointError
 from zppo_mm.models.boxes import boxes_of
 from zppo_mm.models.distributed_folder import DistributedFolder, on_every_rank
-from zppo_mm.models.lora import LoraAdapters, adapters_of
+from zppo_mm.models.lora import adapters_of
 from zppo_mm.models.megatron_folder import save_entries
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.models.weights import ADAPTERS, Mapping
+from zppo_mm.models.weights import ADAPTERS
 
 
-def merge_adapters(model: VisionLanguageModel, rounds: Iterable[list[Mapping]], folder: Path) -> Iterator[list[Mapping]]:
-    """Yield rounds of parameters with the checkpoint's adapters merged into them; every rank goes along.
+def load_adapters(model: VisionLanguageModel, folder: Path) -> None:
+    """Replace a network's adapters by a checkpoint's, in float32; every rank calls it.
 
     Args:
-        model: From `build_without_weights`, with adapters if the run had any; without, the rounds pass as they are.
-        rounds: Parameters with weights from the checkpoint.
+        model: From `build_without_weights`; without adapters nothing happens.
         folder: The checkpoint, saved at any layout.
 
     Raises:
@@ -32,22 +28,7 @@ def merge_adapters(model: VisionLanguageModel, rounds: Iterable[list[Mapping]], 
     """
     adapters = adapters_of(model)
     if adapters is None:
-        yield from rounds
         return
-    _load(adapters, folder)
-    for mappings in rounds:
-        yield [_merged(adapters, mapping) for mapping in mappings]
-
-
-def _merged(adapters: LoraAdapters, mapping: Mapping) -> Mapping:
-    branch = adapters.branches.get(mapping.name)
-    if branch is None:
-        return mapping
-    return dataclasses.replace(mapping, parameter=cast(nn.Parameter, branch.merged_weight(mapping.parameter)))
-
-
-def _load(adapters: LoraAdapters, folder: Path) -> None:
-    """Replace all adapters by the checkpoint's, in float32."""
     for target in adapters.targets():
         for half in ("lora_A", "lora_B"):
             setattr(target, half, nn.Parameter(torch.empty(target.get_parameter(half).shape), requires_grad=False))

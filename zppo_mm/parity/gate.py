@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.question import Question
 from zppo_mm.build import Run, build_stream, student_folder
 from zppo_mm.config import ParityConfig
 from zppo_mm.experience import Batch, FloatArray, Group, PromptInstance
@@ -29,6 +30,7 @@ from zppo_mm.parity.oracle import SourceInput, SourceLogprobs, source_logprobs
 from zppo_mm.parity.questions import Chosen, UncountedHealth, choose_questions
 from zppo_mm.parity.record import ParityRecord, count_modality, table, write_record
 from zppo_mm.randomness import generator
+from zppo_mm.rollout.soundness import NOT_FINITE
 from zppo_mm.training.batching import build_batches, plan_batches
 from zppo_mm.training.samples import response_sequence, to_training_samples
 
@@ -60,6 +62,7 @@ def check_parity(run: Run, folder: Path, step: int) -> None:
     with _random_states_kept():
         chosen = _choose(run, config.num_questions)
         groups = _sample(run, chosen, config)
+        broken = _broken_modalities(chosen, run.stages.sampler.failed)
         responses = _responses(groups, _training_logprobs(run, groups))
         counts, source = parallel.on_rank_zero(partial(_look, run, groups, config, step))
         for group, values in zip(groups, source.logprobs, strict=True):
@@ -68,7 +71,7 @@ def check_parity(run: Run, folder: Path, step: int) -> None:
         run.release_memory()
         run.take_losses()  # what grading the gate's responses lost is no part of the first step
     record = _judge(run, chosen, [response for group in groups for response in responses[group.uid]], counts, source.skipped, step)
-    record = dataclasses.replace(record, seconds=time.perf_counter() - started)
+    record = dataclasses.replace(record, findings=(*broken, *record.findings), seconds=time.perf_counter() - started)
     if parallel.rank() == 0:
         write_record(folder, record)
         logger.info("%s", table(record))
@@ -105,12 +108,26 @@ def _sample(run: Run, chosen: Chosen, config: ParityConfig) -> list[Group]:
     """Sample short responses as in training; a first question of every modality comes before any second one."""
     asked = [(place, question) for questions in chosen.questions.values() for place, question in enumerate(questions)]
     instances = [
-        PromptInstance(f"parity/{place}/{question.id}", question, "new", run.templates.plain_text(question))
+        PromptInstance(_uid(place, question), question, "new", run.templates.plain_text(question))
         for place, question in sorted(asked, key=lambda item: item[0])
     ]
     longest = min(config.max_response_tokens, run.stages.sampling.max_new_tokens)
     sampling = dataclasses.replace(run.stages.sampling, max_new_tokens=longest)
     return run.stages.sampler.sample(instances, sampling, NUM_ROLLOUTS, step=0)
+
+
+def _broken_modalities(chosen: Chosen, failed: Mapping[str, str]) -> list[str]:
+    """Name the modalities of which nothing can be compared, because the network's logits are not finite for any question."""
+    return [
+        f"parity: {name}: the network is broken, got logits that are not finite for question {questions[0].id!r} and every other one, "
+        "expected finite numbers; check the weights of the folder; parity.mode=warn goes on all the same"
+        for name, questions in chosen.questions.items()
+        if questions and all(failed.get(_uid(place, question)) == NOT_FINITE for place, question in enumerate(questions))
+    ]
+
+
+def _uid(place: int, question: Question) -> str:
+    return f"parity/{place}/{question.id}"
 
 
 def _training_logprobs(run: Run, groups: Sequence[Group]) -> list[FloatArray]:
@@ -148,13 +165,13 @@ def _training_logprobs(run: Run, groups: Sequence[Group]) -> list[FloatArray]:
 def _responses(groups: Sequence[Group], training: Sequence[FloatArray]) -> dict[str, list[Response]]:
     """Return the responses by group uid."""
     values = iter(training)
-    return {
-        group.uid: [
-            Response(group.question.modality, group.question.id, rollout.response_ids, next(values), rollout.rollout_logprobs)
-            for rollout in group.rollouts
-        ]
-        for group in groups
-    }
+    responses: dict[str, list[Response]] = {}
+    for group in groups:
+        for rollout in group.rollouts:
+            assert rollout.rollout_logprobs is not None, "the run's own engine tells its log-probs"
+            compared = rollout.response_ids, next(values), rollout.rollout_logprobs
+            responses.setdefault(group.uid, []).append(Response(group.question.modality, group.question.id, *compared))
+    return responses
 
 
 def _look(run: Run, groups: Sequence[Group], config: ParityConfig, step: int) -> tuple[list[MediaCount], SourceLogprobs]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from zppo_mm.experience import FloatArray, IntArray
+from zppo_mm.experience import NO_TOKEN, FloatArray, IntArray
 from zppo_mm.rollout.engine import Generation, SamplingParams
 
 UNIFORM_BLOCK = 256
@@ -55,11 +55,12 @@ class RolloutBatch:
         self.rows: torch.Tensor | None = None
         self.seen = torch.zeros((total, vocab_size), dtype=torch.bool, device=device) if sampling.presence_penalty else None
         self._positions = torch.tensor(start_positions, device=device)
-        self._stops = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=device)
+        # Where nothing could be drawn, a sequence ends as well.
+        self._ends = torch.tensor([*sampling.stop_token_ids, NO_TOKEN], dtype=torch.int64, device=device)
         self._ended = torch.zeros(total, dtype=torch.bool, device=device)
         self._steps: list[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]] = []
         self._lengths = np.zeros(total, dtype=np.int64)
-        self._stopped = np.zeros(total, dtype=bool)
+        self._has_ended = np.zeros(total, dtype=bool)
         self.num_active = total
 
     @property
@@ -71,22 +72,20 @@ class RolloutBatch:
         """Add one token to every sequence; to those that ended before, one that is not kept.
 
         Args:
-            tokens: `[batch]` int64.
+            tokens: `[batch]` int64, `NO_TOKEN` where nothing could be drawn.
             logprobs: `[batch]` float32.
         """
         self._steps.append((self.rows, tokens, logprobs))
         if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
-        if not len(self._stops):
-            return
-        ends = torch.isin(tokens, self._stops) & ~self._ended
+            self.seen.scatter_(1, tokens.clamp(min=0)[:, None], True)
+        ends = torch.isin(tokens, self._ends) & ~self._ended
         # One transfer per step tells the host which sequences ended.
         ended_now = torch.nonzero(ends).squeeze(1).cpu()
         if len(ended_now):
             self._ended |= ends
             places = ended_now if self.rows is None else self.rows[ended_now]
             self._lengths[places.numpy()] = len(self._steps)
-            self._stopped[places.numpy()] = True
+            self._has_ended[places.numpy()] = True
             self.num_active -= len(ended_now)
 
     def drop_finished(self) -> torch.Tensor:
@@ -112,8 +111,14 @@ class RolloutBatch:
             places = slice(None) if rows is None else rows.numpy()
             tokens[step, places] = step_tokens.cpu().numpy()
             logprobs[step, places] = step_logprobs.cpu().numpy()
-        lengths = np.where(self._stopped, self._lengths, num_steps)
+        lengths = np.where(self._has_ended, self._lengths, num_steps)
+        broken = ((tokens == NO_TOKEN) & (np.arange(num_steps)[:, None] == lengths - 1)).any(0)
         return [
-            Generation(tokens[: lengths[place], place].copy(), logprobs[: lengths[place], place].copy(), "stop" if stopped else "length")
-            for place, stopped in enumerate(self._stopped.tolist())
+            Generation(
+                tokens[:length, place].copy(),
+                logprobs[:length, place].copy(),
+                "stop" if self._has_ended[place] else "length",
+                is_broken=bool(broken[place]),
+            )
+            for place, length in enumerate((lengths - broken).tolist())
         ]

@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from encoders.processor import VisionInput
 from zppo_mm.experience import FinishReason, FloatArray, IntArray, Prompt
+
+MAX_LOGPROB = 1e-4
+"""Largest log-prob of a token, above 0 by what the rounding of a softmax may add."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +57,26 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One continuation: `response_ids` and `rollout_logprobs` are `[response]`."""
+    """One continuation: `response_ids` and `rollout_logprobs` are `[response]`.
+
+    Attributes:
+        is_broken: Whether the logits after these tokens were not finite, so that nothing could be
+            drawn from them; the finish reason means nothing then.
+    """
 
     response_ids: IntArray
     rollout_logprobs: FloatArray
     finish_reason: FinishReason
+    is_broken: bool = False
+
+    @property
+    def num_sound_tokens(self) -> int | None:
+        """Tokens before the first that no sound network can have drawn; `None` if all are sound."""
+        # Beyond 0 is what the rounding of a softmax may give.
+        sound = np.isfinite(self.rollout_logprobs) & (self.rollout_logprobs <= MAX_LOGPROB)
+        if not sound.all():
+            return int(np.argmin(sound))
+        return len(self.response_ids) if self.is_broken else None
 
 
 class RolloutEngine(Protocol):
@@ -65,6 +85,7 @@ class RolloutEngine(Protocol):
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
         """Return `num_rollouts` continuations per request, in the order of the requests.
 
-        The draw depends only on the weights, the prompt and the seed path, never on what else is in the batch.
+        The draw depends only on the weights, the prompt and the seed path, never on what else is in the batch. Nothing is drawn from
+        logits that are not finite: the continuation ends before that token and is broken.
         """
         ...

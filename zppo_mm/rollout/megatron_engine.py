@@ -109,7 +109,8 @@ class MegatronEngine:
                 kept = batch.drop_finished()
                 cache.select(kept)
                 tokens = tokens.index_select(0, kept)
-            logits = self._model.decode(tokens, batch.positions(), cache)
+            # A sequence that nothing could be drawn for goes along until it is dropped, with any token.
+            logits = self._model.decode(tokens.clamp(min=0), batch.positions(), cache)
         return batch.generations()
 
     def _heed_stop(self) -> None:

@@ -8,15 +8,19 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from typing import Protocol
 
 from data.question import Question
 from encoders.processor import VisionInput
+from zppo_mm.errors import NotFiniteError
 from zppo_mm.experience import PLAIN_KINDS, Group, Prompt, PromptInstance, Rollout
 from zppo_mm.interruption import StopRequested
+from zppo_mm.models import parallel
 from zppo_mm.rollout.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
 from zppo_mm.rollout.exchange import Exchange
 from zppo_mm.rollout.prompt import PromptEncoder, PromptError
+from zppo_mm.rollout.soundness import NOT_FINITE, Sampled, Soundness, first_break
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +80,7 @@ class GroupSampler:
         exchange: The replicas.
 
     Attributes:
-        failures: Prompts that could not be made so far, by reason.
+        failures: Prompts without a group so far, by reason.
         failed: Those of the last call: reasons by uid.
     """
 
@@ -87,18 +91,23 @@ class GroupSampler:
         self._exchange = exchange
         self.failures: Counter[str] = Counter()
         self.failed: dict[str, str] = {}
+        self._soundness = Soundness()
 
     def sample(self, instances: Sequence[PromptInstance], params: SamplingParams, num_rollouts: int, step: int) -> list[Group]:
         """Return the groups of all instances, in order and the same on every rank.
 
-        An instance whose prompt cannot be made, or none of whose rollouts can be graded, has no group; it is logged and counted in
-        `failures`. Of the others, rollouts that cannot be graded are set apart in `Group.ungraded`.
+        An instance whose prompt cannot be made, for one of whose rollouts the network computes logits that are not finite, or none of
+        whose rollouts can be graded, has no group; it is logged and counted in `failures`. Of the others, rollouts that cannot be graded
+        are set apart in `Group.ungraded`.
 
         Args:
             instances: The same list on every rank.
             params: How tokens are drawn.
             num_rollouts: Rollouts per instance.
             step: Rollout step whose weights sample; recorded in the rollouts.
+
+        Raises:
+            NotFiniteError: On every rank: the network is broken, or a reward is not finite.
         """
         mine = split_instances(instances, self._exchange.num_replicas)[self._exchange.replica]
         encoded, failed = self._encode(instances, mine)
@@ -108,8 +117,20 @@ class GroupSampler:
             generations = self._engine.generate(requests, params)
         outcomes = failed
         if self._exchange.is_leader:
-            outcomes = [*failed, *self._grade(instances, encoded, generations, step)]
+            pairs = list(zip(encoded, generations, strict=True))
+            broken = [_Outcome(item.index, reason=NOT_FINITE, detail=where) for item, group in pairs if (where := self._break(group))]
+            unsound = {outcome.index for outcome in broken}
+            sound = [(item, group) for item, group in pairs if item.index not in unsound]
+            outcomes = [*failed, *broken, *self._grade(instances, sound, step)]
         collected = {outcome.index: outcome for replica in self._exchange.gather(outcomes) for outcome in replica}
+        # All ranks know all that broke, and so come to the same end.
+        self._soundness.note(
+            [
+                Sampled(instances[index].question.id, outcome.detail if outcome.reason == NOT_FINITE else "")
+                for index, outcome in sorted(collected.items())
+                if outcome.prompt is not None or outcome.reason in (NOT_FINITE, UNGRADED)
+            ]
+        )
         return self._groups(instances, collected)
 
     def adopt(self, instances: Sequence[PromptInstance], rollouts: Sequence[tuple[Rollout, ...]]) -> list[Group]:
@@ -127,13 +148,18 @@ class GroupSampler:
         collected = {outcome.index: outcome for replica in self._exchange.gather(outcomes) for outcome in replica}
         return self._groups(instances, collected)
 
-    def respond(self, texts: Sequence[str], params: SamplingParams, name: str) -> list[str]:
+    def respond(self, texts: Sequence[str], params: SamplingParams, name: str) -> list[str | None]:
         """Return one response per user text, without media and without a grade; the same on every rank.
+
+        `None` stands where the network computes logits that are not finite.
 
         Args:
             texts: The same list on every rank.
             params: How tokens are drawn.
             name: Names the random streams, together with the text.
+
+        Raises:
+            NotFiniteError: On every rank: the network is broken.
         """
         replica, size = self._exchange.replica, self._exchange.num_replicas
         nothing = Question(id=name, text="", media=(), answer="", answer_type="open")
@@ -144,8 +170,14 @@ class GroupSampler:
         ]
         with self._stopping_together():
             generations = self._engine.generate(requests, params)
-        shares = self._exchange.gather([self._encoder.decode(group[0].response_ids) for group in generations])
-        return [shares[index % size][index // size] for index in range(len(texts))]
+        shares = self._exchange.gather([(self._encoder.decode(group[0].response_ids), self._break(group)) for group in generations])
+        told = [shares[index % size][index // size] for index in range(len(texts))]
+        self._soundness.note([Sampled(f"{name}/{index}", where) for index, (_, where) in enumerate(told)])
+        return [None if where else text for text, where in told]
+
+    def _break(self, generations: Sequence[Generation]) -> str:
+        """Say where a prompt's first broken rollout broke; empty if none did."""
+        return first_break(generations, parallel.rank())
 
     @contextmanager
     def _stopping_together(self) -> Iterator[None]:
@@ -171,20 +203,25 @@ class GroupSampler:
         return [item for item in encoded if item.index not in known], [known[index] for index in sorted(known)]
 
     def _grade(
-        self, instances: Sequence[PromptInstance], encoded: Sequence[_Encoded], generations: Sequence[Sequence[Generation]], step: int
+        self, instances: Sequence[PromptInstance], pairs: Sequence[tuple[_Encoded, Sequence[Generation]]], step: int
     ) -> list[_Outcome]:
         """Decode and verify all responses in one batch."""
         texts = [
             [self._encoder.decode([*instances[item.index].response_prefix, *generation.response_ids]) for generation in group]
-            for item, group in zip(encoded, generations, strict=True)
+            for item, group in pairs
         ]
-        items = [(instances[item.index].question, text) for item, group in zip(encoded, texts, strict=True) for text in group]
+        items = [(instances[item.index].question, text) for (item, _), group in zip(pairs, texts, strict=True) for text in group]
         verdicts = iter(self._verifier.verify_all(items))
         outcomes = []
-        for item, group, group_texts in zip(encoded, generations, texts, strict=True):
-            rollouts = [_rollout(generation, text, next(verdicts), step) for generation, text in zip(group, group_texts, strict=True)]
-            graded = tuple(rollout for rollout in rollouts if not math.isnan(rollout.reward))
-            ungraded = tuple(rollout for rollout in rollouts if math.isnan(rollout.reward))
+        for (item, group), group_texts in zip(pairs, texts, strict=True):
+            verdicts_of_group = [next(verdicts) for _ in group]
+            rollouts = [
+                _rollout(generation, text, verdict, step)
+                for generation, text, verdict in zip(group, group_texts, verdicts_of_group, strict=True)
+            ]
+            has_reward = [verdict.reward is not None for verdict in verdicts_of_group]
+            graded = tuple(compress(rollouts, has_reward))
+            ungraded = tuple(rollout for rollout, is_graded in zip(rollouts, has_reward, strict=True) if not is_graded)
             if graded:
                 outcomes.append(_Outcome(item.index, item.prompt, graded, ungraded))
             else:
@@ -192,6 +229,7 @@ class GroupSampler:
         return outcomes
 
     def _groups(self, instances: Sequence[PromptInstance], outcomes: dict[int, _Outcome]) -> list[Group]:
+        """Make groups of what all replicas have told."""
         groups = []
         self.failed = {}
         for index, instance in enumerate(instances):
@@ -201,6 +239,7 @@ class GroupSampler:
                 self.failed[instance.uid] = outcome.reason
                 logger.warning("no group for %s: %s: %s", instance.uid, outcome.reason, outcome.detail)
             else:
+                _check_rewards(instance, outcome.rollouts)
                 groups.append(Group(instance, outcome.prompt, outcome.rollouts, outcome.ungraded))
         return groups
 
@@ -219,6 +258,15 @@ def split_instances(instances: Sequence[PromptInstance], num_replicas: int) -> l
     guided.sort(key=lambda index: (-len(instances[index].text), index))
     order = [*plain, *guided]
     return [sorted(order[replica::num_replicas]) for replica in range(num_replicas)]
+
+
+def _check_rewards(instance: PromptInstance, rollouts: Sequence[Rollout]) -> None:
+    rewards = [rollout.reward for rollout in rollouts]
+    if not all(map(math.isfinite, rewards)):
+        raise NotFiniteError(
+            f"sampling: the grader gives {instance.uid} rewards that are not finite, got {rewards}, expected numbers, or none where a "
+            "response could not be graded; correct the reward"
+        )
 
 
 def _rollout(generation: Generation, text: str, verdict: Verdict, step: int) -> Rollout:

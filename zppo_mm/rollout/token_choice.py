@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from zppo_mm.experience import NO_TOKEN
 from zppo_mm.rollout.engine import SamplingParams
 
 
@@ -18,7 +19,7 @@ def choose_tokens(
 
     The presence penalty applies to the logits, then temperature, min-p, top-k and top-p in this order; top-p counts mass among what
     is left. The draw takes the first token at which the cumulative probability exceeds the uniform number, so it follows from the
-    logits and that number alone.
+    logits and that number alone. Nothing is drawn from a row in which any logit is not finite.
 
     Args:
         logits: `[batch, vocabulary]` float32, the whole vocabulary.
@@ -29,10 +30,16 @@ def choose_tokens(
 
     Returns:
         `[batch]` int64 tokens and `[batch]` float32 log-probs. The log-prob is what the loss computes: of the whole,
-        unpenalised distribution at the sampling temperature (at temperature 1 when greedy).
+        unpenalised distribution at the sampling temperature (at temperature 1 when greedy). A row from which nothing can be drawn has
+        `NO_TOKEN` and log-prob 0.
     """
     temperature = params.temperature if params.temperature > 0 else 1.0
-    logprobs = torch.log_softmax(logits / temperature if temperature != 1.0 else logits, dim=-1)
+    # Two of the quickest reductions; a NaN passes through both.
+    low, high = logits.amin(-1), logits.amax(-1)
+    if temperature != 1.0:
+        # Divided as they are, finite logits could overflow.
+        logits = (logits - high[:, None]).div_(temperature)
+    logprobs = torch.log_softmax(logits, dim=-1)
     scores = logprobs
     if params.presence_penalty:
         assert seen is not None, "a presence penalty needs the tokens seen so far"
@@ -45,8 +52,11 @@ def choose_tokens(
     elif params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0:
         tokens = _draw_truncated(scores, uniforms, params)
     else:
-        tokens = _invert(scores.double().exp(), uniforms)
-    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+        # Without what is forbidden, the weights of all others could be too small for their exponentials.
+        tokens = _invert(scores.double().sub_(scores.amax(-1, keepdim=True)).exp_(), uniforms)
+    chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
+    sound = low.isfinite() & high.isfinite() & chosen.isfinite()
+    return torch.where(sound, tokens, NO_TOKEN), torch.where(sound, chosen, 0.0)
 
 
 def _draw_truncated(scores: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams) -> torch.Tensor:

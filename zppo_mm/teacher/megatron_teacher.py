@@ -80,7 +80,8 @@ class MegatronTeacher:
         """Return one response per user text, for the compressor; another attempt draws anew."""
         return self._sampler.respond(texts, self._sampling, f"{step}/rewrite/{attempt}")
 
-    def judge(self, prompts: Sequence[str], max_tokens: int) -> list[str]:
-        """Return one greedy response per user text, without a reasoning that comes before it."""
+    def judge(self, prompts: Sequence[str], max_tokens: int) -> list[str | None]:
+        """Return one greedy response per user text, without a reasoning that comes before it; `None` where none could be had."""
         sampling = replace(self._sampling, temperature=0.0, max_new_tokens=max_tokens)
-        return [text.rpartition(_THINK_END)[2].strip() for text in self._sampler.respond(prompts, sampling, "judge")]
+        texts = self._sampler.respond(prompts, sampling, "judge")
+        return [None if text is None else text.rpartition(_THINK_END)[2].strip() for text in texts]

@@ -104,7 +104,8 @@ class RanksTeacher:
     def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> Sequence[str | None]:
         """Return one response per user text; another attempt draws anew."""
         number = self._send(Rewrites(tuple(texts), step, attempt))
-        replies: Sequence[str] | None = self.hear(number, time.monotonic() + self.max_wait_seconds, f"{len(texts)} rewrites of step {step}")
+        what = f"{len(texts)} rewrites of step {step}"
+        replies: Sequence[str | None] | None = self.hear(number, time.monotonic() + self.max_wait_seconds, what)
         return [None] * len(texts) if replies is None else replies
 
     def hear(self, number: int, deadline: float | None, what: str) -> Any:

@@ -152,7 +152,7 @@ class ServedTeacher:
     def verified(self, answers: Sequence[tuple[Question, Sequence[Choice]]], step: int) -> list[tuple[Rollout, ...]]:
         """Grade all answers in one batch; one that cannot be graded is left out.
 
-        `rollout_logprobs` are not known for another tokenizer: they are NaN.
+        `rollout_logprobs` are not known for another tokenizer.
         """
         lost = sum(self._config.num_rollouts - len(choices) for _, choices in answers)
         self._pool.counts["lost_rollouts"] += lost
@@ -170,7 +170,7 @@ class ServedTeacher:
         ids, top = read if read is not None else (np.array(self._tokenize(choice.text), dtype=np.int64), None)
         return Rollout(
             response_ids=ids,
-            rollout_logprobs=np.full(len(ids), np.nan, np.float32),
+            rollout_logprobs=None,
             finish_reason=choice.finish_reason,
             text=choice.text,
             parsed=parsed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -15,6 +16,10 @@ logger = logging.getLogger(__name__)
 
 # Servers that make text of part of a character write this in its place; it may stand for many tokens.
 UNREADABLE = "\ufffd".encode()
+# Log-probs are told in a few digits: those of one place may add up to a little more than 1.
+MAX_MASS = 1.01
+# They are computed with in float32, where a smaller number is infinite; servers write this for a probability of 0.
+LEAST_LOGPROB = float(np.finfo(np.float32).min)
 # A reasoning that the server tells apart loses its tags and the spaces around it.
 _MARKUP = re.compile(r"</?think>|\s+")
 
@@ -45,7 +50,8 @@ class TokenReader:
         The token that was written is among the k, whether or not the server lists it with the most likely ones.
 
         Returns:
-            `None` if the server told no log-probs, wrote a token that the student does not have, or its tokens do not spell its text.
+            `None` if the server told no log-probs or such as there are none, wrote a token that the student does not have, or its tokens do
+            not spell its text.
         """
         ids = [self._id(token.spelling) for token in choice.tokens]
         if ids and choice.finish_reason == "stop" and not choice.tokens[-1].spelling:
@@ -64,6 +70,9 @@ class TokenReader:
         """Return why the tokens cannot be used; empty if they can."""
         if not ids:
             return "the server sends no log-probs"
+        wrong = next((problem for token in choice.tokens if (problem := _wrong_logprobs(token))), "")
+        if wrong:
+            return wrong
         if None in ids:
             return f"its token {choice.tokens[ids.index(None)].spelling!r} is not in the student's vocabulary"
         written = choice.tokens[:-1] if ids[-1] in self._stop_token_ids else choice.tokens
@@ -94,3 +103,14 @@ class TokenReader:
 
     def _id(self, spelling: bytes) -> int | None:
         return None if UNREADABLE in spelling else self._ids.get(spelling)
+
+
+def _wrong_logprobs(token: ServedToken) -> str:
+    """Return why the log-probs in the place of a token are none; empty if they are."""
+    listed = {token.spelling: token.logprob}
+    for spelling, logprob in ((token.spelling, token.logprob), *token.top):
+        if not LEAST_LOGPROB <= logprob <= 0:  # NaN neither
+            return f"its token {spelling!r} has the log-prob {logprob}, which is not a finite number of at most 0"
+        listed.setdefault(spelling, logprob)
+    mass = sum(map(math.exp, listed.values()))
+    return "" if mass <= MAX_MASS else f"the most likely tokens beside {token.spelling!r} have probability {mass:.3g} together, more than 1"

@@ -206,14 +206,29 @@ def pack(samples: Sequence[TrainingSample], *, media: MediaSource | None, device
         positions=join("positions", np.tile(np.arange(padding), (3, 1)), torch.int64),
         cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device),
         loss_mask=join("loss_mask", zeros, torch.float32),
-        old_logprobs=join("old_logprobs", zeros, torch.float32),
         advantages=join("advantages", zeros, torch.float32),
         patches=_open_patches(prompts, media, device) if media is not None and grids else None,
         grids=torch.tensor(grids, dtype=torch.int64, device=device) if grids else None,
         uids=tuple(dict.fromkeys(s.uid for s in samples)),
         parents=tuple(segment.parent for segment in segments) if len(prompts) < len(segments) else None,
+        **_join_old_logprobs(segments, padding, device),
         **_join_teacher_top(segments, padding, device),
     )
+
+
+def _join_old_logprobs(segments: Sequence[_Segment], padding: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the field of old log-probs, and the one that says where they are not known, unless they are everywhere."""
+    logprobs, unknown = [], []
+    for segment in segments:
+        old, mask = segment.sample.old_logprobs, segment.sample.loss_mask[segment.tokens]
+        logprobs.append(np.zeros_like(mask) if old is None else old[segment.tokens])
+        unknown.append((mask != 0) & (old is None))
+    logprobs.append(np.zeros(padding, dtype=np.float32))
+    unknown.append(np.zeros(padding, dtype=bool))
+    fields = {"old_logprobs": torch.from_numpy(np.concatenate(logprobs)).to(device, torch.float32)}
+    if any(part.any() for part in unknown):
+        fields["unknown"] = torch.from_numpy(np.concatenate(unknown)).to(device)
+    return fields
 
 
 def _join_teacher_top(segments: Sequence[_Segment], padding: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -125,7 +125,8 @@ def _by_group(groups: Sequence[Group], plan: BatchPlan) -> dict[str, tuple[int, 
 def _measure(trained: TrainMetrics, metrics: StepMetrics) -> None:
     metrics.add("policy/updates", Sum(len(trained.updates) - trained.num_skipped_updates))
     metrics.add("policy/skipped_updates", Sum(trained.num_skipped_updates))
-    metrics.add("policy/lr", Max(trained.learning_rate))
+    if trained.updates:
+        metrics.add("policy/lr", Max(trained.learning_rate))
     for update in trained.updates:
         if update.skipped:
             continue

@@ -145,6 +145,7 @@ class PolicyObjective:
 
     def __call__(self, logits: torch.Tensor, microbatch: Microbatch) -> ObjectiveTerms:
         """Return the negative surrogate and how far the policy has moved from the one that sampled."""
+        assert microbatch.unknown is None, "old log-probs that are not known are computed before the update"
         places, statistics = loss_token_statistics(logits, microbatch, self._group, self._temperature)
         importance = microbatch.importance[places] if microbatch.importance is not None else None
         terms = policy_loss(

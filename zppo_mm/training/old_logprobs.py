@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import torch
 
 from zppo_mm.experience import Batch, Microbatch, TrainingSample
@@ -21,7 +20,7 @@ from zppo_mm.training.policy import Policy
 
 def need_old_logprobs(samples: Sequence[TrainingSample], importance_cap: float) -> bool:
     """Return whether the training forward pass has to give old log-probs, the same on every rank."""
-    return importance_cap > 0 or any(np.isnan(sample.old_logprobs).any() for sample in samples)
+    return importance_cap > 0 or any(sample.old_logprobs is None for sample in samples)
 
 
 def with_old_logprobs(policy: Policy, batches: Sequence[Batch], temperature: float, importance_cap: float) -> list[Batch]:
@@ -31,7 +30,7 @@ def with_old_logprobs(policy: Policy, batches: Sequence[Batch], temperature: flo
         policy: Before the step's first update.
         batches: The step's updates, this rank's share.
         temperature: Of the rollouts.
-        importance_cap: Above 0, all old log-probs are the policy's and the loss is weighted; else only unknown ones (NaN) are filled in.
+        importance_cap: Above 0, all old log-probs are the policy's and the loss is weighted; else only unknown ones are filled in.
     """
     corrected = []
     for batch in batches:
@@ -44,19 +43,24 @@ def with_old_logprobs(policy: Policy, batches: Sequence[Batch], temperature: flo
 def _corrected(microbatches: Sequence[Microbatch], place: int, logprobs: torch.Tensor, importance_cap: float) -> Microbatch:
     """Return one of the micro-batches with recomputed log-probs."""
     microbatch = microbatches[place]
-    sampled = microbatch.old_logprobs
-    if not importance_cap:
-        return replace(microbatch, old_logprobs=torch.where(sampled.isnan(), logprobs, sampled))
-    return replace(microbatch, old_logprobs=logprobs, importance=importance_weights(logprobs, sampled, importance_cap))
+    sampled, unknown = microbatch.old_logprobs, microbatch.unknown
+    if importance_cap:
+        weights = importance_weights(logprobs, sampled, unknown, importance_cap)
+        return replace(microbatch, old_logprobs=logprobs, unknown=None, importance=weights)
+    filled = sampled if unknown is None else torch.where(unknown, logprobs, sampled)
+    return replace(microbatch, old_logprobs=filled, unknown=None)
 
 
-def importance_weights(logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
-    """Return min(exp(logprobs - rollout_logprobs), cap); 1 where the sampler's are not known.
+def importance_weights(logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, unknown: torch.Tensor | None, cap: float) -> torch.Tensor:
+    """Return min(exp(logprobs - rollout_logprobs), cap); 1 where the sampler's are not known, NaN where one is not finite.
 
     Args:
         logprobs: `[tokens]`, of the trained network.
         rollout_logprobs: `[tokens]`, of the engine that sampled.
+        unknown: `[tokens]` bool, where the sampler's are not known; `None` if all are.
         cap: Largest weight.
     """
-    ratio = (logprobs - rollout_logprobs).exp().clamp(max=cap)
-    return torch.where(rollout_logprobs.isnan(), torch.ones_like(ratio), ratio)
+    gap = logprobs - rollout_logprobs
+    # The cap would make a weight of an infinite gap.
+    ratio = torch.where(gap.isfinite(), gap.exp().clamp(max=cap), torch.nan)
+    return ratio if unknown is None else torch.where(unknown, 1.0, ratio)

@@ -15,7 +15,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from zppo_mm.config import ParallelConfig, TrainConfig
-from zppo_mm.errors import ConfigError
+from zppo_mm.errors import ConfigError, NotFiniteError
 from zppo_mm.experience import Batch, Microbatch
 from zppo_mm.models import parallel
 from zppo_mm.models.provider import freeze_parts
@@ -25,6 +25,8 @@ from zppo_mm.training.optimizer import build_optimizer, build_scheduler, clip_an
 
 logger = logging.getLogger(__name__)
 MAX_UIDS_NAMED = 8
+MAX_SKIPPED_IN_A_ROW = 4
+"""Updates that may be skipped one after the other: data can spoil single ones, but so many are the network's fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class UpdateMetrics:
         num_passed_tokens: Loss tokens that went through the network; those of trivial groups did not.
         means: The objective's sums by name. Fractions and `loss` are per loss token; `ratio`, `kl`, `entropy`, `importance` and `agreement`
             per passed token.
-        skipped: Whether the weights were left alone because loss or gradient was not finite.
+        skipped: Whether the weights were left alone because loss, gradient or another sum was not finite.
     """
 
     loss: float
@@ -110,6 +112,7 @@ class Policy:
         self.model = model
         self.objective = objective
         self._denominator = 1
+        self._skipped_in_a_row = 0
         self._config: Any = model.config
         _keep_replicated_gradients_equal(model)
         self._wrapped = wrap_model(model, layout)
@@ -125,6 +128,9 @@ class Policy:
 
         Loss and gradient are sums over all loss tokens of the update divided by their number, so they depend neither on the layout nor
         on how micro-batches are cut.
+
+        Raises:
+            NotFiniteError: On every rank: `MAX_SKIPPED_IN_A_ROW` updates in a row, of this step or of those before, had to be skipped.
         """
         return TrainMetrics(tuple(self._update(batch) for batch in batches))
 
@@ -139,8 +145,10 @@ class Policy:
         if finite:
             clip_and_step(self.optimizer, norm)
             self.scheduler.step(increment=1)
+            self._skipped_in_a_row = 0
         else:
             self._report_skip(results)
+            self._count_skip()
         return _update_metrics(self.objective.names, sums, batch.num_loss_tokens, norm, learning_rate, not finite)
 
     def _run(self, microbatches: Sequence[Microbatch], reduce: Any, forward_only: bool) -> list[Any]:
@@ -193,7 +201,7 @@ class Policy:
         total[0] = 0.0 if math.isfinite(norm) else 1.0
         dist.all_reduce(total)
         values = total.tolist()
-        return values[1:], values[0] == 0.0 and math.isfinite(values[1])
+        return values[1:], values[0] == 0.0 and all(map(math.isfinite, values))
 
     def _report_skip(self, results: list[tuple[ObjectiveTerms, tuple[str, ...]]]) -> None:
         """Log which groups had a loss that is not finite; all groups of the update if none had."""
@@ -205,6 +213,16 @@ class Policy:
             named, what = (broken, "their loss") if broken else (present, "the gradient of the update they are in")
             names = ", ".join(named[:MAX_UIDS_NAMED]) + (f" and {len(named) - MAX_UIDS_NAMED} more" if len(named) > MAX_UIDS_NAMED else "")
             logger.warning("training.policy: the update was skipped, %s is not finite: groups %s", what, names)
+
+    def _count_skip(self) -> None:
+        """End the run where nothing can be learned any more; every rank has skipped the same updates."""
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NotFiniteError(
+                f"training.policy: {self._skipped_in_a_row} updates in a row were skipped, got losses or gradients that are not finite, "
+                "expected finite ones; start again from an earlier checkpoint with a lower train.lr or train.clip_grad, or check the "
+                "weights of the folder that the model came from; the warnings before name the groups"
+            )
 
     @torch.no_grad()
     def compute_logprobs(self, batch: Batch, temperature: float = 1.0) -> list[torch.Tensor]:

@@ -44,13 +44,15 @@ def response_sequence(prompt: Prompt, response_ids: IntArray) -> tuple[IntArray,
 def _training_sample(group: Group, rollout: Rollout, advantage: float) -> TrainingSample:
     token_ids, positions, mask = response_sequence(group.prompt, rollout.response_ids)
     before = np.zeros(len(group.prompt.token_ids), dtype=np.float32)
+    known = rollout.rollout_logprobs
+    assert known is None or np.isfinite(known).all(), f"{group.uid}: a log-prob that is not finite; what is not known is None"
     return TrainingSample(
         uid=group.uid,
         question=group.question,
         token_ids=token_ids,
         positions=positions,
         loss_mask=mask,
-        old_logprobs=np.concatenate([before, rollout.rollout_logprobs]),
+        old_logprobs=None if known is None else np.concatenate([before, known]),
         advantages=mask * np.float32(advantage),
         grids=group.prompt.grids,
         teacher_top=_after_prompt(rollout.teacher_top, len(before)),

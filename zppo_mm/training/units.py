@@ -15,11 +15,13 @@ class Unit:
     """Samples whose prompt is passed once.
 
     Attributes:
+        uid: Group of the samples, whose media the replica that has them opens.
         owner: What the samples have in common: their uid, or the sample itself where prompts are not shared.
         prompt_tokens: Of the one prompt.
         response_tokens: By sample index.
     """
 
+    uid: str
     owner: str | int
     prompt_tokens: int
     response_tokens: dict[int, int]
@@ -36,7 +38,7 @@ class Unit:
 
     def keep(self, indices: Iterable[int]) -> Unit:
         """Return the unit with some of its samples."""
-        return Unit(self.owner, self.prompt_tokens, {index: self.response_tokens[index] for index in indices})
+        return Unit(self.uid, self.owner, self.prompt_tokens, {index: self.response_tokens[index] for index in indices})
 
     def fits(self, other: Unit, max_tokens: int) -> bool:
         """Return whether the two have their prompt in common and together at most `max_tokens`."""
@@ -44,7 +46,7 @@ class Unit:
 
     def join(self, other: Unit) -> Unit:
         """Return one unit of the two."""
-        return Unit(self.owner, self.prompt_tokens, self.response_tokens | other.response_tokens)
+        return Unit(self.uid, self.owner, self.prompt_tokens, self.response_tokens | other.response_tokens)
 
 
 def make_units(samples: Sequence[TrainingSample], members: Iterable[int], max_tokens: int, share_prompts: bool) -> list[Unit]:
@@ -60,15 +62,16 @@ def make_units(samples: Sequence[TrainingSample], members: Iterable[int], max_to
     for index in members:
         sample = samples[index]
         owner = sample.uid if share_prompts else index
-        alone = Unit(owner, sample.num_prompt_tokens, {index: sample.num_tokens - sample.num_prompt_tokens})
+        response = {index: sample.num_tokens - sample.num_prompt_tokens}
+        alone = Unit(sample.uid, owner, sample.num_prompt_tokens, response)
         units[owner] = units[owner].join(alone) if owner in units else alone
     return [unit.keep(bin) for unit in units.values() for bin in fill(unit.response_tokens, max_tokens - unit.prompt_tokens)]
 
 
 def balance(units: Sequence[Unit], num_replicas: int, max_tokens: int) -> list[list[Unit]]:
-    """Spread units over replicas: the largest first, always to the replica with the fewest tokens.
+    """Spread whole groups over replicas: the largest first, always to the replica with the fewest tokens.
 
-    A unit is divided, and its prompt passed by two replicas, only where the totals of two would otherwise differ by more than the longest
+    A group is divided, and its media opened by two replicas, only where the totals of two would otherwise differ by more than the longest
     sample; so they never do. As long as the longest sample is shorter than that difference, moving any one of the heavier replica's
     samples leaves both below what the heavier had, so this ends.
 
@@ -79,20 +82,29 @@ def balance(units: Sequence[Unit], num_replicas: int, max_tokens: int) -> list[l
     """
     shares: list[list[Unit]] = [[] for _ in range(num_replicas)]
     totals = [0] * num_replicas
-    for unit in sorted(units, key=lambda unit: (-unit.num_tokens, min(unit.response_tokens))):
+    groups: dict[str, list[Unit]] = {}
+    for unit in units:
+        groups.setdefault(unit.uid, []).append(unit)
+    # The sort is stable: groups of one size come in the order of their samples.
+    for group in sorted(groups.values(), key=_num_tokens, reverse=True):
         lightest = min(range(num_replicas), key=totals.__getitem__)
-        shares[lightest].append(unit)
-        totals[lightest] += unit.num_tokens
+        shares[lightest] += group
+        totals[lightest] += _num_tokens(group)
     longest = max((unit.longest_sample for unit in units), default=0)
     while (difference := max(totals) - min(totals)) > longest:
         heaviest, lightest = totals.index(max(totals)), totals.index(min(totals))
         largest = max(shares[heaviest], key=lambda unit: unit.num_tokens)
         shares[heaviest].remove(largest)
         kept, moved = _divide(largest, (difference - largest.prompt_tokens) // 2)
-        shares[heaviest] += kept
+        for unit in kept:
+            _add(shares[heaviest], unit, max_tokens)
         _add(shares[lightest], moved, max_tokens)
-        totals = [sum(unit.num_tokens for unit in share) for share in shares]
+        totals = [_num_tokens(share) for share in shares]
     return shares
+
+
+def _num_tokens(units: Iterable[Unit]) -> int:
+    return sum(unit.num_tokens for unit in units)
 
 
 def _divide(unit: Unit, room: int) -> tuple[list[Unit], Unit]:

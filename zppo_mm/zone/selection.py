@@ -9,7 +9,7 @@ import numpy as np
 
 from data.question import Question
 from zppo_mm.config import DistillConfig, ZoneConfig
-from zppo_mm.experience import FloatArray, Group, PromptInstance, Rollout
+from zppo_mm.experience import Group, PromptInstance, Rollout
 from zppo_mm.randomness import generator
 from zppo_mm.zone.hard import select_hard
 from zppo_mm.zone.reformulate import TeacherAnswers, right_rollouts
@@ -118,8 +118,7 @@ class Selection:
             # Its log-probs belong to these very tokens, which are the student's already.
             return replace(rollout, author="teacher")
         ids = np.asarray(self._student_ids(rollout), dtype=np.int64)
-        unknown: FloatArray = np.full(len(ids), np.nan, dtype=np.float32)
-        return replace(rollout, response_ids=ids, rollout_logprobs=unknown, author="teacher")
+        return replace(rollout, response_ids=ids, rollout_logprobs=None, author="teacher")
 
 
 def with_signal(groups: Sequence[Group]) -> list[Group]:

@@ -1,0 +1,176 @@
+"""When broken prompts are left out and when they end the run; what no engine and no grader may tell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.media import Frames
+from data.question import MediaRef, Question
+from tests.unit.tiny_folder import build_folder
+from zppo_mm.errors import NotFiniteError
+from zppo_mm.experience import NO_TOKEN, PromptInstance
+from zppo_mm.rollout.batch import RolloutBatch
+from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
+from zppo_mm.rollout.exchange import SingleProcess
+from zppo_mm.rollout.prompt import PromptEncoder
+from zppo_mm.rollout.sampler import GroupSampler
+from zppo_mm.rollout.soundness import Sampled, Soundness
+
+STOP = 5
+NUM_STEPS = 6
+SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8, stop_token_ids=(0,))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from([NO_TOKEN, 0, 1, STOP]), min_size=NUM_STEPS, max_size=NUM_STEPS), min_size=1, max_size=6),
+    st.lists(st.booleans(), min_size=NUM_STEPS, max_size=NUM_STEPS),
+    st.sampled_from([(STOP,), ()]),
+)
+def test_a_batch_ends_a_sequence_for_which_nothing_was_drawn(responses: list[list[int]], drops: list[bool], stops: tuple[int, ...]) -> None:
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=NUM_STEPS, stop_token_ids=stops, presence_penalty=1.0)
+    batch = RolloutBatch([0] * len(responses), sampling, STOP + 1, torch.device("cpu"))
+    left = list(range(len(responses)))
+    for step in range(NUM_STEPS):
+        tokens = torch.tensor([responses[place][step] for place in left])
+        batch.append(tokens, -tokens.clamp(min=0).float())
+        if batch.num_active == 0:
+            break
+        if drops[step]:
+            left = [left[index] for index in batch.drop_finished().tolist()]
+    for response, generation in zip(responses, batch.generations(), strict=True):
+        ends = [place for place, token in enumerate(response) if token in (NO_TOKEN, *stops)]
+        is_broken = bool(ends) and response[ends[0]] == NO_TOKEN
+        length = NUM_STEPS if not ends else ends[0] if is_broken else ends[0] + 1
+        assert generation.response_ids.tolist() == response[:length]
+        assert generation.is_broken == is_broken
+        assert generation.num_sound_tokens == (length if is_broken else None)
+
+
+def good(count: int, first: int = 0) -> list[Sampled]:
+    return [Sampled(f"q{number}", "") for number in range(first, first + count)]
+
+
+def broken(*names: str) -> list[Sampled]:
+    return [Sampled(name, f"token 3 of {name}") for name in names]
+
+
+def test_single_broken_prompts_never_end_a_run() -> None:
+    soundness = Soundness()
+    for call in range(50):
+        soundness.note(broken("poisoned"))  # alone in its call, again and again
+        soundness.note([*good(7, 10 * call), *broken("poisoned")])
+        soundness.note([])
+        soundness.note(broken("poisoned", "poisoned"))
+    sparse = Soundness()
+    for call in range(50):  # one of 16, each time another one
+        sparse.note([*good(15), *broken(f"bad{call}")])
+
+
+def test_a_call_of_which_all_is_broken_ends_the_run() -> None:
+    soundness = Soundness()
+    soundness.note(good(384))
+    with pytest.raises(
+        NotFiniteError, match=r"the network is broken, got logits that are not finite for 2 of the last 2 prompts \(question"
+    ):
+        soundness.note(broken("a", "b"))
+    with pytest.raises(NotFiniteError, match=r"question 'a': token 3 of a; question 'b': token 3 of b; question 'c': .*; and 61 more\)"):
+        Soundness().note(broken(*(chr(ord("a") + n) for n in range(64))))
+
+
+def test_calls_of_single_prompts_count_together_until_one_is_sound() -> None:
+    soundness = Soundness()
+    soundness.note(broken("a"))
+    soundness.note(good(1))
+    soundness.note(broken("b"))
+    soundness.note([])  # says nothing
+    with pytest.raises(NotFiniteError, match="for 2 of the last 2 prompts"):
+        soundness.note(broken("c"))
+
+
+@pytest.mark.parametrize("size", [10, 20, 50])
+def test_a_share_beyond_the_limit_ends_the_run(size: int) -> None:
+    """A modality of which everything is broken, three in ten prompts."""
+    soundness = Soundness()
+    soundness.note(good(100))
+    num_broken = 3 * size // 10
+    calls = [[*good(size - num_broken), *broken(*(f"{call}/{n}" for n in range(num_broken)))] for call in range(10)]
+    with pytest.raises(NotFiniteError, match=r"for (1[1-9]|2\d|30) of the last 100 prompts"):
+        any(map(soundness.note, calls))
+
+
+@dataclass(frozen=True)
+class Grade:
+    parsed: str | None
+    reward: float | None
+
+
+class Rewarding:
+    """Gives one reward to everything."""
+
+    def __init__(self, reward: float | None) -> None:
+        self._reward = reward
+
+    def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Grade]:
+        return [Grade(None, self._reward) for _ in items]
+
+
+class Telling:
+    """An engine that tells one log-prob with the second token of the second rollout of every second prompt."""
+
+    def __init__(self, logprob: float) -> None:
+        self._logprob = logprob
+
+    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
+        results = []
+        for place, item in enumerate(requests):
+            told = [np.full(3, -0.5, np.float32) for _ in range(item.num_rollouts)]
+            if place % 2:
+                told[1][1] = self._logprob
+            results.append([Generation(np.array([65, 66, 0]), logprobs, "stop") for logprobs in told])
+        return results
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> PromptEncoder:
+    def no_media(reference: MediaRef) -> Frames:
+        raise AssertionError(reference)
+
+    folder = tmp_path_factory.mktemp("model")
+    build_folder(folder)
+    return PromptEncoder(folder, no_media)
+
+
+def instances(count: int) -> list[PromptInstance]:
+    questions = [Question(id=f"q{n}", text="", media=(), answer="b", answer_type="open") for n in range(count)]
+    return [PromptInstance(f"1/new/{n}", question, "new", "what?") for n, question in enumerate(questions)]
+
+
+@pytest.mark.parametrize(("logprob", "is_sound"), [(math.nan, False), (math.inf, False), (-math.inf, False), (0.5, False), (0.0, True)])
+def test_log_probs_that_no_sound_network_gives_leave_the_group_out(
+    encoder: PromptEncoder, logprob: float, is_sound: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    sampler = GroupSampler(Telling(logprob), encoder, Rewarding(1.0), SingleProcess())
+    groups = sampler.sample(instances(3), SAMPLING, 2, 1)
+    assert [group.uid for group in groups] == (["1/new/0", "1/new/1", "1/new/2"] if is_sound else ["1/new/0", "1/new/2"])
+    assert dict(sampler.failures) == ({} if is_sound else {"not_finite": 1})
+    where = "no group for 1/new/1: not_finite: rollout 1, token 1 of the response, drawn on rank 0"
+    assert (where in caplog.text) is not is_sound
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf])
+def test_a_reward_that_is_not_finite_is_refused_by_name_and_not_taken_for_ungraded(encoder: PromptEncoder, reward: float) -> None:
+    sampler = GroupSampler(Telling(0.0), encoder, Rewarding(reward), SingleProcess())
+    with pytest.raises(NotFiniteError, match=r"the grader gives 1/new/0 rewards that are not finite, got \[(nan|inf), "):
+        sampler.sample(instances(2), SAMPLING, 2, 1)
+    ungraded = GroupSampler(Telling(0.0), encoder, Rewarding(None), SingleProcess())
+    assert ungraded.sample(instances(2), SAMPLING, 2, 1) == []
+    assert dict(ungraded.failures) == {"ungraded": 2}

@@ -1,0 +1,85 @@
+"""What becomes of prompts for which the network computes logits that are not finite: left out and counted, or the end of the run."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from zppo_mm.errors import NotFiniteError
+from zppo_mm.rollout.engine import Generation
+
+NOT_FINITE = "not_finite"
+WINDOW_PROMPTS = 100
+MIN_WINDOW_PROMPTS = 20
+MAX_BROKEN_SHARE = 0.1
+"""Of the last prompts; more is not the fault of single ones."""
+MIN_BROKEN_QUESTIONS = 2
+"""A single poisoned medium never ends a run, however few prompts it is sampled with."""
+MAX_NAMED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A prompt that was sampled: its question, and where its first broken rollout broke, empty if none did."""
+
+    question_id: str
+    broke_at: str
+
+
+def first_break(generations: Sequence[Generation], rank: int) -> str:
+    """Say where the first continuation of a prompt broke; empty if none did.
+
+    Args:
+        generations: Of one prompt.
+        rank: Where they were drawn.
+    """
+    for number, generation in enumerate(generations):
+        place = generation.num_sound_tokens
+        if place is not None:
+            return f"rollout {number}, token {place} of the response, drawn on rank {rank}"
+    return ""
+
+
+class Soundness:
+    """Tells single broken prompts from a broken network. Every rank holds one and tells it the same.
+
+    A network is broken if all prompts of a call are, or of calls in a row, or more than `MAX_BROKEN_SHARE` of the last
+    `WINDOW_PROMPTS`, once there are `MIN_WINDOW_PROMPTS`; but never because of one question alone.
+    """
+
+    def __init__(self) -> None:
+        self._window: deque[Sampled] = deque(maxlen=WINDOW_PROMPTS)
+        self._in_a_row: list[Sampled] = []
+
+    def note(self, prompts: Sequence[Sampled]) -> None:
+        """Take in what one call sampled.
+
+        Raises:
+            NotFiniteError: The network is broken.
+        """
+        if any(not prompt.broke_at for prompt in prompts):
+            self._in_a_row = []
+        else:
+            self._in_a_row += prompts
+        self._window += prompts
+        broken = [prompt for prompt in self._window if prompt.broke_at]
+        if len(self._window) >= MIN_WINDOW_PROMPTS and len(broken) > MAX_BROKEN_SHARE * len(self._window):
+            _refuse_several(broken, len(self._window))
+        _refuse_several(self._in_a_row, len(self._in_a_row))
+
+
+def _refuse_several(broken: Sequence[Sampled], num_prompts: int) -> None:
+    """End the run if different questions broke."""
+    places: dict[str, str] = {}
+    for prompt in broken:
+        places.setdefault(prompt.question_id, prompt.broke_at)
+    if len(places) < MIN_BROKEN_QUESTIONS:
+        return
+    named = "; ".join(f"question {name!r}: {place}" for name, place in list(places.items())[:MAX_NAMED])
+    more = f"; and {len(places) - MAX_NAMED} more" if len(places) > MAX_NAMED else ""
+    raise NotFiniteError(
+        f"sampling: the network is broken, got logits that are not finite for {len(broken)} of the last {num_prompts} prompts "
+        f"({named}{more}), expected finite numbers; start again from an earlier checkpoint with a lower train.lr, or check the weights "
+        "of the folder that the model came from"
+    )
