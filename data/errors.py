@@ -28,3 +28,9 @@ class SampleError(ReasonedError):
 
 class MediaError(ReasonedError):
     """One image or video cannot be opened within the limits; its reason is one of `data.media.MEDIA_REASONS`."""
+
+
+def shown(name: str, limit: int = 120) -> str:
+    """Return a name from outside as a line of a log can hold it: what cannot be printed is escaped, and it is cut after `limit`."""
+    text = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in name[:limit])
+    return text if len(name) <= limit else f"{text}… ({len(name)} characters)"
