@@ -31,6 +31,7 @@ class MediaError(ReasonedError):
 
 
 def shown(name: str, limit: int = 120) -> str:
-    """Return a name from outside as a line of a log can hold it: what cannot be printed is escaped, and it is cut after `limit`."""
-    text = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in name[:limit])
+    """Return a name from outside as a log can hold it: unprintable characters escaped, cut after `limit`."""
+    letters = (each if each.isprintable() else each.encode("unicode_escape").decode() for each in name[:limit])
+    text = "".join(letters)
     return text if len(name) <= limit else f"{text}… ({len(name)} characters)"

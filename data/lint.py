@@ -11,7 +11,7 @@ from data.media import MediaOpener
 from data.question import MediaRef
 from data.shard_names import EXPECTED_SHARDS, list_shards
 from data.shards import ShardReader
-from data.tar_index import read_sidecar, same_entries, scan_tar
+from data.tar_index import read_sidecar, same_entries, scan_tar, sidecar_path
 
 BAD_SHARD = "bad_shard"
 
@@ -42,7 +42,8 @@ def lint(folders: Sequence[str | Path], opener: MediaOpener | None = None) -> tu
             problems.append(Problem(str(folder), "no_shards", str(error)))
             continue
         if not shards:
-            problems.append(Problem(str(folder), "no_shards", f"{folder}: no shards, got none, {EXPECTED_SHARDS}"))
+            message = f"{folder}: no shards, got none, {EXPECTED_SHARDS}"
+            problems.append(Problem(str(folder), "no_shards", message))
         problems += [Problem(f"{folder}/{shown(name)}", "unread_shard", message) for name, message in unread.items()]
         for shard in shards:
             reader = ShardReader()
@@ -71,11 +72,16 @@ def _shard_problem(reader: ShardReader, shard: Path) -> Problem | None:
         return Problem(str(shard), "wrong_index", str(error))
     if same_entries(index, found):
         return None
-    return Problem(str(shard), "wrong_index", f"{shard}: the index does not fit the shard; remove {shard}.idx.json")
+    message = f"{shard}: the index does not fit the shard; remove {sidecar_path(shard)}"
+    return Problem(str(shard), "wrong_index", message)
 
 
 def _sample_problems(
-    reader: ShardReader, shard: str, key: str, first_place: dict[str, str], opener: MediaOpener | None
+    reader: ShardReader,
+    shard: str,
+    key: str,
+    first_place: dict[str, str],
+    opener: MediaOpener | None,
 ) -> Iterator[Problem]:
     where = f"{shard}:{shown(key)}"
     try:
@@ -88,7 +94,11 @@ def _sample_problems(
         return
     first = first_place.setdefault(question.id, where)
     if first != where:
-        yield Problem(where, "duplicate_id", f"{where}: id is used twice, got {shown(question.id)!r} as in {first}; give each its own")
+        yield Problem(
+            where,
+            "duplicate_id",
+            f"{where}: id is used twice, got {shown(question.id)!r} as in {first}; give each its own",
+        )
     for reference in question.media if opener is not None else ():
         assert opener is not None
         yield from _media_problems(reader, reference, where, opener)

@@ -56,19 +56,28 @@ def media_kind(extension: str) -> MediaKind | None:
 
 
 def media_order(extensions: Iterable[str]) -> list[str]:
-    """Return the media members of a sample in natural order: those without a number first, then img2.jpg before img10.jpg."""
+    """Return the media members of a sample in natural order.
+
+    Those without a number come first, then img2.jpg before img10.jpg.
+    """
 
     def natural(extension: str) -> tuple[bool, list[tuple[int, int, str]], str]:
         stem = extension.rpartition(".")[0]
-        # Numbers of any length, compared without being converted: by digits that count, then as text.
-        parts = [(0, len(digits.lstrip("0")), digits.lstrip("0")) if digits else (1, 0, text) for digits, text in PARTS.findall(stem)]
-        return any(part[0] == 0 for part in parts), parts, extension
+        parts: list[tuple[int, int, str]] = []
+        for number, text in PARTS.findall(stem):
+            digits = number.lstrip("0")
+            # A number may have thousands of digits: more of them is more, then they compare as text.
+            parts.append((0, len(digits), digits) if number else (1, 0, text))
+        return any(kind == 0 for kind, _, _ in parts), parts, extension
 
     return sorted((extension for extension in extensions if media_kind(extension)), key=natural)
 
 
 def is_usable_key(key: str) -> bool:
-    """Return whether a key can stand in transcripts, logs and paths: no control characters, bytes that are no UTF-8, or way upwards."""
+    """Return whether a key can stand in transcripts, logs and paths.
+
+    It has no control characters, no bytes that are no UTF-8, and does not lead upwards.
+    """
     return UNUSABLE_KEY.search(key) is None
 
 
@@ -86,15 +95,17 @@ def parse_question(shard: str, key: str, content: bytes, extensions: Iterable[st
     """
     where = f"{shard}:{shown(key)}"
     if not is_usable_key(key):
-        raise SampleError("bad_key", f"{where}: key is not allowed, expected printable UTF-8 without leading / or ..; rename it")
+        expected = "expected printable UTF-8 without leading / or .."
+        raise SampleError("bad_key", f"{where}: key is not allowed, {expected}; rename it")
     try:
         fields = json.loads(content, object_pairs_hook=_fields_once, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise SampleError("bad_json", f"{where}: KEY.json is no JSON ({shown(str(error))}); write it anew") from error
+        message = f"{where}: KEY.json is no JSON ({shown(str(error))}); write it anew"
+        raise SampleError("bad_json", message) from error
     for text in _texts(fields):
         if not is_valid_text(text):
-            expected = "expected whole characters without NUL; correct it"
-            raise SampleError("bad_text", f"{where}: KEY.json holds text that is no UTF-8, got {shown(text)!r}, {expected}")
+            got = f"got {shown(text)!r}, expected whole characters without NUL"
+            raise SampleError("bad_text", f"{where}: a text is no UTF-8, {got}; correct it")
     if not isinstance(fields, dict):
         raise SampleError("bad_json", f"{where}: KEY.json is no object, got {type(fields).__name__}, expected fields; write it anew")
     answer_type = _answer_type(where, fields)
@@ -183,7 +194,8 @@ def _choices(where: str, fields: Mapping[str, Any], answer_type: AnswerType) -> 
 def _media(where: str, shard: str, key: str, fields: Mapping[str, Any], extensions: Mapping[str, None]) -> tuple[MediaRef, ...]:
     named = _text_list(where, fields, "media") if "media" in fields else tuple(media_order(extensions))
     if len(named) > MAX_MEDIA:
-        raise SampleError("bad_field", f"{where}: too many media files, got {len(named)}, expected at most {MAX_MEDIA}; leave some out")
+        got = f"got {len(named)}, expected at most {MAX_MEDIA}"
+        raise SampleError("bad_field", f"{where}: too many media files, {got}; leave some out")
     references = []
     for extension in named:
         kind = media_kind(extension)
@@ -193,7 +205,7 @@ def _media(where: str, shard: str, key: str, fields: Mapping[str, Any], extensio
                 "unknown_media", f"{where}: unknown kind of media, got {shown(extension)}, expected {known}; convert the file"
             )
         if extension not in extensions:
-            have = shown(", ".join(extensions))
-            raise SampleError("missing_media", f"{where}: media file is missing, got members {have}, expected {shown(extension)}; add it")
+            got = f"got members {shown(', '.join(extensions))}, expected {shown(extension)}"
+            raise SampleError("missing_media", f"{where}: media file is missing, {got}; add it")
         references.append(MediaRef(kind=kind, shard=shard, key=key, extension=extension))
     return tuple(references)

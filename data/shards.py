@@ -54,22 +54,22 @@ def write_shards(
         Paths of the shards written.
 
     Raises:
-        DataError: The folder has shards already or cannot be written, a key is not allowed or is met twice, an extension is no media
-            file's, or a question is no JSON.
+        DataError: The folder has shards already or cannot be written, a key is not allowed or is met
+            twice, an extension is no media file's, or a question is no JSON.
     """
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
         present, unread = list_shards(target)
         if present and not overwrite:
-            expected = "expected none; name another folder or overwrite"
-            raise DataError(f"{target}: the folder has shards already, got {present[0].name}, {expected}")
+            got = f"got {present[0].name}, expected none"
+            raise DataError(f"{target}: the folder has shards already, {got}; name another folder or overwrite")
         for name, problem in unread.items():
             if not OWN_LEFTOVER.fullmatch(name):
                 raise DataError(problem)
             (target / name).unlink()  # of a writer that was killed
         written = _write_aside(target, samples, samples_per_shard)
-        # From here on a folder that is left half done holds unfinished shards, which nobody reads by mistake.
+        # A folder that is left half done from here on holds unfinished shards, so nobody reads it.
         for shard in present:
             sidecar_path(shard).unlink(missing_ok=True)
             shard.unlink()
@@ -77,7 +77,8 @@ def write_shards(
             sidecar_path(_aside(shard)).replace(sidecar_path(shard))
             _aside(shard).replace(shard)
     except OSError as error:
-        raise DataError(f"{target}: the shards cannot be written ({error}); make room there, or name another folder") from error
+        advice = "make room there, or name another folder"
+        raise DataError(f"{target}: the shards cannot be written ({error}); {advice}") from error
     return written
 
 
@@ -120,14 +121,16 @@ def _check_sample(folder: Path, sample: ShardSample, seen: set[str]) -> None:
     where = f"{folder}:{shown(sample.key)}"
     if not KEY.fullmatch(sample.key) or not is_usable_key(sample.key):
         expected = "printable text without dots, spaces and a leading slash"
-        raise DataError(f"{folder}: key is not allowed, got {shown(sample.key)!r}, expected {expected}; rename it")
+        got = f"got {shown(sample.key)!r}"
+        raise DataError(f"{folder}: key is not allowed, {got}, expected {expected}; rename it")
     if sample.key in seen:
         raise DataError(f"{folder}: key is used twice, got {sample.key!r}; give every sample its own")
     seen.add(sample.key)
     for extension, _ in sample.media:
-        if media_kind(extension) is None or split_name(f"{sample.key}.{extension}") != (sample.key, extension):
-            expected = "jpg, 0.png, mp4 or the like, in lower case"
-            raise DataError(f"{where}: extension is no media file's, got {shown(extension)!r}, expected {expected}; convert it")
+        named = split_name(f"{sample.key}.{extension}")
+        if media_kind(extension) is None or named != (sample.key, extension):
+            got = f"got {shown(extension)!r}, expected jpg, 0.png, mp4 or the like, in lower case"
+            raise DataError(f"{where}: extension is no media file's, {got}; convert it")
 
 
 def _write_shard(path: Path, samples: Sequence[ShardSample]) -> None:
@@ -142,18 +145,19 @@ def _write_shard(path: Path, samples: Sequence[ShardSample]) -> None:
                 archive.addfile(info, io.BytesIO(data))
                 checksums[sample.key, extension] = zlib.crc32(data)
     index = scan_tar(path)
-    samples_with_checksums = {
-        key: tuple(replace(member, crc32=checksums[key, member.extension]) for member in members) for key, members in index.samples.items()
+    with_checksums = {
+        key: tuple(replace(each, crc32=checksums[key, each.extension]) for each in members) for key, members in index.samples.items()
     }
-    write_sidecar(path, replace(index, samples=samples_with_checksums))
+    write_sidecar(path, replace(index, samples=with_checksums))
 
 
 def _question_json(shard: Path, sample: ShardSample) -> bytes:
     try:
-        return json.dumps(dict(sample.question), ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
+        fields = dict(sample.question)
+        return json.dumps(fields, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
     except (ValueError, TypeError, RecursionError) as error:
-        where = f"{shard.parent}:{shown(sample.key)}"
-        raise DataError(f"{where}: the question cannot be written as JSON ({shown(str(error))}); correct it") from error
+        where, detail = f"{shard.parent}:{shown(sample.key)}", shown(str(error))
+        raise DataError(f"{where}: the question cannot be written as JSON ({detail}); correct it") from error
 
 
 class ShardReader:
@@ -185,15 +189,19 @@ class ShardReader:
         content = None
         for member in members:
             if member.extension != "json":
-                self._read_checked(shard, key, member, 0)  # the name decides whether the question has a picture
+                # The name decides whether the question has a picture.
+                self._read_checked(shard, key, member, 0)
             elif member.size <= MAX_QUESTION_BYTES:
                 content = self._read(shard, key, member)
             else:
                 got = f"got {member.size} bytes, expected at most {MAX_QUESTION_BYTES}"
-                raise SampleError("bad_json", f"{shard}:{shown(key)}: KEY.json is too large, {got}; shorten it")
+                message = f"{shard}:{shown(key)}: KEY.json is too large, {got}; shorten it"
+                raise SampleError("bad_json", message)
         if content is None:
             got = shown(", ".join(member.extension for member in members))
-            raise SampleError("missing_json", f"{shard}:{shown(key)}: the sample has no question, got members {got}, expected json; add it")
+            got = f"got members {got}, expected json"
+            message = f"{shard}:{shown(key)}: the sample has no question, {got}; add it"
+            raise SampleError("missing_json", message)
         return parse_question(shard, key, content, [member.extension for member in members])
 
     def media_bytes(self, ref: MediaRef) -> bytes:
@@ -220,23 +228,23 @@ class ShardReader:
         for member in self._members(ref.shard, ref.key):
             if member.extension == ref.extension:
                 return member
-        where = f"{ref.shard}:{shown(ref.key)}"
-        raise SampleError("missing_media", f"{where}: media file is missing, expected {shown(ref.extension)}; add it")
+        where, expected = f"{ref.shard}:{shown(ref.key)}", shown(ref.extension)
+        raise SampleError("missing_media", f"{where}: media file is missing, expected {expected}; add it")
 
     def _members(self, shard: str, key: str) -> tuple[Member, ...]:
         members = self.index(shard).samples.get(key)
         if members is None:
-            raise DataError(f"{shard}: no sample of that key, got {shown(key)!r}; the shard was changed since, restore it")
+            advice = "the shard was changed since, restore it"
+            raise DataError(f"{shard}: no sample of that key, got {shown(key)!r}; {advice}")
         return members
 
     def _read(self, shard: str, key: str, member: Member) -> bytes:
         """Return the content of a member whose header and checksum are those of the index."""
         content = self._read_checked(shard, key, member, member.size)
-        if member.crc32 not in (None, zlib.crc32(content)):
-            raise DataError(
-                f"{shard}:{shown(key)}.{member.extension}: the content is damaged, got checksum {zlib.crc32(content)}, "
-                f"expected {member.crc32} as in the index; copy the shard anew"
-            )
+        if member.crc32 is not None and (found := zlib.crc32(content)) != member.crc32:
+            got = f"got checksum {found}, expected {member.crc32} as in the index"
+            where = f"{shard}:{shown(key)}.{shown(member.extension)}"
+            raise DataError(f"{where}: the content is damaged, {got}; copy the shard anew")
         return content
 
     def _read_checked(self, shard: str, key: str, member: Member, size: int) -> bytes:
@@ -253,10 +261,11 @@ class ShardReader:
                 # Beyond the limit a shard is opened for each read: closing one here could take it from another thread.
                 if len(self._descriptors) >= MAX_OPEN_SHARDS or self._descriptors.setdefault(shard, descriptor) != descriptor:
                     os.close(descriptor)
-        where = f"{shard}:{shown(key)}.{member.extension}"
+        where = f"{shard}:{shown(key)}.{shown(member.extension)}"
         check_header(where, content[:BLOCK], key, member, is_plain=self.index(shard).is_plain)
         if len(content) != BLOCK + size:
-            raise DataError(f"{where}: the shard ends inside the file, got {len(content) - BLOCK} of {size} bytes; copy it anew")
+            got = f"got {len(content) - BLOCK} of {size} bytes"
+            raise DataError(f"{where}: the shard ends inside the file, {got}; copy it anew")
         return content[BLOCK:]
 
 
@@ -303,8 +312,8 @@ class ShardFolder:
             reader: Shared between the sources of a run.
 
         Raises:
-            DataError: The folder is missing or has no shard, a file looks like a shard and cannot be read, or a shard is no whole tar
-                archive or not what its index says.
+            DataError: The folder is missing or has no shard, a file looks like a shard and cannot be
+                read, or a shard is no whole tar archive or not what its index says.
         """
         self.path = Path(path)
         self.reader = reader or ShardReader()

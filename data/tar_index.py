@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 SIDECAR_SUFFIX = ".idx.json"
 SIDECAR_VERSION = 2
 MAX_SIDECAR_BYTES = 1 << 28
-# A header of 512 bytes takes at most this many in a sidecar: 255 bytes of name, escaped, and three numbers.
+# What a header takes in a sidecar at most: 255 bytes of name, escaped, and three numbers.
 SIDECAR_BYTES_PER_BLOCK = 4 * BLOCK
-# The rules of plain webdataset: the key ends at the first dot of the base name; files without a dot, and those whose whole
-# name or first folder is `__like_this__`, are skipped.
+# The rules of plain webdataset: the key ends at the first dot of the base name; files without a dot,
+# and those whose whole name or first folder is `__like_this__`, are skipped.
 MEMBER_NAME = re.compile(r"(?!__[^/]*__(?:\Z|/))((?:.*/)?[^./]+)\.([^/]*)\Z", re.DOTALL)
 
 
@@ -51,7 +51,7 @@ class TarIndex:
     Attributes:
         tar_size: Size of the shard in bytes when it was indexed.
         samples: Sample key to its members.
-        is_plain: Every member's own header has its name and size; no extended one says something else.
+        is_plain: Name and size of every member are in its own header, none in an extended one.
     """
 
     tar_size: int
@@ -92,17 +92,26 @@ def _scan(path: Path, descriptor: int, tar_size: int) -> TarIndex:
         where = f"{path}:{shown(key)}"
         members = samples.setdefault(key, {})
         if members and key != last_key:
-            raise DataError(f"{where}: files of one sample are apart, expected them side by side; write the shard anew")
+            expected = "expected them side by side"
+            raise DataError(f"{where}: files of one sample are apart, {expected}; write the shard anew")
         if extension in members:
-            raise DataError(f"{where}: two files have the same extension, got {shown(extension)} twice; write the shard anew")
+            got = f"got {shown(extension)} twice"
+            raise DataError(f"{where}: two files have the same extension, {got}; write the shard anew")
         members[extension] = Member(extension, file.offset, file.size)
         last_key = key
         is_plain = is_plain and file.is_plain
     if num_skipped:
-        logger.warning("%s: skipped %d files that have no extension, the first is %s", path, num_skipped, first_skipped)
+        logger.warning(
+            "%s: skipped %d files that have no extension, the first is %s",
+            path,
+            num_skipped,
+            first_skipped,
+        )
     if not samples:
-        raise DataError(f"{path}: the shard holds no sample, expected files named KEY.json; remove or write it anew")
-    return TarIndex(tar_size, {key: tuple(members.values()) for key, members in samples.items()}, is_plain)
+        expected = "expected files named KEY.json"
+        raise DataError(f"{path}: the shard holds no sample, {expected}; remove or write it anew")
+    in_order = {key: tuple(members.values()) for key, members in samples.items()}
+    return TarIndex(tar_size, in_order, is_plain)
 
 
 def sidecar_path(shard: Path) -> Path:
@@ -117,15 +126,21 @@ def write_sidecar(shard: Path, index: TarIndex) -> None:
     }
     target = sidecar_path(shard)
     aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps({"version": SIDECAR_VERSION, "tar_size": index.tar_size, "samples": samples}, separators=(",", ":")))
+    aside.write_text(
+        json.dumps(
+            {"version": SIDECAR_VERSION, "tar_size": index.tar_size, "samples": samples},
+            separators=(",", ":"),
+        )
+    )
     aside.replace(target)
 
 
 def load_index(shard: Path) -> TarIndex:
-    """Return the index of a shard: from its sidecar, or by a scan when that is missing or unreadable.
+    """Return the index of a shard: from its sidecar, or by a scan if that is missing or unreadable.
 
-    A sidecar is believed when its entries fill the shard from the first byte to the end of the archive. Where they do not, the shard
-    is scanned, and both must agree. What the entries say of names is held against the headers when a sample is read.
+    A sidecar is believed when its entries fill the shard from the first byte to the end of the archive.
+    Where they do not, the shard is scanned, and both must agree. What the entries say of names is held
+    against the headers when a sample is read.
 
     Raises:
         DataError: The shard is missing, no whole tar archive, or not what its sidecar says.
@@ -142,7 +157,8 @@ def load_index(shard: Path) -> TarIndex:
         if index is None:
             return _scan(shard, descriptor, tar_size)
         if index.tar_size != tar_size:
-            raise _contradiction(shard, f"{tar_size} bytes", f"{index.tar_size} bytes with {len(index.samples)} samples")
+            expected = f"{index.tar_size} bytes with {len(index.samples)} samples"
+            raise _contradiction(shard, f"{tar_size} bytes", expected)
         if _fills(index, shard, descriptor):
             return index
         found = _scan(shard, descriptor, tar_size)
@@ -154,7 +170,7 @@ def load_index(shard: Path) -> TarIndex:
 
 
 def same_entries(one: TarIndex, other: TarIndex) -> bool:
-    """Return whether two indexes name the same members of the same samples in the same order; checksums are left out."""
+    """Return whether two indexes name the same members of the same samples in the same order."""
     return _entries(one) == _entries(other)
 
 
@@ -175,7 +191,7 @@ def _contradiction(shard: Path, got: str, expected: str) -> DataError:
 
 
 def _fills(index: TarIndex, shard: Path, descriptor: int) -> bool:
-    """Return whether the members, each behind one header, fill a shard without a gap to the end of the archive."""
+    """Return whether the members, each behind one header, fill a shard to the end of the archive."""
     end = 0
     for members in index.samples.values():
         for member in members:
@@ -207,7 +223,8 @@ def read_sidecar(shard: Path, tar_size: int) -> TarIndex | None:
         return _parse_sidecar(json.loads(read_at(path, descriptor, size, 0)))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         detail = f"{type(error).__name__}: {shown(str(error))}"
-        raise DataError(f"{path}: the index is unreadable ({detail}); remove it, then the shard is scanned") from error
+        advice = "remove it, then the shard is scanned"
+        raise DataError(f"{path}: the index is unreadable ({detail}); {advice}") from error
     finally:
         os.close(descriptor)
 
@@ -243,25 +260,27 @@ def check_header(where: str, block: bytes, key: str, member: Member, *, is_plain
         block: The header.
         key: Sample key.
         member: The entry.
-        is_plain: The header has the name and the size; otherwise it must only be one of a regular file.
+        is_plain: The header has name and size; otherwise it must only be one of a regular file.
 
     Raises:
         DataError: It is another file's header, or none.
     """
     # What our writer writes is compared as bytes: parsing takes 20 times as long.
     name = f"{key}.{member.extension}".encode("utf-8", "surrogateescape")
-    if is_plain and block.startswith(name + b"\0") and block[124:136] == b"%011o\0" % member.size and block[156:157] == tarfile.REGTYPE:
+    has_name = is_plain and block.startswith(name + b"\0") and block[156:157] == tarfile.REGTYPE
+    if has_name and block[124:136] == b"%011o\0" % member.size:
         return
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
         got = f"no header ({error})"
     else:
-        if header.isreg() and (not is_plain or (split_name(header.name), header.size) == ((key, member.extension), member.size)):
+        found = (split_name(header.name), header.size)
+        if header.isreg() and (not is_plain or found == ((key, member.extension), member.size)):
             return
         got = f"{shown(header.name)} of {header.size} bytes"
     expected = f"{shown(key)}.{shown(member.extension)} of {member.size} bytes"
     raise DataError(
-        f"{where}: the index does not fit the shard, got {got} at byte {member.offset - BLOCK}, expected {expected}; copy the shard "
-        "anew, or remove its .idx.json if the shard is right, and start again"
+        f"{where}: the index does not fit the shard, got {got} at byte {member.offset - BLOCK}, "
+        f"expected {expected}; copy the shard anew, or remove its .idx.json if the shard is right"
     )

@@ -1,8 +1,9 @@
 """The regular files of a tar archive, found header by header.
 
-`tarfile` parses each header. The way from one header to the next is ours, because `tarfile.TarFile` ends in silence at a damaged
-header, goes backwards on a negative size, and reads an extended header of any size into memory. Here every step goes forward, every
-read is bounded, and the end of the archive must be where the archive says it is.
+`tarfile` parses each header. The way from one header to the next is ours, because `tarfile.TarFile`
+ends in silence at a damaged header, goes backwards on a negative size, and reads an extended header of
+any size into memory. Here every step goes forward, every read is bounded, and the end of the archive
+must be where the archive says it is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from data.errors import DataError, shown
 
 BLOCK = 512
 MAX_EXTENSION_BYTES = 1 << 16
-"""Most bytes of an extended header: they hold names, and the longest path of an operating system has 4,096."""
+"""Most bytes of an extended header; the longest path that Linux takes has 4,096."""
 END_BYTES = 2 * BLOCK
 MAX_END_BYTES = END_BYTES + 20 * BLOCK
 """Writers fill up to a record of 20 blocks. More zeros are content that never arrived."""
@@ -28,7 +29,14 @@ PAX_KINDS = (b"x", b"X")
 PAX_GLOBAL = b"g"
 PAX_RECORD = re.compile(rb"([1-9][0-9]{0,5}) ([^=\n]+)=")
 PAX_DECIMAL = re.compile(rb"[0-9]{1,20}")
-KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a FIFO", b"S": "a sparse file"}
+KINDS = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a device",
+    b"4": "a device",
+    b"6": "a FIFO",
+    b"S": "a sparse file",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +76,8 @@ def open_regular(path: str | Path, what: str = "shard") -> int:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         advice = "give the folder's path as seen from here"
-        raise DataError(f"{path}: the {what} cannot be opened ({error.strerror}); {advice}") from error
+        detail = error.strerror
+        raise DataError(f"{path}: the {what} cannot be opened ({detail}); {advice}") from error
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
@@ -92,7 +101,8 @@ def read_at(path: str | Path, descriptor: int, size: int, offset: int) -> bytes:
             size -= len(part)
             offset += len(part)
     except OSError as error:
-        raise DataError(f"{path}: the file cannot be read at byte {offset} ({error.strerror}); copy it anew") from error
+        detail = f"at byte {offset} ({error.strerror})"
+        raise DataError(f"{path}: the file cannot be read {detail}; copy it anew") from error
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
@@ -126,17 +136,23 @@ def tar_members(path: str | Path, descriptor: int, tar_size: int) -> Iterator[Ta
             raise DataError(f"{path}: the shard ends inside a member, {got}, {expected}; copy it anew")
         if header.type in (GNU_LONG_NAME, *PAX_KINDS, PAX_GLOBAL):
             if size > MAX_EXTENSION_BYTES:
-                raise _damaged(path, offset, f"an extended header of {size} bytes", f"at most {MAX_EXTENSION_BYTES}")
-            _extend(path, offset, extension, header.type, read_at(path, descriptor, size, content))
+                got = f"an extended header of {size} bytes"
+                raise _damaged(path, offset, got, f"at most {MAX_EXTENSION_BYTES}")
+            data = read_at(path, descriptor, rounded(size), content)
+            if data[size:].strip(b"\0"):  # some readers would read on to the end of the block
+                raise _damaged(path, offset, f"more than the {size} bytes of its extended header", "zeros")
+            _extend(path, offset, extension, header.type, data[:size])
         elif header.isdir() and size == 0:
             extension = _Extension()
         elif header.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
             is_plain = extension.name is None and extension.size is None
-            yield TarMember(header.name if extension.name is None else extension.name, content, size, is_plain)
+            name = header.name if extension.name is None else extension.name
+            yield TarMember(name, content, size, is_plain)
             extension = _Extension()
         else:
             kind = KINDS.get(header.type, f"a member of type {header.type!r} with {size} bytes")
-            raise DataError(f"{path}:{shown(header.name)}: at byte {offset}, got {kind}, expected plain files; write the shard anew")
+            where = f"{path}:{shown(header.name)}: at byte {offset}"
+            raise DataError(f"{where}: got {kind}, expected plain files; write the shard anew")
         offset = content + rounded(size)
     if extension.kinds:
         raise _damaged(path, offset, "an extended header without its member", "a member")
@@ -151,7 +167,8 @@ def _header(path: str | Path, offset: int, block: bytes) -> tarfile.TarInfo | No
         return None
     except tarfile.HeaderError as error:
         what = "no tar archive" if offset == 0 else f"damaged tar header at byte {offset}"
-        raise DataError(f"{path}: {what} ({error}), got {block[:8]!r}, expected a header; copy the shard anew") from error
+        got = f"got {block[:8]!r}, expected a header"
+        raise DataError(f"{path}: {what} ({error}), {got}; copy the shard anew") from error
 
 
 def check_end(path: str | Path, descriptor: int, end: int, tar_size: int) -> None:
@@ -182,7 +199,8 @@ def check_end(path: str | Path, descriptor: int, end: int, tar_size: int) -> Non
 
 
 def _damaged(path: str | Path, offset: int, got: str, expected: str) -> DataError:
-    return DataError(f"{path}: damaged tar header at byte {offset}, got {got}, expected {expected}; write the shard anew")
+    where = f"{path}: damaged tar header at byte {offset}"
+    return DataError(f"{where}, got {got}, expected {expected}; write the shard anew")
 
 
 def _extend(path: str | Path, offset: int, extension: _Extension, kind: bytes, content: bytes) -> None:
@@ -210,14 +228,16 @@ def _extend(path: str | Path, offset: int, extension: _Extension, kind: bytes, c
 
 
 def _pax_records(path: str | Path, offset: int, content: bytes) -> dict[bytes, bytes]:
-    """Return the records `LENGTH KEY=VALUE` of a pax header; each must end where its length says."""
+    """Return the records `LENGTH KEY=VALUE` of a pax header, which end where their lengths say."""
     records: dict[bytes, bytes] = {}
     position = 0
     while position < len(content):
         match = PAX_RECORD.match(content, position)
         end = position + int(match[1]) if match else 0
-        if match is None or not match.end() < end <= len(content) or content[end - 1 : end] != b"\n" or match[2] in records:
-            raise _damaged(path, offset, f"a record {content[position : position + 20]!r}", "LENGTH KEY=VALUE, each key once")
+        is_whole = match is not None and match.end() < end <= len(content)
+        if match is None or not is_whole or content[end - 1 : end] != b"\n" or match[2] in records:
+            got = f"a record {content[position : position + 20]!r}"
+            raise _damaged(path, offset, got, "LENGTH KEY=VALUE, each key once")
         records[match[2]] = content[match.end() : end - 1]
         position = end
     return records

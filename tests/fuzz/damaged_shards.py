@@ -81,7 +81,9 @@ def by_tarfile(shard: bytes) -> Content | None:
     return found
 
 
-def read_all(folder: Path) -> list[tuple[str, Question | DataError, list[bytes] | DataError]] | DataError:
+def read_all(
+    folder: Path,
+) -> list[tuple[str, Question | DataError, list[bytes] | DataError]] | DataError:
     """Return every sample of a folder with its question and media, with errors in the place of what they keep from being read."""
     found: list[tuple[str, Question | DataError, list[bytes] | DataError]] = []
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,12 @@ ENTRIES = st.one_of(st.lists(NUMBERS, max_size=4), st.sampled_from(OF_OTHERS))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     made = tmp_path_factory.mktemp("fuzz")
     (made / "a.tar").write_bytes(OURS.shard)
-    return made
+    logging.disable(logging.WARNING)  # thousands of damaged indexes are named there
+    yield made
+    logging.disable(logging.NOTSET)
 
 
 @st.composite
@@ -51,7 +55,10 @@ def changed_indexes(draw: st.DrawFn) -> dict[str, Any]:
         elif kind == 1:
             samples.pop(key, None)
         elif kind == 2:
-            samples[key], samples[other] = copy.deepcopy(samples.get(other, {})), copy.deepcopy(samples.get(key, {}))
+            samples[key], samples[other] = (
+                copy.deepcopy(samples.get(other, {})),
+                copy.deepcopy(samples.get(key, {})),
+            )
         elif kind == 3:
             samples.setdefault(key, {})[draw(st.sampled_from(EXTENSIONS))] = draw(ENTRIES)
         elif kind == 4:
@@ -74,7 +81,13 @@ def changed_bytes(draw: st.DrawFn) -> bytes:
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, max(0, len(content) - 1)))
         end = start + draw(st.integers(0, 20))
-        middle = draw(st.one_of(st.binary(max_size=4), st.just(content[start:end] * 2), st.sampled_from([b"[" * 2000, b"-", b"9" * 5000])))
+        middle = draw(
+            st.one_of(
+                st.binary(max_size=4),
+                st.just(content[start:end] * 2),
+                st.sampled_from([b"[" * 2000, b"-", b"9" * 5000]),
+            )
+        )
         content = content[:start] + middle + content[draw(st.sampled_from([start, start + 1, end])) :]
     return content
 

@@ -49,17 +49,41 @@ def fields(**changes: object) -> bytes:
 BAD_JSON = {
     "not a number": (QUESTION[:-1] + b', "x": NaN}', "bad_json", "NaN is no JSON number"),
     "infinity": (QUESTION[:-1] + b', "x": -Infinity}', "bad_json", "-Infinity is no JSON number"),
-    "a number of 5,000 digits": (QUESTION[:-1] + b', "x": ' + b"9" * 5000 + b"}", "bad_json", "no JSON"),
-    "a field twice": (QUESTION[:-1] + b', "answer": "3"}', "bad_json", "the field answer is there twice"),
-    "nested": (QUESTION[:-1] + b', "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "bad_json", "no JSON"),
+    "a number of 5,000 digits": (
+        QUESTION[:-1] + b', "x": ' + b"9" * 5000 + b"}",
+        "bad_json",
+        "no JSON",
+    ),
+    "a field twice": (
+        QUESTION[:-1] + b', "answer": "3"}',
+        "bad_json",
+        "the field answer is there twice",
+    ),
+    "nested": (
+        QUESTION[:-1] + b', "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        "bad_json",
+        "no JSON",
+    ),
     "an infinite answer": (fields(answer=0).replace(b" 0", b" 1e999"), "bad_field", "got inf"),
-    "a nested answer": (fields(answer=0).replace(b" 0", b"[" * 900 + b"]" * 900), "bad_field|bad_json", "answer|no JSON"),
+    "a nested answer": (
+        fields(answer=0).replace(b" 0", b"[" * 900 + b"]" * 900),
+        "bad_field|bad_json",
+        "answer|no JSON",
+    ),
     "half a surrogate pair": (fields(question="a\ud83d"), "bad_text", r"got 'a\\\\ud83d'"),
     "half a pair in another field": (fields(other=[{"\udc00": 1}]), "bad_text", "no UTF-8"),
-    "half a pair as bytes": (fields(question="X").replace(b"X", b"\xed\xa0\x80"), "bad_text", "no UTF-8"),
+    "half a pair as bytes": (
+        fields(question="X").replace(b"X", b"\xed\xa0\x80"),
+        "bad_text",
+        "no UTF-8",
+    ),
     "NUL": (fields(answer="2\0"), "bad_text", "without NUL"),
     "bytes that are no UTF-8": (fields(question="X").replace(b"X", b"\xff"), "bad_json", "no JSON"),
-    "thousands of pictures": (fields(media=["png"] * 5000), "bad_field", "too many media files, got 5000"),
+    "thousands of pictures": (
+        fields(media=["png"] * 5000),
+        "bad_field",
+        "too many media files, got 5000",
+    ),
     "a long value": (fields(answer_type="x" * 1_000_000), "unknown_answer_type", r"xxx\.\.\.xxx"),
 }
 
@@ -99,8 +123,28 @@ def test_extensions_of_5000_digits_are_ordered_like_others(tmp_path: Path) -> No
 
 
 def test_media_are_in_natural_order() -> None:
-    names = ["img10.jpg", "img2.jpg", "b.jpg", "jpg", "3.jpg", "img2.left.jpg", "img02.png", "12.mp4", "a.jpg"]
+    names = [
+        "img10.jpg",
+        "img2.jpg",
+        "b.jpg",
+        "jpg",
+        "3.jpg",
+        "img2.left.jpg",
+        "img02.png",
+        "12.mp4",
+        "a.jpg",
+    ]
     # Without a number first; then numbers by value, before text; img02 and img2 are equal but for their spelling.
-    expected = ["jpg", "a.jpg", "b.jpg", "3.jpg", "12.mp4", "img02.png", "img2.jpg", "img2.left.jpg", "img10.jpg"]
+    expected = [
+        "jpg",
+        "a.jpg",
+        "b.jpg",
+        "3.jpg",
+        "12.mp4",
+        "img02.png",
+        "img2.jpg",
+        "img2.left.jpg",
+        "img10.jpg",
+    ]
     assert media_order(names) == expected
     assert [ref.extension for ref in parse_question("s.tar", "k", QUESTION, names[::-1]).media] == expected
