@@ -62,18 +62,19 @@ def lint(folders: Sequence[str | Path], opener: MediaOpener | None = None) -> tu
 def _shard_problem(reader: ShardReader, shard: Path) -> Problem | None:
     """Return why a shard, or its index, cannot be trusted."""
     try:
-        found = scan_tar(shard)
+        found, reason = scan_tar(shard), "wrong_index"
     except DataError as error:
-        return Problem(str(shard), BAD_SHARD, str(error))
+        found, reason, message = None, BAD_SHARD, str(error)
     try:
-        read_sidecar(shard, found.tar_size)
-        index = reader.index(str(shard))
+        index = reader.index(str(shard))  # the error of a contradiction names both sides
+        if found is not None:
+            read_sidecar(shard, found.tar_size)
+            if same_entries(index, found):
+                return None
+            message = f"{shard}: the index does not fit the shard; remove {sidecar_path(shard)}"
     except DataError as error:
-        return Problem(str(shard), "wrong_index", str(error))
-    if same_entries(index, found):
-        return None
-    message = f"{shard}: the index does not fit the shard; remove {sidecar_path(shard)}"
-    return Problem(str(shard), "wrong_index", message)
+        message = str(error)
+    return Problem(str(shard), reason, message)
 
 
 def _sample_problems(

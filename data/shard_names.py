@@ -36,6 +36,8 @@ def list_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
     except OSError as error:
         got = f"got no folder ({error.strerror})"
         raise DataError(f"{folder}: no shards, {got}, {EXPECTED_SHARDS}") from error
+    if not is_valid_text(str(folder)):
+        raise DataError(f"{shown(str(folder))}: the path of the folder is no UTF-8; rename it")
     root = os.path.realpath(folder)
     shards: list[Path] = []
     unread: dict[str, str] = {}

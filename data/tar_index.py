@@ -246,8 +246,8 @@ def _parse_sidecar(stored: Any) -> TarIndex:
 def _parse_entry(key: str, extension: str, offset: int, size: int, crc32: int | None = None) -> Member:
     # The first version of the format had no checksums.
     numbers = (offset, size) if crc32 is None else (offset, size, crc32)
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError(f"entry {numbers!r} of {key!r}, expected numbers that are not negative")
+    if not all(type(number) is int for number in numbers):
+        raise ValueError(f"entry {numbers!r} of {key!r}, expected whole numbers")
     f"{key}{extension}".encode("utf-8", "surrogateescape")  # any name that bytes can have
     return Member(extension, offset, size, crc32)
 

@@ -29,6 +29,14 @@ def test_the_size_that_the_index_knows_speaks_where_the_shard_looks_whole(tmp_pa
         match=r"got 66560 bytes in the shard, expected \d+ bytes with 400 samples as in shard-000000",
     ):
         ShardFolder(tmp_path)
+    (problem,) = lint([tmp_path])[1]
+    assert problem.reason == "wrong_index"
+    assert "got 66560 bytes in the shard, expected 419840 bytes with 400 samples" in problem.message
+    shard.write_bytes(whole[:65536])
+    (problem,) = lint([tmp_path])[1]
+    assert problem.reason == "bad_shard"
+    assert "got 65536 bytes in the shard, expected 419840 bytes with 400 samples" in problem.message
+    shard.write_bytes(whole[:65536] + END)
     sidecar_path(shard).unlink()
     assert len(ShardFolder(tmp_path)) == 64, "without an index nothing says that this is no whole archive"
 

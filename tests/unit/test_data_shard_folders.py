@@ -143,3 +143,12 @@ def test_shards_that_cannot_be_written_are_an_error(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"key is not allowed|extension is no media file's"):
             write_shards(tmp_path / "out", [sample(0), type(sample(0))(key, {}, [("png", b"")])])
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_folder_whose_path_no_log_can_hold_is_an_error(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    (folder / "a.tar").write_bytes(GOOD + END)
+    with pytest.raises(DataError, match=r"udcff: the path of the folder is no UTF-8") as caught:
+        ShardFolder(folder)
+    assert str(caught.value).encode()
