@@ -28,3 +28,10 @@ class SampleError(ReasonedError):
 
 class MediaError(ReasonedError):
     """One image or video cannot be opened within the limits; its reason is one of `data.media.MEDIA_REASONS`."""
+
+
+def shown(name: str, limit: int = 120) -> str:
+    """Return a name from outside as a log can hold it: unprintable characters escaped, cut after `limit`."""
+    letters = (each if each.isprintable() else each.encode("unicode_escape").decode() for each in name[:limit])
+    text = "".join(letters)
+    return text if len(name) <= limit else f"{text}… ({len(name)} characters)"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from data.errors import DataError
+from data.errors import DataError, shown
 
 logger = logging.getLogger(__name__)
 
 MIN_SAMPLES = 20  # a share over fewer samples says nothing
+MAX_ID_LENGTH = 4096
 MAX_LISTED = 100  # bad samples kept by name, so that state and messages stay small
 
 
@@ -72,6 +73,7 @@ class SampleHealth:
         Raises:
             DataError: `strict`, or the share of bad samples is above `max_bad_share`.
         """
+        sample_id = shown(sample_id, MAX_ID_LENGTH)  # the key of a foreign shard may hold anything
         detail = detail.removeprefix(f"{sample_id}: ")
         self.counts[reason] = self.counts.get(reason, 0) + 1
         if was_good:

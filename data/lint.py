@@ -6,15 +6,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.errors import DataError, MediaError, SampleError
+from data.errors import DataError, MediaError, ReasonedError, SampleError, shown
 from data.media import MediaOpener
-from data.shards import SHARD_PATTERN, ShardReader
-from data.tar_index import load_index, scan_tar
+from data.question import MediaRef
+from data.shard_names import EXPECTED_SHARDS, list_shards
+from data.shards import ShardReader
+from data.tar_index import read_sidecar, same_entries, scan_tar, sidecar_path
+
+BAD_SHARD = "bad_shard"
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong: `shard:key` or the shard, the reason's name, and the message."""
+    """One thing that is wrong: `shard:key` or the file, the reason's name, and the message."""
 
     where: str
     reason: str
@@ -32,21 +36,22 @@ def lint(folders: Sequence[str | Path], opener: MediaOpener | None = None) -> tu
     problems: list[Problem] = []
     first_place: dict[str, str] = {}
     for folder in map(Path, folders):
-        shards = sorted(folder.glob(SHARD_PATTERN))
+        try:
+            shards, unread = list_shards(folder)
+        except DataError as error:
+            problems.append(Problem(str(folder), "no_shards", str(error)))
+            continue
         if not shards:
-            problems.append(Problem(str(folder), "no_shards", f"{folder}: no shards, expected *.tar; name the folder that holds them"))
+            message = f"{folder}: no shards, got none, {EXPECTED_SHARDS}"
+            problems.append(Problem(str(folder), "no_shards", message))
+        problems += [Problem(f"{folder}/{shown(name)}", "unread_shard", message) for name, message in unread.items()]
         for shard in shards:
             reader = ShardReader()
-            try:
-                keys = list(reader.index(str(shard)).samples)
-                index_is_right = load_index(shard).samples == scan_tar(shard).samples
-            except DataError as error:
-                problems.append(Problem(str(shard), "bad_shard", str(error)))
+            problem = _shard_problem(reader, shard)
+            if problem is not None:
+                problems.append(problem)
                 continue
-            if not index_is_right:
-                message = f"{shard}: the index does not fit the shard; remove {shard}.idx.json"
-                problems.append(Problem(str(shard), "wrong_index", message))
-                continue
+            keys = list(reader.index(str(shard)).samples)
             num_samples += len(keys)
             for key in keys:
                 problems += _sample_problems(reader, str(shard), key, first_place, opener)
@@ -54,21 +59,62 @@ def lint(folders: Sequence[str | Path], opener: MediaOpener | None = None) -> tu
     return num_samples, problems
 
 
+def _shard_problem(reader: ShardReader, shard: Path) -> Problem | None:
+    """Return why a shard, or its index, cannot be trusted."""
+    try:
+        found, reason = scan_tar(shard), "wrong_index"
+    except DataError as error:
+        found, reason, message = None, BAD_SHARD, str(error)
+    try:
+        index = reader.index(str(shard))  # the error of a contradiction names both sides
+        if found is not None:
+            read_sidecar(shard, found.tar_size)
+            if same_entries(index, found):
+                return None
+            message = f"{shard}: the index does not fit the shard; remove {sidecar_path(shard)}"
+    except DataError as error:
+        message = str(error)
+    return Problem(str(shard), reason, message)
+
+
 def _sample_problems(
-    reader: ShardReader, shard: str, key: str, first_place: dict[str, str], opener: MediaOpener | None
+    reader: ShardReader,
+    shard: str,
+    key: str,
+    first_place: dict[str, str],
+    opener: MediaOpener | None,
 ) -> Iterator[Problem]:
-    where = f"{shard}:{key}"
+    where = f"{shard}:{shown(key)}"
     try:
         question = reader.question(shard, key)
     except SampleError as error:
         yield Problem(where, error.reason, str(error))
         return
+    except DataError as error:
+        yield Problem(where, BAD_SHARD, str(error))
+        return
     first = first_place.setdefault(question.id, where)
     if first != where:
-        yield Problem(where, "duplicate_id", f"{where}: id is used twice, got {question.id!r} as in {first}; give each its own")
+        yield Problem(
+            where,
+            "duplicate_id",
+            f"{where}: id is used twice, got {shown(question.id)!r} as in {first}; give each its own",
+        )
     for reference in question.media if opener is not None else ():
-        try:
-            assert opener is not None
-            opener.open_ref(reference, reader)
-        except MediaError as error:
-            yield Problem(where, error.reason, str(error))
+        assert opener is not None
+        yield from _media_problems(reader, reference, where, opener)
+
+
+def _media_problems(reader: ShardReader, reference: MediaRef, where: str, opener: MediaOpener) -> Iterator[Problem]:
+    try:
+        content = opener.read_ref(reference, reader)
+    except ReasonedError as error:
+        yield Problem(where, error.reason, str(error))
+        return
+    except DataError as error:
+        yield Problem(where, BAD_SHARD, str(error))
+        return
+    try:
+        opener.open(content, reference.kind)
+    except MediaError as error:
+        yield Problem(where, error.reason, f"{where}.{reference.extension}: {error}")

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
-from data.errors import SampleError
+from data.errors import SampleError, shown
 from data.question import ANSWER_TYPES, AnswerType, MediaKind, MediaRef, Question
+from data.text import is_valid_text
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp"})
 VIDEO_EXTENSIONS = frozenset({"mp4", "m4v", "mov", "webm", "mkv", "avi", "gif"})
 MAX_CHOICES = 26
-REASONS = ("bad_json", "bad_field", "unknown_answer_type", "bad_choice", "missing_media", "unknown_media", "missing_json")
+MAX_MEDIA = 1000
+PARTS = re.compile(r"([0-9]+)|([^0-9]+)")
+UNUSABLE_KEY = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]|\\A/|(?:\\A|/)\\.\\.(?:/|\\Z)")
+REASONS = (
+    "bad_key",
+    "bad_json",
+    "bad_text",
+    "bad_field",
+    "unknown_answer_type",
+    "bad_choice",
+    "missing_media",
+    "unknown_media",
+    "missing_json",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +56,29 @@ def media_kind(extension: str) -> MediaKind | None:
 
 
 def media_order(extensions: Iterable[str]) -> list[str]:
-    """Return the media members of a sample in the order 0.jpg, 1.jpg, …, 10.jpg; those without a number first."""
+    """Return the media members of a sample in natural order.
 
-    def by_number(extension: str) -> tuple[int, str]:
-        number = re.match(r"(\d+)\.", extension)
-        return (int(number[1]) if number else -1, extension)
+    Those without a number come first, then img2.jpg before img10.jpg.
+    """
 
-    return sorted((extension for extension in extensions if media_kind(extension)), key=by_number)
+    def natural(extension: str) -> tuple[bool, list[tuple[int, int, str]], str]:
+        stem = extension.rpartition(".")[0]
+        parts: list[tuple[int, int, str]] = []
+        for number, text in PARTS.findall(stem):
+            digits = number.lstrip("0")
+            # A number may have thousands of digits: more of them is more, then they compare as text.
+            parts.append((0, len(digits), digits) if number else (1, 0, text))
+        return any(kind == 0 for kind, _, _ in parts), parts, extension
+
+    return sorted((extension for extension in extensions if media_kind(extension)), key=natural)
+
+
+def is_usable_key(key: str) -> bool:
+    """Return whether a key can stand in transcripts, logs and paths.
+
+    It has no control characters, no bytes that are no UTF-8, and does not lead upwards.
+    """
+    return UNUSABLE_KEY.search(key) is None
 
 
 def parse_question(shard: str, key: str, content: bytes, extensions: Iterable[str]) -> Question:
@@ -62,11 +93,19 @@ def parse_question(shard: str, key: str, content: bytes, extensions: Iterable[st
     Raises:
         SampleError: A rule is broken; its `reason` says which.
     """
-    where = f"{shard}:{key}"
+    where = f"{shard}:{shown(key)}"
+    if not is_usable_key(key):
+        expected = "expected printable UTF-8 without leading / or .."
+        raise SampleError("bad_key", f"{where}: key is not allowed, {expected}; rename it")
     try:
-        fields = json.loads(content)
+        fields = json.loads(content, object_pairs_hook=_fields_once, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise SampleError("bad_json", f"{where}: KEY.json is no JSON ({error}); write it anew") from error
+        message = f"{where}: KEY.json is no JSON ({shown(str(error))}); write it anew"
+        raise SampleError("bad_json", message) from error
+    for text in _texts(fields):
+        if not is_valid_text(text):
+            got = f"got {shown(text)!r}, expected whole characters without NUL"
+            raise SampleError("bad_text", f"{where}: a text is no UTF-8, {got}; correct it")
     if not isinstance(fields, dict):
         raise SampleError("bad_json", f"{where}: KEY.json is no object, got {type(fields).__name__}, expected fields; write it anew")
     answer_type = _answer_type(where, fields)
@@ -74,7 +113,7 @@ def parse_question(shard: str, key: str, content: bytes, extensions: Iterable[st
     return Question(
         id=_text(where, fields, "id"),
         text=_text(where, fields, "question"),
-        media=_media(where, shard, key, fields, tuple(extensions)),
+        media=_media(where, shard, key, fields, dict.fromkeys(extensions)),
         answer=_text(where, fields, "answer"),
         answer_type=answer_type,
         choices=choices,
@@ -82,11 +121,39 @@ def parse_question(shard: str, key: str, content: bytes, extensions: Iterable[st
     )
 
 
+def _fields_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"the field {shown(name)} is there twice")
+        fields[name] = value
+    return fields
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text inside a JSON value, names of fields included."""
+    rest = [value]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            rest += [*value, *value.values()]
+        elif isinstance(value, list):
+            rest += value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
 def _text(where: str, fields: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
     value = fields.get(name, "" if optional else None)
     if isinstance(value, str) and (value.strip() or optional):
         return value
-    raise SampleError("bad_field", f"{where}: field {name} is wrong, got {value!r}, expected a text that is not empty; correct it")
+    raise SampleError(
+        "bad_field", f"{where}: field {name} is wrong, got {reprlib.repr(value)}, expected a text that is not empty; correct it"
+    )
 
 
 def _answer_type(where: str, fields: Mapping[str, Any]) -> AnswerType:
@@ -95,14 +162,16 @@ def _answer_type(where: str, fields: Mapping[str, Any]) -> AnswerType:
         if value == answer_type:
             return answer_type
     expected = ", ".join(ANSWER_TYPES)
-    raise SampleError("unknown_answer_type", f"{where}: unknown answer_type, got {value!r}, expected one of {expected}; correct it")
+    raise SampleError(
+        "unknown_answer_type", f"{where}: unknown answer_type, got {reprlib.repr(value)}, expected one of {expected}; correct it"
+    )
 
 
 def _text_list(where: str, fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
     value = fields.get(name, [])
     if isinstance(value, list) and all(isinstance(entry, str) and entry.strip() for entry in value):
         return tuple(value)
-    raise SampleError("bad_field", f"{where}: field {name} is wrong, got {value!r}, expected a list of texts; correct it")
+    raise SampleError("bad_field", f"{where}: field {name} is wrong, got {reprlib.repr(value)}, expected a list of texts; correct it")
 
 
 def _choices(where: str, fields: Mapping[str, Any], answer_type: AnswerType) -> tuple[str, ...]:
@@ -116,20 +185,27 @@ def _choices(where: str, fields: Mapping[str, Any], answer_type: AnswerType) -> 
     letters = [chr(ord("A") + index) for index in range(len(choices))]
     if fields.get("answer") not in letters:
         got = fields.get("answer")
-        raise SampleError("bad_choice", f"{where}: the answer is no letter, got {got!r}, expected A to {letters[-1]}; correct it")
+        raise SampleError(
+            "bad_choice", f"{where}: the answer is no letter, got {reprlib.repr(got)}, expected A to {letters[-1]}; correct it"
+        )
     return choices
 
 
-def _media(where: str, shard: str, key: str, fields: Mapping[str, Any], extensions: tuple[str, ...]) -> tuple[MediaRef, ...]:
+def _media(where: str, shard: str, key: str, fields: Mapping[str, Any], extensions: Mapping[str, None]) -> tuple[MediaRef, ...]:
     named = _text_list(where, fields, "media") if "media" in fields else tuple(media_order(extensions))
+    if len(named) > MAX_MEDIA:
+        got = f"got {len(named)}, expected at most {MAX_MEDIA}"
+        raise SampleError("bad_field", f"{where}: too many media files, {got}; leave some out")
     references = []
     for extension in named:
         kind = media_kind(extension)
         if kind is None:
             known = ", ".join(sorted(IMAGE_EXTENSIONS | VIDEO_EXTENSIONS))
-            raise SampleError("unknown_media", f"{where}: unknown kind of media, got {extension}, expected {known}; convert the file")
+            raise SampleError(
+                "unknown_media", f"{where}: unknown kind of media, got {shown(extension)}, expected {known}; convert the file"
+            )
         if extension not in extensions:
-            have = ", ".join(extensions)
-            raise SampleError("missing_media", f"{where}: media file is missing, got members {have}, expected {extension}; add it")
+            got = f"got members {shown(', '.join(extensions))}, expected {shown(extension)}"
+            raise SampleError("missing_media", f"{where}: media file is missing, {got}; add it")
         references.append(MediaRef(kind=kind, shard=shard, key=key, extension=extension))
     return tuple(references)

@@ -8,21 +8,34 @@ import json
 import os
 import re
 import tarfile
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import overload
 
-from data.errors import DataError, SampleError
+from data.errors import DataError, SampleError, shown
 from data.question import MediaRef, Question
-from data.sample import ShardSample, media_kind, parse_question
-from data.tar_index import BLOCK, Member, TarIndex, header_name, load_index, scan_tar, sidecar_path, write_sidecar
+from data.sample import ShardSample, is_usable_key, media_kind, parse_question
+from data.shard_names import EXPECTED_SHARDS, OWN_LEFTOVER, UNFINISHED_SUFFIX, list_shards
+from data.tar_index import (
+    Member,
+    TarIndex,
+    check_header,
+    load_index,
+    scan_tar,
+    sidecar_path,
+    split_name,
+    write_sidecar,
+)
+from data.tar_members import BLOCK, open_regular, read_at
 
-SHARD_PATTERN = "*.tar"
 MAX_SHARD_BYTES = 1 << 30
 """A shard with this much media is closed early: its samples are in memory until it is written."""
 MAX_OPEN_SHARDS = 256
+MAX_QUESTION_BYTES = 1 << 24
 KEY = re.compile(r"[^\s./][^\s.]*\Z")
 
 
@@ -41,58 +54,110 @@ def write_shards(
         Paths of the shards written.
 
     Raises:
-        DataError: The folder has shards already, a key is not allowed or is met twice, or an extension is no media file's.
+        DataError: The folder has shards already or cannot be written, a key is not allowed or is met
+            twice, an extension is no media file's, or a question is no JSON.
     """
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    present = sorted(target.glob(SHARD_PATTERN))
-    if present and not overwrite:
-        raise DataError(f"{target}: the folder has shards already, got {present[0].name}, expected none; name another folder or overwrite")
-    for shard in present:
-        sidecar_path(shard).unlink(missing_ok=True)
-        shard.unlink()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        present, unread = list_shards(target)
+        if present and not overwrite:
+            got = f"got {present[0].name}, expected none"
+            raise DataError(f"{target}: the folder has shards already, {got}; name another folder or overwrite")
+        for name, problem in unread.items():
+            if not OWN_LEFTOVER.fullmatch(name):
+                raise DataError(problem)
+            (target / name).unlink()  # of a writer that was killed
+        written = _write_aside(target, samples, samples_per_shard)
+        # A folder that is left half done from here on holds unfinished shards, so nobody reads it.
+        for shard in present:
+            sidecar_path(shard).unlink(missing_ok=True)
+            shard.unlink()
+        for shard in written:
+            sidecar_path(_aside(shard)).replace(sidecar_path(shard))
+            _aside(shard).replace(shard)
+    except OSError as error:
+        advice = "make room there, or name another folder"
+        raise DataError(f"{target}: the shards cannot be written ({error}); {advice}") from error
+    return written
+
+
+def _write_aside(folder: Path, samples: Iterable[ShardSample], samples_per_shard: int) -> list[Path]:
+    """Write all shards with their indexes aside, or none, and return their names to be."""
     written: list[Path] = []
+    try:
+        for number, batch in enumerate(_batches(folder, samples, samples_per_shard)):
+            written.append(folder / f"shard-{number:06d}.tar")
+            _write_shard(_aside(written[-1]), batch)
+    except BaseException:
+        for shard in written:
+            _aside(shard).unlink(missing_ok=True)
+            sidecar_path(_aside(shard)).unlink(missing_ok=True)
+        raise
+    return written
+
+
+def _aside(shard: Path) -> Path:
+    return shard.with_name(f"{shard.name}{UNFINISHED_SUFFIX}")
+
+
+def _batches(folder: Path, samples: Iterable[ShardSample], samples_per_shard: int) -> Iterator[list[ShardSample]]:
+    """Yield the samples of each shard."""
     seen: set[str] = set()
     batch: list[ShardSample] = []
     num_bytes = 0
     for sample in samples:
-        _check_sample(target, sample, seen)
+        _check_sample(folder, sample, seen)
         batch.append(sample)
         num_bytes += sum(len(content) for _, content in sample.media)
         if len(batch) == samples_per_shard or num_bytes >= MAX_SHARD_BYTES:
-            written.append(_write_shard(target / f"shard-{len(written):06d}.tar", batch))
+            yield batch
             batch, num_bytes = [], 0
     if batch:
-        written.append(_write_shard(target / f"shard-{len(written):06d}.tar", batch))
-    return written
+        yield batch
 
 
 def _check_sample(folder: Path, sample: ShardSample, seen: set[str]) -> None:
-    if not KEY.fullmatch(sample.key):
-        raise DataError(f"{folder}: key is not allowed, got {sample.key!r}, expected no dot, no space and no leading slash; rename it")
+    where = f"{folder}:{shown(sample.key)}"
+    if not KEY.fullmatch(sample.key) or not is_usable_key(sample.key):
+        expected = "printable text without dots, spaces and a leading slash"
+        got = f"got {shown(sample.key)!r}"
+        raise DataError(f"{folder}: key is not allowed, {got}, expected {expected}; rename it")
     if sample.key in seen:
         raise DataError(f"{folder}: key is used twice, got {sample.key!r}; give every sample its own")
     seen.add(sample.key)
     for extension, _ in sample.media:
-        if media_kind(extension) is None or extension != extension.lower() or "/" in extension:
-            expected = "jpg, 0.png, mp4 or the like, in lower case"
-            raise DataError(f"{folder}:{sample.key}: extension is no media file's, got {extension!r}, expected {expected}; convert it")
+        named = split_name(f"{sample.key}.{extension}")
+        if media_kind(extension) is None or named != (sample.key, extension):
+            got = f"got {shown(extension)!r}, expected jpg, 0.png, mp4 or the like, in lower case"
+            raise DataError(f"{where}: extension is no media file's, {got}; convert it")
 
 
-def _write_shard(path: Path, samples: Sequence[ShardSample]) -> Path:
-    """Write one shard aside, rename it, then write its index."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with tarfile.open(aside, "w", format=tarfile.GNU_FORMAT) as archive:
+def _write_shard(path: Path, samples: Sequence[ShardSample]) -> None:
+    """Write one shard and its index."""
+    checksums = {}
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
         for sample in samples:
-            content = json.dumps(dict(sample.question), ensure_ascii=False, sort_keys=True).encode()
-            for extension, data in (("json", content), *sample.media):
+            for extension, data in (("json", _question_json(path, sample)), *sample.media):
                 info = tarfile.TarInfo(f"{sample.key}.{extension}")
                 info.size = len(data)
                 info.mode = 0o644
                 archive.addfile(info, io.BytesIO(data))
-    aside.replace(path)
-    write_sidecar(path, scan_tar(path))
-    return path
+                checksums[sample.key, extension] = zlib.crc32(data)
+    index = scan_tar(path)
+    with_checksums = {
+        key: tuple(replace(each, crc32=checksums[key, each.extension]) for each in members) for key, members in index.samples.items()
+    }
+    write_sidecar(path, replace(index, samples=with_checksums))
+
+
+def _question_json(shard: Path, sample: ShardSample) -> bytes:
+    try:
+        fields = dict(sample.question)
+        return json.dumps(fields, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        where, detail = f"{shard.parent}:{shown(sample.key)}", shown(str(error))
+        raise DataError(f"{where}: the question cannot be written as JSON ({detail}); correct it") from error
 
 
 class ShardReader:
@@ -121,12 +186,23 @@ class ShardReader:
             DataError: The shard or the key is missing.
         """
         members = self._members(shard, key)
+        content = None
         for member in members:
-            if member.extension == "json":
+            if member.extension != "json":
+                # The name decides whether the question has a picture.
+                self._read_checked(shard, key, member, 0)
+            elif member.size <= MAX_QUESTION_BYTES:
                 content = self._read(shard, key, member)
-                return parse_question(shard, key, content, (member.extension for member in members))
-        got = ", ".join(member.extension for member in members)
-        raise SampleError("missing_json", f"{shard}:{key}: the sample has no question, got members {got}, expected json; add it")
+            else:
+                got = f"got {member.size} bytes, expected at most {MAX_QUESTION_BYTES}"
+                message = f"{shard}:{shown(key)}: KEY.json is too large, {got}; shorten it"
+                raise SampleError("bad_json", message)
+        if content is None:
+            got = shown(", ".join(member.extension for member in members))
+            got = f"got members {got}, expected json"
+            message = f"{shard}:{shown(key)}: the sample has no question, {got}; add it"
+            raise SampleError("missing_json", message)
+        return parse_question(shard, key, content, [member.extension for member in members])
 
     def media_bytes(self, ref: MediaRef) -> bytes:
         """Return the content of a media file, undecoded.
@@ -152,44 +228,45 @@ class ShardReader:
         for member in self._members(ref.shard, ref.key):
             if member.extension == ref.extension:
                 return member
-        raise SampleError("missing_media", f"{ref.shard}:{ref.key}: media file is missing, expected {ref.extension}; add it")
+        where, expected = f"{ref.shard}:{shown(ref.key)}", shown(ref.extension)
+        raise SampleError("missing_media", f"{where}: media file is missing, expected {expected}; add it")
 
     def _members(self, shard: str, key: str) -> tuple[Member, ...]:
         members = self.index(shard).samples.get(key)
         if members is None:
-            raise DataError(f"{shard}: no sample of that key, got {key!r}; the shard was changed since, restore it")
+            advice = "the shard was changed since, restore it"
+            raise DataError(f"{shard}: no sample of that key, got {shown(key)!r}; {advice}")
         return members
 
     def _read(self, shard: str, key: str, member: Member) -> bytes:
+        """Return the content of a member whose header and checksum are those of the index."""
+        content = self._read_checked(shard, key, member, member.size)
+        if member.crc32 is not None and (found := zlib.crc32(content)) != member.crc32:
+            got = f"got checksum {found}, expected {member.crc32} as in the index"
+            where = f"{shard}:{shown(key)}.{shown(member.extension)}"
+            raise DataError(f"{where}: the content is damaged, {got}; copy the shard anew")
+        return content
+
+    def _read_checked(self, shard: str, key: str, member: Member, size: int) -> bytes:
+        """Return the first `size` bytes of a member after a look at its header."""
         start = member.offset - BLOCK
-        wanted = BLOCK + member.size
         descriptor = self._descriptors.get(shard)
         if descriptor is not None:
-            content = _pread(descriptor, wanted, start)
+            content = read_at(shard, descriptor, BLOCK + size, start)
         else:
-            descriptor = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = open_regular(shard)
             try:
-                content = _pread(descriptor, wanted, start)
+                content = read_at(shard, descriptor, BLOCK + size, start)
             finally:
                 # Beyond the limit a shard is opened for each read: closing one here could take it from another thread.
                 if len(self._descriptors) >= MAX_OPEN_SHARDS or self._descriptors.setdefault(shard, descriptor) != descriptor:
                     os.close(descriptor)
-        name = f"{key}.{member.extension}"
-        plain = name.isascii() and len(name) <= 100  # longer and other names lie in an extended header
-        if len(content) != wanted or (plain and header_name(content[:BLOCK]).lower() != name.lower()):
-            raise DataError(f"{shard}:{name}: the index does not fit the shard, which was changed; remove {shard}.idx.json and start again")
+        where = f"{shard}:{shown(key)}.{shown(member.extension)}"
+        check_header(where, content[:BLOCK], key, member, is_plain=self.index(shard).is_plain)
+        if len(content) != BLOCK + size:
+            got = f"got {len(content) - BLOCK} of {size} bytes"
+            raise DataError(f"{where}: the shard ends inside the file, {got}; copy it anew")
         return content[BLOCK:]
-
-
-def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    content = os.pread(descriptor, size, offset)
-    if len(content) == size or not content:
-        return content
-    # One call reads at most 2 GiB, and network file systems may return less.
-    parts = [content]
-    while (missing := size - sum(map(len, parts))) > 0 and (more := os.pread(descriptor, missing, offset + size - missing)):
-        parts.append(more)
-    return b"".join(parts)
 
 
 class SampleKeys(Sequence[tuple[str, str]]):
@@ -235,14 +312,17 @@ class ShardFolder:
             reader: Shared between the sources of a run.
 
         Raises:
-            DataError: The folder is missing, has no shard, or a shard is no tar archive.
+            DataError: The folder is missing or has no shard, a file looks like a shard and cannot be
+                read, or a shard is no whole tar archive or not what its index says.
         """
         self.path = Path(path)
         self.reader = reader or ShardReader()
-        shards = sorted(str(shard) for shard in self.path.glob(SHARD_PATTERN))
-        if not shards:
-            got = "an empty folder" if self.path.is_dir() else "no folder"
-            raise DataError(f"{self.path}: no shards, got {got}, expected *.tar; write some with tools/make_shards.py")
+        paths, unread = list_shards(self.path)
+        if unread:
+            raise DataError(next(iter(unread.values())))
+        if not paths:
+            raise DataError(f"{self.path}: no shards, got an empty folder, {EXPECTED_SHARDS}")
+        shards = [str(path) for path in paths]
         self._keys = SampleKeys({shard: list(self.reader.index(shard).samples) for shard in shards})
         self.shards: tuple[str, ...] = tuple(shards)
 

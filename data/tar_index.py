@@ -1,35 +1,47 @@
-"""Where every member of a tar shard lies: scan, sidecar file, staleness.
-
-Scanning 512-byte headers by hand is over ten times faster than `tarfile`; shards with members that need more than that
-(long names, extended headers, sparse files) are scanned by `tarfile` instead.
-"""
+"""Where every member of a tar shard lies: scan, sidecar file, and whether both say the same."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from data.errors import DataError
+from data.errors import DataError, shown
+from data.tar_members import BLOCK, check_end, open_regular, read_at, rounded, tar_members
 
-BLOCK = 512
+logger = logging.getLogger(__name__)
+
 SIDECAR_SUFFIX = ".idx.json"
-SIDECAR_VERSION = 1
-# The rule of plain webdataset: the key ends at the first dot of the base name; files without a dot are skipped.
-MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)\Z", re.DOTALL)
+SIDECAR_VERSION = 2
+MAX_SIDECAR_BYTES = 1 << 28
+# What a header takes in a sidecar at most: 255 bytes of name, escaped, and three numbers.
+SIDECAR_BYTES_PER_BLOCK = 4 * BLOCK
+# The rules of plain webdataset: the key ends at the first dot of the base name; files without a dot,
+# and those whose whole name or first folder is `__like_this__`, are skipped.
+MEMBER_NAME = re.compile(r"(?!__[^/]*__(?:\Z|/))((?:.*/)?[^./]+)\.([^/]*)\Z", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One file of a sample: extension (lower case), byte offset of its content, size in bytes."""
+    """One file of a sample.
+
+    Attributes:
+        extension: In lower case.
+        offset: Of its content, in bytes.
+        size: Of its content, in bytes.
+        crc32: Of its content as it was written, `None` if nobody knows.
+    """
 
     extension: str
     offset: int
     size: int
+    crc32: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +51,18 @@ class TarIndex:
     Attributes:
         tar_size: Size of the shard in bytes when it was indexed.
         samples: Sample key to its members.
+        is_plain: Name and size of every member are in its own header, none in an extended one.
     """
 
     tar_size: int
-    samples: dict[str, tuple[Member, ...]]
+    samples: Mapping[str, tuple[Member, ...]]
+    is_plain: bool = True
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Return key and extension of a member, `None` if it belongs to no sample."""
+    match = MEMBER_NAME.fullmatch(name)
+    return None if match is None else (match[1], match[2].lower())
 
 
 def scan_tar(path: Path) -> TarIndex:
@@ -51,81 +71,47 @@ def scan_tar(path: Path) -> TarIndex:
     Raises:
         DataError: The file is no whole tar archive, or it breaks a rule of webdataset shards.
     """
-    size = path.stat().st_size
-    samples: dict[str, list[Member]] = {}
+    descriptor = open_regular(path)
+    try:
+        return _scan(path, descriptor, os.fstat(descriptor).st_size)
+    finally:
+        os.close(descriptor)
+
+
+def _scan(path: Path, descriptor: int, tar_size: int) -> TarIndex:
+    samples: dict[str, dict[str, Member]] = {}
     last_key: str | None = None
-    with path.open("rb", buffering=0) as file:
-        for name, offset, member_size in _members(path, file.fileno(), size):
-            match = MEMBER_NAME.fullmatch(name)
-            if match is None:
-                continue
-            key, extension = match[1], match[2].lower()
-            members = samples.setdefault(key, [])
-            if members and key != last_key:
-                raise DataError(f"{path}:{key}: files of one sample are apart, expected them side by side; write the shard anew")
-            if any(member.extension == extension for member in members):
-                raise DataError(f"{path}:{key}: two files have the same extension, got {extension} twice; write the shard anew")
-            members.append(Member(extension, offset, member_size))
-            last_key = key
-    return TarIndex(size, {key: tuple(members) for key, members in samples.items()})
-
-
-def _members(path: Path, descriptor: int, tar_size: int) -> Iterator[tuple[str, int, int]]:
-    """Yield (name, content offset, size) of every regular file."""
-    offset = 0
-    while offset + BLOCK <= tar_size:
-        header = os.pread(descriptor, BLOCK, offset)
-        if not header.strip(b"\0"):
-            return
-        kind = header[156:157]
-        if kind not in (b"0", b"\0", b"5") or header[124] >= 0x80:
-            yield from _members_by_tarfile(path, offset)
-            return
-        size = _octal(path, offset, header[124:136])
-        _check_sum(path, offset, header)
-        if offset + BLOCK + size > tar_size:
-            raise DataError(f"{path}: the shard ends inside a member, got {tar_size} bytes, expected {offset + BLOCK + size}; copy it anew")
-        if kind != b"5":
-            yield header_name(header), offset + BLOCK, size
-        offset += BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK
-    if offset != tar_size or tar_size == 0:
-        raise DataError(f"{path}: no tar archive, or one that was cut off, got {tar_size} bytes; write the shard anew")
-
-
-def _members_by_tarfile(path: Path, start: int) -> Iterator[tuple[str, int, int]]:
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for info in archive:
-                if info.offset < start:
-                    continue
-                if info.issparse() or info.islnk() or info.issym():
-                    raise DataError(f"{path}:{info.name}: a link or a sparse file, expected plain files; write the shard anew")
-                if info.isfile():
-                    yield info.name, info.offset_data, info.size
-    except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{path}: no tar archive ({error}); write the shard anew") from error
-
-
-def header_name(header: bytes) -> str:
-    """Return the member name of a plain ustar header."""
-    name = header[:100].split(b"\0", 1)[0]
-    if header[257:263] == b"ustar\0" and header[345]:
-        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
-    return name.decode("utf-8", "surrogateescape")
-
-
-def _octal(path: Path, offset: int, field: bytes) -> int:
-    try:
-        return int(field.rstrip(b"\0 ") or b"0", 8)
-    except ValueError as error:
-        raise DataError(f"{path}: no tar header at byte {offset}, got size {field!r}; write the shard anew") from error
-
-
-def _check_sum(path: Path, offset: int, header: bytes) -> None:
-    stored = _octal(path, offset, header[148:156])
-    # The checksum counts its own field as eight spaces.
-    if sum(header) - sum(header[148:156]) + 8 * 32 != stored:
-        raise DataError(f"{path}: damaged tar header at byte {offset}, its checksum differs; write the shard anew")
+    num_skipped, first_skipped = 0, ""
+    is_plain = True
+    for file in tar_members(path, descriptor, tar_size):
+        named = split_name(file.name)
+        if named is None:
+            num_skipped, first_skipped = num_skipped + 1, first_skipped or shown(file.name)
+            continue
+        key, extension = named
+        where = f"{path}:{shown(key)}"
+        members = samples.setdefault(key, {})
+        if members and key != last_key:
+            expected = "expected them side by side"
+            raise DataError(f"{where}: files of one sample are apart, {expected}; write the shard anew")
+        if extension in members:
+            got = f"got {shown(extension)} twice"
+            raise DataError(f"{where}: two files have the same extension, {got}; write the shard anew")
+        members[extension] = Member(extension, file.offset, file.size)
+        last_key = key
+        is_plain = is_plain and file.is_plain
+    if num_skipped:
+        logger.warning(
+            "%s: skipped %d files that have no extension, the first is %s",
+            path,
+            num_skipped,
+            first_skipped,
+        )
+    if not samples:
+        expected = "expected files named KEY.json"
+        raise DataError(f"{path}: the shard holds no sample, {expected}; remove or write it anew")
+    in_order = {key: tuple(members.values()) for key, members in samples.items()}
+    return TarIndex(tar_size, in_order, is_plain)
 
 
 def sidecar_path(shard: Path) -> Path:
@@ -135,39 +121,166 @@ def sidecar_path(shard: Path) -> Path:
 
 def write_sidecar(shard: Path, index: TarIndex) -> None:
     """Write the index beside its shard, aside first and then renamed."""
-    samples = {key: {member.extension: [member.offset, member.size] for member in members} for key, members in index.samples.items()}
+    samples = {
+        key: {member.extension: [member.offset, member.size, member.crc32] for member in members} for key, members in index.samples.items()
+    }
     target = sidecar_path(shard)
     aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps({"version": SIDECAR_VERSION, "tar_size": index.tar_size, "samples": samples}, separators=(",", ":")))
+    aside.write_text(
+        json.dumps(
+            {"version": SIDECAR_VERSION, "tar_size": index.tar_size, "samples": samples},
+            separators=(",", ":"),
+        )
+    )
     aside.replace(target)
 
 
 def load_index(shard: Path) -> TarIndex:
-    """Return the index of a shard: from its sidecar, or by a scan when that is missing, unreadable or stale.
+    """Return the index of a shard: from its sidecar, or by a scan if that is missing or unreadable.
+
+    A sidecar is believed when its entries fill the shard from the first byte to the end of the archive.
+    Where they do not, the shard is scanned, and both must agree. What the entries say of names is held
+    against the headers when a sample is read.
 
     Raises:
-        DataError: The shard is missing or no tar archive.
+        DataError: The shard is missing, no whole tar archive, or not what its sidecar says.
     """
+    descriptor = open_regular(shard)
     try:
-        tar_size = shard.stat().st_size
-    except OSError as error:
-        raise DataError(f"{shard}: the shard cannot be opened ({error.strerror}); give the folder's path as seen from here") from error
-    index = _read_sidecar(shard)
-    if index is not None and index.tar_size == tar_size:
-        return index
-    return scan_tar(shard)
+        tar_size = os.fstat(descriptor).st_size
+        try:
+            index = read_sidecar(shard, tar_size)
+        except DataError as error:
+            # It contradicts nothing, and the shard speaks for itself.
+            logger.warning("%s", error)
+            index = None
+        if index is None:
+            return _scan(shard, descriptor, tar_size)
+        if index.tar_size != tar_size:
+            expected = f"{index.tar_size} bytes with {len(index.samples)} samples"
+            raise _contradiction(shard, f"{tar_size} bytes", expected)
+        if _fills(index, shard, descriptor):
+            return index
+        found = _scan(shard, descriptor, tar_size)
+        if not same_entries(found, index):
+            raise _contradiction(shard, _extent(found), _extent(index))
+        return replace(index, is_plain=found.is_plain)
+    finally:
+        os.close(descriptor)
 
 
-def _read_sidecar(shard: Path) -> TarIndex | None:
+def same_entries(one: TarIndex, other: TarIndex) -> bool:
+    """Return whether two indexes name the same members of the same samples in the same order."""
+    return _entries(one) == _entries(other)
+
+
+def _entries(index: TarIndex) -> list[tuple[str, list[tuple[str, int, int]]]]:
+    return [(key, [(member.extension, member.offset, member.size) for member in members]) for key, members in index.samples.items()]
+
+
+def _extent(index: TarIndex) -> str:
+    return f"{len(index.samples)} samples with {sum(map(len, index.samples.values()))} files"
+
+
+def _contradiction(shard: Path, got: str, expected: str) -> DataError:
+    sidecar = sidecar_path(shard)
+    return DataError(
+        f"{shard}: the shard and its index differ, got {got} in the shard, expected {expected} as in {sidecar.name}; "
+        f"copy the shard anew, or remove {sidecar} if the shard is right"
+    )
+
+
+def _fills(index: TarIndex, shard: Path, descriptor: int) -> bool:
+    """Return whether the members, each behind one header, fill a shard to the end of the archive."""
+    end = 0
+    for members in index.samples.values():
+        for member in members:
+            if member.offset != end + BLOCK:
+                return False
+            end = member.offset + rounded(member.size)
     try:
-        stored = json.loads(sidecar_path(shard).read_bytes())
-        if stored["version"] != SIDECAR_VERSION:
-            return None
-        samples = {
-            key: tuple(Member(extension, int(offset), int(size)) for extension, (offset, size) in members.items())
-            for key, members in stored["samples"].items()
-        }
-        return TarIndex(int(stored["tar_size"]), samples)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        # The sidecar only saves time: whatever is wrong with it, the shard itself says the same.
+        check_end(shard, descriptor, end, index.tar_size)
+    except DataError:
+        return False  # the scan finds out which of both is wrong
+    return True
+
+
+def read_sidecar(shard: Path, tar_size: int) -> TarIndex | None:
+    """Return what the sidecar of a shard says, `None` if there is none.
+
+    Raises:
+        DataError: It cannot be read or understood.
+    """
+    path = sidecar_path(shard)
+    if not os.path.lexists(path):
         return None
+    descriptor = open_regular(path, "index")
+    try:
+        size = os.fstat(descriptor).st_size
+        limit = min(MAX_SIDECAR_BYTES, SIDECAR_BYTES_PER_BLOCK * (tar_size // BLOCK + 1))
+        if size > limit:
+            raise ValueError(f"got {size} bytes, expected at most {limit}")
+        return _parse_sidecar(json.loads(read_at(path, descriptor, size, 0)))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        detail = f"{type(error).__name__}: {shown(str(error))}"
+        advice = "remove it, then the shard is scanned"
+        raise DataError(f"{path}: the index is unreadable ({detail}); {advice}") from error
+    finally:
+        os.close(descriptor)
+
+
+def _parse_sidecar(stored: Any) -> TarIndex:
+    """Raise what any wrong type raises."""
+    if stored["version"] not in (1, SIDECAR_VERSION):
+        raise ValueError(f"version {stored['version']!r}, expected 1 or {SIDECAR_VERSION}")
+    samples = {}
+    for key, members in stored["samples"].items():
+        samples[key] = tuple(_parse_entry(key, extension, *numbers) for extension, numbers in members.items())
+        if not members:
+            raise ValueError(f"no files of {key!r}")
+    if type(stored["tar_size"]) is not int:
+        raise ValueError(f"tar_size {stored['tar_size']!r}")
+    return TarIndex(stored["tar_size"], samples)
+
+
+def _parse_entry(key: str, extension: str, offset: int, size: int, crc32: int | None = None) -> Member:
+    # The first version of the format had no checksums.
+    numbers = (offset, size) if crc32 is None else (offset, size, crc32)
+    if not all(type(number) is int for number in numbers):
+        raise ValueError(f"entry {numbers!r} of {key!r}, expected whole numbers")
+    f"{key}{extension}".encode("utf-8", "surrogateescape")  # any name that bytes can have
+    return Member(extension, offset, size, crc32)
+
+
+def check_header(where: str, block: bytes, key: str, member: Member, *, is_plain: bool) -> None:
+    """Hold an entry of an index against the header before the content that it points to.
+
+    Args:
+        where: Named in errors.
+        block: The header.
+        key: Sample key.
+        member: The entry.
+        is_plain: The header has name and size; otherwise it must only be one of a regular file.
+
+    Raises:
+        DataError: It is another file's header, or none.
+    """
+    # What our writer writes is compared as bytes: parsing takes 20 times as long.
+    name = f"{key}.{member.extension}".encode("utf-8", "surrogateescape")
+    has_name = is_plain and block.startswith(name + b"\0") and block[156:157] == tarfile.REGTYPE
+    if has_name and block[124:136] == b"%011o\0" % member.size:
+        return
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        got = f"no header ({error})"
+    else:
+        found = (split_name(header.name), header.size)
+        if header.isreg() and (not is_plain or found == ((key, member.extension), member.size)):
+            return
+        got = f"{shown(header.name)} of {header.size} bytes"
+    expected = f"{shown(key)}.{shown(member.extension)} of {member.size} bytes"
+    raise DataError(
+        f"{where}: the index does not fit the shard, got {got} at byte {member.offset - BLOCK}, "
+        f"expected {expected}; copy the shard anew, or remove its .idx.json if the shard is right"
+    )

@@ -251,3 +251,14 @@ def test_an_index_that_does_not_fit_its_files_is_refused(quantised: Path) -> Non
     files[1].unlink()
     with pytest.raises(ModelError, match=r"00002\.safetensors: the file is missing"):
         SafetensorsFolder(quantised)
+
+
+def test_a_single_file_beside_the_files_of_an_index_is_refused(quantised: Path) -> None:
+    single = (quantised / "model.safetensors").read_bytes()
+    split(quantised)
+    (quantised / "model.safetensors").write_bytes(single)
+    with pytest.raises(ModelError, match=r"the weights are there twice, got model\.safetensors beside the 2 files"):
+        SafetensorsFolder(quantised)
+    index = quantised / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(quantised / "model.safetensors"), "model.safetensors")}))
+    assert SafetensorsFolder(quantised).files == ("model.safetensors",), "an index may name the single file itself"

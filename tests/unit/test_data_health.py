@@ -23,6 +23,14 @@ def test_bad_samples_are_counted_by_reason_and_named_in_the_log(caplog: pytest.L
     assert [record.getMessage() for record in caplog.records][2] == "skipped sample a.tar:3: timeout: too slow"
 
 
+def test_an_id_from_outside_is_written_so_that_every_log_and_file_takes_it(caplog: pytest.LogCaptureFixture) -> None:
+    health = SampleHealth(max_bad_share=1.0)
+    health.bad("a.tar:\ud800\n\x1b[2J", "bad_key", "a.tar:\\ud800\\n\\x1b[2J: key is not allowed")
+    assert health.listed == [("a.tar:\\ud800\\n\\x1b[2J", "bad_key", "key is not allowed")]
+    assert [record.getMessage() for record in caplog.records] == ["skipped sample a.tar:\\ud800\\n\\x1b[2J: bad_key: key is not allowed"]
+    assert json.dumps(health.state_dict(), ensure_ascii=False).encode()
+
+
 def test_the_share_is_checked_from_twenty_samples_on() -> None:
     health = SampleHealth(max_bad_share=0.1)
     health.good(16)

@@ -15,10 +15,11 @@ from webdataset.tariterators import base_plus_ext
 
 import data.shards
 from data.errors import DataError, SampleError
+from data.lint import lint
 from data.question import MediaRef
 from data.sample import ShardSample, media_order, parse_question
 from data.shards import ShardFolder, ShardReader, write_shards
-from data.tar_index import MEMBER_NAME, load_index, scan_tar, sidecar_path
+from data.tar_index import MEMBER_NAME, load_index, same_entries, scan_tar, sidecar_path
 from tests.unit.shard_samples import png, sample
 
 
@@ -104,17 +105,28 @@ def test_scan_finds_what_tarfile_finds(tmp_path: Path, tar_format: int, stem: st
         assert reader.media_bytes(MediaRef("image", str(path), key, extension.lower())) == content
 
 
-def test_missing_unreadable_and_stale_indexes_are_replaced_by_a_scan(tmp_path: Path) -> None:
+def test_missing_and_unreadable_indexes_are_replaced_by_a_scan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (shard,) = write_shards(tmp_path, some_samples(3))
     expected = load_index(shard)
-    for content in (None, b"{", b"[]", b'{"version": 1}', b'{"version": 99, "tar_size": 0, "samples": {}}'):
-        sidecar_path(shard).unlink(missing_ok=True)
-        if content is not None:
-            sidecar_path(shard).write_bytes(content)
-        assert load_index(shard) == expected
-    write_shards(tmp_path / "other", some_samples(5))
-    sidecar_path(shard).write_bytes(sidecar_path(tmp_path / "other" / shard.name).read_bytes())
-    assert load_index(shard) == expected, "the size of the tar differs"
+    sidecar_path(shard).unlink()
+    assert same_entries(load_index(shard), expected)
+    assert caplog.text == ""
+    for content in (b"{", b"[]", b'{"version": 1}', b'{"version": 99, "tar_size": 0, "samples": {}}', b"[" * 100_000, b"\xff"):
+        caplog.clear()
+        sidecar_path(shard).write_bytes(content)
+        assert same_entries(load_index(shard), expected)
+        assert "the index is unreadable" in caplog.text
+        assert [problem.reason for problem in lint([tmp_path])[1]] == ["wrong_index"]
+
+
+def test_an_index_of_the_first_version_is_read(tmp_path: Path) -> None:
+    (shard,) = write_shards(tmp_path, some_samples(3))
+    stored = json.loads(sidecar_path(shard).read_text())
+    entries = {key: {name: numbers[:2] for name, numbers in members.items()} for key, members in stored["samples"].items()}
+    sidecar_path(shard).write_text(json.dumps({**stored, "version": 1, "samples": entries}))
+    index = load_index(shard)
+    assert same_entries(index, scan_tar(shard))
+    assert lint([tmp_path]) == (3, [])
 
 
 def test_an_index_of_other_content_of_the_same_size_is_noticed_when_read(tmp_path: Path) -> None:
@@ -130,10 +142,11 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
     (shard,) = write_shards(tmp_path, some_samples(3))
     whole = shard.read_bytes()
     for content, message in (
-        (b"", "no tar archive"),
-        (b"\xff" * 2048, "no tar header|no tar archive"),
-        (whole[:3000], "ends inside a member|cut off"),
-        (whole[:1] + b"X" + whole[2:], "checksum differs"),
+        (b"", "cut off, got 0 bytes after"),
+        (b"\xff" * 2048, "no tar archive"),
+        (whole[:3000], "the shard is cut off, got 440 bytes"),
+        (whole[: -512 * 12], "cut off|ends inside a member"),
+        (whole[:1] + b"X" + whole[2:], "no tar archive .bad checksum."),
     ):
         shard.write_bytes(content)
         sidecar_path(shard).unlink(missing_ok=True)

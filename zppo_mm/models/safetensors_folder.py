@@ -65,6 +65,12 @@ class SafetensorsFolder:
                     f"{self.path / name}: the key {key} is missing, got {len(headers[name].entries)} keys, expected it because "
                     f"{INDEX_NAME} names it there; download the folder again"
                 )
+        if SINGLE_NAME not in headers and (self.path / SINGLE_NAME).is_file():
+            # transformers reads the single file, others the indexed ones: nobody would know which weights were meant.
+            raise ModelError(
+                f"{self.path}: the weights are there twice, got {SINGLE_NAME} beside the {len(headers)} files of {INDEX_NAME}, "
+                f"expected one of both; remove {SINGLE_NAME}, or {INDEX_NAME} with its files, whichever is old"
+            )
         return headers
 
     def _weight_map(self) -> dict[str, str] | None:

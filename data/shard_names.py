@@ -1,0 +1,70 @@
+"""Which files of a folder are shards, and which only look like shards and would be passed over."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Set
+from pathlib import Path
+
+from data.errors import DataError, shown
+from data.tar_index import SIDECAR_SUFFIX
+from data.text import is_valid_text
+
+SHARD_SUFFIX = ".tar"
+UNFINISHED_SUFFIX = ".tmp"
+COMPRESSED = re.compile(r"(?i)\.(?:tar\.(?:gz|bz2|xz|zstd?|lz4|lz|lzma|br|z)|tgz|tbz2?|txz|tzst)\Z")
+# Of this writer, of browsers and download tools, and of rsync, whose files are hidden.
+UNFINISHED = re.compile(
+    r"\.tar\.(?:.*\.)?(?:tmp|part|partial|incomplete|crdownload|aria2)(?:\.idx\.json)?\Z"
+    r"|\A\..*\.tar\.\w{6}\Z",
+    re.IGNORECASE,
+)
+# What a writer that was killed leaves behind.
+OWN_LEFTOVER = re.compile(r"shard-[0-9]{6,}\.tar(?:\.tmp|\.tmp\.idx\.json|\.idx\.json)")
+EXPECTED_SHARDS = "expected *.tar; write some with tools/make_shards.py"
+
+
+def list_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """Return the shards of a folder, and why other files that look like shards are not read, by name.
+
+    Raises:
+        DataError: There is no such folder, or it cannot be listed.
+    """
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        got = f"got no folder ({error.strerror})"
+        raise DataError(f"{folder}: no shards, {got}, {EXPECTED_SHARDS}") from error
+    if not is_valid_text(str(folder)):
+        raise DataError(f"{shown(str(folder))}: the path of the folder is no UTF-8; rename it")
+    root = os.path.realpath(folder)
+    shards: list[Path] = []
+    unread: dict[str, str] = {}
+    present = frozenset(names)
+    for name in names:
+        problem = _unread_because(name, present)
+        is_read = name.endswith((SHARD_SUFFIX, SHARD_SUFFIX + SIDECAR_SUFFIX))
+        if is_read and not Path(os.path.realpath(folder / name)).is_relative_to(root):
+            problem = "a link that leads out of the folder; copy the file, or name its folder as a source"
+        if problem is not None:
+            unread[name] = f"{folder}/{shown(name)}: {problem}"
+        elif name.endswith(SHARD_SUFFIX):
+            shards.append(folder / name)
+    return shards, unread
+
+
+def _unread_because(name: str, present: Set[str]) -> str | None:
+    """Return why a file that looks like a shard, or part of one, is not read."""
+    if name.endswith(SHARD_SUFFIX):
+        return None if is_valid_text(name) else "the name of the shard is no UTF-8; rename it"
+    if name.endswith(SHARD_SUFFIX + SIDECAR_SUFFIX):
+        if name.removesuffix(SIDECAR_SUFFIX) in present:
+            return None
+        return "an index without its shard; restore the shard or remove the index"
+    if COMPRESSED.search(name):
+        return "a compressed shard is not read; unpack it, or move it out of the folder"
+    if UNFINISHED.search(name):
+        return "not written or copied to its end; write or copy it again, and remove this file"
+    is_upper = name.lower().endswith(SHARD_SUFFIX)
+    return "a shard is read by its suffix .tar in lower case; rename it" if is_upper else None
