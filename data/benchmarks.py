@@ -12,20 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from data.benchmark_formats import FORMATS, PARTS, BenchmarkFormat, RowView
-from data.containers import recognise
 from data.convert import keep_good
 from data.errors import DataError, SampleError
 from data.health import SampleHealth
-from data.media import MediaOpener, recognise_image
+from data.media import MediaOpener
 from data.question import MediaKind
 from data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardSample
 from data.shards import write_shards
+from data.signatures import file_ending
 from data.tables import Row, read_rows
 
 CONVERSION_FILE = "conversion.json"
 ROWS_LOOKED_AT = 20
 """Rows whose columns decide on the format; rows of a JSON file need not have the same."""
-IMAGE_NAMES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
 MEDIA_FOLDERS: Mapping[MediaKind, tuple[str, ...]] = {"image": ("", "images"), "video": ("", "video", "videos", "data")}
 
 
@@ -163,7 +162,7 @@ def _load(where: str, root: Path, kind: MediaKind, value: Any) -> tuple[str, byt
     path = value.get("path") if isinstance(value, Mapping) else value
     content = value.get("bytes") if isinstance(value, Mapping) else value
     if isinstance(content, bytes):
-        return (IMAGE_NAMES[recognise_image(content)] if kind == "image" else recognise(content).name), content
+        return file_ending(kind, content), content
     if not isinstance(path, str) or not path:
         expected = "expected a path, bytes, or an object with bytes or path"
         raise SampleError("bad_field", f"{where}: no {kind}, got {type(value).__name__}, {expected}; name its column in --fields")

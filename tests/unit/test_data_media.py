@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ import pytest
 from PIL import Image
 
 from data.containers import recognise
-from data.errors import DataError, MediaError
-from data.media import MEDIA_REASONS, MediaLimits, MediaOpener
+from data.errors import MEDIA_REASONS, DataError, MediaError
+from data.media import MediaLimits, MediaOpener
 from data.question import MediaKind, MediaRef
 from data.shards import ShardReader, write_shards
 from tests.unit.shard_samples import png, sample
@@ -21,9 +22,11 @@ from tests.unit.shard_samples import png, sample
 JPEG_TOLERANCE = 8  # of 255, quality 95 on a smooth picture with halved colour resolution
 
 
-@pytest.fixture
-def opener() -> MediaOpener:
-    return MediaOpener(MediaLimits(max_bytes=1_000_000, max_pixels=10_000))  # no video here, so no process to close
+@pytest.fixture(scope="module")
+def opener() -> Iterator[MediaOpener]:
+    made = MediaOpener(MediaLimits(max_bytes=1_000_000, max_pixels=10_000))
+    yield made
+    made.close()
 
 
 def encode(image: Image.Image, image_format: str, **options: object) -> bytes:

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -19,10 +20,11 @@ import psutil
 import pytest
 from PIL import Image
 
+from data.decoder import FrameLimits, MediaDecoder
 from data.errors import MediaError
 from data.media import Frames, MediaLimits, MediaOpener
-from data.video import VideoDecoder
-from data.video_worker import choose_frames, seconds_per_frame
+from data.video_frames import choose_frames, seconds_per_frame
+from data.worker import WorkerLimits
 
 LOSSY_TOLERANCE = 6  # of 255, H.264 at crf 1 and the way through YUV
 TIMESTAMP_TOLERANCE_SECONDS = 0.001  # times are kept in milliseconds
@@ -53,7 +55,8 @@ def grey_frames(count: int, width: int = 64, height: int = 48) -> list[np.ndarra
 GOOD = encode(grey_frames(20))
 
 
-REQUEST = {"frames_per_second": 2.0, "max_frames": 4, "num_pixels": 64 * 48, "max_pixels": 10**6, "max_clip_bytes": 10**8}
+LIMITS = FrameLimits(max_pixels=10**6, frames_per_second=2.0, max_frames=4, max_clip_bytes=10**8)
+WORKER_LIMITS = WorkerLimits(memory_bytes=8 << 30, timeout_seconds=60)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,7 @@ def reason_of(opener: MediaOpener, content: bytes) -> str:
 
 
 def workers() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if any("video_worker" in part for part in child.cmdline())]
+    return [child for child in psutil.Process().children() if any("media_worker" in part for part in child.cmdline())]
 
 
 def test_frames_are_sampled_at_the_rate_up_to_the_cap(opener: MediaOpener) -> None:
@@ -203,11 +206,11 @@ def test_a_header_that_lies_about_the_size_is_found_out() -> None:
 
 
 def test_a_clip_whose_frames_take_too_much_memory_is_refused() -> None:
-    decoder = VideoDecoder(num_workers=1, memory_bytes=8 << 30, timeout_seconds=60)
+    decoder = MediaDecoder(1, WORKER_LIMITS)
     needed = 4 * 64 * 48 * 3
-    assert len(decoder.decode({**REQUEST, "max_clip_bytes": needed}, GOOD)[0]) == 4
+    assert len(decoder.decode("video", GOOD, replace(LIMITS, max_clip_bytes=needed)).pixels) == 4
     with pytest.raises(MediaError, match=f"4 frames take {needed} bytes, expected at most {needed - 1}") as caught:
-        decoder.decode({**REQUEST, "max_clip_bytes": needed - 1}, GOOD)
+        decoder.decode("video", GOOD, replace(LIMITS, max_clip_bytes=needed - 1))
     assert caught.value.reason == "oversized"
     decoder.close()
 
@@ -246,12 +249,6 @@ def test_playlists_open_neither_files_nor_addresses(tmp_path: Path, opener: Medi
         for target in (str(clip), f"file://{clip}", f"http://127.0.0.1:{port}/x.ts"):
             playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{target}\n#EXT-X-ENDLIST\n".encode()
             assert reason_of(opener, playlist) == "unsupported_container"
-            # Even handed to the decoder itself, past the check of the first bytes, it leads nowhere.
-            decoder = VideoDecoder(num_workers=1, memory_bytes=8 << 30, timeout_seconds=60)
-            assert len(decoder.decode(REQUEST, GOOD)[0]) == 4
-            with pytest.raises(MediaError):
-                decoder.decode(REQUEST, playlist)
-            decoder.close()
         with pytest.raises(TimeoutError):
             server.accept()
 
@@ -259,7 +256,7 @@ def test_playlists_open_neither_files_nor_addresses(tmp_path: Path, opener: Medi
 def test_a_worker_can_open_no_file_and_no_socket(tmp_path: Path) -> None:
     program = (
         "import os, socket\n"
-        "from data.video_worker import lock_down\n"
+        "from data.worker_process import lock_down\n"
         "os.closerange(3, 4096)\n"
         "lock_down(8 << 30)\n"
         "refused = 0\n"
