@@ -24,18 +24,23 @@ _MARKER = re.compile(rb"\xff+([^\xff\x00\x01\xd0-\xd8])", re.DOTALL)
 _END_OF_IMAGE = 0xD9
 
 
-def prepare() -> None:
-    """Load what Pillow loads only when a file needs it, and let it go by our limits: the file's size, the process's memory and time."""
+def prepare() -> list[bytes]:
+    """Load what Pillow loads only when a file needs it, and let it go by our limits: the file's size, the process's memory and time.
+
+    Returns:
+        A small picture of every format, which can be decoded now.
+    """
     Image.init()
     Image.MAX_IMAGE_PIXELS = None
     PngImagePlugin.MAX_TEXT_CHUNK = MAX_TEXT_BYTES
     PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT_BYTES
-    for content in examples():
+    pictures = list(_examples())
+    for content in pictures:
         decode_image(content, max_pixels=1 << 10)
+    return pictures
 
 
-def examples() -> Iterator[bytes]:
-    """Yield a small picture of every format, with an orientation."""
+def _examples() -> Iterator[bytes]:
     picture = Image.new("RGB", (2, 3))
     exif = Image.Exif()
     exif[ORIENTATION] = 6

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.errors import MediaError
-from data.images import decode_image, examples, prepare
+from data.images import decode_image, prepare
 from data.video_frames import decode_video
 from data.worker_process import Answer, message, run
 
@@ -28,7 +28,7 @@ class MediaServer:
 
     def __init__(self) -> None:
         """Import all that decoding needs."""
-        prepare()
+        self._pictures = prepare()
         self._no_decoder = ""
         try:
             import decord
@@ -39,8 +39,8 @@ class MediaServer:
 
     def check(self) -> None:
         """Decode one file of each kind."""
-        for content in examples():
-            decode_image(content, max_pixels=256)
+        for content in self._pictures:
+            decode_image(content, max_pixels=1 << 10)
         if not self._no_decoder:
             try:
                 decode_video(bytearray.fromhex(TEST_CLIP), **TEST_LIMITS)  # type: ignore[arg-type]

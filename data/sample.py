@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from data.errors import SampleError
+from data.json_text import TEXT_RULE, load_object
+from data.media_columns import check_markers, unmapped_media
 from data.question import ANSWER_TYPES, AnswerType, MediaKind, MediaRef, Question
+from data.text import is_valid_text
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp"})
 VIDEO_EXTENSIONS = frozenset({"mp4", "m4v", "mov", "webm", "mkv", "avi", "gif"})
 MAX_CHOICES = 26
-REASONS = ("bad_json", "bad_field", "unknown_answer_type", "bad_choice", "missing_media", "unknown_media", "missing_json")
+FIELDS = ("id", "question", "answer", "answer_type", "choices", "source", "media")
+REASONS = (
+    "bad_json",
+    "bad_text",
+    "bad_field",
+    "unknown_answer_type",
+    "bad_choice",
+    "missing_media",
+    "unknown_media",
+    "unmapped_media",
+    "missing_json",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +76,12 @@ def parse_question(shard: str, key: str, content: bytes, extensions: Iterable[st
         SampleError: A rule is broken; its `reason` says which.
     """
     where = f"{shard}:{key}"
-    try:
-        fields = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise SampleError("bad_json", f"{where}: KEY.json is no JSON ({error}); write it anew") from error
-    if not isinstance(fields, dict):
-        raise SampleError("bad_json", f"{where}: KEY.json is no object, got {type(fields).__name__}, expected fields; write it anew")
+    if not is_valid_text(key):
+        raise SampleError("bad_text", f"{where!a}: the key is no valid text, got {key!a}, {TEXT_RULE}; rename it")
+    fields = load_object(where, content)
     answer_type = _answer_type(where, fields)
     choices = _choices(where, fields, answer_type)
-    return Question(
+    question = Question(
         id=_text(where, fields, "id"),
         text=_text(where, fields, "question"),
         media=_media(where, shard, key, fields, tuple(extensions)),
@@ -80,6 +90,27 @@ def parse_question(shard: str, key: str, content: bytes, extensions: Iterable[st
         choices=choices,
         source=_text(where, fields, "source", optional=True),
     )
+    if not question.media:
+        check_fields(where, fields, has_media=False)
+    check_markers(where, [question.text, *choices], question.media)
+    return question
+
+
+def check_fields(where: str, fields: Mapping[str, Any], *, has_media: bool) -> None:
+    """Refuse a question with media in a field that is not read.
+
+    Args:
+        where: Place of the question.
+        fields: All fields.
+        has_media: The field `media` gives some.
+
+    Raises:
+        SampleError: `unmapped_media`.
+    """
+    unread = unmapped_media(fields, FIELDS, has_media)
+    if unread:
+        got = f"got {', '.join(unread)}"
+        raise SampleError("unmapped_media", f"{where}: media in a field that is not read, {got}, expected them in media; move or remove it")
 
 
 def _text(where: str, fields: Mapping[str, Any], name: str, *, optional: bool = False) -> str:

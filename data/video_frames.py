@@ -13,6 +13,7 @@ from data.containers import recognise
 from data.errors import MediaError
 from data.images import check_pixels
 
+MAX_SECONDS = 1e9
 MAX_FAULTY_SHARE = 0.02  # frames that the decoder may replace by their neighbours
 
 
@@ -85,7 +86,9 @@ def decode_video(
             raise MediaError("unreadable", "it has no frames; convert or remove the file")
         spans = np.asarray(reader.get_frame_timestamp(np.arange(len(reader))), dtype=np.float64)
         starts, ends = spans[:, 0].tolist(), spans[:, 1].tolist()
-        if not np.isfinite(spans).all() or starts != sorted(starts) or ends[-1] < starts[0]:
+        if not (np.abs(spans) < MAX_SECONDS).all():  # what decord says of H.264 clips of up to 7 frames in Matroska files
+            raise MediaError("unreadable", "the decoder does not find the times of its frames; convert it to mp4")
+        if starts != sorted(starts) or ends[-1] < starts[0]:
             raise MediaError("unreadable", "its time stamps are not ascending; convert or remove the file")
         frames = choose_frames(starts, ends, frames_per_second, max_frames)
         needed = len(frames) * container.width * container.height * 3

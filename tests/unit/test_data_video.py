@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from data.errors import MediaError
 from data.media import Frames, MediaLimits, MediaOpener
 from data.video_frames import choose_frames, seconds_per_frame
 from data.worker import WorkerLimits
+from tests.unit.shard_samples import png
 
 LOSSY_TOLERANCE = 6  # of 255, H.264 at crf 1 and the way through YUV
 TIMESTAMP_TOLERANCE_SECONDS = 0.001  # times are kept in milliseconds
@@ -139,6 +141,42 @@ def test_narrow_frames_whose_rows_the_decoder_pads(opener: MediaOpener, width: i
     frames = opener.open(encode([sides] * 5), "video")
     assert frames.pixels.shape[1:] == (32, width, 3)
     assert np.abs(frames.pixels[0].astype(int) - sides).mean() <= LOSSY_TOLERANCE
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+def test_times_of_frames_that_come_at_no_even_rate(opener: MediaOpener, container: str) -> None:
+    tenths = [*range(8), 40, 41]  # frame 7 stays for 3.3 s
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        stream = output.add_stream("libx264", rate=10, options={"crf": "1", "preset": "ultrafast"})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for picture, time in zip(grey_frames(10), tenths, strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 10)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    frames = opener.open(file.getvalue(), "video")
+    # 4.2 s at 2 per second are 8 parts of 0.525 s; the first middle, 0.2625, shows frame 2, the others up to 3.9375 frame 7
+    assert frame_numbers(frames) == [2, 7]
+    assert frames.timestamps == (0.2, 0.7)
+
+
+def test_a_clip_whose_times_the_decoder_does_not_find_is_refused(opener: MediaOpener) -> None:
+    assert reason_of(opener, encode(grey_frames(5), container="matroska")) == "unreadable"
+
+
+def test_sound_and_stills_are_no_video(opener: MediaOpener) -> None:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as output:
+        stream = output.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.rate = 8000
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    with pytest.raises(MediaError, match="no video track"):
+        opener.open(file.getvalue(), "video")
+    with pytest.raises(MediaError, match=r"format not supported, got an image \(PNG\), expected mp4"):
+        opener.open(png(), "video")
 
 
 def clip_file(name: str) -> Path:
