@@ -19,7 +19,7 @@ from zppo_mm.teacher.connect import open_pool
 from zppo_mm.teacher.hint import RuleHintWriter, TeacherHintWriter, load_hint_template
 from zppo_mm.teacher.megatron_teacher import MegatronTeacher
 from zppo_mm.teacher.rank_channel import Channel
-from zppo_mm.teacher.ranks_teacher import RanksTeacher, replies_of_ranks
+from zppo_mm.teacher.ranks_teacher import QUEUE_SHARE, RanksTeacher, replies_of_ranks
 from zppo_mm.teacher.served_judge import greedy_replies
 from zppo_mm.teacher.served_teacher import ServedTeacher
 from zppo_mm.teacher.served_tokens import TokenReader
@@ -162,7 +162,7 @@ def build_judge(config: RunConfig, pool: Servers | None, channel: Channel | None
     if pool is not None:
         complete = greedy_replies(pool, config.reward, config.teacher.num_retries)
     elif channel is not None and config.reward.judge:
-        complete = replies_of_ranks(channel, config.reward)
+        complete = replies_of_ranks(channel, config.reward, QUEUE_SHARE * 60 * config.parallel.timeout_minutes)
     else:
         return None
     return LlmJudge(complete, load_judge_template(config.reward.judge_template))

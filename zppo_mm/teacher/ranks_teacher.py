@@ -19,6 +19,9 @@ from zppo_mm.teacher.teacher import TeacherLostError
 
 logger = logging.getLogger(__name__)
 
+# Of the time that the student's ranks wait for each other, what one of them may wait for the judge to begin.
+QUEUE_SHARE = 0.8
+
 
 @dataclass(frozen=True, slots=True)
 class _Heard:
@@ -196,13 +199,25 @@ class RanksTeacher:
             )
 
 
-def replies_of_ranks(channel: Channel, config: RewardConfig) -> Callable[[Sequence[str]], list[str | None]]:
-    """Return a function from prompts to one greedy reply each, `None` where none comes in time; callable from one rank alone."""
+def replies_of_ranks(channel: Channel, config: RewardConfig, queue_seconds: float) -> Callable[[Sequence[str]], list[str | None]]:
+    """Return a function from prompts to one greedy reply each, `None` where none comes in time; callable from one rank alone.
+
+    The judge's time begins when the teacher's ranks begin: an answer that they are at may be long.
+
+    Args:
+        channel: The way there.
+        config: Time for a reply.
+        queue_seconds: Longest wait in all, in which the other ranks of the student stand still.
+    """
 
     def complete(prompts: Sequence[str]) -> list[str | None]:
         number = channel.request(Judgements(tuple(prompts)))
-        deadline = time.monotonic() + config.judge_max_wait_seconds
+        last = time.monotonic() + max(queue_seconds, config.judge_max_wait_seconds)
+        deadline = last
+        has_started = False
         while (reply := channel.reply(number)) is None and time.monotonic() < deadline and channel.last_word() is None:
+            if not has_started and channel.has_started(number):
+                has_started, deadline = True, min(last, time.monotonic() + config.judge_max_wait_seconds)
             time.sleep(POLL_SECONDS)
         channel.finish(number)
         return reply if reply is not None else [None] * len(prompts)
