@@ -182,6 +182,20 @@ def test_a_server_that_never_does_better_costs_only_its_questions() -> None:
     assert late.problem.startswith("not answered within 1 s")
 
 
+def test_of_several_answers_those_that_cannot_be_used_are_counted_and_asked_for_alone() -> None:
+    states = {"a": "stop", "b": "abort", "c": "length", "d": "stop"}
+    choices = [{"index": i, "message": {"content": t}, "finish_reason": state} for i, (t, state) in enumerate(states.items())]
+    some = say(http(json.dumps({"choices": choices[:2]}).encode()))
+    with serve_raw(lambda number: some if number == 0 else say(http(completion("e")))) as server:
+        outcome, counts = ask(server.url)
+    assert texts(outcome) == ["a", "e"]
+    assert (faults(counts), counts["requests"], counts["retries"]) == ({"unfinished": 1}, 2, 0)
+    with serve_raw(lambda number: say(http(json.dumps({"choices": choices}).encode()))) as server:
+        outcome, counts = ask(server.url)
+    assert [(choice.text, choice.finish_reason) for choice in outcome.answers()] == [("a", "stop"), ("c", "length")]
+    assert faults(counts) == {"unfinished": 1, "surplus_choice": 1}
+
+
 def test_redirects_are_not_followed() -> None:
     with (
         serve_raw(lambda number: GOOD) as other,
@@ -196,7 +210,9 @@ def test_redirects_are_not_followed() -> None:
 
 
 def test_a_second_reply_is_not_taken_for_that_of_the_next_request() -> None:
-    twice = say(http(completion("3", "4")) + http(completion("forged", "forged")))
+    def twice(connection: socket.socket) -> None:
+        connection.sendall(http(completion("3", "4")) + http(completion("forged", "forged")))
+        time.sleep(2.0)  # the connection could be used again
 
     def plan(number: int) -> Say:
         return twice if number == 0 else say(http(completion("5", "6")))
