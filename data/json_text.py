@@ -25,7 +25,8 @@ def load_json(content: bytes, *, any_text: bool = False) -> Any:
 
     Raises:
         InvalidText: It holds text that breaks the rule of `data.text`.
-        ValueError: It is no JSON in UTF-8 (Python also reads NaN and Infinity), too deeply nested, or has a key twice in one object, of which one would be lost.
+        ValueError: It is no JSON in UTF-8 (NaN and Infinity are none), too deeply nested, or has a key twice in one object, of which
+            one would be lost.
     """
     text = content.decode("utf-8-sig")
     try:

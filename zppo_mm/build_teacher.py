@@ -20,7 +20,7 @@ from zppo_mm.teacher.connect import open_pool
 from zppo_mm.teacher.hint import RuleHintWriter, TeacherHintWriter, load_hint_template
 from zppo_mm.teacher.megatron_teacher import MegatronTeacher
 from zppo_mm.teacher.rank_channel import Channel
-from zppo_mm.teacher.ranks_teacher import RanksTeacher, replies_of_ranks
+from zppo_mm.teacher.ranks_teacher import QUEUE_SHARE, RanksTeacher, replies_of_ranks
 from zppo_mm.teacher.served_judge import greedy_replies
 from zppo_mm.teacher.served_teacher import ServedTeacher
 from zppo_mm.teacher.served_tokens import TokenReader
@@ -165,7 +165,8 @@ def build_judge(
     if pool is not None:
         complete = greedy_replies(pool, config.reward, config.teacher.num_retries, should_stop)
     elif channel is not None and config.reward.judge:
-        complete = replies_of_ranks(channel, config.reward, should_stop)
+        queue_seconds = QUEUE_SHARE * 60 * config.parallel.timeout_minutes
+        complete = replies_of_ranks(channel, config.reward, queue_seconds, should_stop)
     else:
         return None
     return LlmJudge(complete, load_judge_template(config.reward.judge_template))

@@ -1,4 +1,4 @@
-"""Makes text that a model wrote inert inside a prompt, still readable."""
+"""Makes text that a model or a question holds inert inside a prompt, still readable."""
 
 from __future__ import annotations
 
@@ -9,10 +9,40 @@ from collections.abc import Iterable
 _TAG_START = re.compile(r"<(?=[^\s0-9=<\-.(\\$])")
 _BREAKABLE = re.compile(r"\S(?=\S)")
 
+# Special tokens of the common model families. A tag is one by its form (anything but a plain word,
+# so that families not thought of are met too), or by its name; plain words such as <think> and
+# <answer> stay: instructions name them.
+_TAGS = (
+    "s|unk|pad|bos|eos|eod|eop|eot|sop|sep|cls|mask|endoftext|image|img|video|audio|speech|patch|box|ref|quad|role|system|user|assistant"
+)
+_BRACKETS = (
+    "INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS|TOOL_CONTENT|ARGS|CALL_ID|THINK|MODEL_SETTINGS|"
+    "IMG|IMG_BREAK|IMG_END|AUDIO|BEGIN_AUDIO|TRANSCRIBE|STREAMING_PAD|REFERENCE_FILE|REFERENCE_DOC_[0-9]+|CONTROL_[0-9]+|"
+    "PREFIX|SUFFIX|MIDDLE|BOS|EOS|EOT|EOD|PAD|UNK|CLS|SEP|MASK|[gs]MASK"
+)
+_SPECIAL_TOKEN = re.compile(
+    # <|im_end|>, <end_of_turn>, <<SYS>>, <unused5>, <BOS_TOKEN>, <seed:bos>, ]<]image[>[; </s>, <image>
+    rf"<(?=[a-z/]{{0,256}}[^\s<>a-z/][^\s<>]{{0,256}}>|/?(?:{_TAGS})>)"
+    # [INST], [/INST], [gMASK], and [|endofturn|]
+    rf"|\[(?=/?(?:{_BRACKETS})\]|\|[^\s\[\]|]+\|\])"
+    # ]~b], ]~!b[, [e~[, ]!p~[
+    r"|[\]\[](?=~!?[a-z]+[\]\[]|e~\[|![a-z]+~\[)"
+    # >>TITLE<<
+    r"|>(?=>[A-Z]+<<)"
+)
+
 
 def is_breakable(marker: str) -> bool:
     """Return whether `neutralise` can break a marker: it needs two characters side by side without a space."""
     return _BREAKABLE.search(marker) is not None
+
+
+def break_special_tokens(text: str) -> str:
+    """Return a prompt for a model whose tokenizer cannot be asked, with what any common family reads as a special token broken.
+
+    `<|im_end|>` becomes `< |im_end|>`, `[/INST]` becomes `[ /INST]`; a second pass changes nothing.
+    """
+    return _SPECIAL_TOKEN.sub(r"\g<0> ", text)
 
 
 def neutralise(text: str, markers: Iterable[str] = ()) -> str:

@@ -213,3 +213,19 @@ def test_a_process_that_does_not_start_is_an_error_with_its_cause(monkeypatch: p
     monkeypatch.setattr("zppo_mm.teacher.pool_process._SERVER", "zppo_mm.no_such_module")
     with process("http://127.0.0.1:9/v1") as pool, pytest.raises(RuntimeError, match="ended with exit status 1"):
         pool.probe().result(timeout=100)
+
+
+def test_one_that_hangs_is_ended_and_what_it_was_asked_is_counted(server: LoopbackServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zppo_mm.teacher.pool_process.OVERDUE_SECONDS", 5.0)
+    with process(server.url) as pool:
+        pool.submit(asks(1), LONG).result(timeout=200)
+        first = pid(pool)
+        os.kill(first, signal.SIGSTOP)
+        outcomes = pool.submit(asks(2), Patience(max_seconds=0.1, num_retries=0)).result(timeout=60)
+        assert [outcome.problem for outcome in outcomes] == [
+            "client_process: the process here that speaks with the servers did not answer in time and was ended"
+        ] * 2
+        assert pool.counts["faults/client_process"] == 2
+        (after,) = pool.submit(asks(1), LONG).result(timeout=200)
+        assert len(after.answers()) == 3
+        assert pid(pool) != first

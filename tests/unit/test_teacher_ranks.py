@@ -177,6 +177,24 @@ def test_what_the_student_stands_still_for_comes_first_and_a_judge_replies_greed
     end(student, teacher)
 
 
+def test_the_judge_has_its_time_from_when_the_teacher_begins(worlds: Worlds) -> None:
+    student = worlds.channel("student", "teacher")
+    worlds.engine.gate.clear()
+    teacher = worlds.start_teacher(num_at_once=1)
+    worlds.student(student).ask(questions(1), 1)
+    eventually(lambda: len(worlds.engine.calls) == 1)
+    complete = replies_of_ranks(student, RewardConfig(judge_max_wait_seconds=2.0), SOON)
+    threading.Timer(4.0, worlds.engine.gate.set).start()  # one long answer: twice the judge's time
+    assert complete(["one"]) == ["\\boxed{0}"]
+    worlds.engine.gate.clear()
+    started = time.monotonic()
+    assert complete(["two"]) == [None]  # the teacher has begun, and takes too long for this
+    assert time.monotonic() - started >= 2.0
+    worlds.engine.gate.set()
+    eventually(lambda: not worlds.store.check(["started/2"]) and not worlds.store.check(["started/3"]))
+    end(student, teacher)
+
+
 def test_messages_above_the_limit_of_the_store_pass(worlds: Worlds) -> None:
     student, teacher = worlds.channel("student", "teacher", beats=False), worlds.channel("teacher", "student", beats=False)
     level = worlds.store.num_keys()
@@ -205,7 +223,7 @@ def test_without_an_answer_in_time_the_run_stops_or_goes_on_as_it_is_told(worlds
     assert hasty.ask(questions(3), 2).wait() == {"q0": (), "q1": (), "q2": ()}
     assert hasty.counts == {"lost_rollouts": 6}
     assert hasty.rewrite(["a", "b"], 2, 0) == [None, None]
-    assert replies_of_ranks(student, RewardConfig(judge_max_wait_seconds=0.1))(["a", "b"]) == [None, None]
+    assert replies_of_ranks(student, RewardConfig(judge_max_wait_seconds=0.1), 0.2)(["a", "b"]) == [None, None]
     level = worlds.store.num_keys()
     worlds.engine.gate.set()
     patient = worlds.student(student)
@@ -226,7 +244,7 @@ def test_the_error_of_a_teacher_rank_is_named_where_the_student_waits(worlds: Wo
         asking.ask(questions(1), 1).wait()
     with pytest.raises(TeacherLostError, match=named):
         asking.check()
-    assert replies_of_ranks(student, RewardConfig())(["a"]) == [None]  # soon, and neither right nor wrong
+    assert replies_of_ranks(student, RewardConfig(), SOON)(["a"]) == [None]  # soon, and neither right nor wrong
     end(student, teacher)
 
 

@@ -157,21 +157,38 @@ def test_log_probs_of_a_reply() -> None:
         {"token": "\\xa9", "bytes": [169], "logprob": -0.25},
         {"token": "4", "bytes": None, "logprob": 0, "top_logprobs": []},
     ]
-    (read,) = parse_reply(reply({"content": listed}), 1).choices
+    (read,) = parse_reply(reply({"content": listed}), 1, num_top=2).choices
     assert read.tokens == (
         ServedToken(b"\xc3", -0.5, ((b"4", -1.5),)),
         ServedToken(b"\xa9", -0.25, ()),
         ServedToken(b"4", 0.0, ()),
     )
     for nothing in (None, {}, {"content": None}, {"content": []}):
-        assert parse_reply(reply(nothing), 1).choices[0].tokens == ()
+        assert parse_reply(reply(nothing), 1, num_top=2).choices[0].tokens == ()
 
 
-@pytest.mark.parametrize("content", [[5], {"content": [{"token": "4"}]}, {"content": [{"token": "4", "bytes": [300], "logprob": 0}]}])
+def listed(**changes: Any) -> Any:
+    return {"content": [{"token": "4", "bytes": [52], "logprob": -0.5, "top_logprobs": [], **changes}]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[5], "4", 7, {"content": {"4": -0.5}}, {"content": [{"token": "4"}]}, {"content": [None]}, listed(bytes=[300]), listed(bytes=[-1]),
+     listed(bytes=[True]), listed(bytes=[52.0]), listed(bytes="4"), listed(bytes=None, token=4), listed(bytes=[52] * 10_000),
+     listed(logprob="-0.5"), listed(logprob=True), listed(logprob=None), listed(logprob=10**400), listed(top_logprobs={"4": -0.5}),
+     listed(top_logprobs=[7])],
+)  # fmt: skip
 def test_log_probs_of_another_form_are_a_bad_reply(content: Any) -> None:
     with pytest.raises(Fault) as caught:
-        parse_reply(reply(content), 1)
+        parse_reply(reply(content), 1, num_top=2)
     assert caught.value.kind == "bad_reply"
+    assert parse_reply(reply(content), 1).choices[0].tokens == ()  # nobody asked for them
+
+
+def test_more_likely_tokens_than_asked_for_are_not_kept() -> None:
+    many = listed(top_logprobs=[{"token": str(i), "logprob": -1.0} for i in range(1000)])
+    ((token,),) = (choice.tokens for choice in parse_reply(reply(many), 1, num_top=2).choices)
+    assert len(token.top) == 3
 
 
 def test_log_probs_are_asked_for_where_they_are_wanted() -> None:

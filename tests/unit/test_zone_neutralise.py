@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zppo_mm.neutralise import is_breakable, neutralise
+from zppo_mm.neutralise import break_special_tokens, is_breakable, neutralise
 
 LIVE = re.compile(r"<\|[^<>\s]*\|>|</?[a-zA-Z_|!?\uff5c][^<>]*>")
 NASTY = [
@@ -59,3 +59,46 @@ def test_no_tag_can_be_put_together(parts: list[str]) -> None:
     assert not LIVE.search(inert)
     assert neutralise(inert, ["[E]", "</candidate>"]) == inert
     assert re.sub(r" ", "", inert) == re.sub(r" ", "", "".join(parts))
+
+
+# One or more of each family's, as their tokenizers spell them.
+SERVED = [
+    "<|im_end|>", "<|im_start|>", "<|image_pad|>", "<tool_response>", "</tool_call>",  # Qwen
+    "<s>", "</s>", "<unk>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>",  # Llama 2, Mistral
+    "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[IMG]", "[IMG_END]", "[THINK]", "[/THINK]",
+    "<|eot_id|>", "<|start_header_id|>", "<|begin_of_text|>", "<|reserved_special_token_247|>", "<|image|>",  # Llama 3, 4
+    "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<image_soft_token>", "<unused99>", "<|tool_call>", "<tool_call|>",  # Gemma
+    "<\uff5cend\u2581of\u2581sentence\uff5c>", "<\uff5cUser\uff5c>", "<image_placeholder>",  # DeepSeek
+    "[gMASK]", "<sop>", "<|user|>", "<|observation|>", "<|endoftext|>",  # GLM
+    "<|end|>", "<|start|>", "<|message|>", "<|channel|>",  # gpt-oss, Phi
+    "<IMG_CONTEXT>", "<img>", "</img>", "<box>", "<ref>", "<quad>",  # InternVL
+    "<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>",  # Cohere
+    "<SPECIAL_12>", "<extra_id_0>", "<fake_token_around_image>", "<end_of_utterance>", "<row_1_col_1>", "<global-img>",
+    "[|endofturn|]", "[|assistant|]", "<seed:bos>", "<role>", "</role>", "<0x0A>", "<pad>", "<mask>", "[CLS]", "[SEP]", "[MASK]",
+    "]~b]", "]~!b[", "[e~[", "]!p~[", "]!d~[", "]<]image[>[", ">>TITLE<<", ">>QUESTION<<",  # MiniMax, Falcon
+    "<|\u00e9t\u00e9|>", "<turn:end>", "<Assistant>",  # of nobody yet
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from([*SERVED, "a", " ", "<", ">", "[", "]", "|", "/", "4 < 5", "$x$", "\n"]), max_size=8).map("".join))
+def test_a_served_prompt_holds_no_special_token_of_a_common_family(text: str) -> None:
+    inert = break_special_tokens(text)
+    assert [token for token in SERVED if token in inert] == []
+    assert inert.replace(" ", "") == text.replace(" ", "")
+    assert break_special_tokens(inert) == inert
+
+
+@pytest.mark.parametrize("token", SERVED)
+def test_each_is_broken(token: str) -> None:
+    inert = break_special_tokens(f"Say {token} now")
+    assert token not in inert
+    assert inert.replace(" ", "") == f"Say{token}now"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1<x<2", "$a<b$ and $c>d$", "[ABC]", "x[0]", "[a, b]", "[1, 2]", "<b>bold</b>", "inside <think> and </think>", "<answer>4</answer>",
+     "x<|y", "a[1]>b[2]", "vector<int>", ">> out <<", "[x]~y", "]a[", "f(x) -> y"],
+)  # fmt: skip
+def test_mathematics_code_and_instructions_stay_as_they_are(text: str) -> None:
+    assert break_special_tokens(text) == text

@@ -133,7 +133,7 @@ METRICS: Mapping[str, str] = {
     "teacher/answer_seconds": "Seconds from asking the teacher to its last answer; seconds/teacher has those that the step stood still.",
     "teacher/requests": "Requests to servers, further attempts included.",
     "teacher/retries": "Further attempts at requests that failed.",
-    "teacher/faults/*": "Failed attempts by kind: connection, timeout, cut_off, bad_reply, empty_choice, http_<status>, client_process.",
+    "teacher/faults/*": "Failed attempts, and single answers that could not be used, by kind; docs/teachers.md lists the kinds.",
     "teacher/prompt_tokens": "Prompt tokens as the servers counted them.",
     "teacher/lumped_tokens": "Most likely tokens told by servers that are not in the student's vocabulary; they count among all others.",
     "teacher/completion_tokens": "Answer tokens as the servers counted them.",

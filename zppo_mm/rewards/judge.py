@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.question import Question
+from data.text import read_text_file
 from zppo_mm.errors import ConfigError
 from zppo_mm.neutralise import neutralise
 from zppo_mm.rewards.mathematics import compare
@@ -96,11 +97,12 @@ def load_judge_template(path: str = "") -> str:
 
     Raises:
         ConfigError: If the file is missing or lacks a field.
+        DataError: If it is no valid text.
     """
     file = Path(path) if path else EMBEDDED_TEMPLATE
     if not file.is_file():
         raise ConfigError(f"reward.judge_template: no such file, got {str(file)!r}, expected a text file; correct the path")
-    text = file.read_text(encoding="utf-8").strip()
+    text = read_text_file(file, "reward.judge_template").strip()
     missing = [f"{{{name}}}" for name in TEMPLATE_FIELDS if f"{{{name}}}" not in text]
     if missing:
         raise ConfigError(

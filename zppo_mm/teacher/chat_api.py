@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from data.question import MediaRef
 from zppo_mm.experience import FinishReason
+from zppo_mm.teacher.received_text import ReceivedText
+
+# No reply to a good request is longer: room for what stands around the answers, and for the JSON of one token, or of one listed log-prob.
+BASE_REPLY_BYTES = 2**20
+TOKEN_BYTES = 256
+MAX_SPELLING_BYTES = 4096
+
+# Servers' words for an answer that the model ended, that met the limit, and that was held back because of what it says.
+COMPLETE = frozenset({"stop", "eos_token", "end_turn"})
+AT_LIMIT = frozenset({"length", "max_tokens", "model_length"})
+HELD_BACK = frozenset({"content_filter", "refusal", "safety", "sensitive"})
+
+T = TypeVar("T")
 
 Content = str | Sequence[Mapping[str, Any]]
 """Content of a user message: a text, or parts with media first."""
@@ -35,6 +49,11 @@ class Ask:
     seed: int
     top_logprobs: int = 0
     media: tuple[MediaRef, ...] = ()
+
+    def max_reply_bytes(self, num_choices: int) -> int:
+        """Return what the reply to a request for `num_choices` answers may take, decoded."""
+        listed = 2 + self.top_logprobs if self.top_logprobs else 1
+        return BASE_REPLY_BYTES + num_choices * self.max_tokens * TOKEN_BYTES * listed
 
     def body(self, model: str, content: Content, num_choices: int, first: int) -> bytes:
         """Return the JSON request that asks a content for `num_choices` answers from answer `first` on."""
@@ -74,7 +93,8 @@ class Choice:
     """One answer.
 
     Attributes:
-        text: All that the model wrote: a reasoning that the server tells apart comes first, inside `<think>` tags.
+        text: All that the model wrote: a reasoning that the server tells apart comes first, after `<think>`, and closed only if something
+            follows it.
         finish_reason: `length` if it met the limit.
         content: The text without a reasoning that the server tells apart.
         tokens: What the model wrote, token by token, reasoning and markup included; empty if the server tells no log-probs.
@@ -91,23 +111,26 @@ class Reply:
     """A server's reply.
 
     Attributes:
-        choices: Answers that have a text, at most as many as were asked for.
-        num_returned: Answers returned, empty ones included.
+        choices: Answers that can be used, at most as many as were asked for.
+        num_returned: Answers returned, others included.
         prompt_tokens: As the server counts them; 0 if it does not.
         completion_tokens: The same of all answers together.
+        dropped: Answers that cannot be used, by the kind of their fault, or are more than were asked for (`surplus_choice`).
     """
 
     choices: tuple[Choice, ...]
     num_returned: int
     prompt_tokens: int
     completion_tokens: int
+    dropped: Counter[str] = field(default_factory=Counter)
 
 
 class Fault(Exception):
     """One attempt failed.
 
     Attributes:
-        kind: Fixed name to count by: connection, timeout, cut_off, bad_reply, empty_choice, http_<status>.
+        kind: Fixed name to count by: connection, certificate, timeout, cut_off, too_large, bad_reply, empty_choice, unfinished,
+            content_filter, http_<status>.
         detail: In words.
         retry_after_seconds: How long the server asks to be left alone.
         is_refusal: The message itself is at fault, and another attempt would fail as well.
@@ -124,48 +147,110 @@ class Fault(Exception):
         return type(self), (self.kind, self.detail, self.retry_after_seconds, self.is_refusal)
 
 
-def parse_reply(body: bytes, num_choices: int) -> Reply:
+def parse_reply(body: bytes, num_choices: int, num_top: int = 0, received: ReceivedText | None = None) -> Reply:
     """Read a chat completion.
 
     Args:
         body: The whole response.
         num_choices: Answers asked for; surplus ones are dropped.
+        num_top: Most likely tokens asked for with every token; 0 reads no tokens.
+        received: Makes its texts fit to be kept and shown.
 
     Raises:
-        Fault: It is not a chat completion (`bad_reply`), or none of its answers has a text (`empty_choice`).
+        Fault: It is not a chat completion (`bad_reply`), or none of its answers can be used: they have no text (`empty_choice`), were
+            neither ended by the model nor by the limit (`unfinished`), or were held back (`content_filter`).
     """
+    received = received or ReceivedText()
     try:
-        reply = json.loads(body)
-        listed = reply["choices"]
-        usage = reply.get("usage") or {}
-        counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+        reply = json.loads(body.decode("utf-8-sig", errors="replace"))
+        listed = _checked(reply["choices"], list)
         # A choice is known by its index: one that a server repeats must not count twice.
-        by_index = {choice.get("index", place): _choice(choice) for place, choice in enumerate(listed)}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Fault("bad_reply", f"not a chat completion ({type(error).__name__}: {error}), got {body[:80]!r}") from error
-    choices = [choice for choice in list(by_index.values())[:num_choices] if choice.text]
-    if not choices:
-        raise Fault("empty_choice", f"{len(listed)} choices, none of them with a text")
-    return Reply(tuple(choices), len(listed), counts[0], counts[1])
+        by_index: dict[int, Mapping[str, Any]] = {}
+        for place, item in enumerate(listed):
+            index = item.get("index")
+            by_index.setdefault(index if type(index) is int else place, item)
+        found = [_choice(by_index[index], num_top, received) for index in sorted(by_index)]
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        what = f"{type(error).__name__}: {received.shown(str(error))}"
+        raise Fault("bad_reply", f"not a chat completion ({what}), got {received.shown(body)!r}") from error
+    usable = [choice for choice in found if isinstance(choice, Choice)]
+    faults = [fault for fault in found if isinstance(fault, Fault)]
+    if not usable:
+        raise next((fault for fault in faults if not fault.is_refusal), faults[0]) if faults else Fault("empty_choice", "no choices")
+    dropped = Counter(fault.kind for fault in faults)
+    dropped["surplus_choice"] = len(listed) - len(found) + max(0, len(usable) - num_choices)
+    usage = reply.get("usage")
+    counts = [_count(usage.get(name)) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
+    return Reply(tuple(usable[:num_choices]), len(listed), counts[0], counts[1], +dropped)
 
 
-def _choice(choice: Mapping[str, Any]) -> Choice:
-    message = choice["message"]
-    content = message.get("content") or ""
-    reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
-    if not (isinstance(content, str) and isinstance(reasoning, str)):
-        raise TypeError(f"content is no text, got {type(content).__name__}")
-    text = f"<think>\n{reasoning.strip()}\n</think>\n\n{content}" if reasoning else content
-    tokens = tuple(_token(item) for item in (choice.get("logprobs") or {}).get("content") or ())
-    return Choice(text, "length" if choice.get("finish_reason") == "length" else "stop", content, tokens)
+def _choice(choice: Mapping[str, Any], num_top: int, received: ReceivedText) -> Choice | Fault:
+    """Return an answer, or why it is none."""
+    message = _checked(choice["message"], dict)
+    content, reasoning = _text(message.get("content")), _text(message.get("reasoning_content") or message.get("reasoning"))
+    reason = choice.get("finish_reason")
+    named = reason if isinstance(reason, str) else ""
+    if named in HELD_BACK:
+        return Fault("content_filter", f"finish_reason {named!r}: the server holds the answer back", is_refusal=True)
+    if named not in COMPLETE | AT_LIMIT:
+        return Fault("unfinished", f"finish_reason {received.shown(repr(reason))}, expected 'stop' or 'length'")
+    if not (content or reasoning):
+        return Fault("empty_choice", f"no text, finish_reason {named!r}")
+    content, reasoning = received.kept(content), received.kept(reasoning)
+    text = _with_reasoning(reasoning, content) if reasoning else content
+    listed = (choice.get("logprobs") or {}).get("content") or () if num_top else ()
+    tokens = tuple(_token(item, num_top, received) for item in listed)
+    return Choice(text, "length" if named in AT_LIMIT else "stop", content, tokens)
 
 
-def _token(item: Mapping[str, Any]) -> ServedToken:
-    top = tuple((_spelling(each), float(each["logprob"])) for each in item.get("top_logprobs") or ())
-    return ServedToken(_spelling(item), float(item["logprob"]), top)
+def _with_reasoning(reasoning: str, content: str) -> str:
+    """Return both as the model wrote them. Without content nobody knows whether the model closed its reasoning, so nobody does it here."""
+    opened = f"<think>\n{reasoning.strip().removeprefix('<think>').strip()}"
+    return f"{opened}\n</think>\n\n{content}" if content else opened
 
 
-def _spelling(item: Mapping[str, Any]) -> bytes:
+def _text(content: Any) -> str:
+    """Return a text, which may come in parts; empty for none."""
+    if isinstance(content, list):
+        return "".join(_checked(part["text"], str) for part in content)
+    return _checked(content, str) if content is not None else ""
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int and 0 <= value < 2**53 else 0
+
+
+def _token(item: Mapping[str, Any], num_top: int, received: ReceivedText) -> ServedToken:
+    # Some servers list the written token besides those asked for.
+    top = _checked(item.get("top_logprobs") or [], list)[: num_top + 1]
+    return ServedToken(_spelling(item, received), _logprob(item), tuple((_spelling(each, received), _logprob(each)) for each in top))
+
+
+def _logprob(item: Mapping[str, Any]) -> float:
+    value = item["logprob"]
+    if type(value) not in (int, float):
+        raise TypeError(f"logprob is no number, got {type(value).__name__}")
+    return float(value)
+
+
+def _spelling(item: Mapping[str, Any], received: ReceivedText) -> bytes:
     """Return a token's bytes; part of a character has no text, so servers tell them apart."""
     listed = item.get("bytes")
-    return bytes(listed) if listed is not None else str(item["token"]).encode("utf-8", errors="backslashreplace")
+    if listed is None:
+        spelling = received.kept(_checked(item["token"], str)).encode()
+    else:
+        spelling = received.kept_bytes(bytes(_checked(byte, int) for byte in _checked(listed, list)))
+    if len(spelling) > MAX_SPELLING_BYTES:
+        raise ValueError(f"a token of {len(spelling)} bytes, expected at most {MAX_SPELLING_BYTES}")
+    return spelling
+
+
+def _checked(value: Any, kind: type[T]) -> T:
+    """Return a value of a JSON type; a boolean is no number.
+
+    Raises:
+        TypeError: It is of another.
+    """
+    if type(value) is not kind:
+        raise TypeError(f"got {type(value).__name__}, expected {kind.__name__}")
+    return value

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from data.text import read_text_file
 from zppo_mm.errors import ConfigError
 from zppo_mm.neutralise import neutralise
 from zppo_mm.rewards.mathematics import compare, last_boxed
@@ -165,6 +166,7 @@ def load_compression_template(path: str = "") -> str:
 
     Raises:
         ConfigError: If the file is missing or lacks a field.
+        DataError: If it is no valid text.
     """
     return read_template("compression template", Path(path) if path else EMBEDDED_TEMPLATE, TEMPLATE_FIELDS)
 
@@ -179,10 +181,11 @@ def read_template(name: str, file: Path, required: Sequence[str]) -> str:
 
     Raises:
         ConfigError: If the file is missing or lacks a field.
+        DataError: If it is no valid text.
     """
     if not file.is_file():
         raise ConfigError(f"{name}: no such file, got {str(file)!r}, expected a text file; correct the path")
-    text = file.read_text(encoding="utf-8").strip()
+    text = read_text_file(file, name).strip()
     missing = [field for field in required if f"{{{field}}}" not in text]
     if missing:
         raise ConfigError(

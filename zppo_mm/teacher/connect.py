@@ -17,8 +17,11 @@ from zppo_mm.teacher.servers import Servers
 
 logger = logging.getLogger(__name__)
 
-# The address, the key or the model's name is wrong: waiting does not help. A question may be refused with 400, a greeting not.
-MISCONFIGURED = ("http_400", "http_401", "http_403", "http_404", "http_405")
+# The address, the key, the certificate or the model's name is wrong: waiting does not help.
+# A question may be refused with 400, a greeting not.
+MISCONFIGURED = (*(f"http_{status}" for status in (301, 302, 303, 307, 308, 400, 401, 403, 404, 405)), "certificate")
+# An answer, though none to train with.
+ANSWERED = ("empty_choice", "content_filter")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -69,14 +72,15 @@ def open_pool(
     for url, kind, problem in (each for replica in exchange.gather(problems) for each in replica):
         if not url:
             pool.close()
-            raise RuntimeError(problem)
+            raise ConfigError(problem) if kind == "client" else RuntimeError(problem)
         if kind in MISCONFIGURED:
             pool.close()
             raise ConfigError(
                 f"{where}: {url} refuses the model {model or config.model!r}, got {problem!r}, expected an answer to a greeting; "
-                "correct the address (the base URL ends before /chat/completions), the model or the key"
+                "correct the address (the base URL ends before /chat/completions and redirects nowhere), the model, the key or the "
+                "server's certificate"
             )
-        if kind != "empty_choice":
+        if kind not in ANSWERED:
             logger.warning("%s: %s does not answer yet: %s", where, url, problem)
     return pool
 
@@ -85,8 +89,8 @@ def _greet(pool: Servers) -> list[tuple[str, str, str]]:
     """Return address, kind and words of what kept servers from answering; without an address, why none could be asked."""
     try:
         return [(url, fault.kind, str(fault)) for url, fault in pool.probe().result().items() if fault is not None]
-    except (RuntimeError, OSError) as error:  # told to the other ranks, which wait to hear of it
-        return [("", "client_process", str(error))]
+    except (ConfigError, RuntimeError, OSError) as error:  # told to the other ranks, which wait to hear of it
+        return [("", "client" if isinstance(error, ConfigError) else "client_process", str(error))]
 
 
 def read_key(variable: str) -> str:

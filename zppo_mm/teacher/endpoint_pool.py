@@ -18,17 +18,16 @@ import httpx2
 from data.errors import ReasonedError
 from zppo_mm.config import TeacherConfig
 from zppo_mm.teacher.chat_api import Ask, Fault, Reply
-from zppo_mm.teacher.endpoint import Endpoint, open_client
+from zppo_mm.teacher.endpoint import MAX_PAUSE_SECONDS, Endpoint, open_client
 from zppo_mm.teacher.media_parts import Media, MessageWriter
-from zppo_mm.teacher.servers import Outcome, Patience
+from zppo_mm.teacher.received_text import ReceivedText
+from zppo_mm.teacher.servers import PROBE_SECONDS, Outcome, Patience
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-MAX_BACKOFF_SECONDS = 60.0
-MAX_PROBLEM_CHARS = 300
-PROBE_SECONDS = 60.0
-HIDDEN = "***"
+# Requests that the student stands still for have this share of connections to themselves.
+URGENT_SHARE = 0.25
 
 
 class EndpointPool:
@@ -39,9 +38,12 @@ class EndpointPool:
         model: The served model's name.
         config: Time-outs and pauses.
         api_key: Sent as a bearer token; empty sends none.
-        max_concurrency: Most requests in flight at one server, from this process.
+        max_concurrency: Most requests in flight at one server, from this process, urgent ones apart.
         first: Which server is preferred among equally busy ones, so that processes do not all start with the same one.
         media: Opens the media of messages; `None` if none has any.
+
+    Attributes:
+        received: Makes what the servers say fit to be kept and shown.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class EndpointPool:
         self._model = model
         self._config = config
         self._api_key = api_key
+        self.received = ReceivedText(api_key)
         self._max_concurrency = max_concurrency or config.max_concurrency
         self._endpoints = [Endpoint(url) for url in [*urls[first % len(urls) :], *urls[: first % len(urls)]]]
         self._writer = MessageWriter(config, media)
@@ -98,13 +101,14 @@ class EndpointPool:
             await self._client.aclose()
 
     async def _probe_all(self) -> dict[str, Fault | None]:
-        body = await self._body(Ask("Hello", num_choices=1, temperature=0.0, max_tokens=1, seed=0), 1, 0)
+        greeting = Ask("Hello", num_choices=1, temperature=0.0, max_tokens=1, seed=0)
+        body = await self._body(greeting, 1, 0)
 
         async def probe(endpoint: Endpoint) -> Fault | None:
             try:
-                await endpoint.complete(self._connections(), body, 1, PROBE_SECONDS)
+                await endpoint.complete(self._connections(), body, greeting, 1, PROBE_SECONDS, self.received)
             except Fault as fault:
-                return Fault(fault.kind, self._redacted(fault.detail))
+                return Fault(fault.kind, self.received.shown(fault.detail))
             return None
 
         return dict(zip((e.url for e in self._endpoints), await asyncio.gather(*map(probe, self._endpoints)), strict=True))
@@ -121,21 +125,21 @@ class EndpointPool:
         outcome, started = Outcome(), time.monotonic()
         try:
             async with asyncio.timeout(patience.max_seconds):
-                await self._collect(ask, outcome, patience.num_retries)
+                await self._collect(ask, outcome, patience)
             outcome.problem = ""
         except TimeoutError:
             outcome.problem = f"not answered within {patience.max_seconds:g} s" + (f", last {outcome.problem}" if outcome.problem else "")
         except Fault as fault:
-            outcome.problem, outcome.is_refused = self._redacted(str(fault)), fault.is_refusal
+            outcome.problem, outcome.is_refused = self.received.shown(str(fault)), fault.is_refusal
         except ReasonedError as error:
             outcome.problem, outcome.is_refused = f"{error.reason}: {error}", True
         outcome.seconds = time.monotonic() - started
         return outcome
 
-    async def _collect(self, ask: Ask, outcome: Outcome, num_retries: int | None) -> None:
+    async def _collect(self, ask: Ask, outcome: Outcome, patience: Patience) -> None:
         """Ask for all answers in one request where servers honour `n`, and for each that is missing alone."""
         if self._sends_n and ask.num_choices > 1:
-            reply = await self._request(ask, ask.num_choices, 0, outcome, num_retries)
+            reply = await self._request(ask, ask.num_choices, 0, outcome, patience)
             outcome.choices.update(enumerate(reply.choices))
             if reply.num_returned == 1:
                 self._sends_n = False
@@ -143,7 +147,7 @@ class EndpointPool:
         missing = range(len(outcome.choices), ask.num_choices)
 
         async def fill(place: int) -> None:
-            reply = await self._request(ask, 1, place, outcome, num_retries)
+            reply = await self._request(ask, 1, place, outcome, patience)
             outcome.choices[place] = reply.choices[0]
 
         # One that fails must not take the others with it.
@@ -152,7 +156,7 @@ class EndpointPool:
             if isinstance(result, BaseException):
                 raise result
 
-    async def _request(self, ask: Ask, num_choices: int, first: int, outcome: Outcome, num_retries: int | None) -> Reply:
+    async def _request(self, ask: Ask, num_choices: int, first: int, outcome: Outcome, patience: Patience) -> Reply:
         """Try one request until a server answers it.
 
         Raises:
@@ -163,21 +167,23 @@ class EndpointPool:
         avoided: Endpoint | None = None
         attempt = 0
         while True:
-            async with self._slot(avoided) as endpoint:
+            async with self._slot(avoided, patience.is_urgent) as endpoint:
                 body = body or await self._body(ask, num_choices, first)
                 self.counts["requests"] += 1
                 try:
-                    reply = await endpoint.complete(self._connections(), body, num_choices, self._config.request_timeout_seconds)
+                    limit = self._config.request_timeout_seconds
+                    reply = await endpoint.complete(self._connections(), body, ask, num_choices, limit, self.received)
                 except Fault as fault:
                     backoff = self._backoff_seconds(attempt)
                     endpoint.failed(fault, backoff)
                     self._count_fault(fault, outcome)
-                    if fault.is_refusal or (num_retries is not None and attempt >= num_retries):
+                    if fault.is_refusal or (patience.num_retries is not None and attempt >= patience.num_retries):
                         raise
                     avoided = endpoint
                 else:
                     self.counts["prompt_tokens"] += reply.prompt_tokens
                     self.counts["completion_tokens"] += reply.completion_tokens
+                    self.counts.update({f"faults/{kind}": count for kind, count in reply.dropped.items()})
                     return reply
             self.counts["retries"] += 1
             attempt += 1
@@ -191,11 +197,12 @@ class EndpointPool:
         return await asyncio.to_thread(write) if ask.media else write()
 
     @asynccontextmanager
-    async def _slot(self, avoided: Endpoint | None) -> AsyncIterator[Endpoint]:
+    async def _slot(self, avoided: Endpoint | None, is_urgent: bool) -> AsyncIterator[Endpoint]:
         """Wait for room at a server that is not paused; the one that just failed comes last."""
+        extra = max(1, int(URGENT_SHARE * self._max_concurrency)) if is_urgent else 0
         while True:
             now = time.monotonic()
-            free = [endpoint for endpoint in self._endpoints if endpoint.outstanding < self._max_concurrency]
+            free = [endpoint for endpoint in self._endpoints if endpoint.outstanding < self._max_concurrency + extra]
             awake = [endpoint for endpoint in free if endpoint.paused_until <= now]
             if awake:
                 break
@@ -216,14 +223,10 @@ class EndpointPool:
 
     def _backoff_seconds(self, attempt: int) -> float:
         """Double the pause with every attempt; half of it is drawn, so that many requests do not come back together."""
-        longest = min(MAX_BACKOFF_SECONDS, self._config.backoff_seconds * 2.0 ** min(attempt, 30))
+        longest = min(MAX_PAUSE_SECONDS, self._config.backoff_seconds * 2.0 ** min(attempt, 30))
         return longest * self._jitter.uniform(0.5, 1.0)
 
     def _count_fault(self, fault: Fault, outcome: Outcome) -> None:
         self.counts[f"faults/{fault.kind}"] += 1
-        outcome.problem = self._redacted(str(fault))
+        outcome.problem = self.received.shown(str(fault))
         logger.debug("teacher endpoint: %s", outcome.problem)
-
-    def _redacted(self, text: str) -> str:
-        """Return a short text without the key: some servers repeat a wrong one in their message."""
-        return (text.replace(self._api_key, HIDDEN) if self._api_key else text)[:MAX_PROBLEM_CHARS]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,14 +13,13 @@ from PIL import Image
 
 from data.media import Frames
 from data.question import MediaRef
+from data.text import clean_text
 from zppo_mm.config import TeacherConfig
+from zppo_mm.neutralise import break_special_tokens
 from zppo_mm.teacher.chat_api import Content
 
 JPEG_QUALITY = 95
 VIDEO_TYPES = {"mp4": "mp4", "m4v": "mp4", "mov": "quicktime", "webm": "webm", "mkv": "x-matroska", "avi": "x-msvideo", "gif": "gif"}
-
-# The server would read a special token in the text as such; the space makes it plain text, as it is for a model in this process.
-_SPECIAL_TOKEN = re.compile(r"<(?=\|[^<>|\s]+\|>)")
 
 
 class Media(Protocol):
@@ -54,7 +52,8 @@ class MessageWriter:
         Raises:
             MediaError: A medium cannot be opened.
         """
-        text = inert_text(text)
+        # The server would read a special token as such; broken it is plain text, as it is for a model in this process.
+        text = break_special_tokens(clean_text(text))
         if not media:
             return text
         parts = [part for ref in media for part in self._parts(ref)]
@@ -77,11 +76,6 @@ class MessageWriter:
         options: dict[str, Any] = {"quality": JPEG_QUALITY} if self._config.media_format == "jpeg" else {}
         Image.fromarray(pixels).save(buffer, format=self._config.media_format.upper(), **options)
         return buffer.getvalue()
-
-
-def inert_text(text: str) -> str:
-    """Return a text in which no special token of a chat template is left whole."""
-    return _SPECIAL_TOKEN.sub("< ", text)
 
 
 def _url_part(name: str, mime: str, content: bytes) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ import multiprocessing
 import signal
 import subprocess
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -16,12 +17,15 @@ from typing import Any
 from zppo_mm.interpreters import start_interpreter
 from zppo_mm.teacher.chat_api import Ask, Fault
 from zppo_mm.teacher.pool_messages import Done, PoolSettings, Work
-from zppo_mm.teacher.servers import Outcome, Patience
+from zppo_mm.teacher.servers import PROBE_SECONDS, Outcome, Patience
 
 logger = logging.getLogger(__name__)
 
 _SERVER = "zppo_mm.teacher.pool_server"
 CLOSING_SECONDS = 5.0
+# The process keeps the time of questions itself. One that is so late, its start included, hangs and is ended.
+OVERDUE_SECONDS = 120.0
+LOOK_SECONDS = 1.0
 # What a scheduler, a launcher or a keyboard says to all processes is for the training process to heed, which may want its answers yet.
 BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -29,8 +33,8 @@ BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1,
 class PoolProcess:
     """Asks servers for answers in a process of its own, which starts with the first question. Implements `Servers`.
 
-    Should that process end, what it was asked is lost like questions to a server that does not answer, counted as `faults/client_process`,
-    and the next question starts a new one.
+    Should that process end, or hang, what it was asked is lost like questions to a server that does
+    not answer, counted as `faults/client_process`, and the next question starts a new one.
     """
 
     def __init__(self, settings: PoolSettings) -> None:
@@ -69,9 +73,9 @@ class _Client:
     def __init__(self, settings: PoolSettings, counts: Counter[str]) -> None:
         self._counts = counts
         self._numbers = itertools.count()
-        self._pending: dict[int, tuple[Work, Future[Any]]] = {}
+        self._pending: dict[int, tuple[Work, Future[Any], float]] = {}
         self._lock = threading.Lock()
-        self.is_gone = self._is_closing = False
+        self.is_gone = self._is_closing = self._hangs = False
         self._connection, other = multiprocessing.Pipe()
         with other:
             descriptor = other.fileno()
@@ -88,10 +92,11 @@ class _Client:
     def hand_over(self, asks: tuple[Ask, ...], patience: Patience | None, future: Future[Any]) -> None:
         """Send a piece of work, which is lost if the process has ended. Called by one thread at a time."""
         work = Work(next(self._numbers), asks, patience)
+        deadline = time.monotonic() + (PROBE_SECONDS if patience is None else patience.max_seconds) + OVERDUE_SECONDS
         with self._lock:
             is_gone = self.is_gone
             if not is_gone:
-                self._pending[work.number] = work, future
+                self._pending[work.number] = work, future, deadline
         if is_gone:
             self._lose(work, future)
         else:
@@ -115,7 +120,11 @@ class _Client:
     def _hear(self) -> None:
         try:
             while True:
-                self._take(self._connection.recv())
+                if self._connection.poll(LOOK_SECONDS):
+                    self._take(self._connection.recv())
+                elif self._is_overdue():
+                    self._hangs = True
+                    self.process.kill()
         except (EOFError, OSError):
             logger.debug("teacher endpoints: the process is gone")
         except Exception:  # a message that cannot be read: nothing that it says can be relied on any more
@@ -124,13 +133,18 @@ class _Client:
         finally:
             self._settle()
 
+    def _is_overdue(self) -> bool:
+        now = time.monotonic()
+        with self._lock:
+            return any(deadline < now for _, _, deadline in self._pending.values())
+
     def _take(self, message: logging.LogRecord | Done) -> None:
         if isinstance(message, logging.LogRecord):
             logging.getLogger(message.name).handle(message)
             return
         self._counts.update(message.counts)
         with self._lock:
-            _, future = self._pending.pop(message.number)
+            _, future, _ = self._pending.pop(message.number)
         if not future.set_running_or_notify_cancel():
             return
         if message.error is not None:
@@ -147,11 +161,12 @@ class _Client:
             self._pending.clear()
         if not self._is_closing:
             logger.warning("teacher: %s; %d calls are lost", self._problem(), len(pending))
-        for work, future in pending:
+        for work, future, _ in pending:
             self._lose(work, future)
 
     def _problem(self) -> str:
-        return f"client_process: the process here that speaks with the servers ended with exit status {self.process.returncode}"
+        how = "did not answer in time and was ended" if self._hangs else f"ended with exit status {self.process.returncode}"
+        return f"client_process: the process here that speaks with the servers {how}"
 
     def _lose(self, work: Work, future: Future[Any]) -> None:
         problem = self._problem()

@@ -23,6 +23,7 @@ from data.media_store import MediaStore
 from zppo_mm.errors import ZppoError
 from zppo_mm.teacher.endpoint_pool import EndpointPool
 from zppo_mm.teacher.pool_messages import Done, Work
+from zppo_mm.teacher.received_text import ReceivedText
 
 LOGGED = ("zppo_mm", "data")
 
@@ -57,19 +58,19 @@ class _Mouth:
                 counts = Counter(dict(pool.counts))
                 news = counts - self._counted
                 self._counted = counts
-            self.send(_done(number, future, news))
+            self.send(_done(number, future, news, pool.received))
         except Exception:
             traceback.print_exc()
             os._exit(1)
 
 
-def _done(number: int, future: Future[Any], counts: Counter[str]) -> Done:
+def _done(number: int, future: Future[Any], counts: Counter[str], received: ReceivedText) -> Done:
     try:
         return Done(number, future.result(), None, counts)
     except (ZppoError, DataError) as known:
         return Done(number, None, known, counts)
     except Exception:  # a fault of ours is reported where it can end the run
-        return Done(number, None, RuntimeError(f"teacher endpoints: {traceback.format_exc()}"), counts)
+        return Done(number, None, RuntimeError(f"teacher endpoints: {received.kept(traceback.format_exc())}"), counts)
 
 
 def main(descriptor: int) -> None:

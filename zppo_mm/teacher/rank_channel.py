@@ -129,6 +129,14 @@ class Channel:
         """Return the reply to a request, `None` while there is none."""
         return self._get(f"reply/{number}")
 
+    def start(self, number: int) -> None:
+        """Say that work on a request begins."""
+        self._store.set(f"started/{number}", "1")
+
+    def has_started(self, number: int) -> bool:
+        """Return whether work on a request has begun."""
+        return self._store.check([f"started/{number}"])
+
     def finish(self, number: int) -> None:
         """Say that a request needs no reply any more, because it was read or given up."""
         self._store.set(f"finished/{number}", "1")
@@ -149,6 +157,7 @@ class Channel:
         if not self._store.check([f"finished/{number}"]):
             return False
         self._delete(f"reply/{number}")
+        self._store.delete_key(f"started/{number}")
         self._store.delete_key(f"finished/{number}")
         return True
 

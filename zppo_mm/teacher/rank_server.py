@@ -142,6 +142,7 @@ class TeacherServer:
                 )
             self._look_at_requests()
             if self._jobs:
+                self._channel.start(self._jobs[0].number)
                 return _Turn(self._part(self._jobs[0].request))
             time.sleep(POLL_SECONDS)
         return _Turn()

@@ -19,6 +19,9 @@ from zppo_mm.teacher.teacher import TeacherLostError
 
 logger = logging.getLogger(__name__)
 
+# Of the time that the student's ranks wait for each other, what one of them may wait for the judge to begin.
+QUEUE_SHARE = 0.8
+
 
 @dataclass(frozen=True, slots=True)
 class _Heard:
@@ -198,22 +201,29 @@ class RanksTeacher:
 
 
 def replies_of_ranks(
-    channel: Channel, config: RewardConfig, should_stop: Callable[[], bool] = bool
+    channel: Channel, config: RewardConfig, queue_seconds: float, should_stop: Callable[[], bool] = bool
 ) -> Callable[[Sequence[str]], list[str | None]]:
     """Return a function from prompts to one greedy reply each, `None` where none comes in time; callable from one rank alone.
 
+    The judge's time begins when the teacher's ranks begin: an answer that they are at may be long.
+
     Args:
-        channel: The way to the teacher.
-        config: Longest wait.
+        channel: The way there.
+        config: Time for a reply.
+        queue_seconds: Longest wait in all, in which the other ranks of the student stand still.
         should_stop: Whether what is judged will be dropped anyway, so that nothing is to be waited for.
     """
 
     def complete(prompts: Sequence[str]) -> list[str | None]:
         number = channel.request(Judgements(tuple(prompts)))
-        deadline = time.monotonic() + config.judge_max_wait_seconds
+        last = time.monotonic() + max(queue_seconds, config.judge_max_wait_seconds)
+        deadline = last
+        has_started = False
         while (reply := channel.reply(number)) is None and time.monotonic() < deadline and channel.last_word() is None:
             if should_stop():
                 break
+            if not has_started and channel.has_started(number):
+                has_started, deadline = True, min(last, time.monotonic() + config.judge_max_wait_seconds)
             time.sleep(POLL_SECONDS)
         channel.finish(number)
         return reply if reply is not None else [None] * len(prompts)

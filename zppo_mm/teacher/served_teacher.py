@@ -121,11 +121,11 @@ class ServedTeacher:
 
         def told(places: Sequence[int], outcomes: Sequence[Outcome]) -> list[_Told]:
             return [
-                _Told(place, (), next((choice.text for choice in out.answers()), None), len(out.choices), out.problem, out.is_refused)
+                _Told(place, (), next((choice.content for choice in out.answers()), None), len(out.choices), out.problem, out.is_refused)
                 for place, out in zip(places, outcomes, strict=True)
             ]
 
-        future = self._submit([request(place) for place in self._share(len(texts))])
+        future = self._submit([request(place) for place in self._share(len(texts))], is_urgent=True)
         return [each.text for each in self.collect(future, len(texts), told, step)]
 
     def collect(
@@ -187,13 +187,13 @@ class ServedTeacher:
         seed = int(generator(self._seed, *path).integers(2**31))
         return Ask(text, num_choices, self._config.temperature, self._config.max_response_tokens, seed)
 
-    def _submit(self, asks: Sequence[Ask]) -> Future[list[Outcome]]:
+    def _submit(self, asks: Sequence[Ask], is_urgent: bool = False) -> Future[list[Outcome]]:
         if not asks:
             nothing: Future[list[Outcome]] = Future()
             nothing.set_result([])
             return nothing
         retries = None if self._config.on_failure == "wait" else self._config.num_retries
-        return self._pool.submit(asks, Patience(max_seconds=self._config.max_wait_seconds, num_retries=retries))
+        return self._pool.submit(asks, Patience(max_seconds=self._config.max_wait_seconds, num_retries=retries, is_urgent=is_urgent))
 
     def _heed_losses(self, told: Sequence[_Told], step: int) -> None:
         """Log what was not answered, and stop on every rank alike if the run is not to go on without it."""

@@ -10,6 +10,9 @@ from typing import Protocol
 
 from zppo_mm.teacher.chat_api import Ask, Choice, Fault
 
+# Time for the answer to a greeting.
+PROBE_SECONDS = 60.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
@@ -18,10 +21,12 @@ class Patience:
     Attributes:
         max_seconds: Time for all attempts together, from when the question is handed over.
         num_retries: Further attempts of one request; `None` means as many as the time allows.
+        is_urgent: The student stands still for it: it does not queue behind answers that nobody waits for yet.
     """
 
     max_seconds: float
     num_retries: int | None
+    is_urgent: bool = False
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.question import Question
+from data.text import read_text_file
 from zppo_mm.errors import ConfigError
 from zppo_mm.neutralise import is_breakable, neutralise
 
@@ -114,7 +115,7 @@ def question_text(question: Question) -> str:
 
 
 def _checked(path: Path, fields: Sequence[str]) -> str:
-    text = path.read_text(encoding="utf-8").strip()
+    text = read_text_file(path, "zone.templates").strip()
     if not text:
         raise ConfigError(f"zone.templates: {path} is empty, expected a text; remove the file to use the embedded one")
     for name in fields:
