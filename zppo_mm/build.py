@@ -139,7 +139,7 @@ def build_run(config: RunConfig, channel: Channel | None = None) -> Run:
     pool = open_pool(config.teacher, exchange, limits=media.limits)
     judges = judge_pool(config, pool, exchange)
     judge = build_judge(config, judges, channel)
-    verifier = Verifier(config.reward.timeout_seconds, config.reward.num_workers, judge)
+    verifier = Verifier(config.reward.timeout_seconds, config.reward.num_workers, judge, config.reward.budget_seconds)
     shared = Shared(config, media, verifier, exchange)
     ranks = RanksTeacher(channel, config.teacher, exchange, verifier) if channel is not None else None
     encoder = shared.encoder(student_folder(config))
