@@ -35,6 +35,7 @@ _FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sqrt|sin|cos|tan|cot|sec|csc|l
 _BARE_FUNCTION = re.compile(rf"(?<![\\A-Za-z])({_FUNCTIONS})(?![A-Za-z])")
 _BARE_ROOT = re.compile(r"\\sqrt ?\(([^()]*)\)")
 _INDEX_BEFORE_DIGIT = re.compile(r"(?<=[_^])([0-9A-Za-z])(?= [0-9])")
+_WITHOUT = re.compile(r"(\\mathbb\{[A-Z]\}) ?- ?\\\{")
 _PRIME = re.compile(r"([A-Za-z])('+)")
 _EXPONENT_IN_PARENTHESES = re.compile(r"\^ ?\(([^()]*)\)")
 _CONVERSION = ConversionConfig(lowercase_symbols=False)
@@ -62,6 +63,7 @@ def _read(text: str) -> Any:
     Raises:
         NotReadError: The parser refuses it.
     """
+    text = _WITHOUT.sub(r"\1 \\setminus \\{", text)
     text = _PRIME.sub(lambda match: f"{match[1]}_{{{'p' * len(match[2])}rime}}", text)
     text = _BARE_ROOT.sub(r"\\sqrt{\1}", _BARE_FUNCTION.sub(r"\\\1", text))
     text = _EXPONENT_IN_PARENTHESES.sub(r"^{\1}", text)

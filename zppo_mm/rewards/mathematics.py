@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal, localcontext
 from fractions import Fraction
 
+from zppo_mm.rewards.marks import without_marks
 from zppo_mm.rewards.notation import normalise
 from zppo_mm.rewards.quantities import (
     is_grouped,
@@ -24,8 +25,10 @@ from zppo_mm.rewards.quantities import (
     split_unit,
 )
 from zppo_mm.rewards.structure import (
+    LIST_SIGNS,
     Bracketed,
     as_interval,
+    joined_inequalities,
     read_bracketed,
     read_matrix,
     read_relation,
@@ -36,6 +39,7 @@ from zppo_mm.rewards.structure import (
     without_builder,
     without_group,
 )
+from zppo_mm.rewards.words import is_textual, spoken
 
 MAX_ANSWER_CHARS = 1000
 MAX_DEPTH = 6
@@ -46,21 +50,7 @@ Leaf = Callable[[str, str], bool | None]
 """Decides whether two expressions are equal; `None` where it cannot."""
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
-_DEGREE = re.compile(
-    r" ?\^ ?(?:\\circ|\{ ?\\circ ?\})(?![a-zA-Z]) ?|(?<=[0-9]) ?\\circ(?![a-zA-Z]) ?|(?<=[0-9])\^ ?(?:o|\{ ?o ?\})(?![a-zA-Z])"
-    r"|(?<=[0-9)}]) ?deg(?:rees?)?(?![a-zA-Z])"
-)
-_PERCENT = re.compile(r" ?%| ?(?<![a-zA-Z])(?:per ?cent(?:age)?|pct)(?![a-zA-Z])")
-_MARKED = re.compile(r"[%^]|circ|deg|cent|pct")
-_COMMAND = re.compile(r"\\(?:begin|end) ?\{[^{}]*\}|\\[a-zA-Z]+")
-_LETTERS = re.compile(r"[^\W\d_]+")
 _SET_NOTATION = re.compile(r"\\(?:mathbb|setminus|cap|cup|emptyset)(?![a-zA-Z])|\\backslash")
-_MATH_NAMES = (
-    "sqrt cbrt sin cos tan sec csc cot arcsin arccos arctan asin acos atan sinh cosh tanh log exp lim max min gcd lcm mod deg inf "
-    "infinity infty pi frac binom cdot times"
-)
-_MATH_WORDS = frozenset(_MATH_NAMES.split())
-_SHORT_WORDS = frozenset(("no", "on", "up", "in", "so", "if", "we", "he", "it", "go", "us"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +84,9 @@ def compare(parsed: str, gold: str) -> bool | Undecided:
 
 def is_same(parsed: str, gold: str, leaf: Leaf) -> bool | None:
     """Compare two normalised answers, and what is left of them after taking them apart by `leaf`."""
-    left, right = parsed, gold
-    if _MARKED.search(left) or _MARKED.search(right):
-        (left, left_marks), (right, right_marks) = _without_marks(left), _without_marks(right)
-        if left_marks and right_marks and left_marks != right_marks:
-            return False
+    (left, left_marks), (right, right_marks) = without_marks(parsed), without_marks(gold)
+    if left_marks and right_marks and left_marks != right_marks:
+        return False
     return _Comparison(leaf).same(left, right, MAX_DEPTH)
 
 
@@ -111,7 +99,7 @@ class _Comparison:
     def same(self, left: str, right: str, depth: int) -> bool | None:
         if squeeze(left) == squeeze(right):
             return bool(left)
-        left, right = without_builder(without_group(left)), without_builder(without_group(right))
+        left, right = (joined_inequalities(without_builder(without_group(text))) for text in (left, right))
         if not left or not right or depth == 0:
             return False
         if squeeze(left) == squeeze(right):
@@ -124,7 +112,7 @@ class _Comparison:
         by_comma = _compare_decimal_comma((left, right), numbers)
         if by_comma is not None:
             return by_comma
-        if any(sign in left or sign in right for sign in (",", ";", "and", "or", "\\pm", "\\mp")):
+        if any(sign in left or sign in right for sign in (*LIST_SIGNS, "\\pm", "\\mp")):
             lists = _as_lists(left, right)
             if lists is not None:
                 return self._lists(lists, depth)
@@ -267,8 +255,8 @@ class _Comparison:
         if by_comma is not None:
             return by_comma
         # Algebra reads words as products of letters, for which "listen" is "silent".
-        if _is_textual(left_body) or _is_textual(right_body):
-            return _spoken(left_body) == _spoken(right_body)
+        if is_textual(left_body) or is_textual(right_body):
+            return spoken(left_body) == spoken(right_body)
         return self._leaf(without_group(left_body), without_group(right_body))
 
 
@@ -384,17 +372,3 @@ def _rounds_to(exact: Fraction | None, short: str) -> bool:
     with localcontext() as context:
         context.prec = 60
         return (Decimal(exact.numerator) / exact.denominator).quantize(Decimal(1).scaleb(-len(match[1])), ROUND_HALF_UP) == Decimal(short)
-
-
-def _without_marks(text: str) -> tuple[str, frozenset[str]]:
-    marks = frozenset(name for name, pattern in (("degree", _DEGREE), ("percent", _PERCENT)) if pattern.search(text))
-    return (re.sub(r" +", " ", _PERCENT.sub(" ", _DEGREE.sub(" ", text))).strip() if marks else text), marks
-
-
-def _spoken(text: str) -> str:
-    return squeeze(text.replace("-", " ").replace('"', "")).casefold().strip("!? ")
-
-
-def _is_textual(text: str) -> bool:
-    words = _LETTERS.findall(_COMMAND.sub(" ", text))
-    return any((len(word) > 2 and word.lower() not in _MATH_WORDS) or word.lower() in _SHORT_WORDS for word in words)

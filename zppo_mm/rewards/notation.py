@@ -50,7 +50,8 @@ _DROPPED = (
 _SAME = (
     "dfrac=frac tfrac=frac cfrac=frac tbinom=binom dbinom=binom leq=le leqslant=le geq=ge geqslant=ge neq=ne varnothing=emptyset "
     "dots=ldots cdots=ldots dotsc=ldots dotsb=ldots infin=infty rightarrow=to longrightarrow=to implies=Rightarrow ohm=Omega vee=lor "
-    "wedge=land thickapprox=approx lg=log tg=tan ctg=cot arctg=arctan bar=overline varepsilon=epsilon varphi=phi vartheta=theta"
+    "wedge=land thickapprox=approx lg=log tg=tan ctg=cot arctg=arctan bar=overline varepsilon=epsilon varphi=phi vartheta=theta "
+    "smallsetminus=setminus backslash=setminus measuredangle=angle"
 )
 _WRITTEN = (
     "lt=< gt=> mid=| vert=| lvert=| rvert=| colon=: lbrace=\\{ rbrace=\\} lbrack=[ rbrack=] langle=( rangle=) degree=^\\circ "
@@ -74,11 +75,13 @@ _WRAPPER = re.compile(
 _MATH_PAIR = re.compile(r"(?<![\\$])\$(?![\s$])([^$]*[^\s$\\])\$(?![\d$])")
 _MATH_AROUND_WORD = re.compile(r" *\$ *(,|and|or) *\$ *")
 _PAIRS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("__", "__"), ("``", "''"), ("`", "`"), ('"', '"'))
+_FIRST_OF_PAIRS = frozenset(opening[0] for opening, _ in _PAIRS)
 _TIGHT_COMMA = re.compile(r"(?<=[0-9]) *(\{ ?, ?\}|, *\\!) *(?=([0-9]{3})?(?![0-9]{4})([0-9])?)")
 _ROOT_WITHOUT_BRACES = re.compile(r"\\sqrt *(\[[^\[\]]*\])? *(?:([0-9]+(?:\.[0-9]+)?)|\(([^()]*)\))")
 _TAKES_ARGUMENTS = re.compile(r"\\(frac|binom|sqrt)(?![a-zA-Z])")
 _DEGREE_OF_ROOT = re.compile(r" *\[[^\[\]]*\] *")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_PREAMBLE = re.compile(r"(?:the )?(?:correct |final )?answer(?: is)? ?:? ?(?=\S)", re.IGNORECASE)
 _COMPARED = re.compile(r"([<>!]) ?=")
 _SPACES = re.compile(r"  +")
 _AFTER_COMMAND = re.compile(r"(\\[a-zA-Z]+) (?![a-zA-Z])")
@@ -87,7 +90,7 @@ _AFTER_COMMAND = re.compile(r"(\\[a-zA-Z]+) (?![a-zA-Z])")
 def normalise(answer: str) -> str:
     """Return an answer in one spelling: no delimiters, layout commands or text wrappers, single spaces, LaTeX commands for symbols."""
     text = answer.strip()
-    if text.isascii() and text.isalnum():
+    if text.isascii() and text.replace(".", "", 1).isalnum() and not text.endswith("."):
         return text
     if not text.isascii():
         text = _from_unicode(text).strip()
@@ -107,7 +110,10 @@ def normalise(answer: str) -> str:
     text = text.replace("**", "^")
     if "  " in text:
         text = _SPACES.sub(" ", text)
-    return _undelimited(_without_period(text.strip()))
+    text = text.strip()
+    if text[:1] in "tTaAfF":
+        text = _PREAMBLE.sub("", text)
+    return _undelimited(_without_period(text.strip(" ,;")))
 
 
 def _from_unicode(text: str) -> str:
@@ -126,6 +132,8 @@ def _vulgar(character: str) -> str:
 
 
 def _undelimited(text: str) -> str:
+    if text[:1] not in _FIRST_OF_PAIRS:
+        return text
     for opening, closing in _PAIRS:
         if len(text) > len(opening) + len(closing) and text.startswith(opening) and text.endswith(closing):
             inside = text[len(opening) : -len(closing)]

@@ -16,8 +16,11 @@ _EXPONENT = r"\^ ?(?:\{ ?([+-]?[0-9]{1,3}) ?\}|\( ?([+-]?[0-9]{1,3}) ?\)|([+-]?[
 _TIMES_POWER = re.compile(rf"(.+?) ?(?:\\times|\\cdot|\*|x) ?10 ?{_EXPONENT}")
 _POWER = re.compile(rf"([+-]?) ?([0-9]{{1,{MAX_POWER_BASE_DIGITS}}}) ?{_EXPONENT}")
 _REPEATING = re.compile(
-    r"([+-]?)([0-9]*)\.([0-9]*)(?:\\overline ?\{ ?([0-9]{1,40}) ?\}|\\overline ?([0-9])|\\dot ?\{?([0-9])\}?|\(([0-9]{1,40})\))"
+    r"([+-]?)([0-9]*)\.([0-9]*)"
+    r"(?:\\overline ?\{ ?([0-9]{1,40}) ?\}|\\overline ?([0-9])|\\dot ?\{?([0-9])\}?|\(([0-9]{1,40})\))"
 )
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALED = re.compile(rf"(.*[0-9]) ?({'|'.join(_SCALES)})")
 _SLASH = re.compile(r"([^/]+)/([^/]+)")
 _FRAC = re.compile(r"([+-]?) ?\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}")
 _MIXED = re.compile(r"([+-]?) ?([0-9]+) ?((?<= )[0-9]+ ?/ ?[0-9]+|\\frac.+)")
@@ -36,9 +39,10 @@ _BASES = (
     "fourteen=14 fifteen=15 sixteen=16 hex=16"
 )
 _BASE_NAMES = {name: int(number) for name, _, number in (pair.partition("=") for pair in _BASES.split())}
+_UNIT_WORD = r"(?:[A-Za-z]?\\(?:mu|Omega) ?[A-Za-z]*|[^\W\d_]+)"
 _QUANTITY = re.compile(
-    r"(.*?[0-9)}.\]]) ?((?:(?:per|/) ?)?(?:[A-Za-z]?\\(?:mu|Omega) ?[A-Za-z]*|[^\W\d_]+)(?:\.(?=[ a-z]))?(?:(?: ?(?:\\cdot|[/*·]) ?\(?| )"
-    r"(?:\\(?:mu|Omega) ?[A-Za-z]*|[^\W\d_]+)|\.[^\W\d_]\.?| ?\^ ?(?:\{ ?-?[0-9] ?\}|-?[0-9])){0,8}\)?)"
+    rf"(.*?(?:[0-9)}}.\]]|\\pi)) ?((?:(?:per|/) ?)?{_UNIT_WORD}(?:\.(?=[ a-z]))?"
+    rf"(?:(?: ?(?:\\cdot|[/*·]) ?\(?| ){_UNIT_WORD}|\.[^\W\d_]\.?| ?\^ ?(?:\{{ ?-?[0-9] ?\}}|-?[0-9])){{0,8}}\)?)"
 )
 
 
@@ -82,7 +86,7 @@ def parse_ratio(text: str) -> tuple[Fraction, ...] | None:
 
 def parse_in_base(text: str) -> tuple[str, int] | None:
     """Return the digits and the base of `1011_2` or `1011 base 2`, `None` for everything else."""
-    match = _IN_BASE.fullmatch(text)
+    match = _IN_BASE.fullmatch(text) if "_" in text or "base" in text else None
     if match is None:
         return None
     name = match[2] or match[3] or match[4]
@@ -98,6 +102,8 @@ def split_unit(text: str) -> tuple[str, str]:
     After a plain number any few words that do not change its value are a unit ("5 red apples"); after an expression only measuring
     units are. A single letter that touches the number is none: `5m` may be five times m.
     """
+    if text[-1:].isdigit() and text[:1].isdigit():
+        return text, ""
     currency = split_currency(text)
     if currency is not None and parse_number(currency[0]) is not None:
         return currency
@@ -139,10 +145,16 @@ def _parse_simple(text: str) -> Fraction | None:
         digits = match[1].replace(",", "").replace(" ", "")
         if not digits or digits == ".":
             return None
-        value = _whole(digits) * (Fraction(10) ** int(match[2]) if match[2] else 1)
+        value = _decimal(digits)
+        if match[2]:
+            value *= Fraction(10) ** int(match[2])
         return -value if text.startswith("-") else value
     if "^" in text:
         return _parse_power(text)
+    scaled = _SCALED.fullmatch(text) if text.endswith("n") or text.endswith("d") else None
+    if scaled:
+        amount = _parse_simple(scaled[1])
+        return None if amount is None else amount * Fraction(10 ** _SCALES[scaled[2]])
     match = _REPEATING.fullmatch(text) if "." in text else None
     if match:
         digits = match[4] or match[5] or match[6] or match[7]
@@ -151,8 +163,9 @@ def _parse_simple(text: str) -> Fraction | None:
     return None
 
 
-def _whole(digits: str) -> Fraction:
-    return Fraction(digits) if "." in digits or "/" in digits else Fraction(int(digits))
+def _decimal(digits: str) -> Fraction:
+    whole, _, places = digits.partition(".")
+    return Fraction(int(whole + places), 10 ** len(places)) if places else Fraction(int(whole))
 
 
 def _parse_power(text: str) -> Fraction | None:

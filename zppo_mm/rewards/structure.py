@@ -11,9 +11,10 @@ from dataclasses import dataclass
 _BRACKET = re.compile(r"\\begin ?\{|\\end ?\{[a-zA-Z]*\*?\}|\\[{}]|\\.|[()\[\]{}]", re.DOTALL)
 _OPENING = frozenset(("\\{", "(", "[", "{"))
 _CLOSING = frozenset(("\\}", ")", "]", "}"))
-_SEPARATOR = re.compile(r"[,;]? *(?:(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\lor(?![A-Za-z])|\\land(?![A-Za-z])) *|,")
+_SEPARATOR = re.compile(r"[,;]? *(?:&|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\lor(?![A-Za-z])|\\land(?![A-Za-z])) *|,")
 # Beside ", " a comma between digits groups thousands, as in "1,000, 2,000".
 _LOOSE_SEPARATOR = re.compile(_SEPARATOR.pattern + r"(?!(?<=[0-9],)[0-9]{3}(?![0-9]))")
+_AND = re.compile(r"(?<![A-Za-z\\])and(?![A-Za-z])|\\land(?![a-zA-Z])")
 _FRENCH = re.compile(r"\](.+[,;].+)([\[\]])|([\[\]])(.+[,;].+)\[")
 _RELATION = re.compile(r"<|>|=|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|\\approx(?![a-zA-Z])|\\in(?![a-zA-Z])")
 _MATRIX = re.compile(
@@ -30,6 +31,10 @@ _LABEL = re.compile(
 _VARIABLE = re.compile(rf"{_SYMBOL}|{_SYMBOL} ?\( ?{_SYMBOL} ?\)|[A-Z]{{2}}")
 _AROUND_SYMBOL = re.compile(r" ?([^\w\s]) ?")
 _SET_BUILDER = re.compile(rf"\\\{{ ?({_SYMBOL})(?: ?\\in ?\\mathbb\{{R\}})? ?(?:\||:) ?(.+)\\\}}")
+
+
+# Without any of these a text is no list.
+LIST_SIGNS = (",", ";", "and", "or", "&")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +98,7 @@ def top_level(text: str) -> str:
 
 def split_items(text: str) -> list[str]:
     """Return the items of a list at its top level: parts between `;` if there are any, else between commas, `and` and `or`."""
-    if "," not in text and ";" not in text and "or" not in text and "and" not in text:
+    if not any(sign in text for sign in LIST_SIGNS):
         return [text]
     mask = top_level(text)
     if ";" in mask:
@@ -146,6 +151,19 @@ def without_builder(text: str) -> str:
     """Return the condition of `\\{x : condition\\}`, any other text as it is."""
     builder = _SET_BUILDER.fullmatch(text) if text.startswith("\\{") else None
     return builder[2].strip() if builder else text
+
+
+def joined_inequalities(text: str) -> str:
+    """Return `x > a and x < b` as `a < x < b`, any other text as it is."""
+    parts = _AND.split(text) if "<" in text or ">" in text or "\\le" in text or "\\ge" in text else []
+    bounds = [as_interval(part.strip()) for part in parts] if len(parts) == 2 else []
+    if len(bounds) != 2 or bounds[0] is None or bounds[1] is None or bounds[0][0] != bounds[1][0]:
+        return text
+    below, above = sorted((bounds[0][1], bounds[1][1]), key=lambda bound: bound.items[0] == "-\\infty")
+    if below.items[1] != "\\infty" or above.items[0] != "-\\infty":
+        return text
+    signs = ["<" if bracket in "()" else "\\le " for bracket in (below.opening, above.closing)]
+    return f"{below.items[0]} {signs[0]} {bounds[0][0]} {signs[1]} {above.items[1]}"
 
 
 def read_relation(text: str) -> Relation | None:

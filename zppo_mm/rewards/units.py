@@ -37,6 +37,7 @@ _SQUARED = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _SQUARED_BEHIND = {"squared": 2, "cubed": 3}
 _TOKEN = re.compile(r"(?:[AaPp]\.[Mm]\b\.?)|[^\W\d_]+|/|\\cdot|[*·()]|\^ ?\{? ?(-?[0-9]) ?\}?")
 _CURRENCY = re.compile(r"(-?) ?(US\$|USD|EUR|RMB|Rs\.?|\\?\$|[€£¥₹₽₩]) ?([^$€£¥₹₽₩\\]+)")
+_CURRENCY_SIGN = re.compile(r"[$€£¥₹₽₩¢]|US|EU|RM|Rs")
 _CURRENCY_BEHIND = re.compile(r"([^$€£¥₹₽₩\\]+?) ?(\\?\$|[€£¥₹₽₩¢])")
 
 
@@ -83,6 +84,8 @@ def canonical_unit(text: str, free_words: bool) -> str | None:
 
 def split_currency(text: str) -> tuple[str, str] | None:
     """Return the amount and the currency of `$5`, `-€3` or `5 €`, `None` for all else."""
+    if not _CURRENCY_SIGN.search(text):
+        return None
     match = _CURRENCY.fullmatch(text)
     if match:
         symbol = match[2].removeprefix("US").lstrip("\\").rstrip(".") if match[2] == "US$" else match[2].lstrip("\\").rstrip(".")

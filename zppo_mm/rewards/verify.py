@@ -60,6 +60,8 @@ class _Rules:
         """Return the reason if rules decide, the pair if algebra has to, `None` if a judge has to."""
         if parsed is None:
             return "not_boxed"
+        if parsed == question.answer and question.answer_type == "math":
+            return "match"
         key = (question.answer, question.answer_type, question.choices, parsed)
         if key not in self._known:
             self._known[key] = self._look(question, parsed)
