@@ -10,7 +10,7 @@ import pytest
 from data.question import Question
 from zppo_mm.rewards.verify import Verifier
 
-MIN_WRONG = 250
+MIN_WRONG = 400
 # Right in one direction alone: a letter that touches a number is a unit where the reference is that number.
 ONE_WAY = {("5", "5m")}
 

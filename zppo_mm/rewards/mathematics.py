@@ -50,6 +50,7 @@ Leaf = Callable[[str, str], bool | None]
 """Decides whether two expressions are equal; `None` where it cannot."""
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_OR = re.compile(r"(?<![A-Za-z\\])or(?![A-Za-z])|\\lor(?![A-Za-z])")
 _SET_NOTATION = re.compile(r"\\(?:mathbb|setminus|cap|cup|emptyset)(?![a-zA-Z])|\\backslash")
 
 
@@ -115,7 +116,7 @@ class _Comparison:
         if any(sign in left or sign in right for sign in (*LIST_SIGNS, "\\pm", "\\mp")):
             lists = _as_lists(left, right)
             if lists is not None:
-                return self._lists(lists, depth)
+                return not _joins_otherwise(left, right, lists) and self._lists(lists, depth)
         return self._related(left, right, depth)
 
     def _lists(self, lists: _Lists, depth: int) -> bool | None:
@@ -328,6 +329,12 @@ def _expand(item: str) -> list[str]:
         return [item]
     signs = (("+", "-"), ("-", "+"))
     return [re.sub(r"\\mp(?![a-zA-Z]) ?", minus, re.sub(r"\\pm(?![a-zA-Z]) ?", plus, item)) for plus, minus in signs]
+
+
+def _joins_otherwise(left: str, right: str, lists: _Lists) -> bool:
+    """Return whether one side asks for one of several conditions on different variables, and the other for all of them."""
+    variables = {interval[0] for item in lists.left if (interval := as_interval(item))}
+    return len(variables) > 1 and (_OR.search(left) is None) != (_OR.search(right) is None)
 
 
 def _gives_names(items: list[str]) -> bool:

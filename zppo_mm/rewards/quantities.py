@@ -102,7 +102,7 @@ def split_unit(text: str) -> tuple[str, str]:
     After a plain number any few words that do not change its value are a unit ("5 red apples"); after an expression only measuring
     units are. A single letter that touches the number is none: `5m` may be five times m.
     """
-    if text[-1:].isdigit() and text[:1].isdigit():
+    if text.replace(".", "", 1).isdigit():
         return text, ""
     currency = split_currency(text)
     if currency is not None and parse_number(currency[0]) is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 _BRACKET = re.compile(r"\\begin ?\{|\\end ?\{[a-zA-Z]*\*?\}|\\[{}]|\\.|[()\[\]{}]", re.DOTALL)
 _OPENING = frozenset(("\\{", "(", "[", "{"))
 _CLOSING = frozenset(("\\}", ")", "]", "}"))
-_SEPARATOR = re.compile(r"[,;]? *(?:&|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\lor(?![A-Za-z])|\\land(?![A-Za-z])) *|,")
+_SEPARATOR = re.compile(r"[,;]? *(?:&|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\lor(?![A-Za-z])) *|,")
 # Beside ", " a comma between digits groups thousands, as in "1,000, 2,000".
 _LOOSE_SEPARATOR = re.compile(_SEPARATOR.pattern + r"(?!(?<=[0-9],)[0-9]{3}(?![0-9]))")
 _AND = re.compile(r"(?<![A-Za-z\\])and(?![A-Za-z])|\\land(?![a-zA-Z])")
