@@ -146,7 +146,8 @@ def build_run(
     pool = open_pool(config.teacher, exchange, limits=media.limits)
     judges = judge_pool(config, pool, exchange)
     judge = build_judge(config, judges, channel, interruption.is_due)
-    verifier = Verifier(config.reward.timeout_seconds, config.reward.num_workers, judge)
+    reward = config.reward
+    verifier = Verifier(reward.timeout_seconds, reward.num_workers, judge, reward.budget_seconds)
     shared = Shared(config, media, verifier, exchange)
     ranks = RanksTeacher(channel, config.teacher, exchange, verifier) if channel is not None else None
     encoder = shared.encoder(student_folder(config))

@@ -242,8 +242,10 @@ class RewardConfig:
     """Grading."""
 
     timeout_seconds: float = 5.0
-    """Hard limit for grading one answer in a worker that can be killed."""
-    num_workers: int = 1
+    """Processor time for grading one answer in a worker that can be killed; an answer that needs more is left out."""
+    budget_seconds: float = 60.0
+    """Longest time for grading all answers of one call on a rank; those that are open then are left out."""
+    num_workers: int = 2
     """Grading workers per rank."""
     judge: bool = True
     """Have a model judge questions of answer type `open`: served, or the teacher on its own ranks. Without, they are refused."""

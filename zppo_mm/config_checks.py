@@ -101,6 +101,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "zone.max_sampling_rounds": _FROM_ONE,
     "zone.buffer_capacity": _FROM_ONE,
     "reward.timeout_seconds": _ABOVE_ZERO,
+    "reward.budget_seconds": _ABOVE_ZERO,
     "reward.num_workers": _FROM_ONE,
     "reward.judge_max_tokens": _FROM_ONE,
     "reward.judge_max_wait_seconds": _ABOVE_ZERO,

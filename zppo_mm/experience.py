@@ -146,7 +146,7 @@ class Group:
         instance: What was asked.
         prompt: How it was asked.
         rollouts: Those with a reward, at least one.
-        ungraded: Those that no judge graded: no part of accuracy, advantages, candidates or loss, but of the record.
+        ungraded: Those that neither judge nor rules could grade: no part of accuracy, advantages, candidates or loss, but of the record.
     """
 
     instance: PromptInstance

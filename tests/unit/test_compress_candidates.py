@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data.question import Question
 from zppo_mm.errors import ConfigError
-from zppo_mm.rewards.mathematics import last_boxed
+from zppo_mm.rewards.boxes import last_boxed
 from zppo_mm.teacher.compress import RuleCompressor, TeacherCompressor, load_compression_template
 from zppo_mm.teacher.teacher import Trace
 

@@ -149,5 +149,5 @@ def test_the_table_has_a_line_for_every_part_and_what_is_missing() -> None:
     lines = table(summarise([answered(0, [1.0, None]), answered(1, [], "empty")], {}, seed=0)).splitlines()
     assert [line.split("  ")[0] for line in lines[1:5]] == ["all", "source s", "modality text", "answer type math"]
     assert "1.000 [1.000, 1.000]" in lines[1]
-    assert lines[5:] == ["skipped 1 (50.0%): empty 1", "responses that no judge graded, left out: 1"]
+    assert lines[5:] == ["skipped 1 (50.0%): empty 1", "responses that could not be graded, left out: 1"]
     assert table(summarise([answered(0, [], "empty")], {}, seed=0)).splitlines()[-1] == "skipped 1 (100.0%): empty 1"

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import pytest
 
 from data.question import Question
+from zppo_mm.rewards.boxes import last_boxed
 from zppo_mm.rewards.choice import matches_choice
-from zppo_mm.rewards.mathematics import MAX_ANSWER_CHARS, Undecided, compare, last_boxed, normalise
+from zppo_mm.rewards.mathematics import MAX_ANSWER_CHARS, Undecided, compare
+from zppo_mm.rewards.notation import normalise
 from zppo_mm.rewards.verify import Verifier
 
 SAME_BY_RULE = [
@@ -24,7 +26,8 @@ SAME_BY_RULE = [
     ("5 apples", "5"), ("\\$5", "5 dollars"), ("$5$", "5"), ("9 square meters", "9 m^2"), ("9 m\u00b2", "9 m^{2}"), ("5 km/h", "5 kmh"),
     ("1/2 cm", "0.5 cm"), ("30\u00b0C", "30"), ("1:2", "1 : 2"), ("x=5", "5"), ("x = 5", "x=5.0"),
     ("Yes", "yes"), ("\\text{East}", "east"), ("no solution", "No  solution."), ("(1, 2)", "\\left(1,2\\right)"), ("\\sqrt 2", "\\sqrt2"),
-    ("y=2x+1", "2x+1"), ("\\sqrt{2}\\text{ cm}", "\\sqrt{2}"), ("50\\sqrt{2}\\%", "50\\sqrt{2}"),
+    ("12,5", "12.5"), ("\\{1,2\\}", "\\{2, 1\\}"), ("y=2x+1", "2x+1"), ("\\sqrt{2}\\text{ cm}", "\\sqrt{2}"),
+    ("50\\sqrt{2}\\%", "50\\sqrt{2}"),
 ]  # fmt: skip
 DIFFERENT_BY_RULE = [
     ("7", "8"), ("3/4", "75\\%"), ("0.75", "75%"), ("30\u00b0", "30%"), ("12 cm", "12 m"), ("9 m^2", "9 m^3"), ("5 apples", "5 pears"),
@@ -32,14 +35,15 @@ DIFFERENT_BY_RULE = [
     ("5 million", "5"),
     ("listen", "silent"), ("on", "no"), ("two", "2"), ("\\sqrt{2}\\text{ cm}", "\\sqrt{2}\\text{ m}"), ("1.41421356", "1.4142"),
     ("east", "west"), ("__import__('os').system('true')", "5"), ("5", "five"), ("99%", "1%"),
+    ("5 or 6", "5"), ("(1,2)", "(2,1)"), ("1e999", "5"), ("", "5"),
 ]  # fmt: skip
 SAME_BY_ALGEBRA = [
-    ("x^2+2x+1", "(x+1)^2"), ("\\frac{\\sqrt2}{2}", "\\frac{1}{\\sqrt{2}}"), ("\\{1,2\\}", "\\{2, 1\\}"), ("10!", "3628800"),
+    ("x^2+2x+1", "(x+1)^2"), ("\\frac{\\sqrt2}{2}", "\\frac{1}{\\sqrt{2}}"), ("10!", "3628800"),
     ("1.5\\pi", "\\frac{3\\pi}{2}"), ("3-4", "-1"),
 ]  # fmt: skip
 DIFFERENT_BY_ALGEBRA = [
-    ("1.41421356", "\\sqrt{2}"), ("1 0", "10"), ("5 or 6", "5"), ("x = 5", "y = 5"), ("(1,2)", "(2,1)"), ("5x", "5"), ("1e999", "5"),
-    ("12,5", "12.5"), ("-\\infty", "\\infty"), ("\\frac{1}{0}", "5"), ("", "5"), ("\\frac{", "5"), ("]][[", "5"),
+    ("1.41421356", "\\sqrt{2}"), ("1 0", "10"), ("x = 5", "y = 5"), ("5x", "5"), ("-\\infty", "\\infty"), ("\\frac{1}{0}", "5"),
+    ("\\frac{", "5"), ("]][[", "5"),
 ]  # fmt: skip
 MAX_FAST_SECONDS = 0.002  # ten times what a comparison takes on a busy core
 
@@ -68,8 +72,7 @@ def test_different_by_rule_in_both_directions(parsed: str, gold: str) -> None:
 
 def test_algebra_decides_the_rest(verifier: Verifier) -> None:
     pairs = [*SAME_BY_ALGEBRA, *DIFFERENT_BY_ALGEBRA]
-    undecided = [pair for pair in pairs if isinstance(compare(*pair), Undecided)]
-    assert undecided == pairs
+    assert [pair for pair in pairs if not isinstance(compare(*pair), Undecided)] == []
     verdicts = verifier.verify_all(
         [(question(gold), f"so \\boxed{{{parsed}}}") for parsed, gold in pairs if parsed.count("{") == parsed.count("}")]
     )
@@ -101,7 +104,7 @@ def test_last_boxed(text: str, parsed: str | None) -> None:
 
 def test_normalise_by_hand() -> None:
     assert normalise(" $\\displaystyle \\left( 1,\\; 2\\right)$. ") == "( 1, 2)"
-    assert normalise("\\text{5 cm}\u00b2") == "5 cm ^2"
+    assert normalise("\\text{5 cm}\u00b2") == "5 cm ^{2}"
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ def test_a_timeout_is_named_and_counted_and_harms_no_neighbour() -> None:
         fine = (question("x+1"), "\\boxed{1+x}")
         verdicts = verifier.verify_all([hang, fine, hang, fine, (question("2x"), "\\boxed{x+x}")])
         assert [v.reason for v in verdicts] == ["timeout", "match", "timeout", "match", "match"]
+        assert [v.reward for v in verdicts] == [None, 1.0, None, 1.0, 1.0]
         assert verifier.num_timeouts == 1  # equal comparisons are made once
 
 
@@ -180,16 +181,22 @@ def test_it_says_beforehand_what_it_can_grade() -> None:
 
 
 def test_wrong_settings_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"reward: out of range, got timeout_seconds=0"):
+    with pytest.raises(ConfigError, match=r"reward: out of range, got timeout_seconds=0, budget_seconds=60.0"):
         Verifier(0)
 
 
 def test_a_forgotten_worker_ends_itself() -> None:
-    """A run that is killed cannot kill its workers: the kernel's alarm ends one that hangs, the end of its input any other."""
-    command = [sys.executable, "-m", "zppo_mm.rewards.grading_process", "1.0"]
+    """A run that is killed cannot kill its workers: the kernel's limit ends what hangs, the end of their input themselves."""
+    command = [sys.executable, "-m", "zppo_mm.rewards.grading_process"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as hung:
-        assert hung.communicate(b'{"parsed": "9^{9^{9^9}}", "gold": "7"}\n', timeout=120)[0] == b'{"ready": true}\n'
-        assert hung.returncode == -signal.SIGALRM
+        assert hung.communicate(b'{"parsed": "9^{9^{9^9}}+x", "gold": "7", "seconds": 1}\n', timeout=120)[0].split(b"\n") == [
+            b'{"ready": true}',
+            b'{"timeout": true}',
+            b"",
+        ]
+        assert hung.returncode == 0
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as idle:
-        assert idle.communicate(b'{"parsed": "1+x", "gold": "x+1"}\n', timeout=120)[0] == b'{"ready": true}\n{"equal": true}\n'
+        assert (
+            idle.communicate(b'{"parsed": "1+x", "gold": "x+1", "seconds": 1}\n', timeout=120)[0] == b'{"ready": true}\n{"equal": true}\n'
+        )
         assert idle.returncode == 0

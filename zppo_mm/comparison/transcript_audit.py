@@ -15,7 +15,8 @@ from zppo_mm.errors import ConfigError
 from zppo_mm.experience import PLAIN_KINDS
 from zppo_mm.observability.audit import comparable_answer, num_matches
 from zppo_mm.observability.report_data import read_lines, transcripts_newest_first
-from zppo_mm.rewards.mathematics import compare, last_boxed
+from zppo_mm.rewards.boxes import final_answer
+from zppo_mm.rewards.mathematics import compare
 
 Record = Mapping[str, Any]
 """One group of a transcript."""
@@ -148,7 +149,7 @@ def _audit(num_steps: int, records: Sequence[Record]) -> TranscriptAudit:
 
 def faithfulness(candidate: Record) -> Literal["kept", "changed", "lost"]:
     """Compare the answer that a candidate's text boxes last with the recorded answer of the response it stands for, as the grader would."""
-    boxed, answer = last_boxed(candidate["text"]), candidate["answer"]
+    boxed, answer = final_answer(candidate["text"]), candidate["answer"]
     if boxed is None:
         return "kept" if answer is None else "lost"
     same = answer is not None and (comparable_answer(boxed) == comparable_answer(answer) or compare(boxed, answer) is True)

@@ -30,7 +30,7 @@ class Response:
     Attributes:
         text: As decoded.
         parsed: Content of the last `\\boxed{}`, `None` if nothing was boxed.
-        reward: 0 or 1, `None` if no judge graded it.
+        reward: 0 or 1, `None` if it could not be graded.
         finish_reason: `stop` or `length`.
         num_tokens: Its length, the stop token included.
     """
@@ -55,7 +55,7 @@ class AnsweredQuestion:
         prompt: The whole text that was asked, before the chat template and the placeholders of the media.
         media: `{kind, shard, key, extension}` in prompt order.
         answer: The reference answer.
-        responses: In the order sampled, those that no judge graded last; none if the question could not be asked.
+        responses: In the order sampled, those that could not be graded last; none if the question could not be asked.
         skipped: Why it could not; empty otherwise.
     """
 
@@ -117,7 +117,7 @@ class AnswerFolder:
         self.folder = folder
 
     def open(self, settings: Mapping[str, Any]) -> list[int]:
-        """Return the places of the questions that need no asking any more; those that a judge left ungraded are asked again.
+        """Return the places of the questions that need no asking any more; those left ungraded are asked again.
 
         Args:
             settings: All that the answers depend on, as JSON values.

@@ -72,7 +72,7 @@ def build_student(config: RunConfig) -> Student:
     own_servers = config.reward.judge_endpoints or config.reward.judge_model or not config.reward.judge
     pool = judge_pool(config, None if own_servers else open_pool(config.teacher, exchange), exchange)
     judge = build_judge(config, pool)
-    verifier = Verifier(config.reward.timeout_seconds, config.reward.num_workers, judge)
+    verifier = Verifier(config.reward.timeout_seconds, config.reward.num_workers, judge, config.reward.budget_seconds)
     shared = Shared(config, MediaStore(media_limits(config.data)), verifier, exchange)
     folder = student_folder(config)
     encoder = shared.encoder(folder)

@@ -17,7 +17,7 @@ class Part:
     Attributes:
         num_questions: Questions with a graded response.
         num_responses: Graded responses.
-        num_ungraded: Responses that no judge graded; the numbers below leave them out.
+        num_ungraded: Responses that could not be graded; the numbers below leave them out.
         pass_at: By k. A question with fewer than k graded responses is in no pass@k.
         truncated: Share of responses that met the length limit.
         unparsed: Share of responses without a boxed answer.
@@ -124,7 +124,7 @@ def table(summary: Summary) -> str:
     reasons = ", ".join(f"{reason} {count}" for reason, count in summary.skipped.items())
     lines.append(f"skipped {summary.num_skipped} ({summary.skipped_share:.1%}){': ' + reasons if reasons else ''}")
     if summary.overall.num_ungraded:
-        lines.append(f"responses that no judge graded, left out: {summary.overall.num_ungraded}")
+        lines.append(f"responses that could not be graded, left out: {summary.overall.num_ungraded}")
     return "\n".join(lines)
 
 

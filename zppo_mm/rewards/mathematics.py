@@ -1,52 +1,57 @@
 """Comparison of final answers: decided here where it is plain, handed on to a worker where it takes algebra.
 
-Nothing here evaluates what a model wrote; the work is bounded by the length of the text.
+Nothing here evaluates what a model wrote; the work is bounded by the length of the text. What counts as the same stands in
+docs/rewards.md.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal, localcontext
+from fractions import Fraction
 
-from zppo_mm.rewards.quantities import parse_number, parse_ratio, split_unit
+from zppo_mm.rewards.marks import without_marks
+from zppo_mm.rewards.notation import normalise
+from zppo_mm.rewards.quantities import (
+    is_grouped,
+    letter_behind_number,
+    parse_decimal_comma,
+    parse_in_base,
+    parse_number,
+    parse_ratio,
+    split_unit,
+)
+from zppo_mm.rewards.structure import (
+    LIST_SIGNS,
+    Bracketed,
+    as_interval,
+    joined_inequalities,
+    read_bracketed,
+    read_matrix,
+    read_relation,
+    split_items,
+    split_label,
+    split_union,
+    squeeze,
+    without_builder,
+    without_group,
+)
+from zppo_mm.rewards.words import is_textual, spoken
 
 MAX_ANSWER_CHARS = 1000
+MAX_DEPTH = 6
+MAX_UNORDERED_ITEMS = 24
+MIN_ROUNDED_PLACES = 4
 
-_TRANSLATION = str.maketrans(
-    {
-        **dict.fromkeys("\u2212\u2013\u2010\u2011\ufe63\uff0d", "-"),
-        **dict.fromkeys("\u00a0\u2009\u202f\u2007\t\n\r", " "),
-        "\u00d7": "\\times ",
-        "\u00b7": "\\cdot ",
-        "\u22c5": "\\cdot ",
-        "\u00f7": "/",
-        "\u2044": "/",
-        "\u00b2": "^2",
-        "\u00b3": "^3",
-        "\u00b0": "^\\circ ",
-        "\uff05": "%",
-        "\u03c0": "\\pi ",
-        "\u221e": "\\infty ",
-    }
-)
-_INTEGER = re.compile(r"-?[0-9]{1,18}")
-_DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
-_LAYOUT = re.compile(r"\\(?:left|right|displaystyle|textstyle|big|Big)(?![a-zA-Z])\.?|\\!")
-_SPACE = re.compile(r"\\[,;: ]|~|\\q?quad(?![a-zA-Z])|\s+")
-_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}")
-_DEGREE = re.compile(r" ?\^ ?(?:\\circ|\{ ?\\circ ?\})(?![a-zA-Z])| ?\\degree(?![a-zA-Z])| degrees?(?![a-zA-Z])")
-_PERCENT = re.compile(r" ?\\?%| per ?cent(?![a-zA-Z])")
-_ASSIGNMENT = re.compile(r"(\\?[A-Za-z]+(?:_\{?\w+\}?)?) ?= ?([^=<>]+)")
-_AROUND_SYMBOL = re.compile(r" ?([^\w\s]) ?")
-_AFTER_COMMAND = re.compile(r"(\\[a-zA-Z]+) (?![a-zA-Z])")
-_COMMAND = re.compile(r"\\(?:begin|end) ?\{[^{}]*\}|\\[a-zA-Z]+")
-_LETTERS = re.compile(r"[^\W\d_]+")
-_MATH_NAMES = (
-    "sqrt cbrt sin cos tan sec csc cot arcsin arccos arctan asin acos atan sinh cosh tanh log exp lim max min gcd lcm mod deg inf "
-    "infinity infty pi frac binom cdot times"
-)
-_MATH_WORDS = frozenset(_MATH_NAMES.split())
-_SHORT_WORDS = frozenset(("no", "on", "up", "in", "so", "if", "we", "he", "it", "go", "us"))
+Leaf = Callable[[str, str], bool | None]
+"""Decides whether two expressions are equal; `None` where it cannot."""
+
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_OR = re.compile(r"(?<![A-Za-z\\])or(?![A-Za-z])|\\lor(?![A-Za-z])")
+_SET_NOTATION = re.compile(r"\\(?:mathbb|setminus|cap|cup|emptyset)(?![a-zA-Z])|\\backslash")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,49 +62,8 @@ class Undecided:
     gold: str
 
 
-def last_boxed(text: str) -> str | None:
-    r"""Return the content of the last `\boxed{}`, `None` if there is none, it is empty, or its brace is never closed."""
-    start = text.rfind("\\boxed")
-    if start < 0:
-        return None
-    brace = re.compile(r"\s*\{").match(text, start + len("\\boxed"))
-    if brace is None:
-        return None
-    depth, position = 1, brace.end()
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            position += 1  # an escaped brace does not count
-        elif character in "{}":
-            depth += 1 if character == "{" else -1
-            if depth == 0:
-                return text[brace.end() : position].strip() or None
-        position += 1
-    return None
-
-
-def normalise(answer: str) -> str:
-    """Return the answer in one spelling: no delimiters, layout commands or text wrappers, single spaces."""
-    text = _without_period(answer.translate(_TRANSLATION).strip())
-    for opening, closing in _DELIMITERS:
-        if len(text) > len(opening) + len(closing) and text.startswith(opening) and text.endswith(closing):
-            text = text[len(opening) : -len(closing)].strip()
-    text = _LAYOUT.sub("", text)
-    text = _TEXT.sub(r" \1 ", text)
-    text = _SPACE.sub(" ", text).replace("{,}", ",")
-    text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
-    text = _AFTER_COMMAND.sub(r"\1", re.sub(r" +", " ", text)).strip()
-    return _without_period(text)
-
-
 def compare(parsed: str, gold: str) -> bool | Undecided:
     """Decide whether two answers are the same, as far as that can be done by looking.
-
-    - Numbers are compared exactly: 1/2 = 0.5 = \\frac12, but 1/3 is not 0.3333333333.
-    - Degree and percent marks do not count (30° = 30, 75% = 75), so 75% is neither 3/4 nor 0.75; two different marks differ.
-    - A unit on one side only does not count; two different units differ. No unit is converted.
-    - A ratio is compared term by term with a ratio, and is no fraction: 1:2 is not 1/2.
-    - `x = 5` is 5. Words are compared as words, without case.
 
     Args:
         parsed: The answer in a response.
@@ -108,67 +72,310 @@ def compare(parsed: str, gold: str) -> bool | Undecided:
     Returns:
         The verdict, or `Undecided` with the pair to be compared by algebra.
     """
-    if parsed.strip() == gold.strip():
+    if parsed == gold or parsed.strip() == gold.strip():
         return True
     if max(len(parsed), len(gold)) > MAX_ANSWER_CHARS:
         return False
     if _INTEGER.fullmatch(parsed) and _INTEGER.fullmatch(gold):
         return int(parsed) == int(gold)
-    left, right = _Answer.read(parsed), _Answer.read(gold)
-    if left.marks and right.marks and left.marks != right.marks:
+    left, right = normalise(parsed), normalise(gold)
+    verdict = is_same(left, right, lambda _left, _right: None)
+    return Undecided(left, right) if verdict is None else verdict
+
+
+def is_same(parsed: str, gold: str, leaf: Leaf) -> bool | None:
+    """Compare two normalised answers, and what is left of them after taking them apart by `leaf`."""
+    (left, left_marks), (right, right_marks) = without_marks(parsed), without_marks(gold)
+    if left_marks and right_marks and left_marks != right_marks:
         return False
-    if left.variable and right.variable and left.variable != right.variable:
-        return Undecided(left.whole, right.whole)
-    if left.unit and right.unit and left.unit != right.unit:
-        return False
-    if _squeeze(left.body) == _squeeze(right.body):
-        return True
-    verdict = _compare_values(left.body, right.body)
-    return Undecided(left.body, right.body) if verdict is None else verdict
+    return _Comparison(leaf).same(left, right, MAX_DEPTH)
+
+
+class _Comparison:
+    """One comparison; the first answer is the response's, the second the reference."""
+
+    def __init__(self, leaf: Leaf) -> None:
+        self._leaf = leaf
+
+    def same(self, left: str, right: str, depth: int) -> bool | None:
+        if squeeze(left) == squeeze(right):
+            return bool(left)
+        left, right = (joined_inequalities(without_builder(without_group(text))) for text in (left, right))
+        if not left or not right or depth == 0:
+            return False
+        if squeeze(left) == squeeze(right):
+            return True
+        numbers = parse_number(left), parse_number(right)
+        if None not in numbers:
+            return numbers[0] == numbers[1]
+        if "\\ldots" in left or "\\ldots" in right:
+            return self._progressions(left, right, depth)
+        by_comma = _compare_decimal_comma((left, right), numbers)
+        if by_comma is not None:
+            return by_comma
+        if any(sign in left or sign in right for sign in (*LIST_SIGNS, "\\pm", "\\mp")):
+            lists = _as_lists(left, right)
+            if lists is not None:
+                return not _joins_otherwise(left, right, lists) and self._lists(lists, depth)
+        return self._related(left, right, depth)
+
+    def _lists(self, lists: _Lists, depth: int) -> bool | None:
+        compare_items = self._ordered if lists.is_ordered else self._unordered
+        return compare_items(lists.left, lists.right, depth)
+
+    def _ordered(self, left: list[str], right: list[str], depth: int) -> bool | None:
+        if len(left) != len(right):
+            return False
+        return _all(self.same(*pair, depth - 1) for pair in zip(left, right, strict=True))
+
+    def _unordered(self, left: list[str], right: list[str], depth: int) -> bool | None:
+        """Match items one to one, whatever their order."""
+        if len(left) != len(right):
+            return False
+        keys = [Counter(_key(item) for item in items) for items in (left, right)]
+        rest = [[key for key, count in (keys[i] - keys[1 - i]).items() for _ in range(count)] for i in (0, 1)]
+        if not rest[0]:
+            return True
+        if all(isinstance(key, Fraction) for key in (*rest[0], *rest[1])):
+            return False
+        if len(rest[0]) > MAX_UNORDERED_ITEMS:
+            return self._ordered(left, right, depth)
+        texts = {_key(item): item for item in (*left, *right)}
+        open_right = [texts[key] for key in rest[1]]
+        is_unknown = False
+        for key in rest[0]:
+            verdicts = [self.same(texts[key], other, depth - 1) for other in open_right]
+            if True in verdicts:
+                open_right.pop(verdicts.index(True))
+            elif None in verdicts:
+                is_unknown = True
+            else:
+                return False
+        return None if is_unknown else not open_right
+
+    def _progressions(self, left: str, right: str, depth: int) -> bool | None:
+        """Lists with an ellipsis are the same if they are written the same, item by item: what the dots stand for is not guessed."""
+        items = split_items(without_list_brackets(left)), split_items(without_list_brackets(right))
+        if (
+            len(items[0]) < 3
+            or len(items[0]) != len(items[1])
+            or any(("\\ldots" in a) != ("\\ldots" in b) for a, b in zip(*items, strict=True))
+        ):
+            return False
+        return _all(("\\ldots" in a and squeeze(a) == squeeze(b)) or self.same(a, b, depth - 1) for a, b in zip(*items, strict=True))
+
+    def _related(self, left: str, right: str, depth: int) -> bool | None:
+        """Compare equations, inequalities and named values with one another and with bare values."""
+        relations = read_relation(left), read_relation(right)
+        if relations == (None, None):
+            return self._composed(left, right, depth)
+        labels = [split_label(relation) if relation else None for relation in relations]
+        if labels[0] and labels[1]:
+            if labels[0][0] == labels[1][0] or not labels[0][0] or not labels[1][0]:
+                return self.same(labels[0][1], labels[1][1], depth - 1)
+            is_member = any(relation and relation.signs == ["\\in"] for relation in relations)
+            return False if is_member else self._leaf(left, right)
+        intervals = as_interval(left), as_interval(right)
+        views = [_view(text, label, interval) for text, label, interval in zip((left, right), labels, intervals, strict=True)]
+        if any(intervals) and views[0] and views[1]:
+            if views[0][0] and views[1][0] and views[0][0] != views[1][0]:
+                return False
+            return self._brackets(views[0][1], views[1][1], depth)
+        for place in (0, 1):
+            label, other = labels[place], (left, right)[1 - place]
+            if label and relations[1 - place] is None:
+                pair = (label[1], other) if place == 0 else (other, label[1])
+                return self.same(*pair, depth - 1)
+        if relations[0] and relations[1]:
+            return self._leaf(left, right)
+        bare = right if relations[0] else left
+        inequality = relations[0] or relations[1]
+        assert inequality is not None
+        is_set = read_bracketed(bare) is not None or _SET_NOTATION.search(bare) is not None
+        return self._leaf(left, right) if is_set and not {"=", "\\approx"} & set(inequality.signs) else False
+
+    def _composed(self, left: str, right: str, depth: int) -> bool | None:
+        """Compare brackets, unions and matrices."""
+        matrices = read_matrix(left), read_matrix(right)
+        if matrices[0] and matrices[1]:
+            rows = matrices[0].rows, matrices[1].rows
+            if matrices[0].kind != matrices[1].kind or [len(row) for row in rows[0]] != [len(row) for row in rows[1]]:
+                return False
+            cells = [[cell for row in each for cell in row] for each in rows]
+            return self._ordered(cells[0], cells[1], depth)
+        if "\\begin" in left or "\\begin" in right:
+            return self._leaf(left, right)
+        brackets = read_bracketed(left), read_bracketed(right)
+        if brackets[0] and brackets[1]:
+            return self._brackets(brackets[0], brackets[1], depth)
+        if _SET_NOTATION.search(left) or _SET_NOTATION.search(right):
+            parts = split_union(left), split_union(right)
+            by_parts = self._unordered(*parts, depth) if len(parts[0]) > 1 else None
+            return True if by_parts else self._leaf(left, right)
+        for bracketed, other, is_left in ((brackets[0], right, True), (brackets[1], left, False)):
+            if bracketed is not None:
+                if not bracketed.is_set or len(bracketed.items) != 1 or depth < MAX_DEPTH:
+                    return False if parse_number(other) is not None else self._leaf(left, right)
+                return self.same(bracketed.items[0], other, depth - 1) if is_left else self.same(other, bracketed.items[0], depth - 1)
+        return self._quantities(left, right)
+
+    def _brackets(self, left: Bracketed, right: Bracketed, depth: int) -> bool | None:
+        """Compare tuples, sets and intervals; only what can be nothing but an interval may have rounded bounds."""
+        if left.is_set != right.is_set:
+            return False
+        if left.is_set:
+            items = [list(dict.fromkeys(squeeze(part) for item in each.items for part in _expand(item))) for each in (left, right)]
+            return self._unordered(items[0], items[1], depth)
+        if len(left.items) == 2 and (left.opening, left.closing) != (right.opening, right.closing):
+            return False
+        if left.is_interval and right.is_interval and len(left.items) == len(right.items):
+            return _all(_is_rounded(*pair) or self.same(*pair, depth - 1) for pair in zip(left.items, right.items, strict=True))
+        return self._ordered(left.items, right.items, depth)
+
+    def _quantities(self, left: str, right: str) -> bool | None:
+        """Compare numbers with units, ratios, numbers in a base, and words."""
+        bases = parse_in_base(left), parse_in_base(right)
+        if bases != (None, None):
+            return bases[0] == bases[1]
+        (left_body, left_unit), (right_body, right_unit) = split_unit(left), split_unit(right)
+        if not left_unit:
+            touching = letter_behind_number(left)
+            if touching is not None and (not right_unit or right_unit == touching[1]):
+                left_body, left_unit = touching
+        if left_unit and right_unit and left_unit != right_unit:
+            return False
+        if squeeze(left_body) == squeeze(right_body):
+            return True
+        ratios = parse_ratio(left_body), parse_ratio(right_body)
+        if ratios != (None, None):
+            return ratios[0] == ratios[1]
+        numbers = parse_number(left_body), parse_number(right_body)
+        if None not in numbers:
+            return numbers[0] == numbers[1]
+        by_comma = _compare_decimal_comma((left_body, right_body), numbers)
+        if by_comma is not None:
+            return by_comma
+        # Algebra reads words as products of letters, for which "listen" is "silent".
+        if is_textual(left_body) or is_textual(right_body):
+            return spoken(left_body) == spoken(right_body)
+        return self._leaf(without_group(left_body), without_group(right_body))
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
-    """An answer taken apart: marks and unit off, the right side of an assignment."""
+class _Lists:
+    """The items of two answers of which one at least is a list without brackets."""
 
-    whole: str
-    body: str
-    variable: str
-    unit: str
-    marks: frozenset[str]
-
-    @classmethod
-    def read(cls, answer: str) -> _Answer:
-        text = normalise(answer)
-        whole = re.sub(r" +", " ", _PERCENT.sub(" ", _DEGREE.sub(" ", text))).strip()
-        marks = frozenset(name for name, pattern in (("degree", _DEGREE), ("percent", _PERCENT)) if pattern.search(text))
-        assignment = _ASSIGNMENT.fullmatch(whole)
-        body, unit = split_unit(assignment[2].strip() if assignment else whole)
-        return cls(whole, body, assignment[1] if assignment else "", unit, marks)
+    left: list[str]
+    right: list[str]
+    is_ordered: bool
 
 
-def _compare_values(left: str, right: str) -> bool | None:
-    ratios = parse_ratio(left), parse_ratio(right)
-    if any(ratio is not None for ratio in ratios):
-        return ratios[0] == ratios[1]
-    numbers = parse_number(left), parse_number(right)
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    # Algebra reads words as products of letters, for which "listen" is "silent".
-    if _is_textual(left) or _is_textual(right):
-        return _squeeze(left).casefold() == _squeeze(right).casefold()
+def _as_lists(left: str, right: str) -> _Lists | None:
+    """Return both answers as lists, `None` if neither is one; a tuple, a set, a union or a system of equations may stand against a list.
+
+    Order counts against a tuple, and where one side names all its items and the other none.
+    """
+    items = [_items(left, right), _items(right, left)]
+    if len(items[0]) == 1 and len(items[1]) == 1:
+        return None
+    ordered = any(_gives_names(one) and not any("=" in item for item in other) for one, other in (items, items[::-1]))
+    for place, text in ((0, left), (1, right)):
+        if len(items[place]) > 1:
+            continue
+        label = split_label(relation) if (relation := read_relation(text)) else None
+        bare = label[1] if label else text
+        bracketed, matrix = read_bracketed(bare), read_matrix(bare)
+        if matrix is not None and matrix.kind == "cases" and all(len(row) == 1 for row in matrix.rows):
+            items[place] = [row[0].rstrip(",;. ") for row in matrix.rows]
+        elif bracketed is not None and (bracketed.is_set or bracketed.opening == "("):
+            ordered = ordered or not bracketed.is_set
+            items[place] = [item for entry in bracketed.items for item in _expand(entry)]
+        else:
+            items[place] = split_union(bare)
+    return _Lists(items[0], items[1], ordered)
+
+
+def without_list_brackets(text: str) -> str:
+    """Return what is in the brackets around a list."""
+    return text[2:-2] if text.startswith("\\{") and text.endswith("\\}") else text[1:-1] if read_bracketed(text) else text
+
+
+def _all(verdicts: Iterable[bool | None]) -> bool | None:
+    """Return false if any is, else `None` if any is, else true."""
+    is_unknown = False
+    for verdict in verdicts:
+        if verdict is False:
+            return False
+        is_unknown = is_unknown or verdict is None
+    return None if is_unknown else True
+
+
+def _items(text: str, other: str) -> list[str]:
+    """Return the items of a list without brackets, each `a \\pm b` as two; `1,000` is one unless it stands against a list."""
+    if read_bracketed(text) is not None:
+        return [text]
+    if "," in text and ((is_grouped(text) and len(split_items(other)) == 1) or _is_amount(text)):
+        return [text]
+    return [item for entry in split_items(text) for item in _expand(entry)]
+
+
+def _is_amount(text: str) -> bool:
+    body, unit = split_unit(text)
+    return bool(unit) and parse_number(body) is not None
+
+
+def _expand(item: str) -> list[str]:
+    if "\\pm" not in item and "\\mp" not in item:
+        return [item]
+    signs = (("+", "-"), ("-", "+"))
+    return [re.sub(r"\\mp(?![a-zA-Z]) ?", minus, re.sub(r"\\pm(?![a-zA-Z]) ?", plus, item)) for plus, minus in signs]
+
+
+def _joins_otherwise(left: str, right: str, lists: _Lists) -> bool:
+    """Return whether one side asks for one of several conditions on different variables, and the other for all of them."""
+    variables = {interval[0] for item in lists.left if (interval := as_interval(item))}
+    return len(variables) > 1 and (_OR.search(left) is None) != (_OR.search(right) is None)
+
+
+def _gives_names(items: list[str]) -> bool:
+    """Return whether every item is named, each by another name."""
+    names = [label[0] for item in items if (relation := read_relation(item)) and (label := split_label(relation)) and label[0]]
+    return len(names) == len(items) > 1 and len(set(names)) == len(names)
+
+
+def _view(text: str, label: tuple[str, str] | None, interval: tuple[str, Bracketed] | None) -> tuple[str, Bracketed] | None:
+    """Return the variable and the interval that a text speaks of, without a variable if it names none."""
+    if interval is not None:
+        return interval
+    name, body = label or ("", text)
+    bracketed = read_bracketed(body)
+    return (name, bracketed) if bracketed is not None and not bracketed.is_set and len(bracketed.items) == 2 else None
+
+
+def _key(item: str) -> Fraction | str:
+    value = parse_number(item)
+    return squeeze(item) if value is None else value
+
+
+def _compare_decimal_comma(texts: tuple[str, str], numbers: tuple[Fraction | None, Fraction | None]) -> bool | None:
+    """Read `1000,99` as a decimal where the other side is a plain number; `None` if it is not so."""
+    for text, number in ((texts[0], numbers[1]), (texts[1], numbers[0])):
+        if number is not None and "," in text:
+            value = parse_decimal_comma(text)
+            if value is not None:
+                return value == number
     return None
 
 
-def _without_period(text: str) -> str:
-    return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
+def _is_rounded(left: str, right: str) -> bool:
+    """Return whether one number is the other, which has no end as a decimal, rounded to its own places, of which there are enough."""
+    return any(_rounds_to(parse_number(exact), short) for exact, short in ((left, right), (right, left)))
 
 
-def _squeeze(text: str) -> str:
-    """Drop the spaces that mean nothing; one between two letters or digits stays, for "1 0" is not "10"."""
-    return _AROUND_SYMBOL.sub(r"\1", text)
-
-
-def _is_textual(text: str) -> bool:
-    words = _LETTERS.findall(_COMMAND.sub(" ", text))
-    return any((len(word) > 2 and word.lower() not in _MATH_WORDS) or word.lower() in _SHORT_WORDS for word in words)
+def _rounds_to(exact: Fraction | None, short: str) -> bool:
+    match = re.fullmatch(r"-?[0-9]{0,15}\.([0-9]{4,15})", short)
+    if match is None or exact is None or (10**20) % exact.denominator == 0:
+        return False
+    with localcontext() as context:
+        context.prec = 60
+        return (Decimal(exact.numerator) / exact.denominator).quantize(Decimal(1).scaleb(-len(match[1])), ROUND_HALF_UP) == Decimal(short)

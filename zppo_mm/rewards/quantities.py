@@ -1,80 +1,59 @@
-"""Reading of plain numbers and units, exactly and without evaluating anything."""
+"""Reading of plain numbers, ratios, numbers in a base and units, exactly and without evaluating anything."""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
 
-MAX_EXPONENT = 64
+from zppo_mm.rewards.units import canonical_unit, split_currency
+
+MAX_EXPONENT = 999
 MAX_POWER_BASE_DIGITS = 6
 
-_UNSIGNED = r"(?:[0-9]{1,3}(?:[, ][0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?"
+_UNSIGNED = r"(?:[1-9][0-9]{0,2}(?:[, ][0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?"
 _DECIMAL = re.compile(rf"[+-]? ?(?=[0-9.])({_UNSIGNED})\.?(?:[eE]([+-]?[0-9]{{1,3}}))?")
-_TIMES_POWER = re.compile(r"(.+?) ?(?:\\times|\\cdot|\*|x) ?10\^ ?(?:\{ ?([+-]?[0-9]{1,3}) ?\}|([+-]?[0-9]{1,3}))")
-_POWER = re.compile(rf"([+-]?)([0-9]{{1,{MAX_POWER_BASE_DIGITS}}})\^ ?(?:\{{ ?([0-9]{{1,2}}) ?\}}|([0-9]))")
+_EXPONENT = r"\^ ?(?:\{ ?([+-]?[0-9]{1,3}) ?\}|\( ?([+-]?[0-9]{1,3}) ?\)|([+-]?[0-9]{1,3}))"
+_TIMES_POWER = re.compile(rf"(.+?) ?(?:\\times|\\cdot|\*|x) ?10 ?{_EXPONENT}")
+_POWER = re.compile(rf"([+-]?) ?([0-9]{{1,{MAX_POWER_BASE_DIGITS}}}) ?{_EXPONENT}")
+_REPEATING = re.compile(
+    r"([+-]?)([0-9]*)\.([0-9]*)"
+    r"(?:\\overline ?\{ ?([0-9]{1,40}) ?\}|\\overline ?([0-9])|\\dot ?\{?([0-9])\}?|\(([0-9]{1,40})\))"
+)
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALED = re.compile(rf"(.*[0-9]) ?({'|'.join(_SCALES)})")
 _SLASH = re.compile(r"([^/]+)/([^/]+)")
-_FRAC = re.compile(r"([+-]?) ?\\frac ?(?:\{([^{}]*)\}|([0-9]))? ?(?:\{([^{}]*)\}|([0-9]))?")
+_FRAC = re.compile(r"([+-]?) ?\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}")
 _MIXED = re.compile(r"([+-]?) ?([0-9]+) ?((?<= )[0-9]+ ?/ ?[0-9]+|\\frac.+)")
 # Spaces belong to the terms: an optional one beside each colon could be matched in two ways, and a long ratio in 2^n.
 _RATIO = re.compile(r"[^:]+(?::[^:]+)+")
 _WRAPPED = re.compile(r"\(([^()]*)\)|\{([^{}]*)\}")
+_DECIMAL_COMMA = re.compile(r"([+-]?[0-9]{1,3}(?:\.[0-9]{3})+|[+-]?[0-9]+),([0-9]+)")
+_GROUPED = re.compile(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+")
 
-_ALIASES = {
-    "$": ("dollar", "dollars", "usd"),
-    "€": ("euro", "euros", "eur"),
-    "£": ("pound", "pounds", "gbp"),
-    "mm": ("millimeter", "millimeters", "millimetre", "millimetres"),
-    "cm": ("centimeter", "centimeters", "centimetre", "centimetres"),
-    "m": ("meter", "meters", "metre", "metres"),
-    "km": ("kilometer", "kilometers", "kilometre", "kilometres"),
-    "in": ("inch", "inches"),
-    "ft": ("foot", "feet"),
-    "mi": ("mile", "miles"),
-    "mg": ("milligram", "milligrams"),
-    "g": ("gram", "grams"),
-    "kg": ("kilogram", "kilograms"),
-    "ml": ("mL", "milliliter", "milliliters", "millilitre", "millilitres"),
-    "L": ("l", "liter", "liters", "litre", "litres"),
-    "s": ("sec", "second", "seconds"),
-    "min": ("mins", "minute", "minutes"),
-    "h": ("hr", "hrs", "hour", "hours"),
-    "day": ("days",),
-    "year": ("years", "yr", "yrs"),
-    "N": ("newton", "newtons"),
-    "J": ("joule", "joules"),
-    "W": ("watt", "watts"),
-    "V": ("volt", "volts"),
-    "A": ("amp", "amps", "ampere", "amperes"),
-    "K": ("kelvin",),
-    "C": ("celsius",),
-    "F": ("fahrenheit",),
-    "Hz": ("hertz",),
-    "rad": ("radian", "radians"),
-    "km/h": ("kmh", "kph"),
-    "m/s": (),
-    "mph": (),
-    "unit": ("units",),
-}
-_CANONICAL = {name: unit for unit, names in _ALIASES.items() for name in (unit, *names)}
-# These change the value, join two answers or stand for a number or a function: never a unit.
-_NOT_UNIT_WORDS = (
-    "or and to by of is are not than plus minus times over mod pi e i x y z n sqrt sin cos tan log ln exp inf infinity hundred thousand "
-    "million billion trillion dozen half third quarter percent base"
+_IN_BASE = re.compile(
+    r"\(?([0-9][0-9A-Fa-f]*|[A-F][0-9A-F]+)\)? ?"
+    r"(?:_ ?(?:\{ ?\(? ?(?:base )?([0-9]+|[a-z]+) ?\)? ?\}|([0-9]))|\(?(?:in )?base[ -]?([0-9]+|[a-z]+)\)?)"
 )
-_NOT_UNITS = frozenset(_NOT_UNIT_WORDS.split())
-_UNIT = re.compile(r"(.*?[0-9)}.]) ?((?:[A-Za-z]+)(?:[ /][A-Za-z]+){0,3})(?: ?\^ ?\{? ?([23]) ?\}?)?")
-_CURRENCY = re.compile(r"(\\?\$|€|£)?([^$€£\\]+)(\\?\$|€|£)?")
-_SQUARED = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
+_BASES = (
+    "two=2 binary=2 three=3 four=4 five=5 six=6 seven=7 eight=8 octal=8 nine=9 ten=10 decimal=10 eleven=11 twelve=12 thirteen=13 "
+    "fourteen=14 fifteen=15 sixteen=16 hex=16"
+)
+_BASE_NAMES = {name: int(number) for name, _, number in (pair.partition("=") for pair in _BASES.split())}
+_UNIT_WORD = r"(?:[A-Za-z]?\\(?:mu|Omega) ?[A-Za-z]*|[^\W\d_]+)"
+_QUANTITY = re.compile(
+    rf"(.*?(?:[0-9)}}.\]]|\\pi)) ?((?:(?:per|/) ?)?{_UNIT_WORD}(?:\.(?=[ a-z]))?"
+    rf"(?:(?: ?(?:\\cdot|[/*·]) ?\(?| ){_UNIT_WORD}|\.[^\W\d_]\.?| ?\^ ?(?:\{{ ?-?[0-9] ?\}}|-?[0-9])){{0,8}}\)?)"
+)
 
 
 def parse_number(text: str) -> Fraction | None:
     """Return the exact value of a plain number, `None` for everything else.
 
-    Read are integers and decimals (with thousands separators), powers of ten, small integer powers, fractions of those, and mixed
-    numbers. The work is bounded by the length of the text.
+    Read are integers and decimals (with thousands separators or repeating digits), powers of ten, small powers of integers, fractions of
+    those, and mixed numbers. The work is bounded by the length of the text.
 
     Args:
-        text: Normalised (see `mathematics.normalise`).
+        text: Normalised (see `notation.normalise`).
     """
     text = text.strip()
     wrapped = _WRAPPED.fullmatch(text)
@@ -84,37 +63,79 @@ def parse_number(text: str) -> Fraction | None:
     return value if value is not None else _parse_compound(text)
 
 
+def parse_decimal_comma(text: str) -> Fraction | None:
+    """Return the value of `1000,99` or `1.000,99`, `None` for all else and for what could be grouped thousands, such as `1,000`."""
+    match = _DECIMAL_COMMA.fullmatch(text)
+    if match is None or _GROUPED.fullmatch(text):
+        return None
+    return Fraction(f"{match[1].replace('.', '')}.{match[2]}")
+
+
+def is_grouped(text: str) -> bool:
+    """Return whether a number groups its thousands by commas, and could be read as a list."""
+    return "," in text and _GROUPED.fullmatch(text) is not None
+
+
 def parse_ratio(text: str) -> tuple[Fraction, ...] | None:
     """Return the terms of `a : b : ...`, `None` for everything else."""
-    if not _RATIO.fullmatch(text):
+    if ":" not in text or not _RATIO.fullmatch(text):
         return None
     terms = [parse_number(term) for term in text.split(":")]
     return None if None in terms else tuple(term for term in terms if term is not None)
+
+
+def parse_in_base(text: str) -> tuple[str, int] | None:
+    """Return the digits and the base of `1011_2` or `1011 base 2`, `None` for everything else."""
+    match = _IN_BASE.fullmatch(text) if "_" in text or "base" in text else None
+    if match is None:
+        return None
+    name = match[2] or match[3] or match[4]
+    base = int(name) if name.isdigit() else _BASE_NAMES.get(name, 0)
+    if base < 2 or (not match[1].isdigit() and base < 11):
+        return None
+    return match[1].lstrip("0").upper() or "0", base
 
 
 def split_unit(text: str) -> tuple[str, str]:
     """Return a quantity's body and its canonical unit, an empty unit if it has none.
 
     After a plain number any few words that do not change its value are a unit ("5 red apples"); after an expression only measuring
-    units are.
+    units are. A single letter that touches the number is none: `5m` may be five times m.
     """
-    currency = _CURRENCY.fullmatch(text)
-    if currency and parse_number(currency[2]) is not None and bool(currency[1]) != bool(currency[3]):
-        return currency[2].strip(), (currency[1] or currency[3]).lstrip("\\")
-    match = _UNIT.fullmatch(text)
-    if match is None:
+    if text.replace(".", "", 1).isdigit():
         return text, ""
-    body, words, power = match[1], match[2].split(), match[3] or ""
-    if len(words) > 1 and words[0].lower() in _SQUARED:
-        words, power = words[1:], _SQUARED[words[0].lower()]
-    name = " ".join(words)
-    unit = _CANONICAL.get(name) or _CANONICAL.get(name.lower())
-    if unit is None:
-        free = not any(word.lower() in _NOT_UNITS or len(word) < 2 for word in re.split(r"[ /]", name))
-        if not free or parse_number(body) is None:
-            return text, ""
-        unit = name.lower().removesuffix("s")
-    return body.strip(), f"{unit}^{power}" if power else unit
+    currency = split_currency(text)
+    if currency is not None and parse_number(currency[0]) is not None:
+        return currency
+    match = _QUANTITY.fullmatch(text)
+    if match is None or _touches(match):
+        return text, ""
+    body = match[1].strip()
+    is_number = parse_number(body) is not None
+    unit = canonical_unit(match[2], is_number)
+    if unit is None or (unit in ("am", "pm") and not (is_number or parse_ratio(body))):
+        return text, ""
+    return body, unit
+
+
+def letter_behind_number(text: str) -> tuple[str, str] | None:
+    """Return the number and the unit of `5m`, which may be a product as well; `None` for everything else."""
+    match = _QUANTITY.fullmatch(text)
+    if match is None or not _touches(match) or parse_number(match[1]) is None:
+        return None
+    unit = canonical_unit(match[2], False)
+    return None if unit is None else (match[1], unit)
+
+
+def _touches(match: re.Match[str]) -> bool:
+    """Return whether a unit of one letter of the alphabet, with or without exponent, follows without a space."""
+    unit = match[2]
+    return (
+        match.end(1) == match.start(2)
+        and unit[:1].isascii()
+        and unit[:1].isalpha()
+        and not (unit[1:2].isalpha() or "\\" in unit or "/" in unit)
+    )
 
 
 def _parse_simple(text: str) -> Fraction | None:
@@ -124,25 +145,48 @@ def _parse_simple(text: str) -> Fraction | None:
         digits = match[1].replace(",", "").replace(" ", "")
         if not digits or digits == ".":
             return None
-        exponent = int(match[2] or 0)
-        if abs(exponent) > MAX_EXPONENT:
-            return None
-        value = Fraction(digits) * Fraction(10) ** exponent
+        value = _decimal(digits)
+        if match[2]:
+            value *= Fraction(10) ** int(match[2])
         return -value if text.startswith("-") else value
+    if "^" in text:
+        return _parse_power(text)
+    scaled = _SCALED.fullmatch(text) if text.endswith("n") or text.endswith("d") else None
+    if scaled:
+        amount = _parse_simple(scaled[1])
+        return None if amount is None else amount * Fraction(10 ** _SCALES[scaled[2]])
+    match = _REPEATING.fullmatch(text) if "." in text else None
+    if match:
+        digits = match[4] or match[5] or match[6] or match[7]
+        value = Fraction(f"{match[2] or 0}.{match[3] or 0}") + Fraction(int(digits), (10 ** len(digits) - 1) * 10 ** len(match[3]))
+        return -value if match[1] == "-" else value
+    return None
+
+
+def _decimal(digits: str) -> Fraction:
+    whole, _, places = digits.partition(".")
+    return Fraction(int(whole + places), 10 ** len(places)) if places else Fraction(int(whole))
+
+
+def _parse_power(text: str) -> Fraction | None:
     match = _TIMES_POWER.fullmatch(text)
     if match:
-        exponent = int(match[2] or match[3])
         mantissa = _parse_simple(match[1])
-        return None if mantissa is None or abs(exponent) > MAX_EXPONENT else mantissa * Fraction(10) ** exponent
+        return None if mantissa is None else mantissa * Fraction(10) ** int(match[2] or match[3] or match[4])
     match = _POWER.fullmatch(text)
-    if match and int(match[3] or match[4]) <= MAX_EXPONENT:
-        power = Fraction(int(match[2])) ** int(match[3] or match[4])
-        return -power if match[1] == "-" else power
-    return None
+    if match is None:
+        return None
+    base, exponent = int(match[2]), int(match[3] or match[4] or match[5])
+    if base == 0 and exponent <= 0:
+        return None
+    power = Fraction(base) ** exponent
+    return -power if match[1] == "-" else power
 
 
 def _parse_compound(text: str) -> Fraction | None:
     """Fractions and mixed numbers."""
+    if "/" not in text and "\\frac" not in text:
+        return None
     match = _MIXED.fullmatch(text)
     if match:
         part = _parse_fraction(match[3])
@@ -156,8 +200,7 @@ def _parse_compound(text: str) -> Fraction | None:
 def _parse_fraction(text: str) -> Fraction | None:
     match = _FRAC.fullmatch(text)
     if match:
-        above, below = match[2] or match[3], match[4] or match[5]
-        sign = -1 if match[1] == "-" else 1
+        above, below, sign = match[2], match[3], -1 if match[1] == "-" else 1
     else:
         match = _SLASH.fullmatch(text)
         if not match:
@@ -169,8 +212,6 @@ def _parse_fraction(text: str) -> Fraction | None:
     return sign * numerator / denominator
 
 
-def _parse_part(text: str | None) -> Fraction | None:
-    if text is None:
-        return None
+def _parse_part(text: str) -> Fraction | None:
     wrapped = _WRAPPED.fullmatch(text.strip())
     return _parse_simple((wrapped[1] or wrapped[2] or "").strip() if wrapped else text.strip())

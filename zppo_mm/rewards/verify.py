@@ -11,11 +11,13 @@ from typing import Literal, Protocol
 
 from data.question import Question
 from zppo_mm.errors import ConfigError
+from zppo_mm.rewards.boxes import final_answer
 from zppo_mm.rewards.choice import matches_choice
-from zppo_mm.rewards.mathematics import MAX_ANSWER_CHARS, Undecided, compare, last_boxed
+from zppo_mm.rewards.mathematics import MAX_ANSWER_CHARS, Undecided, compare
 from zppo_mm.rewards.workers import GradingPool, Outcome
 
 Reason = Literal["match", "mismatch", "not_boxed", "too_long", "timeout", "error", "no_verdict"]
+NOT_GRADED: tuple[Reason, ...] = ("timeout", "error", "no_verdict")
 _REASON_OF_OUTCOME: dict[Outcome, Reason] = {"equal": "match", "different": "mismatch", "timeout": "timeout", "error": "error"}
 
 
@@ -25,8 +27,9 @@ class Verdict:
 
     Attributes:
         parsed: Content of the last `\\boxed{}`, `None` if nothing was boxed.
-        reward: 1 if the answer is right, else 0; `None` if the judge gave no verdict.
-        reason: `match` is right; all others are wrong, but for `no_verdict`. `timeout` and `error` mean that the comparison itself failed.
+        reward: 1 if the answer is right, 0 if it is wrong, `None` if it was not graded.
+        reason: `match` is right. Not graded are `no_verdict` of the judge, and `timeout` and `error`: the comparison itself failed. All
+            others are wrong.
     """
 
     parsed: str | None
@@ -47,27 +50,61 @@ class Judge(Protocol):
         ...
 
 
+class _Rules:
+    """Grades by looking, equal answers to equal references once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str, tuple[str, ...], str], Reason | Undecided | None] = {}
+
+    def grade(self, question: Question, parsed: str | None) -> Reason | Undecided | None:
+        """Return the reason if rules decide, the pair if algebra has to, `None` if a judge has to."""
+        if parsed is None:
+            return "not_boxed"
+        if parsed == question.answer and question.answer_type == "math":
+            return "match"
+        key = (question.answer, question.answer_type, question.choices, parsed)
+        if key not in self._known:
+            self._known[key] = self._look(question, parsed)
+        return self._known[key]
+
+    def _look(self, question: Question, parsed: str) -> Reason | Undecided | None:
+        if question.answer_type == "open":
+            return "too_long" if len(parsed) > MAX_ANSWER_CHARS else None
+        if question.answer_type == "choice":
+            return "match" if matches_choice(parsed, question) else "mismatch"
+        gold = question.answer if "\\boxed" not in question.answer else final_answer(question.answer) or question.answer
+        verdict = compare(parsed, gold)
+        if isinstance(verdict, Undecided):
+            return verdict
+        if not verdict and len(parsed) > MAX_ANSWER_CHARS:
+            return "too_long"
+        return "match" if verdict else "mismatch"
+
+
 class Verifier:
     """Grades responses. May be used from any thread.
 
     Args:
-        timeout_seconds: Hard wall-clock limit of one comparison by algebra.
+        timeout_seconds: Processor time of one comparison by algebra.
         num_workers: Most worker processes; they start when the first answer needs one.
         judge: For questions of answer type `open`.
+        budget_seconds: Wall-clock time for all comparisons by algebra of one call.
     """
 
-    def __init__(self, timeout_seconds: float = 5.0, num_workers: int = 1, judge: Judge | None = None) -> None:
-        if timeout_seconds <= 0 or num_workers < 1:
+    def __init__(
+        self, timeout_seconds: float = 5.0, num_workers: int = 2, judge: Judge | None = None, budget_seconds: float = 60.0
+    ) -> None:
+        if min(timeout_seconds, budget_seconds) <= 0 or num_workers < 1:
             raise ConfigError(
-                f"reward: out of range, got timeout_seconds={timeout_seconds} and num_workers={num_workers}, expected a positive limit "
-                "and at least one worker; correct the two keys"
+                f"reward: out of range, got timeout_seconds={timeout_seconds}, budget_seconds={budget_seconds} and "
+                f"num_workers={num_workers}, expected positive limits and at least one worker; correct the three keys"
             )
         self.judge = judge
-        self._pool = GradingPool(timeout_seconds, num_workers)
+        self._pool = GradingPool(timeout_seconds, num_workers, budget_seconds)
 
     @property
     def num_timeouts(self) -> int:
-        """Comparisons ended by the limit so far."""
+        """Comparisons ended by a limit so far."""
         return self._pool.num_timeouts
 
     @property
@@ -91,8 +128,9 @@ class Verifier:
             DataError: If the reference answer of a multiple-choice question is no option's letter.
         """
         self._check_judge(items)
-        answers = [last_boxed(text) for _, text in items]
-        graded = [self._by_rule(question, parsed) for (question, _), parsed in zip(items, answers, strict=True)]
+        answers = [final_answer(text) for _, text in items]
+        rules = _Rules()
+        graded = [rules.grade(question, parsed) for (question, _), parsed in zip(items, answers, strict=True)]
         pairs = list(dict.fromkeys((grade.parsed, grade.gold) for grade in graded if isinstance(grade, Undecided)))
         outcomes = dict(zip(pairs, self._pool.compare_all(pairs) if pairs else [], strict=True))
         judged = iter(self._by_judge([(q, p) for (q, _), p, g in zip(items, answers, graded, strict=True) if g is None and p is not None]))
@@ -102,7 +140,7 @@ class Verifier:
                 reason = _REASON_OF_OUTCOME[outcomes[grade.parsed, grade.gold]]
             else:
                 reason = next(judged) if grade is None else grade
-            verdicts.append(Verdict(parsed, None if reason == "no_verdict" else float(reason == "match"), reason))
+            verdicts.append(Verdict(parsed, None if reason in NOT_GRADED else float(reason == "match"), reason))
         return verdicts
 
     def close(self) -> None:
@@ -114,21 +152,6 @@ class Verifier:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _by_rule(self, question: Question, parsed: str | None) -> Reason | Undecided | None:
-        """Return the reason if rules decide, the pair if algebra has to, `None` if a judge has to."""
-        if parsed is None:
-            return "not_boxed"
-        if question.answer_type == "open":
-            return "too_long" if len(parsed) > MAX_ANSWER_CHARS else None
-        if question.answer_type == "choice":
-            return "match" if matches_choice(parsed, question) else "mismatch"
-        verdict = compare(parsed, question.answer)
-        if isinstance(verdict, Undecided):
-            return verdict
-        if not verdict and len(parsed) > MAX_ANSWER_CHARS:
-            return "too_long"
-        return "match" if verdict else "mismatch"
 
     def _by_judge(self, items: Sequence[tuple[Question, str]]) -> list[Reason]:
         if not items:

@@ -1,7 +1,7 @@
 """Killable worker processes for comparisons that may never end.
 
-A worker is a fresh interpreter that is spoken to over pipes: nothing is forked, no signal handler is set and no thread is needed in
-our process, so grading works in any thread beside torch and NCCL.
+A worker is a fresh interpreter that is spoken to over pipes: nothing is forked in our process, no signal handler is set and no thread is
+needed, so grading works in any thread beside torch and NCCL.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import selectors
+import signal
 import subprocess
 import tempfile
 import threading
@@ -28,28 +29,32 @@ Outcome = Literal["equal", "different", "timeout", "error"]
 
 # A cold interpreter that imports sympy from a slow disk on a loaded machine.
 START_TIMEOUT_SECONDS = 180.0
-# The worker's own alarm is the second line of defence: it rings only if we did not kill the worker.
-ALARM_FACTOR, ALARM_MARGIN_SECONDS = 2.0, 5.0
+# What takes longer is tried again after everything else, so that a burst of such answers holds up no other.
+TRY_SECONDS = (0.2, 1.0)
 _SERVER = "zppo_mm.rewards.grading_process"
 
 
 class GradingPool:
-    """Compares pairs of answers in worker processes, each comparison within a hard limit.
+    """Compares pairs of answers in worker processes, each comparison and all of a call within hard limits.
 
-    Workers start with the first comparison, stay, and are replaced after they were killed.
+    Workers start with the first comparison and stay. A comparison that runs into its limit ends a child of the worker, which has another
+    one ready. One limit counts processor time, so that a loaded machine makes no answer fail; the other the clock, so that no call takes
+    longer.
 
     Args:
-        timeout_seconds: Wall-clock limit of one comparison.
+        timeout_seconds: Processor time of one comparison.
         num_workers: Most worker processes.
+        budget_seconds: Wall-clock time of a call, from when the first worker is there. What is open then is a `timeout`.
 
     Attributes:
-        num_timeouts: Comparisons ended by the limit so far.
+        num_timeouts: Comparisons ended by a limit so far.
         num_errors: Comparisons in which the library failed or the worker died.
     """
 
-    def __init__(self, timeout_seconds: float, num_workers: int) -> None:
+    def __init__(self, timeout_seconds: float, num_workers: int, budget_seconds: float = 60.0) -> None:
         self.timeout_seconds = timeout_seconds
         self.num_workers = num_workers
+        self.budget_seconds = budget_seconds
         self.num_timeouts = 0
         self.num_errors = 0
         self._lock = threading.Lock()
@@ -62,38 +67,51 @@ class GradingPool:
         Raises:
             RuntimeError: If a worker cannot be started.
         """
-        outcomes: dict[int, Outcome] = {}
-        waiting = deque(range(len(pairs)))
         with self._lock, selectors.DefaultSelector() as selector:
             for worker in self._workers:
                 selector.register(worker.replies, selectors.EVENT_READ, worker)
-            while len(outcomes) < len(pairs):
-                self._assign(waiting, pairs, selector)
-                remaining = min(worker.deadline for worker in self._workers if not worker.is_idle) - time.monotonic()
+            call = _Call(pairs, deque((index, self._seconds_after(0.0)) for index in range(len(pairs))))
+            while call.waiting or any(worker.job is not None for worker in self._workers):
+                if call.deadline is None and not all(worker.is_starting for worker in self._workers):
+                    call.deadline = time.monotonic() + self.budget_seconds
+                if call.deadline is not None and call.deadline <= time.monotonic():
+                    self._give_up(call, selector)
+                    break
+                self._assign(call, selector)
+                deadlines = [worker.start_deadline for worker in self._workers if worker.is_starting]
+                remaining = min([*deadlines, *([call.deadline] if call.deadline is not None else [])]) - time.monotonic()
                 for key, _ in selector.select(max(0.0, remaining)):
-                    self._receive(key.data, outcomes, selector)
-                for worker in [w for w in self._workers if not w.is_idle and w.deadline <= time.monotonic()]:
-                    self._expire(worker, outcomes, selector)
-        return [outcomes[index] for index in range(len(pairs))]
+                    self._receive(key.data, call, selector)
+                for worker in [w for w in self._workers if w.is_starting and w.start_deadline <= time.monotonic()]:
+                    self._fail_start(worker, f"did not answer within {START_TIMEOUT_SECONDS:.0f} s", selector)
+        return [call.outcomes[index] for index in range(len(pairs))]
 
     def close(self) -> None:
         """End the workers; a later comparison starts new ones."""
         with self._lock:
             _kill_all(self._workers)
 
-    def _assign(self, waiting: deque[int], pairs: Sequence[tuple[str, str]], selector: selectors.BaseSelector) -> None:
+    def _assign(self, call: _Call, selector: selectors.BaseSelector) -> None:
         for worker in list(self._workers):
-            if waiting and worker.is_idle:
-                if worker.send(waiting[0], pairs[waiting[0]], self.timeout_seconds):
-                    waiting.popleft()
+            if call.waiting and worker.is_idle:
+                index, seconds = call.waiting[0]
+                if worker.send(_Job(index, call.pairs[index], seconds)):
+                    call.waiting.popleft()
                 else:  # it died while nobody looked; the pair goes to another one
                     self._drop(worker, selector)
-        while sum(worker.is_starting for worker in self._workers) < len(waiting) and len(self._workers) < self.num_workers:
-            worker = _Worker(self.timeout_seconds * ALARM_FACTOR + ALARM_MARGIN_SECONDS)
-            self._workers.append(worker)
-            selector.register(worker.replies, selectors.EVENT_READ, worker)
+        while sum(worker.is_starting for worker in self._workers) < len(call.waiting) and len(self._workers) < self.num_workers:
+            self._start(selector)
 
-    def _receive(self, worker: _Worker, outcomes: dict[int, Outcome], selector: selectors.BaseSelector) -> None:
+    def _seconds_after(self, tried: float) -> float:
+        """Return the processor time of the next try."""
+        return min([seconds for seconds in TRY_SECONDS if seconds > tried] + [self.timeout_seconds])
+
+    def _start(self, selector: selectors.BaseSelector) -> None:
+        worker = _Worker()
+        self._workers.append(worker)
+        selector.register(worker.replies, selectors.EVENT_READ, worker)
+
+    def _receive(self, worker: _Worker, call: _Call, selector: selectors.BaseSelector) -> None:
         line = worker.read_line()
         if line is None:
             return
@@ -101,36 +119,44 @@ class GradingPool:
             if worker.is_starting:
                 self._fail_start(worker, "ended", selector)
             if worker.job is not None:
-                self._count_error(worker, outcomes, f"the worker ended with code {worker.process.wait()}")
+                self._count_error(call, worker.job, f"the worker ended with code {worker.process.wait()}")
             self._drop(worker, selector)
             return
         reply = json.loads(line)
         if worker.is_starting:
             worker.is_starting = False
             return
-        if "error" in reply:
-            self._count_error(worker, outcomes, reply["error"])
-        else:
-            assert worker.job is not None
-            outcomes[worker.job.index] = "equal" if reply["equal"] else "different"
+        job = worker.job
+        assert job is not None
         worker.job = None
+        if "equal" in reply:
+            call.outcomes[job.index] = "equal" if reply["equal"] else "different"
+        elif "error" in reply:
+            self._count_error(call, job, reply["error"])
+        elif job.seconds < self.timeout_seconds:
+            call.waiting.append((job.index, self._seconds_after(job.seconds)))
+        else:
+            self._count_timeout(call, job.index, f"{self.timeout_seconds:g} s of processor time")
 
-    def _expire(self, worker: _Worker, outcomes: dict[int, Outcome], selector: selectors.BaseSelector) -> None:
-        if worker.is_starting:
-            self._fail_start(worker, f"did not answer within {START_TIMEOUT_SECONDS:.0f} s", selector)
-        assert worker.job is not None
+    def _give_up(self, call: _Call, selector: selectors.BaseSelector) -> None:
+        """End a call whose time is up; workers that it kept busy are replaced, which the next call need not wait for."""
+        for worker in [worker for worker in self._workers if worker.job is not None]:
+            assert worker.job is not None
+            self._count_timeout(call, worker.job.index, f"the {self.budget_seconds:g} s of its call")
+            self._drop(worker, selector)
+            self._start(selector)
+        for index, _ in call.waiting:
+            self._count_timeout(call, index, f"the {self.budget_seconds:g} s of its call")
+
+    def _count_timeout(self, call: _Call, index: int, limit: str) -> None:
         self.num_timeouts += 1
-        outcomes[worker.job.index] = "timeout"
-        logger.warning(
-            "grading: no verdict within %.1f s, the worker is replaced; answer %r", self.timeout_seconds, worker.job.pair[0][:80]
-        )
-        self._drop(worker, selector)
+        call.outcomes[index] = "timeout"
+        logger.warning("grading: no verdict within %s, the answer is left out; answer %r", limit, call.pairs[index][0][:80])
 
-    def _count_error(self, worker: _Worker, outcomes: dict[int, Outcome], message: str) -> None:
-        assert worker.job is not None
+    def _count_error(self, call: _Call, job: _Job, message: str) -> None:
         self.num_errors += 1
-        outcomes[worker.job.index] = "error"
-        logger.warning("grading: %s; answer %r", message, worker.job.pair[0][:80])
+        call.outcomes[job.index] = "error"
+        logger.warning("grading: %s, the answer is left out; answer %r", message, job.pair[0][:80])
 
     def _drop(self, worker: _Worker, selector: selectors.BaseSelector) -> None:
         selector.unregister(worker.replies)
@@ -138,8 +164,7 @@ class GradingPool:
         worker.kill()
 
     def _fail_start(self, worker: _Worker, what: str, selector: selectors.BaseSelector) -> None:
-        worker.process.kill()
-        worker.process.wait()
+        worker.kill_processes()
         tail = worker.read_errors()
         self._drop(worker, selector)
         raise RuntimeError(
@@ -152,42 +177,52 @@ class GradingPool:
 class _Job:
     index: int
     pair: tuple[str, str]
+    seconds: float
+
+
+class _Call:
+    """The pairs of one call: what waits, with the processor time that it may take, and what is known."""
+
+    def __init__(self, pairs: Sequence[tuple[str, str]], waiting: deque[tuple[int, float]]) -> None:
+        self.pairs = pairs
+        self.waiting = waiting
+        self.outcomes: dict[int, Outcome] = {}
+        self.deadline: float | None = None
 
 
 class _Worker:
     """One process, its pipes and what it is doing."""
 
-    def __init__(self, alarm_seconds: float) -> None:
+    def __init__(self) -> None:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the worker)
         self.process = start_interpreter(
             _SERVER,
-            str(alarm_seconds),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            start_new_session=True,  # an interrupt from the keyboard is ours to handle
+            start_new_session=True,  # an interrupt from the keyboard is ours to handle, and the child dies with its worker
         )
         assert self.process.stdout is not None
         self.replies = self.process.stdout
         self.is_starting = True
         self.job: _Job | None = None
-        self.deadline = time.monotonic() + START_TIMEOUT_SECONDS
+        self.start_deadline = time.monotonic() + START_TIMEOUT_SECONDS
         self._buffer = b""
 
     @property
     def is_idle(self) -> bool:
         return not self.is_starting and self.job is None
 
-    def send(self, index: int, pair: tuple[str, str], timeout_seconds: float) -> bool:
-        """Hand over a job and start its clock; false if the process is gone."""
+    def send(self, job: _Job) -> bool:
+        """Hand over a job; false if the process is gone."""
         assert self.process.stdin is not None
+        request = {"parsed": job.pair[0], "gold": job.pair[1], "seconds": job.seconds}
         try:
-            self.process.stdin.write(json.dumps({"parsed": pair[0], "gold": pair[1]}).encode() + b"\n")
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             return False
-        self.job = _Job(index, pair)
-        self.deadline = time.monotonic() + timeout_seconds
+        self.job = job
         return True
 
     def read_line(self) -> bytes | None:
@@ -207,9 +242,14 @@ class _Worker:
         self._errors.seek(0)
         return self._errors.read()[-500:].decode(errors="replace").strip()
 
-    def kill(self) -> None:
-        self.process.kill()
+    def kill_processes(self) -> None:
+        """End the process and its child, which share a process group of their own."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    def kill(self) -> None:
+        self.kill_processes()
         for stream in (self.process.stdin, self.process.stdout, self._errors):
             if stream is not None:
                 try:

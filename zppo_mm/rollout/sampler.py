@@ -225,7 +225,7 @@ class GroupSampler:
             if graded:
                 outcomes.append(_Outcome(item.index, item.prompt, graded, ungraded))
             else:
-                outcomes.append(_Outcome(item.index, reason=UNGRADED, detail="the judge graded none of its rollouts"))
+                outcomes.append(_Outcome(item.index, reason=UNGRADED, detail="none of its rollouts could be graded"))
         return outcomes
 
     def _groups(self, instances: Sequence[PromptInstance], outcomes: dict[int, _Outcome]) -> list[Group]:

@@ -14,7 +14,8 @@ from pathlib import Path
 from data.text import read_text_file
 from zppo_mm.errors import ConfigError
 from zppo_mm.neutralise import neutralise
-from zppo_mm.rewards.mathematics import compare, last_boxed
+from zppo_mm.rewards.boxes import final_answer, last_boxed
+from zppo_mm.rewards.mathematics import compare
 from zppo_mm.teacher.teacher import CompressedTrace, Trace
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ class TeacherCompressor:
                     continue
                 rewrite = text.rpartition(_THINK_END)[2].strip()
                 if _keeps_answer(rewrite, traces[index].answer):
-                    rewritten[index] = self.rule.cut(rewrite, last_boxed(rewrite))
+                    rewritten[index] = self.rule.cut(rewrite, final_answer(rewrite))
                 else:
                     rejects[index] += 1
         if sum(rejects):
@@ -214,7 +215,7 @@ def _lines(text: str) -> list[str]:
 
 def _keeps_answer(rewrite: str, answer: str | None) -> bool:
     """Return whether a rewrite boxes the same answer, or none where there was none; an unclear case counts as changed."""
-    boxed = last_boxed(rewrite)
+    boxed = final_answer(rewrite)
     if boxed is None or answer is None:
         return boxed is None and answer is None and bool(rewrite)
     return compare(boxed, answer) is True

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from zppo_mm.rewards.mathematics import last_boxed
+from zppo_mm.rewards.boxes import last_boxed
 from zppo_mm.teacher.compress import NUM_ATTEMPTS, Generate, RuleCompressor, fill_template, read_template
 from zppo_mm.teacher.teacher import Hint, Trace
 
