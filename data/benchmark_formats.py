@@ -7,24 +7,30 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from data.errors import SampleError
+from data.media_columns import unmapped_media
 from data.question import ANSWER_TYPES, AnswerType, MediaKind
 from data.sample import MAX_CHOICES, media_kind
 
-PARTS = ("id", "question", "answer", "answer_type", "choices", "source", "image", "video", "media")
-"""What columns can be given for."""
+PARTS = ("id", "question", "answer", "answer_type", "choices", "source", "image", "video", "media", "ignore")
+"""What columns can be given for; `ignore` are those whose pictures and videos are left out on purpose."""
+MEDIA_PARTS = ("image", "video", "media")
 HIDDEN_ANSWERS = ("", "?", "N/A")
 """What test splits have in the place of the answers that their authors keep."""
 _NUMBER = re.compile(r"[-+]?\$?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?(?: ?/ ?\d+)?%?", re.IGNORECASE)
 _LETTER = re.compile(r"\(?([A-Z])[).:]*")
+_LABELLED = re.compile(r"\(?([A-Z])[).:]\s*(.+)", re.DOTALL)
 _PLACES = re.compile(r"(\d+)(?:\.0*)?")
 _MARKER = re.compile(r"<image (\d+)>")
 _SUBJECT = re.compile(r"(?:dev|validation|test)_(.+)_\d+")
+
+Reading = Literal["letter", "text", "either"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +65,18 @@ class RowView:
     columns: Mapping[str, str]
 
     def values(self, part: str) -> list[Any]:
-        """Return what the part's columns hold, without what is empty; a dot leads into an object."""
+        """Return what the part's columns hold, without what is empty; a dot leads into an object. Bytes are never nothing."""
+        return [value for value in self.all_values(part) if value is not None and value not in ("", [])]
+
+    def all_values(self, part: str) -> list[Any]:
+        """Return what the part's columns hold, `None` for a missing one."""
         found = []
-        for column in filter(None, (name.strip() for name in self.columns.get(part, "").split(","))):
+        for column in split_columns(self.columns.get(part, "")):
             value: Any = self.row
             for name in [column] if column in self.row else column.split("."):
                 value = value.get(name) if isinstance(value, Mapping) else None
             # A number that is not equal to itself stands for nothing in tables of floats.
-            if value is not None and value == value and not (isinstance(value, str | bytes | list) and not value):
-                found.append(value)
+            found.append(None if isinstance(value, float) and value != value else value)
         return found
 
     def text(self, part: str, default: str | None = None) -> str:
@@ -79,7 +88,7 @@ class RowView:
         values = self.values(part)
         if not values and default is not None:
             return default
-        if len(values) == 1 and isinstance(values[0], str | int | float):
+        if len(values) == 1 and isinstance(values[0], str | int | float) and values[0] not in (math.inf, -math.inf):
             return str(values[0]).strip()
         column = self.columns.get(part, "")
         raise SampleError(
@@ -98,25 +107,38 @@ class RowView:
         return answer
 
     def choices(self) -> list[str]:
-        """Return the options without their letters; a list, or a text that spells one in JSON or Python."""
-        [options] = self.values("choices") or [[]]
-        if isinstance(options, str):
-            options = _spelled_list(options)
+        """Return the options without their letters.
+
+        They lie in several columns, or in one: a list, an object from letters to options, or a text that spells one of these in JSON
+        or Python.
+
+        Raises:
+            SampleError: They are something else, one is empty, or there are too many.
+        """
+        options: Any = self.all_values("choices")
+        if len(options) <= 1:
+            options = options[0] if options else None
+            options = [] if options is None or options == "" else _spelled(options) if isinstance(options, str) else options
+        if isinstance(options, Mapping) and list(options) == _letters(list(options)):
+            options = list(options.values())
         if not isinstance(options, list) or len(options) > MAX_CHOICES:
-            raise SampleError(
-                "bad_choice", f"{self.where}: no list of options, got {options!r:.200}, expected at most {MAX_CHOICES} of them"
-            )
+            raise self.bad_choice(f"no list of options, got {options!r:.200}, expected at most {MAX_CHOICES} of them; correct it")
+        while options and options[-1] in (None, ""):  # questions with fewer options leave the last columns empty
+            options = options[:-1]
+        if not all(isinstance(option, str | int | float) and option == option and str(option).strip() for option in options):
+            raise self.bad_choice(f"an option is no text, got {options!r:.200}, expected texts that are not empty; correct it")
         texts = [str(option).strip() for option in options]
         matches = [re.fullmatch(rf"\(?{letter}[.):]\s*(.+)", text, re.DOTALL) for letter, text in zip(_letters(texts), texts, strict=True)]
         return [match[1] for match in matches if match] if all(matches) else texts
 
-    def letter(self, answer: str, choices: Sequence[str], text_first: bool = False) -> str:
-        """Return the letter of the right option, which the answer gives itself or by the option's text.
+    def letter(self, answer: str, choices: Sequence[str], reading: Reading = "either") -> str:
+        """Return the letter of the right option, which the answer gives itself, by the option's text, or by both (`B. blue`).
 
         Args:
             answer: As the benchmark has it.
             choices: Option texts.
-            text_first: What an answer is that can be read both ways: the text of an option, not its letter.
+            reading: What an answer is that can be read both ways: always a `letter`, always a `text`, or `either`, which is refused
+                where the two differ.
 
         Raises:
             SampleError: It names no option, or two.
@@ -125,20 +147,45 @@ class RowView:
         by_text = [letter for letter, choice in zip(letters, choices, strict=True) if choice == answer]
         match = _LETTER.fullmatch(answer)
         by_letter = [match[1]] if match and match[1] in letters else []
-        found = (by_text or by_letter) if text_first else (by_letter or by_text)
+        labelled = _LABELLED.fullmatch(answer)
+        if labelled and labelled[1] in letters and choices[letters.index(labelled[1])] == labelled[2] and not by_text:
+            by_letter = [labelled[1]]
+        if reading == "either":
+            found = sorted({*by_letter, *by_text})
+        else:
+            found = (by_text or by_letter) if reading == "text" else (by_letter or by_text)
         if len(found) != 1:
             expected = f"expected one of {', '.join(letters)} or the text of one option"
-            raise SampleError("bad_choice", f"{self.where}: the answer names no single option, got {answer!r:.200}, {expected}; correct it")
+            raise self.bad_choice(f"the answer names no single option, got {answer!r:.200}, {expected}; correct it")
         return found[0]
+
+    def bad_choice(self, message: str) -> SampleError:
+        """Return the error of a row whose options or answer cannot be used."""
+        return SampleError("bad_choice", f"{self.where}: {message}")
 
     def media(self, *parts: tuple[str, MediaKind]) -> list[tuple[MediaKind, Any]]:
         """Return the media of some parts in their order; a column may hold one, a list, or a text that spells a list."""
         found: list[tuple[MediaKind, Any]] = []
         for part, kind in parts:
             for value in self.values(part):
-                entries = _spelled_list(value) or [value] if isinstance(value, str) else value
-                found += [(kind, entry) for entry in (entries if isinstance(entries, list) else [entries])]
+                entries = _spelled(value) if isinstance(value, str) else value
+                found += [(kind, entry) for entry in (entries if isinstance(entries, list) else [value])]
         return found
+
+    def check_all_read(self, has_media: bool) -> None:
+        """Refuse a row with media in a column that no part of a question is read from.
+
+        Raises:
+            SampleError: `unmapped_media`.
+        """
+        read = [name for columns in self.columns.values() for column in split_columns(columns) for name in (column, column.split(".")[0])]
+        unread = unmapped_media(self.row, read, has_media)
+        if unread:
+            hint = f"name them: --fields image={','.join(unread)}, or leave them out: --fields ignore={','.join(unread)}"
+            raise SampleError(
+                "unmapped_media",
+                f"{self.where}: media in columns that are not read, got {', '.join(unread)}, expected a part of the question; {hint}",
+            )
 
 
 def read_mathvista(view: RowView) -> Draft:
@@ -151,7 +198,7 @@ def read_mathvista(view: RowView) -> Draft:
         text += f" (Unit: {unit})"
     answer_type: AnswerType = "math"
     if choices:
-        answer_type, answer = "choice", view.letter(answer, choices, text_first=True)
+        answer_type, answer = "choice", view.letter(answer, choices, "text")
     elif kind == "float" and places:
         text += f" Round the answer to {places[1]} decimal place{'' if places[1] == '1' else 's'}."
     elif kind == "text":
@@ -168,12 +215,13 @@ def read_mmmu(view: RowView) -> Draft:
     answer, choices = view.answer(), view.choices()
     answer_type: AnswerType = "choice"
     if choices:
-        answer = view.letter(answer, choices)
+        answer = view.letter(answer, choices, "letter")
     else:
-        spellings = [str(entry).strip() for entry in _spelled_list(answer) or [answer]]
+        spelled = _spelled(answer)
+        spellings = [str(entry).strip() for entry in (spelled if isinstance(spelled, list) and spelled else [answer])]
         number = next((entry for entry in spellings if _NUMBER.fullmatch(entry)), None)
         answer_type, answer = ("open", " or ".join(spellings)) if number is None else ("math", number)
-    media = [(number, value) for number in range(1, 8) for value in _column(view, f"image_{number}")]
+    media = [(number, value) for number, value in enumerate(view.all_values("image"), start=1) if value not in (None, "")]
     places = {number: place for place, (number, _) in enumerate(media, start=1)}
     question_id = _own_id(view)
     subject = _SUBJECT.fullmatch(question_id)
@@ -192,7 +240,7 @@ def read_mmmu(view: RowView) -> Draft:
 def read_videomme(view: RowView) -> Draft:
     """Read a row of Video-MME: its video lies beside the table as `<videoID>.mp4`, also in `video/`, `videos/` or `data/`."""
     choices = view.choices()
-    answer = view.letter(view.answer(), choices)
+    answer = view.letter(view.answer(), choices, "letter")
     source = f"videomme/{view.text('source', default=view.stem)}"
     fields = _fields(f"videomme/{_own_id(view)}", view.text("question"), answer, "choice", choices, source)
     return Draft(fields, view.media(("video", "video")))
@@ -242,11 +290,15 @@ FORMATS: Mapping[str, BenchmarkFormat] = {
             "choices": "choices",
             "source": "metadata.source",
             "image": "image",
+            "ignore": "",
         },
         frozenset({"pid", "question", "choices", "precision"}),
     ),
     "mmmu": BenchmarkFormat(
-        read_mmmu, {name: name for name in ("id", "question", "answer")} | {"choices": "options"}, frozenset({"options", "image_1"})
+        read_mmmu,
+        {name: name for name in ("id", "question", "answer", "source")}
+        | {"choices": "options", "image": ",".join(f"image_{number}" for number in range(1, 8)), "ignore": ""},
+        frozenset({"options", "image_1"}),
     ),
     "videomme": BenchmarkFormat(
         read_videomme,
@@ -257,6 +309,7 @@ FORMATS: Mapping[str, BenchmarkFormat] = {
             "choices": "options",
             "source": "duration",
             "video": "videoID",
+            "ignore": "",
         },
         frozenset({"videoID", "options"}),
     ),
@@ -273,11 +326,6 @@ def _own_id(view: RowView) -> str:
     return view.text("id", default=f"{view.stem}/{view.number}")
 
 
-def _column(view: RowView, column: str) -> list[Any]:
-    value = view.row.get(column)
-    return [] if value is None or value == "" else [value]
-
-
 def _renumber(view: RowView, text: str, places: Mapping[int, int]) -> str:
     """Let markers name places among the pictures that are there."""
 
@@ -290,14 +338,20 @@ def _renumber(view: RowView, text: str, places: Mapping[int, int]) -> str:
     return _MARKER.sub(place, text)
 
 
-def _spelled_list(text: str) -> Any:
-    """Return the list that a text spells in JSON or Python, `None` if it spells none."""
-    for read in (json.loads, ast.literal_eval):
+def split_columns(columns: str) -> list[str]:
+    """Return the names of columns that are joined by commas."""
+    return [name.strip() for name in columns.split(",") if name.strip()]
+
+
+def _spelled(text: str) -> Any:
+    """Return the list or object that a text spells in JSON or Python, `None` if it spells none."""
+    # Other texts, such as a picture in base64, are not for a parser of Python.
+    for read in (json.loads, ast.literal_eval) if text.lstrip()[:1] in ("[", "{") else ():
         try:
             value = read(text)
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             continue
-        if isinstance(value, list):
+        if isinstance(value, list | dict):
             return value
     return None
 

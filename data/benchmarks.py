@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,22 +13,26 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from data.benchmark_formats import FORMATS, PARTS, BenchmarkFormat, RowView
-from data.containers import recognise
+from data.benchmark_formats import FORMATS, PARTS, BenchmarkFormat, RowView, split_columns
 from data.convert import keep_good
-from data.errors import DataError, SampleError
+from data.errors import DataError, MediaError, SampleError
 from data.health import SampleHealth
-from data.media import MediaOpener, recognise_image
-from data.question import MediaKind
+from data.media import MediaLimits, MediaOpener
+from data.media_files import MediaFolder
+from data.question import ANSWER_TYPES, MediaKind
 from data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardSample
 from data.shards import write_shards
+from data.signatures import file_ending
 from data.tables import Row, read_rows
 
 CONVERSION_FILE = "conversion.json"
 ROWS_LOOKED_AT = 20
 """Rows whose columns decide on the format; rows of a JSON file need not have the same."""
-IMAGE_NAMES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
 MEDIA_FOLDERS: Mapping[MediaKind, tuple[str, ...]] = {"image": ("", "images"), "video": ("", "video", "videos", "data")}
+
+MIN_BASE64 = 64
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+_DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,8 @@ def convert_benchmark(
     format_name: str = "",
     fields: Mapping[str, str] | None = None,
     media_root: str | Path | None = None,
+    follow_links: bool = False,
+    max_media_bytes: int | None = None,
     opener: MediaOpener | None = None,
     health: SampleHealth | None = None,
     overwrite: bool = False,
@@ -68,7 +76,9 @@ def convert_benchmark(
         out_dir: Folder for the shards and `conversion.json`, which is written last.
         format_name: One of `FORMATS`; empty means the one whose columns the file has.
         fields: Columns by part of a question, in place of the format's.
-        media_root: What relative media paths start from; by default the folder of the file.
+        media_root: What relative media paths start from, and no path leaves; by default the folder of the file.
+        follow_links: Links may lead out of it.
+        max_media_bytes: Largest medium that is read; by default that of `MediaLimits`.
         opener: Opens every media file to see whether it can be opened; `None` skips that.
         health: Counts, and stops when too many are bad.
         overwrite: Remove shards that lie in `out_dir`.
@@ -77,14 +87,14 @@ def convert_benchmark(
         DataError: The file cannot be read, its columns are not known, or no row or too few can be used.
     """
     source, target = Path(file), Path(out_dir)
-    root = source.parent if media_root is None else Path(media_root)
+    limit = MediaLimits().max_bytes if max_media_bytes is None else max_media_bytes
+    folder = MediaFolder(source.parent if media_root is None else media_root, limit, follow_links=follow_links)
     counted = health if health is not None else SampleHealth()
     rows = read_rows(source)
     first = list(islice(rows, ROWS_LOOKED_AT))
-    name, columns = choose_format(
-        source, {column for _, row in first if isinstance(row, Mapping) for column in row}, format_name, fields or {}
-    )
-    makers = _makers(source, root, FORMATS[name], columns, chain(first, rows))
+    present = {column for _, row in first if isinstance(row, Mapping) for column in row}
+    name, columns = choose_format(source, present, format_name, fields or {})
+    makers = _makers(source, folder, FORMATS[name], columns, chain(first, rows))
     if overwrite:
         (target / CONVERSION_FILE).unlink(missing_ok=True)
     written = write_shards(target, keep_good(source, makers, opener, counted), overwrite=overwrite)
@@ -125,8 +135,10 @@ def choose_format(source: Path, present: set[str], format_name: str, fields: Map
     name = format_name or next(name for name, known in FORMATS.items() if known.marks <= present)
     columns = dict(FORMATS[name].columns)
     if name == "mathvista" and "decoded_image" in present:
-        columns["image"] = "decoded_image"  # the picture itself; `image` beside it is only its path
+        columns |= {"image": "decoded_image", "ignore": "image"}  # the picture itself; `image` beside it is only its path
+    _check_parts(source, name, fields)
     columns |= fields
+    _check_columns(source, present, fields)
     missing = [part for part in ("question", "answer") if columns[part].split(".")[0] not in present and columns[part] not in present]
     if missing and present:
         listed = ", ".join(f"{part}=COLUMN" for part in missing)
@@ -136,46 +148,88 @@ def choose_format(source: Path, present: set[str], format_name: str, fields: Map
     return name, columns
 
 
+def _check_parts(source: Path, name: str, fields: Mapping[str, str]) -> None:
+    """Refuse a part that rows of this format are not asked for."""
+    unread = [part for part in fields if part not in FORMATS[name].columns]
+    if unread:
+        expected = ", ".join(FORMATS[name].columns)
+        raise DataError(f"{source}: {name} has no such part, got {unread[0]!r}, expected one of {expected}; use --format fields")
+
+
+def _check_columns(source: Path, present: set[str], fields: Mapping[str, str]) -> None:
+    """Refuse a column that the user names and no row has: a question would be without it, and nobody would know."""
+    wanted = {column for part, columns in fields.items() if part != "ignore" for column in split_columns(columns)}
+    missing = sorted(column for column in wanted if not {column, column.split(".")[0]} & present)
+    if fields.get("answer_type") in ANSWER_TYPES:
+        missing = [column for column in missing if column != fields["answer_type"]]
+    if missing and source.suffix.lower() == ".jsonl":  # lines need not have the same fields
+        later = {column for _, row in read_rows(source) if isinstance(row, Mapping) for column in row}
+        missing = [column for column in missing if not {column, column.split(".")[0]} & later]
+    if missing and present:
+        raise DataError(
+            f"{source}: no such column, got {missing[0]!r} in --fields, expected one of {', '.join(sorted(present))}; correct it"
+        )
+
+
 def _makers(
-    source: Path, root: Path, known: BenchmarkFormat, columns: Mapping[str, str], rows: Iterator[tuple[int, Row | SampleError]]
+    source: Path, folder: MediaFolder, known: BenchmarkFormat, columns: Mapping[str, str], rows: Iterator[tuple[int, Row | SampleError]]
 ) -> Iterator[tuple[int, Callable[[], ShardSample]]]:
     for number, row in rows:
-        yield number, partial(_sample, source, root, known, columns, number, row)
+        yield number, partial(_sample, source, folder, known, columns, number, row)
 
 
 def _sample(
-    source: Path, root: Path, known: BenchmarkFormat, columns: Mapping[str, str], number: int, row: Row | SampleError
+    source: Path, folder: MediaFolder, known: BenchmarkFormat, columns: Mapping[str, str], number: int, row: Row | SampleError
 ) -> ShardSample:
     """Return one row with its media read."""
     if isinstance(row, SampleError):
         raise row
-    where = f"{source}:{number}"
-    draft = known.read(RowView(where, number, source.stem, row, columns))
+    view = RowView(f"{source}:{number}", number, source.stem, row, columns)
+    draft = known.read(view)
+    view.check_all_read(has_media=bool(draft.media))
     media = []
     for index, (kind, value) in enumerate(draft.media):
-        suffix, content = _load(where, root, kind, value)
+        suffix, content = _load(view.where, folder, kind, value)
         media.append((suffix if len(draft.media) == 1 else f"{index}.{suffix}", content))
+        folder.check_total(view.where, media)
     return ShardSample(f"{number:09d}", {**draft.question, "media": [extension for extension, _ in media]}, media)
 
 
-def _load(where: str, root: Path, kind: MediaKind, value: Any) -> tuple[str, bytes]:
+def _load(where: str, folder: MediaFolder, kind: MediaKind, value: Any) -> tuple[str, bytes]:
     """Return ending and content of one medium; the ending of bytes comes from the bytes."""
     path = value.get("path") if isinstance(value, Mapping) else value
     content = value.get("bytes") if isinstance(value, Mapping) else value
+    if isinstance(content, str):
+        content = _inline(where, kind, content)
     if isinstance(content, bytes):
-        return (IMAGE_NAMES[recognise_image(content)] if kind == "image" else recognise(content).name), content
+        folder.check_size(f"{where}: the {kind} in the table", len(content))
+        return file_ending(kind, content), content
     if not isinstance(path, str) or not path:
         expected = "expected a path, bytes, or an object with bytes or path"
         raise SampleError("bad_field", f"{where}: no {kind}, got {type(value).__name__}, {expected}; name its column in --fields")
     known = IMAGE_EXTENSIONS if kind == "image" else VIDEO_EXTENSIONS
     suffix = Path(path).suffix[1:].lower()
     names = [path] if suffix in known else [f"{path}.{ending}" for ending in sorted(known)]
+    candidates = [os.path.join(below, name) for below in MEDIA_FOLDERS[kind] for name in names]
     try:
-        for found in (root / folder / name for folder in MEDIA_FOLDERS[kind] for name in names):
-            if found.is_file():
-                return found.suffix[1:].lower(), found.read_bytes()
-    except OSError as error:
-        raise SampleError(
-            "missing_media", f"{where}: the {kind} {path!r:.200} cannot be read ({error.strerror}); correct the path"
-        ) from error
-    raise SampleError("missing_media", f"{where}: no file for the {kind} {path!r} in {root}; add it or set --media-root")
+        found = next((name for name in candidates if folder.holds(name)), None)
+    except (OSError, ValueError) as error:
+        raise SampleError("missing_media", f"{where}: the {kind} {path!r:.200} cannot be read ({error}); correct the path") from error
+    if found is None:
+        raise SampleError("missing_media", f"{where}: no file for the {kind} {path!r:.200} in {folder.root}; add it or set --media-root")
+    return Path(found).suffix[1:].lower(), folder.read(where, found)
+
+
+def _inline(where: str, kind: MediaKind, text: str) -> bytes | None:
+    """Return the medium that a text spells in base64, with or without `data:` before it; `None` if it is a path."""
+    url = _DATA_URL.match(text)
+    if url is None and (len(text) < MIN_BASE64 or not _BASE64.fullmatch(text)):
+        return None
+    try:
+        content = base64.b64decode(re.sub(r"\s", "", text[url.end() :] if url else text), validate=True)
+        file_ending(kind, content)
+    except (ValueError, MediaError) as error:
+        if url is None:
+            return None  # a path may look so too
+        raise SampleError("bad_field", f"{where}: {kind} in base64 is wrong ({error}), expected a whole file; write it anew") from error
+    return content

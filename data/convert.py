@@ -6,13 +6,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from data.errors import DataError, MediaError, SampleError
 from data.health import SampleHealth
-from data.media import MediaOpener
-from data.sample import ShardSample, media_kind, parse_question
+from data.json_text import load_object
+from data.media import MediaLimits, MediaOpener
+from data.media_files import MediaFolder
+from data.sample import ShardSample, check_fields, media_kind, parse_question
 from data.shards import write_shards
+from data.tables import read_lines
 
 
 def convert_jsonl(
@@ -20,6 +22,8 @@ def convert_jsonl(
     out_dir: str | Path,
     *,
     media_root: str | Path | None = None,
+    follow_links: bool = False,
+    max_media_bytes: int | None = None,
     opener: MediaOpener | None = None,
     health: SampleHealth | None = None,
     samples_per_shard: int = 1000,
@@ -32,7 +36,9 @@ def convert_jsonl(
     Args:
         lines: The JSON lines file, UTF-8.
         out_dir: Folder for the shards.
-        media_root: What relative media paths start from; by default the folder of `lines`.
+        media_root: What relative media paths start from, and no path leaves; by default the folder of `lines`.
+        follow_links: Links may lead out of it.
+        max_media_bytes: Largest media file that is read; by default that of `MediaLimits`.
         opener: Opens every media file to see whether it can be opened; `None` skips that.
         health: Counts, and stops when too many are bad.
         samples_per_shard: Most samples of one shard.
@@ -47,9 +53,10 @@ def convert_jsonl(
     source = Path(lines)
     if not source.is_file():
         raise DataError(f"{source}: no such file, expected JSON lines; give its path as seen from here")
-    root = source.parent if media_root is None else Path(media_root)
+    limit = MediaLimits().max_bytes if max_media_bytes is None else max_media_bytes
+    folder = MediaFolder(source.parent if media_root is None else media_root, limit, follow_links=follow_links)
     counted = health if health is not None else SampleHealth()
-    samples = keep_good(source, _lines(source, root), opener, counted)
+    samples = keep_good(source, _lines(source, folder), opener, counted)
     written = write_shards(out_dir, samples, samples_per_shard, overwrite=overwrite)
     if not written:
         listed = "; ".join(detail for _, _, detail in counted.listed) or "the file is empty"
@@ -57,11 +64,9 @@ def convert_jsonl(
     return written
 
 
-def _lines(source: Path, root: Path) -> Iterator[tuple[int, Callable[[], ShardSample]]]:
-    with source.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, partial(_sample, f"{source}:{number}", source.stem, number, line, root)
+def _lines(source: Path, folder: MediaFolder) -> Iterator[tuple[int, Callable[[], ShardSample]]]:
+    for number, line in read_lines(source):
+        yield number, partial(_sample, f"{source}:{number}", source.stem, number, line, folder)
 
 
 def keep_good(
@@ -91,38 +96,34 @@ def keep_good(
         yield sample
 
 
-def _sample(where: str, stem: str, number: int, line: bytes, root: Path) -> ShardSample:
+def _sample(where: str, stem: str, number: int, line: bytes | SampleError, folder: MediaFolder) -> ShardSample:
     """Return one line with its media files read."""
-    try:
-        fields: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise SampleError("bad_json", f"{where}: no JSON ({error}); write the line anew") from error
-    if not isinstance(fields, dict):
-        raise SampleError("bad_json", f"{where}: no object, got {type(fields).__name__}, expected the fields of a question; correct it")
-    paths = fields.get("media") or []
+    if isinstance(line, SampleError):
+        raise line
+    fields = load_object(where, line)
+    paths = fields.get("media")
+    paths = [] if paths is None else paths
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise SampleError("bad_field", f"{where}: field media is wrong, got {paths!r}, expected a list of paths; correct it")
+        raise SampleError("bad_field", f"{where}: field media is wrong, got {paths!r:.200}, expected a list of paths; correct it")
+    check_fields(where, fields, has_media=bool(paths))
     media = []
     for index, path in enumerate(paths):
         suffix = Path(path).suffix[1:].lower()
         if media_kind(suffix) is None:
-            raise SampleError(
-                "unknown_media", f"{where}: unknown kind of media, got {path}, expected e.g. .jpg, .png, .mp4; convert the file"
-            )
-        try:
-            content = (root / path).read_bytes()
-        except OSError as error:
-            raise SampleError(
-                "missing_media", f"{where}: {root / path} cannot be read ({error.strerror}); add it or set --media-root"
-            ) from error
-        media.append((suffix if len(paths) == 1 else f"{index}.{suffix}", content))
+            expected = "expected e.g. .jpg, .png, .mp4; convert the file"
+            raise SampleError("unknown_media", f"{where}: unknown kind of media, got {path!r:.200}, {expected}")
+        media.append((suffix if len(paths) == 1 else f"{index}.{suffix}", folder.read(where, path)))
+        folder.check_total(where, media)
     fields = {"id": f"{stem}/{number}", **fields, "media": [extension for extension, _ in media]}
     return ShardSample(key=f"{number:09d}", question=fields, media=media)
 
 
 def _check(source: str, number: int, sample: ShardSample, opener: MediaOpener | None) -> None:
     """Raise what reading the sample from its shard would raise."""
-    content = json.dumps(dict(sample.question)).encode()
+    try:
+        content = json.dumps(dict(sample.question)).encode()
+    except (RecursionError, TypeError) as error:  # what was just deep enough to be read
+        raise SampleError("bad_json", f"{source}:{number}: its fields cannot be written ({error}); correct them") from error
     question = parse_question(source, str(number), content, (extension for extension, _ in sample.media))
     if opener is not None:
         for reference, (_, media) in zip(question.media, sample.media, strict=True):

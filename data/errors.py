@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+MEDIA_REASONS = ("empty", "missing", "oversized", "unsupported_container", "truncated", "unreadable", "timeout", "decoder_died")
+
 
 class DataError(ValueError):
     """A sample, a shard or a media file is not what it must be."""
@@ -27,7 +29,7 @@ class SampleError(ReasonedError):
 
 
 class MediaError(ReasonedError):
-    """One image or video cannot be opened within the limits; its reason is one of `data.media.MEDIA_REASONS`."""
+    """One image or video cannot be opened within the limits; its reason is one of `MEDIA_REASONS`."""
 
 
 def shown(name: str, limit: int = 120) -> str:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from data.errors import SampleError, shown
+from data.json_text import load_object
+from data.media_columns import check_markers, unmapped_media
 from data.question import ANSWER_TYPES, AnswerType, MediaKind, MediaRef, Question
-from data.text import is_valid_text
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp"})
 VIDEO_EXTENSIONS = frozenset({"mp4", "m4v", "mov", "webm", "mkv", "avi", "gif"})
 MAX_CHOICES = 26
+FIELDS = ("id", "question", "answer", "answer_type", "choices", "source", "media")
 MAX_MEDIA = 1000
 PARTS = re.compile(r"([0-9]+)|([^0-9]+)")
 UNUSABLE_KEY = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]|\\A/|(?:\\A|/)\\.\\.(?:/|\\Z)")
@@ -28,6 +29,7 @@ REASONS = (
     "bad_choice",
     "missing_media",
     "unknown_media",
+    "unmapped_media",
     "missing_json",
 )
 
@@ -97,20 +99,10 @@ def parse_question(shard: str, key: str, content: bytes, extensions: Iterable[st
     if not is_usable_key(key):
         expected = "expected printable UTF-8 without leading / or .."
         raise SampleError("bad_key", f"{where}: key is not allowed, {expected}; rename it")
-    try:
-        fields = json.loads(content, object_pairs_hook=_fields_once, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        message = f"{where}: KEY.json is no JSON ({shown(str(error))}); write it anew"
-        raise SampleError("bad_json", message) from error
-    for text in _texts(fields):
-        if not is_valid_text(text):
-            got = f"got {shown(text)!r}, expected whole characters without NUL"
-            raise SampleError("bad_text", f"{where}: a text is no UTF-8, {got}; correct it")
-    if not isinstance(fields, dict):
-        raise SampleError("bad_json", f"{where}: KEY.json is no object, got {type(fields).__name__}, expected fields; write it anew")
+    fields = load_object(where, content)
     answer_type = _answer_type(where, fields)
     choices = _choices(where, fields, answer_type)
-    return Question(
+    question = Question(
         id=_text(where, fields, "id"),
         text=_text(where, fields, "question"),
         media=_media(where, shard, key, fields, dict.fromkeys(extensions)),
@@ -119,32 +111,27 @@ def parse_question(shard: str, key: str, content: bytes, extensions: Iterable[st
         choices=choices,
         source=_text(where, fields, "source", optional=True),
     )
+    if not question.media:
+        check_fields(where, fields, has_media=False)
+    check_markers(where, [question.text, *choices], question.media)
+    return question
 
 
-def _fields_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in fields:
-            raise ValueError(f"the field {shown(name)} is there twice")
-        fields[name] = value
-    return fields
+def check_fields(where: str, fields: Mapping[str, Any], *, has_media: bool) -> None:
+    """Refuse a question with media in a field that is not read.
 
+    Args:
+        where: Place of the question.
+        fields: All fields.
+        has_media: The field `media` gives some.
 
-def _texts(value: Any) -> Iterator[str]:
-    """Yield every text inside a JSON value, names of fields included."""
-    rest = [value]
-    while rest:
-        value = rest.pop()
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict):
-            rest += [*value, *value.values()]
-        elif isinstance(value, list):
-            rest += value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    Raises:
+        SampleError: `unmapped_media`.
+    """
+    unread = unmapped_media(fields, FIELDS, has_media)
+    if unread:
+        got = f"got {', '.join(unread)}"
+        raise SampleError("unmapped_media", f"{where}: media in a field that is not read, {got}, expected them in media; move or remove it")
 
 
 def _text(where: str, fields: Mapping[str, Any], name: str, *, optional: bool = False) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
-import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from data.errors import DataError, SampleError
+from data.json_text import TEXT_RULE, InvalidText, check_texts, load_json, load_object
 
 TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 PARQUET_BATCH = 32
 """Rows of a Parquet file in memory at once; each may hold pictures."""
+
+MAX_LINE_BYTES = 1 << 29
+MAX_JSON_BYTES = 4 << 30
 
 Row = Mapping[str, Any]
 
@@ -34,57 +38,106 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
             f"{path}: unknown kind of table, got {path.suffix!r}, expected one of {', '.join(TABLE_SUFFIXES)}; convert the file"
         )
     try:
-        yield from reader(path)
+        for number, row in reader(path):
+            yield number, row if isinstance(row, SampleError) else _checked(path, number, row)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); restore the file") from error
 
 
-def _json(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
+def read_lines(path: Path) -> Iterator[tuple[int, bytes | SampleError]]:
+    """Yield number, from 1, and content of every line that is not blank; one that is too long comes as its error."""
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES):
+            number += 1
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
+                    pass
+                expected = f"expected at most {MAX_LINE_BYTES} bytes; put its media into files"
+                yield number, SampleError("oversized", f"{path}:{number}: the line is too long, {expected}")
+            elif line.strip():
+                yield number, line
+
+
+def _checked(path: Path, number: int, row: Row) -> Row | SampleError:
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        check_texts(row)
+    except InvalidText as error:
+        return SampleError("bad_text", f"{path}:{number}: {error}, {TEXT_RULE}; correct it")
+    return row
+
+
+def _json(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise DataError(
+            f"{path}: too large for JSON, got {size} bytes, expected at most {MAX_JSON_BYTES}; write one object a line (.jsonl)"
+        )
+    try:
+        content = load_json(path.read_bytes(), any_text=True)
+    except ValueError as error:
         raise DataError(f"{path}: no JSON ({error}); write it anew, or name it .jsonl if it has one object a line") from error
     if isinstance(content, dict) and content and all(isinstance(value, dict) for value in content.values()):
         content = [{"id": name, **value} for name, value in content.items()]
     if not isinstance(content, list):
         raise DataError(f"{path}: no rows, got {type(content).__name__}, expected a list of objects or an object of objects; write it anew")
     for number, value in enumerate(content, start=1):
-        yield number, _object(path, number, value)
+        if isinstance(value, dict):
+            yield number, value
+        else:
+            yield number, SampleError("bad_json", f"{path}:{number}: no object, got {type(value).__name__}, expected columns; correct it")
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield number, SampleError("bad_json", f"{path}:{number}: no JSON ({error}); write the line anew")
-            else:
-                yield number, _object(path, number, value)
+    for number, line in read_lines(path):
+        try:
+            yield number, line if isinstance(line, SampleError) else load_object(f"{path}:{number}", line)
+        except SampleError as error:
+            yield number, error
 
 
 def _separated(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
     # A field may be a picture or a whole article; the module's own limit is 128 KiB.
-    csv.field_size_limit(1 << 30)
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    csv.field_size_limit(MAX_LINE_BYTES)
+    # What is no UTF-8 becomes text that breaks the rule of its row alone.
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        reader = csv.DictReader(_physical_lines(path, file), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        try:
+            _check_columns(path, reader.fieldnames or ())
+        except csv.Error as error:
+            raise DataError(f"{path}: its first line is not readable ({error}); name the columns there") from error
         number = 0
         while True:
             number += 1
+            first_line = reader.line_num
             try:
                 row = next(reader, None)
             except csv.Error as error:
-                yield number, SampleError("bad_row", f"{path}:{number}: not readable ({error}); correct the quotes of row {number}")
-                continue
-            if row is None:
-                return
-            if None in row or None in row.values():
-                expected = f"expected {len(reader.fieldnames or ())}"
-                yield number, SampleError("bad_row", f"{path}:{number}: wrong number of columns, {expected}; correct row {number}")
-                continue
-            yield number, row
+                problem = f"not readable ({error}); correct the quotes of row {number}"
+            else:
+                if row is None:
+                    return
+                if None not in row and None not in row.values():
+                    yield number, row
+                    continue
+                problem = f"wrong number of columns, expected {len(reader.fieldnames or ())}; correct row {number}"
+            # An open quote takes the lines after it along, each of which may have been a row.
+            for line in range(first_line + 1, max(reader.line_num, first_line + 1) + 1):
+                yield number, SampleError("bad_row", f"{path}:{number} (line {line}): {problem}")
+
+
+def _physical_lines(path: Path, file: TextIO) -> Iterator[str]:
+    while line := file.readline(MAX_LINE_BYTES):
+        if len(line) == MAX_LINE_BYTES:
+            raise DataError(f"{path}: a line is too long, expected at most {MAX_LINE_BYTES} characters; put its media into files")
+        yield line
+
+
+def _check_columns(path: Path, names: Sequence[str]) -> None:
+    """Refuse a column name that is there twice: only one of the columns would be read."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"{path}: two columns have one name, got {twice[0]!a}, expected every name once; rename one")
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
@@ -97,16 +150,16 @@ def _parquet(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
         ) from error
     try:
         with ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow.names)
             number = 0
             for batch in file.iter_batches(batch_size=PARQUET_BATCH):
-                for row in batch.to_pylist():
+                for index in range(batch.num_rows):
                     number += 1
-                    yield number, row
+                    try:
+                        [row] = batch.slice(index, 1).to_pylist()
+                    except UnicodeDecodeError as error:
+                        yield number, SampleError("bad_text", f"{path}:{number}: {error}, {TEXT_RULE}; correct it")
+                    else:
+                        yield number, row
     except ArrowException as error:
         raise DataError(f"{path}: not readable as Parquet ({error}); download it again") from error
-
-
-def _object(path: Path, number: int, value: Any) -> Row | SampleError:
-    if isinstance(value, dict):
-        return value
-    return SampleError("bad_json", f"{path}:{number}: no object, got {type(value).__name__}, expected columns; correct it")

@@ -33,7 +33,7 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-media-bytes", type=int, default=limits.max_bytes, help="largest media file (default %(default)s)")
     parser.add_argument("--max-media-pixels", type=int, default=limits.max_pixels, help="most pixels of a frame (default %(default)s)")
     parser.add_argument(
-        "--decode-timeout-seconds", type=float, default=limits.decode_timeout_seconds, help="time for one video (default %(default)s)"
+        "--decode-timeout-seconds", type=float, default=limits.decode_timeout_seconds, help="time for one file (default %(default)s)"
     )
 
 
@@ -55,6 +55,8 @@ def add_manners(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-bad-share", type=float, default=0.05, metavar="SHARE", help="stop above this share (default %(default)s)")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad sample")
     parser.add_argument("--overwrite", action="store_true", help="replace shards that lie in OUT_DIR")
+    parser.add_argument("--media-root", metavar="DIR", help="folder that paths of media start from and may not leave (default: the file's)")
+    parser.add_argument("--follow-links", action="store_true", help="let links below the media root lead out of it")
     add_limits(parser)
 
 
@@ -63,7 +65,6 @@ def add_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", default="", choices=[*FORMATS], help="how to read the file (default: by its columns)")
     parts = ", ".join(PARTS)
     parser.add_argument("--fields", nargs="+", type=field, default=[], metavar="PART=COLUMN", help=f"columns of {parts}")
-    parser.add_argument("--media-root", metavar="DIR", help="what relative media paths start from (default: the folder of the file)")
 
 
 def field(text: str) -> tuple[str, str]:
@@ -102,7 +103,6 @@ def run_convert(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="make_shards.py", description=CONVERT_HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", metavar="INPUT.jsonl", help="one question per line")
     parser.add_argument("out_dir", metavar="OUT_DIR", help="folder for the shards")
-    parser.add_argument("--media-root", metavar="DIR", help="what relative media paths start from (default: the folder of INPUT.jsonl)")
     parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="most samples of one shard (default %(default)s)")
     add_manners(parser)
     arguments = parser.parse_args(argv)
@@ -113,6 +113,8 @@ def run_convert(argv: list[str]) -> int:
             arguments.input,
             arguments.out_dir,
             media_root=arguments.media_root,
+            follow_links=arguments.follow_links,
+            max_media_bytes=arguments.max_media_bytes,
             opener=opener,
             health=health,
             samples_per_shard=arguments.samples_per_shard,
@@ -144,6 +146,8 @@ def run_benchmark(argv: list[str]) -> int:
             format_name=arguments.format,
             fields=dict(arguments.fields),
             media_root=arguments.media_root,
+            follow_links=arguments.follow_links,
+            max_media_bytes=arguments.max_media_bytes,
             opener=opener,
             health=health,
             overwrite=arguments.overwrite,

@@ -43,9 +43,9 @@ class DataConfig:
     max_media_pixels: int = 40_000_000
     """Most pixels (frame width x height) of an image or a video frame that is decoded."""
     decode_timeout_seconds: float = 30.0
-    """Time after which a video decoding worker is killed and the sample skipped."""
+    """Time after which a worker that decodes an image or a video is killed and the sample skipped."""
     num_decode_workers: int = 1
-    """Worker processes for video decoding, per rank; where teachers are served, as many again for each that is sent media."""
+    """Worker processes for decoding, per rank; where teachers are served, as many again for each that is sent media."""
     max_bad_share: float = 0.05
     """The run stops when more than this share of the samples met is bad (checked from 20 samples on)."""
     strict: bool = False

@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from data.containers import recognise
-from data.errors import DataError, MediaError
-from data.media import MEDIA_REASONS, MediaLimits, MediaOpener
+from data.errors import MEDIA_REASONS, DataError, MediaError
+from data.media import MediaLimits, MediaOpener
 from data.question import MediaKind, MediaRef
 from data.shards import ShardReader, write_shards
 from tests.unit.shard_samples import png, sample
@@ -21,9 +22,11 @@ from tests.unit.shard_samples import png, sample
 JPEG_TOLERANCE = 8  # of 255, quality 95 on a smooth picture with halved colour resolution
 
 
-@pytest.fixture
-def opener() -> MediaOpener:
-    return MediaOpener(MediaLimits(max_bytes=1_000_000, max_pixels=10_000))  # no video here, so no process to close
+@pytest.fixture(scope="module")
+def opener() -> Iterator[MediaOpener]:
+    made = MediaOpener(MediaLimits(max_bytes=1_000_000, max_pixels=10_000))
+    yield made
+    made.close()
 
 
 def encode(image: Image.Image, image_format: str, **options: object) -> bytes:
@@ -60,14 +63,83 @@ def test_other_modes_become_rgb(opener: MediaOpener) -> None:
     deep = Image.fromarray(np.full((4, 4), 0x8000, np.uint16))
     assert (opener.open(encode(deep, "PNG"), "image").pixels == 0x80).all(), "16 bits are scaled, not clipped"
     assert (opener.open(encode(Image.new("L", (4, 4), 7), "PNG"), "image").pixels == 7).all()
-    assert opener.open(encode(Image.new("CMYK", (4, 4)), "JPEG"), "image").pixels.shape == (1, 4, 4, 3)
 
 
-def test_exif_orientation_is_applied(opener: MediaOpener) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown after a turn of 90 degrees clockwise
-    content = encode(Image.fromarray(gradient()), "PNG", exif=exif)
-    assert (opener.open(content, "image").pixels[0] == np.rot90(gradient(), k=-1)).all()
+def raw_png(depth: int, colour: int, row: bytes, width: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """Return a PNG file of one row, of a depth that Pillow does not write, with chunks before the pixels."""
+    header = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    framed = (struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content)) for kind, content in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+WHITE, RED = (255, 255, 255), (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (raw_png(1, 0, b"\x80", 2), [WHITE, (0, 0, 0)]),
+        (raw_png(2, 0, b"\x1b", 4), [(0, 0, 0), (85, 85, 85), (170, 170, 170), WHITE]),
+        (raw_png(2, 0, b"\x10", 2, (b"tRNS", b"\0\x01")), [(0, 0, 0), WHITE]),
+        (raw_png(4, 0, b"\x1f", 2, (b"tRNS", b"\0\x01")), [WHITE, WHITE]),
+        (raw_png(16, 0, b"\x80\0\x12\x34", 2, (b"tRNS", b"\x12\x34")), [(128, 128, 128), WHITE]),
+        (raw_png(16, 2, b"\x80\0\x12\x34\xff\xff" + b"\x11\0" * 3, 2, (b"tRNS", b"\x11\0" * 3)), [(128, 18, 255), WHITE]),
+        (raw_png(8, 2, b"\1\2\3\4\5\6", 2, (b"tRNS", b"\0\1\0\2\0\3")), [WHITE, (4, 5, 6)]),
+        (raw_png(2, 3, b"\x10", 2, (b"PLTE", bytes((9, 9, 9)) + bytes((7, 8, 9))), (b"tRNS", b"\xff\0")), [(9, 9, 9), WHITE]),
+        (raw_png(16, 4, b"\x80\0\xff\xff" + b"\x80\0\0\0", 2), [(128, 128, 128), WHITE]),
+        (raw_png(16, 6, b"\xff\0\0\0\0\0\x80\0", 1), [(255, 127, 127)]),
+    ],
+)
+def test_every_kind_of_png(opener: MediaOpener, content: bytes, expected: list[tuple[int, int, int]]) -> None:
+    assert opener.open(content, "image").pixels[0, 0].tolist() == [list(pixel) for pixel in expected]
+
+
+def test_print_colours_and_grey_with_alpha(opener: MediaOpener) -> None:
+    inks = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # magenta and yellow are red
+    assert np.abs(opener.open(encode(inks, "JPEG", quality=100), "image").pixels[0, 0, 0].astype(int) - RED).max() <= JPEG_TOLERANCE
+    assert (opener.open(encode(Image.new("LA", (4, 4), (0, 0)), "PNG"), "image").pixels == 255).all()
+
+
+def test_a_long_text_in_a_png_is_no_reason_to_refuse_it(opener: MediaOpener) -> None:
+    plain = encode(Image.fromarray(gradient()), "PNG")
+    for is_packed in (True, False):
+        text = PngImagePlugin.PngInfo()
+        text.add_text("workflow", "x" * (3 << 20 if is_packed else 900_000), zip=is_packed)
+        content = encode(Image.fromarray(gradient()), "PNG", pnginfo=text)
+        assert (opener.open(content, "image").pixels == opener.open(plain, "image").pixels).all()
+
+
+def test_animations_are_not_cut_to_their_first_picture(opener: MediaOpener) -> None:
+    pictures = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (0, 100, 200)]
+    for image_format in ("PNG", "WEBP"):
+        content = encode(pictures[0], image_format, save_all=True, append_images=pictures[1:])
+        with pytest.raises(MediaError, match=f"{image_format} is animated, got an animation of 3 pictures, expected one picture"):
+            opener.open(content, "image")
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        (b"\0\0\0\x18ftypheic", "HEIC"),
+        (b"\0\0\0\x18ftypavif", "AVIF"),
+        (b"<?xml version='1.0'?>\n<svg width='8'/>", "SVG"),
+        (b"GIF89a", "GIF, which is read as a video"),
+        (b"II*\0", "TIFF"),
+        (b"%PDF-1.7", "PDF"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+        (b"\0\0\0\x18ftypisom", r"a video \(mp4\)"),
+        (bytes(900), "zeros only"),
+    ],
+)
+def test_formats_that_are_not_opened_are_refused_by_name(opener: MediaOpener, start: bytes, name: str) -> None:
+    with pytest.raises(MediaError, match=f"image: format not supported, got {name}") as caught:
+        opener.open(start + bytes(900), "image")
+    assert caught.value.reason == "unsupported_container"
+    if "ftyp" in str(start) and "isom" not in str(start):
+        with pytest.raises(MediaError, match=f"video: format not supported, got {name}"):
+            opener.open(start + bytes(900), "video")
 
 
 def test_bad_images_are_named(opener: MediaOpener) -> None:
@@ -76,6 +148,7 @@ def test_bad_images_are_named(opener: MediaOpener) -> None:
     assert reason_of(opener, b"") == "empty"
     assert reason_of(opener, jpeg[: len(jpeg) // 2]) == "truncated"
     assert reason_of(opener, packed[: len(packed) // 2]) == "truncated"
+    assert reason_of(opener, jpeg[: len(jpeg) // 2] + bytes(len(jpeg) // 2)) == "truncated", "a download that was never finished"
     assert reason_of(opener, jpeg[:20]) in ("truncated", "unreadable")
     assert reason_of(opener, packed[:8] + b"\xff" * 500) == "unreadable"
     assert reason_of(opener, b"<svg xmlns='http://www.w3.org/2000/svg'/>") == "unsupported_container"

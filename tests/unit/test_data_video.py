@@ -10,6 +10,8 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -19,10 +21,12 @@ import psutil
 import pytest
 from PIL import Image
 
+from data.decoder import FrameLimits, MediaDecoder
 from data.errors import MediaError
 from data.media import Frames, MediaLimits, MediaOpener
-from data.video import VideoDecoder
-from data.video_worker import choose_frames, seconds_per_frame
+from data.video_frames import choose_frames, seconds_per_frame
+from data.worker import WorkerLimits
+from tests.unit.shard_samples import png
 
 LOSSY_TOLERANCE = 6  # of 255, H.264 at crf 1 and the way through YUV
 TIMESTAMP_TOLERANCE_SECONDS = 0.001  # times are kept in milliseconds
@@ -53,7 +57,8 @@ def grey_frames(count: int, width: int = 64, height: int = 48) -> list[np.ndarra
 GOOD = encode(grey_frames(20))
 
 
-REQUEST = {"frames_per_second": 2.0, "max_frames": 4, "num_pixels": 64 * 48, "max_pixels": 10**6, "max_clip_bytes": 10**8}
+LIMITS = FrameLimits(max_pixels=10**6, frames_per_second=2.0, max_frames=4, max_clip_bytes=10**8)
+WORKER_LIMITS = WorkerLimits(memory_bytes=8 << 30, timeout_seconds=60)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +81,7 @@ def reason_of(opener: MediaOpener, content: bytes) -> str:
 
 
 def workers() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if any("video_worker" in part for part in child.cmdline())]
+    return [child for child in psutil.Process().children() if any("media_worker" in part for part in child.cmdline())]
 
 
 def test_frames_are_sampled_at_the_rate_up_to_the_cap(opener: MediaOpener) -> None:
@@ -136,6 +141,42 @@ def test_narrow_frames_whose_rows_the_decoder_pads(opener: MediaOpener, width: i
     frames = opener.open(encode([sides] * 5), "video")
     assert frames.pixels.shape[1:] == (32, width, 3)
     assert np.abs(frames.pixels[0].astype(int) - sides).mean() <= LOSSY_TOLERANCE
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+def test_times_of_frames_that_come_at_no_even_rate(opener: MediaOpener, container: str) -> None:
+    tenths = [*range(8), 40, 41]  # frame 7 stays for 3.3 s
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        stream = output.add_stream("libx264", rate=10, options={"crf": "1", "preset": "ultrafast"})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for picture, time in zip(grey_frames(10), tenths, strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 10)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    frames = opener.open(file.getvalue(), "video")
+    # 4.2 s at 2 per second are 8 parts of 0.525 s; the first middle, 0.2625, shows frame 2, the others up to 3.9375 frame 7
+    assert frame_numbers(frames) == [2, 7]
+    assert frames.timestamps == (0.2, 0.7)
+
+
+def test_a_clip_whose_times_the_decoder_does_not_find_is_refused(opener: MediaOpener) -> None:
+    assert reason_of(opener, encode(grey_frames(5), container="matroska")) == "unreadable"
+
+
+def test_sound_and_stills_are_no_video(opener: MediaOpener) -> None:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as output:
+        stream = output.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.rate = 8000
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    with pytest.raises(MediaError, match="no video track"):
+        opener.open(file.getvalue(), "video")
+    with pytest.raises(MediaError, match=r"format not supported, got an image \(PNG\), expected mp4"):
+        opener.open(png(), "video")
 
 
 def clip_file(name: str) -> Path:
@@ -203,11 +244,11 @@ def test_a_header_that_lies_about_the_size_is_found_out() -> None:
 
 
 def test_a_clip_whose_frames_take_too_much_memory_is_refused() -> None:
-    decoder = VideoDecoder(num_workers=1, memory_bytes=8 << 30, timeout_seconds=60)
+    decoder = MediaDecoder(1, WORKER_LIMITS)
     needed = 4 * 64 * 48 * 3
-    assert len(decoder.decode({**REQUEST, "max_clip_bytes": needed}, GOOD)[0]) == 4
+    assert len(decoder.decode("video", GOOD, replace(LIMITS, max_clip_bytes=needed)).pixels) == 4
     with pytest.raises(MediaError, match=f"4 frames take {needed} bytes, expected at most {needed - 1}") as caught:
-        decoder.decode({**REQUEST, "max_clip_bytes": needed - 1}, GOOD)
+        decoder.decode("video", GOOD, replace(LIMITS, max_clip_bytes=needed - 1))
     assert caught.value.reason == "oversized"
     decoder.close()
 
@@ -246,12 +287,6 @@ def test_playlists_open_neither_files_nor_addresses(tmp_path: Path, opener: Medi
         for target in (str(clip), f"file://{clip}", f"http://127.0.0.1:{port}/x.ts"):
             playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{target}\n#EXT-X-ENDLIST\n".encode()
             assert reason_of(opener, playlist) == "unsupported_container"
-            # Even handed to the decoder itself, past the check of the first bytes, it leads nowhere.
-            decoder = VideoDecoder(num_workers=1, memory_bytes=8 << 30, timeout_seconds=60)
-            assert len(decoder.decode(REQUEST, GOOD)[0]) == 4
-            with pytest.raises(MediaError):
-                decoder.decode(REQUEST, playlist)
-            decoder.close()
         with pytest.raises(TimeoutError):
             server.accept()
 
@@ -259,7 +294,7 @@ def test_playlists_open_neither_files_nor_addresses(tmp_path: Path, opener: Medi
 def test_a_worker_can_open_no_file_and_no_socket(tmp_path: Path) -> None:
     program = (
         "import os, socket\n"
-        "from data.video_worker import lock_down\n"
+        "from data.worker_process import lock_down\n"
         "os.closerange(3, 4096)\n"
         "lock_down(8 << 30)\n"
         "refused = 0\n"

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data.json_text import load_json
 from data.question import MediaRef, Question
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import Group, PromptInstance, Rollout
@@ -148,7 +149,7 @@ class AnswerFolder:
         answers: dict[int, AnsweredQuestion] = {}
         finished = self.folder / ANSWERS_FILE
         for path in [*([finished] if finished.is_file() else []), *self._parts()]:
-            for line in path.read_text(encoding="utf-8").split("\n"):
+            for line in path.read_bytes().split(b"\n"):
                 if line:
                     answered = _parse(path, line)
                     answers[answered.index] = answered
@@ -218,17 +219,20 @@ def _lines(answers: Iterable[AnsweredQuestion]) -> str:
     return "".join(json.dumps(asdict(answered), ensure_ascii=False) + "\n" for answered in answers)
 
 
-def _parse(path: Path, line: str) -> AnsweredQuestion:
+def _parse(path: Path, line: bytes) -> AnsweredQuestion:
     try:
-        fields = json.loads(line)
-        return AnsweredQuestion(**{**fields, "responses": tuple(Response(**response) for response in fields["responses"])})
+        fields = load_json(line)
+        answered = AnsweredQuestion(**{**fields, "responses": tuple(Response(**response) for response in fields["responses"])})
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path}: a line is not readable ({error}), expected one question's answers; remove the file") from error
+    if type(answered.index) is not int:
+        raise ConfigError(f"{path}: a line has no place, got index {answered.index!r}, expected a whole number; remove the file")
+    return answered
 
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return load_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not readable ({error}), expected JSON; give another --output or remove the folder") from error
 
