@@ -7,6 +7,9 @@ ends strings in C libraries and can stand in no file name.
 from __future__ import annotations
 
 import re
+from pathlib import Path
+
+from data.errors import DataError
 
 REPLACEMENT = "\ufffd"
 
@@ -26,3 +29,24 @@ def clean_text(text: str) -> str:
     if is_valid_text(text):
         return text
     return text.replace("\0", REPLACEMENT).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def read_text_file(path: Path, where: str) -> str:
+    """Return what a text file holds, without a byte-order mark.
+
+    Args:
+        path: The file.
+        where: What it is, for the error.
+
+    Raises:
+        DataError: It is no valid text.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        problem = f"byte {error.object[error.start]:#04x} at {error.start}"
+    else:
+        if is_valid_text(text):
+            return text
+        problem = "a NUL"
+    raise DataError(f"{where}: {path} is no UTF-8 text, got {problem}, expected UTF-8; save it as such")
