@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from data.errors import SampleError
+from data.errors import SampleError, shown
 from data.text import is_valid_text
 
 TEXT_RULE = "expected text that can be written as UTF-8, without NUL and half surrogate pairs"
+MAX_DEPTH = 64  # what reads a value may call itself for each level
 
 
 class InvalidText(ValueError):
@@ -25,14 +26,15 @@ def load_json(content: bytes, *, any_text: bool = False) -> Any:
 
     Raises:
         InvalidText: It holds text that breaks the rule of `data.text`.
-        ValueError: It is no JSON in UTF-8 (NaN and Infinity are none), too deeply nested, or has a key twice in one object, of which
-            one would be lost.
+        ValueError: It is no JSON in UTF-8, too deeply nested, or has a key twice in one object, of which one would be lost.
     """
     text = content.decode("utf-8-sig")
     try:
-        value = json.loads(text, object_pairs_hook=_each_once, parse_constant=_refuse_constant)
+        value = json.loads(text, object_pairs_hook=_each_once, parse_constant=_refuse)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    if text.count("[") + text.count("{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
+        raise ValueError(f"nested too deeply, expected at most {MAX_DEPTH} levels")
     if not any_text and "\\u" in text:  # nothing else spells what UTF-8 and JSON's own rules do not let through
         check_texts(value)
     return value
@@ -49,7 +51,7 @@ def load_object(where: str, content: bytes) -> dict[str, Any]:
     except InvalidText as error:
         raise SampleError("bad_text", f"{where}: {error}, {TEXT_RULE}; correct it") from error
     except ValueError as error:
-        raise SampleError("bad_json", f"{where}: no JSON ({error}); write it anew") from error
+        raise SampleError("bad_json", f"{where}: no JSON ({shown(str(error))}); write it anew") from error
     if not isinstance(value, dict):
         raise SampleError("bad_json", f"{where}: no object, got {type(value).__name__}, expected fields; correct it")
     return value
@@ -79,13 +81,23 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice!a} is there twice")
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"key {shown(name)!a} is there twice")
+        fields[name] = value
     return fields
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _is_deeper(value: Any, limit: int) -> bool:
+    """Return whether lists and objects lie deeper in each other than a limit, without a call for each level."""
+    level = [value]
+    for _ in range(limit):
+        level = [
+            entry for outer in level if isinstance(outer, dict | list) for entry in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return any(isinstance(entry, dict | list) for entry in level)

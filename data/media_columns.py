@@ -17,7 +17,7 @@ _NAME = re.compile(
 _ADDRESS_NAME = re.compile(rf".*_{_ADDRESS}")
 _FILE = re.compile(r"\S[^\n]{0,500}\.(?:jpe?g|png|webp|bmp|gif|tiff?|heic|avif|svg|mp4|m4v|mov|webm|mkv|avi)", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:(?:image|video|audio)/")
-_MARKER = re.compile(r"<(image|video)[ _]?(\d*)>")
+_MARKER = re.compile(r"<(image|video)[ _]?(\d{0,9})>")
 
 
 def unmapped_media(fields: Mapping[str, Any], read: Iterable[str], has_media: bool) -> list[str]:

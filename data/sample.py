@@ -16,10 +16,10 @@ from data.question import ANSWER_TYPES, AnswerType, MediaKind, MediaRef, Questio
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp"})
 VIDEO_EXTENSIONS = frozenset({"mp4", "m4v", "mov", "webm", "mkv", "avi", "gif"})
 MAX_CHOICES = 26
+FIELDS = ("id", "question", "answer", "answer_type", "choices", "source", "media")
 MAX_MEDIA = 1000
 PARTS = re.compile(r"([0-9]+)|([^0-9]+)")
 UNUSABLE_KEY = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]|\\A/|(?:\\A|/)\\.\\.(?:/|\\Z)")
-FIELDS = ("id", "question", "answer", "answer_type", "choices", "source", "media")
 REASONS = (
     "bad_key",
     "bad_json",

@@ -38,15 +38,11 @@ def list_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
         raise DataError(f"{folder}: no shards, {got}, {EXPECTED_SHARDS}") from error
     if not is_valid_text(str(folder)):
         raise DataError(f"{shown(str(folder))}: the path of the folder is no UTF-8; rename it")
-    root = os.path.realpath(folder)
     shards: list[Path] = []
     unread: dict[str, str] = {}
     present = frozenset(names)
     for name in names:
         problem = _unread_because(name, present)
-        is_read = name.endswith((SHARD_SUFFIX, SHARD_SUFFIX + SIDECAR_SUFFIX))
-        if is_read and not Path(os.path.realpath(folder / name)).is_relative_to(root):
-            problem = "a link that leads out of the folder; copy the file, or name its folder as a source"
         if problem is not None:
             unread[name] = f"{folder}/{shown(name)}: {problem}"
         elif name.endswith(SHARD_SUFFIX):
