@@ -296,8 +296,11 @@ class _FillBoxes(LoadPlanner):
     create_local_plan = create_global_plan = finish_plan = set_up_planner  # type: ignore[assignment]
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads the format's own classes and refuses every other name, which is where a pickle would begin to run code."""
+class _MetadataUnpickler(pickle._Unpickler):
+    """Reads the format's own classes and refuses every other name, which is where a pickle would begin to run code.
+
+    In Python, because the one in C makes room for as many objects as a number in the file says.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _CLASSES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
