@@ -122,7 +122,16 @@ def test_only_the_names_of_the_format_are_known(tmp_path: Path, name: str) -> No
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\x80\x04.", pickle.dumps([1]), pickle.dumps(None), b"(" * 5000, b"\x80\x04]" + b"\x85" * 100_000 + b"."]
+    "content",
+    [
+        b"",
+        b"\x80\x04.",
+        b"\x80\x02Nr\xff\xff\xff\xff.",
+        pickle.dumps([1]),
+        pickle.dumps(None),
+        b"(" * 5000,
+        b"\x80\x04]" + b"\x85" * 100_000 + b".",
+    ],
 )
 def test_what_is_no_description_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / METADATA_FILE).write_bytes(content)
@@ -276,10 +285,21 @@ def test_a_configuration_runs_nothing(tmp_path: Path, marker: Path, tag: str) ->
 # Who may do what could run code, because both ends are ours.
 ALLOWED = {
     ("zppo_mm/teacher/rank_channel.py", "pickle.loads"),
-    ("zppo_mm/models/distributed_folder.py", "pickle.Unpickler"),
+    ("zppo_mm/models/distributed_folder.py", "pickle._Unpickler"),
     ("zppo_mm/observability/report.py", "jinja2.Environment"),
 }
-RISKY = {"pickle.load", "pickle.loads", "pickle.Unpickler", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec", "compile"}
+RISKY = {
+    "pickle.load",
+    "pickle.loads",
+    "pickle.Unpickler",
+    "pickle._Unpickler",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "eval",
+    "exec",
+    "compile",
+}
 RISKY |= {"__import__", "marshal.loads", "shelve.open", "jinja2.Environment", "os.system", "os.popen", "dist_checkpointing.load"}
 NEEDED = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False), "from_pretrained": ("trust_remote_code", False)}
 

@@ -187,8 +187,12 @@ def _serialised(content: torch.Tensor | bytes) -> memoryview | bytes:
     # What is saved of a view is all that it looks at.
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
         tensor = tensor.clone()
+    return _torch_saved(tensor)
+
+
+def _torch_saved(content: object) -> memoryview:
     box = io.BytesIO()
-    torch.save(tensor, box)
+    torch.save(content, box)
     return box.getbuffer()
 
 
@@ -205,7 +209,7 @@ def write_description(folder: Path, metadata: Metadata | None, files: Iterable[W
     """
     assert metadata is not None
     # Values that all ranks have in common, of which we have none there, and the format.
-    torch.save({}, folder / COMMON_FILE)
+    (folder / COMMON_FILE).write_bytes(_torch_saved({}))
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     FileSystemWriter(folder).finish(metadata, [file.results for file in files])
 
@@ -292,8 +296,11 @@ class _FillBoxes(LoadPlanner):
     create_local_plan = create_global_plan = finish_plan = set_up_planner  # type: ignore[assignment]
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads the format's own classes and refuses every other name, which is where a pickle would begin to run code."""
+class _MetadataUnpickler(pickle._Unpickler):
+    """Reads the format's own classes and refuses every other name, which is where a pickle would begin to run code.
+
+    In Python, because the one in C makes room for as many objects as a number in the file says.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _CLASSES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):

@@ -326,5 +326,12 @@ def _hand_round(weights: list[Box], readers: list[int]) -> None:
 
 def _verify_share(path: Path) -> None:
     listed = read_manifest(path, STATE_FILE)
+    damage: DamagedCheckpointError | None = None
     for name in sorted(listed)[parallel.rank() :: parallel.world_size()]:
-        check_file(path, name, listed[name])
+        try:
+            check_file(path, name, listed[name])
+        except DamagedCheckpointError as error:
+            # Another file may not be readable now, which makes this uncertain.
+            damage = damage or error
+    if damage is not None:
+        raise damage
