@@ -193,6 +193,7 @@ INDEX_VALUES = st.one_of(
     )
 )
 @example({"weight_map": {"a": "part.safetensors"}})
+@example({"weight_map": {"a": "x" * 5000}})
 def test_an_index_opens_files_of_its_folder_alone(tmp_path_factory: pytest.TempPathFactory, index: Any) -> None:
     folder = tmp_path_factory.getbasetemp() / "indexed" / "folder"
     (folder / "sub").mkdir(parents=True, exist_ok=True)

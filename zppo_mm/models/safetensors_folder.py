@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
@@ -56,7 +57,8 @@ class SafetensorsFolder:
         headers = {}
         for name in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_NAME]:
             file = self.path / name
-            if not file.is_file():
+            # Unlike pathlib, it takes a name that is too long for one of no file.
+            if not os.path.isfile(file):
                 raise ModelError(f"{file}: the file is missing, expected it because {INDEX_NAME} names it; download the folder again")
             headers[name] = read_header(file)
         for key, name in (weight_map or {}).items():

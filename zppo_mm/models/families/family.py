@@ -194,7 +194,7 @@ def check_architecture(architecture: Architecture, settings: Settings) -> None:
             frequencies do not add up, or the tower does not fit the language model.
     """
     where = settings.where
-    for name, key in (_SIZES | (_LINEAR_SIZES if architecture.has_linear_attention else {})).items():
+    for name, key in (_SIZES | (_LINEAR_SIZES if hasattr(type(settings.text), "linear_num_key_heads") else {})).items():
         if getattr(architecture, name) < 1:
             raise ModelError(f"{where}: {key} is no size, got {getattr(architecture, name)}, expected a positive number; correct the file")
     for many, few in (("num_attention_heads", "num_query_groups"), ("linear_num_value_heads", "linear_num_key_heads")):
