@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from data.errors import DataError
+from data.text import clean_text
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ class SampleHealth:
         Raises:
             DataError: `strict`, or the share of bad samples is above `max_bad_share`.
         """
-        detail = detail.removeprefix(f"{sample_id}: ")
+        # Names of files may hold bytes that no log or checkpoint takes.
+        sample_id, detail = clean_text(sample_id), clean_text(detail.removeprefix(f"{sample_id}: "))
         self.counts[reason] = self.counts.get(reason, 0) + 1
         if was_good:
             self.num_good = max(0, self.num_good - 1)
