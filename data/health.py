@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from data.errors import DataError, shown
+from data.text import clean_text
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +74,8 @@ class SampleHealth:
         Raises:
             DataError: `strict`, or the share of bad samples is above `max_bad_share`.
         """
-        sample_id = shown(sample_id, MAX_ID_LENGTH)  # the key of a foreign shard may hold anything
-        detail = detail.removeprefix(f"{sample_id}: ")
+        # The key of a foreign shard, and the names of its files, may hold anything.
+        sample_id, detail = shown(sample_id, MAX_ID_LENGTH), clean_text(detail.removeprefix(f"{sample_id}: "))
         self.counts[reason] = self.counts.get(reason, 0) + 1
         if was_good:
             self.num_good = max(0, self.num_good - 1)

@@ -109,7 +109,7 @@ def _separated(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
         number = 0
         while True:
             number += 1
-            first_line = reader.line_num
+            first_line = reader.reader.line_num
             try:
                 row = next(reader, None)
             except csv.Error as error:
@@ -122,7 +122,7 @@ def _separated(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
                     continue
                 problem = f"wrong number of columns, expected {len(reader.fieldnames or ())}; correct row {number}"
             # An open quote takes the lines after it along, each of which may have been a row.
-            for line in range(first_line + 1, max(reader.line_num, first_line + 1) + 1):
+            for line in range(first_line + 1, max(reader.reader.line_num, first_line + 1) + 1):
                 yield number, SampleError("bad_row", f"{path}:{number} (line {line}): {problem}")
 
 

@@ -14,6 +14,7 @@ from data.errors import DataError
 from data.health import SampleHealth
 from data.lint import lint
 from data.media import MediaLimits, MediaOpener
+from data.text import clean_text
 
 CONVERT_HELP = """Turn JSON lines and media files into webdataset shards with an index.
 
@@ -92,7 +93,7 @@ def run_lint(argv: list[str]) -> int:
     if opener is not None:
         opener.close()
     for problem in problems:
-        print(f"{problem.where}: {problem.reason}: {problem.message}")
+        print(clean_text(f"{problem.where}: {problem.reason}: {problem.message}"))
     counts = ", ".join(f"{reason} {count}" for reason, count in sorted(Counter(problem.reason for problem in problems).items()))
     print(f"{num_samples} samples, {len(problems)} problems{': ' + counts if counts else ''}")
     return 1 if problems else 0

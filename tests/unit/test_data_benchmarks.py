@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import pytest
 from pyarrow import parquet
 
 from data.benchmarks import Conversion, convert_benchmark, read_conversion
-from data.errors import DataError
+from data.errors import DataError, SampleError
 from data.health import SampleHealth
 from data.media import MediaLimits, MediaOpener
 from data.question import Question
@@ -271,3 +272,109 @@ def test_a_record_that_is_damaged_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "conversion.json").write_text("{}")
     with pytest.raises(DataError, match=r"conversion\.json: not readable .* convert the file again"):
         read_conversion(tmp_path)
+
+
+def test_pictures_that_no_part_is_read_from_are_never_left_out(tmp_path: Path) -> None:
+    good = {"question": "q", "answer": "1"}
+    held = {"bytes": png(), "path": "a.png"}
+    for number, row in enumerate(
+        (
+            {"images": [held]},
+            {"images": [{"bytes": b"", "path": None}]},
+            {"images": b""},
+            {"anything": png()},
+            {"anything": held},
+            {"image_1": held},
+            {"picture": "a.png"},
+            {"video_path": "a.mp4"},
+            {"file": "pictures/a.png"},
+            {"imageUrl": "https://example.org/a"},
+            {"photo": "data:image/png;base64,AAAA"},
+            {"image": held, "images": [held]},
+            {"image": held, "image_2": "b.png"},
+        )
+    ):
+        with pytest.raises(DataError, match=r"unmapped_media|media in columns that are not read"):
+            convert(tmp_path / f"{number}.parquet", [good | row])
+    questions, _, conversion = convert(tmp_path / "ignored.parquet", [good | {"images": [held]}], fields={"ignore": "images"})
+    assert ([len(each.media) for each in questions], conversion.columns["ignore"]) == ([0], "images")
+    [question], _, _ = convert(tmp_path / "named.parquet", [good | {"images": [held, held]}], fields={"image": "images"})
+    assert [ref.extension for ref in question.media] == ["0.png", "1.png"]
+    # Names and numbers beside a picture that is there.
+    beside = {"image": held, "image_path": "a.png", "file_name": "a.png", "image_id": 7, "has_image": "yes", "image_url": "https://x"}
+    [question], _, _ = convert(tmp_path / "beside.parquet", [good | beside])
+    assert len(question.media) == 1
+
+
+def test_empty_bytes_of_a_mapped_column_are_counted(tmp_path: Path) -> None:
+    rows = [{"question": "q", "answer": "1", "image": content} for content in (b"", png(), None)]
+    questions, _, conversion = convert(tmp_path / "t.parquet", rows)
+    assert [len(each.media) for each in questions] == [1, 0], "nothing is no picture, an empty one is a lost one"
+    assert conversion.skipped == {"empty": 1}
+    rows = [{"question": "q", "answer": "1", "image": [{"bytes": content}]} for content in (b"", png())]
+    assert convert(tmp_path / "lists.parquet", rows)[2].skipped == {"empty": 1}
+
+
+def test_pictures_in_base64(tmp_path: Path) -> None:
+    plain = base64.b64encode(png()).decode()
+    rows = [
+        {"question": "q", "answer": "1", "image": value} for value in (plain, f"data:image/png;base64,{plain}", "data:image/png;base64,AA")
+    ]
+    questions, folder, conversion = convert(tmp_path / "t.tsv", rows)
+    assert [folder.media_bytes(each.media[0]) for each in questions] == [png(), png()]
+    assert conversion.skipped == {"bad_field": 1}
+
+
+def test_columns_and_parts_that_are_not_there_are_errors(tmp_path: Path) -> None:
+    row = {"question": "q", "answer": "1"}
+    with pytest.raises(DataError, match=r"no such column, got 'imgs' in --fields, expected one of answer, question; correct it"):
+        convert(tmp_path / "a.json", [row], fields={"image": "imgs"})
+    with pytest.raises(DataError, match=r"mmmu has no such part, got 'video', expected one of"):
+        convert(tmp_path / "b.parquet", [MMMU], fields={"video": "question"}, format_name="mmmu")
+    rows = [*[row] * 30, row | {"later": "7"}]
+    questions, _, _ = convert(tmp_path / "c.jsonl", rows, fields={"source": "later"})
+    assert [each.source for each in questions][-2:] == ["c", "7"]
+    (tmp_path / "twice.csv").write_text("question,answer,image,image\nq,1,a.png,b.png\n")
+    with pytest.raises(DataError, match=r"two columns have one name, got 'image', expected every name once"):
+        convert(tmp_path / "twice.csv")
+
+
+def test_options_keep_their_letters(tmp_path: Path) -> None:
+    def one(name: str, row: dict[str, Any], **options: Any) -> Question | str:
+        questions, _, conversion = convert(tmp_path / name, [row, {"question": "other", "answer": "1"}], **options)
+        return questions[0] if len(questions) == 2 else conversion.listed[0][1]
+
+    four = {"question": "q", "A": "x", "B": "y", "C": "z", "D": "", "answer": "C"}
+    path = tmp_path / "columns.tsv"
+    write(path, [four, four | {"B": "", "D": "w"}])
+    questions, _, conversion = convert(path, fields={"choices": "A,B,C,D"})
+    assert [(each.choices, each.answer) for each in questions] == [(("x", "y", "z"), "C")]
+    assert conversion.skipped == {"bad_choice": 1}, "a gap would move the letters after it"
+    for number, (choices, answer, expected) in enumerate(
+        (
+            ({"A": "x", "B": "y"}, "B", "B"),
+            (["A. red", "B. blue"], "B. blue", "B"),
+            (["A. red", "B. blue"], "B", "B"),
+            (["red", "blue"], "(B) blue", "B"),
+            (["red", "blue"], "B. red", "bad_choice"),
+            (["B", "A"], "A", "bad_choice"),  # its letter or its text
+            (["A", "B"], "A", "A"),
+            (["x", None, "z"], "C", "bad_choice"),
+            (["x", {"text": "y"}], "A", "bad_choice"),
+            ([1, 2.5], "2.5", "B"),
+        )
+    ):
+        found = one(f"{number}.json", {"question": "q", "choices": choices, "answer": answer})
+        assert (found if isinstance(found, str) else found.answer) == expected, (choices, answer)
+
+
+def test_lines_that_an_open_quote_takes_along_are_all_counted(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(b'question,answer\nq,1\n"open,2\nq,3\nq,4\nq,"5"x\ncaf\xe9,6\nq,7\n')
+    rows = list(read_rows(path))
+    reasons = [row.reason for _, row in rows if isinstance(row, SampleError)]
+    assert reasons == ["bad_row"] * 4 + ["bad_text"]
+    assert [row for _, row in rows if not isinstance(row, SampleError)] == [
+        {"question": "q", "answer": "1"},
+        {"question": "q", "answer": "7"},
+    ]

@@ -118,6 +118,25 @@ def test_answers_of_unknown_settings_and_damaged_ones_are_refused(tmp_path: Path
         AnswerFolder(tmp_path / "b").open(SETTINGS)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("caf", "caf\xe9"), "a line is not readable"),
+        (("caf", "\\ud83d"), "a line is not readable .*invalid text"),
+        (('"index": 0', '"index": "0"'), r"a line has no place, got index '0', expected a whole number; remove the file"),
+        (('"index": 0', '"index": 0, "index": 1'), "key 'index' is there twice"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    folder = AnswerFolder(tmp_path)
+    folder.open(SETTINGS)
+    folder.finish([AnsweredQuestion(0, "q", "s", "text", "math", "caf", [], "1")], {})
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(path.read_text().replace(*change).encode("latin-1"))
+    with pytest.raises(ConfigError, match=message):
+        folder.read()
+
+
 def test_numbers_by_hand() -> None:
     answers = [
         answered(0, [1.0, 0.0, 0.0, 1.0], source="a", modality="image"),
