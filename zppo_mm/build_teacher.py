@@ -162,7 +162,7 @@ def build_judge(config: RunConfig, pool: Servers | None, channel: Channel | None
     if pool is not None:
         complete = greedy_replies(pool, config.reward, config.teacher.num_retries)
     elif channel is not None and config.reward.judge:
-        complete = replies_of_ranks(channel, config.reward, QUEUE_SHARE * 60 * config.parallel.timeout_minutes)
+        complete = replies_of_ranks(channel, config.reward, queue_seconds=QUEUE_SHARE * 60 * config.parallel.timeout_minutes)
     else:
         return None
     return LlmJudge(complete, load_judge_template(config.reward.judge_template))

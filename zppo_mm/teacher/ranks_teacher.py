@@ -199,7 +199,7 @@ class RanksTeacher:
             )
 
 
-def replies_of_ranks(channel: Channel, config: RewardConfig, queue_seconds: float) -> Callable[[Sequence[str]], list[str | None]]:
+def replies_of_ranks(channel: Channel, config: RewardConfig, *, queue_seconds: float) -> Callable[[Sequence[str]], list[str | None]]:
     """Return a function from prompts to one greedy reply each, `None` where none comes in time; callable from one rank alone.
 
     The judge's time begins when the teacher's ranks begin: an answer that they are at may be long.
