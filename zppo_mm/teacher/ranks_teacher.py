@@ -199,7 +199,7 @@ class RanksTeacher:
             )
 
 
-def replies_of_ranks(channel: Channel, config: RewardConfig, *, queue_seconds: float) -> Callable[[Sequence[str]], list[str | None]]:
+def replies_of_ranks(channel: Channel, config: RewardConfig, *, queue_seconds: float = 0.0) -> Callable[[Sequence[str]], list[str | None]]:
     """Return a function from prompts to one greedy reply each, `None` where none comes in time; callable from one rank alone.
 
     The judge's time begins when the teacher's ranks begin: an answer that they are at may be long.
@@ -207,7 +207,7 @@ def replies_of_ranks(channel: Channel, config: RewardConfig, *, queue_seconds: f
     Args:
         channel: The way there.
         config: Time for a reply.
-        queue_seconds: Longest wait in all, in which the other ranks of the student stand still.
+        queue_seconds: Longest wait in all, if that is longer; the other ranks of the student stand still in it.
     """
 
     def complete(prompts: Sequence[str]) -> list[str | None]:
