@@ -166,7 +166,7 @@ def build_judge(
         complete = greedy_replies(pool, config.reward, config.teacher.num_retries, should_stop)
     elif channel is not None and config.reward.judge:
         queue_seconds = QUEUE_SHARE * 60 * config.parallel.timeout_minutes
-        complete = replies_of_ranks(channel, config.reward, queue_seconds, should_stop)
+        complete = replies_of_ranks(channel, config.reward, should_stop, queue_seconds=queue_seconds)
     else:
         return None
     return LlmJudge(complete, load_judge_template(config.reward.judge_template))

@@ -183,7 +183,7 @@ def test_the_judge_has_its_time_from_when_the_teacher_begins(worlds: Worlds) -> 
     teacher = worlds.start_teacher(num_at_once=1)
     worlds.student(student).ask(questions(1), 1)
     eventually(lambda: len(worlds.engine.calls) == 1)
-    complete = replies_of_ranks(student, RewardConfig(judge_max_wait_seconds=2.0), SOON)
+    complete = replies_of_ranks(student, RewardConfig(judge_max_wait_seconds=2.0), queue_seconds=SOON)
     threading.Timer(4.0, worlds.engine.gate.set).start()  # one long answer: twice the judge's time
     assert complete(["one"]) == ["\\boxed{0}"]
     worlds.engine.gate.clear()
@@ -223,7 +223,7 @@ def test_without_an_answer_in_time_the_run_stops_or_goes_on_as_it_is_told(worlds
     assert hasty.ask(questions(3), 2).wait() == {"q0": (), "q1": (), "q2": ()}
     assert hasty.counts == {"lost_rollouts": 6}
     assert hasty.rewrite(["a", "b"], 2, 0) == [None, None]
-    assert replies_of_ranks(student, RewardConfig(judge_max_wait_seconds=0.1), 0.2)(["a", "b"]) == [None, None]
+    assert replies_of_ranks(student, RewardConfig(judge_max_wait_seconds=0.1), queue_seconds=0.2)(["a", "b"]) == [None, None]
     level = worlds.store.num_keys()
     worlds.engine.gate.set()
     patient = worlds.student(student)
@@ -244,7 +244,7 @@ def test_the_error_of_a_teacher_rank_is_named_where_the_student_waits(worlds: Wo
         asking.ask(questions(1), 1).wait()
     with pytest.raises(TeacherLostError, match=named):
         asking.check()
-    assert replies_of_ranks(student, RewardConfig(), SOON)(["a"]) == [None]  # soon, and neither right nor wrong
+    assert replies_of_ranks(student, RewardConfig(), queue_seconds=SOON)(["a"]) == [None]  # soon, and neither right nor wrong
     end(student, teacher)
 
 

@@ -157,14 +157,14 @@ def test_log_probs_of_a_reply() -> None:
         {"token": "\\xa9", "bytes": [169], "logprob": -0.25},
         {"token": "4", "bytes": None, "logprob": 0, "top_logprobs": []},
     ]
-    (read,) = parse_reply(reply({"content": listed}), 1, num_top=2).choices
+    (read,) = parse_reply(reply({"content": listed}), 1).choices
     assert read.tokens == (
         ServedToken(b"\xc3", -0.5, ((b"4", -1.5),)),
         ServedToken(b"\xa9", -0.25, ()),
         ServedToken(b"4", 0.0, ()),
     )
     for nothing in (None, {}, {"content": None}, {"content": []}):
-        assert parse_reply(reply(nothing), 1, num_top=2).choices[0].tokens == ()
+        assert parse_reply(reply(nothing), 1).choices[0].tokens == ()
 
 
 def listed(**changes: Any) -> Any:
@@ -182,7 +182,7 @@ def test_log_probs_of_another_form_are_a_bad_reply(content: Any) -> None:
     with pytest.raises(Fault) as caught:
         parse_reply(reply(content), 1, num_top=2)
     assert caught.value.kind == "bad_reply"
-    assert parse_reply(reply(content), 1).choices[0].tokens == ()  # nobody asked for them
+    assert parse_reply(reply(content), 1, num_top=0).choices[0].tokens == ()  # nobody asked for them
 
 
 def test_more_likely_tokens_than_asked_for_are_not_kept() -> None:

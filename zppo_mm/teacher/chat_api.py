@@ -147,13 +147,13 @@ class Fault(Exception):
         return type(self), (self.kind, self.detail, self.retry_after_seconds, self.is_refusal)
 
 
-def parse_reply(body: bytes, num_choices: int, num_top: int = 0, received: ReceivedText | None = None) -> Reply:
+def parse_reply(body: bytes, num_choices: int, num_top: int | None = None, received: ReceivedText | None = None) -> Reply:
     """Read a chat completion.
 
     Args:
         body: The whole response.
         num_choices: Answers asked for; surplus ones are dropped.
-        num_top: Most likely tokens asked for with every token; 0 reads no tokens.
+        num_top: Most likely tokens asked for with every token; 0 reads no tokens, `None` all that are there.
         received: Makes its texts fit to be kept and shown.
 
     Raises:
@@ -184,7 +184,7 @@ def parse_reply(body: bytes, num_choices: int, num_top: int = 0, received: Recei
     return Reply(tuple(usable[:num_choices]), len(listed), counts[0], counts[1], +dropped)
 
 
-def _choice(choice: Mapping[str, Any], num_top: int, received: ReceivedText) -> Choice | Fault:
+def _choice(choice: Mapping[str, Any], num_top: int | None, received: ReceivedText) -> Choice | Fault:
     """Return an answer, or why it is none."""
     message = _checked(choice["message"], dict)
     content, reasoning = _text(message.get("content")), _text(message.get("reasoning_content") or message.get("reasoning"))
@@ -198,7 +198,7 @@ def _choice(choice: Mapping[str, Any], num_top: int, received: ReceivedText) -> 
         return Fault("empty_choice", f"no text, finish_reason {named!r}")
     content, reasoning = received.kept(content), received.kept(reasoning)
     text = _with_reasoning(reasoning, content) if reasoning else content
-    listed = (choice.get("logprobs") or {}).get("content") or () if num_top else ()
+    listed = (choice.get("logprobs") or {}).get("content") or () if num_top != 0 else ()
     tokens = tuple(_token(item, num_top, received) for item in listed)
     return Choice(text, "length" if named in AT_LIMIT else "stop", content, tokens)
 
@@ -220,9 +220,9 @@ def _count(value: Any) -> int:
     return value if type(value) is int and 0 <= value < 2**53 else 0
 
 
-def _token(item: Mapping[str, Any], num_top: int, received: ReceivedText) -> ServedToken:
+def _token(item: Mapping[str, Any], num_top: int | None, received: ReceivedText) -> ServedToken:
     # Some servers list the written token besides those asked for.
-    top = _checked(item.get("top_logprobs") or [], list)[: num_top + 1]
+    top = _checked(item.get("top_logprobs") or [], list)[: None if num_top is None else num_top + 1]
     return ServedToken(_spelling(item, received), _logprob(item), tuple((_spelling(each, received), _logprob(each)) for each in top))
 
 

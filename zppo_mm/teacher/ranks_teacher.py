@@ -201,7 +201,7 @@ class RanksTeacher:
 
 
 def replies_of_ranks(
-    channel: Channel, config: RewardConfig, queue_seconds: float, should_stop: Callable[[], bool] = bool
+    channel: Channel, config: RewardConfig, should_stop: Callable[[], bool] = bool, *, queue_seconds: float = 0.0
 ) -> Callable[[Sequence[str]], list[str | None]]:
     """Return a function from prompts to one greedy reply each, `None` where none comes in time; callable from one rank alone.
 
@@ -210,8 +210,8 @@ def replies_of_ranks(
     Args:
         channel: The way there.
         config: Time for a reply.
-        queue_seconds: Longest wait in all, in which the other ranks of the student stand still.
         should_stop: Whether what is judged will be dropped anyway, so that nothing is to be waited for.
+        queue_seconds: Longest wait in all, if that is longer; the other ranks of the student stand still in it.
     """
 
     def complete(prompts: Sequence[str]) -> list[str | None]:
