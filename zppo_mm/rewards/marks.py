@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 _DEGREE = re.compile(
-    r" ?\^ ?(?:\\circ|\{ ?\\circ ?\})(?![a-zA-Z]) ?|(?<=[0-9]) ?\\circ(?![a-zA-Z]) ?|(?<=[0-9])\^ ?(?:o|\{ ?o ?\})(?![a-zA-Z])"
+    r" ?\^ ?(?:\\circ(?![a-zA-Z])|\{ ?\\circ ?\}) ?|(?<=[0-9]) ?\\circ(?![a-zA-Z]) ?|(?<=[0-9])\^ ?(?:o|\{ ?o ?\})(?![a-zA-Z])"
     r"|(?<=[0-9)}]) ?deg(?:rees?)?(?![a-zA-Z])"
 )
 _ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
-_DEGREES_OF_ANGLE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?\^ ?(?:\\circ|\{ ?\\circ ?\})(?![a-zA-Z])")
+_DEGREES_OF_ANGLE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?\^ ?(?:\\circ(?![a-zA-Z])|\{ ?\\circ ?\})")
 _PERCENT = re.compile(r" ?%| ?(?<![a-zA-Z])(?:per ?cent(?:age)?|pct)(?![a-zA-Z])")
 _MARKED = re.compile(r"[%^]|circ|deg|cent|pct")
 _SPOKEN_SETS = {

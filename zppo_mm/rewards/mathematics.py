@@ -285,8 +285,8 @@ def _as_lists(left: str, right: str) -> _Lists | None:
         label = split_label(relation) if (relation := read_relation(text)) else None
         bare = label[1] if label else text
         bracketed, matrix = read_bracketed(bare), read_matrix(bare)
-        if matrix is not None and matrix.kind == "cases" and all(len(row) == 1 for row in matrix.rows):
-            items[place] = [row[0].rstrip(",;. ") for row in matrix.rows]
+        if matrix is not None and matrix.kind == "cases":
+            items[place] = [" ".join(row).rstrip(",;. ") for row in matrix.rows]
         elif bracketed is not None and (bracketed.is_set or bracketed.opening == "("):
             ordered = ordered or not bracketed.is_set
             items[place] = [item for entry in bracketed.items for item in _expand(entry)]

@@ -12,6 +12,7 @@ _SUPERSCRIPTS, _SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "�
 _PLAIN = str.maketrans(_SUPERSCRIPTS + _SUBSCRIPTS, "0123456789+-()ni0123456789+-()nxaekmti")
 _RAISED = re.compile(f"[{_SUPERSCRIPTS}]+")
 _LOWERED = re.compile(f"[{_SUBSCRIPTS}]+")
+_DIGIT = re.compile(r"(?![0-9])\d")  # of any script
 _VULGAR = re.compile(r"[¼-¾⅐-⅞↉]")
 _GREEK = (
     "αalpha βbeta γgamma δdelta εvarepsilon ϵepsilon ζzeta ηeta θtheta ϑvartheta κkappa λlambda μmu µmu νnu ξxi πpi ρrho σsigma τtau "
@@ -66,10 +67,11 @@ _COMMANDS = {
 }
 _ENVIRONMENT_BREAK = re.compile(r"\\\\ *\[[^\[\]]*\]")
 # In one pass over the tokens, a row break is seen before the space or the comma that follows its first backslash.
+_LINES = re.compile(r"\\(begin|end) ?\{(?:aligned|align|gathered|gather|split|alignedat)\*?\}")
 _TOKEN = re.compile(r"\\\\|\\([a-zA-Z]+) ?|\\(.)|~", re.DOTALL)
 _ESCAPED_TWICE = re.compile(r"\\\\(?=[a-zA-Z])")
 _WRAPPER = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|tt|normal|md|up)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|fbox|boxed|operatorname\*?|emph|underline|pmb"
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal|md|up)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|fbox|boxed|operatorname\*?|emph|underline|pmb|ang|num"
     r"|boldsymbol|ensuremath) ?\{((?:[^{}\\]|\\.)*)\}"
 )
 _MATH_PAIR = re.compile(r"(?<![\\$])\$(?![\s$])([^$]*[^\s$\\])\$(?![\d$])")
@@ -120,6 +122,7 @@ def _from_unicode(text: str) -> str:
     text = _VULGAR.sub(lambda match: _vulgar(match[0]), text)
     text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_PLAIN)}}}", text)
     text = _LOWERED.sub(lambda match: f"_{{{match[0].translate(_PLAIN)}}}", text)
+    text = _DIGIT.sub(lambda match: str(unicodedata.decimal(match[0])), text)
     has_root = "√" in text
     text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).replace("~", " ")
     # Unlike LaTeX's command, the sign takes the whole number that follows it, or what stands in parentheses.
@@ -144,10 +147,11 @@ def _undelimited(text: str) -> str:
 
 def _one_latex(text: str) -> str:
     if "\\begin" in text:
+        text = _LINES.sub(r"\\\1{cases}", text)
         text = _ENVIRONMENT_BREAK.sub(r"\\\\", text)
     elif "\\\\" in text:
         text = _ESCAPED_TWICE.sub(r"\\", text)
-    text = text.replace("\\left.", "").replace("\\right.", "").replace("\\!", "")
+    text = text.replace("\\left.", "").replace("\\right.", "").replace("\\!", "").replace("\\not=", "\\ne ")
     unwrapped = _WRAPPER.sub(r" \1 ", text)
     while unwrapped != text:
         text, unwrapped = unwrapped, _WRAPPER.sub(r" \1 ", unwrapped)

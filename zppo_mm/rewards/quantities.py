@@ -27,7 +27,7 @@ _MIXED = re.compile(r"([+-]?) ?([0-9]+) ?((?<= )[0-9]+ ?/ ?[0-9]+|\\frac.+)")
 # Spaces belong to the terms: an optional one beside each colon could be matched in two ways, and a long ratio in 2^n.
 _RATIO = re.compile(r"[^:]+(?::[^:]+)+")
 _WRAPPED = re.compile(r"\(([^()]*)\)|\{([^{}]*)\}")
-_DECIMAL_COMMA = re.compile(r"([+-]?[0-9]{1,3}(?:\.[0-9]{3})+|[+-]?[0-9]+),([0-9]+)")
+_DECIMAL_COMMA = re.compile(r"([+-]?[0-9]{1,3}(?:[. ][0-9]{3})+|[+-]?[0-9]+),([0-9]+)")
 _GROUPED = re.compile(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+")
 
 _IN_BASE = re.compile(
@@ -68,7 +68,7 @@ def parse_decimal_comma(text: str) -> Fraction | None:
     match = _DECIMAL_COMMA.fullmatch(text)
     if match is None or _GROUPED.fullmatch(text):
         return None
-    return Fraction(f"{match[1].replace('.', '')}.{match[2]}")
+    return Fraction(f"{match[1].replace('.', '').replace(' ', '')}.{match[2]}")
 
 
 def is_grouped(text: str) -> bool:
