@@ -18,6 +18,7 @@ VIDEO_EXTENSIONS = frozenset({"mp4", "m4v", "mov", "webm", "mkv", "avi", "gif"})
 MAX_CHOICES = 26
 FIELDS = ("id", "question", "answer", "answer_type", "choices", "source", "media")
 MAX_MEDIA = 1000
+LETTER_AND_TEXT = re.compile(r"\(?([A-Z])[.):]\s*(.+)", re.DOTALL)
 PARTS = re.compile(r"([0-9]+)|([^0-9]+)")
 UNUSABLE_KEY = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]|\\A/|(?:\\A|/)\\.\\.(?:/|\\Z)")
 REASONS = (
@@ -102,11 +103,12 @@ def parse_question(shard: str, key: str, content: bytes, extensions: Iterable[st
     fields = load_object(where, content)
     answer_type = _answer_type(where, fields)
     choices = _choices(where, fields, answer_type)
+    answer = _text(where, fields, "answer")
     question = Question(
         id=_text(where, fields, "id"),
         text=_text(where, fields, "question"),
         media=_media(where, shard, key, fields, dict.fromkeys(extensions)),
-        answer=_text(where, fields, "answer"),
+        answer=_right_letter(where, answer, choices) if choices else answer,
         answer_type=answer_type,
         choices=choices,
         source=_text(where, fields, "source", optional=True),
@@ -169,13 +171,28 @@ def _choices(where: str, fields: Mapping[str, Any], answer_type: AnswerType) -> 
         return ()
     if not 2 <= len(choices) <= MAX_CHOICES:
         raise SampleError("bad_choice", f"{where}: wrong number of choices, got {len(choices)}, expected 2 to {MAX_CHOICES}; correct it")
-    letters = [chr(ord("A") + index) for index in range(len(choices))]
-    if fields.get("answer") not in letters:
-        got = fields.get("answer")
-        raise SampleError(
-            "bad_choice", f"{where}: the answer is no letter, got {reprlib.repr(got)}, expected A to {letters[-1]}; correct it"
-        )
     return choices
+
+
+def _right_letter(where: str, answer: str, choices: Sequence[str]) -> str:
+    """Return the letter of the right option, which the answer gives itself, by the option's text, or by both (`B. blue`).
+
+    Raises:
+        SampleError: The answer names no option, or more than one.
+    """
+    letters = [chr(ord("A") + index) for index in range(len(choices))]
+    if answer in letters:
+        return answer
+    both = LETTER_AND_TEXT.fullmatch(answer)
+    named = [
+        letter
+        for letter, choice in zip(letters, choices, strict=True)
+        if choice == answer or (both is not None and both[1] == letter and choice == both[2])
+    ]
+    if len(named) == 1:
+        return named[0]
+    got = f"got {reprlib.repr(answer)}, which names {' and '.join(named) or 'no option'}"
+    raise SampleError("bad_choice", f"{where}: the answer is no option, {got}, expected A to {letters[-1]}; correct it")
 
 
 def _media(where: str, shard: str, key: str, fields: Mapping[str, Any], extensions: Mapping[str, None]) -> tuple[MediaRef, ...]:

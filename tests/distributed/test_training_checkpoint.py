@@ -181,7 +181,7 @@ def test_a_checkpoint_continues_at_every_layout_with_either_optimizer(folder: Pa
 
 
 def test_a_bfloat16_checkpoint_continues_where_two_kinds_of_layout_meet(tmp_path: Path) -> None:
-    # So large an embedding that both stages' copies of it are cut between replicas, each at another place.
+    # A large embedding, which the distributed optimizer cuts between replicas on both stages that have a copy.
     folder = write_tiny_folder(tmp_path / "model", vocabulary=2048)
     for results in run_ranks(save_and_load, 4, folder, tmp_path, ("bfloat16",), FOUR_RANKS):
         assert set(results["bfloat16"]) == set(FOUR_RANKS)
