@@ -75,7 +75,9 @@ class SampleHealth:
             DataError: `strict`, or the share of bad samples is above `max_bad_share`.
         """
         # The key of a foreign shard, and the names of its files, may hold anything.
-        sample_id, detail = shown(sample_id, MAX_ID_LENGTH), clean_text(detail.removeprefix(f"{sample_id}: "))
+        readable = shown(sample_id, MAX_ID_LENGTH)
+        detail = clean_text(detail.removeprefix(f"{sample_id}: ").removeprefix(f"{readable}: "))
+        sample_id = readable
         self.counts[reason] = self.counts.get(reason, 0) + 1
         if was_good:
             self.num_good = max(0, self.num_good - 1)

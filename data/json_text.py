@@ -17,12 +17,13 @@ class InvalidText(ValueError):
     """A text breaks the rule of `data.text`."""
 
 
-def load_json(content: bytes, *, any_text: bool = False) -> Any:
+def load_json(content: bytes, *, is_table: bool = False) -> Any:
     """Return the value that JSON spells.
 
     Args:
         content: All of it.
-        any_text: Leave it to the caller to look at the texts, one row after another.
+        is_table: It holds many rows. The caller looks at their texts, one row after another, and NaN and Infinity, which
+            Python and pandas write where a row has no value, are `None`.
 
     Raises:
         InvalidText: It holds text that breaks the rule of `data.text`.
@@ -30,12 +31,12 @@ def load_json(content: bytes, *, any_text: bool = False) -> Any:
     """
     text = content.decode("utf-8-sig")
     try:
-        value = json.loads(text, object_pairs_hook=_each_once, parse_constant=_refuse)
+        value = json.loads(text, object_pairs_hook=_each_once, parse_constant=_no_value if is_table else _refuse)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if text.count("[") + text.count("{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
         raise ValueError(f"nested too deeply, expected at most {MAX_DEPTH} levels")
-    if not any_text and "\\u" in text:  # nothing else spells what UTF-8 and JSON's own rules do not let through
+    if not is_table and "\\u" in text:  # nothing else spells what UTF-8 and JSON's own rules do not let through
         check_texts(value)
     return value
 
@@ -87,6 +88,10 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"key {shown(name)!a} is there twice")
         fields[name] = value
     return fields
+
+
+def _no_value(constant: str) -> None:
+    return None
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -74,7 +74,7 @@ def _json(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
             f"{path}: too large for JSON, got {size} bytes, expected at most {MAX_JSON_BYTES}; write one object a line (.jsonl)"
         )
     try:
-        content = load_json(path.read_bytes(), any_text=True)
+        content = load_json(path.read_bytes(), is_table=True)
     except ValueError as error:
         raise DataError(f"{path}: no JSON ({error}); write it anew, or name it .jsonl if it has one object a line") from error
     if isinstance(content, dict) and content and all(isinstance(value, dict) for value in content.values()):

@@ -20,6 +20,7 @@ def defined_names(module: Path) -> set[str]:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             names.add(node.name)
             names |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+            names |= {f"{node.name}.{ast.unparse(inner.target)}" for inner in node.body if isinstance(inner, ast.AnnAssign)}
         elif isinstance(node, ast.AnnAssign):
             names.add(ast.unparse(node.target))
     return names
@@ -27,6 +28,8 @@ def defined_names(module: Path) -> set[str]:
 
 def resolves(dotted: str) -> bool:
     parts = dotted.split(".")
+    if ROOT.joinpath("zppo_mm", *parts).with_suffix(".py").is_file():
+        return True
     for split in range(len(parts) - 1, 0, -1):
         module = ROOT.joinpath("zppo_mm", *parts[:split]).with_suffix(".py")
         if module.is_file() and ".".join(parts[split:]) in defined_names(module):

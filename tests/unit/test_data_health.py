@@ -89,5 +89,5 @@ def test_a_share_must_be_one() -> None:
 def test_a_name_that_no_file_takes_can_be_logged_and_saved() -> None:
     health = SampleHealth(1.0)
     health.bad("caf\udce9.tar:k", "bad_text", "caf\udce9.tar:k: half a pair \ud83d")
-    assert health.listed == [("caf\ufffd.tar:k", "bad_text", "half a pair \ufffd")]
+    assert health.listed == [("caf\\udce9.tar:k", "bad_text", "half a pair \ufffd")]
     json.dumps(health.state_dict(), ensure_ascii=False).encode()

@@ -91,6 +91,13 @@ def test_markers_in_the_text_are_as_many_as_the_media(text: bytes, extensions: l
 
 
 def test_a_key_that_is_no_text_is_refused() -> None:
-    with pytest.raises(SampleError, match=r"the key is no valid text, got 'caf\\udce9'") as caught:
+    with pytest.raises(SampleError, match=r"s\.tar:caf\\udce9: key is not allowed") as caught:
         parse_question("s.tar", "caf\udce9", GOOD % b"", ["json"])
-    assert caught.value.reason == "bad_text"
+    assert caught.value.reason == "bad_key"
+
+
+def test_a_value_that_is_no_number_is_missing_in_a_table_and_refused_elsewhere() -> None:
+    content = b'[{"a": NaN, "b": -Infinity, "c": 1}]'
+    assert load_json(content, is_table=True) == [{"a": None, "b": None, "c": 1}]
+    with pytest.raises(ValueError, match="NaN is no JSON number"):
+        load_json(content)

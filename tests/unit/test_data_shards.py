@@ -16,7 +16,7 @@ from webdataset.tariterators import base_plus_ext
 import data.shards
 from data.errors import DataError, SampleError
 from data.lint import lint
-from data.question import MediaRef
+from data.question import MediaRef, Question
 from data.sample import ShardSample, media_order, parse_question
 from data.shards import ShardFolder, ShardReader, write_shards
 from data.tar_index import MEMBER_NAME, load_index, same_entries, scan_tar, sidecar_path
@@ -197,7 +197,9 @@ def parse(fields: object, extensions: tuple[str, ...] = ("json", "jpg")) -> obje
         ({"answer_type": "mcq"}, "unknown_answer_type", "got 'mcq', expected one of math, choice, open"),
         ({"answer_type": ["math"]}, "unknown_answer_type", "unknown answer_type"),
         ({"answer": "C"}, "bad_choice", "the answer is no option, got 'C', which names no option, expected A to B"),
-        ({"answer": "x"}, "bad_choice", "the answer is no option, got 'x'"),
+        ({"answer": "b"}, "bad_choice", "the answer is no option, got 'b', which names no option"),
+        ({"answer": "B. x"}, "bad_choice", "the answer is no option, got 'B. x', which names no option"),
+        ({"answer": "x", "choices": ["x", "x"]}, "bad_choice", "the answer is no option, got 'x', which names A and B"),
         ({"choices": ["x"]}, "bad_choice", "wrong number of choices, got 1"),
         ({"choices": ["x", ""]}, "bad_field", "field choices is wrong"),
         ({"answer_type": "math"}, "bad_choice", "choices given, got answer_type math"),
@@ -212,6 +214,23 @@ def test_every_broken_rule_of_a_sample_is_named(change: dict[str, object], reaso
         parse({**GOOD, **change})
     assert caught.value.reason == reason
     assert str(caught.value).startswith("s.tar:k: ")
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "letter"),
+    [
+        ("B", ["x", "y"], "B"),
+        ("y", ["x", "y"], "B"),
+        ("B. y", ["x", "y"], "B"),
+        ("(B) y", ["x", "y"], "B"),
+        ("B. y", ["A. x", "B. y"], "B"),
+        ("B", ["B", "A"], "B"),
+    ],
+)
+def test_a_right_option_is_given_by_letter_by_text_or_by_both(answer: str, choices: list[str], letter: str) -> None:
+    question = parse({**GOOD, "answer": answer, "choices": choices})
+    assert isinstance(question, Question)
+    assert question.answer == letter
 
 
 def test_json_that_is_none_is_bad() -> None:
