@@ -21,6 +21,7 @@ HF_FOLDER = "hf"
 # What may change between two parts of a run: where and how it computes, how long it goes on, what it writes and looks at.
 FREE_ON_RESUME = (
     "output_dir",
+    "name",
     "parallel.",
     "model.transformer_impl",
     "model.recompute",
