@@ -24,7 +24,7 @@ def step_folders(folder: Path) -> list[Path]:
 def make_empty(partial_folder: Path) -> None:
     """Make the folder to write to, without what an earlier process left unfinished."""
     for leftover in partial_folder.parent.glob(".step_*.partial"):
-        shutil.rmtree(leftover)
+        _remove(leftover)
     partial_folder.mkdir(parents=True)
 
 
@@ -54,7 +54,7 @@ def publish(partial_folder: Path, target: Path, checksums: dict[str, int], keep:
         # Renamed first, so that a half-removed folder never looks like a checkpoint.
         replace_folder(old, old.with_name(f".{old.name}.removed"))
     for leftover in target.parent.glob(".step_*.*"):
-        shutil.rmtree(leftover)
+        _remove(leftover)
 
 
 def put_back(folder: Path) -> None:
@@ -66,13 +66,22 @@ def put_back(folder: Path) -> None:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Rename a folder, over another if there is one."""
-    if target.exists():
+    """Rename a folder, over whatever has its name."""
+    if os.path.lexists(target):
         aside = target.with_name(f".{target.name}.replaced")
-        shutil.rmtree(aside, ignore_errors=True)
+        if os.path.lexists(aside):
+            _remove(aside)
         target.rename(aside)
     source.rename(target)
     _sync(target.parent)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with what is in it; of a link, such as to a checkpoint on another disk, the link alone."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _sync(path: Path) -> None:
