@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from zppo_mm.training.checkpoint_files import make_empty, publish, step_folders
+import pytest
+
+from zppo_mm.errors import CheckpointError
+from zppo_mm.training.checkpoint_files import make_empty, publish, put_back, step_folders
 
 
 def write(folder: Path, step: int) -> None:
@@ -35,3 +38,12 @@ def test_files_and_dangling_links_give_way(tmp_path: Path) -> None:
         write(tmp_path, step)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
     assert step_folders(tmp_path) == [tmp_path / "step_000002"]
+
+
+def test_a_place_that_is_not_there_now_is_no_beginning(tmp_path: Path) -> None:
+    put_back(tmp_path / "nothing yet")
+    (tmp_path / "link").symlink_to(tmp_path / "a disk that is not mounted")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for name, told in (("link", "a link that leads nowhere"), ("file", "a file")):
+        with pytest.raises(CheckpointError, match=f"{name}: no folder, got {told}, expected the run's checkpoints"):
+            put_back(tmp_path / name)

@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+from zppo_mm.errors import CheckpointError
 from zppo_mm.training.manifest import MANIFEST_FILE, checksum
 
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
@@ -58,7 +59,16 @@ def publish(partial_folder: Path, target: Path, checksums: dict[str, int], keep:
 
 
 def put_back(folder: Path) -> None:
-    """Undo a replacement that a kill cut in two: the earlier checkpoint of that name is complete."""
+    """Undo a replacement that a kill cut in two: the earlier checkpoint of that name is complete.
+
+    Raises:
+        CheckpointError: The place of the checkpoints is taken by something else.
+    """
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: no folder, got {'a link that leads nowhere' if folder.is_symlink() else 'a file'}, expected the run's checkpoints; "
+            "bring back the disk that they are on, or remove it to start again"
+        )
     for aside in folder.glob(".step_*.replaced"):
         target = aside.with_name(aside.name.removeprefix(".").removesuffix(".replaced"))
         if not target.exists():
