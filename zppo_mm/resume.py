@@ -21,6 +21,7 @@ HF_FOLDER = "hf"
 # What may change between two parts of a run: where and how it computes, how long it goes on, what it writes and looks at.
 FREE_ON_RESUME = (
     "output_dir",
+    "name",
     "parallel.",
     "model.transformer_impl",
     "model.recompute",
@@ -74,15 +75,16 @@ def resume(run: Run, folder: Path) -> int | None:
             )
         _refuse_orphans(folder)
         return None
-    state = checkpoint.load_latest(checkpoints, run.policy)
+    state = checkpoint.load_latest(checkpoints, run.policy, lambda state: check_same_run(config, state["config"], folder))
     if state is None:
         _refuse_orphans(folder)
         return None
-    check_same_run(config, state["config"], folder)
-    run.stream.load_state_dict(state["stream"])
-    run.stages.replay.load_state_dict(state["replay"])
-    logger.info("resumed %s after step %d", folder, state["step"])
-    return int(state["step"])
+    with checkpoint.taking_up(checkpoints):
+        run.stream.load_state_dict(state["stream"])
+        run.stages.replay.load_state_dict(state["replay"])
+        step = int(state["step"])
+    logger.info("resumed %s after step %d", folder, step)
+    return step
 
 
 def _refuse_orphans(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -44,6 +45,8 @@ from zppo_mm.training import checkpoint
 logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER = "adapter"
+# Writing to an open file names no file.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -304,5 +307,14 @@ def run_training(config: RunConfig, interruption: Interruption | None = None) ->
         return EXIT_CODE
     except (ZppoError, DataError) as error:
         logger.error("%s", error)
+        return 1
+    except OSError as error:
+        if error.filename is None and error.errno not in _DISK_ERRORS:
+            raise
+        logger.error(
+            "%s: a file of the run cannot be used, got %s, expected room and permission; check the disk, then the same command continues",
+            run_folder(config),
+            error,
+        )
         return 1
     return 0

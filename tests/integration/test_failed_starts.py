@@ -72,6 +72,12 @@ def test_a_port_in_use_and_a_place_that_cannot_be_written_are_said_in_one_line(t
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_file_of_the_run_that_cannot_be_written_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run" / "config.yaml").mkdir(parents=True)
+    line = refused(tmp_path)
+    assert "run: a file of the run cannot be used, got [Errno 21] Is a directory" in line
+
+
 def records(folder: Path) -> dict[str, bytes]:
     names = ("metrics.jsonl", "evaluation.jsonl", "transcripts", "buffer", "evaluations")
     files = [path for name in names for path in ([folder / name] if (folder / name).is_file() else sorted((folder / name).rglob("*")))]

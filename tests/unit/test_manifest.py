@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zppo_mm.training.manifest import MANIFEST_FILE, DamagedCheckpointError, check_file, read_manifest
+from zppo_mm.training.manifest import MANIFEST_FILE, DamagedCheckpointError, Listed, check_file, read_manifest
 
 STATE = "state.json"
 GOOD = {"size": 2, "crc32": zlib.crc32(b"{}")}
@@ -72,9 +74,20 @@ def test_everything_else_is_damage(content: bytes, problem: str, tmp_path: Path)
 def test_a_missing_one_is_damage_and_one_that_cannot_be_read_is_not(tmp_path: Path) -> None:
     with pytest.raises(DamagedCheckpointError, match=r"manifest\.json: the file is missing"):
         read_manifest(tmp_path, STATE)
-    (tmp_path / MANIFEST_FILE).mkdir()
-    with pytest.raises(IsADirectoryError):
+    (tmp_path / MANIFEST_FILE).symlink_to(tmp_path / MANIFEST_FILE)
+    with pytest.raises(OSError, match="symbolic links"):
         read_manifest(tmp_path, STATE)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_what_is_no_plain_file_is_damage_and_is_not_waited_for(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / MANIFEST_FILE)
+    with pytest.raises(DamagedCheckpointError, match=r"manifest\.json: the file is missing"):
+        read_manifest(tmp_path, STATE)
+    make(tmp_path / STATE)
+    with pytest.raises(DamagedCheckpointError, match="is incomplete, got no file"):
+        check_file(tmp_path, STATE, Listed((tmp_path / STATE).stat().st_size, 0))
 
 
 @given(content=JSON)

@@ -219,6 +219,32 @@ def test_a_hostile_checkpoint_of_a_run_is_refused_and_runs_nothing(source: Path,
             checkpoint.load_latest(tmp_path / "checkpoints", policy)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "problem"),
+    [
+        (checkpoint.SCHEDULE_FILE, b'{"num_updates": 1, "scheduler": null}', "got TypeError"),
+        (checkpoint.SCHEDULE_FILE, b'{"num_updates": 1, "scheduler": {}}', "got KeyError"),
+        (checkpoint.RANDOM_FILE, [{"device": "cpu", "torch": torch.zeros(3), "streams": {}}], "got TypeError"),
+        (checkpoint.STATE_FILE, b'{"another": "version"}', "got KeyError: 'step', expected what a run of this version saves"),
+        (checkpoint.SCHEDULE_FILE, None, "saved by another version of this program, got no schedule.json"),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_refused(source: Path, tmp_path: Path, file: str, content: Any, problem: str) -> None:
+    policy = Policy(
+        network_checks.build(source, LAYOUT), TrainConfig(), LAYOUT, PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group())
+    )
+    path = checkpoint.save(tmp_path / "checkpoints", 1, policy, {"step": 1}, keep=1)
+    if content is None:
+        (path / file).unlink()
+    elif isinstance(content, bytes):
+        (path / file).write_bytes(content)
+    else:
+        torch.save(content, path / file)
+    sealed_again(path)
+    with pytest.raises(CheckpointError, match=problem):
+        checkpoint.load_latest(tmp_path / "checkpoints", policy, lambda state: state["step"])
+
+
 HOSTILE_MODULE = "open({marker!r}, 'w').close()\nclass Evil: pass\n"
 
 

@@ -26,6 +26,8 @@ def saved(*overrides: str) -> dict[str, Any]:
         ("teacher.max_concurrency=4", "teacher.max_concurrency=8"),
         (f"fallback_teachers=[{TEACHER}]", "fallback_teachers=[{endpoints: ['http://b/v1'], model: large, on_failure: ncq_only}]"),
         ("train.train_iters=3", "train.train_iters=9"),
+        # A copy of a run's folder goes on under another name.
+        ("name=one", "name=two"),
     ],
 )
 def test_where_and_how_long_may_change(before: str, after: str) -> None:

@@ -12,8 +12,9 @@ import logging
 import shutil
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from zppo_mm.errors import CheckpointError
+from data.errors import DataError
+from zppo_mm.errors import CheckpointError, ZppoError
 from zppo_mm.models import parallel
 from zppo_mm.models.boxes import Box, Piece, boxes_of, object_pieces, pieces_of
 from zppo_mm.models.distributed_folder import (
@@ -49,6 +51,7 @@ CHECKPOINTS_FOLDER = "checkpoints"
 STATE_FILE = "state.json"
 SCHEDULE_FILE = "schedule.json"
 RANDOM_FILE = "random.pt"
+_NEW_RUN = "use another checkpoint, or give the new run another name"
 
 
 class CheckpointWriter:
@@ -154,10 +157,15 @@ def latest(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def load_latest(folder: Path, policy: Policy) -> dict[str, Any] | None:
+def load_latest(folder: Path, policy: Policy, check: Callable[[dict[str, Any]], object] = lambda state: None) -> dict[str, Any] | None:
     """Load the newest usable checkpoint. Every rank calls it.
 
     A checkpoint with a missing or damaged file is named in a warning and renamed to end in `.broken`, if one before it is usable.
+
+    Args:
+        folder: Of the checkpoints.
+        policy: Overwritten in place.
+        check: Told the `state` before anything is overwritten; raises on every rank if it is not to be loaded.
 
     Returns:
         The `state` that was saved with it; `None` if nothing was saved yet.
@@ -176,7 +184,7 @@ def load_latest(folder: Path, policy: Policy) -> dict[str, Any] | None:
             continue
         for each, problem in damaged:
             _set_aside(each, problem)
-        return load(path, policy)
+        return load(path, policy, check)
     if damaged:
         # Nothing is renamed: the next start must find the same, and not a run that has no checkpoint yet.
         raise CheckpointError(
@@ -192,12 +200,13 @@ def _set_aside(path: Path, error: CheckpointError) -> None:
     on_rank_0(path, lambda: replace_folder(path, path.with_name(f"{path.name}.broken")))
 
 
-def load(path: Path, policy: Policy) -> dict[str, Any]:
+def load(path: Path, policy: Policy, check: Callable[[dict[str, Any]], object] = lambda state: None) -> dict[str, Any]:
     """Load one checkpoint into the policy, whatever layout it was saved at. Learning rate and decay stay as configured now.
 
     Args:
         path: A folder that `verify` accepts.
         policy: Overwritten in place.
+        check: As of `load_latest`.
 
     Returns:
         The `state` that was saved with it.
@@ -205,20 +214,39 @@ def load(path: Path, policy: Policy) -> dict[str, Any]:
     Raises:
         CheckpointError: Its contents do not fit the model or the optimizer, or a newer megatron-core wrote it.
     """
+    schedule, random_states, state = on_every_rank(path, partial(_read_small_files, path))
+    with taking_up(path):
+        check(state)
     entries = save_entries(policy.model)
     found = optimizer_state.shares(policy.optimizer)
     weights = [box for entry in entries.values() for box in boxes_of(entry)]
     states = optimizer_state.boxes(entries, found, only_main=False)
     wanted = set().union(*parallel.gather_from_ranks({box.key for box in weights + states}))
-    schedule, random_states, state = on_every_rank(path, partial(_read_small_files, path))
     with torch.no_grad():
         readers = _readers(weights)
         on_every_rank(path, partial(_read_tensors, path, wanted, [*_own(weights, readers), *states]))
         _hand_round(weights, readers)
-    optimizer_state.set_num_updates(policy.optimizer, found, schedule["num_updates"])
-    policy.scheduler.load_state_dict(schedule["scheduler"])
-    restore_random_states(random_states)
+    with taking_up(path):
+        optimizer_state.set_num_updates(policy.optimizer, found, schedule["num_updates"])
+        policy.scheduler.load_state_dict(schedule["scheduler"])
+        restore_random_states(random_states)
     return state
+
+
+@contextmanager
+def taking_up(path: Path) -> Iterator[None]:
+    """Inside the block what stands in a checkpoint's small files is taken up; no collective is called there.
+
+    Raises:
+        CheckpointError: The values are not those that a run of this version saves.
+    """
+    try:
+        yield
+    except (ZppoError, DataError):
+        raise
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path}: cannot be used, got {told}, expected what a run of this version saves; {_NEW_RUN}") from error
 
 
 def verify(path: Path) -> None:
@@ -274,6 +302,12 @@ def _read_small_files(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]],
     for name, parse in ((SCHEDULE_FILE, json.loads), (RANDOM_FILE, read_random_states), (STATE_FILE, json.loads)):
         try:
             found.append(parse((path / name).read_bytes()))
+        except FileNotFoundError as error:
+            # It is not in the manifest either, with which the files have been compared.
+            raise CheckpointError(
+                f"{path}: saved by another version of this program, got no {name}, expected one; go on with the version that saved it, or "
+                "export it and start a run of another name from that"
+            ) from error
         except (ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"{path / name}: cannot be used, got {error}, expected what a run of this version saves; use another checkpoint"

@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+from zppo_mm.errors import CheckpointError
 from zppo_mm.training.manifest import MANIFEST_FILE, checksum
 
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
@@ -24,7 +25,7 @@ def step_folders(folder: Path) -> list[Path]:
 def make_empty(partial_folder: Path) -> None:
     """Make the folder to write to, without what an earlier process left unfinished."""
     for leftover in partial_folder.parent.glob(".step_*.partial"):
-        shutil.rmtree(leftover)
+        _remove(leftover)
     partial_folder.mkdir(parents=True)
 
 
@@ -54,11 +55,20 @@ def publish(partial_folder: Path, target: Path, checksums: dict[str, int], keep:
         # Renamed first, so that a half-removed folder never looks like a checkpoint.
         replace_folder(old, old.with_name(f".{old.name}.removed"))
     for leftover in target.parent.glob(".step_*.*"):
-        shutil.rmtree(leftover)
+        _remove(leftover)
 
 
 def put_back(folder: Path) -> None:
-    """Undo a replacement that a kill cut in two: the earlier checkpoint of that name is complete."""
+    """Undo a replacement that a kill cut in two: the earlier checkpoint of that name is complete.
+
+    Raises:
+        CheckpointError: The place of the checkpoints is taken by something else.
+    """
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: no folder, got {'a link that leads nowhere' if folder.is_symlink() else 'a file'}, expected the run's checkpoints; "
+            "bring back the disk that they are on, or remove it to start again"
+        )
     for aside in folder.glob(".step_*.replaced"):
         target = aside.with_name(aside.name.removeprefix(".").removesuffix(".replaced"))
         if not target.exists():
@@ -66,13 +76,22 @@ def put_back(folder: Path) -> None:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Rename a folder, over another if there is one."""
-    if target.exists():
+    """Rename a folder, over whatever has its name."""
+    if os.path.lexists(target):
         aside = target.with_name(f".{target.name}.replaced")
-        shutil.rmtree(aside, ignore_errors=True)
+        if os.path.lexists(aside):
+            _remove(aside)
         target.rename(aside)
     source.rename(target)
     _sync(target.parent)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with what is in it; of a link, such as to a checkpoint on another disk, the link alone."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _sync(path: Path) -> None:

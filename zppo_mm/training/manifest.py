@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +39,10 @@ def read_manifest(folder: Path, required: str) -> dict[str, Listed]:
         OSError: It cannot be read now.
     """
     path = folder / MANIFEST_FILE
+    if _size(path) is None:
+        raise DamagedCheckpointError(f"{path}: the file is missing, expected the list of files; use another checkpoint")
     try:
         raw = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise DamagedCheckpointError(f"{path}: the file is missing, expected the list of files; use another checkpoint") from error
     except (ValueError, RecursionError) as error:
         raise _no_manifest(path, f"no JSON ({type(error).__name__})") from error
     if not isinstance(raw, dict):
@@ -60,10 +61,7 @@ def check_file(folder: Path, name: str, expected: Listed) -> None:
         OSError: It cannot be read now.
     """
     file = folder / name
-    try:
-        size: int | None = file.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        size = None
+    size = _size(file)
     if size is None or size != expected.size:
         got = "no file" if size is None else f"{size} bytes"
         raise DamagedCheckpointError(
@@ -73,6 +71,15 @@ def check_file(folder: Path, name: str, expected: Listed) -> None:
         raise DamagedCheckpointError(
             f"{file}: the file is damaged, got another checksum, expected {expected.crc32}; use another checkpoint"
         )
+
+
+def _size(path: Path) -> int | None:
+    """Return the bytes of a plain file, `None` if there is none; a pipe of that name would keep its reader waiting for ever."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def checksum(path: Path) -> int:
