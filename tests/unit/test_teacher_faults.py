@@ -123,14 +123,15 @@ def test_a_thousand_faults_lose_no_rollout_and_count_none_twice(server: Loopback
     kinds = [PASS if draw.random() < 0.04 else next(faults, PASS) for _ in range(2000)]
     with stand_between(server.url, lambda number: kinds[number]) as proxy:
         proxy.stall_seconds, proxy.retry_after = 11.0, "0.01"
-        config = settings(read_timeout_seconds=10.0, backoff_seconds=0.0, max_concurrency=8)
+        config = settings(read_timeout_seconds=10.0, backoff_seconds=0.0, max_concurrency=8, num_retries=1000)
         outcomes, counts = ask_all([proxy.url], asks(60, 2), config=config)
     assert [sorted(outcome.choices) for outcome in outcomes] == [[0, 1]] * 60
     assert proxy.injected == Counter(plan)
     assert sum(count for name, count in counts.items() if name.startswith("faults/")) == 1000
-    assert (counts["retries"], counts["requests"]) == (1000, 1060)
+    # A few questions are answered one by one, after two replies that may mean that the server does not give several.
+    assert counts["requests"] - len(proxy.delivered) == 1000 >= counts["retries"] > 900
     # Every reply that came through whole was used, and nothing else.
-    assert sorted(texts(outcomes)) == sorted(proxy.delivered.values())
+    assert sorted(itertools.chain(*texts(outcomes))) == sorted(itertools.chain(*proxy.delivered.values()))
 
 
 def test_a_server_that_is_not_there(server: LoopbackServer) -> None:
@@ -160,9 +161,11 @@ def test_some_of_the_answers_are_kept_when_others_fail(model: TinyModel) -> None
 
 def test_a_refused_message_is_not_sent_again(server: LoopbackServer) -> None:
     with stand_between(server.url, lambda number: "400") as proxy:
-        (outcome,), counts = ask_all([proxy.url], asks(1))
+        (outcome,), counts = ask_all([proxy.url], asks(1, 1))
+        (several,), more = ask_all([proxy.url], asks(1, 2))
     assert outcome.is_refused
-    assert counts["requests"] == 1
+    assert several.is_refused
+    assert (counts["requests"], more["requests"]) == (1, 2)  # several answers may be what is refused
 
 
 def test_retry_after_is_kept(server: LoopbackServer) -> None:

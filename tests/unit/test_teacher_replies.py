@@ -64,8 +64,29 @@ def test_a_usage_that_counts_nothing_loses_no_answer(count: Any) -> None:
 def test_content_may_come_in_parts_of_text() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": ""}]
     assert parse_reply(reply({**choice("x"), "message": {"content": parts}}), 1).choices == (A,)
-    with pytest.raises(Fault, match="bad_reply"):
-        parse_reply(reply({**choice("x"), "message": {"content": [{"type": "image_url", "image_url": {}}]}}), 1)
+    assert parse_reply(reply({**choice("x"), "message": {"content": [{"type": "output_text", "text": "a"}]}}), 1).choices == (A,)
+    thinking = {"type": "thinking", "thinking": [{"type": "text", "text": "2 + 2"}]}
+    (read,) = parse_reply(reply({**choice("x"), "message": {"content": [thinking, parts[0]]}}), 1).choices
+    assert (read.text, read.content) == ("<think>\n2 + 2\n</think>\n\na", "a")
+    (cut,) = parse_reply(reply({**choice("x"), "message": {"content": [thinking]}, "finish_reason": "length"}), 1).choices
+    assert (cut.text, cut.finish_reason, cut.content) == ("<think>\n2 + 2", "length", "")
+    for unknown in ({"type": "image_url", "image_url": {}}, {"type": "other", "text": "a"}, {"type": []}, "a", None, {"type": "text"}):
+        with pytest.raises(Fault, match="bad_reply"):
+            parse_reply(reply({**choice("x"), "message": {"content": [unknown]}}), 1)
+
+
+TOKEN = {"token": "a", "bytes": [97], "logprob": -0.5, "top_logprobs": []}
+UNREADABLE: list[Any] = [{"content": [{**TOKEN, **wrong}]} for wrong in (
+    {"logprob": None}, {"logprob": "-0.5"}, {"logprob": True}, {"top_logprobs": {"a": -0.5}}, {"top_logprobs": [None]},
+    {"bytes": [256]}, {"bytes": "YQ=="}, {"bytes": [97] * 5000}, {"token": None, "bytes": None})]  # fmt: skip
+UNREADABLE += [{"content": ["a"]}, {"content": {"0": TOKEN}}, {"content": [{"token": "a"}]}, [TOKEN], "a", {"tokens": ["a"]}, {}, 0, None]
+
+
+@pytest.mark.parametrize("told", UNREADABLE)
+def test_log_probs_that_cannot_be_read_take_no_answer_away(told: Any) -> None:
+    assert parse_reply(reply({**choice("a"), "logprobs": told}), 1, 1).choices == (A,)
+    (read,) = parse_reply(reply({**choice("a"), "logprobs": {"content": [TOKEN]}}), 1, 1).choices
+    assert len(read.tokens) == 1
 
 
 def test_text_that_is_no_text_is_made_one() -> None:
@@ -94,17 +115,20 @@ def test_a_reasoning_that_nothing_follows_is_not_closed(content: str | None, rea
     assert (read.text, read.finish_reason, read.content) == ("<think>\n2 +", reason, "")
 
 
-@pytest.mark.parametrize("reason", ["stop", "eos_token", "end_turn"])
+@pytest.mark.parametrize("reason", ["stop", "STOP", "eos", "eos_token", "end_turn", "stop_sequence", "COMPLETE"])
 def test_an_answer_that_the_model_ended_is_complete(reason: str) -> None:
     assert parse_reply(reply({**choice("a"), "finish_reason": reason}), 1).choices == (A,)
 
 
-@pytest.mark.parametrize("reason", ["length", "max_tokens", "model_length"])
+@pytest.mark.parametrize(
+    "reason", ["length", "max_tokens", "MAX_TOKENS", "max_output_tokens", "model_length", "model_context_window_exceeded"]
+)
 def test_an_answer_at_the_limit_is_cut(reason: str) -> None:
     assert parse_reply(reply({**choice("a"), "finish_reason": reason}), 1).choices == (Choice("a", "length", "a"),)
 
 
-UNFINISHED = ["abort", "error", "timeout", "cancelled", "tool_calls", "function_call", "repetition", "stop_sequence", "STOP", "", None,
+UNFINISHED = ["abort", "error", "timeout", "cancelled", "tool_calls", "function_call", "repetition", "stopped", " stop", "st\u043ep", "",
+              None, "time_limit", "pause_turn", "OTHER", "network_error", "null",
               "insufficient_system_resource", "unheard_of", 0, True, 1e999, ["stop"], {"type": "stop"}]  # fmt: skip
 
 
@@ -118,9 +142,36 @@ def test_any_other_state_is_no_answer(reason: Any) -> None:
     assert (some.choices, some.num_returned, some.dropped) == ((A,), 2, {"unfinished": 1})
 
 
+@pytest.mark.parametrize("reason", ["tool_calls", "function_call", "tool_use", "repetition"])
+def test_what_the_model_made_instead_of_an_answer_is_no_fault_of_the_server(reason: str) -> None:
+    for said in ({**choice(None, tool_calls=[{}]), "finish_reason": reason}, choice(""), {**choice(""), "finish_reason": "length"}):
+        with pytest.raises(Fault) as caught:
+            parse_reply(reply(said), 1)
+        assert (caught.value.is_of_model, caught.value.is_refusal) == (True, False)
+    with pytest.raises(Fault) as caught:
+        parse_reply(reply({**choice("a"), "finish_reason": "abort"}), 1)
+    assert not caught.value.is_of_model
+
+
 def test_a_state_that_is_not_told_is_no_answer() -> None:
     with pytest.raises(Fault, match="unfinished: finish_reason None"):
         parse_reply(reply({"index": 0, "message": {"content": "a"}}), 1)
+
+
+def test_an_error_beside_an_answer_is_one() -> None:
+    with pytest.raises(Fault, match=r"unfinished: finish_reason 'stop' and an error: .*overloaded"):
+        parse_reply(reply({**choice("half"), "error": {"code": 502, "message": "overloaded"}}), 1)
+
+
+REFUSED = [{**choice("a"), "finish_reason": state} for state in ("SAFETY", "RECITATION", "guardrail_intervened", "refusal")]
+REFUSED += [choice(None, refusal="I cannot."), {**choice(""), "message": {"content": [{"type": "refusal", "refusal": "I cannot."}]}}]
+
+
+@pytest.mark.parametrize("refused", REFUSED)
+def test_a_refusal_in_any_form_is_one(refused: dict[str, Any]) -> None:
+    with pytest.raises(Fault, match=r"^content_filter: ") as caught:
+        parse_reply(reply(refused), 1)
+    assert caught.value.is_refusal
 
 
 def test_an_answer_that_is_held_back_is_not_asked_for_again() -> None:

@@ -76,6 +76,7 @@ SERVED = [
     "<SPECIAL_12>", "<extra_id_0>", "<fake_token_around_image>", "<end_of_utterance>", "<row_1_col_1>", "<global-img>",
     "[|endofturn|]", "[|assistant|]", "<seed:bos>", "<role>", "</role>", "<0x0A>", "<pad>", "<mask>", "[CLS]", "[SEP]", "[MASK]",
     "]~b]", "]~!b[", "[e~[", "]!p~[", "]!d~[", "]<]image[>[", ">>TITLE<<", ">>QUESTION<<",  # MiniMax, Falcon
+    "[control_8]", "[UNUSED_TOKEN_145]", "[unused99]", "<eoh>", "<eoa>",  # Mistral 0.3, InternLM, BERT
     "<|\u00e9t\u00e9|>", "<turn:end>", "<Assistant>",  # of nobody yet
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,15 +13,28 @@ from data.question import MediaRef
 from zppo_mm.experience import FinishReason
 from zppo_mm.teacher.received_text import ReceivedText
 
+logger = logging.getLogger(__name__)
+
 # No reply to a good request is longer: room for what stands around the answers, and for the JSON of one token, or of one listed log-prob.
 BASE_REPLY_BYTES = 2**20
 TOKEN_BYTES = 256
 MAX_SPELLING_BYTES = 4096
 
-# Servers' words for an answer that the model ended, that met the limit, and that was held back because of what it says.
-COMPLETE = frozenset({"stop", "eos_token", "end_turn"})
-AT_LIMIT = frozenset({"length", "max_tokens", "model_length"})
-HELD_BACK = frozenset({"content_filter", "refusal", "safety", "sensitive"})
+# Servers' words, in any case, for an answer that the model ended (nobody asks for stop sequences here: such a one is the end of its turn),
+# that met the limit, that was held back because of what it says, and for something else that the model made of the message.
+COMPLETE = frozenset({"stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"})
+AT_LIMIT = frozenset({"length", "max_tokens", "max_output_tokens", "model_length", "model_context_window_exceeded"})
+HELD_BACK = frozenset(
+    {"content_filter", "content_filtered", "refusal", "safety", "sensitive", "recitation", "prohibited_content", "blocklist", "spii",
+     "guardrail_intervened", "error_toxic"}
+)  # fmt: skip
+NO_ANSWER = frozenset({"tool_calls", "tool_use", "function_call", "repetition"})
+
+# What parts of an answer are: its text, and a reasoning.
+TEXT_PARTS = frozenset({"text", "output_text"})
+REASONING_PARTS = frozenset({"thinking", "reasoning"})
+# Between the seeds of one answer's draws; no message has more answers.
+DRAW_SEEDS = 2**20
 
 T = TypeVar("T")
 
@@ -37,7 +51,7 @@ class Ask:
         num_choices: Answers wanted.
         temperature: 0 is greedy.
         max_tokens: Longest answer.
-        seed: Names the server's random stream; answer i asked on its own has `seed + i`.
+        seed: Names the server's random stream; answer i asked on its own has `seed + i`, and other ones when it is drawn again.
         top_logprobs: Most likely tokens that are to come with every token of the answers; 0 asks for no log-probs.
         media: What the message shows, in order. They are opened when its turn comes, so that those of waiting messages take no memory.
     """
@@ -55,15 +69,15 @@ class Ask:
         listed = 2 + self.top_logprobs if self.top_logprobs else 1
         return BASE_REPLY_BYTES + num_choices * self.max_tokens * TOKEN_BYTES * listed
 
-    def body(self, model: str, content: Content, num_choices: int, first: int) -> bytes:
-        """Return the JSON request that asks a content for `num_choices` answers from answer `first` on."""
+    def body(self, model: str, content: Content, num_choices: int, first: int, draw: int = 0) -> bytes:
+        """Return the JSON request that asks a content for `num_choices` answers from answer `first` on; each `draw` has other seeds."""
         request: dict[str, Any] = {
             "model": model,
             "messages": [{"role": "user", "content": content}],
             "temperature": self.temperature,
             "top_p": 1.0,
             "max_tokens": self.max_tokens,
-            "seed": (self.seed + first) % 2**31,
+            "seed": (self.seed + first + draw * DRAW_SEEDS) % 2**31,
             "stream": False,
         }
         if num_choices > 1:
@@ -134,17 +148,21 @@ class Fault(Exception):
         detail: In words.
         retry_after_seconds: How long the server asks to be left alone.
         is_refusal: The message itself is at fault, and another attempt would fail as well.
+        is_of_model: The server works, but the model gave no answer: another draw may bring one, waiting does not.
     """
 
-    def __init__(self, kind: str, detail: str, retry_after_seconds: float | None = None, is_refusal: bool = False) -> None:
+    def __init__(
+        self, kind: str, detail: str, retry_after_seconds: float | None = None, is_refusal: bool = False, is_of_model: bool = False
+    ) -> None:
         super().__init__(f"{kind}: {detail}")
         self.kind = kind
         self.detail = detail
         self.retry_after_seconds = retry_after_seconds
         self.is_refusal = is_refusal
+        self.is_of_model = is_of_model
 
-    def __reduce__(self) -> tuple[type[Fault], tuple[str, str, float | None, bool]]:
-        return type(self), (self.kind, self.detail, self.retry_after_seconds, self.is_refusal)
+    def __reduce__(self) -> tuple[type[Fault], tuple[str, str, float | None, bool, bool]]:
+        return type(self), (self.kind, self.detail, self.retry_after_seconds, self.is_refusal, self.is_of_model)
 
 
 def parse_reply(body: bytes, num_choices: int, num_top: int | None = None, received: ReceivedText | None = None) -> Reply:
@@ -187,19 +205,22 @@ def parse_reply(body: bytes, num_choices: int, num_top: int | None = None, recei
 def _choice(choice: Mapping[str, Any], num_top: int | None, received: ReceivedText) -> Choice | Fault:
     """Return an answer, or why it is none."""
     message = _checked(choice["message"], dict)
-    content, reasoning = _text(message.get("content")), _text(message.get("reasoning_content") or message.get("reasoning"))
+    content, thought, refusal = _texts(message.get("content"))
+    reasoning = _texts(message.get("reasoning_content") or message.get("reasoning"))[0] or thought
     reason = choice.get("finish_reason")
-    named = reason if isinstance(reason, str) else ""
-    if named in HELD_BACK:
-        return Fault("content_filter", f"finish_reason {named!r}: the server holds the answer back", is_refusal=True)
-    if named not in COMPLETE | AT_LIMIT:
-        return Fault("unfinished", f"finish_reason {received.shown(repr(reason))}, expected 'stop' or 'length'")
+    named = reason.lower() if isinstance(reason, str) else ""
+    told = f"finish_reason {received.shown(repr(reason))}"
+    if named in HELD_BACK or refusal or message.get("refusal"):
+        return Fault("content_filter", f"{told}: the server or the model refuses the answer", is_refusal=True)
+    if named not in COMPLETE | AT_LIMIT or choice.get("error"):
+        problem = f" and an error: {received.shown(repr(choice['error']))}" if choice.get("error") else ""
+        return Fault("unfinished", f"{told}{problem}, expected 'stop' or 'length'", is_of_model=named in NO_ANSWER)
     if not (content or reasoning):
-        return Fault("empty_choice", f"no text, finish_reason {named!r}")
+        why = "; the limit may have come in a reasoning that the server does not show" if named in AT_LIMIT else ""
+        return Fault("empty_choice", f"no text, {told}{why}", is_of_model=True)
     content, reasoning = received.kept(content), received.kept(reasoning)
     text = _with_reasoning(reasoning, content) if reasoning else content
-    listed = (choice.get("logprobs") or {}).get("content") or () if num_top != 0 else ()
-    tokens = tuple(_token(item, num_top, received) for item in listed)
+    tokens = _tokens(choice, num_top, received) if num_top != 0 else ()
     return Choice(text, "length" if named in AT_LIMIT else "stop", content, tokens)
 
 
@@ -209,15 +230,37 @@ def _with_reasoning(reasoning: str, content: str) -> str:
     return f"{opened}\n</think>\n\n{content}" if content else opened
 
 
-def _text(content: Any) -> str:
-    """Return a text, which may come in parts; empty for none."""
-    if isinstance(content, list):
-        return "".join(_checked(part["text"], str) for part in content)
-    return _checked(content, str) if content is not None else ""
+def _texts(content: Any) -> tuple[str, str, str]:
+    """Return text, reasoning and refusal of what may come in parts; empty for none."""
+    if not isinstance(content, list):
+        return _checked(content, str) if content is not None else "", "", ""
+    texts, reasonings, refusals = [""], [""], [""]
+    for part in content:
+        kind = part.get("type", "text")
+        if kind in TEXT_PARTS:
+            texts.append(part["text"])
+        elif kind in REASONING_PARTS:
+            inner = part.get("thinking") or part.get("text")
+            reasonings.append(_texts(inner)[0])
+        elif kind == "refusal":
+            refusals.append(part["refusal"])
+        else:
+            raise ValueError(f"a part of type {kind!r}")
+    return "".join(texts), "".join(reasonings), "".join(refusals)
 
 
 def _count(value: Any) -> int:
     return value if type(value) is int and 0 <= value < 2**53 else 0
+
+
+def _tokens(choice: Mapping[str, Any], num_top: int | None, received: ReceivedText) -> tuple[ServedToken, ...]:
+    """Return what the server tells of an answer's tokens; nothing if that cannot be read, which does not take the answer away."""
+    try:
+        listed = _checked(choice["logprobs"]["content"], list)
+        return tuple(_token(item, num_top, received) for item in listed)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        logger.debug("teacher: no log-probs: %s: %s", type(error).__name__, received.shown(str(error)))
+        return ()
 
 
 def _token(item: Mapping[str, Any], num_top: int | None, received: ReceivedText) -> ServedToken:

@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -26,6 +26,8 @@ from zppo_mm.teacher.servers import PROBE_SECONDS, Outcome, Patience
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+# How servers that take one answer per request refuse several: some call it a fault of their own, which may also pass.
+ONE_EACH = ("http_400", "http_422", "http_500", "http_501")
 # Requests that the student stands still for have this share of connections to themselves.
 URGENT_SHARE = 0.25
 
@@ -102,7 +104,7 @@ class EndpointPool:
 
     async def _probe_all(self) -> dict[str, Fault | None]:
         greeting = Ask("Hello", num_choices=1, temperature=0.0, max_tokens=1, seed=0)
-        body = await self._body(greeting, 1, 0)
+        body = await self._body(greeting, 1, 0, 0)
 
         async def probe(endpoint: Endpoint) -> Fault | None:
             try:
@@ -130,7 +132,7 @@ class EndpointPool:
         except TimeoutError:
             outcome.problem = f"not answered within {patience.max_seconds:g} s" + (f", last {outcome.problem}" if outcome.problem else "")
         except Fault as fault:
-            outcome.problem, outcome.is_refused = self.received.shown(str(fault)), fault.is_refusal
+            outcome.problem, outcome.is_refused = self.received.shown(str(fault)), fault.is_refusal or fault.is_of_model
         except ReasonedError as error:
             outcome.problem, outcome.is_refused = f"{error.reason}: {error}", True
         outcome.seconds = time.monotonic() - started
@@ -138,16 +140,16 @@ class EndpointPool:
 
     async def _collect(self, ask: Ask, outcome: Outcome, patience: Patience) -> None:
         """Ask for all answers in one request where servers honour `n`, and for each that is missing alone."""
+        draw = 0
         if self._sends_n and ask.num_choices > 1:
-            reply = await self._request(ask, ask.num_choices, 0, outcome, patience)
+            reply = await self._several(ask, outcome, patience)
             outcome.choices.update(enumerate(reply.choices))
-            if reply.num_returned == 1:
-                self._sends_n = False
-                logger.info("the served model returns one answer per request: each is asked for on its own from now on")
+            # A server that drew several may have used the seeds of those that are missing for those that came.
+            draw = int(reply.num_returned > 1)
         missing = range(len(outcome.choices), ask.num_choices)
 
         async def fill(place: int) -> None:
-            reply = await self._request(ask, 1, place, outcome, patience)
+            reply = await self._request(ask, 1, place, outcome, patience, draw)
             outcome.choices[place] = reply.choices[0]
 
         # One that fails must not take the others with it.
@@ -156,8 +158,23 @@ class EndpointPool:
             if isinstance(result, BaseException):
                 raise result
 
-    async def _request(self, ask: Ask, num_choices: int, first: int, outcome: Outcome, patience: Patience) -> Reply:
-        """Try one request until a server answers it.
+    async def _several(self, ask: Ask, outcome: Outcome, patience: Patience) -> Reply:
+        """Ask for all answers in one request, and for the first alone where that is refused; see `_request`."""
+        try:
+            reply = await self._request(ask, ask.num_choices, 0, outcome, patience)
+            takes_one = reply.num_returned == 1
+        except Fault as fault:
+            if fault.kind not in ONE_EACH:
+                raise
+            reply = await self._request(ask, 1, 0, outcome, patience)
+            takes_one = fault.kind != "http_500"
+        if takes_one and self._sends_n:
+            self._sends_n = False
+            logger.info("the served model returns one answer per request: each is asked for on its own from now on")
+        return reply
+
+    async def _request(self, ask: Ask, num_choices: int, first: int, outcome: Outcome, patience: Patience, draw: int = 0) -> Reply:
+        """Try one request until a server answers it. What the model did not answer is drawn again, what a server refused asked elsewhere.
 
         Raises:
             Fault: The last one, when the retries are used up or the message is refused.
@@ -166,9 +183,10 @@ class EndpointPool:
         body = b""
         avoided: Endpoint | None = None
         attempt = 0
+        kinds: Counter[str] = Counter()
         while True:
             async with self._slot(avoided, patience.is_urgent) as endpoint:
-                body = body or await self._body(ask, num_choices, first)
+                body = body or await self._body(ask, num_choices, first, draw)
                 self.counts["requests"] += 1
                 try:
                     limit = self._config.request_timeout_seconds
@@ -177,9 +195,12 @@ class EndpointPool:
                     backoff = self._backoff_seconds(attempt)
                     endpoint.failed(fault, backoff)
                     self._count_fault(fault, outcome)
-                    if fault.is_refusal or (patience.num_retries is not None and attempt >= patience.num_retries):
+                    kinds[fault.kind] += 1
+                    if self._is_last(fault, kinds, num_choices, attempt, patience):
                         raise
                     avoided = endpoint
+                    if fault.is_of_model:
+                        draw, body = draw + 1, b""
                 else:
                     self.counts["prompt_tokens"] += reply.prompt_tokens
                     self.counts["completion_tokens"] += reply.completion_tokens
@@ -189,9 +210,20 @@ class EndpointPool:
             attempt += 1
             await asyncio.sleep(backoff)
 
-    async def _body(self, ask: Ask, num_choices: int, first: int) -> bytes:
+    def _is_last(self, fault: Fault, kinds: Mapping[str, int], num_choices: int, attempt: int, patience: Patience) -> bool:
+        """Return whether a fault settles a request, which has had so many faults of each kind."""
+        seen = kinds[fault.kind]
+        if fault.is_refusal:
+            return seen >= min(2, len(self._endpoints))  # one of several servers may be set up otherwise
+        if num_choices > 1 and fault.kind in ONE_EACH:  # once may be chance
+            return seen >= 2 and sum(kinds.values()) == seen
+        if fault.is_of_model and seen > self._config.num_retries:
+            return True
+        return patience.num_retries is not None and attempt >= patience.num_retries
+
+    async def _body(self, ask: Ask, num_choices: int, first: int, draw: int) -> bytes:
         def write() -> bytes:
-            return ask.body(self._model, self._writer.content(ask.text, ask.media), num_choices, first)
+            return ask.body(self._model, self._writer.content(ask.text, ask.media), num_choices, first, draw)
 
         # Opening media takes time and would hold up the other requests of the loop.
         return await asyncio.to_thread(write) if ask.media else write()

@@ -200,7 +200,7 @@ class ServedTeacher:
         refused = [each for each in told if each.is_refused and not each.num_answers]
         lost = [each for each in told if not each.is_refused and not each.num_answers]
         if refused:
-            logger.warning("step %d: the teacher could not be asked %d of %d times: %s", step, len(refused), len(told), refused[0].problem)
+            logger.warning("step %d: the teacher has no answer %d of %d times: %s", step, len(refused), len(told), refused[0].problem)
         if not lost:
             return
         what = f"teacher: no answer to {len(lost)} of {len(told)} requests of step {step}, got {lost[0].problem!r}"

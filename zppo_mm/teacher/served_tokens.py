@@ -69,7 +69,7 @@ class TokenReader:
     def _problem(self, choice: Choice, ids: Sequence[int | None]) -> str:
         """Return why the tokens cannot be used; empty if they can."""
         if not ids:
-            return "the server sends no log-probs"
+            return "the server sends no log-probs, or such as cannot be read"
         wrong = next((problem for token in choice.tokens if (problem := _wrong_logprobs(token))), "")
         if wrong:
             return wrong

@@ -36,7 +36,7 @@ class Outcome:
     Attributes:
         choices: By their place among the wanted answers; some or all may be missing.
         problem: Why any are missing, in words; empty if none is.
-        is_refused: The message itself could not be made or was refused, by no fault of the servers.
+        is_refused: The message itself could not be made or was refused, or the model has no answer, by no fault of the servers.
         seconds: From being handed over to the end.
     """
 
