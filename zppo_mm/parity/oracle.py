@@ -34,6 +34,7 @@ USABLE_SHARE = 0.8
 CONFIG_NAME = "config.json"
 ATTENTION = "sdpa"
 """That of torch, as in our own network."""
+ATTENTION_KEYS = ("attn_implementation", "attn_implementation_internal", "experts_implementation", "experts_implementation_internal")
 CGROUP_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
 
 
@@ -145,8 +146,8 @@ def _free_host_bytes() -> int:
 def open_model(folder: Path, dtype: torch.dtype, *, has_vision: bool) -> tuple[Any, dict[str, Any]]:
     """Load a folder's network into transformers; returns it with what transformers says about its keys.
 
-    transformers is shown the configuration and the weights alone, as links. It would also apply adapters that lie beside
-    them, and fetch and run the attention kernels that a config.json names.
+    transformers is shown the weights alone, as links, and the configuration. It would also apply adapters that lie beside
+    them, and fetch and run the attention kernels that a config.json names, whatever its caller asks for.
 
     Args:
         folder: The Hugging Face folder.
@@ -161,7 +162,9 @@ def open_model(folder: Path, dtype: torch.dtype, *, has_vision: bool) -> tuple[A
 
     kind: Any = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
     with tempfile.TemporaryDirectory() as name:
-        for file in (CONFIG_NAME, INDEX_NAME, *SafetensorsFolder(folder).files):
+        config = _without_attention(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
+        Path(name, CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
+        for file in (INDEX_NAME, *SafetensorsFolder(folder).files):
             if (folder / file).is_file():
                 link = Path(name, file)
                 link.parent.mkdir(parents=True, exist_ok=True)
@@ -170,6 +173,15 @@ def open_model(folder: Path, dtype: torch.dtype, *, has_vision: bool) -> tuple[A
             name, dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True, trust_remote_code=False
         )
     return found
+
+
+def _without_attention(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration, objects in it included, that names no kernels."""
+    return {
+        key: _without_attention(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key.removeprefix("_") not in ATTENTION_KEYS
+    }
 
 
 def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:

@@ -221,6 +221,12 @@ class ChatFormat:
 
     def _check_prompts(self, num_rows: int | None) -> None:
         """Render a question of every kind, and check what comes out before it comes in the middle of a run."""
+        decoded = self.decode(self._tokenize_plain(_ASKED))
+        if "".join(decoded.split()) != "".join(_ASKED.split()):
+            raise ConfigError(
+                f"{self._folder}: the tokenizer loses text, got {decoded!r} back, expected {_ASKED!r}; copy tokenizer.json from the "
+                "original model folder"
+            )
         used = {self.stop_token_ids[0], *(piece for piece in self.media_kinds if isinstance(piece, int))}
         for media in ([], *([kind] for kind in self.media_kinds.values())):
             rendered = self.render(_ASKED, media)
