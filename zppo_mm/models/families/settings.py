@@ -30,6 +30,9 @@ from zppo_mm.models.families.config_keys import (
 )
 from zppo_mm.models.families.rope import check_spellings
 
+MAX_FILE_BYTES = 1 << 26
+"""Of a config.json or an index; the largest published indexes have some ten megabytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -65,7 +68,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
         ModelError: The file is missing, or is no JSON object.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as stream:
+            content = stream.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise ValueError(f"more than {MAX_FILE_BYTES} bytes")
+        raw = json.loads(content.decode("utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"{path}: the file is missing, expected a Hugging Face model folder; check the path") from error
     except (OSError, ValueError, RecursionError) as error:
