@@ -271,3 +271,10 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="the tokenizer loses text, got 'zppouestion' back, expected 'zppoquestion'"):
         ChatFormat(folder)
+
+
+def test_a_tokenizer_sets_no_limit_of_its_own(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, vision=False)
+    for value in ("many", 1, None):
+        change(folder / "tokenizer_config.json", model_max_length=value)
+        assert ChatFormat(folder).count_tokens("the question") > 1
