@@ -76,7 +76,7 @@ ALLOWED: dict[str, set[str]] = {
     "zppo_mm.evaluation": STAGES
     | {f"zppo_mm.{name}" for name in ("build", "build_shared", "build_teacher", "config_io", "embedded.questions", "evaluate", "train")}
     | {"zppo_mm.model_paths"},
-    "zppo_mm.conversion": STAGES | {"zppo_mm.build", "zppo_mm.train", "zppo_mm.config_io"},
+    "zppo_mm.conversion": STAGES | {"zppo_mm.build", "zppo_mm.parity", "zppo_mm.train", "zppo_mm.config_io"},
 }
 """What each part may import besides itself and third parties."""
 

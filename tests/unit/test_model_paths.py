@@ -164,3 +164,12 @@ def test_every_model_of_a_run_is_looked_at() -> None:
     ):
         with pytest.raises(ConfigError, match=named):
             check_model_paths(load_config(None, options))
+
+
+def test_a_configuration_without_end_is_not_read_whole(tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(STUDENT_DIR, copy)
+    with open(copy / "config.json", "wb") as stream:
+        stream.truncate(1 << 40)
+    with pytest.raises(ZppoError, match=r"config\.json: cannot be read as JSON, got more than 67108864 bytes"):
+        check_model_path("model.student", str(copy))

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -249,3 +250,68 @@ def test_a_value_of_another_kind_ends_in_no_traceback(raws: dict[str, dict[str, 
         (tmp_path / "config.json").write_bytes(whole if isinstance(whole, bytes) else whole.encode())
         with pytest.raises(ModelError, match=r"config\.json: (is no JSON object, got|cannot be read as JSON)"):
             load_architecture(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is no size, got 1000000000"),
+        ({"vocab_size": 2**62}, "vocab_size is no size"),
+        ({"intermediate_size": True}, "intermediate_size is no size, got True"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is not supported, got nan"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is not supported, got inf"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps is not supported"),
+        ({"partial_rotary_factor": "x"}, "partial_rotary_factor is not supported, got 'x'"),
+        ({"partial_rotary_factor": -0.5}, "partial_rotary_factor is not supported"),
+        ({"mrope_section": "211"}, "mrope_section is not supported, got '211'"),
+        ({"mrope_section": [9, -1, 0]}, "mrope_section is not supported"),
+        ({"mrope_section": [4.0, 2, 2]}, "mrope_section is not supported"),
+    ],
+)
+def test_numbers_that_describe_no_network_are_refused_before_it_is_built(
+    raws: dict[str, dict[str, Any]], family: str, change: dict[str, Any], message: str
+) -> None:
+    raw = copy.deepcopy(raws[family])
+    (key, value), *_ = change.items()
+    if key == "mrope_section" and family not in WITH_TOWER:
+        pytest.skip("text has one axis")
+    rotary = key in ("mrope_section", "partial_rotary_factor")
+    (text_of(raw)["rope_parameters"] if rotary else text_of(raw))[key] = value
+    with pytest.raises(ModelError, match=re.escape(message)):
+        parse_architecture(raw)
+
+
+@pytest.mark.parametrize("family", WITH_TOWER)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": 10**9}, "vision_config.depth is no size, got 1000000000"),
+        ({"num_heads": 0}, "vision_config.num_heads is no size, got 0"),
+        ({"num_heads": 3}, "vision_config.num_heads is not supported, got 3"),
+        ({"temporal_patch_size": [2]}, r"vision_config.temporal_patch_size is no size, got [2]"),
+        ({"hidden_act": "__import__"}, "vision_config.hidden_act is not supported, got '__import__'"),
+    ],
+)
+def test_a_tower_that_cannot_be_built_is_refused_by_name(
+    raws: dict[str, dict[str, Any]], family: str, change: dict[str, Any], message: str
+) -> None:
+    raw = copy.deepcopy(raws[family])
+    raw["vision_config"] |= change
+    with pytest.raises(ModelError, match=re.escape(message)):
+        parse_architecture(raw)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_transformers_would_take_from_elsewhere_are_refused(raws: dict[str, dict[str, Any]], family: str) -> None:
+    with pytest.raises(ModelError, match=r"transformers_weights is not supported, got 'other\.safetensors'"):
+        parse_architecture({**copy.deepcopy(raws[family]), "transformers_weights": "other.safetensors"})
+    with pytest.raises(ModelError, match="quantization_config is not supported, got 'bitsandbytes'"):
+        parse_architecture({**copy.deepcopy(raws[family]), "quantization_config": {"load_in_4bit": True}})
+
+
+@pytest.mark.parametrize("family", WITH_TOWER)
+def test_media_of_two_kinds_have_tokens_of_their_own(raws: dict[str, dict[str, Any]], family: str) -> None:
+    raw = copy.deepcopy(raws[family])
+    with pytest.raises(ModelError, match="two of the tokens that stand for media are the same"):
+        parse_architecture({**raw, "video_token_id": raw["image_token_id"]})

@@ -274,6 +274,27 @@ def test_code_in_a_model_folder_is_not_imported(source: Path, tmp_path: Path, ma
         transformers_logits(folder, architecture, [], Report(), torch.float32)
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("value", ["someone/kernels", "flash_attention_2"])
+def test_attention_kernels_that_a_folder_names_are_not_fetched(source: Path, tmp_path: Path, key: str, value: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    report = Report()
+    transformers_logits(folder, load_architecture(folder), [], report, torch.float32)
+    assert report.good
+
+
+def test_adapters_beside_the_weights_are_not_applied(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "someone/else", "peft_type": "LORA"}))
+    report = Report()
+    transformers_logits(folder, load_architecture(folder), [], report, torch.float32)
+    assert report.good
+
+
 def test_code_beside_a_tokenizer_is_not_imported(tmp_path: Path, marker: Path) -> None:
     build_folder(tmp_path / "chat", vision=False)
     folder = hostile_folder(tmp_path / "chat", tmp_path / "hostile", marker)

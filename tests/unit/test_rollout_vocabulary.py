@@ -261,3 +261,20 @@ def test_no_code_of_a_folder_is_run(tmp_path: Path) -> None:
 
 def test_special_tokens_are_those_of_the_small_tokenizer(tmp_path: Path) -> None:
     assert set(ChatFormat(folder_of(tmp_path)).special_tokens) == set(SPECIAL)
+
+
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, vision=False)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"] |= {"vocab": {token: number for token, number in content["model"]["vocab"].items() if token != "q"}}
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="the tokenizer loses text, got 'zppouestion' back, expected 'zppoquestion'"):
+        ChatFormat(folder)
+
+
+def test_a_tokenizer_sets_no_limit_of_its_own(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, vision=False)
+    for value in ("many", 1, None):
+        change(folder / "tokenizer_config.json", model_max_length=value)
+        assert ChatFormat(folder).count_tokens("the question") > 1

@@ -7,10 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from zppo_mm.config import ModelConfig, ParallelConfig
 from zppo_mm.conversion.prompts import ProbePrompt, probe_prompts
@@ -23,6 +21,7 @@ from zppo_mm.models.megatron_folder import check_shapes, read_share
 from zppo_mm.models.provider import build_model
 from zppo_mm.models.safetensors_folder import SafetensorsFolder
 from zppo_mm.models.weights import parameter_mappings
+from zppo_mm.parity.oracle import open_model
 
 MAX_LOGIT_DIFFERENCE = 1e-3
 """Relative to the largest logit. Float32 sums in another order differ by less than a tenth of it; a misplaced tensor by far more."""
@@ -168,9 +167,8 @@ def transformers_logits(
     Raises:
         ModelError: transformers cannot load the folder.
     """
-    kind: Any = AutoModelForImageTextToText if architecture.has_vision else AutoModelForCausalLM
     try:
-        model, info = kind.from_pretrained(str(hf_dir), dtype=dtype, output_loading_info=True, trust_remote_code=False)
+        model, info = open_model(hf_dir, dtype, has_vision=architecture.has_vision)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         raise ModelError(
             f"{hf_dir}: transformers cannot load it, got {type(error).__name__}: {error}, expected a folder that it opens; mend it, "

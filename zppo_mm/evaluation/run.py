@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,7 @@ def _log_progress(answers: Sequence[AnsweredQuestion], num_done: int, num_all: i
 
 
 def _log_losses(student: Student) -> None:
-    """Say what the grader could not do; a comparison that timed out or failed counts as wrong."""
+    """Say what the grader could not do; a response that it could not compare has no reward."""
     losses: Counter[str] = Counter()
     for replica in parallel.gather_from_replicas([student.grading_losses()]):
         for each in replica:
@@ -216,10 +216,18 @@ def _log_losses(student: Student) -> None:
         logger.warning("grading since this start: %s", ", ".join(f"{name} {count}" for name, count in losses.items() if count))
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        # A clone runs without being installed.
+        return "not installed"
+
+
 def _finish(folder: AnswerFolder, questions: Questions, settings: Mapping[str, Any], seed: int) -> Summary:
     answers = folder.read_complete(len(questions.chosen))
     summary = summarise(answers, questions.skipped, seed)
-    versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
     listed = questions.listed + [[each.id, each.skipped, "see the log"] for each in answers if each.skipped]
     folder.finish(answers, {"settings": settings, "versions": versions, **asdict(summary), "listed": listed})
     if summary.skipped_share > WARNED_SKIPPED_SHARE:

@@ -17,6 +17,7 @@ from zppo_mm.models.safetensors_file import DTYPES, Header, build_header, read_h
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_MAX_NAME = 255
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -67,12 +68,6 @@ class SafetensorsFolder:
                     f"{self.path / name}: the key {key} is missing, got {len(headers[name].entries)} keys, expected it because "
                     f"{INDEX_NAME} names it there; download the folder again"
                 )
-        if SINGLE_NAME not in headers and (self.path / SINGLE_NAME).is_file():
-            # transformers reads the single file, others the indexed ones: nobody would know which weights were meant.
-            raise ModelError(
-                f"{self.path}: the weights are there twice, got {SINGLE_NAME} beside the {len(headers)} files of {INDEX_NAME}, "
-                f"expected one of both; remove {SINGLE_NAME}, or {INDEX_NAME} with its files, whichever is old"
-            )
         return headers
 
     def _weight_map(self) -> dict[str, str] | None:
@@ -237,8 +232,9 @@ def _parse_index(path: Path) -> dict[str, str]:
         raise ModelError(f"{path}: is no index of weights, got no file names by key in weight_map; download the folder again")
     for key, name in weight_map.items():
         parts = PurePosixPath(name).parts
-        if not parts or parts[0] == "/" or ".." in parts or "\\" in name or not name.isprintable():
+        if not parts or parts[0] == "/" or ".." in parts or "\\" in name or not name.isprintable() or len(name) > _MAX_NAME:
             raise ModelError(
-                f"{path}: the file of {key} is none of this folder, got {name!a}, expected a name inside it; download the folder again"
+                f"{path}: the file of {key} is none of this folder, got {name[:_MAX_NAME]!a}, expected a name inside it; "
+                "download the folder again"
             )
     return weight_map

@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import math
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from encoders.processor import VisionInput
 from zppo_mm.errors import ModelError
 from zppo_mm.experience import FloatArray, IntArray
 from zppo_mm.models.families.table import FAMILIES
-from zppo_mm.models.safetensors_folder import SafetensorsFolder
+from zppo_mm.models.safetensors_folder import INDEX_NAME, SafetensorsFolder
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,10 @@ WEIGHTS_FACTOR = 1.25
 FIXED_BYTES = 512 * 2**20
 USABLE_SHARE = 0.8
 """Part of the free memory that may be taken: other processes of the machine grow too."""
+CONFIG_NAME = "config.json"
+ATTENTION = "sdpa"
+"""That of torch, as in our own network."""
+ATTENTION_KEYS = ("attn_implementation", "attn_implementation_internal", "experts_implementation", "experts_implementation_internal")
 CGROUP_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
 
 
@@ -138,17 +143,55 @@ def _free_host_bytes() -> int:
     return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
 
 
+def open_model(folder: Path, dtype: torch.dtype, *, has_vision: bool) -> tuple[Any, dict[str, Any]]:
+    """Load a folder's network into transformers; returns it with what transformers says about its keys.
+
+    transformers is shown the weights alone, as links, and the configuration. It would also apply adapters that lie beside
+    them, and fetch and run the attention kernels that a config.json names, whatever its caller asks for.
+
+    Args:
+        folder: The Hugging Face folder.
+        dtype: Of the network.
+        has_vision: Whether it has a tower.
+
+    Raises:
+        ModelError: The weights cannot be read.
+        Exception: Whatever transformers raises.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kind: Any = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+    with tempfile.TemporaryDirectory() as name:
+        config = _without_attention(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
+        Path(name, CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
+        for file in (INDEX_NAME, *SafetensorsFolder(folder).files):
+            if (folder / file).is_file():
+                link = Path(name, file)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to((folder / file).resolve())
+        found: tuple[Any, dict[str, Any]] = kind.from_pretrained(
+            name, dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True, trust_remote_code=False
+        )
+    return found
+
+
+def _without_attention(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration, objects in it included, that names no kernels."""
+    return {
+        key: _without_attention(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key.removeprefix("_") not in ATTENTION_KEYS
+    }
+
+
 def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """Return the whole model in evaluation mode.
 
     Raises:
         ModelError: The folder lacks weights, which transformers would fill with random ones.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kind: Any = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
-    model, info = kind.from_pretrained(str(folder), dtype=dtype, output_loading_info=True, trust_remote_code=False)
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    model, info = open_model(folder, dtype, has_vision="vision_config" in config)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"{folder}: transformers misses {len(missing)} weights, got none for {missing[0]}, expected all; check the folder")

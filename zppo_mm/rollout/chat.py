@@ -27,6 +27,7 @@ MARK_OPEN, MARK_CLOSE = "\ue200", "\ue201"
 """Private-use characters that bracket the number of a literal special token while the template runs over the text."""
 ZERO_WIDTH_SPACE = "\u200b"
 
+_NO_LIMIT = 1 << 62
 _ASKED, _ANSWERED = "zppoquestion", "zppoanswer"
 """Texts that no template has and none changes."""
 
@@ -221,6 +222,12 @@ class ChatFormat:
 
     def _check_prompts(self, num_rows: int | None) -> None:
         """Render a question of every kind, and check what comes out before it comes in the middle of a run."""
+        decoded = self.decode(self._tokenize_plain(_ASKED))
+        if "".join(decoded.split()) != "".join(_ASKED.split()):
+            raise ConfigError(
+                f"{self._folder}: the tokenizer loses text, got {decoded!r} back, expected {_ASKED!r}; copy tokenizer.json from the "
+                "original model folder"
+            )
         used = {self.stop_token_ids[0], *(piece for piece in self.media_kinds if isinstance(piece, int))}
         for media in ([], *([kind] for kind in self.media_kinds.values())):
             rendered = self.render(_ASKED, media)
@@ -294,13 +301,16 @@ def _load_tokenizer(folder: Path) -> Any:
         ConfigError: It cannot be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:
         # The tokenizers library raises bare exceptions.
         raise ConfigError(
             f"{folder}: the tokenizer cannot be loaded, got {type(error).__name__}: {' '.join(str(error).split())}, expected files of a "
             "Hugging Face tokenizer; copy them from the original model folder"
         ) from error
+    # Any value may stand there, and data.max_prompt_tokens is what bounds a prompt.
+    tokenizer.model_max_length = _NO_LIMIT
+    return tokenizer
 
 
 def _byte_alphabet() -> dict[str, int]:

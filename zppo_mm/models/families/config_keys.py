@@ -18,6 +18,22 @@ ROPE_BESIDE = ("rope_theta", "partial_rotary_factor", "original_max_position_emb
 """Rotary settings that may stand beside such an object instead of in it."""
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 """Must be in the file: transformers' defaults for them are those of one published model."""
+LARGEST = 1 << 20
+LARGEST_OF = {"num_hidden_layers": 1 << 12, "depth": 1 << 12, "vocab_size": 1 << 31, "max_position_embeddings": 1 << 31}
+"""Sizes beyond these are mistakes; a network of them would be laid out for hours before a weight is missed."""
+TOWER_SIZES = (
+    "depth",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "patch_size",
+    "temporal_patch_size",
+    "spatial_merge_size",
+    "num_position_embeddings",
+    "window_size",
+    "tokens_per_second",
+)
+"""Of vision_config, in the families that have them."""
 READ = frozenset(
     {
         *SIZES,
@@ -52,6 +68,8 @@ BUILT: Mapping[str, tuple[Any, ...]] = {
     "attention_chunk_size": (None,),
 }
 """Settings of the language model that have one value here; a file without them has it too."""
+BUILT_OUTSIDE: Mapping[str, tuple[Any, ...]] = {"transformers_weights": (None,)}
+"""The same of the whole file: transformers would load other weights than those that are read here."""
 HARMLESS = frozenset(
     {
         "transformers_version",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from transformers.activations import ACT2FN
+
 from encoders.config import TIMESTAMPED, VideoLayout
 from zppo_mm.errors import ModelError
+from zppo_mm.models.families.config_keys import TOWER_SIZES
 from zppo_mm.models.families.key_names import TEXT, Renames
 from zppo_mm.models.families.rope import read_rotary
-from zppo_mm.models.families.settings import Settings, media_tokens, refusal
+from zppo_mm.models.families.settings import Settings, check_size, media_tokens, refusal
 
 LayerType = Literal["linear_attention", "full_attention"]
 Section = tuple[int, int, int]
@@ -136,10 +140,14 @@ def common_fields(settings: Settings, *, partial_rotation: bool = False, mrope_s
     share = text.rope_parameters.get("partial_rotary_factor")
     if share not in (None, 1) and not partial_rotation:
         raise refusal(settings, "partial_rotary_factor", share, (1.0,))
+    if share is not None and (type(share) not in (int, float) or not 0 < share <= 1):
+        raise refusal(settings, "partial_rotary_factor", share, ("a number above 0, at most 1",))
     rotary_dim = int(head_dim * (1 if share is None else share))
     rotary = read_rotary(text, rotary_dim, settings.where)
     # Text has the same position on all axes.
     section = (text.rope_parameters.get("mrope_section") or mrope_section) if vision is not None else (rotary_dim // 2, 0, 0)
+    if not isinstance(section, list | tuple) or any(type(axis) is not int or axis < 0 for axis in section):
+        raise refusal(settings, "mrope_section", section, ("three whole numbers",))
     return {
         "title": settings.title,
         "family": settings.outer.model_type,
@@ -195,8 +203,11 @@ def check_architecture(architecture: Architecture, settings: Settings) -> None:
     """
     where = settings.where
     for name, key in (_SIZES | (_LINEAR_SIZES if hasattr(type(settings.text), "linear_num_key_heads") else {})).items():
-        if getattr(architecture, name) < 1:
-            raise ModelError(f"{where}: {key} is no size, got {getattr(architecture, name)}, expected a positive number; correct the file")
+        check_size(key, getattr(architecture, name), where)
+    if not 0 < architecture.norm_epsilon < math.inf:
+        raise ModelError(
+            f"{where}: rms_norm_eps is not supported, got {architecture.norm_epsilon}, expected a small positive number; correct the file"
+        )
     for many, few in (("num_attention_heads", "num_query_groups"), ("linear_num_value_heads", "linear_num_key_heads")):
         found = [getattr(architecture, name) for name in (many, few)]
         if found[1] and found[0] % found[1]:
@@ -243,6 +254,13 @@ def _check_tower(architecture: Architecture, settings: Settings) -> None:
     """Check that the tower's features fit the language model's placeholders, and that it takes RGB."""
     vision = settings.vision
     assert vision is not None
+    for key in TOWER_SIZES:
+        if hasattr(vision, key):
+            check_size(f"vision_config.{key}", getattr(vision, key), settings.where)
+    if vision.hidden_size % vision.num_heads:
+        raise refusal(settings, "vision_config.num_heads", vision.num_heads, (f"a divisor of {vision.hidden_size}",))
+    if vision.hidden_act not in ACT2FN:
+        raise refusal(settings, "vision_config.hidden_act", vision.hidden_act, ("a function that transformers has",))
     for key, expected in (("in_channels", 3), ("out_hidden_size", architecture.hidden_size)):
         if getattr(vision, key) != expected:
             raise refusal(settings, f"vision_config.{key}", getattr(vision, key), (expected,))
@@ -257,5 +275,10 @@ def _check_tower(architecture: Architecture, settings: Settings) -> None:
     if beyond:
         raise ModelError(
             f"{settings.where}: tokens of media are not in the vocabulary, got {beyond}, expected ids below {architecture.vocab_size}; "
+            "download the folder again"
+        )
+    if len(set(outside.values())) != len(outside):
+        raise ModelError(
+            f"{settings.where}: two of the tokens that stand for media are the same, got {outside}, expected different ones; "
             "download the folder again"
         )

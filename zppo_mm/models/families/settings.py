@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families.config_keys import (
     BUILT,
+    BUILT_OUTSIDE,
     FOREIGN,
     HARMLESS,
+    LARGEST,
+    LARGEST_OF,
     MEDIA_TOKENS,
     READ,
     READ_OUTSIDE,
@@ -25,6 +29,9 @@ from zppo_mm.models.families.config_keys import (
     same_value,
 )
 from zppo_mm.models.families.rope import check_spellings
+
+MAX_FILE_BYTES = 1 << 26
+"""Of a config.json or an index; the largest published indexes have some ten megabytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +68,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
         ModelError: The file is missing, or is no JSON object.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as stream:
+            content = stream.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise ValueError(f"more than {MAX_FILE_BYTES} bytes")
+        raw = json.loads(content.decode("utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"{path}: the file is missing, expected a Hugging Face model folder; check the path") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -88,6 +99,9 @@ def read_settings(raw: dict[str, Any], where: str, title: str) -> Settings:
         missing.append("vision_config")
     if missing:
         raise ModelError(f"{where}: the key {missing[0]!r} is missing, expected a complete {title} config; download the folder again")
+    for key in SIZES:
+        # Before transformers, which makes a list of as many layers as it is told.
+        check_size(key, inner[key], where)
     for section in (raw, inner):
         _check_quantisation(section, where)
         _check_foreign(section, where, title)
@@ -99,6 +113,7 @@ def read_settings(raw: dict[str, Any], where: str, title: str) -> Settings:
     settings = Settings(where, title, raw, outer, text, vision)
     _check_rope(inner, text, where)
     check_values(settings, text, BUILT)
+    check_values(settings, outer, BUILT_OUTSIDE)
     _check_unknown(settings, text, (READ, BUILT, HARMLESS))
     _check_unknown(settings, outer, (READ, BUILT, HARMLESS, READ_OUTSIDE))
     return settings
@@ -109,6 +124,23 @@ def text_level(raw: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(raw.get("text_config"), dict):
         return {}
     return {key: value for key, value in raw.items() if key in READ | set(BUILT) and key not in READ_OUTSIDE}
+
+
+def check_size(key: str, value: Any, where: str) -> None:
+    """Refuse what is no size of a network.
+
+    Args:
+        key: Its name in config.json, also inside an object.
+        value: What stands there.
+        where: The file in messages.
+
+    Raises:
+        ModelError: It is no whole number, not positive, or larger than any.
+    """
+    largest = LARGEST_OF.get(key.rpartition(".")[2], LARGEST)
+    if type(value) is not int or not 1 <= value <= largest:
+        shown = reprlib.repr(value)
+        raise ModelError(f"{where}: {key} is no size, got {shown}, expected a whole number from 1 to {largest}; correct the file")
 
 
 def check_values(settings: Settings, part: Any, built: Mapping[str, tuple[Any, ...]]) -> None:
@@ -167,6 +199,9 @@ def _as_transformers(raw: dict[str, Any], where: str) -> Any:
 def _check_quantisation(section: Mapping[str, Any], where: str) -> None:
     found = section.get("quantization_config")
     method = found.get("quant_method", "fp8") if isinstance(found, dict) else found
+    if isinstance(found, dict) and (found.get("load_in_8bit") or found.get("load_in_4bit")):
+        # transformers looks at these two before the method.
+        method = "bitsandbytes"
     if method not in (None, "fp8"):
         raise ModelError(
             f"{where}: quantization_config is not supported, got {method!r}, expected weights in blocks of fp8, or none; use a folder that "
