@@ -39,7 +39,7 @@ from zppo_mm.rewards.structure import (
     without_builder,
     without_group,
 )
-from zppo_mm.rewards.words import is_textual, is_word, spoken
+from zppo_mm.rewards.words import as_formula, is_textual, is_word, spoken
 
 MAX_ANSWER_CHARS = 1000
 MAX_DEPTH = 6
@@ -236,6 +236,9 @@ class _Comparison:
 
     def _quantities(self, left: str, right: str) -> bool | None:
         """Compare numbers with units, ratios, numbers in a base, and words."""
+        formulas = [as_formula(side) for side in (left, right)]
+        if None not in formulas:
+            return formulas[0] == formulas[1]
         bases = parse_in_base(left), parse_in_base(right)
         if bases != (None, None):
             return bases[0] == bases[1]

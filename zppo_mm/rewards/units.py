@@ -44,6 +44,13 @@ _VALUE_WORD = re.compile(
 # As products of symbols these are as common as they are as units.
 _LIKE_PRODUCTS = frozenset(("mg", "mV", "mT", "mA", "mC", "kT", "kA", "kC", "pV", "nT"))
 _VOWEL = re.compile("[aeiouy]", re.IGNORECASE)
+_CHINESE_PAIRS = (
+    "千米=km 公里=km 米=m 厘米=cm 毫米=mm 分米=dm 千克=kg 公斤=kg 克=g 毫克=mg "
+    "吨=ton 升=L 毫升=mL 小时=h 分钟=min 秒=s 天=day "
+    "千瓦=kW 千帕=kPa"
+)
+_CHINESE = dict(pair.split("=") for pair in _CHINESE_PAIRS.split())
+_CHINESE_SQUARED = {"平方": 2, "立方": 3}
 _SQUARED = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _SQUARED_BEHIND = {"squared": 2, "cubed": 3}
 _TOKEN = re.compile(r"(?:[AaPp]\.[Mm]\b\.?)|[^\W\d_]+|/|\\cdot|[*·()]|\^ ?\{? ?(-?[0-9]) ?\}?")
@@ -112,7 +119,10 @@ def split_currency(text: str) -> tuple[str, str] | None:
 
 
 def _name(token: str) -> str | None:
-    name = _CANONICAL.get(token)
+    power = _CHINESE_SQUARED.get(token[:2])
+    if power and token[2:] in _CHINESE:
+        return f"{_CHINESE[token[2:]]}^{power}"
+    name = _CANONICAL.get(token, _CHINESE.get(token))
     if name is None and len(token) > 1:
         name = _CANONICAL.get(token.lower())
     return name if name is not None else _WHOLE_UNITS.get(token.lower())

@@ -20,6 +20,11 @@ _SHORT_WORDS = frozenset(("no", "on", "up", "in", "so", "if", "we", "he", "it", 
 _SIGNS = re.compile(r"[\\^_+*=/]|[0-9] ?[A-Za-z]|[A-Za-z] ?\(")
 _FIGURE = re.compile(r"\\(?:angle|triangle|overline|overrightarrow)")
 _SEGMENT = re.compile("(?![IVXLCDM]{2})[A-Z]{2}")
+_ELEMENT = (
+    "A[lrsgu]|B[aeri]?|C[adelorsu]?|F[er]?|G[ae]|H[egf]?|I[nr]?|K|L[iu]|M[gno]|N[aei]?|O|P[bdtu]?|R[abn]|S[bceinr]?|T[i]|U|V|W|Xe|Y|Z[nr]"
+)
+_FORMULA = re.compile(rf"(?:\(?(?:{_ELEMENT})\)?(?:_?[0-9]|_?\{{[0-9]+\}}|[0-9]+)?){{1,20}}(?:\^(?:[0-9]?[+-]|\{{[0-9]*[+-]\}}))?")
+_FORMULA_WRAPPER = re.compile(r"^\\(?:mathrm|text|ce)\{(.*)\}$")
 _MAX_PRODUCT = 4
 _ARTICLE = re.compile(r"(?:the|an?) (?=\w{2})")
 
@@ -34,6 +39,12 @@ def is_textual(text: str) -> bool:
 def is_word(text: str) -> bool:
     """Return whether a text is letters only, whose order counts, as in `IV`; a segment `AB` is `BA`."""
     return len(text) > 1 and text.replace(" ", "").isalpha() and not _SEGMENT.fullmatch(text)
+
+
+def as_formula(text: str) -> str | None:
+    """Return a chemical formula with a number, such as `H_{2}O`, `Ca(OH)2` or `Cl^-`, in one spelling, `None` for all else."""
+    text = _FORMULA_WRAPPER.sub(r"\1", text.replace(" ", ""))
+    return re.sub(r"[_{}]", "", text) if _FORMULA.fullmatch(text) and not text.isalpha() else None
 
 
 def spoken(text: str) -> str:
