@@ -30,6 +30,13 @@ POINTS = tuple(sympy.Rational(*pair) for pair in _PRIMES)
 _REFUSED = re.compile(
     r"\\ldots|[0-9] +[0-9]|[0-9]_|\\(?:pmod|bmod|equiv|text)|\\(?:pm|mp)(?![a-zA-Z])|[?:;\"]|!="
     r"|\^ ?\{? ?(?:T|\\top|\\dagger|\\circ)(?![a-zA-Z])"
+    # Dates, ranges and names with a number.
+    r"|^(?=.*[0-9]{2})\+?[0-9]+ ?- ?[0-9]+$|^[0-9]+(?:(?: ?- ?[0-9]+){2,}|(?: ?/ ?[0-9]+){2,})$|\.[0-9]+\.|(?<![\\A-Za-z_^])[A-Za-z][0-9]"
+    r"|(?<![\\A-Za-z])[fghFGH] ?\^ ?(?:[0-9]|\{[^{}]*\}) ?\("  # an inverse or an iterate of a function
+    r"|\\(?:nabla|partial)|\\frac ?\{ ?d ?[A-Za-z]+ ?\} ?\{ ?d ?[A-Za-z] ?\}"
+    # Products of vectors and of matrices have an order.
+    r"|(?<![\\A-Za-z])[A-Za-z] ?\\times ?[A-Za-z](?![A-Za-z])|\\(?:vec|overrightarrow) ?\{?[A-Za-z]+\}? ?\\times"
+    r"|(?:[A-Z] ?[A-Z]\)?|[A-Z]) ?\^ ?\{ ?-1 ?\} ?[A-Z]|[A-Z] ?[A-Z]\)? ?\^ ?\{ ?-1"
 )
 _FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sqrt|sin|cos|tan|cot|sec|csc|log|exp|ln|max|min|gcd|lcm"
 _BARE_FUNCTION = re.compile(rf"(?<![\\A-Za-z])({_FUNCTIONS})(?![A-Za-z])")

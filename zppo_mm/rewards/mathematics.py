@@ -39,7 +39,7 @@ from zppo_mm.rewards.structure import (
     without_builder,
     without_group,
 )
-from zppo_mm.rewards.words import is_textual, spoken
+from zppo_mm.rewards.words import as_formula, is_textual, is_word, spoken
 
 MAX_ANSWER_CHARS = 1000
 MAX_DEPTH = 6
@@ -88,6 +88,8 @@ def is_same(parsed: str, gold: str, leaf: Leaf) -> bool | None:
     (left, left_marks), (right, right_marks) = without_marks(parsed), without_marks(gold)
     if left_marks and right_marks and left_marks != right_marks:
         return False
+    if left_marks != right_marks and split_unit(left if right_marks else right)[1] not in ("", "C", "F"):
+        return False  # 5° and 5 rad, 5% and 5 ppm
     return _Comparison(leaf).same(left, right, MAX_DEPTH)
 
 
@@ -234,6 +236,9 @@ class _Comparison:
 
     def _quantities(self, left: str, right: str) -> bool | None:
         """Compare numbers with units, ratios, numbers in a base, and words."""
+        formulas = [as_formula(side) for side in (left, right)]
+        if None not in formulas:
+            return formulas[0] == formulas[1]
         bases = parse_in_base(left), parse_in_base(right)
         if bases != (None, None):
             return bases[0] == bases[1]
@@ -242,6 +247,10 @@ class _Comparison:
             touching = letter_behind_number(left)
             if touching is not None and (not right_unit or right_unit == touching[1]):
                 left_body, left_unit = touching
+        elif not right_unit:
+            touching = letter_behind_number(right)
+            if touching is not None and left_unit == touching[1]:
+                right_body, right_unit = touching
         if left_unit and right_unit and left_unit != right_unit:
             return False
         if squeeze(left_body) == squeeze(right_body):
@@ -256,9 +265,11 @@ class _Comparison:
         if by_comma is not None:
             return by_comma
         # Algebra reads words as products of letters, for which "listen" is "silent".
-        if is_textual(left_body) or is_textual(right_body):
+        if is_textual(left_body) or is_textual(right_body) or (is_word(left_body) and is_word(right_body)):
             return spoken(left_body) == spoken(right_body)
-        return self._leaf(without_group(left_body), without_group(right_body))
+        verdict = self._leaf(without_group(left_body), without_group(right_body))
+        # What looks like a unit may be a product: `2 m g`.
+        return self._leaf(left, right) if verdict is False and left_unit != right_unit else verdict
 
 
 @dataclass(frozen=True, slots=True)

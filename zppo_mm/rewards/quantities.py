@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from zppo_mm.rewards.units import canonical_unit, split_currency
+from zppo_mm.rewards.units import canonical_unit, is_like_product, split_currency
 
 MAX_EXPONENT = 999
 MAX_POWER_BASE_DIGITS = 6
@@ -40,6 +40,7 @@ _BASES = (
 )
 _BASE_NAMES = {name: int(number) for name, _, number in (pair.partition("=") for pair in _BASES.split())}
 _UNIT_WORD = r"(?:[A-Za-z]?\\(?:mu|Omega) ?[A-Za-z]*|[^\W\d_]+)"
+_WORD = re.compile("[A-Za-z]+")
 _QUANTITY = re.compile(
     rf"(.*?(?:[0-9)}}.\]]|\\pi)) ?((?:(?:per|/) ?)?{_UNIT_WORD}(?:\.(?=[ a-z]))?"
     rf"(?:(?: ?(?:\\cdot|[/*·]) ?\(?| ){_UNIT_WORD}|\.[^\W\d_]\.?| ?\^ ?(?:\{{ ?-?[0-9] ?\}}|-?[0-9])){{0,8}}\)?)"
@@ -100,7 +101,7 @@ def split_unit(text: str) -> tuple[str, str]:
     """Return a quantity's body and its canonical unit, an empty unit if it has none.
 
     After a plain number any few words that do not change its value are a unit ("5 red apples"); after an expression only measuring
-    units are. A single letter that touches the number is none: `5m` may be five times m.
+    units are. Letters that touch the number are none if they may be symbols: `5m` may be five times m.
     """
     if text.replace(".", "", 1).isdigit():
         return text, ""
@@ -128,14 +129,13 @@ def letter_behind_number(text: str) -> tuple[str, str] | None:
 
 
 def _touches(match: re.Match[str]) -> bool:
-    """Return whether a unit of one letter of the alphabet, with or without exponent, follows without a space."""
-    unit = match[2]
-    return (
-        match.end(1) == match.start(2)
-        and unit[:1].isascii()
-        and unit[:1].isalpha()
-        and not (unit[1:2].isalpha() or "\\" in unit or "/" in unit)
-    )
+    """Return whether letters that may be symbols follow without a space, or one of them behind π."""
+    word = _WORD.match(match[2])
+    if word is None or "\\" in match[2] or "/" in match[2]:
+        return False
+    if match.end(1) < match.start(2):
+        return match[1].endswith("\\pi") and len(word[0]) == 1
+    return is_like_product(word[0])
 
 
 def _parse_simple(text: str) -> Fraction | None:

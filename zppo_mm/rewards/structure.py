@@ -26,6 +26,7 @@ _NAME = rf"(?:(?:m ?)?\\(?:angle|triangle|overline|overrightarrow|vec|Delta) ?\{
 _LABEL = re.compile(
     rf"(?:\|? ?{_NAME} ?\|?|{_SYMBOL}(?: ?\^ ?\{{ ?-1 ?\}})? ?\([^()]*\)|\\frac\{{ ?{_NAME} ?\}}\{{ ?{_NAME} ?\}}|{_NAME} ?/ ?{_NAME}"
     rf"|{_NAME}(?: ?: ?{_NAME})+|\\(?:sin|cos|tan|cot|sec|csc) ?{_NAME}|\( ?{_SYMBOL}(?: ?, ?{_SYMBOL})+ ?\)"
+    r"|\[ ?[A-Z]{3,6} ?\]|(?:m ?)?\\angle ?[0-9]|\\frac\{ ?d ?[a-z] ?\}\{ ?d ?[a-z] ?\}"
     r"|(?:the )?[A-Za-z]{3,}(?: [A-Za-z]+){0,5}) ?"
 )
 _VARIABLE = re.compile(rf"{_SYMBOL}|{_SYMBOL} ?\( ?{_SYMBOL} ?\)|[A-Z]{{2}}")

@@ -15,7 +15,8 @@ _NAMES = (
     "month=months year=years,yr,yrs N=newton,newtons J=joule,joules W=watt,watts V=volt,volts A=amp,amps,ampere,amperes K=kelvin,kelvins "
     "C=celsius,coulomb,coulombs F=fahrenheit,farad,farads Hz=hertz rad=radian,radians Ohm=ohm,ohms Pa=pascal,pascals T=tesla,teslas "
     "Wb=weber H=henry,henries mol=moles,mole eV= cal=calorie,calories bit=bits byte=bytes lm=lumen lx=lux dB= atm= unit=units ha=hectare,"
-    "hectares acre=acres am=a.m,a.m.,A.M,A.M.,AM pm=p.m,p.m.,P.M,P.M.,PM rpm="
+    "hectares acre=acres gal=gallon,gallons pc=pcs,piece,pieces ppm= bpm= pts=pt,points hp= TB= "
+    "am=a.m,a.m.,A.M,A.M.,AM pm=p.m,p.m.,P.M,P.M.,PM rpm="
 )
 _PREFIXES = ("p", "n", "u", "m", "c", "d", "k", "M", "G", "T")
 _PREFIXED = ("m", "g", "s", "A", "K", "N", "J", "W", "V", "F", "Hz", "Pa", "C", "T", "Ohm", "L", "mol", "eV", "B", "bit", "cal", "Wb", "H")
@@ -28,11 +29,28 @@ _CANONICAL = {
 _NOT_UNIT_WORDS = (
     "or and to by of is are not than plus minus times over mod pi e i x y z n sqrt sin cos tan log ln exp inf infinity infty hundred "
     "hundreds thousand thousands million millions billion billions trillion dozen dozens half halves third thirds quarter quarters percent "
-    "percentage pct base repeating recurring factorial point negative positive root squared cubed score but if when where for mil bn"
+    "percentage pct base repeating recurring factorial point negative positive root squared cubed score but if when where for mil bn mn "
+    "mln bln tn mio mrd mille lakh lakhs crore crores pair pairs couple couples tens ones gross fold below under less fewer lower off "
+    "double doubled triple tripled quadruple multiplied divided choose wrong false incorrect"
 )
 _NOT_UNITS = frozenset(_NOT_UNIT_WORDS.split())
 _VALUE_CHARACTERS = frozenset("万萬亿億千百十兆半分割成倍억만천백십")
-_VALUE_WORDS = frozenset(("тыс", "млн", "млрд", "тысяч", "миллион", "миллиона", "миллионов", "половина"))
+_VALUE_STEMS = ("тыс", "млн", "млрд", "милли", "полов", "مليون", "مليار", "ألف", "लाख", "करोड़", "हज़ार", "배", "折")
+# `3 eighths`, `5 millones`, `5 Milliarden`.
+_VALUE_WORD = re.compile(
+    r"(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie|hundred|thousand)ths?|[a-z]*ill(?:ion|iard|on)[a-z]*",
+    re.IGNORECASE,
+)
+# As products of symbols these are as common as they are as units.
+_LIKE_PRODUCTS = frozenset(("mg", "mV", "mT", "mA", "mC", "kT", "kA", "kC", "pV", "nT"))
+_VOWEL = re.compile("[aeiouy]", re.IGNORECASE)
+_CHINESE_PAIRS = (
+    "千米=km 公里=km 米=m 厘米=cm 毫米=mm 分米=dm 千克=kg 公斤=kg 克=g 毫克=mg "
+    "吨=ton 升=L 毫升=mL 小时=h 分钟=min 秒=s 天=day "
+    "千瓦=kW 千帕=kPa"
+)
+_CHINESE = dict(pair.split("=") for pair in _CHINESE_PAIRS.split())
+_CHINESE_SQUARED = {"平方": 2, "立方": 3}
 _SQUARED = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _SQUARED_BEHIND = {"squared": 2, "cubed": 3}
 _TOKEN = re.compile(r"(?:[AaPp]\.[Mm]\b\.?)|[^\W\d_]+|/|\\cdot|[*·()]|\^ ?\{? ?(-?[0-9]) ?\}?")
@@ -82,6 +100,12 @@ def canonical_unit(text: str, free_words: bool) -> str | None:
     return _joined(powers)
 
 
+def is_like_product(word: str) -> bool:
+    """Return whether letters that touch a number may be a product of symbols: `3g`, `3mg`, `3mv`, but not `3cm`."""
+    name = _name(word)
+    return len(word) == 1 or (len(word) <= 3 and (name is None or name in _LIKE_PRODUCTS))
+
+
 def split_currency(text: str) -> tuple[str, str] | None:
     """Return the amount and the currency of `$5`, `-€3` or `5 €`, `None` for all else."""
     if not _CURRENCY_SIGN.search(text):
@@ -95,7 +119,10 @@ def split_currency(text: str) -> tuple[str, str] | None:
 
 
 def _name(token: str) -> str | None:
-    name = _CANONICAL.get(token)
+    power = _CHINESE_SQUARED.get(token[:2])
+    if power and token[2:] in _CHINESE:
+        return f"{_CHINESE[token[2:]]}^{power}"
+    name = _CANONICAL.get(token, _CHINESE.get(token))
     if name is None and len(token) > 1:
         name = _CANONICAL.get(token.lower())
     return name if name is not None else _WHOLE_UNITS.get(token.lower())
@@ -103,8 +130,9 @@ def _name(token: str) -> str | None:
 
 def _is_free(token: str) -> bool:
     if not token.isascii():
-        return not (_VALUE_CHARACTERS & set(token)) and token.lower() not in _VALUE_WORDS
-    return len(token) > 1 and token.lower() not in _NOT_UNITS
+        return not (_VALUE_CHARACTERS & set(token)) and not token.lower().startswith(_VALUE_STEMS)
+    is_word = len(token) > 2 and _VOWEL.search(token) is not None  # `mv` and `mgh` are products
+    return is_word and token.lower() not in _NOT_UNITS and not _VALUE_WORD.fullmatch(token)
 
 
 def _joined(powers: Counter[str]) -> str:
