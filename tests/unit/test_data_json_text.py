@@ -88,9 +88,3 @@ def test_markers_in_the_text_are_as_many_as_the_media(text: bytes, extensions: l
     with pytest.raises(SampleError, match=r"the text does not fit its media, got .* expected as many") as caught:
         parse_question("s.tar", "k", content, ["json", *extensions])
     assert caught.value.reason == "missing_media"
-
-
-def test_a_key_that_is_no_text_is_refused() -> None:
-    with pytest.raises(SampleError, match=r"the key is no valid text, got 'caf\\udce9'") as caught:
-        parse_question("s.tar", "caf\udce9", GOOD % b"", ["json"])
-    assert caught.value.reason == "bad_text"
