@@ -197,7 +197,7 @@ def parse(fields: object, extensions: tuple[str, ...] = ("json", "jpg")) -> obje
         ({"answer_type": "mcq"}, "unknown_answer_type", "got 'mcq', expected one of math, choice, open"),
         ({"answer_type": ["math"]}, "unknown_answer_type", "unknown answer_type"),
         ({"answer": "C"}, "bad_choice", "the answer is no option, got 'C', which names no option, expected A to B"),
-        ({"answer": "x"}, "bad_choice", "the answer is no option, got 'x'"),
+        ({"answer": "z"}, "bad_choice", "the answer is no option, got 'z'"),
         ({"choices": ["x"]}, "bad_choice", "wrong number of choices, got 1"),
         ({"choices": ["x", ""]}, "bad_field", "field choices is wrong"),
         ({"answer_type": "math"}, "bad_choice", "choices given, got answer_type math"),
