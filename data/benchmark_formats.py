@@ -75,8 +75,9 @@ class RowView:
             value: Any = self.row
             for name in [column] if column in self.row else column.split("."):
                 value = value.get(name) if isinstance(value, Mapping) else None
-            # A number that is not equal to itself stands for nothing in tables of floats.
-            found.append(None if isinstance(value, float) and value != value else value)
+            # A number that is not equal to itself stands for nothing in tables of floats, and so do fields without values.
+            is_nothing = value != value if isinstance(value, float) else _has_no_values(value)
+            found.append(None if is_nothing else value)
         return found
 
     def text(self, part: str, default: str | None = None) -> str:
@@ -343,12 +344,17 @@ def split_columns(columns: str) -> list[str]:
     return [name.strip() for name in columns.split(",") if name.strip()]
 
 
+def _has_no_values(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(entry is None for entry in value.values())
+
+
 def _spelled(text: str) -> Any:
     """Return the list or object that a text spells in JSON or Python, `None` if it spells none."""
     # Other texts, such as a picture in base64, are not for a parser of Python.
     for read in (json.loads, ast.literal_eval) if text.lstrip()[:1] in ("[", "{") else ():
         try:
             value = read(text)
+            repr(value)  # fails for numbers and levels that nobody can write down
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             continue
         if isinstance(value, list | dict):

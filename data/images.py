@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from data.errors import MediaError
 from data.signatures import image_format
@@ -18,6 +18,18 @@ from data.signatures import image_format
 MAX_TEXT_BYTES = 1 << 28
 """Of one text or colour profile in a PNG file when it is unpacked; Pillow refuses pictures with more than 1 MiB."""
 ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings a picture of each orientation upright; 1 is upright."""
+# What Pillow raises on damaged files depends on the plug-in.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, LookupError, TypeError, OverflowError)
 _DEPTH_SCALES = {"L;2": 85.0, "L;4": 17.0, "RGB;16B": 1 / 256}
 """What Pillow multiplies values of other depths by, but not the value that stands for transparent."""
 _MARKER = re.compile(rb"\xff+([^\xff\x00\x01\xd0-\xd8])", re.DOTALL)
@@ -66,12 +78,13 @@ def decode_image(content: bytes | bytearray, max_pixels: int) -> npt.NDArray[np.
             check_pixels(*image.size, max_pixels)  # opening reads the header only
             _check_whole(name, content, image)
             _scale_transparency(image)
-            ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(_to_rgb(image))[None]
+            return np.asarray(_to_rgb(_upright(image)))[None]
     except MediaError:
         raise
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, LookupError, TypeError, OverflowError) as error:
-        # What Pillow raises on damaged files depends on the plug-in; only some messages say that bytes are missing.
+    except UnidentifiedImageError as error:
+        raise MediaError("unreadable", f"{name} is unreadable (no sound header); copy it anew") from error
+    except _DAMAGE as error:
+        # Only some messages say that bytes are missing.
         reason = "truncated" if "truncated" in str(error).lower() else "unreadable"
         raise MediaError(reason, f"{name} is {reason} ({type(error).__name__}: {error}); copy it anew") from error
 
@@ -116,6 +129,16 @@ def _scale_transparency(image: Image.Image) -> None:
         image.info["transparency"] = int(clear * scale)
     elif scale is not None and isinstance(clear, tuple):
         image.info["transparency"] = tuple(int(value * scale) for value in clear)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return an image as its EXIF or XMP data say that it is to be looked at; as it is stored if these are damaged."""
+    image.load()  # errors of the pixels are not errors of the data about them
+    try:
+        turn = _TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except _DAMAGE:
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

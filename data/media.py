@@ -13,6 +13,8 @@ from data.question import MediaKind, MediaRef
 from data.shards import ShardReader
 from data.worker import WorkerLimits
 
+MAX_LIMIT = 1 << 50
+
 
 @dataclass(frozen=True, slots=True)
 class Frames:
@@ -56,11 +58,12 @@ class MediaLimits:
         """Refuse limits that would let nothing through.
 
         Raises:
-            DataError: A limit is not positive.
+            DataError: A limit is not positive, or larger than any file, clip or wait can be.
         """
         for name in self.__slots__:
-            if not getattr(self, name) > 0:
-                raise DataError(f"MediaLimits: {name} is not positive, got {getattr(self, name)}; correct it")
+            if not 0 < getattr(self, name) <= MAX_LIMIT:
+                expected = f"expected more than 0 and at most {MAX_LIMIT}"
+                raise DataError(f"MediaLimits: {name} is wrong, got {getattr(self, name)}, {expected}; correct it")
 
 
 class MediaOpener:

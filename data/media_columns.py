@@ -17,7 +17,8 @@ _NAME = re.compile(
 _ADDRESS_NAME = re.compile(rf".*_{_ADDRESS}")
 _FILE = re.compile(r"\S[^\n]{0,500}\.(?:jpe?g|png|webp|bmp|gif|tiff?|heic|avif|svg|mp4|m4v|mov|webm|mkv|avi)", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:(?:image|video|audio)/")
-_MARKER = re.compile(r"<(image|video)[ _]?(\d{0,9})>")
+_MARKER = re.compile(r"`<(?:image|video)[ _]?\d*>`|<(image|video)[ _]?(\d{0,9})>")
+"""In backticks it is text about the marker, and has no groups."""
 
 
 def unmapped_media(fields: Mapping[str, Any], read: Iterable[str], has_media: bool) -> list[str]:
@@ -33,7 +34,7 @@ def unmapped_media(fields: Mapping[str, Any], read: Iterable[str], has_media: bo
 
 
 def check_markers(where: str, texts: Sequence[str], media: Sequence[MediaRef]) -> None:
-    """Refuse a question whose `<image>`, `<image 2>` and `<video>` are not as many as its media.
+    """Refuse a question whose `<image>`, `<image 2>` and `<video>` are not as many as its media; in backticks they are text.
 
     Raises:
         SampleError: `missing_media`.
@@ -42,24 +43,28 @@ def check_markers(where: str, texts: Sequence[str], media: Sequence[MediaRef]) -
         have = sum(reference.kind == kind for reference in media)
         found = [match[2] for text in texts for match in _MARKER.finditer(text) if match[1] == kind]
         bare = found.count("")
-        highest = max((int(number) for number in found if number), default=0)
+        highest = max((max(int(number), 1) for number in found if number), default=0)  # some count from 0
         if (bare and bare != have) or highest > have:
             got = f"got {bare} times <{kind}>" if bare and bare != have else f"got <{kind} {highest}>"
-            expected = "expected as many; add or name the media, or take out the marker"
+            expected = "expected as many; add or name the media, or set the marker in backticks where it is text"
             raise SampleError("missing_media", f"{where}: the text does not fit its media, {got} and {have} of kind {kind}, {expected}")
 
 
-def _is_media(name: str, value: Any, has_media: bool) -> bool:
+def _is_media(name: str, value: Any, has_media: bool, *, is_inner: bool = False) -> bool:
     if isinstance(value, list | tuple):
-        return any(_is_media(name, entry, has_media) for entry in value)
+        return any(_is_media(name, entry, has_media, is_inner=is_inner) for entry in value)
     if isinstance(value, bytes | bytearray):
         return True
     if isinstance(value, Mapping):
-        return {"bytes", "path"} <= set(value) and any(value.get(part) is not None for part in ("bytes", "path"))
+        if {"bytes", "path"} <= set(value):
+            return any(value.get(part) is not None for part in ("bytes", "path"))
+        return any(_is_media(str(inner), entry, has_media, is_inner=True) for inner, entry in value.items())
     if not isinstance(value, str) or not value.strip():
         return False
     if _DATA_URL.match(value):
         return True
+    if has_media and is_inner:  # messages repeat the names of what the columns hold
+        return False
     plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\s.-]+", "_", name).lower()  # imageUrl and "image path" are image_url and image_path
     if _NAME.fullmatch(plain):
         return not (has_media and _ADDRESS_NAME.fullmatch(plain))

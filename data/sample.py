@@ -15,6 +15,12 @@ from data.question import ANSWER_TYPES, AnswerType, MediaKind, MediaRef, Questio
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp"})
 VIDEO_EXTENSIONS = frozenset({"mp4", "m4v", "mov", "webm", "mkv", "avi", "gif"})
+UNOPENED_EXTENSIONS = frozenset(
+    {"tif", "tiff", "heic", "heif", "avif", "jxl", "jp2", "j2k", "jfif", "jpe", "svg", "ico", "ppm", "pgm", "pbm", "pnm", "tga", "psd"}
+    | {"exr", "hdr", "eps", "pdf", "img", "image", "picture", "photo", "mpg", "mpeg", "m2v", "mts", "m2ts", "ts", "3gp", "3g2", "ogv"}
+    | {"ogg", "wmv", "asf", "flv", "vob", "rm", "video", "mp3", "wav", "flac", "m4a", "aac", "opus", "wma", "audio"}
+)
+"""Of pictures, videos and sounds in formats that are not opened."""
 MAX_CHOICES = 26
 FIELDS = ("id", "question", "answer", "answer_type", "choices", "source", "media")
 MAX_MEDIA = 1000
@@ -196,7 +202,10 @@ def _right_letter(where: str, answer: str, choices: Sequence[str]) -> str:
 
 
 def _media(where: str, shard: str, key: str, fields: Mapping[str, Any], extensions: Mapping[str, None]) -> tuple[MediaRef, ...]:
-    named = _text_list(where, fields, "media") if "media" in fields else tuple(media_order(extensions))
+    if "media" in fields:
+        named = tuple(extension.lower() for extension in _text_list(where, fields, "media"))
+    else:  # one that is not opened is refused below: without it this would be another question
+        named = (*media_order(extensions), *(each for each in extensions if each.rpartition(".")[2] in UNOPENED_EXTENSIONS))
     if len(named) > MAX_MEDIA:
         got = f"got {len(named)}, expected at most {MAX_MEDIA}"
         raise SampleError("bad_field", f"{where}: too many media files, {got}; leave some out")
@@ -205,9 +214,8 @@ def _media(where: str, shard: str, key: str, fields: Mapping[str, Any], extensio
         kind = media_kind(extension)
         if kind is None:
             known = ", ".join(sorted(IMAGE_EXTENSIONS | VIDEO_EXTENSIONS))
-            raise SampleError(
-                "unknown_media", f"{where}: unknown kind of media, got {shown(extension)}, expected {known}; convert the file"
-            )
+            advice = "convert the file, or name the others in media"
+            raise SampleError("unknown_media", f"{where}: unknown kind of media, got {shown(extension)}, expected {known}; {advice}")
         if extension not in extensions:
             got = f"got members {shown(', '.join(extensions))}, expected {shown(extension)}"
             raise SampleError("missing_media", f"{where}: media file is missing, {got}; add it")

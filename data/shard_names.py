@@ -13,10 +13,10 @@ from data.text import is_valid_text
 
 SHARD_SUFFIX = ".tar"
 UNFINISHED_SUFFIX = ".tmp"
-COMPRESSED = re.compile(r"(?i)\.(?:tar\.(?:gz|bz2|xz|zstd?|lz4|lz|lzma|br|z)|tgz|tbz2?|txz|tzst)\Z")
-# Of this writer, of browsers and download tools, and of rsync, whose files are hidden.
+COMPRESSED = re.compile(r"(?i)\.(?:tar\.(?:gz|bz2|xz|zstd?|lz4|lzo?|lzma|br|z|zip|7z|gpg|age|enc)|tgz|tbz2?|txz|tzst|tlz)\Z")
+# Of this writer, of browsers and download tools, of split, and of rsync, whose files are hidden.
 UNFINISHED = re.compile(
-    r"\.tar\.(?:.*\.)?(?:tmp|part|partial|incomplete|crdownload|aria2)(?:\.idx\.json)?\Z"
+    r"\.tar\.(?:.*\.)?(?:tmp|(?:file)?part[\w-]*|incomplete|(?:cr|op)?download|aria2|\d{1,4}|a{1,2}[a-z])(?:\.idx\.json)?\Z"
     r"|\A\..*\.tar\.\w{6}\Z",
     re.IGNORECASE,
 )
@@ -42,6 +42,8 @@ def list_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
     unread: dict[str, str] = {}
     present = frozenset(names)
     for name in names:
+        if name.startswith("._") and name[2:] in present:
+            continue  # what macOS keeps about the file beside it
         problem = _unread_because(name, present)
         if problem is not None:
             unread[name] = f"{folder}/{shown(name)}: {problem}"

@@ -55,8 +55,10 @@ def write_shards(
 
     Raises:
         DataError: The folder has shards already or cannot be written, a key is not allowed or is met
-            twice, an extension is no media file's, or a question is no JSON.
+            twice, an extension is no media file's, a question is no JSON, or a shard may hold none.
     """
+    if samples_per_shard < 1:
+        raise DataError(f"{folder}: no samples per shard, got {samples_per_shard}, expected at least 1; correct it")
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)

@@ -6,10 +6,13 @@ import csv
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from data.errors import DataError, SampleError
 from data.json_text import TEXT_RULE, InvalidText, check_texts, load_json, load_object
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
 
 TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 PARQUET_BATCH = 32
@@ -118,7 +121,8 @@ def _separated(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
                 if row is None:
                     return
                 if None not in row and None not in row.values():
-                    yield number, row
+                    if any(map(str.strip, row.values())):  # a line of commas is a blank one
+                        yield number, row
                     continue
                 problem = f"wrong number of columns, expected {len(reader.fieldnames or ())}; correct row {number}"
             # An open quote takes the lines after it along, each of which may have been a row.
@@ -134,8 +138,8 @@ def _physical_lines(path: Path, file: TextIO) -> Iterator[str]:
 
 
 def _check_columns(path: Path, names: Sequence[str]) -> None:
-    """Refuse a column name that is there twice: only one of the columns would be read."""
-    twice = [name for name, count in Counter(names).items() if count > 1]
+    """Refuse a column name that is there twice: only one of the columns would be read. Spreadsheets end in columns without a name."""
+    twice = [name for name, count in Counter(names).items() if count > 1 and name.strip()]
     if twice:
         raise DataError(f"{path}: two columns have one name, got {twice[0]!a}, expected every name once; rename one")
 
@@ -156,10 +160,20 @@ def _parquet(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
                 for index in range(batch.num_rows):
                     number += 1
                     try:
-                        [row] = batch.slice(index, 1).to_pylist()
+                        yield number, _values(batch.slice(index, 1))
                     except UnicodeDecodeError as error:
                         yield number, SampleError("bad_text", f"{path}:{number}: {error}, {TEXT_RULE}; correct it")
-                    else:
-                        yield number, row
+                    except (ValueError, OverflowError) as error:
+                        yield number, SampleError("bad_row", f"{path}:{number}: a value is not readable ({error}); correct it")
     except ArrowException as error:
         raise DataError(f"{path}: not readable as Parquet ({error}); download it again") from error
+
+
+def _values(row: RecordBatch) -> Row:
+    """Return one row; without its times where Python has none of them, such as those of nanoseconds."""
+    from pyarrow.types import is_temporal
+
+    try:
+        return dict(row.to_pylist()[0])
+    except (ValueError, OverflowError):
+        return dict(row.select([field.name for field in row.schema if not is_temporal(field.type)]).to_pylist()[0])

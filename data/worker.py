@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 START_SECONDS = 120.0  # importing libraries from a cold network disk
 MAX_REQUESTS = 10_000  # a library loses some memory on damaged input, so workers are replaced now and then
 MAX_HEADER_BYTES = 1 << 20
+MAX_WAIT_SECONDS = 86_400.0  # a socket waits for some weeks at most
 ENVIRONMENT = {
     # Threads of arithmetic libraries would count against the address space.
     "OPENBLAS_NUM_THREADS": "1",
@@ -216,7 +217,7 @@ def _remaining(deadline: float) -> float:
     remaining = deadline - time.monotonic()
     if remaining <= 0:
         raise TimeoutError
-    return remaining
+    return min(remaining, MAX_WAIT_SECONDS)
 
 
 class WorkerPool:

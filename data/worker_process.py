@@ -66,11 +66,18 @@ def end_with(owner: int) -> None:
 
 def lock_down(memory_bytes: int) -> None:
     """Give up what working from memory does not need, for good."""
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    _lower(resource.RLIMIT_AS, memory_bytes)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Descriptors 0 to 2 are taken and no new one may be opened: neither a file nor an address.
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+
+
+def _lower(kind: int, most: int) -> None:
+    """Set a limit for good; one that the machine has set lower stays."""
+    _, hard = resource.getrlimit(kind)
+    limit = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (limit, limit))
 
 
 def limit_cpu(seconds: float) -> None:

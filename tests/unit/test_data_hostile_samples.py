@@ -169,3 +169,40 @@ def test_fields_may_be_nested_as_deep_as_the_limit() -> None:
         else:
             with pytest.raises(SampleError, match="nested too deeply"):
                 parse_question("s.tar", "k", content, ())
+
+
+@pytest.mark.parametrize("extension", ["tif", "TIFF", "0.heic", "avif", "jfif", "svg", "wmv", "mp3", "image"])
+def test_a_medium_that_is_not_opened_is_not_left_out_of_its_question(tmp_path: Path, extension: str) -> None:
+    other = member("a.json", QUESTION) + member(f"a.{extension}", b"x") + member("a.txt", b"x") + member("a.cls", b"1")
+    named = fields(id="r", media=["JPG"])
+    (tmp_path / "a.tar").write_bytes(other + member("b.json", named) + member("b.JPG", png()) + member(f"b.{extension}", b"x") + END)
+    folder = ShardFolder(tmp_path)
+    with pytest.raises(SampleError, match=f"unknown kind of media, got {extension.lower()}, .* or name the others in media") as caught:
+        folder.question(*folder.keys()[0])
+    assert caught.value.reason == "unknown_media"
+    question = folder.question(*folder.keys()[1])
+    assert [reference.extension for reference in question.media] == ["jpg"]
+
+
+def test_markers_in_backticks_are_text(tmp_path: Path) -> None:
+    texts = {
+        "What does `<image>` do?": True,
+        "And `<video 1>`?": True,
+        "See <image>.": False,
+        "See <image 0>.": False,
+        "`a` <video> `b`": False,
+    }
+    content = b"".join(member(f"{key}.json", fields(id=str(key), question=text)) for key, text in enumerate(texts))
+    (tmp_path / "a.tar").write_bytes(content + END)
+    problems = lint([tmp_path])[1]
+    wanted = [f"{tmp_path}/a.tar:{key}" for key, is_text in enumerate(texts.values()) if not is_text]
+    assert [(problem.where, problem.reason) for problem in problems] == [(where, "missing_media") for where in wanted]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{"image": "a.jpg"}, {"img": {"bytes": "x", "path": None}}, [{"content": [{"image_url": {"url": "data:image/png;base64,AA"}}]}]],
+)
+def test_media_deep_inside_a_field_that_is_not_read_are_found(tmp_path: Path, value: object) -> None:
+    (tmp_path / "a.tar").write_bytes(GOOD + member("b.json", fields(id="r", extra=value)) + END)
+    assert [problem.reason for problem in lint([tmp_path])[1]] == ["unmapped_media"]

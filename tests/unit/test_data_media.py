@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from data.containers import recognise
 from data.errors import MEDIA_REASONS, DataError, MediaError
-from data.media import MediaLimits, MediaOpener
+from data.media import MAX_LIMIT, MediaLimits, MediaOpener
 from data.question import MediaKind, MediaRef
 from data.shards import ShardReader, write_shards
 from tests.unit.shard_samples import png, sample
@@ -182,8 +182,29 @@ def test_references_are_opened_and_named(opener: MediaOpener, tmp_path: Path) ->
 
 
 def test_limits_must_let_something_through() -> None:
-    with pytest.raises(DataError, match="max_frames is not positive, got 0"):
+    with pytest.raises(DataError, match="max_frames is wrong, got 0, expected more than 0"):
         MediaLimits(max_frames=0)
+    for endless in (float("inf"), float("nan"), 1e300):
+        with pytest.raises(DataError, match="decode_timeout_seconds is wrong"):
+            MediaLimits(decode_timeout_seconds=endless)
+
+
+def test_the_longest_wait_is_one_that_a_socket_can_have() -> None:
+    opener = MediaOpener(MediaLimits(decode_timeout_seconds=MAX_LIMIT))
+    assert opener.open(png(), "image").pixels.shape == (1, 6, 8, 3)
+    opener.close()
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("exif", [b"nonsense", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0MM\0*\xff\xff\xff\xff"])
+def test_damaged_notes_about_a_sound_picture_do_not_lose_it(opener: MediaOpener, image_format: str, exif: bytes) -> None:
+    content = encode(Image.fromarray(gradient()), image_format, exif=exif)
+    assert opener.open(content, "image").pixels.shape == (1, 20, 30, 3)
+
+
+def test_a_message_names_no_place_in_memory(opener: MediaOpener) -> None:
+    with pytest.raises(MediaError, match=r"PNG is unreadable \(no sound header\)"):
+        opener.open(b"\x89PNG\r\n\x1a\n", "image")
 
 
 def box(kind: bytes, *contents: bytes) -> bytes:

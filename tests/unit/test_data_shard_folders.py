@@ -69,6 +69,12 @@ LOOKS_LIKE_A_SHARD = {
     "b.tar.tmp": "not written or copied to its end",
     "b.tar.123.tmp": "not written or copied to its end",
     "b.tar.part": "not written or copied to its end",
+    "b.tar.part-00": "not written or copied to its end",
+    "b.tar.filepart": "not written or copied to its end",
+    "b.tar.aa": "not written or copied to its end",
+    "b.tar.001": "not written or copied to its end",
+    "b.tar.gz.part1": "not written or copied to its end",
+    "b.tar.7z": "a compressed shard is not read",
     ".b.tar.Ab12Cd": "not written or copied to its end",
     "b.TAR": "suffix .tar in lower case",
     os.fsdecode(b"b\xff.tar"): "no UTF-8",
@@ -79,7 +85,9 @@ LOOKS_LIKE_A_SHARD = {
 def test_what_looks_like_a_shard_is_never_passed_over_in_silence(tmp_path: Path, name: str) -> None:
     write_shards(tmp_path, [sample(0)])
     (tmp_path / "README.md").write_text("is no shard")
-    (tmp_path / "shard-000000.tar.sha256").write_text("nor is this")
+    for beside in ("sha256", "md5", "idx", "index", "lock", "json", "txt"):
+        (tmp_path / f"shard-000000.tar.{beside}").write_text("nor is this")
+    (tmp_path / "._shard-000000.tar").write_bytes(b"\0\5\x16\7 what macOS keeps beside a file")
     assert lint([tmp_path]) == (1, [])
     (tmp_path / name).write_bytes(GOOD + END)
     with pytest.raises(DataError, match=LOOKS_LIKE_A_SHARD[name]):
@@ -146,3 +154,10 @@ def test_a_folder_whose_path_no_log_can_hold_is_an_error(tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"udcff: the path of the folder is no UTF-8") as caught:
         ShardFolder(folder)
     assert str(caught.value).encode()
+
+
+@pytest.mark.parametrize("number", [0, -3])
+def test_a_shard_holds_at_least_one_sample(tmp_path: Path, number: int) -> None:
+    with pytest.raises(DataError, match=f"no samples per shard, got {number}, expected at least 1"):
+        write_shards(tmp_path, [sample(0)], number)
+    assert list(tmp_path.iterdir()) == []

@@ -200,6 +200,7 @@ def parse(fields: object, extensions: tuple[str, ...] = ("json", "jpg")) -> obje
         ({"answer": "b"}, "bad_choice", "the answer is no option, got 'b', which names no option"),
         ({"answer": "B. x"}, "bad_choice", "the answer is no option, got 'B. x', which names no option"),
         ({"answer": "x", "choices": ["x", "x"]}, "bad_choice", "the answer is no option, got 'x', which names A and B"),
+        ({"answer": "z"}, "bad_choice", "the answer is no option, got 'z'"),
         ({"choices": ["x"]}, "bad_choice", "wrong number of choices, got 1"),
         ({"choices": ["x", ""]}, "bad_field", "field choices is wrong"),
         ({"answer_type": "math"}, "bad_choice", "choices given, got answer_type math"),

@@ -149,3 +149,16 @@ def test_a_deadline_that_has_passed_ends_the_worker(worker: KillableWorker) -> N
 def test_what_does_not_start_says_why() -> None:
     with pytest.raises(WorkerNotStarted, match="ended with exit status 1"):
         KillableWorker("data.no_such_module", LIMITS)
+
+
+def test_a_worker_starts_where_the_machine_allows_less_memory_than_it_may_take() -> None:
+    program = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_AS, ({6 << 30}, {6 << 30}))
+from data.media import MediaLimits, MediaOpener
+opener = MediaOpener(MediaLimits(worker_memory_bytes={8 << 30}))
+print(opener.open(bytes.fromhex({png().hex()!r}), "image").pixels.shape)
+opener.close()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "(1, 6, 8, 3)\n", done.stderr
