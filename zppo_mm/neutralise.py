@@ -12,7 +12,10 @@ _BREAKABLE = re.compile(r"\S(?=\S)")
 # Special tokens of the common model families. A tag is one by its form (anything but a plain word,
 # so that families not thought of are met too), or by its name; plain words such as <think> and
 # <answer> stay: instructions name them.
-_TAGS = "s|unk|pad|bos|eos|eoa|eod|eoh|eop|eot|sop|sep|cls|mask|endoftext|image|img|video|audio|speech|patch|box|ref|quad|role|system|user|assistant"
+_TAGS = (
+    "s|unk|pad|bos|eos|eoa|eod|eoh|eop|eot|sop|sep|cls|mask|endoftext|"
+    "image|img|video|audio|speech|patch|box|ref|quad|role|system|user|assistant"
+)
 _BRACKETS = (
     "INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS|TOOL_CONTENT|ARGS|CALL_ID|THINK|MODEL_SETTINGS|"
     "IMG|IMG_BREAK|IMG_END|AUDIO|BEGIN_AUDIO|TRANSCRIBE|STREAMING_PAD|REFERENCE_FILE|REFERENCE_DOC_[0-9]+|CONTROL_[0-9]+|"
