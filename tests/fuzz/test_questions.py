@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ def test_rows_of_json(rows: list[dict[str, Any]], as_lines: bool) -> None:
             health = convert(Path(temporary) / "t.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         else:
             health = convert(Path(temporary) / "t.json", json.dumps(rows).encode())
-        assert health.num_good + health.num_bad == len(rows)
+        is_json = as_lines or all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
+        # Infinity is no JSON, and one wrong word is an error of a whole file.
+        assert health.num_good + health.num_bad == (len(rows) if is_json else 0)
 
 
 @settings(deadline=None)
