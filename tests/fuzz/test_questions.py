@@ -83,12 +83,7 @@ def test_rows_of_json(rows: list[dict[str, Any]], as_lines: bool) -> None:
             health = convert(Path(temporary) / "t.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         else:
             health = convert(Path(temporary) / "t.json", json.dumps(rows).encode())
-        try:
-            is_json = bool(as_lines or json.dumps(rows, allow_nan=False))
-        except ValueError:
-            is_json = False
-        # Infinity is no JSON, and one wrong word is an error of a whole file.
-        assert health.num_good + health.num_bad == (len(rows) if is_json else 0)
+        assert health.num_good + health.num_bad == len(rows)
 
 
 @settings(deadline=None)
