@@ -274,9 +274,18 @@ def test_code_in_a_model_folder_is_not_imported(source: Path, tmp_path: Path, ma
         transformers_logits(folder, architecture, [], Report(), torch.float32)
 
 
-@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
-@pytest.mark.parametrize("value", ["someone/kernels", "flash_attention_2"])
-def test_attention_kernels_that_a_folder_names_are_not_fetched(source: Path, tmp_path: Path, key: str, value: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attn_implementation", "someone/kernels"),
+        ("attn_implementation", "flash_attention_2"),
+        ("_attn_implementation", "someone/kernels"),
+        ("_attn_implementation", "flash_attention_2"),
+        ("return_dict", False),
+        ("output_hidden_states", True),
+    ],
+)
+def test_how_a_network_is_run_is_not_the_folders_to_say(source: Path, tmp_path: Path, key: str, value: object) -> None:
     folder = tmp_path / "model"
     shutil.copytree(source, folder)
     config = json.loads((folder / "config.json").read_text())

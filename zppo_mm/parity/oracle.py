@@ -34,7 +34,12 @@ USABLE_SHARE = 0.8
 CONFIG_NAME = "config.json"
 ATTENTION = "sdpa"
 """That of torch, as in our own network."""
-ATTENTION_KEYS = ("attn_implementation", "attn_implementation_internal", "experts_implementation", "experts_implementation_internal")
+CALLING_KEYS = (
+    *("attn_implementation", "attn_implementation_internal"),
+    *("experts_implementation", "experts_implementation_internal"),
+    *("return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "torchscript"),
+)
+"""Keys of a config.json that say how a network is run and what it returns; not what it computes."""
 CGROUP_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
 
 
@@ -162,7 +167,7 @@ def open_model(folder: Path, dtype: torch.dtype, *, has_vision: bool) -> tuple[A
 
     kind: Any = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
     with tempfile.TemporaryDirectory() as name:
-        config = _without_attention(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
+        config = _without_calling_keys(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
         Path(name, CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
         for file in (INDEX_NAME, *SafetensorsFolder(folder).files):
             if (folder / file).is_file():
@@ -175,12 +180,12 @@ def open_model(folder: Path, dtype: torch.dtype, *, has_vision: bool) -> tuple[A
     return found
 
 
-def _without_attention(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration, objects in it included, that names no kernels."""
+def _without_calling_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration, objects in it included, without the keys that say how it is run."""
     return {
-        key: _without_attention(value) if isinstance(value, dict) else value
+        key: _without_calling_keys(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if key.removeprefix("_") not in ATTENTION_KEYS
+        if key.removeprefix("_") not in CALLING_KEYS
     }
 
 
