@@ -89,6 +89,8 @@ class Interruption:
         """Inside the block a signal asks the run to end instead of ending the process."""
         with self._lock:
             self._is_protected = True
+        # The hours may be over before the first step: none is begun then, whenever the thread looks next.
+        self.look_at_clock()
         try:
             yield
         finally:
