@@ -66,7 +66,7 @@ test-gpu: install
 	TORCHDYNAMO_DISABLE=1 $(BIN)/python -m pytest -m gpu
 
 tiny-models: install
-	$(RUN_ENV) $(BIN)/python tools/make_tiny_models.py zppo_mm/embedded
+	$(RUN_ENV) $(BIN)/python tools/make_tiny_models.py zppo_mm/bundled
 
 # TRL wants an environment of its own; its Python is named by TRL_PYTHON, and without it that comparison is left out.
 bench: install

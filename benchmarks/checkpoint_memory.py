@@ -1,10 +1,12 @@
 """Peak host memory of every rank while a checkpoint is saved and loaded.
 
-    torchrun --nproc-per-node 2 benchmarks/checkpoint_memory.py [--width 512] [--params-dtype bfloat16] [--whole] [--tensor 1]
+    torchrun --nproc-per-node 2 benchmarks/checkpoint_memory.py [--width 512] [--params-dtype
+    bfloat16] [--whole] [--tensor 1]
 
-A random Qwen3.5 whose optimizer has moments; no training. `share` is what a rank writes: all weights, float32 copies and moments, divided
-by the number of ranks. Resident memory is reset before each phase (Linux), so `save` and `load` are the most above what was resident
-before, processes that the rank starts not counted.
+A random Qwen3.5 whose optimizer has moments; no training. `share` is what a rank writes: all
+weights, float32 copies and moments, divided by the number of ranks. Resident memory is reset before
+each phase (Linux), so `save` and `load` are the most above what was resident before, processes that
+the rank starts not counted.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ import torch
 from sampling import random_model
 from transformers import Qwen3_5ForConditionalGeneration
 
-from zppo_mm.config import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
-from zppo_mm.models import parallel
-from zppo_mm.models.architecture import load_architecture
+from zppo_mm.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
+from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model
-from zppo_mm.models.weights import load_hf_weights
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.training import checkpoint
 from zppo_mm.training.objective import PolicyObjective
 from zppo_mm.training.policy import Policy
+from zppo_mm.weights.mapping import load_hf_weights
 
 
 def write_model(folder: Path, width: int) -> None:
@@ -67,26 +69,38 @@ def with_moments(policy: Policy) -> Policy:
 
 def measure(folder: Path, layout: ParallelConfig, dtype: str) -> dict[str, float]:
     """Return megabytes and seconds of a save and a load on this rank."""
-    model = build_model(load_architecture(folder / "model"), ModelConfig(params_dtype=dtype), layout)
+    model = build_model(
+        load_architecture(folder / "model"), ModelConfig(params_dtype=dtype), layout
+    )
     load_hf_weights(model, folder / "model")
     objective = PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group())
     policy = with_moments(Policy(model, TrainConfig(), layout, objective))
-    saved, seconds = peak_of(lambda: checkpoint.save(folder / "run", 1, policy, {"step": 1}, keep=1))
+    saved, seconds = peak_of(
+        lambda: checkpoint.save(folder / "run", 1, policy, {"step": 1}, keep=1)
+    )
     loaded, load_seconds = peak_of(lambda: checkpoint.load_latest(folder / "run", policy))
     size = sum(path.stat().st_size for path in (folder / "run" / "step_000001").iterdir())
-    found = {"share MB": size / parallel.world_size() / 1e6, "save MB": saved / 1e6, "load MB": loaded / 1e6}
+    found = {
+        "share MB": size / parallel.world_size() / 1e6,
+        "save MB": saved / 1e6,
+        "load MB": loaded / 1e6,
+    }
     return {**found, "save s": seconds, "load s": load_seconds}
 
 
 def main() -> None:
     """Print one line per rank."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--params-dtype", default="bfloat16")
     parser.add_argument("--whole", action="store_true", help="without the distributed optimizer")
     parser.add_argument("--tensor", type=int, default=1)
     options = parser.parse_args()
-    layout = ParallelConfig(use_distributed_optimizer=not options.whole, tensor_model_parallel_size=options.tensor)
+    layout = ParallelConfig(
+        use_distributed_optimizer=not options.whole, tensor_model_parallel_size=options.tensor
+    )
     parallel.initialize(layout, seed=0)
     folder = Path(parallel.broadcast_object(tempfile.mkdtemp() if parallel.rank() == 0 else None))
     if parallel.rank() == 0:
@@ -95,7 +109,10 @@ def main() -> None:
     found = parallel.gather_from_ranks(measure(folder, layout, options.params_dtype))
     if parallel.rank() == 0:
         for rank, values in enumerate(found):
-            print(f"rank {rank}: " + "  ".join(f"{name} {value:.1f}" for name, value in values.items()))
+            print(
+                f"rank {rank}: "
+                + "  ".join(f"{name} {value:.1f}" for name, value in values.items())
+            )
     parallel.shutdown()
 
 

@@ -1,11 +1,14 @@
-"""Import and export of a folder of at least 2 GB beside the disk's own copy speed, in the same run, with peak memory.
+"""Import and export of a folder of at least 2 GB beside the disk's own copy speed, in the same run,
+with peak memory.
 
     python benchmarks/conversion.py [--rounds 3] [--folder PLACE] [--config config.json]
 
-The folder is a text network shaped like a real one, random bfloat16 weights in several files. A round copies its files with
-`shutil.copyfile`, imports it and exports what was imported, each in a process of its own, each ending with everything synced to disk. The
-three take turns. All of them read what was written just before, so none waits for the disk's reads where memory holds the folder. The
-seconds leave out the start of the process; peak memory is what the process had resident at most, beyond what it had when it began.
+The folder is a text network shaped like a real one, random bfloat16 weights in several files. A
+round copies its files with `shutil.copyfile`, imports it and exports what was imported, each in a
+process of its own, each ending with everything synced to disk. The three take turns. All of them
+read what was written just before, so none waits for the disk's reads where memory holds the folder.
+The seconds leave out the start of the process; peak memory is what the process had resident at
+most, beyond what it had when it began.
 """
 
 from __future__ import annotations
@@ -61,13 +64,13 @@ def make_folder(folder: Path, config: dict[str, Any]) -> None:
     """Write random weights for a configuration, tensor by tensor."""
     import torch
 
-    from zppo_mm.config import ParallelConfig
-    from zppo_mm.models import parallel
-    from zppo_mm.models.architecture import parse_architecture
-    from zppo_mm.models.hf_writer import FolderWriter
-    from zppo_mm.models.megatron_folder import build_without_weights
-    from zppo_mm.models.safetensors_file import Header, build_header
-    from zppo_mm.models.weights import parameter_mappings, split_tensors
+    from zppo_mm.config.schema import ParallelConfig
+    from zppo_mm.models.families.architecture import parse_architecture
+    from zppo_mm.parallel import groups as parallel
+    from zppo_mm.weights.hf_writer import FolderWriter
+    from zppo_mm.weights.mapping import parameter_mappings, split_tensors
+    from zppo_mm.weights.megatron_folder import build_without_weights
+    from zppo_mm.weights.safetensors_file import Header, build_header
 
     parallel.initialize(ParallelConfig(), seed=0)
     architecture = parse_architecture(config)
@@ -85,10 +88,17 @@ def make_folder(folder: Path, config: dict[str, Any]) -> None:
             room = FILE_BYTES
         room -= size
         files[-1][key] = (torch.bfloat16, shape)
-    names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
-    headers: dict[str, Header] = {name: build_header(part, {"format": "pt"}) for name, part in zip(names, files, strict=True)}
+    names = [
+        f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)
+    ]
+    headers: dict[str, Header] = {
+        name: build_header(part, {"format": "pt"}) for name, part in zip(names, files, strict=True)
+    }
     places = {key: name for name, part in zip(names, files, strict=True) for key in part}
-    index = {"metadata": {"total_size": sum(2 * math.prod(shape) for shape in shapes.values())}, "weight_map": places}
+    index = {
+        "metadata": {"total_size": sum(2 * math.prod(shape) for shape in shapes.values())},
+        "weight_map": places,
+    }
     others: dict[str, Path | bytes] = {
         "config.json": json.dumps(config, indent=2).encode(),
         "model.safetensors.index.json": json.dumps(index).encode(),
@@ -120,10 +130,10 @@ def resident(field: str) -> int:
 
 def measure(what: str, source: Path, target: Path) -> dict[str, float]:
     """Do one thing in this process."""
-    from zppo_mm.config import ParallelConfig
+    from zppo_mm.config.schema import ParallelConfig
     from zppo_mm.conversion.exporting import export_folder
     from zppo_mm.conversion.importing import import_folder
-    from zppo_mm.models import parallel
+    from zppo_mm.parallel import groups as parallel
 
     layout = ParallelConfig()
     parallel.initialize(layout, seed=0)
@@ -138,7 +148,11 @@ def measure(what: str, source: Path, target: Path) -> dict[str, float]:
     else:
         export_folder(source, target, layout)
     seconds = time.perf_counter() - started
-    result = {"seconds": seconds, "cpu_seconds": time.process_time() - busy, "peak_bytes": resident("VmHWM") - before}
+    result = {
+        "seconds": seconds,
+        "cpu_seconds": time.process_time() - busy,
+        "peak_bytes": resident("VmHWM") - before,
+    }
     parallel.shutdown()
     return result
 
@@ -146,7 +160,13 @@ def measure(what: str, source: Path, target: Path) -> dict[str, float]:
 def in_process(what: str, source: Path, target: Path) -> dict[str, float]:
     """Measure in a fresh process."""
     command = [sys.executable, __file__, "--measure", what, str(source), str(target)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
+    output = subprocess.run(
+        command,
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ).stdout
     result: dict[str, float] = json.loads(output.splitlines()[-1])
     return result
 
@@ -158,33 +178,60 @@ def run_rounds(place: Path, num_rounds: int, config: dict[str, Any]) -> None:
     files = sorted(source.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     assert size >= LEAST_BYTES, f"the folder has {size} bytes, expected {LEAST_BYTES}"
-    jobs = {"copy": (source, place / "copied"), "import": (source, place / "imported"), "export": (place / "imported", place / "exported")}
+    jobs = {
+        "copy": (source, place / "copied"),
+        "import": (source, place / "imported"),
+        "export": (place / "imported", place / "exported"),
+    }
     found: dict[str, list[dict[str, float]]] = {what: [] for what in jobs}
     for _ in range(num_rounds):
         for what, (start, end) in jobs.items():
             found[what].append(in_process(what, start, end))
         for file in files:
-            assert (place / "exported" / file.name).read_bytes() == file.read_bytes(), f"{file.name} did not come back"
+            assert (place / "exported" / file.name).read_bytes() == file.read_bytes(), (
+                f"{file.name} did not come back"
+            )
         for _, end in jobs.values():
             shutil.rmtree(end)
-    print(f"{size / 1e9:.2f} GB in {len(files)} files, largest file {max(file.stat().st_size for file in files) / 1e9:.2f} GB")
-    largest = max(2 * config["vocab_size"] * config["hidden_size"], 2 * 2 * config["intermediate_size"] * config["hidden_size"])
-    print(f"largest tensor {largest / 1e6:.0f} MB; medians of {num_rounds} rounds (slowest to fastest)")
-    print("| | GB/s | of the copy's | CPU seconds | peak MB beyond the start |\n|---|---|---|---|---|")
+    print(
+        f"{size / 1e9:.2f} GB in {len(files)} files, largest file "
+        f"{max(file.stat().st_size for file in files) / 1e9:.2f} GB"
+    )
+    largest = max(
+        2 * config["vocab_size"] * config["hidden_size"],
+        2 * 2 * config["intermediate_size"] * config["hidden_size"],
+    )
+    print(
+        f"largest tensor {largest / 1e6:.0f} MB; medians of {num_rounds} rounds (slowest to "
+        "fastest)"
+    )
+    print(
+        "| | GB/s | of the copy's | CPU seconds | peak MB beyond the start |\n|---|---|---|---|---|"
+    )
     copied = statistics.median(row["seconds"] for row in found["copy"])
     for what, rows in found.items():
         seconds = [row["seconds"] for row in rows]
         middle = statistics.median(seconds)
-        cpu, peak = statistics.median(row["cpu_seconds"] for row in rows), max(row["peak_bytes"] for row in rows)
-        speeds = f"{size / middle / 1e9:.2f} ({size / max(seconds) / 1e9:.2f} to {size / min(seconds) / 1e9:.2f})"
+        cpu, peak = (
+            statistics.median(row["cpu_seconds"] for row in rows),
+            max(row["peak_bytes"] for row in rows),
+        )
+        speeds = (
+            f"{size / middle / 1e9:.2f} ({size / max(seconds) / 1e9:.2f} to "
+            f"{size / min(seconds) / 1e9:.2f})"
+        )
         print(f"| {what} | {speeds} | {copied / middle:.2f} | {cpu:.1f} | {peak / 1e6:.0f} |")
 
 
 def main() -> None:
     """Read the command line and measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", help="where to write; about four times the folder's size is needed")
+    parser.add_argument(
+        "--folder", help="where to write; about four times the folder's size is needed"
+    )
     parser.add_argument("--config", type=Path, help="another network's config.json")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

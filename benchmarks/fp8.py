@@ -1,9 +1,11 @@
-"""FP8 on and off on a GPU: step time, peak memory and divergence of a network of real shape with random weights.
+"""FP8 on and off on a GPU: step time, peak memory and divergence of a network of real shape with
+random weights.
 
-    python benchmarks/fp8.py [--recipes tensorwise delayed blockwise mxfp8] [--layers 8] [--tokens 8192]
+    python benchmarks/fp8.py [--recipes tensorwise delayed blockwise mxfp8] [--layers 8] [--tokens
+    8192]
 
-The shape is Qwen3.5-2B's language model with fewer layers. Weights are random: time and memory are those of a trained network of this
-shape, the divergence is not.
+The shape is Qwen3.5-2B's language model with fewer layers. Weights are random: time and memory are
+those of a trained network of this shape, the divergence is not.
 """
 
 from __future__ import annotations
@@ -19,23 +21,27 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.published_sizes import PUBLISHED
-from zppo_mm.config import ModelConfig, ParallelConfig
-from zppo_mm.models import parallel
-from zppo_mm.models.architecture import parse_architecture
-from zppo_mm.models.initial_weights import initialize_weights
+from zppo_mm.config.schema import ModelConfig, ParallelConfig
+from zppo_mm.models.families.architecture import parse_architecture
 from zppo_mm.models.provider import build_model
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.weights.initial_weights import initialize_weights
 
 WARM_UP, REPEATS = 3, 10
 SEQUENCES = 8
 
 
 def measure(raw: dict, model: ModelConfig, tokens: int) -> tuple[float, float, torch.Tensor]:
-    """Return median seconds of a forward and backward pass, peak GiB, and float32 log-probs `[rows, vocabulary]` of some rows."""
+    """Return median seconds of a forward and backward pass, peak GiB, and float32 log-probs `[rows,
+    vocabulary]` of some rows.
+    """
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     network = build_model(parse_architecture(raw), model, ParallelConfig())
     initialize_weights(network, seed=0)
-    ids = torch.randint(0, raw["vocab_size"], (tokens,), generator=torch.Generator().manual_seed(0)).cuda()
+    ids = torch.randint(
+        0, raw["vocab_size"], (tokens,), generator=torch.Generator().manual_seed(0)
+    ).cuda()
     length = tokens // SEQUENCES
     positions = torch.arange(length).repeat(SEQUENCES).expand(3, -1).cuda()
     bounds = torch.arange(0, tokens + 1, length, dtype=torch.int32).cuda()
@@ -66,12 +72,20 @@ def main() -> None:
     parallel.initialize(ParallelConfig(), seed=0)
     half = {"transformer_impl": "transformer_engine", "params_dtype": "bfloat16"}
     seconds, peak, exact = measure(raw, ModelConfig(**half), arguments.tokens)
-    print("| recipe | step time | against bf16 | peak GiB | KL to bf16, nats per token |\n|---|---|---|---|---|")
+    print(
+        "| recipe | step time | against bf16 | peak GiB | KL to bf16, nats per token "
+        "|\n|---|---|---|---|---|"
+    )
     print(f"| bf16 | {seconds * 1e3:.1f} ms | 1 | {peak:.2f} | 0 |")
     for recipe in arguments.recipes:
-        ours, memory, found = measure(raw, ModelConfig(**half, fp8="hybrid", fp8_recipe=recipe), arguments.tokens)
+        ours, memory, found = measure(
+            raw, ModelConfig(**half, fp8="hybrid", fp8_recipe=recipe), arguments.tokens
+        )
         divergence = (exact.exp() * (exact - found)).sum(-1).mean().item()
-        print(f"| {recipe} | {ours * 1e3:.1f} ms | {seconds / ours:.2f} x | {memory:.2f} | {divergence:.4f} |")
+        print(
+            f"| {recipe} | {ours * 1e3:.1f} ms | {seconds / ours:.2f} x | {memory:.2f} | "
+            f"{divergence:.4f} |"
+        )
     parallel.shutdown()
 
 

@@ -21,15 +21,24 @@ def answers(number: int) -> dict[str, tuple[Question, str]]:
     other = (number * 7 + 3) % 1000
     pairs = {
         "integer": (str(number), f"{REASONING}\\boxed{{{other}}}"),
-        "fraction": (f"\\frac{{{number}}}{{{other + 1}}}", f"\\boxed{{\\dfrac{{{number}}}{{{other + 1}}}}}"),
+        "fraction": (
+            f"\\frac{{{number}}}{{{other + 1}}}",
+            f"\\boxed{{\\dfrac{{{number}}}{{{other + 1}}}}}",
+        ),
         "with a unit": (f"{number}.5", f"\\boxed{{{number}.5\\text{{ cm}}}}"),
         "degrees": (f"{number}^\\circ", f"\\boxed{{{other}°}}"),
         "words": (f"no answer {number}", f"\\boxed{{\\text{{No answer {number}}}}}"),
         "pair": (f"({number}, {other})", f"\\boxed{{({number},{other})}}"),
     }
-    asked = {kind: (Question("q", "?", (), gold, "math"), text) for kind, (gold, text) in pairs.items()}
+    asked = {
+        kind: (Question("q", "?", (), gold, "math"), text) for kind, (gold, text) in pairs.items()
+    }
     choice = Question("q", "?", (), "B", "choice", (*OPTIONS, str(number)))
-    return {**asked, "choice, a letter": (choice, "\\boxed{B}"), "choice, a text": (choice, "\\boxed{blue}")}
+    return {
+        **asked,
+        "choice, a letter": (choice, "\\boxed{B}"),
+        "choice, a text": (choice, "\\boxed{blue}"),
+    }
 
 
 def main() -> None:
@@ -45,7 +54,9 @@ def main() -> None:
     pool = GradingPool(5.0, 2)
     for name, pairs in {
         "start and one": [("x+1", "1+x")],
-        "100 by algebra": [(f"(x+{number})^2", f"x^2+{2 * number}x+{number**2}") for number in range(100)],
+        "100 by algebra": [
+            (f"(x+{number})^2", f"x^2+{2 * number}x+{number**2}") for number in range(100)
+        ],
         "24 that hang": [(f"9^{{9^{{9^9}}}}+{number}x", "x") for number in range(24)],
         "one after them": [("x+2", "2+x")],
     }.items():

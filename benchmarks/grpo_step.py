@@ -2,22 +2,28 @@
 
     python benchmarks/grpo_step.py [--trl-python PATH] [--threads 1 2] [--rounds 3] [--steps 4]
 
-PATH is the Python of an environment of its own (TRL and this project need not agree on versions), made for example by
-`python -m venv trl && trl/bin/pip install torch==2.13.0 trl==1.16.0 transformers==5.23.0 datasets`. Without it only
-zppo_mm is measured, with prompts passed once per micro-batch and with every rollout.
+PATH is the Python of an environment of its own (TRL and this project need not agree on versions),
+made for example by `python -m venv trl && trl/bin/pip install torch==2.13.0 trl==1.16.0
+transformers==5.23.0 datasets`. Without it only zppo_mm is measured, with prompts passed once per
+micro-batch and with every rollout.
 
 A step is rollout, grading and one AdamW update. Both sides do equal work in it:
-- The same weights, a random Qwen3.5 of about ten million parameters, read from the same Hugging Face folder. As transformers computes its
-  DeltaNet layers slowly without CUDA kernels, TRL also trains a plain Qwen3 (attention only) of as many parameters.
-- The same eight prompts in every step, the same tokenizer and chat template, eight rollouts each, temperature 1. Every response has 64
-  tokens: zppo_mm is given no stop token, TRL a smallest length. The tokens per step are counted on both sides and must agree.
-- Rewards alternate 0 and 1 inside every group. zppo_mm leaves groups of equal rewards out of the update; here there are none, which is
-  checked on both sides. zppo_mm really grades the responses besides.
-- One update per step over all 64 sequences, one forward and backward pass each: both take the log-probs of the rollout as the old ones.
-  Neither recomputes activations. Each side cuts the update into micro-batches of the size that suits it best on a CPU.
+- The same weights, a random Qwen3.5 of about ten million parameters, read from the same Hugging
+  Face folder. As transformers computes its DeltaNet layers slowly without CUDA kernels, TRL also
+  trains a plain Qwen3 (attention only) of as many parameters.
+- The same eight prompts in every step, the same tokenizer and chat template, eight rollouts each,
+  temperature 1. Every response has 64 tokens: zppo_mm is given no stop token, TRL a smallest
+  length. The tokens per step are counted on both sides and must agree.
+- Rewards alternate 0 and 1 inside every group. zppo_mm leaves groups of equal rewards out of the
+  update; here there are none, which is checked on both sides. zppo_mm really grades the responses
+  besides.
+- One update per step over all 64 sequences, one forward and backward pass each: both take the
+  log-probs of the rollout as the old ones. Neither recomputes activations. Each side cuts the
+  update into micro-batches of the size that suits it best on a CPU.
 
-Each side runs in a process of its own with the given number of threads, in turns, so that a busy machine slows both alike. The first step
-of a process warms up and is not counted. Seconds are medians over all counted steps; peak memory is that of the whole process.
+Each side runs in a process of its own with the given number of threads, in turns, so that a busy
+machine slows both alike. The first step of a process warms up and is not counted. Seconds are
+medians over all counted steps; peak memory is that of the whole process.
 """
 
 from __future__ import annotations
@@ -59,7 +65,12 @@ class Side:
         }
         log = result.with_suffix(".log")
         with log.open("w") as output:
-            process = subprocess.Popen([*self.command, str(result)], env=environment, stdout=output, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                [*self.command, str(result)],
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
             _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
@@ -74,12 +85,27 @@ class Side:
 
 def sides(folder: Path, arguments: argparse.Namespace) -> list[Side]:
     """Return the ways to make a step."""
-    ours = [sys.executable, str(HERE / "grpo_step_ours.py"), str(folder), str(arguments.steps + 1), str(arguments.micro_batch_tokens)]
+    ours = [
+        sys.executable,
+        str(HERE / "grpo_step_ours.py"),
+        str(folder),
+        str(arguments.steps + 1),
+        str(arguments.micro_batch_tokens),
+    ]
     result = [Side(OURS, [*ours, "always"]), Side(OURS_APART, [*ours, "never"])]
     if arguments.trl_python is None:
         return result
-    for family, name in (("qwen3_5", "TRL, Qwen3.5 (same weights)"), ("qwen3", "TRL, Qwen3 (attention only)")):
-        worker = [arguments.trl_python, str(HERE / "grpo_step_trl.py"), str(folder), family, str(arguments.steps + 1)]
+    for family, name in (
+        ("qwen3_5", "TRL, Qwen3.5 (same weights)"),
+        ("qwen3", "TRL, Qwen3 (attention only)"),
+    ):
+        worker = [
+            arguments.trl_python,
+            str(HERE / "grpo_step_trl.py"),
+            str(folder),
+            family,
+            str(arguments.steps + 1),
+        ]
         result.append(Side(name, [*worker, str(arguments.trl_sequences)]))
     return result
 
@@ -98,24 +124,52 @@ def measure(folder: Path, threads: int, arguments: argparse.Namespace) -> list[S
 def show(threads: int, measured: list[Side]) -> None:
     """Print the table of one number of threads."""
     ours = measured[0]
-    print(f"\n{threads} thread(s), {ours.steps[0]['tokens']:.0f} tokens per step with prompts, {len(ours.steps)} steps each")
-    print(f"{'':30}{'s/step':>8}{'min':>8}{'max':>8}{'generating':>12}{'CPU s/step':>12}{'peak MiB':>10}{'ratio':>8}{'CPU ratio':>11}")
+    print(
+        f"\n{threads} thread(s), {ours.steps[0]['tokens']:.0f} tokens per step with prompts, "
+        f"{len(ours.steps)} steps each"
+    )
+    print(
+        f"{'':30}{'s/step':>8}{'min':>8}{'max':>8}{'generating':>12}"
+        f"{'CPU s/step':>12}{'peak MiB':>10}{'ratio':>8}{'CPU ratio':>11}"
+    )
     for side in measured:
         seconds = [step["seconds"] for step in side.steps]
-        ratio, cpu_ratio = (side.median(key) / ours.median(key) for key in ("seconds", "cpu_seconds"))
-        times = f"{side.median('seconds'):8.2f}{min(seconds):8.2f}{max(seconds):8.2f}{side.median('generation'):12.2f}"
-        print(f"{side.name:30}{times}{side.median('cpu_seconds'):12.2f}{max(side.peak_mebibytes):10.0f}{ratio:8.2f}{cpu_ratio:11.2f}")
+        ratio, cpu_ratio = (
+            side.median(key) / ours.median(key) for key in ("seconds", "cpu_seconds")
+        )
+        times = (
+            f"{side.median('seconds'):8.2f}{min(seconds):8.2f}{max(seconds):8.2f}"
+            f"{side.median('generation'):12.2f}"
+        )
+        print(
+            f"{side.name:30}{times}{side.median('cpu_seconds'):12.2f}{max(side.peak_mebibytes):10.0f}{ratio:8.2f}{cpu_ratio:11.2f}"
+        )
 
 
 def main() -> None:
     """Make the material, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trl-python", help="Python of an environment with TRL")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="threads per process (default 1 2)")
-    parser.add_argument("--rounds", type=int, default=3, help="processes per side (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=4, help="counted steps per process (default %(default)s)")
-    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="of zppo_mm (default %(default)s)")
-    parser.add_argument("--trl-sequences", type=int, default=16, help="of one forward pass of TRL (default %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1, 2], help="threads per process (default 1 2)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="processes per side (default %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=4, help="counted steps per process (default %(default)s)"
+    )
+    parser.add_argument(
+        "--micro-batch-tokens", type=int, default=2048, help="of zppo_mm (default %(default)s)"
+    )
+    parser.add_argument(
+        "--trl-sequences",
+        type=int,
+        default=16,
+        help="of one forward pass of TRL (default %(default)s)",
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -1,9 +1,11 @@
-"""What both sides of `grpo_step.py` train: two random networks of about ten million parameters, one tokenizer, eight sums.
+"""What both sides of `grpo_step.py` train: two random networks of about ten million parameters, one
+tokenizer, eight sums.
 
     python benchmarks/grpo_step_material.py FOLDER
 
-Makes `FOLDER/qwen3_5` and `FOLDER/qwen3` (Hugging Face folders with the same tokenizer and chat template), `FOLDER/shards` (the questions
-for zppo_mm) and `FOLDER/prompts.json` (the same user texts for TRL).
+Makes `FOLDER/qwen3_5` and `FOLDER/qwen3` (Hugging Face folders with the same tokenizer and chat
+template), `FOLDER/shards` (the questions for zppo_mm) and `FOLDER/prompts.json` (the same user
+texts for TRL).
 """
 
 from __future__ import annotations
@@ -16,12 +18,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from data.question import Question
 from data.sample import ShardSample
 from data.shards import write_shards
-from zppo_mm.embedded.tokenizer import CHAT_TEMPLATE
+from zppo_mm.bundled.tokenizer import CHAT_TEMPLATE
 from zppo_mm.zone.prompts import load_templates
 
 VOCABULARY = 4096
@@ -61,9 +69,16 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     size = VOCABULARY - len(SPECIAL_TOKENS)
-    tokenizer.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False))
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.train_from_iterator(
+        corpus(),
+        trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False),
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     wrapped.chat_template = CHAT_TEMPLATE
     wrapped.padding_side = "left"
     return wrapped
@@ -93,7 +108,12 @@ def main() -> None:
     assert len(tokenizer) == VOCABULARY, f"the corpus gives {len(tokenizer)} tokens"
     shared = network_settings(tokenizer)
     torch.manual_seed(0)
-    linear = {"linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
+    linear = {
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+    }
     hybrid = Qwen3_5ForCausalLM(Qwen3_5TextConfig(num_hidden_layers=8, **linear, **shared))
     attention = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=9, **shared))
     for name, model in (("qwen3_5", hybrid), ("qwen3", attention)):
@@ -102,7 +122,10 @@ def main() -> None:
         print(f"{name}: {model.num_parameters():,} parameters")
     fields = ("id", "answer", "answer_type", "source")
     samples = [
-        ShardSample(question.id, {"question": question.text, **{name: getattr(question, name) for name in fields}})
+        ShardSample(
+            question.id,
+            {"question": question.text, **{name: getattr(question, name) for name in fields}},
+        )
         for question in questions()
     ]
     write_shards(folder / "shards", samples)

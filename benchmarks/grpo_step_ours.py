@@ -13,14 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.question import Question
-from zppo_mm.build import Run, build_run
-from zppo_mm.config_io import load_config
-from zppo_mm.models import parallel
+from zppo_mm.config.load import load_config
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.rewards.verify import Verdict, Verifier
-from zppo_mm.rollout.exchange import ParallelExchange
 from zppo_mm.rollout.megatron_engine import MegatronEngine
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
+from zppo_mm.run.build import Run, build_run
 from zppo_mm.step import Stages, StepRecord, run_step
 
 RESPONSE_TOKENS = 64
@@ -28,14 +28,19 @@ NUM_ROLLOUTS = 8
 
 
 class AlternatingGrader:
-    """Grades every response as a run does, then rewards every other one, so that no group is trivial and none is left out of the update."""
+    """Grades every response as a run does, then rewards every other one, so that no group is
+    trivial and none is left out of the update.
+    """
 
     def __init__(self, verifier: Verifier) -> None:
         self._verifier = verifier
 
     def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Verdict]:
         """Return one verdict per item."""
-        return [replace(verdict, reward=float(place % 2)) for place, verdict in enumerate(self._verifier.verify_all(items))]
+        return [
+            replace(verdict, reward=float(place % 2))
+            for place, verdict in enumerate(self._verifier.verify_all(items))
+        ]
 
 
 class TimedEngine(MegatronEngine):
@@ -52,7 +57,9 @@ class TimedEngine(MegatronEngine):
             self.seconds += time.perf_counter() - started
 
 
-def build(folder: Path, micro_batch_tokens: int, share_prompts: str) -> tuple[Run, Stages, TimedEngine]:
+def build(
+    folder: Path, micro_batch_tokens: int, share_prompts: str
+) -> tuple[Run, Stages, TimedEngine]:
     """Return a GRPO run of one update per step whose responses never end early."""
     config = load_config(
         None,
@@ -77,12 +84,16 @@ def build(folder: Path, micro_batch_tokens: int, share_prompts: str) -> tuple[Ru
     engine = TimedEngine(run.policy.model, config.seed, config.rollout.max_batch_size)
     encoder = PromptEncoder(folder / "qwen3_5", run.media.open)
     sampler = GroupSampler(engine, encoder, AlternatingGrader(run.verifier), ParallelExchange())
-    stages = replace(run.stages, sampler=sampler, sampling=replace(run.stages.sampling, stop_token_ids=()))
+    stages = replace(
+        run.stages, sampler=sampler, sampling=replace(run.stages.sampling, stop_token_ids=())
+    )
     return run, stages, engine
 
 
 def check_work(record: StepRecord) -> int:
-    """Check that nothing was left out of the step; returns its tokens, the prompt counted with every rollout."""
+    """Check that nothing was left out of the step; returns its tokens, the prompt counted with
+    every rollout.
+    """
     assert len(record.groups) == NUM_ROLLOUTS
     tokens = 0
     for group in record.groups:
@@ -106,7 +117,14 @@ def main() -> None:
         started, cpu = time.perf_counter(), time.process_time()
         record = run_step(stages, step)
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
-        steps.append({"seconds": seconds, "cpu_seconds": cpu_seconds, "generation": engine.seconds, "tokens": check_work(record)})
+        steps.append(
+            {
+                "seconds": seconds,
+                "cpu_seconds": cpu_seconds,
+                "generation": engine.seconds,
+                "tokens": check_work(record),
+            }
+        )
     run.close()
     parallel.shutdown()
     result.write_text(json.dumps(steps), encoding="utf-8")

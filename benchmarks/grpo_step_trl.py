@@ -1,4 +1,5 @@
-"""Steps of TRL's GRPOTrainer for `grpo_step.py`, which starts this with the Python that has TRL. Needs nothing of this project.
+"""Steps of TRL's GRPOTrainer for `grpo_step.py`, which starts this with the Python that has TRL.
+Needs nothing of this project.
 
 python benchmarks/grpo_step_trl.py FOLDER FAMILY NUM_STEPS SEQUENCES_PER_FORWARD RESULT
 """
@@ -50,7 +51,13 @@ class Clock(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Take the time of a step."""
         wall, cpu = time.perf_counter(), time.process_time()
-        self.steps.append({"seconds": wall - self._wall, "cpu_seconds": cpu - self._cpu, "generation": self._generation})
+        self.steps.append(
+            {
+                "seconds": wall - self._wall,
+                "cpu_seconds": cpu - self._cpu,
+                "generation": self._generation,
+            }
+        )
         self._wall, self._cpu, self._generation = wall, cpu, 0.0
 
 
@@ -79,7 +86,13 @@ def arguments(folder: str, num_steps: int, sequences: int, num_prompts: int) -> 
 
 def main() -> None:
     """Run the steps and write one record per step."""
-    folder, family, num_steps, sequences, result = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5])
+    folder, family, num_steps, sequences, result = (
+        Path(sys.argv[1]),
+        sys.argv[2],
+        int(sys.argv[3]),
+        int(sys.argv[4]),
+        Path(sys.argv[5]),
+    )
     prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
     rows = [{"prompt": [{"role": "user", "content": text}]} for text in prompts] * num_steps
     model = AutoModelForCausalLM.from_pretrained(folder / family)

@@ -1,13 +1,17 @@
-"""Updates whose prompts are passed once per micro-batch beside updates that pass them with every rollout, in one process.
+"""Updates whose prompts are passed once per micro-batch beside updates that pass them with every
+rollout, in one process.
 
     python benchmarks/prompt_sharing.py [--cases sums video long] [--threads 1] [--rounds 5]
 
-A random Qwen3.5 of about ten million parameters with a small vision tower, FP32, groups of eight rollouts, one AdamW update per round. All
-cases pass the same samples both ways, in turns after a warm-up, so that a busy machine slows both alike; wall-clock seconds are medians
-over the rounds, and the ratio of CPU seconds does not depend on what else the machine does. Before the rounds, loss and gradient norm
-of the first update are held against each other: both sides start from the same weights.
+A random Qwen3.5 of about ten million parameters with a small vision tower, FP32, groups of eight
+rollouts, one AdamW update per round. All cases pass the same samples both ways, in turns after a
+warm-up, so that a busy machine slows both alike; wall-clock seconds are medians over the rounds,
+and the ratio of CPU seconds does not depend on what else the machine does. Before the rounds, loss
+and gradient norm of the first update are held against each other: both sides start from the same
+weights.
 
-Micro-batches hold at most 4,096 tokens on either side, which are more rollouts where prompts are shared.
+Micro-batches hold at most 4,096 tokens on either side, which are more rollouts where prompts are
+shared.
 """
 
 from __future__ import annotations
@@ -26,15 +30,15 @@ from sampling import random_model
 from data.question import MediaRef, Question
 from encoders.positions import mrope_positions
 from encoders.processor import VisionInput
-from zppo_mm.config import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
+from zppo_mm.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
 from zppo_mm.experience import Batch, TrainingSample
-from zppo_mm.models import parallel
-from zppo_mm.models.architecture import load_architecture
+from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model
-from zppo_mm.models.weights import load_hf_weights
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.training.batching import build_batches, plan_batches
 from zppo_mm.training.objective import PolicyObjective
 from zppo_mm.training.policy import Policy
+from zppo_mm.weights.mapping import load_hf_weights
 
 NUM_ROLLOUTS = 8
 MICRO_BATCH_TOKENS = 4096
@@ -50,7 +54,8 @@ class Case:
     Attributes:
         prompt_tokens: Of every prompt, a video's included.
         response_tokens: Of every response.
-        frames: Of the prompt's video, two to a grid step, each of 8 x 12 patches, which are 24 tokens of features and 2 around them.
+        frames: Of the prompt's video, two to a grid step, each of 8 x 12 patches, which are 24
+            tokens of features and 2 around them.
     """
 
     num_groups: int
@@ -74,7 +79,9 @@ class RandomVideos:
 
     def add(self, uid: str, grid: tuple[int, int, int]) -> None:
         """Make a question's pixels."""
-        patches = np.random.default_rng(len(self._made)).standard_normal((grid[0] * grid[1] * grid[2], PATCH_ELEMENTS))
+        patches = np.random.default_rng(len(self._made)).standard_normal(
+            (grid[0] * grid[1] * grid[2], PATCH_ELEMENTS)
+        )
         self._made[uid] = [VisionInput("video", patches.astype(np.float32), grid)]
 
     def vision_inputs(self, question: Question) -> list[VisionInput]:
@@ -96,8 +103,12 @@ def make_samples(case: Case, videos: RandomVideos) -> list[TrainingSample]:
         prompt = np.array([*video, *rng.integers(0, 3000, case.prompt_tokens - len(video))])
         positions, following = mrope_positions(prompt, [grid] if steps else [], -1, VIDEO, 2)
         media = (MediaRef("video", "none.tar", uid, "mp4"),) if steps else ()
-        mask = np.repeat(np.array([0, 1], dtype=np.float32), [case.prompt_tokens, case.response_tokens])
-        after = np.broadcast_to(following + np.arange(case.response_tokens), (3, case.response_tokens))
+        mask = np.repeat(
+            np.array([0, 1], dtype=np.float32), [case.prompt_tokens, case.response_tokens]
+        )
+        after = np.broadcast_to(
+            following + np.arange(case.response_tokens), (3, case.response_tokens)
+        )
         for rollout in range(NUM_ROLLOUTS):
             samples.append(
                 TrainingSample(
@@ -127,7 +138,9 @@ class Side:
     @property
     def num_tokens(self) -> int:
         """Tokens that pass through the network in an update."""
-        return sum(len(microbatch.token_ids) for batch in self.batches for microbatch in batch.microbatches)
+        return sum(
+            len(microbatch.token_ids) for batch in self.batches for microbatch in batch.microbatches
+        )
 
     def update(self) -> tuple[float, float]:
         """Make one update and keep the times; returns loss and gradient norm."""
@@ -141,7 +154,11 @@ class Side:
 def build_side(folder: Path, case: Case, share_prompts: bool) -> Side:
     """Return a policy of its own and its update."""
     layout = ParallelConfig()
-    model = build_model(load_architecture(folder), ModelConfig(params_dtype="float32", transformer_impl="local"), layout)
+    model = build_model(
+        load_architecture(folder),
+        ModelConfig(params_dtype="float32", transformer_impl="local"),
+        layout,
+    )
     load_hf_weights(model, folder)
     train = TrainConfig(share_prompts="always" if share_prompts else "never")
     policy = Policy(model, train, layout, PolicyObjective(AlgorithmConfig(), temperature=1.0))
@@ -155,7 +172,9 @@ def build_side(folder: Path, case: Case, share_prompts: bool) -> Side:
         random=np.random.default_rng(0),
         share_prompts=policy.shares_prompts,
     )
-    return Side(policy, build_batches(plan, samples, replica=0, media=videos, device=parallel.device()))
+    return Side(
+        policy, build_batches(plan, samples, replica=0, media=videos, device=parallel.device())
+    )
 
 
 def measure(folder: Path, name: str, rounds: int) -> None:
@@ -163,28 +182,50 @@ def measure(folder: Path, name: str, rounds: int) -> None:
     case = CASES[name]
     shared, apart = (build_side(folder, case, share) for share in (True, False))
     (loss, norm), (wanted_loss, wanted_norm) = shared.update(), apart.update()
-    assert abs(loss - wanted_loss) < MAX_DIFFERENCE, f"loss {loss} with shared prompts, {wanted_loss} without"
-    assert abs(norm - wanted_norm) < MAX_DIFFERENCE * wanted_norm, f"gradient norm {norm} with shared prompts, {wanted_norm} without"
+    assert abs(loss - wanted_loss) < MAX_DIFFERENCE, (
+        f"loss {loss} with shared prompts, {wanted_loss} without"
+    )
+    assert abs(norm - wanted_norm) < MAX_DIFFERENCE * wanted_norm, (
+        f"gradient norm {norm} with shared prompts, {wanted_norm} without"
+    )
     for _ in range(rounds):
         for side in (shared, apart):
             side.update()
     print(f"\n{name}: {case}")
     for label, side in (("shared", shared), ("with every rollout", apart)):
-        wall, cpu = (statistics.median(seconds[1:]) for seconds in (side.wall_seconds, side.cpu_seconds))
+        wall, cpu = (
+            statistics.median(seconds[1:]) for seconds in (side.wall_seconds, side.cpu_seconds)
+        )
         print(f"{label:20}{side.num_tokens:8} tokens{wall:8.2f} s{cpu:8.2f} CPU s")
     ratios = (
         statistics.median(getattr(apart, kind)[1:]) / statistics.median(getattr(shared, kind)[1:])
         for kind in ("wall_seconds", "cpu_seconds")
     )
-    print("ratio {:.2f} by the clock, {:.2f} by CPU time; {:.2f} by tokens".format(*ratios, apart.num_tokens / shared.num_tokens))
+    print(
+        "ratio {:.2f} by the clock, {:.2f} by CPU time; {:.2f} by tokens".format(
+            *ratios, apart.num_tokens / shared.num_tokens
+        )
+    )
 
 
 def main() -> None:
     """Measure the cases asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES), help="what to measure (default: all)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of the process (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="measured updates per side (default %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=tuple(CASES),
+        default=list(CASES),
+        help="what to measure (default: all)",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of the process (default %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="measured updates per side (default %(default)s)"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as temporary:

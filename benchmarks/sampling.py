@@ -1,11 +1,14 @@
-"""Tokens per second of the Megatron engine beside transformers' generate, on the same weights, in one process.
+"""Tokens per second of the Megatron engine beside transformers' generate, on the same weights, in
+one process.
 
-    python benchmarks/sampling.py [--model HF_DIR] [--prompts 16] [--rollouts 8] [--new-tokens 128] [--threads 1] [--rounds 3]
+    python benchmarks/sampling.py [--model HF_DIR] [--prompts 16] [--rollouts 8] [--new-tokens 128]
+    [--threads 1] [--rounds 3]
 
-Without `--model` a random Qwen3.5 of about ten million parameters is used. Both sides continue the same prompts of random tokens at
-temperature 1, without stop tokens, so that every response has the same length; both hold all rollouts in one batch. The sides run in turns
-after a warm-up, so that a busy machine slows both alike. Wall-clock tokens per second are medians over the rounds; the ratio of CPU
-seconds does not depend on what else the machine does.
+Without `--model` a random Qwen3.5 of about ten million parameters is used. Both sides continue the
+same prompts of random tokens at temperature 1, without stop tokens, so that every response has the
+same length; both hold all rollouts in one batch. The sides run in turns after a warm-up, so that a
+busy machine slows both alike. Wall-clock tokens per second are medians over the rounds; the ratio
+of CPU seconds does not depend on what else the machine does.
 """
 
 from __future__ import annotations
@@ -23,14 +26,14 @@ import numpy as np
 import torch
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
-from zppo_mm.config import ModelConfig, ParallelConfig
+from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.experience import Prompt
-from zppo_mm.models import parallel
-from zppo_mm.models.architecture import load_architecture
+from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model
-from zppo_mm.models.weights import load_hf_weights
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.rollout.engine import GenerationRequest, SamplingParams
 from zppo_mm.rollout.megatron_engine import MegatronEngine
+from zppo_mm.weights.mapping import load_hf_weights
 
 SEED = 0
 SHORTEST_PROMPT, LONGEST_PROMPT = 64, 128
@@ -60,7 +63,9 @@ class Side:
 
 
 def random_model() -> Qwen3_5ForConditionalGeneration:
-    """Return a network of about ten million parameters with the proportions of the smallest of the family."""
+    """Return a network of about ten million parameters with the proportions of the smallest of the
+    family.
+    """
     text: dict[str, Any] = {
         "vocab_size": 4096,
         "hidden_size": 256,
@@ -84,16 +89,32 @@ def random_model() -> Qwen3_5ForConditionalGeneration:
             "mrope_interleaved": True,
         },
     }
-    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": 256}
-    ids = {"image_token_id": 4090, "video_token_id": 4091, "vision_start_token_id": 4092, "vision_end_token_id": 4093}
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 2,
+        "out_hidden_size": 256,
+    }
+    ids = {
+        "image_token_id": 4090,
+        "video_token_id": 4091,
+        "vision_start_token_id": 4092,
+        "vision_end_token_id": 4093,
+    }
     torch.manual_seed(SEED)
-    return Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids))
+    return Qwen3_5ForConditionalGeneration(
+        Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    )
 
 
 def make_prompts(count: int, vocab_size: int) -> list[np.ndarray]:
     """Return prompts of random tokens below every special one, of different lengths."""
     rng = np.random.default_rng(SEED)
-    return [rng.integers(0, vocab_size - 1000, rng.integers(SHORTEST_PROMPT, LONGEST_PROMPT + 1)) for _ in range(count)]
+    return [
+        rng.integers(0, vocab_size - 1000, rng.integers(SHORTEST_PROMPT, LONGEST_PROMPT + 1))
+        for _ in range(count)
+    ]
 
 
 def engine_side(folder: Path, prompts: list[np.ndarray], arguments: argparse.Namespace) -> Side:
@@ -101,22 +122,40 @@ def engine_side(folder: Path, prompts: list[np.ndarray], arguments: argparse.Nam
     layout = ParallelConfig()
     parallel.initialize(layout, SEED)
     architecture = load_architecture(folder)
-    network = build_model(architecture, ModelConfig(params_dtype="float32", transformer_impl="local"), layout, trainable=False)
+    network = build_model(
+        architecture,
+        ModelConfig(params_dtype="float32", transformer_impl="local"),
+        layout,
+        trainable=False,
+    )
     load_hf_weights(network, folder)
     engine = MegatronEngine(network, SEED, max_batch_size=arguments.prompts * arguments.rollouts)
     requests = [
-        GenerationRequest(Prompt("", ids, np.tile(np.arange(len(ids)), (3, 1)), len(ids)), (), arguments.rollouts, ("benchmark", index))
+        GenerationRequest(
+            Prompt("", ids, np.tile(np.arange(len(ids)), (3, 1)), len(ids)),
+            (),
+            arguments.rollouts,
+            ("benchmark", index),
+        )
         for index, ids in enumerate(prompts)
     ]
-    sampling = SamplingParams(temperature=1.0, max_new_tokens=arguments.new_tokens, stop_token_ids=())
+    sampling = SamplingParams(
+        temperature=1.0, max_new_tokens=arguments.new_tokens, stop_token_ids=()
+    )
 
     def run() -> int:
-        return sum(len(item.response_ids) for group in engine.generate(requests, sampling) for item in group)
+        return sum(
+            len(item.response_ids)
+            for group in engine.generate(requests, sampling)
+            for item in group
+        )
 
     return Side("zppo_mm", run)
 
 
-def transformers_side(folder: Path, prompts: list[np.ndarray], arguments: argparse.Namespace) -> Side:
+def transformers_side(
+    folder: Path, prompts: list[np.ndarray], arguments: argparse.Namespace
+) -> Side:
     """Return transformers' generate on left-padded prompts, each repeated once per rollout."""
     model = Qwen3_5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     # No stop token: every response has full length on both sides.
@@ -129,10 +168,18 @@ def transformers_side(folder: Path, prompts: list[np.ndarray], arguments: argpar
         ids[row, longest - len(prompt) :] = torch.from_numpy(prompt)
         mask[row, longest - len(prompt) :] = 1
     ids, mask = (tensor.repeat_interleave(arguments.rollouts, 0) for tensor in (ids, mask))
-    settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": arguments.new_tokens}
+    settings = {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "max_new_tokens": arguments.new_tokens,
+    }
 
     def run() -> int:
-        output = model.generate(input_ids=ids, attention_mask=mask, mm_token_type_ids=torch.zeros_like(ids), **settings)
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, mm_token_type_ids=torch.zeros_like(ids), **settings
+        )
         return int(output[:, longest:].numel())
 
     return Side("transformers", run)
@@ -140,13 +187,27 @@ def transformers_side(folder: Path, prompts: list[np.ndarray], arguments: argpar
 
 def main() -> None:
     """Measure both sides in turns and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="Hugging Face folder; a random network if not given")
-    parser.add_argument("--prompts", type=int, default=16, help="different prompts (default %(default)s)")
-    parser.add_argument("--rollouts", type=int, default=8, help="responses per prompt (default %(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=128, help="tokens per response (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of the process (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="measured runs per side (default %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, help="Hugging Face folder; a random network if not given"
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=16, help="different prompts (default %(default)s)"
+    )
+    parser.add_argument(
+        "--rollouts", type=int, default=8, help="responses per prompt (default %(default)s)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, default=128, help="tokens per response (default %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of the process (default %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="measured runs per side (default %(default)s)"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as temporary:
@@ -154,7 +215,8 @@ def main() -> None:
         if arguments.model is None:
             random_model().save_pretrained(folder)
         prompts = make_prompts(arguments.prompts, load_architecture(folder).vocab_size)
-        # transformers first: once the CPU patches are in place, its loading leaves rotary frequencies uninitialised.
+        # transformers first: once the CPU patches are in place, its loading leaves rotary
+        # frequencies uninitialised.
         theirs = transformers_side(folder, prompts, arguments)
         ours = engine_side(folder, prompts, arguments)
         sides = [ours, theirs]
@@ -164,11 +226,20 @@ def main() -> None:
     for side in sides:
         del side.wall_seconds[0], side.cpu_seconds[0]
     assert ours.num_tokens == theirs.num_tokens, "both sides must make the same number of tokens"
-    print(f"{arguments.prompts} prompts x {arguments.rollouts} rollouts x {arguments.new_tokens} tokens, {arguments.threads} thread(s)")
+    print(
+        f"{arguments.prompts} prompts x {arguments.rollouts} rollouts x {arguments.new_tokens} "
+        f"tokens, {arguments.threads} thread(s)"
+    )
     for side in sides:
-        print(f"{side.name:14}{side.tokens_per_second:10.0f} tokens/s{statistics.median(side.cpu_seconds):10.2f} CPU seconds")
+        print(
+            f"{side.name:14}{side.tokens_per_second:10.0f} "
+            f"tokens/s{statistics.median(side.cpu_seconds):10.2f} CPU seconds"
+        )
     cpu_ratio = statistics.median(theirs.cpu_seconds) / statistics.median(ours.cpu_seconds)
-    print(f"ratio {ours.tokens_per_second / theirs.tokens_per_second:.2f} by the clock, {cpu_ratio:.2f} by CPU time")
+    print(
+        f"ratio {ours.tokens_per_second / theirs.tokens_per_second:.2f} by the clock, "
+        f"{cpu_ratio:.2f} by CPU time"
+    )
     parallel.shutdown()
 
 

@@ -1,14 +1,19 @@
-"""Time of a step with a served teacher beside that of a step without one, for several latencies of the teacher.
+"""Time of a step with a served teacher beside that of a step without one, for several latencies of
+the teacher.
 
-    python benchmarks/teacher_overlap.py [--modality text] [--latencies 0 0.5 0.9] [--ask-ahead 0 0.5] [--steps 12] [key=v …]
+    python benchmarks/teacher_overlap.py [--modality text] [--latencies 0 0.5 0.9] [--ask-ahead 0
+    0.5] [--steps 12] [key=v …]
 
-The teacher is a server on this machine that knows every answer and takes its time without using the processor, for any number of questions
-at once, so that what it costs is waiting alone. Without teacher is `ncq_replay`: as many prompts under the same caps, and nobody to wait
-for. Latencies are shares of its plain rollout phase; 0 answers at once. The second number of a row is `teacher.ask_ahead`. `grpo_replay`,
-which reformulates nothing, shows what ZPPO costs. The embedded student's responses are shorter than its prompts; with
-`--response-tokens N` it knows no stop token, and all have N tokens. All runs are started, and then take turns step by step, the others
-stopped meanwhile, so that a machine that slows down slows all alike. A step is a turn by the clock without evaluation; the first, in which
-the buffer is empty, does not count. Seconds are medians, ratios those of all counted turns together, tokens and groups means per step.
+The teacher is a server on this machine that knows every answer and takes its time without using the
+processor, for any number of questions at once, so that what it costs is waiting alone. Without
+teacher is `ncq_replay`: as many prompts under the same caps, and nobody to wait for. Latencies are
+shares of its plain rollout phase; 0 answers at once. The second number of a row is
+`teacher.ask_ahead`. `grpo_replay`, which reformulates nothing, shows what ZPPO costs. The bundled
+student's responses are shorter than its prompts; with `--response-tokens N` it knows no stop token,
+and all have N tokens. All runs are started, and then take turns step by step, the others stopped
+meanwhile, so that a machine that slows down slows all alike. A step is a turn by the clock without
+evaluation; the first, in which the buffer is empty, does not count. Seconds are medians, ratios
+those of all counted turns together, tokens and groups means per step.
 """
 
 from __future__ import annotations
@@ -33,21 +38,26 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from data.media_store import MediaStore
+from data.media.store import MediaStore
 from data.shards import ShardFolder
-from zppo_mm.build_shared import media_limits
-from zppo_mm.config_io import load_config
-from zppo_mm.embedded import STUDENT_DIR
-from zppo_mm.embedded.questions import embedded_sources
-from zppo_mm.teacher.chat_api import Content
-from zppo_mm.teacher.media_parts import MessageWriter
+from zppo_mm.bundled import STUDENT_DIR
+from zppo_mm.bundled.questions import bundled_sources
+from zppo_mm.config.load import load_config
+from zppo_mm.run.shared import media_limits
+from zppo_mm.teacher.served.chat_api import Content
+from zppo_mm.teacher.served.media import MessageWriter
 from zppo_mm.zone.prompts import load_templates
 
 POLL_SECONDS = 0.002
 CLONE = Path(__file__).resolve().parents[1]
 ALONE = ("ncq_replay", "grpo_replay")
 SIZE = ("train.num_new_questions=64", "rollout.max_batch_size=64", "train.updates_per_step=4")
-QUIET = ("parity.mode=none", "evaluation.num_questions=1", "observability.report=false", "observability.progress_bar=false")
+QUIET = (
+    "parity.mode=none",
+    "evaluation.num_questions=1",
+    "observability.report=false",
+    "observability.progress_bar=false",
+)
 
 
 class KnowingServer(ThreadingHTTPServer):
@@ -73,8 +83,13 @@ class Handler(BaseHTTPRequestHandler):
         answer = self.server.answers.get(digest(request["messages"][-1]["content"]), "0")
         time.sleep(self.server.latency_seconds)
         message = {"role": "assistant", "content": f"<think>known</think>\\boxed{{{answer}}}"}
-        choices = [{"index": index, "message": message, "finish_reason": "stop"} for index in range(request.get("n", 1))]
-        body = json.dumps({"choices": choices, "usage": {"prompt_tokens": 1, "completion_tokens": 1}}).encode()
+        choices = [
+            {"index": index, "message": message, "finish_reason": "stop"}
+            for index in range(request.get("n", 1))
+        ]
+        body = json.dumps(
+            {"choices": choices, "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+        ).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -90,27 +105,33 @@ def digest(content: Content) -> str:
 
 
 def endless_student(folder: Path) -> Path:
-    """Write a copy of the embedded student whose stop token is a media placeholder, which is never sampled."""
+    """Write a copy of the bundled student whose stop token is a media placeholder, which is never
+    sampled.
+    """
     shutil.copytree(STUDENT_DIR, folder)
     placeholder = json.loads((folder / "config.json").read_text())["image_token_id"]
     settings = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": placeholder}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({**settings, "eos_token_id": placeholder})
+    )
     return folder
 
 
 @contextmanager
 def serve(modality: str) -> Iterator[KnowingServer]:
-    """Serve the embedded questions' answers until the block ends."""
+    """Serve the bundled questions' answers until the block ends."""
     templates = load_templates()
     config = load_config(None, [f"modality={modality}"])
     media = MediaStore(media_limits(config.data))
     writer = MessageWriter(config.teacher, media)
     answers = {}
-    for source in embedded_sources(config, "train"):
+    for source in bundled_sources(config, "train"):
         folder = ShardFolder(source.path)
         for shard, key in list(folder.keys()):
             question = folder.question(shard, key)
-            answers[digest(writer.content(templates.plain_text(question), question.media))] = question.answer
+            answers[digest(writer.content(templates.plain_text(question), question.media))] = (
+                question.answer
+            )
     media.close()
     server = KnowingServer(answers)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -124,15 +145,36 @@ class Run:
     """A training run that goes on for one step at a time, from the first turn on.
 
     Attributes:
-        rows: Metrics of the steps so far; `seconds/step` is the turn's time by the clock, without evaluation.
+        rows: Metrics of the steps so far; `seconds/step` is the turn's time by the clock, without
+            evaluation.
     """
 
     def __init__(self, folder: Path, name: str, steps: int, options: list[str]) -> None:
         program = str(CLONE / "tools" / "train_zppo.py")
-        command = [sys.executable, program, f"name={name}", f"output_dir={folder}", f"train.train_iters={steps}", *SIZE, *QUIET, *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(CLONE)}
+        command = [
+            sys.executable,
+            program,
+            f"name={name}",
+            f"output_dir={folder}",
+            f"train.train_iters={steps}",
+            *SIZE,
+            *QUIET,
+            *options,
+        ]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TORCHDYNAMO_DISABLE": "1",
+            "PYTHONPATH": str(CLONE),
+        }
         # Its decoding workers must stop with it.
-        self._start = partial(subprocess.Popen[bytes], command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+        self._start = partial(
+            subprocess.Popen[bytes],
+            command,
+            env=environment,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         self._process: subprocess.Popen[bytes] | None = None
         self._metrics = folder / name / "metrics.jsonl"
         self.rows: list[dict[str, float]] = []
@@ -146,10 +188,13 @@ class Run:
         started = time.monotonic()
         self._process = self._process or self._start()
         os.killpg(self._process.pid, signal.SIGCONT)
-        while not (self._metrics.exists() and self._metrics.read_bytes().count(b"\n") > len(self.rows)):
+        while not (
+            self._metrics.exists() and self._metrics.read_bytes().count(b"\n") > len(self.rows)
+        ):
             if self._process.poll() is not None:
                 raise RuntimeError(
-                    f"{self._metrics.parent.name} ended with exit status {self._process.returncode}; run it alone to see why"
+                    f"{self._metrics.parent.name} ended with exit status "
+                    f"{self._process.returncode}; run it alone to see why"
                 )
             time.sleep(POLL_SECONDS)
         taken = time.monotonic() - started
@@ -168,19 +213,33 @@ class Run:
         return [row.get(f"seconds/{phase}", 0.0) for row in self.rows[1:]]
 
 
-def prepare(folder: Path, url: str, known: argparse.Namespace, options: list[str]) -> dict[tuple[str, float], Run]:
+def prepare(
+    folder: Path, url: str, known: argparse.Namespace, options: list[str]
+) -> dict[tuple[str, float], Run]:
     """Return a run per method and setting, by name and latency."""
     given = {(method, 0.0): [f"method={method}"] for method in ALONE}
     for latency, ahead in product(known.latencies, known.ask_ahead):
-        endpoint = ["teacher.max_concurrency=256", f"teacher.endpoints=[{url}]", "teacher.model=known"]
-        given[f"zppo-{latency:g}-{ahead:g}", latency] = ["method=zppo", *endpoint, f"teacher.ask_ahead={ahead:g}"]
+        endpoint = [
+            "teacher.max_concurrency=256",
+            f"teacher.endpoints=[{url}]",
+            "teacher.model=known",
+        ]
+        given[f"zppo-{latency:g}-{ahead:g}", latency] = [
+            "method=zppo",
+            *endpoint,
+            f"teacher.ask_ahead={ahead:g}",
+        ]
     # The last step, which ends with a checkpoint, is not reached.
-    return {key: Run(folder, key[0], known.steps + 1, [*own, *options]) for key, own in given.items()}
+    return {
+        key: Run(folder, key[0], known.steps + 1, [*own, *options]) for key, own in given.items()
+    }
 
 
 def main() -> None:
     """Run all latencies in turns and print one line each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--modality", default="text")
     parser.add_argument("--latencies", nargs="+", type=float, default=[0.0, 0.5, 0.9])
     parser.add_argument("--ask-ahead", nargs="+", type=float, default=[0.0, 0.5])
@@ -193,9 +252,15 @@ def main() -> None:
     with serve(known.modality) as server, tempfile.TemporaryDirectory() as scratch:
         if known.response_tokens:
             student = endless_student(Path(scratch) / "student")
-            options = [f"model.student={student}", f"rollout.max_response_tokens={known.response_tokens}", *options]
+            options = [
+                f"model.student={student}",
+                f"rollout.max_response_tokens={known.response_tokens}",
+                *options,
+            ]
         try:
-            runs = prepare(Path(scratch), f"http://127.0.0.1:{server.server_address[1]}/v1", known, options)
+            runs = prepare(
+                Path(scratch), f"http://127.0.0.1:{server.server_address[1]}/v1", known, options
+            )
             for _ in range(known.steps):
                 for (_, latency), run in runs.items():
                     phase = runs[ALONE[0], 0.0].seconds("plain_rollout")
@@ -210,7 +275,14 @@ def main() -> None:
 def show(runs: dict[tuple[str, float], Run]) -> None:
     """Print one line per run."""
     phases = ("plain_rollout", "teacher", "reformulated_rollout", "update", "step")
-    head = ["run", "answers after", *phases, *(f"step / {method}" for method in ALONE), "sampled tokens", "groups with gradient"]
+    head = [
+        "run",
+        "answers after",
+        *phases,
+        *(f"step / {method}" for method in ALONE),
+        "sampled tokens",
+        "groups with gradient",
+    ]
     print(f"| {' | '.join(head)} |")
     print("|---" * len(head) + "|")
     for (name, _), run in runs.items():
@@ -220,10 +292,14 @@ def show(runs: dict[tuple[str, float], Run]) -> None:
         ratios = [sum(run.seconds("step")) / sum(other) for other in others]
         tokens = statistics.mean(row["rollout/tokens"] for row in run.rows[1:])
         groups = statistics.mean(
-            row["advantage/nontrivial_groups"] * sum(count for key, count in row.items() if key.startswith("batch/groups/"))
+            row["advantage/nontrivial_groups"]
+            * sum(count for key, count in row.items() if key.startswith("batch/groups/"))
             for row in run.rows[1:]
         )
-        print(f"| {name} | {' | '.join(f'{value:.2f}' for value in [*values, *ratios])} | {tokens:.0f} | {groups:.1f} |")
+        print(
+            f"| {name} | {' | '.join(f'{value:.2f}' for value in [*values, *ratios])} | "
+            f"{tokens:.0f} | {groups:.1f} |"
+        )
 
 
 if __name__ == "__main__":

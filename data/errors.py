@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-MEDIA_REASONS = ("empty", "missing", "oversized", "unsupported_container", "truncated", "unreadable", "timeout", "decoder_died")
+MEDIA_REASONS = (
+    "empty",
+    "missing",
+    "oversized",
+    "unsupported_container",
+    "truncated",
+    "unreadable",
+    "timeout",
+    "decoder_died",
+)
 
 
 class DataError(ValueError):
@@ -25,15 +34,24 @@ class ReasonedError(DataError):
 
 
 class SampleError(ReasonedError):
-    """One sample breaks a rule of the format; its reason is one of `data.sample.REASONS`, or of those of tables in docs/data.md."""
+    """One sample breaks a rule of the format; its reason is one of `data.sample.REASONS`, or of
+    those of tables in docs/data.md.
+    """
 
 
 class MediaError(ReasonedError):
-    """One image or video cannot be opened within the limits; its reason is one of `MEDIA_REASONS`."""
+    """One image or video cannot be opened within the limits; its reason is one of
+    `MEDIA_REASONS`.
+    """
 
 
 def shown(name: str, limit: int = 120) -> str:
-    """Return a name from outside as a log can hold it: unprintable characters escaped, cut after `limit`."""
-    letters = (each if each.isprintable() else each.encode("unicode_escape").decode() for each in name[:limit])
+    """Return a name from outside as a log can hold it: unprintable characters escaped, cut after
+    `limit`.
+    """
+    letters = (
+        each if each.isprintable() else each.encode("unicode_escape").decode()
+        for each in name[:limit]
+    )
     text = "".join(letters)
     return text if len(name) <= limit else f"{text}… ({len(name)} characters)"

@@ -35,7 +35,10 @@ class SampleHealth:
             DataError: The share is not between 0 and 1.
         """
         if not 0.0 <= max_bad_share <= 1.0:
-            raise DataError(f"SampleHealth: max_bad_share is no share, got {max_bad_share}, expected 0 to 1; correct it")
+            raise DataError(
+                f"SampleHealth: max_bad_share is no share, got {max_bad_share}, expected 0 to 1; "
+                "correct it"
+            )
         self.max_bad_share = max_bad_share
         self.strict = strict
         self.num_good = 0
@@ -85,7 +88,10 @@ class SampleHealth:
             self.listed.append((sample_id, reason, detail))
         logger.warning("skipped sample %s: %s: %s", sample_id, reason, detail)
         if self.strict:
-            raise DataError(f"data: sample {sample_id} is bad ({reason}): {detail}; correct or remove it, or run without strict")
+            raise DataError(
+                f"data: sample {sample_id} is bad ({reason}): {detail}; correct or remove it, or "
+                "run without strict"
+            )
         self._check_share()
 
     def _check_share(self) -> None:
@@ -95,16 +101,24 @@ class SampleHealth:
         if self.num_bad > len(self.listed):
             lines.append(f"  … and {self.num_bad - len(self.listed)} more")
         raise DataError(
-            f"data: too many bad samples, got {self.num_bad} of {self.num_good + self.num_bad} ({self.bad_share:.1%}), "
-            f"expected at most {self.max_bad_share:.1%}; correct them or raise data.max_bad_share:\n" + "\n".join(lines)
+            f"data: too many bad samples, got {self.num_bad} of {self.num_good + self.num_bad} "
+            f"({self.bad_share:.1%}), expected at most {self.max_bad_share:.1%}; correct them or "
+            "raise data.max_bad_share:\n" + "\n".join(lines)
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters as JSON values."""
-        return {"num_good": self.num_good, "counts": dict(self.counts), "listed": [list(entry) for entry in self.listed]}
+        return {
+            "num_good": self.num_good,
+            "counts": dict(self.counts),
+            "listed": [list(entry) for entry in self.listed],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from saved counters."""
         self.num_good = int(state["num_good"])
         self.counts = {str(reason): int(count) for reason, count in state["counts"].items()}
-        self.listed = [(str(sample_id), str(reason), str(detail)) for sample_id, reason, detail in state["listed"]]
+        self.listed = [
+            (str(sample_id), str(reason), str(detail))
+            for sample_id, reason, detail in state["listed"]
+        ]

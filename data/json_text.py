@@ -22,21 +22,26 @@ def load_json(content: bytes, *, is_table: bool = False) -> Any:
 
     Args:
         content: All of it.
-        is_table: It holds many rows. The caller looks at their texts, one row after another, and NaN and Infinity, which
-            Python and pandas write where a row has no value, are `None`.
+        is_table: It holds many rows. The caller looks at their texts, one row after another, and
+            NaN and Infinity, which Python and pandas write where a row has no value, are `None`.
 
     Raises:
         InvalidText: It holds text that breaks the rule of `data.text`.
-        ValueError: It is no JSON in UTF-8, too deeply nested, or has a key twice in one object, of which one would be lost.
+        ValueError: It is no JSON in UTF-8, too deeply nested, or has a key twice in one object, of
+            which one would be lost.
     """
     text = content.decode("utf-8-sig")
     try:
-        value = json.loads(text, object_pairs_hook=_each_once, parse_constant=_no_value if is_table else _refuse)
+        value = json.loads(
+            text, object_pairs_hook=_each_once, parse_constant=_no_value if is_table else _refuse
+        )
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if text.count("[") + text.count("{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
         raise ValueError(f"nested too deeply, expected at most {MAX_DEPTH} levels")
-    if not is_table and "\\u" in text:  # nothing else spells what UTF-8 and JSON's own rules do not let through
+    if (
+        not is_table and "\\u" in text
+    ):  # nothing else spells what UTF-8 and JSON's own rules do not let through
         check_texts(value)
     return value
 
@@ -52,9 +57,14 @@ def load_object(where: str, content: bytes) -> dict[str, Any]:
     except InvalidText as error:
         raise SampleError("bad_text", f"{where}: {error}, {TEXT_RULE}; correct it") from error
     except ValueError as error:
-        raise SampleError("bad_json", f"{where}: no JSON ({shown(str(error))}); write it anew") from error
+        raise SampleError(
+            "bad_json", f"{where}: no JSON ({shown(str(error))}); write it anew"
+        ) from error
     if not isinstance(value, dict):
-        raise SampleError("bad_json", f"{where}: no object, got {type(value).__name__}, expected fields; correct it")
+        raise SampleError(
+            "bad_json",
+            f"{where}: no object, got {type(value).__name__}, expected fields; correct it",
+        )
     return value
 
 
@@ -99,10 +109,15 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def _is_deeper(value: Any, limit: int) -> bool:
-    """Return whether lists and objects lie deeper in each other than a limit, without a call for each level."""
+    """Return whether lists and objects lie deeper in each other than a limit, without a call for
+    each level.
+    """
     level = [value]
     for _ in range(limit):
         level = [
-            entry for outer in level if isinstance(outer, dict | list) for entry in (outer.values() if isinstance(outer, dict) else outer)
+            entry
+            for outer in level
+            if isinstance(outer, dict | list)
+            for entry in (outer.values() if isinstance(outer, dict) else outer)
         ]
     return any(isinstance(entry, dict | list) for entry in level)

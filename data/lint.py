@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from data.errors import DataError, MediaError, ReasonedError, SampleError, shown
-from data.media import MediaOpener
-from data.question import MediaRef
+from data.question import MediaKind, MediaRef
 from data.shard_names import EXPECTED_SHARDS, list_shards
 from data.shards import ShardReader
 from data.tar_index import read_sidecar, same_entries, scan_tar, sidecar_path
@@ -25,7 +25,21 @@ class Problem:
     message: str
 
 
-def lint(folders: Sequence[str | Path], opener: MediaOpener | None = None) -> tuple[int, list[Problem]]:
+class OpensMedia(Protocol):
+    """Reads and opens a media file, and raises `MediaError` where it cannot."""
+
+    def read_ref(self, ref: MediaRef, reader: ShardReader) -> bytes:
+        """Return the file, within the size limit."""
+        ...
+
+    def open(self, content: bytes, kind: MediaKind) -> object:
+        """Decode it."""
+        ...
+
+
+def lint(
+    folders: Sequence[str | Path], opener: OpensMedia | None = None
+) -> tuple[int, list[Problem]]:
     """Return the number of samples and all problems of the folders of one run.
 
     Args:
@@ -44,7 +58,10 @@ def lint(folders: Sequence[str | Path], opener: MediaOpener | None = None) -> tu
         if not shards:
             message = f"{folder}: no shards, got none, {EXPECTED_SHARDS}"
             problems.append(Problem(str(folder), "no_shards", message))
-        problems += [Problem(f"{folder}/{shown(name)}", "unread_shard", message) for name, message in unread.items()]
+        problems += [
+            Problem(f"{folder}/{shown(name)}", "unread_shard", message)
+            for name, message in unread.items()
+        ]
         for shard in shards:
             reader = ShardReader()
             problem = _shard_problem(reader, shard)
@@ -82,7 +99,7 @@ def _sample_problems(
     shard: str,
     key: str,
     first_place: dict[str, str],
-    opener: MediaOpener | None,
+    opener: OpensMedia | None,
 ) -> Iterator[Problem]:
     where = f"{shard}:{shown(key)}"
     try:
@@ -98,14 +115,17 @@ def _sample_problems(
         yield Problem(
             where,
             "duplicate_id",
-            f"{where}: id is used twice, got {shown(question.id)!r} as in {first}; give each its own",
+            f"{where}: id is used twice, got {shown(question.id)!r} as in {first}; give each its "
+            "own",
         )
     for reference in question.media if opener is not None else ():
         assert opener is not None
         yield from _media_problems(reader, reference, where, opener)
 
 
-def _media_problems(reader: ShardReader, reference: MediaRef, where: str, opener: MediaOpener) -> Iterator[Problem]:
+def _media_problems(
+    reader: ShardReader, reference: MediaRef, where: str, opener: OpensMedia
+) -> Iterator[Problem]:
     try:
         content = opener.read_ref(reference, reader)
     except ReasonedError as error:

@@ -1,4 +1,6 @@
-"""Media that a row holds or names where nobody looks for them: a question without its picture is another question."""
+"""Media that a row holds or names where nobody looks for them: a question without its picture is
+another question.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,19 @@ from typing import Any
 from data.errors import SampleError
 from data.question import MediaRef
 
-_THING = r"(?:image|img|picture|pic|photo|photograph|figure|screenshot|frame|thumbnail|video|clip|movie|media|audio)s?"
+_THING = (
+    r"(?:image|img|picture|pic|photo|photograph|figure|screenshot|frame|thumbnail|video|clip|movie"
+    r"|media|audio)s?"
+)
 _ADDRESS = r"(?:path|file|filename|file_name|name|url|uri|link)s?"
 _NAME = re.compile(
     rf"(?:(?!(?:has|is|num|no|n|with|needs|contains|count|total)_)\w+_)?{_THING}_?\d*(?:_{_ADDRESS})?(?:_(?:bytes|b64|base64|data))?"
 )
 _ADDRESS_NAME = re.compile(rf".*_{_ADDRESS}")
-_FILE = re.compile(r"\S[^\n]{0,500}\.(?:jpe?g|png|webp|bmp|gif|tiff?|heic|avif|svg|mp4|m4v|mov|webm|mkv|avi)", re.IGNORECASE)
+_FILE = re.compile(
+    r"\S[^\n]{0,500}\.(?:jpe?g|png|webp|bmp|gif|tiff?|heic|avif|svg|mp4|m4v|mov|webm|mkv|avi)",
+    re.IGNORECASE,
+)
 _DATA_URL = re.compile(r"data:(?:image|video|audio)/")
 _MARKER = re.compile(r"`<(?:image|video)[ _]?\d*>`|<(image|video)[ _]?(\d{0,9})>")
 """In backticks it is text about the marker, and has no groups."""
@@ -27,14 +35,20 @@ def unmapped_media(fields: Mapping[str, Any], read: Iterable[str], has_media: bo
     Args:
         fields: Values by name.
         read: Names of those that are read, or that the user says are to be left out.
-        has_media: Other fields gave media: then a file's name or address is taken for that of one of them.
+        has_media: Other fields gave media: then a file's name or address is taken for that of one
+            of them.
     """
     known = set(read)
-    return [name for name, value in fields.items() if name not in known and _is_media(name, value, has_media)]
+    return [
+        name
+        for name, value in fields.items()
+        if name not in known and _is_media(name, value, has_media)
+    ]
 
 
 def check_markers(where: str, texts: Sequence[str], media: Sequence[MediaRef]) -> None:
-    """Refuse a question whose `<image>`, `<image 2>` and `<video>` are not as many as its media; in backticks they are text.
+    """Refuse a question whose `<image>`, `<image 2>` and `<video>` are not as many as its media; in
+    backticks they are text.
 
     Raises:
         SampleError: `missing_media`.
@@ -43,11 +57,22 @@ def check_markers(where: str, texts: Sequence[str], media: Sequence[MediaRef]) -
         have = sum(reference.kind == kind for reference in media)
         found = [match[2] for text in texts for match in _MARKER.finditer(text) if match[1] == kind]
         bare = found.count("")
-        highest = max((max(int(number), 1) for number in found if number), default=0)  # some count from 0
+        highest = max(
+            (max(int(number), 1) for number in found if number), default=0
+        )  # some count from 0
         if (bare and bare != have) or highest > have:
-            got = f"got {bare} times <{kind}>" if bare and bare != have else f"got <{kind} {highest}>"
-            expected = "expected as many; add or name the media, or set the marker in backticks where it is text"
-            raise SampleError("missing_media", f"{where}: the text does not fit its media, {got} and {have} of kind {kind}, {expected}")
+            got = (
+                f"got {bare} times <{kind}>" if bare and bare != have else f"got <{kind} {highest}>"
+            )
+            expected = (
+                "expected as many; add or name the media, or set the marker in backticks where it "
+                "is text"
+            )
+            raise SampleError(
+                "missing_media",
+                f"{where}: the text does not fit its media, {got} and {have} of kind {kind}, "
+                f"{expected}",
+            )
 
 
 def _is_media(name: str, value: Any, has_media: bool, *, is_inner: bool = False) -> bool:
@@ -58,14 +83,18 @@ def _is_media(name: str, value: Any, has_media: bool, *, is_inner: bool = False)
     if isinstance(value, Mapping):
         if {"bytes", "path"} <= set(value):
             return any(value.get(part) is not None for part in ("bytes", "path"))
-        return any(_is_media(str(inner), entry, has_media, is_inner=True) for inner, entry in value.items())
+        return any(
+            _is_media(str(inner), entry, has_media, is_inner=True) for inner, entry in value.items()
+        )
     if not isinstance(value, str) or not value.strip():
         return False
     if _DATA_URL.match(value):
         return True
     if has_media and is_inner:  # messages repeat the names of what the columns hold
         return False
-    plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\s.-]+", "_", name).lower()  # imageUrl and "image path" are image_url and image_path
+    plain = re.sub(
+        r"(?<=[a-z0-9])(?=[A-Z])|[\s.-]+", "_", name
+    ).lower()  # imageUrl and "image path" are image_url and image_path
     if _NAME.fullmatch(plain):
         return not (has_media and _ADDRESS_NAME.fullmatch(plain))
     return not has_media and _FILE.fullmatch(value.strip()) is not None

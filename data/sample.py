@@ -16,9 +16,62 @@ from data.question import ANSWER_TYPES, AnswerType, MediaKind, MediaRef, Questio
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp"})
 VIDEO_EXTENSIONS = frozenset({"mp4", "m4v", "mov", "webm", "mkv", "avi", "gif"})
 UNOPENED_EXTENSIONS = frozenset(
-    {"tif", "tiff", "heic", "heif", "avif", "jxl", "jp2", "j2k", "jfif", "jpe", "svg", "ico", "ppm", "pgm", "pbm", "pnm", "tga", "psd"}
-    | {"exr", "hdr", "eps", "pdf", "img", "image", "picture", "photo", "mpg", "mpeg", "m2v", "mts", "m2ts", "ts", "3gp", "3g2", "ogv"}
-    | {"ogg", "wmv", "asf", "flv", "vob", "rm", "video", "mp3", "wav", "flac", "m4a", "aac", "opus", "wma", "audio"}
+    {
+        "tif",
+        "tiff",
+        "heic",
+        "heif",
+        "avif",
+        "jxl",
+        "jp2",
+        "j2k",
+        "jfif",
+        "jpe",
+        "svg",
+        "ico",
+        "ppm",
+        "pgm",
+        "pbm",
+        "pnm",
+        "tga",
+        "psd",
+    }
+    | {
+        "exr",
+        "hdr",
+        "eps",
+        "pdf",
+        "img",
+        "image",
+        "picture",
+        "photo",
+        "mpg",
+        "mpeg",
+        "m2v",
+        "mts",
+        "m2ts",
+        "ts",
+        "3gp",
+        "3g2",
+        "ogv",
+    }
+    | {
+        "ogg",
+        "wmv",
+        "asf",
+        "flv",
+        "vob",
+        "rm",
+        "video",
+        "mp3",
+        "wav",
+        "flac",
+        "m4a",
+        "aac",
+        "opus",
+        "wma",
+        "audio",
+    }
 )
 """Of pictures, videos and sounds in formats that are not opened."""
 MAX_CHOICES = 26
@@ -26,7 +79,9 @@ FIELDS = ("id", "question", "answer", "answer_type", "choices", "source", "media
 MAX_MEDIA = 1000
 LETTER_AND_TEXT = re.compile(r"\(?([A-Z])[.):]\s*(.+)", re.DOTALL)
 PARTS = re.compile(r"([0-9]+)|([^0-9]+)")
-UNUSABLE_KEY = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]|\\A/|(?:\\A|/)\\.\\.(?:/|\\Z)")
+UNUSABLE_KEY = re.compile(
+    "[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]|\\A/|(?:\\A|/)\\.\\.(?:/|\\Z)"
+)
 REASONS = (
     "bad_key",
     "bad_json",
@@ -48,7 +103,8 @@ class ShardSample:
     Attributes:
         key: Name inside the shard, without dots.
         question: Fields of KEY.json.
-        media: `(extension, content)` of every media file, e.g. `("jpg", …)` or `("0.jpg", …), ("1.mp4", …)`.
+        media: `(extension, content)` of every media file, e.g. `("jpg", …)` or `("0.jpg", …),
+            ("1.mp4", …)`.
     """
 
     key: str
@@ -75,7 +131,8 @@ def media_order(extensions: Iterable[str]) -> list[str]:
         parts: list[tuple[int, int, str]] = []
         for number, text in PARTS.findall(stem):
             digits = number.lstrip("0")
-            # A number may have thousands of digits: more of them is more, then they compare as text.
+            # A number may have thousands of digits: more of them is more, then they compare as
+            # text.
             parts.append((0, len(digits), digits) if number else (1, 0, text))
         return any(kind == 0 for kind, _, _ in parts), parts, extension
 
@@ -139,7 +196,11 @@ def check_fields(where: str, fields: Mapping[str, Any], *, has_media: bool) -> N
     unread = unmapped_media(fields, FIELDS, has_media)
     if unread:
         got = f"got {', '.join(unread)}"
-        raise SampleError("unmapped_media", f"{where}: media in a field that is not read, {got}, expected them in media; move or remove it")
+        raise SampleError(
+            "unmapped_media",
+            f"{where}: media in a field that is not read, {got}, expected them in media; move or "
+            "remove it",
+        )
 
 
 def _text(where: str, fields: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
@@ -147,7 +208,9 @@ def _text(where: str, fields: Mapping[str, Any], name: str, *, optional: bool = 
     if isinstance(value, str) and (value.strip() or optional):
         return value
     raise SampleError(
-        "bad_field", f"{where}: field {name} is wrong, got {reprlib.repr(value)}, expected a text that is not empty; correct it"
+        "bad_field",
+        f"{where}: field {name} is wrong, got {reprlib.repr(value)}, expected a text that is not "
+        "empty; correct it",
     )
 
 
@@ -158,7 +221,9 @@ def _answer_type(where: str, fields: Mapping[str, Any]) -> AnswerType:
             return answer_type
     expected = ", ".join(ANSWER_TYPES)
     raise SampleError(
-        "unknown_answer_type", f"{where}: unknown answer_type, got {reprlib.repr(value)}, expected one of {expected}; correct it"
+        "unknown_answer_type",
+        f"{where}: unknown answer_type, got {reprlib.repr(value)}, expected one of {expected}; "
+        "correct it",
     )
 
 
@@ -166,22 +231,35 @@ def _text_list(where: str, fields: Mapping[str, Any], name: str) -> tuple[str, .
     value = fields.get(name, [])
     if isinstance(value, list) and all(isinstance(entry, str) and entry.strip() for entry in value):
         return tuple(value)
-    raise SampleError("bad_field", f"{where}: field {name} is wrong, got {reprlib.repr(value)}, expected a list of texts; correct it")
+    raise SampleError(
+        "bad_field",
+        f"{where}: field {name} is wrong, got {reprlib.repr(value)}, expected a list of texts; "
+        "correct it",
+    )
 
 
 def _choices(where: str, fields: Mapping[str, Any], answer_type: AnswerType) -> tuple[str, ...]:
     choices = _text_list(where, fields, "choices")
     if answer_type != "choice":
         if choices:
-            raise SampleError("bad_choice", f"{where}: choices given, got answer_type {answer_type}, expected choice; change one of them")
+            raise SampleError(
+                "bad_choice",
+                f"{where}: choices given, got answer_type {answer_type}, expected choice; change "
+                "one of them",
+            )
         return ()
     if not 2 <= len(choices) <= MAX_CHOICES:
-        raise SampleError("bad_choice", f"{where}: wrong number of choices, got {len(choices)}, expected 2 to {MAX_CHOICES}; correct it")
+        raise SampleError(
+            "bad_choice",
+            f"{where}: wrong number of choices, got {len(choices)}, expected 2 to {MAX_CHOICES}; "
+            "correct it",
+        )
     return choices
 
 
 def _right_letter(where: str, answer: str, choices: Sequence[str]) -> str:
-    """Return the letter of the right option, which the answer gives itself, by the option's text, or by both (`B. blue`).
+    """Return the letter of the right option, which the answer gives itself, by the option's text,
+    or by both (`B. blue`).
 
     Raises:
         SampleError: The answer names no option, or more than one.
@@ -198,14 +276,22 @@ def _right_letter(where: str, answer: str, choices: Sequence[str]) -> str:
     if len(named) == 1:
         return named[0]
     got = f"got {reprlib.repr(answer)}, which names {' and '.join(named) or 'no option'}"
-    raise SampleError("bad_choice", f"{where}: the answer is no option, {got}, expected A to {letters[-1]}; correct it")
+    raise SampleError(
+        "bad_choice",
+        f"{where}: the answer is no option, {got}, expected A to {letters[-1]}; correct it",
+    )
 
 
-def _media(where: str, shard: str, key: str, fields: Mapping[str, Any], extensions: Mapping[str, None]) -> tuple[MediaRef, ...]:
+def _media(
+    where: str, shard: str, key: str, fields: Mapping[str, Any], extensions: Mapping[str, None]
+) -> tuple[MediaRef, ...]:
     if "media" in fields:
         named = tuple(extension.lower() for extension in _text_list(where, fields, "media"))
     else:  # one that is not opened is refused below: without it this would be another question
-        named = (*media_order(extensions), *(each for each in extensions if each.rpartition(".")[2] in UNOPENED_EXTENSIONS))
+        named = (
+            *media_order(extensions),
+            *(each for each in extensions if each.rpartition(".")[2] in UNOPENED_EXTENSIONS),
+        )
     if len(named) > MAX_MEDIA:
         got = f"got {len(named)}, expected at most {MAX_MEDIA}"
         raise SampleError("bad_field", f"{where}: too many media files, {got}; leave some out")
@@ -215,7 +301,11 @@ def _media(where: str, shard: str, key: str, fields: Mapping[str, Any], extensio
         if kind is None:
             known = ", ".join(sorted(IMAGE_EXTENSIONS | VIDEO_EXTENSIONS))
             advice = "convert the file, or name the others in media"
-            raise SampleError("unknown_media", f"{where}: unknown kind of media, got {shown(extension)}, expected {known}; {advice}")
+            raise SampleError(
+                "unknown_media",
+                f"{where}: unknown kind of media, got {shown(extension)}, expected {known}; "
+                f"{advice}",
+            )
         if extension not in extensions:
             got = f"got members {shown(', '.join(extensions))}, expected {shown(extension)}"
             raise SampleError("missing_media", f"{where}: media file is missing, {got}; add it")

@@ -13,7 +13,9 @@ from data.text import is_valid_text
 
 SHARD_SUFFIX = ".tar"
 UNFINISHED_SUFFIX = ".tmp"
-COMPRESSED = re.compile(r"(?i)\.(?:tar\.(?:gz|bz2|xz|zstd?|lz4|lzo?|lzma|br|z|zip|7z|gpg|age|enc)|tgz|tbz2?|txz|tzst|tlz)\Z")
+COMPRESSED = re.compile(
+    r"(?i)\.(?:tar\.(?:gz|bz2|xz|zstd?|lz4|lzo?|lzma|br|z|zip|7z|gpg|age|enc)|tgz|tbz2?|txz|tzst|tlz)\Z"
+)
 # Of this writer, of browsers and download tools, of split, and of rsync, whose files are hidden.
 UNFINISHED = re.compile(
     r"\.tar\.(?:.*\.)?(?:tmp|(?:file)?part[\w-]*|incomplete|(?:cr|op)?download|aria2|\d{1,4}|a{1,2}[a-z])(?:\.idx\.json)?\Z"
@@ -26,7 +28,8 @@ EXPECTED_SHARDS = "expected *.tar; write some with tools/make_shards.py"
 
 
 def list_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """Return the shards of a folder, and why other files that look like shards are not read, by name.
+    """Return the shards of a folder, and why other files that look like shards are not read, by
+    name.
 
     Raises:
         DataError: There is no such folder, or it cannot be listed.

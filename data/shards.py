@@ -40,9 +40,14 @@ KEY = re.compile(r"[^\s./][^\s.]*\Z")
 
 
 def write_shards(
-    folder: str | Path, samples: Iterable[ShardSample], samples_per_shard: int = 1000, *, overwrite: bool = False
+    folder: str | Path,
+    samples: Iterable[ShardSample],
+    samples_per_shard: int = 1000,
+    *,
+    overwrite: bool = False,
 ) -> list[Path]:
-    """Write samples as shard-000000.tar, … with an index beside each; the same samples give the same bytes.
+    """Write samples as shard-000000.tar, … with an index beside each; the same samples give the
+    same bytes.
 
     Args:
         folder: Where the shards go; made if it is missing.
@@ -54,18 +59,24 @@ def write_shards(
         Paths of the shards written.
 
     Raises:
-        DataError: The folder has shards already or cannot be written, a key is not allowed or is met
-            twice, an extension is no media file's, a question is no JSON, or a shard may hold none.
+        DataError: The folder has shards already or cannot be written, a key is not allowed or is
+            met twice, an extension is no media file's, a question is no JSON, or a shard may hold
+            none.
     """
     if samples_per_shard < 1:
-        raise DataError(f"{folder}: no samples per shard, got {samples_per_shard}, expected at least 1; correct it")
+        raise DataError(
+            f"{folder}: no samples per shard, got {samples_per_shard}, expected at least 1; "
+            "correct it"
+        )
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
         present, unread = list_shards(target)
         if present and not overwrite:
             got = f"got {present[0].name}, expected none"
-            raise DataError(f"{target}: the folder has shards already, {got}; name another folder or overwrite")
+            raise DataError(
+                f"{target}: the folder has shards already, {got}; name another folder or overwrite"
+            )
         for name, problem in unread.items():
             if not OWN_LEFTOVER.fullmatch(name):
                 raise DataError(problem)
@@ -84,7 +95,9 @@ def write_shards(
     return written
 
 
-def _write_aside(folder: Path, samples: Iterable[ShardSample], samples_per_shard: int) -> list[Path]:
+def _write_aside(
+    folder: Path, samples: Iterable[ShardSample], samples_per_shard: int
+) -> list[Path]:
     """Write all shards with their indexes aside, or none, and return their names to be."""
     written: list[Path] = []
     try:
@@ -103,7 +116,9 @@ def _aside(shard: Path) -> Path:
     return shard.with_name(f"{shard.name}{UNFINISHED_SUFFIX}")
 
 
-def _batches(folder: Path, samples: Iterable[ShardSample], samples_per_shard: int) -> Iterator[list[ShardSample]]:
+def _batches(
+    folder: Path, samples: Iterable[ShardSample], samples_per_shard: int
+) -> Iterator[list[ShardSample]]:
     """Yield the samples of each shard."""
     seen: set[str] = set()
     batch: list[ShardSample] = []
@@ -126,7 +141,9 @@ def _check_sample(folder: Path, sample: ShardSample, seen: set[str]) -> None:
         got = f"got {shown(sample.key)!r}"
         raise DataError(f"{folder}: key is not allowed, {got}, expected {expected}; rename it")
     if sample.key in seen:
-        raise DataError(f"{folder}: key is used twice, got {sample.key!r}; give every sample its own")
+        raise DataError(
+            f"{folder}: key is used twice, got {sample.key!r}; give every sample its own"
+        )
     seen.add(sample.key)
     for extension, _ in sample.media:
         named = split_name(f"{sample.key}.{extension}")
@@ -148,7 +165,8 @@ def _write_shard(path: Path, samples: Sequence[ShardSample]) -> None:
                 checksums[sample.key, extension] = zlib.crc32(data)
     index = scan_tar(path)
     with_checksums = {
-        key: tuple(replace(each, crc32=checksums[key, each.extension]) for each in members) for key, members in index.samples.items()
+        key: tuple(replace(each, crc32=checksums[key, each.extension]) for each in members)
+        for key, members in index.samples.items()
     }
     write_sidecar(path, replace(index, samples=with_checksums))
 
@@ -159,7 +177,9 @@ def _question_json(shard: Path, sample: ShardSample) -> bytes:
         return json.dumps(fields, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
     except (ValueError, TypeError, RecursionError) as error:
         where, detail = f"{shard.parent}:{shown(sample.key)}", shown(str(error))
-        raise DataError(f"{where}: the question cannot be written as JSON ({detail}); correct it") from error
+        raise DataError(
+            f"{where}: the question cannot be written as JSON ({detail}); correct it"
+        ) from error
 
 
 class ShardReader:
@@ -231,7 +251,9 @@ class ShardReader:
             if member.extension == ref.extension:
                 return member
         where, expected = f"{ref.shard}:{shown(ref.key)}", shown(ref.extension)
-        raise SampleError("missing_media", f"{where}: media file is missing, expected {expected}; add it")
+        raise SampleError(
+            "missing_media", f"{where}: media file is missing, expected {expected}; add it"
+        )
 
     def _members(self, shard: str, key: str) -> tuple[Member, ...]:
         members = self.index(shard).samples.get(key)
@@ -260,8 +282,12 @@ class ShardReader:
             try:
                 content = read_at(shard, descriptor, BLOCK + size, start)
             finally:
-                # Beyond the limit a shard is opened for each read: closing one here could take it from another thread.
-                if len(self._descriptors) >= MAX_OPEN_SHARDS or self._descriptors.setdefault(shard, descriptor) != descriptor:
+                # Beyond the limit a shard is opened for each read: closing one here could take it
+                # from another thread.
+                if (
+                    len(self._descriptors) >= MAX_OPEN_SHARDS
+                    or self._descriptors.setdefault(shard, descriptor) != descriptor
+                ):
                     os.close(descriptor)
         where = f"{shard}:{shown(key)}.{shown(member.extension)}"
         check_header(where, content[:BLOCK], key, member, is_plain=self.index(shard).is_plain)
@@ -309,13 +335,13 @@ class ShardFolder:
         """Load the indexes.
 
         Args:
-            path: The folder. It is kept as given inside media references, so that these fit after a restart from the same
-                working directory.
+            path: The folder. It is kept as given inside media references, so that these fit after a
+                restart from the same working directory.
             reader: Shared between the sources of a run.
 
         Raises:
-            DataError: The folder is missing or has no shard, a file looks like a shard and cannot be
-                read, or a shard is no whole tar archive or not what its index says.
+            DataError: The folder is missing or has no shard, a file looks like a shard and cannot
+                be read, or a shard is no whole tar archive or not what its index says.
         """
         self.path = Path(path)
         self.reader = reader or ShardReader()
@@ -344,7 +370,9 @@ class ShardFolder:
         return self.reader.media_bytes(ref)
 
     def fingerprint(self) -> str:
-        """Return a digest of shard names, sizes and keys: another one means that the data were changed."""
+        """Return a digest of shard names, sizes and keys: another one means that the data were
+        changed.
+        """
         digest = hashlib.blake2b(digest_size=16)
         for shard in self.shards:
             index = self.reader.index(shard)

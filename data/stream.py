@@ -1,4 +1,6 @@
-"""Questions without end: weighted over the sources, shuffled in every epoch, the same on every rank, resumable at once."""
+"""Questions without end: weighted over the sources, shuffled in every epoch, the same on every
+rank, resumable at once.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ STATE_VERSION = 1
 
 
 def share(items: Sequence[Item], rank: int, size: int) -> Sequence[Item]:
-    """Return the part of a common list that belongs to one of `size` ranks: every `size`-th, from `rank` on."""
+    """Return the part of a common list that belongs to one of `size` ranks: every `size`-th, from
+    `rank` on.
+    """
     assert 0 <= rank < size
     return items[rank::size]
 
@@ -28,11 +32,17 @@ def share(items: Sequence[Item], rank: int, size: int) -> Sequence[Item]:
 class QuestionStream:
     """Endless sequence of questions that depends on the seed and the sources alone.
 
-    Every source is shuffled anew in each of its epochs. The next question comes from the source that is furthest behind its
-    weight, so that after any number of questions each source is within one question per source of its share.
+    Every source is shuffled anew in each of its epochs. The next question comes from the source
+    that is furthest behind its weight, so that after any number of questions each source is within
+    one question per source of its share.
     """
 
-    def __init__(self, sources: Sequence[tuple[ShardFolder, float]], seed: int, health: SampleHealth | None = None) -> None:
+    def __init__(
+        self,
+        sources: Sequence[tuple[ShardFolder, float]],
+        seed: int,
+        health: SampleHealth | None = None,
+    ) -> None:
         """Start at the first question.
 
         Args:
@@ -44,18 +54,31 @@ class QuestionStream:
             DataError: There is no source, or a weight is not positive.
         """
         if not sources:
-            raise DataError("QuestionStream: no sources, expected at least one folder of shards; name it under data.train")
+            raise DataError(
+                "QuestionStream: no sources, expected at least one folder of shards; name it under "
+                "data.train"
+            )
         for folder, weight in sources:
             if not (math.isfinite(weight) and weight > 0):
-                raise DataError(f"QuestionStream: {folder.path}: weight is not positive, got {weight}; correct it or leave the source out")
+                raise DataError(
+                    f"QuestionStream: {folder.path}: weight is not positive, got {weight}; correct "
+                    "it or leave the source out"
+                )
             if len(folder) == 0:
-                raise DataError(f"QuestionStream: {folder.path}: the shards hold no samples; write them anew")
+                raise DataError(
+                    f"QuestionStream: {folder.path}: the shards hold no samples; write them anew"
+                )
         total = sum(weight for _, weight in sources)
         self._folders = [folder for folder, _ in sources]
         self._shares = [weight / total for _, weight in sources]
         self._seed = seed
         self._sources = [
-            {"path": str(folder.path), "share": weight / total, "num_samples": len(folder), "fingerprint": folder.fingerprint()}
+            {
+                "path": str(folder.path),
+                "share": weight / total,
+                "num_samples": len(folder),
+                "fingerprint": folder.fingerprint(),
+            }
             for folder, weight in sources
         ]
         self.health = health if health is not None else SampleHealth()
@@ -78,7 +101,10 @@ class QuestionStream:
 
     def _next(self) -> Question:
         num_taken = sum(self._delivered) + 1
-        lag = [part * num_taken - count for part, count in zip(self._shares, self._delivered, strict=True)]
+        lag = [
+            part * num_taken - count
+            for part, count in zip(self._shares, self._delivered, strict=True)
+        ]
         source = lag.index(max(lag))
         folder = self._folders[source]
         for _ in range(len(folder)):
@@ -91,7 +117,10 @@ class QuestionStream:
             self.health.good()
             self._delivered[source] += 1
             return question
-        raise DataError(f"{folder.path}: no good sample in a whole epoch, got {len(folder)} bad ones; run tools/make_shards.py lint on it")
+        raise DataError(
+            f"{folder.path}: no good sample in a whole epoch, got {len(folder)} bad ones; run "
+            "tools/make_shards.py lint on it"
+        )
 
     def _draw(self, source: int) -> int:
         """Return the next sample number of a source."""
@@ -105,10 +134,14 @@ class QuestionStream:
     def _permutation(self, source: int, epoch: int) -> npt.NDArray[np.int64]:
         name = f"stream/{self._seed}/{source}/{epoch}".encode()
         key = int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "little")
-        return np.random.Generator(np.random.Philox(key=key)).permutation(len(self._folders[source]))
+        return np.random.Generator(np.random.Philox(key=key)).permutation(
+            len(self._folders[source])
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the stream stands, as JSON values; its size does not grow with the position."""
+        """Return where the stream stands, as JSON values; its size does not grow with the
+        position.
+        """
         return {
             "version": STATE_VERSION,
             "seed": self._seed,
@@ -122,14 +155,21 @@ class QuestionStream:
         """Continue where another stream stood.
 
         Raises:
-            DataError: The seed or the sources are not those of the saved stream; the message says what changed.
+            DataError: The seed or the sources are not those of the saved stream; the message says
+                what changed.
         """
         if state["version"] != STATE_VERSION:
-            raise DataError(f"QuestionStream: state of another version, got {state['version']}, expected {STATE_VERSION}; start anew")
+            raise DataError(
+                f"QuestionStream: state of another version, got {state['version']}, expected "
+                f"{STATE_VERSION}; start anew"
+            )
         changes = self._changes(state)
         if changes:
             listed = "; ".join(changes)
-            raise DataError(f"QuestionStream: the data changed since the checkpoint: {listed}; restore them or start a new run")
+            raise DataError(
+                f"QuestionStream: the data changed since the checkpoint: {listed}; restore them or "
+                "start a new run"
+            )
         self._delivered = [int(count) for count in state["delivered"]]
         self._positions = [int(position) for position in state["positions"]]
         self.health.load_state_dict(state["health"])
@@ -142,6 +182,10 @@ class QuestionStream:
         if len(saved) != len(present):
             return [*changes, f"number of sources was {len(saved)}, is {len(present)}"]
         for before, now in zip(saved, present, strict=True):
-            different = [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]
+            different = [
+                f"{name} was {before[name]}, is {now[name]}"
+                for name in now
+                if before[name] != now[name]
+            ]
             changes += [f"source {now['path']}: {text}" for text in different]
         return changes

@@ -22,8 +22,8 @@ SIDECAR_VERSION = 2
 MAX_SIDECAR_BYTES = 1 << 28
 # What a header takes in a sidecar at most: 255 bytes of name, escaped, and three numbers.
 SIDECAR_BYTES_PER_BLOCK = 4 * BLOCK
-# The rules of plain webdataset: the key ends at the first dot of the base name; files without a dot,
-# and those whose whole name or first folder is `__like_this__`, are skipped.
+# The rules of plain webdataset: the key ends at the first dot of the base name; files without a
+# dot, and those whose whole name or first folder is `__like_this__`, are skipped.
 MEMBER_NAME = re.compile(r"(?!__[^/]*__(?:\Z|/))((?:.*/)?[^./]+)\.([^/]*)\Z", re.DOTALL)
 
 
@@ -93,10 +93,14 @@ def _scan(path: Path, descriptor: int, tar_size: int) -> TarIndex:
         members = samples.setdefault(key, {})
         if members and key != last_key:
             expected = "expected them side by side"
-            raise DataError(f"{where}: files of one sample are apart, {expected}; write the shard anew")
+            raise DataError(
+                f"{where}: files of one sample are apart, {expected}; write the shard anew"
+            )
         if extension in members:
             got = f"got {shown(extension)} twice"
-            raise DataError(f"{where}: two files have the same extension, {got}; write the shard anew")
+            raise DataError(
+                f"{where}: two files have the same extension, {got}; write the shard anew"
+            )
         members[extension] = Member(extension, file.offset, file.size)
         last_key = key
         is_plain = is_plain and file.is_plain
@@ -122,7 +126,8 @@ def sidecar_path(shard: Path) -> Path:
 def write_sidecar(shard: Path, index: TarIndex) -> None:
     """Write the index beside its shard, aside first and then renamed."""
     samples = {
-        key: {member.extension: [member.offset, member.size, member.crc32] for member in members} for key, members in index.samples.items()
+        key: {member.extension: [member.offset, member.size, member.crc32] for member in members}
+        for key, members in index.samples.items()
     }
     target = sidecar_path(shard)
     aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
@@ -138,9 +143,9 @@ def write_sidecar(shard: Path, index: TarIndex) -> None:
 def load_index(shard: Path) -> TarIndex:
     """Return the index of a shard: from its sidecar, or by a scan if that is missing or unreadable.
 
-    A sidecar is believed when its entries fill the shard from the first byte to the end of the archive.
-    Where they do not, the shard is scanned, and both must agree. What the entries say of names is held
-    against the headers when a sample is read.
+    A sidecar is believed when its entries fill the shard from the first byte to the end of the
+    archive. Where they do not, the shard is scanned, and both must agree. What the entries say of
+    names is held against the headers when a sample is read.
 
     Raises:
         DataError: The shard is missing, no whole tar archive, or not what its sidecar says.
@@ -175,7 +180,10 @@ def same_entries(one: TarIndex, other: TarIndex) -> bool:
 
 
 def _entries(index: TarIndex) -> list[tuple[str, list[tuple[str, int, int]]]]:
-    return [(key, [(member.extension, member.offset, member.size) for member in members]) for key, members in index.samples.items()]
+    return [
+        (key, [(member.extension, member.offset, member.size) for member in members])
+        for key, members in index.samples.items()
+    ]
 
 
 def _extent(index: TarIndex) -> str:
@@ -185,13 +193,15 @@ def _extent(index: TarIndex) -> str:
 def _contradiction(shard: Path, got: str, expected: str) -> DataError:
     sidecar = sidecar_path(shard)
     return DataError(
-        f"{shard}: the shard and its index differ, got {got} in the shard, expected {expected} as in {sidecar.name}; "
-        f"copy the shard anew, or remove {sidecar} if the shard is right"
+        f"{shard}: the shard and its index differ, got {got} in the shard, expected {expected} as "
+        f"in {sidecar.name}; copy the shard anew, or remove {sidecar} if the shard is right"
     )
 
 
 def _fills(index: TarIndex, shard: Path, descriptor: int) -> bool:
-    """Return whether the members, each behind one header, fill a shard to the end of the archive."""
+    """Return whether the members, each behind one header, fill a shard to the end of the
+    archive.
+    """
     end = 0
     for members in index.samples.values():
         for member in members:
@@ -235,7 +245,9 @@ def _parse_sidecar(stored: Any) -> TarIndex:
         raise ValueError(f"version {stored['version']!r}, expected 1 or {SIDECAR_VERSION}")
     samples = {}
     for key, members in stored["samples"].items():
-        samples[key] = tuple(_parse_entry(key, extension, *numbers) for extension, numbers in members.items())
+        samples[key] = tuple(
+            _parse_entry(key, extension, *numbers) for extension, numbers in members.items()
+        )
         if not members:
             raise ValueError(f"no files of {key!r}")
     if type(stored["tar_size"]) is not int:
@@ -243,7 +255,9 @@ def _parse_sidecar(stored: Any) -> TarIndex:
     return TarIndex(stored["tar_size"], samples)
 
 
-def _parse_entry(key: str, extension: str, offset: int, size: int, crc32: int | None = None) -> Member:
+def _parse_entry(
+    key: str, extension: str, offset: int, size: int, crc32: int | None = None
+) -> Member:
     # The first version of the format had no checksums.
     numbers = (offset, size) if crc32 is None else (offset, size, crc32)
     if not all(type(number) is int for number in numbers):

@@ -1,9 +1,9 @@
 """The regular files of a tar archive, found header by header.
 
 `tarfile` parses each header. The way from one header to the next is ours, because `tarfile.TarFile`
-ends in silence at a damaged header, goes backwards on a negative size, and reads an extended header of
-any size into memory. Here every step goes forward, every read is bounded, and the end of the archive
-must be where the archive says it is.
+ends in silence at a damaged header, goes backwards on a negative size, and reads an extended header
+of any size into memory. Here every step goes forward, every read is bounded, and the end of the
+archive must be where the archive says it is.
 """
 
 from __future__ import annotations
@@ -133,14 +133,18 @@ def tar_members(path: str | Path, descriptor: int, tar_size: int) -> Iterator[Ta
         if not 0 <= size <= tar_size - content:
             got = f"got a size of {size} bytes in the header at byte {offset}"
             expected = f"expected 0 to {tar_size - content} in a shard of {tar_size}"
-            raise DataError(f"{path}: the shard ends inside a member, {got}, {expected}; copy it anew")
+            raise DataError(
+                f"{path}: the shard ends inside a member, {got}, {expected}; copy it anew"
+            )
         if header.type in (GNU_LONG_NAME, *PAX_KINDS, PAX_GLOBAL):
             if size > MAX_EXTENSION_BYTES:
                 got = f"an extended header of {size} bytes"
                 raise _damaged(path, offset, got, f"at most {MAX_EXTENSION_BYTES}")
             data = read_at(path, descriptor, rounded(size), content)
             if data[size:].strip(b"\0"):  # some readers would read on to the end of the block
-                raise _damaged(path, offset, f"more than the {size} bytes of its extended header", "zeros")
+                raise _damaged(
+                    path, offset, f"more than the {size} bytes of its extended header", "zeros"
+                )
             _extend(path, offset, extension, header.type, data[:size])
         elif header.isdir() and size == 0:
             extension = _Extension()
@@ -188,14 +192,18 @@ def check_end(path: str | Path, descriptor: int, end: int, tar_size: int) -> Non
         advice = "copy it anew; if it is known to be whole, append 1,024 bytes of zeros"
         expected = f"expected the {END_BYTES} bytes of zeros that end an archive"
         raise DataError(
-            f"{path}: the shard is cut off, got {max(left, 0)} bytes after its last whole member at byte {end}, {expected}; {advice}"
+            f"{path}: the shard is cut off, got {max(left, 0)} bytes after its last whole member "
+            f"at byte {end}, {expected}; {advice}"
         )
     tail = read_at(path, descriptor, min(left, MAX_END_BYTES), end)
     zeros = len(tail) - len(tail.lstrip(b"\0"))
     if zeros < len(tail) or left > MAX_END_BYTES:
         got = f"other bytes from byte {end + zeros} on" if zeros < len(tail) else f"{left} bytes"
         expected = f"expected at most {MAX_END_BYTES} bytes of zeros and nothing else"
-        raise DataError(f"{path}: the shard goes on after its end at byte {end}, got {got}, {expected}; copy or write it anew")
+        raise DataError(
+            f"{path}: the shard goes on after its end at byte {end}, got {got}, {expected}; copy "
+            "or write it anew"
+        )
 
 
 def _damaged(path: str | Path, offset: int, got: str, expected: str) -> DataError:
@@ -203,7 +211,9 @@ def _damaged(path: str | Path, offset: int, got: str, expected: str) -> DataErro
     return DataError(f"{where}, got {got}, expected {expected}; write the shard anew")
 
 
-def _extend(path: str | Path, offset: int, extension: _Extension, kind: bytes, content: bytes) -> None:
+def _extend(
+    path: str | Path, offset: int, extension: _Extension, kind: bytes, content: bytes
+) -> None:
     """Add what one extended header says."""
     if kind in extension.kinds:
         raise _damaged(path, offset, "two extended headers of one kind", "one before each member")

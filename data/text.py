@@ -1,7 +1,7 @@
 """Which text may enter: the one rule of all borders (data, shards, servers, files).
 
-JSON can spell half a surrogate pair (`"\\ud83d"`), and Python keeps it in a string that no UTF-8 file, tokenizer or terminal takes. A NUL
-ends strings in C libraries and can stand in no file name.
+JSON can spell half a surrogate pair (`"\\ud83d"`), and Python keeps it in a string that no UTF-8
+file, tokenizer or terminal takes. A NUL ends strings in C libraries and can stand in no file name.
 """
 
 from __future__ import annotations
@@ -22,13 +22,18 @@ def is_valid_text(text: str) -> bool:
 
 
 def clean_text(text: str) -> str:
-    """Return valid text: two surrogates that make a pair become their character, an unpaired one and a NUL become U+FFFD.
+    """Return valid text: two surrogates that make a pair become their character, an unpaired one
+    and a NUL become U+FFFD.
 
     A text that is valid comes back unchanged, and a second pass changes nothing.
     """
     if is_valid_text(text):
         return text
-    return text.replace("\0", REPLACEMENT).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return (
+        text.replace("\0", REPLACEMENT)
+        .encode("utf-16-le", "surrogatepass")
+        .decode("utf-16-le", "replace")
+    )
 
 
 def read_text_file(path: Path, where: str) -> str:
@@ -49,4 +54,6 @@ def read_text_file(path: Path, where: str) -> str:
         if is_valid_text(text):
             return text
         problem = "a NUL"
-    raise DataError(f"{where}: {path} is no UTF-8 text, got {problem}, expected UTF-8; save it as such")
+    raise DataError(
+        f"{where}: {path} is no UTF-8 text, got {problem}, expected UTF-8; save it as such"
+    )

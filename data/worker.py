@@ -1,6 +1,8 @@
-"""Processes that may hang, swell or die: one request at a time, each within a deadline; killed and replaced when it fails.
+"""Processes that may hang, swell or die: one request at a time, each within a deadline; killed and
+replaced when it fails.
 
-A request and its answer are each an 8-byte length, a JSON header and some bytes. `data.worker_process` is the other side.
+A request and its answer are each an 8-byte length, a JSON header and some bytes.
+`data.worker_process` is the other side.
 """
 
 from __future__ import annotations
@@ -25,25 +27,32 @@ from data.worker_process import LENGTH, send
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 120.0  # importing libraries from a cold network disk
-MAX_REQUESTS = 10_000  # a library loses some memory on damaged input, so workers are replaced now and then
+MAX_REQUESTS = (
+    10_000  # a library loses some memory on damaged input, so workers are replaced now and then
+)
 MAX_HEADER_BYTES = 1 << 20
 MAX_WAIT_SECONDS = 86_400.0  # a socket waits for some weeks at most
 ENVIRONMENT = {
     # Threads of arithmetic libraries would count against the address space.
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
-    # Memory of the last request is kept for the next: giving it back each time doubles the CPU time of a small picture.
+    # Memory of the last request is kept for the next: giving it back each time doubles the CPU time
+    # of a small picture.
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
 }
 
 Header = Mapping[str, Any]
 Receive = Callable[[Header], memoryview]
-"""Where the bytes of an answer go, by its header; raises ValueError, TypeError or KeyError if that makes no sense."""
+"""Where the bytes of an answer go, by its header; raises ValueError, TypeError or KeyError if that
+makes no sense.
+"""
 
 
 class WorkerDied(Exception):
-    """The process ended, or said something that makes no sense and was ended; the message says how."""
+    """The process ended, or said something that makes no sense and was ended; the message says
+    how.
+    """
 
 
 class WorkerNotStarted(Exception):
@@ -60,8 +69,9 @@ class WorkerLimits:
 
     Attributes:
         memory_bytes: Address space.
-        timeout_seconds: Wall-clock time of one request, after which it is killed. The kernel ends it at about twice this much CPU
-            time, so that it does not work on when nobody is left to kill it.
+        timeout_seconds: Wall-clock time of one request, after which it is killed. The kernel ends
+            it at about twice this much CPU time, so that it does not work on when nobody is left to
+            kill it.
     """
 
     memory_bytes: int
@@ -71,13 +81,23 @@ class WorkerLimits:
 class _Process(threading.Thread):
     """Starts a process and waits for its end.
 
-    A process that asks for a signal at its parent's death gets it at the end of the thread that started it, so that thread stays.
+    A process that asks for a signal at its parent's death gets it at the end of the thread that
+    started it, so that thread stays.
     """
 
     def __init__(self, module: str, limits: WorkerLimits, connection: socket.socket) -> None:
         super().__init__(name=module, daemon=True)
-        # -P: neither the working directory nor the module's own folder comes first on the import path; names there are everyday ones.
-        self._command = [sys.executable, "-P", "-m", module, str(os.getpid()), str(limits.memory_bytes), str(limits.timeout_seconds)]
+        # -P: neither the working directory nor the module's own folder comes first on the import
+        # path; names there are everyday ones.
+        self._command = [
+            sys.executable,
+            "-P",
+            "-m",
+            module,
+            str(os.getpid()),
+            str(limits.memory_bytes),
+            str(limits.timeout_seconds),
+        ]
         self._connection = connection
         self._is_started = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
@@ -95,7 +115,9 @@ class _Process(threading.Thread):
                 self._command,
                 stdin=self._connection.fileno(),
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,  # libraries write pages there about forged input; what matters comes back in the answer
+                # Libraries write pages there about forged input; what matters comes back in the
+                # answer.
+                stderr=subprocess.DEVNULL,
                 env=environment,
                 start_new_session=True,  # an interrupt from the keyboard is the owner's to handle
             )
@@ -112,13 +134,19 @@ class _Process(threading.Thread):
             self._process.kill()
 
     def how_it_ended(self, patience_seconds: float) -> str:
-        """Return how the process ended; one that does not end by itself in some seconds is killed."""
+        """Return how the process ended; one that does not end by itself in some seconds is
+        killed.
+        """
         self.join(patience_seconds)
         self.kill()
         self.join()
         assert self._process is not None
         code = self._process.returncode
-        return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        return (
+            f"ended by {signal.Signals(-code).name}"
+            if code < 0
+            else f"ended with exit status {code}"
+        )
 
 
 class KillableWorker:
@@ -138,12 +166,15 @@ class KillableWorker:
         self._connection, child = socket.socketpair()
         with child:
             self._process = _Process(module, limits, child)
-        # An owner that forgets to close it, or is interrupted while it starts, leaves no process behind.
+        # An owner that forgets to close it, or is interrupted while it starts, leaves no process
+        # behind.
         self._finalizer = weakref.finalize(self, self._process.kill)
         try:
             self.ready: Header = self._receive_header(time.monotonic() + START_SECONDS)
         except (OSError, ValueError, _Gone) as error:
-            raise WorkerNotStarted(f"{type(error).__name__}, {self.kill(patience_seconds=1.0)}") from error
+            raise WorkerNotStarted(
+                f"{type(error).__name__}, {self.kill(patience_seconds=1.0)}"
+            ) from error
         if "error" in self.ready:
             self.kill()
             raise WorkerNotStarted(str(self.ready["error"]))
@@ -172,7 +203,9 @@ class KillableWorker:
             self.kill()
             raise
         except (OSError, ValueError, TypeError, KeyError, _Gone) as error:
-            raise WorkerDied(f"{type(error).__name__}, {self.kill(patience_seconds=5.0)}") from error
+            raise WorkerDied(
+                f"{type(error).__name__}, {self.kill(patience_seconds=5.0)}"
+            ) from error
         except BaseException:
             self.kill()
             raise
@@ -185,7 +218,8 @@ class KillableWorker:
         """End the process and return how it ended.
 
         Args:
-            patience_seconds: Time that it gets to end by itself, so that its own way of ending is seen.
+            patience_seconds: Time that it gets to end by itself, so that its own way of ending is
+                seen.
         """
         self._connection.close()
         self._finalizer.detach()
@@ -221,7 +255,9 @@ def _remaining(deadline: float) -> float:
 
 
 class WorkerPool:
-    """A fixed number of workers, each started when first needed; safe to use from several threads."""
+    """A fixed number of workers, each started when first needed; safe to use from several
+    threads.
+    """
 
     def __init__(self, module: str, num_workers: int, limits: WorkerLimits) -> None:
         """Start nothing yet.
@@ -239,7 +275,8 @@ class WorkerPool:
             self._slots.put(None)
 
     def request(self, header: Header, content: bytes, receive: Receive) -> Header:
-        """Return a worker's answer, as `KillableWorker.request`; whatever is raised, the next request gets a working process.
+        """Return a worker's answer, as `KillableWorker.request`; whatever is raised, the next
+        request gets a working process.
 
         Raises:
             TimeoutError: The request took longer than the limit.
@@ -255,7 +292,11 @@ class WorkerPool:
                 try:
                     return worker.request(header, content, receive, self._deadline())
                 except WorkerDied as error:
-                    logger.info("a worker %s; asking a new one, because an earlier request may have been the cause", error)
+                    logger.info(
+                        "a worker %s; asking a new one, because an earlier request may have been "
+                        "the cause",
+                        error,
+                    )
             worker = KillableWorker(self._module, self._limits)
             return worker.request(header, content, receive, self._deadline())
         finally:

@@ -1,4 +1,6 @@
-"""The worker's side of `data.worker`: gives up all that its work does not need, then answers requests until its owner is gone."""
+"""The worker's side of `data.worker`: gives up all that its work does not need, then answers
+requests until its owner is gone.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,14 @@ Answer = tuple[Mapping[str, Any], Any]
 
 
 class Server(Protocol):
-    """What a worker process does; made before the doors are closed, for later nothing can be imported."""
+    """What a worker process does; made before the doors are closed, for later nothing can be
+    imported.
+    """
 
     def check(self) -> None:
-        """Try everything behind the closed doors, so that a library that needs them open is found at the start."""
+        """Try everything behind the closed doors, so that a library that needs them open is found
+        at the start.
+        """
         ...
 
     def answer(self, header: Mapping[str, Any], content: bytearray) -> Answer:
@@ -37,7 +43,8 @@ class Server(Protocol):
 def run(make: Callable[[], Server]) -> None:
     """Import, lock the process down, say that it is ready, and serve until the owner is gone.
 
-    The command line holds the owner's process id, the address space in bytes, and the seconds that a request may take.
+    The command line holds the owner's process id, the address space in bytes, and the seconds that
+    a request may take.
     """
     owner, memory_bytes, timeout_seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     end_with(owner)
@@ -47,7 +54,9 @@ def run(make: Callable[[], Server]) -> None:
         server = make()
         lock_down(memory_bytes)
         server.check()
-    except Exception as error:  # a broken native library raises OSError, an older NumPy AttributeError
+    except (
+        Exception
+    ) as error:  # a broken native library raises OSError, an older NumPy AttributeError
         send(connection, {"error": message(error)})
         return
     send(connection, {"ready": True})
@@ -57,7 +66,9 @@ def run(make: Callable[[], Server]) -> None:
 
 
 def end_with(owner: int) -> None:
-    """Have the kernel kill this process when its owner is gone; elsewhere than on Linux its end is seen at the next request."""
+    """Have the kernel kill this process when its owner is gone; elsewhere than on Linux its end is
+    seen at the next request.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != owner:  # it was gone before
@@ -85,7 +96,9 @@ def limit_cpu(seconds: float) -> None:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     wanted = math.ceil(usage.ru_utime + usage.ru_stime + seconds)
-    resource.setrlimit(resource.RLIMIT_CPU, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+    )
 
 
 def message(error: BaseException) -> str:
@@ -106,7 +119,9 @@ def receive_request(connection: socket.socket) -> tuple[Mapping[str, Any], bytea
 
 
 def send(connection: socket.socket, header: Mapping[str, Any], content: Any = b"") -> None:
-    """Send a request or an answer: small ones in one piece, so that the other side wakes up once."""
+    """Send a request or an answer: small ones in one piece, so that the other side wakes up
+    once.
+    """
     encoded = json.dumps(dict(header)).encode()
     head = LENGTH.pack(len(encoded)) + encoded
     sent = connection.sendmsg([head, content])

@@ -1,1 +1,3 @@
-"""Pixels to features: image and video processing, the vision tower, positions, fusion. Import from the modules."""
+"""Pixels to features: image and video processing, the vision tower, positions, fusion. Import from
+the modules.
+"""

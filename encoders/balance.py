@@ -1,4 +1,6 @@
-"""Sharing a replicated tower's work over ranks: who computes which media, and gradients that come out as if each computed all."""
+"""Sharing a replicated tower's work over ranks: who computes which media, and gradients that come
+out as if each computed all.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ import torch.distributed as dist
 
 
 def assign_media(counts: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Give each rank media of about equal patch counts: the largest first, each to the rank with the least.
+    """Give each rank media of about equal patch counts: the largest first, each to the rank with
+    the least.
 
     Args:
         counts: Patches per medium.
@@ -32,7 +35,9 @@ class SumGradients(torch.autograd.Function):
     """Parameters as they are; their gradients summed over the ranks, in one collective."""
 
     @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, group: dist.ProcessGroup, *parameters: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         ctx.group = group
         return tuple(parameter.view_as(parameter) for parameter in parameters)
 
@@ -41,7 +46,10 @@ class SumGradients(torch.autograd.Function):
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat, group=ctx.group)
         pieces = flat.split([gradient.numel() for gradient in gradients])  # type: ignore[no-untyped-call]
-        summed = [piece.view_as(gradient).to(gradient.dtype) for piece, gradient in zip(pieces, gradients, strict=True)]
+        summed = [
+            piece.view_as(gradient).to(gradient.dtype)
+            for piece, gradient in zip(pieces, gradients, strict=True)
+        ]
         return (None, *summed)
 
 
@@ -53,7 +61,11 @@ class GatherFeatures(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, local: torch.Tensor, group: dist.ProcessGroup, assignment: Sequence[Sequence[int]], num_features: Sequence[int]
+        ctx: Any,
+        local: torch.Tensor,
+        group: dist.ProcessGroup,
+        assignment: Sequence[Sequence[int]],
+        num_features: Sequence[int],
     ) -> torch.Tensor:
         sizes = [sum(num_features[index] for index in indices) for indices in assignment]
         longest = max(sizes)
@@ -64,7 +76,12 @@ class GatherFeatures(torch.autograd.Function):
         dist.all_gather(gathered, padded, group=group)
         features: list[torch.Tensor] = [local] * len(num_features)
         for indices, part in zip(assignment, gathered, strict=True):
-            pieces = part.split([*(num_features[index] for index in indices), longest - sum(num_features[index] for index in indices)])  # type: ignore[no-untyped-call]
+            pieces = part.split(
+                [
+                    *(num_features[index] for index in indices),
+                    longest - sum(num_features[index] for index in indices),
+                ]
+            )  # type: ignore[no-untyped-call]
             for index, piece in zip(indices, pieces, strict=False):
                 features[index] = piece
         ctx.num_features = list(num_features)

@@ -5,13 +5,19 @@ from __future__ import annotations
 import torch
 
 
-def placeholder_places(token_ids: torch.Tensor, image_token_id: int, video_token_id: int) -> torch.Tensor:
+def placeholder_places(
+    token_ids: torch.Tensor, image_token_id: int, video_token_id: int
+) -> torch.Tensor:
     """Return where placeholder tokens stand in `[tokens]`, ascending: `[features]` int64."""
     return torch.nonzero((token_ids == image_token_id) | (token_ids == video_token_id)).squeeze(1)
 
 
 def fuse(
-    embeddings: torch.Tensor, token_ids: torch.Tensor, features: torch.Tensor, image_token_id: int, video_token_id: int
+    embeddings: torch.Tensor,
+    token_ids: torch.Tensor,
+    features: torch.Tensor,
+    image_token_id: int,
+    video_token_id: int,
 ) -> torch.Tensor:
     """Replace the embeddings of placeholder tokens by media features, both in prompt order.
 
@@ -26,19 +32,22 @@ def fuse(
         A new tensor like `embeddings`; gradients reach both inputs.
 
     Raises:
-        ValueError: The number of features is not the number of placeholder tokens, or the hidden sizes differ.
+        ValueError: The number of features is not the number of placeholder tokens, or the hidden
+            sizes differ.
     """
     assert token_ids.shape == embeddings.shape[:1], "one token id per embedding"
     places = placeholder_places(token_ids, image_token_id, video_token_id)
     if len(places) != len(features):
         raise ValueError(
-            f"fuse: features do not fit the placeholders, got {len(features)} features, expected {len(places)} for as many placeholder "
-            "tokens; expand the prompt from the grids of these media"
+            f"fuse: features do not fit the placeholders, got {len(features)} features, expected "
+            f"{len(places)} for as many placeholder tokens; expand the prompt from the grids of "
+            "these media"
         )
     if features.shape[-1] != embeddings.shape[-1]:
         raise ValueError(
-            f"fuse: features do not fit the embeddings, got hidden size {features.shape[-1]}, expected {embeddings.shape[-1]}; "
-            "the tower's out_hidden_size must be the language model's hidden size"
+            f"fuse: features do not fit the embeddings, got hidden size {features.shape[-1]}, "
+            f"expected {embeddings.shape[-1]}; the tower's out_hidden_size must be the language "
+            "model's hidden size"
         )
     flat = embeddings.reshape(len(token_ids), -1)
     return flat.index_copy(0, places, features.to(flat.dtype)).reshape(embeddings.shape)

@@ -1,4 +1,6 @@
-"""Patches to features: the Hugging Face vision tower, the same on every tensor-parallel rank, its work shared on request."""
+"""Patches to features: the Hugging Face vision tower, the same on every tensor-parallel rank, its
+work shared on request.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,26 @@ from encoders.balance import GatherFeatures, SumGradients, assign_media
 _MODELS = {
     "qwen3_5": ("qwen3_5", "Qwen3_5VisionConfig", "Qwen3_5VisionModel"),
     "qwen3_vl": ("qwen3_vl", "Qwen3VLVisionConfig", "Qwen3VLVisionModel"),
-    "qwen2_5_vl": ("qwen2_5_vl", "Qwen2_5_VLVisionConfig", "Qwen2_5_VisionTransformerPretrainedModel"),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        "Qwen2_5_VLVisionConfig",
+        "Qwen2_5_VisionTransformerPretrainedModel",
+    ),
 }
-"""Package of transformers' models, config class and model class by `model_type` of the folder's config.json."""
+"""Package of transformers' models, config class and model class by `model_type` of the folder's
+config.json.
+"""
 
 
 class VisionTower(nn.Module):
     """The vision tower of a family.
 
-    Its parameters are those of the Hugging Face module under `model.`; what a checkpoint calls `visual.NAME` is `model.NAME` here.
+    Its parameters are those of the Hugging Face module under `model.`; what a checkpoint calls
+    `visual.NAME` is `model.NAME` here.
 
     Attributes:
-        num_levels: Vectors per feature: the one that replaces a placeholder's embedding, then those for the first layers (deepstack).
+        num_levels: Vectors per feature: the one that replaces a placeholder's embedding, then those
+            for the first layers (deepstack).
 
     Args:
         family: `model_type` of the folder's config.json.
@@ -37,7 +47,11 @@ class VisionTower(nn.Module):
     """
 
     def __init__(
-        self, family: str, vision_config: Mapping[str, Any], dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+        self,
+        family: str,
+        vision_config: Mapping[str, Any],
+        dtype: torch.dtype = torch.float32,
+        attn_implementation: str = "sdpa",
     ) -> None:
         super().__init__()
         package, config_name, model_name = _MODELS[family]
@@ -47,18 +61,26 @@ class VisionTower(nn.Module):
         self.merge_size = int(config.spatial_merge_size)
         self.out_hidden_size = int(config.out_hidden_size)
         self.num_levels = 1 + len(getattr(config, "deepstack_visual_indexes", None) or ())
-        self.model = getattr(models, model_name)._from_config(config, attn_implementation=attn_implementation)
+        self.model = getattr(models, model_name)._from_config(
+            config, attn_implementation=attn_implementation
+        )
         self.to(dtype)
 
-    def forward(self, patches: torch.Tensor, grids: torch.Tensor, balance_group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        patches: torch.Tensor,
+        grids: torch.Tensor,
+        balance_group: dist.ProcessGroup | None = None,
+    ) -> torch.Tensor:
         """Return the features of all media, in the order of the grids.
 
         Args:
             patches: `[sum of t * h * w, patch elements]`, media after media.
             grids: `[media, 3]` int64.
-            balance_group: Ranks that all call with the same arguments and share the media among themselves by patch count; `None`
-                computes everything here. Features and parameter gradients are the same either way, provided that every rank of the
-                group gets the same gradient of the features, as tensor-parallel ranks do.
+            balance_group: Ranks that all call with the same arguments and share the media among
+                themselves by patch count; `None` computes everything here. Features and parameter
+                gradients are the same either way, provided that every rank of the group gets the
+                same gradient of the features, as tensor-parallel ranks do.
 
         Returns:
             `[sum of t * h * w / merge_size ** 2, num_levels, out_hidden_size]`.
@@ -69,44 +91,72 @@ class VisionTower(nn.Module):
         counts = grids.prod(dim=1).tolist()
         if sum(counts) != len(patches):
             raise ValueError(
-                f"VisionTower: patches do not fit the grids, got {len(patches)}, expected {sum(counts)} for grids {grids.tolist()}; "
-                "process each image and video with the processor of this package"
+                f"VisionTower: patches do not fit the grids, got {len(patches)}, expected "
+                f"{sum(counts)} for grids {grids.tolist()}; process each image and video with the "
+                "processor of this package"
             )
         if balance_group is not None and balance_group.size() > 1:
             return self._forward_balanced(patches, grids, counts, balance_group)
         return self._levels(self.model(patches, grid_thw=grids))
 
     def _levels(self, output: Any) -> torch.Tensor:
-        """Return all vectors of every feature from what the Hugging Face module gives, `[features, num_levels, out_hidden_size]`."""
+        """Return all vectors of every feature from what the Hugging Face module gives, `[features,
+        num_levels, out_hidden_size]`.
+        """
         further = getattr(output, "deepstack_features", None) or ()
         return torch.stack([output.pooler_output, *further], 1)
 
     def _forward_balanced(
-        self, patches: torch.Tensor, grids: torch.Tensor, counts: Sequence[int], group: dist.ProcessGroup
+        self,
+        patches: torch.Tensor,
+        grids: torch.Tensor,
+        counts: Sequence[int],
+        group: dist.ProcessGroup,
     ) -> torch.Tensor:
         """Compute this rank's media and gather the others' features."""
         assignment = assign_media(counts, group.size())
         mine = assignment[group.rank()]
-        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        names = [
+            name for name, parameter in self.model.named_parameters() if parameter.requires_grad
+        ]
         parameters = dict(self.model.named_parameters())
         trained = [parameters[name] for name in names]
-        shared = dict(zip(names, SumGradients.apply(group, *trained), strict=True)) if trained else {}  # type: ignore[no-untyped-call]
+        shared = {}
+        if trained:
+            summed = SumGradients.apply(group, *trained)  # type: ignore[no-untyped-call]
+            shared = dict(zip(names, summed, strict=True))
         if mine:
             split = patches.split(list(counts))  # type: ignore[no-untyped-call]
             inputs = (torch.cat([split[index] for index in mine]),)
-            local = self._levels(functional_call(self.model, shared, inputs, {"grid_thw": grids[mine]})).flatten(1)
+            local = self._levels(
+                functional_call(self.model, shared, inputs, {"grid_thw": grids[mine]})
+            ).flatten(1)
         else:
-            local = patches.new_zeros((0, self.num_levels * self.out_hidden_size), dtype=next(self.model.parameters()).dtype)
+            local = patches.new_zeros(
+                (0, self.num_levels * self.out_hidden_size),
+                dtype=next(self.model.parameters()).dtype,
+            )
         if shared:
-            # Ties every rank's features to the parameters: the sum of gradients is a collective, so a rank without media joins it too.
-            local = torch.cat([local, shared[names[0]].reshape(-1)[:1].expand(1, local.shape[1]) * 0])[: len(local)]
+            # Ties every rank's features to the parameters: the sum of gradients is a collective, so
+            # a rank without media joins it too.
+            local = torch.cat(
+                [local, shared[names[0]].reshape(-1)[:1].expand(1, local.shape[1]) * 0]
+            )[: len(local)]
         num_features = [count // self.merge_size**2 for count in counts]
         gathered = cast(torch.Tensor, GatherFeatures.apply(local, group, assignment, num_features))  # type: ignore[no-untyped-call]
         return gathered.view(len(gathered), self.num_levels, self.out_hidden_size)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> VisionTower:
-        """Keep the rotary frequencies in float32 when the module is cast; rounding them moves every position."""
-        exact = {name: buffer.clone() for name, buffer in self.model.named_buffers() if name.endswith("inv_freq")}
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> VisionTower:
+        """Keep the rotary frequencies in float32 when the module is cast; rounding them moves every
+        position.
+        """
+        exact = {
+            name: buffer.clone()
+            for name, buffer in self.model.named_buffers()
+            if name.endswith("inv_freq")
+        }
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in exact.items():
             owner = self.model.get_submodule(name.rpartition(".")[0])

@@ -1,4 +1,6 @@
-"""config.json of tiny models of every family, and the network that it describes held against transformers'."""
+"""config.json of tiny models of every family, and the network that it describes held against
+transformers'.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ import transformers
 from safetensors.torch import save_file
 
 from tests import network_checks, tiny_families, tiny_qwen
-from zppo_mm.config import ParallelConfig
+from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ModelError
-from zppo_mm.models.architecture import parse_architecture
+from zppo_mm.models.families.architecture import parse_architecture
 
 FAMILIES = tuple(tiny_families.KINDS)
 WITH_TOWER = tuple(family for family in FAMILIES if len(tiny_families.KINDS[family]) > 1)
@@ -36,24 +38,38 @@ def text_of(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def differs(raw: dict[str, Any], folder: Path) -> str:
-    """Return how the network of a config.json differs from transformers', or why it is refused; empty if they are equal."""
+    """Return how the network of a config.json differs from transformers', or why it is refused;
+    empty if they are equal.
+    """
     try:
         architecture = parse_architecture(copy.deepcopy(raw))
     except ModelError as error:
         return f"refused: {error}"
     family = architecture.family
     config = transformers.CONFIG_MAPPING[family].from_dict(copy.deepcopy(raw))
-    auto: Any = transformers.AutoModelForImageTextToText if architecture.has_vision else transformers.AutoModelForCausalLM
+    auto: Any = (
+        transformers.AutoModelForImageTextToText
+        if architecture.has_vision
+        else transformers.AutoModelForCausalLM
+    )
     torch.manual_seed(0)
     oracle = tiny_qwen.randomised(auto.from_config(config).float())
     folder.mkdir()
     shared = set(oracle._tied_weights_keys) if config.tie_word_embeddings else set()
-    weights = {name: tensor.contiguous() for name, tensor in oracle.state_dict().items() if name not in shared}
+    weights = {
+        name: tensor.contiguous()
+        for name, tensor in oracle.state_dict().items()
+        if name not in shared
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(raw))
     network = network_checks.build(folder, ParallelConfig())
     parts = tiny_families.sequences(family, tiny_families.KINDS[family][-1])
     with torch.no_grad():
-        gap = float((network(**tiny_qwen.pack(parts)) - tiny_families.oracle_logits(oracle, parts)).abs().max())
+        gap = float(
+            (network(**tiny_qwen.pack(parts)) - tiny_families.oracle_logits(oracle, parts))
+            .abs()
+            .max()
+        )
     # Written so that a logit that is not a number differs.
     return "" if gap <= network_checks.MAX_LOGIT_DIFFERENCE else f"logits differ by {gap}"

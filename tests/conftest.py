@@ -2,11 +2,13 @@
 
 from hypothesis import settings
 
-# First, because it makes `import megatron.core` possible everywhere, and test modules import that before the project.
+# First, because it makes `import megatron.core` possible everywhere, and test modules import that
+# before the project.
 import zppo_mm.models  # noqa: F401
 
-# The same examples every time, so that a test that passes on a commit passes on it everywhere. New ones are searched for with
-# `pytest --hypothesis-profile=search`; what it finds becomes an @example.
+# The same examples every time, so that a test that passes on a commit passes on it everywhere. New
+# ones are searched for with `pytest --hypothesis-profile=search`; what it finds becomes an
+# @example.
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("search", derandomize=False)
 # `make fuzz`: as many new examples as a test under tests/fuzz takes in minutes.

@@ -16,7 +16,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 PASS = "pass"
-FAULTS = ("reset", "500", "429", "503", "half_body", "wrong_json", "not_a_completion", "empty_choice", "no_choice", "stall")
+FAULTS = (
+    "reset",
+    "500",
+    "429",
+    "503",
+    "half_body",
+    "wrong_json",
+    "not_a_completion",
+    "empty_choice",
+    "no_choice",
+    "stall",
+)
 
 
 class FaultProxy(ThreadingHTTPServer):
@@ -96,27 +107,43 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "no_choice":
             self.send(200, b'{"id": "x", "choices": [], "usage": null}')
         elif fault == "empty_choice":
-            self.send(200, b'{"id": "x", "choices": [{"index": 0, "message": {"content": null}, "finish_reason": "stop"}]}')
+            self.send(
+                200,
+                b'{"id": "x", "choices": [{"index": 0, "message": {"content": null}, '
+                b'"finish_reason": "stop"}]}',
+            )
         else:
             status, content = self.ask_upstream(body)
             if fault == PASS and status == 200:
                 parsed = json.loads(content)
                 with self.server.lock:
-                    self.server.delivered[parsed["id"]] = [choice["message"]["content"] for choice in parsed["choices"]]
+                    self.server.delivered[parsed["id"]] = [
+                        choice["message"]["content"] for choice in parsed["choices"]
+                    ]
             self.send(status, content, half=fault == "half_body")
 
     def ask_upstream(self, body: bytes) -> tuple[int, bytes]:
         upstream = http.client.HTTPConnection(self.server.upstream.netloc, timeout=60)
-        headers = {name: value for name, value in self.headers.items() if name.lower() in ("authorization", "content-type")}
+        headers = {
+            name: value
+            for name, value in self.headers.items()
+            if name.lower() in ("authorization", "content-type")
+        }
         upstream.request("POST", self.path, body, headers)
         response = upstream.getresponse()
         content = response.read()
         upstream.close()
         return response.status, content
 
-    def send(self, status: int, body: bytes, headers: dict[str, str] | None = None, half: bool = False) -> None:
+    def send(
+        self, status: int, body: bytes, headers: dict[str, str] | None = None, half: bool = False
+    ) -> None:
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body[: len(body) // 2] if half else body)

@@ -1,4 +1,5 @@
-"""An OpenAI-compatible server of the standard library around a real tiny model: what it answers, the model sampled.
+"""An OpenAI-compatible server of the standard library around a real tiny model: what it answers,
+the model sampled.
 
 with serve(TEACHER_DIR) as server:
     server.url, server.replies
@@ -23,7 +24,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from data.media import Frames, MediaLimits, MediaOpener
+from data.media.opening import Frames, MediaLimits, MediaOpener
 from data.question import MediaRef, Question
 from zppo_mm.rollout.prompt import PromptEncoder
 
@@ -36,21 +37,33 @@ class TinyModel:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.network: Any = AutoModelForImageTextToText.from_pretrained(str(self.folder), dtype=torch.float32).eval()
+        self.network: Any = AutoModelForImageTextToText.from_pretrained(
+            str(self.folder), dtype=torch.float32
+        ).eval()
         self.opener = MediaOpener(MediaLimits())
         self.media: list[Frames] = []
         self.encoder = PromptEncoder(self.folder, lambda ref: self.media[int(ref.key)])
-        self.spellings = {token_id: spelling for spelling, token_id in self.encoder.chat.token_bytes().items()}
+        self.spellings = {
+            token_id: spelling for spelling, token_id in self.encoder.chat.token_bytes().items()
+        }
 
-    def answer(self, request: dict[str, Any], num_choices: int) -> tuple[list[tuple[str, str, Any]], int, int]:
-        """Return text, finish reason and log-probs of each choice, and the prompt's and the choices' tokens."""
+    def answer(
+        self, request: dict[str, Any], num_choices: int
+    ) -> tuple[list[tuple[str, str, Any]], int, int]:
+        """Return text, finish reason and log-probs of each choice, and the prompt's and the
+        choices' tokens.
+        """
         with self.lock, torch.inference_mode():
             text, self.media = read_content(request["messages"][-1]["content"], self.opener)
             inputs = self.model_inputs(text)
             self.encoder.forget_media()
             torch.manual_seed(request.get("seed", 0))
             greedy = not request["temperature"]
-            sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": request["temperature"], "top_k": 0}
+            sampling = (
+                {"do_sample": False}
+                if greedy
+                else {"do_sample": True, "temperature": request["temperature"], "top_k": 0}
+            )
             stops = self.encoder.stop_token_ids
             generated = self.network.generate(
                 **inputs,
@@ -69,36 +82,66 @@ class TinyModel:
         for row, scores in rows * (num_choices // len(output)):
             end = next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
             num_tokens += end
-            told = self.logprobs(row[:end], scores[:end], request["top_logprobs"]) if request.get("logprobs") else None
-            choices.append((self.encoder.decode(row[:end]), "stop" if row[end - 1] in stops else "length", told))
+            told = (
+                self.logprobs(row[:end], scores[:end], request["top_logprobs"])
+                if request.get("logprobs")
+                else None
+            )
+            choices.append(
+                (
+                    self.encoder.decode(row[:end]),
+                    "stop" if row[end - 1] in stops else "length",
+                    told,
+                )
+            )
         return choices, num_prompt, num_tokens
 
     def logprobs(self, ids: list[int], logits: torch.Tensor, k: int) -> dict[str, Any]:
-        """Return the log-probs of an answer's tokens and of the k most likely ones in their places."""
+        """Return the log-probs of an answer's tokens and of the k most likely ones in their
+        places.
+        """
         logprobs = torch.log_softmax(logits.float(), -1)
 
         def entry(place: int, token: int) -> dict[str, Any]:
             # The network has rows that its tokenizer has no token for.
             spelling = self.spellings.get(token, b"<unused>")
             text = spelling.decode("utf-8", errors="replace")
-            return {"token": text, "bytes": list(spelling), "logprob": float(logprobs[place, token])}
+            return {
+                "token": text,
+                "bytes": list(spelling),
+                "logprob": float(logprobs[place, token]),
+            }
 
         top = logprobs.topk(k).indices.tolist()
         return {
             "content": [
-                {**entry(place, token), "top_logprobs": [entry(place, other) for other in top[place]]} for place, token in enumerate(ids)
+                {
+                    **entry(place, token),
+                    "top_logprobs": [entry(place, other) for other in top[place]],
+                }
+                for place, token in enumerate(ids)
             ]
         }
 
     def model_inputs(self, text: str) -> dict[str, Any]:
         """Return transformers' arguments for a text about `media`."""
-        refs = tuple(MediaRef("video" if len(frames.pixels) > 1 else "image", "", str(i), "png") for i, frames in enumerate(self.media))
+        refs = tuple(
+            MediaRef("video" if len(frames.pixels) > 1 else "image", "", str(i), "png")
+            for i, frames in enumerate(self.media)
+        )
         prompt, vision = self.encoder.encode(text, Question("q", text, refs, "", "open"))
         ids = torch.from_numpy(prompt.token_ids)[None]
         config = self.network.config
         types = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": types}
-        for kind, patches, grids in (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw")):
+        inputs: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": types,
+        }
+        for kind, patches, grids in (
+            ("image", "pixel_values", "image_grid_thw"),
+            ("video", "pixel_values_videos", "video_grid_thw"),
+        ):
             items = [item for item in vision if item.kind == kind]
             if items:
                 inputs[patches] = torch.from_numpy(np.concatenate([item.patches for item in items]))
@@ -106,7 +149,9 @@ class TinyModel:
         return inputs
 
 
-def read_content(content: str | Sequence[dict[str, Any]], opener: MediaOpener) -> tuple[str, list[Frames]]:
+def read_content(
+    content: str | Sequence[dict[str, Any]], opener: MediaOpener
+) -> tuple[str, list[Frames]]:
     """Return the text of a message and its media, from data URLs."""
     if isinstance(content, str):
         return content, []
@@ -119,7 +164,9 @@ def read_content(content: str | Sequence[dict[str, Any]], opener: MediaOpener) -
         file = base64.b64decode(encoded)
         if part["type"] == "image_url":
             assert header in ("data:image/png;base64", "data:image/jpeg;base64")
-            media.append(Frames(np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))[None], (0.0,)))
+            media.append(
+                Frames(np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))[None], (0.0,))
+            )
         else:
             assert header == "data:video/mp4;base64"
             media.append(opener.open(file, "video"))
@@ -164,30 +211,49 @@ class Handler(BaseHTTPRequestHandler):
     server: LoopbackServer
 
     def do_GET(self) -> None:
-        self.send(200, {"object": "list", "data": [{"id": self.server.served_name, "object": "model"}]})
+        self.send(
+            200, {"object": "list", "data": [{"id": self.server.served_name, "object": "model"}]}
+        )
 
     def do_POST(self) -> None:
         started = time.monotonic()
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append(request)
-        if self.server.api_key and self.headers.get("Authorization") != f"Bearer {self.server.api_key}":
+        if (
+            self.server.api_key
+            and self.headers.get("Authorization") != f"Bearer {self.server.api_key}"
+        ):
             self.send(401, {"error": {"message": f"wrong key {self.headers.get('Authorization')}"}})
         elif self.path != "/v1/chat/completions" or request.get("model") != self.server.served_name:
-            self.send(404, {"error": {"message": f"The model {request.get('model')!r} does not exist."}})
+            self.send(
+                404, {"error": {"message": f"The model {request.get('model')!r} does not exist."}}
+            )
         else:
             self.complete(request, started)
 
     def complete(self, request: dict[str, Any], started: float) -> None:
-        choices, num_prompt, num_completion = self.server.model.answer(request, request.get("n", 1) if self.server.honours_n else 1)
+        choices, num_prompt, num_completion = self.server.model.answer(
+            request, request.get("n", 1) if self.server.honours_n else 1
+        )
         reply = {
-            "id": f"chatcmpl-{len(self.server.replies)}-{request.get('seed')}-{time.monotonic_ns()}",
+            "id": f"chatcmpl-{len(self.server.replies)}-{request.get('seed')}"
+            f"-{time.monotonic_ns()}",
             "object": "chat.completion",
             "model": self.server.served_name,
             "choices": [
-                {"index": index, "message": {"role": "assistant", "content": text}, "logprobs": told, "finish_reason": reason}
+                {
+                    "index": index,
+                    "message": {"role": "assistant", "content": text},
+                    "logprobs": told,
+                    "finish_reason": reason,
+                }
                 for index, (text, reason, told) in enumerate(choices)
             ],
-            "usage": {"prompt_tokens": num_prompt, "completion_tokens": num_completion, "total_tokens": num_prompt + num_completion},
+            "usage": {
+                "prompt_tokens": num_prompt,
+                "completion_tokens": num_completion,
+                "total_tokens": num_prompt + num_completion,
+            },
         }
         self.server.replies[reply["id"]] = [text for text, *_ in choices]
         time.sleep(max(0.0, started + self.server.latency_seconds - time.monotonic()))

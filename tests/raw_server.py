@@ -44,7 +44,9 @@ class RawServer(socketserver.ThreadingTCPServer):
         connection, address = super().get_request()
         if self.context is not None:
             # The handshake belongs to the connection's thread.
-            connection = self.context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+            connection = self.context.wrap_socket(
+                connection, server_side=True, do_handshake_on_connect=False
+            )
         return connection, address
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -65,7 +67,16 @@ class Handler(socketserver.BaseRequestHandler):
                 return
             received += piece
         head, _, body = received.partition(b"\r\n\r\n")
-        length = int(next((line.split(b":")[1] for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), b"0"))
+        length = int(
+            next(
+                (
+                    line.split(b":")[1]
+                    for line in head.split(b"\r\n")
+                    if line.lower().startswith(b"content-length:")
+                ),
+                b"0",
+            )
+        )
         while len(body) < length:
             body += self.request.recv(65_536)
         with self.server.lock:
@@ -75,7 +86,9 @@ class Handler(socketserver.BaseRequestHandler):
 
 
 @contextmanager
-def serve_raw(plan: Callable[[int], Say], context: ssl.SSLContext | None = None) -> Iterator[RawServer]:
+def serve_raw(
+    plan: Callable[[int], Say], context: ssl.SSLContext | None = None
+) -> Iterator[RawServer]:
     """Serve in a thread until the block ends."""
     server = RawServer(plan, context)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -102,13 +115,24 @@ def say_forever(first: bytes, again: bytes) -> Say:
     return said
 
 
-def http(body: bytes, *headers: str, status: str = "200 OK", version: str = "1.1", length: bool = True) -> bytes:
+def http(
+    body: bytes, *headers: str, status: str = "200 OK", version: str = "1.1", length: bool = True
+) -> bytes:
     """Return a response as it travels."""
-    lines = [f"HTTP/{version} {status}", *headers, *([f"Content-Length: {len(body)}"] if length else [])]
+    lines = [
+        f"HTTP/{version} {status}",
+        *headers,
+        *([f"Content-Length: {len(body)}"] if length else []),
+    ]
     return "\r\n".join(lines).encode("utf-8") + b"\r\n\r\n" + body
 
 
 def completion(*texts: str, **fields: Any) -> bytes:
     """Return a good chat completion."""
-    choices = [{"index": index, "message": {"content": text}, "finish_reason": "stop"} for index, text in enumerate(texts)]
-    return json.dumps({"choices": choices, "usage": {"prompt_tokens": 3, "completion_tokens": 2}, **fields}).encode()
+    choices = [
+        {"index": index, "message": {"content": text}, "finish_reason": "stop"}
+        for index, text in enumerate(texts)
+    ]
+    return json.dumps(
+        {"choices": choices, "usage": {"prompt_tokens": 3, "completion_tokens": 2}, **fields}
+    ).encode()

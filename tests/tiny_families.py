@@ -1,4 +1,6 @@
-"""Tiny random transformers models of every family: the oracles. Prompts and packing are those of `tiny_qwen`."""
+"""Tiny random transformers models of every family: the oracles. Prompts and packing are those of
+`tiny_qwen`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ from tests import tiny_qwen
 
 TEXT = ("text",)
 ALL = tuple(tiny_qwen.SEQUENCES)
-KINDS = {"qwen3_5": ALL, "qwen3_5_text": TEXT, "qwen3_vl": ALL, "qwen2_5_vl": ALL, "qwen3": TEXT, "llama": TEXT}
+KINDS = {
+    "qwen3_5": ALL,
+    "qwen3_5_text": TEXT,
+    "qwen3_vl": ALL,
+    "qwen2_5_vl": ALL,
+    "qwen3": TEXT,
+    "llama": TEXT,
+}
 """Modalities of the families, by `model_type`."""
 MEDIA_TOKENS = {
     "image_token_id": tiny_qwen.IMAGE,
@@ -28,7 +37,11 @@ ONE_RUN_SEQUENCES: dict[str, list[list[tiny_qwen.Part]]] = {
     "text": tiny_qwen.SEQUENCES["text"],
     "image": tiny_qwen.SEQUENCES["image"],
     "video": [[3, ("video", (4, 6, 4)), 6], [1, ("video", (1, 2, 4)), 2, ("video", (3, 4, 6)), 4]],
-    "mixed": [[5, ("image", (1, 4, 6)), 3, ("video", (3, 6, 2)), 2], [40], [2, ("video", (2, 2, 2)), 1, ("image", (1, 2, 6)), 20]],
+    "mixed": [
+        [5, ("image", (1, 4, 6)), 3, ("video", (3, 6, 2)), 2],
+        [40],
+        [2, ("video", (2, 2, 2)), 1, ("image", (1, 2, 6)), 20],
+    ],
 }
 """Where the tower has windows of 2 x 2 features: most of these grids are larger."""
 DENSE: dict[str, Any] = {
@@ -61,11 +74,14 @@ def folder(family: str, path: Path, *, tied: bool = False) -> tuple[Path, Any]:
 
 def _qwen3(tied: bool) -> Any:
     rope = {"rope_type": "default", "rope_theta": 1e4}
-    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**DENSE, tie_word_embeddings=tied, rope_parameters=rope))
+    return transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**DENSE, tie_word_embeddings=tied, rope_parameters=rope)
+    )
 
 
 def _llama(tied: bool) -> Any:
-    # The bounds of the stretching fall among the few frequencies of this small head: some stay, some slow down, one is between.
+    # The bounds of the stretching fall among the few frequencies of this small head: some stay,
+    # some slow down, one is between.
     rope = {
         "rope_type": "llama3",
         "rope_theta": 1e3,
@@ -74,11 +90,18 @@ def _llama(tied: bool) -> Any:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     }
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DENSE, tie_word_embeddings=tied, rope_parameters=rope))
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**DENSE, tie_word_embeddings=tied, rope_parameters=rope)
+    )
 
 
 def _qwen3_vl(tied: bool) -> Any:
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [4, 2, 2],
+        "mrope_interleaved": True,
+    }
     config = transformers.Qwen3VLConfig(
         text_config={**DENSE, "rope_parameters": rope, "tie_word_embeddings": tied},
         vision_config={**tiny_qwen.vision_config(), "depth": 3, "deepstack_visual_indexes": [0, 1]},
@@ -89,7 +112,8 @@ def _qwen3_vl(tied: bool) -> Any:
 
 
 def _qwen2_5_vl(tied: bool) -> Any:
-    # Windows of 16 x 16 pixels are 2 x 2 features; the middle block of the tower attends over whole frames.
+    # Windows of 16 x 16 pixels are 2 x 2 features; the middle block of the tower attends over whole
+    # frames.
     windows = {"depth": 3, "window_size": 16, "fullatt_block_indexes": [1], "tokens_per_second": 2}
     vision = {**tiny_qwen.vision_config(), **windows}
     del vision["num_position_embeddings"]
@@ -118,7 +142,8 @@ def sequences(family: str, kind: str) -> list[tiny_qwen.Sequence]:
 def oracle_inputs(oracle: Any, part: tiny_qwen.Sequence) -> dict[str, torch.Tensor]:
     """Return the arguments of transformers' model for one sequence.
 
-    It computes the positions itself, so that ours are checked too, but not after a video of Qwen2.5-VL: see `mrope_positions`.
+    It computes the positions itself, so that ours are checked too, but not after a video of
+    Qwen2.5-VL: see `mrope_positions`.
     """
     inputs = tiny_qwen.oracle_inputs(part)
     if oracle.config.model_type == "qwen2_5_vl" and "video" in part.kinds:
@@ -127,5 +152,7 @@ def oracle_inputs(oracle: Any, part: tiny_qwen.Sequence) -> dict[str, torch.Tens
 
 
 def oracle_logits(oracle: Any, parts: list[tiny_qwen.Sequence]) -> torch.Tensor:
-    """Return transformers' logits of separate sequences, laid end to end: `[tokens, vocabulary]`."""
+    """Return transformers' logits of separate sequences, laid end to end: `[tokens,
+    vocabulary]`.
+    """
     return torch.cat([oracle(**oracle_inputs(oracle, part)).logits[0] for part in parts])

@@ -17,8 +17,12 @@ LINEARS = (
 """Ends of the names of what is quantised."""
 
 
-def quantise(folder: Path, suffixes: tuple[str, ...], block: int = BLOCK) -> dict[str, torch.Tensor]:
-    """Turn a folder's weights of these names into FP8 with one factor per block; returns what they were rounded to, in float32."""
+def quantise(
+    folder: Path, suffixes: tuple[str, ...], block: int = BLOCK
+) -> dict[str, torch.Tensor]:
+    """Turn a folder's weights of these names into FP8 with one factor per block; returns what they
+    were rounded to, in float32.
+    """
     file = folder / "model.safetensors"
     tensors = load_file(file)
     rounded = {}
@@ -26,7 +30,11 @@ def quantise(folder: Path, suffixes: tuple[str, ...], block: int = BLOCK) -> dic
         whole = tensors.pop(key).float()
         rows, columns = (-(-size // block) for size in whole.shape)
         scale = torch.rand(rows, columns).add(0.5).to(torch.bfloat16)
-        grid = scale.float().repeat_interleave(block, 0).repeat_interleave(block, 1)[: whole.shape[0], : whole.shape[1]]
+        grid = (
+            scale.float()
+            .repeat_interleave(block, 0)
+            .repeat_interleave(block, 1)[: whole.shape[0], : whole.shape[1]]
+        )
         tensors[key] = (whole / grid).to(torch.float8_e4m3fn)
         tensors[f"{key}_scale_inv"] = scale
         rounded[key] = tensors[key].float() * grid

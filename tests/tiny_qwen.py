@@ -1,4 +1,6 @@
-"""Tiny random Qwen3.5 models of transformers, prompts with media for them, and their forward pass on separate sequences: the oracle."""
+"""Tiny random Qwen3.5 models of transformers, prompts with media for them, and their forward pass
+on separate sequences: the oracle.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen3_5Config, Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration, Qwen3_5TextConfig
+from transformers import (
+    Qwen3_5Config,
+    Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5TextConfig,
+)
 
 from encoders.config import TIMESTAMPED, VideoLayout
 from encoders.positions import mrope_positions
@@ -21,7 +28,9 @@ Grid = tuple[int, int, int]
 
 
 def text_config(*, tied: bool = False, **changes: Any) -> dict[str, Any]:
-    """Return a text config with four layers, the last of full attention, and grouped heads of both kinds."""
+    """Return a text config with four layers, the last of full attention, and grouped heads of both
+    kinds.
+    """
     config: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -65,7 +74,9 @@ def vision_config(hidden_size: int = 64) -> dict[str, Any]:
     }
 
 
-def vision_language_model(*, tied: bool = False, seed: int = 0, **changes: Any) -> Qwen3_5ForConditionalGeneration:
+def vision_language_model(
+    *, tied: bool = False, seed: int = 0, **changes: Any
+) -> Qwen3_5ForConditionalGeneration:
     """Return a random model in which every weight matters: norms and biases are random too."""
     torch.manual_seed(seed)
     text = text_config(tied=tied, **changes)
@@ -102,7 +113,9 @@ def randomised(model: Any) -> Any:
 
 
 def save(model: Any, path: Path, **more: torch.Tensor) -> Path:
-    """Save a model as a Hugging Face folder, with a tokenizer stand-in and further tensors in the weight file."""
+    """Save a model as a Hugging Face folder, with a tokenizer stand-in and further tensors in the
+    weight file.
+    """
     from safetensors.torch import load_file, save_file
 
     model.save_pretrained(path)
@@ -110,7 +123,12 @@ def save(model: Any, path: Path, **more: torch.Tensor) -> Path:
     if more:
         file = path / "model.safetensors"
         save_file(
-            {**load_file(file), **{name.replace("__", "."): tensor for name, tensor in more.items()}}, file, metadata={"format": "pt"}
+            {
+                **load_file(file),
+                **{name.replace("__", "."): tensor for name, tensor in more.items()},
+            },
+            file,
+            metadata={"format": "pt"},
         )
     return path
 
@@ -139,8 +157,12 @@ class Sequence:
 Part = int | tuple[str, Grid]
 
 
-def make_sequence(seed: int, parts: list[Part], layout: VideoLayout = TIMESTAMPED, seconds_per_patch: float = 1.0) -> Sequence:
-    """Return a sequence of text runs (a number of tokens) and media (`("image" | "video", grid)`)."""
+def make_sequence(
+    seed: int, parts: list[Part], layout: VideoLayout = TIMESTAMPED, seconds_per_patch: float = 1.0
+) -> Sequence:
+    """Return a sequence of text runs (a number of tokens) and media (`("image" | "video",
+    grid)`).
+    """
     draw = np.random.default_rng(seed)
     ids: list[int] = []
     grids: list[Grid] = []
@@ -157,17 +179,30 @@ def make_sequence(seed: int, parts: list[Part], layout: VideoLayout = TIMESTAMPE
             ids += [*draw.integers(1, 110, 2).tolist(), VISION_START]
             ids += [VIDEO if kind == "video" else IMAGE] * (t * h * w // MERGE**2 // num_runs)
             ids.append(VISION_END)
-    positions, following = mrope_positions(np.array(ids), grids, IMAGE, VIDEO, MERGE, layout, [seconds_per_patch] * len(grids))
+    positions, following = mrope_positions(
+        np.array(ids), grids, IMAGE, VIDEO, MERGE, layout, [seconds_per_patch] * len(grids)
+    )
     count = sum(t * h * w for t, h, w in grids)
     patches = torch.from_numpy(draw.standard_normal((count, PATCH_ELEMENTS)).astype(np.float32))
-    return Sequence(torch.tensor(ids), torch.from_numpy(positions), following, patches, tuple(grids), tuple(kinds))
+    return Sequence(
+        torch.tensor(ids),
+        torch.from_numpy(positions),
+        following,
+        patches,
+        tuple(grids),
+        tuple(kinds),
+    )
 
 
 SEQUENCES: dict[str, list[list[Part]]] = {
     "text": [[9], [70], [3]],
     "image": [[4, ("image", (1, 4, 6)), 5], [2, ("image", (1, 2, 2)), 3, ("image", (1, 6, 4)), 2]],
     "video": [[3, ("video", (3, 4, 4)), 6], [1, ("video", (1, 2, 4)), 4]],
-    "mixed": [[5, ("image", (1, 4, 4)), 3, ("video", (2, 4, 2)), 2], [40], [2, ("video", (2, 2, 2)), 1, ("image", (1, 2, 6)), 20]],
+    "mixed": [
+        [5, ("image", (1, 4, 4)), 3, ("video", (2, 4, 2)), 2],
+        [40],
+        [2, ("video", (2, 2, 2)), 1, ("image", (1, 2, 6)), 20],
+    ],
 }
 
 
@@ -197,7 +232,10 @@ def oracle_inputs(part: Sequence) -> dict[str, torch.Tensor]:
         return inputs
     inputs["mm_token_type_ids"] = ((ids == IMAGE).int() + 2 * (ids == VIDEO).int())[None]
     pieces = part.patches.split([t * h * w for t, h, w in part.grids])
-    for kind, values, grid in (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw")):
+    for kind, values, grid in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
         chosen = [index for index, found in enumerate(part.kinds) if found == kind]
         if chosen:
             inputs[values] = torch.cat([pieces[index] for index in chosen])
@@ -206,5 +244,7 @@ def oracle_inputs(part: Sequence) -> dict[str, torch.Tensor]:
 
 
 def oracle_logits(model: Any, parts: list[Sequence]) -> torch.Tensor:
-    """Return transformers' logits of separate sequences, laid end to end: `[tokens, vocabulary]`."""
+    """Return transformers' logits of separate sequences, laid end to end: `[tokens,
+    vocabulary]`.
+    """
     return torch.cat([model(**oracle_inputs(part)).logits[0] for part in parts])

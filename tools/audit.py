@@ -1,4 +1,6 @@
-"""Audit the reformulated prompts of runs from their transcripts: `python tools/audit.py runs/demo [--steps 51-60]`."""
+"""Audit the reformulated prompts of runs from their transcripts: `python tools/audit.py runs/demo
+[--steps 51-60]`.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +20,36 @@ def parse_steps(text: str) -> tuple[int, int | None]:
     try:
         return int(first or 0), (int(last) if last else None) if dash else int(first)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not a range of steps, got {text!r}, expected A-B, A-, -B or A") from error
+        raise argparse.ArgumentTypeError(
+            f"not a range of steps, got {text!r}, expected A-B, A-, -B or A"
+        ) from error
 
 
 def main() -> int:
     """Read the command line and print."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog="What every line means stands in docs/comparison.md.")
-    parser.add_argument("run_folders", type=Path, nargs="+", metavar="RUN_DIR", help="a run's folder, such as runs/demo")
-    parser.add_argument("--steps", type=parse_steps, default=(0, None), metavar="A-B", help="only these rollout steps")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="What every line means stands in docs/comparison.md."
+    )
+    parser.add_argument(
+        "run_folders",
+        type=Path,
+        nargs="+",
+        metavar="RUN_DIR",
+        help="a run's folder, such as runs/demo",
+    )
+    parser.add_argument(
+        "--steps",
+        type=parse_steps,
+        default=(0, None),
+        metavar="A-B",
+        help="only these rollout steps",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     try:
-        audits = {str(folder): audit_run(folder, *arguments.steps) for folder in arguments.run_folders}
+        audits = {
+            str(folder): audit_run(folder, *arguments.steps) for folder in arguments.run_folders
+        }
     except ConfigError as error:
         print(f"audit: {error}", file=sys.stderr)
         return 2

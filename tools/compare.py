@@ -1,4 +1,7 @@
-"""Compare methods over seeds: `python tools/compare.py examples/compare_digits/compare.yaml [key.sub=value …]`."""
+"""Compare methods over seeds.
+
+`python tools/compare.py examples/compare_digits/compare.yaml [key.sub=value …]`
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,26 @@ TRAIN_TOOL = Path(__file__).with_name("train_zppo.py")
 
 
 def main() -> int:
-    """Run what is missing, write the report, print its tables; 0 if every run is finished, 1 if one failed, 2 if nothing could start."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog="The file's keys stand in docs/comparison.md.")
+    """Run what is missing, write the report and print its tables.
+
+    Returns:
+        0 if every run is finished, 1 if one failed, 2 if nothing could start.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="The file's keys stand in docs/comparison.md."
+    )
     parser.add_argument("comparison", type=Path, help="YAML file of the comparison")
-    parser.add_argument("--report-only", action="store_true", help="start nothing, only write the report of the runs that are there")
-    parser.add_argument("options", nargs="*", metavar="key=value", help="keys of the file, or options of all runs; they win over the file")
+    parser.add_argument(
+        "--report-only",
+        action="store_true",
+        help="start nothing, only write the report of the runs that are there",
+    )
+    parser.add_argument(
+        "options",
+        nargs="*",
+        metavar="key=value",
+        help="keys of the file, or options of all runs; they win over the file",
+    )
     arguments = parser.parse_intermixed_args()
     configure_logging(None, rank=0)
     # Ended like by Ctrl-C, so that the runs end with it.

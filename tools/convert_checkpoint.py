@@ -1,4 +1,6 @@
-"""Hugging Face folders to Megatron and back: `python tools/convert_checkpoint.py import HF_DIR MEGATRON_DIR`."""
+"""Hugging Face folders to Megatron and back: `python tools/convert_checkpoint.py import HF_DIR
+MEGATRON_DIR`.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +9,16 @@ import os
 import sys
 from pathlib import Path
 
-from zppo_mm.config import ParallelConfig
-from zppo_mm.config_io import load_config
+from zppo_mm.config.load import load_config
+from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.observability.logs import quiet_libraries
 
 COMMANDS = {
     "import": (
         ["HF_DIR", "MEGATRON_DIR"],
-        "write a Hugging Face folder as a Megatron checkpoint that opens at any layout; needs memory for one tensor, no GPU",
+        "write a Hugging Face folder as a Megatron checkpoint that opens at any layout; needs "
+        "memory for one tensor, no GPU",
     ),
     "export": (
         ["MEGATRON_DIR|RUN_DIR", "HF_DIR"],
@@ -23,9 +26,13 @@ COMMANDS = {
     ),
     "verify": (
         ["HF_DIR", "[HF_DIR_2]"],
-        "load a folder through Megatron and through transformers and compare keys, types, values and logits; or compare two folders",
+        "load a folder through Megatron and through transformers and compare keys, types, values "
+        "and logits; or compare two folders",
     ),
-    "inspect": (["HF_DIR"], "show family, sizes, parameters, layouts that fit and memory per GPU; reads headers only"),
+    "inspect": (
+        ["HF_DIR"],
+        "show family, sizes, parameters, layouts that fit and memory per GPU; reads headers only",
+    ),
 }
 
 
@@ -35,21 +42,36 @@ def parse(arguments: list[str]) -> tuple[str, list[Path], ParallelConfig]:
     Raises:
         ConfigError: An option is unknown, or none of the layout's.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (folders, meaning) in COMMANDS.items():
         command = commands.add_parser(name, help=meaning, description=meaning)
         for index, folder in enumerate(folders):
-            command.add_argument(f"folder_{index}", type=Path, metavar=folder.strip("[]"), nargs="?" if folder.startswith("[") else None)
+            command.add_argument(
+                f"folder_{index}",
+                type=Path,
+                metavar=folder.strip("[]"),
+                nargs="?" if folder.startswith("[") else None,
+            )
         if name in ("import", "export"):
-            text = "parallel.tensor_model_parallel_size=2 and the like; under torchrun with as many processes"
+            text = (
+                "parallel.tensor_model_parallel_size=2 and the like; under torchrun with as many "
+                "processes"
+            )
             command.add_argument("options", nargs="*", metavar="parallel.KEY=VALUE", help=text)
     known = vars(parser.parse_args(arguments))
     options = known.get("options", [])
     wrong = [option for option in options if not option.startswith("parallel.")]
     if wrong:
-        raise ConfigError(f"argument `{wrong[0]}`: not an option here, got {wrong[0]!r}, expected parallel.KEY=VALUE; see --help")
-    folders = [value for key, value in known.items() if key.startswith("folder_") and value is not None]
+        raise ConfigError(
+            f"argument `{wrong[0]}`: not an option here, got {wrong[0]!r}, expected "
+            "parallel.KEY=VALUE; see --help"
+        )
+    folders = [
+        value for key, value in known.items() if key.startswith("folder_") and value is not None
+    ]
     return known["command"], folders, load_config(None, options).parallel
 
 
@@ -68,7 +90,10 @@ def main() -> int:
 
     outcome = run_command(command, folders, layout)
     if outcome.text:
-        print(outcome.text, file=sys.stderr if outcome.exit_code and command != "verify" else sys.stdout)
+        print(
+            outcome.text,
+            file=sys.stderr if outcome.exit_code and command != "verify" else sys.stdout,
+        )
     return outcome.exit_code
 
 

@@ -1,4 +1,7 @@
-"""Evaluate a model: `python tools/evaluate.py HF_DIR|RUN_DIR --data SHARDS|FILE … [key.sub=value …]`, under torchrun too."""
+"""Evaluate a model, under torchrun too.
+
+`python tools/evaluate.py HF_DIR|RUN_DIR --data SHARDS|FILE … [key.sub=value …]`
+"""
 
 from __future__ import annotations
 
@@ -7,37 +10,91 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data.benchmark_formats import FORMATS, PARTS
+from data.imports.benchmark_formats import FORMATS, PARTS
 from zppo_mm.observability.logs import quiet_libraries
 
-DESCRIPTION = """Sample responses to questions, grade them as in training, and write pass@1 and pass@k with every answer.
+DESCRIPTION = """Sample responses to questions, grade them as in training, and write pass@1 and
+pass@k with every answer.
 
-The model is a Hugging Face folder or the folder of a finished run. A run without --data is evaluated on its own held-out questions, by its
-own settings. Started again with the same settings, an interrupted evaluation goes on. docs/evaluation.md has the details."""
+The model is a Hugging Face folder or the folder of a finished run. A run without
+--data is evaluated on its own held-out questions, by its own settings. Started
+again with the same settings, an interrupted evaluation goes on.
+docs/evaluation.md has the details."""
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
     """Read the command line into the fields of an `EvaluationRequest`."""
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path, metavar="HF_DIR|RUN_DIR", help="the model")
-    parser.add_argument("--data", nargs="+", default=[], metavar="SHARDS|FILE", help="folders of shards, files of benchmarks")
-    parser.add_argument("--sampling", default="", choices=["greedy", "paper"], help="default: paper, or the run's own")
     parser.add_argument(
-        "--num-rollouts", type=positive, default=0, metavar="K", help="responses per question (default: 1, or the run's own)"
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="SHARDS|FILE",
+        help="folders of shards, files of benchmarks",
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (default: runs/evaluations/<model>)")
     parser.add_argument(
-        "--questions-per-chunk", type=positive, default=0, metavar="N", help="questions between two saves (default: by batch)"
+        "--sampling",
+        default="",
+        choices=["greedy", "paper"],
+        help="default: paper, or the run's own",
     )
-    parser.add_argument("--format", default="", choices=[*FORMATS], help="how to read files (default: by their columns)")
-    parser.add_argument("--fields", nargs="+", default=[], metavar="PART=COLUMN", help=f"columns of {', '.join(PARTS)} in files")
-    parser.add_argument("--media-root", type=Path, metavar="DIR", help="what media paths in files start from (default: their folder)")
-    parser.add_argument("options", nargs="*", metavar="key=value", help="options of tools/train_zppo.py, which win over all others")
+    parser.add_argument(
+        "--num-rollouts",
+        type=positive,
+        default=0,
+        metavar="K",
+        help="responses per question (default: 1, or the run's own)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of the results (default: runs/evaluations/<model>)",
+    )
+    parser.add_argument(
+        "--questions-per-chunk",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="questions between two saves (default: by batch)",
+    )
+    parser.add_argument(
+        "--format",
+        default="",
+        choices=[*FORMATS],
+        help="how to read files (default: by their columns)",
+    )
+    parser.add_argument(
+        "--fields",
+        nargs="+",
+        default=[],
+        metavar="PART=COLUMN",
+        help=f"columns of {', '.join(PARTS)} in files",
+    )
+    parser.add_argument(
+        "--media-root",
+        type=Path,
+        metavar="DIR",
+        help="what media paths in files start from (default: their folder)",
+    )
+    parser.add_argument(
+        "options",
+        nargs="*",
+        metavar="key=value",
+        help="options of tools/train_zppo.py, which win over all others",
+    )
     known = vars(parser.parse_intermixed_args(arguments))
     # Options may follow --data and --fields, which take as many words as come.
     data = [word for word in known["data"] if "=" not in word or Path(word).exists()]
     fields = [word for word in known["fields"] if word.partition("=")[0] in PARTS]
-    options = [word for word in [*known["data"], *known["fields"]] if word not in data and word not in fields]
+    options = [
+        word
+        for word in [*known["data"], *known["fields"]]
+        if word not in data and word not in fields
+    ]
     return known | {
         "data": tuple(map(Path, data)),
         "fields": {part: column for part, _, column in (word.partition("=") for word in fields)},

@@ -5,14 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 
-from data.easy_vqa import build_easy_vqa
 from data.errors import DataError
+from data.toy.easy_vqa import build_easy_vqa
 
 
 def main(argv: list[str]) -> int:
     """Write the shards and say how many questions they hold."""
-    parser = argparse.ArgumentParser(description="Turn the easy-vqa package (pip install easy-vqa) into webdataset shards.")
-    parser.add_argument("out_dir", nargs="?", default="datasets/easy_vqa", metavar="OUT_DIR", help="folder (default %(default)s)")
+    parser = argparse.ArgumentParser(
+        description="Turn the easy-vqa package (pip install easy-vqa) into webdataset shards."
+    )
+    parser.add_argument(
+        "out_dir",
+        nargs="?",
+        default="datasets/easy_vqa",
+        metavar="OUT_DIR",
+        help="folder (default %(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace shards that lie there")
     arguments = parser.parse_args(argv)
     try:

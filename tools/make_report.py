@@ -6,22 +6,31 @@ import argparse
 import sys
 from pathlib import Path
 
-from data.media import MediaLimits, MediaOpener
+from data.media.opening import MediaLimits, MediaOpener
 from data.shards import ShardReader
-from zppo_mm.observability.report import write_report
+from zppo_mm.report.page import write_report
 
 
 def main() -> None:
     """Read the command line and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_folder", type=Path, help="a run's folder, such as runs/demo")
-    parser.add_argument("--examples", type=int, default=4, help="questions shown with their prompts and answers")
+    parser.add_argument(
+        "--examples", type=int, default=4, help="questions shown with their prompts and answers"
+    )
     arguments = parser.parse_args()
     if not arguments.run_folder.is_dir():
-        sys.exit(f"make_report: no such folder, got {arguments.run_folder}, expected a run's folder; give the one under runs/")
+        sys.exit(
+            f"make_report: no such folder, got {arguments.run_folder}, expected a run's folder; "
+            "give the one under runs/"
+        )
     reader, opener = ShardReader(), MediaOpener(MediaLimits())
     try:
-        path = write_report(arguments.run_folder, lambda ref: opener.open_ref(ref, reader).pixels, arguments.examples)
+        path = write_report(
+            arguments.run_folder,
+            lambda ref: opener.open_ref(ref, reader).pixels,
+            arguments.examples,
+        )
     finally:
         opener.close()
         reader.close()

@@ -1,4 +1,6 @@
-"""Turn JSON lines, or a benchmark's own file, and media files into shards; or check shards: `make_shards.py lint FOLDER`."""
+"""Turn JSON lines, or a benchmark's own file, and media files into shards; or check shards:
+`make_shards.py lint FOLDER`.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +9,25 @@ import logging
 import sys
 from collections import Counter
 
-from data.benchmark_formats import FORMATS, PARTS
-from data.benchmarks import convert_benchmark
-from data.convert import convert_jsonl
 from data.errors import DataError
 from data.health import SampleHealth
+from data.imports.benchmark_formats import FORMATS, PARTS
+from data.imports.benchmarks import convert_benchmark
+from data.imports.convert import convert_jsonl
 from data.lint import lint
-from data.media import MediaLimits, MediaOpener
+from data.media.opening import MediaLimits, MediaOpener
 from data.text import clean_text
 
 CONVERT_HELP = """Turn JSON lines and media files into webdataset shards with an index.
 
 Each line: {"id": …, "question": …, "answer": …, "answer_type": "math" | "choice" | "open",
 "choices": […], "source": …, "media": ["path", …]}.
-Choices, source, media and id may be left out; the answer to a choice question is its letter. docs/data.md has the details.
-Files of benchmarks: make_shards.py benchmark FILE OUT_DIR. To check shards: make_shards.py lint FOLDER (each has its own --help)."""
-BENCHMARK_HELP = """Turn a benchmark's file (JSON, JSON lines, CSV, TSV, Parquet) and the media beside it into shards.
+Choices, source, media and id may be left out; the answer to a choice question is
+its letter. docs/data.md has the details.
+Files of benchmarks: make_shards.py benchmark FILE OUT_DIR. To check shards:
+make_shards.py lint FOLDER (each has its own --help)."""
+BENCHMARK_HELP = """Turn a benchmark's file (JSON, JSON lines, CSV, TSV, Parquet) and the media
+beside it into shards.
 
 Its format is recognised by its columns. docs/evaluation.md has what each format means."""
 
@@ -30,11 +35,28 @@ Its format is recognised by its columns. docs/evaluation.md has what each format
 def add_limits(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which media can be opened."""
     limits = MediaLimits()
-    parser.add_argument("--no-decode", action="store_true", help="do not open images and videos, check the questions only")
-    parser.add_argument("--max-media-bytes", type=int, default=limits.max_bytes, help="largest media file (default %(default)s)")
-    parser.add_argument("--max-media-pixels", type=int, default=limits.max_pixels, help="most pixels of a frame (default %(default)s)")
     parser.add_argument(
-        "--decode-timeout-seconds", type=float, default=limits.decode_timeout_seconds, help="time for one file (default %(default)s)"
+        "--no-decode",
+        action="store_true",
+        help="do not open images and videos, check the questions only",
+    )
+    parser.add_argument(
+        "--max-media-bytes",
+        type=int,
+        default=limits.max_bytes,
+        help="largest media file (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max-media-pixels",
+        type=int,
+        default=limits.max_pixels,
+        help="most pixels of a frame (default %(default)s)",
+    )
+    parser.add_argument(
+        "--decode-timeout-seconds",
+        type=float,
+        default=limits.decode_timeout_seconds,
+        help="time for one file (default %(default)s)",
     )
 
 
@@ -53,26 +75,54 @@ def opener_of(arguments: argparse.Namespace) -> MediaOpener | None:
 
 def add_manners(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what happens to bad samples and old shards."""
-    parser.add_argument("--max-bad-share", type=float, default=0.05, metavar="SHARE", help="stop above this share (default %(default)s)")
+    parser.add_argument(
+        "--max-bad-share",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="stop above this share (default %(default)s)",
+    )
     parser.add_argument("--strict", action="store_true", help="stop at the first bad sample")
-    parser.add_argument("--overwrite", action="store_true", help="replace shards that lie in OUT_DIR")
-    parser.add_argument("--media-root", metavar="DIR", help="folder that paths of media start from and may not leave (default: the file's)")
-    parser.add_argument("--follow-links", action="store_true", help="let links below the media root lead out of it")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace shards that lie in OUT_DIR"
+    )
+    parser.add_argument(
+        "--media-root",
+        metavar="DIR",
+        help="folder that paths of media start from and may not leave (default: the file's)",
+    )
+    parser.add_argument(
+        "--follow-links", action="store_true", help="let links below the media root lead out of it"
+    )
     add_limits(parser)
 
 
 def add_format(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what the columns of a benchmark's file mean."""
-    parser.add_argument("--format", default="", choices=[*FORMATS], help="how to read the file (default: by its columns)")
+    parser.add_argument(
+        "--format",
+        default="",
+        choices=[*FORMATS],
+        help="how to read the file (default: by its columns)",
+    )
     parts = ", ".join(PARTS)
-    parser.add_argument("--fields", nargs="+", type=field, default=[], metavar="PART=COLUMN", help=f"columns of {parts}")
+    parser.add_argument(
+        "--fields",
+        nargs="+",
+        type=field,
+        default=[],
+        metavar="PART=COLUMN",
+        help=f"columns of {parts}",
+    )
 
 
 def field(text: str) -> tuple[str, str]:
     """Read one `PART=COLUMN`."""
     part, equals, column = text.partition("=")
     if not equals or not column:
-        raise argparse.ArgumentTypeError(f"no field, got {text!r}, expected PART=COLUMN such as question=query")
+        raise argparse.ArgumentTypeError(
+            f"no field, got {text!r}, expected PART=COLUMN such as question=query"
+        )
     return part, column
 
 
@@ -84,8 +134,15 @@ def skipped(health: SampleHealth) -> str:
 
 def run_lint(argv: list[str]) -> int:
     """List all problems; exit status 1 if there are any."""
-    parser = argparse.ArgumentParser(prog="make_shards.py lint", description="List every problem of the shards in some folders.")
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folders of shards used in one run; ids must not repeat over them")
+    parser = argparse.ArgumentParser(
+        prog="make_shards.py lint", description="List every problem of the shards in some folders."
+    )
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        metavar="FOLDER",
+        help="folders of shards used in one run; ids must not repeat over them",
+    )
     add_limits(parser)
     arguments = parser.parse_args(argv)
     opener = opener_of(arguments)
@@ -94,17 +151,30 @@ def run_lint(argv: list[str]) -> int:
         opener.close()
     for problem in problems:
         print(clean_text(f"{problem.where}: {problem.reason}: {problem.message}"))
-    counts = ", ".join(f"{reason} {count}" for reason, count in sorted(Counter(problem.reason for problem in problems).items()))
+    counts = ", ".join(
+        f"{reason} {count}"
+        for reason, count in sorted(Counter(problem.reason for problem in problems).items())
+    )
     print(f"{num_samples} samples, {len(problems)} problems{': ' + counts if counts else ''}")
     return 1 if problems else 0
 
 
 def run_convert(argv: list[str]) -> int:
     """Write shards; bad samples are skipped, named and counted."""
-    parser = argparse.ArgumentParser(prog="make_shards.py", description=CONVERT_HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="make_shards.py",
+        description=CONVERT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("input", metavar="INPUT.jsonl", help="one question per line")
     parser.add_argument("out_dir", metavar="OUT_DIR", help="folder for the shards")
-    parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="most samples of one shard (default %(default)s)")
+    parser.add_argument(
+        "--samples-per-shard",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="most samples of one shard (default %(default)s)",
+    )
     add_manners(parser)
     arguments = parser.parse_args(argv)
     opener = opener_of(arguments)
@@ -131,7 +201,9 @@ def run_convert(argv: list[str]) -> int:
 def run_benchmark(argv: list[str]) -> int:
     """Write the shards of a benchmark; rows that cannot be used are skipped, named and counted."""
     parser = argparse.ArgumentParser(
-        prog="make_shards.py benchmark", description=BENCHMARK_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="make_shards.py benchmark",
+        description=BENCHMARK_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("input", metavar="FILE", help="one question per row")
     parser.add_argument("out_dir", metavar="OUT_DIR", help="folder for the shards")

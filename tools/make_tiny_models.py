@@ -1,4 +1,4 @@
-"""Train the embedded models from scratch and write their Hugging Face folders."""
+"""Train the bundled models from scratch and write their Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -6,16 +6,24 @@ import argparse
 import logging
 from pathlib import Path
 
-from zppo_mm.embedded.build import build_tiny_model
-from zppo_mm.embedded.recipes import RECIPES
+from zppo_mm.bundled.build import build_tiny_model
+from zppo_mm.bundled.recipes import RECIPES
 
 
 def main() -> None:
     """Read the command line and build the models one after another."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out_dir", type=Path, help="each model gets a folder of its name in it")
-    parser.add_argument("--model", choices=RECIPES, nargs="+", default=list(RECIPES), help="which models (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and questions (default: %(default)s)")
+    parser.add_argument(
+        "--model",
+        choices=RECIPES,
+        nargs="+",
+        default=list(RECIPES),
+        help="which models (default: all)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights and questions (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     for name in arguments.model:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from zppo_mm.observability.report_data import read_run
+from zppo_mm.report.run_record import read_run
 
 PIECES = (
     ("resolved configuration", "config.yaml"),
@@ -26,14 +26,25 @@ def main() -> None:
     parser.add_argument("run_folder", type=Path, help="a run's folder, such as runs/demo")
     folder = parser.parse_args().run_folder
     if not folder.is_dir():
-        sys.exit(f"show_run: no such folder, got {folder}, expected a run's folder; give the one under runs/")
+        sys.exit(
+            f"show_run: no such folder, got {folder}, expected a run's folder; give the one under "
+            "runs/"
+        )
     for name, piece in PIECES:
         if (folder / piece).exists():
             print(f"{name + ':':<38} {folder / piece}")
     evaluations = read_run(folder).evaluations
-    for label, evaluation in (("before", evaluations[0]), ("after", evaluations[-1])) if evaluations else ():
-        by_source = ", ".join(f"{source} {accuracy:.1%}" for source, accuracy in evaluation["accuracy_by_source"].items())
-        print(f"held-out accuracy {label:<6} (step {evaluation['step']}): {evaluation['accuracy']:.1%} ({by_source})")
+    for label, evaluation in (
+        (("before", evaluations[0]), ("after", evaluations[-1])) if evaluations else ()
+    ):
+        by_source = ", ".join(
+            f"{source} {accuracy:.1%}"
+            for source, accuracy in evaluation["accuracy_by_source"].items()
+        )
+        print(
+            f"held-out accuracy {label:<6} (step {evaluation['step']}): "
+            f"{evaluation['accuracy']:.1%} ({by_source})"
+        )
 
 
 if __name__ == "__main__":

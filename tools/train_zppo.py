@@ -1,13 +1,16 @@
-"""Train a student: `torchrun --nproc-per-node 2 tools/train_zppo.py --modality video [key.sub=value …]`."""
+"""Train a student.
+
+`torchrun --nproc-per-node 2 tools/train_zppo.py --modality video [key.sub=value …]`
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from zppo_mm.config import RunConfig
-from zppo_mm.config_help import describe_options
-from zppo_mm.config_io import load_config
+from zppo_mm.config.help import describe_options
+from zppo_mm.config.load import load_config
+from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.interruption import Interruption
 from zppo_mm.observability.logs import quiet_libraries
@@ -16,18 +19,27 @@ from zppo_mm.observability.logs import quiet_libraries
 def parse(arguments: list[str]) -> RunConfig:
     """Read the command line into a checked configuration."""
     parser = argparse.ArgumentParser(
-        description="Train a vision-language student by ZPPO or one of its baselines. Without --config: the embedded tiny student and "
-        "teacher on the embedded digit questions.",
+        description="Train a vision-language student by ZPPO or one of its baselines. Without "
+        "--config: the bundled tiny student and "
+        "teacher on the bundled digit questions.",
         epilog="Options, each given as key=value or key.sub=value:\n\n" + describe_options(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help="YAML file with any of the options below")
-    parser.add_argument("--modality", help="embedded questions to use: text, image, video, mixed")
-    parser.add_argument("--method", help="grpo, grpo_replay, bcq, ncq, bcq_replay, ncq_replay, zppo")
+    parser.add_argument("--modality", help="bundled questions to use: text, image, video, mixed")
+    parser.add_argument(
+        "--method", help="grpo, grpo_replay, bcq, ncq, bcq_replay, ncq_replay, zppo"
+    )
     parser.add_argument("--name", help="name of the run's folder under output_dir")
-    parser.add_argument("options", nargs="*", metavar="key=value", help="options that win over the file")
+    parser.add_argument(
+        "options", nargs="*", metavar="key=value", help="options that win over the file"
+    )
     known = parser.parse_intermixed_args(arguments)
-    named = [f"{key}={getattr(known, key)}" for key in ("modality", "method", "name") if getattr(known, key) is not None]
+    named = [
+        f"{key}={getattr(known, key)}"
+        for key in ("modality", "method", "name")
+        if getattr(known, key) is not None
+    ]
     return load_config(known.config, [*named, *known.options])
 
 

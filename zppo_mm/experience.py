@@ -1,6 +1,7 @@
 """What flows through a ZPPO step: one frozen dataclass per thing, shapes first.
 
-Arrays of tokens are NumPy on the sampling side and torch from `Microbatch` on. Importing this module does not import torch.
+Arrays of tokens are NumPy on the sampling side and torch from `Microbatch` on. Importing this
+module does not import torch.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Candidate:
     """A compressed response shown inside a BCQ or NCQ prompt.
 
     Attributes:
-        text: The text as shown, special tokens neutralised.
+        text: The text as shown, special tokens escaped.
         source: Who wrote the response that was compressed.
         correct: Whether the compressed response had reward 1.
         answer: Its parsed final answer, `None` if it had none.
@@ -51,13 +52,15 @@ class PromptInstance:
     """A question together with the text that the student is asked: one future group.
 
     Attributes:
-        uid: Unique over the run: `<step>/<kind>/<question id>`, with the question's place in the step before the id where it is plain;
-            `<step>/inject/<kind>/<place>/<question id>` for a plain group into which a rollout was put.
+        uid: Unique over the run: `<step>/<kind>/<question id>`, with the question's place in the
+            step before the id where it is plain; `<step>/inject/<kind>/<place>/<question id>` for a
+            plain group into which a rollout was put.
         question: The question whose media and answer count.
         kind: Where the prompt comes from.
         text: The whole user text, closing format instruction included.
         candidates: Shown candidates in the order shown, or the one hint; empty for plain prompts.
-        response_prefix: Tokens, in the student's vocabulary, that the response is made to begin with; they carry no loss.
+        response_prefix: Tokens, in the student's vocabulary, that the response is made to begin
+            with; they carry no loss.
     """
 
     uid: str
@@ -87,7 +90,9 @@ class Prompt:
     grids: tuple[tuple[int, int, int], ...] = ()
 
     def continued(self, ids: Sequence[int] | IntArray) -> Prompt:
-        """Return the prompt with text tokens behind it, which advance all three rotary axes together; `text` stays as it is."""
+        """Return the prompt with text tokens behind it, which advance all three rotary axes
+        together; `text` stays as it is.
+        """
         positions = np.broadcast_to(self.next_position + np.arange(len(ids)), (3, len(ids)))
         return replace(
             self,
@@ -99,7 +104,8 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class TopLogprobs:
-    """The tokens that the teacher found most likely at every token of a text, given the tokens before it.
+    """The tokens that the teacher found most likely at every token of a text, given the tokens
+    before it.
 
     Attributes:
         ids: `[tokens, k]`, each at most once per token; `NO_TOKEN` where it named fewer.
@@ -115,15 +121,18 @@ class Rollout:
     """One sampled and verified response.
 
     Attributes:
-        response_ids: `[response]`, the stop token included when it was sampled, a given prefix left out.
-        rollout_logprobs: `[response]`, log-probs of the sampling policy at the sampling temperature, all finite; `None` if they are not
-            known: the training forward pass gives them then.
+        response_ids: `[response]`, the stop token included when it was sampled, a given prefix left
+            out.
+        rollout_logprobs: `[response]`, log-probs of the sampling policy at the sampling
+            temperature, all finite; `None` if they are not known: the training forward pass gives
+            them then.
         finish_reason: `stop` or `length`.
         text: Decoded response, a given prefix included, without special tokens at the end.
         parsed: Final answer (content of the last `\\boxed{}`), `None` if nothing was boxed.
         reward: 0 or 1; NaN in `Group.ungraded`, so that nothing can be computed with it by mistake.
         policy_version: Rollout step whose weights sampled it.
-        author: Who wrote it; a teacher's rollout stands in a group only where the method trains on teacher text.
+        author: Who wrote it; a teacher's rollout stands in a group only where the method trains on
+            teacher text.
         teacher_top: `[response, k]`, if the teacher told its log-probs with its answer.
     """
 
@@ -146,7 +155,8 @@ class Group:
         instance: What was asked.
         prompt: How it was asked.
         rollouts: Those with a reward, at least one.
-        ungraded: Those that neither judge nor rules could grade: no part of accuracy, advantages, candidates or loss, but of the record.
+        ungraded: Those that neither judge nor rules could grade: no part of accuracy, advantages,
+            candidates or loss, but of the record.
     """
 
     instance: PromptInstance
@@ -186,11 +196,14 @@ class TrainingSample:
         question: For its media, opened again by reference on the first pipeline stage.
         token_ids: `[tokens]`, prompt then response.
         positions: `[3, tokens]`.
-        loss_mask: `[tokens]`, 1 on response tokens. Entry i speaks of token i itself, not of its successor.
-        old_logprobs: `[tokens]`, of token i given the tokens before it; 0 where the mask is 0. `None` if they are not known.
+        loss_mask: `[tokens]`, 1 on response tokens. Entry i speaks of token i itself, not of its
+            successor.
+        old_logprobs: `[tokens]`, of token i given the tokens before it; 0 where the mask is 0.
+            `None` if they are not known.
         advantages: `[tokens]`; 0 where the mask is 0.
         grids: `(t, h, w)` in patches of its media.
-        teacher_top: `[tokens, k]`, of token i given the tokens before it; no tokens where the mask is 0.
+        teacher_top: `[tokens, k]`, of token i given the tokens before it; no tokens where the mask
+            is 0.
     """
 
     uid: str
@@ -221,7 +234,8 @@ class TrainingSample:
 class Microbatch:
     """Packed sequences for one forward pass.
 
-    A sequence may continue another one: responses of a group whose prompt is passed once are laid behind it, each a sequence of its own.
+    A sequence may continue another one: responses of a group whose prompt is passed once are laid
+    behind it, each a sequence of its own.
 
     Attributes:
         token_ids: `[tokens]` int64.
@@ -230,14 +244,16 @@ class Microbatch:
         loss_mask: `[tokens]` float32; like the next two, entry i speaks of token i.
         old_logprobs: `[tokens]` float32; 0 where they are not known.
         advantages: `[tokens]` float32.
-        patches: `[patches, channels * temporal * patch * patch]` float32; `None` without media and off the first stage.
+        patches: `[patches, channels * temporal * patch * patch]` float32; `None` without media and
+            off the first stage.
         grids: `[media, 3]` int64, `None` without media.
         uids: Groups of the sequences, to name them when something goes wrong; padding has none.
-        parents: Per sequence the place of the one that it continues, -1 for none; `None` if none does.
+        parents: Per sequence the place of the one that it continues, -1 for none; `None` if none
+            does.
         unknown: `[tokens]` bool, tokens whose old log-probs are not known; `None` if all are.
         importance: `[tokens]` float32 weights of the loss; `None` if they are all 1.
-        teacher_ids: `[tokens, k]` int64, the teacher's most likely tokens in the place of token i, `NO_TOKEN` where there are fewer; `None`
-            if no sample has any.
+        teacher_ids: `[tokens, k]` int64, the teacher's most likely tokens in the place of token i,
+            `NO_TOKEN` where there are fewer; `None` if no sample has any.
         teacher_logprobs: `[tokens, k]` float32 of the same.
     """
 
@@ -262,8 +278,10 @@ class Batch:
     """One gradient update: this rank's micro-batches and the one global denominator.
 
     Attributes:
-        microbatches: Of this rank; opened one at a time, so that the pixels of a whole mini-batch never lie in memory together.
-        num_loss_tokens: Loss tokens of all ranks, those of samples that need no forward pass included.
+        microbatches: Of this rank; opened one at a time, so that the pixels of a whole mini-batch
+            never lie in memory together.
+        num_loss_tokens: Loss tokens of all ranks, those of samples that need no forward pass
+            included.
     """
 
     microbatches: Sequence[Microbatch]
@@ -277,6 +295,7 @@ class MediaSource(Protocol):
         """Return one input per media reference, in prompt order.
 
         Raises:
-            ReasonedError: A medium cannot be opened; `timeout` and `decoder_died` may go well at another try.
+            ReasonedError: A medium cannot be opened; `timeout` and `decoder_died` may go well at
+                another try.
         """
         ...

@@ -1,7 +1,8 @@
 """Signals that end a run in good order: heard at once, heeded where nothing is lost by it.
 
-The signals are blocked, and a thread waits for them. So no call of a library is interrupted, and processes that the run starts inherit that
-they do not heed them: what a scheduler or a keyboard says to all processes is for the run itself.
+The signals are blocked, and a thread waits for them. So no call of a library is interrupted, and
+processes that the run starts inherit that they do not heed them: what a scheduler or a keyboard
+says to all processes is for the run itself.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ EXIT_CODE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 TICK_SECONDS = 0.5
 HELD_SHARE = 0.5
-"""Share of the time for stopping after which answers that only the records want are not waited for any more."""
+"""Share of the time for stopping after which answers that only the records want are not waited for
+any more.
+"""
 LOG_SECONDS = 1.0
 
 
@@ -45,9 +48,10 @@ class RunStopped(Exception):
 class Interruption:
     """Whether this process's run is to end, and why.
 
-    Outside `protected` nothing is under way that could be lost: a signal ends the process at once. Inside, the first signal asks the run to
-    end; a second one, or the time, ends the process. Whoever started this process may pass on what a scheduler or a keyboard has said to
-    all processes, so a signal of its and one of somebody else's are one.
+    Outside `protected` nothing is under way that could be lost: a signal ends the process at once.
+    Inside, the first signal asks the run to end; a second one, or the time, ends the process.
+    Whoever started this process may pass on what a scheduler or a keyboard has said to all
+    processes, so a signal of its and one of somebody else's are one.
 
     Args:
         end: Ends the process with an exit code, from any thread.
@@ -71,16 +75,24 @@ class Interruption:
         self._lock = threading.Lock()
 
     def listen(self) -> None:
-        """Begin to hear signals; called by the main thread before any other thread is there. Without sigtimedwait nothing changes."""
+        """Begin to hear signals; called by the main thread before any other thread is there.
+        Without sigtimedwait nothing changes.
+        """
         if not hasattr(signal, "sigtimedwait"):
             return
         # nohup's choice stands.
-        heard = {number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
+        heard = {
+            number
+            for number in SIGNALS
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+        }
         signal.pthread_sigmask(signal.SIG_BLOCK, heard)
         threading.Thread(target=self._listen, args=(heard,), name="signals", daemon=True).start()
 
     def limit(self, stop_seconds: float, max_hours: float) -> None:
-        """Set the time from a request to the end of the process, and the hours from now on after which the run asks itself to end."""
+        """Set the time from a request to the end of the process, and the hours from now on after
+        which the run asks itself to end.
+        """
         self._stop_seconds = stop_seconds
         self._run_until = self._started + 3600 * max_hours if max_hours else float("inf")
 
@@ -89,7 +101,8 @@ class Interruption:
         """Inside the block a signal asks the run to end instead of ending the process."""
         with self._lock:
             self._is_protected = True
-        # The hours may be over before the first step: none is begun then, whenever the thread looks next.
+        # The hours may be over before the first step: none is begun then, whenever the thread looks
+        # next.
         self.look_at_clock()
         try:
             yield
@@ -99,7 +112,9 @@ class Interruption:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside the block what is under way is finished: a request waits, unless most of its time has passed."""
+        """Inside the block what is under way is finished: a request waits, unless most of its time
+        has passed.
+        """
         self._is_held = True
         try:
             yield
@@ -112,10 +127,15 @@ class Interruption:
         return bool(self.reason)
 
     def is_due(self) -> bool:
-        """Return whether the run is to end here, dropping what is under way; once true it stays so until a block of `held` begins."""
+        """Return whether the run is to end here, dropping what is under way; once true it stays so
+        until a block of `held` begins.
+        """
         if not self.reason:
             return False
-        return not self._is_held or time.monotonic() > self._deadline - (1 - HELD_SHARE) * self._stop_seconds
+        return (
+            not self._is_held
+            or time.monotonic() > self._deadline - (1 - HELD_SHARE) * self._stop_seconds
+        )
 
     def request(self, reason: str) -> None:
         """Ask the run to end."""
@@ -124,7 +144,11 @@ class Interruption:
                 return
             self._deadline = time.monotonic() + self._stop_seconds
             self.reason = reason
-        logger.info("%s: the run ends in good order, within %g s; a second signal ends it at once", reason, self._stop_seconds)
+        logger.info(
+            "%s: the run ends in good order, within %g s; a second signal ends it at once",
+            reason,
+            self._stop_seconds,
+        )
 
     def close(self) -> None:
         """Heed nothing any more: the run has ended, and the process is about to."""
@@ -147,27 +171,38 @@ class Interruption:
         if is_closed:
             return
         if not is_protected:
-            where = "before the first step" if self.steps_done is None else f"after step {self.steps_done}"
+            where = (
+                "before the first step"
+                if self.steps_done is None
+                else f"after step {self.steps_done}"
+            )
             self._end(f"stopped {where}; the same command continues ({name})")
         elif not self.reason:
             self.request(name)
         elif is_repeated:
-            self._end(f"stopped at once; the same command continues from the newest complete checkpoint (second signal, {name})")
+            self._end(
+                "stopped at once; the same command continues from the newest complete checkpoint "
+                f"(second signal, {name})"
+            )
 
     def look_at_clock(self) -> None:
-        """Ask the run to end when its hours are over; end the process when the time for that is over."""
+        """Ask the run to end when its hours are over; end the process when the time for that is
+        over.
+        """
         now = time.monotonic()
         if now > self._run_until:
             self.request("train.max_hours")
         if now > self._deadline:
             self._end(
-                f"stopped at once; the same command continues from the newest complete checkpoint ({self.reason}, and the run was not at "
-                f"its end within train.stop_within_seconds={self._stop_seconds:g})"
+                "stopped at once; the same command continues from the newest complete checkpoint "
+                f"({self.reason}, and the run was not at its end within "
+                f"train.stop_within_seconds={self._stop_seconds:g})"
             )
 
     def _end(self, line: str) -> None:
         if os.environ.get("RANK", "0") == "0":
-            # In a thread of its own, because a terminal or a pipe that takes nothing must not keep the process alive.
+            # In a thread of its own, because a terminal or a pipe that takes nothing must not keep
+            # the process alive.
             teller = threading.Thread(target=logger.warning, args=("%s", line), daemon=True)
             teller.start()
             teller.join(LOG_SECONDS)

@@ -1,6 +1,7 @@
 """Stateless random streams: every draw follows from the run's seed and the name of what it decides.
 
-Nothing has to be saved to resume: the same (seed, path) gives the same numbers on every rank, layout and restart.
+Nothing has to be saved to resume: the same (seed, path) gives the same numbers on every rank,
+layout and restart.
 """
 
 from __future__ import annotations

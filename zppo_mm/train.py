@@ -12,35 +12,40 @@ from functools import partial
 from pathlib import Path
 
 from data.errors import DataError
-from zppo_mm.build import Run, build_run, student_folder
-from zppo_mm.config import RunConfig
+from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ZppoError
-from zppo_mm.evaluate import ask_held_out, summarise
 from zppo_mm.interruption import EXIT_CODE, Interruption, RunStopped, StopRequested
-from zppo_mm.learning_warnings import LearningWatch, warn_of_few_questions
-from zppo_mm.model_paths import check_model_paths
-from zppo_mm.models import parallel
-from zppo_mm.models.export import export_hf_weights
-from zppo_mm.models.lora import adapters_of
-from zppo_mm.models.lora_export import export_adapter
-from zppo_mm.models.meetings import open_meetings
-from zppo_mm.models.worlds import World, divide_job
+from zppo_mm.lora.adapters import adapters_of
+from zppo_mm.lora.export import export_adapter
+from zppo_mm.observability.learning_warnings import LearningWatch, warn_of_few_questions
 from zppo_mm.observability.logs import configure_logging
 from zppo_mm.observability.metrics import Mean, Sum, process_memory
-from zppo_mm.observability.report import write_report
-from zppo_mm.observability.report_data import read_lines
-from zppo_mm.observability.sinks import EVALUATION_FILE, MetricsLog, append_evaluation, open_metrics_log
+from zppo_mm.observability.sinks import (
+    EVALUATION_FILE,
+    MetricsLog,
+    append_evaluation,
+    open_metrics_log,
+)
 from zppo_mm.observability.transcripts import write_buffer, write_held_out_answers, write_transcript
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.parallel.meetings import open_meetings
+from zppo_mm.parallel.partition import JobPartition, divide_job
 from zppo_mm.parity.gate import check_parity
-from zppo_mm.resume import HF_FOLDER as HF_FOLDER
-from zppo_mm.resume import resume
-from zppo_mm.run_folder import CONFIG_FILE as CONFIG_FILE
-from zppo_mm.run_folder import claimed, prepare_folder
+from zppo_mm.report.page import write_report
+from zppo_mm.report.run_record import read_lines
+from zppo_mm.rollout.held_out import ask_held_out, summarise
+from zppo_mm.run.build import Run, build_run, student_folder
+from zppo_mm.run.folder import CONFIG_FILE as CONFIG_FILE
+from zppo_mm.run.folder import claimed, prepare_folder
+from zppo_mm.run.model_paths import check_model_paths
+from zppo_mm.run.resume import HF_FOLDER as HF_FOLDER
+from zppo_mm.run.resume import resume
+from zppo_mm.run.teacher_job import reach_teacher, serve_teacher
 from zppo_mm.step import StepRecord, run_step
 from zppo_mm.teacher.rank_channel import Channel
 from zppo_mm.teacher.teacher import TeacherLostError
-from zppo_mm.teacher_ranks import reach_teacher, serve_teacher
 from zppo_mm.training import checkpoint
+from zppo_mm.weights.hf_export import export_hf_weights
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +62,9 @@ def run_folder(config: RunConfig) -> Path:
 def train(config: RunConfig, interruption: Interruption | None = None) -> Path:
     """Train from the start or from the newest checkpoint to the last step, then export.
 
-    Every rank calls this; those of a teacher on ranks of its own answer until the others have ended. The folder of a run holds config.yaml,
-    metrics.jsonl, evaluation.jsonl, evaluations/, parity.jsonl, transcripts/, buffer/, checkpoints/, hf/, adapter/ (with LoRA) and
-    report.html.
+    Every rank calls this; those of a teacher on ranks of its own answer until the others have
+    ended. The folder of a run holds config.yaml, metrics.jsonl, evaluation.jsonl, evaluations/,
+    parity.jsonl, transcripts/, buffer/, checkpoints/, hf/, adapter/ (with LoRA) and report.html.
 
     Args:
         config: The run.
@@ -75,7 +80,8 @@ def train(config: RunConfig, interruption: Interruption | None = None) -> Path:
     interruption.limit(config.train.stop_within_seconds, config.train.max_hours)
     configure_logging(None, int(os.environ.get("RANK", "0")))
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        # Once per machine: the others wait for this process to join them, and are ended by their launcher if it does not.
+        # Once per machine: the others wait for this process to join them, and are ended by their
+        # launcher if it does not.
         check_model_paths(config)
     folder = run_folder(config)
     world = divide_job(config.parallel, config.teacher)
@@ -87,11 +93,21 @@ def train(config: RunConfig, interruption: Interruption | None = None) -> Path:
     return folder
 
 
-def _train_student(config: RunConfig, folder: Path, world: World | None, channel: Channel | None, interruption: Interruption) -> None:
+def _train_student(
+    config: RunConfig,
+    folder: Path,
+    world: JobPartition | None,
+    channel: Channel | None,
+    interruption: Interruption,
+) -> None:
     parallel.initialize(config.parallel, config.seed, world)
     parallel.end_with_launcher()
     stopped: RunStopped | None = None
-    with parallel.explain_lost_rank(), open_meetings(config.parallel, world, interruption) as meetings, claimed(folder):
+    with (
+        parallel.explain_lost_rank(),
+        open_meetings(config.parallel, world, interruption) as meetings,
+        claimed(folder),
+    ):
         run = build_run(config, channel, meetings, interruption)
         try:
             _run_to_the_end(run, folder)
@@ -112,12 +128,19 @@ def _run_to_the_end(run: Run, folder: Path) -> None:
     if (done or 0) < config.train.train_iters:
         check_parity(run, folder, done or 0)
     saver = checkpoint.CheckpointWriter(
-        folder / checkpoint.CHECKPOINTS_FOLDER, config.checkpoint.keep, partial(setattr, run.stages.interruption, "steps_done")
+        folder / checkpoint.CHECKPOINTS_FOLDER,
+        config.checkpoint.keep,
+        partial(setattr, run.stages.interruption, "steps_done"),
     )
     log = None
     if parallel.rank() == 0:
         warn_of_few_questions(config, run.stream.num_samples)
-        log = MetricsLog((open_metrics_log(config.observability, folder, config.train.train_iters, done or 0), LearningWatch(config)))
+        log = MetricsLog(
+            (
+                open_metrics_log(config.observability, folder, config.train.train_iters, done or 0),
+                LearningWatch(config),
+            )
+        )
     try:
         _loop(run, folder, done, log, saver)
         _finish(run, folder)
@@ -126,7 +149,13 @@ def _run_to_the_end(run: Run, folder: Path) -> None:
             log.close()
 
 
-def _loop(run: Run, folder: Path, done: int | None, log: MetricsLog | None, saver: checkpoint.CheckpointWriter) -> None:
+def _loop(
+    run: Run,
+    folder: Path,
+    done: int | None,
+    log: MetricsLog | None,
+    saver: checkpoint.CheckpointWriter,
+) -> None:
     """Run the steps that are left, evaluating and saving as they come due.
 
     Raises:
@@ -135,7 +164,9 @@ def _loop(run: Run, folder: Path, done: int | None, log: MetricsLog | None, save
     config = run.stages.config
     if done is None:
         _evaluate(run, folder, 0)
-    elif _is_evaluated(config, done) and not parallel.on_rank_zero(partial(_has_evaluation, folder, done)):
+    elif _is_evaluated(config, done) and not parallel.on_rank_zero(
+        partial(_has_evaluation, folder, done)
+    ):
         # The run ended before that evaluation did; a lost teacher may be the judge of answers too.
         _evaluate(run, folder, done)
     with run.stages.interruption.protected():
@@ -145,7 +176,9 @@ def _loop(run: Run, folder: Path, done: int | None, log: MetricsLog | None, save
         _heed_stop(run, config.train.train_iters, saver)
 
 
-def _train_step(run: Run, folder: Path, step: int, log: MetricsLog | None, saver: checkpoint.CheckpointWriter) -> None:
+def _train_step(
+    run: Run, folder: Path, step: int, log: MetricsLog | None, saver: checkpoint.CheckpointWriter
+) -> None:
     """Run one step, with what comes due after it."""
     config = run.stages.config
     started = time.perf_counter()
@@ -170,7 +203,8 @@ def _train_step(run: Run, folder: Path, step: int, log: MetricsLog | None, saver
 
 
 def _run_or_drop(run: Run, step: int, saver: checkpoint.CheckpointWriter) -> StepRecord:
-    """Run a step; one that is dropped has moved nothing but the stream: put back, it is taken up again by a resumed run.
+    """Run a step; one that is dropped has moved nothing but the stream: put back, it is taken up
+    again by a resumed run.
 
     Raises:
         TeacherLostError: On every rank, if the teacher does not answer.
@@ -197,7 +231,9 @@ def _heed_stop(run: Run, step: int, saver: checkpoint.CheckpointWriter) -> None:
     Raises:
         RunStopped: On every rank, with a checkpoint, if any of them is to end.
     """
-    reasons = [reason for reason in parallel.gather_from_ranks(run.stages.interruption.reason) if reason]
+    reasons = [
+        reason for reason in parallel.gather_from_ranks(run.stages.interruption.reason) if reason
+    ]
     if reasons:
         _save_once(run, step, saver)
         run.stages.interruption.close()
@@ -205,7 +241,9 @@ def _heed_stop(run: Run, step: int, saver: checkpoint.CheckpointWriter) -> None:
 
 
 def _is_evaluated(config: RunConfig, step: int) -> bool:
-    return step == config.train.train_iters or bool(config.evaluation.interval and step % config.evaluation.interval == 0)
+    return step == config.train.train_iters or bool(
+        config.evaluation.interval and step % config.evaluation.interval == 0
+    )
 
 
 def _has_evaluation(folder: Path, step: int) -> bool:
@@ -223,7 +261,9 @@ def _save(run: Run, step: int, saver: checkpoint.CheckpointWriter) -> None:
 
 
 def _save_once(run: Run, step: int, saver: checkpoint.CheckpointWriter) -> None:
-    """Leave a complete checkpoint of a step; one that is complete or under way is not to be at stake again."""
+    """Leave a complete checkpoint of a step; one that is complete or under way is not to be at
+    stake again.
+    """
     saver.finish()
     if run.stages.interruption.steps_done != step:
         _save(run, step, saver)
@@ -246,11 +286,15 @@ def _evaluate(run: Run, folder: Path, step: int) -> None:
     if parallel.rank() == 0:
         write_held_out_answers(folder, step, groups)
         append_evaluation(folder, result)
-        parts = ", ".join(f"{source} {accuracy:.3f}" for source, accuracy in result.accuracy_by_source.items())
+        parts = ", ".join(
+            f"{source} {accuracy:.3f}" for source, accuracy in result.accuracy_by_source.items()
+        )
         logger.info("held-out accuracy after step %d: %.3f (%s)", step, result.accuracy, parts)
 
 
-def _record(run: Run, folder: Path, record: StepRecord, seconds: float, log: MetricsLog | None) -> None:
+def _record(
+    run: Run, folder: Path, record: StepRecord, seconds: float, log: MetricsLog | None
+) -> None:
     """Write transcripts, buffer file and metrics of a step."""
     metrics = record.metrics
     for memory in parallel.gather_from_ranks(process_memory()):
@@ -263,17 +307,23 @@ def _record(run: Run, folder: Path, record: StepRecord, seconds: float, log: Met
     for reason, count in health.counts.items():
         metrics.add(f"data/skipped/{reason}", Sum(count))
     metrics.add("seconds/step", Sum(seconds))
-    metrics.add("throughput/tokens_per_second", Mean(metrics.values().get("rollout/tokens", 0.0), seconds))
+    metrics.add(
+        "throughput/tokens_per_second", Mean(metrics.values().get("rollout/tokens", 0.0), seconds)
+    )
     if log is None:
         return
     advantages = {uid: values.tolist() for uid, values in record.advantages.items()}
-    write_transcript(folder, record.step, record.groups, advantages, record.minibatches, record.teacher_rewards)
+    write_transcript(
+        folder, record.step, record.groups, advantages, record.minibatches, record.teacher_rewards
+    )
     write_buffer(folder, record.step, record.buffer_change)
     log.write(record.step, metrics.values())
 
 
 def _finish(run: Run, folder: Path) -> None:
-    """Export the trained student as a Hugging Face folder, its adapters merged, and the adapters by themselves beside it."""
+    """Export the trained student as a Hugging Face folder, its adapters merged, and the adapters by
+    themselves beside it.
+    """
     model, source = run.policy.model, student_folder(run.stages.config)
     export_hf_weights(model, source, folder / HF_FOLDER)
     # With more trained than adapters, these alone would be another model.
@@ -287,7 +337,9 @@ def _report(run: Run, folder: Path) -> None:
     observability = run.stages.config.observability
     if parallel.rank() == 0 and observability.report:
         try:
-            write_report(folder, lambda ref: run.media.open(ref).pixels, observability.report_examples)
+            write_report(
+                folder, lambda ref: run.media.open(ref).pixels, observability.report_examples
+            )
         except Exception:
             # A page about the run must not end it; tools/make_report.py draws it again.
             logger.exception("the report could not be written, the run goes on")
@@ -297,7 +349,8 @@ def run_training(config: RunConfig, interruption: Interruption | None = None) ->
     """Train, and say in one line how the run ended if not at its end.
 
     Returns:
-        The exit code: 0 at its end, 1 after an error that the user can mend, `EXIT_CODE` where the same command goes on.
+        The exit code: 0 at its end, 1 after an error that the user can mend, `EXIT_CODE` where the
+        same command goes on.
     """
     try:
         train(config, interruption)
@@ -312,7 +365,8 @@ def run_training(config: RunConfig, interruption: Interruption | None = None) ->
         if error.filename is None and error.errno not in _DISK_ERRORS:
             raise
         logger.error(
-            "%s: a file of the run cannot be used, got %s, expected room and permission; check the disk, then the same command continues",
+            "%s: a file of the run cannot be used, got %s, expected room and permission; check the "
+            "disk, then the same command continues",
             run_folder(config),
             error,
         )

@@ -2,11 +2,13 @@
 
     results = run_ranks(function, world_size, *arguments)
 
-`function` is a module-level function; arguments and results are pickled. The ranks are processes with torchrun's environment on a free
-port, so `zppo_mm.models.parallel.initialize` works in them unchanged. A failing or hanging rank fails the test with all output.
+`function` is a module-level function; arguments and results are pickled. The ranks are processes
+with torchrun's environment on a free port, so `zppo_mm.parallel.groups.initialize` works in them
+unchanged. A failing or hanging rank fails the test with all output.
 
-Ranks are forked from a process that has imported torch, Megatron and the project and has done nothing else, since importing takes longer
-than most tests; with a GPU, whose driver does not outlive a fork, they import for themselves. Tests of whole programs start fresh ones.
+Ranks are forked from a process that has imported torch, Megatron and the project and has done
+nothing else, since importing takes longer than most tests; with a GPU, whose driver does not
+outlive a fork, they import for themselves. Tests of whole programs start fresh ones.
 """
 
 from __future__ import annotations
@@ -34,11 +36,13 @@ from unittest import mock
 import torch
 
 CLONE_ROOT = Path(__file__).resolve().parents[2]
-# Importing alone takes half a minute on a loaded two-core machine: once, or in every rank where there is a GPU.
+# Importing alone takes half a minute on a loaded two-core machine: once, or in every rank where
+# there is a GPU.
 DEFAULT_TIMEOUT_SECONDS = 300.0
 GRACE_SECONDS = 20.0
-# The first makes `import megatron.core` possible everywhere and the world's group free of what would keep it.
-IMPORTED = ("zppo_mm.models.parallel", "zppo_mm.build")
+# The first makes `import megatron.core` possible everywhere and the world's group free of what
+# would keep it.
+IMPORTED = ("zppo_mm.parallel.groups", "zppo_mm.run.build")
 PORTS = (20_000, 32_000)
 OUTPUT_TAIL_CHARACTERS = 6000
 
@@ -48,7 +52,9 @@ class RanksFailedError(AssertionError):
 
 
 def free_port() -> int:
-    """Return a TCP port that is free now, from below those that the system hands out: a connection could take one of them meanwhile."""
+    """Return a TCP port that is free now, from below those that the system hands out: a connection
+    could take one of them meanwhile.
+    """
     while True:
         port = random.SystemRandom().randrange(*PORTS)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -58,14 +64,24 @@ def free_port() -> int:
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     """Return torchrun's environment for one rank, single-threaded."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
+    names = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
+        "MASTER_PORT": port,
+    }
     path = os.pathsep.join(filter(None, [str(CLONE_ROOT), os.environ.get("PYTHONPATH", "")]))
     fixed = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return {**os.environ, **fixed, **{name: str(value) for name, value in names.items()}}
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, check: bool = True
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    check: bool = True,
 ) -> list[Any]:
     """Run `function(*arguments)` on `world_size` ranks.
 
@@ -74,7 +90,8 @@ def run_ranks(
         world_size: Number of processes.
         *arguments: Pickled, the same for every rank.
         timeout_seconds: Time for all ranks together.
-        check: Raise when a rank fails; `False` returns `(exit code, output)` per rank instead, for tests of failures.
+        check: Raise when a rank fails; `False` returns `(exit code, output)` per rank instead, for
+            tests of failures.
 
     Returns:
         What each rank returned, by rank.
@@ -84,10 +101,23 @@ def run_ranks(
     """
     with tempfile.TemporaryDirectory() as folder:
         task = Path(folder) / "task.pickle"
-        # The arguments may hold classes of the test module, which a rank can unpickle only after importing it: pickled apart.
-        task.write_bytes(pickle.dumps((inspect.getfile(function), function.__module__, function.__qualname__, pickle.dumps(arguments))))
+        # The arguments may hold classes of the test module, which a rank can unpickle only after
+        # importing it: pickled apart.
+        task.write_bytes(
+            pickle.dumps(
+                (
+                    inspect.getfile(function),
+                    function.__module__,
+                    function.__qualname__,
+                    pickle.dumps(arguments),
+                )
+            )
+        )
         port = free_port()
-        processes = [_start(task, rank, rank_environment(rank, world_size, port)) for rank in range(world_size)]
+        processes = [
+            _start(task, rank, rank_environment(rank, world_size, port))
+            for rank in range(world_size)
+        ]
         try:
             timed_out = _wait(processes, timeout_seconds, stop_after_failure=check)
         finally:
@@ -98,16 +128,23 @@ def run_ranks(
             return list(zip(codes, outputs, strict=True))
         if timed_out or any(codes):
             raise RanksFailedError(_report(codes, outputs, timed_out))
-        return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(world_size)]
+        return [
+            pickle.loads((Path(folder) / f"{rank}.result").read_bytes())
+            for rank in range(world_size)
+        ]
 
 
 def _start(task: Path, rank: int, environment: dict[str, str]) -> BaseProcess:
     if torch.cuda.is_available():
-        process: BaseProcess = multiprocessing.get_context("spawn").Process(target=_run_rank, args=(task, rank, environment))
+        process: BaseProcess = multiprocessing.get_context("spawn").Process(
+            target=_run_rank, args=(task, rank, environment)
+        )
     else:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(IMPORTED))
-        with mock.patch.dict(os.environ, {"PYTHONPATH": environment["PYTHONPATH"], "OMP_NUM_THREADS": "1"}):
+        with mock.patch.dict(
+            os.environ, {"PYTHONPATH": environment["PYTHONPATH"], "OMP_NUM_THREADS": "1"}
+        ):
             multiprocessing.forkserver.ensure_running()
         process = context.Process(target=_run_rank, args=(task, rank, environment))
     process.start()
@@ -115,7 +152,9 @@ def _start(task: Path, rank: int, environment: dict[str, str]) -> BaseProcess:
 
 
 def _wait(processes: list[BaseProcess], timeout_seconds: float, stop_after_failure: bool) -> bool:
-    """Wait for all; kill what is left at the deadline, or a little after the first failure. Returns whether the time was over."""
+    """Wait for all; kill what is left at the deadline, or a little after the first failure. Returns
+    whether the time was over.
+    """
     deadline = time.monotonic() + timeout_seconds
     timed_out = False
     while any(process.is_alive() for process in processes):
@@ -141,7 +180,9 @@ def _end_sessions(processes: list[BaseProcess]) -> None:
 
 
 def _read(log: Path) -> str:
-    return log.read_text(errors="replace") if log.exists() else ""  # it may have been killed before it could write
+    return (
+        log.read_text(errors="replace") if log.exists() else ""
+    )  # it may have been killed before it could write
 
 
 def _report(codes: list[int | None], outputs: list[str], timed_out: bool) -> str:

@@ -1,4 +1,6 @@
-"""Checkpoints are written while training goes on: what is saved, when it counts, and what a full disk or a kill leaves."""
+"""Checkpoints are written while training goes on: what is saved, when it counts, and what a full
+disk or a kill leaves.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from tests.distributed.launch import run_ranks
 from tests.distributed.training_example import Case, build_policy, make_batches, write_tiny_folder
 from zppo_mm.errors import CheckpointError
-from zppo_mm.models import parallel
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.training import checkpoint
 from zppo_mm.training.checkpoint import CheckpointWriter
 from zppo_mm.training.optimizer_state import shares
@@ -53,11 +55,15 @@ def snapshot(policy: Any) -> list[torch.Tensor]:
 
 
 def is_same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    return len(first) == len(second) and all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    return len(first) == len(second) and all(
+        torch.equal(*pair) for pair in zip(first, second, strict=True)
+    )
 
 
 def draws() -> torch.Tensor:
-    """Draw from the process's generator and from Megatron's stream for dropout; every rank has its own."""
+    """Draw from the process's generator and from Megatron's stream for dropout; every rank has its
+    own.
+    """
     first = torch.rand(4)
     with get_cuda_rng_tracker().fork():
         return torch.cat([first, torch.rand(4)])
@@ -108,7 +114,9 @@ def train_while_writing(model: Path, target: Path) -> dict[str, Any]:
     return results
 
 
-def save_on_a_full_disk(policy: Any, writer: CheckpointWriter, target: Path) -> tuple[str, list[str]]:
+def save_on_a_full_disk(
+    policy: Any, writer: CheckpointWriter, target: Path
+) -> tuple[str, list[str]]:
     """Save where rank 1 alone has no room; returns the error and what is left."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if parallel.rank() == 1:
@@ -140,7 +148,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(folder: Path, tmp_path: 
         assert results["as it was saved"]
         assert results["after two more"] == (["step_000002", "step_000003"], [1, 2, 3])
         message, left = results["full"]
-        assert "checkpoint: a rank could not write its file, got OSError: [Errno 27] File too large, expected room" in message
+        assert (
+            "checkpoint: a rank could not write its file, got OSError: [Errno 27] File too large, "
+            "expected room" in message
+        )
         assert left == ["step_000002", "step_000003"]
         assert results["room again"] == (["step_000003", "step_000005"], [1, 2, 3, 5])
 
@@ -162,7 +173,9 @@ def kill_this_process_at(sign: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def resume_and_save(model: Path, targets: list[Path]) -> list[tuple[dict[str, Any] | None, list[str]]]:
+def resume_and_save(
+    model: Path, targets: list[Path]
+) -> list[tuple[dict[str, Any] | None, list[str]]]:
     policy = build_policy(model, CASE)
     results = []
     for target in targets:
@@ -173,11 +186,15 @@ def resume_and_save(model: Path, targets: list[Path]) -> list[tuple[dict[str, An
     return results
 
 
-def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(folder: Path, tmp_path: Path) -> None:
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
+    folder: Path, tmp_path: Path
+) -> None:
     signs = ["", "/__0_0.distcp", f"/{checkpoint.STATE_FILE}"]
     targets = [tmp_path / str(number) for number, _ in enumerate(signs)]
     for target, sign in zip(targets, signs, strict=True):
-        ((code, output),) = run_ranks(train_until_killed, 1, folder, target, f".step_000002.partial{sign}", check=False)
+        ((code, output),) = run_ranks(
+            train_until_killed, 1, folder, target, f".step_000002.partial{sign}", check=False
+        )
         assert code == -signal.SIGKILL, output
         assert checkpoint.latest(target) == target / "step_000001"
         assert (target / ".step_000002.partial").is_dir()

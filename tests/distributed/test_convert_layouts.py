@@ -1,4 +1,6 @@
-"""Import and export at tensor and pipeline sizes above one: the same bytes whatever the layout, and a failure on one rank is one on all."""
+"""Import and export at tensor and pipeline sizes above one: the same bytes whatever the layout, and
+a failure on one rank is one on all.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,15 @@ from safetensors.torch import load_file, save_file
 from tests import network_checks, tiny_families
 from tests.conversion_checks import check_opens, content
 from tests.distributed.launch import run_ranks
-from zppo_mm.config import ParallelConfig
+from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.conversion import importing
 from zppo_mm.conversion.exporting import export_folder
 from zppo_mm.errors import ZppoError
-from zppo_mm.models import export, parallel
-from zppo_mm.models.export import export_hf_weights
-from zppo_mm.models.hf_writer import FolderWriter
-from zppo_mm.models.safetensors_folder import SafetensorsFolder
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.weights import hf_export as export
+from zppo_mm.weights.hf_export import export_hf_weights
+from zppo_mm.weights.hf_writer import FolderWriter
+from zppo_mm.weights.safetensors_folder import SafetensorsFolder
 
 LAYOUTS = {"whole": (1, 1), "tensor": (2, 1), "pipeline": (1, 2), "both": (2, 2)}
 # One family with layers of two kinds and a tower, tied; one whose layers are all alike, untied.
@@ -52,24 +55,34 @@ def add_output_layer(folder: Path) -> None:
     [embedding] = [key for key in content["weight_map"] if key.endswith("embed_tokens.weight")]
     file = folder / content["weight_map"][embedding]
     tensors = load_file(file)
-    save_file({**tensors, "lm_head.weight": tensors[embedding].clone()}, file, metadata={"format": "pt"})
+    save_file(
+        {**tensors, "lm_head.weight": tensors[embedding].clone()}, file, metadata={"format": "pt"}
+    )
     content["weight_map"]["lm_head.weight"] = file.name
     index.write_text(json.dumps(content))
 
 
 def layout(name: str) -> ParallelConfig:
     tensor, pipeline = LAYOUTS[name]
-    return ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, timeout_minutes=3)
+    return ParallelConfig(
+        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, timeout_minutes=3
+    )
 
 
 @pytest.fixture(scope="module")
-def converted(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]]:
-    """Return where four ranks wrote everything, and what each of them said about the conversions that must fail."""
+def converted(
+    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[list[str]]]:
+    """Return where four ranks wrote everything, and what each of them said about the conversions
+    that must fail.
+    """
     place = tmp_path_factory.mktemp("converted")
     return place, run_ranks(convert_everywhere, NUM_RANKS, folders, place)
 
 
-def test_the_layout_leaves_no_trace(folders: dict[str, Path], converted: tuple[Path, list[list[str]]]) -> None:
+def test_the_layout_leaves_no_trace(
+    folders: dict[str, Path], converted: tuple[Path, list[list[str]]]
+) -> None:
     for family, folder in folders.items():
         results = sorted(path for path in converted[0].glob(f"{family} export *"))
         assert len(results) == len(CHAIN[family]) + 1
@@ -86,7 +99,9 @@ def test_a_failure_on_one_rank_is_one_on_all(converted: tuple[Path, list[list[st
 
 
 def convert_everywhere(folders: dict[str, Path], place: Path) -> list[str]:
-    """Run on every rank: import at one layout, open and export at another; export a loaded network; fail twice."""
+    """Run on every rank: import at one layout, open and export at another; export a loaded network;
+    fail twice.
+    """
     for family, folder in folders.items():
         for imported, opened in CHAIN[family]:
             parallel.initialize(layout(imported), seed=0)
@@ -94,9 +109,15 @@ def convert_everywhere(folders: dict[str, Path], place: Path) -> list[str]:
             parallel.initialize(layout(opened), seed=0)
             network = network_checks.build(folder, layout(opened))
             check_opens(place / f"{family} {imported}", network, layout(opened))
-            export_folder(place / f"{family} {imported}", place / f"{family} export {imported} {opened}", layout(opened))
+            export_folder(
+                place / f"{family} {imported}",
+                place / f"{family} export {imported} {opened}",
+                layout(opened),
+            )
         parallel.initialize(layout("both"), seed=0)
-        export_hf_weights(network_checks.build(folder, layout("both")), folder, place / f"{family} export network")
+        export_hf_weights(
+            network_checks.build(folder, layout("both")), folder, place / f"{family} export network"
+        )
     messages = fail_everywhere(folders["qwen3_5"], place)
     parallel.shutdown()
     return messages
@@ -121,7 +142,9 @@ class Full(FolderWriter):
 
 
 def fail_everywhere(folder: Path, place: Path) -> list[str]:
-    """Fail at an export that only the first rank notices, and at an import that only the last one does; returns the messages."""
+    """Fail at an export that only the first rank notices, and at an import that only the last one
+    does; returns the messages.
+    """
     network = network_checks.build(folder, layout("both"))
     messages = []
     export.FolderWriter = Full

@@ -1,4 +1,6 @@
-"""Distillation updates against a plain PyTorch loop over two Hugging Face models, and on every layout."""
+"""Distillation updates against a plain PyTorch loop over two Hugging Face models, and on every
+layout.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +25,19 @@ from tests.distributed.training_example import (
     make_plan,
     write_tiny_folder,
 )
-from zppo_mm.config import ModelConfig, ParallelConfig
+from zppo_mm.algorithms.divergence import top_tokens
+from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import Group, Prompt, PromptInstance, Rollout, TopLogprobs, TrainingSample
-from zppo_mm.models import parallel
-from zppo_mm.models.architecture import load_architecture
+from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.models.weights import load_hf_weights
 from zppo_mm.observability.metrics import StepMetrics
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.training.distillation import DistillationObjective, check_networks
-from zppo_mm.training.divergence import top_tokens
 from zppo_mm.training.learner import Learner
 from zppo_mm.training.policy import Policy
+from zppo_mm.weights.mapping import load_hf_weights
 
 # Two implementations of the network in float32, then AdamW steps.
 ORACLE_TOLERANCE = 1e-3
@@ -49,7 +51,10 @@ STUDENT, TEACHER = "student", "teacher"
 def make_texts() -> list[TrainingSample]:
     """Return the samples without media; an advantage of 0 must not matter."""
     samples = [sample for sample in make_groups() if not sample.grids]
-    return [dataclasses.replace(sample, advantages=np.zeros_like(sample.advantages)) for sample in samples]
+    return [
+        dataclasses.replace(sample, advantages=np.zeros_like(sample.advantages))
+        for sample in samples
+    ]
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,16 @@ def distil(folders: Path, ways: list[Distilled]) -> list[Result]:
         batches = make_batches(way.case())
         metrics = [policy.train_step(batches) for _ in range(NUM_STEPS)]
         named = policy.model.named_parameters()
-        results.append(Result(metrics, {n: p.detach().clone() for n, p in named if not getattr(p, "tensor_model_parallel", False)}))
+        results.append(
+            Result(
+                metrics,
+                {
+                    n: p.detach().clone()
+                    for n, p in named
+                    if not getattr(p, "tensor_model_parallel", False)
+                },
+            )
+        )
     parallel.shutdown()
     return results
 
@@ -132,7 +146,9 @@ def distil(folders: Path, ways: list[Distilled]) -> list[Result]:
 @pytest.fixture(scope="module")
 def references(folders: Path) -> dict[str, Result]:
     """Return the updates of one process without shared prompts."""
-    return dict(zip(REFERENCES, run_ranks(distil, 1, folders, list(REFERENCES.values()))[0], strict=True))
+    return dict(
+        zip(REFERENCES, run_ranks(distil, 1, folders, list(REFERENCES.values()))[0], strict=True)
+    )
 
 
 def naive_loss(student: torch.Tensor, teacher: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -140,21 +156,31 @@ def naive_loss(student: torch.Tensor, teacher: torch.Tensor, top_k: int) -> torc
     p, q = student.softmax(-1), teacher.softmax(-1)
     if top_k:
         ids = q.topk(top_k).indices
-        p, q = (torch.cat([each.gather(-1, ids), 1 - each.gather(-1, ids).sum(-1, keepdim=True)], -1) for each in (p, q))
+        p, q = (
+            torch.cat([each.gather(-1, ids), 1 - each.gather(-1, ids).sum(-1, keepdim=True)], -1)
+            for each in (p, q)
+        )
     m = (p + q) / 2
     return ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2
 
 
-def naive_updates(folders: Path, updates: list[list[TrainingSample]], top_k: int) -> list[tuple[float, float]]:
+def naive_updates(
+    folders: Path, updates: list[list[TrainingSample]], top_k: int
+) -> list[tuple[float, float]]:
     """Return loss and gradient norm of plain updates, one sequence at a time."""
     from transformers import Qwen3_5ForConditionalGeneration
 
     def read(name: str) -> torch.nn.Module:
-        return Qwen3_5ForConditionalGeneration.from_pretrained(folders / name, dtype=torch.float32, attn_implementation="eager")
+        return Qwen3_5ForConditionalGeneration.from_pretrained(
+            folders / name, dtype=torch.float32, attn_implementation="eager"
+        )
 
     student, teacher = read(STUDENT), read(TEACHER)
     language = [parameter for name, parameter in student.named_parameters() if "visual" not in name]
-    parts = [(TRAIN.weight_decay, [p for p in language if p.ndim > 1]), (0.0, [p for p in language if p.ndim <= 1])]
+    parts = [
+        (TRAIN.weight_decay, [p for p in language if p.ndim > 1]),
+        (0.0, [p for p in language if p.ndim <= 1]),
+    ]
     optimizer = torch.optim.AdamW(
         [{"params": parameters, "weight_decay": decay} for decay, parameters in parts],
         lr=TRAIN.lr,
@@ -179,13 +205,21 @@ def naive_updates(folders: Path, updates: list[list[TrainingSample]], top_k: int
     return results
 
 
-def compare_with_naive(folders: Path, top_k: int) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+def compare_with_naive(
+    folders: Path, top_k: int
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
     way = Distilled(top_k=top_k, texts_only=True)
     policy = build(folders, way)
     samples = make_texts()
     plan = make_plan(way.case(), 1)
-    updates = [[s for s, owner in zip(samples, plan.minibatch_of, strict=True) if owner == update] for update in range(2)]
-    ours = [(update.loss, update.grad_norm) for update in policy.train_step(make_batches(way.case())).updates]
+    updates = [
+        [s for s, owner in zip(samples, plan.minibatch_of, strict=True) if owner == update]
+        for update in range(2)
+    ]
+    ours = [
+        (update.loss, update.grad_norm)
+        for update in policy.train_step(make_batches(way.case())).updates
+    ]
     parallel.shutdown()
     return ours, naive_updates(folders, updates, top_k)
 
@@ -203,19 +237,29 @@ def test_the_student_approaches_the_teacher(references: dict[str, Result]) -> No
         first, second = result.metrics
         assert second.loss < 0.95 * first.loss
         assert 0 <= first.means["agreement"] <= 1
-    assert references["top"].metrics[0].updates[0].loss < references["whole"].metrics[0].updates[0].loss
+    assert (
+        references["top"].metrics[0].updates[0].loss
+        < references["whole"].metrics[0].updates[0].loss
+    )
 
 
 @pytest.mark.parametrize("name", list(REFERENCES))
-def test_sharing_prompts_changes_nothing(folders: Path, references: dict[str, Result], name: str) -> None:
-    ways = [dataclasses.replace(REFERENCES[name], share_prompts=True, micro_batch_tokens=tokens) for tokens in (20, 64, 1000)]
+def test_sharing_prompts_changes_nothing(
+    folders: Path, references: dict[str, Result], name: str
+) -> None:
+    ways = [
+        dataclasses.replace(REFERENCES[name], share_prompts=True, micro_batch_tokens=tokens)
+        for tokens in (20, 64, 1000)
+    ]
     for actual in run_ranks(distil, 1, folders, ways)[0]:
         assert_same(actual, references[name], f"{name}, shared")
 
 
 def test_the_layout_does_not_matter(folders: Path, references: dict[str, Result]) -> None:
     ways = {
-        (name, layout, share): dataclasses.replace(REFERENCES[name], layout=TWO_RANKS[layout], share_prompts=share)
+        (name, layout, share): dataclasses.replace(
+            REFERENCES[name], layout=TWO_RANKS[layout], share_prompts=share
+        )
         for name in REFERENCES
         for layout in TWO_RANKS
         for share in ((False, True) if name == "whole" else (True,))
@@ -226,64 +270,103 @@ def test_the_layout_does_not_matter(folders: Path, references: dict[str, Result]
 
 
 def carried(folders: Path, share_prompts: bool) -> tuple[Result, Result]:
-    """Distil from the teacher's top tokens, taken beforehand and carried by the samples, and from the teacher itself."""
+    """Distil from the teacher's top tokens, taken beforehand and carried by the samples, and from
+    the teacher itself.
+    """
     way = Distilled(top_k=TOP_K, texts_only=True, share_prompts=share_prompts)
     parallel.initialize(way.layout, seed=0)
     teacher = load(folders / TEACHER, way.layout, trainable=False)
-    samples = [with_teacher_top(teacher, sample, TOP_K + (number % 2)) for number, sample in enumerate(make_texts())]
+    samples = [
+        with_teacher_top(teacher, sample, TOP_K + (number % 2))
+        for number, sample in enumerate(make_texts())
+    ]
     objective = DistillationObjective(None, TOP_K, 1.0, parallel.tensor_group())
-    policy = Policy(load(folders / STUDENT, way.layout, trainable=True), TRAIN, way.layout, objective)
+    policy = Policy(
+        load(folders / STUDENT, way.layout, trainable=True), TRAIN, way.layout, objective
+    )
     case = dataclasses.replace(way.case(), samples=lambda: samples)
     result = Result([policy.train_step(make_batches(case)) for _ in range(NUM_STEPS)], {})
     (live,) = distil(folders, [way])
     return result, live
 
 
-def with_teacher_top(teacher: VisionLanguageModel, sample: TrainingSample, k: int) -> TrainingSample:
-    """Attach the teacher's top tokens; every other sample has one more column, which says that there is no token."""
+def with_teacher_top(
+    teacher: VisionLanguageModel, sample: TrainingSample, k: int
+) -> TrainingSample:
+    """Attach the teacher's top tokens; every other sample has one more column, which says that
+    there is no token.
+    """
     length = torch.tensor([0, sample.num_tokens], dtype=torch.int32)
     with torch.no_grad():
-        logits = teacher(torch.from_numpy(sample.token_ids), torch.from_numpy(sample.positions), length)
+        logits = teacher(
+            torch.from_numpy(sample.token_ids), torch.from_numpy(sample.positions), length
+        )
     ids, logprobs = (each.numpy() for each in top_tokens(logits, TOP_K))
     before = ((1, 0), (0, k - TOP_K))
     return dataclasses.replace(
         sample,
         teacher_top=TopLogprobs(
-            np.pad(ids[:-1], before, constant_values=-1), np.pad(logprobs[:-1], before, constant_values=np.float32(np.nan))
+            np.pad(ids[:-1], before, constant_values=-1),
+            np.pad(logprobs[:-1], before, constant_values=np.float32(np.nan)),
         ),
     )
 
 
 @pytest.mark.parametrize("share_prompts", [False, True])
-def test_log_probs_that_samples_carry_are_as_good_as_the_teacher(folders: Path, share_prompts: bool) -> None:
+def test_log_probs_that_samples_carry_are_as_good_as_the_teacher(
+    folders: Path, share_prompts: bool
+) -> None:
     ((actual, live),) = run_ranks(carried, 1, folders, share_prompts)
     assert_same(actual, live, "carried")
 
 
 def learn(folders: Path) -> tuple[list[float], list[float], dict[str, float]]:
-    """Learn from groups of which one rollout has no log-probs of the teacher, and from the same groups without it."""
+    """Learn from groups of which one rollout has no log-probs of the teacher, and from the same
+    groups without it.
+    """
     layout = ParallelConfig()
     parallel.initialize(layout, seed=0)
     teacher = load(folders / TEACHER, layout, trainable=False)
     samples = [with_teacher_top(teacher, sample, TOP_K) for sample in make_texts()]
     updates, measured = [], []
     for without in (False, True):
-        policy = Policy(load(folders / STUDENT, layout, trainable=True), TRAIN, layout, DistillationObjective(None, TOP_K, 1.0))
+        policy = Policy(
+            load(folders / STUDENT, layout, trainable=True),
+            TRAIN,
+            layout,
+            DistillationObjective(None, TOP_K, 1.0),
+        )
         groups = [as_group(samples[:4], None if without else 1), as_group(samples[4:6], 2)]
         if without:
-            groups[0] = dataclasses.replace(groups[0], rollouts=(*groups[0].rollouts[:1], *groups[0].rollouts[2:]))
+            groups[0] = dataclasses.replace(
+                groups[0], rollouts=(*groups[0].rollouts[:1], *groups[0].rollouts[2:])
+            )
         metrics = StepMetrics()
         train = dataclasses.replace(TRAIN, updates_per_step=1)
         advantages = {group.uid: np.zeros(len(group.rollouts), np.float32) for group in groups}
-        Learner(policy, RandomMedia(), train, 0, temperature=1.0, importance_cap=0.0).learn(groups, advantages, 1, metrics)
+        Learner(policy, RandomMedia(), train, 0, temperature=1.0, importance_cap=0.0).learn(
+            groups, advantages, 1, metrics
+        )
         measured.append(metrics.values())
-        updates.append([measured[-1][name] for name in ("policy/loss", "policy/grad_norm", "batch/loss_tokens", "distill/agreement")])
+        updates.append(
+            [
+                measured[-1][name]
+                for name in (
+                    "policy/loss",
+                    "policy/grad_norm",
+                    "batch/loss_tokens",
+                    "distill/agreement",
+                )
+            ]
+        )
     parallel.shutdown()
     return updates[0], updates[1], measured[0]
 
 
 def as_group(samples: list[TrainingSample], without_logprobs: int | None) -> Group:
-    """Return the samples of a group as what was sampled, one of them without the teacher's log-probs."""
+    """Return the samples of a group as what was sampled, one of them without the teacher's
+    log-probs.
+    """
     first = samples[0]
     count = first.num_prompt_tokens
     prompt = Prompt("", first.token_ids[:count], first.positions[:, :count], count)
@@ -292,7 +375,9 @@ def as_group(samples: list[TrainingSample], without_logprobs: int | None) -> Gro
         assert sample.teacher_top is not None
         top = TopLogprobs(sample.teacher_top.ids[count:], sample.teacher_top.logprobs[count:])
         told = None if place == without_logprobs else top
-        rollouts.append(Rollout(sample.token_ids[count:], None, "stop", "", None, 1.0, 1, teacher_top=told))
+        rollouts.append(
+            Rollout(sample.token_ids[count:], None, "stop", "", None, 1.0, 1, teacher_top=told)
+        )
     return Group(PromptInstance(first.uid, first.question, "teacher", ""), prompt, tuple(rollouts))
 
 
@@ -310,7 +395,9 @@ def refusals(folders: Path) -> list[str]:
     parallel.initialize(layout, seed=0)
     architecture = load_architecture(folders / STUDENT)
     student = build_model(architecture, ModelConfig(), layout)
-    larger = build_model(dataclasses.replace(architecture, vocab_size=136), ModelConfig(), layout, trainable=False)
+    larger = build_model(
+        dataclasses.replace(architecture, vocab_size=136), ModelConfig(), layout, trainable=False
+    )
     # Its layers say this of themselves on a machine with that package.
     fused = build_model(architecture, ModelConfig(), layout, trainable=False)
     fused.config.transformer_impl = "transformer_engine"
@@ -334,23 +421,35 @@ def test_networks_that_cannot_be_compared_are_refused(folders: Path) -> None:
 
 
 def touched_places(folders: Path, ways: list[Distilled]) -> list[np.ndarray]:
-    """Return which tokens' logits get a gradient in the first micro-batch, and which should, `[2, tokens]`."""
+    """Return which tokens' logits get a gradient in the first micro-batch, and which should, `[2,
+    tokens]`.
+    """
     found = []
     for way in ways:
         policy = build(folders, way)
         microbatch = make_batches(way.case())[0].microbatches[0]
-        inputs = (microbatch.token_ids, microbatch.positions, microbatch.cu_seqlens, microbatch.patches, microbatch.grids)
+        inputs = (
+            microbatch.token_ids,
+            microbatch.positions,
+            microbatch.cu_seqlens,
+            microbatch.patches,
+            microbatch.grids,
+        )
         logits = policy.model(*inputs, parents=microbatch.parents)
         logits.retain_grad()
         policy.objective(logits, microbatch).loss_sum.backward()
         assert logits.grad is not None
         touched = (logits.grad.abs().sum(-1) > 0).numpy()
         expected = np.zeros_like(touched)
-        for sequence, parent in enumerate(microbatch.parents or [-1] * (len(microbatch.cu_seqlens) - 1)):
+        for sequence, parent in enumerate(
+            microbatch.parents or [-1] * (len(microbatch.cu_seqlens) - 1)
+        ):
             bounds = microbatch.cu_seqlens.tolist()
             for token in range(bounds[sequence], bounds[sequence + 1]):
                 if microbatch.loss_mask[token]:
-                    expected[token - 1 if token > bounds[sequence] else bounds[parent + 1] - 1] = True
+                    expected[token - 1 if token > bounds[sequence] else bounds[parent + 1] - 1] = (
+                        True
+                    )
         assert (microbatch.token_ids == IMAGE).any()
         found.append(np.stack([touched, expected]))
     parallel.shutdown()
@@ -359,7 +458,10 @@ def touched_places(folders: Path, ways: list[Distilled]) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("top_k", [0, TOP_K])
 def test_only_places_that_predict_the_response_get_a_gradient(folders: Path, top_k: int) -> None:
-    ways = [Distilled(top_k=top_k, share_prompts=share, micro_batch_tokens=1000) for share in (False, True)]
+    ways = [
+        Distilled(top_k=top_k, share_prompts=share, micro_batch_tokens=1000)
+        for share in (False, True)
+    ]
     for touched, expected in run_ranks(touched_places, 1, folders, ways)[0]:
         np.testing.assert_array_equal(touched, expected)
         assert 0 < expected.sum() < len(expected)

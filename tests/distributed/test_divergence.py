@@ -7,9 +7,9 @@ import os
 import torch
 
 from tests.distributed.launch import run_ranks
-from zppo_mm.config import ParallelConfig
-from zppo_mm.models import parallel
-from zppo_mm.training.divergence import jensen_shannon, top_jensen_shannon, top_tokens
+from zppo_mm.algorithms.divergence import jensen_shannon, top_jensen_shannon, top_tokens
+from zppo_mm.config.schema import ParallelConfig
+from zppo_mm.parallel import groups as parallel
 
 # Float32 sums over the vocabulary in another order.
 TOLERANCE = 1e-5
@@ -17,8 +17,12 @@ TOP_K = 6
 
 
 def divided_vocabulary(student: torch.Tensor, teacher: torch.Tensor) -> list[torch.Tensor]:
-    """Return value, gradient, entropy and agreement of this rank's slice of the vocabulary, whole and lumped."""
-    parallel.initialize(ParallelConfig(tensor_model_parallel_size=int(os.environ["WORLD_SIZE"])), seed=0)
+    """Return value, gradient, entropy and agreement of this rank's slice of the vocabulary, whole
+    and lumped.
+    """
+    parallel.initialize(
+        ParallelConfig(tensor_model_parallel_size=int(os.environ["WORLD_SIZE"])), seed=0
+    )
     group, size, rank = parallel.tensor_group(), parallel.tensor_size(), parallel.tensor_rank()
     mine, other = (logits.chunk(size, -1)[rank].clone() for logits in (student, teacher))
     found = []

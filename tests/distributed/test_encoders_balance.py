@@ -1,4 +1,6 @@
-"""A vision tower whose work is shared gives the features and gradients of one that computes everything."""
+"""A vision tower whose work is shared gives the features and gradients of one that computes
+everything.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +41,20 @@ def largest_difference(grids: list[list[int]], frozen: bool) -> tuple[float, flo
         (features * upstream).sum().backward()
         results.append((features.detach(), [p.grad for p in tower.parameters() if p.requires_grad]))
     (features, gradients), (shared_features, shared_gradients) = results
-    distances = [float((a - b).abs().max() / a.abs().max().clamp(min=1e-6)) for a, b in zip(gradients, shared_gradients, strict=True)]
+    distances = [
+        float((a - b).abs().max() / a.abs().max().clamp(min=1e-6))
+        for a, b in zip(gradients, shared_gradients, strict=True)
+    ]
     return float((features - shared_features).abs().max()), max(distances)
 
 
 def compare_all() -> list[tuple[float, float]]:
     dist.init_process_group("gloo")
-    cases = [([[1, 4, 6], [3, 2, 4], [1, 2, 2]], False), ([[1, 4, 4]], False), ([[1, 4, 6], [2, 4, 4]], True)]
+    cases = [
+        ([[1, 4, 6], [3, 2, 4], [1, 2, 2]], False),
+        ([[1, 4, 4]], False),
+        ([[1, 4, 6], [2, 4, 4]], True),
+    ]
     return [largest_difference(grids, frozen) for grids, frozen in cases]
 
 

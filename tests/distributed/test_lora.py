@@ -1,4 +1,6 @@
-"""Adapters on every layout: the same updates, PEFT folder, samples and table of sizes; checkpoints that continue at another one."""
+"""Adapters on every layout: the same updates, PEFT folder, samples and table of sizes; checkpoints
+that continue at another one.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +16,20 @@ from tests import network_checks, tiny_qwen
 from tests.distributed.launch import run_ranks
 from tests.distributed.training_example import TRAIN, Case, make_batches, write_tiny_folder
 from tests.unit.test_models_lora_bfloat16 import decoding_linears
-from zppo_mm.config import AlgorithmConfig, LoraConfig, ModelConfig, ParallelConfig
-from zppo_mm.models import parallel
-from zppo_mm.models.architecture import load_architecture
-from zppo_mm.models.cache import DecodeCache
-from zppo_mm.models.lora import adapters_of, add_lora
-from zppo_mm.models.lora_export import WEIGHTS_FILE, export_adapter
+from zppo_mm.config.schema import AlgorithmConfig, LoraConfig, ModelConfig, ParallelConfig
+from zppo_mm.lora.adapters import adapters_of, add_lora
+from zppo_mm.lora.export import WEIGHTS_FILE, export_adapter
+from zppo_mm.models.decoding.decode import decode, prefill
+from zppo_mm.models.families.architecture import load_architecture
+from zppo_mm.models.layers.cache import DecodeCache
 from zppo_mm.models.provider import build_model
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.models.weights import load_hf_weights
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.training import checkpoint
 from zppo_mm.training.objective import PolicyObjective
 from zppo_mm.training.policy import Policy
 from zppo_mm.training.trainable import part_sizes
+from zppo_mm.weights.mapping import load_hf_weights
 
 pytestmark = pytest.mark.timeout(700)  # a start of four ranks takes a minute on a busy machine
 LORA = LoraConfig(rank=4, alpha=8)
@@ -50,7 +53,9 @@ TWO_RANKS = {
     "few, pipeline": ParallelConfig(pipeline_model_parallel_size=2),
 }
 FOUR_RANKS = {
-    "tensor x pipeline": ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+    "tensor x pipeline": ParallelConfig(
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=2
+    ),
     "sequence x data": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
 }
 
@@ -62,10 +67,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_ranks(train_cases, 1, folder, {"all": ParallelConfig(), "few": ParallelConfig()}, tmp_path_factory.mktemp("alone"))[0]
+    return run_ranks(
+        train_cases,
+        1,
+        folder,
+        {"all": ParallelConfig(), "few": ParallelConfig()},
+        tmp_path_factory.mktemp("alone"),
+    )[0]
 
 
-def build(folder: Path, layout: ParallelConfig, lora: LoraConfig = LORA, dtype: str = "float32") -> VisionLanguageModel:
+def build(
+    folder: Path, layout: ParallelConfig, lora: LoraConfig = LORA, dtype: str = "float32"
+) -> VisionLanguageModel:
     """Return this rank's stage with adapters that have an effect, the same on every layout."""
     parallel.initialize(layout, seed=0)
     model = build_model(load_architecture(folder), ModelConfig(params_dtype=dtype), layout)
@@ -83,7 +96,9 @@ def build(folder: Path, layout: ParallelConfig, lora: LoraConfig = LORA, dtype: 
 
 
 def wrap(model: VisionLanguageModel, layout: ParallelConfig) -> Policy:
-    return Policy(model, TRAIN, layout, PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group()))
+    return Policy(
+        model, TRAIN, layout, PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group())
+    )
 
 
 def train(folder: Path, layout: ParallelConfig, target: Path, lora: LoraConfig) -> dict[str, Any]:
@@ -92,7 +107,11 @@ def train(folder: Path, layout: ParallelConfig, target: Path, lora: LoraConfig) 
     export_adapter(model, folder, target / "before")
     gap = sampling_gap(model)
     policy = wrap(model, layout)
-    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    base = {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+    }
     batches = make_batches(Case(layout))
     updates = [update for _ in range(2) for update in policy.train_step(batches).updates]
     export_adapter(model, folder, target / "after")
@@ -100,39 +119,57 @@ def train(folder: Path, layout: ParallelConfig, target: Path, lora: LoraConfig) 
         "updates": [(update.loss, update.grad_norm, update.skipped) for update in updates],
         "gap": gap,
         "sizes": part_sizes(model),
-        "base unchanged": all(torch.equal(model.get_parameter(name), value) for name, value in base.items()),
+        "base unchanged": all(
+            torch.equal(model.get_parameter(name), value) for name, value in base.items()
+        ),
     }
 
 
 @torch.no_grad()
 def sampling_gap(model: VisionLanguageModel) -> float:
-    """Return the largest difference of a token's log-probs between prefill and decoding, and the training forward pass."""
+    """Return the largest difference of a token's log-probs between prefill and decoding, and the
+    training forward pass.
+    """
     part = tiny_qwen.make_sequence(0, [6, ("image", (1, 4, 6)), 5])
     count, prompt, vocabulary = 6, len(part.token_ids), model.architecture.vocab_size
     cache = DecodeCache(max_new_tokens=count)
-    logits = network_checks.share_logits(model.prefill(**tiny_qwen.pack([part]), cache=cache), 1, vocabulary)
+    logits = network_checks.share_logits(
+        prefill(model, **tiny_qwen.pack([part]), cache=cache), 1, vocabulary
+    )
     tokens, sampled = [], [logits]
     for step in range(count):
         tokens.append(logits[:, : tiny_qwen.IMAGE].argmax(-1))
         position = torch.full((3, 1), part.next_position + step)
-        logits = network_checks.share_logits(model.decode(tokens[-1], position, cache), 1, vocabulary)
+        logits = network_checks.share_logits(
+            decode(model, tokens[-1], position, cache), 1, vocabulary
+        )
         sampled.append(logits)
     if parallel.pipeline_size() > 1:
-        return 0.0  # a stage of a pipeline cannot run the forward pass alone; the engine's own tests cover its messages
+        # A stage of a pipeline cannot run the forward pass alone; the engine's own tests cover its
+        # messages.
+        return 0.0
     pack = tiny_qwen.pack([part])
     pack["token_ids"] = torch.cat([part.token_ids, *tokens])
-    pack["positions"] = torch.cat([part.positions, part.next_position + torch.arange(count).expand(3, -1)], 1)
+    pack["positions"] = torch.cat(
+        [part.positions, part.next_position + torch.arange(count).expand(3, -1)], 1
+    )
     pack["cu_seqlens"] = torch.tensor([0, prompt + count], dtype=torch.int32)
     whole = torch.zeros(prompt + count, vocabulary)
     whole[model.own_tokens(prompt + count)] = network_checks.gather_vocabulary(model(**pack))
     dist.all_reduce(whole, group=parallel.context_group())
-    return float((torch.log_softmax(torch.cat(sampled), -1) - torch.log_softmax(whole[prompt - 1 :], -1)).abs().max())
+    return float(
+        (torch.log_softmax(torch.cat(sampled), -1) - torch.log_softmax(whole[prompt - 1 :], -1))
+        .abs()
+        .max()
+    )
 
 
 def train_cases(folder: Path, layouts: dict[str, ParallelConfig], target: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, layout in layouts.items():
-        results[name] = train(folder, layout, target / name, FEW if name.startswith("few") else LORA)
+        results[name] = train(
+            folder, layout, target / name, FEW if name.startswith("few") else LORA
+        )
         for moment in ("before", "after"):
             results[name][moment] = load_file(target / name / moment / WEIGHTS_FILE)
     parallel.shutdown()
@@ -148,15 +185,23 @@ def test_adapters_learn_and_nothing_else_moves(alone: dict[str, Any]) -> None:
     assert alone["base unchanged"]
     # 3 DeltaNet layers with 5 + 3 linears each, 1 of attention with 4 + 3.
     assert len(alone["after"]) == 2 * (3 * 8 + 7)
-    moved = [float((alone["after"][name] - alone["before"][name]).abs().max()) for name in alone["after"]]
+    moved = [
+        float((alone["after"][name] - alone["before"][name]).abs().max()) for name in alone["after"]
+    ]
     assert min(moved) > 20 * WEIGHT_TOLERANCE
 
 
 @pytest.mark.parametrize(("world_size", "layouts"), [(2, TWO_RANKS), (4, FOUR_RANKS)])
 def test_the_layout_does_not_matter(
-    folder: Path, alone: dict[str, Any], world_size: int, layouts: dict[str, ParallelConfig], tmp_path: Path
+    folder: Path,
+    alone: dict[str, Any],
+    world_size: int,
+    layouts: dict[str, ParallelConfig],
+    tmp_path: Path,
 ) -> None:
-    for results in run_ranks(train_cases, world_size, folder, layouts, tmp_path, timeout_seconds=600):
+    for results in run_ranks(
+        train_cases, world_size, folder, layouts, tmp_path, timeout_seconds=600
+    ):
         for name, result in results.items():
             expected = alone["few" if name.startswith("few") else "all"]
             assert result["base unchanged"], name
@@ -167,7 +212,13 @@ def test_the_layout_does_not_matter(
             assert result["before"].keys() == expected["before"].keys(), name
             for key, initial in expected["before"].items():
                 assert torch.equal(result["before"][key], initial), (name, key)
-                torch.testing.assert_close(result["after"][key], expected["after"][key], atol=WEIGHT_TOLERANCE, rtol=0, msg=f"{name} {key}")
+                torch.testing.assert_close(
+                    result["after"][key],
+                    expected["after"][key],
+                    atol=WEIGHT_TOLERANCE,
+                    rtol=0,
+                    msg=f"{name} {key}",
+                )
 
 
 def save_and_go_on(folder: Path, target: Path, layout: ParallelConfig, dtype: str) -> list[float]:
@@ -197,7 +248,9 @@ def save_on_two_ranks(folder: Path, root: Path) -> dict[tuple[str, str], list[fl
             if name != "few, pipeline":
                 results[dtype, name] = save_and_go_on(folder, root / dtype / name, layout, dtype)
         for name, other in (("tensor", "pipeline"), ("data", "sequence")):
-            results[dtype, f"{name} at {other}"] = load_and_go_on(folder, root / dtype / name, TWO_RANKS[other], dtype)
+            results[dtype, f"{name} at {other}"] = load_and_go_on(
+                folder, root / dtype / name, TWO_RANKS[other], dtype
+            )
     parallel.shutdown()
     return results
 
@@ -205,18 +258,27 @@ def save_on_two_ranks(folder: Path, root: Path) -> dict[tuple[str, str], list[fl
 def load_on_one_rank(folder: Path, root: Path) -> dict[tuple[str, str], list[float]]:
     names = [name for name in TWO_RANKS if name != "few, pipeline"]
     results = {
-        (dtype, name): load_and_go_on(folder, root / dtype / name, ParallelConfig(), dtype) for dtype in LOSS_TOLERANCE for name in names
+        (dtype, name): load_and_go_on(folder, root / dtype / name, ParallelConfig(), dtype)
+        for dtype in LOSS_TOLERANCE
+        for name in names
     }
     parallel.shutdown()
     return results
 
 
-def test_a_checkpoint_continues_at_every_layout(folder: Path, alone: dict[str, Any], tmp_path: Path) -> None:
+def test_a_checkpoint_continues_at_every_layout(
+    folder: Path, alone: dict[str, Any], tmp_path: Path
+) -> None:
     reference = [loss for loss, _norm, _skipped in alone["all"]["updates"][2:]]
-    results = [*run_ranks(save_on_two_ranks, 2, folder, tmp_path), *run_ranks(load_on_one_rank, 1, folder, tmp_path)]
+    results = [
+        *run_ranks(save_on_two_ranks, 2, folder, tmp_path),
+        *run_ranks(load_on_one_rank, 1, folder, tmp_path),
+    ]
     for result in results:
         for (dtype, name), losses in result.items():
-            assert losses == pytest.approx(reference, rel=LOSS_TOLERANCE[dtype], abs=LOSS_TOLERANCE[dtype]), (dtype, name)
+            assert losses == pytest.approx(
+                reference, rel=LOSS_TOLERANCE[dtype], abs=LOSS_TOLERANCE[dtype]
+            ), (dtype, name)
 
 
 def equal_outputs(folder: Path, size: float) -> dict[str, bool]:
@@ -225,7 +287,9 @@ def equal_outputs(folder: Path, size: float) -> dict[str, bool]:
 
 
 def _equal_outputs(folder: Path, size: float) -> dict[str, bool]:
-    """Compare every linear's output in bfloat16 in the decoding loop with that in training, on two tensor ranks."""
+    """Compare every linear's output in bfloat16 in the decoding loop with that in training, on two
+    tensor ranks.
+    """
     layout = ParallelConfig(tensor_model_parallel_size=2)
     parallel.initialize(layout, seed=0)
     model = build_model(load_architecture(folder), ModelConfig(params_dtype="bfloat16"), layout)
@@ -235,19 +299,28 @@ def _equal_outputs(folder: Path, size: float) -> dict[str, bool]:
     assert adapters is not None
     for target in adapters.targets():
         stream = torch.Generator().manual_seed(sum(target.key.encode()))
-        target.lora_B.data.copy_(size * torch.randn(2 * len(target.rows), LORA.rank, generator=stream)[: len(target.rows)])
+        target.lora_B.data.copy_(
+            size
+            * torch.randn(2 * len(target.rows), LORA.rank, generator=stream)[: len(target.rows)]
+        )
     linears, equal = decoding_linears(model.eval()), {}
     for name, branch in adapters.branches.items():
         # Of a row-parallel linear each rank has inputs of its own.
-        stream = torch.Generator().manual_seed(parallel.tensor_rank() if branch.mapping.rule.axis == 1 else 5)
+        stream = torch.Generator().manual_seed(
+            parallel.tensor_rank() if branch.mapping.rule.axis == 1 else 5
+        )
         hidden = torch.randn(256, branch.mapping.parameter.shape[1], generator=stream).bfloat16()
-        equal[name] = torch.equal(linears[branch.linear](hidden), branch.linear(hidden[:, None])[0].squeeze(1))
+        equal[name] = torch.equal(
+            linears[branch.linear](hidden), branch.linear(hidden[:, None])[0].squeeze(1)
+        )
     parallel.shutdown()
     return equal
 
 
 @pytest.mark.parametrize("size", [1e-4, 1e-1])
-def test_sampler_and_trainer_compute_the_same_in_bfloat16_on_two_tensor_ranks(folder: Path, size: float) -> None:
+def test_sampler_and_trainer_compute_the_same_in_bfloat16_on_two_tensor_ranks(
+    folder: Path, size: float
+) -> None:
     for equal in run_ranks(equal_outputs, 2, folder, size):
         assert len(equal) == 4 * 4
         assert all(equal.values()), equal

@@ -1,4 +1,6 @@
-"""Ranks wait for a slow one longer than a collective would, hear of a dead one, and stop together."""
+"""Ranks wait for a slow one longer than a collective would, hear of a dead one, and stop
+together.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,12 @@ import time
 import pytest
 
 from tests.distributed.launch import run_ranks
-from zppo_mm.config import ParallelConfig
+from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.interruption import Interruption, StopRequested
-from zppo_mm.models import parallel
-from zppo_mm.models.meetings import open_meetings
-from zppo_mm.models.parallel import LostRankError
-from zppo_mm.rollout.exchange import ParallelExchange
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.parallel.exchange import ParallelExchange
+from zppo_mm.parallel.groups import LostRankError
+from zppo_mm.parallel.meetings import open_meetings
 
 TIMEOUT_SECONDS = 3.0
 LAYOUT = ParallelConfig(timeout_minutes=TIMEOUT_SECONDS / 60)
@@ -22,7 +24,9 @@ SLOW_SECONDS = 2.5 * TIMEOUT_SECONDS
 
 
 def wait_for_a_slow_rank(use_meetings: bool) -> list[list[int]] | str:
-    """Return what three rounds gathered; in the second, rank 1 comes long after a collective's time limit."""
+    """Return what three rounds gathered; in the second, rank 1 comes long after a collective's time
+    limit.
+    """
     parallel.initialize(LAYOUT, seed=0)
     rounds = []
     try:
@@ -31,7 +35,13 @@ def wait_for_a_slow_rank(use_meetings: bool) -> list[list[int]] | str:
             for number in range(3):
                 if number == 1 and parallel.rank() == 1:
                     time.sleep(SLOW_SECONDS)
-                rounds.append([value for share in exchange.gather([10 * number + parallel.rank()]) for value in share])
+                rounds.append(
+                    [
+                        value
+                        for share in exchange.gather([10 * number + parallel.rank()])
+                        for value in share
+                    ]
+                )
     except RuntimeError:
         parallel.leave()
         return "lost"
@@ -66,7 +76,10 @@ def lose_a_rank(how: str) -> str:
 
 def test_a_rank_that_fails_is_named_at_once() -> None:
     text, _ = run_ranks(lose_a_rank, 2, "failed")
-    assert "parallel: rank 0 lost another process of the run, got 'rank 1: ValueError: it broke here'" in text
+    assert (
+        "parallel: rank 0 lost another process of the run, got 'rank 1: ValueError: it broke here'"
+        in text
+    )
 
 
 @pytest.mark.timeout(300)

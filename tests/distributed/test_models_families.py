@@ -1,4 +1,6 @@
-"""Every family at tensor and pipeline sizes above one, with and without sequence parallelism and recomputation, against transformers."""
+"""Every family at tensor and pipeline sizes above one, with and without sequence parallelism and
+recomputation, against transformers.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ from safetensors.torch import load_file
 
 from tests import network_checks, tiny_families
 from tests.distributed.launch import run_ranks
-from zppo_mm.config import ModelConfig, ParallelConfig
-from zppo_mm.models import parallel
-from zppo_mm.models.export import export_hf_weights
+from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.models.vision_language import VisionLanguageModel
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.weights.hf_export import export_hf_weights
 
 # Qwen3.5 has tests of its own in test_models_layouts.
 FAMILIES = tuple(family for family in tiny_families.KINDS if not family.startswith("qwen3_5"))
@@ -25,22 +27,35 @@ NUM_NEW_TOKENS = 6
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {family: tiny_families.folder(family, tmp_path_factory.mktemp(family), tied=family in TIED)[0] for family in FAMILIES}
+    return {
+        family: tiny_families.folder(family, tmp_path_factory.mktemp(family), tied=family in TIED)[
+            0
+        ]
+        for family in FAMILIES
+    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_split_network_equals_transformers(layout: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_split_network_equals_transformers(
+    layout: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     tensor, pipeline = LAYOUTS[layout]
     run_ranks(check_rank, tensor * pipeline, tensor, pipeline, folders, tmp_path)
     for family, folder in folders.items():
-        wanted, found = (load_file(path / "model.safetensors") for path in (folder, tmp_path / family))
+        wanted, found = (
+            load_file(path / "model.safetensors") for path in (folder, tmp_path / family)
+        )
         assert found.keys() == wanted.keys()
         assert all(found[key].equal(tensor) for key, tensor in wanted.items())
 
 
 def check_rank(tensor: int, pipeline: int, folders: dict[str, Path], target: Path) -> None:
-    """Run on every rank: every family through training, greedy text and export, then scattered over the sequence and recomputed."""
-    config = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, timeout_minutes=3)
+    """Run on every rank: every family through training, greedy text and export, then scattered over
+    the sequence and recomputed.
+    """
+    config = ParallelConfig(
+        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, timeout_minutes=3
+    )
     parallel.initialize(config, seed=0)
     for family, folder in folders.items():
         oracle = tiny_families.model(family, tied=family in TIED)
@@ -56,9 +71,13 @@ def check_rank(tensor: int, pipeline: int, folders: dict[str, Path], target: Pat
 
 
 def check_family(network: VisionLanguageModel, oracle: Any, family: str) -> None:
-    """Compare logits, gradients and greedy text; the last modality of a family has all that the others have."""
+    """Compare logits, gradients and greedy text; the last modality of a family has all that the
+    others have.
+    """
     kind = tiny_families.KINDS[family][-1]
     network_checks.check_training(network, oracle, (kind,))
     parts = tiny_families.sequences(family, kind)
     tokens, _logits = network_checks.greedy(network, parts, NUM_NEW_TOKENS)
-    assert tokens.tolist() == [network_checks.oracle_greedy(oracle, part, NUM_NEW_TOKENS) for part in parts]
+    assert tokens.tolist() == [
+        network_checks.oracle_greedy(oracle, part, NUM_NEW_TOKENS) for part in parts
+    ]

@@ -1,4 +1,6 @@
-"""Old log-probs from the training forward pass: the ratio starts at 1, the importance weights are the formula's, on any layout."""
+"""Old log-probs from the training forward pass: the ratio starts at 1, the importance weights are
+the formula's, on any layout.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ import torch
 from tests.distributed.launch import run_ranks
 from tests.distributed.training_example import TRAIN, Case, build_policy, make_batches, make_groups
 from tests.distributed.training_example import write_tiny_folder as write_folder
-from zppo_mm.config import ParallelConfig
+from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.experience import TrainingSample
-from zppo_mm.models import parallel
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.training.old_logprobs import importance_weights, need_old_logprobs, with_old_logprobs
 
 CAP = 1.2
@@ -32,31 +34,44 @@ LAYOUTS = {
 
 def unknown_samples() -> list[TrainingSample]:
     """Every second sample has old log-probs that nobody knows."""
-    return [sample if place % 2 else replace(sample, old_logprobs=None) for place, sample in enumerate(make_groups())]
+    return [
+        sample if place % 2 else replace(sample, old_logprobs=None)
+        for place, sample in enumerate(make_groups())
+    ]
 
 
 def known_samples() -> list[TrainingSample]:
     return make_groups()
 
 
-def first_updates(folder: Path, layout: ParallelConfig) -> dict[str, tuple[float, float, dict[str, float]]]:
-    """Return loss, gradient norm and means of one update without known log-probs, and of one with importance weights."""
+def first_updates(
+    folder: Path, layout: ParallelConfig
+) -> dict[str, tuple[float, float, dict[str, float]]]:
+    """Return loss, gradient norm and means of one update without known log-probs, and of one with
+    importance weights.
+    """
     results = {}
     for name, samples, cap in (("unknown", unknown_samples, 0.0), ("weighted", known_samples, CAP)):
         case = Case(layout, train=ONE_UPDATE, samples=samples, share_prompts=True)
         policy = build_policy(folder, case)
         assert need_old_logprobs(samples(), cap)
-        (update,) = policy.train_step(with_old_logprobs(policy, make_batches(case), 1.0, cap)).updates
+        (update,) = policy.train_step(
+            with_old_logprobs(policy, make_batches(case), 1.0, cap)
+        ).updates
         results[name] = (update.loss, update.grad_norm, update.means)
     parallel.shutdown()
     return results
 
 
 def expected_losses(folder: Path) -> dict[str, float]:
-    """Return both losses by the formula from the log-probs of every token, all of them in one micro-batch."""
+    """Return both losses by the formula from the log-probs of every token, all of them in one
+    micro-batch.
+    """
     expected = {}
     for name, samples in (("unknown", unknown_samples), ("weighted", known_samples)):
-        case = Case(train=ONE_UPDATE, samples=samples, share_prompts=False, micro_batch_tokens=10_000)
+        case = Case(
+            train=ONE_UPDATE, samples=samples, share_prompts=False, micro_batch_tokens=10_000
+        )
         policy = build_policy(folder, case)
         (batch,) = make_batches(case)
         (microbatch,) = batch.microbatches
@@ -88,7 +103,9 @@ def alone(folder: Path) -> dict[str, tuple[float, float, dict[str, float]]]:
     return result
 
 
-def test_losses_are_the_formulas(folder: Path, alone: dict[str, tuple[float, float, dict[str, float]]]) -> None:
+def test_losses_are_the_formulas(
+    folder: Path, alone: dict[str, tuple[float, float, dict[str, float]]]
+) -> None:
     (expected,) = run_ranks(expected_losses, 1, folder)
     for name, value in expected.items():
         assert alone[name][0] == pytest.approx(value, abs=TOLERANCE), name
@@ -98,7 +115,9 @@ def test_losses_are_the_formulas(folder: Path, alone: dict[str, tuple[float, flo
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout_gives_the_same(folder: Path, alone: dict[str, tuple[float, float, dict[str, float]]], layout: str) -> None:
+def test_any_layout_gives_the_same(
+    folder: Path, alone: dict[str, tuple[float, float, dict[str, float]]], layout: str
+) -> None:
     for rank in run_ranks(first_updates, 2, folder, LAYOUTS[layout]):
         for name, (loss, norm, means) in rank.items():
             assert loss == pytest.approx(alone[name][0], abs=TOLERANCE)
@@ -107,11 +126,16 @@ def test_any_layout_gives_the_same(folder: Path, alone: dict[str, tuple[float, f
 
 
 def test_weights_by_hand() -> None:
-    trained, sampled = torch.log(torch.tensor([0.2, 0.5, 0.3])), torch.log(torch.tensor([0.4, 0.1, 1.0]))
+    trained, sampled = (
+        torch.log(torch.tensor([0.2, 0.5, 0.3])),
+        torch.log(torch.tensor([0.4, 0.1, 1.0])),
+    )
     weights = importance_weights(trained, sampled, torch.tensor([False, False, True]), 2.0)
     # 0.2 / 0.4, 0.5 / 0.1 = 5 held at 2, unknown
     assert weights.tolist() == pytest.approx([0.5, 2.0, 1.0])
-    assert importance_weights(trained, sampled, None, 2.0).tolist() == pytest.approx([0.5, 2.0, 0.3])
+    assert importance_weights(trained, sampled, None, 2.0).tolist() == pytest.approx(
+        [0.5, 2.0, 0.3]
+    )
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])

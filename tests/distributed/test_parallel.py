@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.launch import run_ranks
-from zppo_mm.config import ParallelConfig
+from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ConfigError
-from zppo_mm.models import parallel
+from zppo_mm.parallel import groups as parallel
 
 
 def describe(layouts: list[ParallelConfig]) -> list[dict[str, object]]:
@@ -56,7 +56,9 @@ def work_long() -> int:
 
 def let_rank_zero_work() -> list[object]:
     parallel.initialize(ParallelConfig(), seed=0)
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), dist.group.WORLD)  # less than the work takes
+    dist.distributed_c10d._set_pg_timeout(
+        timedelta(seconds=3), dist.group.WORLD
+    )  # less than the work takes
     made: list[object] = [parallel.on_rank_zero(work_long)]
     try:
         parallel.on_rank_zero(fail)
@@ -67,18 +69,30 @@ def let_rank_zero_work() -> list[object]:
 
 
 def test_the_others_wait_for_rank_zero_longer_than_a_collective_and_end_with_it() -> None:
-    told = "parallel: rank 0 could not do its work for all ranks, got OSError('disk gone'); see its own message"
-    assert run_ranks(let_rank_zero_work, 2) == [[0, "OSError: disk gone"], [0, f"RankZeroError: {told}"]]
+    told = (
+        "parallel: rank 0 could not do its work for all ranks, got OSError('disk gone'); see its "
+        "own message"
+    )
+    assert run_ranks(let_rank_zero_work, 2) == [
+        [0, "OSError: disk gone"],
+        [0, f"RankZeroError: {told}"],
+    ]
 
 
 def test_ranks_and_exchanges_in_two_layouts_of_the_same_processes() -> None:
-    layouts = [ParallelConfig(tensor_model_parallel_size=2), ParallelConfig(pipeline_model_parallel_size=2)]
+    layouts = [
+        ParallelConfig(tensor_model_parallel_size=2),
+        ParallelConfig(pipeline_model_parallel_size=2),
+    ]
     ranks = run_ranks(describe, 4, layouts)
     tensor, pipeline = ([described[place] for described in ranks] for place in (0, 1))
     assert [(rank["data"], rank["tensor"]) for rank in tensor] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert [rank["gathered"] for rank in tensor] == [[["from 0"], ["from 2"]]] * 4
     # The leader of a pipeline is on its last stage.
-    assert {place: rank["data"] for place, rank in enumerate(pipeline) if rank["leader"]} == {2: 0, 3: 1}
+    assert {place: rank["data"] for place, rank in enumerate(pipeline) if rank["leader"]} == {
+        2: 0,
+        3: 1,
+    }
     assert [rank["gathered"] for rank in pipeline] == [[["from 2"], ["from 3"]]] * 4
     for described in (tensor, pipeline):
         assert all(rank["broadcast"] == {"rank": 2} for rank in described)
@@ -92,17 +106,30 @@ def test_a_lost_rank_ends_the_others_with_a_message() -> None:
     assert "parallel: rank 0 lost another process of the run" in output
 
 
-@pytest.mark.parametrize(("tensor", "pipeline", "processes", "suggestion"), [(2, 1, 3, (1, 1)), (2, 2, 2, (2, 1)), (4, 2, 6, (3, 2))])
-def test_a_layout_that_does_not_fit_names_one_that_does(tensor: int, pipeline: int, processes: int, suggestion: tuple[int, int]) -> None:
-    config = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
-    message = rf"nearest layout .*tensor_model_parallel_size={suggestion[0]} parallel.pipeline_model_parallel_size={suggestion[1]}$"
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "processes", "suggestion"),
+    [(2, 1, 3, (1, 1)), (2, 2, 2, (2, 1)), (4, 2, 6, (3, 2))],
+)
+def test_a_layout_that_does_not_fit_names_one_that_does(
+    tensor: int, pipeline: int, processes: int, suggestion: tuple[int, int]
+) -> None:
+    config = ParallelConfig(
+        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
+    )
+    message = (
+        rf"nearest layout .*tensor_model_parallel_size={suggestion[0]} "
+        rf"parallel.pipeline_model_parallel_size={suggestion[1]}$"
+    )
     with pytest.raises(ConfigError, match=message):
         parallel.validate_layout(config, processes)
 
 
 def test_a_context_size_that_does_not_fit_is_named_too() -> None:
     config = ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=2)
-    message = r"tensor 2 x pipeline 1 x context 2, got a world size of 6, expected a multiple of 4; .*parallel.context_parallel_size=1$"
+    message = (
+        r"tensor 2 x pipeline 1 x context 2, got a world size of 6, expected a multiple of 4; "
+        r".*parallel.context_parallel_size=1$"
+    )
     with pytest.raises(ConfigError, match=message):
         parallel.validate_layout(config, 6)
 
@@ -137,13 +164,17 @@ def test_one_process_needs_no_launcher() -> None:
 
 def gloo_threads() -> int:
     """Return the threads of this process that belong to gloo's groups."""
-    names = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task")]
+    names = [
+        Path(f"/proc/self/task/{thread}/comm").read_text()
+        for thread in os.listdir("/proc/self/task")
+    ]
     return sum("gloo" in name for name in names)
 
 
 def see_gloo_threads() -> tuple[int, int]:
     parallel.initialize(ParallelConfig(tensor_model_parallel_size=2), seed=0)
-    # Imported by transformers' networks among others; made now, its functions' defaults would hold the world's group.
+    # Imported by transformers' networks among others; made now, its functions' defaults would hold
+    # the world's group.
     importlib.import_module("torch.distributed.nn")
     before = gloo_threads()
     parallel.shutdown()

@@ -1,4 +1,6 @@
-"""The gate on two ranks of every kind: green on a sound run, and the same verdict on every rank of an unsound one."""
+"""The gate on two ranks of every kind: green on a sound run, and the same verdict on every rank of
+an unsound one.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +12,21 @@ import pytest
 import torch
 
 from tests.distributed.launch import run_ranks
-from zppo_mm.build import Run, build_run
-from zppo_mm.config_io import load_config
-from zppo_mm.models import parallel
+from zppo_mm.config.load import load_config
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.parity.compare import ParityError
 from zppo_mm.parity.gate import check_parity
+from zppo_mm.run.build import Run, build_run
 
 pytestmark = pytest.mark.timeout(700)  # a start of two ranks takes a minute on a busy machine
 # Float32 sums in another order and over two ranks; the largest seen is 5e-6.
 LARGEST_GAP = 1e-4
 LAYOUTS = {
     "tensor": ("parallel.tensor_model_parallel_size=2",),
-    "tensor, sequence": ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"),
+    "tensor, sequence": (
+        "parallel.tensor_model_parallel_size=2",
+        "parallel.sequence_parallel=true",
+    ),
     "pipeline": ("parallel.pipeline_model_parallel_size=2",),
     "data": (),
 }
@@ -40,7 +45,10 @@ def check_layouts(output_dir: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, options in LAYOUTS.items():
         # A small micro-batch cuts the responses into several packs.
-        config = load_config(None, [f"output_dir={output_dir}", "method=grpo", "train.micro_batch_tokens=300", *options])
+        config = load_config(
+            None,
+            [f"output_dir={output_dir}", "method=grpo", "train.micro_batch_tokens=300", *options],
+        )
         parallel.initialize(config.parallel, config.seed)
         run = build_run(config)
         stream = run.stream.state_dict()
@@ -69,7 +77,11 @@ def test_every_layout_passes_and_sees_a_wrong_weight(tmp_path: Path) -> None:
             assert [row[count] for count in counts] == [other[count] for count in counts], name
             assert row["rollout"]["num_tokens"] == other["rollout"]["num_tokens"], name
     for name in ("tensor", "tensor, sequence", "pipeline"):
-        assert "the source checkpoint in transformers and the training forward pass disagree" in first[name][1], name
+        assert (
+            "the source checkpoint in transformers and the training forward pass disagree"
+            in first[name][1]
+        ), name
         assert first[name][1] == second[name][1], name
-    # With two replicas of which one is wrong, its share of the responses is: what it sampled itself, what the other one did too.
+    # With two replicas of which one is wrong, its share of the responses is: what it sampled
+    # itself, what the other one did too.
     assert first["data"][1] == second["data"][1] != ""

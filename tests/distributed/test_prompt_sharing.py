@@ -21,8 +21,8 @@ from tests.distributed.training_example import (
     run_cases,
     write_tiny_folder,
 )
-from zppo_mm.config import ParallelConfig
-from zppo_mm.models import parallel
+from zppo_mm.config.schema import ParallelConfig
+from zppo_mm.parallel import groups as parallel
 
 # The same float32 sums in another grouping.
 LOGPROB_TOLERANCE = 1e-5
@@ -37,7 +37,9 @@ ALONE = {
 LAYOUTS = {
     "data 2": ParallelConfig(),
     "tensor 2": ParallelConfig(tensor_model_parallel_size=2),
-    "tensor 2, sequence parallel": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+    "tensor 2, sequence parallel": ParallelConfig(
+        tensor_model_parallel_size=2, sequence_parallel=True
+    ),
     "pipeline 2": ParallelConfig(pipeline_model_parallel_size=2),
     "context 2": ParallelConfig(context_parallel_size=2),
 }
@@ -58,7 +60,12 @@ def reference(folder: Path) -> Result:
 def test_the_example_shares_divides_and_has_single_samples() -> None:
     def packed_tokens(case: Case) -> int:
         samples = case.samples()
-        packs = [pack for update in make_plan(case, 1).microbatches for replica in update for pack in replica]
+        packs = [
+            pack
+            for update in make_plan(case, 1).microbatches
+            for replica in update
+            for pack in replica
+        ]
         prompts = [{samples[i].uid: samples[i].num_prompt_tokens for i in pack} for pack in packs]
         return sum(sum(prompt.values()) for prompt in prompts)
 
@@ -91,8 +98,14 @@ def logprobs_of(folder: Path, cases: list[Case]) -> list[np.ndarray]:
         policy = build_policy(folder, case)
         batches = make_batches(case)
         values = [policy.compute_logprobs(batch) for batch in batches]
-        masks = [[microbatch.loss_mask != 0 for microbatch in batch.microbatches] for batch in batches]
-        places = [v[m] for update, mask in zip(values, masks, strict=True) for v, m in zip(update, mask, strict=True)]
+        masks = [
+            [microbatch.loss_mask != 0 for microbatch in batch.microbatches] for batch in batches
+        ]
+        places = [
+            v[m]
+            for update, mask in zip(values, masks, strict=True)
+            for v, m in zip(update, mask, strict=True)
+        ]
         found.append(torch.cat(places).numpy())
     parallel.shutdown()
     return found

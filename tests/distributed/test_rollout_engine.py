@@ -1,4 +1,6 @@
-"""The Megatron engine against transformers' generate, against the training forward pass, and against itself in other layouts."""
+"""The Megatron engine against transformers' generate, against the training forward pass, and
+against itself in other layouts.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +11,24 @@ import numpy as np
 import pytest
 import torch
 
-from data.media import Frames
+from data.media.opening import Frames
 from data.question import MediaRef, Question
 from tests.distributed.launch import run_ranks
 from tests.unit.tiny_folder import build_model
-from zppo_mm.config import ModelConfig, ParallelConfig
-from zppo_mm.models import parallel
-from zppo_mm.models.architecture import load_architecture
+from zppo_mm.config.schema import ModelConfig, ParallelConfig
+from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model as build_network
-from zppo_mm.models.weights import load_hf_weights
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.megatron_engine import MegatronEngine
 from zppo_mm.rollout.prompt import PromptEncoder
+from zppo_mm.weights.mapping import load_hf_weights
 
 pytestmark = pytest.mark.timeout(700)  # a start of two ranks takes a minute on a busy machine
 SEED = 11
-LOGPROB_TOLERANCE = 1e-4  # decoding and training sum the same float32 products in other orders; the bound that training relies on
+# Decoding and training sum the same float32 products in other orders; the bound that training
+# relies on.
+LOGPROB_TOLERANCE = 1e-4
 NEW_TOKENS = 24
 QUESTIONS = {
     "text": ("the sum of 1 and 2?", ()),
@@ -44,22 +48,39 @@ def open_media(reference: MediaRef) -> Frames:
 
 def request(encoder: PromptEncoder, name: str, num_rollouts: int) -> GenerationRequest:
     text, kinds = QUESTIONS[name]
-    media = tuple(MediaRef(kind, "s.tar", "k" * (index + 1), "x") for index, kind in enumerate(kinds))
-    prompt, vision = encoder.encode(text, Question(id=name, text=text, media=media, answer="1", answer_type="math"))
+    media = tuple(
+        MediaRef(kind, "s.tar", "k" * (index + 1), "x") for index, kind in enumerate(kinds)
+    )
+    prompt, vision = encoder.encode(
+        text, Question(id=name, text=text, media=media, answer="1", answer_type="math")
+    )
     return GenerationRequest(prompt, vision, num_rollouts, ("rollout", name))
 
 
 def params(encoder: PromptEncoder, temperature: float, **changes: Any) -> SamplingParams:
-    # Many stop tokens, so that random weights end some responses early and the batch shrinks while it is decoded.
-    stops = (*encoder.stop_token_ids, *range(40, 48)) if changes.pop("stop_early", False) else encoder.stop_token_ids
-    return SamplingParams(temperature=temperature, max_new_tokens=NEW_TOKENS, stop_token_ids=stops, **changes)
+    # Many stop tokens, so that random weights end some responses early and the batch shrinks while
+    # it is decoded.
+    stops = (
+        (*encoder.stop_token_ids, *range(40, 48))
+        if changes.pop("stop_early", False)
+        else encoder.stop_token_ids
+    )
+    return SamplingParams(
+        temperature=temperature, max_new_tokens=NEW_TOKENS, stop_token_ids=stops, **changes
+    )
 
 
 def sample_everything(folder: Path, tensor: int, pipeline: int) -> dict[str, Any]:
     """Run on every rank: all kinds of prompts, greedy and sampled, together and alone."""
-    layout = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    layout = ParallelConfig(
+        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
+    )
     parallel.initialize(layout, SEED)
-    network = build_network(load_architecture(folder), ModelConfig(transformer_impl="local", params_dtype="float32"), layout)
+    network = build_network(
+        load_architecture(folder),
+        ModelConfig(transformer_impl="local", params_dtype="float32"),
+        layout,
+    )
     load_hf_weights(network, folder)
     network.train()
     encoder = PromptEncoder(folder, open_media)
@@ -67,10 +88,14 @@ def sample_everything(folder: Path, tensor: int, pipeline: int) -> dict[str, Any
     everything = [request(encoder, name, 3) for name in QUESTIONS]
     early = params(encoder, 1.0, stop_early=True)
     results: dict[str, Any] = {
-        "greedy": engine.generate([request(encoder, name, 1) for name in QUESTIONS], params(encoder, 0.0)),
+        "greedy": engine.generate(
+            [request(encoder, name, 1) for name in QUESTIONS], params(encoder, 0.0)
+        ),
         "sampled": engine.generate(everything, early),
         "alone": [engine.generate([item], early)[0] for item in everything[:2]],
-        "filtered": engine.generate(everything, params(encoder, 0.8, top_k=20, top_p=0.9, presence_penalty=1.5)),
+        "filtered": engine.generate(
+            everything, params(encoder, 0.8, top_k=20, top_p=0.9, presence_penalty=1.5)
+        ),
         "still_training": network.training,
     }
     if tensor * pipeline == 1:
@@ -80,22 +105,34 @@ def sample_everything(folder: Path, tensor: int, pipeline: int) -> dict[str, Any
             [forward_logprobs(network, item, generation) for generation in group]
             for item, group in zip(everything, results["sampled"], strict=True)
         ]
-        results["one_token"] = engine.generate(everything[:1], SamplingParams(temperature=1.0, max_new_tokens=1, stop_token_ids=()))
+        results["one_token"] = engine.generate(
+            everything[:1], SamplingParams(temperature=1.0, max_new_tokens=1, stop_token_ids=())
+        )
         results["nothing"] = engine.generate([], early)
     parallel.shutdown()
     return results
 
 
 @torch.no_grad()
-def forward_logprobs(network: torch.nn.Module, item: GenerationRequest, generation: Generation) -> np.ndarray:
+def forward_logprobs(
+    network: torch.nn.Module, item: GenerationRequest, generation: Generation
+) -> np.ndarray:
     """Log-probs of a response by the packed training forward pass."""
     start, length = len(item.prompt.token_ids), len(generation.response_ids)
     tokens = torch.from_numpy(np.concatenate([item.prompt.token_ids, generation.response_ids]))
-    answer = torch.arange(item.prompt.next_position, item.prompt.next_position + length).expand(3, -1)
+    answer = torch.arange(item.prompt.next_position, item.prompt.next_position + length).expand(
+        3, -1
+    )
     positions = torch.cat([torch.from_numpy(item.prompt.positions), answer], dim=1)
-    patches = torch.from_numpy(np.concatenate([media.patches for media in item.vision])) if item.vision else None
+    patches = (
+        torch.from_numpy(np.concatenate([media.patches for media in item.vision]))
+        if item.vision
+        else None
+    )
     grids = torch.tensor([media.grid for media in item.vision]) if item.vision else None
-    logits = network(tokens, positions, torch.tensor([0, len(tokens)], dtype=torch.int32), patches, grids)
+    logits = network(
+        tokens, positions, torch.tensor([0, len(tokens)], dtype=torch.int32), patches, grids
+    )
     logprobs = torch.log_softmax(logits[start - 1 : -1], dim=-1)
     return logprobs.gather(1, tokens[start:, None]).squeeze(1).numpy()
 
@@ -108,15 +145,25 @@ def transformers_greedy(folder: Path, name: str) -> list[int]:
     item = request(encoder, name, 1)
     ids = torch.from_numpy(item.prompt.token_ids)[None]
     image, video = ids == encoder.chat.image_token_id, ids == encoder.chat.video_token_id
-    inputs: dict[str, torch.Tensor] = {"input_ids": ids, "mm_token_type_ids": image.int() + 2 * video.int()}
-    for kind, pixels, grid in (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw")):
+    inputs: dict[str, torch.Tensor] = {
+        "input_ids": ids,
+        "mm_token_type_ids": image.int() + 2 * video.int(),
+    }
+    for kind, pixels, grid in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
         media = [entry for entry in item.vision if entry.kind == kind]
         if media:
             inputs[pixels] = torch.from_numpy(np.concatenate([entry.patches for entry in media]))
             inputs[grid] = torch.tensor([entry.grid for entry in media])
     placeholders = [encoder.chat.image_token_id, encoder.chat.video_token_id]
     output = model.generate(
-        **inputs, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, suppress_tokens=placeholders
+        **inputs,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        suppress_tokens=placeholders,
     )
     return output[0, ids.shape[1] :].tolist()
 
@@ -167,17 +214,24 @@ def test_responses_end_as_asked(folder: Path, single: dict[str, Any]) -> None:
             assert len(generation.rollout_logprobs) == len(generation.response_ids)
             reasons.add(generation.finish_reason)
     assert reasons == {"stop", "length"}
-    assert [[len(generation.response_ids) for generation in group] for group in single["one_token"]] == [[1, 1, 1]]
+    assert [
+        [len(generation.response_ids) for generation in group] for group in single["one_token"]
+    ] == [[1, 1, 1]]
     assert single["nothing"] == []
     assert single["still_training"]
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
-def test_other_layouts_sample_the_same(folder: Path, single: dict[str, Any], tensor: int, pipeline: int) -> None:
+def test_other_layouts_sample_the_same(
+    folder: Path, single: dict[str, Any], tensor: int, pipeline: int
+) -> None:
     for results in run_ranks(sample_everything, tensor * pipeline, folder, tensor, pipeline):
         for name in ("greedy", "sampled", "alone", "filtered"):
             assert tokens(results[name]) == tokens(single[name]), name
         for group, expected in zip(results["sampled"], single["sampled"], strict=True):
             for generation, other in zip(group, expected, strict=True):
-                assert np.abs(generation.rollout_logprobs - other.rollout_logprobs).max() <= LOGPROB_TOLERANCE
+                assert (
+                    np.abs(generation.rollout_logprobs - other.rollout_logprobs).max()
+                    <= LOGPROB_TOLERANCE
+                )
         assert results["still_training"]

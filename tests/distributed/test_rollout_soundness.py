@@ -1,4 +1,6 @@
-"""Logits that are not finite: their groups are left out and counted, a broken network ends the run on every rank alike."""
+"""Logits that are not finite: their groups are left out and counted, a broken network ends the run
+on every rank alike.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +15,28 @@ import torch
 
 from data.question import MediaRef, Question
 from tests.distributed.launch import run_ranks
-from tests.distributed.test_rollout_engine import LOGPROB_TOLERANCE, NEW_TOKENS, QUESTIONS, open_media, params, request
+from tests.distributed.test_rollout_engine import (
+    LOGPROB_TOLERANCE,
+    NEW_TOKENS,
+    QUESTIONS,
+    open_media,
+    params,
+    request,
+)
 from tests.unit.tiny_folder import build_model
-from zppo_mm.config import ModelConfig, ParallelConfig
+from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.errors import NotFiniteError
 from zppo_mm.experience import PromptInstance
-from zppo_mm.models import parallel
-from zppo_mm.models.architecture import load_architecture
+from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model as build_network
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.models.weights import load_hf_weights
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
-from zppo_mm.rollout.exchange import ParallelExchange
 from zppo_mm.rollout.megatron_engine import MegatronEngine
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
+from zppo_mm.weights.mapping import load_hf_weights
 
 pytestmark = pytest.mark.timeout(700)  # a start of two ranks takes a minute on a busy machine
 SEED = 11
@@ -42,24 +51,45 @@ class PoisonedMedia:
         self._engine = engine
         self._poisoned = poisoned
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
-        return self._engine.generate([self._poison(each) if each.seed_path[-1] in self._poisoned else each for each in requests], sampling)
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingParams
+    ) -> list[list[Generation]]:
+        return self._engine.generate(
+            [
+                self._poison(each) if each.seed_path[-1] in self._poisoned else each
+                for each in requests
+            ],
+            sampling,
+        )
 
     def _poison(self, item: GenerationRequest) -> GenerationRequest:
-        vision = tuple(dataclasses.replace(each, patches=np.full_like(each.patches, np.nan)) for each in item.vision)
+        vision = tuple(
+            dataclasses.replace(each, patches=np.full_like(each.patches, np.nan))
+            for each in item.vision
+        )
         return dataclasses.replace(item, vision=vision)
 
 
 def build(folder: Path, tensor: int, pipeline: int, dtype: str) -> VisionLanguageModel:
-    layout = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    layout = ParallelConfig(
+        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
+    )
     parallel.initialize(layout, SEED)
-    network = build_network(load_architecture(folder), ModelConfig(transformer_impl="local", params_dtype=dtype), layout)
+    network = build_network(
+        load_architecture(folder), ModelConfig(transformer_impl="local", params_dtype=dtype), layout
+    )
     load_hf_weights(network, folder)
     return network
 
 
 def plain(groups: list[list[Generation]]) -> list[list[tuple[list[int], list[float], bool]]]:
-    return [[(each.response_ids.tolist(), each.rollout_logprobs.tolist(), each.is_broken) for each in group] for group in groups]
+    return [
+        [
+            (each.response_ids.tolist(), each.rollout_logprobs.tolist(), each.is_broken)
+            for each in group
+        ]
+        for group in groups
+    ]
 
 
 @torch.no_grad()
@@ -73,7 +103,9 @@ def poison_token(network: VisionLanguageModel, token: int) -> None:
 
 
 def sample(folder: Path, tensor: int, pipeline: int, dtype: str) -> dict[str, Any]:
-    """Sample from a sound network, with a poisoned medium, with a poisoned token, and from a broken output layer."""
+    """Sample from a sound network, with a poisoned medium, with a poisoned token, and from a broken
+    output layer.
+    """
     network = build(folder, tensor, pipeline, dtype)
     encoder = PromptEncoder(folder, open_media)
     engine = MegatronEngine(network, SEED, max_batch_size=12)
@@ -82,11 +114,17 @@ def sample(folder: Path, tensor: int, pipeline: int, dtype: str) -> dict[str, An
         "plain": params(encoder, 1.0, stop_early=True),
         "filtered": params(encoder, 0.7, top_k=20, top_p=0.9, presence_penalty=1.5),
     }
-    results: dict[str, Any] = {"sound": {name: plain(engine.generate(requests, each)) for name, each in settings.items()}}
+    results: dict[str, Any] = {
+        "sound": {name: plain(engine.generate(requests, each)) for name, each in settings.items()}
+    }
     poisoned = PoisonedMedia(engine, {"image"})
-    results["medium"] = {name: plain(poisoned.generate(requests, each)) for name, each in settings.items()}
+    results["medium"] = {
+        name: plain(poisoned.generate(requests, each)) for name, each in settings.items()
+    }
     prompts = {int(token) for each in requests for token in each.prompt.token_ids}
-    drawn = [token for group in results["sound"]["plain"] for ids, _, _ in group for token in ids[:-1]]
+    drawn = [
+        token for group in results["sound"]["plain"] for ids, _, _ in group for token in ids[:-1]
+    ]
     token = next(token for token in drawn if token not in prompts)
     poison_token(network, token)
     results["token"] = (token, plain(engine.generate(requests, settings["plain"])))
@@ -96,13 +134,21 @@ def sample(folder: Path, tensor: int, pipeline: int, dtype: str) -> dict[str, An
 
 
 @torch.no_grad()
-def break_output(network: VisionLanguageModel, encoder: PromptEncoder, engine: MegatronEngine) -> tuple[str, list[str | None], int]:
-    """Break one row of the output layer on the last tensor rank; returns the error, and what a rewrite and a single prompt give."""
+def break_output(
+    network: VisionLanguageModel, encoder: PromptEncoder, engine: MegatronEngine
+) -> tuple[str, list[str | None], int]:
+    """Break one row of the output layer on the last tensor rank; returns the error, and what a
+    rewrite and a single prompt give.
+    """
     if network.post_process and parallel.tensor_rank() == parallel.tensor_size() - 1:
         network.language_model.output_layer.weight[3] = torch.inf
-    sampler, other = (GroupSampler(engine, encoder, AllWrong(), ParallelExchange()) for _ in range(2))
+    sampler, other = (
+        GroupSampler(engine, encoder, AllWrong(), ParallelExchange()) for _ in range(2)
+    )
     sampling = params(encoder, 1.0)
-    instances = [PromptInstance(f"1/new/{name}", question(name), "new", name) for name in ("a", "b")]
+    instances = [
+        PromptInstance(f"1/new/{name}", question(name), "new", name) for name in ("a", "b")
+    ]
     replies = other.respond(["x"], sampling, "alone")
     left = sum(len(sampler.sample(instances[:1], sampling, 2, step)) for step in range(3))
     try:
@@ -137,8 +183,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def assert_same(one: tuple[list[int], list[float], bool], other: tuple[list[int], list[float], bool], dtype: str) -> None:
-    """Sequences that leave the batch at another time change the order of sums: in bfloat16 another token may come of it."""
+def assert_same(
+    one: tuple[list[int], list[float], bool], other: tuple[list[int], list[float], bool], dtype: str
+) -> None:
+    """Sequences that leave the batch at another time change the order of sums: in bfloat16 another
+    token may come of it.
+    """
     assert not one[2]
     assert np.isfinite(one[1]).all()
     if dtype == "float32":
@@ -161,21 +211,30 @@ def test_only_what_is_broken_ends_and_where_it_broke(folder: Path, layout: str, 
         found = result["medium"][name]
         assert found[place] == [([], [], True)] * NUM_ROLLOUTS, name
         assert not any(is_broken for group in sound for _, _, is_broken in group), name
-        for group, expected in zip(found[:place] + found[place + 1 :], sound[:place] + sound[place + 1 :], strict=True):
+        for group, expected in zip(
+            found[:place] + found[place + 1 :], sound[:place] + sound[place + 1 :], strict=True
+        ):
             for one, other in zip(group, expected, strict=True):
                 assert_same(one, other, dtype)
     token, groups = result["token"]
     num_broken = 0
     for group, sound in zip(groups, result["sound"]["plain"], strict=True):
-        for (ids, logprobs, is_broken), (sound_ids, sound_logprobs, _) in zip(group, sound, strict=True):
+        for (ids, logprobs, is_broken), (sound_ids, sound_logprobs, _) in zip(
+            group, sound, strict=True
+        ):
             assert token not in ids[:-1]
             assert is_broken == (ids[-1:] == [token] and len(ids) < NEW_TOKENS)
             num_broken += is_broken
             if is_broken:
-                assert_same((ids, logprobs, False), (sound_ids[: len(ids)], sound_logprobs[: len(ids)], False), dtype)
+                assert_same(
+                    (ids, logprobs, False),
+                    (sound_ids[: len(ids)], sound_logprobs[: len(ids)], False),
+                    dtype,
+                )
     assert 0 < num_broken < len(QUESTIONS) * NUM_ROLLOUTS
     message, replies, left = result["output"]
-    # A single question is left out; two different ones, one after the other, are the network's fault.
+    # A single question is left out; two different ones, one after the other, are the network's
+    # fault.
     assert (replies, left) == ([None], 0)
     assert "sampling: the network is broken, got logits that are not finite for" in message
     assert "question 'a': rollout 0, token 0 of the response, drawn on rank" in message
@@ -186,8 +245,12 @@ def sample_on_replicas(folder: Path) -> dict[str, Any]:
     network = build(folder, 1, 1, "float32")
     encoder = PromptEncoder(folder, open_media)
     engine = MegatronEngine(network, SEED)
-    sampling = SamplingParams(temperature=1.0, max_new_tokens=4, stop_token_ids=encoder.stop_token_ids)
-    instances = [PromptInstance(f"q{n}", question(f"q{n}", "image"), "new", f"text {n}") for n in range(12)]
+    sampling = SamplingParams(
+        temperature=1.0, max_new_tokens=4, stop_token_ids=encoder.stop_token_ids
+    )
+    instances = [
+        PromptInstance(f"q{n}", question(f"q{n}", "image"), "new", f"text {n}") for n in range(12)
+    ]
     sampler = GroupSampler(PoisonedMedia(engine, {"q5"}), encoder, AllWrong(), ParallelExchange())
     groups = [group.uid for group in sampler.sample(instances, sampling, 2, 1)]
     failed = (dict(sampler.failures), dict(sampler.failed))
@@ -209,4 +272,7 @@ def test_replicas_decide_alike(folder: Path) -> None:
     assert first["failed"] == ({"not_finite": 1}, {"q5": "not_finite"})
     # 12 prompts of which one broke, then 12 of which 6 did.
     assert "not finite for 7 of the last 24 prompts" in first["message"]
-    assert "(question 'q5': rollout 0, token 0 of the response, drawn on rank 1; question 'q1': " in first["message"]
+    assert (
+        "(question 'q5': rollout 0, token 0 of the response, drawn on rank 1; question 'q1': "
+        in first["message"]
+    )

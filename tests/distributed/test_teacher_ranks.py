@@ -1,4 +1,6 @@
-"""The teacher on its own ranks against the teacher in the student's: same answers and rewrites; and ranks that fail or die."""
+"""The teacher on its own ranks against the teacher in the student's: same answers and rewrites; and
+ranks that fail or die.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +14,24 @@ from typing import Any
 
 import pytest
 
-from data.digits_shards import build_digit_shards
-from data.media_store import MediaStore
+from data.media.store import MediaStore
 from data.question import Question
 from data.shards import ShardFolder
 from data.stream import QuestionStream
+from data.toy.digits_shards import build_digit_shards
 from tests.distributed.launch import run_ranks
-from zppo_mm.build_shared import Shared, media_limits
-from zppo_mm.build_teacher import megatron_teacher
-from zppo_mm.config import RunConfig
-from zppo_mm.config_io import load_config
+from zppo_mm.config.load import load_config
+from zppo_mm.config.schema import RunConfig
 from zppo_mm.experience import Rollout
-from zppo_mm.models import parallel
-from zppo_mm.models.worlds import World, divide_job
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.parallel.exchange import ParallelExchange
+from zppo_mm.parallel.partition import JobPartition, divide_job
 from zppo_mm.rewards.verify import Verifier
-from zppo_mm.rollout.exchange import ParallelExchange
+from zppo_mm.run.shared import Shared, media_limits
+from zppo_mm.run.teacher_job import reach_teacher, serve_teacher
+from zppo_mm.run.teachers import megatron_teacher
 from zppo_mm.teacher.ranks_teacher import RanksTeacher, replies_of_ranks
 from zppo_mm.teacher.teacher import TeacherLostError
-from zppo_mm.teacher_ranks import reach_teacher, serve_teacher
 from zppo_mm.zone.prompts import load_templates
 
 pytestmark = pytest.mark.timeout(700)  # a start of four ranks takes a minute on a busy machine
@@ -37,23 +39,38 @@ LOGPROB_TOLERANCE = 1e-4  # tensor ranks sum the same float32 products in anothe
 
 
 def configuration(num_ranks: int, *options: str) -> RunConfig:
-    given = ["teacher.max_response_tokens=40", "teacher.num_rollouts=3", "rollout.max_batch_size=6", "reward.judge_max_tokens=5"]
+    given = [
+        "teacher.max_response_tokens=40",
+        "teacher.num_rollouts=3",
+        "rollout.max_batch_size=6",
+        "reward.judge_max_tokens=5",
+    ]
     return load_config(None, [f"teacher.num_ranks={num_ranks}", *given, *options])
 
 
 def questions(shards: Path) -> list[Question]:
-    return QuestionStream([(ShardFolder(shards / modality), 1.0) for modality in ("text", "image")], 0).take(10)
+    return QuestionStream(
+        [(ShardFolder(shards / modality), 1.0) for modality in ("text", "image")], 0
+    ).take(10)
 
 
 def plain(answers: Mapping[str, Sequence[Rollout]]) -> dict[str, Any]:
     return {
-        name: [(each.response_ids.tolist(), each.text, each.parsed, each.reward, each.finish_reason) for each in rollouts]
+        name: [
+            (each.response_ids.tolist(), each.text, each.parsed, each.reward, each.finish_reason)
+            for each in rollouts
+        ]
         for name, rollouts in answers.items()
     }
 
 
 def logprobs(answers: Mapping[str, Sequence[Rollout]]) -> list[float]:
-    return [value for rollouts in answers.values() for each in rollouts for value in each.rollout_logprobs.tolist()]
+    return [
+        value
+        for rollouts in answers.values()
+        for each in rollouts
+        for value in each.rollout_logprobs.tolist()
+    ]
 
 
 def ask_both(num_ranks: int, sizes: Sequence[str], shards: Path) -> dict[str, Any] | None:
@@ -106,10 +123,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (1, ()),
         (2, ("teacher.tensor_model_parallel_size=2",)),
         (2, ("teacher.pipeline_model_parallel_size=2",)),
-        (2, ("parallel.tensor_model_parallel_size=2",)),  # two replicas of the teacher, one student on two ranks
+        (
+            2,
+            ("parallel.tensor_model_parallel_size=2",),
+        ),  # two replicas of the teacher, one student on two ranks
     ],
 )
-def test_the_same_is_answered_wherever_the_teacher_is(shards: Path, num_ranks: int, sizes: Sequence[str]) -> None:
+def test_the_same_is_answered_wherever_the_teacher_is(
+    shards: Path, num_ranks: int, sizes: Sequence[str]
+) -> None:
     results = run_ranks(ask_both, 2 + num_ranks, num_ranks, sizes, shards)
     assert results[2:] == [None] * num_ranks
     for rank, result in enumerate(results[:2]):
@@ -126,9 +148,13 @@ def test_the_same_is_answered_wherever_the_teacher_is(shards: Path, num_ranks: i
 
 
 def meet_trouble(trouble: str, shards: Path) -> None:
-    """Load a teacher that is not there, or have one killed while it is asked, or fail as a student."""
+    """Load a teacher that is not there, or have one killed while it is asked, or fail as a
+    student.
+    """
     options = [f"teacher.model={shards}"] if trouble == "no model" else []
-    config = configuration(1, "parallel.timeout_minutes=1", "reward.judge_max_wait_seconds=10", *options)
+    config = configuration(
+        1, "parallel.timeout_minutes=1", "reward.judge_max_wait_seconds=10", *options
+    )
     world = divide_job(config.parallel, config.teacher)
     assert world is not None
     if world.name == "teacher":
@@ -143,7 +169,9 @@ def meet_trouble(trouble: str, shards: Path) -> None:
         try:
             teacher.greet()
             if trouble == "student":
-                time.sleep(5.0 * (1 - world.rank))  # the first rank holds the store, from which the teacher hears of the second
+                time.sleep(
+                    5.0 * (1 - world.rank)
+                )  # the first rank holds the store, from which the teacher hears of the second
                 raise RuntimeError(f"trouble on student rank {world.rank}")
             teacher.ask(questions(shards), 1).wait()
         except TeacherLostError:
@@ -151,14 +179,16 @@ def meet_trouble(trouble: str, shards: Path) -> None:
             raise
 
 
-def end_when_asked(world: World) -> None:
+def end_when_asked(world: JobPartition) -> None:
     while world.store.add("requests", 0) < 2:  # a greeting, and the questions
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_teacher_that_fails_is_named_on_every_student_rank(shards: Path) -> None:
-    *students, (code, output) = run_ranks(meet_trouble, 3, "no model", shards, check=False, timeout_seconds=200.0)
+    *students, (code, output) = run_ranks(
+        meet_trouble, 3, "no model", shards, check=False, timeout_seconds=200.0
+    )
     assert code == 1, output
     for code, output in students:
         assert code == 1, output
@@ -167,7 +197,9 @@ def test_a_teacher_that_fails_is_named_on_every_student_rank(shards: Path) -> No
 
 
 def test_a_teacher_that_is_killed_is_missed_within_the_time_limit(shards: Path) -> None:
-    *students, (code, _) = run_ranks(meet_trouble, 3, "killed", shards, check=False, timeout_seconds=200.0)
+    *students, (code, _) = run_ranks(
+        meet_trouble, 3, "killed", shards, check=False, timeout_seconds=200.0
+    )
     assert code == -signal.SIGKILL
     for code, output in students:
         assert code == 1, output
@@ -175,7 +207,12 @@ def test_a_teacher_that_is_killed_is_missed_within_the_time_limit(shards: Path) 
 
 
 def test_a_student_that_fails_lets_the_teacher_go(shards: Path) -> None:
-    *students, (code, output) = run_ranks(meet_trouble, 3, "student", shards, check=False, timeout_seconds=200.0)
+    *students, (code, output) = run_ranks(
+        meet_trouble, 3, "student", shards, check=False, timeout_seconds=200.0
+    )
     assert [code for code, _ in students] == [1, 1]
     assert code == 0, output
-    assert "the teacher ends because the student does: rank 1: RuntimeError: trouble on student rank 1" in output
+    assert (
+        "the teacher ends because the student does: rank 1: RuntimeError: trouble on student rank 1"
+        in output
+    )

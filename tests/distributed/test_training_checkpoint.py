@@ -12,15 +12,16 @@ from megatron.core import dist_checkpointing
 
 from tests.distributed.launch import run_ranks
 from tests.distributed.training_example import Case, build_policy, make_batches, write_tiny_folder
-from zppo_mm.config import ParallelConfig
+from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import CheckpointError
-from zppo_mm.models import parallel
-from zppo_mm.models.megatron_folder import save_entries
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.training import checkpoint
 from zppo_mm.training.policy import Policy
+from zppo_mm.weights.megatron_folder import save_entries
 
 DTYPES = ("float32", "bfloat16")
-# Float32 sums in another order, carried through an update; bfloat16 rounds every activation to 8 bits.
+# Float32 sums in another order, carried through an update; bfloat16 rounds every activation to 8
+# bits.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
 # The same of a whole tensor of the optimizer, against its norm.
 STATE_TOLERANCE = {"float32": 5e-3, "bfloat16": 0.3}
@@ -30,15 +31,21 @@ LAYOUTS = {
     "pipeline": ParallelConfig(pipeline_model_parallel_size=2),
     "context": ParallelConfig(context_parallel_size=2),
     "data whole": ParallelConfig(use_distributed_optimizer=False),
-    "tensor whole": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, use_distributed_optimizer=False),
-    "pipeline whole": ParallelConfig(pipeline_model_parallel_size=2, use_distributed_optimizer=False),
+    "tensor whole": ParallelConfig(
+        tensor_model_parallel_size=2, sequence_parallel=True, use_distributed_optimizer=False
+    ),
+    "pipeline whole": ParallelConfig(
+        pipeline_model_parallel_size=2, use_distributed_optimizer=False
+    ),
     "context whole": ParallelConfig(context_parallel_size=2, use_distributed_optimizer=False),
 }
 FOUR_RANKS = {
     "data whole": ParallelConfig(use_distributed_optimizer=False),
     "tensor and data": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
     "pipeline and data": ParallelConfig(pipeline_model_parallel_size=2),
-    "tensor and pipeline": ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+    "tensor and pipeline": ParallelConfig(
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=2
+    ),
 }
 SECTIONS = ("query", "key", "value", "z", "beta", "alpha")
 STATE = {"step": 1, "stream": {"delivered": [3, 4]}, "replay": [{"id": "q", "accuracy": 0.1 + 0.2}]}
@@ -50,17 +57,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def held(policy: Policy) -> dict[str, dict[str, torch.Tensor]]:
-    """Return what the optimizer on this rank has of every parameter, by name, told by the memory that both look at."""
+    """Return what the optimizer on this rank has of every parameter, by name, told by the memory
+    that both look at.
+    """
     found: dict[str, dict[str, torch.Tensor]] = {}
     mains = [
-        (part, main) for part in policy.optimizer.chained_optimizers for group in part.optimizer.param_groups for main in group["params"]
+        (part, main)
+        for part in policy.optimizer.chained_optimizers
+        for group in part.optimizer.param_groups
+        for main in group["params"]
     ]
     for name, parameter in policy.model.named_parameters():
         start, end = parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes
         for part, main in mains:
             if main is getattr(parameter, "main_param", None) or start <= main.data_ptr() < end:
                 state = part.optimizer.state[main]
-                values = {"main": main.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"], "step": state["step"]}
+                values = {
+                    "main": main.detach(),
+                    "exp_avg": state["exp_avg"],
+                    "exp_avg_sq": state["exp_avg_sq"],
+                    "step": state["step"],
+                }
                 found[name] = {key: value.clone() for key, value in values.items()}
     assert len(found) == len(mains)
     return found
@@ -88,21 +105,32 @@ def plain(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def far_off(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], tolerance: float) -> dict[str, float]:
+def far_off(
+    found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], tolerance: float
+) -> dict[str, float]:
     """Return the tensors that differ by more than rounding, with the difference."""
     assert set(found) == set(reference)
-    gaps = {name: float((found[name].float() - whole.float()).norm() / whole.float().norm()) for name, whole in reference.items()}
+    gaps = {
+        name: float((found[name].float() - whole.float()).norm() / whole.float().norm())
+        for name, whole in reference.items()
+    }
     return {name: gap for name, gap in gaps.items() if not gap <= tolerance}
 
 
 def misplaced(stored: dict[str, torch.Tensor], policy: Policy) -> list[str]:
-    """Return the parameters whose state does not stand in a checkpoint under their name; for a rank that holds all of them."""
+    """Return the parameters whose state does not stand in a checkpoint under their name; for a rank
+    that holds all of them.
+    """
     wrong, entries = [], save_entries(policy.model)
     for name, values in held(policy).items():
         copied = policy.model.get_parameter(name).dtype == torch.bfloat16
         for key in ("exp_avg", "exp_avg_sq", *(("param",) if copied else ())):
             start = f"optimizer.state.{key}.{entries[name].key}"
-            parts = [stored[start]] if start in stored else [stored[f"{start}.{part}"] for part in SECTIONS if f"{start}.{part}" in stored]
+            parts = (
+                [stored[start]]
+                if start in stored
+                else [stored[f"{start}.{part}"] for part in SECTIONS if f"{start}.{part}" in stored]
+            )
             mine = values["main" if key == "param" else key]
             if not torch.equal(torch.cat(parts).flatten(), mine.flatten()):
                 wrong.append(f"{key} of {name}")
@@ -115,8 +143,12 @@ def load_train(model: Path, target: Path, case: Case) -> tuple[dict[str, Any] | 
     return state, [update.loss for update in policy.train_step(make_batches(case)).updates]
 
 
-def go_round(model: Path, root: Path, dtype: str, layouts: dict[str, ParallelConfig]) -> dict[str, dict[str, Any]]:
-    """Train and save at every layout with either optimizer; load each there and at the next, and save it from there again."""
+def go_round(
+    model: Path, root: Path, dtype: str, layouts: dict[str, ParallelConfig]
+) -> dict[str, dict[str, Any]]:
+    """Train and save at every layout with either optimizer; load each there and at the next, and
+    save it from there again.
+    """
     results: dict[str, dict[str, Any]] = {}
     kept: dict[str, Any] = {}
     for name, layout in layouts.items():
@@ -126,7 +158,9 @@ def go_round(model: Path, root: Path, dtype: str, layouts: dict[str, ParallelCon
         policy.train_step(batches)
         kept[name] = (held(policy), weights(policy))
         checkpoint.save(root / dtype / name, 1, policy, STATE, keep=2)
-        result: dict[str, Any] = {"losses": [update.loss for update in policy.train_step(batches).updates]}
+        result: dict[str, Any] = {
+            "losses": [update.loss for update in policy.train_step(batches).updates]
+        }
         policy = build_policy(model, case)
         result["state"] = checkpoint.load_latest(root / dtype / name, policy)
         result["changed"] = same(kept[name][0], held(policy)) + same(kept[name][1], weights(policy))
@@ -137,7 +171,9 @@ def go_round(model: Path, root: Path, dtype: str, layouts: dict[str, ParallelCon
     for name, following in zip(names, names[1:] + names[:1], strict=True):
         policy = build_policy(model, Case(layouts[following], params_dtype=dtype))
         checkpoint.load(root / dtype / name / "step_000001", policy)
-        results[name]["moved"] = same(stored[name], plain(checkpoint.save(root / dtype / "again", 1, policy, STATE, keep=1)))
+        results[name]["moved"] = same(
+            stored[name], plain(checkpoint.save(root / dtype / "again", 1, policy, STATE, keep=1))
+        )
         results[name]["off"] = far_off(stored[name], stored["data whole"], STATE_TOLERANCE[dtype])
     policy = build_policy(model, Case(layouts["data whole"], params_dtype=dtype))
     for name in names:
@@ -146,7 +182,9 @@ def go_round(model: Path, root: Path, dtype: str, layouts: dict[str, ParallelCon
     return results
 
 
-def save_and_load(model: Path, root: Path, dtypes: tuple[str, ...], layouts: dict[str, ParallelConfig]) -> dict[str, dict[str, Any]]:
+def save_and_load(
+    model: Path, root: Path, dtypes: tuple[str, ...], layouts: dict[str, ParallelConfig]
+) -> dict[str, dict[str, Any]]:
     results = {dtype: go_round(model, root, dtype, layouts) for dtype in dtypes}
     parallel.shutdown()
     return results
@@ -156,21 +194,37 @@ def check_round(results: dict[str, dict[str, Any]]) -> None:
     for dtype, by_layout in results.items():
         for name, result in by_layout.items():
             found = {key: result[key] for key in ("state", "changed", "moved", "misplaced", "off")}
-            assert found == {"state": STATE, "changed": [], "moved": [], "misplaced": [], "off": {}}, (dtype, name)
-            assert result["losses"] == pytest.approx(by_layout["data whole"]["losses"], rel=TOLERANCE[dtype]), (dtype, name)
+            assert found == {
+                "state": STATE,
+                "changed": [],
+                "moved": [],
+                "misplaced": [],
+                "off": {},
+            }, (dtype, name)
+            assert result["losses"] == pytest.approx(
+                by_layout["data whole"]["losses"], rel=TOLERANCE[dtype]
+            ), (dtype, name)
             assert result["resumed"] == result["losses"], (dtype, name)
 
 
 def load_on_one_rank(model: Path, root: Path) -> dict[tuple[str, str], Any]:
-    results = {(dtype, name): load_train(model, root / dtype / name, Case(params_dtype=dtype)) for dtype in DTYPES for name in LAYOUTS}
+    results = {
+        (dtype, name): load_train(model, root / dtype / name, Case(params_dtype=dtype))
+        for dtype in DTYPES
+        for name in LAYOUTS
+    }
     parallel.shutdown()
     return results
 
 
-def test_a_checkpoint_continues_at_every_layout_with_either_optimizer(folder: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_continues_at_every_layout_with_either_optimizer(
+    folder: Path, tmp_path: Path
+) -> None:
     two = run_ranks(save_and_load, 2, folder, tmp_path, DTYPES, LAYOUTS)
     for results in two:
-        assert {dtype: set(found) for dtype, found in results.items()} == {key: set(LAYOUTS) for key in DTYPES}
+        assert {dtype: set(found) for dtype, found in results.items()} == {
+            key: set(LAYOUTS) for key in DTYPES
+        }
         check_round(results)
     reference = {dtype: two[0][dtype]["data whole"]["losses"] for dtype in DTYPES}
     (one,) = run_ranks(load_on_one_rank, 1, folder, tmp_path)
@@ -181,7 +235,8 @@ def test_a_checkpoint_continues_at_every_layout_with_either_optimizer(folder: Pa
 
 
 def test_a_bfloat16_checkpoint_continues_where_two_kinds_of_layout_meet(tmp_path: Path) -> None:
-    # A large embedding, which the distributed optimizer cuts between replicas on both stages that have a copy.
+    # A large embedding, which the distributed optimizer cuts between replicas on both stages that
+    # have a copy.
     folder = write_tiny_folder(tmp_path / "model", vocabulary=2048)
     for results in run_ranks(save_and_load, 4, folder, tmp_path, ("bfloat16",), FOUR_RANKS):
         assert set(results["bfloat16"]) == set(FOUR_RANKS)
@@ -222,15 +277,22 @@ def test_damage_falls_back_and_pruning_keeps_the_newest(folder: Path, tmp_path: 
     assert results["nothing saved"] is None
     assert results["kept"] == ["step_000003", "step_000004"]
     assert results["fallback"] == {"step": 3}
-    assert results["after the fallback"] == pytest.approx(results["expected"], rel=TOLERANCE["float32"])
+    assert results["after the fallback"] == pytest.approx(
+        results["expected"], rel=TOLERANCE["float32"]
+    )
     assert results["names"] == ["step_000003", "step_000004.broken"]
     assert "no usable checkpoint" in results["error"]
-    assert f"step_000003/{checkpoint.STATE_FILE}: the checkpoint is incomplete, got no file" in results["error"]
+    assert (
+        f"step_000003/{checkpoint.STATE_FILE}: the checkpoint is incomplete, got no file"
+        in results["error"]
+    )
     assert results["saved again"] == {"step": 4, "again": True}
 
 
 def fail_to_read(model: Path, target: Path) -> list[Any]:
-    """Save twice; then a file of the newer one is damaged, and another one cannot be read for a while."""
+    """Save twice; then a file of the newer one is damaged, and another one cannot be read for a
+    while.
+    """
     policy = build_policy(model, Case())
     for step in (1, 2):
         checkpoint.save(target, step, policy, {"step": step}, keep=2)
@@ -252,7 +314,10 @@ def fail_to_read(model: Path, target: Path) -> list[Any]:
         hidden.unlink()
         (target / "hidden").rename(hidden)
     parallel.barrier()
-    results += [checkpoint.load_latest(target, policy), sorted(path.name for path in target.glob("step_*"))]
+    results += [
+        checkpoint.load_latest(target, policy),
+        sorted(path.name for path in target.glob("step_*")),
+    ]
     parallel.shutdown()
     return results
 
@@ -268,7 +333,13 @@ def test_a_disk_that_cannot_be_read_now_is_not_damage(folder: Path, tmp_path: Pa
 
 def test_only_completed_folders_count(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path / "missing") is None
-    for name in (".step_000009.partial", "step_000008.broken", "step_x", "step_000002", "step_000010"):
+    for name in (
+        ".step_000009.partial",
+        "step_000008.broken",
+        "step_x",
+        "step_000002",
+        "step_000010",
+    ):
         (tmp_path / name).mkdir()
     (tmp_path / "step_000011").write_text(json.dumps("a file"))
     assert checkpoint.latest(tmp_path) == tmp_path / "step_000010"

@@ -1,4 +1,6 @@
-"""Loss and gradient do not depend on the layout, on how micro-batches are cut, or on skipping trivial samples."""
+"""Loss and gradient do not depend on the layout, on how micro-batches are cut, or on skipping
+trivial samples.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,15 @@ import pytest
 import torch
 
 from tests.distributed.launch import run_ranks
-from tests.distributed.training_example import Case, Result, make_plan, make_samples, run_cases, write_tiny_folder
-from zppo_mm.config import ParallelConfig
+from tests.distributed.training_example import (
+    Case,
+    Result,
+    make_plan,
+    make_samples,
+    run_cases,
+    write_tiny_folder,
+)
+from zppo_mm.config.schema import ParallelConfig
 
 # Float32 sums in another order, carried through four updates.
 TOLERANCE = 2e-5
@@ -27,17 +36,28 @@ TWO_RANKS = {
     "data 2, whole optimizer": Case(ParallelConfig(use_distributed_optimizer=False)),
     "data 2, overlapped": Case(ParallelConfig(overlap_grad_reduce=True)),
     "tensor 2": Case(ParallelConfig(tensor_model_parallel_size=2)),
-    "tensor 2, sequence parallel": Case(ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "tensor 2, sequence parallel": Case(
+        ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    ),
     "context 2": Case(ParallelConfig(context_parallel_size=2)),
-    "context 2, whole optimizer": Case(ParallelConfig(context_parallel_size=2, use_distributed_optimizer=False)),
+    "context 2, whole optimizer": Case(
+        ParallelConfig(context_parallel_size=2, use_distributed_optimizer=False)
+    ),
     "pipeline 2": Case(ParallelConfig(pipeline_model_parallel_size=2)),
-    "pipeline 2, small micro-batches": Case(ParallelConfig(pipeline_model_parallel_size=2), micro_batch_tokens=1),
+    "pipeline 2, small micro-batches": Case(
+        ParallelConfig(pipeline_model_parallel_size=2), micro_batch_tokens=1
+    ),
 }
 FOUR_RANKS = {
-    "tensor 2 x pipeline 2": Case(ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+    "tensor 2 x pipeline 2": Case(
+        ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    ),
     "pipeline 2 x data 2": Case(ParallelConfig(pipeline_model_parallel_size=2)),
     "context 2 x data 2": Case(ParallelConfig(context_parallel_size=2)),
-    "context 2 x pipeline 2": Case(ParallelConfig(context_parallel_size=2, pipeline_model_parallel_size=2), micro_batch_tokens=1),
+    "context 2 x pipeline 2": Case(
+        ParallelConfig(context_parallel_size=2, pipeline_model_parallel_size=2),
+        micro_batch_tokens=1,
+    ),
     # One of the four replicas has no sample in an update.
     "data 4": Case(),
 }
@@ -62,17 +82,26 @@ def assert_same(actual: Result, expected: Result, name: str, all_means: bool = T
             assert mine.grad_norm == pytest.approx(reference.grad_norm, rel=TOLERANCE), where
             assert mine.num_loss_tokens == reference.num_loss_tokens, where
             if all_means:
-                assert mine.means == pytest.approx(reference.means, rel=TOLERANCE, abs=TOLERANCE), where
+                assert mine.means == pytest.approx(reference.means, rel=TOLERANCE, abs=TOLERANCE), (
+                    where
+                )
     # Small parameters hardly show in the norm, but each must have got its whole gradient.
     if actual.whole_weights.keys() == expected.whole_weights.keys():
         for parameter, weights in expected.whole_weights.items():
-            torch.testing.assert_close(actual.whole_weights[parameter], weights, atol=WEIGHT_TOLERANCE, rtol=0, msg=f"{name}: {parameter}")
+            torch.testing.assert_close(
+                actual.whole_weights[parameter],
+                weights,
+                atol=WEIGHT_TOLERANCE,
+                rtol=0,
+                msg=f"{name}: {parameter}",
+            )
 
 
 def test_the_example_has_a_replica_without_media_and_one_without_samples() -> None:
     samples = make_samples()
     with_media = [
-        [any(samples[i].grids for mb in replica for i in mb) for replica in update] for update in make_plan(Case(), 2).microbatches
+        [any(samples[i].grids for mb in replica for i in mb) for replica in update]
+        for update in make_plan(Case(), 2).microbatches
     ]
     assert [sorted(update) for update in with_media] == [[False, True]] * 2
     assert any(replica == () for replica in make_plan(Case(), 4).microbatches[0])
@@ -89,16 +118,20 @@ def test_micro_batches_do_not_matter(alone: dict[str, Result], name: str) -> Non
     assert_same(alone[name], alone["reference"], name)
 
 
-def test_skipping_trivial_samples_changes_neither_loss_nor_gradient(alone: dict[str, Result]) -> None:
+def test_skipping_trivial_samples_changes_neither_loss_nor_gradient(
+    alone: dict[str, Result],
+) -> None:
     name = "trivial samples passed"
     assert_same(alone[name], alone["reference"], name, all_means=False)
     full, short = alone[name].metrics[0].updates[0], alone["reference"].metrics[0].updates[0]
-    assert (full.num_passed_tokens, short.num_passed_tokens) == (63, 46)
+    assert (full.num_forward_tokens, short.num_forward_tokens) == (63, 46)
     assert full.means["clip_fraction_low"] == pytest.approx(short.means["clip_fraction_low"])
 
 
 @pytest.mark.parametrize(("world_size", "cases"), [(2, TWO_RANKS), (4, FOUR_RANKS)])
-def test_the_layout_does_not_matter(folder: Path, alone: dict[str, Result], world_size: int, cases: dict[str, Case]) -> None:
+def test_the_layout_does_not_matter(
+    folder: Path, alone: dict[str, Result], world_size: int, cases: dict[str, Case]
+) -> None:
     ranks = run_ranks(run_cases, world_size, folder, list(cases.values()))
     for results in ranks:
         for name, actual in zip(cases, results, strict=True):

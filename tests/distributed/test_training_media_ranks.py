@@ -1,4 +1,6 @@
-"""Ranks that hold media beside ranks that hold none, and updates without any: no rank waits for another, no gradient is diluted."""
+"""Ranks that hold media beside ranks that hold none, and updates without any: no rank waits for
+another, no gradient is diluted.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +14,33 @@ import torch
 from data.question import MediaRef
 from tests import tiny_families
 from tests.distributed.launch import run_ranks
-from tests.distributed.training_example import GRID, TRAIN, RandomMedia, make_sample, write_tiny_folder
-from zppo_mm.config import AlgorithmConfig, ModelConfig, ParallelConfig
+from tests.distributed.training_example import (
+    GRID,
+    TRAIN,
+    RandomMedia,
+    make_sample,
+    write_tiny_folder,
+)
+from zppo_mm.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig
 from zppo_mm.experience import TrainingSample
-from zppo_mm.models import parallel
-from zppo_mm.models.architecture import load_architecture
+from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model
-from zppo_mm.models.weights import load_hf_weights
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.training.batching import BatchPlan, build_batches
 from zppo_mm.training.objective import PolicyObjective
 from zppo_mm.training.policy import Policy
+from zppo_mm.weights.mapping import load_hf_weights
 
 pytestmark = pytest.mark.timeout(900)  # a start of four ranks takes minutes on a busy machine
 # Float32 sums in another order, carried through six updates.
 TOLERANCE = 2e-5
-# Equal ones differ by 1e-6 here; a gradient halved by a replica without media moves a weight by 1e-3.
+# Equal ones differ by 1e-6 here; a gradient halved by a replica without media moves a weight by
+# 1e-3.
 WEIGHT_TOLERANCE = 2e-5
 WORLD_TIMEOUT_SECONDS = 700.0
 
-# Which samples each of two replicas passes, in which micro-batches, update by update. Odd samples have no media.
+# Which samples each of two replicas passes, in which micro-batches, update by update. Odd samples
+# have no media.
 Packs = tuple[tuple[int, ...], ...]
 UPDATES: dict[str, tuple[Packs, Packs]] = {
     "one replica is text only": (((0, 2),), ((1,), (3,))),
@@ -39,14 +49,19 @@ UPDATES: dict[str, tuple[Packs, Packs]] = {
 }
 FOUR_RANK_LAYOUTS = {
     "tensor x data": ParallelConfig(tensor_model_parallel_size=2),
-    "tensor x data, sequence parallel": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+    "tensor x data, sequence parallel": ParallelConfig(
+        tensor_model_parallel_size=2, sequence_parallel=True
+    ),
     "pipeline x data": ParallelConfig(pipeline_model_parallel_size=2),
 }
 TWO_RANK_LAYOUTS = {
     "data, overlapped": ParallelConfig(overlap_grad_reduce=True),
-    "tensor, sequence parallel": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+    "tensor, sequence parallel": ParallelConfig(
+        tensor_model_parallel_size=2, sequence_parallel=True
+    ),
 }
-# With the language model frozen the gradient is the tower's alone, so that a share of it that is lost cannot hide in the norm.
+# With the language model frozen the gradient is the tower's alone, so that a share of it that is
+# lost cannot hide in the norm.
 FREEZES: tuple[tuple[str, ...], ...] = ((), ("language",), ("vision", "projector"))
 FAMILIES = ("qwen3_5", "qwen3_vl")
 
@@ -57,7 +72,8 @@ class Trained:
 
     Attributes:
         updates: Loss and gradient norm.
-        weights: The trained ones that every tensor rank holds whole, by name; of a pipeline's stages, which count layers anew, the tower's.
+        weights: The trained ones that every tensor rank holds whole, by name; of a pipeline's
+            stages, which count layers anew, the tower's.
     """
 
     updates: list[tuple[float, float]] = field(default_factory=list)
@@ -67,7 +83,10 @@ class Trained:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("folders")
-    return {"qwen3_5": write_tiny_folder(root / "qwen3_5"), "qwen3_vl": tiny_families.folder("qwen3_vl", root / "qwen3_vl")[0]}
+    return {
+        "qwen3_5": write_tiny_folder(root / "qwen3_5"),
+        "qwen3_vl": tiny_families.folder("qwen3_vl", root / "qwen3_vl")[0],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -76,19 +95,25 @@ def alone(folders: dict[str, Path]) -> dict[tuple[str, tuple[str, ...]], Trained
 
 
 def make_samples() -> list[TrainingSample]:
-    """Return six samples; of those with media the first has two images, which tensor ranks share between them."""
+    """Return six samples; of those with media the first has two images, which tensor ranks share
+    between them.
+    """
     shapes = [(8, 12, 1.5), (6, 9, -0.7), (5, 7, 0.9), (6, 5, 1.1), (4, 7, -1.2), (7, 8, 0.8)]
     samples = [make_sample(f"s{n}", n, *shape, image=n % 2 == 0) for n, shape in enumerate(shapes)]
     first = samples[0]
     second_image = make_sample("s0", 9, 0, 0, 0.0, image=True).token_ids
     ids = torch.cat([torch.from_numpy(second_image), torch.from_numpy(first.token_ids)]).numpy()
     wider = {
-        name: torch.cat([torch.zeros(len(second_image)), torch.from_numpy(getattr(first, name))]).numpy()
+        name: torch.cat(
+            [torch.zeros(len(second_image)), torch.from_numpy(getattr(first, name))]
+        ).numpy()
         for name in ("loss_mask", "old_logprobs", "advantages")
     }
     samples[0] = dataclasses.replace(
         first,
-        question=dataclasses.replace(first.question, media=(MediaRef("image", "none.tar", "s0", "png"),) * 2),
+        question=dataclasses.replace(
+            first.question, media=(MediaRef("image", "none.tar", "s0", "png"),) * 2
+        ),
         token_ids=ids,
         positions=torch.arange(len(ids)).expand(3, -1).numpy(),
         grids=(GRID, GRID),
@@ -100,14 +125,25 @@ def make_samples() -> list[TrainingSample]:
 def make_plan(num_replicas: int) -> BatchPlan:
     """Return the updates as they stand, for two replicas or all on one."""
     samples = make_samples()
-    replicas = [(one, other) if num_replicas == 2 else (one + other,) for one, other in UPDATES.values()]
-    tokens = [sum(samples[index].num_loss_tokens for part in update for pack in part for index in pack) for update in replicas]
+    replicas = [
+        (one, other) if num_replicas == 2 else (one + other,) for one, other in UPDATES.values()
+    ]
+    tokens = [
+        sum(samples[index].num_loss_tokens for part in update for pack in part for index in pack)
+        for update in replicas
+    ]
     return BatchPlan((), tuple(tokens), tuple(replicas), 0)
 
 
-def train_everything(folders: dict[str, Path], layouts: dict[str, ParallelConfig]) -> dict[str, dict[tuple[str, tuple[str, ...]], Trained]]:
+def train_everything(
+    folders: dict[str, Path], layouts: dict[str, ParallelConfig]
+) -> dict[str, dict[tuple[str, tuple[str, ...]], Trained]]:
     results = {
-        name: {(family, freeze): train(folders[family], layout, freeze) for family in FAMILIES for freeze in FREEZES}
+        name: {
+            (family, freeze): train(folders[family], layout, freeze)
+            for family in FAMILIES
+            for freeze in FREEZES
+        }
         for name, layout in layouts.items()
     }
     parallel.shutdown()
@@ -120,10 +156,14 @@ def train(folder: Path, layout: ParallelConfig, freeze: tuple[str, ...]) -> Trai
     model = build_model(load_architecture(folder), ModelConfig(), layout)
     load_hf_weights(model, folder)
     config = dataclasses.replace(TRAIN, freeze=list(freeze))
-    policy = Policy(model, config, layout, PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group()))
+    policy = Policy(
+        model, config, layout, PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group())
+    )
     media = RandomMedia() if parallel.is_first_stage() else None
     plan = make_plan(parallel.data_size())
-    batches = build_batches(plan, make_samples(), replica=parallel.data_rank(), media=media, device=parallel.device())
+    batches = build_batches(
+        plan, make_samples(), replica=parallel.data_rank(), media=media, device=parallel.device()
+    )
     metrics = [policy.train_step(batches) for _ in range(2)]
     whole = {
         name: parameter.detach().clone()
@@ -131,13 +171,18 @@ def train(folder: Path, layout: ParallelConfig, freeze: tuple[str, ...]) -> Trai
         if parameter.requires_grad and not getattr(parameter, "tensor_model_parallel", False)
         if parallel.pipeline_size() == 1 or name.startswith("vision.")
     }
-    return Trained([(update.loss, update.grad_norm) for step in metrics for update in step.updates], whole)
+    return Trained(
+        [(update.loss, update.grad_norm) for step in metrics for update in step.updates], whole
+    )
 
 
 def test_the_example_is_what_its_names_say() -> None:
     has_media = [bool(sample.grids) for sample in make_samples()]
     assert has_media == [True, False] * 3
-    held = {name: [[any(has_media[i] for i in pack) for pack in part] for part in parts] for name, parts in UPDATES.items()}
+    held = {
+        name: [[any(has_media[i] for i in pack) for pack in part] for part in parts]
+        for name, parts in UPDATES.items()
+    }
     assert held == {
         "one replica is text only": [[True], [False, False]],
         "text beside media in one replica": [[False, True, False], [True]],
@@ -163,7 +208,9 @@ def test_loss_and_gradient_are_those_of_one_process(
     world_size: int,
     layouts: dict[str, ParallelConfig],
 ) -> None:
-    for results in run_ranks(train_everything, world_size, folders, layouts, timeout_seconds=WORLD_TIMEOUT_SECONDS):
+    for results in run_ranks(
+        train_everything, world_size, folders, layouts, timeout_seconds=WORLD_TIMEOUT_SECONDS
+    ):
         for layout, cases in results.items():
             for case, actual in cases.items():
                 where = f"{layout}, {case}"
@@ -171,5 +218,9 @@ def test_loss_and_gradient_are_those_of_one_process(
                     assert mine == pytest.approx(reference, rel=TOLERANCE, abs=TOLERANCE), where
                 for name in actual.weights.keys() & alone[case].weights.keys():
                     torch.testing.assert_close(
-                        actual.weights[name], alone[case].weights[name], atol=WEIGHT_TOLERANCE, rtol=0, msg=f"{where}: {name}"
+                        actual.weights[name],
+                        alone[case].weights[name],
+                        atol=WEIGHT_TOLERANCE,
+                        rtol=0,
+                        msg=f"{where}: {name}",
                     )

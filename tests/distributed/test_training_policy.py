@@ -1,4 +1,6 @@
-"""Updates against a plain PyTorch loop over the Hugging Face model; skipped updates, frozen parts, supervised training."""
+"""Updates against a plain PyTorch loop over the Hugging Face model; skipped updates, frozen parts,
+supervised training.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +15,26 @@ import pytest
 import torch
 
 from tests.distributed.launch import run_ranks
-from tests.distributed.training_example import TRAIN, Case, RandomMedia, build_policy, make_sample, write_tiny_folder
-from zppo_mm.config import AlgorithmConfig, ModelConfig, ParallelConfig
+from tests.distributed.training_example import (
+    TRAIN,
+    Case,
+    RandomMedia,
+    build_policy,
+    make_sample,
+    write_tiny_folder,
+)
+from zppo_mm.algorithms.logprobs import token_statistics
+from zppo_mm.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig
 from zppo_mm.errors import NotFiniteError
 from zppo_mm.experience import Batch, TrainingSample
-from zppo_mm.models import parallel
-from zppo_mm.models.architecture import load_architecture
+from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model
-from zppo_mm.models.weights import load_hf_weights
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.randomness import generator
 from zppo_mm.training.batching import build_batches, plan_batches
-from zppo_mm.training.logprobs import token_statistics
 from zppo_mm.training.objective import SupervisedObjective
 from zppo_mm.training.policy import MAX_SKIPPED_IN_A_ROW, Policy
+from zppo_mm.weights.mapping import load_hf_weights
 
 # Two implementations of the network in float32, then three AdamW steps.
 ORACLE_TOLERANCE = 1e-3
@@ -41,7 +50,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def text_samples() -> list[TrainingSample]:
     shapes = [(6, 14, 1.3), (9, 8, -0.8), (5, 11, 0.6), (7, 9, -1.1)]
-    return [make_sample(f"g{n}", n, prompt, response, advantage, image=False) for n, (prompt, response, advantage) in enumerate(shapes)]
+    return [
+        make_sample(f"g{n}", n, prompt, response, advantage, image=False)
+        for n, (prompt, response, advantage) in enumerate(shapes)
+    ]
 
 
 def one_batch(samples: list[TrainingSample], skip: bool = True) -> list[Batch]:
@@ -54,7 +66,9 @@ def one_batch(samples: list[TrainingSample], skip: bool = True) -> list[Batch]:
         skip_zero_advantage=skip,
     )
     media = RandomMedia() if parallel.is_first_stage() else None
-    return build_batches(plan, samples, replica=parallel.data_rank(), media=media, device=parallel.device())
+    return build_batches(
+        plan, samples, replica=parallel.data_rank(), media=media, device=parallel.device()
+    )
 
 
 def naive_logprobs(model: Any, sample: TrainingSample) -> torch.Tensor:
@@ -64,16 +78,25 @@ def naive_logprobs(model: Any, sample: TrainingSample) -> torch.Tensor:
     return torch.log_softmax(logits, -1).gather(-1, ids[0, 1:, None]).squeeze(-1)
 
 
-def naive_updates(folder: Path, samples: list[TrainingSample], num_updates: int) -> list[tuple[float, float]]:
-    """Return loss and gradient norm of plain PyTorch updates: the surrogate of the paper, clipping, AdamW."""
+def naive_updates(
+    folder: Path, samples: list[TrainingSample], num_updates: int
+) -> list[tuple[float, float]]:
+    """Return loss and gradient norm of plain PyTorch updates: the surrogate of the paper, clipping,
+    AdamW.
+    """
     from transformers import Qwen3_5ForConditionalGeneration
 
-    model = Qwen3_5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = Qwen3_5ForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     language = [parameter for name, parameter in model.named_parameters() if "visual" not in name]
     decayed = [parameter for parameter in language if parameter.ndim > 1]
     plain = [parameter for parameter in language if parameter.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": TRAIN.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        [
+            {"params": decayed, "weight_decay": TRAIN.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ],
         lr=TRAIN.lr,
         betas=(TRAIN.adam_beta1, TRAIN.adam_beta2),
         eps=TRAIN.adam_eps,
@@ -84,11 +107,17 @@ def naive_updates(folder: Path, samples: list[TrainingSample], num_updates: int)
         total = torch.zeros(())
         for sample in samples:
             mask = torch.from_numpy(sample.loss_mask)[1:]
-            ratio = (naive_logprobs(model, sample) - torch.from_numpy(sample.old_logprobs)[1:]).exp()
+            ratio = (
+                naive_logprobs(model, sample) - torch.from_numpy(sample.old_logprobs)[1:]
+            ).exp()
             advantage = torch.from_numpy(sample.advantages)[1:]
             clipped = ratio.clamp(1 - ALGORITHM.clip_ratio_low, 1 + ALGORITHM.clip_ratio_high)
             surrogate = torch.minimum(ratio * advantage, clipped * advantage)
-            bounded = torch.where(advantage < 0, torch.maximum(surrogate, ALGORITHM.clip_ratio_c * advantage), surrogate)
+            bounded = torch.where(
+                advantage < 0,
+                torch.maximum(surrogate, ALGORITHM.clip_ratio_c * advantage),
+                surrogate,
+            )
             total = total - (bounded * mask).sum()
         loss = total / sum(sample.num_loss_tokens for sample in samples)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -115,7 +144,9 @@ def compare_with_naive(folder: Path) -> dict[str, Any]:
 
 
 def plan_order(samples: list[TrainingSample]) -> tuple[tuple[int, ...], ...]:
-    plan = plan_batches(samples, num_minibatches=1, num_replicas=1, micro_batch_tokens=40, random=generator(0))
+    plan = plan_batches(
+        samples, num_minibatches=1, num_replicas=1, micro_batch_tokens=40, random=generator(0)
+    )
     return plan.microbatches[0][0]
 
 
@@ -127,8 +158,13 @@ def test_updates_are_those_of_a_plain_loop(folder: Path) -> None:
         assert ours == pytest.approx(naive, rel=ORACLE_TOLERANCE)
     model = Qwen3_5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        expected = [torch.cat([torch.zeros(1), naive_logprobs(model, s)]) * torch.from_numpy(s.loss_mask) for s in result["samples"]]
-    torch.testing.assert_close(torch.tensor(result["logprobs"]), torch.cat(expected), atol=1e-4, rtol=0)
+        expected = [
+            torch.cat([torch.zeros(1), naive_logprobs(model, s)]) * torch.from_numpy(s.loss_mask)
+            for s in result["samples"]
+        ]
+    torch.testing.assert_close(
+        torch.tensor(result["logprobs"]), torch.cat(expected), atol=1e-4, rtol=0
+    )
 
 
 class _Records(logging.Handler):
@@ -143,7 +179,9 @@ class _Records(logging.Handler):
 
 
 def weights_of(policy: Policy) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten().clone() for parameter in policy.model.parameters()])
+    return torch.cat(
+        [parameter.detach().flatten().clone() for parameter in policy.model.parameters()]
+    )
 
 
 def skip_a_bad_update(folder: Path) -> dict[str, Any]:
@@ -151,7 +189,12 @@ def skip_a_bad_update(folder: Path) -> dict[str, Any]:
     logging.getLogger("zppo_mm.training.policy").addHandler(records)
     policy = build_policy(folder, Case())
     good = text_samples()
-    bad = [dataclasses.replace(good[0], uid="poisoned", advantages=good[0].advantages * np.float32(np.nan)), *good[1:]]
+    bad = [
+        dataclasses.replace(
+            good[0], uid="poisoned", advantages=good[0].advantages * np.float32(np.nan)
+        ),
+        *good[1:],
+    ]
     before = weights_of(policy)
     metrics = policy.train_step([*one_batch(bad), *one_batch(good)][:1])
     untouched = torch.equal(before, weights_of(policy))
@@ -174,7 +217,11 @@ def test_a_gradient_that_is_not_finite_skips_the_update_on_every_rank(folder: Pa
         assert math.isnan(result["loss"])
         assert result["untouched"]
         assert result["moved"]
-        assert result["after"] == (0, pytest.approx(first["after"][1]), pytest.approx(first["after"][2]))
+        assert result["after"] == (
+            0,
+            pytest.approx(first["after"][1]),
+            pytest.approx(first["after"][2]),
+        )
     (message,) = first["messages"]
     assert "the update was skipped, their loss is not finite: groups " in message
     assert "poisoned" in message
@@ -182,10 +229,16 @@ def test_a_gradient_that_is_not_finite_skips_the_update_on_every_rank(folder: Pa
 
 
 def skip_until_the_end(folder: Path) -> tuple[list[bool], str, bool]:
-    """Three spoilt updates, a good one, then spoilt ones: of the spoilt ones only one rank's samples are."""
+    """Three spoilt updates, a good one, then spoilt ones: of the spoilt ones only one rank's
+    samples are.
+    """
     policy = build_policy(folder, Case())
     good = text_samples()
-    spoilt = dataclasses.replace(good[0], uid="spoilt", old_logprobs=good[0].old_logprobs - np.float32(np.inf) * good[0].loss_mask)
+    spoilt = dataclasses.replace(
+        good[0],
+        uid="spoilt",
+        old_logprobs=good[0].old_logprobs - np.float32(np.inf) * good[0].loss_mask,
+    )
     skipped, message = [], ""
     before = weights_of(policy)
     try:
@@ -205,7 +258,10 @@ def skip_until_the_end(folder: Path) -> tuple[list[bool], str, bool]:
 def test_skipped_updates_in_a_row_end_the_run_by_name_on_every_rank(folder: Path) -> None:
     for skipped, message, untouched in run_ranks(skip_until_the_end, 2, folder):
         assert skipped == [True] * 3 + [False] + [True] * (MAX_SKIPPED_IN_A_ROW - 1)
-        assert "training.policy: 4 updates in a row were skipped, got losses or gradients that are not finite" in message
+        assert (
+            "training.policy: 4 updates in a row were skipped, got losses or gradients that are "
+            "not finite" in message
+        )
         assert untouched
 
 
@@ -218,9 +274,16 @@ def train_supervised(folder: Path) -> tuple[list[float], list[bool]]:
     train = dataclasses.replace(TRAIN, freeze=["vision"], clip_grad=1.0)
     policy = Policy(model, train, layout, SupervisedObjective(parallel.tensor_group()))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    samples = [make_sample("a", 0, 4, 6, 0.0, image=True), make_sample("b", 1, 5, 7, 0.0, image=False)]
+    samples = [
+        make_sample("a", 0, 4, 6, 0.0, image=True),
+        make_sample("b", 1, 5, 7, 0.0, image=False),
+    ]
     losses = [policy.train_step(one_batch(samples, skip=False)).loss for _ in range(8)]
-    same = [torch.equal(before[name], parameter.detach()) for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    same = [
+        torch.equal(before[name], parameter.detach())
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+    ]
     parallel.shutdown()
     return losses, same
 
@@ -238,7 +301,9 @@ def statistics_of_a_slice() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     parallel.initialize(ParallelConfig(tensor_model_parallel_size=2), seed=0)
     logits, rows, targets = whole_logits()
     mine = logits.chunk(2, dim=1)[parallel.tensor_rank()].clone().requires_grad_()
-    logprobs, entropies = token_statistics(mine, rows, targets, parallel.tensor_group(), temperature=0.8, chunk_rows=4)
+    logprobs, entropies = token_statistics(
+        mine, rows, targets, parallel.tensor_group(), temperature=0.8, chunk_rows=4
+    )
     (logprobs * targets + 3 * entropies).sum().backward()
     parallel.shutdown()
     assert mine.grad is not None
@@ -248,7 +313,11 @@ def statistics_of_a_slice() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def whole_logits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     random = torch.Generator().manual_seed(3)
     logits = 4 * torch.randn(20, 50, generator=random)
-    return logits, torch.randperm(20, generator=random)[:13], torch.randint(50, (13,), generator=random)
+    return (
+        logits,
+        torch.randperm(20, generator=random)[:13],
+        torch.randint(50, (13,), generator=random),
+    )
 
 
 def test_split_log_probs_are_those_of_the_whole_softmax() -> None:
@@ -261,7 +330,11 @@ def test_split_log_probs_are_those_of_the_whole_softmax() -> None:
     (expected * targets + 3 * expected_entropies).sum().backward()
     assert torch.equal(logprobs, again)
     torch.testing.assert_close(logprobs, expected.detach(), atol=TOLERANCE, rtol=TOLERANCE)
-    torch.testing.assert_close(entropies, expected_entropies.detach(), atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(
+        entropies, expected_entropies.detach(), atol=TOLERANCE, rtol=TOLERANCE
+    )
     assert logits.grad is not None
     # The weights of the loss go up to 50.
-    torch.testing.assert_close(torch.cat([left, right], 1), logits.grad, atol=50 * TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(
+        torch.cat([left, right], 1), logits.grad, atol=50 * TOLERANCE, rtol=TOLERANCE
+    )

@@ -1,4 +1,6 @@
-"""A tiny Qwen3.5-VL folder, samples with and without images, and a few updates on them: what the training tests share."""
+"""A tiny Qwen3.5-VL folder, samples with and without images, and a few updates on them: what the
+training tests share.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +14,30 @@ import torch
 
 from data.question import MediaRef, Question
 from encoders.processor import VisionInput
-from zppo_mm.config import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
+from zppo_mm.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
 from zppo_mm.experience import Batch, TrainingSample
-from zppo_mm.models import parallel
-from zppo_mm.models.architecture import load_architecture
+from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model
-from zppo_mm.models.weights import load_hf_weights
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.randomness import generator
 from zppo_mm.training.batching import BatchPlan, build_batches, plan_batches
 from zppo_mm.training.objective import PolicyObjective
 from zppo_mm.training.policy import Policy, TrainMetrics
+from zppo_mm.weights.mapping import load_hf_weights
 
 VOCABULARY = 128
 IMAGE, VIDEO, VISION_START, VISION_END = 120, 121, 122, 123
 GRID = (1, 4, 6)
 PATCH_ELEMENTS = 3 * 2 * 4 * 4
-# An epsilon above the gradients' rounding: Adam divides a near-zero gradient by itself, which turns rounding into whole steps.
+# An epsilon above the gradients' rounding: Adam divides a near-zero gradient by itself, which turns
+# rounding into whole steps.
 TRAIN = TrainConfig(updates_per_step=2, lr=2e-2, adam_eps=1e-3, clip_grad=0.3, train_iters=10)
 
 
 def write_tiny_folder(folder: Path, tied: bool = True, vocabulary: int = VOCABULARY) -> Path:
-    """Write a random Hugging Face model with 3 DeltaNet layers, 1 attention layer and a vision tower."""
+    """Write a random Hugging Face model with 3 DeltaNet layers, 1 attention layer and a vision
+    tower.
+    """
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
     text = {
@@ -85,7 +90,9 @@ def write_tiny_folder(folder: Path, tied: bool = True, vocabulary: int = VOCABUL
     return folder
 
 
-def make_sample(uid: str, number: int, prompt: int, response: int, advantage: float, image: bool) -> TrainingSample:
+def make_sample(
+    uid: str, number: int, prompt: int, response: int, advantage: float, image: bool
+) -> TrainingSample:
     """Return a random sample; with an image its prompt starts with the placeholders."""
     random = generator(1, uid, number)
     pixels = [VISION_START, *[IMAGE] * (GRID[1] * GRID[2] // 4), VISION_END] if image else []
@@ -99,16 +106,27 @@ def make_sample(uid: str, number: int, prompt: int, response: int, advantage: fl
         token_ids=ids,
         positions=np.tile(np.arange(len(ids)), (3, 1)),
         loss_mask=mask,
-        # Around the log-prob of a uniform guess, so that ratios lie on both sides of the clip range.
-        old_logprobs=(mask * (-np.log(VOCABULARY) + 0.4 * random.standard_normal(len(ids)))).astype(np.float32),
+        # Around the log-prob of a uniform guess, so that ratios lie on both sides of the clip
+        # range.
+        old_logprobs=(mask * (-np.log(VOCABULARY) + 0.4 * random.standard_normal(len(ids)))).astype(
+            np.float32
+        ),
         advantages=(advantage * mask).astype(np.float32),
         grids=(GRID,) if image else (),
     )
 
 
 def make_samples() -> list[TrainingSample]:
-    """Return two groups, one per update: in each a long image sample balances short text samples, and two are trivial."""
-    shapes = [(8, 30, 1.5, True), (6, 9, -0.7, False), (5, 12, 0.0, False), (6, 5, 0.0, False), (4, 7, -1.2, False)]
+    """Return two groups, one per update: in each a long image sample balances short text samples,
+    and two are trivial.
+    """
+    shapes = [
+        (8, 30, 1.5, True),
+        (6, 9, -0.7, False),
+        (5, 12, 0.0, False),
+        (6, 5, 0.0, False),
+        (4, 7, -1.2, False),
+    ]
     return [
         make_sample(uid, number, prompt, response, advantage, image)
         for uid in ("first", "second")
@@ -117,8 +135,15 @@ def make_samples() -> list[TrainingSample]:
 
 
 def make_groups() -> list[TrainingSample]:
-    """Return four groups whose samples have their prompt in common, one with an image; each response is a sample of its own length."""
-    shapes = [(3, (30, 9, 5), True), (11, (12, 1, 7, 7), False), (2, (5, 6), False), (20, (8,), False)]
+    """Return four groups whose samples have their prompt in common, one with an image; each
+    response is a sample of its own length.
+    """
+    shapes = [
+        (3, (30, 9, 5), True),
+        (11, (12, 1, 7, 7), False),
+        (2, (5, 6), False),
+        (20, (8,), False),
+    ]
     samples = []
     for number, (prompt, responses, image) in enumerate(shapes):
         first = make_sample(f"group {number}", 0, prompt, responses[0], 1.5, image)
@@ -135,7 +160,11 @@ class RandomMedia:
     """Pixels that follow from the question's id."""
 
     def vision_inputs(self, question: Question) -> list[VisionInput]:
-        patches = generator(2, question.id).standard_normal((GRID[0] * GRID[1] * GRID[2], PATCH_ELEMENTS)).astype(np.float32)
+        patches = (
+            generator(2, question.id)
+            .standard_normal((GRID[0] * GRID[1] * GRID[2], PATCH_ELEMENTS))
+            .astype(np.float32)
+        )
         return [VisionInput("image", patches, GRID) for _ in question.media]
 
 
@@ -168,20 +197,31 @@ def make_batches(case: Case) -> list[Batch]:
     """Return this rank's updates."""
     media = RandomMedia() if parallel.is_first_stage() else None
     plan = make_plan(case, parallel.data_size())
-    return build_batches(plan, case.samples(), replica=parallel.data_rank(), media=media, device=parallel.device())
+    return build_batches(
+        plan, case.samples(), replica=parallel.data_rank(), media=media, device=parallel.device()
+    )
 
 
 def build_policy(folder: Path, case: Case) -> Policy:
     """Set the layout, load the folder and wrap it."""
     parallel.initialize(case.layout, seed=0)
-    model = build_model(load_architecture(folder), ModelConfig(params_dtype=case.params_dtype), case.layout)
+    model = build_model(
+        load_architecture(folder), ModelConfig(params_dtype=case.params_dtype), case.layout
+    )
     load_hf_weights(model, folder)
-    return Policy(model, case.train, case.layout, PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group()))
+    return Policy(
+        model,
+        case.train,
+        case.layout,
+        PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group()),
+    )
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a case: metrics by step, and the trained weights that every tensor rank holds whole, by name."""
+    """What came of a case: metrics by step, and the trained weights that every tensor rank holds
+    whole, by name.
+    """
 
     metrics: list[TrainMetrics]
     whole_weights: dict[str, torch.Tensor]
@@ -193,7 +233,14 @@ def run_case(folder: Path, case: Case, num_steps: int = 2) -> Result:
     batches = make_batches(case)
     metrics = [policy.train_step(batches) for _ in range(num_steps)]
     named = policy.model.named_parameters()
-    return Result(metrics, {name: p.detach().clone() for name, p in named if not getattr(p, "tensor_model_parallel", False)})
+    return Result(
+        metrics,
+        {
+            name: p.detach().clone()
+            for name, p in named
+            if not getattr(p, "tensor_model_parallel", False)
+        },
+    )
 
 
 def run_cases(folder: Path, cases: list[Case]) -> list[Result]:

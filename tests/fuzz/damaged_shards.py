@@ -34,13 +34,18 @@ class Original:
 
 def ours(folder: Path) -> Original:
     """Return a shard of our own writer, which leaves its index beside it."""
-    samples = [sample(number, [("0.png", png(value=number)), ("1.mp4", b"clip" * 200 * number)]) for number in range(4)]
+    samples = [
+        sample(number, [("0.png", png(value=number)), ("1.mp4", b"clip" * 200 * number)])
+        for number in range(4)
+    ]
     (path,) = write_shards(folder, samples)
     return original(path.read_bytes())
 
 
 def foreign(tar_format: int) -> Original:
-    """Return a shard with long and other names, so that GNU and pax archives have extended headers."""
+    """Return a shard with long and other names, so that GNU and pax archives have extended
+    headers.
+    """
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tar_format) as archive:
         for number, stem in enumerate(("a", "folder/é", "long/" + "x" * 60 + "/" + "y" * 60)):
@@ -60,7 +65,9 @@ def original(shard: bytes) -> Original:
 
 
 def by_tarfile(shard: bytes) -> Content | None:
-    """Return what `tarfile` finds, grouped as webdataset does; `None` if it refuses the shard or goes round in it."""
+    """Return what `tarfile` finds, grouped as webdataset does; `None` if it refuses the shard or
+    goes round in it.
+    """
     found: Content = []
     offset = -1
     try:
@@ -84,7 +91,9 @@ def by_tarfile(shard: bytes) -> Content | None:
 def read_all(
     folder: Path,
 ) -> list[tuple[str, Question | DataError, list[bytes] | DataError]] | DataError:
-    """Return every sample of a folder with its question and media, with errors in the place of what they keep from being read."""
+    """Return every sample of a folder with its question and media, with errors in the place of what
+    they keep from being read.
+    """
     found: list[tuple[str, Question | DataError, list[bytes] | DataError]] = []
     try:
         opened = ShardFolder(folder)
@@ -124,7 +133,9 @@ def steps(whole: Original) -> st.SearchStrategy[list[Step]]:
         header.map(lambda at: at // BLOCK),
     )
     count = st.integers(1, 6)
-    field = st.sampled_from([(0, 100), (100, 8), (124, 12), (124, 1), (156, 1), (157, 100), (257, 8), (345, 155)])
+    field = st.sampled_from(
+        [(0, 100), (100, 8), (124, 12), (124, 1), (156, 1), (157, 100), (257, 8), (345, 155)]
+    )
     value = st.one_of(
         st.binary(min_size=1, max_size=12),
         st.integers(0, 1 << 36).map(lambda number: b"%011o\0" % number),

@@ -1,4 +1,6 @@
-"""The grader's border: any text may be an answer, and none may break it, hold it up, or pass for another."""
+"""The grader's border: any text may be an answer, and none may break it, hold it up, or pass for
+another.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,13 @@ from zppo_mm.rewards.workers import GradingPool
 MAX_SECONDS = 2.0
 _PIECES = (
     "1 2 3.5 0.1 10 007 1,000 1,5 -1 + - * / ^ _ = < > \\le \\ge \\ne \\approx \\in : ; , and or ( "
-    ") [ ] { } \\{ \\} | \\frac \\frac12 \\frac{1}{2} \\sqrt \\sqrt{2} \\pm \\mp \\pi \\infty \\cup "
-    "\\cap \\setminus \\emptyset \\mathbb{R} \\text{ \\text{cm} cm m^2 km/h \\Omega µF % \\% ° "
-    "^\\circ pm a.m. $ \\$ € x y X x' f(x) x_1 1011_2 base \\begin{pmatrix} \\end{pmatrix} "
-    "\\begin{cases} \\end{cases} & \\\\ \\\\[2pt] \\ldots ... \\boxed{ \\left( \\right) \\, \\! ~ ½ "
-    "² ₂ √ ７ （ ） 个 万 yes no B. (B) e i ! \\sum \\int \\overline{3} \\angle ABC 1e5 10^{-5} \" ' ` "
-    "** ."
+    ") [ ] { } \\{ \\} | \\frac \\frac12 \\frac{1}{2} \\sqrt \\sqrt{2} \\pm \\mp \\pi \\infty "
+    "\\cup \\cap \\setminus \\emptyset \\mathbb{R} \\text{ \\text{cm} cm m^2 km/h \\Omega µF % \\% "
+    "° ^\\circ pm a.m. $ \\$ € x y X x' f(x) x_1 1011_2 base \\begin{pmatrix} \\end{pmatrix} "
+    "\\begin{cases} \\end{cases} & \\\\ \\\\[2pt] \\ldots ... \\boxed{ \\left( \\right) \\, \\! ~ "
+    "½ ² ₂ √ ７ （ ） 个 万 yes no B. (B) e i ! "
+    "\\sum \\int \\overline{3} \\angle ABC 1e5 10^{-5} \" ' "
+    "` ** ."
 )
 PIECES = _PIECES.split()
 ANSWERS = st.one_of(
@@ -37,7 +40,9 @@ ANSWERS = st.one_of(
 NUMBERS = st.one_of(
     st.integers(-(10**30), 10**30).map(str),
     st.decimals(allow_nan=False, allow_infinity=False, places=6).map(lambda value: f"{value:f}"),
-    st.tuples(st.integers(-999, 999), st.integers(1, 999)).map(lambda pair: f"\\frac{{{pair[0]}}}{{{pair[1]}}}"),
+    st.tuples(st.integers(-999, 999), st.integers(1, 999)).map(
+        lambda pair: f"\\frac{{{pair[0]}}}{{{pair[1]}}}"
+    ),
     st.integers(-300, 300).map(lambda exponent: f"10^{{{exponent}}}"),
 )
 
@@ -93,7 +98,13 @@ def test_an_answer_is_itself(answer: str) -> None:
 @settings(deadline=None)
 @given(structured(NUMBERS))
 def test_well_formed_answers_are_themselves_in_another_spelling(answer: str) -> None:
-    for other in (answer.replace(" ", "\\,"), f"${answer}$", answer.replace("\\frac", "\\dfrac"), f"\\({answer}\\)", f"{answer}."):
+    for other in (
+        answer.replace(" ", "\\,"),
+        f"${answer}$",
+        answer.replace("\\frac", "\\dfrac"),
+        f"\\({answer}\\)",
+        f"{answer}.",
+    ):
         assert compare(other, answer) is True
         assert compare(answer, other) is True
 
@@ -150,7 +161,13 @@ def _all_values(answer: str) -> list[Fraction]:
     """Return the values of the numbers in an answer, those in braces as fractions or exponents."""
     values: list[Fraction] = []
     text = answer
-    for opening, closing in (("\\begin{pmatrix}", " "), ("\\end{pmatrix}", " "), ("\\text{ cm}", " "), ("^\\circ", " "), ("\\\\", " ")):
+    for opening, closing in (
+        ("\\begin{pmatrix}", " "),
+        ("\\end{pmatrix}", " "),
+        ("\\text{ cm}", " "),
+        ("^\\circ", " "),
+        ("\\\\", " "),
+    ):
         text = text.replace(opening, closing)
     for mark in ("(", ")", "[", "]", "\\{", "\\}", ",", "x =", "\\le x <"):
         text = text.replace(mark, " ")

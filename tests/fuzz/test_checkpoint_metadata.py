@@ -1,4 +1,6 @@
-"""Foreign bytes as the description of a distributed checkpoint: refused by name, or read, and nothing else."""
+"""Foreign bytes as the description of a distributed checkpoint: refused by name, or read, and
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,28 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from zppo_mm.errors import CheckpointError
-from zppo_mm.models.boxes import Box
-from zppo_mm.models.distributed_folder import METADATA_FILE, DistributedFolder
+from zppo_mm.weights.boxes import Box
+from zppo_mm.weights.distributed_folder import METADATA_FILE, DistributedFolder
 
 KEY, SHAPE = "layer.weight", torch.Size([4, 3])
 INSTRUCTIONS = [b"(", b"t", b"R", b"b", b"0", b"N", b"}", b"]", b"\x81", b"s", b"u", b"."]
-NAMES = [b"os\nsystem", b"builtins\neval", b"torch\nload", b"torch\nfloat32", b"torch\nSize", b"collections\nOrderedDict"]
+NAMES = [
+    b"os\nsystem",
+    b"builtins\neval",
+    b"torch\nload",
+    b"torch\nfloat32",
+    b"torch\nSize",
+    b"collections\nOrderedDict",
+]
 
 
 def description(protocol: int) -> bytes:
@@ -26,22 +41,34 @@ def description(protocol: int) -> bytes:
     halves = [torch.Size([0, 0]), torch.Size([2, 0])]
     chunks = [ChunkStorageMetadata(offsets=half, sizes=torch.Size([2, 3])) for half in halves]
     stored = TensorStorageMetadata(TensorProperties(torch.float32), SHAPE, chunks)
-    places = {MetadataIndex(KEY, half): _StorageInfo("__0_0.distcp", 100 * number, 100) for number, half in enumerate(halves)}
+    places = {
+        MetadataIndex(KEY, half): _StorageInfo("__0_0.distcp", 100 * number, 100)
+        for number, half in enumerate(halves)
+    }
     return pickle.dumps(Metadata(state_dict_metadata={KEY: stored}, storage_data=places), protocol)
 
 
 @st.composite
 def broken(draw: st.DrawFn) -> bytes:
-    """Return a real description with some of its bytes changed, cut off, doubled or replaced by instructions of a pickle."""
+    """Return a real description with some of its bytes changed, cut off, doubled or replaced by
+    instructions of a pickle.
+    """
     content = bytearray(description(draw(st.sampled_from([0, 2, 4, 5]))))
     for _ in range(draw(st.integers(1, 6))):
         place = draw(st.integers(0, len(content)))
         length = draw(st.integers(0, 12))
         call = st.sampled_from(NAMES).map(lambda name: b"c" + name + b"\n")
         instructions = st.lists(
-            st.one_of(st.sampled_from([b"(", b"t", b"R", b"b", b"0", b"N", b"}", b"]", b"\x81", b"s", b"u", b"."]), call)
+            st.one_of(
+                st.sampled_from(
+                    [b"(", b"t", b"R", b"b", b"0", b"N", b"}", b"]", b"\x81", b"s", b"u", b"."]
+                ),
+                call,
+            )
         )
-        content[place : place + length] = draw(st.one_of(st.binary(max_size=12), instructions.map(b"".join)))
+        content[place : place + length] = draw(
+            st.one_of(st.binary(max_size=12), instructions.map(b"".join))
+        )
     return bytes(content)
 
 

@@ -44,7 +44,10 @@ def changed_indexes(draw: st.DrawFn) -> dict[str, Any]:
     """Draw an index with one to four changed entries, samples or heads."""
     index = copy.deepcopy(STORED)
     if draw(st.booleans()):
-        entries = {key: {name: numbers[:2] for name, numbers in files.items()} for key, files in index["samples"].items()}
+        entries = {
+            key: {name: numbers[:2] for name, numbers in files.items()}
+            for key, files in index["samples"].items()
+        }
         index.update(version=1, samples=entries)
     for _ in range(draw(st.integers(1, 4))):
         samples = index["samples"]
@@ -88,7 +91,9 @@ def changed_bytes(draw: st.DrawFn) -> bytes:
                 st.sampled_from([b"[" * 2000, b"-", b"9" * 5000]),
             )
         )
-        content = content[:start] + middle + content[draw(st.sampled_from([start, start + 1, end])) :]
+        content = (
+            content[:start] + middle + content[draw(st.sampled_from([start, start + 1, end])) :]
+        )
     return content
 
 

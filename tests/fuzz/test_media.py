@@ -1,4 +1,6 @@
-"""Damaged and forged images and videos: an error with a reason or pixels within the limits, and never more than one worker's life."""
+"""Damaged and forged images and videos: an error with a reason or pixels within the limits, and
+never more than one worker's life.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.errors import MEDIA_REASONS, MediaError
-from data.media import MediaLimits, MediaOpener
+from data.media.opening import MediaLimits, MediaOpener
 from data.question import MediaKind
 from tests.unit.test_data_video import encode, grey_frames
 
@@ -26,7 +28,13 @@ def images() -> list[bytes]:
     exif = Image.Exif()
     exif[0x0112] = 7
     files = []
-    for image_format, options in (("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("BMP", {})):
+    for image_format, options in (
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("PNG", {}),
+        ("WEBP", {}),
+        ("BMP", {}),
+    ):
         for shown in (picture, picture.convert("L")):
             file = io.BytesIO()
             shown.save(file, image_format, exif=exif, **options)
@@ -37,7 +45,12 @@ def images() -> list[bytes]:
 def videos() -> list[bytes]:
     return [
         encode(grey_frames(8), container=container, codec=codec)
-        for container, codec in (("mp4", "libx264"), ("matroska", "libx264"), ("webm", "libvpx"), ("avi", "mpeg4"))
+        for container, codec in (
+            ("mp4", "libx264"),
+            ("matroska", "libx264"),
+            ("webm", "libvpx"),
+            ("avi", "mpeg4"),
+        )
     ]
 
 
@@ -46,7 +59,9 @@ FILES: dict[MediaKind, list[bytes]] = {"image": images(), "video": videos()}
 
 @st.composite
 def damaged(draw: st.DrawFn, kind: MediaKind) -> bytes:
-    """A good file of which some bytes are others, some are missing, and some come twice; or bytes after a good start."""
+    """A good file of which some bytes are others, some are missing, and some come twice; or bytes
+    after a good start.
+    """
     content = bytearray(draw(st.sampled_from(FILES[kind])))
     for _ in range(draw(st.integers(0, 6))):
         # Headers decide most, and lie at the start or, in mp4, at the end.
@@ -55,7 +70,11 @@ def damaged(draw: st.DrawFn, kind: MediaKind) -> bytes:
             case "byte":
                 content[place] = draw(st.integers(0, 255))
             case "word":
-                content[place : place + 4] = draw(st.sampled_from((b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\xff\xff")))
+                content[place : place + 4] = draw(
+                    st.sampled_from(
+                        (b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\xff\xff")
+                    )
+                )
             case "cut":
                 del content[max(place, 16) :]
             case "repeat":
@@ -69,7 +88,14 @@ def damaged(draw: st.DrawFn, kind: MediaKind) -> bytes:
 
 @pytest.fixture(scope="module")
 def opener() -> Iterator[MediaOpener]:
-    made = MediaOpener(MediaLimits(max_bytes=100_000, max_pixels=MAX_PIXELS, max_frames=MAX_FRAMES, decode_timeout_seconds=20))
+    made = MediaOpener(
+        MediaLimits(
+            max_bytes=100_000,
+            max_pixels=MAX_PIXELS,
+            max_frames=MAX_FRAMES,
+            decode_timeout_seconds=20,
+        )
+    )
     yield made
     made.close()
 

@@ -1,4 +1,6 @@
-"""Lines and rows of others: every one is a question that can be written and read again, or one counted line."""
+"""Lines and rows of others: every one is a question that can be written and read again, or one
+counted line.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,10 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.benchmarks import convert_benchmark
-from data.convert import convert_jsonl
 from data.errors import DataError
 from data.health import SampleHealth
+from data.imports.benchmarks import convert_benchmark
+from data.imports.convert import convert_jsonl
 from data.shards import ShardFolder
 
 # Half pairs, NUL and all else that Python's strings hold.
@@ -23,15 +25,37 @@ TEXTS = st.text(st.characters(exclude_categories=()), max_size=12) | st.sampled_
     ("A", "1", "math", "choice", "<image>", "a.png", "[1]")
 )
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
-VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=8)
-NAMES = st.sampled_from(("id", "question", "answer", "answer_type", "choices", "source", "media", "image", "images", "video", "note"))
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=8,
+)
+NAMES = st.sampled_from(
+    (
+        "id",
+        "question",
+        "answer",
+        "answer_type",
+        "choices",
+        "source",
+        "media",
+        "image",
+        "images",
+        "video",
+        "note",
+    )
+)
 ROWS = st.dictionaries(NAMES | TEXTS, VALUES, max_size=8)
 GOOD = {"question": "q", "answer": "1", "answer_type": "math"}
 LINES = (
     st.binary(max_size=40).map(lambda content: content.replace(b"\n", b""))
     | ROWS.map(lambda row: json.dumps(row).encode())
     | ROWS.map(lambda row: json.dumps(GOOD | row).encode())
-    | ROWS.map(lambda row: json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass").replace(b"\n", b""))
+    | ROWS.map(
+        lambda row: (
+            json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass").replace(b"\n", b"")
+        )
+    )
 )
 
 
@@ -40,7 +64,9 @@ def read_all(folder: Path) -> int:
     shards = ShardFolder(folder)
     for key in list(shards.keys()):
         question = shards.question(*key)
-        "".join((question.id, question.text, question.answer, question.source, *question.choices)).encode()
+        "".join(
+            (question.id, question.text, question.answer, question.source, *question.choices)
+        ).encode()
         for reference in question.media:
             shards.media_bytes(reference)
     return len(shards)
@@ -80,17 +106,24 @@ def test_rows_of_json(rows: list[dict[str, Any]], as_lines: bool) -> None:
     rows = [GOOD, *rows]
     with tempfile.TemporaryDirectory() as temporary:
         if as_lines:
-            health = convert(Path(temporary) / "t.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+            health = convert(
+                Path(temporary) / "t.jsonl",
+                "".join(json.dumps(row) + "\n" for row in rows).encode(),
+            )
         else:
             health = convert(Path(temporary) / "t.json", json.dumps(rows).encode())
         assert health.num_good + health.num_bad == len(rows)
 
 
 @settings(deadline=None)
-@given(rows=st.lists(st.lists(TEXTS, min_size=2, max_size=4), max_size=5), raw=st.binary(max_size=40))
+@given(
+    rows=st.lists(st.lists(TEXTS, min_size=2, max_size=4), max_size=5), raw=st.binary(max_size=40)
+)
 def test_rows_of_csv(rows: list[list[str]], raw: bytes) -> None:
     table = io.StringIO()
     csv.writer(table).writerows([["question", "answer", "image"], ["q", "1", ""], *rows])
     with tempfile.TemporaryDirectory() as temporary:
-        health = convert(Path(temporary) / "t.csv", table.getvalue().encode("utf-8", "surrogatepass") + raw)
+        health = convert(
+            Path(temporary) / "t.csv", table.getvalue().encode("utf-8", "surrogatepass") + raw
+        )
         assert health.num_good + health.num_bad >= 1

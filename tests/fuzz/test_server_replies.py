@@ -1,4 +1,6 @@
-"""Replies of a server: whatever comes is a fault with a name, or answers that are valid text and keep no key."""
+"""Replies of a server: whatever comes is a fault with a name, or answers that are valid text and
+keep no key.
+"""
 
 from __future__ import annotations
 
@@ -15,37 +17,78 @@ from hypothesis import strategies as st
 
 from data.text import is_valid_text
 from tests.raw_server import RawServer, completion, http, say, serve_raw
-from zppo_mm.config import TeacherConfig
+from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.rewards.judge import read_verdict
-from zppo_mm.teacher.chat_api import MAX_SPELLING_BYTES, Ask, Choice, Fault, Reply, parse_reply
-from zppo_mm.teacher.endpoint import MAX_PAUSE_SECONDS, retry_after
-from zppo_mm.teacher.endpoint_pool import EndpointPool
-from zppo_mm.teacher.received_text import MAX_SHOWN_CHARS, ReceivedText
-from zppo_mm.teacher.servers import Outcome, Patience
+from zppo_mm.teacher.served.chat_api import (
+    MAX_SPELLING_BYTES,
+    Ask,
+    Choice,
+    Fault,
+    Reply,
+    parse_reply,
+)
+from zppo_mm.teacher.served.endpoint import MAX_PAUSE_SECONDS, retry_after
+from zppo_mm.teacher.served.pool import EndpointPool
+from zppo_mm.teacher.served.received_text import MAX_SHOWN_CHARS, ReceivedText
+from zppo_mm.teacher.served.servers import Outcome, Patience
 
 KEY = "sk-0/9<fuzz-key>"
 KINDS = {"bad_reply", "empty_choice", "unfinished", "content_filter"}
 NUM_TOP = 2
 
 TEXT = st.text(st.characters(exclude_categories=()), max_size=20) | st.sampled_from(
-    ["", KEY, f"so {KEY}!", "\ud83d", "\ude00\ud83d", "a\0b", "</think>", "<think>", "\\boxed{4}", "\x1b[2J\r\nforged"]
+    [
+        "",
+        KEY,
+        f"so {KEY}!",
+        "\ud83d",
+        "\ude00\ud83d",
+        "a\0b",
+        "</think>",
+        "<think>",
+        "\\boxed{4}",
+        "\x1b[2J\r\nforged",
+    ]
 )
 NUMBER = st.integers() | st.floats() | st.sampled_from([1e999, -1e999, 10**400, -1, 2**63, True])
 SCALAR = st.none() | st.booleans() | NUMBER | TEXT
-ANY = st.recursive(SCALAR, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=8)
+ANY = st.recursive(
+    SCALAR,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
 
 
-LISTED = {"token": TEXT, "bytes": st.none() | st.lists(st.integers(0, 255), max_size=6), "logprob": st.floats(-20, 0)}
-TOKEN = st.fixed_dictionaries({**LISTED, "top_logprobs": st.lists(st.fixed_dictionaries(LISTED), max_size=4)})
-CONTENT = TEXT | st.none() | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": TEXT}), max_size=3)
-MESSAGE = st.fixed_dictionaries({"content": CONTENT}, optional={"reasoning_content": TEXT, "reasoning": TEXT, "tool_calls": ANY})
-STATE = st.just("stop") | st.sampled_from(["length", "max_tokens", "eos_token", "abort", "content_filter", "", None])
+LISTED = {
+    "token": TEXT,
+    "bytes": st.none() | st.lists(st.integers(0, 255), max_size=6),
+    "logprob": st.floats(-20, 0),
+}
+TOKEN = st.fixed_dictionaries(
+    {**LISTED, "top_logprobs": st.lists(st.fixed_dictionaries(LISTED), max_size=4)}
+)
+CONTENT = (
+    TEXT
+    | st.none()
+    | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": TEXT}), max_size=3)
+)
+MESSAGE = st.fixed_dictionaries(
+    {"content": CONTENT}, optional={"reasoning_content": TEXT, "reasoning": TEXT, "tool_calls": ANY}
+)
+STATE = st.just("stop") | st.sampled_from(
+    ["length", "max_tokens", "eos_token", "abort", "content_filter", "", None]
+)
 CHOICE = st.fixed_dictionaries(
     {"message": MESSAGE, "finish_reason": STATE},
-    optional={"index": st.integers(0, 4), "logprobs": st.fixed_dictionaries({"content": st.lists(TOKEN, max_size=3)})},
+    optional={
+        "index": st.integers(0, 4),
+        "logprobs": st.fixed_dictionaries({"content": st.lists(TOKEN, max_size=3)}),
+    },
 )
 USAGE = st.fixed_dictionaries({"prompt_tokens": NUMBER, "completion_tokens": st.integers(0, 99)})
-GOOD = st.fixed_dictionaries({"choices": st.lists(CHOICE, min_size=1, max_size=5)}, optional={"usage": USAGE, "error": ANY})
+GOOD = st.fixed_dictionaries(
+    {"choices": st.lists(CHOICE, min_size=1, max_size=5)}, optional={"usage": USAGE, "error": ANY}
+)
 
 
 @st.composite
@@ -93,7 +136,10 @@ def check(body: bytes, num_choices: int) -> None:
         return
     assert 1 <= len(reply.choices) <= num_choices
     assert len(reply.choices) + reply.dropped.total() == reply.num_returned
-    assert all(type(count) is int and 0 <= count < 2**53 for count in (reply.prompt_tokens, reply.completion_tokens))
+    assert all(
+        type(count) is int and 0 <= count < 2**53
+        for count in (reply.prompt_tokens, reply.completion_tokens)
+    )
     for choice in reply.choices:
         assert_answer(choice)
 
@@ -121,8 +167,16 @@ def assert_shown(text: str) -> None:
 
 
 @given(COMPLETION | ANY, st.integers(1, 4))
-@example({"choices": [{"message": {"content": "4"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 1e999}}, 1)
-@example({"choices": [{"message": {"content": "\ud83d"}, "finish_reason": "stop", "index": [1]}]}, 1)
+@example(
+    {
+        "choices": [{"message": {"content": "4"}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 1e999},
+    },
+    1,
+)
+@example(
+    {"choices": [{"message": {"content": "\ud83d"}, "finish_reason": "stop", "index": [1]}]}, 1
+)
 def test_any_json_is_answers_or_a_fault(reply: Any, num_choices: int) -> None:
     check(json.dumps(reply).encode(), num_choices)
     check(json.dumps(reply, ensure_ascii=False).encode("utf-8", "surrogatepass"), num_choices)
@@ -134,7 +188,10 @@ def test_a_good_reply_that_was_damaged_is_answers_or_a_fault(data: st.DataObject
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, len(body)))
         end = start + data.draw(st.integers(0, 8))
-        body[start:end] = data.draw(st.binary(max_size=4) | st.sampled_from([b"[" * 3000, b"null", b"1e999", b'\\ud83d"', b"\xff", b"{}"]))
+        body[start:end] = data.draw(
+            st.binary(max_size=4)
+            | st.sampled_from([b"[" * 3000, b"null", b"1e999", b'\\ud83d"', b"\xff", b"{}"])
+        )
     check(bytes(body), 2)
 
 
@@ -155,7 +212,11 @@ def test_any_pause_is_short_or_none(value: str) -> None:
     assert seconds is None or (math.isfinite(seconds) and 0.0 <= seconds <= MAX_PAUSE_SECONDS)
 
 
-@given(st.text(st.characters(exclude_categories=()), max_size=50), st.integers(0, 70_000), st.binary(max_size=50))
+@given(
+    st.text(st.characters(exclude_categories=()), max_size=50),
+    st.integers(0, 70_000),
+    st.binary(max_size=50),
+)
 def test_what_is_shown_is_one_line_without_the_key(around: str, spaces: int, raw: bytes) -> None:
     received = ReceivedText(KEY)
     assert_shown(received.shown(around + " " * spaces + KEY + around))
@@ -172,7 +233,9 @@ class Wire:
     def exchange(self, sent: bytes) -> Outcome:
         self.server.plan = lambda _: say(sent)
         ask = Ask("What is 3 + 1?", 2, 1.0, 16, 0, top_logprobs=NUM_TOP)
-        (outcome,) = self._pool.submit([ask], Patience(max_seconds=60.0, num_retries=0)).result(timeout=100)
+        (outcome,) = self._pool.submit([ask], Patience(max_seconds=60.0, num_retries=0)).result(
+            timeout=100
+        )
         return outcome
 
 
@@ -185,21 +248,42 @@ def wire() -> Iterator[Wire]:
         pool.close()
 
 
-NAMES = ["Content-Type", "Content-Encoding", "Transfer-Encoding", "Connection", "Location", "Set-Cookie", "Retry-After", "X-Any"]
+NAMES = [
+    "Content-Type",
+    "Content-Encoding",
+    "Transfer-Encoding",
+    "Connection",
+    "Location",
+    "Set-Cookie",
+    "Retry-After",
+    "X-Any",
+]
 VALUES = st.text(max_size=30) | st.sampled_from(
-    ["gzip", "deflate", "br", "zstd", "identity", "gzip, gzip", "chunked", "close", "keep-alive", "upgrade", "99999999", "nan", "//[", KEY,
+    ["gzip", "deflate", "br", "zstd", "identity", "gzip, gzip", "chunked", "close", "keep-alive",
+    "upgrade", "99999999", "nan", "//[", KEY,
      "application/json; charset=zlib", "text/html; charset=utf-16"]
 )  # fmt: skip
 HEADERS = st.lists(st.tuples(st.sampled_from(NAMES), VALUES).map(": ".join), max_size=2)
-PACKED = st.just(bytes) | st.sampled_from([gzip.compress, zlib.compress, lambda body: gzip.compress(gzip.compress(body))])
-BODIES = COMPLETION.map(lambda reply: json.dumps(reply).encode()) | st.binary(max_size=60) | st.just(completion("3", f"It is {KEY}"))
+PACKED = st.just(bytes) | st.sampled_from(
+    [gzip.compress, zlib.compress, lambda body: gzip.compress(gzip.compress(body))]
+)
+BODIES = (
+    COMPLETION.map(lambda reply: json.dumps(reply).encode())
+    | st.binary(max_size=60)
+    | st.just(completion("3", f"It is {KEY}"))
+)
 
 
 @st.composite
 def responses(draw: st.DrawFn) -> bytes:
     """Responses as they travel, some of them damaged."""
     # No interim replies: what follows them is silence, which costs the time for a request.
-    code = draw(st.just(200) | st.just(200) | st.sampled_from([204, 302, 400, 429, 503]) | st.integers(200, 999))
+    code = draw(
+        st.just(200)
+        | st.just(200)
+        | st.sampled_from([204, 302, 400, 429, 503])
+        | st.integers(200, 999)
+    )
     status = f"{code} {draw(st.sampled_from(['OK', KEY, '']))}"
     body = draw(PACKED)(draw(BODIES))
     sent = bytearray(http(body, *draw(HEADERS), status=status, length=draw(st.booleans())))

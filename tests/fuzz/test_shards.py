@@ -1,4 +1,6 @@
-"""Damaged shards: an error, a bad sample, or exactly what they hold; never fewer samples in silence."""
+"""Damaged shards: an error, a bad sample, or exactly what they hold; never fewer samples in
+silence.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +50,14 @@ def build_ours() -> tuple[Original, bytes]:
 
 
 OURS, INDEX = build_ours()
-FOREIGN = [foreign(tar_format) for tar_format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
-TRUTH = [(key, json.loads(files[0][1])["answer"], [content for _, content in files[1:]]) for key, files in OURS.content]
+FOREIGN = [
+    foreign(tar_format)
+    for tar_format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
+]
+TRUTH = [
+    (key, json.loads(files[0][1])["answer"], [content for _, content in files[1:]])
+    for key, files in OURS.content
+]
 
 
 def read_files(shard: Path) -> Content | DataError:
@@ -60,7 +68,10 @@ def read_files(shard: Path) -> Content | DataError:
         return [
             (
                 key,
-                [(each.extension, reader.media_bytes(ref(shard, key, each.extension))) for each in files],
+                [
+                    (each.extension, reader.media_bytes(ref(shard, key, each.extension)))
+                    for each in files
+                ],
             )
             for key, files in samples.items()
         ]
@@ -80,7 +91,9 @@ def ref(shard: Path, key: str, extension: str) -> MediaRef:
 
 @settings(deadline=None)
 @given(several=steps(OURS))
-def test_beside_its_index_a_damaged_shard_is_an_error_or_the_truth(folder: Path, several: list[Step]) -> None:
+def test_beside_its_index_a_damaged_shard_is_an_error_or_the_truth(
+    folder: Path, several: list[Step]
+) -> None:
     path = folder / "a.tar"
     path.write_bytes(damaged(OURS.shard, several))
     sidecar_path(path).write_bytes(INDEX)
@@ -98,7 +111,9 @@ def test_beside_its_index_a_damaged_shard_is_an_error_or_the_truth(folder: Path,
 
 @settings(deadline=None)
 @given(which=st.sampled_from(range(4)), data=st.data())
-def test_without_an_index_a_damaged_shard_is_an_error_or_what_tarfile_reads(folder: Path, which: int, data: st.DataObject) -> None:
+def test_without_an_index_a_damaged_shard_is_an_error_or_what_tarfile_reads(
+    folder: Path, which: int, data: st.DataObject
+) -> None:
     whole = (OURS, *FOREIGN)[which]
     shard = damaged(whole.shard, data.draw(steps(whole)))
     path = folder / "a.tar"
@@ -117,7 +132,9 @@ def test_without_an_index_a_damaged_shard_is_an_error_or_what_tarfile_reads(fold
     fraction=st.floats(0, 1, exclude_max=True),
     to_block=st.booleans(),
 )
-def test_a_shard_cut_off_anywhere_is_an_error_or_the_truth(folder: Path, which: int, fraction: float, to_block: bool) -> None:
+def test_a_shard_cut_off_anywhere_is_an_error_or_the_truth(
+    folder: Path, which: int, fraction: float, to_block: bool
+) -> None:
     whole = (OURS, *FOREIGN)[which]
     size = int(fraction * len(whole.shard))
     path = folder / "a.tar"
@@ -144,15 +161,23 @@ PLAIN = st.one_of(
     st.floats(),
     st.text(st.characters(), max_size=8),
 )
-JSON = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=4) | fields_of(inner), max_leaves=8)
-NAMES = st.sampled_from(["id", "question", "answer", "answer_type", "choices", "media", "source", "other"])
-WORDS = st.sampled_from(["math", "choice", "open", "A", "png", "0.png", "\ud800", "\0", ["A", "B"], ["png"], [["png"]]])
+JSON = st.recursive(
+    PLAIN, lambda inner: st.lists(inner, max_size=4) | fields_of(inner), max_leaves=8
+)
+NAMES = st.sampled_from(
+    ["id", "question", "answer", "answer_type", "choices", "media", "source", "other"]
+)
+WORDS = st.sampled_from(
+    ["math", "choice", "open", "A", "png", "0.png", "\ud800", "\0", ["A", "B"], ["png"], [["png"]]]
+)
 
 
 @settings(deadline=None)
 @given(changes=st.dictionaries(NAMES, st.one_of(JSON, WORDS), max_size=4), ascii_only=st.booleans())
 @example(changes={"question": "\ud83d"}, ascii_only=True)
-def test_any_fields_are_a_question_or_one_bad_sample(changes: dict[str, Any], ascii_only: bool) -> None:
+def test_any_fields_are_a_question_or_one_bad_sample(
+    changes: dict[str, Any], ascii_only: bool
+) -> None:
     fields = {**json.loads(QUESTION), **changes}
     content = json.dumps(fields, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
     try:
@@ -168,7 +193,9 @@ def test_any_fields_are_a_question_or_one_bad_sample(changes: dict[str, Any], as
 
 def check_question(question: Question, fields: dict[str, Any]) -> None:
     kept = (question.id, question.text, question.answer, question.source, *question.choices)
-    assert (question.id, question.text, question.answer) == tuple(fields[name] for name in ("id", "question", "answer"))
+    assert (question.id, question.text, question.answer) == tuple(
+        fields[name] for name in ("id", "question", "answer")
+    )
     assert all(is_valid_text(text) for text in kept)
 
 

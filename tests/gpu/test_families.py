@@ -1,4 +1,6 @@
-"""Every family on a GPU: local layers in float32 against transformers, Transformer Engine in bfloat16 against the local float32 ones."""
+"""Every family on a GPU: local layers in float32 against transformers, Transformer Engine in
+bfloat16 against the local float32 ones.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,21 @@ import pytest
 import torch
 
 from tests import network_checks, tiny_families, tiny_qwen
-from zppo_mm.config import ModelConfig, ParallelConfig
-from zppo_mm.models import parallel
+from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.models.specs import transformer_engine_provider
 from zppo_mm.models.vision_language import VisionLanguageModel
+from zppo_mm.parallel import groups as parallel
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 
 CASES = [(family, kind) for family, kinds in tiny_families.KINDS.items() for kind in kinds]
 # Float32 sums in another order on another device, without TF32.
 MAX_FLOAT32_DIFFERENCE = 1e-3
-# Mean divergence per token of whole distributions, in nats: a few layers in bfloat16 on logits of scale 3 move log-probs by about 0.03.
+# Mean divergence per token of whole distributions, in nats: a few layers in bfloat16 on logits of
+# scale 3 move log-probs by about 0.03.
 MAX_BFLOAT16_KL = 5e-3
 
 
@@ -32,7 +38,10 @@ def _one_rank() -> Iterator[None]:
 
 def log_probs(network: VisionLanguageModel, parts: list[tiny_qwen.Sequence]) -> torch.Tensor:
     """Return `[tokens, vocabulary]` float32."""
-    pack = {name: None if tensor is None else tensor.cuda() for name, tensor in tiny_qwen.pack(parts).items()}
+    pack = {
+        name: None if tensor is None else tensor.cuda()
+        for name, tensor in tiny_qwen.pack(parts).items()
+    }
     with torch.no_grad():
         return network(**pack).float().log_softmax(-1)
 

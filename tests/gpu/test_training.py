@@ -8,30 +8,44 @@ import pytest
 import torch
 
 from tests.distributed.launch import run_ranks
-from tests.distributed.training_example import TRAIN, Case, build_policy, make_batches, write_tiny_folder
-from zppo_mm.config import AlgorithmConfig, ModelConfig, ParallelConfig
-from zppo_mm.models import parallel
-from zppo_mm.models.architecture import load_architecture
+from tests.distributed.training_example import (
+    TRAIN,
+    Case,
+    build_policy,
+    make_batches,
+    write_tiny_folder,
+)
+from zppo_mm.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig
+from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model
-from zppo_mm.models.weights import load_hf_weights
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.training import checkpoint
 from zppo_mm.training.objective import PolicyObjective
 from zppo_mm.training.policy import Policy
+from zppo_mm.weights.mapping import load_hf_weights
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 
-# bfloat16 has 8 bits of mantissa; a few layers of rounding reach a few percent of a loss of size 0.3.
+# bfloat16 has 8 bits of mantissa; a few layers of rounding reach a few percent of a loss of size
+# 0.3.
 LOSS_TOLERANCE = 0.03
 NORM_TOLERANCE = 0.1
 
 
 def update(folder: Path, dtype: str, target: Path) -> tuple[list[float], list[float], list[float]]:
-    """Return losses and gradient norms of a step, and the losses of the next step after a reload."""
+    """Return losses and gradient norms of a step, and the losses of the next step after a
+    reload.
+    """
     layout = ParallelConfig()
     parallel.initialize(layout, seed=0)
     model = build_model(load_architecture(folder), ModelConfig(params_dtype=dtype), layout)
     load_hf_weights(model, folder)
-    policy = Policy(model, TRAIN, layout, PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group()))
+    policy = Policy(
+        model, TRAIN, layout, PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group())
+    )
     batches = make_batches(Case())
     metrics = policy.train_step(batches)
     checkpoint.save(target / dtype, 1, policy, {"step": 1}, keep=1)
@@ -40,7 +54,11 @@ def update(folder: Path, dtype: str, target: Path) -> tuple[list[float], list[fl
     again = [item.loss for item in policy.train_step(batches).updates]
     assert again == pytest.approx(expected, rel=LOSS_TOLERANCE)
     parallel.shutdown()
-    return [item.loss for item in metrics.updates], [item.grad_norm for item in metrics.updates], again
+    return (
+        [item.loss for item in metrics.updates],
+        [item.grad_norm for item in metrics.updates],
+        again,
+    )
 
 
 def test_a_bf16_update_is_close_to_float32(tmp_path: Path) -> None:
@@ -62,6 +80,8 @@ def default_layout_moves(folder: Path) -> tuple[str, float, float]:
 
 
 def test_the_default_trains_on_the_gpu(tmp_path: Path) -> None:
-    ((where, first, second),) = run_ranks(default_layout_moves, 1, write_tiny_folder(tmp_path / "hf"))
+    ((where, first, second),) = run_ranks(
+        default_layout_moves, 1, write_tiny_folder(tmp_path / "hf")
+    )
     assert where == "cuda"
     assert second < first

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 CLONE = Path(__file__).resolve().parents[2]
-# A run of a few steps takes well under a minute on an idle core; a loaded machine gets a wide margin.
+# A run of a few steps takes well under a minute on an idle core; a loaded machine gets a wide
+# margin.
 RUN_TIMEOUT_SECONDS = 280
 
 SMALL = (
@@ -30,18 +31,37 @@ SMALL = (
 
 def start(output_dir: Path, name: str, *options: str, processes: int = 1) -> subprocess.Popen[str]:
     """Start a run of small steps; `output_dir/name` is its folder."""
-    tool = [str(CLONE / "tools" / "train_zppo.py"), f"output_dir={output_dir}", f"name={name}", *SMALL, *options]
+    tool = [
+        str(CLONE / "tools" / "train_zppo.py"),
+        f"output_dir={output_dir}",
+        f"name={name}",
+        *SMALL,
+        *options,
+    ]
     if processes > 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(processes),
+            "--master-port",
+            str(port),
+        ]
     else:
         launcher = []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CLONE)}
     command = [sys.executable, *launcher, *tool]
     return subprocess.Popen(
-        command, cwd=CLONE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=CLONE,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -65,5 +85,7 @@ def transcript(folder: Path, step: int) -> list[dict[str, Any]]:
 
 def buffer(folder: Path, step: int) -> dict[str, Any]:
     """Read what one step did to the buffer."""
-    record: dict[str, Any] = json.loads((folder / "buffer" / f"step_{step:06d}.json").read_text(encoding="utf-8"))
+    record: dict[str, Any] = json.loads(
+        (folder / "buffer" / f"step_{step:06d}.json").read_text(encoding="utf-8")
+    )
     return record

@@ -1,4 +1,6 @@
-"""The comparison from its command line: two methods, real runs, none of them twice, and a killed one goes on."""
+"""The comparison from its command line: two methods, real runs, none of them twice, and a killed
+one goes on.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,30 @@ STEPS = 2
 def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the tool on a comparison of two methods with one seed."""
     path = folder / "compare.yaml"
-    options = {"modality": "text", "train.train_iters": STEPS, "checkpoint.interval": 1, "observability.report": False}
-    content = {"options": options, "methods": list(METHODS), "seeds": [0], "parallel_runs": 2, "output_dir": str(folder / "out")}
+    options = {
+        "modality": "text",
+        "train.train_iters": STEPS,
+        "checkpoint.interval": 1,
+        "observability.report": False,
+    }
+    content = {
+        "options": options,
+        "methods": list(METHODS),
+        "seeds": [0],
+        "parallel_runs": 2,
+        "output_dir": str(folder / "out"),
+    }
     path.write_text(json.dumps(content))
     command = [sys.executable, str(CLONE / "tools" / "compare.py"), str(path), *SMALL, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CLONE)}
-    return subprocess.run(command, cwd=CLONE, env=environment, capture_output=True, text=True, timeout=RUN_TIMEOUT_SECONDS)
+    return subprocess.run(
+        command,
+        cwd=CLONE,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=RUN_TIMEOUT_SECONDS,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +59,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_method_answers_the_same_held_out_questions(folder: Path) -> None:
     answers = [
-        {step: lines(folder / "out" / f"{method}-seed0" / "evaluations" / f"step_{step:06d}.jsonl") for step in (0, STEPS)}
+        {
+            step: lines(
+                folder / "out" / f"{method}-seed0" / "evaluations" / f"step_{step:06d}.jsonl"
+            )
+            for step in (0, STEPS)
+        }
         for method in METHODS
     ]
     assert answers[0][0] == answers[1][0]
     for of_method, method in zip(answers, METHODS, strict=True):
-        recorded = {row["step"]: row["accuracy"] for row in lines(folder / "out" / f"{method}-seed0" / "evaluation.jsonl")}
+        recorded = {
+            row["step"]: row["accuracy"]
+            for row in lines(folder / "out" / f"{method}-seed0" / "evaluation.jsonl")
+        }
         for step, questions in of_method.items():
-            assert [question["question_id"] for question in questions] == [question["question_id"] for question in answers[0][0]]
-            rewards = [rollout["reward"] for question in questions for rollout in question["rollouts"]]
+            assert [question["question_id"] for question in questions] == [
+                question["question_id"] for question in answers[0][0]
+            ]
+            rewards = [
+                rollout["reward"] for question in questions for rollout in question["rollouts"]
+            ]
             assert recorded[step] == pytest.approx(sum(rewards) / len(rewards))
             assert {question["modality"] for question in questions} == {"text"}
 
@@ -63,7 +95,8 @@ def test_a_finished_comparison_starts_nothing(folder: Path) -> None:
 def test_a_killed_run_goes_on_and_the_end_is_the_same(folder: Path) -> None:
     run = folder / "out" / "zppo-seed0"
     whole = (run / "evaluations" / f"step_{STEPS:06d}.jsonl").read_text()
-    # As a kill after the first step leaves it: the checkpoint of step 1, no export, and records of a step that was not saved.
+    # As a kill after the first step leaves it: the checkpoint of step 1, no export, and records of
+    # a step that was not saved.
     shutil.rmtree(run / "hf")
     shutil.rmtree(run / "checkpoints" / f"step_{STEPS:06d}")
     done = compare(folder)
@@ -75,7 +108,9 @@ def test_a_killed_run_goes_on_and_the_end_is_the_same(folder: Path) -> None:
 
 
 def test_a_run_that_cannot_start_is_told_and_the_other_is_in_the_report(folder: Path) -> None:
-    done = compare(folder, "data.train=[{path: nowhere}]", f"output_dir={folder / 'broken'}", "methods=[grpo]")
+    done = compare(
+        folder, "data.train=[{path: nowhere}]", f"output_dir={folder / 'broken'}", "methods=[grpo]"
+    )
     assert done.returncode == 1
     assert "compare: grpo-seed0 failed: exit status" in done.stderr
     assert "nowhere" in done.stderr
@@ -83,9 +118,18 @@ def test_a_run_that_cannot_start_is_told_and_the_other_is_in_the_report(folder: 
 
 
 def test_the_audit_reads_the_runs(folder: Path) -> None:
-    command = [sys.executable, str(CLONE / "tools" / "audit.py"), str(folder / "out" / "zppo-seed0"), "--json", "--steps", f"1-{STEPS}"]
+    command = [
+        sys.executable,
+        str(CLONE / "tools" / "audit.py"),
+        str(folder / "out" / "zppo-seed0"),
+        "--json",
+        "--steps",
+        f"1-{STEPS}",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(CLONE)}
-    found = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    found = json.loads(
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    )
     (audit,) = found.values()
     assert audit["num_steps"] == STEPS
     assert audit["ncq_listed"]["total"] > 0

@@ -1,4 +1,6 @@
-"""Runs that distil: from a teacher in this process on the student's text, and from the log-probs of a served one on its own."""
+"""Runs that distil: from a teacher in this process on the student's text, and from the log-probs of
+a served one on its own.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import pytest
 
 from tests.integration.running import lines, run, transcript
 from tests.loopback_server import TinyModel, serve
-from zppo_mm.embedded import TEACHER_DIR
+from zppo_mm.bundled import TEACHER_DIR
 
 COMMON = (
     "train.train_iters=2",
@@ -21,7 +23,12 @@ COMMON = (
 
 
 def test_on_the_students_text_over_two_tensor_ranks(tmp_path: Path) -> None:
-    given = (*COMMON, "method=on_distill", "modality=mixed", "parallel.tensor_model_parallel_size=2")
+    given = (
+        *COMMON,
+        "method=on_distill",
+        "modality=mixed",
+        "parallel.tensor_model_parallel_size=2",
+    )
     folder = run(tmp_path, "run", *given, processes=2)
     rows = lines(folder / "metrics.jsonl")
     for step, row in enumerate(rows, start=1):
@@ -29,7 +36,9 @@ def test_on_the_students_text_over_two_tensor_ranks(tmp_path: Path) -> None:
         assert row["policy/loss"] > 0
         assert 0 < row["distill/agreement"] < 1
         # Every token of every rollout counts, whatever its reward was.
-        sampled = sum(len(group["rollouts"]) * (group["kind"] == "new") for group in transcript(folder, step))
+        sampled = sum(
+            len(group["rollouts"]) * (group["kind"] == "new") for group in transcript(folder, step)
+        )
         assert sampled == 8 * 4
         assert row["batch/loss_tokens"] == pytest.approx(row["response/tokens"] * sampled)
         assert "policy/clip_low" not in row
@@ -39,7 +48,15 @@ def test_on_the_students_text_over_two_tensor_ranks(tmp_path: Path) -> None:
 def test_on_the_text_of_a_served_teacher(tmp_path: Path) -> None:
     with serve(TinyModel(TEACHER_DIR)) as server:
         endpoint = (f"teacher.endpoints=[{server.url}]", "teacher.model=tiny", "distill.top_k=8")
-        folder = run(tmp_path, "run", *COMMON, *endpoint, "method=off_distill_replay", "train.updates_per_step=1", processes=2)
+        folder = run(
+            tmp_path,
+            "run",
+            *COMMON,
+            *endpoint,
+            "method=off_distill_replay",
+            "train.updates_per_step=1",
+            processes=2,
+        )
         assert {request.get("top_logprobs") for request in server.requests[1:]} == {8}
     for row in lines(folder / "metrics.jsonl"):
         assert row["policy/updates"] == 1

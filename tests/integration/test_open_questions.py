@@ -1,4 +1,6 @@
-"""Open questions from the shards to the update: judged by a served model, and left out when it is gone."""
+"""Open questions from the shards to the update: judged by a served model, and left out when it is
+gone.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from data.digits_shards import digit_samples
 from data.shards import write_shards
+from data.toy.digits_shards import digit_samples
 from tests.fault_proxy import PASS, stand_between
 from tests.integration.running import lines, run, transcript
 from tests.loopback_server import LoopbackServer, TinyModel, serve
-from zppo_mm.embedded import TEACHER_DIR
+from zppo_mm.bundled import TEACHER_DIR
 
 NUM_NEW, NUM_ROLLOUTS = 8, 4
 
@@ -31,7 +33,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     samples = list(digit_samples("text", "train", 40, 0))
     kinds = {True: {"answer_type": "open", "choices": []}, False: {}}
-    write_shards(folder, [replace(sample, question={**sample.question, **kinds[i % 2 == 0]}) for i, sample in enumerate(samples)])
+    write_shards(
+        folder,
+        [
+            replace(sample, question={**sample.question, **kinds[i % 2 == 0]})
+            for i, sample in enumerate(samples)
+        ],
+    )
     return folder
 
 
@@ -56,23 +64,39 @@ def test_open_questions_are_judged(server: LoopbackServer, shards: Path, tmp_pat
     folder = run(tmp_path, "run", *options(server.url, shards))
     (row,) = lines(folder / "metrics.jsonl")
     assert row["reward/judged"] > 0
-    assert row["reward/judge_malformed"] == row["reward/judged"]  # this model knows no JSON: all wrong
-    assert row["rollout/ungraded"] == row["rollout/failed_groups"] == row["reward/judge_failures"] == 0
+    assert (
+        row["reward/judge_malformed"] == row["reward/judged"]
+    )  # this model knows no JSON: all wrong
+    assert (
+        row["rollout/ungraded"] == row["rollout/failed_groups"] == row["reward/judge_failures"] == 0
+    )
     assert "data/skipped/needs_judge" not in row
     assert "teacher/answer_seconds" not in row  # the method has no teacher
     groups = transcript(folder, 1)
     assert len(groups) == NUM_NEW
-    judged = [request for request in server.requests if request["temperature"] == 0.0 and "Reference answer" in str(request["messages"])]
+    judged = [
+        request
+        for request in server.requests
+        if request["temperature"] == 0.0 and "Reference answer" in str(request["messages"])
+    ]
     assert len(judged) >= row["reward/judged"] / NUM_ROLLOUTS
     assert {request["max_tokens"] for request in judged} == {4}
 
 
 @pytest.mark.parametrize("openness", ["half", "all"])
-def test_a_judge_that_is_gone_takes_no_reward(server: LoopbackServer, shards: Path, tmp_path: Path, openness: str) -> None:
+def test_a_judge_that_is_gone_takes_no_reward(
+    server: LoopbackServer, shards: Path, tmp_path: Path, openness: str
+) -> None:
     if openness == "all":
         samples = digit_samples("text", "train", 40, 0)
         shards = tmp_path / "open"
-        write_shards(shards, [replace(sample, question={**sample.question, "answer_type": "open", "choices": []}) for sample in samples])
+        write_shards(
+            shards,
+            [
+                replace(sample, question={**sample.question, "answer_type": "open", "choices": []})
+                for sample in samples
+            ],
+        )
     with stand_between(server.url, lambda number: PASS if number == 0 else "500") as proxy:
         folder = run(tmp_path, "run", *options(proxy.url, shards))
     (row,) = lines(folder / "metrics.jsonl")
@@ -82,9 +106,14 @@ def test_a_judge_that_is_gone_takes_no_reward(server: LoopbackServer, shards: Pa
     left = [rollout for group in groups for rollout in group["rollouts"]]
     assert row["rollout/ungraded"] == sum(rollout["reward"] is None for rollout in left)
     # Only an answer that boxes nothing is known to be wrong without a judge.
-    assert all(rollout["reward"] is not None or (rollout["advantage"], rollout["minibatch"]) == (None, -1) for rollout in left)
+    assert all(
+        rollout["reward"] is not None or (rollout["advantage"], rollout["minibatch"]) == (None, -1)
+        for rollout in left
+    )
     for group in groups:
-        rewards = [rollout["reward"] for rollout in group["rollouts"] if rollout["reward"] is not None]
+        rewards = [
+            rollout["reward"] for rollout in group["rollouts"] if rollout["reward"] is not None
+        ]
         assert group["accuracy"] == pytest.approx(sum(rewards) / len(rewards))
     num_tokens = sum(rollout["num_tokens"] for rollout in left if rollout["reward"] is not None)
     assert row["batch/loss_tokens"] == num_tokens

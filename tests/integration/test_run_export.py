@@ -12,28 +12,37 @@ MAX_NEW_TOKENS = 48
 
 
 def answers_of_both(folder: str) -> list[tuple[list[int], list[int]]]:
-    """Return greedy tokens of the newest checkpoint on Megatron and of `hf/` in transformers, for held-out questions with video."""
+    """Return greedy tokens of the newest checkpoint on Megatron and of `hf/` in transformers, for
+    held-out questions with video.
+    """
     import torch
     from transformers import Qwen3_5ForConditionalGeneration
 
-    from zppo_mm.build import build_run
-    from zppo_mm.config_io import load_config
-    from zppo_mm.models import parallel
+    from zppo_mm.config.load import load_config
+    from zppo_mm.parallel import groups as parallel
     from zppo_mm.rollout.engine import GenerationRequest, SamplingParams
     from zppo_mm.rollout.megatron_engine import MegatronEngine
+    from zppo_mm.run.build import build_run
     from zppo_mm.training import checkpoint
 
     reference = Qwen3_5ForConditionalGeneration.from_pretrained(str(Path(folder) / "hf")).eval()
     config = load_config(Path(folder) / "config.yaml")
     parallel.initialize(config.parallel, config.seed)
     parts = build_run(config)
-    assert checkpoint.load_latest(Path(folder) / checkpoint.CHECKPOINTS_FOLDER, parts.policy) is not None
+    assert (
+        checkpoint.load_latest(Path(folder) / checkpoint.CHECKPOINTS_FOLDER, parts.policy)
+        is not None
+    )
     encoder = parts.encoders[0]
-    greedy = SamplingParams(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=encoder.stop_token_ids)
+    greedy = SamplingParams(
+        temperature=0.0, max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=encoder.stop_token_ids
+    )
     pairs = []
     for question in parts.held_out.questions[:NUM_QUESTIONS]:
         prompt, vision = encoder.encode(parts.templates.plain_text(question), question)
-        ours = MegatronEngine(parts.policy.model, config.seed).generate([GenerationRequest(prompt, vision, 1, ("test",))], greedy)
+        ours = MegatronEngine(parts.policy.model, config.seed).generate(
+            [GenerationRequest(prompt, vision, 1, ("test",))], greedy
+        )
         ids = torch.from_numpy(prompt.token_ids)[None]
         with torch.inference_mode():
             theirs = reference.generate(

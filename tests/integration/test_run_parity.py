@@ -1,4 +1,6 @@
-"""A run with the gate is the run without it, and a run whose media are lost ends before its first step."""
+"""A run with the gate is the run without it, and a run whose media are lost ends before its first
+step.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,24 @@ import shutil
 from pathlib import Path
 
 from tests.integration.running import RUN_TIMEOUT_SECONDS, lines, run, start, transcript
-from zppo_mm.embedded import STUDENT_DIR
+from zppo_mm.bundled import STUDENT_DIR
 
 OPTIONS = ("method=grpo", "train.train_iters=1", "evaluation.num_questions=1")
-METRICS = ("policy/loss", "policy/grad_norm", "policy/entropy", "accuracy/plain", "data/samples", "reward/timeouts")
+METRICS = (
+    "policy/loss",
+    "policy/grad_norm",
+    "policy/entropy",
+    "accuracy/plain",
+    "data/samples",
+    "reward/timeouts",
+)
 
 
 def test_the_gate_changes_nothing_but_its_own_file(tmp_path: Path) -> None:
-    gated, plain = run(tmp_path, "gated", *OPTIONS), run(tmp_path, "plain", *OPTIONS, "parity.mode=none")
+    gated, plain = (
+        run(tmp_path, "gated", *OPTIONS),
+        run(tmp_path, "plain", *OPTIONS, "parity.mode=none"),
+    )
     assert transcript(gated, 1) == transcript(plain, 1)
     [left], [right] = lines(gated / "metrics.jsonl"), lines(plain / "metrics.jsonl")
     assert [left[name] for name in METRICS] == [right[name] for name in METRICS]

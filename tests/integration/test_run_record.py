@@ -1,4 +1,6 @@
-"""From transcripts and buffer files alone, every advantage, cap and buffer decision of a run is computed again."""
+"""From transcripts and buffer files alone, every advantage, cap and buffer decision of a run is
+computed again.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,13 @@ ADVANTAGE_TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("runs"), "zppo", "modality=mixed", f"train.train_iters={STEPS}", processes=2)
+    return run(
+        tmp_path_factory.mktemp("runs"),
+        "zppo",
+        "modality=mixed",
+        f"train.train_iters={STEPS}",
+        processes=2,
+    )
 
 
 def plain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -30,7 +38,15 @@ def plain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_the_run_leaves_everything(folder: Path) -> None:
-    for name in ("config.yaml", "metrics.jsonl", "evaluation.jsonl", "report.html", "hf/model.safetensors", "hf/config.json", "run.log"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "evaluation.jsonl",
+        "report.html",
+        "hf/model.safetensors",
+        "hf/config.json",
+        "run.log",
+    ):
         assert (folder / name).stat().st_size > 0, name
     assert [line["step"] for line in lines(folder / "metrics.jsonl")] == list(range(1, STEPS + 1))
     assert [line["step"] for line in lines(folder / "evaluation.jsonl")] == [0, STEPS]
@@ -43,7 +59,11 @@ def test_advantages(folder: Path) -> None:
         for group in groups:
             rewards = [rollout["reward"] for rollout in group["rollouts"]]
             assert group["accuracy"] == pytest.approx(sum(rewards) / len(rewards))
-            centred.append([reward - sum(rewards) / len(rewards) for reward in rewards] if len(set(rewards)) > 1 else None)
+            centred.append(
+                [reward - sum(rewards) / len(rewards) for reward in rewards]
+                if len(set(rewards)) > 1
+                else None
+            )
         values = [value for group in centred if group for value in group]
         mean = sum(values) / max(len(values), 1)
         std = math.sqrt(sum((value - mean) ** 2 for value in values) / max(len(values), 1))
@@ -59,26 +79,46 @@ def test_caps_and_kinds(folder: Path) -> None:
         by_kind = defaultdict(list)
         for group in groups:
             by_kind[group["kind"]].append(group)
-        hard = {group["question_id"]: group["accuracy"] for group in plain(groups) if group["accuracy"] < TAU}
-        guided = by_kind["bcq"] + by_kind["ncq"]
+        hard = {
+            group["question_id"]: group["accuracy"]
+            for group in plain(groups)
+            if group["accuracy"] < TAU
+        }
+        reformulated = by_kind["bcq"] + by_kind["ncq"]
         assert len(by_kind["new"]) == NUM_NEW
         assert len(by_kind["replayed"]) <= RHO_REPLAY * NUM_NEW
-        assert len(guided) <= RHO_AUG * NUM_NEW
-        assert len(guided) >= min(len(hard), RHO_AUG * NUM_NEW)
-        reformulated = {group["question_id"] for group in guided}
+        assert len(reformulated) <= RHO_AUG * NUM_NEW
+        assert len(reformulated) >= min(len(hard), RHO_AUG * NUM_NEW)
+        reformulated = {group["question_id"] for group in reformulated}
         assert reformulated <= set(hard)
         # Whatever was reformulated is no easier than whatever was left out.
         left_out = [accuracy for question, accuracy in hard.items() if question not in reformulated]
-        assert max((hard[question] for question in reformulated), default=0.0) <= min(left_out, default=1.0)
-        solved = {group["question_id"] for group in plain(groups) if any(group.get("teacher_rewards", ()))}
-        assert {group["question_id"] for group in plain(groups) if "teacher_rewards" in group} == set(hard)
+        assert max((hard[question] for question in reformulated), default=0.0) <= min(
+            left_out, default=1.0
+        )
+        solved = {
+            group["question_id"] for group in plain(groups) if any(group.get("teacher_rewards", ()))
+        }
+        assert {
+            group["question_id"] for group in plain(groups) if "teacher_rewards" in group
+        } == set(hard)
         for group in by_kind["bcq"]:
             assert group["question_id"] in solved
-            shown = [(candidate["source"], candidate["correct"]) for candidate in group["candidates"]]
+            shown = [
+                (candidate["source"], candidate["correct"]) for candidate in group["candidates"]
+            ]
             assert sorted(shown) == [("student", False), ("teacher", True)]
         for group in by_kind["ncq"]:
-            wrong = [r for p in plain(groups) if p["question_id"] == group["question_id"] for r in p["rollouts"] if r["reward"] == 0]
-            assert [candidate["answer"] for candidate in group["candidates"]] == [rollout["parsed"] for rollout in wrong]
+            wrong = [
+                r
+                for p in plain(groups)
+                if p["question_id"] == group["question_id"]
+                for r in p["rollouts"]
+                if r["reward"] == 0
+            ]
+            assert [candidate["answer"] for candidate in group["candidates"]] == [
+                rollout["parsed"] for rollout in wrong
+            ]
 
 
 def test_buffer(folder: Path) -> None:
@@ -89,8 +129,14 @@ def test_buffer(folder: Path) -> None:
         for group in groups:
             if group["kind"] == "replayed":
                 assert group["question_id"] in content
-        admitted = [question for question, value in accuracy.items() if value < TAU and question not in content]
-        graduated = [question for question, value in accuracy.items() if value >= TAU and question in content]
+        admitted = [
+            question
+            for question, value in accuracy.items()
+            if value < TAU and question not in content
+        ]
+        graduated = [
+            question for question, value in accuracy.items() if value >= TAU and question in content
+        ]
         content = [question for question in content if question not in graduated] + admitted
         assert record["admitted"] == admitted
         assert sorted(record["graduated"]) == sorted(graduated)

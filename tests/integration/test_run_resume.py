@@ -25,22 +25,35 @@ def kill_when(path: Path, process: object, pid: int) -> None:
     os.killpg(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("killed_at", "modality", "dtype"), [(3, "video", "float32"), (3, "text", "bfloat16")])
+@pytest.mark.parametrize(
+    ("killed_at", "modality", "dtype"), [(3, "video", "float32"), (3, "text", "bfloat16")]
+)
 def test_kill_and_resume(tmp_path: Path, killed_at: int, modality: str, dtype: str) -> None:
-    options = (f"modality={modality}", f"model.params_dtype={dtype}", f"train.train_iters={STEPS}", "checkpoint.interval=2")
+    options = (
+        f"modality={modality}",
+        f"model.params_dtype={dtype}",
+        f"train.train_iters={STEPS}",
+        "checkpoint.interval=2",
+    )
     whole = run(tmp_path, "whole", *options)
     process = start(tmp_path, "killed", *options)
-    kill_when(tmp_path / "killed" / "transcripts" / f"step_{killed_at:06d}.jsonl", process, process.pid)
+    kill_when(
+        tmp_path / "killed" / "transcripts" / f"step_{killed_at:06d}.jsonl", process, process.pid
+    )
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     resumed = run(tmp_path, "killed", *options)
     for step in range(1, STEPS + 1):
         left, right = transcript(whole, step), transcript(resumed, step)
         assert [group["uid"] for group in left] == [group["uid"] for group in right]
-        assert [[r["text"] for r in group["rollouts"]] for group in left] == [[r["text"] for r in group["rollouts"]] for group in right]
+        assert [[r["text"] for r in group["rollouts"]] for group in left] == [
+            [r["text"] for r in group["rollouts"]] for group in right
+        ]
         assert buffer(whole, step) == buffer(resumed, step)
     left_metrics, right_metrics = lines(whole / "metrics.jsonl"), lines(resumed / "metrics.jsonl")
     assert [line["step"] for line in right_metrics] == list(range(1, STEPS + 1))
     for name in ("policy/loss", "policy/grad_norm", "accuracy/plain"):
-        assert [line[name] for line in left_metrics] == pytest.approx([line[name] for line in right_metrics], abs=LOSS_TOLERANCE)
+        assert [line[name] for line in left_metrics] == pytest.approx(
+            [line[name] for line in right_metrics], abs=LOSS_TOLERANCE
+        )
     assert [line["step"] for line in lines(resumed / "evaluation.jsonl")] == [0, STEPS]

@@ -1,4 +1,5 @@
-"""A real pretrained model of the Llama family, SmolLM2-135M-Instruct: folder, prompts, conversion, greedy text, one training step.
+"""A real pretrained model of the Llama family, SmolLM2-135M-Instruct: folder, prompts, conversion,
+greedy text, one training step.
 
 Slow, and skipped where its packages are not installed; CONTRIBUTING.md has the commands.
 """
@@ -16,24 +17,24 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.convert import convert_jsonl
 from data.health import SampleHealth
-from data.media import Frames
+from data.imports.convert import convert_jsonl
+from data.media.opening import Frames
 from data.question import MediaRef, Question
-from data.sums import write_sums
+from data.toy.sums import write_sums
 from tests.integration.running import CLONE, lines, run
 from tests.network_checks import build
-from zppo_mm.build import build_run
-from zppo_mm.config import ParallelConfig
-from zppo_mm.config_io import load_config
-from zppo_mm.embedded.smollm2 import build_smollm2, smollm2_file
+from zppo_mm.bundled.smollm2 import build_smollm2, smollm2_file
+from zppo_mm.config.load import load_config
+from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ModelError
-from zppo_mm.models import parallel
-from zppo_mm.models.export import export_hf_weights
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.rollout.engine import GenerationRequest, SamplingParams
 from zppo_mm.rollout.megatron_engine import MegatronEngine
 from zppo_mm.rollout.prompt import PromptEncoder
+from zppo_mm.run.build import build_run
 from zppo_mm.training import checkpoint
+from zppo_mm.weights.hf_export import export_hf_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -60,7 +61,10 @@ PUBLISHED = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+SYSTEM = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
+    "Face<|im_end|>\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -96,23 +100,35 @@ def question(text: str) -> Question:
 def sample_greedily(network: Any, folder: Path) -> list[list[int]]:
     """Return what our engine answers to the prompts."""
     encoder = encoder_of(folder)
-    greedy = SamplingParams(temperature=0.0, max_new_tokens=NUM_TOKENS, stop_token_ids=encoder.stop_token_ids)
+    greedy = SamplingParams(
+        temperature=0.0, max_new_tokens=NUM_TOKENS, stop_token_ids=encoder.stop_token_ids
+    )
     requests = []
     for text in PROMPTS:
         prompt, vision = encoder.encode(text, question(text))
         requests.append(GenerationRequest(prompt, vision, 1, ("test",)))
-    return [group[0].response_ids.tolist() for group in MegatronEngine(network, 0).generate(requests, greedy)]
+    return [
+        group[0].response_ids.tolist()
+        for group in MegatronEngine(network, 0).generate(requests, greedy)
+    ]
 
 
 def oracle_greedily(folder: Path) -> list[list[int]]:
-    """Return what transformers answers to our prompts' tokens, with its own stop token and generation settings."""
+    """Return what transformers answers to our prompts' tokens, with its own stop token and
+    generation settings.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     encoder = encoder_of(folder)
     answers = []
     for text in PROMPTS:
         ids = torch.from_numpy(encoder.encode(text, question(text))[0].token_ids)[None]
         with torch.inference_mode():
-            output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_TOKENS, do_sample=False)
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=NUM_TOKENS,
+                do_sample=False,
+            )
         answers.append(output[0, ids.shape[1] :].tolist())
     return answers
 
@@ -134,7 +150,9 @@ def test_prompts_equal_the_tokenizers_own_with_its_system_message(folder: Path) 
     for text in PROMPTS[:3]:
         prompt, vision = encoder.encode(text, question(text))
         messages = [{"role": "user", "content": text}]
-        assert prompt.token_ids.tolist() == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert prompt.token_ids.tolist() == tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
         assert prompt.text == f"{SYSTEM}<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
         assert vision == ()
     # A literal stop token in the question is text: only the system's and the user's message end.
@@ -148,11 +166,16 @@ def test_digits_are_tokens_of_their_own(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("_one_rank")
-def test_conversion_is_exact_and_greedy_text_equals_transformers(folder: Path, tmp_path: Path) -> None:
+def test_conversion_is_exact_and_greedy_text_equals_transformers(
+    folder: Path, tmp_path: Path
+) -> None:
     network = build(folder, ParallelConfig())
     ours = sample_greedily(network, folder)
     export_hf_weights(network, folder, tmp_path / "out")
-    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    before, after = (
+        load_file(folder / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
     assert before.keys() == after.keys()
     assert all(after[key].equal(before[key]) for key in before)
     assert ours == oracle_greedily(folder)
@@ -169,10 +192,17 @@ def trained(done: Path) -> Any:
 
 @pytest.mark.usefixtures("_one_rank")
 def test_a_step_of_the_example_trains_and_exports(folder: Path, tmp_path: Path) -> None:
-    """One ZPPO step on sums; the exported folder has other weights, and answers as the trained network does."""
+    """One ZPPO step on sums; the exported folder has other weights, and answers as the trained
+    network does.
+    """
     write_sums(tmp_path, 40, 4)
     for part in ("train", "held_out"):
-        convert_jsonl(tmp_path / f"{part}.jsonl", tmp_path / part, opener=None, health=SampleHealth(max_bad_share=0.0, strict=True))
+        convert_jsonl(
+            tmp_path / f"{part}.jsonl",
+            tmp_path / part,
+            opener=None,
+            health=SampleHealth(max_bad_share=0.0, strict=True),
+        )
     options = (
         f"model.student={folder}",
         f"teacher.model={folder}",
@@ -194,12 +224,18 @@ def test_a_step_of_the_example_trains_and_exports(folder: Path, tmp_path: Path) 
     [metrics] = lines(done / "metrics.jsonl")
     assert math.isfinite(metrics["policy/loss"])
     assert metrics["policy/skipped_updates"] == 0
-    # One update per step: the policy is still the one that sampled, but for the two ways to compute its log-probs.
+    # One update per step: the policy is still the one that sampled, but for the two ways to compute
+    # its log-probs.
     assert metrics["policy/ratio"] == pytest.approx(1.0, abs=1e-3)
     [parity] = lines(done / "parity.jsonl")
     assert parity["findings"] == []
-    assert [(each["modality"], each["source"] is not None) for each in parity["modalities"]] == [("text", True)]
-    before, after = load_file(folder / "model.safetensors"), load_file(done / "hf" / "model.safetensors")
+    assert [(each["modality"], each["source"] is not None) for each in parity["modalities"]] == [
+        ("text", True)
+    ]
+    before, after = (
+        load_file(folder / "model.safetensors"),
+        load_file(done / "hf" / "model.safetensors"),
+    )
     assert before.keys() == after.keys()
     assert any(not after[key].equal(before[key]) for key in before)
     ours = sample_greedily(trained(done), folder)

@@ -1,4 +1,6 @@
-"""Runs with the teacher on the last rank of the job: the same run as without, answers while the student samples, and a judge."""
+"""Runs with the teacher on the last rank of the job: the same run as without, answers while the
+student samples, and a judge.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from data.digits_shards import digit_samples
 from data.shards import write_shards
+from data.toy.digits_shards import digit_samples
 from tests.integration.running import RUN_TIMEOUT_SECONDS, lines, run, start, transcript
-from zppo_mm.embedded import TEACHER_DIR
+from zppo_mm.bundled import TEACHER_DIR
 
 pytestmark = pytest.mark.timeout(900)  # two or three runs one after another
 COMMON = {
@@ -32,26 +34,46 @@ def options(**changes: Any) -> list[str]:
 
 def test_the_run_is_the_same_and_the_teacher_answers_meanwhile(tmp_path: Path) -> None:
     inside = run(tmp_path, "inside", *options(), processes=2)
-    # Small parts, so that the teacher is asked early in the plain phase and there is something left to sample while it answers.
-    apart = run(tmp_path, "apart", *options(**{"teacher.num_ranks": 1, "rollout.max_batch_size": 4}), processes=3)
+    # Small parts, so that the teacher is asked early in the plain phase and there is something left
+    # to sample while it answers.
+    apart = run(
+        tmp_path,
+        "apart",
+        *options(**{"teacher.num_ranks": 1, "rollout.max_batch_size": 4}),
+        processes=3,
+    )
     for step in (1, 2):
         assert transcript(apart, step) == transcript(inside, step)
     for row in lines(apart / "metrics.jsonl"):
         assert row["teacher/answer_seconds"] > 0
         assert row["teacher/failed_questions"] == row["teacher/lost_rollouts"] == 0
-    # The student stood still for less time than the teacher took: the rest of it was spent sampling.
+    # The student stood still for less time than the teacher took: the rest of it was spent
+    # sampling.
     rows = lines(apart / "metrics.jsonl")
-    assert sum(row["seconds/teacher"] for row in rows) < sum(row["teacher/answer_seconds"] for row in rows)
+    assert sum(row["seconds/teacher"] for row in rows) < sum(
+        row["teacher/answer_seconds"] for row in rows
+    )
     log = (apart / "run.log").read_text()
     assert "trained model in" in log
     # Resumed without ranks for the teacher, the run goes on.
-    resumed = run(tmp_path, "apart", *options(**{"rollout.max_batch_size": 4, "train.train_iters": 3}), processes=1)
+    resumed = run(
+        tmp_path,
+        "apart",
+        *options(**{"rollout.max_batch_size": 4, "train.train_iters": 3}),
+        processes=1,
+    )
     assert [row["step"] for row in lines(resumed / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_open_questions_are_judged_by_the_teacher(tmp_path: Path) -> None:
     samples = digit_samples("text", "train", 40, 0)
-    write_shards(tmp_path / "open", [replace(each, question={**each.question, "answer_type": "open", "choices": []}) for each in samples])
+    write_shards(
+        tmp_path / "open",
+        [
+            replace(each, question={**each.question, "answer_type": "open", "choices": []})
+            for each in samples
+        ],
+    )
     given = options(
         **{
             "method": "bcq",
@@ -64,10 +86,16 @@ def test_open_questions_are_judged_by_the_teacher(tmp_path: Path) -> None:
     folder = run(tmp_path, "run", *given, processes=3)
     (row,) = lines(folder / "metrics.jsonl")
     assert row["reward/judged"] > 0
-    assert row["reward/judge_malformed"] == row["reward/judged"]  # this model knows no JSON: all wrong
-    assert row["reward/judge_failures"] == row["rollout/ungraded"] == row["rollout/failed_groups"] == 0
+    assert (
+        row["reward/judge_malformed"] == row["reward/judged"]
+    )  # this model knows no JSON: all wrong
+    assert (
+        row["reward/judge_failures"] == row["rollout/ungraded"] == row["rollout/failed_groups"] == 0
+    )
     assert "data/skipped/needs_judge" not in row
-    rewards = [reward for group in transcript(folder, 1) for reward in group.get("teacher_rewards", [])]
+    rewards = [
+        reward for group in transcript(folder, 1) for reward in group.get("teacher_rewards", [])
+    ]
     assert rewards == [0.0] * len(rewards) != []
 
 
@@ -75,12 +103,16 @@ def test_a_teacher_that_cannot_be_loaded_ends_the_job_with_its_error(tmp_path: P
     # Complete by its names, so that only the teacher's rank finds out.
     folder = shutil.copytree(TEACHER_DIR, tmp_path / "teacher")
     (folder / "tokenizer.json").write_text("no tokenizer", encoding="utf-8")
-    process = start(tmp_path, "run", *options(**{"teacher.num_ranks": 1, "teacher.model": folder}), processes=3)
+    process = start(
+        tmp_path, "run", *options(**{"teacher.num_ranks": 1, "teacher.model": folder}), processes=3
+    )
     output, _ = process.communicate(timeout=RUN_TIMEOUT_SECONDS)
     assert process.returncode == 1, output[-3000:]
     # Said by the student, not only in the traceback of the teacher's rank.
-    assert re.search(r"E teacher: its ranks have ended, got .rank 2: ConfigError: \S+: the tokenizer cannot be loaded", output), output[
-        -3000:
-    ]
-    assert "zppo_mm/teacher_ranks.py" not in output  # no traceback
+    assert re.search(
+        r"E teacher: its ranks have ended, got .rank 2: ConfigError: \S+: the tokenizer cannot be "
+        r"loaded",
+        output,
+    ), output[-3000:]
+    assert "zppo_mm/run/teacher_job.py" not in output  # no traceback
     assert not (tmp_path / "run").exists()

@@ -23,12 +23,19 @@ def png(width: int = 8, height: int = 6, value: int = 100) -> bytes:
 
 def sample(index: int, media: Sequence[tuple[str, bytes]] = (), **fields: object) -> ShardSample:
     """Return a good sample; `fields` replace its own."""
-    question = {"id": f"q{index}", "question": f"{index} + 1 = ?", "answer": str(index + 1), "answer_type": "math"}
+    question = {
+        "id": f"q{index}",
+        "question": f"{index} + 1 = ?",
+        "answer": str(index + 1),
+        "answer_type": "math",
+    }
     return ShardSample(f"{index:06d}", {**question, **fields}, media)
 
 
 def header(name: str, size: int = 0, **fields: bytes) -> bytes:
-    """Return a tar header of 512 bytes with a right checksum; `fields` replace `octal` (the size) or `kind` as bytes."""
+    """Return a tar header of 512 bytes with a right checksum; `fields` replace `octal` (the size)
+    or `kind` as bytes.
+    """
     info = tarfile.TarInfo(name)
     info.size = size
     block = bytearray(info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")[-512:])

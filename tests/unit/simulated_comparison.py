@@ -10,11 +10,11 @@ import yaml
 from data.question import MediaRef, Question
 from tests.unit.simulated_run import make_group, make_rollout
 from zppo_mm.comparison.plan import Plan, PlannedRun, load_plan
-from zppo_mm.config_io import save_config
-from zppo_mm.evaluate import HeldOut, summarise
+from zppo_mm.config.load import save_config
 from zppo_mm.experience import Group
 from zppo_mm.observability.sinks import append_evaluation, append_line
 from zppo_mm.observability.transcripts import write_held_out_answers
+from zppo_mm.rollout.held_out import HeldOut, summarise
 
 STEPS = 2
 MEDIA = {"clips": (MediaRef("video", "held_out/000.tar", "k", "mp4"),)}
@@ -43,7 +43,11 @@ def held_out_groups(rewards: Rewards) -> list[Group]:
     for name, values in rewards.items():
         source = name.partition("/")[0]
         question = Question(name, "How many?", MEDIA.get(source, ()), "7", "math", source=source)
-        groups.append(make_group(question, "new", [make_rollout("7" if value else "8", value) for value in values]))
+        groups.append(
+            make_group(
+                question, "new", [make_rollout("7" if value else "8", value) for value in values]
+            )
+        )
     return groups
 
 
@@ -54,8 +58,15 @@ def write_evaluation(folder: Path, step: int, rewards: Rewards) -> None:
     append_evaluation(folder, summarise(groups, held_out, step))
 
 
-def write_run(run: PlannedRun, evaluations: Mapping[int, Rewards], metrics: Sequence[Mapping[str, float]], exported: bool = True) -> None:
-    """Write a run's folder: evaluations by step, metrics of the steps from 1 on, and what a finished run has besides."""
+def write_run(
+    run: PlannedRun,
+    evaluations: Mapping[int, Rewards],
+    metrics: Sequence[Mapping[str, float]],
+    exported: bool = True,
+) -> None:
+    """Write a run's folder: evaluations by step, metrics of the steps from 1 on, and what a
+    finished run has besides.
+    """
     run.folder.mkdir(parents=True)
     save_config(run.config, run.folder / "config.yaml")
     for step, rewards in evaluations.items():

@@ -1,4 +1,6 @@
-"""A run folder made by the real writers from a simulated student, for tests of the report and of the public files."""
+"""A run folder made by the real writers from a simulated student, for tests of the report and of
+the public files.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from data.question import MediaRef, Question
-from zppo_mm.config_io import load_config, save_config
+from zppo_mm.config.load import load_config, save_config
 from zppo_mm.experience import Candidate, Group, GroupKind, Prompt, PromptInstance, Rollout
 from zppo_mm.observability.metrics import Mean, StepMetrics, Sum, process_memory
-from zppo_mm.observability.rollout_metrics import buffer_metrics, group_metrics, selection_metrics, teacher_metrics
+from zppo_mm.observability.rollout_metrics import (
+    buffer_metrics,
+    group_metrics,
+    selection_metrics,
+    teacher_metrics,
+)
 from zppo_mm.observability.sinks import append_evaluation, open_metrics_log
 from zppo_mm.observability.transcripts import write_buffer, write_transcript
 from zppo_mm.zone.prompts import load_templates
@@ -74,40 +81,92 @@ def make_rollout(answer: str | None, reward: float, step: int = 1, num_tokens: i
 
 
 def make_group(
-    question: Question, kind: GroupKind, rollouts: Sequence[Rollout], step: int = 1, candidates: tuple[Candidate, ...] = (), text: str = ""
+    question: Question,
+    kind: GroupKind,
+    rollouts: Sequence[Rollout],
+    step: int = 1,
+    candidates: tuple[Candidate, ...] = (),
+    text: str = "",
 ) -> Group:
-    instance = PromptInstance(f"{step}/{kind}/{question.id}", question, kind, text or TEMPLATES.plain_text(question), candidates)
-    prompt = Prompt(text=instance.text, token_ids=np.arange(40), positions=np.zeros((3, 40), np.int64), next_position=40)
+    instance = PromptInstance(
+        f"{step}/{kind}/{question.id}",
+        question,
+        kind,
+        text or TEMPLATES.plain_text(question),
+        candidates,
+    )
+    prompt = Prompt(
+        text=instance.text,
+        token_ids=np.arange(40),
+        positions=np.zeros((3, 40), np.int64),
+        next_position=40,
+    )
     return Group(instance, prompt, tuple(rollouts))
 
 
-def make_rollouts(rng: np.random.Generator, question: Question, skill: float, step: int) -> list[Rollout]:
+def make_rollouts(
+    rng: np.random.Generator, question: Question, skill: float, step: int
+) -> list[Rollout]:
     rollouts = []
     for _ in range(GROUP_SIZE):
         right = rng.random() < skill
         wrong = str(int(question.answer) + int(rng.integers(1, 5))) if rng.random() < 0.9 else None
-        rollouts.append(make_rollout(question.answer if right else wrong, float(right), step, int(rng.integers(14, 60))))
+        rollouts.append(
+            make_rollout(
+                question.answer if right else wrong, float(right), step, int(rng.integers(14, 60))
+            )
+        )
     return rollouts
 
 
 def group_advantages(groups: Sequence[Group]) -> dict[str, list[float]]:
-    return {group.uid: [rollout.reward - group.accuracy for rollout in group.rollouts] for group in groups}
+    return {
+        group.uid: [rollout.reward - group.accuracy for rollout in group.rollouts]
+        for group in groups
+    }
 
 
-def reformulated(rng: np.random.Generator, hard: Sequence[Group], step: int, skill: float, limit: int) -> list[Group]:
+def reformulated(
+    rng: np.random.Generator, hard: Sequence[Group], step: int, skill: float, limit: int
+) -> list[Group]:
     groups: list[Group] = []
     for group in sorted(hard, key=lambda each: each.accuracy):
         question = group.question
         wrong = [rollout for rollout in group.rollouts if not rollout.reward]
-        right = Candidate(f"The digits add up.\n\\boxed{{{question.answer}}}", "teacher", True, question.answer)
-        negatives = tuple(Candidate(f"I count again.\n\\boxed{{{each.parsed}}}", "student", False, each.parsed) for each in wrong)
+        right = Candidate(
+            f"The digits add up.\n\\boxed{{{question.answer}}}", "teacher", True, question.answer
+        )
+        negatives = tuple(
+            Candidate(f"I count again.\n\\boxed{{{each.parsed}}}", "student", False, each.parsed)
+            for each in wrong
+        )
         pair = (right, negatives[0]) if rng.random() < 0.5 else (negatives[0], right)
         text = TEMPLATES.bcq_text(question, [candidate.text for candidate in pair])
-        groups.append(make_group(question, "bcq", make_rollouts(rng, question, min(0.95, skill + 0.3), step), step, pair, text))
-        text = TEMPLATES.ncq_text(
-            question, sorted({each.parsed for each in wrong if each.parsed}), [candidate.text for candidate in negatives]
+        groups.append(
+            make_group(
+                question,
+                "bcq",
+                make_rollouts(rng, question, min(0.95, skill + 0.3), step),
+                step,
+                pair,
+                text,
+            )
         )
-        groups.append(make_group(question, "ncq", make_rollouts(rng, question, min(0.95, skill + 0.1), step), step, negatives, text))
+        text = TEMPLATES.ncq_text(
+            question,
+            sorted({each.parsed for each in wrong if each.parsed}),
+            [candidate.text for candidate in negatives],
+        )
+        groups.append(
+            make_group(
+                question,
+                "ncq",
+                make_rollouts(rng, question, min(0.95, skill + 0.1), step),
+                step,
+                negatives,
+                text,
+            )
+        )
     return groups[:limit]
 
 
@@ -118,7 +177,13 @@ def policy_metrics(rng: np.random.Generator, progress: float) -> StepMetrics:
     for name, share in (("low", 0.004), ("high", 0.009), ("dual", 0.0002)):
         metrics.add(f"policy/clip_{name}", Mean(abs(share * (1 + 0.4 * rng.normal()))))
     metrics.add("policy/grad_norm", Mean(0.8 + 0.1 * rng.normal()))
-    phases: Mapping[str, float] = {"plain_rollout": 3.2, "teacher": 1.4, "reformulated_rollout": 0.9, "old_logprobs": 0.8, "update": 2.5}
+    phases: Mapping[str, float] = {
+        "plain_rollout": 3.2,
+        "teacher": 1.4,
+        "reformulated_rollout": 0.9,
+        "old_logprobs": 0.8,
+        "update": 2.5,
+    }
     for name, seconds in phases.items():
         metrics.add(f"seconds/{name}", Sum(seconds * (1 + 0.1 * rng.random())))
     metrics.add("seconds/step", Sum(sum(phases.values()) * 1.1))
@@ -126,30 +191,44 @@ def policy_metrics(rng: np.random.Generator, progress: float) -> StepMetrics:
     return metrics
 
 
-def simulate_run(folder: Path, num_steps: int, media: Sequence[MediaRef] = (), num_new: int = 16) -> None:
+def simulate_run(
+    folder: Path, num_steps: int, media: Sequence[MediaRef] = (), num_new: int = 16
+) -> None:
     """Write a whole run folder; the student's skill rises with the steps."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
-    config = load_config(None, ["modality=video", f"train.train_iters={num_steps}", "observability.progress_bar=false"])
+    config = load_config(
+        None,
+        ["modality=video", f"train.train_iters={num_steps}", "observability.progress_bar=false"],
+    )
     save_config(config, folder / "config.yaml")
     log = open_metrics_log(config.observability, folder, num_steps, last_step=0)
     buffer = ReplayBuffer(40)
     evaluate(folder, 0, 0.35)
     for step in range(1, num_steps + 1):
         progress = step / num_steps
-        new = [make_question(step * num_new + i, (media[(step + i) % len(media)],) if media else ()) for i in range(num_new)]
-        asked = [(question, "new") for question in new] + [(question, "replayed") for question in buffer.draw(num_new // 4, rng)]
+        new = [
+            make_question(step * num_new + i, (media[(step + i) % len(media)],) if media else ())
+            for i in range(num_new)
+        ]
+        asked = [(question, "new") for question in new] + [
+            (question, "replayed") for question in buffer.draw(num_new // 4, rng)
+        ]
         skills = [min(0.97, float(rng.beta(1.2, 1.8)) + 0.35 * progress) for _ in asked]
         groups = [
             make_group(question, kind, make_rollouts(rng, question, skill, step), step)  # type: ignore[arg-type]
             for (question, kind), skill in zip(asked, skills, strict=True)
         ]
         hard = [group for group in groups if group.accuracy < TAU]
-        metrics = teacher_metrics([make_rollouts(rng, group.question, 0.7, step)[:4] for group in hard])
+        metrics = teacher_metrics(
+            [make_rollouts(rng, group.question, 0.7, step)[:4] for group in hard]
+        )
         metrics.add("batch/bcq_eligible", Sum(max(0, len(hard) - 1)))
         metrics.add("batch/ncq_eligible", Sum(len(hard)))
         update = buffer.update(groups, TAU, step)
-        change = BufferRecord(update.admitted, update.graduated, update.evicted, tuple(buffer.content()))
+        change = BufferRecord(
+            update.admitted, update.graduated, update.evicted, tuple(buffer.content())
+        )
         groups += reformulated(rng, hard, step, 0.25 + 0.3 * progress, num_new // 4)
         advantages = group_advantages(groups)
         for part in (
@@ -160,7 +239,13 @@ def simulate_run(folder: Path, num_steps: int, media: Sequence[MediaRef] = (), n
         ):
             metrics.merge(part)
         metrics.merge(process_memory())
-        write_transcript(folder, step, groups, advantages, {group.uid: [i % 2 for i in range(GROUP_SIZE)] for group in groups})
+        write_transcript(
+            folder,
+            step,
+            groups,
+            advantages,
+            {group.uid: [i % 2 for i in range(GROUP_SIZE)] for group in groups},
+        )
         write_buffer(folder, step, change)
         log.write(step, metrics.values())
         if step % 10 == 0:
@@ -169,5 +254,9 @@ def simulate_run(folder: Path, num_steps: int, media: Sequence[MediaRef] = (), n
 
 
 def evaluate(folder: Path, step: int, accuracy: float) -> None:
-    by_source = {"digits-image": accuracy - 0.04, "digits-text": accuracy + 0.08, "digits-video": accuracy - 0.04}
+    by_source = {
+        "digits-image": accuracy - 0.04,
+        "digits-text": accuracy + 0.08,
+        "digits-video": accuracy - 0.04,
+    }
     append_evaluation(folder, SimulatedEvaluation(step, accuracy, by_source, 64, 0, 0.02))

@@ -14,7 +14,9 @@ LOW, HIGH, DUAL = 0.2, 0.28, 10.0
 ATOL = 1e-9
 
 
-def naive(logprobs: list[float], old: list[float], advantages: list[float], mask: list[float]) -> tuple[float, dict[str, int]]:
+def naive(
+    logprobs: list[float], old: list[float], advantages: list[float], mask: list[float]
+) -> tuple[float, dict[str, int]]:
     total, counts = 0.0, {"tokens": 0, "low": 0, "high": 0, "dual": 0}
     for new, before, a, keep in zip(logprobs, old, advantages, mask, strict=True):
         if not keep:
@@ -30,7 +32,9 @@ def naive(logprobs: list[float], old: list[float], advantages: list[float], mask
     return total, counts
 
 
-def random_tokens(num_tokens: int = 4000) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def random_tokens(
+    num_tokens: int = 4000,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rng = torch.Generator().manual_seed(0)
     old = -3 * torch.rand(num_tokens, generator=rng, dtype=torch.float64)
     new = old + torch.randn(num_tokens, generator=rng, dtype=torch.float64) * 1.5
@@ -65,7 +69,9 @@ def test_equals_the_naive_loop() -> None:
 def test_hand_numbers(ratio: float, advantage: float, loss: float, slope: float) -> None:
     logprobs = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
     ones = torch.ones(1, dtype=torch.float64)
-    result = policy_loss(logprobs, torch.zeros(1, dtype=torch.float64), advantage * ones, ones, LOW, HIGH, DUAL)
+    result = policy_loss(
+        logprobs, torch.zeros(1, dtype=torch.float64), advantage * ones, ones, LOW, HIGH, DUAL
+    )
     result.loss_sum.backward()
     assert result.loss_sum.item() == pytest.approx(loss, abs=ATOL)
     assert logprobs.grad is not None
@@ -75,7 +81,9 @@ def test_hand_numbers(ratio: float, advantage: float, loss: float, slope: float)
 def test_gradient_equals_finite_differences() -> None:
     new, old, advantages, mask = (t[:60] for t in random_tokens())
     new.requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda x: policy_loss(x, old, advantages, mask, LOW, HIGH, DUAL).loss_sum, (new,))
+    assert torch.autograd.gradcheck(
+        lambda x: policy_loss(x, old, advantages, mask, LOW, HIGH, DUAL).loss_sum, (new,)
+    )
 
 
 def test_masked_and_far_tokens_are_harmless() -> None:
@@ -95,7 +103,9 @@ def test_masked_and_far_tokens_are_harmless() -> None:
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("field", ["logprobs", "old_logprobs", "advantages", "importance"])
 @pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
-def test_nothing_that_is_not_finite_becomes_a_loss(wrong: float, field: str, advantage: float) -> None:
+def test_nothing_that_is_not_finite_becomes_a_loss(
+    wrong: float, field: str, advantage: float
+) -> None:
     """An infinite ratio would be clipped to a finite one, and the update be made with it."""
     tokens = {name: torch.tensor([-1.0, -2.0]) for name in ("logprobs", "old_logprobs")}
     tokens |= {"advantages": torch.full((2,), advantage), "importance": torch.ones(2)}
@@ -103,7 +113,9 @@ def test_nothing_that_is_not_finite_becomes_a_loss(wrong: float, field: str, adv
         poisoned = {name: value.clone() for name, value in tokens.items()}
         poisoned[field][1] = wrong
         ones = torch.tensor(mask)
-        result = policy_loss(mask=ones, clip_ratio_low=LOW, clip_ratio_high=HIGH, clip_ratio_c=DUAL, **poisoned)
+        result = policy_loss(
+            mask=ones, clip_ratio_low=LOW, clip_ratio_high=HIGH, clip_ratio_c=DUAL, **poisoned
+        )
         assert math.isfinite(result.loss_sum.item()) is is_finite
 
 
@@ -111,7 +123,16 @@ def test_importance_weighs_each_token_and_nothing_where_the_mask_is_zero() -> No
     logprobs = torch.zeros(4, requires_grad=True)
     advantages = torch.tensor([1.0, 2.0, -1.0, 5.0])
     weights = torch.tensor([0.5, 2.0, 1.0, math.nan])
-    result = policy_loss(logprobs, torch.zeros(4), advantages, torch.tensor([1.0, 1.0, 1.0, 0.0]), LOW, HIGH, DUAL, weights)
+    result = policy_loss(
+        logprobs,
+        torch.zeros(4),
+        advantages,
+        torch.tensor([1.0, 1.0, 1.0, 0.0]),
+        LOW,
+        HIGH,
+        DUAL,
+        weights,
+    )
     result.loss_sum.backward()
     # At ratio 1 the loss is -w A: -(0.5 + 4 - 1) = -3.5, and its gradient -w A too.
     assert result.loss_sum.item() == pytest.approx(-3.5)

@@ -6,8 +6,8 @@ import ast
 import re
 from pathlib import Path
 
-from zppo_mm.config import RunConfig
-from zppo_mm.config_io import METHODS
+from zppo_mm.config.load import METHODS
+from zppo_mm.config.schema import RunConfig
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
@@ -19,8 +19,16 @@ def defined_names(module: Path) -> set[str]:
     for node in ast.parse(module.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             names.add(node.name)
-            names |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
-            names |= {f"{node.name}.{ast.unparse(inner.target)}" for inner in node.body if isinstance(inner, ast.AnnAssign)}
+            names |= {
+                f"{node.name}.{inner.name}"
+                for inner in node.body
+                if isinstance(inner, ast.FunctionDef)
+            }
+            names |= {
+                f"{node.name}.{ast.unparse(inner.target)}"
+                for inner in node.body
+                if isinstance(inner, ast.AnnAssign)
+            }
         elif isinstance(node, ast.AnnAssign):
             names.add(ast.unparse(node.target))
     return names
@@ -43,7 +51,11 @@ def resolves(dotted: str) -> bool:
 
 
 def test_every_name_exists() -> None:
-    names = {name for name in re.findall(r"`([a-z_]+(?:\.\w+)+)(?:\([^`]*\))?`", PAGE) if not name.endswith(".txt")}
+    names = {
+        name
+        for name in re.findall(r"`([a-z_]+(?:\.\w+)+)(?:\([^`]*\))?`", PAGE)
+        if not name.endswith(".txt")
+    }
     assert len(names) >= MIN_NAMES
     assert [name for name in sorted(names) if not resolves(name)] == []
     assert not resolves("zone.hard.no_such_function")

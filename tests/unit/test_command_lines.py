@@ -18,10 +18,14 @@ USERS_OWN = "run.yaml"
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """Return document and arguments of every command line that starts the tool, launcher and comment off."""
+    """Return document and arguments of every command line that starts the tool, launcher and
+    comment off.
+    """
     found = []
     for document in DOCUMENTS:
-        for block in re.findall(r"^```\w*\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        for block in re.findall(
+            r"^```\w*\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        ):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True) if TOOL in line else []
                 if TOOL in words:
@@ -41,7 +45,11 @@ def tool() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def users_own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    blocks = re.findall(r"^```yaml\n# run\.yaml\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(
+        r"^```yaml\n# run\.yaml\n(.*?)^```",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
     assert len(blocks) == 1
     path = tmp_path_factory.mktemp("own") / USERS_OWN
     path.write_text(blocks[0], encoding="utf-8")
@@ -54,9 +62,17 @@ def test_the_documents_show_commands() -> None:
     assert {"examples/digits_video/README.md", "examples/easy_vqa/README.md"} <= set(named)
 
 
-@pytest.mark.parametrize(("document", "arguments"), commands(), ids=lambda value: value if isinstance(value, str) else " ".join(value))
+@pytest.mark.parametrize(
+    ("document", "arguments"),
+    commands(),
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
 def test_every_command_line_is_accepted(
-    document: str, arguments: list[str], tool: ModuleType, users_own: Path, monkeypatch: pytest.MonkeyPatch
+    document: str,
+    arguments: list[str],
+    tool: ModuleType,
+    users_own: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(ROOT)
     tool.parse([str(users_own) if word == USERS_OWN else word for word in arguments])
@@ -64,6 +80,8 @@ def test_every_command_line_is_accepted(
 
 def test_the_first_commands_of_the_readme_need_nothing_of_the_users() -> None:
     first = [arguments for document, arguments in commands() if document == "README.md"][:3]
-    files = [arguments[arguments.index("--config") + 1] for arguments in first if "--config" in arguments]
+    files = [
+        arguments[arguments.index("--config") + 1] for arguments in first if "--config" in arguments
+    ]
     assert files
     assert [file for file in files if not (ROOT / file).is_file()] == []

@@ -1,4 +1,6 @@
-"""The audit of transcripts: counts by hand, agreement with the metrics of the run itself, and kinds that it does not know."""
+"""The audit of transcripts: counts by hand, agreement with the metrics of the run itself, and kinds
+that it does not know.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +13,32 @@ from types import ModuleType
 import pytest
 
 from tests.unit.simulated_run import make_group, make_question, make_rollout, simulate_run
-from zppo_mm.comparison.transcript_audit import ROWS, Lengths, Share, TranscriptAudit, as_json, audit_run, audit_table, faithfulness
+from zppo_mm.comparison.transcript_audit import (
+    ROWS,
+    Lengths,
+    Share,
+    TranscriptAudit,
+    as_json,
+    audit_run,
+    audit_table,
+    faithfulness,
+)
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import Candidate, Group, GroupKind, Rollout
-from zppo_mm.observability.report_data import read_run
 from zppo_mm.observability.transcripts import write_transcript
+from zppo_mm.report.run_record import read_run
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS = 12
 
 
 def candidate(answer: str | None, correct: bool, text: str | None = None) -> Candidate:
-    return Candidate(f"\\boxed{{{answer}}}" if text is None else text, "teacher" if correct else "student", correct, answer)
+    return Candidate(
+        f"\\boxed{{{answer}}}" if text is None else text,
+        "teacher" if correct else "student",
+        correct,
+        answer,
+    )
 
 
 def rollouts(answers: Sequence[str | None], right: str) -> list[Rollout]:
@@ -48,14 +64,24 @@ def test_bcq_by_hand(tmp_path: Path) -> None:
     )
     assert found.groups == {"bcq": 2, "new": 2, "replayed": 1}
     # " 7. " equals the right candidate's answer, though this reward says that it is wrong.
-    assert (found.bcq_right, found.bcq_wrong, found.bcq_neither, found.bcq_none) == (Share(3, 8), Share(3, 8), Share(1, 8), Share(1, 8))
-    # Plain rollouts of the two questions asked with candidates: 1 of 4 and 0 of 4; the third question is not among them.
+    assert (found.bcq_right, found.bcq_wrong, found.bcq_neither, found.bcq_none) == (
+        Share(3, 8),
+        Share(3, 8),
+        Share(1, 8),
+        Share(1, 8),
+    )
+    # Plain rollouts of the two questions asked with candidates: 1 of 4 and 0 of 4; the third
+    # question is not among them.
     assert (found.bcq_accuracy, found.bcq_plain_accuracy) == (Share(2, 8), Share(1, 8))
     # First candidate: " 7. ", 7 and 5, 5; second: 8 and 6.
     assert found.first == Share(4, 6)
     assert (found.right_first, found.right_second) == (Share(1, 4), Share(1, 4))
     # 23 and 9 characters; 9 and 9 are of equal length and in neither count.
-    assert (found.right_longer, found.right_length, found.wrong_length) == (Share(1, 1), Lengths(16.0, 16.0), Lengths(9.0, 9.0))
+    assert (found.right_longer, found.right_length, found.wrong_length) == (
+        Share(1, 1),
+        Lengths(16.0, 16.0),
+        Lengths(9.0, 9.0),
+    )
 
 
 def test_ncq_by_hand(tmp_path: Path) -> None:
@@ -66,7 +92,11 @@ def test_ncq_by_hand(tmp_path: Path) -> None:
         make_group(question, "new", rollouts(["8", "9", "8", None], "7")),
         make_group(question, "ncq", rollouts(["8", "7", "3", None], "7"), candidates=listed),
     )
-    assert (found.ncq_listed, found.ncq_other, found.ncq_none) == (Share(1, 4), Share(2, 4), Share(1, 4))
+    assert (found.ncq_listed, found.ncq_other, found.ncq_none) == (
+        Share(1, 4),
+        Share(2, 4),
+        Share(1, 4),
+    )
     assert (found.ncq_accuracy, found.ncq_plain_accuracy) == (Share(1, 4), Share(0, 4))
     assert (found.kept, found.changed, found.lost) == (Share(3, 3), Share(0, 3), Share(0, 3))
 
@@ -91,8 +121,18 @@ def test_position_is_not_asked_of_equal_or_missing_answers(tmp_path: Path) -> No
     question = make_question(1)
     found = audit(
         tmp_path,
-        make_group(question, "bcq", rollouts(["7", "7"], "7"), candidates=(candidate("7", True), candidate("$7$", False))),
-        make_group(question, "bcq", rollouts(["7", "8"], "7"), candidates=(candidate(None, False, "no"), candidate("7", True))),
+        make_group(
+            question,
+            "bcq",
+            rollouts(["7", "7"], "7"),
+            candidates=(candidate("7", True), candidate("$7$", False)),
+        ),
+        make_group(
+            question,
+            "bcq",
+            rollouts(["7", "8"], "7"),
+            candidates=(candidate(None, False, "no"), candidate("7", True)),
+        ),
     )
     assert found.first == Share(0, 0)
 
@@ -102,24 +142,40 @@ def test_other_kinds_are_counted_and_nothing_else(tmp_path: Path, kind: GroupKin
     question = make_question(1)
     known = [
         make_group(question, "new", rollouts(["7", "9"], "7")),
-        make_group(question, "bcq", rollouts(["7", "8"], "7"), candidates=(candidate("7", True), candidate("8", False))),
+        make_group(
+            question,
+            "bcq",
+            rollouts(["7", "8"], "7"),
+            candidates=(candidate("7", True), candidate("8", False)),
+        ),
         make_group(question, "ncq", rollouts(["7", "8"], "7"), candidates=(candidate("9", False),)),
     ]
     before = as_json(audit(tmp_path, *known))
-    other = make_group(question, kind, rollouts(["7", "8"], "7"), candidates=(candidate("8", True),))
+    other = make_group(
+        question, kind, rollouts(["7", "8"], "7"), candidates=(candidate("8", True),)
+    )
     after = as_json(audit(tmp_path, *known, other))
     assert after.pop("groups") == {**before.pop("groups"), kind: 1}
     assert after == before
 
 
 def test_ungraded_rollouts_are_left_out(tmp_path: Path) -> None:
-    group = make_group(make_question(1), "bcq", rollouts(["7", "8"], "7"), candidates=(candidate("7", True), candidate("8", False)))
+    group = make_group(
+        make_question(1),
+        "bcq",
+        rollouts(["7", "8"], "7"),
+        candidates=(candidate("7", True), candidate("8", False)),
+    )
     path = write_transcript(tmp_path, 1, [group], {}, {})
     record = json.loads(path.read_text())
     record["rollouts"][0]["reward"] = None
     path.write_text(json.dumps(record) + "\n")
     found = audit_run(tmp_path)
-    assert (found.bcq_accuracy, found.bcq_right, found.bcq_wrong) == (Share(0, 1), Share(0, 1), Share(1, 1))
+    assert (found.bcq_accuracy, found.bcq_right, found.bcq_wrong) == (
+        Share(0, 1),
+        Share(0, 1),
+        Share(1, 1),
+    )
 
 
 def test_the_audit_agrees_with_the_metrics_of_the_run(tmp_path: Path) -> None:
@@ -140,7 +196,9 @@ def test_the_audit_agrees_with_the_metrics_of_the_run(tmp_path: Path) -> None:
     assert met > NUM_STEPS
     whole = audit_run(tmp_path)
     assert whole.num_steps == NUM_STEPS
-    assert whole.bcq_right.total == sum(audit_run(tmp_path, step, step).bcq_right.total for step in range(1, NUM_STEPS + 1))
+    assert whole.bcq_right.total == sum(
+        audit_run(tmp_path, step, step).bcq_right.total for step in range(1, NUM_STEPS + 1)
+    )
 
 
 def test_the_table_has_every_number(tmp_path: Path) -> None:
@@ -150,7 +208,9 @@ def test_the_table_has_every_number(tmp_path: Path) -> None:
     assert table.rows[0] == ("steps", "3", "2")
     names = [row[0] for row in table.rows]
     assert [text for text in ROWS.values() if text not in names] == []
-    assert set(ROWS) | {"num_steps", "groups", "right_length", "wrong_length"} == set(TranscriptAudit.__slots__)
+    assert set(ROWS) | {"num_steps", "groups", "right_length", "wrong_length"} == set(
+        TranscriptAudit.__slots__
+    )
 
 
 @pytest.fixture(scope="module")
@@ -163,13 +223,18 @@ def tool() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize(("text", "steps"), [("3-7", (3, 7)), ("3-", (3, None)), ("-7", (0, 7)), ("5", (5, 5))])
+@pytest.mark.parametrize(
+    ("text", "steps"), [("3-7", (3, 7)), ("3-", (3, None)), ("-7", (0, 7)), ("5", (5, 5))]
+)
 def test_ranges_of_steps(tool: ModuleType, text: str, steps: tuple[int, int | None]) -> None:
     assert tool.parse_steps(text) == steps
 
 
 def test_errors(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nothing to audit, got no transcripts, expected transcripts of the steps asked for"):
+    with pytest.raises(
+        ConfigError,
+        match="nothing to audit, got no transcripts, expected transcripts of the steps asked for",
+    ):
         audit_run(tmp_path)
     write_transcript(tmp_path, 4, [], {}, {})
     with pytest.raises(ConfigError, match="got steps 4 to 4"):

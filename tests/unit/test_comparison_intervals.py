@@ -8,7 +8,13 @@ from itertools import product
 import numpy as np
 import pytest
 
-from zppo_mm.comparison.intervals import Estimate, bootstrap_means, interval, mean_scores, share_interval
+from zppo_mm.comparison.intervals import (
+    Estimate,
+    bootstrap_means,
+    interval,
+    mean_scores,
+    share_interval,
+)
 
 # 10,000 draws of an event of probability p have a standard error of at most 0.005; four of them.
 FREQUENCY_TOLERANCE = 0.02
@@ -16,19 +22,27 @@ WILSON_TOLERANCE = 5e-4  # the table values have three decimals
 
 
 def test_mean_by_hand() -> None:
-    # Seed 1: 1/2, 1; seed 2: 1/4, 0. Every seed counts alike whatever its number of questions: (1/2 + 1/4)/2, (1 + 0)/2.
-    scores = [np.array([[1.0, 0.0], [1.0, 1.0]]), np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])]
+    # Seed 1: 1/2, 1; seed 2: 1/4, 0. Every seed counts alike whatever its number of questions: (1/2
+    # + 1/4)/2, (1 + 0)/2.
+    scores = [
+        np.array([[1.0, 0.0], [1.0, 1.0]]),
+        np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]),
+    ]
     assert mean_scores(scores).tolist() == [0.375, 0.5]
 
 
 def exact_distribution(scores: list[np.ndarray]) -> Counter[float]:
-    """Enumerate every draw of seeds and of questions within each drawn seed, with its probability, for one row."""
+    """Enumerate every draw of seeds and of questions within each drawn seed, with its probability,
+    for one row.
+    """
     num_seeds, exact = len(scores), Counter[float]()
     for seeds in product(range(num_seeds), repeat=num_seeds):
         draws = [list(product(scores[seed][0], repeat=scores[seed].shape[1])) for seed in seeds]
         for drawn in product(*draws):
             probability = 1 / num_seeds**num_seeds / np.prod([len(each) for each in draws])
-            exact[round(float(np.mean([np.mean(questions) for questions in drawn])), 9)] += probability
+            exact[round(float(np.mean([np.mean(questions) for questions in drawn])), 9)] += (
+                probability
+            )
     return exact
 
 
@@ -41,7 +55,10 @@ def exact_distribution(scores: list[np.ndarray]) -> Counter[float]:
     ],
 )
 def test_draws_have_the_exact_distribution(scores: list[np.ndarray]) -> None:
-    exact, drawn = exact_distribution(scores), Counter(np.round(bootstrap_means(scores)[:, 0], 9).tolist())
+    exact, drawn = (
+        exact_distribution(scores),
+        Counter(np.round(bootstrap_means(scores)[:, 0], 9).tolist()),
+    )
     assert sum(exact.values()) == pytest.approx(1)
     assert set(drawn) <= set(exact)
     for value, probability in exact.items():
@@ -49,8 +66,8 @@ def test_draws_have_the_exact_distribution(scores: list[np.ndarray]) -> None:
 
 
 def test_rows_are_drawn_alike() -> None:
-    # The second method is right wherever the first is and on every fourth question besides, so no draw can turn the difference round,
-    # while both rows vary by themselves.
+    # The second method is right wherever the first is and on every fourth question besides, so no
+    # draw can turn the difference round, while both rows vary by themselves.
     rng = np.random.default_rng(0)
     scores = []
     for _ in range(3):
@@ -64,7 +81,9 @@ def test_rows_are_drawn_alike() -> None:
 def test_a_row_has_the_same_draws_with_and_without_others() -> None:
     rng = np.random.default_rng(1)
     scores = [rng.random((2, 7)) for _ in range(3)]
-    np.testing.assert_allclose(bootstrap_means([each[:1] for each in scores])[:, 0], bootstrap_means(scores)[:, 0])
+    np.testing.assert_allclose(
+        bootstrap_means([each[:1] for each in scores])[:, 0], bootstrap_means(scores)[:, 0]
+    )
     assert not np.allclose(bootstrap_means(scores, seed=1), bootstrap_means(scores, seed=2))
 
 
@@ -82,30 +101,43 @@ def test_interval_takes_percentiles() -> None:
 @pytest.mark.parametrize(
     ("count", "total", "low", "high"),
     # Newcombe, Statistics in Medicine 17 (1998), table I, method 3.
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
 )
 def test_wilson_against_published_values(count: int, total: int, low: float, high: float) -> None:
     estimate = share_interval(count, total)
     assert estimate is not None
-    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((count / total, low, high), abs=WILSON_TOLERANCE)
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx(
+        (count / total, low, high), abs=WILSON_TOLERANCE
+    )
     assert share_interval(0, 0) is None
 
 
 def test_coverage_on_synthetic_data() -> None:
-    # Ten seeds of 60 questions, true difference 0.1; questions differ in difficulty, seeds in the gain. The intervals are meant to
-    # hold 95 %; resampling in two stages makes them somewhat wide where seeds hardly differ. 200 trials: standard error 0.015.
+    # Ten seeds of 60 questions, true difference 0.1; questions differ in difficulty, seeds in the
+    # gain. The intervals are meant to hold 95 %; resampling in two stages makes them somewhat wide
+    # where seeds hardly differ. 200 trials: standard error 0.015.
     rng, hits, width, trials = np.random.default_rng(3), 0, [], 200
     for _ in range(trials):
         scores = []
         for _ in range(10):
             difficulty, gain = rng.uniform(0.2, 0.7, 60), 0.1 + rng.uniform(-0.1, 0.1)
-            scores.append(np.stack([rng.random(60) < difficulty, rng.random(60) < difficulty + gain]).astype(float))
+            scores.append(
+                np.stack([rng.random(60) < difficulty, rng.random(60) < difficulty + gain]).astype(
+                    float
+                )
+            )
         draws, means = bootstrap_means(scores, num_draws=500), mean_scores(scores)
         estimate = interval(means[1] - means[0], draws[:, 1] - draws[:, 0])
         hits += estimate.low <= 0.1 <= estimate.high
         width.append(estimate.high - estimate.low)
     assert 0.9 <= hits / trials <= 1.0
-    # Difference on one question: variance E p(1 - p) + E q(1 - q) = 0.227 + 0.223 = 0.45, on the mean of a seed 0.45 / 60 = 0.0075, and
-    # the gain adds 0.2**2 / 12 = 0.0033. Drawing 10 of 10 seeds keeps 9/10 of both, drawing the questions adds the first again:
-    # (0.9 * 0.0108 + 0.0075) / 10 = 0.00172, and 2 * 1.96 * sqrt(0.00172) = 0.163.
+    # Difference on one question: variance E p(1 - p) + E q(1 - q) = 0.227 + 0.223 = 0.45, on the
+    # mean of a seed 0.45 / 60 = 0.0075, and the gain adds 0.2**2 / 12 = 0.0033. Drawing 10 of 10
+    # seeds keeps 9/10 of both, drawing the questions adds the first again: (0.9 * 0.0108 + 0.0075)
+    # / 10 = 0.00172, and 2 * 1.96 * sqrt(0.00172) = 0.163.
     assert np.mean(width) == pytest.approx(0.163, abs=0.01)

@@ -1,4 +1,6 @@
-"""Runs as processes: none twice, killed ones again, a failure is told and stops no other. The program is a short script, not a training."""
+"""Runs as processes: none twice, killed ones again, a failure is told and stops no other. The
+program is a short script, not a training.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,11 @@ print("hello from", options["name"])
 if options["name"] in Path(__file__).with_name("broken").read_text().split():
     sys.exit("no space left")
 sys.path.insert(0, {str(ROOT)!r})
-from zppo_mm.config_io import load_config, save_config
+from zppo_mm.config.load import load_config, save_config
 save_config(load_config(None, sys.argv[1:]), folder / "config.yaml")
 for name, steps in (("metrics.jsonl", range(1, {STEPS + 1})), ("evaluation.jsonl", (0, {STEPS}))):
-    (folder / name).write_text("".join(json.dumps({{"step": step, "accuracy": 0.5}}) + "\\n" for step in steps))
+    (folder / name).write_text("".join(json.dumps({{"step": step,
+    "accuracy": 0.5}}) + "\\n" for step in steps))
 (folder / "hf").mkdir(exist_ok=True)
 """
 
@@ -47,10 +50,15 @@ def program(folder: Path, *broken: str) -> Path:
 
 
 def starts(plan: Plan) -> list[int]:
-    return [len((run.folder / "starts").read_text()) if (run.folder / "starts").exists() else 0 for run in plan.runs]
+    return [
+        len((run.folder / "starts").read_text()) if (run.folder / "starts").exists() else 0
+        for run in plan.runs
+    ]
 
 
-def test_a_finished_run_is_not_repeated_and_a_failed_one_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_finished_run_is_not_repeated_and_a_failed_one_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     plan = make_plan(tmp_path, parallel_runs=2)
     (failure,) = run_all(plan, program(tmp_path, "zppo-seed0"))
@@ -84,20 +92,33 @@ def test_a_run_that_lacks_its_end_is_started_again(tmp_path: Path, missing: str)
 
 
 def test_a_run_that_ends_well_but_early_failed(tmp_path: Path) -> None:
-    plan = load_plan(make_plan(tmp_path, seeds=[0]).folder.parent / "compare.yaml", [f"train.train_iters={STEPS + 1}"])
+    plan = load_plan(
+        make_plan(tmp_path, seeds=[0]).folder.parent / "compare.yaml",
+        [f"train.train_iters={STEPS + 1}"],
+    )
     failures = run_all(plan, program(tmp_path))
-    assert [failure.reason.splitlines()[0] for failure in failures] == [f"exit status 0 after step {STEPS}; the end of its output:"] * 2
+    assert [failure.reason.splitlines()[0] for failure in failures] == [
+        f"exit status 0 after step {STEPS}; the end of its output:"
+    ] * 2
 
 
 def test_a_finished_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
     plan, tool = make_plan(tmp_path, seeds=[0]), program(tmp_path)
     run_all(plan, tool)
-    changed = make_plan(tmp_path, seeds=[0], methods={"grpo_replay": {"options": {"train.lr": 0.5}}, "zppo": None})
+    changed = make_plan(
+        tmp_path, seeds=[0], methods={"grpo_replay": {"options": {"train.lr": 0.5}}, "zppo": None}
+    )
     (failure,) = run_all(changed, tool)
     assert failure.run.label == "grpo_replay"
-    assert "a finished run of another configuration, got train.lr was 3e-05, is 0.5, expected the planned one" in failure.reason
+    assert (
+        "a finished run of another configuration, got train.lr was 3e-05, is 0.5, expected the "
+        "planned one" in failure.reason
+    )
     refused, same = (read_results(changed).runs[label][0] for label in ("grpo_replay", "zppo"))
-    assert (refused.status, refused.counts) == ("finished, with another configuration", False)  # nor is it mixed into the tables
+    assert (refused.status, refused.counts) == (
+        "finished, with another configuration",
+        False,
+    )  # nor is it mixed into the tables
     assert not same.is_refused
     assert starts(plan) == [1, 1]
 
@@ -105,8 +126,14 @@ def test_a_finished_run_of_another_configuration_is_refused(tmp_path: Path) -> N
 def test_the_runs_end_with_the_comparison(tmp_path: Path) -> None:
     make_plan(tmp_path, seeds=[0])
     tool = tmp_path / "sleep.py"
-    tool.write_text("import os, sys, time\nopen(sys.argv[0] + '.pid', 'w').write(str(os.getpid()))\ntime.sleep(600)\n")
-    code = f"import sys, tools.compare as compare; compare.TRAIN_TOOL = {str(tool)!r}; sys.exit(compare.main())"
+    tool.write_text(
+        "import os, sys, time\nopen(sys.argv[0] + '.pid', "
+        "'w').write(str(os.getpid()))\ntime.sleep(600)\n"
+    )
+    code = (
+        f"import sys, tools.compare as compare; compare.TRAIN_TOOL = {str(tool)!r}; "
+        "sys.exit(compare.main())"
+    )
     command = [sys.executable, "-c", code, str(tmp_path / "compare.yaml")]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     pid_file, deadline = Path(f"{tool}.pid"), time.monotonic() + 60

@@ -1,4 +1,6 @@
-"""What a comparison says: by hand from chosen answers and metrics, with empty cells where there is nothing to say."""
+"""What a comparison says: by hand from chosen answers and metrics, with empty cells where there is
+nothing to say.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.unit.simulated_comparison import STEPS, Rewards, held_out_groups, make_plan, write_evaluation, write_run
+from tests.unit.simulated_comparison import (
+    STEPS,
+    Rewards,
+    held_out_groups,
+    make_plan,
+    write_evaluation,
+    write_run,
+)
 from zppo_mm.comparison.accuracy import method_accuracy, parts_of
 from zppo_mm.comparison.figures import FIGURES
 from zppo_mm.comparison.launch import Failure
@@ -26,7 +35,13 @@ BEFORE: Rewards = {"text/1": (1,), "text/2": (0,), "clips/1": (0,), "clips/2": (
 BASE_AFTER: Rewards = {"text/1": (1,), "text/2": (0,), "clips/1": (1,), "clips/2": (0,)}
 ZPPO_MIDDLE: Rewards = {"text/1": (1,), "text/2": (1,), "clips/1": (0,), "clips/2": (0,)}
 ZPPO_AFTER: Rewards = {"text/1": (1,), "text/2": (1,), "clips/1": (1,), "clips/2": (0,)}
-BUFFER = {"buffer/size": 1, "buffer/admitted/0": 4, "buffer/graduated/0": 1, "buffer/evicted/0": 1, "buffer/admitted/37.5": 2}
+BUFFER = {
+    "buffer/size": 1,
+    "buffer/admitted/0": 4,
+    "buffer/graduated/0": 1,
+    "buffer/evicted/0": 1,
+    "buffer/admitted/37.5": 2,
+}
 BUFFER |= {"buffer/graduated_visits/2": 1, "buffer/evicted_visits/0": 1}
 ZPPO_METRICS = (
     {
@@ -39,7 +54,10 @@ ZPPO_METRICS = (
     },
     {"seconds/step": 4.0, **BUFFER, "rollout/tokens": 110, "accuracy/plain": 0.5},
 )
-BASE_METRICS = ({"seconds/step": 1.0, "buffer/admitted/0": 2, "rollout/tokens": 60}, {"seconds/step": 2.0, "buffer/admitted/0": 3})
+BASE_METRICS = (
+    {"seconds/step": 1.0, "buffer/admitted/0": 2, "rollout/tokens": 60},
+    {"seconds/step": 2.0, "buffer/admitted/0": 3},
+)
 
 
 def write_all(
@@ -70,18 +88,25 @@ def test_accuracy_by_hand(tmp_path: Path) -> None:
     assert found.difference is not None
     assert found.curve_difference is not None
     assert (found.seeds, found.num_questions, found.num_unpaired) == ((0, 1), 8, 0)
-    # Before 1/4, middle 2/4, after 3/4; the curve leaves step 0 out: (2/4 + 3/4) / 2. Baseline: after 2/4, curve (1/4 + 2/4) / 2.
-    assert (found.before, found.after.value, found.curve.value) == pytest.approx((0.25, 0.75, 0.625))
+    # Before 1/4, middle 2/4, after 3/4; the curve leaves step 0 out: (2/4 + 3/4) / 2. Baseline:
+    # after 2/4, curve (1/4 + 2/4) / 2.
+    assert (found.before, found.after.value, found.curve.value) == pytest.approx(
+        (0.25, 0.75, 0.625)
+    )
     assert (found.difference.value, found.curve_difference.value) == pytest.approx((0.25, 0.25))
-    # After the last step the methods differ on one question of four, so a draw of two times four questions has a difference of k / 8 with
-    # k binomial(8, 1/4): P(0) = 0.100, P(k <= 4) = 0.973, P(k <= 5) = 0.996. The 97.5 % quantile is 5/8, the 2.5 % quantile 0.
+    # After the last step the methods differ on one question of four, so a draw of two times four
+    # questions has a difference of k / 8 with k binomial(8, 1/4): P(0) = 0.100, P(k <= 4) = 0.973,
+    # P(k <= 5) = 0.996. The 97.5 % quantile is 5/8, the 2.5 % quantile 0.
     assert (found.difference.low, found.difference.high) == pytest.approx((0.0, 0.625))
-    # On the text questions zppo has everything right in every draw, and the baseline the first of two: k binomial(4, 1/2), P(0) = 0.0625.
+    # On the text questions zppo has everything right in every draw, and the baseline the first of
+    # two: k binomial(4, 1/2), P(0) = 0.0625.
     text = method_accuracy(results, "zppo", parts["text"])
     assert text is not None
     assert text.difference is not None
     assert (text.after.value, text.after.low, text.after.high) == (1.0, 1.0, 1.0)
-    assert (text.difference.value, text.difference.low, text.difference.high) == pytest.approx((0.5, 0.0, 1.0))
+    assert (text.difference.value, text.difference.low, text.difference.high) == pytest.approx(
+        (0.5, 0.0, 1.0)
+    )
     base = method_accuracy(results, "grpo_replay", parts["all"])
     assert base is not None
     assert (base.after.value, base.difference) == (0.5, None)
@@ -97,9 +122,14 @@ def test_several_responses_count_as_their_mean(tmp_path: Path) -> None:
     assert found.after.value == 0.25
 
 
-def test_a_question_that_one_method_did_not_answer_is_left_out_of_the_difference(tmp_path: Path) -> None:
+def test_a_question_that_one_method_did_not_answer_is_left_out_of_the_difference(
+    tmp_path: Path,
+) -> None:
     plan = make_plan(tmp_path, seeds=[0])
-    without = {step: {name: value for name, value in BASE_AFTER.items() if name != "clips/1"} for step in (0, 2)}
+    without = {
+        step: {name: value for name, value in BASE_AFTER.items() if name != "clips/1"}
+        for step in (0, 2)
+    }
     write_all(plan, base=without)
     results = read_results(plan)
     found = method_accuracy(results, "zppo", parts_of(results)[0])
@@ -119,14 +149,25 @@ def test_fates_and_cost_by_hand(tmp_path: Path) -> None:
     found, spent = fates(results, "zppo"), cost(results, "zppo")
     assert found is not None
     assert spent is not None
-    # Two seeds with 4 + 2 admissions, a graduation and an eviction each: 12 - 2 - 2 are still there.
-    assert (found.admitted, found.graduated["0"], found.evicted["0"], found.num_left) == ({"0": 8, "37.5": 4}, 2, 2, 8)
+    # Two seeds with 4 + 2 admissions, a graduation and an eviction each: 12 - 2 - 2 are still
+    # there.
+    assert (found.admitted, found.graduated["0"], found.evicted["0"], found.num_left) == (
+        {"0": 8, "37.5": 4},
+        2,
+        2,
+        8,
+    )
     # Steps without evaluation: 2, 4, 2, 4 s; the baseline's 1, 2, 1, 2 s.
     assert (spent.seconds, spent.ratio) == (3.0, 2.0)
-    # A step in which the teacher was not asked has no tokens of it: (30 + 0) / 2. No loss tokens were recorded.
+    # A step in which the teacher was not asked has no tokens of it: (30 + 0) / 2. No loss tokens
+    # were recorded.
     assert spent.tokens == {"sampled": 100.0, "of the teacher": 15.0, "trained on": None}
     means = final_means(results, "zppo")
-    assert (means["BCQ accuracy"], means["plain accuracy"], means["NCQ accuracy"]) == (0.5, 0.5, None)
+    assert (means["BCQ accuracy"], means["plain accuracy"], means["NCQ accuracy"]) == (
+        0.5,
+        0.5,
+        None,
+    )
 
 
 def test_only_the_last_steps_are_the_end(tmp_path: Path) -> None:
@@ -149,7 +190,12 @@ def test_without_replay_the_buffer_has_empty_cells(tmp_path: Path) -> None:
     write_run(plan.runs[1], {0: BEFORE, 2: ZPPO_AFTER}, ZPPO_METRICS)
     graduated = cells(plan, "Graduated, by accuracy at admission")
     assert set(graduated["grpo"].values()) == {""}
-    assert graduated["zppo"] == {"at 0 %": "25% (1/4)", "at 37.5 %": "0% (0/2)", "all": "17% (1/6)", "of those that left": "50% (1/2)"}
+    assert graduated["zppo"] == {
+        "at 0 %": "25% (1/4)",
+        "at 37.5 %": "0% (0/2)",
+        "all": "17% (1/6)",
+        "of those that left": "50% (1/2)",
+    }
     visits = cells(plan, "Fates of buffered questions")
     assert list(visits) == ["zppo"]
     assert visits["zppo"]["graduated after 2"] == "1"
@@ -159,7 +205,11 @@ def test_without_replay_the_buffer_has_empty_cells(tmp_path: Path) -> None:
 def test_unfinished_runs_are_named_and_in_no_table(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, methods=["grpo_replay", "zppo", "ncq"])
     write_all(
-        Plan(tuple(run for run in plan.runs if run.label != "ncq"), *[getattr(plan, n) for n in Plan.__slots__[1:]]), skip=["zppo-seed1"]
+        Plan(
+            tuple(run for run in plan.runs if run.label != "ncq"),
+            *[getattr(plan, n) for n in Plan.__slots__[1:]],
+        ),
+        skip=["zppo-seed1"],
     )
     ncq = next(run for run in plan.runs if run.name == "ncq-seed0")
     write_run(ncq, {0: BEFORE}, [{}], exported=False)
@@ -171,7 +221,8 @@ def test_unfinished_runs_are_named_and_in_no_table(tmp_path: Path) -> None:
     }
     accuracy = cells(plan, "Held-out accuracy")
     assert (accuracy["zppo"]["seeds"], accuracy["ncq"]["seeds"]) == ("1 of 2", "0 of 2")
-    # The finished seed of zppo is compared with that of the baseline: k / 4 with k binomial(4, 1/4), P(k <= 2) = 0.949, P(k <= 3) = 0.996.
+    # The finished seed of zppo is compared with that of the baseline: k / 4 with k binomial(4,
+    # 1/4), P(k <= 2) = 0.949, P(k <= 3) = 0.996.
     assert accuracy["zppo"]["after, to grpo_replay"] == "+25.0 [+0.0, +75.0]"
     assert {value for name, value in accuracy["ncq"].items() if name != "seeds"} == {""}
 
@@ -180,9 +231,14 @@ def test_a_difference_without_zero_is_bold(tmp_path: Path) -> None:
     plan = make_plan(tmp_path)
     right, wrong = ({f"text/{index}": (value,) for index in range(20)} for value in (1.0, 0.0))
     write_all(plan, base={0: wrong, 2: wrong}, zppo={0: wrong, 2: right})
-    assert cells(plan, "Held-out accuracy")["zppo"]["after, to grpo_replay"] == "**+100.0** [+100.0, +100.0]"
+    assert (
+        cells(plan, "Held-out accuracy")["zppo"]["after, to grpo_replay"]
+        == "**+100.0** [+100.0, +100.0]"
+    )
     write_comparison(plan)
-    assert "<td><b>+100.0</b> [+100.0, +100.0]</td>" in (plan.folder / "comparison.html").read_text()
+    assert (
+        "<td><b>+100.0</b> [+100.0, +100.0]</td>" in (plan.folder / "comparison.html").read_text()
+    )
 
 
 def test_files(tmp_path: Path) -> None:
@@ -200,15 +256,24 @@ def test_files(tmp_path: Path) -> None:
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
     assert re.search(r"url\(|@import|<script|<link", page) is None
-    assert {path.name for path in (plan.folder / "figures").iterdir()} >= {"held_out.png", "held_out.svg", "graduated.png"}
+    assert {path.name for path in (plan.folder / "figures").iterdir()} >= {
+        "held_out.png",
+        "held_out.svg",
+        "graduated.png",
+    }
     with (plan.folder / "comparison.csv").open() as file:
         rows = {(row["method"], row["seed"]): row for row in csv.DictReader(file)}
     assert len(rows) == 6
     whole = rows["zppo", "all"]
-    assert [float(whole[name]) for name in ("after", "difference", "difference_low", "after/video")] == pytest.approx(
-        [0.75, 0.25, 0.0, 0.5]
-    )
-    assert (whole["graduated/0"], whole["seconds/ratio"], rows["zppo", "1"]["after"], rows["zppo", "1"]["status"]) == (
+    assert [
+        float(whole[name]) for name in ("after", "difference", "difference_low", "after/video")
+    ] == pytest.approx([0.75, 0.25, 0.0, 0.5])
+    assert (
+        whole["graduated/0"],
+        whole["seconds/ratio"],
+        rows["zppo", "1"]["after"],
+        rows["zppo", "1"]["status"],
+    ) == (
         "2",
         "2.0",
         "0.75",
@@ -246,9 +311,19 @@ def test_evaluations_after_the_last_step_do_not_count(tmp_path: Path) -> None:
 def test_two_sources_may_use_the_same_ids(tmp_path: Path) -> None:
     (run,) = make_plan(tmp_path, seeds=[0], methods=["zppo"]).runs
     groups = held_out_groups({"text/1": (1,), "clips/1": (0,)})
-    write_held_out_answers(run.folder, 0, [replace(g, instance=replace(g.instance, question=replace(g.question, id="1"))) for g in groups])
+    write_held_out_answers(
+        run.folder,
+        0,
+        [
+            replace(g, instance=replace(g.instance, question=replace(g.question, id="1")))
+            for g in groups
+        ],
+    )
     answers = read_answers(run.folder)[0].values()
-    assert sorted((answered.source, answered.accuracy) for answered in answers) == [("clips", 0.0), ("text", 1.0)]
+    assert sorted((answered.source, answered.accuracy) for answered in answers) == [
+        ("clips", 0.0),
+        ("text", 1.0),
+    ]
 
 
 def test_scores_are_paired_by_question_not_by_place(tmp_path: Path) -> None:

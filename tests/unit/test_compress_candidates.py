@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from data.question import Question
 from zppo_mm.errors import ConfigError
 from zppo_mm.rewards.boxes import last_boxed
-from zppo_mm.teacher.compress import RuleCompressor, TeacherCompressor, load_compression_template
 from zppo_mm.teacher.teacher import Trace
+from zppo_mm.zone.compress import RuleCompressor, TeacherCompressor, load_compression_template
 
 QUESTION = Question("q", "What is 6 x 7?", (), "42", "math")
 
@@ -36,7 +36,10 @@ def rule(max_tokens: int = 20, max_lines: int = 5) -> RuleCompressor:
         ("<think>6 x 7\nis 42</think>\n\\boxed{42}<|im_end|>", "6 x 7\nis 42\n\\boxed{42}"),
         ("1\n2\n3\n4\n5\nso \\boxed{6} and some rambling\nafter it", "2\n3\n4\n5\nso \\boxed{6}"),
         ("so $x = \\boxed{42}$.", "so $x = \\boxed{42}$"),
-        ("try \\boxed{1}\nno:   \\boxed{\\frac{1}{2}}", "try \\boxed{1}\nno: \\boxed{\\frac{1}{2}}"),
+        (
+            "try \\boxed{1}\nno:   \\boxed{\\frac{1}{2}}",
+            "try \\boxed{1}\nno: \\boxed{\\frac{1}{2}}",
+        ),
         ("\\boxed{4\n2}", "\\boxed{4 2}"),
         ("no answer here\n\nat all", "no answer here\nat all"),
         ("it stops in \\boxed{4", "it stops in \\boxed{4"),
@@ -58,14 +61,32 @@ def test_rule_drops_from_the_front_line_by_line_then_word_by_word() -> None:
 
 
 pieces = st.lists(
-    st.sampled_from(["a", "$", " ", "\n", "\\boxed{7}", "\\boxed{", "}", "<think>", "</think>", "<|x|>", "\\", "long line "]), max_size=40
+    st.sampled_from(
+        [
+            "a",
+            "$",
+            " ",
+            "\n",
+            "\\boxed{7}",
+            "\\boxed{",
+            "}",
+            "<think>",
+            "</think>",
+            "<|x|>",
+            "\\",
+            "long line ",
+        ]
+    ),
+    max_size=40,
 )
 
 
 @settings(max_examples=300, deadline=None)
 @given(parts=pieces, max_tokens=st.integers(1, 12), max_lines=st.integers(1, 5))
 @example(parts=["\\boxed{", "<think>", "}"], max_tokens=1, max_lines=1)
-def test_rule_keeps_caps_and_answer_for_any_text(parts: list[str], max_tokens: int, max_lines: int) -> None:
+def test_rule_keeps_caps_and_answer_for_any_text(
+    parts: list[str], max_tokens: int, max_lines: int
+) -> None:
     text = "".join(parts)
     short = rule(max_tokens, max_lines).cut(text, last_boxed(text))
     assert count_words(short) <= max_tokens
@@ -90,10 +111,25 @@ class ScriptedTeacher:
 
 def test_unfaithful_rewrites_are_retried_once_then_cut() -> None:
     teacher = ScriptedTeacher(
-        ["<think>hm</think>7 sixes: \\boxed{84/2}", "fixed: \\boxed{42}", "it is \\boxed{5}", "invents \\boxed{9}", ""],
+        [
+            "<think>hm</think>7 sixes: \\boxed{84/2}",
+            "fixed: \\boxed{42}",
+            "it is \\boxed{5}",
+            "invents \\boxed{9}",
+            "",
+        ],
         ["still \\boxed{42}", "six \\boxed{5}", "cannot say", "now a text"],
     )
-    traces = [trace(text) for text in ["x \\boxed{42}", "y \\boxed{41}", "z \\boxed{6}\nno \\boxed{5.0}", "w no answer", "v nothing"]]
+    traces = [
+        trace(text)
+        for text in [
+            "x \\boxed{42}",
+            "y \\boxed{41}",
+            "z \\boxed{6}\nno \\boxed{5.0}",
+            "w no answer",
+            "v nothing",
+        ]
+    ]
     compressor = TeacherCompressor(teacher, rule(), load_compression_template())
     traces[2] = Trace(QUESTION, "z \\boxed{6}", "6")
     results = compressor.compress(traces, 4)
@@ -104,14 +140,19 @@ def test_unfaithful_rewrites_are_retried_once_then_cut() -> None:
         ("cannot say", "rewritten", 1),
         ("now a text", "rewritten", 1),
     ]
-    assert [(len(prompts), step, attempt) for prompts, step, attempt in teacher.asked] == [(5, 4, 0), (4, 4, 1)]
+    assert [(len(prompts), step, attempt) for prompts, step, attempt in teacher.asked] == [
+        (5, 4, 0),
+        (4, 4, 1),
+    ]
     assert compressor.compress([], 4) == []
     assert len(teacher.asked) == 2
 
 
 def test_the_prompt_shows_question_trace_and_answer_inert() -> None:
     teacher = ScriptedTeacher(["ok \\boxed{42}"])
-    TeacherCompressor(teacher, rule(), load_compression_template()).compress([trace("<think>{answer} </q><|im_start|>\\boxed{42}")], 0)
+    TeacherCompressor(teacher, rule(), load_compression_template()).compress(
+        [trace("<think>{answer} </q><|im_start|>\\boxed{42}")], 0
+    )
     prompt = teacher.asked[0][0][0]
     assert "What is 6 x 7?" in prompt
     assert "{answer} < /q>" in prompt
@@ -123,7 +164,9 @@ def test_the_prompt_shows_question_trace_and_answer_inert() -> None:
 
 def test_a_long_rewrite_is_cut_to_the_caps() -> None:
     teacher = ScriptedTeacher(["1\n2\n3\n4\n5\n6\n\\boxed{42}"])
-    (result,) = TeacherCompressor(teacher, rule(), load_compression_template()).compress([trace("x \\boxed{42}")], 0)
+    (result,) = TeacherCompressor(teacher, rule(), load_compression_template()).compress(
+        [trace("x \\boxed{42}")], 0
+    )
     assert (result.text, result.method) == ("3\n4\n5\n6\n\\boxed{42}", "rewritten")
 
 

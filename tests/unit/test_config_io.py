@@ -1,4 +1,6 @@
-"""Configuration: order of the layers, errors that name their origin, writing and reading back, quick help."""
+"""Configuration: order of the layers, errors that name their origin, writing and reading back,
+quick help.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +12,27 @@ from pathlib import Path
 
 import pytest
 
-from zppo_mm.config import RunConfig
-from zppo_mm.config_checks import CHOICES, METHODS, RANGES
-from zppo_mm.config_help import describe_options
-from zppo_mm.config_io import load_config, save_config
+from zppo_mm.config.checks import CHOICES, METHODS, RANGES
+from zppo_mm.config.help import describe_options
+from zppo_mm.config.load import load_config, save_config
+from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ConfigError
 
 HELP_TIMEOUT_SECONDS = 10.0
-"""Importing torch alone takes several seconds; the help measures 0.2 s, the rest is room for a busy machine."""
+"""Importing torch alone takes several seconds; the help measures 0.2 s, the rest is room for a busy
+machine.
+"""
 
 
 def every_key(group: object, prefix: str = "") -> list[str]:
     keys = []
     for field in fields(group):  # type: ignore[arg-type]
         value = getattr(group, field.name)
-        keys += every_key(value, f"{prefix}{field.name}.") if is_dataclass(value) else [prefix + field.name]
+        keys += (
+            every_key(value, f"{prefix}{field.name}.")
+            if is_dataclass(value)
+            else [prefix + field.name]
+        )
     return keys
 
 
@@ -39,7 +47,10 @@ def test_embedded_preset_applies_only_without_a_file(tmp_path: Path) -> None:
 def test_later_layers_win(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("method: grpo\nzone: {ncq: true}\ntrain: {lr: 0.1, clip_grad: 2}\n")
-    config = load_config(path, ["train.lr=1e-6", "train.lr=2e-6", "modality=video", "data.train=[{path: a, weight: 2}]"])
+    config = load_config(
+        path,
+        ["train.lr=1e-6", "train.lr=2e-6", "modality=video", "data.train=[{path: a, weight: 2}]"],
+    )
     assert config.train.lr == 2e-6
     assert config.train.clip_grad == 2.0
     assert (config.zone.bcq, config.zone.ncq, config.zone.replay) == (False, True, False)
@@ -65,24 +76,58 @@ def test_every_method_is_there_with_and_without_replay() -> None:
     [
         (
             ["method=on_distill", "zone.bcq=true"],
-            "distill.source: distillation trains on no reformulated prompt, got 'student' with zone.bcq",
+            "distill.source: distillation trains on no reformulated prompt, got 'student' with "
+            "zone.bcq",
         ),
         (["method=off_distill", "zone.max_sampling_rounds=2"], "distillation looks at no reward"),
         (["method=off_distill", "algorithm.importance_cap=2"], "distillation looks at no reward"),
-        (["method=on_distill", "fallback_teachers=[{model: x}]"], "fallback_teachers: distillation has one teacher, got 1 more"),
-        (["fallback_teachers=[{compressor: teacher}]"], r"fallback_teachers\[0\].compressor: only the first teacher rewrites"),
-        (["method=ncq_replay", "fallback_teachers=[{model: x}]"], "fallback_teachers: nobody would be asked"),
-        (["distill.top_k=4"], "distill.top_k: nothing is distilled, got 4"),
-        (["fallback_teachers=[{num_rollouts: 0}]"], "fallback_teachers.0.num_rollouts: out of range, got 0"),
-        (["fallback_teachers=[{video: none}]"], "fallback_teachers.0.video: not a choice, got 'none'"),
-        (["fallback_teachers=[{endpoints: ['http://x/v1']}]"], r"fallback_teachers\[0\].model: missing"),
-        (["fallback_teachers=[{num_ranks: 1}]"], r"fallback_teachers\[0\].num_ranks: only the first teacher"),
-        (["fallback_teachers=[{ask_ahead: 0.5}]"], r"fallback_teachers\[0\].ask_ahead: only the first teacher"),
         (
-            ["method=off_distill", "teacher.ask_ahead=0.5", "teacher.endpoints=['http://x/v1']", "teacher.model=t", "distill.top_k=4"],
+            ["method=on_distill", "fallback_teachers=[{model: x}]"],
+            "fallback_teachers: distillation has one teacher, got 1 more",
+        ),
+        (
+            ["fallback_teachers=[{compressor: teacher}]"],
+            r"fallback_teachers\[0\].compressor: only the first teacher rewrites",
+        ),
+        (
+            ["method=ncq_replay", "fallback_teachers=[{model: x}]"],
+            "fallback_teachers: nobody would be asked",
+        ),
+        (["distill.top_k=4"], "distill.top_k: nothing is distilled, got 4"),
+        (
+            ["fallback_teachers=[{num_rollouts: 0}]"],
+            "fallback_teachers.0.num_rollouts: out of range, got 0",
+        ),
+        (
+            ["fallback_teachers=[{video: none}]"],
+            "fallback_teachers.0.video: not a choice, got 'none'",
+        ),
+        (
+            ["fallback_teachers=[{endpoints: ['http://x/v1']}]"],
+            r"fallback_teachers\[0\].model: missing",
+        ),
+        (
+            ["fallback_teachers=[{num_ranks: 1}]"],
+            r"fallback_teachers\[0\].num_ranks: only the first teacher",
+        ),
+        (
+            ["fallback_teachers=[{ask_ahead: 0.5}]"],
+            r"fallback_teachers\[0\].ask_ahead: only the first teacher",
+        ),
+        (
+            [
+                "method=off_distill",
+                "teacher.ask_ahead=0.5",
+                "teacher.endpoints=['http://x/v1']",
+                "teacher.model=t",
+                "distill.top_k=4",
+            ],
             "teacher.ask_ahead: distillation on the teacher's text asks about every question",
         ),
-        (["teacher.ask_ahead=0.5"], "teacher.ask_ahead: for a teacher that answers while the student samples, got 0.5"),
+        (
+            ["teacher.ask_ahead=0.5"],
+            "teacher.ask_ahead: for a teacher that answers while the student samples, got 0.5",
+        ),
     ],
 )
 def test_methods_that_contradict_themselves_are_refused(overrides: list[str], message: str) -> None:
@@ -97,9 +142,18 @@ def test_methods_that_contradict_themselves_are_refused(overrides: list[str], me
             ["teacher.endpoints=['http://x/v1']", "teacher.model=t"],
             "teacher.num_ranks: a served teacher needs no ranks, got 3 with 1 endpoints",
         ),
-        (["teacher.tensor_model_parallel_size=2"], "teacher.num_ranks: cannot be split into tensor 2 x pipeline 1, got 3, .*multiple of 2"),
-        (["teacher.num_ranks=0", "teacher.pipeline_model_parallel_size=2"], "for a teacher on its own ranks, got tensor 1 x pipeline 2"),
-        (["reward.judge_max_wait_seconds=600"], "reward.judge_max_wait_seconds: too long, got 600, expected less than the 600 s"),
+        (
+            ["teacher.tensor_model_parallel_size=2"],
+            "teacher.num_ranks: cannot be split into tensor 2 x pipeline 1, got 3, .*multiple of 2",
+        ),
+        (
+            ["teacher.num_ranks=0", "teacher.pipeline_model_parallel_size=2"],
+            "for a teacher on its own ranks, got tensor 1 x pipeline 2",
+        ),
+        (
+            ["reward.judge_max_wait_seconds=600"],
+            "reward.judge_max_wait_seconds: too long, got 600, expected less than the 600 s",
+        ),
     ],
 )
 def test_teacher_ranks_that_cannot_be_are_refused(overrides: list[str], message: str) -> None:
@@ -110,10 +164,16 @@ def test_teacher_ranks_that_cannot_be_are_refused(overrides: list[str], message:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.lrr=3", r"argument `train.lrr=3`: unknown key, got train.lrr, .*did you mean train.lr\?"),
+        (
+            "train.lrr=3",
+            r"argument `train.lrr=3`: unknown key, got train.lrr, .*did you mean train.lr\?",
+        ),
         ("trian.lr=1", r"unknown key, got trian, .*did you mean train\?"),
         ("num_new_questions=1", r"did you mean train.num_new_questions\?"),
-        ("data.train=[{path: x, wieght: 2}]", r"got data.train.wieght, .*did you mean data.train.weight\?"),
+        (
+            "data.train=[{path: x, wieght: 2}]",
+            r"got data.train.wieght, .*did you mean data.train.weight\?",
+        ),
         ("qqqqqq=1", r"got qqqqqq, .*see --help"),
         ("train.lr=abc", r"argument `train.lr=abc`: train.lr has the wrong type"),
         ("train.train_iters=1.5", "train.train_iters has the wrong type"),
@@ -130,14 +190,25 @@ def test_teacher_ranks_that_cannot_be_are_refused(overrides: list[str], message:
         ("method=[zppo]", "unknown method"),
         ("modality=audio", "modality: not a choice, got 'audio', expected one of 'text'"),
         ("zone.tau=1.5", "zone.tau: out of range, got 1.5, expected at least 0 and at most 1"),
-        ("rollout.top_p=0", "rollout.top_p: out of range, got 0.0, expected more than 0 and at most 1"),
+        (
+            "rollout.top_p=0",
+            "rollout.top_p: out of range, got 0.0, expected more than 0 and at most 1",
+        ),
         ("train.adam_beta1=1", "expected at least 0 and less than 1"),
         ("algorithm.clip_ratio_c=1", "expected more than 1"),
         ("train.lr=.nan", "train.lr: out of range, got nan"),
         ("train.lr=.inf", "train.lr: out of range, got inf"),
         # YAML reads `on` as true, which is why the choices are other words.
-        ("train.share_prompts=on", "train.share_prompts: not a choice, got 'True', expected one of 'auto', 'always', 'never'"),
-        ("train.num_new_questions=15", "train.num_new_questions: does not split into equal updates, got 15 questions for 2 updates"),
+        (
+            "train.share_prompts=on",
+            "train.share_prompts: not a choice, got 'True', expected one of 'auto', 'always', "
+            "'never'",
+        ),
+        (
+            "train.num_new_questions=15",
+            "train.num_new_questions: does not split into equal updates, got 15 questions for 2 "
+            "updates",
+        ),
         ("train.freeze=[vison]", "train.freeze: cannot freeze this"),
         ("train.freeze=[vision,projector,language]", "at most two of vision, projector, language"),
         ("parallel.sequence_parallel=true", "parallel.sequence_parallel: needs tensor parallelism"),
@@ -157,13 +228,23 @@ def test_fp8_without_transformer_engine_is_refused() -> None:
 
 
 def test_shared_prompts_with_transformer_engine_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"train\.share_prompts: Transformer Engine's layers cannot share prompts, got 'always'"):
-        load_config(None, ["train.share_prompts=always", "model.transformer_impl=transformer_engine"])
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"train\.share_prompts: Transformer Engine's layers cannot share prompts, got 'always'"
+        ),
+    ):
+        load_config(
+            None, ["train.share_prompts=always", "model.transformer_impl=transformer_engine"]
+        )
 
 
 @pytest.mark.parametrize("other", ["model.transformer_impl=transformer_engine", "model.fp8=e4m3"])
 def test_context_parallelism_with_transformer_engine_is_refused(other: str) -> None:
-    with pytest.raises(ConfigError, match=r"parallel\.context_parallel_size: not with Transformer Engine's layers, got 2"):
+    with pytest.raises(
+        ConfigError,
+        match=r"parallel\.context_parallel_size: not with Transformer Engine's layers, got 2",
+    ):
         load_config(None, ["parallel.context_parallel_size=2", other])
 
 
@@ -231,14 +312,24 @@ def test_help_describes_every_key_with_its_meaning() -> None:
 
 def test_help_is_quick_and_imports_no_torch() -> None:
     program = (
-        "import sys; from zppo_mm.config_help import describe_options; from zppo_mm.config_io import load_config\n"
-        "describe_options(); load_config(None)\n"
-        "print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+        "import sys; from zppo_mm.config.help import describe_options; from zppo_mm.config.load "
+        "import load_config\ndescribe_options(); load_config(None)\nprint(sorted({'torch', "
+        "'numpy', 'transformers'} & set(sys.modules)))"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HELP_TIMEOUT_SECONDS, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=HELP_TIMEOUT_SECONDS,
+        check=True,
+    )
     assert run.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").rglob("run.yaml")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted((Path(__file__).parents[2] / "examples").rglob("run.yaml")),
+    ids=lambda path: path.parent.name,
+)
 def test_every_example_loads(path: Path) -> None:
     load_config(path)

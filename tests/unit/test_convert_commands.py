@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny_families, tiny_qwen
 from tests.published_sizes import PUBLISHED
 from tests.tiny_fp8 import LINEARS, quantise
-from zppo_mm.config import ParallelConfig
+from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.conversion.command import run_command
 from zppo_mm.conversion.description import count_parameters, describe_folder, fitting_layouts
 from zppo_mm.conversion.exporting import export_folder
@@ -27,11 +27,11 @@ from zppo_mm.conversion.importing import import_folder
 from zppo_mm.conversion.table import format_table
 from zppo_mm.conversion.verify import Report, verify_folder, verify_folders
 from zppo_mm.errors import ConfigError
-from zppo_mm.models import parallel
-from zppo_mm.models.architecture import load_architecture, parse_architecture
-from zppo_mm.models.megatron_folder import build_without_weights
-from zppo_mm.models.safetensors_folder import SafetensorsFolder
-from zppo_mm.models.weights import parameter_mappings
+from zppo_mm.models.families.architecture import load_architecture, parse_architecture
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.weights.mapping import parameter_mappings
+from zppo_mm.weights.megatron_folder import build_without_weights
+from zppo_mm.weights.safetensors_folder import SafetensorsFolder
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
@@ -48,7 +48,9 @@ def _one_rank() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_qwen.vision_language_model(tied=True).to(torch.bfloat16)
-    return tiny_qwen.save(model, tmp_path_factory.mktemp("verify") / "source", mtp__fc__weight=torch.randn(4, 8))
+    return tiny_qwen.save(
+        model, tmp_path_factory.mktemp("verify") / "source", mtp__fc__weight=torch.randn(4, 8)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +74,15 @@ def test_the_command_line_is_read(tool: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("train.lr=1", r"argument `train\.lr=1`: not an option here, got 'train\.lr=1', expected parallel\.KEY=VALUE"),
-        ("parallel.tensor_parallel=2", r"unknown key, got parallel\.tensor_parallel.*did you mean parallel\.\w+"),
+        (
+            "train.lr=1",
+            r"argument `train\.lr=1`: not an option here, got 'train\.lr=1', expected "
+            r"parallel\.KEY=VALUE",
+        ),
+        (
+            "parallel.tensor_parallel=2",
+            r"unknown key, got parallel\.tensor_parallel.*did you mean parallel\.\w+",
+        ),
         ("parallel.tensor_model_parallel_size=x", "has the wrong type"),
     ],
 )
@@ -85,22 +94,46 @@ def test_other_options_are_refused(tool: ModuleType, option: str, message: str) 
 def test_the_documents_commands_are_accepted(tool: ModuleType) -> None:
     found = []
     for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        for block in re.findall(r"^```\w*\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-            for words in (shlex.split(line, comments=True) for line in block.splitlines() if "tools/convert_checkpoint.py" in line):
+        for block in re.findall(
+            r"^```\w*\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        ):
+            for words in (
+                shlex.split(line, comments=True)
+                for line in block.splitlines()
+                if "tools/convert_checkpoint.py" in line
+            ):
                 found.append(tool.parse(words[words.index("tools/convert_checkpoint.py") + 1 :])[0])
     assert set(found) == set(tool.COMMANDS)
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import runpy, sys\nsys.argv = sys.argv[1:]\ntry:\n runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    code += "except SystemExit as end:\n assert not end.code, end\nassert not {'torch', 'transformers', 'megatron'} & set(sys.modules)"
+    code = (
+        "import runpy, sys\nsys.argv = sys.argv[1:]\ntry:\n runpy.run_path(sys.argv[0], "
+        "run_name='__main__')\n"
+    )
+    code += (
+        "except SystemExit as end:\n assert not end.code, end\nassert not {'torch', "
+        "'transformers', 'megatron'} & set(sys.modules)"
+    )
     for arguments in (["--help"], ["import", "--help"]):
-        result = subprocess.run([sys.executable, "-c", code, str(TOOL), *arguments], capture_output=True, text=True, cwd=ROOT, check=True)
+        result = subprocess.run(
+            [sys.executable, "-c", code, str(TOOL), *arguments],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=True,
+        )
         assert "HF_DIR" in result.stdout or "inspect" in result.stdout
 
 
 def test_a_user_error_is_one_line(tmp_path: Path) -> None:
-    result = subprocess.run([sys.executable, str(TOOL), "inspect", str(tmp_path)], capture_output=True, text=True, cwd=ROOT, check=False)
+    result = subprocess.run(
+        [sys.executable, str(TOOL), "inspect", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
     assert result.returncode == 1
     assert "config.json: the file is missing" in result.stderr
     assert "Traceback" not in result.stderr
@@ -116,7 +149,9 @@ def test_a_good_folder_is_found_good(family: str, tmp_path: Path) -> None:
     report = verify_folder(folder)
     assert report.good, report.text()
     kinds = {"text", "image", "video"} if "image" in tiny_families.KINDS[family] else {"text"}
-    assert {what.removeprefix("logits, ") for what in findings(report) if what.startswith("logits")} == kinds
+    assert {
+        what.removeprefix("logits, ") for what in findings(report) if what.startswith("logits")
+    } == kinds
 
 
 def test_what_is_passed_through_is_counted(source: Path) -> None:
@@ -149,7 +184,9 @@ def changed(source: Path, target: Path, key: str, change: float) -> Path:
     return target
 
 
-def test_folders_with_other_values_differ_in_the_logits_that_they_change(source: Path, tmp_path: Path) -> None:
+def test_folders_with_other_values_differ_in_the_logits_that_they_change(
+    source: Path, tmp_path: Path
+) -> None:
     key = "model.visual.merger.linear_fc2.weight"
     found = findings(verify_folders(changed(source, tmp_path / "other", key, 2.0), source))
     assert found["keys"][1]
@@ -170,7 +207,10 @@ def test_folders_with_other_keys_and_types_differ(source: Path, tmp_path: Path) 
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     report = verify_folders(other, source)
     found = findings(report)
-    assert found["keys"] == ("mtp.norm.weight is in the first only; mtp.fc.weight is in the second only", False)
+    assert found["keys"] == (
+        "mtp.norm.weight is in the first only; mtp.fc.weight is in the second only",
+        False,
+    )
     assert found["types"] == (f"{key} is torch.float32, expected torch.bfloat16", False)
     assert found["values"][1]
     assert not report.good
@@ -178,7 +218,9 @@ def test_folders_with_other_keys_and_types_differ(source: Path, tmp_path: Path) 
 
 
 def test_a_network_that_computes_something_else_is_found(source: Path, tmp_path: Path) -> None:
-    """The same weights under another rotary base: transformers and Megatron agree again, an export with the old file does not."""
+    """The same weights under another rotary base: transformers and Megatron agree again, an export
+    with the old file does not.
+    """
     other = changed(source, tmp_path / "other", "mtp.fc.weight", 1.0)
     config = json.loads((other / "config.json").read_text())
     config["text_config"]["rope_parameters"]["rope_theta"] = 50.0
@@ -198,7 +240,11 @@ def test_the_exit_code_tells_a_difference(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_table_is_aligned() -> None:
-    assert format_table(["a", "long"], [["value", "b"]]).splitlines() == ["a      long", "-----  ----", "value  b"]
+    assert format_table(["a", "long"], [["value", "b"]]).splitlines() == [
+        "a      long",
+        "-----  ----",
+        "value  b",
+    ]
 
 
 def test_a_folder_is_described_without_reading_its_weights(source: Path, tmp_path: Path) -> None:
@@ -211,7 +257,13 @@ def test_a_folder_is_described_without_reading_its_weights(source: Path, tmp_pat
     tensors = load_file(source / "model.safetensors")
     counts = {"language": 0, "vision": 0, "passed through": 0}
     for key, tensor in tensors.items():
-        counts["vision" if ".visual." in key else "passed through" if key.startswith("mtp") else "language"] += tensor.numel()
+        counts[
+            "vision"
+            if ".visual." in key
+            else "passed through"
+            if key.startswith("mtp")
+            else "language"
+        ] += tensor.numel()
     text = describe_folder(folder)
     for part, count in counts.items():
         assert f"parameters, {part}".ljust(28) + f"{count:,}" in text
@@ -219,22 +271,28 @@ def test_a_folder_is_described_without_reading_its_weights(source: Path, tmp_pat
 
 
 def test_memory_is_that_of_the_fullest_rank() -> None:
-    """Qwen3 of 0.6 billion: 28 layers of 15,730,944 parameters, an embedding of 155,582,464 that the last stage has again, one norm."""
+    """Qwen3 of 0.6 billion: 28 layers of 15,730,944 parameters, an embedding of 155,582,464 that
+    the last stage has again, one norm.
+    """
     raw, _ = PUBLISHED["Qwen3-0.6B"]
     architecture = parse_architecture(raw)
     model = build_without_weights(architecture, LAYOUT)
     layouts = {
-        (found.tensor, found.pipeline): found.num_parameters for found in fitting_layouts(architecture, list(parameter_mappings(model)))
+        (found.tensor, found.pipeline): found.num_parameters
+        for found in fitting_layouts(architecture, list(parameter_mappings(model)))
     }
     embedding, hidden = 151_936 * 1024, 1024
-    # Attention 2 x 1024 x 2048 (query, output) + 2 x 1024 x 1024 (key, value), feed-forward 3 x 1024 x 3072, four norms.
+    # Attention 2 x 1024 x 2048 (query, output) + 2 x 1024 x 1024 (key, value), feed-forward 3 x
+    # 1024 x 3072, four norms.
     split, whole = 2 * 1024 * 2048 + 2 * 1024 * 1024 + 3 * 1024 * 3072, 2 * 1024 + 2 * 128
     assert layouts[1, 1] == 28 * (split + whole) + embedding + hidden
     assert layouts[2, 1] == 28 * (split // 2 + whole) + embedding // 2 + hidden
     assert layouts[1, 4] == 7 * (split + whole) + embedding + hidden
     assert layouts[8, 4] == 7 * (split // 8 + whole) + embedding // 8 + hidden
     # 28 layers have no eighth.
-    assert sorted(layouts) == [(tensor, pipeline) for tensor in (1, 2, 4, 8) for pipeline in (1, 2, 4)]
+    assert sorted(layouts) == [
+        (tensor, pipeline) for tensor in (1, 2, 4, 8) for pipeline in (1, 2, 4)
+    ]
 
 
 def test_the_counts_are_of_the_folder(source: Path) -> None:
@@ -242,4 +300,6 @@ def test_the_counts_are_of_the_folder(source: Path) -> None:
     mappings = list(parameter_mappings(build_without_weights(architecture, LAYOUT)))
     counts = count_parameters(architecture, mappings, SafetensorsFolder(source))
     assert counts["passed through"] == 32
-    assert counts["vision"] == sum(mapping.parameter.numel() for mapping in mappings if mapping.name.startswith("vision."))
+    assert counts["vision"] == sum(
+        mapping.parameter.numel() for mapping in mappings if mapping.name.startswith("vision.")
+    )

@@ -1,4 +1,6 @@
-"""Import and export of whole folders: every byte comes back, and what goes wrong leaves nothing that looks whole."""
+"""Import and export of whole folders: every byte comes back, and what goes wrong leaves nothing
+that looks whole.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +22,23 @@ from safetensors.torch import load_file, save_file
 from tests import network_checks, tiny_families, tiny_qwen
 from tests.conversion_checks import check_opens, content
 from tests.tiny_fp8 import LINEARS, quantise
-from zppo_mm.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from zppo_mm.config_io import save_config
+from zppo_mm.config.load import save_config
+from zppo_mm.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from zppo_mm.conversion.exporting import export_folder
 from zppo_mm.conversion.importing import import_folder
 from zppo_mm.errors import CheckpointError, ModelError
-from zppo_mm.models import boxes, parallel
-from zppo_mm.models.architecture import load_architecture
-from zppo_mm.models.export import export_hf_weights
-from zppo_mm.models.hf_writer import FolderWriter
+from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model
-from zppo_mm.models.safetensors_file import build_header
-from zppo_mm.models.safetensors_folder import SafetensorsFolder
-from zppo_mm.models.weights import load_hf_weights
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.training import checkpoint
 from zppo_mm.training.objective import PolicyObjective
 from zppo_mm.training.policy import Policy
+from zppo_mm.weights import boxes
+from zppo_mm.weights.hf_export import export_hf_weights
+from zppo_mm.weights.hf_writer import FolderWriter
+from zppo_mm.weights.mapping import load_hf_weights
+from zppo_mm.weights.safetensors_file import build_header
+from zppo_mm.weights.safetensors_folder import SafetensorsFolder
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
@@ -50,7 +53,9 @@ def _one_rank() -> Iterator[None]:
 
 
 def released(path: Path) -> Path:
-    """Save a tied folder as models are released: several files, mixed types, weights outside the network, files in folders."""
+    """Save a tied folder as models are released: several files, mixed types, weights outside the
+    network, files in folders.
+    """
     model = tiny_qwen.vision_language_model(tied=True).to(torch.bfloat16)
     model.save_pretrained(path, max_shard_size="200KB")
     files = sorted(path.glob("*.safetensors"))
@@ -58,7 +63,9 @@ def released(path: Path) -> Path:
     for file in files:
         # Values that bfloat16 does not have.
         tensors = {
-            key: tensor.float() * 1.001 if key.endswith(("A_log", "linear_attn.norm.weight")) else tensor
+            key: tensor.float() * 1.001
+            if key.endswith(("A_log", "linear_attn.norm.weight"))
+            else tensor
             for key, tensor in load_file(file).items()
         }
         if file == files[-1]:
@@ -100,7 +107,9 @@ def test_an_exported_network_gives_the_same_bytes(source: Path, tmp_path: Path) 
 
 
 def test_a_quantised_folder_comes_back_plain(tmp_path: Path) -> None:
-    folder = tiny_qwen.save(tiny_qwen.vision_language_model(tied=True).to(torch.bfloat16), tmp_path / "fp8")
+    folder = tiny_qwen.save(
+        tiny_qwen.vision_language_model(tied=True).to(torch.bfloat16), tmp_path / "fp8"
+    )
     quantise(folder, LINEARS)
     plain = SafetensorsFolder(folder)
     import_folder(folder, tmp_path / "megatron", LAYOUT)
@@ -109,8 +118,13 @@ def test_a_quantised_folder_comes_back_plain(tmp_path: Path) -> None:
     assert content(tmp_path / "back") == content(tmp_path / "direct")
     found = load_file(tmp_path / "back" / "model.safetensors")
     assert found.keys() == plain.places.keys()
-    assert all(tensor.equal(plain.read(key)) and tensor.dtype == torch.bfloat16 for key, tensor in found.items())
-    before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "back"))
+    assert all(
+        tensor.equal(plain.read(key)) and tensor.dtype == torch.bfloat16
+        for key, tensor in found.items()
+    )
+    before, after = (
+        json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "back")
+    )
     assert list(after) == [key for key in before if key != "quantization_config"]
     assert after == {**{key: before[key] for key in after}, "dtype": "bfloat16"}
     assert not SafetensorsFolder(tmp_path / "back").is_quantised
@@ -121,16 +135,23 @@ def test_the_index_of_a_quantised_folder_is_rewritten(tmp_path: Path) -> None:
     quantise(folder, LINEARS)
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    names = {key: "b.safetensors" if key.endswith("_scale_inv") else "a.safetensors" for key in tensors}
+    names = {
+        key: "b.safetensors" if key.endswith("_scale_inv") else "a.safetensors" for key in tensors
+    }
     for name in set(names.values()):
-        save_file({key: tensor for key, tensor in tensors.items() if names[key] == name}, folder / name)
+        save_file(
+            {key: tensor for key, tensor in tensors.items() if names[key] == name}, folder / name
+        )
     index = {"metadata": {"total_size": 1, "total_parameters": 5}, "weight_map": names}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     export_hf_weights(network_checks.build(folder, LAYOUT), folder, tmp_path / "back")
     found = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
     written = load_file(tmp_path / "back" / "a.safetensors")
     assert found["weight_map"] == dict.fromkeys(written, "a.safetensors")
-    assert found["metadata"] == {"total_size": sum(tensor.nbytes for tensor in written.values()), "total_parameters": 5}
+    assert found["metadata"] == {
+        "total_size": sum(tensor.nbytes for tensor in written.values()),
+        "total_parameters": 5,
+    }
     assert not (tmp_path / "back" / "b.safetensors").exists()
 
 
@@ -151,10 +172,21 @@ def run_folder(source: Path, folder: Path) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.5)
-    policy = Policy(network, TrainConfig(), LAYOUT, PolicyObjective(config.algorithm, 1.0, parallel.tensor_group()))
+    policy = Policy(
+        network,
+        TrainConfig(),
+        LAYOUT,
+        PolicyObjective(config.algorithm, 1.0, parallel.tensor_group()),
+    )
     folder.mkdir(parents=True)
     save_config(config, folder / "config.yaml")
-    checkpoint.save(folder / checkpoint.CHECKPOINTS_FOLDER, 1, policy, {"step": 1, "config": asdict(config)}, keep=1)
+    checkpoint.save(
+        folder / checkpoint.CHECKPOINTS_FOLDER,
+        1,
+        policy,
+        {"step": 1, "config": asdict(config)},
+        keep=1,
+    )
     export_hf_weights(network, source, folder / "hf")
     return dict(network.named_parameters())
 
@@ -202,11 +234,16 @@ def damage(folder: Path, kind: str) -> str:
         return rf"{file.name}: the file is missing"
     if kind == "truncated":
         file.write_bytes(file.read_bytes()[:-10])
-        return rf"{file.name}: cannot be read as safetensors, got \d+ bytes, too few for the key \S+, expected"
+        return (
+            rf"{file.name}: cannot be read as safetensors, got \d+ bytes, too few for the key \S+, "
+            rf"expected"
+        )
     tensors = load_file(file)
     if kind == "shape":
         tensors[key] = tensors[key][:, 1:].contiguous()
-        message = rf"{file.name}: the shape of {key} does not fit, got \[64, 95\], expected \[64, 96\]"
+        message = (
+            rf"{file.name}: the shape of {key} does not fit, got \[64, 95\], expected \[64, 96\]"
+        )
     elif kind == "unknown key":
         tensors["model.language_model.strange"] = torch.zeros(1)
         message = rf"{file.name}: the key model\.language_model\.strange belongs to nothing"
@@ -217,14 +254,23 @@ def damage(folder: Path, kind: str) -> str:
     return message
 
 
-@pytest.mark.parametrize("kind", ["missing file", "truncated", "shape", "unknown key", "missing key"])
-def test_a_damaged_source_is_named_and_nothing_is_left(source: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    "kind", ["missing file", "truncated", "shape", "unknown key", "missing key"]
+)
+def test_a_damaged_source_is_named_and_nothing_is_left(
+    source: Path, tmp_path: Path, kind: str
+) -> None:
     network = network_checks.build(source, LAYOUT)
     shutil.copytree(source, tmp_path / "damaged")
     message = damage(tmp_path / "damaged", kind)
     with pytest.raises(ModelError, match=message):
         import_folder(tmp_path / "damaged", tmp_path / "target", LAYOUT)
-    with pytest.raises(ModelError, match=message if kind != "shape" else r"the tensor \S+down_proj\.weight does not fit, got \[64, 96\]"):
+    with pytest.raises(
+        ModelError,
+        match=message
+        if kind != "shape"
+        else r"the tensor \S+down_proj\.weight does not fit, got \[64, 96\]",
+    ):
         export_hf_weights(network, tmp_path / "damaged", tmp_path / "target")
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
@@ -254,17 +300,33 @@ def writer(target: Path) -> FolderWriter:
 
 def test_a_tensor_that_does_not_fit_its_place_is_named(tmp_path: Path) -> None:
     with pytest.raises(
-        ModelError, match=r"target/model\.safetensors: the tensor a does not fit, got \[3\] of torch\.float32, expected \[2\]"
+        ModelError,
+        match=(
+            r"target/model\.safetensors: the tensor a does not fit, got \[3\] of torch\.float32, "
+            r"expected \[2\]"
+        ),
     ):
         writer(tmp_path / "target").write("a", torch.zeros(3))
-    with pytest.raises(ModelError, match=r"the tensor b does not fit, got \[3\] of torch\.float32, expected \[3\] of torch\.bfloat16"):
+    with pytest.raises(
+        ModelError,
+        match=(
+            r"the tensor b does not fit, got \[3\] of torch\.float32, expected \[3\] of "
+            r"torch\.bfloat16"
+        ),
+    ):
         writer(tmp_path / "target").write("b", torch.zeros(3))
 
 
 def test_a_folder_without_all_its_keys_is_not_finished(tmp_path: Path) -> None:
     half = writer(tmp_path / "target")
     half.write("a", torch.zeros(2))
-    with pytest.raises(ModelError, match=r"target/model\.safetensors: the key b was not written \(1 in all\), got 1 keys, expected 2"):
+    with pytest.raises(
+        ModelError,
+        match=(
+            r"target/model\.safetensors: the key b was not written \(1 in all\), got 1 keys, "
+            r"expected 2"
+        ),
+    ):
         half.finish()
     assert not (tmp_path / "target").exists()
     assert left_whole(tmp_path) == []
@@ -274,10 +336,20 @@ def test_a_folder_without_all_its_keys_is_not_finished(tmp_path: Path) -> None:
 
 def limited(largest_file: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the tool where no file may become larger, as on a disk that is full."""
-    code = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({largest_file},) * 2); sys.argv = sys.argv[1:]; "
+    code = (
+        f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({largest_file},) "
+        "* 2); sys.argv = sys.argv[1:]; "
+    )
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", code, str(TOOL), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=200,
+    )
 
 
 def test_a_full_disk_fails_the_import_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
@@ -288,7 +360,9 @@ def test_a_full_disk_fails_the_import_and_leaves_nothing(source: Path, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_fails_the_export_before_anything_is_written(source: Path, tmp_path: Path) -> None:
+def test_a_full_disk_fails_the_export_before_anything_is_written(
+    source: Path, tmp_path: Path
+) -> None:
     import_folder(source, tmp_path / "megatron", LAYOUT)
     result = limited(100_000, "export", str(tmp_path / "megatron"), str(tmp_path / "back"))
     assert result.returncode == 1, result.stderr
@@ -302,11 +376,11 @@ DIES_EXPORTING = """
 import os, signal, sys
 from pathlib import Path
 from tests import network_checks
-from zppo_mm.config import ParallelConfig
-from zppo_mm.models import parallel
-from zppo_mm.models.export import write_weights
-from zppo_mm.models.safetensors_folder import SafetensorsFolder
-from zppo_mm.models.weights import parameter_mappings
+from zppo_mm.config.schema import ParallelConfig
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.weights.hf_export import write_weights
+from zppo_mm.weights.safetensors_folder import SafetensorsFolder
+from zppo_mm.weights.mapping import parameter_mappings
 
 def rounds(mappings):
     yield mappings[: len(mappings) // 2]
@@ -320,9 +394,9 @@ write_weights(network, rounds(list(parameter_mappings(network))), SafetensorsFol
 DIES_IMPORTING = """
 import os, signal, sys
 from pathlib import Path
-from zppo_mm.config import ParallelConfig
+from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.conversion import importing
-from zppo_mm.models import parallel
+from zppo_mm.parallel import groups as parallel
 
 class Dying(importing.SafetensorsFolder):
     def read(self, key):
@@ -337,11 +411,18 @@ importing.import_folder(Path(sys.argv[1]), Path(sys.argv[2]), ParallelConfig())
 
 
 @pytest.mark.parametrize("script", [DIES_EXPORTING, DIES_IMPORTING], ids=["export", "import"])
-def test_a_killed_conversion_leaves_nothing_that_looks_whole(source: Path, tmp_path: Path, script: str) -> None:
+def test_a_killed_conversion_leaves_nothing_that_looks_whole(
+    source: Path, tmp_path: Path, script: str
+) -> None:
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "earlier").write_text("export")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", script, str(source), str(tmp_path / "target")], env=environment, cwd=ROOT, timeout=200)
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(source), str(tmp_path / "target")],
+        env=environment,
+        cwd=ROOT,
+        timeout=200,
+    )
     assert result.returncode == -signal.SIGKILL
     assert sorted(path.name for path in tmp_path.iterdir()) == ["target", "target.incomplete"]
     assert content(tmp_path / "target") == {"earlier": b"export"}
@@ -355,7 +436,9 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(source: Path, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
-def test_a_failing_round_fails_the_export(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_round_fails_the_export(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = network_checks.build(source, LAYOUT)
     real = os.pwrite
 
@@ -365,7 +448,13 @@ def test_a_failing_round_fails_the_export(source: Path, tmp_path: Path, monkeypa
         return real(file, data, position)
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(ModelError, match=r"No space left on device while writing the key model\.\S+: .*back\.incomplete/model-0000"):
+    with pytest.raises(
+        ModelError,
+        match=(
+            r"No space left on device while writing the key model\.\S+: "
+            r".*back\.incomplete/model-0000"
+        ),
+    ):
         export_hf_weights(network, source, tmp_path / "back")
     assert list(tmp_path.iterdir()) == []
 
@@ -378,6 +467,12 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
         path = tmp_path / "small megatron" / part
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         (tmp_path / "large megatron" / part).rename(path)
-    with pytest.raises(CheckpointError, match=r"small megatron: shape mismatch of the tensor \S+, got \[112, 64\], expected \[128, 64\]"):
+    with pytest.raises(
+        CheckpointError,
+        match=(
+            r"small megatron: shape mismatch of the tensor \S+, got \[112, 64\], expected \[128, "
+            r"64\]"
+        ),
+    ):
         export_folder(tmp_path / "small megatron", tmp_path / "back", LAYOUT)
     assert not list(tmp_path.glob("back*"))

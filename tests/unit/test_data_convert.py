@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from data.convert import convert_jsonl
-from data.easy_vqa import ANSWER_KINDS, easy_vqa_samples
 from data.errors import DataError
 from data.health import SampleHealth
+from data.imports.convert import convert_jsonl
 from data.lint import lint
-from data.media import MediaLimits, MediaOpener
+from data.media.opening import MediaLimits, MediaOpener
 from data.shards import ShardFolder, write_shards
 from data.tar_index import sidecar_path
+from data.toy.easy_vqa import ANSWER_KINDS, easy_vqa_samples
 from tests.unit.shard_samples import png, sample
 
 MAKE_SHARDS = Path(__file__).parents[2] / "tools" / "make_shards.py"
@@ -27,24 +27,45 @@ NUM_QUESTIONS = {"train": 38_575, "test": 9_673}
 
 
 def write_lines(path: Path, lines: list[object]) -> Path:
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8")
+    path.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines),
+        encoding="utf-8",
+    )
     return path
 
 
 def good(index: int, **fields: object) -> dict[str, object]:
-    return {"id": f"q{index}", "question": f"Wie groß ist {index}?", "answer": str(index), "answer_type": "math", **fields}
+    return {
+        "id": f"q{index}",
+        "question": f"Wie groß ist {index}?",
+        "answer": str(index),
+        "answer_type": "math",
+        **fields,
+    }
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(MAKE_SHARDS), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=MAKE_SHARDS.parents[1])
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        cwd=MAKE_SHARDS.parents[1],
+    )
 
 
 @pytest.fixture
 def lines(tmp_path: Path) -> Path:
     """24 lines, 19 of them good; the bad ones each in another way."""
     (tmp_path / "pictures").mkdir()
-    for name, content in (("a.PNG", png(value=1)), ("b.png", png(value=2)), ("cut.png", png()[:45]), ("note.txt", b"")):
+    for name, content in (
+        ("a.PNG", png(value=1)),
+        ("b.png", png(value=2)),
+        ("cut.png", png()[:45]),
+        ("note.txt", b""),
+    ):
         (tmp_path / "pictures" / name).write_bytes(content)
     choice = {"answer": "B", "answer_type": "choice", "choices": ["x", "y"]}
     unnamed = {key: value for key, value in good(2).items() if key != "id"}
@@ -68,11 +89,18 @@ def lines(tmp_path: Path) -> Path:
 
 def test_lines_become_shards_and_bad_ones_are_counted(lines: Path, tmp_path: Path) -> None:
     health = SampleHealth(max_bad_share=0.5)
-    shards = convert_jsonl(lines, tmp_path / "out", opener=MediaOpener(MediaLimits()), health=health, samples_per_shard=8)
+    shards = convert_jsonl(
+        lines,
+        tmp_path / "out",
+        opener=MediaOpener(MediaLimits()),
+        health=health,
+        samples_per_shard=8,
+    )
     assert len(shards) == 3
     assert health.num_good == 19
     assert health.counts == {
-        "bad_json": 1, "unknown_answer_type": 1, "missing_media": 1, "truncated": 1, "unknown_media": 1, "duplicate_id": 1,
+        "bad_json": 1, "unknown_answer_type": 1, "missing_media": 1, "truncated": 1,
+        "unknown_media": 1, "duplicate_id": 1,
     }  # fmt: skip
     folder = ShardFolder(tmp_path / "out")
     first, second, third = [folder.question(*folder.keys()[index]) for index in range(3)]
@@ -91,8 +119,14 @@ def test_strict_and_the_share_stop_the_conversion(lines: Path, tmp_path: Path) -
         convert_jsonl(lines, tmp_path / "a", health=SampleHealth(strict=True))
     with pytest.raises(DataError, match=r"too many bad samples, got 5 of 20"):
         convert_jsonl(lines, tmp_path / "b")
-    with pytest.raises(DataError, match=r"no good sample.*unknown_answer|no good sample.*unknown answer_type"):
-        convert_jsonl(write_lines(tmp_path / "one.jsonl", [good(1, answer_type="x")]), tmp_path / "c", health=SampleHealth(1.0))
+    with pytest.raises(
+        DataError, match=r"no good sample.*unknown_answer|no good sample.*unknown answer_type"
+    ):
+        convert_jsonl(
+            write_lines(tmp_path / "one.jsonl", [good(1, answer_type="x")]),
+            tmp_path / "c",
+            health=SampleHealth(1.0),
+        )
     with pytest.raises(DataError, match="no such file"):
         convert_jsonl(tmp_path / "gone.jsonl", tmp_path / "d")
 
@@ -107,7 +141,9 @@ def test_lint_lists_every_problem(tmp_path: Path) -> None:
     sidecar_path(two).write_text(sidecar_path(two).read_text().replace("000005", "900005"))
     broken = tmp_path / "a" / "zzz.tar"
     broken.write_bytes(b"nothing" * 200)
-    count, problems = lint([tmp_path / "a", tmp_path / "b", tmp_path / "gone"], MediaOpener(MediaLimits()))
+    count, problems = lint(
+        [tmp_path / "a", tmp_path / "b", tmp_path / "gone"], MediaOpener(MediaLimits())
+    )
     assert count == 5, "samples of shards that can be read"
     assert [(problem.where, problem.reason) for problem in problems] == [
         (f"{one}:000001", "unsupported_container"),
@@ -118,13 +154,18 @@ def test_lint_lists_every_problem(tmp_path: Path) -> None:
         (str(tmp_path / "gone"), "no_shards"),
     ]
     sidecar_path(two).unlink()
-    assert [problem.reason for problem in lint([tmp_path / "a", tmp_path / "b"])[1]][-2:] == ["bad_shard", "duplicate_id"]
+    assert [problem.reason for problem in lint([tmp_path / "a", tmp_path / "b"])[1]][-2:] == [
+        "bad_shard",
+        "duplicate_id",
+    ]
 
 
 def test_front_door(lines: Path, tmp_path: Path) -> None:
     made = run(lines, tmp_path / "out", "--max-bad-share", "0.5", "--samples-per-shard", "10")
     assert made.returncode == 0, made.stderr
-    assert made.stdout.startswith("19 samples in 2 shards, 6 skipped: bad_json 1, duplicate_id 1, missing_media 1")
+    assert made.stdout.startswith(
+        "19 samples in 2 shards, 6 skipped: bad_json 1, duplicate_id 1, missing_media 1"
+    )
     assert f"skipped sample {lines}:8: truncated" in made.stderr
     clean = run("lint", tmp_path / "out")
     assert (clean.returncode, clean.stdout) == (0, "19 samples, 0 problems\n")
@@ -148,7 +189,10 @@ def package_records(split: str) -> list[tuple[str, str, int]]:
 
 def test_easy_vqa_is_multiple_choice_among_answers_of_one_kind() -> None:
     assert {split: len(package_records(split)) for split in NUM_QUESTIONS} == NUM_QUESTIONS
-    samples, records = list(easy_vqa_samples(distribution("easy-vqa"), "test")), package_records("test")
+    samples, records = (
+        list(easy_vqa_samples(distribution("easy-vqa"), "test")),
+        package_records("test"),
+    )
     letters: Counter[tuple[int, str]] = Counter()
     places: set[tuple[str, str]] = set()
     for each, (text, answer, image) in zip(samples, records, strict=True):
@@ -160,14 +204,23 @@ def test_easy_vqa_is_multiple_choice_among_answers_of_one_kind() -> None:
         letters[len(question["choices"]), question["answer"]] += 1
         places.add((answer, question["answer"]))
     assert len(places) == 2 * 2 + 3 * 3 + 8 * 8, "every answer stands at every letter of its kind"
-    for size, tolerance in ((2, 0.04), (3, 0.15), (8, 0.4)):  # over 3 standard deviations of a fair draw
+    for size, tolerance in (
+        (2, 0.04),
+        (3, 0.15),
+        (8, 0.4),
+    ):  # over 3 standard deviations of a fair draw
         counts = [count for (choices, _), count in letters.items() if choices == size]
         assert len(counts) == size
         assert max(counts) / (sum(counts) / size) - 1 < tolerance, "no letter tells the answer"
 
 
 def test_easy_vqa_shards_hold_the_packages_pictures(tmp_path: Path) -> None:
-    samples = [each for each, _ in zip(easy_vqa_samples(distribution("easy-vqa"), "test"), range(50), strict=False)]
+    samples = [
+        each
+        for each, _ in zip(
+            easy_vqa_samples(distribution("easy-vqa"), "test"), range(50), strict=False
+        )
+    ]
     write_shards(tmp_path, samples)
     folder = ShardFolder(tmp_path)
     opener = MediaOpener(MediaLimits())

@@ -11,7 +11,9 @@ from data.errors import DataError
 from data.health import MAX_LISTED, SampleHealth
 
 
-def test_bad_samples_are_counted_by_reason_and_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_samples_are_counted_by_reason_and_named_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     health = SampleHealth(max_bad_share=0.5)
     health.good(7)
     with caplog.at_level(logging.WARNING):
@@ -20,14 +22,20 @@ def test_bad_samples_are_counted_by_reason_and_named_in_the_log(caplog: pytest.L
         health.bad("a.tar:3", "timeout", "too slow")
     assert health.counts == {"bad_json": 2, "timeout": 1}
     assert (health.num_good, health.num_bad, health.bad_share) == (7, 3, 0.3)
-    assert [record.getMessage() for record in caplog.records][2] == "skipped sample a.tar:3: timeout: too slow"
+    assert [record.getMessage() for record in caplog.records][
+        2
+    ] == "skipped sample a.tar:3: timeout: too slow"
 
 
-def test_an_id_from_outside_is_written_so_that_every_log_and_file_takes_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_id_from_outside_is_written_so_that_every_log_and_file_takes_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     health = SampleHealth(max_bad_share=1.0)
     health.bad("a.tar:\ud800\n\x1b[2J", "bad_key", "a.tar:\\ud800\\n\\x1b[2J: key is not allowed")
     assert health.listed == [("a.tar:\\ud800\\n\\x1b[2J", "bad_key", "key is not allowed")]
-    assert [record.getMessage() for record in caplog.records] == ["skipped sample a.tar:\\ud800\\n\\x1b[2J: bad_key: key is not allowed"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "skipped sample a.tar:\\ud800\\n\\x1b[2J: bad_key: key is not allowed"
+    ]
     assert json.dumps(health.state_dict(), ensure_ascii=False).encode()
 
 
@@ -36,7 +44,13 @@ def test_the_share_is_checked_from_twenty_samples_on() -> None:
     health.good(16)
     for index in range(3):
         health.bad(f"s{index}", "r", "d")  # 3 of 19 is far above a tenth, but too few to say so
-    with pytest.raises(DataError, match=r"got 4 of 20 \(20.0%\), expected at most 10.0%.*\n  s0: r: d\n  s1: r: d\n  s2: r: d\n  s3: r: d"):
+    with pytest.raises(
+        DataError,
+        match=(
+            r"got 4 of 20 \(20.0%\), expected at most 10.0%.*\n  s0: r: d\n  s1: r: d\n  s2: r: "
+            r"d\n  s3: r: d"
+        ),
+    ):
         health.bad("s3", "r", "d")
 
 

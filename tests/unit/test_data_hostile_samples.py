@@ -28,7 +28,9 @@ BAD_KEYS = ("../../etc/a", "/etc/a", "a/../b", "a\nb", "\x1b[2Ja", "a\x85", os.f
         pax(b"path=b\0c.json") + member("b.json", QUESTION),
     ],
 )
-def test_a_key_that_could_not_be_written_down_is_one_bad_sample(tmp_path: Path, content: bytes) -> None:
+def test_a_key_that_could_not_be_written_down_is_one_bad_sample(
+    tmp_path: Path, content: bytes
+) -> None:
     (tmp_path / "a.tar").write_bytes(GOOD + content + END)
     folder = ShardFolder(tmp_path)
     first, second = folder.keys()
@@ -102,7 +104,9 @@ BAD_JSON = {
 @pytest.mark.parametrize("name", BAD_JSON)
 def test_hostile_json_is_one_bad_sample(tmp_path: Path, name: str) -> None:
     content, reason, message = BAD_JSON[name]
-    (tmp_path / "a.tar").write_bytes(GOOD + member("b.json", content) + member("b.png", png()) + END)
+    (tmp_path / "a.tar").write_bytes(
+        GOOD + member("b.json", content) + member("b.png", png()) + END
+    )
     folder = ShardFolder(tmp_path)
     with pytest.raises(SampleError, match=message) as caught:
         folder.question(*folder.keys()[1])
@@ -126,7 +130,10 @@ def test_extensions_of_5000_digits_are_ordered_like_others(tmp_path: Path) -> No
     nines, ones = "9" * 4999 + ".png", "1" * 5000 + ".png"
     (tmp_path / "a.tar").write_bytes(
         member("a.json", QUESTION)
-        + b"".join(member("l", f"a.{extension}\0".encode(), kind=b"L") + member("a", png()) for extension in (ones, nines))
+        + b"".join(
+            member("l", f"a.{extension}\0".encode(), kind=b"L") + member("a", png())
+            for extension in (ones, nines)
+        )
         + END
     )
     question = ShardFolder(tmp_path).question(str(tmp_path / "a.tar"), "a")
@@ -145,7 +152,8 @@ def test_media_are_in_natural_order() -> None:
         "12.mp4",
         "a.jpg",
     ]
-    # Without a number first; then numbers by value, before text; img02 and img2 are equal but for their spelling.
+    # Without a number first; then numbers by value, before text; img02 and img2 are equal but for
+    # their spelling.
     expected = [
         "jpg",
         "a.jpg",
@@ -158,7 +166,9 @@ def test_media_are_in_natural_order() -> None:
         "img10.jpg",
     ]
     assert media_order(names) == expected
-    assert [ref.extension for ref in parse_question("s.tar", "k", QUESTION, names[::-1]).media] == expected
+    assert [
+        ref.extension for ref in parse_question("s.tar", "k", QUESTION, names[::-1]).media
+    ] == expected
 
 
 def test_fields_may_be_nested_as_deep_as_the_limit() -> None:
@@ -171,13 +181,31 @@ def test_fields_may_be_nested_as_deep_as_the_limit() -> None:
                 parse_question("s.tar", "k", content, ())
 
 
-@pytest.mark.parametrize("extension", ["tif", "TIFF", "0.heic", "avif", "jfif", "svg", "wmv", "mp3", "image"])
-def test_a_medium_that_is_not_opened_is_not_left_out_of_its_question(tmp_path: Path, extension: str) -> None:
-    other = member("a.json", QUESTION) + member(f"a.{extension}", b"x") + member("a.txt", b"x") + member("a.cls", b"1")
+@pytest.mark.parametrize(
+    "extension", ["tif", "TIFF", "0.heic", "avif", "jfif", "svg", "wmv", "mp3", "image"]
+)
+def test_a_medium_that_is_not_opened_is_not_left_out_of_its_question(
+    tmp_path: Path, extension: str
+) -> None:
+    other = (
+        member("a.json", QUESTION)
+        + member(f"a.{extension}", b"x")
+        + member("a.txt", b"x")
+        + member("a.cls", b"1")
+    )
     named = fields(id="r", media=["JPG"])
-    (tmp_path / "a.tar").write_bytes(other + member("b.json", named) + member("b.JPG", png()) + member(f"b.{extension}", b"x") + END)
+    (tmp_path / "a.tar").write_bytes(
+        other
+        + member("b.json", named)
+        + member("b.JPG", png())
+        + member(f"b.{extension}", b"x")
+        + END
+    )
     folder = ShardFolder(tmp_path)
-    with pytest.raises(SampleError, match=f"unknown kind of media, got {extension.lower()}, .* or name the others in media") as caught:
+    with pytest.raises(
+        SampleError,
+        match=f"unknown kind of media, got {extension.lower()}, .* or name the others in media",
+    ) as caught:
         folder.question(*folder.keys()[0])
     assert caught.value.reason == "unknown_media"
     question = folder.question(*folder.keys()[1])
@@ -192,17 +220,29 @@ def test_markers_in_backticks_are_text(tmp_path: Path) -> None:
         "See <image 0>.": False,
         "`a` <video> `b`": False,
     }
-    content = b"".join(member(f"{key}.json", fields(id=str(key), question=text)) for key, text in enumerate(texts))
+    content = b"".join(
+        member(f"{key}.json", fields(id=str(key), question=text)) for key, text in enumerate(texts)
+    )
     (tmp_path / "a.tar").write_bytes(content + END)
     problems = lint([tmp_path])[1]
-    wanted = [f"{tmp_path}/a.tar:{key}" for key, is_text in enumerate(texts.values()) if not is_text]
-    assert [(problem.where, problem.reason) for problem in problems] == [(where, "missing_media") for where in wanted]
+    wanted = [
+        f"{tmp_path}/a.tar:{key}" for key, is_text in enumerate(texts.values()) if not is_text
+    ]
+    assert [(problem.where, problem.reason) for problem in problems] == [
+        (where, "missing_media") for where in wanted
+    ]
 
 
 @pytest.mark.parametrize(
     "value",
-    [{"image": "a.jpg"}, {"img": {"bytes": "x", "path": None}}, [{"content": [{"image_url": {"url": "data:image/png;base64,AA"}}]}]],
+    [
+        {"image": "a.jpg"},
+        {"img": {"bytes": "x", "path": None}},
+        [{"content": [{"image_url": {"url": "data:image/png;base64,AA"}}]}],
+    ],
 )
-def test_media_deep_inside_a_field_that_is_not_read_are_found(tmp_path: Path, value: object) -> None:
+def test_media_deep_inside_a_field_that_is_not_read_are_found(
+    tmp_path: Path, value: object
+) -> None:
     (tmp_path / "a.tar").write_bytes(GOOD + member("b.json", fields(id="r", extra=value)) + END)
     assert [problem.reason for problem in lint([tmp_path])[1]] == ["unmapped_media"]

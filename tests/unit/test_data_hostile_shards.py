@@ -1,4 +1,6 @@
-"""Shards that are damaged, foreign or made to harm: an error that names them, or exactly what they hold."""
+"""Shards that are damaged, foreign or made to harm: an error that names them, or exactly what they
+hold.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import webdataset
 
 from data.errors import DataError, SampleError
 from data.lint import lint
-from data.media import MediaLimits, MediaOpener
+from data.media.opening import MediaLimits, MediaOpener
 from data.shards import ShardFolder, ShardReader, write_shards
 from data.tar_index import load_index, sidecar_path
 from data.tar_members import MAX_EXTENSION_BYTES
@@ -127,7 +129,9 @@ def test_a_hostile_shard_is_an_error_of_its_own(tmp_path: Path, name: str) -> No
     with pytest.raises(DataError, match=message) as caught:
         ShardFolder(tmp_path)
     assert str(caught.value).startswith(str(path))
-    assert [(problem.where, problem.reason) for problem in lint([tmp_path])[1]] == [(str(path), "bad_shard")]
+    assert [(problem.where, problem.reason) for problem in lint([tmp_path])[1]] == [
+        (str(path), "bad_shard")
+    ]
     assert time.monotonic() - start < MAX_SECONDS
 
 
@@ -161,7 +165,9 @@ def test_what_webdataset_reads_is_read_here(tmp_path: Path, name: str) -> None:
     assert all(each["json"] == QUESTION for each in theirs)
 
 
-def test_files_that_belong_to_no_sample_are_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_that_belong_to_no_sample_are_named_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(GOOD + member("README", b"x") + member(".hidden", b"y") + END)
     assert list(load_index(path).samples) == ["a"]
@@ -171,7 +177,9 @@ def test_files_that_belong_to_no_sample_are_named_in_the_log(tmp_path: Path, cap
 def test_a_shard_cut_at_any_block_is_an_error(tmp_path: Path) -> None:
     (shard,) = write_shards(tmp_path, [sample(index, [("png", png())]) for index in range(4)])
     whole = shard.read_bytes()
-    ends = [found.offset + 512 for members in load_index(shard).samples.values() for found in members]
+    ends = [
+        found.offset + 512 for members in load_index(shard).samples.values() for found in members
+    ]
     for has_index in (True, False):
         if not has_index:
             sidecar_path(shard).unlink()
@@ -179,7 +187,9 @@ def test_a_shard_cut_at_any_block_is_an_error(tmp_path: Path) -> None:
             shard.write_bytes(whole[:size])
             with pytest.raises(
                 DataError,
-                match=r"the shard and its index differ, got \d+ bytes" if has_index else "cut off|ends inside",
+                match=r"the shard and its index differ, got \d+ bytes"
+                if has_index
+                else "cut off|ends inside",
             ):
                 ShardFolder(tmp_path)
             assert lint([tmp_path])[0] == 0
@@ -201,7 +211,9 @@ def test_a_shard_that_changes_under_a_reader_is_noticed(tmp_path: Path) -> None:
     reader = ShardReader()
     assert reader.question(str(shard), "000000").id == "q0"
     os.truncate(shard, 1500)
-    with pytest.raises(DataError, match=r"000001\.json: the index does not fit the shard, got no header"):
+    with pytest.raises(
+        DataError, match=r"000001\.json: the index does not fit the shard, got no header"
+    ):
         reader.question(str(shard), "000001")
     reader.close()
     shard.unlink()
@@ -224,4 +236,6 @@ def test_shards_of_the_webdataset_writer_train_here(tmp_path: Path) -> None:
     folder = ShardFolder(tmp_path)
     questions = [folder.question(*place) for place in samples_of(folder)]
     assert [question.id for question in questions] == [f"q{index}" for index in range(5)]
-    assert [folder.media_bytes(question.media[0]) for question in questions] == [png(value=index) for index in range(5)]
+    assert [folder.media_bytes(question.media[0]) for question in questions] == [
+        png(value=index) for index in range(5)
+    ]

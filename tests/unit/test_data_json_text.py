@@ -29,17 +29,25 @@ def test_what_is_no_json(content: bytes, message: str) -> None:
         load_json(content)
 
 
-@pytest.mark.parametrize("content", [rb'"\ud83d"', rb'{"a": ["\udc00"]}', rb'{"\ud800": 1}', rb'"a\u0000b"', rb'"\ude00\ud83d"'])
+@pytest.mark.parametrize(
+    "content",
+    [rb'"\ud83d"', rb'{"a": ["\udc00"]}', rb'{"\ud800": 1}', rb'"a\u0000b"', rb'"\ude00\ud83d"'],
+)
 def test_text_that_no_file_takes_is_refused_wherever_it_stands(content: bytes) -> None:
     with pytest.raises(InvalidText, match="invalid text, got '"):
         load_json(content)
 
 
 def test_good_text_is_left_alone() -> None:
-    assert load_json(rb'{"a": "\ud83d\ude00", "b": "caf\u00e9"}') == {"a": "\N{GRINNING FACE}", "b": "café"}
+    assert load_json(rb'{"a": "\ud83d\ude00", "b": "caf\u00e9"}') == {
+        "a": "\N{GRINNING FACE}",
+        "b": "café",
+    }
     assert load_json(b"\xef\xbb\xbf[1]") == [1]
     assert load_object("here", b'{"a": 1}') == {"a": 1}
-    with pytest.raises(SampleError, match=r"here: no object, got list, expected fields; correct it"):
+    with pytest.raises(
+        SampleError, match=r"here: no object, got list, expected fields; correct it"
+    ):
         load_object("here", b"[]")
 
 
@@ -51,7 +59,11 @@ def test_good_text_is_left_alone() -> None:
         (b', "images": ["a.png"]', "unmapped_media"),
         (b', "picture_1": "a.png"', "unmapped_media"),
         (b', "question": "twice"', "bad_json"),
-        (b', "image_id": "7", "has_image": "yes", "num_images": 2, "image": 3, "clip_score": "0.5"', ""),
+        (
+            b', "image_id": "7", "has_image": "yes", "num_images": 2, '
+            b'"image": 3, "clip_score": "0.5"',
+            "",
+        ),
     ],
 )
 def test_a_question_of_a_shard_is_held_to_the_same_rules(fields: bytes, reason: str) -> None:
@@ -80,12 +92,18 @@ def test_a_question_of_a_shard_is_held_to_the_same_rules(fields: bytes, reason: 
         (b"a < image > b", [], True),
     ],
 )
-def test_markers_in_the_text_are_as_many_as_the_media(text: bytes, extensions: list[str], is_good: bool) -> None:
+def test_markers_in_the_text_are_as_many_as_the_media(
+    text: bytes, extensions: list[str], is_good: bool
+) -> None:
     content = b'{"id": "q", "question": "%s", "answer": "1", "answer_type": "math"}' % text
     if is_good:
-        assert len(parse_question("s.tar", "k", content, ["json", *extensions]).media) == len(extensions)
+        assert len(parse_question("s.tar", "k", content, ["json", *extensions]).media) == len(
+            extensions
+        )
         return
-    with pytest.raises(SampleError, match=r"the text does not fit its media, got .* expected as many") as caught:
+    with pytest.raises(
+        SampleError, match=r"the text does not fit its media, got .* expected as many"
+    ) as caught:
         parse_question("s.tar", "k", content, ["json", *extensions])
     assert caught.value.reason == "missing_media"
 

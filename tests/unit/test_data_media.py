@@ -1,4 +1,6 @@
-"""Images, containers and limits: every bad file is a named error before anything large is allocated."""
+"""Images, containers and limits: every bad file is a named error before anything large is
+allocated.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from data.containers import recognise
 from data.errors import MEDIA_REASONS, DataError, MediaError
-from data.media import MAX_LIMIT, MediaLimits, MediaOpener
+from data.media.containers import recognise
+from data.media.opening import MAX_LIMIT, MediaLimits, MediaOpener
 from data.question import MediaKind, MediaRef
 from data.shards import ShardReader, write_shards
 from tests.unit.shard_samples import png, sample
@@ -47,7 +49,9 @@ def reason_of(opener: MediaOpener, content: bytes, kind: MediaKind = "image") ->
     return caught.value.reason
 
 
-@pytest.mark.parametrize(("image_format", "tolerance"), [("PNG", 0), ("BMP", 0), ("WEBP", 0), ("JPEG", JPEG_TOLERANCE)])
+@pytest.mark.parametrize(
+    ("image_format", "tolerance"), [("PNG", 0), ("BMP", 0), ("WEBP", 0), ("JPEG", JPEG_TOLERANCE)]
+)
 def test_images_are_rgb_frames(opener: MediaOpener, image_format: str, tolerance: int) -> None:
     options = {"lossless": True} if image_format == "WEBP" else {"quality": 95}
     frames = opener.open(encode(Image.fromarray(gradient()), image_format, **options), "image")
@@ -61,15 +65,25 @@ def test_other_modes_become_rgb(opener: MediaOpener) -> None:
     clear = Image.new("RGBA", (4, 4), (200, 0, 0, 0))  # invisible red
     assert opener.open(encode(clear, "PNG"), "image").pixels.min() == 255, "transparent is white"
     deep = Image.fromarray(np.full((4, 4), 0x8000, np.uint16))
-    assert (opener.open(encode(deep, "PNG"), "image").pixels == 0x80).all(), "16 bits are scaled, not clipped"
+    assert (opener.open(encode(deep, "PNG"), "image").pixels == 0x80).all(), (
+        "16 bits are scaled, not clipped"
+    )
     assert (opener.open(encode(Image.new("L", (4, 4), 7), "PNG"), "image").pixels == 7).all()
 
 
 def raw_png(depth: int, colour: int, row: bytes, width: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """Return a PNG file of one row, of a depth that Pillow does not write, with chunks before the pixels."""
+    """Return a PNG file of one row, of a depth that Pillow does not write, with chunks before the
+    pixels.
+    """
     header = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
-    framed = (struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content)) for kind, content in parts)
+    framed = (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in parts
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
@@ -84,21 +98,46 @@ WHITE, RED = (255, 255, 255), (255, 0, 0)
         (raw_png(2, 0, b"\x10", 2, (b"tRNS", b"\0\x01")), [(0, 0, 0), WHITE]),
         (raw_png(4, 0, b"\x1f", 2, (b"tRNS", b"\0\x01")), [WHITE, WHITE]),
         (raw_png(16, 0, b"\x80\0\x12\x34", 2, (b"tRNS", b"\x12\x34")), [(128, 128, 128), WHITE]),
-        (raw_png(16, 2, b"\x80\0\x12\x34\xff\xff" + b"\x11\0" * 3, 2, (b"tRNS", b"\x11\0" * 3)), [(128, 18, 255), WHITE]),
+        (
+            raw_png(16, 2, b"\x80\0\x12\x34\xff\xff" + b"\x11\0" * 3, 2, (b"tRNS", b"\x11\0" * 3)),
+            [(128, 18, 255), WHITE],
+        ),
         (raw_png(8, 2, b"\1\2\3\4\5\6", 2, (b"tRNS", b"\0\1\0\2\0\3")), [WHITE, (4, 5, 6)]),
-        (raw_png(2, 3, b"\x10", 2, (b"PLTE", bytes((9, 9, 9)) + bytes((7, 8, 9))), (b"tRNS", b"\xff\0")), [(9, 9, 9), WHITE]),
+        (
+            raw_png(
+                2,
+                3,
+                b"\x10",
+                2,
+                (b"PLTE", bytes((9, 9, 9)) + bytes((7, 8, 9))),
+                (b"tRNS", b"\xff\0"),
+            ),
+            [(9, 9, 9), WHITE],
+        ),
         (raw_png(16, 4, b"\x80\0\xff\xff" + b"\x80\0\0\0", 2), [(128, 128, 128), WHITE]),
         (raw_png(16, 6, b"\xff\0\0\0\0\0\x80\0", 1), [(255, 127, 127)]),
     ],
 )
-def test_every_kind_of_png(opener: MediaOpener, content: bytes, expected: list[tuple[int, int, int]]) -> None:
-    assert opener.open(content, "image").pixels[0, 0].tolist() == [list(pixel) for pixel in expected]
+def test_every_kind_of_png(
+    opener: MediaOpener, content: bytes, expected: list[tuple[int, int, int]]
+) -> None:
+    assert opener.open(content, "image").pixels[0, 0].tolist() == [
+        list(pixel) for pixel in expected
+    ]
 
 
 def test_print_colours_and_grey_with_alpha(opener: MediaOpener) -> None:
     inks = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # magenta and yellow are red
-    assert np.abs(opener.open(encode(inks, "JPEG", quality=100), "image").pixels[0, 0, 0].astype(int) - RED).max() <= JPEG_TOLERANCE
-    assert (opener.open(encode(Image.new("LA", (4, 4), (0, 0)), "PNG"), "image").pixels == 255).all()
+    assert (
+        np.abs(
+            opener.open(encode(inks, "JPEG", quality=100), "image").pixels[0, 0, 0].astype(int)
+            - RED
+        ).max()
+        <= JPEG_TOLERANCE
+    )
+    assert (
+        opener.open(encode(Image.new("LA", (4, 4), (0, 0)), "PNG"), "image").pixels == 255
+    ).all()
 
 
 def test_a_long_text_in_a_png_is_no_reason_to_refuse_it(opener: MediaOpener) -> None:
@@ -114,7 +153,12 @@ def test_animations_are_not_cut_to_their_first_picture(opener: MediaOpener) -> N
     pictures = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (0, 100, 200)]
     for image_format in ("PNG", "WEBP"):
         content = encode(pictures[0], image_format, save_all=True, append_images=pictures[1:])
-        with pytest.raises(MediaError, match=f"{image_format} is animated, got an animation of 3 pictures, expected one picture"):
+        with pytest.raises(
+            MediaError,
+            match=(
+                f"{image_format} is animated, got an animation of 3 pictures, expected one picture"
+            ),
+        ):
             opener.open(content, "image")
 
 
@@ -133,7 +177,9 @@ def test_animations_are_not_cut_to_their_first_picture(opener: MediaOpener) -> N
         (bytes(900), "zeros only"),
     ],
 )
-def test_formats_that_are_not_opened_are_refused_by_name(opener: MediaOpener, start: bytes, name: str) -> None:
+def test_formats_that_are_not_opened_are_refused_by_name(
+    opener: MediaOpener, start: bytes, name: str
+) -> None:
     with pytest.raises(MediaError, match=f"image: format not supported, got {name}") as caught:
         opener.open(start + bytes(900), "image")
     assert caught.value.reason == "unsupported_container"
@@ -148,10 +194,14 @@ def test_bad_images_are_named(opener: MediaOpener) -> None:
     assert reason_of(opener, b"") == "empty"
     assert reason_of(opener, jpeg[: len(jpeg) // 2]) == "truncated"
     assert reason_of(opener, packed[: len(packed) // 2]) == "truncated"
-    assert reason_of(opener, jpeg[: len(jpeg) // 2] + bytes(len(jpeg) // 2)) == "truncated", "a download that was never finished"
+    assert reason_of(opener, jpeg[: len(jpeg) // 2] + bytes(len(jpeg) // 2)) == "truncated", (
+        "a download that was never finished"
+    )
     assert reason_of(opener, jpeg[:20]) in ("truncated", "unreadable")
     assert reason_of(opener, packed[:8] + b"\xff" * 500) == "unreadable"
-    assert reason_of(opener, b"<svg xmlns='http://www.w3.org/2000/svg'/>") == "unsupported_container"
+    assert (
+        reason_of(opener, b"<svg xmlns='http://www.w3.org/2000/svg'/>") == "unsupported_container"
+    )
     assert reason_of(opener, b"%!PS-Adobe-3.0 EPSF-3.0\n") == "unsupported_container"
     assert reason_of(opener, bytes(1_000_001)) == "oversized"
     assert reason_of(opener, encode(Image.new("RGB", (101, 100)), "PNG")) == "oversized"
@@ -162,16 +212,30 @@ def test_a_huge_image_is_refused_from_its_header(opener: MediaOpener) -> None:
     for side in (5_000, 60_000):  # the second is beyond what Pillow itself opens
         header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
         chunk = b"IHDR" + header
-        content = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        content = (
+            b"\x89PNG\r\n\x1a\n"
+            + struct.pack(">I", 13)
+            + chunk
+            + struct.pack(">I", zlib.crc32(chunk))
+        )
         content += struct.pack(">I4s", 1000, b"IDAT") + bytes(1000)
         assert reason_of(opener, content) == "oversized"
 
 
 def test_references_are_opened_and_named(opener: MediaOpener, tmp_path: Path) -> None:
-    (shard,) = write_shards(tmp_path, [sample(1, [("0.png", png(8, 6)), ("1.png", b"\x89PNG"), ("2.png", png(200, 200))])])
+    (shard,) = write_shards(
+        tmp_path,
+        [sample(1, [("0.png", png(8, 6)), ("1.png", b"\x89PNG"), ("2.png", png(200, 200))])],
+    )
     reader = ShardReader()
-    assert opener.open_ref(MediaRef("image", str(shard), "000001", "0.png"), reader).pixels.shape == (1, 6, 8, 3)
-    for extension, reason in (("1.png", "unsupported_container"), ("2.png", "oversized"), ("3.png", "missing")):
+    assert opener.open_ref(
+        MediaRef("image", str(shard), "000001", "0.png"), reader
+    ).pixels.shape == (1, 6, 8, 3)
+    for extension, reason in (
+        ("1.png", "unsupported_container"),
+        ("2.png", "oversized"),
+        ("3.png", "missing"),
+    ):
         with pytest.raises(MediaError, match=r"shard-000000\.tar:000001.*: ") as caught:
             opener.open_ref(MediaRef("image", str(shard), "000001", extension), reader)
         assert caught.value.reason == reason
@@ -196,8 +260,12 @@ def test_the_longest_wait_is_one_that_a_socket_can_have() -> None:
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "WEBP", "JPEG"])
-@pytest.mark.parametrize("exif", [b"nonsense", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0MM\0*\xff\xff\xff\xff"])
-def test_damaged_notes_about_a_sound_picture_do_not_lose_it(opener: MediaOpener, image_format: str, exif: bytes) -> None:
+@pytest.mark.parametrize(
+    "exif", [b"nonsense", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0MM\0*\xff\xff\xff\xff"]
+)
+def test_damaged_notes_about_a_sound_picture_do_not_lose_it(
+    opener: MediaOpener, image_format: str, exif: bytes
+) -> None:
     content = encode(Image.fromarray(gradient()), image_format, exif=exif)
     assert opener.open(content, "image").pixels.shape == (1, 20, 30, 3)
 
@@ -215,8 +283,14 @@ def box(kind: bytes, *contents: bytes) -> bytes:
 def mp4(width: int = 64, height: int = 48, handler: bytes = b"vide") -> bytes:
     entry = box(b"avc1", bytes(24) + struct.pack(">HH", width, height) + bytes(50))
     table = box(b"stsd", struct.pack(">II", 0, 1), entry)
-    media = box(b"mdia", box(b"hdlr", bytes(8) + handler + bytes(12)), box(b"minf", box(b"stbl", table)))
-    return box(b"ftyp", b"isom", bytes(4)) + box(b"moov", box(b"trak", media)) + box(b"mdat", b"x" * 40)
+    media = box(
+        b"mdia", box(b"hdlr", bytes(8) + handler + bytes(12)), box(b"minf", box(b"stbl", table))
+    )
+    return (
+        box(b"ftyp", b"isom", bytes(4))
+        + box(b"moov", box(b"trak", media))
+        + box(b"mdat", b"x" * 40)
+    )
 
 
 def element(number: bytes, content: bytes) -> bytes:
@@ -232,13 +306,20 @@ def webm(width: int = 64, height: int = 48, doctype: bytes = b"webm") -> bytes:
 
 
 def avi(width: int = 64, height: int = 48) -> bytes:
-    header = b"avih" + struct.pack("<I", 56) + bytes(32) + struct.pack("<II", width, height) + bytes(16)
+    header = (
+        b"avih" + struct.pack("<I", 56) + bytes(32) + struct.pack("<II", width, height) + bytes(16)
+    )
     content = b"AVI " + b"LIST" + struct.pack("<I", 4 + len(header)) + b"hdrl" + header
     return b"RIFF" + struct.pack("<I", len(content)) + content
 
 
 def test_frame_sizes_are_read_from_headers() -> None:
-    for content, name in ((mp4(640, 360), "mp4"), (webm(640, 360), "webm"), (webm(640, 360, b"matroska"), "webm"), (avi(640, 360), "avi")):
+    for content, name in (
+        (mp4(640, 360), "mp4"),
+        (webm(640, 360), "webm"),
+        (webm(640, 360, b"matroska"), "webm"),
+        (avi(640, 360), "avi"),
+    ):
         container = recognise(content)
         assert (container.name, container.width, container.height) == (name, 640, 360)
     gif = encode(Image.new("L", (17, 9)), "GIF")

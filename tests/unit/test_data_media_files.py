@@ -1,4 +1,6 @@
-"""Hostile lines of make_shards: each is one counted line, and no file outside of the media root or above the limit is read."""
+"""Hostile lines of make_shards: each is one counted line, and no file outside of the media root or
+above the limit is read.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from data.convert import convert_jsonl
 from data.errors import DataError, MediaError, SampleError
 from data.health import SampleHealth
-from data.media_files import MediaFolder
+from data.imports.convert import convert_jsonl
+from data.media.files import MediaFolder
 from data.shards import ShardFolder
 from tests.unit.shard_samples import png
 from tests.unit.test_data_convert import good, run, write_lines
@@ -86,10 +88,16 @@ def test_links_are_followed_where_the_user_says_so(root: Path) -> None:
         with pytest.raises(SampleError) as caught:
             folder.read("here", path)
         assert caught.value.reason == reason
-    with pytest.raises(SampleError, match=r"media/fifo\.png is no plain file, got a FIFO; put the file there"):
+    with pytest.raises(
+        SampleError, match=r"media/fifo\.png is no plain file, got a FIFO; put the file there"
+    ):
         folder.read("here", "fifo.png")
     with pytest.raises(
-        MediaError, match=f"too large, got {SPARSE_BYTES} bytes, expected at most 1000; shrink it or raise --max-media-bytes"
+        MediaError,
+        match=(
+            f"too large, got {SPARSE_BYTES} bytes, expected at most 1000; shrink it or raise "
+            "--max-media-bytes"
+        ),
     ):
         folder.read("here", "sparse.png")
 
@@ -101,7 +109,8 @@ BAD_LINES = {
     b'{"question": "q", "answer": "1", "answer": "2", "answer_type": "math"}': "bad_json",
     b"[" * 50_000: "bad_json",
     b'{"question": "q", "answer": "1", "answer_type": "math", "image": "a.png"}': "unmapped_media",
-    b'{"question": "q", "answer": "1", "answer_type": "math", "images": [""], "picture": {"bytes": "", "path": null}}': "unmapped_media",
+    b'{"question": "q", "answer": "1", "answer_type": "math", "images": [""], '
+    b'"picture": {"bytes": "", "path": null}}': "unmapped_media",
     b'{"question": "q", "answer": "1", "answer_type": "math", "media": "good.png"}': "bad_field",
     b'{"question": "q", "answer": "1", "answer_type": "math", "media": false}': "bad_field",
     b'{"question": "q", "answer": "1", "answer_type": "math", "media": [null]}': "bad_field",
@@ -111,7 +120,9 @@ BAD_LINES = {
 
 def test_bad_lines_are_each_counted_and_the_good_ones_written(tmp_path: Path) -> None:
     source = tmp_path / "q.jsonl"
-    source.write_bytes(b"".join(line + b"\n" for line in BAD_LINES) + json.dumps(good(1)).encode() + b"\n")
+    source.write_bytes(
+        b"".join(line + b"\n" for line in BAD_LINES) + json.dumps(good(1)).encode() + b"\n"
+    )
     health = SampleHealth(1.0)
     convert_jsonl(source, tmp_path / "out", health=health)
     assert health.num_good == 1
@@ -120,27 +131,51 @@ def test_bad_lines_are_each_counted_and_the_good_ones_written(tmp_path: Path) ->
     ]
 
 
-def test_a_line_without_end_is_counted_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.tables.MAX_LINE_BYTES", 1000)
+def test_a_line_without_end_is_counted_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.imports.tables.MAX_LINE_BYTES", 1000)
     source = write_lines(tmp_path / "q.jsonl", [good(0), good(1, note="x" * 5000), good(2)])
     health = SampleHealth(1.0)
     convert_jsonl(source, tmp_path / "out", health=health)
-    assert (health.num_good, [entry[:2] for entry in health.listed]) == (2, [(f"{source}:2", "oversized")])
+    assert (health.num_good, [entry[:2] for entry in health.listed]) == (
+        2,
+        [(f"{source}:2", "oversized")],
+    )
 
 
-def test_media_of_one_question_are_bounded_together(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.media_files.MAX_SAMPLE_BYTES", 3 * len(png()))
-    source = write_lines(tmp_path / "q.jsonl", [good(0, media=["good.png"] * 4), good(1, media=["good.png"] * 3)])
+def test_media_of_one_question_are_bounded_together(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.media.files.MAX_SAMPLE_BYTES", 3 * len(png()))
+    source = write_lines(
+        tmp_path / "q.jsonl", [good(0, media=["good.png"] * 4), good(1, media=["good.png"] * 3)]
+    )
     health = SampleHealth(1.0)
-    convert_jsonl(source, tmp_path / "out", media_root=root, max_media_bytes=len(png()), health=health)
+    convert_jsonl(
+        source, tmp_path / "out", media_root=root, max_media_bytes=len(png()), health=health
+    )
     assert (health.num_good, health.counts) == (1, {"oversized": 1})
 
 
 def test_the_front_door_counts_them_too(root: Path, tmp_path: Path) -> None:
-    source = write_lines(root / "q.jsonl", [good(0, media=["sparse.png"]), good(1, media=["out.png"]), good(2, question="\ud83d"), good(3)])
+    source = write_lines(
+        root / "q.jsonl",
+        [
+            good(0, media=["sparse.png"]),
+            good(1, media=["out.png"]),
+            good(2, question="\ud83d"),
+            good(3),
+        ],
+    )
     made = run(source, tmp_path / "out", "--max-bad-share", "1", "--no-decode")
-    assert (made.returncode, made.stdout) == (0, "1 samples in 1 shards, 3 skipped: bad_text 1, outside_root 1, oversized 1\n"), made.stderr
-    linked = run(source, tmp_path / "linked", "--max-bad-share", "1", "--no-decode", "--follow-links")
+    assert (made.returncode, made.stdout) == (
+        0,
+        "1 samples in 1 shards, 3 skipped: bad_text 1, outside_root 1, oversized 1\n",
+    ), made.stderr
+    linked = run(
+        source, tmp_path / "linked", "--max-bad-share", "1", "--no-decode", "--follow-links"
+    )
     assert "2 samples" in linked.stdout
     with pytest.raises(DataError, match="no such file"):
         convert_jsonl(root / "fifo.png", tmp_path / "x")

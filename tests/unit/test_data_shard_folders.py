@@ -1,4 +1,6 @@
-"""Folders of shards: what looks like a shard and is none, and shards that are written all or none."""
+"""Folders of shards: what looks like a shard and is none, and shards that are written all or
+none.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from tests.unit.shard_samples import END, QUESTION, member, sample
 GOOD = member("a.json", QUESTION)
 
 
-def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_regular_file_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         monkeypatch.chdir(tmp_path)  # addresses of sockets are short
         server.bind("socket.tar")

@@ -24,10 +24,15 @@ from tests.unit.shard_samples import png, sample
 
 
 def some_samples(count: int = 25) -> list[ShardSample]:
-    return [sample(index, [("0.png", png(value=index)), ("1.mp4", b"clip" * index)]) for index in range(count)]
+    return [
+        sample(index, [("0.png", png(value=index)), ("1.mp4", b"clip" * index)])
+        for index in range(count)
+    ]
 
 
-def write_tar(path: Path, members: list[tuple[str, bytes]], tar_format: int = tarfile.GNU_FORMAT) -> Path:
+def write_tar(
+    path: Path, members: list[tuple[str, bytes]], tar_format: int = tarfile.GNU_FORMAT
+) -> Path:
     with tarfile.open(path, "w", format=tar_format) as archive:
         for name, content in members:
             info = tarfile.TarInfo(name)
@@ -39,17 +44,27 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], tar_format: int = ta
 def test_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
     first = write_shards(tmp_path / "a", some_samples(), 10)
     second = write_shards(tmp_path / "b", some_samples(), 10)
-    assert [path.name for path in first] == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
+    assert [path.name for path in first] == [
+        "shard-000000.tar",
+        "shard-000001.tar",
+        "shard-000002.tar",
+    ]
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes()
         assert sidecar_path(one).read_bytes() == sidecar_path(other).read_bytes()
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert names == {name for path in first for name in (path.name, sidecar_path(path).name)}, "nothing is left aside"
+    assert names == {name for path in first for name in (path.name, sidecar_path(path).name)}, (
+        "nothing is left aside"
+    )
 
 
-def test_a_shard_with_much_media_is_closed_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_with_much_media_is_closed_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(data.shards, "MAX_SHARD_BYTES", 20)
-    written = write_shards(tmp_path, [sample(index, [("mp4", b"0123456789")]) for index in range(5)], 3)
+    written = write_shards(
+        tmp_path, [sample(index, [("mp4", b"0123456789")]) for index in range(5)], 3
+    )
     # 10 bytes each: two of them reach 20.
     assert [len(load_index(path).samples) for path in written] == [2, 2, 1]
 
@@ -64,9 +79,18 @@ def test_every_sample_is_read_again_by_shard_and_key(tmp_path: Path) -> None:
     assert folder.keys()[-1] == folder.keys()[24]
     for each, (shard, key) in reversed(list(zip(samples, folder.keys(), strict=True))):
         question = folder.question(shard, key)
-        assert (question.id, question.text, question.answer) == (each.question["id"], each.question["question"], each.question["answer"])
-        assert [(ref.kind, ref.extension) for ref in question.media] == [("image", "0.png"), ("video", "1.mp4")]
-        assert [folder.media_bytes(ref) for ref in question.media] == [content for _, content in each.media]
+        assert (question.id, question.text, question.answer) == (
+            each.question["id"],
+            each.question["question"],
+            each.question["answer"],
+        )
+        assert [(ref.kind, ref.extension) for ref in question.media] == [
+            ("image", "0.png"),
+            ("video", "1.mp4"),
+        ]
+        assert [folder.media_bytes(ref) for ref in question.media] == [
+            content for _, content in each.media
+        ]
     with pytest.raises(IndexError):
         folder.keys()[25]
 
@@ -86,15 +110,23 @@ def test_member_names_split_as_in_webdataset(name: str) -> None:
     match = MEMBER_NAME.fullmatch(name)
     ours = (match[1], match[2]) if match else (None, None)
     theirs = base_plus_ext(name)
-    hidden = theirs[0] is not None and theirs[0].endswith("/")  # folder/.name, which webdataset gives the key "folder/"
+    hidden = theirs[0] is not None and theirs[0].endswith(
+        "/"
+    )  # folder/.name, which webdataset gives the key "folder/"
     assert ours == ((None, None) if hidden else theirs)
 
 
-@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-@pytest.mark.parametrize("stem", ["k", "folder/k", "é", "long/" + "x" * 90, "y" * 90 + "/" + "z" * 90])
+@pytest.mark.parametrize(
+    "tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+)
+@pytest.mark.parametrize(
+    "stem", ["k", "folder/k", "é", "long/" + "x" * 90, "y" * 90 + "/" + "z" * 90]
+)
 def test_scan_finds_what_tarfile_finds(tmp_path: Path, tar_format: int, stem: str) -> None:
     members = [
-        (f"{stem}{index}.{extension}", bytes([index]) * size) for index in range(3) for extension, size in (("json", 700), ("JPG", 512))
+        (f"{stem}{index}.{extension}", bytes([index]) * size)
+        for index in range(3)
+        for extension, size in (("json", 700), ("JPG", 512))
     ]
     path = write_tar(tmp_path / "a.tar", [("readme", b"skipped"), *members], tar_format)
     index = scan_tar(path)
@@ -105,13 +137,22 @@ def test_scan_finds_what_tarfile_finds(tmp_path: Path, tar_format: int, stem: st
         assert reader.media_bytes(MediaRef("image", str(path), key, extension.lower())) == content
 
 
-def test_missing_and_unreadable_indexes_are_replaced_by_a_scan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_and_unreadable_indexes_are_replaced_by_a_scan(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (shard,) = write_shards(tmp_path, some_samples(3))
     expected = load_index(shard)
     sidecar_path(shard).unlink()
     assert same_entries(load_index(shard), expected)
     assert caplog.text == ""
-    for content in (b"{", b"[]", b'{"version": 1}', b'{"version": 99, "tar_size": 0, "samples": {}}', b"[" * 100_000, b"\xff"):
+    for content in (
+        b"{",
+        b"[]",
+        b'{"version": 1}',
+        b'{"version": 99, "tar_size": 0, "samples": {}}',
+        b"[" * 100_000,
+        b"\xff",
+    ):
         caplog.clear()
         sidecar_path(shard).write_bytes(content)
         assert same_entries(load_index(shard), expected)
@@ -122,7 +163,10 @@ def test_missing_and_unreadable_indexes_are_replaced_by_a_scan(tmp_path: Path, c
 def test_an_index_of_the_first_version_is_read(tmp_path: Path) -> None:
     (shard,) = write_shards(tmp_path, some_samples(3))
     stored = json.loads(sidecar_path(shard).read_text())
-    entries = {key: {name: numbers[:2] for name, numbers in members.items()} for key, members in stored["samples"].items()}
+    entries = {
+        key: {name: numbers[:2] for name, numbers in members.items()}
+        for key, members in stored["samples"].items()
+    }
     sidecar_path(shard).write_text(json.dumps({**stored, "version": 1, "samples": entries}))
     index = load_index(shard)
     assert same_entries(index, scan_tar(shard))
@@ -157,7 +201,9 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
 
 
 def test_rules_of_webdataset_are_kept_when_scanning(tmp_path: Path) -> None:
-    apart = write_tar(tmp_path / "apart.tar", [("a.json", b"{}"), ("b.json", b"{}"), ("a.jpg", b"x")])
+    apart = write_tar(
+        tmp_path / "apart.tar", [("a.json", b"{}"), ("b.json", b"{}"), ("a.jpg", b"x")]
+    )
     with pytest.raises(DataError, match="side by side"):
         scan_tar(apart)
     twice = write_tar(tmp_path / "twice.tar", [("a.jpg", b"x"), ("a.JPG", b"y")])
@@ -181,7 +227,14 @@ def test_writing_refuses_what_could_not_be_read(tmp_path: Path) -> None:
     assert len(ShardFolder(tmp_path / "full")) == 3
 
 
-GOOD = {"id": "a", "question": "b?", "answer": "B", "answer_type": "choice", "choices": ["x", "y"], "source": "s"}
+GOOD = {
+    "id": "a",
+    "question": "b?",
+    "answer": "B",
+    "answer_type": "choice",
+    "choices": ["x", "y"],
+    "source": "s",
+}
 
 
 def parse(fields: object, extensions: tuple[str, ...] = ("json", "jpg")) -> object:
@@ -194,12 +247,28 @@ def parse(fields: object, extensions: tuple[str, ...] = ("json", "jpg")) -> obje
         ({"id": " "}, "bad_field", "field id is wrong, got ' '"),
         ({"id": 7}, "bad_field", "field id is wrong, got 7"),
         ({"question": None}, "bad_field", "field question is wrong"),
-        ({"answer_type": "mcq"}, "unknown_answer_type", "got 'mcq', expected one of math, choice, open"),
+        (
+            {"answer_type": "mcq"},
+            "unknown_answer_type",
+            "got 'mcq', expected one of math, choice, open",
+        ),
         ({"answer_type": ["math"]}, "unknown_answer_type", "unknown answer_type"),
-        ({"answer": "C"}, "bad_choice", "the answer is no option, got 'C', which names no option, expected A to B"),
+        (
+            {"answer": "C"},
+            "bad_choice",
+            "the answer is no option, got 'C', which names no option, expected A to B",
+        ),
         ({"answer": "b"}, "bad_choice", "the answer is no option, got 'b', which names no option"),
-        ({"answer": "B. x"}, "bad_choice", "the answer is no option, got 'B. x', which names no option"),
-        ({"answer": "x", "choices": ["x", "x"]}, "bad_choice", "the answer is no option, got 'x', which names A and B"),
+        (
+            {"answer": "B. x"},
+            "bad_choice",
+            "the answer is no option, got 'B. x', which names no option",
+        ),
+        (
+            {"answer": "x", "choices": ["x", "x"]},
+            "bad_choice",
+            "the answer is no option, got 'x', which names A and B",
+        ),
         ({"answer": "z"}, "bad_choice", "the answer is no option, got 'z'"),
         ({"choices": ["x"]}, "bad_choice", "wrong number of choices, got 1"),
         ({"choices": ["x", ""]}, "bad_field", "field choices is wrong"),
@@ -210,7 +279,9 @@ def parse(fields: object, extensions: tuple[str, ...] = ("json", "jpg")) -> obje
         ({"source": 3}, "bad_field", "field source is wrong"),
     ],
 )
-def test_every_broken_rule_of_a_sample_is_named(change: dict[str, object], reason: str, message: str) -> None:
+def test_every_broken_rule_of_a_sample_is_named(
+    change: dict[str, object], reason: str, message: str
+) -> None:
     with pytest.raises(SampleError, match=message) as caught:
         parse({**GOOD, **change})
     assert caught.value.reason == reason
@@ -228,7 +299,9 @@ def test_every_broken_rule_of_a_sample_is_named(change: dict[str, object], reaso
         ("B", ["B", "A"], "B"),
     ],
 )
-def test_a_right_option_is_given_by_letter_by_text_or_by_both(answer: str, choices: list[str], letter: str) -> None:
+def test_a_right_option_is_given_by_letter_by_text_or_by_both(
+    answer: str, choices: list[str], letter: str
+) -> None:
     question = parse({**GOOD, "answer": answer, "choices": choices})
     assert isinstance(question, Question)
     assert question.answer == letter
@@ -248,7 +321,12 @@ def test_media_default_to_all_files_in_order() -> None:
         ("video", "s.tar", "k", "9.mp4"),
         ("image", "s.tar", "k", "10.jpg"),
     ]
-    assert parse_question("s.tar", "k", json.dumps({**GOOD, "media": []}).encode(), ("json", "jpg")).media == ()
+    assert (
+        parse_question(
+            "s.tar", "k", json.dumps({**GOOD, "media": []}).encode(), ("json", "jpg")
+        ).media
+        == ()
+    )
 
 
 def test_reader_names_what_is_missing(tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[ShardFolder]:
     root = tmp_path_factory.mktemp("sources")
     made = []
     for size in SIZES:
-        write_shards(root / str(size), [sample(index, id=f"{size}/{index}") for index in range(size)], 5)
+        write_shards(
+            root / str(size), [sample(index, id=f"{size}/{index}") for index in range(size)], 5
+        )
         made.append(ShardFolder(root / str(size)))
     return made
 
@@ -35,13 +37,19 @@ def ids(stream: QuestionStream, n: int) -> list[str]:
     return [question.id for question in stream.take(n)]
 
 
-def sources_of(folders: Sequence[ShardFolder], weights: Sequence[float]) -> list[tuple[ShardFolder, float]]:
-    return [(folder, weight) for folder, weight in zip(folders, weights, strict=False) if weight > 0]
+def sources_of(
+    folders: Sequence[ShardFolder], weights: Sequence[float]
+) -> list[tuple[ShardFolder, float]]:
+    return [
+        (folder, weight) for folder, weight in zip(folders, weights, strict=False) if weight > 0
+    ]
 
 
 @settings(deadline=None, max_examples=60)
 @given(
-    weights=st.lists(st.sampled_from([0.0, 0.1, 1.0, 2.5, 1 / 3]), min_size=4, max_size=4).filter(any),
+    weights=st.lists(st.sampled_from([0.0, 0.1, 1.0, 2.5, 1 / 3]), min_size=4, max_size=4).filter(
+        any
+    ),
     seed=st.integers(0, 2**40),
     before=st.integers(0, 70),
     after=st.integers(1, 50),
@@ -71,27 +79,48 @@ def test_every_epoch_holds_every_sample_once_in_another_order(folders: list[Shar
 
 @settings(deadline=None, max_examples=40)
 @given(weights=st.lists(st.floats(0.01, 10), min_size=4, max_size=4), n=st.integers(1, 200))
-def test_sources_keep_their_shares(folders: list[ShardFolder], weights: list[float], n: int) -> None:
-    counts = Counter(question.split("/")[0] for question in ids(QuestionStream(sources_of(folders, weights), 0), n))
+def test_sources_keep_their_shares(
+    folders: list[ShardFolder], weights: list[float], n: int
+) -> None:
+    counts = Counter(
+        question.split("/")[0]
+        for question in ids(QuestionStream(sources_of(folders, weights), 0), n)
+    )
     for size, weight in zip(SIZES, weights, strict=True):
-        assert abs(counts[str(size)] - n * weight / sum(weights)) < len(SIZES), "never further off than one per source"
+        assert abs(counts[str(size)] - n * weight / sum(weights)) < len(SIZES), (
+            "never further off than one per source"
+        )
 
 
 def test_shares_of_2_to_1(folders: list[ShardFolder]) -> None:
-    # furthest behind first: after 1 question the 13s lag 4/3 - 1, the 7s 2/3; then they alternate 13, 7, 13
+    # furthest behind first: after 1 question the 13s lag 4/3 - 1, the 7s 2/3; then they alternate
+    # 13, 7, 13
     stream = QuestionStream([(folders[3], 2.0), (folders[2], 1.0)], seed=0)
-    assert [question.split("/")[0] for question in ids(stream, 6)] == ["13", "7", "13", "13", "7", "13"]
+    assert [question.split("/")[0] for question in ids(stream, 6)] == [
+        "13",
+        "7",
+        "13",
+        "13",
+        "7",
+        "13",
+    ]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 40])
 def test_shares_of_all_ranks_are_the_whole(folders: list[ShardFolder], size: int) -> None:
-    per_rank = [QuestionStream([(folder, 1.0) for folder in folders], 3).take(32) for _ in range(size)]
+    per_rank = [
+        QuestionStream([(folder, 1.0) for folder in folders], 3).take(32) for _ in range(size)
+    ]
     parts = [share(questions, rank, size) for rank, questions in enumerate(per_rank)]
-    assert Counter(question.id for part in parts for question in part) == Counter(question.id for question in per_rank[0])
+    assert Counter(question.id for part in parts for question in part) == Counter(
+        question.id for question in per_rank[0]
+    )
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_state_does_not_grow_and_resuming_does_not_replay(folders: list[ShardFolder], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_does_not_grow_and_resuming_does_not_replay(
+    folders: list[ShardFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
     sources = [(folders[3], 1.0)]
     stream = QuestionStream(sources, 0)
     small = len(json.dumps(stream.state_dict()))
@@ -118,14 +147,19 @@ def test_changed_data_are_refused_by_name(folders: list[ShardFolder], tmp_path: 
             QuestionStream(sources, seed).load_state_dict(saved)
     write_shards(tmp_path / "d", [sample(index) for index in (0, 1, 2, 5)], overwrite=True)
     with pytest.raises(DataError, match=r"source .*d: fingerprint was"):
-        QuestionStream([(ShardFolder(tmp_path / "d"), 1.0), (folders[0], 1.0)], 1).load_state_dict(saved)
+        QuestionStream([(ShardFolder(tmp_path / "d"), 1.0), (folders[0], 1.0)], 1).load_state_dict(
+            saved
+        )
     with pytest.raises(DataError, match="another version, got 0"):
         QuestionStream([(folder, 1.0)], 1).load_state_dict({**saved, "version": 0})
 
 
 def test_bad_samples_are_skipped_counted_and_skipped_again_after_a_resume(tmp_path: Path) -> None:
     bad = {3: {"answer_type": "essay"}, 11: {"choices": ["x"]}, 17: {"media": ["jpg"]}}
-    samples = [replace(each, question={**each.question, **bad.get(index, {})}) for index, each in enumerate(map(sample, range(20)))]
+    samples = [
+        replace(each, question={**each.question, **bad.get(index, {})})
+        for index, each in enumerate(map(sample, range(20)))
+    ]
     write_shards(tmp_path, samples, 6)
     folder = ShardFolder(tmp_path)
     stream = QuestionStream([(folder, 1.0)], 0, SampleHealth(max_bad_share=0.5))
@@ -133,13 +167,17 @@ def test_bad_samples_are_skipped_counted_and_skipped_again_after_a_resume(tmp_pa
     assert [sorted(ids(stream, 17)) for _ in range(3)] == [good, good, good]
     stream.take(17)
     assert stream.health.num_good == 4 * 17
-    assert sum(stream.health.counts.values()) in range(9, 13), "three per epoch, those at the end of the last not met yet"
+    assert sum(stream.health.counts.values()) in range(9, 13), (
+        "three per epoch, those at the end of the last not met yet"
+    )
     assert set(stream.health.counts) == {"unknown_answer_type", "bad_choice", "missing_media"}
     resumed = QuestionStream([(folder, 1.0)], 0, SampleHealth(max_bad_share=0.5))
     resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
     assert resumed.health.counts == stream.health.counts
     assert ids(resumed, 40) == ids(stream, 40)
-    with pytest.raises(DataError, match=r"too many bad samples, got \d of \d+ .*expected at most 5.0%"):
+    with pytest.raises(
+        DataError, match=r"too many bad samples, got \d of \d+ .*expected at most 5.0%"
+    ):
         QuestionStream([(folder, 1.0)], 0).take(40)
     with pytest.raises(DataError, match="is bad"):
         QuestionStream([(folder, 1.0)], 0, SampleHealth(strict=True)).take(20)

@@ -1,4 +1,6 @@
-"""Easy sums: right answers, disjoint parts, the same bytes every time, accepted by the converter."""
+"""Easy sums: right answers, disjoint parts, the same bytes every time, accepted by the
+converter.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from data.convert import convert_jsonl
 from data.errors import DataError
 from data.health import SampleHealth
-from data.sums import MAX_QUESTIONS, write_sums
+from data.imports.convert import convert_jsonl
+from data.toy.sums import MAX_QUESTIONS, write_sums
 
-TEXT = re.compile(r"Which is right, (\d) ([+-]) (\d) = \\boxed\{(\d+)\} or \1 \2 \3 = \\boxed\{(\d+)\}\?")
+TEXT = re.compile(
+    r"Which is right, (\d) ([+-]) (\d) = \\boxed\{(\d+)\} or \1 \2 \3 = \\boxed\{(\d+)\}\?"
+)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -57,5 +61,11 @@ def test_the_converter_takes_every_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("num_train", "num_held_out"), [(0, 5), (5, 0), (MAX_QUESTIONS, 1)])
 def test_too_many_or_too_few_are_refused(num_train: int, num_held_out: int, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=rf"sums: .*got {num_train} and {num_held_out}, expected at least one .* at most {MAX_QUESTIONS}"):
+    with pytest.raises(
+        DataError,
+        match=(
+            rf"sums: .*got {num_train} and {num_held_out}, expected at least one .* at most "
+            rf"{MAX_QUESTIONS}"
+        ),
+    ):
         write_sums(tmp_path, num_train, num_held_out)

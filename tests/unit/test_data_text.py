@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from data.errors import DataError
 from data.text import clean_text, is_valid_text, read_text_file
 from zppo_mm.rewards.judge import load_judge_template
-from zppo_mm.teacher.compress import load_compression_template
+from zppo_mm.zone.compress import load_compression_template
 from zppo_mm.zone.prompts import load_templates
 
-ANY = st.text(st.characters(categories=None, exclude_categories=()) | st.sampled_from("\0\ud83d\ude00a"))
+ANY = st.text(
+    st.characters(categories=None, exclude_categories=()) | st.sampled_from("\0\ud83d\ude00a")
+)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,11 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path, content: bytes, problem
     file = tmp_path / "hint.txt"
     file.write_bytes(content)
     message = rf"hint\.txt is no UTF-8 text, got {problem}, expected UTF-8; save it as such"
-    for read in (load_judge_template, load_compression_template, lambda path: load_templates(str(Path(path).parent))):
+    for read in (
+        load_judge_template,
+        load_compression_template,
+        lambda path: load_templates(str(Path(path).parent)),
+    ):
         with pytest.raises(DataError, match=message):
             read(str(file))
 

@@ -21,10 +21,10 @@ import psutil
 import pytest
 from PIL import Image
 
-from data.decoder import FrameLimits, MediaDecoder
 from data.errors import MediaError
-from data.media import Frames, MediaLimits, MediaOpener
-from data.video_frames import choose_frames, seconds_per_frame
+from data.media.decoder import FrameLimits, MediaDecoder
+from data.media.opening import Frames, MediaLimits, MediaOpener
+from data.media.video_frames import choose_frames, seconds_per_frame
 from data.worker import WorkerLimits
 from tests.unit.shard_samples import png
 
@@ -33,11 +33,17 @@ TIMESTAMP_TOLERANCE_SECONDS = 0.001  # times are kept in milliseconds
 CLIPS = {"bigbuckbunny": 132, "bikes": 250, "carphone_pristine": 120}
 
 
-def encode(frames: list[np.ndarray], rate: int = 10, container: str = "mp4", codec: str = "libx264") -> bytes:
+def encode(
+    frames: list[np.ndarray], rate: int = 10, container: str = "mp4", codec: str = "libx264"
+) -> bytes:
     """Return frames `[height, width, 3]` as a video file."""
     file = io.BytesIO()
     with av.open(file, "w", format=container) as output:
-        stream = output.add_stream(codec, rate=rate, options={"crf": "1", "preset": "ultrafast"} if codec == "libx264" else {})
+        stream = output.add_stream(
+            codec,
+            rate=rate,
+            options={"crf": "1", "preset": "ultrafast"} if codec == "libx264" else {},
+        )
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         for frame in frames:
@@ -47,7 +53,9 @@ def encode(frames: list[np.ndarray], rate: int = 10, container: str = "mp4", cod
 
 
 def grey_frames(count: int, width: int = 64, height: int = 48) -> list[np.ndarray]:
-    """Return frames that tell their number by their brightness, 10 per frame, and have a dark upper half."""
+    """Return frames that tell their number by their brightness, 10 per frame, and have a dark upper
+    half.
+    """
     frames = [np.full((height, width, 3), 20 + 10 * index, np.uint8) for index in range(count)]
     for frame in frames:
         frame[: height // 2] = 5
@@ -81,11 +89,16 @@ def reason_of(opener: MediaOpener, content: bytes) -> str:
 
 
 def workers() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if any("media_worker" in part for part in child.cmdline())]
+    return [
+        child
+        for child in psutil.Process().children()
+        if any("media_worker" in part for part in child.cmdline())
+    ]
 
 
 def test_frames_are_sampled_at_the_rate_up_to_the_cap(opener: MediaOpener) -> None:
-    # 20 frames at 10 per second are 2 s; at 2 per second 4 parts of 5 frames, whose middles lie in frames 2, 7, 12, 17
+    # 20 frames at 10 per second are 2 s; at 2 per second 4 parts of 5 frames, whose middles lie in
+    # frames 2, 7, 12, 17
     frames = opener.open(GOOD, "video")
     assert frame_numbers(frames) == [2, 7, 12, 17]
     assert frames.timestamps == (0.2, 0.7, 1.2, 1.7)
@@ -104,9 +117,14 @@ def test_choice_of_frames_by_hand() -> None:
         return list(starts), [*starts[1:], end]
 
     assert choose_frames(*clip(0.0, end=0.04), 2.0, 64) == [0], "a clip of one frame"
-    assert choose_frames(*clip(0.0, 0.1, 0.2, end=0.3), 100.0, 64) == [0, 1, 2], "never more than there are"
-    assert choose_frames(*clip(5.0, 5.5, 6.0, 6.5, end=7.0), 2.0, 64) == [0, 1, 2, 3], "a clip may start late"
-    # the first frame stays for 3 s of 4: the middles 0.5, 1.5, 2.5 show it, once; 3.5 shows the frame of that time
+    assert choose_frames(*clip(0.0, 0.1, 0.2, end=0.3), 100.0, 64) == [0, 1, 2], (
+        "never more than there are"
+    )
+    assert choose_frames(*clip(5.0, 5.5, 6.0, 6.5, end=7.0), 2.0, 64) == [0, 1, 2, 3], (
+        "a clip may start late"
+    )
+    # the first frame stays for 3 s of 4: the middles 0.5, 1.5, 2.5 show it, once; 3.5 shows the
+    # frame of that time
     assert choose_frames(*clip(0.0, 3.0, 3.25, 3.5, 3.75, end=4.0), 1.0, 64) == [0, 3]
 
 
@@ -118,7 +136,14 @@ def test_the_sampling_rate_is_the_one_asked_for_or_sparser() -> None:
 
 
 @pytest.mark.parametrize(
-    ("container", "codec"), [("matroska", "libx264"), ("webm", "libvpx"), ("avi", "mpeg4"), ("gif", "gif"), ("mov", "libx264")]
+    ("container", "codec"),
+    [
+        ("matroska", "libx264"),
+        ("webm", "libvpx"),
+        ("avi", "mpeg4"),
+        ("gif", "gif"),
+        ("mov", "libx264"),
+    ],
 )
 def test_other_containers(opener: MediaOpener, container: str, codec: str) -> None:
     if codec == "gif":
@@ -156,7 +181,8 @@ def test_times_of_frames_that_come_at_no_even_rate(opener: MediaOpener, containe
             output.mux(stream.encode(frame))
         output.mux(stream.encode())
     frames = opener.open(file.getvalue(), "video")
-    # 4.2 s at 2 per second are 8 parts of 0.525 s; the first middle, 0.2625, shows frame 2, the others up to 3.9375 frame 7
+    # 4.2 s at 2 per second are 8 parts of 0.525 s; the first middle, 0.2625, shows frame 2, the
+    # others up to 3.9375 frame 7
     assert frame_numbers(frames) == [2, 7]
     assert frames.timestamps == (0.2, 0.7)
 
@@ -169,13 +195,17 @@ def test_sound_and_stills_are_no_video(opener: MediaOpener) -> None:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as output:
         stream = output.add_stream("aac", rate=8000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+        )
         frame.rate = 8000
         output.mux(stream.encode(frame))
         output.mux(stream.encode())
     with pytest.raises(MediaError, match="no video track"):
         opener.open(file.getvalue(), "video")
-    with pytest.raises(MediaError, match=r"format not supported, got an image \(PNG\), expected mp4"):
+    with pytest.raises(
+        MediaError, match=r"format not supported, got an image \(PNG\), expected mp4"
+    ):
         opener.open(png(), "video")
 
 
@@ -202,7 +232,9 @@ def test_real_clips_equal_another_decoder(opener: MediaOpener, name: str) -> Non
                 continue
             chosen.append(index)
             reference = frame.to_ndarray(format="rgb24").astype(int)
-            assert np.abs(frames.pixels[place] - reference).max() <= 1  # rounding of the colour conversion
+            assert (
+                np.abs(frames.pixels[place] - reference).max() <= 1
+            )  # rounding of the colour conversion
     assert index + 1 == CLIPS[name]
     assert len(chosen) == len(frames.pixels)
     middles = (np.arange(len(chosen)) + 0.5) * CLIPS[name] / len(chosen)
@@ -247,7 +279,9 @@ def test_a_clip_whose_frames_take_too_much_memory_is_refused() -> None:
     decoder = MediaDecoder(1, WORKER_LIMITS)
     needed = 4 * 64 * 48 * 3
     assert len(decoder.decode("video", GOOD, replace(LIMITS, max_clip_bytes=needed)).pixels) == 4
-    with pytest.raises(MediaError, match=f"4 frames take {needed} bytes, expected at most {needed - 1}") as caught:
+    with pytest.raises(
+        MediaError, match=f"4 frames take {needed} bytes, expected at most {needed - 1}"
+    ) as caught:
         decoder.decode("video", GOOD, replace(LIMITS, max_clip_bytes=needed - 1))
     assert caught.value.reason == "oversized"
     decoder.close()
@@ -285,7 +319,9 @@ def test_playlists_open_neither_files_nor_addresses(tmp_path: Path, opener: Medi
         server.settimeout(0.2)
         port = server.getsockname()[1]
         for target in (str(clip), f"file://{clip}", f"http://127.0.0.1:{port}/x.ts"):
-            playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{target}\n#EXT-X-ENDLIST\n".encode()
+            playlist = (
+                f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{target}\n#EXT-X-ENDLIST\n".encode()
+            )
             assert reason_of(opener, playlist) == "unsupported_container"
         with pytest.raises(TimeoutError):
             server.accept()
@@ -293,21 +329,13 @@ def test_playlists_open_neither_files_nor_addresses(tmp_path: Path, opener: Medi
 
 def test_a_worker_can_open_no_file_and_no_socket(tmp_path: Path) -> None:
     program = (
-        "import os, socket\n"
-        "from data.worker_process import lock_down\n"
-        "os.closerange(3, 4096)\n"
-        "lock_down(8 << 30)\n"
-        "refused = 0\n"
-        "for action in (lambda: os.open('/dev/null', os.O_RDONLY), lambda: socket.socket(), os.pipe):\n"
-        "    try:\n"
-        "        action()\n"
-        "    except OSError:\n"
-        "        refused += 1\n"
-        "try:\n"
-        "    bytearray(9 << 30)\n"
-        "except MemoryError:\n"
-        "    refused += 1\n"
-        "os.write(1, str(refused).encode())\n"
+        "import os, socket\nfrom data.worker_process import lock_down\nos.closerange(3, 4096)\n"
+        "lock_down(8 << 30)\nrefused = 0\nfor action in (lambda: os.open('/dev/null', "
+        "os.O_RDONLY), lambda: socket.socket(), os.pipe):\n    try:\n        action()\n    except "
+        "OSError:\n        refused += 1\ntry:\n    bytearray(9 << 30)\nexcept MemoryError:\n    "
+        "refused += 1\nos.write(1, str(refused).encode())\n"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, check=True, timeout=120
+    )
     assert result.stdout == b"4", result.stderr

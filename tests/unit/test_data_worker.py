@@ -15,9 +15,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from data.decoder import WORKER_MODULE, FrameLimits, MediaDecoder
 from data.errors import MediaError
-from data.media import MediaLimits, MediaOpener
+from data.media.decoder import WORKER_MODULE, FrameLimits, MediaDecoder
+from data.media.opening import MediaLimits, MediaOpener
 from data.worker import KillableWorker, WorkerDied, WorkerLimits, WorkerNotStarted
 from tests.unit.shard_samples import png
 
@@ -25,7 +25,7 @@ LIMITS = WorkerLimits(memory_bytes=8 << 30, timeout_seconds=60)
 PATIENCE_SECONDS = 60.0  # for what takes milliseconds on a quiet machine
 SLOW_OWNER = """
 import sys, threading
-from data.media import MediaLimits, MediaOpener
+from data.media.opening import MediaLimits, MediaOpener
 from tests.unit.test_data_worker import slow_jpeg
 from tests.unit.shard_samples import png
 opener = MediaOpener(MediaLimits(decode_timeout_seconds=600))
@@ -36,7 +36,9 @@ opener.open(slow_jpeg(20_000), "image")
 
 
 def slow_jpeg(num_scans: int) -> bytes:
-    """Return a progressive picture whose last scan, which changes nothing, comes again and again: few bytes, much work."""
+    """Return a progressive picture whose last scan, which changes nothing, comes again and again:
+    few bytes, much work.
+    """
     file = io.BytesIO()
     Image.new("L", (6000, 6000)).save(file, "JPEG", progressive=True)
     content = file.getvalue()
@@ -73,7 +75,10 @@ def nothing(header: object) -> memoryview:
 
 def test_an_image_that_takes_too_long_is_given_up_and_the_next_one_opens() -> None:
     opener = MediaOpener(MediaLimits(decode_timeout_seconds=1.0))
-    with pytest.raises(MediaError, match=r"image: not decoded within 1 s; shrink it or raise data\.decode_timeout_seconds") as caught:
+    with pytest.raises(
+        MediaError,
+        match=r"image: not decoded within 1 s; shrink it or raise data\.decode_timeout_seconds",
+    ) as caught:
         opener.open(slow_jpeg(1000), "image")
     assert caught.value.reason == "timeout"
     opener.close()
@@ -83,7 +88,9 @@ def test_an_image_that_takes_too_long_is_given_up_and_the_next_one_opens() -> No
 
 
 def test_a_worker_ends_in_the_middle_of_its_work_when_its_owner_is_killed() -> None:
-    with subprocess.Popen([sys.executable, "-c", SLOW_OWNER], stdout=subprocess.PIPE, cwd=os.getcwd()) as owner:
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_OWNER], stdout=subprocess.PIPE, cwd=os.getcwd()
+    ) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == b"busy\n"
         (process,) = workers(owner.pid)
@@ -119,8 +126,13 @@ def test_cpu_time_of_one_request_is_bounded_by_the_kernel() -> None:
     result = subprocess.run([sys.executable, "-c", program], check=False, timeout=600)
     assert result.returncode == -signal.SIGXCPU
     # What was used before does not count: the limit is one of each request.
-    again = "import time\nfrom data.worker_process import limit_cpu\nfor _ in range(4):\n    limit_cpu(1)\n"
-    again += "    end = time.process_time() + 0.5\n    while time.process_time() < end:\n        pass\n"
+    again = (
+        "import time\nfrom data.worker_process import limit_cpu\nfor _ in range(4):\n    "
+        "limit_cpu(1)\n"
+    )
+    again += (
+        "    end = time.process_time() + 0.5\n    while time.process_time() < end:\n        pass\n"
+    )
     subprocess.run([sys.executable, "-c", again], check=True, timeout=600)
 
 
@@ -135,7 +147,12 @@ def test_answers_that_make_no_sense_end_the_worker(worker: KillableWorker) -> No
     assert not worker.is_fit()
     decoder = MediaDecoder(1, LIMITS)
     assert (
-        decoder.decode("image", png(), FrameLimits(max_pixels=48, frames_per_second=1, max_frames=1, max_clip_bytes=1)).pixels.size == 144
+        decoder.decode(
+            "image",
+            png(),
+            FrameLimits(max_pixels=48, frames_per_second=1, max_frames=1, max_clip_bytes=1),
+        ).pixels.size
+        == 144
     )
     decoder.close()
 
@@ -155,10 +172,12 @@ def test_a_worker_starts_where_the_machine_allows_less_memory_than_it_may_take()
     program = f"""
 import resource
 resource.setrlimit(resource.RLIMIT_AS, ({6 << 30}, {6 << 30}))
-from data.media import MediaLimits, MediaOpener
+from data.media.opening import MediaLimits, MediaOpener
 opener = MediaOpener(MediaLimits(worker_memory_bytes={8 << 30}))
 print(opener.open(bytes.fromhex({png().hex()!r}), "image").pixels.shape)
 opener.close()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     assert done.stdout == "(1, 6, 8, 3)\n", done.stderr

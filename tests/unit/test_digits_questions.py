@@ -1,4 +1,6 @@
-"""Digit questions: determinism, disjoint splits, answers and reasoning by independent arithmetic."""
+"""Digit questions: determinism, disjoint splits, answers and reasoning by independent
+arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,19 @@ import re
 import numpy as np
 import pytest
 
-from data.digits import CHOICE_SHARE, KINDS, LETTERS, LEVELS, MODALITIES, WORDS, DigitProblem, Split, draw_problem, sequence_split
-from data.digits_reasoning import flawed_solution, read_out, reasoning, solution
+from data.toy.digits import (
+    CHOICE_SHARE,
+    KINDS,
+    LETTERS,
+    LEVELS,
+    MODALITIES,
+    WORDS,
+    DigitProblem,
+    Split,
+    draw_problem,
+    sequence_split,
+)
+from data.toy.digits_reasoning import flawed_solution, read_out, reasoning, solution
 
 NUM_DRAWN = 2000
 CHOICE_TOLERANCE = 0.04
@@ -52,7 +65,9 @@ def test_digits_cover_kinds_levels_and_choices() -> None:
     problems = drawn("train")
     assert {problem.kind for problem in problems} == set(KINDS)
     assert {problem.level for problem in problems} == set(LEVELS)
-    assert np.mean([problem.answer_type == "choice" for problem in problems]) == pytest.approx(CHOICE_SHARE, abs=CHOICE_TOLERANCE)
+    assert np.mean([problem.answer_type == "choice" for problem in problems]) == pytest.approx(
+        CHOICE_SHARE, abs=CHOICE_TOLERANCE
+    )
 
 
 def test_digits_answers_are_right() -> None:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.digits import MODALITIES, Modality
-from data.digits_media import FRAME_PIXELS, FRAMES_PER_DIGIT, TILE_PIXELS, encode_mp4, load_bank
-from data.digits_shards import build_digit_shards
 from data.errors import DataError
-from data.media import MediaLimits, MediaOpener
+from data.media.opening import MediaLimits, MediaOpener
 from data.shards import ShardFolder
+from data.toy.digits import MODALITIES, Modality
+from data.toy.digits_media import FRAME_PIXELS, FRAMES_PER_DIGIT, TILE_PIXELS, encode_mp4, load_bank
+from data.toy.digits_shards import build_digit_shards
 
 CODEC_TOLERANCE = 3.0
 """Mean difference of grey values that H.264 at this quality leaves; measured below 1."""
@@ -31,7 +31,9 @@ def write(folder: Path, modality: Modality, seed: int = 0, count: int = 12) -> P
 def test_digits_shards_are_deterministic(tmp_path: Path, modality: Modality) -> None:
     first, second = (write(tmp_path / name, modality, 5) / "shard-000000.tar" for name in "ab")
     assert first.read_bytes() == second.read_bytes()
-    assert first.read_bytes() != (write(tmp_path / "c", modality, 6) / "shard-000000.tar").read_bytes()
+    assert (
+        first.read_bytes() != (write(tmp_path / "c", modality, 6) / "shard-000000.tar").read_bytes()
+    )
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
@@ -41,7 +43,9 @@ def test_digits_shards_read_back(tmp_path: Path, modality: Modality) -> None:
     questions = [folder.question(*key) for key in keys]
     assert len({question.id for question in questions}) == len(questions) == 12
     for question in questions:
-        assert [reference.kind for reference in question.media] == ([] if modality == "text" else [modality])
+        assert [reference.kind for reference in question.media] == (
+            [] if modality == "text" else [modality]
+        )
         assert question.source == f"digits-{modality}"
         assert len(question.choices) == (4 if question.answer_type == "choice" else 0)
 

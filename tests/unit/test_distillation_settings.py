@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.unit.tiny_folder import build_folder
-from zppo_mm.config_io import load_config
+from zppo_mm.config.load import load_config
 from zppo_mm.errors import ConfigError
 from zppo_mm.rollout.prompt import PromptEncoder
 
@@ -19,9 +19,18 @@ SERVED = ["teacher.endpoints=['http://127.0.0.1:9/v1']", "teacher.model=m"]
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["method=on_distill", *SERVED, "distill.top_k=20"], r"says nothing about another's text, .* have the teacher in this process"),
-        (["method=off_distill", *SERVED], r"distill.top_k: .* got 0 with teacher.endpoints, .*at most 20"),
-        (["method=off_distill", *SERVED, "distill.top_k=20", "rollout.temperature=0.7"], r"rollout.temperature: .* got 0.7"),
+        (
+            ["method=on_distill", *SERVED, "distill.top_k=20"],
+            r"says nothing about another's text, .* have the teacher in this process",
+        ),
+        (
+            ["method=off_distill", *SERVED],
+            r"distill.top_k: .* got 0 with teacher.endpoints, .*at most 20",
+        ),
+        (
+            ["method=off_distill", *SERVED, "distill.top_k=20", "rollout.temperature=0.7"],
+            r"rollout.temperature: .* got 0.7",
+        ),
         (
             ["method=on_distill", "parallel.pipeline_model_parallel_size=2"],
             r"pipeline_model_parallel_size: .* got 2, expected 1; use",
@@ -35,7 +44,9 @@ def test_what_a_teacher_cannot_tell_is_refused(options: list[str], message: str)
 
 
 def test_what_it_can_tell_is_not() -> None:
-    assert load_config(None, ["method=off_distill", *SERVED, "distill.top_k=20"]).distill.top_k == 20
+    assert (
+        load_config(None, ["method=off_distill", *SERVED, "distill.top_k=20"]).distill.top_k == 20
+    )
     served = [*SERVED, "distill.top_k=20", "parallel.pipeline_model_parallel_size=2"]
     assert load_config(None, ["method=off_distill_replay", *served]).distill.source == "teacher"
     assert load_config(None, ["method=on_distill"]).distill.top_k == 0
@@ -63,7 +74,9 @@ def test_the_first_difference_is_named(tmp_path: Path) -> None:
         build_folder(tmp_path / name, vision=name != "text")
     student = encoder(tmp_path / "student")
     pixels = encoder(tmp_path / "pixels", size={"shortest_edge": 128, "longest_edge": 8192})
-    with pytest.raises(ConfigError, match=r"distill.source: .* video_max_pixels of the processors is 4096 and 8192"):
+    with pytest.raises(
+        ConfigError, match=r"distill.source: .* video_max_pixels of the processors is 4096 and 8192"
+    ):
         student.check_same_inputs(pixels, "distill.source")
     with pytest.raises(ConfigError, match=r"image_token_id are \d+ and -1"):
         student.check_same_inputs(encoder(tmp_path / "text"), "distill.source")

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_frame_size
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    smart_resize as reference_frame_size,
+)
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
-from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as reference_video_size
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import (
+    smart_resize as reference_video_size,
+)
 
 from encoders.config import STEPS, ProcessorConfig, VideoLayout, read_processor_config
 from encoders.processor import process_image, process_video, video_size
@@ -29,7 +33,13 @@ CONFIG = ProcessorConfig(
     image_std=(0.26862954, 0.26130258, 0.27577711),
 )
 ONE_RUN = VideoLayout(timestamped=False, tokens_per_second=2.0, limits_per_frame=True)
-PER_FRAME = replace(CONFIG, patch_size=14, video_min_pixels=3136, video_max_pixels=20_000, video_limits_per_frame=True)
+PER_FRAME = replace(
+    CONFIG,
+    patch_size=14,
+    video_min_pixels=3136,
+    video_max_pixels=20_000,
+    video_limits_per_frame=True,
+)
 
 
 def random_pixels(*shape: int) -> np.ndarray:
@@ -56,7 +66,13 @@ def test_image_equals_transformers_bit_for_bit(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", [(64, 64), (17, 60), (300, 200), (48, 1000)])
 def test_video_size_equals_transformers(frames: int, size: tuple[int, int]) -> None:
     expected = reference_video_size(
-        num_frames=frames, height=size[0], width=size[1], factor=32, temporal_factor=2, min_pixels=8192, max_pixels=150_000
+        num_frames=frames,
+        height=size[0],
+        width=size[1],
+        factor=32,
+        temporal_factor=2,
+        min_pixels=8192,
+        max_pixels=150_000,
     )
     assert video_size(frames, *size, CONFIG) == expected
 
@@ -70,7 +86,9 @@ def test_video_patches_equal_transformers_on_frames_that_need_no_resizing() -> N
     normalised = (table - np.float32(CONFIG.image_mean)) / np.float32(CONFIG.image_std)
     batch = torch.from_numpy(normalised.transpose(0, 3, 1, 2))[None]
     # Only the cutting is taken from the oracle: its resizing needs torchvision.
-    expected, t, h, w = Qwen3VLVideoProcessor.patchify(None, batch, patch_size=16, merge_size=2, temporal_patch_size=2)
+    expected, t, h, w = Qwen3VLVideoProcessor.patchify(
+        None, batch, patch_size=16, merge_size=2, temporal_patch_size=2
+    )
     assert result.grid == (t, h, w) == (3, 4, 6)
     assert np.array_equal(result.patches, expected[0].numpy())
     assert result.timestamps == (0.25, 1.25, 2.0)
@@ -78,8 +96,11 @@ def test_video_patches_equal_transformers_on_frames_that_need_no_resizing() -> N
 
 @pytest.mark.parametrize("frames", [1, 2, 5])
 @pytest.mark.parametrize("size", [(64, 64), (17, 60), (300, 200), (9, 1000), (56, 84)])
-def test_frames_with_limits_of_their_own_are_sized_as_transformers_does(frames: int, size: tuple[int, int]) -> None:
-    # The video processor of transformers has the same function, which without torchvision cannot be imported from there.
+def test_frames_with_limits_of_their_own_are_sized_as_transformers_does(
+    frames: int, size: tuple[int, int]
+) -> None:
+    # The video processor of transformers has the same function, which without torchvision cannot be
+    # imported from there.
     expected = reference_frame_size(*size, factor=28, min_pixels=3136, max_pixels=20_000)
     assert video_size(frames, *size, PER_FRAME) == expected
 
@@ -89,7 +110,9 @@ def test_frames_with_limits_of_their_own_are_the_patches_of_images(size: tuple[i
     still, moved = random_pixels(*size), random_pixels(*size)[::-1].copy()
     result = process_video(np.stack([still, still, moved, moved]), [0.0, 0.5, 1.0, 1.5], PER_FRAME)
     oracle = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 3136, "longest_edge": 20_000}, image_mean=list(CONFIG.image_mean), image_std=list(CONFIG.image_std)
+        size={"shortest_edge": 3136, "longest_edge": 20_000},
+        image_mean=list(CONFIG.image_mean),
+        image_std=list(CONFIG.image_std),
     )([Image.fromarray(still), Image.fromarray(moved)], return_tensors="np")
     # An image is a temporal patch of the same frame twice.
     assert [[1, *result.grid[1:]]] * 2 == oracle["image_grid_thw"].tolist()
@@ -98,20 +121,33 @@ def test_frames_with_limits_of_their_own_are_the_patches_of_images(size: tuple[i
 
 def test_frames_may_share_a_number_of_pixels() -> None:
     shared = replace(PER_FRAME, video_shared_pixels=200_000)
-    # 20 frames have 10,000 pixels each: 84 x 112 is the largest of that shape in 28s; 10 frames have what one frame may have.
+    # 20 frames have 10,000 pixels each: 84 x 112 is the largest of that shape in 28s; 10 frames
+    # have what one frame may have.
     assert video_size(20, 300, 400, shared) == (84, 112)
-    assert video_size(10, 300, 400, shared) == video_size(1, 300, 400, shared) == video_size(1, 300, 400, PER_FRAME)
-    # 200 frames would have 1,000 each, but none gets less than 1.05 times the least: 12,600 pixels, which 112 x 112 are not above.
+    assert (
+        video_size(10, 300, 400, shared)
+        == video_size(1, 300, 400, shared)
+        == video_size(1, 300, 400, PER_FRAME)
+    )
+    # 200 frames would have 1,000 each, but none gets less than 1.05 times the least: 12,600 pixels,
+    # which 112 x 112 are not above.
     assert video_size(200, 280, 280, replace(shared, video_min_pixels=12_000)) == (112, 112)
 
 
 def test_seconds_per_patch_come_from_the_rate_or_the_timestamps() -> None:
     frames = random_pixels(5, 64, 64)
-    # A clip of 24 frames per second at 5: the timestamps fall on its frames, 0.2 s apart only on average.
+    # A clip of 24 frames per second at 5: the timestamps fall on its frames, 0.2 s apart only on
+    # average.
     timestamps = [0.083, 0.292, 0.5, 0.667, 0.875]
     assert process_video(frames, timestamps, CONFIG, 0.2).seconds_per_patch == 0.4
-    assert process_video(frames, timestamps, CONFIG).seconds_per_patch == pytest.approx(2 * (0.875 - 0.083) / 4, abs=1e-9)
-    assert process_video(frames[:1], [0.5], CONFIG).seconds_per_patch == process_image(frames[0], CONFIG).seconds_per_patch == 0.0
+    assert process_video(frames, timestamps, CONFIG).seconds_per_patch == pytest.approx(
+        2 * (0.875 - 0.083) / 4, abs=1e-9
+    )
+    assert (
+        process_video(frames[:1], [0.5], CONFIG).seconds_per_patch
+        == process_image(frames[0], CONFIG).seconds_per_patch
+        == 0.0
+    )
 
 
 def test_one_frame_is_one_temporal_patch() -> None:
@@ -123,11 +159,23 @@ def test_one_frame_is_one_temporal_patch() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: process_image(np.zeros((4, 4), np.uint8), CONFIG), r"process_image: wrong pixels, got uint8 \(4, 4\)"),
-        (lambda: process_image(np.zeros((4, 4, 3), np.float32), CONFIG), "wrong pixels, got float32"),
+        (
+            lambda: process_image(np.zeros((4, 4), np.uint8), CONFIG),
+            r"process_image: wrong pixels, got uint8 \(4, 4\)",
+        ),
+        (
+            lambda: process_image(np.zeros((4, 4, 3), np.float32), CONFIG),
+            "wrong pixels, got float32",
+        ),
         (lambda: process_image(random_pixels(1, 201), CONFIG), "sides differ too much, got 1x201"),
-        (lambda: process_video(random_pixels(2, 8, 8), [0.0], CONFIG), "timestamps do not fit, got 1, expected 2"),
-        (lambda: process_video(np.zeros((0, 8, 8, 3), np.uint8), [], CONFIG), "process_video: wrong pixels"),
+        (
+            lambda: process_video(random_pixels(2, 8, 8), [0.0], CONFIG),
+            "timestamps do not fit, got 1, expected 2",
+        ),
+        (
+            lambda: process_video(np.zeros((0, 8, 8, 3), np.uint8), [], CONFIG),
+            "process_video: wrong pixels",
+        ),
     ],
 )
 def test_refusals_say_what_is_wrong(call, message: str) -> None:
@@ -136,7 +184,13 @@ def test_refusals_say_what_is_wrong(call, message: str) -> None:
 
 
 def write_configs(folder: Path, **video_changes: object) -> None:
-    shared = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    shared = {
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
     image = shared | {"size": {"shortest_edge": 65536, "longest_edge": 16777216}}
     video = shared | {"size": {"shortest_edge": 4096, "longest_edge": 25165824}} | video_changes
     (folder / "preprocessor_config.json").write_text(json.dumps(image))
@@ -157,7 +211,10 @@ def test_reads_the_joint_file(tmp_path: Path) -> None:
     write_configs(tmp_path)
     expected = read_processor_config(tmp_path)
     joint = {}
-    for key, name in (("image_processor", "preprocessor_config.json"), ("video_processor", "video_preprocessor_config.json")):
+    for key, name in (
+        ("image_processor", "preprocessor_config.json"),
+        ("video_processor", "video_preprocessor_config.json"),
+    ):
         joint[key] = json.loads((tmp_path / name).read_text())
         (tmp_path / name).unlink()
     (tmp_path / "processor_config.json").write_text(json.dumps(joint))
@@ -178,19 +235,40 @@ def test_reads_a_folder_of_before_videos_had_a_file(tmp_path: Path) -> None:
     }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(published))
     config = read_processor_config(tmp_path, ONE_RUN)
-    assert (config.merged_patch_pixels, config.image_mean, config.image_std) == (28, CONFIG.image_mean, CONFIG.image_std)
-    assert (config.video_min_pixels, config.video_max_pixels) == (3136, 12845056) == (config.image_min_pixels, config.image_max_pixels)
+    assert (config.merged_patch_pixels, config.image_mean, config.image_std) == (
+        28,
+        CONFIG.image_mean,
+        CONFIG.image_std,
+    )
+    assert (
+        (config.video_min_pixels, config.video_max_pixels)
+        == (3136, 12845056)
+        == (config.image_min_pixels, config.image_max_pixels)
+    )
     assert (config.video_limits_per_frame, config.video_shared_pixels) == (True, None)
-    # transformers reads the same, by a method that all its video processors share; this family's own needs torchvision.
+    # transformers reads the same, by a method that all its video processors share; this family's
+    # own needs torchvision.
     assert Qwen3VLVideoProcessor.get_video_processor_dict(tmp_path)[0] == published
-    with pytest.raises(ValueError, match=r"got neither video_preprocessor_config\.json nor video_processor in processor_config\.json"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"got neither video_preprocessor_config\.json nor video_processor in "
+            r"processor_config\.json"
+        ),
+    ):
         read_processor_config(tmp_path)
     own = published | {"max_pixels": 50_000, "cap_pixels_per_frame": True, "max_video_tokens": 1000}
     (tmp_path / "processor_config.json").write_text(json.dumps({"video_processor": own}))
     config = read_processor_config(tmp_path, ONE_RUN)
     # 900 of 1,000 tokens of 28 x 28 pixels and two frames
-    assert (config.image_max_pixels, config.video_max_pixels, config.video_shared_pixels) == (12845056, 50_000, 900 * 784 * 2)
-    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(own | {"max_video_tokens": 0}))
+    assert (config.image_max_pixels, config.video_max_pixels, config.video_shared_pixels) == (
+        12845056,
+        50_000,
+        900 * 784 * 2,
+    )
+    (tmp_path / "video_preprocessor_config.json").write_text(
+        json.dumps(own | {"max_video_tokens": 0})
+    )
     with pytest.raises(ValueError, match="wrong max_video_tokens, got 0"):
         read_processor_config(tmp_path, ONE_RUN)
 
@@ -204,7 +282,10 @@ def test_reads_a_folder_of_before_videos_had_a_file(tmp_path: Path) -> None:
         ({"image_std": [0.5]}, "wrong image_std"),
         ({"size": {"height": 3}}, "no usable pixel limits, got min None and max None"),
         ({"size": 3}, "wrong size, got 3"),
-        ({"size": {"shortest_edge": True, "longest_edge": 5}}, "no usable pixel limits, got min True and max 5"),
+        (
+            {"size": {"shortest_edge": True, "longest_edge": 5}},
+            "no usable pixel limits, got min True and max 5",
+        ),
         ({"do_resize": False}, "do_resize is not supported, got False, expected True"),
         ({"do_rescale": False}, "do_rescale is not supported, got False"),
         ({"do_normalize": False}, "do_normalize is not supported, got False"),
@@ -226,7 +307,13 @@ def test_folder_errors(tmp_path: Path, changes: dict[str, object], message: str)
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("patch_size", 14), ("temporal_patch_size", 1), ("spatial_merge_size", 4), ("patch_size", [16, 16])]
+    ("key", "value"),
+    [
+        ("patch_size", 14),
+        ("temporal_patch_size", 1),
+        ("spatial_merge_size", 4),
+        ("patch_size", [16, 16]),
+    ],
 )
 def test_patches_must_be_those_of_the_tower(tmp_path: Path, key: str, value: object) -> None:
     write_configs(tmp_path)
@@ -235,22 +322,42 @@ def test_patches_must_be_those_of_the_tower(tmp_path: Path, key: str, value: obj
     read_processor_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"vision_config": {**tower, key: value}}))
     with pytest.raises(
-        ValueError, match=rf"preprocessor_config\.json: .* is not that of the tower, got \d+, expected .* vision_config\.{key}"
+        ValueError,
+        match=(
+            rf"preprocessor_config\.json: .* is not that of the tower, got \d+, expected .* "
+            rf"vision_config\.{key}"
+        ),
     ):
         read_processor_config(tmp_path)
 
 
 def test_what_is_refused_is_what_transformers_has_settings_for() -> None:
     # A step of a newer transformers would be left out here in silence.
-    steps = {name for name in vars(Qwen2VLImageProcessorPil) if name.startswith("do_")} | {"resample"}
+    steps = {name for name in vars(Qwen2VLImageProcessorPil) if name.startswith("do_")} | {
+        "resample"
+    }
     assert steps == set(STEPS)
-    read = {"size", "default_to_square", "image_mean", "image_std", "patch_size", "temporal_patch_size", "merge_size"}
-    settings = {name for name, value in vars(Qwen2VLImageProcessorPil).items() if not callable(value) and not name.startswith("_")}
+    read = {
+        "size",
+        "default_to_square",
+        "image_mean",
+        "image_std",
+        "patch_size",
+        "temporal_patch_size",
+        "merge_size",
+    }
+    settings = {
+        name
+        for name, value in vars(Qwen2VLImageProcessorPil).items()
+        if not callable(value) and not name.startswith("_")
+    }
     assert settings - steps - read <= {"valid_kwargs", "model_input_names"}
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no processor settings, got neither preprocessor_config\.json"):
+    with pytest.raises(
+        ValueError, match=r"no processor settings, got neither preprocessor_config\.json"
+    ):
         read_processor_config(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(ValueError, match="not readable as JSON"):

@@ -41,9 +41,16 @@ def oracle() -> Qwen3_5ForConditionalGeneration:
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 32,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e7,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": [2, 1, 1],
+        },
     }
-    config = Qwen3_5Config(text_config=text, vision_config=VISION, image_token_id=IMAGE, video_token_id=VIDEO)
+    config = Qwen3_5Config(
+        text_config=text, vision_config=VISION, image_token_id=IMAGE, video_token_id=VIDEO
+    )
     torch.manual_seed(0)
     return Qwen3_5ForConditionalGeneration(config)
 
@@ -61,8 +68,14 @@ CASES = {
     "image": ([1, 2, *image(4, 6), 3], [(1, 4, 6)]),
     "tall image": ([*image(8, 2), 3, 4], [(1, 8, 2)]),
     "video": ([1, *video(3, 4, 4), 5], [(3, 4, 4)]),
-    "mixed": ([*image(4, 4), 1, *video(2, 2, 6), 3, *image(2, 2), 5], [(1, 4, 4), (2, 2, 6), (1, 2, 2)]),
-    "adjacent": ([*image(4, 4), *image(2, 4), *video(2, 4, 4), *video(1, 2, 2), 9], [(1, 4, 4), (1, 2, 4), (2, 4, 4), (1, 2, 2)]),
+    "mixed": (
+        [*image(4, 4), 1, *video(2, 2, 6), 3, *image(2, 2), 5],
+        [(1, 4, 4), (2, 2, 6), (1, 2, 2)],
+    ),
+    "adjacent": (
+        [*image(4, 4), *image(2, 4), *video(2, 4, 4), *video(1, 2, 2), 9],
+        [(1, 4, 4), (1, 2, 4), (2, 4, 4), (1, 2, 2)],
+    ),
 }
 
 
@@ -86,7 +99,11 @@ def test_positions_equal_transformers(oracle: Qwen3_5ForConditionalGeneration, n
 
 
 def grid_kinds(ids: list[int], grids: list[tuple[int, int, int]]) -> list[int]:
-    runs = [token for last, token in zip([0, *ids], ids, strict=False) if token in (IMAGE, VIDEO) and token != last]
+    runs = [
+        token
+        for last, token in zip([0, *ids], ids, strict=False)
+        if token in (IMAGE, VIDEO) and token != last
+    ]
     kinds = []
     for grid in grids:
         kinds.append(1 if runs[0] == IMAGE else 2)
@@ -95,9 +112,16 @@ def grid_kinds(ids: list[int], grids: list[tuple[int, int, int]]) -> list[int]:
 
 
 def test_position_numbers_by_hand() -> None:
-    # one text token at 0; an image of 2 x 3 merged patches from 1 on; the next text token at 1 + max(2, 3) = 4
-    positions, next_position = mrope_positions(np.array([5, *[IMAGE] * 6, 5]), [(1, 4, 6)], IMAGE, VIDEO, 2)
-    assert positions.tolist() == [[0, 1, 1, 1, 1, 1, 1, 4], [0, 1, 1, 1, 2, 2, 2, 4], [0, 1, 2, 3, 1, 2, 3, 4]]
+    # one text token at 0; an image of 2 x 3 merged patches from 1 on; the next text token at 1 +
+    # max(2, 3) = 4
+    positions, next_position = mrope_positions(
+        np.array([5, *[IMAGE] * 6, 5]), [(1, 4, 6)], IMAGE, VIDEO, 2
+    )
+    assert positions.tolist() == [
+        [0, 1, 1, 1, 1, 1, 1, 4],
+        [0, 1, 1, 1, 2, 2, 2, 4],
+        [0, 1, 2, 3, 1, 2, 3, 4],
+    ]
     assert next_position == 5
     assert mrope_positions(np.array([], dtype=np.int64), [], IMAGE, VIDEO, 2)[1] == 0
 
@@ -108,7 +132,11 @@ def test_position_numbers_by_hand() -> None:
         (image(4, 4), [], "image placeholders at token 1 have no grid, got 0 grids"),
         ([1, 2], [(1, 4, 4)], "1 grids are left over"),
         (video(1, 4, 4), [(2, 4, 4)], "1 grids are left over"),
-        (image(4, 4), [(1, 4, 6)], "run of image placeholders at token 1 does not fit its grid, got 4 tokens, expected 6"),
+        (
+            image(4, 4),
+            [(1, 4, 6)],
+            "run of image placeholders at token 1 does not fit its grid, got 4 tokens, expected 6",
+        ),
         ([*video(1, 4, 4), *image(4, 4)], [(2, 4, 4), (1, 4, 4)], "inside a video, got 1 of its 2"),
     ],
 )
@@ -139,7 +167,9 @@ def test_fuse_refuses_what_does_not_fit() -> None:
         fuse(torch.zeros(3, 4), ids, torch.zeros(2, 5), IMAGE, VIDEO)
 
 
-def test_tower_equals_transformers_and_stays_exact_in_bfloat16(oracle: Qwen3_5ForConditionalGeneration) -> None:
+def test_tower_equals_transformers_and_stays_exact_in_bfloat16(
+    oracle: Qwen3_5ForConditionalGeneration,
+) -> None:
     tower = VisionTower("qwen3_5", VISION)
     tower.model.load_state_dict(oracle.model.visual.state_dict())
     grids = torch.tensor([[1, 4, 6], [3, 2, 4]])
@@ -174,7 +204,8 @@ def test_windows_stay_within_their_frame_and_medium() -> None:
     difference = (tower(changed, grids[1:2]) - alone[1]).abs().amax((1, 2))
     assert (difference[:6] > 1e-4).all()
     assert not difference[6:].any()
-    # Without the block of whole frames a feature is seen from its window only: of 3 x 2 features the first two rows.
+    # Without the block of whole frames a feature is seen from its window only: of 3 x 2 features
+    # the first two rows.
     tower.model.fullatt_block_indexes = []
     seen = (tower(changed, grids[1:2]) - tower(parts[1], grids[1:2])).abs().amax((1, 2)) > 0
     assert seen[:6].tolist() == [True] * 4 + [False] * 2

@@ -17,14 +17,33 @@ from zppo_mm.evaluation.summary import summarise, table
 SETTINGS = {"model": "m", "sampling": {"temperature": 0.6}, "data": [{"path": "a"}]}
 
 
-def answered(index: int, rewards: list[float | None], skipped: str = "", **fields: str) -> AnsweredQuestion:
-    """Return a question; a response of reward 0 meets the length limit without an answer, and response i has i + 1 tokens."""
+def answered(
+    index: int, rewards: list[float | None], skipped: str = "", **fields: str
+) -> AnsweredQuestion:
+    """Return a question; a response of reward 0 meets the length limit without an answer, and
+    response i has i + 1 tokens.
+    """
     responses = tuple(
-        Response(f"t{place}", None if reward == 0 else "1", reward, "length" if reward == 0 else "stop", place + 1)
+        Response(
+            f"t{place}",
+            None if reward == 0 else "1",
+            reward,
+            "length" if reward == 0 else "stop",
+            place + 1,
+        )
         for place, reward in enumerate(rewards)
     )
     known = {"source": "s", "modality": "text", "answer_type": "math"} | fields
-    return AnsweredQuestion(index=index, id=f"q{index}", prompt="p", media=[], answer="1", responses=responses, skipped=skipped, **known)
+    return AnsweredQuestion(
+        index=index,
+        id=f"q{index}",
+        prompt="p",
+        media=[],
+        answer="1",
+        responses=responses,
+        skipped=skipped,
+        **known,
+    )
 
 
 def test_answers_come_back_in_order_from_chunks_and_from_the_end(tmp_path: Path) -> None:
@@ -36,7 +55,11 @@ def test_answers_come_back_in_order_from_chunks_and_from_the_end(tmp_path: Path)
     assert AnswerFolder(tmp_path / "out").open(SETTINGS) == [0, 1, 2, 3, 4]
     assert folder.read() == answers
     folder.finish(answers, {"n": 1})
-    assert sorted(path.name for path in folder.folder.iterdir()) == ["answers.jsonl", "results.json", "settings.json"]
+    assert sorted(path.name for path in folder.folder.iterdir()) == [
+        "answers.jsonl",
+        "results.json",
+        "settings.json",
+    ]
     assert folder.read() == answers
     assert folder.open(SETTINGS) == [0, 1, 2, 3, 4]
 
@@ -44,7 +67,12 @@ def test_answers_come_back_in_order_from_chunks_and_from_the_end(tmp_path: Path)
 def test_what_no_judge_graded_is_asked_again_and_its_new_answers_win(tmp_path: Path) -> None:
     folder = AnswerFolder(tmp_path)
     folder.open(SETTINGS)
-    answers = [answered(0, [1.0]), answered(1, [1.0, None]), answered(2, [], "ungraded"), answered(3, [], "truncated")]
+    answers = [
+        answered(0, [1.0]),
+        answered(1, [1.0, None]),
+        answered(2, [], "ungraded"),
+        answered(3, [], "truncated"),
+    ]
     folder.add(answers)
     folder.finish(folder.read(), {})
     assert folder.open(SETTINGS) == [0, 3]
@@ -60,20 +88,36 @@ def test_a_chunk_of_a_second_start_takes_no_answers_of_the_first_away(tmp_path: 
     folder.add([answered(2, [None]), answered(3, [0.0]), answered(4, [None])])
     again = AnswerFolder(tmp_path)
     assert again.open(SETTINGS) == [0, 3]
-    # The first new chunk begins before an old one that has question 2 ungraded, the second one with an old one's first question.
+    # The first new chunk begins before an old one that has question 2 ungraded, the second one with
+    # an old one's first question.
     again.add([answered(1, [1.0]), answered(4, [0.0])])
     again.add([answered(2, [1.0]), answered(5, [1.0])])
-    assert [each.graded[0].reward for each in again.read_complete(6)] == [1.0, 1.0, 1.0, 0.0, 0.0, 1.0]
+    assert [each.graded[0].reward for each in again.read_complete(6)] == [
+        1.0,
+        1.0,
+        1.0,
+        0.0,
+        0.0,
+        1.0,
+    ]
     again.finish(again.read(), {})
     assert AnswerFolder(tmp_path).open(SETTINGS) == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(("num_questions", "first"), [(1, 2), (2, 1), (4, 1)])
-def test_an_evaluation_with_a_missing_or_a_foreign_answer_does_not_end(tmp_path: Path, num_questions: int, first: int) -> None:
+def test_an_evaluation_with_a_missing_or_a_foreign_answer_does_not_end(
+    tmp_path: Path, num_questions: int, first: int
+) -> None:
     folder = AnswerFolder(tmp_path)
     folder.open(SETTINGS)
     folder.add([answered(0, [1.0]), answered(2, [1.0])])
-    with pytest.raises(ConfigError, match=rf"got 2 answers, expected one to each of {num_questions} questions; .* index {first}; start"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            rf"got 2 answers, expected one to each of {num_questions} questions; .* index {first}; "
+            rf"start"
+        ),
+    ):
         folder.read_complete(num_questions)
 
 
@@ -87,8 +131,16 @@ def test_a_file_that_was_not_finished_is_not_read(tmp_path: Path) -> None:
     assert not (tmp_path / "answers").exists()
 
 
-def test_a_changed_chat_template_or_tokenizer_is_another_model_and_a_copy_is_not(tmp_path: Path) -> None:
-    names = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json")
+def test_a_changed_chat_template_or_tokenizer_is_another_model_and_a_copy_is_not(
+    tmp_path: Path,
+) -> None:
+    names = (
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+    )
     for name in (*names, "README.md"):
         (tmp_path / name).write_text("old", encoding="utf-8")
     before = text_files_digest(tmp_path)
@@ -104,7 +156,13 @@ def test_a_changed_chat_template_or_tokenizer_is_another_model_and_a_copy_is_not
 def test_other_settings_are_named(tmp_path: Path) -> None:
     AnswerFolder(tmp_path).open(SETTINGS)
     other = {**SETTINGS, "sampling": {"temperature": 1.0}, "data": [{"path": "a"}, {"path": "b"}]}
-    with pytest.raises(ConfigError, match=r"data\.1\.path was None, is 'b'; sampling\.temperature was 0\.6, is 1\.0; go on with the old"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"data\.1\.path was None, is 'b'; sampling\.temperature was 0\.6, is 1\.0; go on with "
+            r"the old"
+        ),
+    ):
         AnswerFolder(tmp_path).open(other)
 
 
@@ -114,7 +172,9 @@ def test_answers_of_unknown_settings_and_damaged_ones_are_refused(tmp_path: Path
         AnswerFolder(tmp_path).open(SETTINGS)
     AnswerFolder(tmp_path / "b").open(SETTINGS)
     (tmp_path / "b" / "answers.jsonl").write_text('{"index": 0}\n')
-    with pytest.raises(ConfigError, match=r"answers\.jsonl: a line is not readable .* remove the file"):
+    with pytest.raises(
+        ConfigError, match=r"answers\.jsonl: a line is not readable .* remove the file"
+    ):
         AnswerFolder(tmp_path / "b").open(SETTINGS)
 
 
@@ -123,7 +183,10 @@ def test_answers_of_unknown_settings_and_damaged_ones_are_refused(tmp_path: Path
     [
         (("caf", "caf\xe9"), "a line is not readable"),
         (("caf", "\\ud83d"), "a line is not readable .*invalid text"),
-        (('"index": 0', '"index": "0"'), r"a line has no place, got index '0', expected a whole number; remove the file"),
+        (
+            ('"index": 0', '"index": "0"'),
+            r"a line has no place, got index '0', expected a whole number; remove the file",
+        ),
         (('"index": 0', '"index": 0, "index": 1'), "key 'index' is there twice"),
     ],
 )
@@ -146,27 +209,60 @@ def test_numbers_by_hand() -> None:
     ]
     summary = summarise(answers, {"bad_json": 2, "oversized": 1}, seed=0)
     overall = summary.overall
-    # pass@1 = (2/4 + 0 + 2/2) / 3; pass@2 = (1 - C(2,2)/C(4,2) + 0 + 1) / 3 = (5/6 + 1) / 3; pass@4 has the first two: (1 + 0) / 2.
+    # pass@1 = (2/4 + 0 + 2/2) / 3; pass@2 = (1 - C(2,2)/C(4,2) + 0 + 1) / 3 = (5/6 + 1) / 3; pass@4
+    # has the first two: (1 + 0) / 2.
     assert {k: (each.value, each.num_questions) for k, each in overall.pass_at.items()} == {
         1: (pytest.approx(0.5), 3),
         2: (pytest.approx(11 / 18), 3),
         4: (0.5, 2),
     }
-    # 10 graded responses: 2 + 4 of the first two met the limit without an answer. Tokens 1+2+3+4, twice, and 1+2.
-    assert (overall.num_responses, overall.num_ungraded, overall.truncated, overall.unparsed) == (10, 2, 0.6, 0.6)
+    # 10 graded responses: 2 + 4 of the first two met the limit without an answer. Tokens 1+2+3+4,
+    # twice, and 1+2.
+    assert (overall.num_responses, overall.num_ungraded, overall.truncated, overall.unparsed) == (
+        10,
+        2,
+        0.6,
+        0.6,
+    )
     assert overall.response_tokens == 2.3
-    assert (summary.num_questions, summary.num_skipped, summary.skipped_share) == (3, 4, pytest.approx(4 / 7))
+    assert (summary.num_questions, summary.num_skipped, summary.skipped_share) == (
+        3,
+        4,
+        pytest.approx(4 / 7),
+    )
     assert summary.skipped == {"bad_json": 2, "oversized": 2}
-    assert {name: part.num_questions for name, part in summary.by_source.items()} == {"a": 2, "b": 1}
-    assert {name: part.pass_at[1].value for name, part in summary.by_modality.items()} == {"image": 0.5, "video": 0.5}
-    assert {name: part.num_questions for name, part in summary.by_answer_type.items()} == {"math": 2, "open": 1}
+    assert {name: part.num_questions for name, part in summary.by_source.items()} == {
+        "a": 2,
+        "b": 1,
+    }
+    assert {name: part.pass_at[1].value for name, part in summary.by_modality.items()} == {
+        "image": 0.5,
+        "video": 0.5,
+    }
+    assert {name: part.num_questions for name, part in summary.by_answer_type.items()} == {
+        "math": 2,
+        "open": 1,
+    }
     assert list(summary.by_source["b"].pass_at) == [1, 2]
     json.dumps(asdict(summary), allow_nan=False)
 
 
 def test_the_table_has_a_line_for_every_part_and_what_is_missing() -> None:
-    lines = table(summarise([answered(0, [1.0, None]), answered(1, [], "empty")], {}, seed=0)).splitlines()
-    assert [line.split("  ")[0] for line in lines[1:5]] == ["all", "source s", "modality text", "answer type math"]
+    lines = table(
+        summarise([answered(0, [1.0, None]), answered(1, [], "empty")], {}, seed=0)
+    ).splitlines()
+    assert [line.split("  ")[0] for line in lines[1:5]] == [
+        "all",
+        "source s",
+        "modality text",
+        "answer type math",
+    ]
     assert "1.000 [1.000, 1.000]" in lines[1]
-    assert lines[5:] == ["skipped 1 (50.0%): empty 1", "responses that could not be graded, left out: 1"]
-    assert table(summarise([answered(0, [], "empty")], {}, seed=0)).splitlines()[-1] == "skipped 1 (100.0%): empty 1"
+    assert lines[5:] == [
+        "skipped 1 (50.0%): empty 1",
+        "responses that could not be graded, left out: 1",
+    ]
+    assert (
+        table(summarise([answered(0, [], "empty")], {}, seed=0)).splitlines()[-1]
+        == "skipped 1 (100.0%): empty 1"
+    )

@@ -9,7 +9,8 @@ import pytest
 
 from zppo_mm.evaluation.estimators import estimate, ks_up_to, pass_at_k
 
-# Percentiles of 2,000 resampled means of 400 questions lie within 6 % of a standard error's 1.96-fold, by their own sampling error.
+# Percentiles of 2,000 resampled means of 400 questions lie within 6 % of a standard error's
+# 1.96-fold, by their own sampling error.
 INTERVAL_TOLERANCE = 0.06
 
 
@@ -19,7 +20,9 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one(num_responses: int) ->
         rewards = [1] * num_correct + [0] * (num_responses - num_correct)
         for k in range(1, num_responses + 1):
             draws = [max(draw) for draw in combinations(rewards, k)]
-            assert pass_at_k(num_responses, num_correct, k) == pytest.approx(sum(draws) / len(draws), rel=1e-12)
+            assert pass_at_k(num_responses, num_correct, k) == pytest.approx(
+                sum(draws) / len(draws), rel=1e-12
+            )
 
 
 def test_numbers_by_hand() -> None:
@@ -32,7 +35,14 @@ def test_numbers_by_hand() -> None:
 
 
 def test_ks_are_powers_of_two_and_all_responses() -> None:
-    assert [ks_up_to(n) for n in (1, 2, 3, 4, 6, 8)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4], [1, 2, 4, 6], [1, 2, 4, 8]]
+    assert [ks_up_to(n) for n in (1, 2, 3, 4, 6, 8)] == [
+        [1],
+        [1, 2],
+        [1, 2, 3],
+        [1, 2, 4],
+        [1, 2, 4, 6],
+        [1, 2, 4, 8],
+    ]
 
 
 def test_the_interval_is_that_of_the_normal_approximation() -> None:
@@ -48,5 +58,7 @@ def test_the_interval_is_that_of_the_normal_approximation() -> None:
 def test_the_interval_follows_from_seed_and_name() -> None:
     values = [0.0, 1.0, 0.25, 0.5, 1.0]
     assert estimate(values, 3, "a") == estimate(values, 3, "a")
-    assert estimate(np.linspace(0, 1, 50).tolist(), 3, "a") != estimate(np.linspace(0, 1, 50).tolist(), 4, "a")
+    assert estimate(np.linspace(0, 1, 50).tolist(), 3, "a") != estimate(
+        np.linspace(0, 1, 50).tolist(), 4, "a"
+    )
     assert (estimate([1.0], 0, "one").low, estimate([1.0], 0, "one").high) == (1.0, 1.0)

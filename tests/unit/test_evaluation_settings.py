@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from zppo_mm.config_io import load_config, save_config
-from zppo_mm.embedded import STUDENT_DIR
+from zppo_mm.bundled import STUDENT_DIR
+from zppo_mm.config.load import load_config, save_config
 from zppo_mm.errors import ConfigError
 from zppo_mm.evaluation.settings import SAMPLING, EvaluationRequest, output_folder, read_config
 
@@ -34,7 +34,10 @@ def run(tmp_path: Path) -> Path:
     """Return the folder of a finished run with settings of its own."""
     folder = tmp_path / "123"
     folder.mkdir()
-    save_config(load_config(None, ["evaluation.num_questions=7", "evaluation.temperature=0.3", "seed=5"]), folder / "config.yaml")
+    save_config(
+        load_config(None, ["evaluation.num_questions=7", "evaluation.temperature=0.3", "seed=5"]),
+        folder / "config.yaml",
+    )
     (folder / "hf").mkdir()
     (folder / "hf" / "config.json").write_text("{}")
     return folder
@@ -48,17 +51,33 @@ def sampling_of(request: EvaluationRequest) -> dict[str, Any]:
 
 
 def test_words_behind_lists_go_where_they_belong(tool: ModuleType) -> None:
-    words = "m --data a b.json seed=1 --fields question=q media=m rollout.top_k=3 --sampling greedy --num-rollouts 4 parallel.x=2"
+    words = (
+        "m --data a b.json seed=1 --fields question=q media=m rollout.top_k=3 --sampling greedy "
+        "--num-rollouts 4 parallel.x=2"
+    )
     request = EvaluationRequest(**tool.parse(words.split()))
-    assert (request.model, request.data, request.fields) == (Path("m"), (Path("a"), Path("b.json")), {"question": "q", "media": "m"})
+    assert (request.model, request.data, request.fields) == (
+        Path("m"),
+        (Path("a"), Path("b.json")),
+        {"question": "q", "media": "m"},
+    )
     assert (request.sampling, request.num_rollouts) == ("greedy", 4)
     assert sorted(request.options) == ["parallel.x=2", "rollout.top_k=3", "seed=1"]
 
 
 def test_every_command_of_the_documents_is_accepted(tool: ModuleType) -> None:
     documents = [ROOT / "README.md", ROOT / "docs" / "evaluation.md"]
-    shown = [line for document in documents for line in document.read_text(encoding="utf-8").splitlines() if "tools/evaluate.py" in line]
-    commands = [shlex.split(line, comments=True) for line in shown if line.startswith(("python ", "torchrun "))]
+    shown = [
+        line
+        for document in documents
+        for line in document.read_text(encoding="utf-8").splitlines()
+        if "tools/evaluate.py" in line
+    ]
+    commands = [
+        shlex.split(line, comments=True)
+        for line in shown
+        if line.startswith(("python ", "torchrun "))
+    ]
     assert len(commands) >= 5
     for words in commands:
         known = tool.parse(words[words.index("tools/evaluate.py") + 1 :])
@@ -76,15 +95,30 @@ def test_a_folder_is_sampled_as_the_paper_does_unless_told_otherwise() -> None:
     assert sampling_of(EvaluationRequest(model=STUDENT_DIR, data=SHARDS)) == SAMPLING["paper"]
     greedy = EvaluationRequest(model=STUDENT_DIR, data=SHARDS, sampling="greedy")
     assert sampling_of(greedy) == SAMPLING["greedy"] | {"rollout.max_response_tokens": 12288}
-    own = EvaluationRequest(model=STUDENT_DIR, data=SHARDS, options=("evaluation.min_p=0.1", "rollout.max_response_tokens=9"))
-    assert sampling_of(own) == SAMPLING["paper"] | {"evaluation.min_p": 0.1, "rollout.max_response_tokens": 9}
+    own = EvaluationRequest(
+        model=STUDENT_DIR,
+        data=SHARDS,
+        options=("evaluation.min_p=0.1", "rollout.max_response_tokens=9"),
+    )
+    assert sampling_of(own) == SAMPLING["paper"] | {
+        "evaluation.min_p": 0.1,
+        "rollout.max_response_tokens": 9,
+    }
     config = read_config(EvaluationRequest(model=STUDENT_DIR, data=SHARDS, num_rollouts=3))
-    assert (config.evaluation.num_questions, config.evaluation.num_rollouts, config.data.max_bad_share) == (0, 3, 1.0)
+    assert (
+        config.evaluation.num_questions,
+        config.evaluation.num_rollouts,
+        config.data.max_bad_share,
+    ) == (0, 3, 1.0)
 
 
 def test_a_run_keeps_its_settings(run: Path) -> None:
     config = read_config(EvaluationRequest(model=run))
-    assert (config.evaluation.num_questions, config.evaluation.temperature, config.seed) == (7, 0.3, 5)
+    assert (config.evaluation.num_questions, config.evaluation.temperature, config.seed) == (
+        7,
+        0.3,
+        5,
+    )
     assert config.model.student == str(run / "hf")
     assert read_config(EvaluationRequest(model=run, data=SHARDS)).evaluation.num_questions == 0
     assert read_config(EvaluationRequest(model=run, sampling="paper")).evaluation.temperature == 0.6
@@ -92,16 +126,34 @@ def test_a_run_keeps_its_settings(run: Path) -> None:
 
 
 def test_errors_say_what_to_do(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nothing to evaluate, got no config\.json and no config\.yaml"):
+    with pytest.raises(
+        ConfigError, match=r"nothing to evaluate, got no config\.json and no config\.yaml"
+    ):
         read_config(EvaluationRequest(model=tmp_path / "gone", data=SHARDS))
     with pytest.raises(ConfigError, match=r"no questions, got a Hugging Face folder and no --data"):
         read_config(EvaluationRequest(model=STUDENT_DIR))
-    with pytest.raises(ConfigError, match=r"model\.student: another model than the one to evaluate, got 'other'"):
-        read_config(EvaluationRequest(model=STUDENT_DIR, data=SHARDS, options=("model.student=other",)))
-    with pytest.raises(ConfigError, match=r"unknown key, got evaluation\.topk.*did you mean evaluation\.top_k"):
-        read_config(EvaluationRequest(model=STUDENT_DIR, data=SHARDS, options=("evaluation.topk=3",)))
-    with pytest.raises(ConfigError, match=r"--fields, --media-root: nothing to read by them, got no file in --data"):
+    with pytest.raises(
+        ConfigError, match=r"model\.student: another model than the one to evaluate, got 'other'"
+    ):
+        read_config(
+            EvaluationRequest(model=STUDENT_DIR, data=SHARDS, options=("model.student=other",))
+        )
+    with pytest.raises(
+        ConfigError, match=r"unknown key, got evaluation\.topk.*did you mean evaluation\.top_k"
+    ):
+        read_config(
+            EvaluationRequest(model=STUDENT_DIR, data=SHARDS, options=("evaluation.topk=3",))
+        )
+    with pytest.raises(
+        ConfigError, match=r"--fields, --media-root: nothing to read by them, got no file in --data"
+    ):
         read_config(EvaluationRequest(model=STUDENT_DIR, data=SHARDS, fields={"question": "q"}))
     (run / "hf").rename(run / "elsewhere")
-    with pytest.raises(ConfigError, match=r"the run is not finished, got no hf/ and no checkpoint either.*convert_checkpoint\.py export"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"the run is not finished, got no hf/ and no checkpoint either.*convert_checkpoint\.py "
+            r"export"
+        ),
+    ):
         read_config(EvaluationRequest(model=run))

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from zppo_mm.config_help import describe_options
+from zppo_mm.config.help import describe_options
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "examples").rglob("*.md")),
+]
 GROUPS = (
     "data",
     "model",
@@ -38,7 +42,11 @@ def test_links_and_tools_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     links = [target for target in re.findall(r"\]\(([^)#]+)", text) if "://" not in target]
     missing = [target for target in links if not (path.parent / target).exists()]
-    missing += [tool for tool in re.findall(r"\b(?:tools|benchmarks)/\w+\.py\b", text) if not (ROOT / tool).exists()]
+    missing += [
+        tool
+        for tool in re.findall(r"\b(?:tools|benchmarks)/\w+\.py\b", text)
+        if not (ROOT / tool).exists()
+    ]
     assert missing == []
 
 
@@ -52,6 +60,7 @@ def test_make_targets_exist(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=names)
 def test_configuration_keys_exist(path: Path) -> None:
     keys = set(re.findall(r"^  (\S+)  ", describe_options(), re.MULTILINE))
-    # `data.shards` and the like are modules; a key is followed by a value, or names a field of its group.
+    # `data.shards` and the like are modules; a key is followed by a value, or names a field of its
+    # group.
     named = re.findall(rf"[`\s']((?:{'|'.join(GROUPS)})\.\w+)=", path.read_text(encoding="utf-8"))
     assert [key for key in named if key not in keys] == []

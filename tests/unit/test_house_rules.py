@@ -29,32 +29,52 @@ def functions(path: Path) -> Iterator[tuple[str, int]]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             documented = ast.get_docstring(node, clean=False) is not None
             docstring = node.body[0].end_lineno - node.body[0].lineno + 1 if documented else 0  # type: ignore[operator]
-            yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", node.end_lineno - node.lineno + 1 - docstring  # type: ignore[operator]
+            yield (
+                f"{path.relative_to(ROOT)}:{node.lineno} {node.name}",
+                node.end_lineno - node.lineno + 1 - docstring,
+            )  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("folder", [*PACKAGES, "tools", "tests", "benchmarks"])
 def test_no_file_is_longer_than_the_limit(folder: str) -> None:
     long = {
-        str(path.relative_to(ROOT)): lines for path in sources(folder) if (lines := len(path.read_text().splitlines())) > MAX_FILE_LINES
+        str(path.relative_to(ROOT)): lines
+        for path in sources(folder)
+        if (lines := len(path.read_text().splitlines())) > MAX_FILE_LINES
     }
     assert long == {}
 
 
 def test_no_function_is_longer_than_the_limit() -> None:
-    long = {name: lines for path in sources(*PACKAGES, "tools") for name, lines in functions(path) if lines > MAX_FUNCTION_LINES}
+    long = {
+        name: lines
+        for path in sources(*PACKAGES, "tools")
+        for name, lines in functions(path)
+        if lines > MAX_FUNCTION_LINES
+    }
     assert long == {}
 
 
 def test_nine_functions_in_ten_are_short() -> None:
     lengths = [lines for path in sources(*PACKAGES) for _, lines in functions(path)]
-    assert sum(length <= MAX_TYPICAL_FUNCTION_LINES for length in lengths) >= TYPICAL_SHARE * len(lengths)
+    assert sum(length <= MAX_TYPICAL_FUNCTION_LINES for length in lengths) >= TYPICAL_SHARE * len(
+        lengths
+    )
 
 
 def test_no_module_has_a_forbidden_name() -> None:
     paths = list(sources(*PACKAGES, "tools"))
     assert [str(path.relative_to(ROOT)) for path in paths if path.stem in FORBIDDEN_NAMES] == []
-    assert [str(path.relative_to(ROOT)) for path in paths if {"data", "encoders"} & set(path.relative_to(ROOT).parts[1:-1])] == []
-    assert [str(path.relative_to(ROOT)) for path in sources("zppo_mm", "tools") if path.stem in {"data", "encoders"}] == []
+    assert [
+        str(path.relative_to(ROOT))
+        for path in paths
+        if {"data", "encoders"} & set(path.relative_to(ROOT).parts[1:-1])
+    ] == []
+    assert [
+        str(path.relative_to(ROOT))
+        for path in sources("zppo_mm", "tools")
+        if path.stem in {"data", "encoders"}
+    ] == []
 
 
 def test_packages_do_not_print() -> None:
@@ -63,7 +83,9 @@ def test_packages_do_not_print() -> None:
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in sources(*PACKAGES)
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "print"
         if "file" not in {keyword.arg for keyword in node.keywords}
     ]
     assert prints == []

@@ -112,7 +112,8 @@ logging.basicConfig(format="%(message)s")
 interruption = Interruption()
 interruption.listen()
 interruption.limit(60, 0)
-child = subprocess.Popen([sys.executable, "-c", "import signal; print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), flush=True)"])
+child = subprocess.Popen([sys.executable, "-c",
+"import signal; print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), flush=True)"])
 child.wait()
 with interruption.protected():
     print("ready", flush=True)
@@ -127,12 +128,16 @@ def start_program() -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("RANK", None)
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_a_process_hears_real_signals_and_its_children_are_left_alone(number: signal.Signals) -> None:
+def test_a_process_hears_real_signals_and_its_children_are_left_alone(
+    number: signal.Signals,
+) -> None:
     process = start_program()
     assert process.stdout is not None
     inherited = process.stdout.readline()
@@ -144,5 +149,6 @@ def test_a_process_hears_real_signals_and_its_children_are_left_alone(number: si
     rest, _ = process.communicate(timeout=PROGRAM_SECONDS)
     assert process.returncode == EXIT_CODE
     assert rest.splitlines() == [
-        f"stopped at once; the same command continues from the newest complete checkpoint (second signal, {number.name})"
+        "stopped at once; the same command continues from the newest complete checkpoint (second "
+        f"signal, {number.name})"
     ]

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from zppo_mm.config_io import load_config
-from zppo_mm.learning_warnings import NUM_STEPS, LearningWatch, warn_of_few_questions
+from zppo_mm.config.load import load_config
+from zppo_mm.observability.learning_warnings import NUM_STEPS, LearningWatch, warn_of_few_questions
 
 CONFIG = load_config(None, ["rollout.max_response_tokens=64"])
 GOOD = {
@@ -24,7 +24,9 @@ GOOD = {
 }
 
 
-def said(changes: Mapping[str, float | None], watch: LearningWatch | None = None, steps: int = NUM_STEPS) -> list[str]:
+def said(
+    changes: Mapping[str, float | None], watch: LearningWatch | None = None, steps: int = NUM_STEPS
+) -> list[str]:
     """Return what is said over some equal steps; `None` takes a metric away."""
     watch = watch or LearningWatch(CONFIG)
     values = {name: value for name, value in {**GOOD, **changes}.items() if value is not None}
@@ -38,18 +40,41 @@ def test_a_run_that_learns_says_nothing() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"advantage/nontrivial_groups": 0.0, "accuracy/plain": 0.0}, "every response is wrong: take easier questions .data.train."),
-        ({"advantage/nontrivial_groups": 0.0, "accuracy/plain": 1.0}, "every response is right: take harder questions .data.train."),
-        ({"advantage/nontrivial_groups": 0.0, "accuracy/plain": 0.5}, "all alike: raise rollout.temperature"),
-        ({"advantage/nontrivial_groups": None, "accuracy/plain": 0.0}, "all rewards of each group are equal"),
-        ({"response/truncated": 0.8}, r"at least 80% in the last 3 steps.*rollout.max_response_tokens .now 64."),
-        ({"response/unparsed": 0.9}, "no boxed answer, though they end by themselves.*zone.templates"),
+        (
+            {"advantage/nontrivial_groups": 0.0, "accuracy/plain": 0.0},
+            "every response is wrong: take easier questions .data.train.",
+        ),
+        (
+            {"advantage/nontrivial_groups": 0.0, "accuracy/plain": 1.0},
+            "every response is right: take harder questions .data.train.",
+        ),
+        (
+            {"advantage/nontrivial_groups": 0.0, "accuracy/plain": 0.5},
+            "all alike: raise rollout.temperature",
+        ),
+        (
+            {"advantage/nontrivial_groups": None, "accuracy/plain": 0.0},
+            "all rewards of each group are equal",
+        ),
+        (
+            {"response/truncated": 0.8},
+            r"at least 80% in the last 3 steps.*rollout.max_response_tokens .now 64.",
+        ),
+        (
+            {"response/unparsed": 0.9},
+            "no boxed answer, though they end by themselves.*zone.templates",
+        ),
         ({"rollout/failed_groups": 6.0}, "most prompts have no group.*reward.judge_endpoints"),
-        ({"policy/updates": 0.0, "policy/skipped_updates": 2.0}, "every update .* was skipped.*train.lr"),
+        (
+            {"policy/updates": 0.0, "policy/skipped_updates": 2.0},
+            "every update .* was skipped.*train.lr",
+        ),
         ({"policy/lr": 0.0}, "the learning rate is 0"),
     ],
 )
-def test_each_cause_is_named_with_its_key_once(changes: dict[str, float | None], named: str) -> None:
+def test_each_cause_is_named_with_its_key_once(
+    changes: dict[str, float | None], named: str
+) -> None:
     watch = LearningWatch(CONFIG)
     assert said(changes, watch, NUM_STEPS - 1) == []
     (text,) = said(changes, watch, 5)
@@ -60,14 +85,28 @@ def test_each_cause_is_named_with_its_key_once(changes: dict[str, float | None],
 
 
 def test_a_cause_comes_before_what_follows_from_it() -> None:
-    texts = said({"response/truncated": 1.0, "response/unparsed": 1.0, "advantage/nontrivial_groups": 0.0, "accuracy/plain": 0.0})
-    assert [text.split("learning: ")[1][:20] for text in texts] == ["most responses meet ", "most responses have ", "all rewards of each "]
+    texts = said(
+        {
+            "response/truncated": 1.0,
+            "response/unparsed": 1.0,
+            "advantage/nontrivial_groups": 0.0,
+            "accuracy/plain": 0.0,
+        }
+    )
+    assert [text.split("learning: ")[1][:20] for text in texts] == [
+        "most responses meet ",
+        "most responses have ",
+        "all rewards of each ",
+    ]
     assert "because they are cut off" in texts[1]
 
 
 def test_distillation_does_not_need_different_rewards() -> None:
     config = load_config(None, ["method=on_distill"])
-    assert said({"advantage/nontrivial_groups": 0.0, "accuracy/plain": 0.0}, LearningWatch(config)) == []
+    assert (
+        said({"advantage/nontrivial_groups": 0.0, "accuracy/plain": 0.0}, LearningWatch(config))
+        == []
+    )
 
 
 def test_a_watch_is_a_sink(caplog: pytest.LogCaptureFixture) -> None:

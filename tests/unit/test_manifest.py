@@ -1,4 +1,6 @@
-"""A checkpoint's manifest: every other content than a list of files is damage, and a disk that cannot be read is not."""
+"""A checkpoint's manifest: every other content than a list of files is damage, and a disk that
+cannot be read is not.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zppo_mm.training.manifest import MANIFEST_FILE, DamagedCheckpointError, Listed, check_file, read_manifest
+from zppo_mm.training.manifest import (
+    MANIFEST_FILE,
+    DamagedCheckpointError,
+    Listed,
+    check_file,
+    read_manifest,
+)
 
 STATE = "state.json"
 GOOD = {"size": 2, "crc32": zlib.crc32(b"{}")}
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([STATE, "size", "crc32", "../x", "/x", "a"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from([STATE, "size", "crc32", "../x", "/x", "a"]), inner)
+    ),
     max_leaves=8,
 )
 
@@ -36,10 +47,15 @@ def test_a_good_one_is_read_and_compared(tmp_path: Path) -> None:
     ((name, listed),) = read_manifest(tmp_path, STATE).items()
     check_file(tmp_path, name, listed)
     (tmp_path / STATE).write_bytes(b"[]")
-    with pytest.raises(DamagedCheckpointError, match=r"state.json: the file is damaged, got another checksum, expected \d+; use another"):
+    with pytest.raises(
+        DamagedCheckpointError,
+        match=r"state.json: the file is damaged, got another checksum, expected \d+; use another",
+    ):
         check_file(tmp_path, name, listed)
     (tmp_path / STATE).write_bytes(b"{} ")
-    with pytest.raises(DamagedCheckpointError, match="is incomplete, got 3 bytes, expected 2 bytes"):
+    with pytest.raises(
+        DamagedCheckpointError, match="is incomplete, got 3 bytes, expected 2 bytes"
+    ):
         check_file(tmp_path, name, listed)
     (tmp_path / STATE).unlink()
     with pytest.raises(DamagedCheckpointError, match="is incomplete, got no file"):
@@ -81,7 +97,9 @@ def test_a_missing_one_is_damage_and_one_that_cannot_be_read_is_not(tmp_path: Pa
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
-def test_what_is_no_plain_file_is_damage_and_is_not_waited_for(make: Callable[[Path], None], tmp_path: Path) -> None:
+def test_what_is_no_plain_file_is_damage_and_is_not_waited_for(
+    make: Callable[[Path], None], tmp_path: Path
+) -> None:
     make(tmp_path / MANIFEST_FILE)
     with pytest.raises(DamagedCheckpointError, match=r"manifest\.json: the file is missing"):
         read_manifest(tmp_path, STATE)
@@ -91,7 +109,9 @@ def test_what_is_no_plain_file_is_damage_and_is_not_waited_for(make: Callable[[P
 
 
 @given(content=JSON)
-def test_no_json_gives_anything_but_a_list_or_damage(content: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_no_json_gives_anything_but_a_list_or_damage(
+    content: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = write(tmp_path_factory.getbasetemp() / "manifest", json.dumps(content).encode())
     try:
         listed = read_manifest(folder, STATE)
@@ -100,4 +120,7 @@ def test_no_json_gives_anything_but_a_list_or_damage(content: Any, tmp_path_fact
     assert isinstance(content, dict)
     assert set(listed) == set(content)
     assert STATE in listed
-    assert all(content[name] == {**content[name], "size": entry.size, "crc32": entry.crc32} for name, entry in listed.items())
+    assert all(
+        content[name] == {**content[name], "size": entry.size, "crc32": entry.crc32}
+        for name, entry in listed.items()
+    )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zppo_mm.models import megatron_cpu
+from zppo_mm.parallel import megatron_cpu
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is patched where CUDA is")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="nothing is patched where CUDA is"
+)
 
 
 def test_installing_twice_is_installing_once() -> None:

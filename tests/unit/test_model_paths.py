@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from zppo_mm.config_io import load_config
-from zppo_mm.embedded import STUDENT_DIR
+from zppo_mm.bundled import STUDENT_DIR
+from zppo_mm.config.load import load_config
 from zppo_mm.errors import ConfigError, ZppoError
-from zppo_mm.model_paths import check_model_path, check_model_paths
+from zppo_mm.run.model_paths import check_model_path, check_model_paths
 
 
 def touch(path: Path, content: str = "{}") -> None:
@@ -92,14 +92,30 @@ def empty(root: Path) -> Path:
     [
         (file_with_weights, "a file", "give its folder, {root}"),
         (finished_run, "the folder of a run", "give its exported model, {root}/run/hf"),
-        (unfinished_run, "the folder of a run that is not finished", "convert_checkpoint.py export {root}/run HF_DIR"),
-        (checkpoint_of_a_run, "a checkpoint of a run", "convert_checkpoint.py export {root}/run HF_DIR"),
+        (
+            unfinished_run,
+            "the folder of a run that is not finished",
+            "convert_checkpoint.py export {root}/run HF_DIR",
+        ),
+        (
+            checkpoint_of_a_run,
+            "a checkpoint of a run",
+            "convert_checkpoint.py export {root}/run HF_DIR",
+        ),
         (megatron, "a Megatron folder", "convert_checkpoint.py export {root}/megatron HF_DIR"),
         (old_megatron, "a Megatron folder", "convert_checkpoint.py export {root}/megatron HF_DIR"),
-        (hub_cache, "a folder without config.json", "give {root}/models--a--b/snapshots/0af3, which has one"),
+        (
+            hub_cache,
+            "a folder without config.json",
+            "give {root}/models--a--b/snapshots/0af3, which has one",
+        ),
         (one_above, "a folder without config.json", "give {root}/models/student, which has one"),
         (adapters, "adapters without their model", "give the folder of the merged model"),
-        (pickled_weights, "a folder with weights that are not read here (pytorch_model.bin)", "model.safetensors"),
+        (
+            pickled_weights,
+            "a folder with weights that are not read here (pytorch_model.bin)",
+            "model.safetensors",
+        ),
         (without_weights, "a folder with no weights", "model.safetensors"),
         (without_tokenizer, "a folder without a tokenizer", "copy the model's tokenizer.json"),
         (empty, "a folder without config.json", "correct the path"),
@@ -110,7 +126,9 @@ def test_what_is_there_but_no_model(make: object, found: str, advice: str, tmp_p
     with pytest.raises(ConfigError) as raised:
         check_model_path("teacher.model", str(path), "teacher.endpoints")
     text = str(raised.value)
-    assert text.startswith(f"teacher.model: {found}, got '{path}', expected a Hugging Face folder; ")
+    assert text.startswith(
+        f"teacher.model: {found}, got '{path}', expected a Hugging Face folder; "
+    )
     assert advice.format(root=tmp_path) in text
     assert "teacher.endpoints" not in text  # what is there is no served name
     assert "\n" not in text
@@ -119,7 +137,11 @@ def test_what_is_there_but_no_model(make: object, found: str, advice: str, tmp_p
 @pytest.mark.parametrize(
     ("value", "found", "advice"),
     [
-        ("Qwen/Qwen3.5-0.8B", "nothing is downloaded", "hf download Qwen/Qwen3.5-0.8B --local-dir models/Qwen3.5-0.8B"),
+        (
+            "Qwen/Qwen3.5-0.8B",
+            "nothing is downloaded",
+            "hf download Qwen/Qwen3.5-0.8B --local-dir models/Qwen3.5-0.8B",
+        ),
         ("Qwen3.5-27B", "no such folder", "correct the path"),
         ("models/typo/deeper", "no such folder", "correct the path"),
         ("https://huggingface.co/Qwen/Qwen3.5-0.8B", "an address", "give its folder"),
@@ -136,7 +158,9 @@ def test_what_is_not_there(value: str, found: str, advice: str) -> None:
         assert found in text
         assert advice in text
         if found.startswith("no"):
-            assert ("or set teacher.endpoints if this is the name of a served model" in text) == bool(endpoints)
+            assert (
+                "or set teacher.endpoints if this is the name of a served model" in text
+            ) == bool(endpoints)
 
 
 def test_a_real_folder_is_taken_and_its_faults_are_those_of_inspect(tmp_path: Path) -> None:
@@ -160,7 +184,10 @@ def test_every_model_of_a_run_is_looked_at() -> None:
     for options, named in (
         (["model.student=nowhere"], "model.student"),
         (["teacher.model=nowhere"], "teacher.model: .*set teacher.endpoints"),
-        ([*served, "fallback_teachers=[{model: nowhere}]"], r"fallback_teachers\[0\].model: .*set fallback_teachers\[0\].endpoints"),
+        (
+            [*served, "fallback_teachers=[{model: nowhere}]"],
+            r"fallback_teachers\[0\].model: .*set fallback_teachers\[0\].endpoints",
+        ),
     ):
         with pytest.raises(ConfigError, match=named):
             check_model_paths(load_config(None, options))
@@ -171,5 +198,7 @@ def test_a_configuration_without_end_is_not_read_whole(tmp_path: Path) -> None:
     shutil.copytree(STUDENT_DIR, copy)
     with open(copy / "config.json", "wb") as stream:
         stream.truncate(1 << 40)
-    with pytest.raises(ZppoError, match=r"config\.json: cannot be read as JSON, got more than 67108864 bytes"):
+    with pytest.raises(
+        ZppoError, match=r"config\.json: cannot be read as JSON, got more than 67108864 bytes"
+    ):
         check_model_path("model.student", str(copy))

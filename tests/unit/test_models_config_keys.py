@@ -1,4 +1,6 @@
-"""config.json: every key that transformers reads is read alike, or refused by name. transformers' own models are the oracle."""
+"""config.json: every key that transformers reads is read alike, or refused by name. transformers'
+own models are the oracle.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,11 @@ import pytest
 import transformers
 
 from tests.config_oracle import FAMILIES, WITH_TOWER, YARN, differs, text_of, written_configs
-from zppo_mm.config import ParallelConfig
+from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ModelError
-from zppo_mm.models import parallel
-from zppo_mm.models.architecture import load_architecture, parse_architecture
+from zppo_mm.models.families.architecture import load_architecture, parse_architecture
 from zppo_mm.models.families.config_keys import BUILT, FOREIGN, HARMLESS, READ, READ_OUTSIDE
+from zppo_mm.parallel import groups as parallel
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,14 +47,27 @@ def keys_that_are_looked_at(module: Any) -> set[str]:
     """Return the names that a module's code asks a configuration for."""
     found = set()
     for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("config") and isinstance(node.ctx, ast.Load):
+        if (
+            isinstance(node, ast.Attribute)
+            and ast.unparse(node.value).endswith("config")
+            and isinstance(node.ctx, ast.Load)
+        ):
             found.add(node.attr)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and "config" in ast.unparse(node.args[0]):
-            found.add(ast.literal_eval(node.args[1]) if isinstance(node.args[1], ast.Constant) else "a name that is computed")
+        if (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "getattr"
+            and "config" in ast.unparse(node.args[0])
+        ):
+            found.add(
+                ast.literal_eval(node.args[1])
+                if isinstance(node.args[1], ast.Constant)
+                else "a name that is computed"
+            )
     return found
 
 
-# What the code asks a configuration for besides settings of a network: how it is run, and ways to its parts.
+# What the code asks a configuration for besides settings of a network: how it is run, and ways to
+# its parts.
 NO_SETTINGS = {
     "_attn_implementation",
     "get_text_config",
@@ -76,10 +91,16 @@ def test_every_key_that_transformers_knows_has_a_fate(family: str) -> None:
     assert {field.name for field in dataclasses.fields(config)} - known - READ_OUTSIDE == set()
     # The tower is transformers' own and reads its part by itself.
     towers = transformers.CONFIG_MAPPING[family.removesuffix("_text")].sub_configs_defaults
-    tower = {field.name for field in dataclasses.fields(towers["vision_config"].config_class)} if towers else set()
+    tower = (
+        {field.name for field in dataclasses.fields(towers["vision_config"].config_class)}
+        if towers
+        else set()
+    )
     asked = set().union(*map(keys_that_are_looked_at, modules_of(family)))
     assert asked - known - READ_OUTSIDE - tower - NO_SETTINGS - set(FOREIGN) == set()
-    assert {"hidden_size", "rms_norm_eps", "is_causal", "head_dim"} <= asked, "the code is looked through"
+    assert {"hidden_size", "rms_norm_eps", "is_causal", "head_dim"} <= asked, (
+        "the code is looked through"
+    )
 
 
 def test_no_key_has_two_fates() -> None:
@@ -100,14 +121,23 @@ def test_a_key_that_is_left_out_has_the_value_that_transformers_gives_it(
         found = differs(raw, tmp_path / key)
         assert is_named(key, found), (key, found)
         equal += [key] if not found else []
-    # Refusing everything would be no reading. Rotary settings of these small heads do not fit transformers' defaults with a tower.
+    # Refusing everything would be no reading. Rotary settings of these small heads do not fit
+    # transformers' defaults with a tower.
     assert {"rms_norm_eps", "max_position_embeddings", "num_key_value_heads"} & set(equal), equal
 
 
 def is_named(key: str, found: str) -> bool:
-    """Return whether the networks are equal or the refusal names the key, or the axes that it decides the number of."""
-    named = "mrope_section does not fit" if key in ("head_dim", "partial_rotary_factor", "rope_parameters") else key
-    return found == "" or (found.startswith("refused: config.json: ") and (key in found or named in found))
+    """Return whether the networks are equal or the refusal names the key, or the axes that it
+    decides the number of.
+    """
+    named = (
+        "mrope_section does not fit"
+        if key in ("head_dim", "partial_rotary_factor", "rope_parameters")
+        else key
+    )
+    return found == "" or (
+        found.startswith("refused: config.json: ") and (key in found or named in found)
+    )
 
 
 OTHER_VALUES: dict[str, Any] = {
@@ -162,7 +192,9 @@ def test_a_setting_is_computed_as_transformers_does_or_refused_by_name(
     ("key", "value"),
     [(key, value) for key, value in OTHER_VALUES.items() if key in BUILT or key in FOREIGN],
 )
-def test_a_setting_that_is_not_built_is_refused(raws: dict[str, dict[str, Any]], key: str, value: Any) -> None:
+def test_a_setting_that_is_not_built_is_refused(
+    raws: dict[str, dict[str, Any]], key: str, value: Any
+) -> None:
     raw = copy.deepcopy(raws["llama"])
     raw[key] = value
     with pytest.raises(ModelError, match=rf"config\.json: {key} is .*got "):
@@ -175,24 +207,40 @@ def test_a_key_of_a_newer_transformers_is_refused_unless_it_has_its_default(
     monkeypatch.delitem(BUILT, "mlp_bias")
     raw = copy.deepcopy(raws["llama"])
     parse_architecture(raw)
-    with pytest.raises(ModelError, match="mlp_bias is not supported, got True, expected False; use an unmodified Llama folder"):
+    with pytest.raises(
+        ModelError,
+        match="mlp_bias is not supported, got True, expected False; use an unmodified Llama folder",
+    ):
         parse_architecture({**raw, "mlp_bias": True})
 
 
 @pytest.mark.parametrize("family", WITH_TOWER)
-def test_settings_around_the_language_part_are_not_dropped(raws: dict[str, dict[str, Any]], family: str) -> None:
+def test_settings_around_the_language_part_are_not_dropped(
+    raws: dict[str, dict[str, Any]], family: str
+) -> None:
     raw = raws[family]
     text = text_of(raw)
-    same = {key: text[key] for key in ("hidden_size", "vocab_size", "rope_parameters", "num_hidden_layers")}
-    assert parse_architecture({**copy.deepcopy(raw), **copy.deepcopy(same)}) == parse_architecture(raw)
-    for stray in ({"rope_scaling": {**text["rope_parameters"], **YARN}}, {"rms_norm_eps": 0.5}, {"num_hidden_layers": 2}):
+    same = {
+        key: text[key]
+        for key in ("hidden_size", "vocab_size", "rope_parameters", "num_hidden_layers")
+    }
+    assert parse_architecture({**copy.deepcopy(raw), **copy.deepcopy(same)}) == parse_architecture(
+        raw
+    )
+    for stray in (
+        {"rope_scaling": {**text["rope_parameters"], **YARN}},
+        {"rms_norm_eps": 0.5},
+        {"num_hidden_layers": 2},
+    ):
         with pytest.raises(ModelError, match=r"twice|transformers cannot read it|two values"):
             parse_architecture({**copy.deepcopy(raw), **stray})
     with pytest.raises(ModelError, match="attention_chunk_size is not supported, got 4"):
         parse_architecture({**copy.deepcopy(raw), "attention_chunk_size": 4})
 
 
-def test_a_language_part_is_looked_for_where_transformers_does(raws: dict[str, dict[str, Any]]) -> None:
+def test_a_language_part_is_looked_for_where_transformers_does(
+    raws: dict[str, dict[str, Any]],
+) -> None:
     for family in WITH_TOWER:
         raw = copy.deepcopy(raws[family])
         flat = {**raw.pop("text_config"), **raw}
@@ -202,35 +250,67 @@ def test_a_language_part_is_looked_for_where_transformers_does(raws: dict[str, d
             with pytest.raises(ModelError, match=r"config\.json: the key 'text_config' is missing"):
                 parse_architecture(flat)
         with pytest.raises(ModelError, match=r"config\.json: the key 'vision_config' is missing"):
-            parse_architecture({key: value for key, value in raws[family].items() if key != "vision_config"})
+            parse_architecture(
+                {key: value for key, value in raws[family].items() if key != "vision_config"}
+            )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_quantisation_that_is_not_read_is_refused(raws: dict[str, dict[str, Any]], family: str) -> None:
-    for section in ({}, {"quantization_config": None}, {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}):
+def test_a_quantisation_that_is_not_read_is_refused(
+    raws: dict[str, dict[str, Any]], family: str
+) -> None:
+    for section in (
+        {},
+        {"quantization_config": None},
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+    ):
         parse_architecture({**copy.deepcopy(raws[family]), **section})
-    for found in ({"quant_method": "awq", "bits": 4}, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "fp4", [1]):
+    for found in (
+        {"quant_method": "awq", "bits": 4},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        "fp4",
+        [1],
+    ):
         raw = copy.deepcopy(raws[family])
         text_of(raw)["quantization_config"] = found
-        with pytest.raises(ModelError, match=r"config\.json: (quantization_config is not supported|transformers cannot read it)"):
+        with pytest.raises(
+            ModelError,
+            match=(
+                r"config\.json: (quantization_config is not supported|transformers cannot read it)"
+            ),
+        ):
             parse_architecture(raw)
 
 
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [
-        ("qwen3_vl", {"out_hidden_size": 32}, "vision_config.out_hidden_size is not supported, got 32, expected 64"),
-        ("qwen2_5_vl", {"in_channels": 1}, "vision_config.in_channels is not supported, got 1, expected 3"),
+        (
+            "qwen3_vl",
+            {"out_hidden_size": 32},
+            "vision_config.out_hidden_size is not supported, got 32, expected 64",
+        ),
+        (
+            "qwen2_5_vl",
+            {"in_channels": 1},
+            "vision_config.in_channels is not supported, got 1, expected 3",
+        ),
         (
             "qwen3_vl",
             {"deepstack_visual_indexes": [0, 0]},
             r"deepstack_visual_indexes does not fit, got \[0, 0\], expected at most 4 different",
         ),
-        ("qwen3_vl", {"deepstack_visual_indexes": [1, 3]}, r"deepstack_visual_indexes does not fit, got \[1, 3\], .* blocks below 3"),
+        (
+            "qwen3_vl",
+            {"deepstack_visual_indexes": [1, 3]},
+            r"deepstack_visual_indexes does not fit, got \[1, 3\], .* blocks below 3",
+        ),
         ("qwen3_5", {"depth": "two"}, r"transformers cannot read it, got Strict.*depth"),
     ],
 )
-def test_a_tower_that_does_not_fit_is_refused(raws: dict[str, dict[str, Any]], family: str, change: dict[str, Any], message: str) -> None:
+def test_a_tower_that_does_not_fit_is_refused(
+    raws: dict[str, dict[str, Any]], family: str, change: dict[str, Any], message: str
+) -> None:
     raw = copy.deepcopy(raws[family])
     raw["vision_config"].update(change)
     with pytest.raises(ModelError, match=message):
@@ -238,7 +318,9 @@ def test_a_tower_that_does_not_fit_is_refused(raws: dict[str, dict[str, Any]], f
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_value_of_another_kind_ends_in_no_traceback(raws: dict[str, dict[str, Any]], family: str, tmp_path: Path) -> None:
+def test_a_value_of_another_kind_ends_in_no_traceback(
+    raws: dict[str, dict[str, Any]], family: str, tmp_path: Path
+) -> None:
     for section in (raws[family], text_of(raws[family])):
         for key in section:
             for value in ("text", [1], {"a": 1}, -1, 1.5, None, True):
@@ -247,8 +329,12 @@ def test_a_value_of_another_kind_ends_in_no_traceback(raws: dict[str, dict[str, 
                 with contextlib.suppress(ModelError):
                     parse_architecture(raw)
     for whole in ("[]", '"text"', "null", "[" * 100_000, "\udc80".encode(errors="surrogatepass")):
-        (tmp_path / "config.json").write_bytes(whole if isinstance(whole, bytes) else whole.encode())
-        with pytest.raises(ModelError, match=r"config\.json: (is no JSON object, got|cannot be read as JSON)"):
+        (tmp_path / "config.json").write_bytes(
+            whole if isinstance(whole, bytes) else whole.encode()
+        )
+        with pytest.raises(
+            ModelError, match=r"config\.json: (is no JSON object, got|cannot be read as JSON)"
+        ):
             load_architecture(tmp_path)
 
 
@@ -290,7 +376,10 @@ def test_numbers_that_describe_no_network_are_refused_before_it_is_built(
         ({"num_heads": 0}, "vision_config.num_heads is no size, got 0"),
         ({"num_heads": 3}, "vision_config.num_heads is not supported, got 3"),
         ({"temporal_patch_size": [2]}, r"vision_config.temporal_patch_size is no size, got [2]"),
-        ({"hidden_act": "__import__"}, "vision_config.hidden_act is not supported, got '__import__'"),
+        (
+            {"hidden_act": "__import__"},
+            "vision_config.hidden_act is not supported, got '__import__'",
+        ),
     ],
 )
 def test_a_tower_that_cannot_be_built_is_refused_by_name(
@@ -303,15 +392,27 @@ def test_a_tower_that_cannot_be_built_is_refused_by_name(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_that_transformers_would_take_from_elsewhere_are_refused(raws: dict[str, dict[str, Any]], family: str) -> None:
-    with pytest.raises(ModelError, match=r"transformers_weights is not supported, got 'other\.safetensors'"):
-        parse_architecture({**copy.deepcopy(raws[family]), "transformers_weights": "other.safetensors"})
-    with pytest.raises(ModelError, match="quantization_config is not supported, got 'bitsandbytes'"):
-        parse_architecture({**copy.deepcopy(raws[family]), "quantization_config": {"load_in_4bit": True}})
+def test_weights_that_transformers_would_take_from_elsewhere_are_refused(
+    raws: dict[str, dict[str, Any]], family: str
+) -> None:
+    with pytest.raises(
+        ModelError, match=r"transformers_weights is not supported, got 'other\.safetensors'"
+    ):
+        parse_architecture(
+            {**copy.deepcopy(raws[family]), "transformers_weights": "other.safetensors"}
+        )
+    with pytest.raises(
+        ModelError, match="quantization_config is not supported, got 'bitsandbytes'"
+    ):
+        parse_architecture(
+            {**copy.deepcopy(raws[family]), "quantization_config": {"load_in_4bit": True}}
+        )
 
 
 @pytest.mark.parametrize("family", WITH_TOWER)
-def test_media_of_two_kinds_have_tokens_of_their_own(raws: dict[str, dict[str, Any]], family: str) -> None:
+def test_media_of_two_kinds_have_tokens_of_their_own(
+    raws: dict[str, dict[str, Any]], family: str
+) -> None:
     raw = copy.deepcopy(raws[family])
     with pytest.raises(ModelError, match="two of the tokens that stand for media are the same"):
         parse_architecture({**raw, "video_token_id": raw["image_token_id"]})

@@ -12,14 +12,16 @@ import torch
 
 from tests import network_checks, tiny_qwen
 from tests.network_checks import MAX_LOGIT_DIFFERENCE, check_training
-from zppo_mm.config import ModelConfig, ParallelConfig
+from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.errors import ConfigError, ModelError
-from zppo_mm.models import delta_rule, parallel, shared_attention
-from zppo_mm.models.cache import DecodeCache
-from zppo_mm.models.gated_delta_net import GatedDeltaNet
-from zppo_mm.models.packing import MAX_PADDING_RATIO, build_layout
+from zppo_mm.models.decoding.decode import decode, prefill
+from zppo_mm.models.layers import delta_rule, shared_attention
+from zppo_mm.models.layers.cache import DecodeCache
+from zppo_mm.models.layers.gated_delta_net import GatedDeltaNet
+from zppo_mm.models.layers.packing import MAX_PADDING_RATIO, build_layout
 from zppo_mm.models.provider import freeze_parts
 from zppo_mm.models.vision_language import VisionLanguageModel
+from zppo_mm.parallel import groups as parallel
 
 KINDS = tuple(tiny_qwen.SEQUENCES)
 # The same float32 sums in another grouping.
@@ -52,13 +54,17 @@ def network(folder: Path) -> VisionLanguageModel:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_and_gradients_equal_transformers(network: VisionLanguageModel, oracle: Any, kind: str) -> None:
+def test_logits_and_gradients_equal_transformers(
+    network: VisionLanguageModel, oracle: Any, kind: str
+) -> None:
     check_training(network, oracle, (kind, "mixed") if kind == "text" else (kind,))
 
 
 def test_a_tied_network_equals_transformers(tmp_path: Path) -> None:
     oracle = tiny_qwen.vision_language_model(tied=True)
-    check_training(network_checks.build(tiny_qwen.save(oracle, tmp_path), ParallelConfig()), oracle, ("mixed",))
+    check_training(
+        network_checks.build(tiny_qwen.save(oracle, tmp_path), ParallelConfig()), oracle, ("mixed",)
+    )
 
 
 def test_a_text_only_network_equals_transformers(tmp_path: Path) -> None:
@@ -70,7 +76,9 @@ def test_a_text_only_network_equals_transformers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputed_activations_give_the_same_gradients(folder: Path, oracle: Any, recompute: str) -> None:
+def test_recomputed_activations_give_the_same_gradients(
+    folder: Path, oracle: Any, recompute: str
+) -> None:
     network = network_checks.build(folder, ParallelConfig(), ModelConfig(recompute=recompute))
     check_training(network, oracle, ("mixed",))
 
@@ -83,7 +91,9 @@ def test_packed_sequences_equal_separate_ones(network: VisionLanguageModel) -> N
     assert (packed - separate).abs().max() <= MAX_PACKING_DIFFERENCE
 
 
-def test_a_text_batch_gives_the_vision_tower_a_gradient_of_zero(network: VisionLanguageModel) -> None:
+def test_a_text_batch_gives_the_vision_tower_a_gradient_of_zero(
+    network: VisionLanguageModel,
+) -> None:
     network(**tiny_qwen.pack(tiny_qwen.sequences("text"))).sum().backward()
     gradients = [parameter.grad for parameter in network.vision.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
@@ -91,44 +101,63 @@ def test_a_text_batch_gives_the_vision_tower_a_gradient_of_zero(network: VisionL
 
 def test_placeholders_without_features_are_refused(network: VisionLanguageModel) -> None:
     pack = tiny_qwen.pack(tiny_qwen.sequences("image"))
-    with pytest.raises(ValueError, match=r"features do not fit the placeholders, got 0 features, expected 13"):
+    with pytest.raises(
+        ValueError, match=r"features do not fit the placeholders, got 0 features, expected 13"
+    ):
         network(**{**pack, "patches": None, "grids": None})
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_tokens_equal_transformers(network: VisionLanguageModel, oracle: Any, kind: str) -> None:
+def test_greedy_tokens_equal_transformers(
+    network: VisionLanguageModel, oracle: Any, kind: str
+) -> None:
     parts = tiny_qwen.sequences(kind)
     tokens, _logits = network_checks.greedy(network, parts, NUM_NEW_TOKENS)
-    assert tokens.tolist() == [network_checks.oracle_greedy(oracle, part, NUM_NEW_TOKENS) for part in parts]
+    assert tokens.tolist() == [
+        network_checks.oracle_greedy(oracle, part, NUM_NEW_TOKENS) for part in parts
+    ]
 
 
-@pytest.mark.parametrize("min_saved_slots", [-math.inf, math.inf], ids=["prompts shared", "prompts copied"])
+@pytest.mark.parametrize(
+    "min_saved_slots", [-math.inf, math.inf], ids=["prompts shared", "prompts copied"]
+)
 def test_decoding_gives_the_logprobs_of_the_training_forward(
     network: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch, min_saved_slots: float
 ) -> None:
     monkeypatch.setattr(shared_attention, "MIN_SAVED_SLOTS", min_saved_slots)
     parts = [tiny_qwen.sequences(kind)[0] for kind in KINDS]
     tokens, logits = network_checks.greedy(network, parts, NUM_NEW_TOKENS, repeats=2)
-    longer = [extended(part, row) for part, row in zip([part for part in parts for _ in range(2)], tokens, strict=True)]
+    longer = [
+        extended(part, row)
+        for part, row in zip([part for part in parts for _ in range(2)], tokens, strict=True)
+    ]
     with torch.no_grad():
         trained = network(**tiny_qwen.pack(longer)).log_softmax(-1)
     end = 0
     for part, decoded in zip(longer, logits.log_softmax(-1), strict=True):
         end += len(part.token_ids)
-        assert (trained[end - NUM_NEW_TOKENS - 1 : end - 1] - decoded).abs().max() <= MAX_LOGIT_DIFFERENCE
+        assert (
+            trained[end - NUM_NEW_TOKENS - 1 : end - 1] - decoded
+        ).abs().max() <= MAX_LOGIT_DIFFERENCE
 
 
-@pytest.mark.parametrize("copied_from", [0, 1, 3, 9], ids=["copied", "copied at the first selection", "copied at the second", "shared"])
+@pytest.mark.parametrize(
+    "copied_from",
+    [0, 1, 3, 9],
+    ids=["copied", "copied at the first selection", "copied at the second", "shared"],
+)
 def test_selection_reorders_repeats_and_drops_sequences_while_decoding(
     network: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch, copied_from: int
 ) -> None:
     parts = [tiny_qwen.make_sequence(seed, [length]) for seed, length in enumerate((7, 30, 12))]
     alone = [network_checks.greedy(network, [part], 6)[0][0] for part in parts]
     cache = DecodeCache(max_new_tokens=6)
-    network.prefill(**tiny_qwen.pack(parts), cache=cache)
+    prefill(network, **tiny_qwen.pack(parts), cache=cache)
     rows = torch.tensor([0, 1, 2])
     for step in range(5):
-        monkeypatch.setattr(shared_attention, "MIN_SAVED_SLOTS", math.inf if step >= copied_from else -math.inf)
+        monkeypatch.setattr(
+            shared_attention, "MIN_SAVED_SLOTS", math.inf if step >= copied_from else -math.inf
+        )
         if step == 1:
             rows = torch.tensor([2, 0, 2, 1])
             cache.select(rows)
@@ -138,13 +167,18 @@ def test_selection_reorders_repeats_and_drops_sequences_while_decoding(
             rows = rows[[2, 1]]
             assert cache.lengths == [7, 12]
             assert all(
-                state.own[0].shape[2] == 12 + 6 if cache.is_copied else state.prompt[0].shape[2] == 12 for state in cache.attention.values()
+                state.own[0].shape[2] == 12 + 6
+                if cache.is_copied
+                else state.prompt[0].shape[2] == 12
+                for state in cache.attention.values()
             )
         token_ids = torch.stack([alone[row][step] for row in rows])
         positions = torch.tensor([len(parts[row].token_ids) + step for row in rows])
-        logits = network.decode(token_ids, positions.expand(3, -1), cache)
+        logits = decode(network, token_ids, positions.expand(3, -1), cache)
         assert cache.is_copied == (step >= copied_from)
-        assert logits[:, : tiny_qwen.IMAGE].argmax(-1).tolist() == [int(alone[row][step + 1]) for row in rows]
+        assert logits[:, : tiny_qwen.IMAGE].argmax(-1).tolist() == [
+            int(alone[row][step + 1]) for row in rows
+        ]
 
 
 def test_padding_stays_below_the_bound_and_undoes_itself() -> None:
@@ -152,10 +186,14 @@ def test_padding_stays_below_the_bound_and_undoes_itself() -> None:
     layout = build_layout(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32))
     packed = torch.randn(sum(lengths), 2, 3)
     padded = [bucket.pad(packed) for bucket in layout.buckets]
-    assert layout.join([bucket.unpad(batch) for bucket, batch in zip(layout.buckets, padded, strict=True)]).equal(packed)
+    assert layout.join(
+        [bucket.unpad(batch) for bucket, batch in zip(layout.buckets, padded, strict=True)]
+    ).equal(packed)
     # 70 takes in 64 and 40, but not 9; 9 takes in 5, but not 3; the empty sequence is nowhere.
     assert [bucket.sequences for bucket in layout.buckets] == [(1, 3, 6), (0, 5), (2,)]
-    assert all(bucket.longest <= MAX_PADDING_RATIO * min(bucket.lengths) for bucket in layout.buckets)
+    assert all(
+        bucket.longest <= MAX_PADDING_RATIO * min(bucket.lengths) for bucket in layout.buckets
+    )
 
 
 def test_the_chunked_rule_equals_a_loop_over_tokens() -> None:
@@ -164,7 +202,9 @@ def test_the_chunked_rule_equals_a_loop_over_tokens() -> None:
     query, key = torch.randn(2, length, 2, 8), torch.randn(2, length, 2, 8)
     value = torch.randn(2, length, 4, 6)
     log_decay, beta = -torch.rand(2, length, 4), torch.rand(2, length, 4)
-    output, state = delta_rule.chunk_gated_delta_rule(query, key, value, log_decay, beta, final_state=True)
+    output, state = delta_rule.chunk_gated_delta_rule(
+        query, key, value, log_decay, beta, final_state=True
+    )
     unit = [F.double() / F.double().norm(dim=-1, keepdim=True) for F in (query, key)]
     q, k = (vectors.repeat_interleave(2, 2) for vectors in unit)
     wanted = torch.zeros(2, 4, 8, 6, dtype=torch.float64)
@@ -178,24 +218,38 @@ def test_the_chunked_rule_equals_a_loop_over_tokens() -> None:
     assert (state - wanted).abs().max() <= MAX_RULE_DIFFERENCE
 
 
-def test_bfloat16_keeps_decay_rates_and_their_norm_in_float32(folder: Path, network: VisionLanguageModel) -> None:
+def test_bfloat16_keeps_decay_rates_and_their_norm_in_float32(
+    folder: Path, network: VisionLanguageModel
+) -> None:
     cast = network_checks.build(folder, ParallelConfig(), ModelConfig(params_dtype="bfloat16"))
-    exact = {name for name, parameter in cast.named_parameters() if parameter.dtype == torch.float32}
-    assert exact == {name for name, _ in cast.named_parameters() if name.endswith(("A_log", "out_norm.weight"))}
+    exact = {
+        name for name, parameter in cast.named_parameters() if parameter.dtype == torch.float32
+    }
+    assert exact == {
+        name for name, _ in cast.named_parameters() if name.endswith(("A_log", "out_norm.weight"))
+    }
     later = network.bfloat16()
-    assert {name for name, parameter in later.named_parameters() if parameter.dtype == torch.float32} == exact
+    assert {
+        name for name, parameter in later.named_parameters() if parameter.dtype == torch.float32
+    } == exact
     pack = tiny_qwen.pack(tiny_qwen.sequences("mixed"))
     logits = cast(**pack)
     logits.sum().backward()
     assert logits.dtype == torch.float32
-    assert (cast.prefill(**pack, cache=DecodeCache(1)) - logits[pack["cu_seqlens"][1:].long() - 1]).abs().max() < 0.1
+    assert (
+        prefill(cast, **pack, cache=DecodeCache(1)) - logits[pack["cu_seqlens"][1:].long() - 1]
+    ).abs().max() < 0.1
 
 
 def test_parts_can_be_frozen(network: VisionLanguageModel) -> None:
     freeze_parts(network, ["vision", "language"])
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    assert trained == {name for name, _ in network.named_parameters() if name.startswith("vision.model.merger.")}
-    with pytest.raises(ConfigError, match=r"unknown part, got 'tower', expected any of vision, projector, language"):
+    assert trained == {
+        name for name, _ in network.named_parameters() if name.startswith("vision.model.merger.")
+    }
+    with pytest.raises(
+        ConfigError, match=r"unknown part, got 'tower', expected any of vision, projector, language"
+    ):
         freeze_parts(network, ["tower"])
     with pytest.raises(ConfigError, match="nothing is left to train"):
         freeze_parts(network, ["vision", "projector", "language"])
@@ -214,7 +268,9 @@ def extended(part: tiny_qwen.Sequence, tokens: torch.Tensor) -> tiny_qwen.Sequen
     )
 
 
-def test_small_projections_computed_apart_are_the_same(network: VisionLanguageModel, oracle: Any) -> None:
+def test_small_projections_computed_apart_are_the_same(
+    network: VisionLanguageModel, oracle: Any
+) -> None:
     layers = [module for module in network.modules() if isinstance(module, GatedDeltaNet)]
     assert layers
     assert not any(layer.small_projections_apart for layer in layers)

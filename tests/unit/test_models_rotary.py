@@ -1,4 +1,6 @@
-"""Rotary embeddings: every setting, spelling and contradiction, with transformers' models as the oracle."""
+"""Rotary embeddings: every setting, spelling and contradiction, with transformers' models as the
+oracle.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,11 @@ import transformers
 
 from tests import network_checks, tiny_families
 from tests.config_oracle import FAMILIES, WITH_TOWER, YARN, differs, text_of, written_configs
-from zppo_mm.config import ParallelConfig
+from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ModelError
-from zppo_mm.models import parallel
-from zppo_mm.models.architecture import parse_architecture
 from zppo_mm.models.families import qwen2_5_vl, qwen3_5, qwen3_vl
+from zppo_mm.models.families.architecture import parse_architecture
+from zppo_mm.parallel import groups as parallel
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +34,13 @@ def raws(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return written_configs(tmp_path_factory.mktemp("configs"))
 
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 ROTARY: dict[str, dict[str, Any]] = {
@@ -52,7 +60,12 @@ ROTARY: dict[str, dict[str, Any]] = {
 
 REFUSED: dict[str, dict[str, Any]] = {
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
-    "longrope": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 16},
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 16,
+    },
     "proportional": {"rope_type": "proportional", "rope_theta": 1e4},
     "unknown": {"rope_type": "su", "factor": 2.0},
     "yarn without a factor": {"rope_type": "yarn"},
@@ -65,11 +78,17 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 def with_rope(raw: dict[str, Any], change: dict[str, Any], spelling: str) -> dict[str, Any]:
-    """Return a config.json whose rotary type is changed, in the spelling of transformers 5 or in one of before."""
+    """Return a config.json whose rotary type is changed, in the spelling of transformers 5 or in
+    one of before.
+    """
     raw = copy.deepcopy(raw)
     text = text_of(raw)
     rope = text.pop("rope_parameters")
-    kept = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved") if key in rope}
+    kept = {
+        key: rope[key]
+        for key in ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
+        if key in rope
+    }
     whole = {**kept, **change}
     if spelling == "rope_parameters":
         text["rope_parameters"] = whole
@@ -94,47 +113,72 @@ def test_rotary_embeddings_are_those_of_transformers_in_every_spelling(
         assert differs(raw, tmp_path / name) == "", name
         architecture = parse_architecture(raw)
         seen.add((architecture.rotary_frequencies, architecture.rotary_amplitude))
-    # One of two scales is not looked at, and bounds are rounded to the few frequencies of a small head.
+    # One of two scales is not looked at, and bounds are rounded to the few frequencies of a small
+    # head.
     assert len(seen) >= len(ROTARY) - 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sampling_rotates_as_training_does(raws: dict[str, dict[str, Any]], family: str, tmp_path: Path) -> None:
+def test_sampling_rotates_as_training_does(
+    raws: dict[str, dict[str, Any]], family: str, tmp_path: Path
+) -> None:
     raw = with_rope(raws[family], ROTARY["yarn, amplitude"], "rope_scaling")
     assert differs(raw, tmp_path / "folder") == ""
-    auto: Any = transformers.AutoModelForImageTextToText if family in WITH_TOWER else transformers.AutoModelForCausalLM
+    auto: Any = (
+        transformers.AutoModelForImageTextToText
+        if family in WITH_TOWER
+        else transformers.AutoModelForCausalLM
+    )
     oracle = auto.from_pretrained(tmp_path / "folder").eval()
     parts = tiny_families.sequences(family, "text")
-    tokens, _logits = network_checks.greedy(network_checks.build(tmp_path / "folder", ParallelConfig()), parts, 8)
+    tokens, _logits = network_checks.greedy(
+        network_checks.build(tmp_path / "folder", ParallelConfig()), parts, 8
+    )
     assert tokens.tolist() == [network_checks.oracle_greedy(oracle, part, 8) for part in parts]
 
 
 @pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
 @pytest.mark.parametrize("name", REFUSED)
-def test_rotary_embeddings_that_are_not_built_are_refused(raws: dict[str, dict[str, Any]], name: str, spelling: str) -> None:
+def test_rotary_embeddings_that_are_not_built_are_refused(
+    raws: dict[str, dict[str, Any]], name: str, spelling: str
+) -> None:
     for family in FAMILIES:
         raw = copy.deepcopy(raws[family])
         text_of(raw).pop("rope_parameters")
         text_of(raw)[spelling] = REFUSED[name]
-        with pytest.raises(ModelError, match=r"config\.json: .*(rope_type|rope_parameters|rope_scaling|factor)"):
+        with pytest.raises(
+            ModelError, match=r"config\.json: .*(rope_type|rope_parameters|rope_scaling|factor)"
+        ):
             parse_architecture(raw)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_of_two_rotary_spellings_none_is_dropped(raws: dict[str, dict[str, Any]], family: str, tmp_path: Path) -> None:
+def test_of_two_rotary_spellings_none_is_dropped(
+    raws: dict[str, dict[str, Any]], family: str, tmp_path: Path
+) -> None:
     rope = text_of(raws[family])["rope_parameters"]
     plain = {
-        key: value for key, value in rope.items() if key in ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
+        key: value
+        for key, value in rope.items()
+        if key in ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
     }
     stretched = {**plain, **YARN}
 
-    def both(new: dict[str, Any] | None, old: dict[str, Any] | None, **beside: Any) -> dict[str, Any]:
+    def both(
+        new: dict[str, Any] | None, old: dict[str, Any] | None, **beside: Any
+    ) -> dict[str, Any]:
         raw = copy.deepcopy(raws[family])
         text_of(raw).update({"rope_parameters": new, "rope_scaling": old, **beside})
         return raw
 
     # The same twice, or a type added in the older spelling to settings that say none: one meaning.
-    for number, raw in enumerate([both(stretched, stretched), both({**plain, "rope_type": "default"}, stretched), both(stretched, None)]):
+    for number, raw in enumerate(
+        [
+            both(stretched, stretched),
+            both({**plain, "rope_type": "default"}, stretched),
+            both(stretched, None),
+        ]
+    ):
         assert differs(raw, tmp_path / str(number)) == ""
         assert parse_architecture(raw).rotary_amplitude > 1
     contradictions = {
@@ -142,21 +186,37 @@ def test_of_two_rotary_spellings_none_is_dropped(raws: dict[str, dict[str, Any]]
         "factor": both({**stretched, "factor": 2.0}, stretched),
         "attention_factor": both({**stretched, "attention_factor": 2.0}, stretched),
         # Without its base, the older spelling would be read with transformers' default.
-        "rope_theta": both({**plain, "rope_theta": 77.0}, {key: value for key, value in stretched.items() if key != "rope_theta"}),
+        "rope_theta": both(
+            {**plain, "rope_theta": 77.0},
+            {key: value for key, value in stretched.items() if key != "rope_theta"},
+        ),
         "type": both({**plain, "rope_type": "default", "type": "yarn"}, None),
     }
     for key, raw in contradictions.items():
         with pytest.raises(
-            ModelError, match=rf"config\.json: {key} has two values, got .* in rope_parameters, and .* is what transformers"
+            ModelError,
+            match=(
+                rf"config\.json: {key} has two values, got .* in rope_parameters, and .* is what "
+                rf"transformers"
+            ),
         ):
             parse_architecture(raw)
-    with pytest.raises(ModelError, match=r"rope_theta has two values, got 78\.0 in the part around it"):
+    with pytest.raises(
+        ModelError, match=r"rope_theta has two values, got 78\.0 in the part around it"
+    ):
         parse_architecture(both(plain, None, rope_theta=78.0))
 
 
 def test_axes_that_a_file_does_not_say_are_those_of_transformers() -> None:
-    for module, name in ((qwen3_5, "Qwen3_5Text"), (qwen3_vl, "Qwen3VLText"), (qwen2_5_vl, "Qwen2_5_VL")):
+    for module, name in (
+        (qwen3_5, "Qwen3_5Text"),
+        (qwen3_vl, "Qwen3VLText"),
+        (qwen2_5_vl, "Qwen2_5_VL"),
+    ):
         package = module.__name__.rpartition(".")[2]
         code = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
         config = getattr(transformers, f"{name.removesuffix('Text')}TextConfig")()
-        assert tuple(getattr(code, f"{name}RotaryEmbedding")(config).mrope_section) == module.DEFAULT_SECTION
+        assert (
+            tuple(getattr(code, f"{name}RotaryEmbedding")(config).mrope_section)
+            == module.DEFAULT_SECTION
+        )

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests import network_checks, tiny_qwen
-from zppo_mm.config import ParallelConfig
-from zppo_mm.models import parallel
+from zppo_mm.config.schema import ParallelConfig
+from zppo_mm.parallel import groups as parallel
 
 # The same float32 products, in matrices of another height.
 TOLERANCE = 1e-5
@@ -30,4 +30,6 @@ def test_the_logits_of_some_rows_are_rows_of_all_logits(tmp_path: Path) -> None:
     token_ids = torch.arange(3, 12)
     inputs = (token_ids, torch.arange(9).expand(3, -1), torch.tensor([0, 9], dtype=torch.int32))
     rows = torch.tensor([1, 2, 7])
-    torch.testing.assert_close(network(*inputs, rows=rows), network(*inputs)[rows], atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(
+        network(*inputs, rows=rows), network(*inputs)[rows], atol=TOLERANCE, rtol=TOLERANCE
+    )

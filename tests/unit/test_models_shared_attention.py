@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from zppo_mm.models.shared_attention import PromptGroups, attend, softmax_read
+from zppo_mm.models.layers.shared_attention import PromptGroups, attend, softmax_read
 
 KEY_GROUPS, HEADS, DIM = 2, 3, 16
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -31,11 +31,15 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     ],
     ids=["equal", "lengths differ", "uneven groups in any order", "nothing shared", "one"],
 )
-def test_each_sequence_sees_its_prompt_and_its_own_tokens(dtype: torch.dtype, owners: Sequence[int], lengths: list[int]) -> None:
+def test_each_sequence_sees_its_prompt_and_its_own_tokens(
+    dtype: torch.dtype, owners: Sequence[int], lengths: list[int]
+) -> None:
     torch.manual_seed(0)
     batch, num_own = len(owners), 4
     queries = 3 * random(batch, KEY_GROUPS, HEADS, DIM)
-    keys, values = (random(len(lengths), KEY_GROUPS, max(lengths), DIM, dtype=dtype) for _ in range(2))
+    keys, values = (
+        random(len(lengths), KEY_GROUPS, max(lengths), DIM, dtype=dtype) for _ in range(2)
+    )
     own_keys, own_values = (random(batch, KEY_GROUPS, num_own, DIM, dtype=dtype) for _ in range(2))
     prompts = PromptGroups.build(owners, lengths, torch.device("cpu"), dtype)
     found = attend(queries.to(dtype), (keys, values), (own_keys, own_values), prompts)
@@ -57,7 +61,9 @@ def test_reads_come_with_the_sum_of_their_exponentials(dtype: torch.dtype, maske
     mask = torch.zeros(3, 1, 1, 21, dtype=dtype)
     mask[1, ..., :8] = float("-inf")
     output, sums = softmax_read(queries, keys, values, mask if masked else None)
-    scores = queries.double() @ keys.double().transpose(-1, -2) / math.sqrt(DIM) + (mask.double() if masked else 0)
+    scores = queries.double() @ keys.double().transpose(-1, -2) / math.sqrt(DIM) + (
+        mask.double() if masked else 0
+    )
     assert sums.dtype == torch.float32
     assert (scores.logsumexp(-1) - sums).abs().max() <= SUM_TOLERANCE[dtype]
     assert (scores.softmax(-1) @ values.double() - output).abs().max() <= TOLERANCE[dtype]

@@ -1,4 +1,6 @@
-"""A prompt passed once for all its responses against one pass per response: logits, loss, gradients; layout and states behind it."""
+"""A prompt passed once for all its responses against one pass per response: logits, loss,
+gradients; layout and states behind it.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,20 @@ from hypothesis import strategies as st
 from data.question import MediaRef, Question
 from encoders.processor import VisionInput
 from tests import network_checks, tiny_families, tiny_qwen
-from zppo_mm.config import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
+from zppo_mm.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import TrainingSample
-from zppo_mm.models import delta_rule, parallel
-from zppo_mm.models.gated_delta_net import causal_convolution, last_inputs
-from zppo_mm.models.packing import MAX_PADDING_RATIO, build_layout
+from zppo_mm.models.layers import delta_rule
+from zppo_mm.models.layers.gated_delta_net import causal_convolution, last_inputs
+from zppo_mm.models.layers.packing import MAX_PADDING_RATIO, build_layout
 from zppo_mm.models.vision_language import VisionLanguageModel
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.training.batching import pack
 from zppo_mm.training.objective import PolicyObjective, predicting_rows
 from zppo_mm.training.policy import Policy
 
-# The same float32 sums in another grouping; the largest differences seen are 9e-6 on logits of scale 3, and 6e-7 of the loss.
+# The same float32 sums in another grouping; the largest differences seen are 9e-6 on logits of
+# scale 3, and 6e-7 of the loss.
 MAX_LOGIT_DIFFERENCE = 3e-5
 MAX_LOSS_DIFFERENCE = 5e-6
 # Relative to the largest entry of each gradient; the largest seen is 7e-6.
@@ -40,7 +44,10 @@ Groups = list[tuple[Parts, list[int]]]
 # Prompts, and the lengths of their responses. The convolution looks back at three tokens.
 CASES: dict[str, Groups] = {
     "text": [([9], [4, 30, 7]), ([70], [5, 5])],
-    "image": [([4, ("image", (1, 4, 6)), 5], [6, 3]), ([2, ("image", (1, 2, 2)), 3, ("image", (1, 6, 4)), 2], [9, 40, 2])],
+    "image": [
+        ([4, ("image", (1, 4, 6)), 5], [6, 3]),
+        ([2, ("image", (1, 2, 2)), 3, ("image", (1, 6, 4)), 2], [9, 40, 2]),
+    ],
     "video": [([3, ("video", (3, 4, 4)), 6], [8, 8, 8]), ([1, ("video", (1, 2, 4)), 4], [3, 1])],
     "mixed": [
         ([5, ("image", (1, 4, 4)), 3, ("video", (2, 4, 2)), 2], [5, 12]),
@@ -54,7 +61,11 @@ CASES: dict[str, Groups] = {
     "groups and single samples": [([7], [4]), ([30], [3, 60]), ([3], [8]), ([2], [2, 5])],
     "prompts of several chunks": [([75], [40, 66])],
 }
-VIDEO_FAMILY_CASES = [("qwen3_vl", "video"), ("qwen3_vl", "mixed"), ("qwen3", "groups and single samples")]
+VIDEO_FAMILY_CASES = [
+    ("qwen3_vl", "video"),
+    ("qwen3_vl", "mixed"),
+    ("qwen3", "groups and single samples"),
+]
 
 
 class SequenceMedia:
@@ -68,7 +79,10 @@ class SequenceMedia:
         self.opened.append(question.id)
         prompt = self.prompts[question.id]
         pieces = prompt.patches.split([t * h * w for t, h, w in prompt.grids])
-        return [VisionInput("image", piece.numpy(), grid) for piece, grid in zip(pieces, prompt.grids, strict=True)]
+        return [
+            VisionInput("image", piece.numpy(), grid)
+            for piece, grid in zip(pieces, prompt.grids, strict=True)
+        ]
 
 
 def make_samples(groups: Groups) -> tuple[list[TrainingSample], SequenceMedia]:
@@ -78,7 +92,13 @@ def make_samples(groups: Groups) -> tuple[list[TrainingSample], SequenceMedia]:
     for number, (parts, lengths) in enumerate(groups):
         uid = f"group {number}"
         prompt = media.prompts[uid] = tiny_qwen.make_sequence(number, parts)
-        question = Question(uid, "", tuple(MediaRef("image", "none.tar", uid, "png") for _ in prompt.grids), "", "math")
+        question = Question(
+            uid,
+            "",
+            tuple(MediaRef("image", "none.tar", uid, "png") for _ in prompt.grids),
+            "",
+            "math",
+        )
         for place, length in enumerate(lengths):
             mask = np.repeat(np.array([0, 1], dtype=np.float32), [len(prompt.token_ids), length])
             positions = np.broadcast_to(prompt.next_position + np.arange(length), (3, length))
@@ -86,11 +106,16 @@ def make_samples(groups: Groups) -> tuple[list[TrainingSample], SequenceMedia]:
                 TrainingSample(
                     uid=uid,
                     question=question,
-                    token_ids=np.concatenate([prompt.token_ids.numpy(), draw.integers(1, 110, length)]),
+                    token_ids=np.concatenate(
+                        [prompt.token_ids.numpy(), draw.integers(1, 110, length)]
+                    ),
                     positions=np.concatenate([prompt.positions.numpy(), positions], axis=1),
                     loss_mask=mask,
-                    # Around the log-prob of a uniform guess, so that the surrogate is clipped for some tokens only.
-                    old_logprobs=(mask * (-4.8 + 0.4 * draw.standard_normal(len(mask)))).astype(np.float32),
+                    # Around the log-prob of a uniform guess, so that the surrogate is clipped for
+                    # some tokens only.
+                    old_logprobs=(mask * (-4.8 + 0.4 * draw.standard_normal(len(mask)))).astype(
+                        np.float32
+                    ),
                     advantages=mask * np.float32(1.5 - place),
                     grids=prompt.grids,
                 )
@@ -98,7 +123,9 @@ def make_samples(groups: Groups) -> tuple[list[TrainingSample], SequenceMedia]:
     return samples, media
 
 
-def descend(network: VisionLanguageModel, groups: Groups, share_prompts: bool) -> tuple[torch.Tensor, float, dict[str, torch.Tensor]]:
+def descend(
+    network: VisionLanguageModel, groups: Groups, share_prompts: bool
+) -> tuple[torch.Tensor, float, dict[str, torch.Tensor]]:
     """Return the logits of the loss rows, the loss and the gradient of every parameter."""
     samples, media = make_samples(groups)
     microbatch = pack(samples, media=media, device=torch.device("cpu"), share_prompts=share_prompts)
@@ -116,7 +143,11 @@ def descend(network: VisionLanguageModel, groups: Groups, share_prompts: bool) -
     )
     terms = PolicyObjective(AlgorithmConfig(), temperature=1.0)(logits, microbatch)
     terms.loss_sum.backward()  # type: ignore[no-untyped-call]
-    gradients = {name: parameter.grad.clone() for name, parameter in network.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: parameter.grad.clone()
+        for name, parameter in network.named_parameters()
+        if parameter.grad is not None
+    }
     return logits.detach(), float(terms.loss_sum.detach()), gradients
 
 
@@ -128,7 +159,9 @@ def check_sharing(network: VisionLanguageModel, groups: Groups) -> None:
     assert loss == pytest.approx(wanted_loss, rel=MAX_LOSS_DIFFERENCE)
     assert gradients.keys() == wanted_gradients.keys() == dict(network.named_parameters()).keys()
     for name, wanted in wanted_gradients.items():
-        assert (gradients[name] - wanted).abs().max() <= MAX_GRADIENT_DIFFERENCE * wanted.abs().max(), name
+        assert (
+            gradients[name] - wanted
+        ).abs().max() <= MAX_GRADIENT_DIFFERENCE * wanted.abs().max(), name
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -150,7 +183,10 @@ def test_sharing_changes_neither_logits_nor_loss_nor_gradients(folder: Path, cas
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_sharing_goes_with_recomputed_activations(folder: Path, recompute: str) -> None:
-    check_sharing(network_checks.build(folder, ParallelConfig(), ModelConfig(recompute=recompute)), CASES["mixed"])
+    check_sharing(
+        network_checks.build(folder, ParallelConfig(), ModelConfig(recompute=recompute)),
+        CASES["mixed"],
+    )
 
 
 @pytest.mark.parametrize(("family", "case"), VIDEO_FAMILY_CASES)
@@ -161,7 +197,9 @@ def test_other_families_share_too(tmp_path: Path, family: str, case: str) -> Non
 
 @pytest.mark.parametrize(("asked", "shares"), [("auto", True), ("always", True), ("never", False)])
 def test_the_local_layers_share_unless_told_not_to(folder: Path, asked: str, shares: bool) -> None:
-    assert make_policy(network_checks.build(folder, ParallelConfig()), asked).shares_prompts is shares
+    assert (
+        make_policy(network_checks.build(folder, ParallelConfig()), asked).shares_prompts is shares
+    )
 
 
 @pytest.mark.parametrize("asked", ["auto", "never"])
@@ -174,7 +212,9 @@ def test_layers_that_cannot_share_do_not(folder: Path, asked: str) -> None:
 def test_layers_that_cannot_share_refuse_to(folder: Path) -> None:
     network = network_checks.build(folder, ParallelConfig())
     network.config.transformer_impl = "transformer_engine"
-    with pytest.raises(ConfigError, match=r"train\.share_prompts: this network cannot share prompts, got 'always'"):
+    with pytest.raises(
+        ConfigError, match=r"train\.share_prompts: this network cannot share prompts, got 'always'"
+    ):
         make_policy(network, "always")
 
 
@@ -198,7 +238,9 @@ def test_children_do_not_see_one_another(folder: Path) -> None:
 
 @st.composite
 def packs(draw: st.DrawFn) -> tuple[list[int], list[int]]:
-    """Return lengths and parents of sequences; a parent lies before its children, as in a pack, but they need not follow it at once."""
+    """Return lengths and parents of sequences; a parent lies before its children, as in a pack, but
+    they need not follow it at once.
+    """
     lengths = draw(st.lists(st.integers(1, 40), min_size=1, max_size=12))
     parents: list[int] = []
     for place in range(len(lengths)):
@@ -209,31 +251,47 @@ def packs(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 
 @settings(max_examples=100, deadline=None)
 @given(made=packs())
-def test_a_layout_holds_every_token_once_and_every_child_with_its_parent(made: tuple[list[int], list[int]]) -> None:
+def test_a_layout_holds_every_token_once_and_every_child_with_its_parent(
+    made: tuple[list[int], list[int]],
+) -> None:
     lengths, parents = made
     layout = build_layout(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), parents=parents)
     buckets = [*layout.buckets, *(branch.bucket for branch in layout.branches)]
     packed = torch.randn(sum(lengths), 2)
     assert layout.join([bucket.unpad(bucket.pad(packed)) for bucket in buckets]).equal(packed)
     assert all(bucket.longest <= MAX_PADDING_RATIO * min(bucket.lengths) for bucket in buckets)
-    assert sorted(place for bucket in layout.buckets for place in bucket.sequences) == [i for i, p in enumerate(parents) if p < 0]
+    assert sorted(place for bucket in layout.buckets for place in bucket.sequences) == [
+        i for i, p in enumerate(parents) if p < 0
+    ]
     rows = [place for bucket in layout.buckets if bucket.has_children for place in bucket.sequences]
     for branch in layout.branches:
         wanted = [parents[child] for child in branch.bucket.sequences]
         assert [rows[row] for row in branch.parent_rows.tolist()] == wanted
-        assert [family.parent for family in branch.families for _ in range(family.num_children)] == wanted
+        assert [
+            family.parent for family in branch.families for _ in range(family.num_children)
+        ] == wanted
         # Each parent's keys and values are copied for all its children at once.
         assert len({family.parent for family in branch.families}) == len(branch.families)
         for family in branch.families:
             size = (branch.bucket.longest, lengths[family.parent] + branch.bucket.longest)
-            assert family.mask.equal(torch.ones(size, dtype=torch.bool).tril(lengths[family.parent]))
+            assert family.mask.equal(
+                torch.ones(size, dtype=torch.bool).tril(lengths[family.parent])
+            )
 
 
 def naive_rule(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor, beta: torch.Tensor, state: torch.Tensor
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_decay: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return output and last state of a loop over tokens, as the paper writes it."""
-    q, k = ((vectors / vectors.norm(dim=-1, keepdim=True)).repeat_interleave(2, 2) for vectors in (query, key))
+    q, k = (
+        (vectors / vectors.norm(dim=-1, keepdim=True)).repeat_interleave(2, 2)
+        for vectors in (query, key)
+    )
     outputs = []
     for token in range(query.shape[1]):
         state = state * log_decay[:, token].exp()[..., None, None]
@@ -247,7 +305,14 @@ def naive_rule(
 @pytest.mark.parametrize("length", [1, 20, 2 * delta_rule.MAX_CHUNK_TOKENS + 5])
 def test_the_rule_from_a_given_state_equals_a_loop_over_tokens(length: int) -> None:
     torch.manual_seed(0)
-    shapes = [(2, length, 2, 8), (2, length, 2, 8), (2, length, 4, 6), (2, length, 4), (2, length, 4), (2, 4, 8, 6)]
+    shapes = [
+        (2, length, 2, 8),
+        (2, length, 2, 8),
+        (2, length, 4, 6),
+        (2, length, 4),
+        (2, length, 4),
+        (2, 4, 8, 6),
+    ]
     inputs = [torch.randn(shape) for shape in shapes]
     inputs[3], inputs[4] = -torch.rand(shapes[3]) / 4, torch.rand(shapes[4])
     weights = (torch.randn(2, length, 4, 6), torch.randn(2, 4, 8, 6))
@@ -260,10 +325,14 @@ def test_the_rule_from_a_given_state_equals_a_loop_over_tokens(length: int) -> N
         assert mine is not None
         assert (mine - reference).abs().max() <= MAX_RULE_DIFFERENCE
     for results, leaves in ((found, given_inputs), (wanted, exact)):
-        total = sum((result * weight).sum() for result, weight in zip(results, weights, strict=True))
+        total = sum(
+            (result * weight).sum() for result, weight in zip(results, weights, strict=True)
+        )
         torch.autograd.backward(total, inputs=leaves)
     for mine, reference in zip(given_inputs, exact, strict=True):
-        assert (mine.grad - reference.grad).abs().max() <= MAX_RULE_GRADIENT_DIFFERENCE * reference.grad.abs().max()
+        assert (
+            mine.grad - reference.grad
+        ).abs().max() <= MAX_RULE_GRADIENT_DIFFERENCE * reference.grad.abs().max()
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 7])
@@ -272,7 +341,9 @@ def test_a_convolution_goes_on_where_the_parent_ended(cut: int) -> None:
     inputs, weight = torch.randn(2, 10, 5), torch.randn(5, 1, 4)
     context = last_inputs(inputs[:, :cut], (cut, cut), 3)
     whole = causal_convolution(inputs, weight)
-    torch.testing.assert_close(causal_convolution(inputs[:, cut:], weight, context), whole[:, cut:], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        causal_convolution(inputs[:, cut:], weight, context), whole[:, cut:], atol=1e-6, rtol=1e-6
+    )
 
 
 def test_the_places_that_predict_are_those_of_the_separate_sequences() -> None:

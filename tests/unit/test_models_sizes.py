@@ -1,4 +1,6 @@
-"""Every published size on the meta device: every parameter maps, shapes agree at every tensor size that is legal, the count is right."""
+"""Every published size on the meta device: every parameter maps, shapes agree at every tensor size
+that is legal, the count is right.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,13 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.published_sizes import PUBLISHED
-from zppo_mm.config import ModelConfig, ParallelConfig
+from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.errors import ModelError
-from zppo_mm.models import megatron_cpu, parallel
-from zppo_mm.models.architecture import check_layout, parse_architecture
+from zppo_mm.models.families.architecture import check_layout, parse_architecture
 from zppo_mm.models.provider import build_model
-from zppo_mm.models.weights import known_language_keys, parameter_mappings, split_tensors
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.parallel import megatron_cpu
+from zppo_mm.weights.mapping import known_language_keys, parameter_mappings, split_tensors
 
 TENSOR_SIZES = (1, 2, 4, 8)
 # Of those tried; bounded by the number of key heads.
@@ -30,10 +33,14 @@ LARGEST |= {"Qwen2.5-VL-3B": 2, "Qwen2.5-VL-7B": 4, "SmolLM2-135M": 1}
 
 @contextmanager
 def pretended_ranks(size: int) -> Iterator[ParallelConfig]:
-    """Be tensor rank 0 of so many ranks that do not exist: groups have the size, collectives do nothing."""
+    """Be tensor rank 0 of so many ranks that do not exist: groups have the size, collectives do
+    nothing.
+    """
     megatron_cpu.install()
     dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=size, create_gloo_process_groups=False)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=size, create_gloo_process_groups=False
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
     try:
         yield ParallelConfig(tensor_model_parallel_size=size)
@@ -46,7 +53,11 @@ def published_shapes(name: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of transformers' parameters."""
     raw, _count = PUBLISHED[name]
     config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    auto: Any = transformers.AutoModelForImageTextToText if "vision_config" in raw else transformers.AutoModelForCausalLM
+    auto: Any = (
+        transformers.AutoModelForImageTextToText
+        if "vision_config" in raw
+        else transformers.AutoModelForCausalLM
+    )
     with torch.device("meta"):
         model = auto.from_config(config)
     return {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
@@ -71,7 +82,9 @@ def test_every_parameter_maps_at_every_legal_tensor_size(name: str, size: int) -
     found: dict[str, tuple[int, ...]] = {}
     with pretended_ranks(size) as layout:
         with torch.device("meta"):
-            network = build_model(architecture, ModelConfig(transformer_impl="local", params_dtype="bfloat16"), layout)
+            network = build_model(
+                architecture, ModelConfig(transformer_impl="local", params_dtype="bfloat16"), layout
+            )
         for mapping in parameter_mappings(network):
             whole = list(mapping.parameter.shape)
             if mapping.rule.axis is not None:

@@ -1,4 +1,6 @@
-"""No file of a user's folder can run code: distributed checkpoints, model folders, configurations."""
+"""No file of a user's folder can run code: distributed checkpoints, model folders,
+configurations.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +22,20 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from tests import network_checks, tiny_qwen
 from tests.unit.tiny_folder import build_folder
-from zppo_mm.config import AlgorithmConfig, ParallelConfig, TrainConfig
-from zppo_mm.config_io import load_config
+from zppo_mm.config.load import load_config
+from zppo_mm.config.schema import AlgorithmConfig, ParallelConfig, TrainConfig
 from zppo_mm.conversion.exporting import export_folder
 from zppo_mm.conversion.importing import import_folder
 from zppo_mm.conversion.verify import Report, transformers_logits
 from zppo_mm.errors import CheckpointError, ConfigError, ModelError
-from zppo_mm.models import parallel
-from zppo_mm.models.architecture import load_architecture
-from zppo_mm.models.distributed_folder import METADATA_FILE, read_metadata
+from zppo_mm.models.families.architecture import load_architecture
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.rollout.chat import ChatFormat
 from zppo_mm.training import checkpoint
 from zppo_mm.training.checkpoint_files import publish
 from zppo_mm.training.objective import PolicyObjective
 from zppo_mm.training.policy import Policy
+from zppo_mm.weights.distributed_folder import METADATA_FILE, read_metadata
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = ParallelConfig()
@@ -93,19 +95,28 @@ def hidden_in(metadata: Metadata, attack: Any) -> Iterator[Any]:
     yield dataclasses.replace(metadata, planner_data=attack)
     yield dataclasses.replace(metadata, storage_meta=attack)
     (key, value), *_ = metadata.state_dict_metadata.items()
-    yield dataclasses.replace(metadata, state_dict_metadata={**metadata.state_dict_metadata, key: [value, attack]})
+    yield dataclasses.replace(
+        metadata, state_dict_metadata={**metadata.state_dict_metadata, key: [value, attack]}
+    )
     yield {"metadata": metadata, "more": attack}
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_a_hostile_description_is_refused_and_runs_nothing(source: Path, tmp_path: Path, marker: Path, name: str) -> None:
+def test_a_hostile_description_is_refused_and_runs_nothing(
+    source: Path, tmp_path: Path, marker: Path, name: str
+) -> None:
     folder = tmp_path / "megatron"
     import_folder(source, folder, LAYOUT)
     sound = read_metadata(folder / METADATA_FILE)
     for number, content in enumerate(hidden_in(sound, attacks(marker)[name])):
         for protocol in (0, 2, 4, 5):
             (folder / METADATA_FILE).write_bytes(pickle.dumps(content, protocol))
-            with pytest.raises(CheckpointError, match=r"\.metadata: the description of the checkpoint cannot be used, got Unpickling"):
+            with pytest.raises(
+                CheckpointError,
+                match=(
+                    r"\.metadata: the description of the checkpoint cannot be used, got Unpickling"
+                ),
+            ):
                 export_folder(folder, tmp_path / "back", LAYOUT)
         assert not marker.exists(), (number, name)
     assert not list(tmp_path.glob("back*"))
@@ -113,7 +124,14 @@ def test_a_hostile_description_is_refused_and_runs_nothing(source: Path, tmp_pat
 
 @pytest.mark.parametrize(
     "name",
-    ["os\nsystem", "builtins\neval", "torch\nload", "torch.serialization\nload", "pathlib\nPath.write_text", "torch\nSize.__class__"],
+    [
+        "os\nsystem",
+        "builtins\neval",
+        "torch\nload",
+        "torch.serialization\nload",
+        "pathlib\nPath.write_text",
+        "torch\nSize.__class__",
+    ],
 )
 def test_only_the_names_of_the_format_are_known(tmp_path: Path, name: str) -> None:
     (tmp_path / METADATA_FILE).write_bytes(f"c{name}\n.".encode())
@@ -142,7 +160,10 @@ def test_what_is_no_description_is_named(tmp_path: Path, content: bytes) -> None
 def changed(metadata: Metadata, **values: Any) -> Metadata:
     """Return a description in which the first tensor lies elsewhere."""
     (index, place), *_ = metadata.storage_data.items()
-    return dataclasses.replace(metadata, storage_data={**metadata.storage_data, index: dataclasses.replace(place, **values)})
+    return dataclasses.replace(
+        metadata,
+        storage_data={**metadata.storage_data, index: dataclasses.replace(place, **values)},
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,7 +178,9 @@ def changed(metadata: Metadata, **values: Any) -> Metadata:
         ({"offset": "0"}, "a place at '0'"),
     ],
 )
-def test_a_description_cannot_point_anywhere(source: Path, tmp_path: Path, values: dict[str, Any], message: str) -> None:
+def test_a_description_cannot_point_anywhere(
+    source: Path, tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
     folder = tmp_path / "megatron"
     import_folder(source, folder, LAYOUT)
     os.mkfifo(folder / "pipe")
@@ -173,7 +196,9 @@ def hostile_bytes(marker: Path) -> bytes:
     return box.getvalue()
 
 
-def test_objects_beside_the_tensors_are_not_opened(source: Path, tmp_path: Path, marker: Path) -> None:
+def test_objects_beside_the_tensors_are_not_opened(
+    source: Path, tmp_path: Path, marker: Path
+) -> None:
     folder = tmp_path / "megatron"
     import_folder(source, folder, LAYOUT)
     (folder / "common.pt").write_bytes(hostile_bytes(marker))
@@ -182,17 +207,27 @@ def test_objects_beside_the_tensors_are_not_opened(source: Path, tmp_path: Path,
     hostile = hostile_bytes(marker)
     (folder / "objects.distcp").write_bytes(hostile)
     objects = {
-        index: dataclasses.replace(place, relative_path="objects.distcp", offset=0, length=len(hostile))
+        index: dataclasses.replace(
+            place, relative_path="objects.distcp", offset=0, length=len(hostile)
+        )
         for index in sound.storage_data
         if "_extra_state" in index.fqn
     }
     assert objects, "Megatron keeps objects beside the tensors"
-    (folder / METADATA_FILE).write_bytes(pickle.dumps(dataclasses.replace(sound, storage_data={**sound.storage_data, **objects})))
+    (folder / METADATA_FILE).write_bytes(
+        pickle.dumps(dataclasses.replace(sound, storage_data={**sound.storage_data, **objects}))
+    )
     export_folder(folder, tmp_path / "back", LAYOUT)
     assert (tmp_path / "back" / "config.json").is_file()
     # A hostile object in the place of a tensor.
-    tensors = {index: next(iter(objects.values())) for index in sound.storage_data if "_extra_state" not in index.fqn}
-    (folder / METADATA_FILE).write_bytes(pickle.dumps(dataclasses.replace(sound, storage_data={**sound.storage_data, **tensors})))
+    tensors = {
+        index: next(iter(objects.values()))
+        for index in sound.storage_data
+        if "_extra_state" not in index.fqn
+    }
+    (folder / METADATA_FILE).write_bytes(
+        pickle.dumps(dataclasses.replace(sound, storage_data={**sound.storage_data, **tensors}))
+    )
     with pytest.raises(CheckpointError, match="the checkpoint cannot be read, got UnpicklingError"):
         export_folder(folder, tmp_path / "again", LAYOUT)
 
@@ -204,14 +239,23 @@ def sealed_again(path: Path) -> None:
     publish(path.with_name(".changed"), path, {}, keep=5)
 
 
-@pytest.mark.parametrize("file", [METADATA_FILE, checkpoint.RANDOM_FILE, checkpoint.STATE_FILE, checkpoint.SCHEDULE_FILE])
-def test_a_hostile_checkpoint_of_a_run_is_refused_and_runs_nothing(source: Path, tmp_path: Path, marker: Path, file: str) -> None:
+@pytest.mark.parametrize(
+    "file", [METADATA_FILE, checkpoint.RANDOM_FILE, checkpoint.STATE_FILE, checkpoint.SCHEDULE_FILE]
+)
+def test_a_hostile_checkpoint_of_a_run_is_refused_and_runs_nothing(
+    source: Path, tmp_path: Path, marker: Path, file: str
+) -> None:
     policy = Policy(
-        network_checks.build(source, LAYOUT), TrainConfig(), LAYOUT, PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group())
+        network_checks.build(source, LAYOUT),
+        TrainConfig(),
+        LAYOUT,
+        PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group()),
     )
     path = checkpoint.save(tmp_path / "checkpoints", 1, policy, {"step": 1}, keep=1)
     assert checkpoint.load_latest(tmp_path / "checkpoints", policy) == {"step": 1}
-    hostile = pickle.dumps(attacks(marker)["system"]) if file == METADATA_FILE else hostile_bytes(marker)
+    hostile = (
+        pickle.dumps(attacks(marker)["system"]) if file == METADATA_FILE else hostile_bytes(marker)
+    )
     for content in (hostile, b"[" * 100_000, b"null"):
         (path / file).write_bytes(content)
         sealed_again(path)
@@ -224,14 +268,31 @@ def test_a_hostile_checkpoint_of_a_run_is_refused_and_runs_nothing(source: Path,
     [
         (checkpoint.SCHEDULE_FILE, b'{"num_updates": 1, "scheduler": null}', "got TypeError"),
         (checkpoint.SCHEDULE_FILE, b'{"num_updates": 1, "scheduler": {}}', "got KeyError"),
-        (checkpoint.RANDOM_FILE, [{"device": "cpu", "torch": torch.zeros(3), "streams": {}}], "got TypeError"),
-        (checkpoint.STATE_FILE, b'{"another": "version"}', "got KeyError: 'step', expected what a run of this version saves"),
-        (checkpoint.SCHEDULE_FILE, None, "saved by another version of this program, got no schedule.json"),
+        (
+            checkpoint.RANDOM_FILE,
+            [{"device": "cpu", "torch": torch.zeros(3), "streams": {}}],
+            "got TypeError",
+        ),
+        (
+            checkpoint.STATE_FILE,
+            b'{"another": "version"}',
+            "got KeyError: 'step', expected what a run of this version saves",
+        ),
+        (
+            checkpoint.SCHEDULE_FILE,
+            None,
+            "saved by another version of this program, got no schedule.json",
+        ),
     ],
 )
-def test_a_checkpoint_of_another_version_is_refused(source: Path, tmp_path: Path, file: str, content: Any, problem: str) -> None:
+def test_a_checkpoint_of_another_version_is_refused(
+    source: Path, tmp_path: Path, file: str, content: Any, problem: str
+) -> None:
     policy = Policy(
-        network_checks.build(source, LAYOUT), TrainConfig(), LAYOUT, PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group())
+        network_checks.build(source, LAYOUT),
+        TrainConfig(),
+        LAYOUT,
+        PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group()),
     )
     path = checkpoint.save(tmp_path / "checkpoints", 1, policy, {"step": 1}, keep=1)
     if content is None:
@@ -252,11 +313,21 @@ def hostile_folder(source: Path, target: Path, marker: Path) -> Path:
     """Return a model folder that names its own code wherever transformers would look for it."""
     shutil.copytree(source, target)
     (target / "evil.py").write_text(HOSTILE_MODULE.format(marker=str(marker)))
-    kinds = ("AutoConfig", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel", "AutoProcessor", "AutoTokenizer")
+    kinds = (
+        "AutoConfig",
+        "AutoModelForCausalLM",
+        "AutoModelForImageTextToText",
+        "AutoModel",
+        "AutoProcessor",
+        "AutoTokenizer",
+    )
     for name in ("config.json", "tokenizer_config.json"):
         path = target / name
         content = json.loads(path.read_text()) if path.exists() else {}
-        content["auto_map"] = {kind: ["evil.Evil", "evil.Evil"] if kind == "AutoTokenizer" else "evil.Evil" for kind in kinds}
+        content["auto_map"] = {
+            kind: ["evil.Evil", "evil.Evil"] if kind == "AutoTokenizer" else "evil.Evil"
+            for kind in kinds
+        }
         if name == "tokenizer_config.json":
             content["tokenizer_class"] = "EvilTokenizer"
         path.write_text(json.dumps(content))
@@ -285,7 +356,9 @@ def test_code_in_a_model_folder_is_not_imported(source: Path, tmp_path: Path, ma
         ("output_hidden_states", True),
     ],
 )
-def test_how_a_network_is_run_is_not_the_folders_to_say(source: Path, tmp_path: Path, key: str, value: object) -> None:
+def test_how_a_network_is_run_is_not_the_folders_to_say(
+    source: Path, tmp_path: Path, key: str, value: object
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(source, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -298,7 +371,9 @@ def test_how_a_network_is_run_is_not_the_folders_to_say(source: Path, tmp_path: 
 def test_adapters_beside_the_weights_are_not_applied(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(source, folder)
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "someone/else", "peft_type": "LORA"}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "someone/else", "peft_type": "LORA"})
+    )
     report = Report()
     transformers_logits(folder, load_architecture(folder), [], report, torch.float32)
     assert report.good
@@ -318,20 +393,26 @@ TEMPLATES = [
     "{{{{ lipsum.__globals__['os'].popen('touch {marker}').read() }}}}",
     "{{{{ raise_exception.__globals__['__builtins__']['open']('{marker}', 'w') }}}}",
     "{{{{ messages.__init__.__globals__ }}}}",
-    "{{% set x = strftime_now.__globals__ %}}{{{{ x['__builtins__']['exec'](\"open('{marker}', 'w')\") }}}}",
+    "{{% set x = strftime_now.__globals__ %}}{{{{ x['__builtins__']['exec'](\"open('{marker}', "
+    "'w')\") }}}}",
     "{{% include '/etc/passwd' %}}",
 ]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_chat_template_cannot_leave_its_sandbox(tmp_path: Path, marker: Path, template: str) -> None:
+def test_a_chat_template_cannot_leave_its_sandbox(
+    tmp_path: Path, marker: Path, template: str
+) -> None:
     build_folder(tmp_path, vision=False)
     (tmp_path / "chat_template.jinja").write_text(template.format(marker=str(marker)))
     with pytest.raises(Exception, match=r"(?i)unsafe|undefined|no loader|security|access"):
         ChatFormat(tmp_path).render("a question", [])
 
 
-@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system", "!!python/name:os.system", "!!python/object/new:os.system"])
+@pytest.mark.parametrize(
+    "tag",
+    ["!!python/object/apply:os.system", "!!python/name:os.system", "!!python/object/new:os.system"],
+)
 def test_a_configuration_runs_nothing(tmp_path: Path, marker: Path, tag: str) -> None:
     (tmp_path / "config.yaml").write_text(f"name: {tag} ['touch {marker}']\n")
     with pytest.raises(ConfigError):
@@ -341,8 +422,8 @@ def test_a_configuration_runs_nothing(tmp_path: Path, marker: Path, tag: str) ->
 # Who may do what could run code, because both ends are ours.
 ALLOWED = {
     ("zppo_mm/teacher/rank_channel.py", "pickle.loads"),
-    ("zppo_mm/models/distributed_folder.py", "pickle._Unpickler"),
-    ("zppo_mm/observability/report.py", "jinja2.Environment"),
+    ("zppo_mm/weights/distributed_folder.py", "pickle._Unpickler"),
+    ("zppo_mm/report/page.py", "jinja2.Environment"),
 }
 RISKY = {
     "pickle.load",
@@ -356,13 +437,31 @@ RISKY = {
     "exec",
     "compile",
 }
-RISKY |= {"__import__", "marshal.loads", "shelve.open", "jinja2.Environment", "os.system", "os.popen", "dist_checkpointing.load"}
-NEEDED = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False), "from_pretrained": ("trust_remote_code", False)}
+RISKY |= {
+    "__import__",
+    "marshal.loads",
+    "shelve.open",
+    "jinja2.Environment",
+    "os.system",
+    "os.popen",
+    "dist_checkpointing.load",
+}
+NEEDED = {
+    "torch.load": ("weights_only", True),
+    "np.load": ("allow_pickle", False),
+    "from_pretrained": ("trust_remote_code", False),
+}
 
 
 def risky_names() -> Iterator[tuple[str, str]]:
-    """Yield file and name of everything in the packages that could run code of a file, calls without the needed argument included."""
-    for path in (path for package in ("data", "encoders", "zppo_mm", "tools") for path in sorted((ROOT / package).rglob("*.py"))):
+    """Yield file and name of everything in the packages that could run code of a file, calls
+    without the needed argument included.
+    """
+    for path in (
+        path
+        for package in ("data", "encoders", "zppo_mm", "tools")
+        for path in sorted((ROOT / package).rglob("*.py"))
+    ):
         place = str(path.relative_to(ROOT))
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute | ast.Name) and (name := ast.unparse(node)) in RISKY:
@@ -371,7 +470,9 @@ def risky_names() -> Iterator[tuple[str, str]]:
                 name = ast.unparse(node.func)
                 for ending, (argument, value) in NEEDED.items():
                     given = {word.arg: ast.unparse(word.value) for word in node.keywords}
-                    if (name == ending or name.endswith(f".{ending}")) and given.get(argument) != str(value):
+                    if (name == ending or name.endswith(f".{ending}")) and given.get(
+                        argument
+                    ) != str(value):
                         yield place, name
 
 

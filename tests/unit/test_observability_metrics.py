@@ -9,8 +9,21 @@ import pytest
 from tests.unit.simulated_run import make_group, make_question, make_rollout
 from zppo_mm.experience import Candidate
 from zppo_mm.observability.audit import audit_matches, comparable_answer
-from zppo_mm.observability.metrics import METRICS, Max, Mean, StepMetrics, Sum, is_documented, process_memory
-from zppo_mm.observability.rollout_metrics import buffer_metrics, group_metrics, selection_metrics, teacher_metrics
+from zppo_mm.observability.metrics import (
+    METRICS,
+    Max,
+    Mean,
+    StepMetrics,
+    Sum,
+    is_documented,
+    process_memory,
+)
+from zppo_mm.observability.rollout_metrics import (
+    buffer_metrics,
+    group_metrics,
+    selection_metrics,
+    teacher_metrics,
+)
 from zppo_mm.zone.replay import BufferFates
 from zppo_mm.zone.selection import Selected
 
@@ -28,7 +41,11 @@ def test_reductions_over_calls_and_ranks() -> None:
     here.add("policy/updates", Sum(4))
     here.merge(there)
     # (2 + 9) / (1 + 3) = 2.75, not the mean of the means 2.5; 1 + 4 + 3 = 8.
-    assert here.values() == {"policy/grad_norm_max": -2.0, "policy/loss": 2.75, "policy/updates": 8.0}
+    assert here.values() == {
+        "policy/grad_norm_max": -2.0,
+        "policy/loss": 2.75,
+        "policy/updates": 8.0,
+    }
 
 
 def test_mean_over_nothing_has_no_value() -> None:
@@ -67,23 +84,49 @@ def test_phase_adds_up_and_counts_a_failing_block() -> None:
 def test_process_memory_is_that_of_a_python_process() -> None:
     values = process_memory().values()
     assert 10 * 2**20 < values["system/rss_bytes"] < 100 * 2**30
-    # The kernel counts the peak in pages that it samples, so it may lie a little below the present size.
+    # The kernel counts the peak in pages that it samples, so it may lie a little below the present
+    # size.
     assert values["system/rss_peak_bytes"] > 0.9 * values["system/rss_bytes"]
 
 
 def test_group_metrics_by_hand() -> None:
     question = make_question(0)
     groups = [
-        make_group(question, "new", [make_rollout("7", 1.0, num_tokens=10), make_rollout("8", 0.0, num_tokens=20)]),
-        make_group(make_question(1), "replayed", [make_rollout("8", 0.0, num_tokens=30), make_rollout(None, 0.0, num_tokens=40)]),
         make_group(
-            question, "bcq", [make_rollout("7", 1.0, num_tokens=50), make_rollout("8", 0.0, num_tokens=50)], candidates=(WRONG, RIGHT)
+            question,
+            "new",
+            [make_rollout("7", 1.0, num_tokens=10), make_rollout("8", 0.0, num_tokens=20)],
         ),
-        make_group(question, "ncq", [make_rollout("8", 0.0, num_tokens=60), make_rollout("9", 0.0, num_tokens=60)], candidates=(WRONG,)),
+        make_group(
+            make_question(1),
+            "replayed",
+            [make_rollout("8", 0.0, num_tokens=30), make_rollout(None, 0.0, num_tokens=40)],
+        ),
+        make_group(
+            question,
+            "bcq",
+            [make_rollout("7", 1.0, num_tokens=50), make_rollout("8", 0.0, num_tokens=50)],
+            candidates=(WRONG, RIGHT),
+        ),
+        make_group(
+            question,
+            "ncq",
+            [make_rollout("8", 0.0, num_tokens=60), make_rollout("9", 0.0, num_tokens=60)],
+            candidates=(WRONG,),
+        ),
     ]
-    advantages = {groups[0].uid: [0.5, -0.5], groups[1].uid: [0.0, 0.0], groups[2].uid: [0.5, -0.5], groups[3].uid: [0.0, 0.0]}
+    advantages = {
+        groups[0].uid: [0.5, -0.5],
+        groups[1].uid: [0.0, 0.0],
+        groups[2].uid: [0.5, -0.5],
+        groups[3].uid: [0.0, 0.0],
+    }
     metrics = group_metrics(groups, tau=0.5)
-    metrics.merge(selection_metrics(Selected(tuple(groups), num_dropped_questions=3, num_injected=2), advantages))
+    metrics.merge(
+        selection_metrics(
+            Selected(tuple(groups), num_dropped_questions=3, num_injected=2), advantages
+        )
+    )
     values = metrics.values()
     expected = {
         "accuracy/plain": 1 / 4,
@@ -117,7 +160,11 @@ def test_group_metrics_by_hand() -> None:
 
 
 def test_teacher_metrics_by_hand() -> None:
-    solved = [make_rollout("7", 1.0, num_tokens=10), make_rollout("8", 0.0, num_tokens=20), make_rollout(None, 0.0, num_tokens=30)]
+    solved = [
+        make_rollout("7", 1.0, num_tokens=10),
+        make_rollout("8", 0.0, num_tokens=20),
+        make_rollout(None, 0.0, num_tokens=30),
+    ]
     values = teacher_metrics([solved, [make_rollout("8", 0.0, num_tokens=40)], []]).values()
     # A question that could not be asked counts as unsolved.
     assert values == {
@@ -131,7 +178,13 @@ def test_teacher_metrics_by_hand() -> None:
 
 
 def test_buffer_metrics_name_their_bins_in_percent() -> None:
-    fates = BufferFates(Counter({0.0: 3, 0.125: 2}), Counter({0.125: 1}), Counter({0.0: 1}), Counter({2: 1}), Counter({0: 1}))
+    fates = BufferFates(
+        Counter({0.0: 3, 0.125: 2}),
+        Counter({0.125: 1}),
+        Counter({0.0: 1}),
+        Counter({2: 1}),
+        Counter({0: 1}),
+    )
     assert buffer_metrics({0.0: 2, 0.125: 1}, fates).values() == {
         "buffer/size": 3,
         "buffer/occupancy/0": 2,
@@ -147,7 +200,12 @@ def test_buffer_metrics_name_their_bins_in_percent() -> None:
 
 def test_audit_counts_only_equal_answers() -> None:
     question = make_question(0)
-    rollouts = [make_rollout(" 7. ", 1.0), make_rollout("$8$", 0.0), make_rollout("9", 0.0), make_rollout(None, 0.0)]
+    rollouts = [
+        make_rollout(" 7. ", 1.0),
+        make_rollout("$8$", 0.0),
+        make_rollout("9", 0.0),
+        make_rollout(None, 0.0),
+    ]
     audit = audit_matches(
         [
             make_group(question, "new", rollouts),
@@ -155,7 +213,13 @@ def test_audit_counts_only_equal_answers() -> None:
             make_group(question, "ncq", rollouts, candidates=(WRONG, WRONG_WITHOUT_ANSWER)),
         ]
     )
-    assert (audit.num_bcq, audit.bcq_right, audit.bcq_wrong, audit.num_ncq, audit.ncq_listed) == (4, 1, 1, 4, 1)
+    assert (audit.num_bcq, audit.bcq_right, audit.bcq_wrong, audit.num_ncq, audit.ncq_listed) == (
+        4,
+        1,
+        1,
+        4,
+        1,
+    )
 
 
 def test_comparable_answer_keeps_what_has_a_meaning() -> None:

@@ -1,4 +1,6 @@
-"""The report: complete from a run's files, alone in one file, and made from whatever pieces there are."""
+"""The report: complete from a run's files, alone in one file, and made from whatever pieces there
+are.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,16 @@ from data.errors import DataError
 from data.question import MediaRef
 from tests.unit.simulated_run import make_group, make_question, make_rollout, simulate_run
 from zppo_mm.experience import GroupKind
-from zppo_mm.observability.report import write_report
-from zppo_mm.observability.report_examples import choose_examples, split_prompt
-from zppo_mm.observability.report_figures import FIGURES
 from zppo_mm.observability.sinks import append_line
 from zppo_mm.observability.transcripts import write_transcript
+from zppo_mm.report.examples import choose_examples, split_prompt
+from zppo_mm.report.figures import FIGURES
+from zppo_mm.report.page import write_report
 
-MEDIA = (MediaRef("video", "train/000.tar", "clip", "mp4"), MediaRef("image", "train/001.tar", "strip", "png"))
+MEDIA = (
+    MediaRef("video", "train/000.tar", "clip", "mp4"),
+    MediaRef("image", "train/001.tar", "strip", "png"),
+)
 
 
 def open_media(ref: MediaRef) -> npt.NDArray[np.uint8]:
@@ -42,7 +47,8 @@ def page(run_folder: Path) -> str:
 
 def test_report_shows_everything_in_one_file(page: str) -> None:
     assert "<title>simulated" in page
-    # Held-out accuracy is simulated to go from 0.35 to 0.35 + 0.3 * 10 / 12 = 0.6 at the last evaluation.
+    # Held-out accuracy is simulated to go from 0.35 to 0.35 + 0.3 * 10 / 12 = 0.6 at the last
+    # evaluation.
     assert "35.0 % → 60.0 %" in page
     assert "+25.0 points" in page
     for title, _, _ in FIGURES:
@@ -59,7 +65,10 @@ def test_report_shows_everything_in_one_file(page: str) -> None:
         assert text in page
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert len(sources) > len(FIGURES)
-    assert all(source.startswith(("data:image/svg+xml;base64,", "data:image/png;base64,")) for source in sources)
+    assert all(
+        source.startswith(("data:image/svg+xml;base64,", "data:image/png;base64,"))
+        for source in sources
+    )
     assert re.search(r"url\(|@import|<script|<link", page) is None
 
 
@@ -70,7 +79,10 @@ def test_report_is_the_same_twice(page: str, run_folder: Path) -> None:
 def test_examples_are_questions_with_both_prompts_and_all_media(run_folder: Path) -> None:
     examples = choose_examples(run_folder, 4, open_media)
     assert len({example.question_id for example in examples}) == 4
-    assert all([group.title for group in example.groups] == ["Plain prompt", "BCQ prompt", "NCQ prompt"] for example in examples)
+    assert all(
+        [group.title for group in example.groups] == ["Plain prompt", "BCQ prompt", "NCQ prompt"]
+        for example in examples
+    )
     assert {example.media[0].kind for example in examples} == {"image", "video"}
     assert all(example.groups[0].accuracy < 0.5 for example in examples)
 
@@ -84,7 +96,9 @@ def test_empty_folder_gives_a_page_that_says_so(tmp_path: Path) -> None:
 def test_one_step_without_reformulation(tmp_path: Path) -> None:
     simulate_run(tmp_path, num_steps=1)
     path = tmp_path / "transcripts" / "step_000001.jsonl"
-    path.write_text("".join(line for line in path.read_text().splitlines(True) if '"kind": "new"' in line))
+    path.write_text(
+        "".join(line for line in path.read_text().splitlines(True) if '"kind": "new"' in line)
+    )
     page = write_report(tmp_path, num_examples=2).read_text()
     assert "step 0, 64 questions" in page
     assert page.count('class="card example"') == 2
@@ -105,7 +119,9 @@ def test_media_that_cannot_be_opened_is_named(run_folder: Path) -> None:
         raise DataError(f"{ref.shard}: gone")
 
     (example,) = choose_examples(run_folder, 1, closed)
-    assert [(media.frames, media.problem) for media in example.media] == [((), problem) for problem in [f"{MEDIA[0].shard}: gone"]]
+    assert [(media.frames, media.problem) for media in example.media] == [
+        ((), problem) for problem in [f"{MEDIA[0].shard}: gone"]
+    ]
 
 
 def test_a_model_cannot_write_into_the_page(tmp_path: Path) -> None:

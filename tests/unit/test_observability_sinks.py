@@ -10,10 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from zppo_mm.config import ObservabilityConfig
+from zppo_mm.config.schema import ObservabilityConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.observability.logs import configure_logging
-from zppo_mm.observability.sinks import JsonLinesSink, MetricsLog, append_evaluation, open_metrics_log, truncate_after
+from zppo_mm.observability.sinks import (
+    JsonLinesSink,
+    MetricsLog,
+    append_evaluation,
+    open_metrics_log,
+    truncate_after,
+)
 
 
 @dataclass
@@ -42,12 +48,26 @@ def test_resume_leaves_no_step_twice(tmp_path: Path) -> None:
     log.close()
     assert steps(tmp_path / "metrics.jsonl") == [1, 2, 3, 4]
     assert steps(tmp_path / "evaluation.jsonl") == [0]
-    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[2]) == {"step": 3, "policy/loss": -3.0}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[2]) == {
+        "step": 3,
+        "policy/loss": -3.0,
+    }
 
 
-def test_lines_that_are_no_records_end_no_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lines_that_are_no_records_end_no_resume(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "metrics.jsonl"
-    damaged = [b"5", b"[]", b"null", b"{}", b'{"step": "1"}', b"\xff\xfe", b"\0" * 20, b"[" * 100_000]
+    damaged = [
+        b"5",
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"step": "1"}',
+        b"\xff\xfe",
+        b"\0" * 20,
+        b"[" * 100_000,
+    ]
     path.write_bytes(b"\n".join([b'{"step": 1}', *damaged, b'{"step": 2}', b'{"step": 3}', b""]))
     truncate_after(path, 2)
     assert steps(path) == [1, 2]
@@ -61,8 +81,13 @@ def test_truncating_a_missing_file_makes_none(tmp_path: Path) -> None:
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     sink = JsonLinesSink(tmp_path / "metrics.jsonl", last_step=0)
-    sink.write(1, {"policy/loss": float("nan"), "policy/grad_norm": float("inf"), "policy/lr": 1e-6})
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "policy/loss": null, "policy/grad_norm": null, "policy/lr": 1e-06}\n'
+    sink.write(
+        1, {"policy/loss": float("nan"), "policy/grad_norm": float("inf"), "policy/lr": 1e-6}
+    )
+    assert (
+        (tmp_path / "metrics.jsonl").read_text()
+        == '{"step": 1, "policy/loss": null, "policy/grad_norm": null, "policy/lr": 1e-06}\n'
+    )
 
 
 def test_tensorboard_holds_every_step_once_after_a_resume(tmp_path: Path) -> None:
@@ -79,22 +104,45 @@ def test_tensorboard_holds_every_step_once_after_a_resume(tmp_path: Path) -> Non
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("policy/loss")] == [(1, 1.0), (2, -2.0), (3, -3.0), (4, -4.0)]
+    assert [(event.step, event.value) for event in events.Scalars("policy/loss")] == [
+        (1, 1.0),
+        (2, -2.0),
+        (3, -3.0),
+        (4, -4.0),
+    ]
 
 
 def test_missing_wandb_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"observability\.wandb_project: wandb cannot be imported .* install the `wandb` extra"):
-        open_metrics_log(ObservabilityConfig(tensorboard=False, wandb_project="p"), tmp_path, train_iters=1, last_step=0)
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"observability\.wandb_project: wandb cannot be imported .* install the `wandb` extra"
+        ),
+    ):
+        open_metrics_log(
+            ObservabilityConfig(tensorboard=False, wandb_project="p"),
+            tmp_path,
+            train_iters=1,
+            last_step=0,
+        )
 
 
 def test_console_says_one_line_per_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    log = open_metrics_log(ObservabilityConfig(tensorboard=False, progress_bar=False), tmp_path, train_iters=9, last_step=0)
+    log = open_metrics_log(
+        ObservabilityConfig(tensorboard=False, progress_bar=False),
+        tmp_path,
+        train_iters=9,
+        last_step=0,
+    )
     with caplog.at_level(logging.INFO):
         log.write(3, {"accuracy/plain": 0.4375, "buffer/size": 12.0, "policy/loss": -0.01234})
         log.write(4, {"policy/loss": float("nan")})
     log.close()
-    assert [record.getMessage() for record in caplog.records] == ["step 3/9  plain 0.438  buffer 12  loss -0.0123", "step 4/9  loss nan"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "step 3/9  plain 0.438  buffer 12  loss -0.0123",
+        "step 4/9  loss nan",
+    ]
 
 
 def test_every_sink_is_closed_when_one_fails() -> None:
@@ -115,7 +163,9 @@ def test_every_sink_is_closed_when_one_fails() -> None:
     assert sinks[1].closed
 
 
-@pytest.mark.parametrize(("rank", "shown"), [(0, ["I first", "W second"]), (1, ["[rank 1] W second"])])
+@pytest.mark.parametrize(
+    ("rank", "shown"), [(0, ["I first", "W second"]), (1, ["[rank 1] W second"])]
+)
 def test_ranks_other_than_the_first_show_warnings_only(
     rank: int, shown: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

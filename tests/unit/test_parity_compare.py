@@ -18,13 +18,20 @@ COARSE = Limit("parity.max_kl", 0.05, of_divergence=True)
 IMAGE, VIDEO = 90, 91
 
 
-def response(question: str, training: list[float], rollout: list[float], source: list[float] | None = None) -> Response:
-    arrays = [np.array(values, dtype=np.float32) if values is not None else None for values in (training, rollout, source)]
+def response(
+    question: str, training: list[float], rollout: list[float], source: list[float] | None = None
+) -> Response:
+    arrays = [
+        np.array(values, dtype=np.float32) if values is not None else None
+        for values in (training, rollout, source)
+    ]
     return Response("image", question, np.arange(7, 7 + len(training)), *arrays)
 
 
 def test_a_gap_by_hand() -> None:
-    gap = measure([response("a", [-1.0, -2.0], [-1.0, -2.5]), response("b", [-0.5], [-0.25])], "rollout")
+    gap = measure(
+        [response("a", [-1.0, -2.0], [-1.0, -2.5]), response("b", [-0.5], [-0.25])], "rollout"
+    )
     # Differences 0, 0.5, -0.25; the tokens were drawn by the engine, so r = training / rollout.
     wanted = (0 + (math.exp(0.5) - 1 - 0.5) + (math.exp(-0.25) - 1 + 0.25)) / 3
     assert gap == Gap(3, 0.5, 0.25, pytest.approx(wanted))
@@ -50,17 +57,28 @@ def test_the_source_is_measured_where_it_was_compared() -> None:
         (Gap(5, math.nan, math.nan, math.nan), COARSE, True),
     ],
 )
-def test_a_limit_holds_for_every_token_or_for_the_divergence(gap: Gap, limit: Limit, exceeds: bool) -> None:
+def test_a_limit_holds_for_every_token_or_for_the_divergence(
+    gap: Gap, limit: Limit, exceeds: bool
+) -> None:
     assert gap.exceeds(limit) is exceeds
 
 
 def test_the_first_token_above_the_limit_is_named() -> None:
-    responses = [response("good", [-1.0, -2.0], [-1.0, -2.0]), response("bad", [-1.0, -2.0, -3.0], [-1.0005, -2.5, -9.0])]
+    responses = [
+        response("good", [-1.0, -2.0], [-1.0, -2.0]),
+        response("bad", [-1.0, -2.0, -3.0], [-1.0005, -2.5, -9.0]),
+    ]
     gap = measure(responses, "rollout")
     assert gap is not None
     said = describe_gap(responses, "rollout", gap, EXACT, lambda ids: f"<{ids[0]}>")
-    assert "parity: image: sampling and the training forward pass disagree, got a largest gap of 6 nats over 5 tokens" in said
-    assert "expected at most 0.001 (parity.max_gap); first at question 'bad', token 1 of the response (id 8, '<8>')" in said
+    assert (
+        "parity: image: sampling and the training forward pass disagree, got a largest gap of 6 "
+        "nats over 5 tokens" in said
+    )
+    assert (
+        "expected at most 0.001 (parity.max_gap); first at question 'bad', token 1 of the response "
+        "(id 8, '<8>')" in said
+    )
     assert "log-prob -2.50000 by sampling, -2.00000 in training; " in said
     assert said.endswith("parity.mode=warn goes on all the same")
 
@@ -69,7 +87,9 @@ def test_a_number_that_is_none_is_the_first_token() -> None:
     responses = [response("a", [-1.0, math.nan], [-1.0, -1.0])]
     gap = measure(responses, "rollout")
     assert gap is not None
-    assert "got a divergence of nan nats over 2 tokens" in describe_gap(responses, "rollout", gap, COARSE, str)
+    assert "got a divergence of nan nats over 2 tokens" in describe_gap(
+        responses, "rollout", gap, COARSE, str
+    )
     assert "token 1 of the response" in describe_gap(responses, "rollout", gap, COARSE, str)
 
 
@@ -79,7 +99,10 @@ def test_a_token_of_a_divergence_is_one_that_makes_it() -> None:
     gap = measure(responses, "rollout")
     assert gap is not None
     said = describe_gap(responses, "rollout", gap, COARSE, str)
-    assert "got a divergence of 0.362 nats over 2 tokens, expected at most 0.05 (parity.max_kl); first at question 'a', token 1 " in said
+    assert (
+        "got a divergence of 0.362 nats over 2 tokens, expected at most 0.05 (parity.max_kl); "
+        "first at question 'a', token 1 " in said
+    )
 
 
 IMAGE_GRID, VIDEO_GRID = (1, 4, 4), (3, 4, 2)  # 4 features, and 3 x 2
@@ -98,19 +121,38 @@ IMAGE_GRID, VIDEO_GRID = (1, 4, 4), (3, 4, 2)  # 4 features, and 3 x 2
         ([1, *[IMAGE] * 4], 1),
         ([1, 2], 0),
     ],
-    ids=["frames", "one run", "frames joined", "frame lost", "swapped", "wrong lengths", "one too many", "video lost", "all lost"],
+    ids=[
+        "frames",
+        "one run",
+        "frames joined",
+        "frame lost",
+        "swapped",
+        "wrong lengths",
+        "one too many",
+        "video lost",
+        "all lost",
+    ],
 )
 def test_media_are_counted_by_their_placeholders(token_ids: list[int], num_media: int) -> None:
-    assert media_in_prompt(np.array(token_ids), ["image", "video"], [IMAGE_GRID, VIDEO_GRID], IMAGE, VIDEO, 2) == num_media
+    assert (
+        media_in_prompt(
+            np.array(token_ids), ["image", "video"], [IMAGE_GRID, VIDEO_GRID], IMAGE, VIDEO, 2
+        )
+        == num_media
+    )
 
 
 @pytest.mark.parametrize(
-    ("counts", "agrees"), [((2, 2, 10, 10), True), ((2, 1, 10, 10), False), ((2, 2, 10, 8), False), ((0, 0, 0, 0), True)]
+    ("counts", "agrees"),
+    [((2, 2, 10, 10), True), ((2, 1, 10, 10), False), ((2, 2, 10, 8), False), ((0, 0, 0, 0), True)],
 )
 def test_a_lost_medium_is_seen_and_named(counts: tuple[int, int, int, int], agrees: bool) -> None:
     count = MediaCount("video", "clip-7", *counts)
     assert count.agrees is agrees
-    assert f"'clip-7' do not reach the network whole, got {counts[0]} in the sample, {counts[1]} in the prompt" in count.describe()
+    assert (
+        f"'clip-7' do not reach the network whole, got {counts[0]} in the sample, {counts[1]} in "
+        "the prompt" in count.describe()
+    )
 
 
 def test_the_record_is_a_line_of_json_and_a_table(tmp_path: Path) -> None:
@@ -124,8 +166,29 @@ def test_the_record_is_a_line_of_json_and_a_table(tmp_path: Path) -> None:
     [line] = (tmp_path / "parity.jsonl").read_text().splitlines()
     written = json.loads(line)
     assert written["modalities"][0]["rollout"]["max"] is None
-    assert [written["modalities"][1][name] for name in ("media", "media_in_prompt", "placeholders", "features")] == [3, 3, 12, 12]
-    assert (written["limit"]["value"], written["findings"], written["not_compared"]) == (1e-3, ["something"], "too large")
+    assert [
+        written["modalities"][1][name]
+        for name in ("media", "media_in_prompt", "placeholders", "features")
+    ] == [3, 3, 12, 12]
+    assert (written["limit"]["value"], written["findings"], written["not_compared"]) == (
+        1e-3,
+        ["something"],
+        "too large",
+    )
     shown = table(record).splitlines()
-    assert shown[3].split() == ["image", "2", "3", "3", "12", "12", "2.0e-06", "1.0e-07", "0.0e+00", "3.0e-06", "2.0e-07", "0.0e+00", "20"]
+    assert shown[3].split() == [
+        "image",
+        "2",
+        "3",
+        "3",
+        "12",
+        "12",
+        "2.0e-06",
+        "1.0e-07",
+        "0.0e+00",
+        "3.0e-06",
+        "2.0e-07",
+        "0.0e+00",
+        "20",
+    ]
     assert shown[4] == "  source checkpoint not compared: too large"

@@ -1,4 +1,6 @@
-"""The gate on a real run of the embedded student: green as it is, red when something is really wrong, and without a trace."""
+"""The gate on a real run of the bundled student: green as it is, red when something is really
+wrong, and without a trace.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +21,23 @@ import torch
 
 from data.errors import MediaError
 from data.health import SampleHealth
-from data.media import Frames
+from data.media.opening import Frames
 from data.question import MediaRef, Question
-from zppo_mm.build import Run, build_run, build_stream, student_folder
-from zppo_mm.config import ParityConfig
-from zppo_mm.config_io import load_config
-from zppo_mm.models import parallel
+from zppo_mm.config.load import load_config
+from zppo_mm.config.schema import ParityConfig
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.parity.compare import Limit, ParityError
 from zppo_mm.parity.gate import check_parity, limit_for
 from zppo_mm.parity.oracle import choose_device, source_logprobs, weight_bytes
 from zppo_mm.parity.questions import Chosen, UncountedHealth, choose_questions
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
-from zppo_mm.rollout.exchange import ParallelExchange
 from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.megatron_engine import MegatronEngine
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
+from zppo_mm.run.build import Run, build_run, build_stream, student_folder
 
 # Float32 sums in another order; the largest seen is 5e-6.
 LARGEST_GAP = 1e-4
@@ -43,7 +45,9 @@ SHIFT = 0.5
 
 
 def start(output_dir: Path, *options: str) -> Run:
-    config = load_config(None, [f"output_dir={output_dir}", "method=grpo", "parity.max_response_tokens=12", *options])
+    config = load_config(
+        None, [f"output_dir={output_dir}", "method=grpo", "parity.max_response_tokens=12", *options]
+    )
     parallel.initialize(config.parallel, config.seed)
     return build_run(config)
 
@@ -62,7 +66,9 @@ def run(output_dir: Path) -> Iterator[Run]:
 
 
 def with_options(run: Run, **changes: Any) -> Run:
-    config = dataclasses.replace(run.stages.config, parity=dataclasses.replace(run.stages.config.parity, **changes))
+    config = dataclasses.replace(
+        run.stages.config, parity=dataclasses.replace(run.stages.config.parity, **changes)
+    )
     return dataclasses.replace(run, stages=dataclasses.replace(run.stages, config=config))
 
 
@@ -75,12 +81,19 @@ def record(folder: Path) -> dict[str, Any]:
     return json.loads(line)
 
 
-def test_a_sound_run_passes_and_is_recorded(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sound_run_passes_and_is_recorded(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO):
         check_parity(run, tmp_path, 0)
     written = record(tmp_path)
     assert [row["modality"] for row in written["modalities"]] == ["text", "image", "video"]
-    assert (written["step"], written["dtype"], written["findings"], written["not_compared"]) == (0, "float32", [], "")
+    assert (written["step"], written["dtype"], written["findings"], written["not_compared"]) == (
+        0,
+        "float32",
+        [],
+        "",
+    )
     for row in written["modalities"]:
         assert row["num_questions"] == 3
         assert row["rollout"]["num_tokens"] > row["source"]["num_tokens"] > 0
@@ -124,26 +137,37 @@ def test_the_run_does_not_notice(run: Run, tmp_path: Path) -> None:
     stream = run.stream.state_dict()
     check_parity(run, tmp_path, 0)
     assert run.stream.state_dict() == stream
-    assert [question.id for question in run.stages.feed.take(5)] == [question.id for question in fresh.take(5)]
+    assert [question.id for question in run.stages.feed.take(5)] == [
+        question.id for question in fresh.take(5)
+    ]
 
 
-def test_a_weight_that_is_not_the_folders_is_found(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_weight_that_is_not_the_folders_is_found(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     weight = run.policy.model.language_model.decoder.layers[2].mlp.linear_fc2.weight
     kept = weight.detach().clone()
     try:
         with torch.no_grad():
             weight[5, 7] += 3.0
         said = (
-            r"text: the source checkpoint in transformers and the training forward pass disagree, got a largest gap .* \(parity.max_gap\)"
+            r"text: the source checkpoint in transformers and the training forward pass disagree, "
+            r"got a largest gap .* \(parity.max_gap\)"
         )
-        place = r"; first at question '[\w/-]+', token \d+ of the response \(id \d+, '.*'\): log-prob -\d+\.\d{5} by the source checkpoint"
+        place = (
+            r"; first at question '[\w/-]+', token \d+ of the response \(id \d+, '.*'\): log-prob "
+            r"-\d+\.\d{5} by the source checkpoint"
+        )
         with pytest.raises(ParityError, match=said + place):
             check_parity(run, tmp_path, 0)
         assert len(record(tmp_path)["findings"]) >= 1
-        # Engine and training share the wrong weight, so they agree; after a resume nothing is compared with the folder.
+        # Engine and training share the wrong weight, so they agree; after a resume nothing is
+        # compared with the folder.
         assert all(row["rollout"]["max"] <= LARGEST_GAP for row in record(tmp_path)["modalities"])
         check_parity(run, tmp_path / "later", 4)
-        assert record(tmp_path / "later")["not_compared"].startswith("the run goes on from a checkpoint")
+        assert record(tmp_path / "later")["not_compared"].startswith(
+            "the run goes on from a checkpoint"
+        )
         check_parity(with_options(run, mode="warn"), tmp_path / "warned", 0)
         assert "the training forward pass disagree" in caplog.text
         check_parity(with_options(run, mode="none"), tmp_path / "none", 0)
@@ -159,7 +183,9 @@ class ShiftedEngine:
         self._engine, self._question_id, self._place = engine, question_id, place
         self.reported: Generation | None = None
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingParams
+    ) -> list[list[Generation]]:
         results = self._engine.generate(requests, sampling)
         for request, group in zip(requests, results, strict=True):
             if str(request.seed_path[1]).endswith(self._question_id):
@@ -172,20 +198,30 @@ def test_a_wrong_logprob_of_the_engine_is_named(run: Run, tmp_path: Path) -> Non
     stream = build_stream(run.stages.config, UncountedHealth())
     stream.load_state_dict(run.stream.state_dict())
     question = choose_questions(stream, run.stages.feed, 3).questions["video"][1]
-    engine = ShiftedEngine(MegatronEngine(run.policy.model, run.stages.config.seed), question.id, place=2)
+    engine = ShiftedEngine(
+        MegatronEngine(run.policy.model, run.stages.config.seed), question.id, place=2
+    )
     sampler = GroupSampler(engine, run.encoder, run.verifier, ParallelExchange())
     with pytest.raises(ParityError) as caught:
         check_parity(with_sampler(run, sampler), tmp_path, 0)
     assert engine.reported is not None
     token, logprob = engine.reported.response_ids[2], engine.reported.rollout_logprobs[2]
     message = str(caught.value)
-    assert message.startswith("parity: video: sampling and the training forward pass disagree, got a largest gap of 0.5 nats")
-    assert f"first at question {question.id!r}, token 2 of the response (id {token}, {run.encoder.decode([token])!r})" in message
+    assert message.startswith(
+        "parity: video: sampling and the training forward pass disagree, got a largest gap of 0.5 "
+        "nats"
+    )
+    assert (
+        f"first at question {question.id!r}, token 2 of the response (id {token}, "
+        f"{run.encoder.decode([token])!r})" in message
+    )
     assert f"log-prob {logprob:.5f} by sampling" in message
     assert "more in parity.jsonl" not in message
 
 
-def test_a_template_that_forgets_images_stops_the_run(run: Run, output_dir: Path, tmp_path: Path) -> None:
+def test_a_template_that_forgets_images_stops_the_run(
+    run: Run, output_dir: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "student"
     shutil.copytree(student_folder(run.stages.config), folder)
     template = folder / "chat_template.jinja"
@@ -193,7 +229,13 @@ def test_a_template_that_forgets_images_stops_the_run(run: Run, output_dir: Path
     template.write_text(template.read_text().replace("<|image_pad|>", ""))
     forgetful = start(output_dir, f"model.student={folder}")
     try:
-        with pytest.raises(ParityError, match=r"image: the media of a question do not reach its prompt: .*question .* got \[\], expected"):
+        with pytest.raises(
+            ParityError,
+            match=(
+                r"image: the media of a question do not reach its prompt: .*question .* got \[\], "
+                r"expected"
+            ),
+        ):
             check_parity(forgetful, tmp_path, 0)
     finally:
         forgetful.close()
@@ -209,21 +251,41 @@ def test_questions_that_cannot_be_asked_give_way(run: Run) -> None:
     def choose(encoder: PromptEncoder, max_prompt_tokens: int) -> Chosen:
         stream = build_stream(run.stages.config, UncountedHealth())
         options = {"plain_text": run.templates.plain_text, "max_prompt_tokens": max_prompt_tokens}
-        return choose_questions(stream, QuestionFeed(stream, encoder, stream.health, ParallelExchange(), **options), 2)
+        return choose_questions(
+            stream, QuestionFeed(stream, encoder, stream.health, ParallelExchange(), **options), 2
+        )
 
     chosen = choose(run.encoder, 4096)
-    assert {name: len(questions) for name, questions in chosen.questions.items()} == {"text": 2, "image": 2, "video": 2}
-    assert all(question.modality == name for name, questions in chosen.questions.items() for question in questions)
+    assert {name: len(questions) for name, questions in chosen.questions.items()} == {
+        "text": 2,
+        "image": 2,
+        "video": 2,
+    }
+    assert all(
+        question.modality == name
+        for name, questions in chosen.questions.items()
+        for question in questions
+    )
     assert (chosen.refused, chosen.lost) == ({}, [])
-    # A limit between two prompts of the same modality takes the longer one out and the next candidate in.
-    lengths = [len(run.encoder.encode(run.templates.plain_text(question), question)[0].token_ids) for question in chosen.questions["text"]]
+    # A limit between two prompts of the same modality takes the longer one out and the next
+    # candidate in.
+    lengths = [
+        len(run.encoder.encode(run.templates.plain_text(question), question)[0].token_ids)
+        for question in chosen.questions["text"]
+    ]
     assert lengths[0] != lengths[1]
     others = choose(run.encoder, max(lengths) - 1).questions["text"]
     assert len(others) == 2
     assert chosen.questions["text"][lengths.index(min(lengths))] in others
     assert chosen.questions["text"][lengths.index(max(lengths))] not in others
-    blind = choose(PromptEncoder(student_folder(run.stages.config), partial(open_no_video, run)), 4096)
-    assert {name: len(questions) for name, questions in blind.questions.items()} == {"text": 2, "image": 2, "video": 0}
+    blind = choose(
+        PromptEncoder(student_folder(run.stages.config), partial(open_no_video, run)), 4096
+    )
+    assert {name: len(questions) for name, questions in blind.questions.items()} == {
+        "text": 2,
+        "image": 2,
+        "video": 0,
+    }
     assert list(blind.refused) == ["video"]
     assert blind.refused["video"].startswith("unreadable: ")
 
@@ -249,7 +311,9 @@ def test_what_does_not_fit_or_load_is_not_compared(run: Run, tmp_path: Path) -> 
     check_parity(with_options(run, max_source_seconds=0.0), tmp_path, 0)
     written = record(tmp_path)
     assert written["not_compared"] == "9 of 9 responses, because parity.max_source_seconds was over"
-    assert all(row["source"] is None and row["rollout"] is not None for row in written["modalities"])
+    assert all(
+        row["source"] is None and row["rollout"] is not None for row in written["modalities"]
+    )
 
 
 def test_the_limit_follows_the_precision() -> None:

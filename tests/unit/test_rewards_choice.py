@@ -22,11 +22,15 @@ def matches(parsed: str, gold: str = "B", choices: Sequence[str] = OPTIONS) -> b
 @pytest.mark.parametrize(
     "parsed",
     [
-        "B", "b", "(B)", "[B]", "{B}", "**B**", "（B）", "Ｂ", "$B$", "B.", "B)", "\\text{B}", "\\mathbf{B}",
+        "B", "b", "(B)", "[B]", "{B}", "**B**", "（B）", "Ｂ", "$B$", "B.", "B)", "\\text{B}",
+        "\\mathbf{B}",
         "\\textbf{(B)}", "Option B", "option b",
-        "B, blue", "B: blue", "B. blue", "B) blue", "(B) blue", "[B] blue", "(B): blue", "B - blue", "B、blue",
+        "B, "
+        "blue", "B: blue", "B. blue", "B) blue", "(B) blue", "[B] blue", "(B): blue", "B - blue",
+        "B、blue",
         "\\text{B. blue}", "**B**. blue",
-        "**(B) blue**", "The answer is (B).", "answer: B", "blue", "Blue.", "\\text{blue}", "B. azure",
+        "**(B) "
+        "blue**", "The answer is (B).", "answer: B", "blue", "Blue.", "\\text{blue}", "B. azure",
     ],
 )  # fmt: skip
 def test_the_right_option_in_any_writing(parsed: str) -> None:
@@ -36,9 +40,12 @@ def test_the_right_option_in_any_writing(parsed: str) -> None:
 @pytest.mark.parametrize(
     "parsed",
     [
-        "A", "C", "E", "", "red", "A. blue", "B. red", "B, red", "A, B", "B, A", "B or C", "B and C", "AB", "B, C",
+        "A", "C", "E", "", "red", "A. blue", "B. red", "B, red", "A, B", "B, A", "B or C",
+        "B and C", "AB", "B, C",
         "B. C", "not B", "B, not sure", "B, A, C",
-        "[A]", "**A**", "（C）", "blue or red", "blue, red", "A: red", "(A) blue", "option C", "the answer is A",
+        "[A]", "**A**", "（C）", "blue or red", "blue, red", "A: red", "(A) blue", "option C", (
+            "the answer is A"
+        ),
     ],
 )  # fmt: skip
 def test_any_other_is_wrong(parsed: str) -> None:
@@ -73,7 +80,9 @@ def test_letters_and_texts(parsed: str, gold: str, choices: tuple[str, ...], rig
 
 @pytest.mark.parametrize("gold", ["E", "green", "A. blue", "A, B", ""])
 def test_a_reference_that_names_no_option_is_an_error(gold: str) -> None:
-    with pytest.raises(DataError, match=r"question 'q': the reference answer is no option's letter"):
+    with pytest.raises(
+        DataError, match=r"question 'q': the reference answer is no option's letter"
+    ):
         matches("A", gold)
 
 

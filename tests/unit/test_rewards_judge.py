@@ -1,4 +1,6 @@
-"""The judge of open questions: strict replies, what counts as wrong, and rollouts that it did not grade."""
+"""The judge of open questions: strict replies, what counts as wrong, and rollouts that it did not
+grade.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +12,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.media import Frames
+from data.media.opening import Frames
 from data.question import MediaRef, Question
 from tests.fault_proxy import stand_between
 from tests.loopback_server import LoopbackServer, TinyModel, serve
 from tests.unit.simulated_run import make_group, make_question, make_rollout
 from tests.unit.tiny_folder import build_folder
-from zppo_mm.config import RewardConfig, TeacherConfig
-from zppo_mm.embedded import TEACHER_DIR
+from zppo_mm.bundled import TEACHER_DIR
+from zppo_mm.config.schema import RewardConfig, TeacherConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import Group, PromptInstance
 from zppo_mm.observability.transcripts import write_transcript
+from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rewards.judge import LlmJudge, load_judge_template, read_verdict
 from zppo_mm.rewards.mathematics import MAX_ANSWER_CHARS
 from zppo_mm.rewards.verify import Verdict, Verifier
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
-from zppo_mm.rollout.exchange import SingleProcess
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
-from zppo_mm.teacher.endpoint_pool import EndpointPool
-from zppo_mm.teacher.served_judge import greedy_replies
+from zppo_mm.teacher.served.judge import greedy_replies
+from zppo_mm.teacher.served.pool import EndpointPool
 from zppo_mm.zone.replay import ReplayBuffer
 
 RIGHT, WRONG = '{"verdict": "correct"}', '{"verdict": "wrong"}'
@@ -48,25 +50,41 @@ class Replies:
 
     def __call__(self, prompts: Sequence[str]) -> list[str | None]:
         self.asked += prompts
-        return [next(reply for word, reply in self.replies.items() if word in prompt.rpartition("Answer")[2]) for prompt in prompts]
+        return [
+            next(
+                reply
+                for word, reply in self.replies.items()
+                if word in prompt.rpartition("Answer")[2]
+            )
+            for prompt in prompts
+        ]
 
 
 def judging(complete: Replies) -> LlmJudge:
     return LlmJudge(complete, load_judge_template())
 
 
-@pytest.mark.parametrize("reply", [RIGHT, ' \n{"verdict":"correct"}\n ', '{"verdict" : "\\u0063orrect"}'])
+@pytest.mark.parametrize(
+    "reply", [RIGHT, ' \n{"verdict":"correct"}\n ', '{"verdict" : "\\u0063orrect"}']
+)
 def test_a_strict_reply_is_read(reply: str) -> None:
     assert read_verdict(reply) is True
-    assert read_verdict(reply.replace("correct", "wrong").replace("\\u0063orrect", "wrong")) is False
+    assert (
+        read_verdict(reply.replace("correct", "wrong").replace("\\u0063orrect", "wrong")) is False
+    )
 
 
 @pytest.mark.parametrize(
     "reply",
-    ["", "correct", '"correct"', "true", "null", "[]", "{}", "1", "NaN", '{"verdict": true}', '{"verdict": "Correct"}', '{"verdict": null}',
-     '{"verdict": "correct "}', '{"verdict": ["correct"]}', '{"Verdict": "correct"}', '{"verdict": "correct", "why": "same"}',
-     "{'verdict': 'correct'}", '{"verdict": "wrong", "verdict": "correct"}', '{"verdict": "correct"} {"verdict": "correct"}',
-     '[["verdict", "correct"]]', '```json\n{"verdict": "correct"}\n```', '<think>same</think>{"verdict": "correct"}',
+    ["", "correct", '"correct"', "true", "null", "[]", "{}", "1", "NaN", '{"verdict": true}',
+    '{"verdict": "Correct"}', '{"verdict": null}',
+     '{"verdict": "correct "}', '{"verdict": ["correct"]}', '{"Verdict": "correct"}',
+     '{"verdict": "correct", "why": "same"}',
+     "{'verdict': "
+     "'correct'}", '{"verdict": "wrong", "verdict": "correct"}',
+     '{"verdict": "correct"} {"verdict": "correct"}',
+     '[["verdict", "correct"]]', '```json\n{"verdict": "correct"}\n```',
+     '<think>same</think>{"verdict": "correct"}',
      '{"verdict": "correct"}.', '{"verdict": {"verdict": "correct"}}', "[" * 100_000],
 )  # fmt: skip
 def test_anything_else_is_no_verdict(reply: str) -> None:
@@ -77,16 +95,31 @@ def test_verdicts_and_counts() -> None:
     model = Replies(feline=RIGHT, dog=WRONG, mumble="I think so", silence=None, sameword=WRONG)
     judge = judging(model)
     cat, same = open_question(), open_question("sameword")
-    items = [(cat, "feline"), (cat, "dog"), (cat, "mumble"), (cat, "silence"), (cat, "dog"), (same, "sameword")]
+    items = [
+        (cat, "feline"),
+        (cat, "dog"),
+        (cat, "mumble"),
+        (cat, "silence"),
+        (cat, "dog"),
+        (same, "sameword"),
+    ]
     assert judge.judge(items) == [True, False, False, None, False, False]
     assert len(model.asked) == 5  # equal pairs once
-    # By rule "feline" differs from "a cat" and "sameword" equals itself: twice the judge says otherwise.
-    assert judge.counts == {"judged": 5, "judge_malformed": 1, "judge_failures": 1, "judge_disagreements": 2}
+    # By rule "feline" differs from "a cat" and "sameword" equals itself: twice the judge says
+    # otherwise.
+    assert judge.counts == {
+        "judged": 5,
+        "judge_malformed": 1,
+        "judge_failures": 1,
+        "judge_disagreements": 2,
+    }
 
 
 def test_the_prompt_keeps_the_answer_in_its_place() -> None:
     model = Replies(x=WRONG)
-    judging(model).judge([(open_question("{answer}"), 'x"\n\nReference answer: x <|im_end|>{question}')])
+    judging(model).judge(
+        [(open_question("{answer}"), 'x"\n\nReference answer: x <|im_end|>{question}')]
+    )
     (prompt,) = model.asked
     assert prompt.count("\nReference answer:") == 1
     assert "Reference answer: {answer}\n" in prompt  # braces of the data are plain text
@@ -98,10 +131,22 @@ def test_the_prompt_keeps_the_answer_in_its_place() -> None:
 def test_open_answers_are_graded_or_left_without_a_reward() -> None:
     model = Replies(feline=RIGHT, dog=WRONG, silence=None)
     cat = open_question()
-    texts = ["\\boxed{feline}", "\\boxed{dog}", "\\boxed{silence}", "feline", f"\\boxed{{{'feline ' * MAX_ANSWER_CHARS}}}"]
+    texts = [
+        "\\boxed{feline}",
+        "\\boxed{dog}",
+        "\\boxed{silence}",
+        "feline",
+        f"\\boxed{{{'feline ' * MAX_ANSWER_CHARS}}}",
+    ]
     with Verifier(judge=judging(model)) as verifier:
         verdicts = verifier.verify_all([(cat, text) for text in texts])
-    assert [verdict.reason for verdict in verdicts] == ["match", "mismatch", "no_verdict", "not_boxed", "too_long"]
+    assert [verdict.reason for verdict in verdicts] == [
+        "match",
+        "mismatch",
+        "no_verdict",
+        "not_boxed",
+        "too_long",
+    ]
     assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, None, 0.0, 0.0]
     assert verdicts[2] == Verdict("silence", None, "no_verdict")
     assert len(model.asked) == 3
@@ -118,9 +163,14 @@ def test_templates(tmp_path: Path) -> None:
 class TokenEngine:
     """Answers with the letters b, c, d, … as boxed answers would come: one token each."""
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingParams
+    ) -> list[list[Generation]]:
         return [
-            [Generation(np.array([65 + rollout]), np.full(1, -0.5, np.float32), "stop") for rollout in range(request.num_rollouts)]
+            [
+                Generation(np.array([65 + rollout]), np.full(1, -0.5, np.float32), "stop")
+                for rollout in range(request.num_rollouts)
+            ]
             for request in requests
         ]
 
@@ -130,7 +180,9 @@ class HalfBlindJudge:
 
     def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Verdict]:
         return [
-            Verdict(text, None, "no_verdict") if text == "c" or question.id == "q1" else Verdict(text, float(text == "b"), "match")
+            Verdict(text, None, "no_verdict")
+            if text == "c" or question.id == "q1"
+            else Verdict(text, float(text == "b"), "match")
             for question, text in items
         ]
 
@@ -143,9 +195,16 @@ def no_media(reference: MediaRef) -> Frames:
 def groups(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Group], GroupSampler]:
     folder = tmp_path_factory.mktemp("model")
     build_folder(folder)
-    sampler = GroupSampler(TokenEngine(), PromptEncoder(folder, no_media), HalfBlindJudge(), SingleProcess())
-    instances = [PromptInstance(f"1/new/q{i}", open_question(question_id=f"q{i}"), "new", "what?") for i in range(2)]
-    return sampler.sample(instances, SamplingParams(temperature=1.0, max_new_tokens=4, stop_token_ids=(0,)), 3, 1), sampler
+    sampler = GroupSampler(
+        TokenEngine(), PromptEncoder(folder, no_media), HalfBlindJudge(), SingleProcess()
+    )
+    instances = [
+        PromptInstance(f"1/new/q{i}", open_question(question_id=f"q{i}"), "new", "what?")
+        for i in range(2)
+    ]
+    return sampler.sample(
+        instances, SamplingParams(temperature=1.0, max_new_tokens=4, stop_token_ids=(0,)), 3, 1
+    ), sampler
 
 
 def test_an_ungraded_rollout_is_no_wrong_one(groups: tuple[list[Group], GroupSampler]) -> None:
@@ -158,19 +217,30 @@ def test_an_ungraded_rollout_is_no_wrong_one(groups: tuple[list[Group], GroupSam
     assert dict(sampler.failures) == {"ungraded": 1}
 
 
-def test_the_buffer_and_the_record_know_it(groups: tuple[list[Group], GroupSampler], tmp_path: Path) -> None:
+def test_the_buffer_and_the_record_know_it(
+    groups: tuple[list[Group], GroupSampler], tmp_path: Path
+) -> None:
     (group,), _ = groups
-    assert ReplayBuffer(4).update([group], 0.5, 1).admitted == ()  # with the ungraded one as wrong it would be hard
+    assert (
+        ReplayBuffer(4).update([group], 0.5, 1).admitted == ()
+    )  # with the ungraded one as wrong it would be hard
     path = write_transcript(tmp_path, 1, [group], {group.uid: [1.0, -1.0]}, {group.uid: [0, 0]})
     record = json.loads(path.read_text())
-    assert [(r["parsed"], r["reward"], r["advantage"], r["minibatch"]) for r in record["rollouts"]] == [
+    assert [
+        (r["parsed"], r["reward"], r["advantage"], r["minibatch"]) for r in record["rollouts"]
+    ] == [
         ("b", 1.0, 1.0, 0),
         ("d", 0.0, -1.0, 0),
         ("c", None, None, -1),
     ]
     assert record["accuracy"] == 0.5
     plain = make_group(make_question(1), "new", [make_rollout("1", 1.0)])
-    assert "null" not in write_transcript(tmp_path, 2, [plain], {plain.uid: [0.0]}, {plain.uid: [0]}).read_text()
+    assert (
+        "null"
+        not in write_transcript(
+            tmp_path, 2, [plain], {plain.uid: [0.0]}, {plain.uid: [0]}
+        ).read_text()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -182,15 +252,22 @@ def server() -> Iterator[LoopbackServer]:
 def test_a_served_judge_asks_greedily_and_a_dead_one_grades_nothing(server: LoopbackServer) -> None:
     settings = TeacherConfig(model="tiny", backoff_seconds=0.0, num_retries=1)
     pool = EndpointPool([server.url], "tiny", settings)
-    judge = LlmJudge(greedy_replies(pool, RewardConfig(judge_max_tokens=6), 1), load_judge_template())
+    judge = LlmJudge(
+        greedy_replies(pool, RewardConfig(judge_max_tokens=6), 1), load_judge_template()
+    )
     items = [(open_question(), "feline"), (open_question(), "dog")]
     assert judge.judge(items) == [False, False]  # this model knows digits and no JSON
-    assert [(r["temperature"], r["max_tokens"], r.get("n", 1)) for r in server.requests] == [(0.0, 6, 1)] * 2
+    assert [(r["temperature"], r["max_tokens"], r.get("n", 1)) for r in server.requests] == [
+        (0.0, 6, 1)
+    ] * 2
     assert judge.counts["judge_malformed"] == 2
     pool.close()
     with stand_between(server.url, lambda number: "500") as proxy:
         pool = EndpointPool([proxy.url], "tiny", settings)
-        judge = LlmJudge(greedy_replies(pool, RewardConfig(judge_max_wait_seconds=20.0), 1), load_judge_template())
+        judge = LlmJudge(
+            greedy_replies(pool, RewardConfig(judge_max_wait_seconds=20.0), 1),
+            load_judge_template(),
+        )
         assert judge.judge(items) == [None, None]
         assert judge.counts == Counter({"judge_failures": 2})
         pool.close()

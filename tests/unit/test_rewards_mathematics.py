@@ -15,25 +15,37 @@ from zppo_mm.rewards.notation import normalise
 from zppo_mm.rewards.verify import Verifier
 
 SAME_BY_RULE = [
-    ("7", "7"), ("007", "7"), ("+5", "5"), ("-5", "\u22125"), ("5.", "5"), (".5", "0.5"), ("1.0", "1"), ("(5)", "5"), ("{5}", "5"),
-    ("1/2", "0.5"), ("\\frac12", "1/2"), ("\\frac{1}{2}", "0.50"), ("\\dfrac{1}{2}", "\\tfrac12"), ("-\\frac{1}{2}", "-1/2"),
+    ("7", "7"), ("007", "7"), ("+5", "5"), ("-5", "\u22125"), ("5.", "5"), (".5", "0.5"),
+    ("1.0", "1"), ("(5)", "5"), ("{5}", "5"),
+    ("1/2", "0.5"), ("\\frac12", "1/2"), ("\\frac{1}{2}", "0.50"), ("\\dfrac{1}{2}", "\\tfrac12"),
+    ("-\\frac{1}{2}", "-1/2"),
     ("2/4", "1/2"),
     ("3 1/2", "7/2"), ("3\\frac{1}{2}", "3.5"), ("-3 1/2", "-7/2"),
-    ("1,000", "1000"), ("1 000", "1000"), ("1{,}000", "1000"), ("5 000 000", "5,000,000"), ("1\\,000", "1000"),
-    ("3e2", "300"), ("5 \\times 10^3", "5000"), ("5 \\cdot 10^{3}", "5000"), ("2^{10}", "1024"), ("2^3", "8"),
-    ("75\\%", "75"), ("75", "75%"), ("75%", "75\\%"), ("75 percent", "75"), ("30^\\circ", "30"), ("30\u00b0", "30^{\\circ}"),
-    ("30 degrees", "30"), ("12 cm", "12"), ("12", "12\\text{ cm}"), ("12\\text{cm}", "12\\,\\mathrm{cm}"), ("12 centimeters", "12 cm"),
-    ("5 apples", "5"), ("\\$5", "5 dollars"), ("$5$", "5"), ("9 square meters", "9 m^2"), ("9 m\u00b2", "9 m^{2}"), ("5 km/h", "5 kmh"),
+    ("1,000", "1000"), ("1 000", "1000"), ("1{,}000", "1000"), ("5 000 000", "5,000,000"),
+    ("1\\,000", "1000"),
+    ("3e2", "300"), ("5 \\times 10^3", "5000"), ("5 \\cdot 10^{3}", "5000"), ("2^{10}", "1024"),
+    ("2^3", "8"),
+    ("75\\%", "75"), ("75", "75%"), ("75%", "75\\%"), ("75 percent", "75"), ("30^\\circ", "30"),
+    ("30\u00b0", "30^{\\circ}"),
+    ("30 degrees", "30"), ("12 cm", "12"), ("12", "12\\text{ cm}"),
+    ("12\\text{cm}", "12\\,\\mathrm{cm}"), ("12 centimeters", "12 cm"),
+    ("5 apples", "5"), ("\\$5", "5 dollars"), ("$5$", "5"), ("9 square meters", "9 m^2"),
+    ("9 m\u00b2", "9 m^{2}"), ("5 km/h", "5 kmh"),
     ("1/2 cm", "0.5 cm"), ("30\u00b0C", "30"), ("1:2", "1 : 2"), ("x=5", "5"), ("x = 5", "x=5.0"),
-    ("Yes", "yes"), ("\\text{East}", "east"), ("no solution", "No  solution."), ("(1, 2)", "\\left(1,2\\right)"), ("\\sqrt 2", "\\sqrt2"),
-    ("12,5", "12.5"), ("\\{1,2\\}", "\\{2, 1\\}"), ("y=2x+1", "2x+1"), ("\\sqrt{2}\\text{ cm}", "\\sqrt{2}"),
+    ("Yes", "yes"), ("\\text{East}", "east"), ("no solution", "No  solution."),
+    ("(1, 2)", "\\left(1,2\\right)"), ("\\sqrt 2", "\\sqrt2"),
+    ("12,5", "12.5"), ("\\{1,2\\}", "\\{2, 1\\}"), ("y=2x+1", "2x+1"),
+    ("\\sqrt{2}\\text{ cm}", "\\sqrt{2}"),
     ("50\\sqrt{2}\\%", "50\\sqrt{2}"),
 ]  # fmt: skip
 DIFFERENT_BY_RULE = [
-    ("7", "8"), ("3/4", "75\\%"), ("0.75", "75%"), ("30\u00b0", "30%"), ("12 cm", "12 m"), ("9 m^2", "9 m^3"), ("5 apples", "5 pears"),
-    ("30\u00b0C", "30\u00b0F"), ("$5", "5 \u20ac"), ("1:2", "1/2"), ("1/2", "1:2"), ("1:2", "2:4"), ("0.3333333333", "1/3"),
+    ("7", "8"), ("3/4", "75\\%"), ("0.75", "75%"), ("30\u00b0", "30%"), ("12 cm", "12 m"),
+    ("9 m^2", "9 m^3"), ("5 apples", "5 pears"),
+    ("30\u00b0C", "30\u00b0F"), ("$5", "5 \u20ac"), ("1:2", "1/2"), ("1/2", "1:2"), ("1:2", "2:4"),
+    ("0.3333333333", "1/3"),
     ("5 million", "5"),
-    ("listen", "silent"), ("on", "no"), ("two", "2"), ("\\sqrt{2}\\text{ cm}", "\\sqrt{2}\\text{ m}"), ("1.41421356", "1.4142"),
+    ("listen", "silent"), ("on", "no"), ("two", "2"),
+    ("\\sqrt{2}\\text{ cm}", "\\sqrt{2}\\text{ m}"), ("1.41421356", "1.4142"),
     ("east", "west"), ("__import__('os').system('true')", "5"), ("5", "five"), ("99%", "1%"),
     ("5 or 6", "5"), ("(1,2)", "(2,1)"), ("1e999", "5"), ("", "5"),
 ]  # fmt: skip
@@ -42,7 +54,8 @@ SAME_BY_ALGEBRA = [
     ("1.5\\pi", "\\frac{3\\pi}{2}"), ("3-4", "-1"),
 ]  # fmt: skip
 DIFFERENT_BY_ALGEBRA = [
-    ("1.41421356", "\\sqrt{2}"), ("1 0", "10"), ("x = 5", "y = 5"), ("5x", "5"), ("-\\infty", "\\infty"), ("\\frac{1}{0}", "5"),
+    ("1.41421356", "\\sqrt{2}"), ("1 0", "10"), ("x = 5", "y = 5"), ("5x", "5"),
+    ("-\\infty", "\\infty"), ("\\frac{1}{0}", "5"),
     ("\\frac{", "5"), ("]][[", "5"),
 ]  # fmt: skip
 MAX_FAST_SECONDS = 0.002  # ten times what a comparison takes on a busy core
@@ -74,9 +87,15 @@ def test_algebra_decides_the_rest(verifier: Verifier) -> None:
     pairs = [*SAME_BY_ALGEBRA, *DIFFERENT_BY_ALGEBRA]
     assert [pair for pair in pairs if not isinstance(compare(*pair), Undecided)] == []
     verdicts = verifier.verify_all(
-        [(question(gold), f"so \\boxed{{{parsed}}}") for parsed, gold in pairs if parsed.count("{") == parsed.count("}")]
+        [
+            (question(gold), f"so \\boxed{{{parsed}}}")
+            for parsed, gold in pairs
+            if parsed.count("{") == parsed.count("}")
+        ]
     )
-    assert [int(v.reward) for v in verdicts] == [1] * len(SAME_BY_ALGEBRA) + [0] * (len(verdicts) - len(SAME_BY_ALGEBRA))
+    assert [int(v.reward) for v in verdicts] == [1] * len(SAME_BY_ALGEBRA) + [0] * (
+        len(verdicts) - len(SAME_BY_ALGEBRA)
+    )
     assert (verifier.num_timeouts, verifier.num_errors) == (0, 0)
 
 
@@ -130,14 +149,23 @@ def test_hostile_answers_are_read_in_no_time(answer: str) -> None:
     assert time.thread_time() - started < 25 * MAX_FAST_SECONDS
 
 
-# Repeated up to the length limit: whatever a pattern could match in two ways makes the time explode when the end does not fit.
+# Repeated up to the length limit: whatever a pattern could match in two ways makes the time explode
+# when the end does not fit.
 HOSTILE_UNITS = (
-    "1 : ", "1:", " : ", "1/", "1 / ", "1, ", "1,000 ", "1 000", " ", "- 1", "(1)", "{1}", "\\frac{1}", "\\frac{", "\\frac12",
-    "1 \\frac12", "1x10^1", "1*10^{1}", "2^2", "a_", "a_{", "_", "x =", "1a", "1 a", "1a/", "1 a ^2", "a ", "a", "A. ", "(A) ", "option ",
-    "the answer is ", "\\text{", "\\text{1}", "\\begin{", "\\left", "\\quad", "$", "\\$", "1\u20ac", "%", " per cent", "^\\circ",
-    "^ {", "30 degrees ", " .", "1.", "1e9", "\\\\", "~", "\u2212", "\u00b0", "\u03c0", "\n", "1\t", "\\boxed{", "}",
+    "1 : ", "1:", " : ", "1/", "1 / ", "1, ", "1,000 ", "1 000", " ", "- 1", "(1)", "{1}",
+    "\\frac{1}", "\\frac{", "\\frac12",
+    "1 "
+    "\\frac12", "1x10^1", "1*10^{1}", "2^2", "a_", "a_{", "_", "x =", "1a", "1 a", "1a/", "1 a ^2",
+    "a ", "a", "A. ", "(A) ", "option ",
+    "the answer is ", "\\text{", "\\text{1}", "\\begin{", "\\left", "\\quad", "$", "\\$", "1\u20ac",
+    "%", " per cent", "^\\circ",
+    "^ "
+    "{", "30 degrees ", " .", "1.", "1e9", "\\\\", "~", "\u2212", "\u00b0", "\u03c0", "\n", "1\t",
+    "\\boxed{", "}",
 )  # fmt: skip
-MAX_HOSTILE_SECONDS = 1.0  # measured below 0.1 on a busy core; a pattern that backtracks takes longer than the run
+MAX_HOSTILE_SECONDS = (
+    1.0  # measured below 0.1 on a busy core; a pattern that backtracks takes longer than the run
+)
 
 
 @pytest.mark.timeout(100)  # a pattern that explodes cannot be interrupted otherwise

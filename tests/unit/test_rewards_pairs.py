@@ -1,4 +1,6 @@
-"""Pairs of answers of every kind: everyday notation that has to be right, and near misses of which none may be."""
+"""Pairs of answers of every kind: everyday notation that has to be right, and near misses of which
+none may be.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,15 @@ from data.question import Question
 from zppo_mm.rewards.verify import Verifier
 
 MIN_WRONG = 400
-# Right in one direction alone: a letter that touches a number is a unit where the reference is that number.
+# Right in one direction alone: a letter that touches a number is a unit where the reference is that
+# number.
 ONE_WAY = {("5", "5m")}
 
 
 def read_pairs(name: str) -> dict[str, list[tuple[str, str]]]:
-    """Return (answer, reference) by kind; a line is `answer <> reference`, a kind stands in square brackets."""
+    """Return (answer, reference) by kind; a line is `answer <> reference`, a kind stands in square
+    brackets.
+    """
     pairs: dict[str, list[tuple[str, str]]] = {}
     kind = ""
     for line in (Path(__file__).parent / name).read_text(encoding="utf-8").splitlines():
@@ -39,7 +44,9 @@ def verifier() -> Iterator[Verifier]:
 
 
 def judged(verifier: Verifier, pairs: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
-    verdicts = verifier.verify_all([(Question("q", "?", (), gold, "math"), f"\\boxed{{{parsed}}}") for parsed, gold in pairs])
+    verdicts = verifier.verify_all(
+        [(Question("q", "?", (), gold, "math"), f"\\boxed{{{parsed}}}") for parsed, gold in pairs]
+    )
     return [(*pair, verdict.reason) for pair, verdict in zip(pairs, verdicts, strict=True)]
 
 
@@ -50,11 +57,18 @@ def test_everyday_notation_is_right(verifier: Verifier, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_near_misses_are_wrong_in_both_directions(verifier: Verifier, kind: str) -> None:
-    both = [*WRONG[kind], *((gold, parsed) for parsed, gold in WRONG[kind] if (parsed, gold) not in ONE_WAY)]
-    assert [pair for pair in judged(verifier, both) if pair[2] not in ("mismatch", "not_boxed")] == []
+    both = [
+        *WRONG[kind],
+        *((gold, parsed) for parsed, gold in WRONG[kind] if (parsed, gold) not in ONE_WAY),
+    ]
+    assert [
+        pair for pair in judged(verifier, both) if pair[2] not in ("mismatch", "not_boxed")
+    ] == []
 
 
 def test_there_are_enough_near_misses() -> None:
-    right, wrong = ({pair for pairs in table.values() for pair in pairs} for table in (RIGHT, WRONG))
+    right, wrong = (
+        {pair for pairs in table.values() for pair in pairs} for table in (RIGHT, WRONG)
+    )
     assert len(wrong) >= MIN_WRONG
     assert not right & wrong

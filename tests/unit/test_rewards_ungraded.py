@@ -1,4 +1,6 @@
-"""An answer that the grader comes to no end with is neither right nor wrong: not in numbers, not in prompts."""
+"""An answer that the grader comes to no end with is neither right nor wrong: not in numbers, not in
+prompts.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,17 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
-from data.media import Frames
+from data.media.opening import Frames
 from data.question import MediaRef, Question
 from tests.unit.test_zone_reformulate import CountingCompressor
 from tests.unit.tiny_folder import build_folder, build_tokenizer
 from tests.unit.zone_builders import rollout
-from zppo_mm.config import ZoneConfig
+from zppo_mm.config.schema import ZoneConfig
 from zppo_mm.experience import Group, PromptInstance
+from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rewards.workers import GradingPool
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
-from zppo_mm.rollout.exchange import SingleProcess
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.zone.prompts import load_templates
@@ -43,8 +45,16 @@ class WritingEngine:
     def __init__(self, texts: Sequence[Sequence[int]]) -> None:
         self._texts = texts
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
-        return [[Generation(np.array(ids), np.full(len(ids), -0.5, np.float32), "stop") for ids in self._texts] for _ in requests]
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingParams
+    ) -> list[list[Generation]]:
+        return [
+            [
+                Generation(np.array(ids), np.full(len(ids), -0.5, np.float32), "stop")
+                for ids in self._texts
+            ]
+            for _ in requests
+        ]
 
 
 def no_media(reference: MediaRef) -> Frames:
@@ -58,9 +68,13 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Group:
     ids = [build_tokenizer(folder)(text)["input_ids"] for text in TEXTS]
     question = Question("q", "What?", (), "x+1", "math")
     with Verifier(LIMIT_SECONDS) as verifier:
-        sampler = GroupSampler(WritingEngine(ids), PromptEncoder(folder, no_media), verifier, SingleProcess())
+        sampler = GroupSampler(
+            WritingEngine(ids), PromptEncoder(folder, no_media), verifier, SingleProcess()
+        )
         params = SamplingParams(temperature=1.0, max_new_tokens=64, stop_token_ids=(0,))
-        (made,) = sampler.sample([PromptInstance("1/new/q", question, "new", "what?")], params, len(TEXTS), 1)
+        (made,) = sampler.sample(
+            [PromptInstance("1/new/q", question, "new", "what?")], params, len(TEXTS), 1
+        )
         assert (verifier.num_timeouts, verifier.num_errors) == (1, 0)
     return made
 
@@ -135,7 +149,9 @@ def test_a_worker_that_dies_grades_nothing_and_is_replaced() -> None:
     with Verifier(60.0, num_workers=1) as verifier:
         right = (Question("q", "?", (), "x+1", "math"), "\\boxed{1+x}")
         assert verifier.verify(*right).reward == 1
-        killer = threading.Timer(1.0, os.killpg, (verifier._pool._workers[0].process.pid, signal.SIGKILL))
+        killer = threading.Timer(
+            1.0, os.killpg, (verifier._pool._workers[0].process.pid, signal.SIGKILL)
+        )
         killer.start()
         verdict = verifier.verify(Question("q", "?", (), "x", "math"), f"\\boxed{{{HANGING}}}")
         assert (verdict.parsed, verdict.reward, verdict.reason) == (HANGING, None, "error")

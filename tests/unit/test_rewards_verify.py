@@ -1,4 +1,6 @@
-"""Grading of whole responses: reasons, multiple choice, the judge, and workers that hang, die and come back."""
+"""Grading of whole responses: reasons, multiple choice, the judge, and workers that hang, die and
+come back.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,10 @@ LIMIT_SECONDS = 2.0
 # Killing and reaping a worker on a loaded machine.
 MARGIN_SECONDS = 8.0
 HANGING = {
-    "tower": "9^{9^{9^9}}", "ten": "10^{10^{10}}", "factorial": "(10^9)!", "binomial": "\\binom{10^9}{10^8}",
-    "parentheses": "(" * 2000 + "1+x" + ")" * 2000, "sum": "+".join(f"\\sqrt{{{i}}}" for i in range(300)),
+    "tower": "9^{9^{9^9}}", "ten": "10^{10^{10}}", "factorial": "(10^9)!",
+    "binomial": "\\binom{10^9}{10^8}",
+    "parentheses": "(" * 2000 + "1+x" + ")" * 2000,
+    "sum": "+".join(f"\\sqrt{{{i}}}" for i in range(300)),
     "set": "\\{" + ",".join(f"\\sqrt{{{i}}}" for i in range(3000)) + "\\}",
 }  # fmt: skip
 
@@ -42,7 +46,17 @@ def pool() -> Iterator[GradingPool]:
 
 def test_reasons() -> None:
     with Verifier() as verifier:
-        items = [(question("5"), text) for text in ["\\boxed{5}", "\\boxed{6}", "5", "\\boxed{}", "\\boxed{5", f"\\boxed{{{'5' * 3000}}}"]]
+        items = [
+            (question("5"), text)
+            for text in [
+                "\\boxed{5}",
+                "\\boxed{6}",
+                "5",
+                "\\boxed{}",
+                "\\boxed{5",
+                f"\\boxed{{{'5' * 3000}}}",
+            ]
+        ]
         assert verifier.verify_all(items) == [
             Verdict("5", 1.0, "match"),
             Verdict("6", 0.0, "mismatch"),
@@ -56,7 +70,9 @@ def test_reasons() -> None:
 
 
 @pytest.mark.parametrize("name", HANGING)
-def test_hanging_inputs_end_in_time_and_the_next_answer_is_right(pool: GradingPool, name: str) -> None:
+def test_hanging_inputs_end_in_time_and_the_next_answer_is_right(
+    pool: GradingPool, name: str
+) -> None:
     pool.compare_all([("1+x", "x+1")])  # the worker is warm, so that only the answer is timed
     started = time.monotonic()
     (outcome,) = pool.compare_all([(HANGING[name], "\\frac{x}{3}")])
@@ -112,7 +128,10 @@ def test_a_worker_that_died_is_replaced_and_none_is_left_behind() -> None:
 
 def test_a_worker_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match=r"a grading worker ended before it was ready.*check that math-verify is installed"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"a grading worker ended before it was ready.*check that math-verify is installed",
+    ):
         GradingPool(1.0, 1).compare_all([("x", "y")])
 
 
@@ -127,28 +146,48 @@ CHOICES = ("7 cm", "8 cm", "red", "7.5")
 @pytest.mark.parametrize(
     ("parsed", "gold", "right"),
     [
-        ("B", "B", True), ("b", "B", True), ("(B)", "B", True), ("B.", "B", True), ("B)", "B", True), ("\\text{B}", "B", True),
+        ("B", "B", True), ("b", "B", True), ("(B)", "B", True), ("B.", "B", True),
+        ("B)", "B", True), ("\\text{B}", "B", True),
         ("option B", "B", True),
-        ("The answer is B", "B", True), ("Answer: (B)", "B", True), ("B. 8 cm", "B", True), ("(B) 8 cm", "B", True),
-        ("8 cm", "B", True), ("8", "B", True), ("Red", "C", True), ("\\frac{15}{2}", "D", True), ("B. eight", "B", True),
-        ("A", "B", False), ("B. 7 cm", "B", False), ("A. 8 cm", "B", False), ("A and B", "B", False), ("AB", "B", False), ("E", "B", False),
-        ("7 cm", "B", False), ("", "B", False), ("blue", "C", False), ("A, B", "B", False), ("7", "A", True),
+        ("The answer is B", "B", True), ("Answer: (B)", "B", True), ("B. 8 cm", "B", True),
+        ("(B) 8 cm", "B", True),
+        ("8 cm", "B", True), ("8", "B", True), ("Red", "C", True), ("\\frac{15}{2}", "D", True),
+        ("B. eight", "B", True),
+        ("A", "B", False), ("B. 7 cm", "B", False), ("A. 8 cm", "B", False),
+        ("A and B", "B", False), ("AB", "B", False), ("E", "B", False),
+        ("7 cm", "B", False), ("", "B", False), ("blue", "C", False), ("A, B", "B", False),
+        ("7", "A", True),
     ],
 )  # fmt: skip
 def test_multiple_choice(parsed: str, gold: str, right: bool) -> None:
     with Verifier() as verifier:
-        assert verifier.verify(question(gold, "choice", CHOICES), f"\\boxed{{{parsed}}}").reward == float(right)
+        assert verifier.verify(
+            question(gold, "choice", CHOICES), f"\\boxed{{{parsed}}}"
+        ).reward == float(right)
 
 
 def test_choice_text_must_be_unique_and_the_reference_a_letter() -> None:
     with Verifier() as verifier:
         assert verifier.verify(question("A", "choice", ["1/2", "0.5"]), "\\boxed{0.5}").reward == 0
-        assert verifier.verify(question("B", "choice", ["1/2", "0.5"]), "\\boxed{0.5}").reward == 1  # spelled so
-        assert verifier.verify(question("B", "choice", ["1/2", "0.5"]), "\\boxed{0.50}").reward == 0  # means both
-        assert verifier.verify(question("B", "choice", ["paradox", "choice paradox"]), "\\boxed{Choice paradox}").reward == 1
+        assert (
+            verifier.verify(question("B", "choice", ["1/2", "0.5"]), "\\boxed{0.5}").reward == 1
+        )  # spelled so
+        assert (
+            verifier.verify(question("B", "choice", ["1/2", "0.5"]), "\\boxed{0.50}").reward == 0
+        )  # means both
+        assert (
+            verifier.verify(
+                question("B", "choice", ["paradox", "choice paradox"]), "\\boxed{Choice paradox}"
+            ).reward
+            == 1
+        )
         assert verifier.verify(question("C", "choice"), "\\boxed{C}").reward == 1
         with pytest.raises(
-            DataError, match=r"question 'q7': the reference answer is no option's letter, got 'E', expected one of A, B, C, D"
+            DataError,
+            match=(
+                r"question 'q7': the reference answer is no option's letter, got 'E', expected one "
+                r"of A, B, C, D"
+            ),
         ):
             verifier.verify(question("E", "choice", CHOICES), "\\boxed{A}")
 
@@ -161,7 +200,10 @@ class ContainsJudge:
 
 
 def test_open_questions_go_to_the_judge() -> None:
-    items = [(question("a cat", "open"), text) for text in ["\\boxed{it is a cat}", "\\boxed{a dog}", "a cat"]]
+    items = [
+        (question("a cat", "open"), text)
+        for text in ["\\boxed{it is a cat}", "\\boxed{a dog}", "a cat"]
+    ]
     with Verifier(judge=ContainsJudge()) as verifier:
         assert [v.reason for v in verifier.verify_all([*items, (question("5"), "\\boxed{5}")])] == [
             "match",
@@ -169,7 +211,12 @@ def test_open_questions_go_to_the_judge() -> None:
             "not_boxed",
             "match",
         ]
-    with Verifier() as verifier, pytest.raises(ConfigError, match=r"question 'q7' has answer_type 'open' and there is no judge"):
+    with (
+        Verifier() as verifier,
+        pytest.raises(
+            ConfigError, match=r"question 'q7' has answer_type 'open' and there is no judge"
+        ),
+    ):
         verifier.verify_all(items)
 
 
@@ -181,15 +228,21 @@ def test_it_says_beforehand_what_it_can_grade() -> None:
 
 
 def test_wrong_settings_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"reward: out of range, got timeout_seconds=0, budget_seconds=60.0"):
+    with pytest.raises(
+        ConfigError, match=r"reward: out of range, got timeout_seconds=0, budget_seconds=60.0"
+    ):
         Verifier(0)
 
 
 def test_a_forgotten_worker_ends_itself() -> None:
-    """A run that is killed cannot kill its workers: the kernel's limit ends what hangs, the end of their input themselves."""
+    """A run that is killed cannot kill its workers: the kernel's limit ends what hangs, the end of
+    their input themselves.
+    """
     command = [sys.executable, "-m", "zppo_mm.rewards.grading_process"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as hung:
-        assert hung.communicate(b'{"parsed": "9^{9^{9^9}}+x", "gold": "7", "seconds": 1}\n', timeout=120)[0].split(b"\n") == [
+        assert hung.communicate(
+            b'{"parsed": "9^{9^{9^9}}+x", "gold": "7", "seconds": 1}\n', timeout=120
+        )[0].split(b"\n") == [
             b'{"ready": true}',
             b'{"timeout": true}',
             b"",
@@ -197,6 +250,7 @@ def test_a_forgotten_worker_ends_itself() -> None:
         assert hung.returncode == 0
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as idle:
         assert (
-            idle.communicate(b'{"parsed": "1+x", "gold": "x+1", "seconds": 1}\n', timeout=120)[0] == b'{"ready": true}\n{"equal": true}\n'
+            idle.communicate(b'{"parsed": "1+x", "gold": "x+1", "seconds": 1}\n', timeout=120)[0]
+            == b'{"ready": true}\n{"equal": true}\n'
         )
         assert idle.returncode == 0

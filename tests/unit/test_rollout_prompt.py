@@ -1,4 +1,6 @@
-"""Prompts: equal to the tokenizer's own where text is harmless, safe where it imitates special tokens."""
+"""Prompts: equal to the tokenizer's own where text is harmless, safe where it imitates special
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from data.errors import DataError, MediaError
-from data.media import Frames
+from data.media.opening import Frames
 from data.question import MediaRef, Question
 from tests.unit.tiny_folder import SPECIAL, TEMPLATE, build_folder
 from zppo_mm.errors import ConfigError
@@ -39,7 +41,9 @@ class Media:
 
 
 def question(*kinds: str, key: str = "a") -> Question:
-    media = tuple(MediaRef(kind, "shard.tar", f"{key}{index}", "png") for index, kind in enumerate(kinds))
+    media = tuple(
+        MediaRef(kind, "shard.tar", f"{key}{index}", "png") for index, kind in enumerate(kinds)
+    )
     return Question(id=f"q{key}", text="?", media=media, answer="1", answer_type="math")
 
 
@@ -55,23 +59,33 @@ def encoder(folder: Path) -> PromptEncoder:
     return PromptEncoder(folder, Media())
 
 
-@pytest.mark.parametrize("text", ["What is 1 + 1?", "  the\n\n the end  ", "<think>the</think>", "\n\n"])
-def test_text_equals_the_tokenizers_own_chat(folder: Path, encoder: PromptEncoder, text: str) -> None:
+@pytest.mark.parametrize(
+    "text", ["What is 1 + 1?", "  the\n\n the end  ", "<think>the</think>", "\n\n"]
+)
+def test_text_equals_the_tokenizers_own_chat(
+    folder: Path, encoder: PromptEncoder, text: str
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt, vision = encoder.encode(text, question())
     expected = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False
+        [{"role": "user", "content": text}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
     )
     assert prompt.token_ids.tolist() == expected
     assert vision == ()
     assert prompt.next_position == len(expected)
-    assert prompt.text == tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+    assert prompt.text == tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+    )
 
 
 def test_media_are_expanded_as_the_family_does(folder: Path, encoder: PromptEncoder) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt, vision = encoder.encode("the sum?", question("image", "video"))
-    # image 16 x 24 pixels: 4 x 6 patches, 6 features. Video: times 0, 0.5 | 1, 1 in two temporal patches, 4 features each.
+    # image 16 x 24 pixels: 4 x 6 patches, 6 features. Video: times 0, 0.5 | 1, 1 in two temporal
+    # patches, 4 features each.
     expected = (
         "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>"
         "<0.2 seconds><|vision_start|>" + "<|video_pad|>" * 4 + "<|vision_end|>"
@@ -92,32 +106,55 @@ def test_another_models_response_in_this_models_tokens(encoder: PromptEncoder) -
     plain = encoder.chat.tokenize(["the sum</think>\nis"])
     assert encoder.response_ids(rollout("the sum</think>\nis", "length")) == plain
     # This template's prompt ends with an opened thought: a second opening would be one too many.
-    assert encoder.response_ids(rollout("<think>\nthe sum</think>\nis", "stop")) == [*plain, encoder.stop_token_ids[0]]
+    assert encoder.response_ids(rollout("<think>\nthe sum</think>\nis", "stop")) == [
+        *plain,
+        encoder.stop_token_ids[0],
+    ]
     # What imitates a special token is text.
-    assert encoder.chat.image_token_id not in encoder.response_ids(rollout("<|image_pad|>", "length"))
+    assert encoder.chat.image_token_id not in encoder.response_ids(
+        rollout("<|image_pad|>", "length")
+    )
 
 
-SNIPPETS = [*SPECIAL, "<think>", "\ue200", "\ue2010\ue201", "\ue2000\ue201", "the ", "\n", "<|", "|>"]
+SNIPPETS = [
+    *SPECIAL,
+    "<think>",
+    "\ue200",
+    "\ue2010\ue201",
+    "\ue2000\ue201",
+    "the ",
+    "\n",
+    "<|",
+    "|>",
+]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(SNIPPETS), max_size=8).map("".join), st.booleans())
-def test_imitated_special_tokens_stay_text(encoder: PromptEncoder, text: str, with_image: bool) -> None:
+def test_imitated_special_tokens_stay_text(
+    encoder: PromptEncoder, text: str, with_image: bool
+) -> None:
     asked = question("image") if with_image else question()
     plain, _ = encoder.encode("x", asked)
     prompt, _ = encoder.encode(text, asked)
     special = set(encoder.chat._special_ids.values())
     kept = [token for token in prompt.token_ids.tolist() if token in special]
     assert kept == [token for token in plain.token_ids.tolist() if token in special]
-    assert (text if with_image else text.strip()) in encoder.chat._tokenizer.decode(prompt.token_ids)
+    assert (text if with_image else text.strip()) in encoder.chat._tokenizer.decode(
+        prompt.token_ids
+    )
 
 
-def test_placeholders_that_are_no_special_tokens_are_broken_in_text(folder: Path, tmp_path: Path) -> None:
+def test_placeholders_that_are_no_special_tokens_are_broken_in_text(
+    folder: Path, tmp_path: Path
+) -> None:
     for item in folder.iterdir():
         (tmp_path / item.name).write_bytes(item.read_bytes())
     for name in ("tokenizer.json", "tokenizer_config.json"):
         content = json.loads((tmp_path / name).read_text())
-        for token in content.get("added_tokens", []) + list(content.get("added_tokens_decoder", {}).values()):
+        for token in content.get("added_tokens", []) + list(
+            content.get("added_tokens_decoder", {}).values()
+        ):
             token["special"] = token["special"] and token["content"] != "<|image_pad|>"
         (tmp_path / name).write_text(json.dumps(content))
     encoder = PromptEncoder(tmp_path, Media())
@@ -132,12 +169,15 @@ def test_decode_drops_special_tokens_at_the_end_only(encoder: PromptEncoder) -> 
     assert encoder.decode(ids) == "<think>the<|im_start|> end"
     assert encoder.decode(np.array(ids[:2])) == "<think>the"
     assert encoder.decode([]) == ""
-    assert encoder.stop_token_ids == tuple(tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
+    assert encoder.stop_token_ids == tuple(
+        tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")
+    )
 
 
 def test_counts_and_names_tokens(encoder: PromptEncoder) -> None:
     assert set(encoder.chat.special_tokens) == set(SPECIAL)
-    # "the" is one token by two merges, "<|" one, and the literal is plain text here: 3 + 6 bytes and "|>" as two
+    # "the" is one token by two merges, "<|" one, and the literal is plain text here: 3 + 6 bytes
+    # and "|>" as two
     assert encoder.chat.count_tokens("the<|im_end|>") == 1 + 1 + 6 + 2
 
 
@@ -155,16 +195,32 @@ def test_media_are_opened_once_while_cached(folder: Path) -> None:
 
 def test_bad_media_and_templates_are_refused(folder: Path, tmp_path: Path) -> None:
     encoder = PromptEncoder(folder, Media())
-    bad = Question(id="q", text="", media=(MediaRef("image", "s.tar", "broken", "png"),), answer="1", answer_type="math")
-    with pytest.raises(PromptError, match=r"question q: image s.tar:broken.png: media: cannot decode") as caught:
+    bad = Question(
+        id="q",
+        text="",
+        media=(MediaRef("image", "s.tar", "broken", "png"),),
+        answer="1",
+        answer_type="math",
+    )
+    with pytest.raises(
+        PromptError, match=r"question q: image s.tar:broken.png: media: cannot decode"
+    ) as caught:
         encoder.encode("x", bad)
     assert caught.value.reason == "unreadable"
-    lost = Question(id="q", text="", media=(MediaRef("image", "s.tar", "lost", "png"),), answer="1", answer_type="math")
+    lost = Question(
+        id="q",
+        text="",
+        media=(MediaRef("image", "s.tar", "lost", "png"),),
+        answer="1",
+        answer_type="math",
+    )
     with pytest.raises(DataError, match="shard is gone") as stopped:
         encoder.encode("x", lost)
     assert not isinstance(stopped.value, PromptError)
     build_folder(tmp_path, template=TEMPLATE.replace("_pad|><|vision_end|>", "|>"))
-    with pytest.raises(PromptError, match=r"placeholders do not fit its media, got \[\], expected \['image'\]"):
+    with pytest.raises(
+        PromptError, match=r"placeholders do not fit its media, got \[\], expected \['image'\]"
+    ):
         PromptEncoder(tmp_path, Media()).encode("x", question("image"))
 
 

@@ -1,4 +1,6 @@
-"""From a question to logits with a Qwen2.5-VL folder as Qwen wrote them: flat config, one processor file, a template of its own."""
+"""From a question to logits with a Qwen2.5-VL folder as Qwen wrote them: flat config, one processor
+file, a template of its own.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,20 @@ import transformers
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data.media import Frames
+from data.media.opening import Frames
 from data.question import MediaRef, Question
 from tests import network_checks, tiny_qwen
 from tests.unit.tiny_folder import TEMPLATE, build_tokenizer
-from zppo_mm.config import ParallelConfig
+from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import Prompt
-from zppo_mm.models import parallel
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.rollout.prompt import PromptEncoder
 
-TEXT_TEMPLATE = "{%- for message in messages -%}{{- '<|im_start|>' + message.content + '<|im_end|>' -}}{%- endfor -%}"
+TEXT_TEMPLATE = (
+    "{%- for message in messages -%}{{- '<|im_start|>' + message.content + '<|im_end|>' -}}{%- "
+    "endfor -%}"
+)
 SECONDS_PER_FRAME = 0.5
 PROCESSOR: dict[str, Any] = {
     "min_pixels": 3136,
@@ -80,7 +85,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
     }
     tokens = {key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()}
-    flat = {"model_type": "qwen2_5_vl", **text, **tokens, "tie_word_embeddings": True, "vision_config": VISION | {"in_chans": 3}}
+    flat = {
+        "model_type": "qwen2_5_vl",
+        **text,
+        **tokens,
+        "tie_word_embeddings": True,
+        "vision_config": VISION | {"in_chans": 3},
+    }
     torch.manual_seed(0)
     # transformers moves settings of the dictionary it is given.
     config = transformers.Qwen2_5_VLConfig(**deepcopy(flat))
@@ -91,7 +102,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     # Older folders keep the template for media here; newer ones have it as the tokenizer's own.
     (folder / "chat_template.jinja").unlink()
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEXT_TEMPLATE}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"chat_template": TEXT_TEMPLATE})
+    )
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     return Made(folder, oracle, tokenizer)
 
@@ -109,7 +122,9 @@ def pixels(kind: str) -> np.ndarray:
 
 
 def open_media(reference: MediaRef) -> Frames:
-    """Return an image of 2 x 3 features, or a video of 7 frames: 4 temporal patches of 3 x 2 features."""
+    """Return an image of 2 x 3 features, or a video of 7 frames: 4 temporal patches of 3 x 2
+    features.
+    """
     if reference.kind == "image":
         return Frames(pixels("image"), (0.0,))
     # The timestamps say 0.483 s per frame, the rate 0.5.
@@ -117,24 +132,36 @@ def open_media(reference: MediaRef) -> Frames:
 
 
 def question(*kinds: str) -> Question:
-    media = tuple(MediaRef(kind, "shard.tar", f"a{index}", "png") for index, kind in enumerate(kinds))
+    media = tuple(
+        MediaRef(kind, "shard.tar", f"a{index}", "png") for index, kind in enumerate(kinds)
+    )
     return Question(id="q", text="?", media=media, answer="1", answer_type="math")
 
 
 def oracle_media(kind: str) -> dict[str, torch.Tensor]:
-    """Return what transformers' own processor makes of the pixels; that of videos needs torchvision."""
-    processed = Qwen2VLImageProcessorPil(**PROCESSOR)([Image.fromarray(frame) for frame in pixels(kind)], return_tensors="np")
+    """Return what transformers' own processor makes of the pixels; that of videos needs
+    torchvision.
+    """
+    processed = Qwen2VLImageProcessorPil(**PROCESSOR)(
+        [Image.fromarray(frame) for frame in pixels(kind)], return_tensors="np"
+    )
     patches = torch.from_numpy(processed["pixel_values"])
     if kind == "image":
         return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 6]])}
-    # Each frame comes as a temporal patch of itself twice: take one half of two frames each, the last frame again for the eighth.
+    # Each frame comes as a temporal patch of itself twice: take one half of two frames each, the
+    # last frame again for the eighth.
     halves = patches.view(7, 24, 3, 2, 14 * 14)[:, :, :, 0]
     pairs = torch.stack([halves[[0, 2, 4, 6]], halves[[1, 3, 5, 6]]], 3)
-    return {"pixel_values_videos": pairs.reshape(4 * 24, -1), "video_grid_thw": torch.tensor([[4, 6, 4]])}
+    return {
+        "pixel_values_videos": pairs.reshape(4 * 24, -1),
+        "video_grid_thw": torch.tensor([[4, 6, 4]]),
+    }
 
 
 def oracle_inputs(made: Made, prompt: Prompt, kinds: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Return the arguments of transformers' model, with our positions where there are media; its own must agree as far as they go."""
+    """Return the arguments of transformers' model, with our positions where there are media; its
+    own must agree as far as they go.
+    """
     ids = torch.from_numpy(prompt.token_ids)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if not kinds:
@@ -149,19 +176,27 @@ def oracle_inputs(made: Made, prompt: Prompt, kinds: tuple[str, ...]) -> dict[st
     # Up to the end of the video; transformers 5.23 goes on elsewhere after it.
     end = int(torch.nonzero(types[0] == 2)[-1]) + 1 if "video" in kinds else len(prompt.token_ids)
     assert np.array_equal(theirs[:, 0, :end].numpy(), prompt.positions[:, :end])
-    return inputs | {"mm_token_type_ids": types, "position_ids": torch.from_numpy(prompt.positions)[:, None]}
+    return inputs | {
+        "mm_token_type_ids": types,
+        "position_ids": torch.from_numpy(prompt.positions)[:, None],
+    }
 
 
-@pytest.mark.parametrize("kinds", [("image",), ("video",), ("image", "video"), ("video", "image"), ()])
+@pytest.mark.parametrize(
+    "kinds", [("image",), ("video",), ("image", "video"), ("video", "image"), ()]
+)
 def test_logits_of_a_question_equal_transformers(made: Made, kinds: tuple[str, ...]) -> None:
     prompt, vision = PromptEncoder(made.folder, open_media).encode("the sum?", question(*kinds))
     shown = {"image": "<|image_pad|>" * 6, "video": "<|video_pad|>" * 24}
     media = "".join(f"<|vision_start|>{shown[kind]}<|vision_end|>" for kind in kinds)
     expected = f"<|im_start|>user\n{media}the sum?<|im_end|>\n<|im_start|>assistant\n<think>\n"
     assert prompt.token_ids.tolist() == made.tokenizer.encode(expected)
-    # An image of 2 x 3 takes three positions. Seven frames at two per second are patches at 0, 2, 4 and 6 steps: seven positions.
+    # An image of 2 x 3 takes three positions. Seven frames at two per second are patches at 0, 2, 4
+    # and 6 steps: seven positions.
     places = {"image": (6, 3), "video": (24, 7)}
-    assert prompt.next_position == len(prompt.token_ids) - sum(places[kind][0] - places[kind][1] for kind in kinds)
+    assert prompt.next_position == len(prompt.token_ids) - sum(
+        places[kind][0] - places[kind][1] for kind in kinds
+    )
     inputs = oracle_inputs(made, prompt, kinds)
     network = network_checks.build(made.folder, ParallelConfig())
     with torch.no_grad():
@@ -183,8 +218,13 @@ def test_prompts_need_to_know_the_family(made: Made, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     del config["vision_config"]["tokens_per_second"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"the key 'tokens_per_second' is missing, expected a complete Qwen2\.5-VL config"):
+    with pytest.raises(
+        ConfigError,
+        match=r"the key 'tokens_per_second' is missing, expected a complete Qwen2\.5-VL config",
+    ):
         PromptEncoder(tmp_path, open_media)
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "qwen9"}))
-    with pytest.raises(ConfigError, match=r"model_type is not supported, got 'qwen9', expected one of qwen3_5"):
+    with pytest.raises(
+        ConfigError, match=r"model_type is not supported, got 'qwen9', expected one of qwen3_5"
+    ):
         PromptEncoder(tmp_path, open_media)

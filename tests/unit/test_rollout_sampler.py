@@ -1,4 +1,6 @@
-"""The question feed and the group sampler in one process: what is taken, graded, refused and counted."""
+"""The question feed and the group sampler in one process: what is taken, graded, refused and
+counted.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,15 @@ from hypothesis import strategies as st
 
 from data.errors import DataError, MediaError
 from data.health import SampleHealth
-from data.media import Frames
+from data.media.opening import Frames
 from data.question import MediaRef, Question
 from data.sample import ShardSample
 from data.shards import ShardFolder, write_shards
 from data.stream import QuestionStream
 from tests.unit.tiny_folder import build_folder
 from zppo_mm.experience import PromptInstance
+from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
-from zppo_mm.rollout.exchange import SingleProcess
 from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler, split_instances
@@ -49,20 +51,32 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     samples = []
     for index in range(20):
         text = "long " * 100 if index == 3 else f"question {index}"
-        fields = {"id": f"q{index}", "question": text, "answer": "1", "answer_type": "math", "source": "s"}
+        fields = {
+            "id": f"q{index}",
+            "question": text,
+            "answer": "1",
+            "answer_type": "math",
+            "source": "s",
+        }
         samples.append(ShardSample(f"k{index}", fields, [("png", b"x")] if index % 2 else []))
     write_shards(folder, samples)
     return folder
 
 
-def feed_of(shards: Path, encoder: PromptEncoder, **health: object) -> tuple[QuestionFeed, SampleHealth]:
+def feed_of(
+    shards: Path, encoder: PromptEncoder, **health: object
+) -> tuple[QuestionFeed, SampleHealth]:
     counted = SampleHealth(**health)
     stream = QuestionStream([(ShardFolder(shards), 1.0)], 5, counted)
     plain_text = lambda question: question.text  # noqa: E731
-    return QuestionFeed(stream, encoder, counted, SingleProcess(), plain_text=plain_text, max_prompt_tokens=120), counted
+    return QuestionFeed(
+        stream, encoder, counted, SingleProcess(), plain_text=plain_text, max_prompt_tokens=120
+    ), counted
 
 
-def test_feed_takes_good_questions_only_and_counts_the_others(shards: Path, encoder: PromptEncoder) -> None:
+def test_feed_takes_good_questions_only_and_counts_the_others(
+    shards: Path, encoder: PromptEncoder
+) -> None:
     feed, health = feed_of(shards, encoder, max_bad_share=0.5)
     taken = [question.id for question in feed.take(17)]
     assert sorted(taken) == sorted({f"q{index}" for index in range(20)} - {"q3", "q7", "q17"})
@@ -76,7 +90,9 @@ def test_feed_takes_good_questions_only_and_counts_the_others(shards: Path, enco
     assert "tokens, more than data.max_prompt_tokens=120" in details[0]
 
 
-def test_feed_stops_at_too_many_bad_samples_or_the_first_when_strict(shards: Path, encoder: PromptEncoder) -> None:
+def test_feed_stops_at_too_many_bad_samples_or_the_first_when_strict(
+    shards: Path, encoder: PromptEncoder
+) -> None:
     with pytest.raises(DataError, match="too many bad samples"):
         feed_of(shards, encoder, max_bad_share=0.05)[0].take(40)
     with pytest.raises(DataError, match="run without strict"):
@@ -96,7 +112,9 @@ def test_feed_refuses_what_cannot_be_graded(shards: Path, encoder: PromptEncoder
         can_grade=lambda question: question.id not in ("q4", "q17"),
     )
     assert not {question.id for question in feed.take(16)} & {"q3", "q4", "q7", "q17"}
-    assert health.counts == {"needs_judge": 2}  # the media of q17 are broken as well, but need not be opened
+    assert health.counts == {
+        "needs_judge": 2
+    }  # the media of q17 are broken as well, but need not be opened
 
 
 @pytest.mark.timeout(60)
@@ -105,10 +123,24 @@ def test_feed_stops_when_a_whole_epoch_is_refused(shards: Path, encoder: PromptE
         health = SampleHealth(max_bad_share=1.0)
         stream = QuestionStream([(ShardFolder(shards), 1.0)], 5, health)
         accepts = lambda question: question.id not in refused  # noqa: E731
-        return QuestionFeed(stream, encoder, health, SingleProcess(), plain_text=lambda q: q.text, max_prompt_tokens=120, can_grade=accepts)
+        return QuestionFeed(
+            stream,
+            encoder,
+            health,
+            SingleProcess(),
+            plain_text=lambda q: q.text,
+            max_prompt_tokens=120,
+            can_grade=accepts,
+        )
 
     everything = {f"q{index}" for index in range(20)}
-    with pytest.raises(DataError, match=r"no question of a whole epoch can be asked, got 20 refused in a row, the last as \w+ \("):
+    with pytest.raises(
+        DataError,
+        match=(
+            r"no question of a whole epoch can be asked, got 20 refused in a row, the last as \w+ "
+            r"\("
+        ),
+    ):
         feed_without(everything).take(1)
     # One good question of twenty is never a whole epoch away.
     assert {question.id for question in feed_without(everything - {"q2"}).take(1)} == {"q2"}
@@ -120,11 +152,17 @@ class EchoEngine:
     def __init__(self) -> None:
         self.requests: list[GenerationRequest] = []
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingParams
+    ) -> list[list[Generation]]:
         self.requests.extend(requests)
         return [
             [
-                Generation(np.array([65 + rollout, 0]), np.full(2, -0.5, np.float32), "stop" if rollout else "length")
+                Generation(
+                    np.array([65 + rollout, 0]),
+                    np.full(2, -0.5, np.float32),
+                    "stop" if rollout else "length",
+                )
                 for rollout in range(request.num_rollouts)
             ]
             for request in requests
@@ -144,52 +182,94 @@ class FirstLetterGrader:
         return [Grade(text, float(text == question.answer)) for question, text in items]
 
 
-def instance(index: int, kind: str = "new", media: str | None = None, text: str = "what?") -> PromptInstance:
+def instance(
+    index: int, kind: str = "new", media: str | None = None, text: str = "what?"
+) -> PromptInstance:
     references = (MediaRef("image", "s.tar", media, "png"),) if media else ()
     answer = chr(ord("b") + index % 2)
-    question = Question(id=f"q{index}", text="", media=references, answer=answer, answer_type="open")
+    question = Question(
+        id=f"q{index}", text="", media=references, answer=answer, answer_type="open"
+    )
     return PromptInstance(f"1/{kind}/{index}", question, kind, text)
 
 
 def test_sampler_returns_verified_groups_in_order(encoder: PromptEncoder) -> None:
     engine = EchoEngine()
     sampler = GroupSampler(engine, encoder, FirstLetterGrader(), SingleProcess())
-    instances = [instance(0), instance(1, media="k7"), instance(2, media="k1"), instance(3, kind="bcq")]
+    instances = [
+        instance(0),
+        instance(1, media="k7"),
+        instance(2, media="k1"),
+        instance(3, kind="bcq"),
+    ]
     groups = sampler.sample(instances, SAMPLING, 3, step=4)
     assert [group.uid for group in groups] == ["1/new/0", "1/new/2", "1/bcq/3"]
     assert dict(sampler.failures) == {"unreadable": 1}
     # tokens 65, 66, 67 of the byte alphabet are b, c, d; question 0 wants b, question 3 wants c
     letters = [encoder.decode([token]) for token in (65, 66, 67)]
-    assert [rollout.text for rollout in groups[0].rollouts] == [letter + encoder.decode([0]) for letter in letters]
+    assert [rollout.text for rollout in groups[0].rollouts] == [
+        letter + encoder.decode([0]) for letter in letters
+    ]
     assert [rollout.finish_reason for rollout in groups[0].rollouts] == ["length", "stop", "stop"]
     assert {rollout.policy_version for group in groups for rollout in group.rollouts} == {4}
-    assert [request.seed_path for request in engine.requests] == [("rollout", uid) for uid in ("1/new/0", "1/new/2", "1/bcq/3")]
+    assert [request.seed_path for request in engine.requests] == [
+        ("rollout", uid) for uid in ("1/new/0", "1/new/2", "1/bcq/3")
+    ]
     assert [len(request.vision) for request in engine.requests] == [0, 1, 0]
     assert len(groups[1].prompt.grids) == 1
 
 
 def test_sampler_grades_with_the_questions_answer(encoder: PromptEncoder) -> None:
     class Plain(EchoEngine):
-        def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
+        def generate(
+            self, requests: Sequence[GenerationRequest], sampling: SamplingParams
+        ) -> list[list[Generation]]:
             tokens = encoder.chat.tokenize(["b"]), encoder.chat.tokenize(["c"])
             make = [Generation(np.array(ids), np.zeros(1, np.float32), "stop") for ids in tokens]
             return [make for _ in requests]
 
-    groups = GroupSampler(Plain(), encoder, FirstLetterGrader(), SingleProcess()).sample([instance(0), instance(1)], SAMPLING, 2, 1)
-    assert [[rollout.reward for rollout in group.rollouts] for group in groups] == [[1.0, 0.0], [0.0, 1.0]]
-    assert [[rollout.parsed for rollout in group.rollouts] for group in groups] == [["b", "c"], ["b", "c"]]
+    groups = GroupSampler(Plain(), encoder, FirstLetterGrader(), SingleProcess()).sample(
+        [instance(0), instance(1)], SAMPLING, 2, 1
+    )
+    assert [[rollout.reward for rollout in group.rollouts] for group in groups] == [
+        [1.0, 0.0],
+        [0.0, 1.0],
+    ]
+    assert [[rollout.parsed for rollout in group.rollouts] for group in groups] == [
+        ["b", "c"],
+        ["b", "c"],
+    ]
 
 
-def test_a_given_prefix_is_prompt_to_the_engine_and_response_to_the_grader(encoder: PromptEncoder) -> None:
+def test_a_given_prefix_is_prompt_to_the_engine_and_response_to_the_grader(
+    encoder: PromptEncoder,
+) -> None:
     class Ends(EchoEngine):
-        def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
+        def generate(
+            self, requests: Sequence[GenerationRequest], sampling: SamplingParams
+        ) -> list[list[Generation]]:
             self.requests += list(requests)
-            return [[Generation(np.array(encoder.chat.tokenize(["c"])), np.zeros(1, np.float32), "stop")] for _ in requests]
+            return [
+                [
+                    Generation(
+                        np.array(encoder.chat.tokenize(["c"])), np.zeros(1, np.float32), "stop"
+                    )
+                ]
+                for _ in requests
+            ]
 
     engine, prefix = Ends(), tuple(encoder.chat.tokenize(["b"]))
     plain = instance(0)
-    asked = replace(plain, uid="1/prefix/0", kind="prefix", question=replace(plain.question, answer="bc"), response_prefix=prefix)
-    groups = GroupSampler(engine, encoder, FirstLetterGrader(), SingleProcess()).sample([plain, asked], SAMPLING, 1, 1)
+    asked = replace(
+        plain,
+        uid="1/prefix/0",
+        kind="prefix",
+        question=replace(plain.question, answer="bc"),
+        response_prefix=prefix,
+    )
+    groups = GroupSampler(engine, encoder, FirstLetterGrader(), SingleProcess()).sample(
+        [plain, asked], SAMPLING, 1, 1
+    )
     before, after = (request.prompt for request in engine.requests)
     assert after.token_ids.tolist() == [*before.token_ids.tolist(), *prefix]
     assert after.positions[:, -1].tolist() == [before.next_position] * 3
@@ -199,11 +279,15 @@ def test_a_given_prefix_is_prompt_to_the_engine_and_response_to_the_grader(encod
     assert groups[1].prompt == after
 
 
-def test_adopted_rollouts_get_this_models_prompts_and_failures_are_counted(encoder: PromptEncoder) -> None:
+def test_adopted_rollouts_get_this_models_prompts_and_failures_are_counted(
+    encoder: PromptEncoder,
+) -> None:
     engine = EchoEngine()
     sampler = GroupSampler(engine, encoder, FirstLetterGrader(), SingleProcess())
     (sampled,) = sampler.sample([instance(0)], SAMPLING, 2, 1)
-    adopted = sampler.adopt([instance(0), instance(1, media="k7")], [sampled.rollouts, sampled.rollouts])
+    adopted = sampler.adopt(
+        [instance(0), instance(1, media="k7")], [sampled.rollouts, sampled.rollouts]
+    )
     assert [group.uid for group in adopted] == ["1/new/0"]
     assert adopted[0].rollouts == sampled.rollouts
     assert adopted[0].prompt.token_ids.tolist() == sampled.prompt.token_ids.tolist()
@@ -215,17 +299,26 @@ def test_sampler_calls_the_engine_even_for_nothing(encoder: PromptEncoder) -> No
     called = []
 
     class Recorder(EchoEngine):
-        def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
+        def generate(
+            self, requests: Sequence[GenerationRequest], sampling: SamplingParams
+        ) -> list[list[Generation]]:
             called.append(len(requests))
             return super().generate(requests, sampling)
 
-    assert GroupSampler(Recorder(), encoder, FirstLetterGrader(), SingleProcess()).sample([], SAMPLING, 2, 1) == []
+    assert (
+        GroupSampler(Recorder(), encoder, FirstLetterGrader(), SingleProcess()).sample(
+            [], SAMPLING, 2, 1
+        )
+        == []
+    )
     assert called == [0]
 
 
 @given(st.lists(st.sampled_from(["new", "replayed", "bcq", "ncq"]), max_size=30), st.integers(1, 5))
 def test_split_covers_every_instance_once_and_evenly(kinds: list[str], num_replicas: int) -> None:
-    instances = [instance(index, kind, text="x" * (index * 7 % 11)) for index, kind in enumerate(kinds)]
+    instances = [
+        instance(index, kind, text="x" * (index * 7 % 11)) for index, kind in enumerate(kinds)
+    ]
     parts = split_instances(instances, num_replicas)
     assert sorted(index for part in parts for index in part) == list(range(len(instances)))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
@@ -233,6 +326,10 @@ def test_split_covers_every_instance_once_and_evenly(kinds: list[str], num_repli
 
 
 def test_split_does_not_give_one_replica_all_the_long_prompts() -> None:
-    pairs = [instance(index, kind, text="x" * length) for index in range(4) for kind, length in (("bcq", 10), ("ncq", 1000))]
+    pairs = [
+        instance(index, kind, text="x" * length)
+        for index in range(4)
+        for kind, length in (("bcq", 10), ("ncq", 1000))
+    ]
     totals = [sum(len(pairs[index].text) for index in part) for part in split_instances(pairs, 2)]
     assert totals == [2020, 2020]

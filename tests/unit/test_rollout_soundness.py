@@ -1,4 +1,6 @@
-"""When broken prompts are left out and when they end the run; what no engine and no grader may tell."""
+"""When broken prompts are left out and when they end the run; what no engine and no grader may
+tell.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.media import Frames
+from data.media.opening import Frames
 from data.question import MediaRef, Question
 from tests.unit.tiny_folder import build_folder
 from zppo_mm.errors import NotFiniteError
 from zppo_mm.experience import NO_TOKEN, PromptInstance
+from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rollout.batch import RolloutBatch
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
-from zppo_mm.rollout.exchange import SingleProcess
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.rollout.soundness import Sampled, Soundness
@@ -31,12 +33,20 @@ SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8, stop_token_ids=(0,)
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.lists(st.sampled_from([NO_TOKEN, 0, 1, STOP]), min_size=NUM_STEPS, max_size=NUM_STEPS), min_size=1, max_size=6),
+    st.lists(
+        st.lists(st.sampled_from([NO_TOKEN, 0, 1, STOP]), min_size=NUM_STEPS, max_size=NUM_STEPS),
+        min_size=1,
+        max_size=6,
+    ),
     st.lists(st.booleans(), min_size=NUM_STEPS, max_size=NUM_STEPS),
     st.sampled_from([(STOP,), ()]),
 )
-def test_a_batch_ends_a_sequence_for_which_nothing_was_drawn(responses: list[list[int]], drops: list[bool], stops: tuple[int, ...]) -> None:
-    sampling = SamplingParams(temperature=1.0, max_new_tokens=NUM_STEPS, stop_token_ids=stops, presence_penalty=1.0)
+def test_a_batch_ends_a_sequence_for_which_nothing_was_drawn(
+    responses: list[list[int]], drops: list[bool], stops: tuple[int, ...]
+) -> None:
+    sampling = SamplingParams(
+        temperature=1.0, max_new_tokens=NUM_STEPS, stop_token_ids=stops, presence_penalty=1.0
+    )
     batch = RolloutBatch([0] * len(responses), sampling, STOP + 1, torch.device("cpu"))
     left = list(range(len(responses)))
     for step in range(NUM_STEPS):
@@ -79,10 +89,20 @@ def test_a_call_of_which_all_is_broken_ends_the_run() -> None:
     soundness = Soundness()
     soundness.note(good(384))
     with pytest.raises(
-        NotFiniteError, match=r"the network is broken, got logits that are not finite for 2 of the last 2 prompts \(question"
+        NotFiniteError,
+        match=(
+            r"the network is broken, got logits that are not finite for 2 of the last 2 prompts "
+            r"\(question"
+        ),
     ):
         soundness.note(broken("a", "b"))
-    with pytest.raises(NotFiniteError, match=r"question 'a': token 3 of a; question 'b': token 3 of b; question 'c': .*; and 61 more\)"):
+    with pytest.raises(
+        NotFiniteError,
+        match=(
+            r"question 'a': token 3 of a; question 'b': token 3 of b; question 'c': .*; and 61 "
+            r"more\)"
+        ),
+    ):
         Soundness().note(broken(*(chr(ord("a") + n) for n in range(64))))
 
 
@@ -102,7 +122,10 @@ def test_a_share_beyond_the_limit_ends_the_run(size: int) -> None:
     soundness = Soundness()
     soundness.note(good(100))
     num_broken = 3 * size // 10
-    calls = [[*good(size - num_broken), *broken(*(f"{call}/{n}" for n in range(num_broken)))] for call in range(10)]
+    calls = [
+        [*good(size - num_broken), *broken(*(f"{call}/{n}" for n in range(num_broken)))]
+        for call in range(10)
+    ]
     with pytest.raises(NotFiniteError, match=r"for (1[1-9]|2\d|30) of the last 100 prompts"):
         any(map(soundness.note, calls))
 
@@ -124,18 +147,24 @@ class Rewarding:
 
 
 class Telling:
-    """An engine that tells one log-prob with the second token of the second rollout of every second prompt."""
+    """An engine that tells one log-prob with the second token of the second rollout of every second
+    prompt.
+    """
 
     def __init__(self, logprob: float) -> None:
         self._logprob = logprob
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingParams
+    ) -> list[list[Generation]]:
         results = []
         for place, item in enumerate(requests):
             told = [np.full(3, -0.5, np.float32) for _ in range(item.num_rollouts)]
             if place % 2:
                 told[1][1] = self._logprob
-            results.append([Generation(np.array([65, 66, 0]), logprobs, "stop") for logprobs in told])
+            results.append(
+                [Generation(np.array([65, 66, 0]), logprobs, "stop") for logprobs in told]
+            )
         return results
 
 
@@ -150,26 +179,42 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> PromptEncoder:
 
 
 def instances(count: int) -> list[PromptInstance]:
-    questions = [Question(id=f"q{n}", text="", media=(), answer="b", answer_type="open") for n in range(count)]
-    return [PromptInstance(f"1/new/{n}", question, "new", "what?") for n, question in enumerate(questions)]
+    questions = [
+        Question(id=f"q{n}", text="", media=(), answer="b", answer_type="open")
+        for n in range(count)
+    ]
+    return [
+        PromptInstance(f"1/new/{n}", question, "new", "what?")
+        for n, question in enumerate(questions)
+    ]
 
 
-@pytest.mark.parametrize(("logprob", "is_sound"), [(math.nan, False), (math.inf, False), (-math.inf, False), (0.5, False), (0.0, True)])
+@pytest.mark.parametrize(
+    ("logprob", "is_sound"),
+    [(math.nan, False), (math.inf, False), (-math.inf, False), (0.5, False), (0.0, True)],
+)
 def test_log_probs_that_no_sound_network_gives_leave_the_group_out(
     encoder: PromptEncoder, logprob: float, is_sound: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     sampler = GroupSampler(Telling(logprob), encoder, Rewarding(1.0), SingleProcess())
     groups = sampler.sample(instances(3), SAMPLING, 2, 1)
-    assert [group.uid for group in groups] == (["1/new/0", "1/new/1", "1/new/2"] if is_sound else ["1/new/0", "1/new/2"])
+    assert [group.uid for group in groups] == (
+        ["1/new/0", "1/new/1", "1/new/2"] if is_sound else ["1/new/0", "1/new/2"]
+    )
     assert dict(sampler.failures) == ({} if is_sound else {"not_finite": 1})
     where = "no group for 1/new/1: not_finite: rollout 1, token 1 of the response, drawn on rank 0"
     assert (where in caplog.text) is not is_sound
 
 
 @pytest.mark.parametrize("reward", [math.nan, math.inf])
-def test_a_reward_that_is_not_finite_is_refused_by_name_and_not_taken_for_ungraded(encoder: PromptEncoder, reward: float) -> None:
+def test_a_reward_that_is_not_finite_is_refused_by_name_and_not_taken_for_ungraded(
+    encoder: PromptEncoder, reward: float
+) -> None:
     sampler = GroupSampler(Telling(0.0), encoder, Rewarding(reward), SingleProcess())
-    with pytest.raises(NotFiniteError, match=r"the grader gives 1/new/0 rewards that are not finite, got \[(nan|inf), "):
+    with pytest.raises(
+        NotFiniteError,
+        match=r"the grader gives 1/new/0 rewards that are not finite, got \[(nan|inf), ",
+    ):
         sampler.sample(instances(2), SAMPLING, 2, 1)
     ungraded = GroupSampler(Telling(0.0), encoder, Rewarding(None), SingleProcess())
     assert ungraded.sample(instances(2), SAMPLING, 2, 1) == []

@@ -1,4 +1,6 @@
-"""Token ids of a folder's files held against one another: embedding, added tokens, stop tokens, chat template."""
+"""Token ids of a folder's files held against one another: embedding, added tokens, stop tokens,
+chat template.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,19 @@ NUM_IDS = 256 + 5 + 7 + 2
 """Bytes, merges, special and other added tokens of the small tokenizer."""
 
 
-def folder_of(path: Path, *, rows: int | None = NUM_IDS, vision: bool = True, template: str = TEMPLATE, eos: Any = "keep") -> Path:
+def folder_of(
+    path: Path,
+    *,
+    rows: int | None = NUM_IDS,
+    vision: bool = True,
+    template: str = TEMPLATE,
+    eos: Any = "keep",
+) -> Path:
     """Write a folder whose config.json describes an embedding, with other stop tokens if asked."""
     build_folder(path, vision=vision, template=template)
-    change(path / "config.json", **({"text_config": {"vocab_size": rows}} if rows is not None else {}))
+    change(
+        path / "config.json", **({"text_config": {"vocab_size": rows}} if rows is not None else {})
+    )
     if eos != "keep":
         (path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     return path
@@ -36,7 +47,9 @@ def add_token(path: Path, text: str, *, special: bool) -> int:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.add_tokens([AddedToken(text, special=special, normalized=False)], special_tokens=special)
+    tokenizer.add_tokens(
+        [AddedToken(text, special=special, normalized=False)], special_tokens=special
+    )
     tokenizer.save_pretrained(path)
     token_id: int = tokenizer.convert_tokens_to_ids(text)
     return token_id
@@ -56,11 +69,21 @@ def test_as_many_rows_as_ids_are_enough_and_one_less_is_named(tmp_path: Path) ->
     ChatFormat(folder)
     change(folder / "config.json", text_config={"vocab_size": NUM_IDS - 1})
     with pytest.raises(
-        ConfigError, match=rf"tokens beyond the embedding, got '</think>' \({NUM_IDS - 1}\), expected ids below {NUM_IDS - 1}"
+        ConfigError,
+        match=(
+            rf"tokens beyond the embedding, got '</think>' \({NUM_IDS - 1}\), expected ids below "
+            rf"{NUM_IDS - 1}"
+        ),
     ):
         ChatFormat(folder)
     change(folder / "config.json", text_config={"vocab_size": 100})
-    with pytest.raises(ConfigError, match=r"got '.*' \(100\), .* and 16\d more, expected ids below 100, the vocab_size of config\.json"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"got '.*' \(100\), .* and 16\d more, expected ids below 100, the vocab_size of "
+            r"config\.json"
+        ),
+    ):
         ChatFormat(folder)
 
 
@@ -80,7 +103,9 @@ def test_an_added_token_that_text_can_contain_needs_a_row(tmp_path: Path) -> Non
         ChatFormat(folder)
 
 
-def test_a_special_token_that_nothing_uses_needs_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_special_token_that_nothing_uses_needs_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = folder_of(tmp_path)
     added = add_token(folder, "[PAD]", special=True)
     with caplog.at_level(logging.WARNING):
@@ -95,7 +120,9 @@ def test_a_special_token_that_nothing_uses_needs_none(tmp_path: Path, caplog: py
         ChatFormat(tmp_path / "used")
 
 
-def test_the_end_of_a_turn_is_a_stop_token_and_the_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_end_of_a_turn_is_a_stop_token_and_the_first(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = folder_of(tmp_path)
     end, text_end = token(folder, "<|im_end|>"), token(folder, "<|endoftext|>")
     for eos, expected, warned in (
@@ -112,7 +139,9 @@ def test_the_end_of_a_turn_is_a_stop_token_and_the_first(tmp_path: Path, caplog:
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             assert ChatFormat(folder).stop_token_ids == expected, eos
-        assert (f"eos_token_id lacks {end}, with which the chat template ends an answer" in caplog.text) is warned, eos
+        assert (
+            f"eos_token_id lacks {end}, with which the chat template ends an answer" in caplog.text
+        ) is warned, eos
 
 
 def test_stop_tokens_of_config_json_hold_where_generation_has_none(tmp_path: Path) -> None:
@@ -128,17 +157,26 @@ def test_stop_tokens_of_config_json_hold_where_generation_has_none(tmp_path: Pat
 @pytest.mark.parametrize(
     ("template", "ends"),
     [
-        # Llama 3, Llama 2, Gemma, Phi and templates that think before an answer, with the small tokenizer's tokens in the places of theirs.
-        ("{% for m in messages %}<|im_start|>{{ m.role }}<|vision_end|>\n\n{{ m.content }}<|endoftext|>{% endfor %}", "<|endoftext|>"),
+        # Llama 3, Llama 2, Gemma, Phi and templates that think before an answer, with the small
+        # tokenizer's tokens in the places of theirs.
         (
-            "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>[INST] {{ m.content }} [/INST]{% else %} {{ m.content }} "
-            "<|im_end|>{% endif %}{% endfor %}",
+            "{% for m in messages %}<|im_start|>{{ m.role }}<|vision_end|>\n\n{{ m.content "
+            "}}<|endoftext|>{% endfor %}",
+            "<|endoftext|>",
+        ),
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>[INST] {{ m.content }} "
+            "[/INST]{% else %} {{ m.content }} <|im_end|>{% endif %}{% endfor %}",
             "<|im_end|>",
         ),
-        ("<|endoftext|>{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}", "<|im_end|>"),
         (
-            "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n</think>\n\n{% endif %}"
-            "{{ m.content }}<|im_end|>\n{% endfor %}",
+            "<|endoftext|>{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content "
+            "}}<|im_end|>\n{% endfor %}",
+            "<|im_end|>",
+        ),
+        (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' "
+            "%}<think>\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}",
             "<|im_end|>",
         ),
         # No token of its own ends an answer: the next turn's beginning is none.
@@ -146,8 +184,8 @@ def test_stop_tokens_of_config_json_hold_where_generation_has_none(tmp_path: Pat
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", ""),
         # Cannot render an answer.
         (
-            "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('one turn only') }}{% endif %}<|im_start|>{{ m.content }}"
-            "<|im_end|>{% endfor %}",
+            "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('one turn only') "
+            "}}{% endif %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}",
             "",
         ),
     ],
@@ -159,10 +197,16 @@ def test_the_end_of_a_turn_is_found_in_templates_of_every_kind(
     with caplog.at_level(logging.WARNING):
         stops = ChatFormat(folder).stop_token_ids
     assert stops == ((token(folder, ends), 7) if ends else (7,))
-    assert ("with which the chat template ends an answer" if ends else "shows no special token that ends an answer") in caplog.text
+    assert (
+        "with which the chat template ends an answer"
+        if ends
+        else "shows no special token that ends an answer"
+    ) in caplog.text
 
 
-def test_stop_tokens_beyond_the_embedding_never_come(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_stop_tokens_beyond_the_embedding_never_come(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = folder_of(tmp_path, eos=[151645, 7])
     with caplog.at_level(logging.WARNING):
         assert ChatFormat(folder).stop_token_ids == (token(folder, "<|im_end|>"), 7)
@@ -170,33 +214,51 @@ def test_stop_tokens_beyond_the_embedding_never_come(tmp_path: Path, caplog: pyt
     plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     folder_of(tmp_path / "plain", vision=False, template=plain, eos=151645)
     change(tmp_path / "plain" / "config.json", vocab_size=NUM_IDS)
-    with pytest.raises(ConfigError, match=rf"no answer could end, got the stop tokens \[151645\], expected ids below {NUM_IDS}"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"no answer could end, got the stop tokens \[151645\], expected ids below {NUM_IDS}",
+    ):
         ChatFormat(tmp_path / "plain")
 
 
 @pytest.mark.parametrize("eos", ["<|im_end|>", 1.5, True, [1, None], -1, [[1]], {"a": 1}])
 def test_a_stop_token_that_is_no_id_is_refused(eos: Any, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, eos=eos)
-    with pytest.raises(ConfigError, match=r"eos_token_id is no token, got .*, expected an id or a list of ids"):
+    with pytest.raises(
+        ConfigError, match=r"eos_token_id is no token, got .*, expected an id or a list of ids"
+    ):
         ChatFormat(folder)
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for m in messages %}", r"the chat template cannot render \['user'\], got TemplateSyntaxError"),
+        (
+            "{% for m in messages %}",
+            r"the chat template cannot render \['user'\], got TemplateSyntaxError",
+        ),
         ("{{ messages[0].words.text }}", r"cannot render \['user'\], got UndefinedError"),
         ("{{ messages[0].content[0].text }}", "got the text of a question with no media 0 times"),
-        ("<|im_start|>user\nHello<|im_end|>", "does not show what it is given, got the text of a question with no media 0 times"),
-        ("{{ messages[0].content }}{{ messages[0].content }}", "with no media 2 times, expected once"),
+        (
+            "<|im_start|>user\nHello<|im_end|>",
+            "does not show what it is given, got the text of a question with no media 0 times",
+        ),
+        (
+            "{{ messages[0].content }}{{ messages[0].content }}",
+            "with no media 2 times, expected once",
+        ),
     ],
 )
-def test_a_template_that_loses_the_question_is_refused(template: str, message: str, tmp_path: Path) -> None:
+def test_a_template_that_loses_the_question_is_refused(
+    template: str, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=message):
         ChatFormat(folder_of(tmp_path, vision=False, template=template))
 
 
-def test_a_template_that_shows_no_media_is_told_of_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_template_that_shows_no_media_is_told_of_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     template = TEMPLATE.replace("'<|vision_start|><|' + part.type + '_pad|><|vision_end|>'", "''")
     with caplog.at_level(logging.WARNING):
         ChatFormat(folder_of(tmp_path, template=template))
@@ -209,24 +271,37 @@ def test_of_several_templates_the_default_is_used(tmp_path: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     tool = "<|im_start|>tools{{ messages[0].content }}<|im_end|>"
     change(
-        folder / "tokenizer_config.json", chat_template=[{"name": "default", "template": TEMPLATE}, {"name": "tool_use", "template": tool}]
+        folder / "tokenizer_config.json",
+        chat_template=[
+            {"name": "default", "template": TEMPLATE},
+            {"name": "tool_use", "template": tool},
+        ],
     )
     assert ChatFormat(folder).render("x", []).text.startswith("<|im_start|>user\nx")
-    change(folder / "tokenizer_config.json", chat_template=[{"name": "a", "template": TEMPLATE}, {"name": "b", "template": tool}])
-    with pytest.raises(ConfigError, match=r"no chat template, got \['a', 'b'\], expected one that is named default"):
+    change(
+        folder / "tokenizer_config.json",
+        chat_template=[{"name": "a", "template": TEMPLATE}, {"name": "b", "template": tool}],
+    )
+    with pytest.raises(
+        ConfigError, match=r"no chat template, got \['a', 'b'\], expected one that is named default"
+    ):
         ChatFormat(folder)
     change(folder / "tokenizer_config.json", chat_template=None)
     with pytest.raises(ConfigError, match="no chat template, got none"):
         ChatFormat(folder)
 
 
-def test_a_template_for_media_may_stand_in_another_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_template_for_media_may_stand_in_another_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = folder_of(tmp_path)
     older, oldest = (TEMPLATE.replace("'\\n'", text) for text in ("'older '", "'oldest '"))
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": oldest}))
     with caplog.at_level(logging.WARNING):
         assert ChatFormat(folder).render("x", []).text.startswith("<|im_start|>user\nx")
-    assert "that of chat_template.jinja is used and not that of ['chat_template.json']" in caplog.text
+    assert (
+        "that of chat_template.jinja is used and not that of ['chat_template.json']" in caplog.text
+    )
     (folder / "processor_config.json").write_text(json.dumps({"chat_template": older}))
     (folder / "chat_template.jinja").unlink()
     assert ChatFormat(folder).render("x", []).text.startswith("<|im_start|>user")
@@ -242,15 +317,28 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     for content in ("{}", "{", json.dumps({"version": "1.0", "model": {"type": "Nothing"}})):
         (folder / "tokenizer.json").write_text(content)
-        with pytest.raises(ConfigError, match=r"the tokenizer cannot be loaded, got .*, expected files of a Hugging Face tokenizer"):
+        with pytest.raises(
+            ConfigError,
+            match=(
+                r"the tokenizer cannot be loaded, got .*, expected files of a Hugging Face "
+                r"tokenizer"
+            ),
+        ):
             ChatFormat(folder)
 
 
 def test_no_code_of_a_folder_is_run(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     (folder / "evil.py").write_text("open('ran', 'w')\nclass Evil: ...\n")
-    change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "evil.Evil"]}, tokenizer_class="Evil")
-    change(folder / "config.json", auto_map={"AutoConfig": "evil.Evil", "AutoTokenizer": [None, "evil.Evil"]})
+    change(
+        folder / "tokenizer_config.json",
+        auto_map={"AutoTokenizer": [None, "evil.Evil"]},
+        tokenizer_class="Evil",
+    )
+    change(
+        folder / "config.json",
+        auto_map={"AutoConfig": "evil.Evil", "AutoTokenizer": [None, "evil.Evil"]},
+    )
     template = "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ messages[0].content }}"
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(ConfigError, match=r"SecurityError|cannot be loaded|trust_remote_code"):
@@ -267,9 +355,16 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, vision=False)
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text())
-    content["model"] |= {"vocab": {token: number for token, number in content["model"]["vocab"].items() if token != "q"}}
+    content["model"] |= {
+        "vocab": {
+            token: number for token, number in content["model"]["vocab"].items() if token != "q"
+        }
+    }
     file.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="the tokenizer loses text, got 'zppouestion' back, expected 'zppoquestion'"):
+    with pytest.raises(
+        ConfigError,
+        match="the tokenizer loses text, got 'zppouestion' back, expected 'zppoquestion'",
+    ):
         ChatFormat(folder)
 
 

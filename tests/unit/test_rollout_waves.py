@@ -25,11 +25,20 @@ def request(length: int, num_rollouts: int) -> GenerationRequest:
     st.integers(1, 12),
     st.integers(1, 100),
 )
-def test_waves_hold_every_rollout_once_within_the_limits(sizes: list[tuple[int, int]], max_batch_size: int, max_tokens: int) -> None:
+def test_waves_hold_every_rollout_once_within_the_limits(
+    sizes: list[tuple[int, int]], max_batch_size: int, max_tokens: int
+) -> None:
     requests = [request(*size) for size in sizes]
     waves = plan_waves(requests, max_batch_size, max_tokens)
-    planned = [(share.request, share.first + offset) for wave in waves for share in wave for offset in range(share.count)]
-    assert sorted(planned) == [(index, rollout) for index, (_, count) in enumerate(sizes) for rollout in range(count)]
+    planned = [
+        (share.request, share.first + offset)
+        for wave in waves
+        for share in wave
+        for offset in range(share.count)
+    ]
+    assert sorted(planned) == [
+        (index, rollout) for index, (_, count) in enumerate(sizes) for rollout in range(count)
+    ]
     for wave in waves:
         assert sum(share.count for share in wave) <= max_batch_size
         assert len(wave) == 1 or sum(sizes[share.request][0] for share in wave) <= max_tokens
@@ -42,33 +51,53 @@ def test_waves_hold_every_rollout_once_within_the_limits(sizes: list[tuple[int, 
     st.lists(st.lists(st.integers(0, STOP), min_size=6, max_size=6), min_size=1, max_size=6),
     st.lists(st.booleans(), min_size=6, max_size=6),
 )
-def test_batch_keeps_each_sequence_up_to_its_stop(responses: list[list[int]], drops: list[bool]) -> None:
+def test_batch_keeps_each_sequence_up_to_its_stop(
+    responses: list[list[int]], drops: list[bool]
+) -> None:
     """Sequence i is fed responses[i]; sequences that ended are dropped at arbitrary steps."""
-    sampling = SamplingParams(temperature=1.0, max_new_tokens=6, stop_token_ids=(STOP,), presence_penalty=1.0)
-    batch = RolloutBatch([100 * index for index in range(len(responses))], sampling, STOP + 1, torch.device("cpu"))
+    sampling = SamplingParams(
+        temperature=1.0, max_new_tokens=6, stop_token_ids=(STOP,), presence_penalty=1.0
+    )
+    batch = RolloutBatch(
+        [100 * index for index in range(len(responses))], sampling, STOP + 1, torch.device("cpu")
+    )
     left = list(range(len(responses)))
     for step in range(6):
         tokens = torch.tensor([responses[place][step] for place in left])
         batch.append(tokens, -tokens.float())
         assert batch.positions()[:, :].tolist() == [[100 * place + step for place in left]] * 3
         for row, place in enumerate(left):
-            assert set(torch.nonzero(batch.seen[row]).squeeze(1).tolist()) == set(responses[place][: step + 1])
+            assert set(torch.nonzero(batch.seen[row]).squeeze(1).tolist()) == set(
+                responses[place][: step + 1]
+            )
         if batch.num_active == 0:
             break
         if drops[step]:
             left = [left[index] for index in batch.drop_finished().tolist()]
             assert all(STOP not in responses[place][: step + 1] for place in left)
-            assert (list(range(len(responses))) if batch.rows is None else batch.rows.tolist()) == left
+            assert (
+                list(range(len(responses))) if batch.rows is None else batch.rows.tolist()
+            ) == left
     for response, generation in zip(responses, batch.generations(), strict=True):
         length = response.index(STOP) + 1 if STOP in response else 6
         assert generation.response_ids.tolist() == response[:length]
-        assert generation.rollout_logprobs.tolist() == [-float(token) for token in response[:length]]
+        assert generation.rollout_logprobs.tolist() == [
+            -float(token) for token in response[:length]
+        ]
         assert generation.finish_reason == ("stop" if STOP in response else "length")
 
 
 def test_uniform_streams_follow_each_generator_across_blocks() -> None:
     streams = UniformStreams([np.random.Generator(np.random.Philox(key=seed)) for seed in range(3)])
-    expected = np.stack([np.random.Generator(np.random.Philox(key=seed)).random(2 * UNIFORM_BLOCK) for seed in range(3)])
+    expected = np.stack(
+        [
+            np.random.Generator(np.random.Philox(key=seed)).random(2 * UNIFORM_BLOCK)
+            for seed in range(3)
+        ]
+    )
     for step in range(2 * UNIFORM_BLOCK):
         assert np.array_equal(streams.column(step, None).numpy(), expected[:, step])
-    assert streams.column(2 * UNIFORM_BLOCK - 1, torch.tensor([2, 0])).tolist() == expected[[2, 0], -1].tolist()
+    assert (
+        streams.column(2 * UNIFORM_BLOCK - 1, torch.tensor([2, 0])).tolist()
+        == expected[[2, 0], -1].tolist()
+    )

@@ -9,18 +9,18 @@ import pytest
 
 from data.errors import DataError
 from data.health import SampleHealth
-from data.media import Frames
+from data.media.opening import Frames
 from data.question import MediaRef
 from data.shards import ShardFolder, write_shards
 from data.stream import QuestionStream
 from tests.unit.shard_samples import sample
 from tests.unit.tiny_folder import build_folder
-from zppo_mm.config_io import load_config
-from zppo_mm.rollout.exchange import SingleProcess
+from zppo_mm.config.load import load_config
+from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.step import Stages, run_step
-from zppo_mm.zone.portions import Portions
+from zppo_mm.zone.plain_schedule import PlainSchedule
 from zppo_mm.zone.replay import ReplayBuffer
 
 
@@ -33,9 +33,18 @@ def test_two_questions_with_one_id_stop_the_step(tmp_path: Path) -> None:
     write_shards(tmp_path / "second", [sample(1, source="second", question="Another one?")])
     build_folder(tmp_path)
     health = SampleHealth()
-    stream = QuestionStream([(ShardFolder(tmp_path / name), 1.0) for name in ("first", "second")], 0, health)
+    stream = QuestionStream(
+        [(ShardFolder(tmp_path / name), 1.0) for name in ("first", "second")], 0, health
+    )
     encoder = PromptEncoder(tmp_path, no_media)
-    feed = QuestionFeed(stream, encoder, health, SingleProcess(), plain_text=lambda question: question.text, max_prompt_tokens=100)
+    feed = QuestionFeed(
+        stream,
+        encoder,
+        health,
+        SingleProcess(),
+        plain_text=lambda question: question.text,
+        max_prompt_tokens=100,
+    )
     unused: Any = None
     stages = Stages(
         config=load_config(None),
@@ -47,8 +56,11 @@ def test_two_questions_with_one_id_stop_the_step(tmp_path: Path) -> None:
         reformulator=unused,
         selection=unused,
         learner=unused,
-        portions=Portions(seed=0),
+        portions=PlainSchedule(seed=0),
     )
-    named = r"two different questions have the id 'q1', got '1 \+ 1 = \?' \(source 'first'\) and 'Another one\?' \(source 'second'\)"
+    named = (
+        r"two different questions have the id 'q1', got '1 \+ 1 = \?' \(source 'first'\) and "
+        r"'Another one\?' \(source 'second'\)"
+    )
     with pytest.raises(DataError, match=named):
         run_step(stages, 1)

@@ -36,7 +36,14 @@ class Knows:
 
     def ask(self, questions: Sequence[Question], step: int) -> Ready:
         self.asked.append([each.id for each in questions])
-        return Ready({q.id: tuple(rollout(self.name, "x", float(q.id in self.known and i == 1)) for i in range(2)) for q in questions})
+        return Ready(
+            {
+                q.id: tuple(
+                    rollout(self.name, "x", float(q.id in self.known and i == 1)) for i in range(2)
+                )
+                for q in questions
+            }
+        )
 
     def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> Sequence[str | None]:
         return [f"{self.name}: {text}" for text in texts]
@@ -55,7 +62,11 @@ class Slow(Knows):
 
 
 def test_each_teacher_is_asked_what_all_before_it_did_not_solve() -> None:
-    first, second, third = Knows("first", {"a"}), Knows("second", {"b"}), Knows("third", {"a", "b", "c"})
+    first, second, third = (
+        Knows("first", {"a"}),
+        Knows("second", {"b"}),
+        Knows("third", {"a", "b", "c"}),
+    )
     chain = TeacherChain([first, second, third])
     asked = chain.ask([question(name) for name in "abcd"], 1)
     assert (second.asked, third.asked) == ([], [])  # only when the first has answered
@@ -85,7 +96,11 @@ def test_the_next_teacher_is_asked_when_one_is_seen_to_have_answered() -> None:
     second.answers[0].is_there = True
     assert asked.is_ready()
     assert third.asked == [["c"]]
-    assert {name: len(rollouts) for name, rollouts in asked.wait().items()} == {"a": 2, "b": 4, "c": 6}
+    assert {name: len(rollouts) for name, rollouts in asked.wait().items()} == {
+        "a": 2,
+        "b": 4,
+        "c": 6,
+    }
     assert asked.seconds == pytest.approx(4.5)
 
 

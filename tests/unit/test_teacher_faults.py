@@ -1,4 +1,6 @@
-"""The way to the servers under faults: a real tiny model behind real HTTP, and a proxy that spoils replies."""
+"""The way to the servers under faults: a real tiny model behind real HTTP, and a proxy that spoils
+replies.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +18,22 @@ import pytest
 from tests.distributed.launch import free_port
 from tests.fault_proxy import FAULTS, PASS, FaultProxy, stand_between
 from tests.loopback_server import LoopbackServer, TinyModel, serve
-from zppo_mm.config import TeacherConfig
-from zppo_mm.config_io import load_config
-from zppo_mm.embedded import TEACHER_DIR
+from zppo_mm.bundled import TEACHER_DIR
+from zppo_mm.config.load import load_config
+from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.errors import ConfigError
-from zppo_mm.rollout.exchange import SingleProcess
-from zppo_mm.teacher.chat_api import Ask
-from zppo_mm.teacher.connect import open_pool, read_key
-from zppo_mm.teacher.endpoint_pool import EndpointPool
-from zppo_mm.teacher.servers import Outcome, Patience
+from zppo_mm.parallel.exchange import SingleProcess
+from zppo_mm.teacher.served.chat_api import Ask
+from zppo_mm.teacher.served.connect import open_pool, read_key
+from zppo_mm.teacher.served.pool import EndpointPool
+from zppo_mm.teacher.served.servers import Outcome, Patience
 
 KEY = "sk-0123456789abcdef"
 COUNTED_AS = {
-    "reset": "cut_off", "500": "http_500", "429": "http_429", "503": "http_503", "half_body": "cut_off", "wrong_json": "bad_reply",
-    "not_a_completion": "bad_reply", "empty_choice": "empty_choice", "no_choice": "empty_choice", "stall": "timeout",
+    "reset": "cut_off", "500": "http_500", "429": "http_429", "503": "http_503",
+    "half_body": "cut_off", "wrong_json": "bad_reply",
+    "not_a_completion": "bad_reply", "empty_choice": "empty_choice", "no_choice": "empty_choice",
+    "stall": "timeout",
 }  # fmt: skip
 LONG = Patience(max_seconds=200.0, num_retries=None)
 
@@ -46,7 +50,12 @@ def server(model: TinyModel) -> Iterator[LoopbackServer]:
 
 
 def settings(**changes: Any) -> TeacherConfig:
-    fast = {"connect_timeout_seconds": 2.0, "read_timeout_seconds": 30.0, "request_timeout_seconds": 30.0, "backoff_seconds": 0.01}
+    fast = {
+        "connect_timeout_seconds": 2.0,
+        "read_timeout_seconds": 30.0,
+        "request_timeout_seconds": 30.0,
+        "backoff_seconds": 0.01,
+    }
     return TeacherConfig(**{**fast, **changes})
 
 
@@ -54,7 +63,9 @@ def asks(count: int, num_choices: int = 2) -> list[Ask]:
     return [Ask(f"What is {i} + 1?", num_choices, 1.0, 4, 10 * i) for i in range(count)]
 
 
-def ask_all(urls: Sequence[str], requests: Sequence[Ask], patience: Patience = LONG, **options: Any) -> tuple[list[Outcome], Counter[str]]:
+def ask_all(
+    urls: Sequence[str], requests: Sequence[Ask], patience: Patience = LONG, **options: Any
+) -> tuple[list[Outcome], Counter[str]]:
     config = options.pop("config", settings())
     pool = EndpointPool(urls, "tiny", config, **options)
     try:
@@ -73,9 +84,14 @@ def test_every_answer_comes_in_order_and_tokens_are_counted(server: LoopbackServ
     assert [outcome.problem for outcome in outcomes] == ["", "", ""]
     asked = {request["seed"]: request["messages"][0]["content"] for request in server.requests}
     assert asked == {10 * i: f"What is {i} + 1?" for i in range(3)}
-    sent = {int(name.split("-")[2]): reply for name, reply in server.replies.items()}  # in whatever order they were answered
+    sent = {
+        int(name.split("-")[2]): reply for name, reply in server.replies.items()
+    }  # in whatever order they were answered
     assert texts(outcomes) == [sent[10 * i] for i in range(3)]
-    assert {choice.finish_reason for outcome in outcomes for choice in outcome.answers()} <= {"stop", "length"}
+    assert {choice.finish_reason for outcome in outcomes for choice in outcome.answers()} <= {
+        "stop",
+        "length",
+    }
     assert counts["requests"] == 3
     assert counts["completion_tokens"] >= 12
     assert counts["prompt_tokens"] > 0
@@ -83,7 +99,9 @@ def test_every_answer_comes_in_order_and_tokens_are_counted(server: LoopbackServ
     assert texts(ask_all([server.url], asks(3, 4))[0]) == texts(outcomes)  # seeded
 
 
-def test_a_server_without_n_is_asked_for_each_answer_with_a_seed_of_its_own(model: TinyModel) -> None:
+def test_a_server_without_n_is_asked_for_each_answer_with_a_seed_of_its_own(
+    model: TinyModel,
+) -> None:
     with serve(model, honours_n=False) as server:
         pool = EndpointPool([server.url], "tiny", settings())
         first = pool.submit(asks(1, 3), LONG).result(timeout=100)
@@ -102,7 +120,9 @@ def test_one_fault_of_each_kind_is_survived_and_counted(server: LoopbackServer, 
         config = settings(read_timeout_seconds=0.3) if fault == "stall" else settings()
         server_is_slow = fault == "stall"
         retries = 20 if server_is_slow else 1
-        (outcome,), counts = ask_all([proxy.url], asks(1), Patience(max_seconds=60, num_retries=retries), config=config)
+        (outcome,), counts = ask_all(
+            [proxy.url], asks(1), Patience(max_seconds=60, num_retries=retries), config=config
+        )
         assert len(outcome.answers()) == 2
         assert outcome.problem == ""
         assert counts[f"faults/{COUNTED_AS[fault]}"] >= 1
@@ -123,15 +143,20 @@ def test_a_thousand_faults_lose_no_rollout_and_count_none_twice(server: Loopback
     kinds = [PASS if draw.random() < 0.04 else next(faults, PASS) for _ in range(2000)]
     with stand_between(server.url, lambda number: kinds[number]) as proxy:
         proxy.stall_seconds, proxy.retry_after = 11.0, "0.01"
-        config = settings(read_timeout_seconds=10.0, backoff_seconds=0.0, max_concurrency=8, num_retries=1000)
+        config = settings(
+            read_timeout_seconds=10.0, backoff_seconds=0.0, max_concurrency=8, num_retries=1000
+        )
         outcomes, counts = ask_all([proxy.url], asks(60, 2), config=config)
     assert [sorted(outcome.choices) for outcome in outcomes] == [[0, 1]] * 60
     assert proxy.injected == Counter(plan)
     assert sum(count for name, count in counts.items() if name.startswith("faults/")) == 1000
-    # A few questions are answered one by one, after two replies that may mean that the server does not give several.
+    # A few questions are answered one by one, after two replies that may mean that the server does
+    # not give several.
     assert counts["requests"] - len(proxy.delivered) == 1000 >= counts["retries"] > 900
     # Every reply that came through whole was used, and nothing else.
-    assert sorted(itertools.chain(*texts(outcomes))) == sorted(itertools.chain(*proxy.delivered.values()))
+    assert sorted(itertools.chain(*texts(outcomes))) == sorted(
+        itertools.chain(*proxy.delivered.values())
+    )
 
 
 def test_a_server_that_is_not_there(server: LoopbackServer) -> None:
@@ -151,7 +176,10 @@ def test_a_server_that_is_not_there(server: LoopbackServer) -> None:
 
 
 def test_some_of_the_answers_are_kept_when_others_fail(model: TinyModel) -> None:
-    with serve(model, honours_n=False) as server, stand_between(server.url, lambda number: PASS if number < 2 else "500") as proxy:
+    with (
+        serve(model, honours_n=False) as server,
+        stand_between(server.url, lambda number: PASS if number < 2 else "500") as proxy,
+    ):
         (outcome,), _ = ask_all([proxy.url], asks(1, 4), Patience(max_seconds=60, num_retries=1))
         assert len(outcome.answers()) == 2
         assert texts([outcome])[0] == [text for reply in proxy.delivered.values() for text in reply]
@@ -165,7 +193,10 @@ def test_a_refused_message_is_not_sent_again(server: LoopbackServer) -> None:
         (several,), more = ask_all([proxy.url], asks(1, 2))
     assert outcome.is_refused
     assert several.is_refused
-    assert (counts["requests"], more["requests"]) == (1, 2)  # several answers may be what is refused
+    assert (counts["requests"], more["requests"]) == (
+        1,
+        2,
+    )  # several answers may be what is refused
 
 
 def test_retry_after_is_kept(server: LoopbackServer) -> None:
@@ -179,7 +210,10 @@ def test_retry_after_is_kept(server: LoopbackServer) -> None:
 def test_requests_are_bounded_and_shared_by_the_servers(model: TinyModel) -> None:
     with ExitStack() as stack:
         servers = [stack.enter_context(serve(model)) for _ in range(2)]
-        proxies: list[FaultProxy] = [stack.enter_context(stand_between(server.url, lambda number: PASS)) for server in servers]
+        proxies: list[FaultProxy] = [
+            stack.enter_context(stand_between(server.url, lambda number: PASS))
+            for server in servers
+        ]
         outcomes, _ = ask_all([proxy.url for proxy in proxies], asks(12, 1), max_concurrency=3)
         assert [len(outcome.answers()) for outcome in outcomes] == [1] * 12
         assert [proxy.most_at_once for proxy in proxies] == [3, 3]
@@ -191,10 +225,19 @@ def test_a_wrong_key_is_named_at_once_and_shown_nowhere(
 ) -> None:
     server.api_key = "another"
     monkeypatch.setenv("TEACHER_KEY", KEY)
-    config = load_config(None, [f"teacher.endpoints=['{server.url}']", "teacher.model=tiny", "teacher.api_key_env=TEACHER_KEY"])
+    config = load_config(
+        None,
+        [
+            f"teacher.endpoints=['{server.url}']",
+            "teacher.model=tiny",
+            "teacher.api_key_env=TEACHER_KEY",
+        ],
+    )
     with (
         caplog.at_level("DEBUG"),
-        pytest.raises(ConfigError, match=r"refuses the model 'tiny', got 'http_401.*wrong key Bearer \*\*\*") as caught,
+        pytest.raises(
+            ConfigError, match=r"refuses the model 'tiny', got 'http_401.*wrong key Bearer \*\*\*"
+        ) as caught,
     ):
         open_pool(config.teacher, SingleProcess())
     assert KEY not in str(caught.value)
@@ -208,14 +251,20 @@ def test_a_wrong_key_is_named_at_once_and_shown_nowhere(
 
 
 @pytest.mark.parametrize("key", ["sk-0123\n", "sk 0123", "sk-\u00e9"])
-def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
     monkeypatch.setenv("TEACHER_KEY", key)
-    with pytest.raises(ConfigError, match=r"teacher\.api_key_env: the key in TEACHER_KEY has a space") as caught:
+    with pytest.raises(
+        ConfigError, match=r"teacher\.api_key_env: the key in TEACHER_KEY has a space"
+    ) as caught:
         read_key("TEACHER_KEY")
     assert key.strip() not in str(caught.value)
 
 
-def test_a_wrong_model_and_a_server_not_yet_there(server: LoopbackServer, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_wrong_model_and_a_server_not_yet_there(
+    server: LoopbackServer, caplog: pytest.LogCaptureFixture
+) -> None:
     options = [f"teacher.endpoints=['{server.url}']", "teacher.model=other"]
     with pytest.raises(ConfigError, match=r"refuses the model 'other', got 'http_404"):
         open_pool(load_config(None, options).teacher, SingleProcess())

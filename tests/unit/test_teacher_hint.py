@@ -7,16 +7,25 @@ from collections.abc import Sequence
 import pytest
 
 from data.question import Question
-from zppo_mm.teacher.compress import RuleCompressor
-from zppo_mm.teacher.hint import RuleHintWriter, TeacherHintWriter, load_hint_template, reveals
 from zppo_mm.teacher.teacher import Hint, Trace
+from zppo_mm.zone.compress import RuleCompressor
+from zppo_mm.zone.hint import RuleHintWriter, TeacherHintWriter, load_hint_template, reveals
 
 CHOICES = ("two apples", "a pear")
 
 
-def trace(text: str, answer: str = "42", question: str = "What is 6 times 7?", choices: tuple[str, ...] = ()) -> Trace:
+def trace(
+    text: str,
+    answer: str = "42",
+    question: str = "What is 6 times 7?",
+    choices: tuple[str, ...] = (),
+) -> Trace:
     gold = "B" if choices else answer
-    return Trace(Question("q", question, (), gold, "choice" if choices else "math", choices, "test"), text, answer)
+    return Trace(
+        Question("q", question, (), gold, "choice" if choices else "math", choices, "test"),
+        text,
+        answer,
+    )
 
 
 def rule(max_tokens: int = 40, max_lines: int = 3) -> RuleHintWriter:
@@ -26,13 +35,19 @@ def rule(max_tokens: int = 40, max_lines: int = 3) -> RuleHintWriter:
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
-        ("<think>\nFirst 6 times 5 is 30.\nThen 6 times 2.\nSo 42.\n</think>\\boxed{42}", "First 6 times 5 is 30.\nThen 6 times 2."),
+        (
+            "<think>\nFirst 6 times 5 is 30.\nThen 6 times 2.\nSo 42.\n</think>\\boxed{42}",
+            "First 6 times 5 is 30.\nThen 6 times 2.",
+        ),
         ("<think>6*5=30, 6*2=12, 30+12=42</think>\\boxed{42}", "6*5=30, 6*2=12, 30+12="),
         ("It is 42 at once. \\boxed{42}", "It is"),
         ("42 \\boxed{42}", None),
         ("\\boxed{42}", None),
         ("", None),
-        ("one\ntwo\nthree\nfour\n\\boxed{42}", "one\ntwo\nthree"),  # at most three lines, the first ones
+        (
+            "one\ntwo\nthree\nfour\n\\boxed{42}",
+            "one\ntwo\nthree",
+        ),  # at most three lines, the first ones
         ("142 and 42.5 and x42 are others \\boxed{42}", "142 and 42.5 and x42 are others"),
     ],
 )
@@ -48,7 +63,9 @@ def test_rule_keeps_the_token_cap() -> None:
 
 def test_what_gives_the_answer_away() -> None:
     assert reveals("so it is 42.", trace(""))
-    assert reveals("look: \\boxed{41}", trace(""))  # a box says what the answer is, even a wrong one
+    assert reveals(
+        "look: \\boxed{41}", trace("")
+    )  # a box says what the answer is, even a wrong one
     assert not reveals("add 4 and 2", trace(""))
     # What the question says anyway may be repeated.
     assert not reveals("start at 42", trace("", question="What is 42 + 0?"))
@@ -60,7 +77,10 @@ def test_what_gives_the_answer_away() -> None:
 
 
 def test_teacher_hints_are_checked_asked_for_once_more_and_replaced_by_the_rule() -> None:
-    replies = [["Use 6 times 5.", "It is 42.", "It is 42.", None], ["Split the 7.", "42 again", None]]
+    replies = [
+        ["Use 6 times 5.", "It is 42.", "It is 42.", None],
+        ["Split the 7.", "42 again", None],
+    ]
     prompts: list[list[str]] = []
 
     def generate(texts: Sequence[str], step: int, attempt: int) -> Sequence[str | None]:
@@ -70,17 +90,28 @@ def test_teacher_hints_are_checked_asked_for_once_more_and_replaced_by_the_rule(
 
     traces = [trace(f"way {number}\n\\boxed{{42}}") for number in range(4)]
     hints = TeacherHintWriter(generate, rule(), load_hint_template()).write(traces, 3)
-    assert hints == [Hint("Use 6 times 5.", 0), Hint("Split the 7.", 1), Hint("way 2", 2), Hint("way 3", 0)]
+    assert hints == [
+        Hint("Use 6 times 5.", 0),
+        Hint("Split the 7.", 1),
+        Hint("way 2", 2),
+        Hint("way 3", 0),
+    ]
     assert [len(each) for each in prompts] == [4, 3]
     assert "What is 6 times 7?" in prompts[0][0]
     assert "way 0" in prompts[0][0]
 
 
 def test_a_thinking_teacher_is_read_after_its_thought() -> None:
-    writer = TeacherHintWriter(lambda texts, step, attempt: ["<think>it is 42</think>\nHalve it."], rule(), load_hint_template())
+    writer = TeacherHintWriter(
+        lambda texts, step, attempt: ["<think>it is 42</think>\nHalve it."],
+        rule(),
+        load_hint_template(),
+    )
     assert writer.write([trace("way\n\\boxed{42}")], 1) == [Hint("Halve it.", 0)]
 
 
 def test_a_long_hint_keeps_its_beginning() -> None:
-    writer = TeacherHintWriter(lambda texts, step, attempt: ["one\ntwo\n\nthree\nfour"], rule(), load_hint_template())
+    writer = TeacherHintWriter(
+        lambda texts, step, attempt: ["one\ntwo\n\nthree\nfour"], rule(), load_hint_template()
+    )
     assert writer.write([trace("way\n\\boxed{42}")], 1) == [Hint("one\ntwo\nthree", 0)]

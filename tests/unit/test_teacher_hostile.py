@@ -1,4 +1,6 @@
-"""Servers that break every rule, on real sockets: what they do is counted, costs little, and the next reply is used."""
+"""Servers that break every rule, on real sockets: what they do is counted, costs little, and the
+next reply is used.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,14 @@ import pytest
 
 from tests.distributed.launch import free_port
 from tests.raw_server import RawServer, Say, completion, http, say, say_forever, serve_raw
-from zppo_mm.config import TeacherConfig
-from zppo_mm.config_io import load_config
+from zppo_mm.config.load import load_config
+from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.errors import ConfigError
-from zppo_mm.rollout.exchange import SingleProcess
-from zppo_mm.teacher.chat_api import Ask
-from zppo_mm.teacher.connect import open_pool
-from zppo_mm.teacher.endpoint_pool import EndpointPool
-from zppo_mm.teacher.servers import Outcome, Patience
+from zppo_mm.parallel.exchange import SingleProcess
+from zppo_mm.teacher.served.chat_api import Ask
+from zppo_mm.teacher.served.connect import open_pool
+from zppo_mm.teacher.served.pool import EndpointPool
+from zppo_mm.teacher.served.servers import Outcome, Patience
 
 pytestmark = pytest.mark.timeout(120)
 KEY = "sk-0123456789abcdef"
@@ -39,7 +41,12 @@ MAX_GROWTH_KIB = 150_000
 
 
 def ask(url: str, patience: Patience = PATIENT, **options: Any) -> tuple[Outcome, Counter[str]]:
-    times = {"connect_timeout_seconds": 2.0, "read_timeout_seconds": 2.0, "request_timeout_seconds": 3.0, "backoff_seconds": 0.01}
+    times = {
+        "connect_timeout_seconds": 2.0,
+        "read_timeout_seconds": 2.0,
+        "request_timeout_seconds": 3.0,
+        "backoff_seconds": 0.01,
+    }
     config = TeacherConfig(**{**times, **options.pop("config", {})})
     pool = EndpointPool([url], "tiny", config, **options)
     try:
@@ -54,7 +61,11 @@ def texts(outcome: Outcome) -> list[str]:
 
 
 def faults(counts: Counter[str]) -> dict[str, int]:
-    return {name.removeprefix("faults/"): count for name, count in counts.items() if name.startswith("faults/")}
+    return {
+        name.removeprefix("faults/"): count
+        for name, count in counts.items()
+        if name.startswith("faults/")
+    }
 
 
 def trickle(connection: socket.socket) -> None:
@@ -73,7 +84,15 @@ def trickle_head(connection: socket.socket) -> None:
 
 
 def reply_with(**fields: Any) -> bytes:
-    return http(json.dumps({"choices": [{"index": 0, "message": {"content": "4"}, "finish_reason": "stop", **fields}]}).encode())
+    return http(
+        json.dumps(
+            {
+                "choices": [
+                    {"index": 0, "message": {"content": "4"}, "finish_reason": "stop", **fields}
+                ]
+            }
+        ).encode()
+    )
 
 
 MEGABYTE = b"x" * 2**20
@@ -86,42 +105,56 @@ BAD = {
     "chunks without end": (say_forever(CHUNKED, b"100000\r\n" + MEGABYTE + b"\r\n"), "too_large"),
     "error page without end": (say_forever(b"HTTP/1.1 500 Oops\r\n\r\n", MEGABYTE), "http_500"),
     "gzip bomb": (say(http(BOMB, "Content-Encoding: gzip")), "too_large"),
-    "deflate bomb": (say(http(zlib.compress(b" " * 2**28), "Content-Encoding: deflate")), "too_large"),
-    "gzip bomb as an error": (say(http(BOMB, "Content-Encoding: gzip", status="503 Busy")), "http_503"),
+    "deflate bomb": (say(http(zlib.compress(b" " * 2**28), "Content-Encoding: deflate")),
+    "too_large"),
+    "gzip bomb as an error": (say(http(BOMB, "Content-Encoding: gzip", status="503 Busy")),
+    "http_503"),
     "gzip in gzip": (say(http(gzip.compress(BOMB), "Content-Encoding: gzip, gzip")), "bad_reply"),
-    "gzip in gzip, two headers": (say(http(gzip.compress(BOMB), "Content-Encoding: gzip", "Content-Encoding: gzip")), "bad_reply"),
+    "gzip in gzip, two headers": (say(http(gzip.compress(BOMB), "Content-Encoding: gzip",
+    "Content-Encoding: gzip")), "bad_reply"),
     "zstd": (say(http(b"\x28\xb5\x2f\xfd", "Content-Encoding: zstd")), "bad_reply"),
     "br": (say(http(b"\xcf\xff\xff", "Content-Encoding: br")), "bad_reply"),
     "broken gzip": (say(http(b"\x1f\x8b" + b"\xff" * 50, "Content-Encoding: gzip")), "bad_reply"),
-    "unknown charset": (say(http(PAGE, "Content-Type: application/json; charset=zlib", status="500 Oops")), "http_500"),
-    "charset that is none": (say(http(PAGE, "Content-Type: text/html; charset=\u00e9\udcff".encode("utf-8", "ignore").decode(),
+    "unknown charset": (say(http(PAGE, "Content-Type: application/json; charset=zlib",
+    status="500 Oops")), "http_500"),
+    "charset that is none": (say(http(PAGE,
+    "Content-Type: text/html; charset=\u00e9\udcff".encode("utf-8", "ignore").decode(),
                                       status="502 Bad")), "http_502"),
     "nested JSON": (say(http(b"[" * 300_000)), "bad_reply"),
     "nested JSON in its place": (say(http(b'{"choices":' * 80_000)), "bad_reply"),
-    "error with status 200": (say(http(b'{"error": {"message": "overloaded", "code": 503}}')), "bad_reply"),
-    "event stream": (say(http(b'data: {"choices": []}\n\ndata: [DONE]\n\n', "Content-Type: text/event-stream")), "bad_reply"),
+    "error with status 200": (say(http(b'{"error": {"message": "overloaded", "code": 503}}')),
+    "bad_reply"),
+    "event stream": (say(http(b'data: {"choices": []}\n\ndata: [DONE]\n\n',
+    "Content-Type: text/event-stream")), "bad_reply"),
     "aborted": (say(reply_with(finish_reason="abort")), "unfinished"),
     "no state": (say(reply_with(finish_reason=None)), "unfinished"),
-    "calls a tool": (say(reply_with(finish_reason="tool_calls", message={"content": None, "tool_calls": [{}]})), "unfinished"),
+    "calls a tool": (say(reply_with(finish_reason="tool_calls",
+    message={"content": None, "tool_calls": [{}]})), "unfinished"),
     "two lengths": (say(http(completion("3", "4"), "Content-Length: 5")), "cut_off"),
     "negative length": (say(http(b"{}", "Content-Length: -5", length=False)), "cut_off"),
-    "more than it says": (say(http(completion("3", "4"), "Content-Length: 9", length=False)), "bad_reply"),
-    "less than it says": (say(http(completion("3", "4"), "Content-Length: 99999", length=False)), "cut_off"),
+    "more than it says": (say(http(completion("3", "4"), "Content-Length: 9", length=False)),
+    "bad_reply"),
+    "less than it says": (say(http(completion("3", "4"), "Content-Length: 99999", length=False)),
+    "cut_off"),
     "less, and no length": (say(http(completion("3", "4")[:-9], length=False)), "bad_reply"),
     "chunk sizes that are none": (say(CHUNKED, b"-5\r\nhello\r\n0\r\n\r\n"), "cut_off"),
     "huge header": (say(http(completion("3", "4"), "X-Huge: " + "x" * 300_000)), "cut_off"),
-    "headers without end": (say_forever(b"HTTP/1.1 200 OK\r\n", b"X-Again: " + b"x" * 1000 + b"\r\n"), "cut_off"),
+    "headers without end": (say_forever(b"HTTP/1.1 200 OK\r\n",
+    b"X-Again: " + b"x" * 1000 + b"\r\n"), "cut_off"),
     "no HTTP": (say(b"\x16\x03\x01\x02\x00\x01\x00" * 100), "cut_off"),
     "nothing": (say(b""), "cut_off"),
-    "interim replies without end": (say_forever(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100), "timeout"),
+    "interim replies without end": (say_forever(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
+    "timeout"),
     "slow body": (trickle, "timeout"),
     "slow head": (trickle_head, "timeout"),
     "silence": (lambda connection: time.sleep(10), "timeout"),
     "another protocol": (say(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n"), "cut_off"),
     "no content": (say(b"HTTP/1.1 204 No Content\r\n\r\n"), "http_204"),
     "part": (say(http(completion("3", "4"), status="206 Partial")), "http_206"),
-    "redirect to nowhere": (say(http(b"", "Location: http://[::1", status="302 Found")), "http_302"),
-    "redirect of no address": (say(http(b"", "Location: \x01\u00e9//@:99999999", status="307 Found")), "http_307"),
+    "redirect to nowhere": (say(http(b"", "Location: http://[::1", status="302 Found")),
+    "http_302"),
+    "redirect of no address": (say(http(b"", "Location: \x01\u00e9//@:99999999",
+    status="307 Found")), "http_307"),
 }  # fmt: skip
 
 
@@ -138,18 +171,49 @@ def test_what_no_server_should_do_is_counted_and_the_next_reply_used(name: str) 
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MAX_GROWTH_KIB
 
 
-HALF = json.dumps({"choices": [{"index": i, "message": {"content": t}, "finish_reason": "stop"} for i, t in enumerate("\ud83d4")]})
+HALF = json.dumps(
+    {
+        "choices": [
+            {"index": i, "message": {"content": t}, "finish_reason": "stop"}
+            for i, t in enumerate("\ud83d4")
+        ]
+    }
+)
 STRANGE = {
     "compressed": (http(gzip.compress(completion("3", "4")), "Content-Encoding: gzip"), ["3", "4"]),
-    "deflated": (http(zlib.compress(completion("3", "4")), "Content-Encoding: deflate"), ["3", "4"]),
-    "until the connection ends": (http(completion("3", "4"), version="1.0", length=False), ["3", "4"]),
-    "interim reply": (b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n" + http(completion("3", "4")), ["3", "4"]),
-    "another charset": (http(completion("3", "4"), "Content-Type: application/json; charset=utf-16"), ["3", "4"]),
+    "deflated": (
+        http(zlib.compress(completion("3", "4")), "Content-Encoding: deflate"),
+        ["3", "4"],
+    ),
+    "until the connection ends": (
+        http(completion("3", "4"), version="1.0", length=False),
+        ["3", "4"],
+    ),
+    "interim reply": (
+        b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n" + http(completion("3", "4")),
+        ["3", "4"],
+    ),
+    "another charset": (
+        http(completion("3", "4"), "Content-Type: application/json; charset=utf-16"),
+        ["3", "4"],
+    ),
     "headers beyond ASCII": (http(completion("3", "4"), "X-\u00dcber: \u00e9"), None),
-    "values beyond ASCII": (http(completion("3", "4"), "Server: \u00e9\u4e2d", "Server: \u00e9"), ["3", "4"]),
-    "usage without end": (http(completion("3", "4", usage={"prompt_tokens": 1e999, "completion_tokens": -1})), ["3", "4"]),
+    "values beyond ASCII": (
+        http(completion("3", "4"), "Server: \u00e9\u4e2d", "Server: \u00e9"),
+        ["3", "4"],
+    ),
+    "usage without end": (
+        http(completion("3", "4", usage={"prompt_tokens": 1e999, "completion_tokens": -1})),
+        ["3", "4"],
+    ),
     "half a surrogate pair": (http(HALF.encode()), ["\ufffd", "4"]),
-    "many cookies": (http(completion("3", "4"), *(f"Set-Cookie: c{i}=1; Expires=Wed, 99 Foo 99999999999" for i in range(50))), ["3", "4"]),
+    "many cookies": (
+        http(
+            completion("3", "4"),
+            *(f"Set-Cookie: c{i}=1; Expires=Wed, 99 Foo 99999999999" for i in range(50)),
+        ),
+        ["3", "4"],
+    ),
 }
 
 
@@ -163,10 +227,22 @@ def test_what_is_only_strange_is_used_or_asked_for_again(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["99999999", "1e999", "nan", "-1", "Fri, 31 Dec 9999 23:59:59 GMT", "Mon, 99 Foo 99999", "x" * 9000, "\u00e9"]
+    "value",
+    [
+        "99999999",
+        "1e999",
+        "nan",
+        "-1",
+        "Fri, 31 Dec 9999 23:59:59 GMT",
+        "Mon, 99 Foo 99999",
+        "x" * 9000,
+        "\u00e9",
+    ],
 )
-def test_no_server_decides_how_long_it_is_left_alone(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zppo_mm.teacher.endpoint.MAX_PAUSE_SECONDS", 0.5)
+def test_no_server_decides_how_long_it_is_left_alone(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zppo_mm.teacher.served.endpoint.MAX_PAUSE_SECONDS", 0.5)
     busy = say(http(PAGE, f"Retry-After: {value}", status="429 Busy"))
     with serve_raw(lambda number: busy if number == 0 else GOOD) as server:
         outcome, counts = ask(server.url)
@@ -185,7 +261,10 @@ def test_a_server_that_never_does_better_costs_only_its_questions() -> None:
 
 def test_of_several_answers_those_that_cannot_be_used_are_counted_and_asked_for_alone() -> None:
     states = {"a": "stop", "b": "abort", "c": "length", "d": "stop"}
-    choices = [{"index": i, "message": {"content": t}, "finish_reason": state} for i, (t, state) in enumerate(states.items())]
+    choices = [
+        {"index": i, "message": {"content": t}, "finish_reason": state}
+        for i, (t, state) in enumerate(states.items())
+    ]
     some = say(http(json.dumps({"choices": choices[:2]}).encode()))
     with serve_raw(lambda number: some if number == 0 else say(http(completion("e")))) as server:
         outcome, counts = ask(server.url)
@@ -193,12 +272,18 @@ def test_of_several_answers_those_that_cannot_be_used_are_counted_and_asked_for_
     assert (faults(counts), counts["requests"], counts["retries"]) == ({"unfinished": 1}, 2, 0)
     with serve_raw(lambda number: say(http(json.dumps({"choices": choices}).encode()))) as server:
         outcome, counts = ask(server.url)
-    assert [(choice.text, choice.finish_reason) for choice in outcome.answers()] == [("a", "stop"), ("c", "length")]
+    assert [(choice.text, choice.finish_reason) for choice in outcome.answers()] == [
+        ("a", "stop"),
+        ("c", "length"),
+    ]
     assert faults(counts) == {"unfinished": 1, "surplus_choice": 1}
 
 
-def drawing(refuse: str = "", broken: tuple[int, ...] = ()) -> tuple[list[RawServer], Callable[[int], Say]]:
-    """Return a plan whose answers are their seeds, one further for each of a request, and a place for its server.
+def drawing(
+    refuse: str = "", broken: tuple[int, ...] = ()
+) -> tuple[list[RawServer], Callable[[int], Say]]:
+    """Return a plan whose answers are their seeds, one further for each of a request, and a place
+    for its server.
 
     Args:
         refuse: Status of the reply to a request for several.
@@ -213,7 +298,14 @@ def drawing(refuse: str = "", broken: tuple[int, ...] = ()) -> tuple[list[RawSer
             connection.sendall(http(b'{"error": {"message": "n must be 1"}}', status=refuse))
             return
         states = {i: "abort" if num > 1 and i in broken else "stop" for i in range(num)}
-        choices = [{"index": i, "message": {"content": str(request["seed"] + i)}, "finish_reason": states[i]} for i in states]
+        choices = [
+            {
+                "index": i,
+                "message": {"content": str(request["seed"] + i)},
+                "finish_reason": states[i],
+            }
+            for i in states
+        ]
         connection.sendall(http(json.dumps({"choices": choices}).encode()))
 
     return servers, lambda number: lambda connection: reply_to(connection, number)
@@ -246,9 +338,13 @@ def test_no_draw_counts_twice_when_some_of_several_are_drawn_again(broken: tuple
         {"message": {}, "finish_reason": "tool_calls"},
     ],
 )
-def test_a_question_that_the_model_does_not_answer_is_drawn_again_and_then_left_out(said: dict[str, Any]) -> None:
+def test_a_question_that_the_model_does_not_answer_is_drawn_again_and_then_left_out(
+    said: dict[str, Any],
+) -> None:
     with serve_raw(lambda number: say(reply_with(**said))) as server:
-        outcome, counts = ask(server.url, Patience(max_seconds=60.0, num_retries=None), config={"num_retries": 2})
+        outcome, counts = ask(
+            server.url, Patience(max_seconds=60.0, num_retries=None), config={"num_retries": 2}
+        )
         seeds = {json.loads(body)["seed"] for _, body in server.requests}
     assert (outcome.answers(), outcome.is_refused, counts["requests"]) == ([], True, 3)
     assert len(seeds) == 3
@@ -263,7 +359,9 @@ def test_what_one_server_refuses_is_asked_of_another() -> None:
     assert texts(outcome) == ["3"]
     with serve_raw(lambda number: refuse) as one, serve_raw(lambda number: refuse) as other:
         pool = EndpointPool([one.url, other.url], "tiny", TeacherConfig(backoff_seconds=0.01))
-        (outcome,) = pool.submit([Ask("?", 1, 1.0, 16, 0)], Patience(max_seconds=60.0, num_retries=None)).result(timeout=60)
+        (outcome,) = pool.submit(
+            [Ask("?", 1, 1.0, 16, 0)], Patience(max_seconds=60.0, num_retries=None)
+        ).result(timeout=60)
         pool.close()
     assert (len(one.requests), len(other.requests), outcome.is_refused) == (1, 1, True)
 
@@ -271,12 +369,21 @@ def test_what_one_server_refuses_is_asked_of_another() -> None:
 def test_redirects_are_not_followed() -> None:
     with (
         serve_raw(lambda number: GOOD) as other,
-        serve_raw(lambda number: say(http(b"", f"Location: {other.url}/chat/completions", status="307 Moved"))) as server,
+        serve_raw(
+            lambda number: say(
+                http(b"", f"Location: {other.url}/chat/completions", status="307 Moved")
+            )
+        ) as server,
     ):
         outcome, _ = ask(server.url, Patience(max_seconds=60.0, num_retries=0), api_key=KEY)
-        assert outcome.problem == f"http_307: {server.url}: HTTP 307 to {other.url}/chat/completions:"
+        assert (
+            outcome.problem == f"http_307: {server.url}: HTTP 307 to {other.url}/chat/completions:"
+        )
         config = load_config(None, [f"teacher.endpoints=['{server.url}']", "teacher.model=tiny"])
-        with pytest.raises(ConfigError, match=rf"refuses the model 'tiny', got 'http_307: .* to {other.url}.*redirects nowhere"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"refuses the model 'tiny', got 'http_307: .* to {other.url}.*redirects nowhere",
+        ):
             open_pool(config.teacher, SingleProcess())
     assert other.requests == []
 
@@ -297,7 +404,9 @@ def test_a_second_reply_is_not_taken_for_that_of_the_next_request() -> None:
 
 
 def test_no_cookie_comes_back() -> None:
-    with serve_raw(lambda number: say(http(completion("3", "4"), "Set-Cookie: a=b; Path=/"))) as server:
+    with serve_raw(
+        lambda number: say(http(completion("3", "4"), "Set-Cookie: a=b; Path=/"))
+    ) as server:
         pool = EndpointPool([server.url], "tiny", TeacherConfig())
         for _ in range(2):
             pool.submit([ASK], PATIENT).result(timeout=60)
@@ -307,11 +416,20 @@ def test_no_cookie_comes_back() -> None:
 
 
 def test_the_key_goes_nowhere_but_to_the_server(caplog: pytest.LogCaptureFixture) -> None:
-    page = f'{{"error": "key {KEY[:8]}\\u{ord(KEY[8]):04x}{KEY[9:]} is not welcome\x1b[2J"}}'.encode()
+    page = (
+        f'{{"error": "key {KEY[:8]}\\u{ord(KEY[8]):04x}{KEY[9:]} is not welcome\x1b[2J"}}'.encode()
+    )
     replies = [http(page, status="403 No"), http(page), http(completion(f"Your key is {KEY}", "4"))]
-    with caplog.at_level(logging.DEBUG), serve_raw(lambda number: say(replies[min(number, 2)])) as server:
+    with (
+        caplog.at_level(logging.DEBUG),
+        serve_raw(lambda number: say(replies[min(number, 2)])) as server,
+    ):
         outcome, _ = ask(server.url, api_key=KEY)
-        refused, _ = ask(server.url.replace("127.0.0.1", "localhost"), Patience(max_seconds=60.0, num_retries=0), api_key=KEY)
+        refused, _ = ask(
+            server.url.replace("127.0.0.1", "localhost"),
+            Patience(max_seconds=60.0, num_retries=0),
+            api_key=KEY,
+        )
     assert all(f"Authorization: Bearer {KEY}".encode() in head for head, _ in server.requests)
     assert texts(outcome) == ["Your key is ***", "4"]
     shown = "\n".join([caplog.text, outcome.problem, refused.problem, repr(outcome), repr(refused)])
@@ -320,7 +438,10 @@ def test_the_key_goes_nowhere_but_to_the_server(caplog: pytest.LogCaptureFixture
     assert "\x1b" not in caplog.text
 
 
-@pytest.mark.parametrize("name", ["body without end", "gzip bomb", "nested JSON", "unknown charset", "no state", "no HTTP"])
+@pytest.mark.parametrize(
+    "name",
+    ["body without end", "gzip bomb", "nested JSON", "unknown charset", "no state", "no HTTP"],
+)
 def test_a_greeting_holds_nothing_up(name: str, caplog: pytest.LogCaptureFixture) -> None:
     bad, kind = BAD[name]
     with serve_raw(lambda number: bad) as server:
@@ -334,7 +455,10 @@ def test_a_greeting_holds_nothing_up(name: str, caplog: pytest.LogCaptureFixture
 
 
 def self_signed(folder: Path) -> ssl.SSLContext:
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -keyout key.pem -out cert.pem"
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -keyout key.pem "
+        "-out cert.pem"
+    )
     subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
@@ -360,15 +484,23 @@ def test_proxies_of_the_environment_see_no_plain_request(monkeypatch: pytest.Mon
     with serve_raw(lambda number: say(http(b"", status="403 No"))) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url.removesuffix("/v1"))
         ask("https://teacher.invalid/v1", Patience(max_seconds=60.0, num_retries=0), api_key=KEY)
-    assert [head.split(b"\r\n")[0] for head, _ in proxy.requests] == [b"CONNECT teacher.invalid:443 HTTP/1.1"]
+    assert [head.split(b"\r\n")[0] for head, _ in proxy.requests] == [
+        b"CONNECT teacher.invalid:443 HTTP/1.1"
+    ]
     assert KEY.encode() not in proxy.requests[0][0]
 
 
 @pytest.mark.parametrize("proxy", ["socks9://x", "http://:::99999999"])
-def test_an_environment_without_a_usable_client_is_an_error_with_its_cause(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+def test_an_environment_without_a_usable_client_is_an_error_with_its_cause(
+    monkeypatch: pytest.MonkeyPatch, proxy: str
+) -> None:
     monkeypatch.setenv("HTTPS_PROXY", proxy)
-    config = load_config(None, [f"teacher.endpoints=['http://127.0.0.1:{free_port()}/v1']", "teacher.model=tiny"])
-    with pytest.raises(ConfigError, match=r"teacher: no client for its servers, got .*correct HTTPS_PROXY"):
+    config = load_config(
+        None, [f"teacher.endpoints=['http://127.0.0.1:{free_port()}/v1']", "teacher.model=tiny"]
+    )
+    with pytest.raises(
+        ConfigError, match=r"teacher: no client for its servers, got .*correct HTTPS_PROXY"
+    ):
         open_pool(config.teacher, SingleProcess())
 
 
@@ -385,7 +517,9 @@ def test_what_the_student_waits_for_does_not_queue_behind_answers() -> None:
         answers = pool.submit([ASK] * 8, PATIENT)
         while len(server.requests) < 4:
             time.sleep(0.01)
-        (urgent,) = pool.submit([ASK], Patience(max_seconds=4.0, num_retries=0, is_urgent=True)).result(timeout=60)
+        (urgent,) = pool.submit(
+            [ASK], Patience(max_seconds=4.0, num_retries=0, is_urgent=True)
+        ).result(timeout=60)
         assert texts(urgent) == ["3", "4"]
         assert not answers.done()
         assert all(texts(outcome) == ["3", "4"] for outcome in answers.result(timeout=60))

@@ -9,14 +9,14 @@ import torch
 
 from data.question import Question
 from tests.loopback_server import TinyModel, serve
-from zppo_mm.config import TeacherConfig
-from zppo_mm.embedded import TEACHER_DIR
+from zppo_mm.bundled import TEACHER_DIR
+from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.experience import NO_TOKEN, Rollout
+from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rewards.verify import Verifier
-from zppo_mm.rollout.exchange import SingleProcess
-from zppo_mm.teacher.endpoint_pool import EndpointPool
-from zppo_mm.teacher.served_teacher import ServedTeacher
-from zppo_mm.teacher.served_tokens import TokenReader
+from zppo_mm.teacher.served.pool import EndpointPool
+from zppo_mm.teacher.served.teacher import ServedTeacher
+from zppo_mm.teacher.served.tokens import TokenReader
 from zppo_mm.zone.prompts import load_templates
 
 # Float32 sums in generation with a cache and in one pass over the whole sequence.
@@ -26,7 +26,9 @@ TEMPLATES = load_templates()
 QUESTIONS = [Question(f"q{n}", f"What is {n} + 2?", (), str(n + 2), "math") for n in range(3)]
 
 
-def ask(model: TinyModel, reader: TokenReader | None) -> tuple[list[Rollout], list[dict[str, Any]], dict[str, int]]:
+def ask(
+    model: TinyModel, reader: TokenReader | None
+) -> tuple[list[Rollout], list[dict[str, Any]], dict[str, int]]:
     """Return all rollouts, the requests and the counts."""
     config = TeacherConfig(model="tiny", num_rollouts=2, max_response_tokens=24)
     with serve(model) as server, Verifier() as verifier:
@@ -43,7 +45,11 @@ def ask(model: TinyModel, reader: TokenReader | None) -> tuple[list[Rollout], li
         )
         answers = teacher.ask(QUESTIONS, 1).wait()
         pool.close()
-        return [rollout for question in QUESTIONS for rollout in answers[question.id]], server.requests, pool.counts
+        return (
+            [rollout for question in QUESTIONS for rollout in answers[question.id]],
+            server.requests,
+            pool.counts,
+        )
 
 
 def network_logprobs(model: TinyModel, question: Question, response: np.ndarray) -> torch.Tensor:
@@ -58,7 +64,9 @@ def network_logprobs(model: TinyModel, question: Question, response: np.ndarray)
 def test_told_log_probs_are_those_of_the_network() -> None:
     model = TinyModel(TEACHER_DIR)
     chat = model.encoder.chat
-    rollouts, requests, _ = ask(model, TokenReader(chat.token_bytes(), chat.stop_token_ids, NUM_TOP))
+    rollouts, requests, _ = ask(
+        model, TokenReader(chat.token_bytes(), chat.stop_token_ids, NUM_TOP)
+    )
     assert {request["top_logprobs"] for request in requests} == {NUM_TOP}
     assert len(rollouts) == 6
     for place, rollout in enumerate(rollouts):
@@ -70,24 +78,32 @@ def test_told_log_probs_are_those_of_the_network() -> None:
         assert len(top.ids) == len(rollout.response_ids)
         known = top.ids != NO_TOKEN
         columns = torch.from_numpy(np.where(known, top.ids, 0))
-        np.testing.assert_allclose(top.logprobs[known], expected.gather(1, columns).numpy()[known], atol=TOLERANCE)
+        np.testing.assert_allclose(
+            top.logprobs[known], expected.gather(1, columns).numpy()[known], atol=TOLERANCE
+        )
         for row, ids, written in zip(expected, top.ids, rollout.response_ids, strict=True):
-            assert set(row.topk(NUM_TOP).indices.tolist()) | {int(written)} == set(ids.tolist()) - {NO_TOKEN}
+            assert set(row.topk(NUM_TOP).indices.tolist()) | {int(written)} == set(ids.tolist()) - {
+                NO_TOKEN
+            }
 
 
 def test_without_distillation_none_are_asked_for() -> None:
     rollouts, requests, counts = ask(TinyModel(TEACHER_DIR), None)
     assert all("logprobs" not in request for request in requests)
     assert {rollout.teacher_top for rollout in rollouts} == {None}
-    assert "lumped_tokens" not in counts
+    assert "out_of_vocabulary_tokens" not in counts
 
 
 def test_tokens_that_the_student_does_not_have_leave_a_rollout_without() -> None:
     model = TinyModel(TEACHER_DIR)
     chat = model.encoder.chat
     first = chat.tokenize([ask(model, None)[0][0].text])[0]
-    lacking = {spelling: token_id for spelling, token_id in chat.token_bytes().items() if token_id != first}
+    lacking = {
+        spelling: token_id for spelling, token_id in chat.token_bytes().items() if token_id != first
+    }
     rollouts, _, _ = ask(model, TokenReader(lacking, chat.stop_token_ids, NUM_TOP))
-    with_it = [bool((np.array(chat.tokenize([rollout.text])) == first).any()) for rollout in rollouts]
+    with_it = [
+        bool((np.array(chat.tokenize([rollout.text])) == first).any()) for rollout in rollouts
+    ]
     assert any(with_it)
     assert [rollout.teacher_top is None for rollout in rollouts] == with_it

@@ -1,4 +1,6 @@
-"""Images and videos on their way to a served teacher: the pixels that leave, and a real model that sees them arrive."""
+"""Images and videos on their way to a served teacher: the pixels that leave, and a real model that
+sees them arrive.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +16,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.digits_shards import digit_samples
-from data.media import Frames, MediaLimits, MediaOpener
+from data.media.opening import Frames, MediaLimits, MediaOpener
 from data.question import MediaRef, Question
 from data.shards import ShardFolder, ShardReader, write_shards
+from data.toy.digits_shards import digit_samples
 from tests.loopback_server import LoopbackServer, TinyModel, serve
-from zppo_mm.config import TeacherConfig
-from zppo_mm.embedded import TEACHER_DIR
+from zppo_mm.bundled import TEACHER_DIR
+from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.experience import Rollout
+from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rewards.verify import Verifier
-from zppo_mm.rollout.exchange import SingleProcess
-from zppo_mm.teacher.endpoint_pool import EndpointPool
-from zppo_mm.teacher.media_parts import MessageWriter
-from zppo_mm.teacher.served_teacher import ServedTeacher
+from zppo_mm.teacher.served.media import MessageWriter
+from zppo_mm.teacher.served.pool import EndpointPool
+from zppo_mm.teacher.served.teacher import ServedTeacher
 from zppo_mm.zone.prompts import load_templates
 
 TEMPLATES = load_templates()
@@ -66,7 +68,9 @@ def shards_of(folder: Path, modality: Any) -> Shards:
 
 
 def parts_of(shards: Shards, question: Question, **options: Any) -> Sequence[Any]:
-    content = MessageWriter(TeacherConfig(**options), shards).content("Look. <|image_pad|>", question.media)
+    content = MessageWriter(TeacherConfig(**options), shards).content(
+        "Look. <|image_pad|>", question.media
+    )
     assert not isinstance(content, str)
     assert content[-1] == {"type": "text", "text": "Look. < |image_pad|>"}
     return content[:-1]
@@ -92,7 +96,10 @@ def test_a_video_leaves_as_its_sampled_frames_or_as_its_file(video: Shards) -> N
     frames = video.open(question.media[0])
     head, *images = parts_of(video, question)
     assert head["text"].startswith(f"A video as {len(frames.pixels)} frames, at 0.25, 0.75, ")
-    assert all(np.array_equal(pixels_of(part, "png"), pixels) for part, pixels in zip(images, frames.pixels, strict=True))
+    assert all(
+        np.array_equal(pixels_of(part, "png"), pixels)
+        for part, pixels in zip(images, frames.pixels, strict=True)
+    )
     (part,) = parts_of(video, question, video="file")
     header, _, encoded = part["video_url"]["url"].partition(",")
     assert header == "data:video/mp4;base64"
@@ -113,7 +120,14 @@ def ask(
     server: LoopbackServer, shards: Shards, questions: Sequence[Question], **options: Any
 ) -> tuple[Mapping[str, tuple[Rollout, ...]], Counter[str]]:
     """Return one greedy answer per question, and the counts."""
-    config = TeacherConfig(model="tiny", temperature=0.0, num_rollouts=1, max_response_tokens=64, max_concurrency=2, **options)
+    config = TeacherConfig(
+        model="tiny",
+        temperature=0.0,
+        num_rollouts=1,
+        max_response_tokens=64,
+        max_concurrency=2,
+        **options,
+    )
     pool = EndpointPool([server.url], "tiny", config, media=shards)
     chat = server.model.encoder.chat
     with Verifier() as verifier:
@@ -137,18 +151,27 @@ def num_right(answers: Mapping[str, tuple[Rollout, ...]]) -> float:
 
 
 @pytest.mark.parametrize("modality", ["image", "video"])
-def test_a_served_model_reads_the_digits_that_were_sent(server: LoopbackServer, modality: str, request: pytest.FixtureRequest) -> None:
-    """The embedded teacher solves four in five with the media, and about one in ten by guessing."""
+def test_a_served_model_reads_the_digits_that_were_sent(
+    server: LoopbackServer, modality: str, request: pytest.FixtureRequest
+) -> None:
+    """The bundled teacher solves four in five with the media, and about one in ten by guessing."""
     shards: Shards = request.getfixturevalue(modality)
     answers, counts = ask(server, shards, shards.questions, video="file")
     assert num_right(answers) >= NUM_QUESTIONS / 2
     assert counts["prompt_tokens"] > 20 * NUM_QUESTIONS
-    others = [replace(q, media=other.media) for q, other in zip(shards.questions, reversed(shards.questions), strict=True)]
+    others = [
+        replace(q, media=other.media)
+        for q, other in zip(shards.questions, reversed(shards.questions), strict=True)
+    ]
     assert num_right(ask(server, shards, others, video="file")[0]) < num_right(answers)
 
 
-def test_a_question_whose_media_are_gone_is_passed_over(server: LoopbackServer, image: Shards) -> None:
+def test_a_question_whose_media_are_gone_is_passed_over(
+    server: LoopbackServer, image: Shards
+) -> None:
     there = image.questions[0]
     lost = replace(there, id="lost", media=(replace(there.media[0], extension="gone"),))
-    answers, _ = ask(server, image, [lost, there], on_failure="stop")  # no fault of the server: the run does not stop
+    answers, _ = ask(
+        server, image, [lost, there], on_failure="stop"
+    )  # no fault of the server: the run does not stop
     assert [len(rollouts) for rollouts in answers.values()] == [0, 1]

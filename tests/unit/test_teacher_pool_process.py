@@ -1,4 +1,6 @@
-"""The pool in a process of its own: the same answers as in ours, and what happens when either process ends."""
+"""The pool in a process of its own: the same answers as in ours, and what happens when either
+process ends.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,20 @@ from typing import Any
 
 import pytest
 
-from data.digits_shards import digit_samples
 from data.errors import DataError
-from data.media import MediaLimits
-from data.media_store import MediaStore
+from data.media.opening import MediaLimits
+from data.media.store import MediaStore
 from data.question import Question
 from data.shards import ShardFolder, write_shards
+from data.toy.digits_shards import digit_samples
 from tests.loopback_server import LoopbackServer, TinyModel, serve
-from zppo_mm.config import TeacherConfig
-from zppo_mm.embedded import TEACHER_DIR
-from zppo_mm.teacher.chat_api import Ask
-from zppo_mm.teacher.endpoint_pool import EndpointPool
-from zppo_mm.teacher.pool_messages import PoolSettings
-from zppo_mm.teacher.pool_process import CLOSING_SECONDS, PoolProcess
-from zppo_mm.teacher.servers import Patience
+from zppo_mm.bundled import TEACHER_DIR
+from zppo_mm.config.schema import TeacherConfig
+from zppo_mm.teacher.served.chat_api import Ask
+from zppo_mm.teacher.served.client_process import CLOSING_SECONDS, PoolProcess
+from zppo_mm.teacher.served.messages import PoolSettings
+from zppo_mm.teacher.served.pool import EndpointPool
+from zppo_mm.teacher.served.servers import Patience
 
 LONG = Patience(max_seconds=200.0, num_retries=None)
 CONFIG = TeacherConfig(backoff_seconds=0.01)
@@ -65,7 +67,9 @@ def pid(pool: PoolProcess) -> int:
 def test_answers_and_counts_are_those_of_a_pool_in_this_process(server: LoopbackServer) -> None:
     inside = EndpointPool([server.url], "tiny", CONFIG)
     with process(server.url) as apart:
-        expected, given = (pool.submit(asks(4), LONG).result(timeout=200) for pool in (inside, apart))
+        expected, given = (
+            pool.submit(asks(4), LONG).result(timeout=200) for pool in (inside, apart)
+        )
         more = apart.submit(asks(1), LONG).result(timeout=200)
     inside.submit(asks(1), LONG).result(timeout=200)
     inside.close()
@@ -84,9 +88,15 @@ def test_media_are_opened_there(server: LoopbackServer, tmp_path: Path) -> None:
     inside = EndpointPool([server.url], "tiny", CONFIG, media=media)
     lost = replace(wanted[0], media=(replace(questions[0].media[0], extension="gone"),))
     with process(server.url, limits=MediaLimits()) as apart:
-        expected, given = (pool.submit([*wanted, lost], LONG).result(timeout=200) for pool in (inside, apart))
+        expected, given = (
+            pool.submit([*wanted, lost], LONG).result(timeout=200) for pool in (inside, apart)
+        )
         sent = [request["messages"][0]["content"] for request in server.requests]
-        gone = [replace(wanted[0], media=(replace(questions[0].media[0], shard=str(tmp_path / "gone.tar")),))]
+        gone = [
+            replace(
+                wanted[0], media=(replace(questions[0].media[0], shard=str(tmp_path / "gone.tar")),)
+            )
+        ]
         with pytest.raises(DataError, match=r"gone\.tar"):
             apart.submit(gone, LONG).result(timeout=200)
     inside.close()
@@ -119,12 +129,20 @@ def test_what_a_dead_process_was_asked_is_counted_and_the_next_question_starts_a
 
 
 @pytest.mark.parametrize("seconds", [0.0, 2.0])
-def test_signals_to_all_processes_of_a_run_do_not_end_it(server: LoopbackServer, seconds: float) -> None:
+def test_signals_to_all_processes_of_a_run_do_not_end_it(
+    server: LoopbackServer, seconds: float
+) -> None:
     server.latency_seconds = 3.0
     with process(server.url) as pool:
         pending = pool.submit(asks(1), LONG)
         time.sleep(seconds)  # while it starts, or waits for the answer
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        for number in (
+            signal.SIGINT,
+            signal.SIGTERM,
+            signal.SIGHUP,
+            signal.SIGUSR1,
+            signal.SIGUSR2,
+        ):
             os.kill(pid(pool), number)
         (outcome,) = pending.result(timeout=200)
     assert outcome.problem == ""
@@ -150,18 +168,20 @@ def test_it_ends_with_the_process_that_started_it(server: LoopbackServer) -> Non
     server.latency_seconds = 60.0
     script = f"""
 import os
-from zppo_mm.config import TeacherConfig
-from zppo_mm.teacher.pool_messages import PoolSettings
-from zppo_mm.teacher.pool_process import PoolProcess
+from zppo_mm.config.schema import TeacherConfig
+from zppo_mm.teacher.served.messages import PoolSettings
+from zppo_mm.teacher.served.client_process import PoolProcess
 pool = PoolProcess(PoolSettings(urls=({server.url!r},), model="tiny", config=TeacherConfig()))
-from zppo_mm.teacher.chat_api import Ask
-from zppo_mm.teacher.servers import Patience
+from zppo_mm.teacher.served.chat_api import Ask
+from zppo_mm.teacher.served.servers import Patience
 pool.submit([Ask("Hi", 1, 0.0, 4, 0)], Patience(max_seconds=100.0, num_retries=None))
 import time; time.sleep(3)
 print(vars(pool)["_client"].process.pid, flush=True)
 os.kill(os.getpid(), 9)
 """
-    ended = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=False, timeout=100)
+    ended = subprocess.run(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, check=False, timeout=100
+    )
     assert ended.returncode == -signal.SIGKILL
     deadline = time.monotonic() + 20
     while is_running(int(ended.stdout)) and time.monotonic() < deadline:
@@ -182,7 +202,7 @@ def test_what_it_cannot_say_ends_it(server: LoopbackServer) -> None:
     """A result that cannot be sent must not leave its holder waiting."""
     script = """
 import sys
-from zppo_mm.teacher import pool_server
+from zppo_mm.teacher.served import client_main as pool_server
 class Mute(Exception):
     def __reduce__(self):
         raise TypeError("no pickle")
@@ -191,39 +211,56 @@ pool_server.main(int(sys.argv[1]))
 """
     with pytest.MonkeyPatch.context() as patch, process(server.url) as pool:
         patch.setattr(
-            "zppo_mm.teacher.pool_process.start_interpreter",
-            lambda _, descriptor, **options: subprocess.Popen([sys.executable, "-c", script, descriptor], **options),
+            "zppo_mm.teacher.served.client_process.start_interpreter",
+            lambda _, descriptor, **options: subprocess.Popen(
+                [sys.executable, "-c", script, descriptor], **options
+            ),
         )
         (outcome,) = pool.submit(asks(1), LONG).result(timeout=100)
     assert "exit status 1" in outcome.problem
 
 
 def test_it_starts_without_torch() -> None:
-    script = "import sys, zppo_mm.teacher.pool_server; print(sorted({'torch', 'transformers', 'megatron'} & set(sys.modules)))"
+    script = (
+        "import sys, zppo_mm.teacher.served.client_main; print(sorted({'torch', 'transformers', "
+        "'megatron'} & set(sys.modules)))"
+    )
     assert subprocess.check_output([sys.executable, "-c", script], text=True, timeout=100) == "[]\n"
 
 
 def test_what_it_logs_is_heard_here(model: TinyModel, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="zppo_mm"), serve(model, honours_n=False) as server, process(server.url) as pool:
+    with (
+        caplog.at_level("INFO", logger="zppo_mm"),
+        serve(model, honours_n=False) as server,
+        process(server.url) as pool,
+    ):
         pool.submit(asks(1), LONG).result(timeout=200)
     assert "returns one answer per request" in caplog.text
 
 
-def test_a_process_that_does_not_start_is_an_error_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zppo_mm.teacher.pool_process._SERVER", "zppo_mm.no_such_module")
-    with process("http://127.0.0.1:9/v1") as pool, pytest.raises(RuntimeError, match="ended with exit status 1"):
+def test_a_process_that_does_not_start_is_an_error_with_its_cause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("zppo_mm.teacher.served.client_process._SERVER", "zppo_mm.no_such_module")
+    with (
+        process("http://127.0.0.1:9/v1") as pool,
+        pytest.raises(RuntimeError, match="ended with exit status 1"),
+    ):
         pool.probe().result(timeout=100)
 
 
-def test_one_that_hangs_is_ended_and_what_it_was_asked_is_counted(server: LoopbackServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zppo_mm.teacher.pool_process.OVERDUE_SECONDS", 5.0)
+def test_one_that_hangs_is_ended_and_what_it_was_asked_is_counted(
+    server: LoopbackServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zppo_mm.teacher.served.client_process.OVERDUE_SECONDS", 5.0)
     with process(server.url) as pool:
         pool.submit(asks(1), LONG).result(timeout=200)
         first = pid(pool)
         os.kill(first, signal.SIGSTOP)
         outcomes = pool.submit(asks(2), Patience(max_seconds=0.1, num_retries=0)).result(timeout=60)
         assert [outcome.problem for outcome in outcomes] == [
-            "client_process: the process here that speaks with the servers did not answer in time and was ended"
+            "client_process: the process here that speaks with the servers did not answer in time "
+            "and was ended"
         ] * 2
         assert pool.counts["faults/client_process"] == 2
         (after,) = pool.submit(asks(1), LONG).result(timeout=200)

@@ -1,4 +1,6 @@
-"""The teacher on its own ranks, both worlds as threads of one process: requests, their order, losses, last words, the store's content."""
+"""The teacher on its own ranks, both worlds as threads of one process: requests, their order,
+losses, last words, the store's content.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,16 @@ import numpy as np
 import pytest
 from torch.distributed import TCPStore
 
-from data.media import Frames
+from data.media.opening import Frames
 from data.question import MediaRef, Question
 from tests.unit.tiny_folder import build_folder
-from zppo_mm.config import ParallelConfig, RewardConfig, TeacherConfig
+from zppo_mm.config.schema import ParallelConfig, RewardConfig, TeacherConfig
 from zppo_mm.errors import ConfigError
-from zppo_mm.models.parallel import LostRankError
-from zppo_mm.models.worlds import divide_job
+from zppo_mm.parallel.exchange import SingleProcess
+from zppo_mm.parallel.groups import LostRankError
+from zppo_mm.parallel.partition import divide_job
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
-from zppo_mm.rollout.exchange import SingleProcess
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.teacher.megatron_teacher import MegatronTeacher
@@ -40,7 +42,9 @@ SOON = 60.0
 
 
 class CountingEngine:
-    """Answers rollout i of any prompt with `\\boxed{i}`; a gate holds it up, and it notes what it was asked."""
+    """Answers rollout i of any prompt with `\\boxed{i}`; a gate holds it up, and it notes what it
+    was asked.
+    """
 
     def __init__(self, encoder: PromptEncoder) -> None:
         self._encoder = encoder
@@ -49,12 +53,17 @@ class CountingEngine:
         self.gate.set()
         self.trouble: Exception | None = None
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingParams
+    ) -> list[list[Generation]]:
         self.calls.append((len(requests), sampling.temperature, sampling.max_new_tokens))
         assert self.gate.wait(SOON)
         if self.trouble is not None:
             raise self.trouble
-        return [[self._generation(place) for place in range(request.num_rollouts)] for request in requests]
+        return [
+            [self._generation(place) for place in range(request.num_rollouts)]
+            for request in requests
+        ]
 
     def _generation(self, place: int) -> Generation:
         ids = np.array(self._encoder.chat.tokenize([f"so </think> \\boxed{{{place}}}"]), np.int64)
@@ -85,7 +94,9 @@ class Worlds:
         no_network: Any = None  # the engine has none
         server = TeacherServer(
             channel,
-            MegatronTeacher(no_network, sampler, SAMPLING, NUM_ROLLOUTS, lambda question: question.text),
+            MegatronTeacher(
+                no_network, sampler, SAMPLING, NUM_ROLLOUTS, lambda question: question.text
+            ),
             SingleProcess(),
             judge_max_tokens=7,
             num_at_once=num_at_once,
@@ -117,7 +128,10 @@ def worlds(tmp_path: Path) -> Iterator[Worlds]:
 
 
 def questions(count: int) -> list[Question]:
-    return [Question(f"q{index}", f"Question {index}?", (), str(index % 2), "math") for index in range(count)]
+    return [
+        Question(f"q{index}", f"Question {index}?", (), str(index % 2), "math")
+        for index in range(count)
+    ]
 
 
 def end(channel: Channel, teacher: threading.Thread) -> None:
@@ -158,7 +172,9 @@ def test_answers_come_graded_and_nothing_stays_in_the_store(worlds: Worlds) -> N
     assert worlds.words == [DONE]
 
 
-def test_what_the_student_stands_still_for_comes_first_and_a_judge_replies_greedily(worlds: Worlds) -> None:
+def test_what_the_student_stands_still_for_comes_first_and_a_judge_replies_greedily(
+    worlds: Worlds,
+) -> None:
     student = worlds.channel("student", "teacher")
     asking = worlds.student(student)
     worlds.engine.gate.clear()
@@ -172,8 +188,15 @@ def test_what_the_student_stands_still_for_comes_first_and_a_judge_replies_greed
     pending.wait()
     assert student.reply(rewrites) == ["so </think> \\boxed{0}"]
     assert student.reply(judge) == ["\\boxed{0}"] * 2
-    # One question, the rewrite, both of the judge's prompts at temperature 0 and without their reasoning, the other two questions.
-    assert worlds.engine.calls == [(1, 1.0, 40), (1, 1.0, 40), (2, 0.0, 7), (1, 1.0, 40), (1, 1.0, 40)]
+    # One question, the rewrite, both of the judge's prompts at temperature 0 and without their
+    # reasoning, the other two questions.
+    assert worlds.engine.calls == [
+        (1, 1.0, 40),
+        (1, 1.0, 40),
+        (2, 0.0, 7),
+        (1, 1.0, 40),
+        (1, 1.0, 40),
+    ]
     end(student, teacher)
 
 
@@ -183,7 +206,9 @@ def test_the_judge_has_its_time_from_when_the_teacher_begins(worlds: Worlds) -> 
     teacher = worlds.start_teacher(num_at_once=1)
     worlds.student(student).ask(questions(1), 1)
     eventually(lambda: len(worlds.engine.calls) == 1)
-    complete = replies_of_ranks(student, RewardConfig(judge_max_wait_seconds=2.0), queue_seconds=SOON)
+    complete = replies_of_ranks(
+        student, RewardConfig(judge_max_wait_seconds=2.0), queue_seconds=SOON
+    )
     threading.Timer(4.0, worlds.engine.gate.set).start()  # one long answer: twice the judge's time
     assert complete(["one"]) == ["\\boxed{0}"]
     worlds.engine.gate.clear()
@@ -191,12 +216,17 @@ def test_the_judge_has_its_time_from_when_the_teacher_begins(worlds: Worlds) -> 
     assert complete(["two"]) == [None]  # the teacher has begun, and takes too long for this
     assert time.monotonic() - started >= 2.0
     worlds.engine.gate.set()
-    eventually(lambda: not worlds.store.check(["started/2"]) and not worlds.store.check(["started/3"]))
+    eventually(
+        lambda: not worlds.store.check(["started/2"]) and not worlds.store.check(["started/3"])
+    )
     end(student, teacher)
 
 
 def test_messages_above_the_limit_of_the_store_pass(worlds: Worlds) -> None:
-    student, teacher = worlds.channel("student", "teacher", beats=False), worlds.channel("teacher", "student", beats=False)
+    student, teacher = (
+        worlds.channel("student", "teacher", beats=False),
+        worlds.channel("teacher", "student", beats=False),
+    )
     level = worlds.store.num_keys()
     text = "0123456789" * (CHUNK_BYTES // 4)  # 2.5 chunks
     number = student.request(Rewrites((text,), 1, 0))
@@ -216,19 +246,28 @@ def test_without_an_answer_in_time_the_run_stops_or_goes_on_as_it_is_told(worlds
     worlds.engine.gate.clear()
     teacher = worlds.start_teacher()
     with pytest.raises(
-        TeacherLostError, match=r"no answer to 3 questions of step 1, got none within teacher.max_wait_seconds=0.1, .*ncq_only"
+        TeacherLostError,
+        match=(
+            r"no answer to 3 questions of step 1, got none within teacher.max_wait_seconds=0.1, "
+            r".*ncq_only"
+        ),
     ):
         worlds.student(student, max_wait_seconds=0.1).ask(questions(3), 1).wait()
     hasty = worlds.student(student, max_wait_seconds=0.1, on_failure="ncq_only")
     assert hasty.ask(questions(3), 2).wait() == {"q0": (), "q1": (), "q2": ()}
     assert hasty.counts == {"lost_rollouts": 6}
     assert hasty.rewrite(["a", "b"], 2, 0) == [None, None]
-    assert replies_of_ranks(student, RewardConfig(judge_max_wait_seconds=0.1), queue_seconds=0.2)(["a", "b"]) == [None, None]
+    assert replies_of_ranks(student, RewardConfig(judge_max_wait_seconds=0.1), queue_seconds=0.2)(
+        ["a", "b"]
+    ) == [None, None]
     level = worlds.store.num_keys()
     worlds.engine.gate.set()
     patient = worlds.student(student)
-    assert all(len(rollouts) == NUM_ROLLOUTS for rollouts in patient.ask(questions(3), 3).wait().values())
-    # Only the first request was under way when it was given up; none of the four is worked on after that, or left in the store.
+    assert all(
+        len(rollouts) == NUM_ROLLOUTS for rollouts in patient.ask(questions(3), 3).wait().values()
+    )
+    # Only the first request was under way when it was given up; none of the four is worked on after
+    # that, or left in the store.
     assert [size for size, _, _ in worlds.engine.calls] == [3, 3]
     eventually(lambda: worlds.store.num_keys() < level - 4)
     end(student, teacher)
@@ -239,19 +278,26 @@ def test_the_error_of_a_teacher_rank_is_named_where_the_student_waits(worlds: Wo
     asking = worlds.student(student, on_failure="ncq_only")
     worlds.engine.trouble = RuntimeError("no memory left")
     teacher = worlds.start_teacher()
-    named = r"its ranks have ended, got 'rank 5: RuntimeError: no memory left', .*look at the last ranks' output"
+    named = (
+        r"its ranks have ended, got 'rank 5: RuntimeError: no memory left', .*look at the last "
+        r"ranks' output"
+    )
     with pytest.raises(TeacherLostError, match=named):
         asking.ask(questions(1), 1).wait()
     with pytest.raises(TeacherLostError, match=named):
         asking.check()
-    assert replies_of_ranks(student, RewardConfig(), queue_seconds=SOON)(["a"]) == [None]  # soon, and neither right nor wrong
+    assert replies_of_ranks(student, RewardConfig(), queue_seconds=SOON)(["a"]) == [
+        None
+    ]  # soon, and neither right nor wrong
     end(student, teacher)
 
 
 def test_a_dead_world_is_missed_by_the_other(worlds: Worlds) -> None:
     worlds.silence_seconds = 0.3
     dead = worlds.channel("student", "teacher", beats=False)
-    with pytest.raises(TeacherLostError, match=r"got 'no sign of life within parallel\.timeout_minutes'"):
+    with pytest.raises(
+        TeacherLostError, match=r"got 'no sign of life within parallel\.timeout_minutes'"
+    ):
         worlds.student(dead).greet()
     worlds.start_teacher(beats=False).join(SOON)
     (word,) = worlds.words
@@ -291,20 +337,37 @@ def test_what_cannot_be_graded_is_left_out(worlds: Worlds) -> None:
         def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Grade]:
             return [Grade("?", None if text.endswith("{0}") else 1.0) for _, text in items]
 
-    asking = RanksTeacher(student, TeacherConfig(num_rollouts=NUM_ROLLOUTS), SingleProcess(), Unsure())
+    asking = RanksTeacher(
+        student, TeacherConfig(num_rollouts=NUM_ROLLOUTS), SingleProcess(), Unsure()
+    )
     answers = asking.ask(questions(2), 1).wait()
-    assert [[rollout.text for rollout in rollouts] for rollouts in answers.values()] == [["so </think> \\boxed{1}"]] * 2
+    assert [[rollout.text for rollout in rollouts] for rollouts in answers.values()] == [
+        ["so </think> \\boxed{1}"]
+    ] * 2
     end(student, teacher)
 
 
 @pytest.mark.parametrize(
     ("num_ranks", "tensor", "message"),
     [
-        (4, 1, r"teacher.num_ranks: leaves the student none, got 4 of 4 process\(es\), expected fewer"),
-        (1, 2, r"parallel: 3 process\(es\) cannot be split into tensor 2 x pipeline 1, .*multiple of 2; start 5 processes"),
+        (
+            4,
+            1,
+            r"teacher.num_ranks: leaves the student none, got 4 of 4 process\(es\), expected fewer",
+        ),
+        (
+            1,
+            2,
+            r"parallel: 3 process\(es\) cannot be split into tensor 2 x pipeline 1, .*multiple of "
+            r"2; start 5 processes",
+        ),
     ],
 )
-def test_a_job_that_cannot_be_divided_is_refused(num_ranks: int, tensor: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_cannot_be_divided_is_refused(
+    num_ranks: int, tensor: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match=message):
-        divide_job(ParallelConfig(tensor_model_parallel_size=tensor), TeacherConfig(num_ranks=num_ranks))
+        divide_job(
+            ParallelConfig(tensor_model_parallel_size=tensor), TeacherConfig(num_ranks=num_ranks)
+        )

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from zppo_mm.config import TeacherConfig
-from zppo_mm.config_io import load_config
+from zppo_mm.config.load import load_config
+from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.errors import ConfigError
-from zppo_mm.rollout.exchange import SingleProcess
-from zppo_mm.teacher.chat_api import Ask, Choice, Fault, parse_reply
-from zppo_mm.teacher.connect import open_pool
-from zppo_mm.teacher.endpoint import retry_after
-from zppo_mm.teacher.media_parts import MessageWriter
-from zppo_mm.teacher.received_text import MAX_READ_CHARS, ReceivedText
+from zppo_mm.parallel.exchange import SingleProcess
+from zppo_mm.teacher.served.chat_api import Ask, Choice, Fault, parse_reply
+from zppo_mm.teacher.served.connect import open_pool
+from zppo_mm.teacher.served.endpoint import retry_after
+from zppo_mm.teacher.served.media import MessageWriter
+from zppo_mm.teacher.served.received_text import MAX_READ_CHARS, ReceivedText
 
 A, B = (Choice(text, "stop", text) for text in "ab")
 
@@ -32,7 +32,12 @@ def choice(content: str | None, index: int = 0, **fields: Any) -> dict[str, Any]
 
 def test_choices_and_usage() -> None:
     read = parse_reply(
-        reply(choice("a"), {**choice("b", 1), "finish_reason": "length"}, usage={"prompt_tokens": 7, "completion_tokens": 5}), 2
+        reply(
+            choice("a"),
+            {**choice("b", 1), "finish_reason": "length"},
+            usage={"prompt_tokens": 7, "completion_tokens": 5},
+        ),
+        2,
     )
     assert read.choices == (Choice("a", "stop", "a"), Choice("b", "length", "b"))
     assert (read.num_returned, read.prompt_tokens, read.completion_tokens) == (2, 7, 5)
@@ -64,22 +69,47 @@ def test_a_usage_that_counts_nothing_loses_no_answer(count: Any) -> None:
 def test_content_may_come_in_parts_of_text() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": ""}]
     assert parse_reply(reply({**choice("x"), "message": {"content": parts}}), 1).choices == (A,)
-    assert parse_reply(reply({**choice("x"), "message": {"content": [{"type": "output_text", "text": "a"}]}}), 1).choices == (A,)
+    assert parse_reply(
+        reply({**choice("x"), "message": {"content": [{"type": "output_text", "text": "a"}]}}), 1
+    ).choices == (A,)
     thinking = {"type": "thinking", "thinking": [{"type": "text", "text": "2 + 2"}]}
-    (read,) = parse_reply(reply({**choice("x"), "message": {"content": [thinking, parts[0]]}}), 1).choices
+    (read,) = parse_reply(
+        reply({**choice("x"), "message": {"content": [thinking, parts[0]]}}), 1
+    ).choices
     assert (read.text, read.content) == ("<think>\n2 + 2\n</think>\n\na", "a")
-    (cut,) = parse_reply(reply({**choice("x"), "message": {"content": [thinking]}, "finish_reason": "length"}), 1).choices
+    (cut,) = parse_reply(
+        reply({**choice("x"), "message": {"content": [thinking]}, "finish_reason": "length"}), 1
+    ).choices
     assert (cut.text, cut.finish_reason, cut.content) == ("<think>\n2 + 2", "length", "")
-    for unknown in ({"type": "image_url", "image_url": {}}, {"type": "other", "text": "a"}, {"type": []}, "a", None, {"type": "text"}):
+    for unknown in (
+        {"type": "image_url", "image_url": {}},
+        {"type": "other", "text": "a"},
+        {"type": []},
+        "a",
+        None,
+        {"type": "text"},
+    ):
         with pytest.raises(Fault, match="bad_reply"):
             parse_reply(reply({**choice("x"), "message": {"content": [unknown]}}), 1)
 
 
 TOKEN = {"token": "a", "bytes": [97], "logprob": -0.5, "top_logprobs": []}
 UNREADABLE: list[Any] = [{"content": [{**TOKEN, **wrong}]} for wrong in (
-    {"logprob": None}, {"logprob": "-0.5"}, {"logprob": True}, {"top_logprobs": {"a": -0.5}}, {"top_logprobs": [None]},
-    {"bytes": [256]}, {"bytes": "YQ=="}, {"bytes": [97] * 5000}, {"token": None, "bytes": None})]  # fmt: skip
-UNREADABLE += [{"content": ["a"]}, {"content": {"0": TOKEN}}, {"content": [{"token": "a"}]}, [TOKEN], "a", {"tokens": ["a"]}, {}, 0, None]
+    {"logprob": None}, {"logprob": "-0.5"}, {"logprob": True}, {"top_logprobs": {"a": -0.5}},
+    {"top_logprobs": [None]},
+    {"bytes": [256]}, {"bytes": "YQ=="}, {"bytes": [97] * 5000},
+    {"token": None, "bytes": None})]  # fmt: skip
+UNREADABLE += [
+    {"content": ["a"]},
+    {"content": {"0": TOKEN}},
+    {"content": [{"token": "a"}]},
+    [TOKEN],
+    "a",
+    {"tokens": ["a"]},
+    {},
+    0,
+    None,
+]
 
 
 @pytest.mark.parametrize("told", UNREADABLE)
@@ -94,7 +124,9 @@ def test_text_that_is_no_text_is_made_one() -> None:
     (read,) = parse_reply(body, 1).choices
     assert read.content == "half \ufffd, whole \U0001f600, nul \ufffd"
     assert read.text == f"<think>\n\ufffd\n</think>\n\n{read.content}"
-    (raw,) = parse_reply(reply(choice("X")).replace(b"X", b"\xff\xed\xa0\xbd"), 1).choices  # bytes that are no UTF-8
+    (raw,) = parse_reply(
+        reply(choice("X")).replace(b"X", b"\xff\xed\xa0\xbd"), 1
+    ).choices  # bytes that are no UTF-8
     assert raw.text.strip("\ufffd") == ""
     assert parse_reply(b"\xef\xbb\xbf" + reply(choice("a")), 1).choices == (A,)
 
@@ -115,27 +147,43 @@ def test_a_reasoning_that_nothing_follows_is_not_closed(content: str | None, rea
     assert (read.text, read.finish_reason, read.content) == ("<think>\n2 +", reason, "")
 
 
-@pytest.mark.parametrize("reason", ["stop", "STOP", "eos", "eos_token", "end_turn", "stop_sequence", "COMPLETE"])
+@pytest.mark.parametrize(
+    "reason", ["stop", "STOP", "eos", "eos_token", "end_turn", "stop_sequence", "COMPLETE"]
+)
 def test_an_answer_that_the_model_ended_is_complete(reason: str) -> None:
     assert parse_reply(reply({**choice("a"), "finish_reason": reason}), 1).choices == (A,)
 
 
 @pytest.mark.parametrize(
-    "reason", ["length", "max_tokens", "MAX_TOKENS", "max_output_tokens", "model_length", "model_context_window_exceeded"]
+    "reason",
+    [
+        "length",
+        "max_tokens",
+        "MAX_TOKENS",
+        "max_output_tokens",
+        "model_length",
+        "model_context_window_exceeded",
+    ],
 )
 def test_an_answer_at_the_limit_is_cut(reason: str) -> None:
-    assert parse_reply(reply({**choice("a"), "finish_reason": reason}), 1).choices == (Choice("a", "length", "a"),)
+    assert parse_reply(reply({**choice("a"), "finish_reason": reason}), 1).choices == (
+        Choice("a", "length", "a"),
+    )
 
 
-UNFINISHED = ["abort", "error", "timeout", "cancelled", "tool_calls", "function_call", "repetition", "stopped", " stop", "st\u043ep", "",
+UNFINISHED = ["abort", "error", "timeout", "cancelled", "tool_calls", "function_call", "repetition",
+"stopped", " stop", "st\u043ep", "",
               None, "time_limit", "pause_turn", "OTHER", "network_error", "null",
-              "insufficient_system_resource", "unheard_of", 0, True, 1e999, ["stop"], {"type": "stop"}]  # fmt: skip
+              "insufficient_system_resource", "unheard_of", 0, True, 1e999, ["stop"],
+              {"type": "stop"}]  # fmt: skip
 
 
 @pytest.mark.parametrize("reason", UNFINISHED)
 def test_any_other_state_is_no_answer(reason: Any) -> None:
     unfinished = {**choice("\\boxed{4}", reasoning="2 + 2"), "finish_reason": reason}
-    with pytest.raises(Fault, match=r"^unfinished: finish_reason .*, expected 'stop' or 'length'$") as caught:
+    with pytest.raises(
+        Fault, match=r"^unfinished: finish_reason .*, expected 'stop' or 'length'$"
+    ) as caught:
         parse_reply(reply(unfinished), 1)
     assert not caught.value.is_refusal
     some = parse_reply(reply(choice("a"), {**unfinished, "index": 1}), 2)
@@ -144,7 +192,11 @@ def test_any_other_state_is_no_answer(reason: Any) -> None:
 
 @pytest.mark.parametrize("reason", ["tool_calls", "function_call", "tool_use", "repetition"])
 def test_what_the_model_made_instead_of_an_answer_is_no_fault_of_the_server(reason: str) -> None:
-    for said in ({**choice(None, tool_calls=[{}]), "finish_reason": reason}, choice(""), {**choice(""), "finish_reason": "length"}):
+    for said in (
+        {**choice(None, tool_calls=[{}]), "finish_reason": reason},
+        choice(""),
+        {**choice(""), "finish_reason": "length"},
+    ):
         with pytest.raises(Fault) as caught:
             parse_reply(reply(said), 1)
         assert (caught.value.is_of_model, caught.value.is_refusal) == (True, False)
@@ -163,8 +215,14 @@ def test_an_error_beside_an_answer_is_one() -> None:
         parse_reply(reply({**choice("half"), "error": {"code": 502, "message": "overloaded"}}), 1)
 
 
-REFUSED = [{**choice("a"), "finish_reason": state} for state in ("SAFETY", "RECITATION", "guardrail_intervened", "refusal")]
-REFUSED += [choice(None, refusal="I cannot."), {**choice(""), "message": {"content": [{"type": "refusal", "refusal": "I cannot."}]}}]
+REFUSED = [
+    {**choice("a"), "finish_reason": state}
+    for state in ("SAFETY", "RECITATION", "guardrail_intervened", "refusal")
+]
+REFUSED += [
+    choice(None, refusal="I cannot."),
+    {**choice(""), "message": {"content": [{"type": "refusal", "refusal": "I cannot."}]}},
+]
 
 
 @pytest.mark.parametrize("refused", REFUSED)
@@ -187,10 +245,14 @@ def test_an_answer_that_is_held_back_is_not_asked_for_again() -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b"null", b'{"choices": null}', b'{"choices": [1]}', b'{"choices": [{"index": 0}]}', b"\xff\xfe",
-     b'{"choices": [{"message": {"content": 5}}]}', b"[" * 200_000, b'{"choices":' * 200_000, b'{"choices": ' + b"9" * 5000 + b"}",
-     b'{"choices": {"0": 1}}', b'{"choices": "ab"}', b'{"choices": [null]}', b'{"choices": [{"message": "a"}]}', b"1e999",
-     b'{"error": {"message": "overloaded", "code": 503}}', b"<html>502</html>", reply(choice("a")).decode().encode("utf-16")],
+    [b"", b"{", b"[]", b"null", b'{"choices": null}', b'{"choices": [1]}',
+    b'{"choices": [{"index": 0}]}', b"\xff\xfe",
+     b'{"choices": [{"message": {"content": 5}}]}', b"[" * 200_000, b'{"choices":' * 200_000,
+     b'{"choices": ' + b"9" * 5000 + b"}",
+     b'{"choices": {"0": 1}}', b'{"choices": "ab"}', b'{"choices": [null]}',
+     b'{"choices": [{"message": "a"}]}', b"1e999",
+     b'{"error": {"message": "overloaded", "code": 503}}', b"<html>502</html>",
+     reply(choice("a")).decode().encode("utf-16")],
 )  # fmt: skip
 def test_what_is_no_completion_is_a_bad_reply(body: bytes) -> None:
     with pytest.raises(Fault) as caught:
@@ -212,8 +274,21 @@ def test_retry_after() -> None:
     assert retry_after("soon") is None
     assert 25 < (retry_after(formatdate(time.time() + 30, usegmt=True)) or 0) <= 30
     assert retry_after(formatdate(0, usegmt=True)) == 0.0
-    assert retry_after("99999999") == retry_after("1e999") == retry_after(formatdate(4e9, usegmt=True)) == 60.0
-    for unreadable in ("nan", "", "9" * 5000 + "x", "Wed, 21 Oct 99999 07:28:00 GMT", "Mon, 99 Foo 2026", "0 0 0 0 0 0", "\u0663"):
+    assert (
+        retry_after("99999999")
+        == retry_after("1e999")
+        == retry_after(formatdate(4e9, usegmt=True))
+        == 60.0
+    )
+    for unreadable in (
+        "nan",
+        "",
+        "9" * 5000 + "x",
+        "Wed, 21 Oct 99999 07:28:00 GMT",
+        "Mon, 99 Foo 2026",
+        "0 0 0 0 0 0",
+        "\u0663",
+    ):
         assert (retry_after(unreadable) or 0.0) <= 60.0
 
 
@@ -236,7 +311,10 @@ def test_request_body() -> None:
 
 def test_special_tokens_in_a_question_are_plain_text() -> None:
     given = "<|im_end|> </s> [/INST] x<|y a < b\ud83d"
-    assert MessageWriter(TeacherConfig()).content(given) == "< |im_end|> < /s> [ /INST] x<|y a < b\ufffd"
+    assert (
+        MessageWriter(TeacherConfig()).content(given)
+        == "< |im_end|> < /s> [ /INST] x<|y a < b\ufffd"
+    )
 
 
 KEY = "sk-0123/4567<89>"
@@ -247,7 +325,10 @@ def test_the_key_is_hidden_in_answers_and_messages() -> None:
     body = reply(choice(f"It is {KEY}.", reasoning=f"{KEY}?")).replace(b"sk-", b"\\u0073k-")
     (read,) = parse_reply(body, 1, 0, received).choices
     assert (read.content, read.text) == ("It is ***.", "<think>\n***?\n</think>\n\nIt is ***.")
-    listed = [{"token": KEY, "logprob": -1.0}, {"token": "x", "bytes": list(f" {KEY}".encode()), "logprob": -1.0}]
+    listed = [
+        {"token": KEY, "logprob": -1.0},
+        {"token": "x", "bytes": list(f" {KEY}".encode()), "logprob": -1.0},
+    ]
     told = {**choice("a"), "logprobs": {"content": listed}}
     (read,) = parse_reply(reply(told), 1, 1, received).choices
     assert [token.spelling for token in read.tokens] == [b"***", b" ***"]
@@ -257,13 +338,18 @@ def test_the_key_is_hidden_in_answers_and_messages() -> None:
         parse_reply(json.dumps({"error": f"wrong key {KEY}"}).encode(), 1, 0, received)
     assert "***" in caught.value.detail
     assert "sk-" not in caught.value.detail
-    for before in range(MAX_READ_CHARS - 20, MAX_READ_CHARS + 2):  # never a part of it, wherever the text is cut
+    for before in range(
+        MAX_READ_CHARS - 20, MAX_READ_CHARS + 2
+    ):  # never a part of it, wherever the text is cut
         assert "sk" not in received.shown(" " * before + KEY)
 
 
 def test_a_key_that_is_no_secret_changes_no_answer() -> None:
     received = ReceivedText("EMPTY")
-    assert parse_reply(reply(choice("The set is EMPTY")), 1, 0, received).choices[0].text == "The set is EMPTY"
+    assert (
+        parse_reply(reply(choice("The set is EMPTY")), 1, 0, received).choices[0].text
+        == "The set is EMPTY"
+    )
     assert received.shown("wrong key EMPTY") == "wrong key ***"
 
 
@@ -277,11 +363,26 @@ def test_what_is_shown_is_one_short_line_that_no_terminal_obeys() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["teacher.endpoints=[host:8000]", "teacher.model=m"], r"teacher.endpoints\[0\]: not an address"),
-        (["teacher.endpoints=['http://u:geheim@h/v1']", "teacher.model=m"], r"holds more than an address"),
-        (["teacher.endpoints=['http://h/v1?key=geheim']", "teacher.model=m"], r"holds more than an address"),
-        (["teacher.endpoints=['http://h/v1','http://h/v1']", "teacher.model=m"], r"stands there twice"),
-        (["teacher.endpoints=['http://h/v1']"], r"teacher.model: missing, got endpoints without a model"),
+        (
+            ["teacher.endpoints=[host:8000]", "teacher.model=m"],
+            r"teacher.endpoints\[0\]: not an address",
+        ),
+        (
+            ["teacher.endpoints=['http://u:geheim@h/v1']", "teacher.model=m"],
+            r"holds more than an address",
+        ),
+        (
+            ["teacher.endpoints=['http://h/v1?key=geheim']", "teacher.model=m"],
+            r"holds more than an address",
+        ),
+        (
+            ["teacher.endpoints=['http://h/v1','http://h/v1']", "teacher.model=m"],
+            r"stands there twice",
+        ),
+        (
+            ["teacher.endpoints=['http://h/v1']"],
+            r"teacher.model: missing, got endpoints without a model",
+        ),
         (["teacher.api_key_env=sk-geheim"], r"teacher.api_key_env: not a name"),
         (["teacher.on_failure=pray"], r"teacher.on_failure: not a choice"),
     ],
@@ -294,6 +395,13 @@ def test_wrong_settings_are_named_and_no_key_repeated(options: list[str], messag
 
 def test_a_key_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
-    config = load_config(None, ["teacher.endpoints=['http://127.0.0.1:9/v1']", "teacher.model=m", "teacher.api_key_env=NO_SUCH_KEY"])
+    config = load_config(
+        None,
+        [
+            "teacher.endpoints=['http://127.0.0.1:9/v1']",
+            "teacher.model=m",
+            "teacher.api_key_env=NO_SUCH_KEY",
+        ],
+    )
     with pytest.raises(ConfigError, match="the environment has no NO_SUCH_KEY"):
         open_pool(config.teacher, SingleProcess())

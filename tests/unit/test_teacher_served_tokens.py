@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zppo_mm.embedded import STUDENT_DIR
+from zppo_mm.bundled import STUDENT_DIR
 from zppo_mm.experience import NO_TOKEN
 from zppo_mm.rollout.chat import ChatFormat
-from zppo_mm.teacher.chat_api import Ask, Choice, Fault, ServedToken, parse_reply
-from zppo_mm.teacher.served_tokens import TokenReader
+from zppo_mm.teacher.served.chat_api import Ask, Choice, Fault, ServedToken, parse_reply
+from zppo_mm.teacher.served.tokens import TokenReader
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +24,25 @@ def chat() -> ChatFormat:
     return ChatFormat(STUDENT_DIR)
 
 
-IDS = {b"<think>": 1, b"\n": 2, b"4": 3, b" is": 4, b"</think>": 5, b"<end>": 6, b"\xc3": 7, b"\xa9": 8, "\ufffd".encode(): 9}
+IDS = {
+    b"<think>": 1,
+    b"\n": 2,
+    b"4": 3,
+    b" is": 4,
+    b"</think>": 5,
+    b"<end>": 6,
+    b"\xc3": 7,
+    b"\xa9": 8,
+    "\ufffd".encode(): 9,
+}
 
 
 def token(spelling: bytes, probability: float = 0.5, **top: float) -> ServedToken:
-    return ServedToken(spelling, math.log(probability), tuple((text.encode(), math.log(p)) for text, p in top.items()))
+    return ServedToken(
+        spelling,
+        math.log(probability),
+        tuple((text.encode(), math.log(p)) for text, p in top.items()),
+    )
 
 
 def choice(text: str, *tokens: ServedToken) -> Choice:
@@ -52,18 +66,38 @@ def test_bytes_of_tokens_spell_any_text(chat: ChatFormat) -> None:
 
 
 def test_ids_and_log_probs_by_position() -> None:
-    answer = choice("4", token(b"4", 0.5, **{"4": 0.5, " is": 0.25}), token(b"<end>", 0.125, **{" is": 0.75, "4": 0.0625}))
+    answer = choice(
+        "4",
+        token(b"4", 0.5, **{"4": 0.5, " is": 0.25}),
+        token(b"<end>", 0.125, **{" is": 0.75, "4": 0.0625}),
+    )
     found = reader().read(answer)
     assert found is not None
     ids, top = found
     assert ids.tolist() == [3, 6]
     # The written token is listed anyway in the first place, and not in the second.
     assert top.ids.tolist() == [[3, 4, NO_TOKEN], [6, 4, 3]]
-    np.testing.assert_allclose(np.exp(top.logprobs), [[0.5, 0.25, 0.0], [0.125, 0.75, 0.0625]], rtol=1e-6)
+    np.testing.assert_allclose(
+        np.exp(top.logprobs), [[0.5, 0.25, 0.0], [0.125, 0.75, 0.0625]], rtol=1e-6
+    )
 
 
 def test_a_character_may_be_divided_and_reasoning_told_apart() -> None:
-    written = [token(part) for part in (b"<think>", b"\n", b"4", b"\n", b"</think>", b"\n", b"\n", b"\xc3", b"\xa9", b"<end>")]
+    written = [
+        token(part)
+        for part in (
+            b"<think>",
+            b"\n",
+            b"4",
+            b"\n",
+            b"</think>",
+            b"\n",
+            b"\n",
+            b"\xc3",
+            b"\xa9",
+            b"<end>",
+        )
+    ]
     ids, _ = reader().read(choice("<think>\n4\n</think>\n\né", *written)) or (None, None)
     assert ids is not None
     assert ids.tolist() == [1, 2, 3, 2, 5, 2, 2, 7, 8, 6]
@@ -73,7 +107,9 @@ def test_a_character_may_be_divided_and_reasoning_told_apart() -> None:
 
 def test_an_end_that_is_not_spelled_is_the_stop_token() -> None:
     read = reader()
-    ids, top = read.read(choice("4", token(b"4", **{"": 0.25}), token(b"", **{"": 0.5, "4": 0.25}))) or (None, None)
+    ids, top = read.read(
+        choice("4", token(b"4", **{"": 0.25}), token(b"", **{"": 0.5, "4": 0.25}))
+    ) or (None, None)
     assert ids is not None
     assert top is not None
     assert ids.tolist() == [3, 6]
@@ -102,7 +138,9 @@ def test_likely_tokens_that_are_not_known_are_lumped_and_counted() -> None:
         (choice("4", token(b""), token(b"4")), "b'' is not in the student's vocabulary"),
     ],
 )
-def test_what_cannot_be_used_is_left_out_and_said_once(answer: Choice, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_used_is_left_out_and_said_once(
+    answer: Choice, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
     read = reader()
     with caplog.at_level(logging.WARNING):
         assert read.read(answer) is None
@@ -112,10 +150,14 @@ def test_what_cannot_be_used_is_left_out_and_said_once(answer: Choice, reason: s
 
 
 @pytest.mark.parametrize(
-    "logprob", [math.nan, math.inf, -math.inf, 1e-3, 0.5, 1e300, -1e300], ids=["nan", "inf", "-inf", "above 0", "1/2", "huge", "tiny"]
+    "logprob",
+    [math.nan, math.inf, -math.inf, 1e-3, 0.5, 1e300, -1e300],
+    ids=["nan", "inf", "-inf", "above 0", "1/2", "huge", "tiny"],
 )
 @pytest.mark.parametrize("place", ["written", "likely", "unknown to the student"])
-def test_log_probs_that_there_are_none_of_are_refused(logprob: float, place: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_probs_that_there_are_none_of_are_refused(
+    logprob: float, place: str, caplog: pytest.LogCaptureFixture
+) -> None:
     good = token(b"4", 0.5, **{" is": 0.25})
     bad = {
         "written": ServedToken(b" is", logprob, ((b"4", -1.0),)),
@@ -129,31 +171,67 @@ def test_log_probs_that_there_are_none_of_are_refused(logprob: float, place: str
     assert read.read(choice("4", good)) is not None
 
 
-def test_probabilities_above_one_together_are_refused_and_rounding_is_not(caplog: pytest.LogCaptureFixture) -> None:
+def test_probabilities_above_one_together_are_refused_and_rounding_is_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     read = reader()
-    assert read.read(choice("4", token(b"4", 0.75, **{"4": 0.75, " is": 0.2504}))) is not None  # the written one counts once
-    assert read.read(choice("4", ServedToken(b"4", -0.0, ((b" is", -9999.0), (b"\n", -3.4028234663852886e38))))) is not None
+    assert (
+        read.read(choice("4", token(b"4", 0.75, **{"4": 0.75, " is": 0.2504}))) is not None
+    )  # the written one counts once
+    assert (
+        read.read(
+            choice(
+                "4", ServedToken(b"4", -0.0, ((b" is", -9999.0), (b"\n", -3.4028234663852886e38)))
+            )
+        )
+        is not None
+    )
     with caplog.at_level(logging.WARNING):
         assert read.read(choice("4", token(b"4", 0.75, **{" is": 0.5}))) is None
-    assert "the most likely tokens beside b'4' have probability 1.25 together, more than 1" in caplog.text
+    assert (
+        "the most likely tokens beside b'4' have probability 1.25 together, more than 1"
+        in caplog.text
+    )
 
 
-@pytest.mark.parametrize("told", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "0.25", '"nan"', "true"])
+@pytest.mark.parametrize(
+    "told", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "0.25", '"nan"', "true"]
+)
 def test_a_reply_with_such_log_probs_is_not_distilled_from(told: str) -> None:
-    body = reply({"content": [{"token": "é4", "bytes": None, "logprob": "TOLD"}]}).replace(b'"TOLD"', told.encode())
+    body = reply({"content": [{"token": "é4", "bytes": None, "logprob": "TOLD"}]}).replace(
+        b'"TOLD"', told.encode()
+    )
     read = TokenReader({"é4".encode(): 1}, [6], num_top=1)
-    with contextlib.suppress(Fault):  # whether the reply is refused as a whole or its log-probs alone
+    with contextlib.suppress(
+        Fault
+    ):  # whether the reply is refused as a whole or its log-probs alone
         assert read.read(parse_reply(body, 1).choices[0]) is None
     assert read.read(parse_reply(body.replace(told.encode(), b"-0.5"), 1).choices[0]) is not None
 
 
 def reply(content: Any) -> bytes:
-    return json.dumps({"choices": [{"index": 0, "message": {"content": "é4"}, "logprobs": content, "finish_reason": "stop"}]}).encode()
+    return json.dumps(
+        {
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"content": "é4"},
+                    "logprobs": content,
+                    "finish_reason": "stop",
+                }
+            ]
+        }
+    ).encode()
 
 
 def test_log_probs_of_a_reply() -> None:
     listed = [
-        {"token": "\\xc3", "bytes": [195], "logprob": -0.5, "top_logprobs": [{"token": "4", "bytes": None, "logprob": -1.5}]},
+        {
+            "token": "\\xc3",
+            "bytes": [195],
+            "logprob": -0.5,
+            "top_logprobs": [{"token": "4", "bytes": None, "logprob": -1.5}],
+        },
         {"token": "\\xa9", "bytes": [169], "logprob": -0.25},
         {"token": "4", "bytes": None, "logprob": 0, "top_logprobs": []},
     ]
@@ -168,21 +246,28 @@ def test_log_probs_of_a_reply() -> None:
 
 
 def listed(**changes: Any) -> Any:
-    return {"content": [{"token": "4", "bytes": [52], "logprob": -0.5, "top_logprobs": [], **changes}]}
+    return {
+        "content": [{"token": "4", "bytes": [52], "logprob": -0.5, "top_logprobs": [], **changes}]
+    }
 
 
 @pytest.mark.parametrize(
     "content",
-    [[5], "4", 7, {"content": {"4": -0.5}}, {"content": [{"token": "4"}]}, {"content": [None]}, listed(bytes=[300]), listed(bytes=[-1]),
-     listed(bytes=[True]), listed(bytes=[52.0]), listed(bytes="4"), listed(bytes=None, token=4), listed(bytes=[52] * 10_000),
-     listed(logprob="-0.5"), listed(logprob=True), listed(logprob=None), listed(logprob=10**400), listed(top_logprobs={"4": -0.5}),
+    [[5], "4", 7, {"content": {"4": -0.5}}, {"content": [{"token": "4"}]}, {"content": [None]},
+    listed(bytes=[300]), listed(bytes=[-1]),
+     listed(bytes=[True]), listed(bytes=[52.0]), listed(bytes="4"), listed(bytes=None, token=4),
+     listed(bytes=[52] * 10_000),
+     listed(logprob="-0.5"), listed(logprob=True), listed(logprob=None), listed(logprob=10**400),
+     listed(top_logprobs={"4": -0.5}),
      listed(top_logprobs=[7])],
 )  # fmt: skip
 def test_log_probs_of_another_form_are_none_and_take_no_answer_away(content: Any) -> None:
     (read,) = parse_reply(reply(content), 1, num_top=2).choices
     assert read.text
     assert read.tokens == ()
-    assert parse_reply(reply(content), 1, num_top=0).choices[0].tokens == ()  # nobody asked for them
+    assert (
+        parse_reply(reply(content), 1, num_top=0).choices[0].tokens == ()
+    )  # nobody asked for them
 
 
 def test_more_likely_tokens_than_asked_for_are_not_kept() -> None:

@@ -20,7 +20,14 @@ from zppo_mm.training.batching import BatchPlan, build_batches, pack, plan_batch
 CPU = torch.device("cpu")
 
 
-def make_sample(uid: str, prompt: int, response: int, advantage: float = 1.0, num_images: int = 0, first_id: int = 100) -> TrainingSample:
+def make_sample(
+    uid: str,
+    prompt: int,
+    response: int,
+    advantage: float = 1.0,
+    num_images: int = 0,
+    first_id: int = 100,
+) -> TrainingSample:
     tokens = prompt + response
     mask = np.array([0.0] * prompt + [1.0] * response, dtype=np.float32)
     media = tuple(MediaRef("image", "shard.tar", uid, f"{i}.png") for i in range(num_images))
@@ -45,12 +52,24 @@ class SquareMedia:
 
     def vision_inputs(self, question: Question) -> list[VisionInput]:
         self.opened.append(question.id)
-        return [VisionInput("image", np.full((4, 3), float(question.id), dtype=np.float32), self.grid) for _ in question.media]
+        return [
+            VisionInput("image", np.full((4, 3), float(question.id), dtype=np.float32), self.grid)
+            for _ in question.media
+        ]
 
 
 @st.composite
 def steps(draw: st.DrawFn) -> list[TrainingSample]:
-    groups = draw(st.lists(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 40), st.booleans()), min_size=1, max_size=5), max_size=9))
+    groups = draw(
+        st.lists(
+            st.lists(
+                st.tuples(st.integers(1, 30), st.integers(0, 40), st.booleans()),
+                min_size=1,
+                max_size=5,
+            ),
+            max_size=9,
+        )
+    )
     return [
         make_sample(f"{number}", prompt, response, advantage=float(counts), first_id=1000 * number)
         for number, group in enumerate(groups)
@@ -58,7 +77,9 @@ def steps(draw: st.DrawFn) -> list[TrainingSample]:
     ]
 
 
-def plan(samples: list[TrainingSample], num_minibatches: int = 2, num_replicas: int = 2, budget: int = 60) -> BatchPlan:
+def plan(
+    samples: list[TrainingSample], num_minibatches: int = 2, num_replicas: int = 2, budget: int = 60
+) -> BatchPlan:
     return plan_batches(
         samples,
         num_minibatches=num_minibatches,
@@ -69,8 +90,15 @@ def plan(samples: list[TrainingSample], num_minibatches: int = 2, num_replicas: 
 
 
 @settings(max_examples=60, deadline=None)
-@given(samples=steps(), num_minibatches=st.integers(1, 5), num_replicas=st.integers(1, 4), budget=st.integers(1, 120))
-def test_no_token_is_lost_or_doubled(samples: list[TrainingSample], num_minibatches: int, num_replicas: int, budget: int) -> None:
+@given(
+    samples=steps(),
+    num_minibatches=st.integers(1, 5),
+    num_replicas=st.integers(1, 4),
+    budget=st.integers(1, 120),
+)
+def test_no_token_is_lost_or_doubled(
+    samples: list[TrainingSample], num_minibatches: int, num_replicas: int, budget: int
+) -> None:
     made = plan(samples, num_minibatches, num_replicas, budget)
     assert len(made.minibatch_of) == len(samples)
     for update, replicas in enumerate(made.microbatches):
@@ -80,11 +108,25 @@ def test_no_token_is_lost_or_doubled(samples: list[TrainingSample], num_minibatc
         assert sorted(passed) == [i for i in members if np.any(samples[i].advantages != 0)]
         for microbatch in (m for replica in replicas for m in replica):
             assert len(microbatch) == 1 or sum(samples[i].num_tokens for i in microbatch) <= budget
-        totals = [sum(samples[i].num_tokens for microbatch in replica for i in microbatch) for replica in replicas]
+        totals = [
+            sum(samples[i].num_tokens for microbatch in replica for i in microbatch)
+            for replica in replicas
+        ]
         assert max(totals) - min(totals) <= max((samples[i].num_tokens for i in passed), default=0)
-    batches = [build_batches(made, samples, replica=r, media=None, device=CPU) for r in range(num_replicas)]
-    packed = Counter(int(t) for share in batches for batch in share for mb in batch.microbatches if mb.uids for t in mb.token_ids)
-    assert packed == Counter(int(t) for s in samples if np.any(s.advantages != 0) for t in s.token_ids)
+    batches = [
+        build_batches(made, samples, replica=r, media=None, device=CPU) for r in range(num_replicas)
+    ]
+    packed = Counter(
+        int(t)
+        for share in batches
+        for batch in share
+        for mb in batch.microbatches
+        if mb.uids
+        for t in mb.token_ids
+    )
+    assert packed == Counter(
+        int(t) for s in samples if np.any(s.advantages != 0) for t in s.token_ids
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -96,7 +138,9 @@ def test_groups_stay_whole_and_updates_are_equal(num_groups: int, num_minibatche
         sizes = Counter(made.minibatch_of).values()
         assert len(sizes) == min(num_minibatches, len(samples))
     else:
-        owners = {sample.uid: owner for sample, owner in zip(samples, made.minibatch_of, strict=True)}
+        owners = {
+            sample.uid: owner for sample, owner in zip(samples, made.minibatch_of, strict=True)
+        }
         assert [owners[sample.uid] for sample in samples] == list(made.minibatch_of)
         sizes = Counter(owners.values()).values()
         assert len(sizes) == num_minibatches
@@ -107,19 +151,32 @@ def test_the_shuffle_depends_on_the_step_alone() -> None:
     samples = [make_sample(f"{group}", 2, 2) for group in range(16)]
     assert plan(samples) == plan(samples)
     assert plan(samples).minibatch_of == plan(samples, num_replicas=4, budget=5).minibatch_of
-    other = plan_batches(samples, num_minibatches=2, num_replicas=2, micro_batch_tokens=60, random=generator(0, "minibatches", 4))
+    other = plan_batches(
+        samples,
+        num_minibatches=2,
+        num_replicas=2,
+        micro_batch_tokens=60,
+        random=generator(0, "minibatches", 4),
+    )
     assert plan(samples).minibatch_of != other.minibatch_of
 
 
 @pytest.mark.parametrize("share_prompts", [False, True])
 @pytest.mark.parametrize("budget", [1600, 400])
-def test_a_replica_opens_the_media_of_its_share_of_the_questions(share_prompts: bool, budget: int) -> None:
-    """8 replicas, 576 questions: each opens 72, whether or not prompts are shared and a group fits into a micro-batch."""
+def test_a_replica_opens_the_media_of_its_share_of_the_questions(
+    share_prompts: bool, budget: int
+) -> None:
+    """8 replicas, 576 questions: each opens 72, whether or not prompts are shared and a group fits
+    into a micro-batch.
+    """
     lengths = np.random.default_rng(0)
     samples = []
     for question in range(576):
         prompt = int(lengths.integers(5, 90))
-        samples += [make_sample(str(question), prompt, 1 + int(lengths.lognormal(3.2, 1.0))) for _ in range(8)]
+        samples += [
+            make_sample(str(question), prompt, 1 + int(lengths.lognormal(3.2, 1.0)))
+            for _ in range(8)
+        ]
     made = plan_batches(
         samples,
         num_minibatches=4,
@@ -131,7 +188,8 @@ def test_a_replica_opens_the_media_of_its_share_of_the_questions(share_prompts: 
     for replica in range(8):
         packs = [members for update in made.microbatches for members in update[replica]]
         opened = {samples[index].uid for members in packs for index in members}
-        # Few groups are divided, so that the tokens of two replicas differ by at most the longest sample.
+        # Few groups are divided, so that the tokens of two replicas differ by at most the longest
+        # sample.
         assert len(opened) <= 76, len(opened)
 
 
@@ -141,13 +199,24 @@ def test_trivial_samples_count_but_are_not_passed() -> None:
     assert made.microbatches == ((((0,),),),)
     assert made.num_loss_tokens == (12,)
     assert made.num_skipped == 1
-    full = plan_batches(samples, num_minibatches=1, num_replicas=1, micro_batch_tokens=60, random=generator(0), skip_zero_advantage=False)
+    full = plan_batches(
+        samples,
+        num_minibatches=1,
+        num_replicas=1,
+        micro_batch_tokens=60,
+        random=generator(0),
+        skip_zero_advantage=False,
+    )
     assert full.microbatches == ((((0, 1),),),)
     assert full.num_loss_tokens == (12,)
 
 
 def test_packing_lays_sequences_end_to_end() -> None:
-    packed = pack([make_sample("0", 2, 1, first_id=10), make_sample("1", 1, 2, first_id=20)], media=None, device=CPU)
+    packed = pack(
+        [make_sample("0", 2, 1, first_id=10), make_sample("1", 1, 2, first_id=20)],
+        media=None,
+        device=CPU,
+    )
     assert packed.token_ids.tolist() == [10, 11, 12, 20, 21, 22]
     assert packed.positions.tolist() == [[0, 1, 2, 0, 1, 2]] * 3
     assert packed.cu_seqlens.tolist() == [0, 3, 6]
@@ -170,7 +239,11 @@ def test_a_replica_without_samples_gets_one_idle_micro_batch() -> None:
 
 
 def test_pixels_are_opened_when_asked_for_and_only_with_a_source() -> None:
-    samples = [make_sample("1", 2, 3, num_images=2), make_sample("2", 2, 3), make_sample("3", 2, 3, num_images=1)]
+    samples = [
+        make_sample("1", 2, 3, num_images=2),
+        make_sample("2", 2, 3),
+        make_sample("3", 2, 3, num_images=1),
+    ]
     made = plan(samples, num_minibatches=1, num_replicas=1)
     media = SquareMedia()
     (batch,) = build_batches(made, samples, replica=0, media=media, device=CPU)
@@ -186,7 +259,9 @@ def test_pixels_are_opened_when_asked_for_and_only_with_a_source() -> None:
 
 
 def test_media_that_changed_since_the_prompt_are_refused() -> None:
-    with pytest.raises(DataError, match=r"media of question '7' have changed, got grids \(\(1, 2, 4\),\)"):
+    with pytest.raises(
+        DataError, match=r"media of question '7' have changed, got grids \(\(1, 2, 4\),\)"
+    ):
         pack([make_sample("7", 2, 3, num_images=1)], media=SquareMedia((1, 2, 4)), device=CPU)
 
 
@@ -206,7 +281,9 @@ class FailingMedia(SquareMedia):
 
 
 @pytest.mark.parametrize("reason", ["timeout", "decoder_died"])
-def test_a_decoder_that_failed_once_is_asked_again(reason: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_decoder_that_failed_once_is_asked_again(
+    reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
     media = FailingMedia(reason, times=1)
     packed = pack([make_sample("7", 2, 3, num_images=1)], media=media, device=CPU)
     assert packed.patches is not None

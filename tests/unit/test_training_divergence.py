@@ -1,4 +1,6 @@
-"""The Jensen-Shannon divergence and its gradient against the formula in float64; what lumping may and may not change."""
+"""The Jensen-Shannon divergence and its gradient against the formula in float64; what lumping may
+and may not change.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zppo_mm.algorithms.divergence import TopTokens, jensen_shannon, top_jensen_shannon, top_tokens
 from zppo_mm.experience import NO_TOKEN
-from zppo_mm.training.divergence import TopTokens, jensen_shannon, top_jensen_shannon, top_tokens
 
 # Float32 against float64: sums over 101 entries of differences of log-probs of up to 30.
 TOLERANCE = 5e-6
@@ -61,7 +63,9 @@ def test_value_and_gradient_are_those_of_the_formula(temperature: float, chunk_r
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("k", [1, 7, VOCABULARY])
-def test_value_and_gradient_of_lumped_outcomes_are_those_of_the_formula(temperature: float, k: int) -> None:
+def test_value_and_gradient_of_lumped_outcomes_are_those_of_the_formula(
+    temperature: float, k: int
+) -> None:
     student, teacher = example(1)
     top = top_tokens(teacher, k, temperature=temperature)
     ours, plain = student.clone().requires_grad_(), student.double().requires_grad_()
@@ -87,7 +91,10 @@ def test_top_tokens_are_those_of_the_softmax() -> None:
 
 
 def test_numbers_by_hand() -> None:
-    student, teacher = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.25, 0.75, 0.0]]).log()
+    student, teacher = (
+        torch.tensor([[0.5, 0.25, 0.25]]).log(),
+        torch.tensor([[0.25, 0.75, 0.0]]).log(),
+    )
     # m = 3/8, 1/2, 1/8.
     of_student = 0.5 * math.log(4 / 3) + 0.25 * math.log(1 / 2) + 0.25 * math.log(2)
     of_teacher = 0.25 * math.log(2 / 3) + 0.75 * math.log(3 / 2)
@@ -95,15 +102,25 @@ def test_numbers_by_hand() -> None:
     assert float(jensen_shannon(student, teacher).jsd) == pytest.approx(expected, abs=1e-6)
     # Lumped to token 1 and the rest: p = 1/4, 3/4; q = 3/4, 1/4; m = 1/2, 1/2.
     top = TopTokens(torch.tensor([[1, NO_TOKEN]]), torch.tensor([[math.log(0.75), math.nan]]))
-    assert float(top_jensen_shannon(student, top).jsd) == pytest.approx(0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2), abs=1e-6)
+    assert float(top_jensen_shannon(student, top).jsd) == pytest.approx(
+        0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2), abs=1e-6
+    )
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), spread=st.sampled_from([0.01, 1.0, 5.0, 40.0]), k=st.integers(1, VOCABULARY))
-def test_lumping_gives_a_lower_bound_that_grows_with_k_up_to_the_whole(seed: int, spread: float, k: int) -> None:
+@given(
+    seed=st.integers(0, 10**6),
+    spread=st.sampled_from([0.01, 1.0, 5.0, 40.0]),
+    k=st.integers(1, VOCABULARY),
+)
+def test_lumping_gives_a_lower_bound_that_grows_with_k_up_to_the_whole(
+    seed: int, spread: float, k: int
+) -> None:
     student, teacher = example(seed, spread)
     whole = jensen_shannon(student, teacher).jsd
-    fewer, more, every = (top_jensen_shannon(student, top_tokens(teacher, n)).jsd for n in (k, k + 1, VOCABULARY))
+    fewer, more, every = (
+        top_jensen_shannon(student, top_tokens(teacher, n)).jsd for n in (k, k + 1, VOCABULARY)
+    )
     assert (fewer <= more + TOLERANCE).all()
     assert (more <= whole + TOLERANCE).all()
     torch.testing.assert_close(every, whole, atol=TOLERANCE, rtol=0)
@@ -125,7 +142,9 @@ def test_impossible_tokens_make_no_nan() -> None:
         logits = student.clone().requires_grad_()
         found = values(logits)
         # They share no token at all.
-        torch.testing.assert_close(found.jsd, torch.full((ROWS,), math.log(2)), atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(
+            found.jsd, torch.full((ROWS,), math.log(2)), atol=TOLERANCE, rtol=0
+        )
         found.jsd.sum().backward()
         assert torch.isfinite(found.entropies).all()
         assert logits.grad is not None
@@ -141,7 +160,9 @@ def test_rows_without_top_tokens_say_nothing() -> None:
     torch.testing.assert_close(found.jsd[::2], torch.zeros(12), atol=TOLERANCE, rtol=0)
     found.jsd.sum().backward()
     assert student.grad is not None
-    torch.testing.assert_close(student.grad[::2], torch.zeros(12, VOCABULARY), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(
+        student.grad[::2], torch.zeros(12, VOCABULARY), atol=TOLERANCE, rtol=0
+    )
     assert (student.grad[1::2].abs().sum(-1) > 0).all()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zppo_mm.training.logprobs import token_statistics
+from zppo_mm.algorithms.logprobs import token_statistics
 
 # Float32 sums over 101 entries of size 5 in another order.
 TOLERANCE = 5e-6
@@ -26,7 +26,9 @@ def example() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_values_and_gradients_are_those_of_the_softmax(temperature: float, chunk_rows: int) -> None:
     logits, rows, targets = example()
     ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    logprobs, entropies = token_statistics(ours, rows, targets, temperature=temperature, chunk_rows=chunk_rows)
+    logprobs, entropies = token_statistics(
+        ours, rows, targets, temperature=temperature, chunk_rows=chunk_rows
+    )
     expected = torch.log_softmax(plain[rows] / temperature, -1)
     expected_logprobs = expected.gather(-1, targets[:, None]).squeeze(-1)
     expected_entropies = torch.distributions.Categorical(logits=plain[rows] / temperature).entropy()
@@ -45,7 +47,10 @@ def test_a_loss_may_use_one_of_the_two_alone(field: str) -> None:
     ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     getattr(token_statistics(ours, rows, targets), field).square().sum().backward()
     expected = torch.log_softmax(plain[rows], -1)
-    both = {"logprobs": expected.gather(-1, targets[:, None]).squeeze(-1), "entropies": -(expected.exp() * expected).sum(-1)}
+    both = {
+        "logprobs": expected.gather(-1, targets[:, None]).squeeze(-1),
+        "entropies": -(expected.exp() * expected).sum(-1),
+    }
     both[field].square().sum().backward()
     assert ours.grad is not None
     torch.testing.assert_close(ours.grad, plain.grad, atol=GRADIENT_TOLERANCE, rtol=0)

@@ -7,9 +7,14 @@ import dataclasses
 import pytest
 import torch
 
-from zppo_mm.config import AlgorithmConfig
+from zppo_mm.config.schema import AlgorithmConfig
 from zppo_mm.experience import Microbatch
-from zppo_mm.training.objective import PolicyObjective, SupervisedObjective, predicting_rows, with_loss_predicted_by
+from zppo_mm.training.objective import (
+    PolicyObjective,
+    SupervisedObjective,
+    predicting_rows,
+    with_loss_predicted_by,
+)
 
 VOCABULARY = 11
 # Float32 sums of about ten terms.
@@ -27,13 +32,18 @@ def packed(old_shift: float = 0.0) -> tuple[torch.Tensor, Microbatch]:
     for token in range(1, 9):
         old[token] = torch.log_softmax(logits[token - 1], -1)[ids[token]] + old_shift
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]] * 3)
-    return logits, Microbatch(ids, positions, torch.tensor([0, 5, 9], dtype=torch.int32), mask, old * mask, advantages)
+    return logits, Microbatch(
+        ids, positions, torch.tensor([0, 5, 9], dtype=torch.int32), mask, old * mask, advantages
+    )
 
 
 def test_a_token_is_predicted_from_the_place_before_it() -> None:
     logits, microbatch = packed()
     terms = SupervisedObjective()(logits, microbatch)
-    expected = -sum(float(torch.log_softmax(logits[i - 1], -1)[microbatch.token_ids[i]]) for i in (2, 3, 4, 7, 8))
+    expected = -sum(
+        float(torch.log_softmax(logits[i - 1], -1)[microbatch.token_ids[i]])
+        for i in (2, 3, 4, 7, 8)
+    )
     assert float(terms.loss_sum) == pytest.approx(expected, rel=TOLERANCE)
     assert terms.sums.tolist()[:2] == pytest.approx([expected, 5.0], rel=TOLERANCE)
 
@@ -66,7 +76,12 @@ def test_on_policy_tokens_have_ratio_one() -> None:
     assert named["num_tokens"] == 5
     assert named["ratio"] == pytest.approx(5.0, rel=TOLERANCE)
     assert named["kl"] == pytest.approx(0.0, abs=TOLERANCE)
-    assert named["clip_fraction_low"] == named["clip_fraction_high"] == named["clip_fraction_dual"] == 0
+    assert (
+        named["clip_fraction_low"]
+        == named["clip_fraction_high"]
+        == named["clip_fraction_dual"]
+        == 0
+    )
     entropies = torch.distributions.Categorical(logits=logits[[1, 2, 3, 6, 7]]).entropy()
     assert named["entropy"] == pytest.approx(float(entropies.sum()), rel=TOLERANCE)
 
@@ -83,7 +98,10 @@ def test_moved_policy_counts_its_clipped_tokens() -> None:
 
 def test_a_micro_batch_without_loss_tokens_has_no_gradient() -> None:
     logits, microbatch = packed()
-    idle = Microbatch(*(getattr(microbatch, name) for name in ("token_ids", "positions", "cu_seqlens")), *[torch.zeros(9)] * 3)
+    idle = Microbatch(
+        *(getattr(microbatch, name) for name in ("token_ids", "positions", "cu_seqlens")),
+        *[torch.zeros(9)] * 3,
+    )
     logits.requires_grad_()
     terms = PolicyObjective(AlgorithmConfig(), temperature=1.0)(logits, idle)
     terms.loss_sum.backward()
@@ -100,8 +118,14 @@ def test_the_loss_is_divided_by_where_the_predicting_place_lies(middle: int) -> 
         mine = with_loss_predicted_by(microbatch, own)
         rows = predicting_rows(mine)
         # A part that predicts nothing gives the logits of its own tokens, whatever their number.
-        parts.append(SupervisedObjective()(logits[own] if rows is None else logits[own][rows - own.start], mine))
-    assert sum(float(part.loss_sum) for part in parts) == pytest.approx(float(whole.loss_sum), rel=TOLERANCE)
+        parts.append(
+            SupervisedObjective()(
+                logits[own] if rows is None else logits[own][rows - own.start], mine
+            )
+        )
+    assert sum(float(part.loss_sum) for part in parts) == pytest.approx(
+        float(whole.loss_sum), rel=TOLERANCE
+    )
     # Tokens 2, 3, 4, 7 and 8 carry loss; their predecessors are counted.
     assert int(parts[0].sums[1]) == sum(place - 1 < middle for place in (2, 3, 4, 7, 8))
     assert int(parts[1].sums[1]) == 5 - int(parts[0].sums[1])
@@ -111,7 +135,14 @@ def test_a_response_is_predicted_where_its_prompt_ends() -> None:
     _, microbatch = packed()
     # The second sequence continues the first: its first token is predicted by place 4.
     child = dataclasses.replace(
-        microbatch, loss_mask=torch.tensor([0.0, 0, 0, 0, 0, 1, 1, 1, 1]), parents=(-1, 0), cu_seqlens=torch.tensor([0, 5, 9])
+        microbatch,
+        loss_mask=torch.tensor([0.0, 0, 0, 0, 0, 1, 1, 1, 1]),
+        parents=(-1, 0),
+        cu_seqlens=torch.tensor([0, 5, 9]),
     )
     assert with_loss_predicted_by(child, slice(0, 5)).loss_mask.nonzero().flatten().tolist() == [5]
-    assert with_loss_predicted_by(child, slice(5, 9)).loss_mask.nonzero().flatten().tolist() == [6, 7, 8]
+    assert with_loss_predicted_by(child, slice(5, 9)).loss_mask.nonzero().flatten().tolist() == [
+        6,
+        7,
+        8,
+    ]

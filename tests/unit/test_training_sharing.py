@@ -16,14 +16,18 @@ from encoders.processor import VisionInput
 from zppo_mm.experience import Microbatch, TrainingSample
 from zppo_mm.randomness import generator
 from zppo_mm.training.batching import BatchPlan, build_batches, pack, plan_batches
-from zppo_mm.training.units import balance, make_units
+from zppo_mm.training.prefix_groups import balance, make_prefix_groups
 
 CPU = torch.device("cpu")
 Shape = tuple[int, list[tuple[int, bool]]]
 
 
-def make_group(uid: str, prompt: int, responses: list[int], first_id: int = 0, num_images: int = 0) -> list[TrainingSample]:
-    """Return the samples of a group: prompt tokens count up from `first_id`, every response from a hundred further on."""
+def make_group(
+    uid: str, prompt: int, responses: list[int], first_id: int = 0, num_images: int = 0
+) -> list[TrainingSample]:
+    """Return the samples of a group: prompt tokens count up from `first_id`, every response from a
+    hundred further on.
+    """
     samples = []
     media = tuple(MediaRef("image", "shard.tar", uid, f"{i}.png") for i in range(num_images))
     for number, response in enumerate(responses):
@@ -33,7 +37,9 @@ def make_group(uid: str, prompt: int, responses: list[int], first_id: int = 0, n
             TrainingSample(
                 uid=uid,
                 question=Question(id=uid, text="", media=media, answer="1", answer_type="math"),
-                token_ids=np.concatenate([np.arange(first_id, first_id + prompt), np.arange(start, start + response)]),
+                token_ids=np.concatenate(
+                    [np.arange(first_id, first_id + prompt), np.arange(start, start + response)]
+                ),
                 positions=np.tile(np.arange(prompt + response), (3, 1)),
                 loss_mask=mask,
                 old_logprobs=-mask,
@@ -47,7 +53,11 @@ def make_group(uid: str, prompt: int, responses: list[int], first_id: int = 0, n
 @st.composite
 def steps(draw: st.DrawFn) -> list[TrainingSample]:
     response = st.tuples(st.integers(1, 40), st.sampled_from([True, True, False]))
-    groups: list[Shape] = draw(st.lists(st.tuples(st.integers(1, 60), st.lists(response, min_size=1, max_size=8)), max_size=9))
+    groups: list[Shape] = draw(
+        st.lists(
+            st.tuples(st.integers(1, 60), st.lists(response, min_size=1, max_size=8)), max_size=9
+        )
+    )
     samples = []
     for number, (prompt, responses) in enumerate(groups):
         made = make_group(f"{number}", prompt, [length for length, _ in responses], 1000 * number)
@@ -57,7 +67,13 @@ def steps(draw: st.DrawFn) -> list[TrainingSample]:
     return samples
 
 
-def plan(samples: list[TrainingSample], num_minibatches: int, num_replicas: int, budget: int, share_prompts: bool = True) -> BatchPlan:
+def plan(
+    samples: list[TrainingSample],
+    num_minibatches: int,
+    num_replicas: int,
+    budget: int,
+    share_prompts: bool = True,
+) -> BatchPlan:
     return plan_batches(
         samples,
         num_minibatches=num_minibatches,
@@ -75,39 +91,72 @@ def unique_tokens(samples: list[TrainingSample], pack_of: tuple[int, ...]) -> in
 
 
 @settings(max_examples=150, deadline=None)
-@given(samples=steps(), num_minibatches=st.integers(1, 4), num_replicas=st.integers(1, 4), budget=st.integers(1, 200))
+@given(
+    samples=steps(),
+    num_minibatches=st.integers(1, 4),
+    num_replicas=st.integers(1, 4),
+    budget=st.integers(1, 200),
+)
 def test_plans_are_complete_small_enough_and_balanced(
     samples: list[TrainingSample], num_minibatches: int, num_replicas: int, budget: int
 ) -> None:
     made = plan(samples, num_minibatches, num_replicas, budget)
     apart = plan(samples, num_minibatches, num_replicas, budget, share_prompts=False)
-    assert (made.minibatch_of, made.num_loss_tokens, made.num_skipped) == (apart.minibatch_of, apart.num_loss_tokens, apart.num_skipped)
+    assert (made.minibatch_of, made.num_loss_tokens, made.num_skipped) == (
+        apart.minibatch_of,
+        apart.num_loss_tokens,
+        apart.num_skipped,
+    )
     for update, replicas in enumerate(made.microbatches):
         passed = [i for replica in replicas for members in replica for i in members]
-        assert sorted(passed) == [i for i, owner in enumerate(made.minibatch_of) if owner == update and np.any(samples[i].advantages)]
+        assert sorted(passed) == [
+            i
+            for i, owner in enumerate(made.minibatch_of)
+            if owner == update and np.any(samples[i].advantages)
+        ]
         for members in (m for replica in replicas for m in replica):
             assert len(members) == 1 or unique_tokens(samples, members) <= budget
-        totals = [sum(unique_tokens(samples, members) for members in replica) for replica in replicas]
+        totals = [
+            sum(unique_tokens(samples, members) for members in replica) for replica in replicas
+        ]
         assert max(totals) - min(totals) <= max((samples[i].num_tokens for i in passed), default=0)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    groups=st.lists(st.tuples(st.integers(1, 20), st.lists(st.integers(1, 40), min_size=1, max_size=12)), min_size=1, max_size=3),
+    groups=st.lists(
+        st.tuples(st.integers(1, 20), st.lists(st.integers(1, 40), min_size=1, max_size=12)),
+        min_size=1,
+        max_size=3,
+    ),
     num_replicas=st.integers(2, 6),
     budget=st.integers(40, 400),
 )
-def test_parts_of_a_group_that_fit_together_are_together(groups: list[tuple[int, list[int]]], num_replicas: int, budget: int) -> None:
-    samples = [s for number, (prompt, responses) in enumerate(groups) for s in make_group(f"{number}", prompt, responses, 1000 * number)]
-    shares = balance(make_units(samples, range(len(samples)), budget, share_prompts=True), num_replicas, budget)
-    assert sorted(i for share in shares for unit in share for i in unit.response_tokens) == list(range(len(samples)))
+def test_parts_of_a_group_that_fit_together_are_together(
+    groups: list[tuple[int, list[int]]], num_replicas: int, budget: int
+) -> None:
+    samples = [
+        s
+        for number, (prompt, responses) in enumerate(groups)
+        for s in make_group(f"{number}", prompt, responses, 1000 * number)
+    ]
+    shares = balance(
+        make_prefix_groups(samples, range(len(samples)), budget, share_prompts=True),
+        num_replicas,
+        budget,
+    )
+    assert sorted(i for share in shares for unit in share for i in unit.response_tokens) == list(
+        range(len(samples))
+    )
     for share in shares:
         assert not [one for one, other in combinations(share, 2) if one.fits(other, budget)]
 
 
 @settings(max_examples=60, deadline=None)
 @given(samples=steps(), num_replicas=st.integers(1, 3), budget=st.integers(1, 200))
-def test_packs_hold_every_response_once_and_every_prompt_once_a_pack(samples: list[TrainingSample], num_replicas: int, budget: int) -> None:
+def test_packs_hold_every_response_once_and_every_prompt_once_a_pack(
+    samples: list[TrainingSample], num_replicas: int, budget: int
+) -> None:
     made = plan(samples, 2, num_replicas, budget)
     needed = [sample for sample in samples if np.any(sample.advantages)]
     responses: Counter[int] = Counter()
@@ -119,7 +168,11 @@ def test_packs_hold_every_response_once_and_every_prompt_once_a_pack(samples: li
                 carries_loss = microbatch.loss_mask != 0
                 responses += Counter(microbatch.token_ids[carries_loss].tolist())
                 wanted = [
-                    t for uid in microbatch.uids for t in next(s for s in samples if s.uid == uid).token_ids[: prompt_of(samples, uid)]
+                    t
+                    for uid in microbatch.uids
+                    for t in next(s for s in samples if s.uid == uid).token_ids[
+                        : prompt_of(samples, uid)
+                    ]
                 ]
                 assert Counter(microbatch.token_ids[~carries_loss].tolist()) == Counter(wanted)
                 check_segments(microbatch)
@@ -131,7 +184,9 @@ def prompt_of(samples: list[TrainingSample], uid: str) -> int:
 
 
 def check_segments(microbatch: Microbatch) -> None:
-    """A child continues the positions of its parent, and belongs to the same group, whose tokens share their thousands."""
+    """A child continues the positions of its parent, and belongs to the same group, whose tokens
+    share their thousands.
+    """
     bounds = microbatch.cu_seqlens.tolist()
     assert bounds[-1] == len(microbatch.token_ids) == microbatch.positions.shape[1]
     for child, parent in enumerate(microbatch.parents or ()):
@@ -148,7 +203,11 @@ def check_segments(microbatch: Microbatch) -> None:
 
 
 def test_groups_are_kept_whole_where_replicas_can_be_balanced_with_them() -> None:
-    samples = [sample for number in range(8) for sample in make_group(f"{number}", 50, [10] * 8, 1000 * number)]
+    samples = [
+        sample
+        for number in range(8)
+        for sample in make_group(f"{number}", 50, [10] * 8, 1000 * number)
+    ]
     (replicas,) = plan(samples, 1, 4, 130).microbatches
     # A group has 50 + 8 * 10 tokens; a micro-batch has room for one.
     groups = sorted(members for replica in replicas for members in replica)
@@ -161,7 +220,9 @@ def test_a_group_is_divided_over_replicas_that_have_no_other() -> None:
     (replicas,) = plan(samples, 1, 2, 1000).microbatches
     # Together 40 + 80 tokens; as 40 + 40 on each, the replicas do not differ.
     assert [[len(members) for members in replica] for replica in replicas] == [[4], [4]]
-    assert sorted(i for replica in replicas for members in replica for i in members) == list(range(8))
+    assert sorted(i for replica in replicas for members in replica for i in members) == list(
+        range(8)
+    )
 
 
 def test_a_group_longer_than_a_micro_batch_is_divided() -> None:
@@ -195,11 +256,17 @@ class CountedMedia:
 
     def vision_inputs(self, question: Question) -> list[VisionInput]:
         self.opened.append(question.id)
-        return [VisionInput("image", np.full((4, 3), float(question.id), dtype=np.float32), (1, 2, 2)) for _ in question.media]
+        return [
+            VisionInput("image", np.full((4, 3), float(question.id), dtype=np.float32), (1, 2, 2))
+            for _ in question.media
+        ]
 
 
 def test_media_are_opened_once_for_all_rollouts_of_a_micro_batch() -> None:
-    samples = [*make_group("1", 4, [3, 3, 3], 0, num_images=2), *make_group("2", 4, [3], 1000, num_images=1)]
+    samples = [
+        *make_group("1", 4, [3, 3, 3], 0, num_images=2),
+        *make_group("2", 4, [3], 1000, num_images=1),
+    ]
     media = CountedMedia()
     packed = pack(samples, media=media, device=CPU, share_prompts=True)
     assert media.opened == ["1", "2"]

@@ -15,13 +15,19 @@ CPU = torch.device("cpu")
 
 
 def make_group(uid: str, num_prompt: int, widths: list[tuple[int, int]]) -> Group:
-    """Return a group with a rollout per length and k; a k of 0 is a rollout without log-probs. Token i of all has i among its ids."""
+    """Return a group with a rollout per length and k; a k of 0 is a rollout without log-probs.
+    Token i of all has i among its ids.
+    """
     rollouts = []
     for number, (length, k) in enumerate(widths):
         ids = 1000 * number + np.arange(length)[:, None] + 100 * np.arange(k)
         top = TopLogprobs(ids, (-ids / 8).astype(np.float32)) if k else None
         response = 1000 * number + np.arange(length)
-        rollouts.append(Rollout(response, np.zeros(length, np.float32), "stop", "", None, 1.0, 0, teacher_top=top))
+        rollouts.append(
+            Rollout(
+                response, np.zeros(length, np.float32), "stop", "", None, 1.0, 0, teacher_top=top
+            )
+        )
     question = Question(id=uid, text="", media=(), answer="", answer_type="math")
     prompt = Prompt("", np.arange(num_prompt), np.tile(np.arange(num_prompt), (3, 1)), num_prompt)
     return Group(PromptInstance(uid, question, "new", ""), prompt, tuple(rollouts))
@@ -35,7 +41,12 @@ def test_every_response_token_keeps_its_own(share_prompts: bool) -> None:
     assert packed.teacher_ids is not None
     assert packed.teacher_logprobs is not None
     assert packed.teacher_ids.shape == packed.teacher_logprobs.shape == (len(packed.token_ids), 3)
-    expected = {0: [0, 100, NO_TOKEN], 1: [0, 100, 200], 2: [NO_TOKEN] * 3, 3: [0, NO_TOKEN, NO_TOKEN]}
+    expected = {
+        0: [0, 100, NO_TOKEN],
+        1: [0, 100, 200],
+        2: [NO_TOKEN] * 3,
+        3: [0, NO_TOKEN, NO_TOKEN],
+    }
     # The responses come in the order of the samples, whether their prompts are shared or not.
     lengths = [3, 5, 2, 1]
     places = packed.loss_mask.nonzero().squeeze(-1).split(lengths)

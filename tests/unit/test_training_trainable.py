@@ -1,4 +1,6 @@
-"""What is frozen has no gradient buffer, no optimizer state and no backward pass; the table says what trains and what it costs."""
+"""What is frozen has no gradient buffer, no optimizer state and no backward pass; the table says
+what trains and what it costs.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,15 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.training_example import TRAIN, Case, make_batches, write_tiny_folder
-from zppo_mm.config import AlgorithmConfig, LoraConfig, ModelConfig, ParallelConfig
-from zppo_mm.models import parallel
-from zppo_mm.models.architecture import load_architecture
-from zppo_mm.models.lora import add_lora
+from zppo_mm.config.schema import AlgorithmConfig, LoraConfig, ModelConfig, ParallelConfig
+from zppo_mm.lora.adapters import add_lora
+from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model
-from zppo_mm.models.weights import load_hf_weights
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.training.objective import PolicyObjective
 from zppo_mm.training.policy import Policy
 from zppo_mm.training.trainable import PartSize, part_sizes, table
+from zppo_mm.weights.mapping import load_hf_weights
 
 PARTS = ("vision", "projector", "language")
 # megatron-core starts every parameter and ends every bucket at a multiple of this many values.
@@ -48,51 +50,82 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_folder(tmp_path_factory.mktemp("tiny"), tied=False)
 
 
-def build(folder: Path, freeze: tuple[str, ...], lora: LoraConfig, dtype: str = "float32") -> Policy:
+def build(
+    folder: Path, freeze: tuple[str, ...], lora: LoraConfig, dtype: str = "float32"
+) -> Policy:
     layout = ParallelConfig()
     model = build_model(load_architecture(folder), ModelConfig(params_dtype=dtype), layout)
     load_hf_weights(model, folder)
     add_lora(model, lora, seed=0)
     train = dataclasses.replace(TRAIN, freeze=list(freeze))
-    return Policy(model, train, layout, PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group()))
+    return Policy(
+        model, train, layout, PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group())
+    )
 
 
 def state_bytes(policy: Policy) -> int:
-    """Return the bytes that the optimizer holds: its moments, and its own float32 copies of weights."""
+    """Return the bytes that the optimizer holds: its moments, and its own float32 copies of
+    weights.
+    """
     total = 0
     weights = {parameter.data_ptr() for parameter in policy.model.parameters()}
     for part in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
         for parameter, values in part.optimizer.state.items():
-            total += sum(value.numel() * value.element_size() for name, value in values.items() if name != "step")
-            total += 0 if parameter.data_ptr() in weights else parameter.numel() * parameter.element_size()
+            total += sum(
+                value.numel() * value.element_size()
+                for name, value in values.items()
+                if name != "step"
+            )
+            total += (
+                0
+                if parameter.data_ptr() in weights
+                else parameter.numel() * parameter.element_size()
+            )
     return total
 
 
 @pytest.mark.parametrize(("freeze", "lora"), FREEZES)
-def test_frozen_parameters_have_no_buffer_no_state_and_do_not_move(folder: Path, freeze: tuple[str, ...], lora: LoraConfig) -> None:
+def test_frozen_parameters_have_no_buffer_no_state_and_do_not_move(
+    folder: Path, freeze: tuple[str, ...], lora: LoraConfig
+) -> None:
     policy = build(folder, freeze, lora)
     model, wrapped = policy.model, policy._wrapped
-    frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    frozen = {
+        id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad
+    }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for part in PARTS:
         expected = part not in (lora.also_train if lora.rank else set(PARTS) - set(freeze))
-        assert all((id(parameter) in frozen) == expected for parameter in model.parameters_of(part)), part
+        assert all(
+            (id(parameter) in frozen) == expected for parameter in model.parameters_of(part)
+        ), part
     before = {key: parameter.detach().clone() for key, parameter in frozen.items()}
     started = [parameter.detach().clone() for parameter in trained]
     count = sum(parameter.numel() for parameter in trained)
 
     buffered = sum(buffer.grad_data.numel() for buffer in wrapped.buffers)
     assert count <= buffered < count + MAX_PADDING * (len(trained) + 1)
-    assert {id(parameter) for buffer in wrapped.buffers for parameter in buffer.params} == {id(parameter) for parameter in trained}
+    assert {id(parameter) for buffer in wrapped.buffers for parameter in buffer.params} == {
+        id(parameter) for parameter in trained
+    }
     # Two steps: a fresh B is zero, so the first moves no A.
     for _ in range(2):
         policy.train_step(make_batches(Case()))
     assert state_bytes(policy) == 8 * count
     assert all(torch.equal(parameter, before[key]) for key, parameter in frozen.items())
-    assert all(parameter.grad is None and not hasattr(parameter, "main_grad") for parameter in frozen.values())
-    assert not any(torch.equal(parameter, old) for parameter, old in zip(trained, started, strict=True))
+    assert all(
+        parameter.grad is None and not hasattr(parameter, "main_grad")
+        for parameter in frozen.values()
+    )
+    assert not any(
+        torch.equal(parameter, old) for parameter, old in zip(trained, started, strict=True)
+    )
     sizes = sum(part_sizes(model).values(), PartSize())
-    assert (sizes.trainable, sizes.gradient_bytes, sizes.optimizer_bytes) == (count, 4 * count, 8 * count)
+    assert (sizes.trainable, sizes.gradient_bytes, sizes.optimizer_bytes) == (
+        count,
+        4 * count,
+        8 * count,
+    )
 
 
 def test_a_coarser_network_has_float32_copies_of_what_trains(folder: Path) -> None:
@@ -129,7 +162,9 @@ class Passes:
         self.num_backward = 0
         model.vision.register_forward_hook(self._look)
 
-    def _look(self, _tower: torch.nn.Module, inputs: tuple[Any, ...], features: torch.Tensor) -> None:
+    def _look(
+        self, _tower: torch.nn.Module, inputs: tuple[Any, ...], features: torch.Tensor
+    ) -> None:
         self.grids += inputs[1].tolist()
         self.differentiable.append(features.requires_grad)
         if features.requires_grad:
@@ -140,12 +175,21 @@ class Passes:
 
 
 @pytest.mark.parametrize(
-    ("freeze", "lora"), [(("vision", "projector"), LoraConfig()), ((), LoraConfig(rank=2)), (("vision",), LoraConfig()), ((), LoraConfig())]
+    ("freeze", "lora"),
+    [
+        (("vision", "projector"), LoraConfig()),
+        ((), LoraConfig(rank=2)),
+        (("vision",), LoraConfig()),
+        ((), LoraConfig()),
+    ],
 )
-def test_no_backward_pass_runs_through_a_wholly_frozen_tower(folder: Path, freeze: tuple[str, ...], lora: LoraConfig) -> None:
+def test_no_backward_pass_runs_through_a_wholly_frozen_tower(
+    folder: Path, freeze: tuple[str, ...], lora: LoraConfig
+) -> None:
     policy = build(folder, freeze, lora)
     passes = Passes(policy.model)
-    # One sample per micro-batch: each of the two updates has one with an image and two that pass without.
+    # One sample per micro-batch: each of the two updates has one with an image and two that pass
+    # without.
     policy.train_step(make_batches(Case(micro_batch_tokens=1)))
     images = [grid for grid in passes.grids if grid == [1, 4, 6]]
     assert len(images) == 2
@@ -165,17 +209,26 @@ def test_the_table_counts_the_folder(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     in_folder = dict.fromkeys(PARTS, 0)
     for key, tensor in tensors.items():
-        part = "projector" if "visual.merger" in key else "vision" if "visual." in key else "language"
+        part = (
+            "projector" if "visual.merger" in key else "vision" if "visual." in key else "language"
+        )
         in_folder[part] += tensor.numel()
     assert {part: sizes[part].parameters for part in PARTS} == in_folder
-    assert all(sizes[part] == PartSize(count, 0, 4 * count, 0, 0) for part, count in in_folder.items())
+    assert all(
+        sizes[part] == PartSize(count, 0, 4 * count, 0, 0) for part, count in in_folder.items()
+    )
     # q_proj is 64 to 2 x 4 x 32 in the one attention layer, down_proj 96 to 64 in all four layers.
     adapters = 2 * (64 + 256) + 4 * 2 * (96 + 64)
     assert sizes["lora"] == PartSize(adapters, adapters, 4 * adapters, 4 * adapters, 8 * adapters)
 
 
 def test_the_table_is_aligned_and_has_units() -> None:
-    text = table({"vision": PartSize(1_500, 0, 6_000, 0, 0), "lora": PartSize(2**20, 2**20, 2**21, 2**22, 12 * 2**30)})
+    text = table(
+        {
+            "vision": PartSize(1_500, 0, 6_000, 0, 0),
+            "lora": PartSize(2**20, 2**20, 2**21, 2**22, 12 * 2**30),
+        }
+    )
     assert text.splitlines() == [
         "        parameters  trainable  weights  gradients  optimizer",
         "vision       1,500          0  5.9 KiB        0 B        0 B",

@@ -9,9 +9,20 @@ from zppo_mm.zone.hard import count_of_share, pre_cap, select_hard
 
 
 @pytest.mark.parametrize(
-    ("share", "num_new", "count"), [(0.25, 384, 96), (0.25, 7, 1), (0.25, 3, 0), (0.29, 100, 29), (0.1, 30, 3), (1.0, 5, 5), (0.0, 9, 0)]
+    ("share", "num_new", "count"),
+    [
+        (0.25, 384, 96),
+        (0.25, 7, 1),
+        (0.25, 3, 0),
+        (0.29, 100, 29),
+        (0.1, 30, 3),
+        (1.0, 5, 5),
+        (0.0, 9, 0),
+    ],
 )
-def test_shares_round_down_and_survive_floating_point(share: float, num_new: int, count: int) -> None:
+def test_shares_round_down_and_survive_floating_point(
+    share: float, num_new: int, count: int
+) -> None:
     assert count_of_share(share, num_new) == count
 
 
@@ -28,15 +39,24 @@ def test_hard_means_plain_and_strictly_below_tau() -> None:
 
 
 def test_pre_cap_keeps_the_hardest_ascending_whatever_the_order() -> None:
-    groups = [group("a", [1, 0, 0, 0]), group("b", [0, 0, 0, 0]), group("c", [1, 0, 1, 0, 0]), group("d", [0, 0, 0, 0, 0, 0, 0, 1])]
+    groups = [
+        group("a", [1, 0, 0, 0]),
+        group("b", [0, 0, 0, 0]),
+        group("c", [1, 0, 1, 0, 0]),
+        group("d", [0, 0, 0, 0, 0, 0, 0, 1]),
+    ]
     for order in (groups, groups[::-1]):
         assert [g.question.id for g in pre_cap(order, 3, seed=1, step=2)] == ["b", "d", "a"]
     assert pre_cap(groups, 0, seed=1, step=2) == []
 
 
 def test_ties_are_drawn_so_that_replayed_questions_have_their_chance() -> None:
-    ties = [group(f"new{i}", [0, 0]) for i in range(6)] + [group(f"old{i}", [0, 0], "replayed") for i in range(2)]
-    kept_by_step = [[g.question.id for g in pre_cap(ties, 2, seed=0, step=step)] for step in range(60)]
+    ties = [group(f"new{i}", [0, 0]) for i in range(6)] + [
+        group(f"old{i}", [0, 0], "replayed") for i in range(2)
+    ]
+    kept_by_step = [
+        [g.question.id for g in pre_cap(ties, 2, seed=0, step=step)] for step in range(60)
+    ]
     share = sum(kept.startswith("old") for ids in kept_by_step for kept in ids) / 120
     assert 0.1 < share < 0.4  # two of eight are replayed; 0.25 is expected
     assert kept_by_step[0] == [g.question.id for g in pre_cap(ties[::-1], 2, seed=0, step=0)]

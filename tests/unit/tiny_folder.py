@@ -1,4 +1,6 @@
-"""Builds a small model folder: byte-level tokenizer with the family's special tokens, chat template, processor settings, config."""
+"""Builds a small model folder: byte-level tokenizer with the family's special tokens, chat
+template, processor settings, config.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,15 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 ORDINARY = ["<think>", "</think>"]
 TEMPLATE = """{%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\\n' -}}
@@ -41,28 +51,51 @@ def build_tokenizer(folder: Path, template: str = TEMPLATE) -> PreTrainedTokeniz
     """Write a tokenizer of 256 bytes, some merges and the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("t", "h"), ("th", "e"), ("Ċ", "Ċ"), ("Ġ", "the"), ("<", "|")]
-    vocabulary = {token: index for index, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
+    vocabulary = {
+        token: index for index, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    )
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in ORDINARY])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     fast.chat_template = template
     fast.save_pretrained(folder)
     return fast
 
 
-def build_folder(folder: Path, *, vision: bool = True, template: str = TEMPLATE) -> PreTrainedTokenizerFast:
+def build_folder(
+    folder: Path, *, vision: bool = True, template: str = TEMPLATE
+) -> PreTrainedTokenizerFast:
     """Write everything that a prompt encoder reads; no weights."""
     tokenizer = build_tokenizer(folder, template)
     config: dict[str, Any] = {"model_type": "qwen3_5"}
     if vision:
         names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
-        names |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
-        config |= {"vision_config": VISION, **{key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()}}
-        shared = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-        for name, low in (("preprocessor_config.json", 64), ("video_preprocessor_config.json", 128)):
+        names |= {
+            "vision_start_token_id": "<|vision_start|>",
+            "vision_end_token_id": "<|vision_end|>",
+        }
+        config |= {
+            "vision_config": VISION,
+            **{key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()},
+        }
+        shared = {
+            "patch_size": 4,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        }
+        for name, low in (
+            ("preprocessor_config.json", 64),
+            ("video_preprocessor_config.json", 128),
+        ):
             settings = shared | {"size": {"shortest_edge": low, "longest_edge": 4096}}
             (folder / name).write_text(json.dumps(settings))
     (folder / "config.json").write_text(json.dumps(config))
@@ -72,7 +105,9 @@ def build_folder(folder: Path, *, vision: bool = True, template: str = TEMPLATE)
 
 
 def build_model(folder: Path, seed: int = 0, **text_changes: Any) -> None:
-    """Write everything with random weights: a network of every kind of layer, whose logits differ clearly between tokens."""
+    """Write everything with random weights: a network of every kind of layer, whose logits differ
+    clearly between tokens.
+    """
     import torch
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
@@ -112,6 +147,8 @@ def build_model(folder: Path, seed: int = 0, **text_changes: Any) -> None:
     )
     torch.manual_seed(seed)
     model = Qwen3_5ForConditionalGeneration(config).eval()
-    model.generation_config.eos_token_id = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    model.generation_config.eos_token_id = json.loads(
+        (folder / "generation_config.json").read_text()
+    )["eos_token_id"]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)

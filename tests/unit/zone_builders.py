@@ -13,18 +13,36 @@ from zppo_mm.experience import Group, GroupKind, Prompt, PromptInstance, Rollout
 def question(question_id: str, choices: Sequence[str] = ()) -> Question:
     media = (MediaRef("image", "train/shard-000000.tar", question_id, "png"),)
     answer_type = "choice" if choices else "math"
-    return Question(question_id, f"What is {question_id}?", media, "A" if choices else "42", answer_type, tuple(choices), "test")
+    return Question(
+        question_id,
+        f"What is {question_id}?",
+        media,
+        "A" if choices else "42",
+        answer_type,
+        tuple(choices),
+        "test",
+    )
 
 
 def rollout(text: str, parsed: str | None, reward: float) -> Rollout:
-    return Rollout(np.array([5, 6]), np.array([-0.5, -0.25], np.float32), "stop", text, parsed, reward, 0)
+    return Rollout(
+        np.array([5, 6]), np.array([-0.5, -0.25], np.float32), "stop", text, parsed, reward, 0
+    )
 
 
-def group(question_id: str, rewards: Sequence[float], kind: GroupKind = "new", step: int = 0) -> Group:
+def group(
+    question_id: str, rewards: Sequence[float], kind: GroupKind = "new", step: int = 0
+) -> Group:
     rollouts = tuple(
-        rollout(f"work {question_id} {index}\n\\boxed{{{42 if reward else index}}}", "42" if reward else str(index), reward)
+        rollout(
+            f"work {question_id} {index}\n\\boxed{{{42 if reward else index}}}",
+            "42" if reward else str(index),
+            reward,
+        )
         for index, reward in enumerate(rewards)
     )
     asked = question(question_id)
     prompt = Prompt("text", np.arange(3), np.zeros((3, 3), np.int64), 3)
-    return Group(PromptInstance(f"{step}/{kind}/{question_id}", asked, kind, asked.text), prompt, rollouts)
+    return Group(
+        PromptInstance(f"{step}/{kind}/{question_id}", asked, kind, asked.text), prompt, rollouts
+    )

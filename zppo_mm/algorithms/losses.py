@@ -1,6 +1,7 @@
 """Losses over tokens, as sums: the caller divides by the token count of the global batch.
 
-Source: PPO (arXiv 1707.06347), dual clip (arXiv 1912.09729), asymmetric clip range (DAPO, arXiv 2503.14476), ZPPO (arXiv 2606.18216).
+Source: PPO (arXiv 1707.06347), dual clip (arXiv 1912.09729), asymmetric clip range (DAPO, arXiv
+2503.14476), ZPPO (arXiv 2606.18216).
 """
 
 from __future__ import annotations
@@ -9,19 +10,24 @@ from dataclasses import dataclass
 
 import torch
 
-# Ratios beyond exp(+-20) cannot change the loss (they are clipped, or vanish), but inf * 0 would make it NaN.
+# Ratios beyond exp(+-20) cannot change the loss (they are clipped, or vanish), but inf * 0 would
+# make it NaN.
 MAX_LOG_RATIO = 20.0
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyLoss:
-    """The surrogate loss of some tokens and what happened to them; every field is a scalar tensor that adds up over ranks.
+    """The surrogate loss of some tokens and what happened to them; every field is a scalar tensor
+    that adds up over ranks.
 
     Attributes:
-        loss_sum: Negative surrogate summed over the loss tokens; the only field that carries gradient.
+        loss_sum: Negative surrogate summed over the loss tokens; the only field that carries
+            gradient.
         num_tokens: Loss tokens.
-        num_clipped_low: Tokens with a negative advantage whose ratio lies under `1 - clip_ratio_low`.
-        num_clipped_high: Tokens with a positive advantage whose ratio lies over `1 + clip_ratio_high`.
+        num_clipped_low: Tokens with a negative advantage whose ratio lies under `1 -
+            clip_ratio_low`.
+        num_clipped_high: Tokens with a positive advantage whose ratio lies over `1 +
+            clip_ratio_high`.
         num_dual_clipped: Tokens with a negative advantage whose ratio lies over `clip_ratio_c`.
         ratio_sum: Sum of the ratios.
         kl_sum: Sum of the estimate `ratio - 1 - log ratio` of KL(old || new), never negative.
@@ -48,8 +54,9 @@ def policy_loss(
 ) -> PolicyLoss:
     """Return the token-level clipped surrogate, summed and negated.
 
-    For ratio rho and advantage A of a token: `min(rho A, clip(rho, 1 - low, 1 + high) A)`, and for A < 0 not below `c A`.
-    Whatever stands where the mask is 0, NaN included, has no influence. Where it is not, a log-prob that is not finite makes the loss NaN.
+    For ratio rho and advantage A of a token: `min(rho A, clip(rho, 1 - low, 1 + high) A)`, and for
+    A < 0 not below `c A`. Whatever stands where the mask is 0, NaN included, has no influence.
+    Where it is not, a log-prob that is not finite makes the loss NaN.
 
     Args:
         logprobs: `[tokens]`, of the policy that is trained; carries gradient.
@@ -67,13 +74,16 @@ def policy_loss(
     keep = mask != 0
     zero = torch.zeros((), dtype=dtype, device=logprobs.device)
     gap = torch.where(keep, logprobs.to(dtype) - old_logprobs.detach().to(dtype), zero)
-    # The bound would make a number of an infinite gap, which no log-probs have that can be trained on.
+    # The bound would make a number of an infinite gap, which no log-probs have that can be trained
+    # on.
     log_ratio = torch.where(gap.isfinite(), gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), torch.nan)
     advantage = torch.where(keep, advantages.to(dtype), zero)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_ratio_low, 1 + clip_ratio_high)
     surrogate = torch.minimum(ratio * advantage, clipped * advantage)
-    surrogate = torch.where(advantage < 0, torch.maximum(surrogate, clip_ratio_c * advantage), surrogate)
+    surrogate = torch.where(
+        advantage < 0, torch.maximum(surrogate, clip_ratio_c * advantage), surrogate
+    )
     if importance is not None:
         surrogate = surrogate * torch.where(keep, importance.to(dtype), zero)
     negative, positive = advantage < 0, advantage > 0
@@ -97,4 +107,6 @@ def supervised_loss(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         mask: `[tokens]`, nonzero on the tokens to learn.
     """
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
-    return -torch.where(mask != 0, logprobs.to(dtype), torch.zeros((), dtype=dtype, device=logprobs.device)).sum()
+    return -torch.where(
+        mask != 0, logprobs.to(dtype), torch.zeros((), dtype=dtype, device=logprobs.device)
+    ).sum()

@@ -1,1 +1,3 @@
-"""Methods side by side: which runs there are, how they are started, and what they say together. No torch."""
+"""Methods side by side: which runs there are, how they are started, and what they say together. No
+torch.
+"""

@@ -1,4 +1,6 @@
-"""Held-out accuracy of methods and their differences to a baseline, with intervals, over all questions and over parts of them."""
+"""Held-out accuracy of methods and their differences to a baseline, with intervals, over all
+questions and over parts of them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zppo_mm.comparison.intervals import Estimate, FloatArray, bootstrap_means, interval, mean_scores
+from zppo_mm.comparison.intervals import (
+    Estimate,
+    FloatArray,
+    bootstrap_means,
+    interval,
+    mean_scores,
+)
 from zppo_mm.comparison.results import Answered, Answers, Results, RunResult
 
 
@@ -26,11 +34,13 @@ class MethodAccuracy:
     Attributes:
         seeds: Seeds that are part of it.
         num_questions: Questions, over all these seeds.
-        num_unpaired: Of these, questions that the differences leave out because the baseline has no answer to them.
+        num_unpaired: Of these, questions that the differences leave out because the baseline has no
+            answer to them.
         before: Mean accuracy before training.
         after: Mean accuracy after the last step.
         curve: Mean accuracy over all evaluations after step 0.
-        difference: `after` minus the baseline's, over the seeds that both have; `None` for the baseline and where there is none.
+        difference: `after` minus the baseline's, over the seeds that both have; `None` for the
+            baseline and where there is none.
         curve_difference: The same of `curve`.
     """
 
@@ -45,9 +55,14 @@ class MethodAccuracy:
 
 
 def parts_of(results: Results) -> list[Part]:
-    """Return all questions, then every modality and every source, where there are several; equal parts once."""
+    """Return all questions, then every modality and every source, where there are several; equal
+    parts once.
+    """
     seen = {
-        answered for label in results.plan.labels for result in results.counted(label).values() for answered in result.answers[0].values()
+        answered
+        for label in results.plan.labels
+        for result in results.counted(label).values()
+        for answered in result.answers[0].values()
     }
     places = {(answered.modality, answered.source) for answered in seen}
     parts, known = [Part("all", lambda answered: True)], [places]
@@ -61,21 +76,34 @@ def parts_of(results: Results) -> list[Part]:
 
 
 def method_accuracy(results: Results, label: str, part: Part) -> MethodAccuracy | None:
-    """Return a method's accuracy on a part of the questions; `None` if it has no finished run with such questions."""
+    """Return a method's accuracy on a part of the questions; `None` if it has no finished run with
+    such questions.
+    """
     own, base = results.counted(label), results.counted(results.plan.baseline)
     is_baseline = label == results.plan.baseline
     common = [seed for seed in own if seed in base]
     pairs = {seed: _scores([own[seed], base[seed]], part) for seed in common}
     alone = {seed: _scores([own[seed]], part) for seed in own}
-    pairs, alone = ({seed: scores for seed, scores in each.items() if scores.size} for each in (pairs, alone))
+    pairs, alone = (
+        {seed: scores for seed, scores in each.items() if scores.size} for each in (pairs, alone)
+    )
     if not alone:
         return None
-    # With the same seeds and questions these draws are those of the pairs too, so that the intervals belong together.
+    # With the same seeds and questions these draws are those of the pairs too, so that the
+    # intervals belong together.
     draws, means = bootstrap_means(list(alone.values())), mean_scores(list(alone.values()))
     differences: list[Estimate | None] = [None, None]
     if pairs and not is_baseline:
-        paired_draws, paired_means = bootstrap_means(list(pairs.values())), mean_scores(list(pairs.values()))
-        differences = [interval(paired_means[i] - paired_means[i + 3], paired_draws[:, i] - paired_draws[:, i + 3]) for i in (AFTER, CURVE)]
+        paired_draws, paired_means = (
+            bootstrap_means(list(pairs.values())),
+            mean_scores(list(pairs.values())),
+        )
+        differences = [
+            interval(
+                paired_means[i] - paired_means[i + 3], paired_draws[:, i] - paired_draws[:, i + 3]
+            )
+            for i in (AFTER, CURVE)
+        ]
     return MethodAccuracy(
         seeds=tuple(alone),
         num_questions=sum(scores.shape[1] for scores in alone.values()),
@@ -93,14 +121,22 @@ BEFORE, AFTER, CURVE = range(3)
 
 
 def _scores(runs: Sequence[RunResult], part: Part) -> FloatArray:
-    """Return `[3 x runs, questions]`: before, after, and mean of the curve of every run, on the questions that all have everywhere."""
+    """Return `[3 x runs, questions]`: before, after, and mean of the curve of every run, on the
+    questions that all have everywhere.
+    """
     evaluations = [_evaluations(run) for run in runs]
     asked = [set.intersection(*(set(answers) for answers in of_run)) for of_run in evaluations]
     first = evaluations[0][0]
-    questions = [question for question in first if part.has(first[question]) and all(question in of_run for of_run in asked)]
+    questions = [
+        question
+        for question in first
+        if part.has(first[question]) and all(question in of_run for of_run in asked)
+    ]
     rows = []
     for of_run in evaluations:
-        by_step = np.array([[answers[question].accuracy for question in questions] for answers in of_run])
+        by_step = np.array(
+            [[answers[question].accuracy for question in questions] for answers in of_run]
+        )
         rows += [by_step[0], by_step[-1], by_step[1:].mean(axis=0)]
     return np.stack(rows)
 

@@ -1,4 +1,6 @@
-"""The figures of a comparison, in the style of a run's report; every method keeps its color, and dashes mean that it has no replay."""
+"""The figures of a comparison, in the style of a run's report; every method keeps its color, and
+dashes mean that it has no replay.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,29 @@ from matplotlib.ticker import FuncFormatter
 from zppo_mm.comparison.measures import PHASES, cost, fates
 from zppo_mm.comparison.results import Results, RunResult
 from zppo_mm.comparison.tables import Accuracies
-from zppo_mm.observability.report_data import Series
-from zppo_mm.observability.report_figures import GREY, SEQUENCE, STYLE, DrawnFigure, finish_axes, smoothed, svg_uri
+from zppo_mm.report.figures import (
+    GREY,
+    SEQUENCE,
+    STYLE,
+    DrawnFigure,
+    finish_axes,
+    smoothed,
+    svg_uri,
+)
+from zppo_mm.report.run_record import Series
 
-METHOD_COLORS = ("#8a94a6", "#1f9d78", "#e08a2c", "#3b6fb6", "#d9655b", "#7b4fb3", "#23395d", "#b08968", "#4fb3bf", "#c45ba8")
+METHOD_COLORS = (
+    "#8a94a6",
+    "#1f9d78",
+    "#e08a2c",
+    "#3b6fb6",
+    "#d9655b",
+    "#7b4fb3",
+    "#23395d",
+    "#b08968",
+    "#4fb3bf",
+    "#c45ba8",
+)
 WIDTH_INCHES = 6.4
 PNG_DPI = 150
 REPLAY_SUFFIX = "_replay"
@@ -33,26 +54,41 @@ class Look:
 
 
 def draw_figures(results: Results, by_part: Accuracies, folder: Path) -> list[DrawnFigure]:
-    """Draw every figure for which there are numbers, and write each as PNG and SVG into a folder."""
+    """Draw every figure for which there are numbers, and write each as PNG and SVG into a
+    folder.
+    """
     drawn = []
     folder.mkdir(parents=True, exist_ok=True)
     for name, title, caption, draw in FIGURES:
         with matplotlib.rc_context(STYLE):
             # A long list of methods needs room of its own, in the legend or on an axis.
-            figure = Figure(figsize=(WIDTH_INCHES, 2.8 + 0.2 * len(results.plan.labels)), layout="constrained")
+            figure = Figure(
+                figsize=(WIDTH_INCHES, 2.8 + 0.2 * len(results.plan.labels)), layout="constrained"
+            )
             if draw(results, by_part, figure.add_subplot()):
                 for suffix in ("png", "svg"):
-                    figure.savefig(folder / f"{name}.{suffix}", dpi=PNG_DPI, metadata={"Date": None} if suffix == "svg" else None)
+                    figure.savefig(
+                        folder / f"{name}.{suffix}",
+                        dpi=PNG_DPI,
+                        metadata={"Date": None} if suffix == "svg" else None,
+                    )
                 drawn.append(DrawnFigure(title, caption, svg_uri(figure)))
     return drawn
 
 
 def looks(results: Results) -> dict[str, Look]:
     """Return a look for every label; a method with replay and the same without it share a color."""
-    families = list(dict.fromkeys(label.removesuffix(REPLAY_SUFFIX) for label in results.plan.labels))
-    colors = {family: METHOD_COLORS[index % len(METHOD_COLORS)] for index, family in enumerate(families)}
+    families = list(
+        dict.fromkeys(label.removesuffix(REPLAY_SUFFIX) for label in results.plan.labels)
+    )
+    colors = {
+        family: METHOD_COLORS[index % len(METHOD_COLORS)] for index, family in enumerate(families)
+    }
     return {
-        label: Look(colors[label.removesuffix(REPLAY_SUFFIX)], "-" if results.has_replay(label) else "--") for label in results.plan.labels
+        label: Look(
+            colors[label.removesuffix(REPLAY_SUFFIX)], "-" if results.has_replay(label) else "--"
+        )
+        for label in results.plan.labels
     }
 
 
@@ -81,9 +117,18 @@ def _curves(results: Results, axes: Axes, series: Callable[[RunResult], Series])
             continue
         steps, means = list(points), [float(np.mean(values)) for values in points.values()]
         axes.plot(
-            steps, means, color=look.color, linestyle=look.linestyle, label=label, marker="o" if len(steps) < 15 else "", markersize=3.5
+            steps,
+            means,
+            color=look.color,
+            linestyle=look.linestyle,
+            label=label,
+            marker="o" if len(steps) < 15 else "",
+            markersize=3.5,
         )
-        lows, highs = [min(values) for values in points.values()], [max(values) for values in points.values()]
+        lows, highs = (
+            [min(values) for values in points.values()],
+            [max(values) for values in points.values()],
+        )
         axes.fill_between(steps, lows, highs, color=look.color, alpha=0.1, linewidth=0)
         drawn = True
     finish_axes(axes, "accuracy", percent=True)
@@ -100,14 +145,34 @@ def _by_step(curves: Iterable[Series]) -> dict[int, list[float]]:
 
 
 def _differences(results: Results, by_part: Accuracies, axes: Axes) -> bool:
-    found = {label: each for label, each in by_part["all"].items() if each is not None and each.difference and each.curve_difference}
+    found = {
+        label: each
+        for label, each in by_part["all"].items()
+        if each is not None and each.difference and each.curve_difference
+    }
     styles = looks(results)
     for place, (label, each) in enumerate(found.items()):
         assert each.difference is not None
         assert each.curve_difference is not None
-        for shift, estimate, alpha in ((-0.13, each.difference, 1.0), (0.13, each.curve_difference, 0.45)):
-            axes.plot([estimate.low, estimate.high], [place + shift] * 2, color=styles[label].color, alpha=alpha, solid_capstyle="butt")
-            axes.plot([estimate.value], [place + shift], color=styles[label].color, alpha=alpha, marker="o", markersize=5)
+        for shift, estimate, alpha in (
+            (-0.13, each.difference, 1.0),
+            (0.13, each.curve_difference, 0.45),
+        ):
+            axes.plot(
+                [estimate.low, estimate.high],
+                [place + shift] * 2,
+                color=styles[label].color,
+                alpha=alpha,
+                solid_capstyle="butt",
+            )
+            axes.plot(
+                [estimate.value],
+                [place + shift],
+                color=styles[label].color,
+                alpha=alpha,
+                marker="o",
+                markersize=5,
+            )
     axes.axvline(0, color=GREY, linewidth=1)
     finish_axes(axes, "")
     axes.set_yticks(range(len(found)), list(found))
@@ -119,11 +184,18 @@ def _differences(results: Results, by_part: Accuracies, axes: Axes) -> bool:
 
 
 def _graduated(results: Results, by_part: Accuracies, axes: Axes) -> bool:
-    found = {label: each for label in results.plan.labels if (each := fates(results, label)) is not None and each.admitted}
+    found = {
+        label: each
+        for label in results.plan.labels
+        if (each := fates(results, label)) is not None and each.admitted
+    }
     bins = sorted({part for each in found.values() for part in each.admitted}, key=float)
     styles, width = looks(results), 0.8 / max(len(found), 1)
     for place, (label, each) in enumerate(found.items()):
-        shares = [each.graduated[part] / each.admitted[part] if each.admitted[part] else 0.0 for part in bins]
+        shares = [
+            each.graduated[part] / each.admitted[part] if each.admitted[part] else 0.0
+            for part in bins
+        ]
         places = np.arange(len(bins)) + (place - (len(found) - 1) / 2) * width
         axes.bar(places, shares, width=0.9 * width, color=styles[label].color, label=label)
     finish_axes(axes, "graduated", percent=True)
@@ -134,12 +206,21 @@ def _graduated(results: Results, by_part: Accuracies, axes: Axes) -> bool:
 
 
 def _seconds(results: Results, by_part: Accuracies, axes: Axes) -> bool:
-    found = {label: each for label in results.plan.labels if (each := cost(results, label)) is not None}
+    found = {
+        label: each for label in results.plan.labels if (each := cost(results, label)) is not None
+    }
     left = np.zeros(len(found))
     for phase, color in zip(PHASES, SEQUENCE, strict=False):
         widths = np.array([each.phases[phase] or 0.0 for each in found.values()])
         if widths.any():
-            axes.barh(range(len(found)), widths, left=left, height=0.6, color=color, label=phase.replace("_", " "))
+            axes.barh(
+                range(len(found)),
+                widths,
+                left=left,
+                height=0.6,
+                color=color,
+                label=phase.replace("_", " "),
+            )
         left += widths
     for place, each in enumerate(found.values()):
         text = f" {each.seconds:.1f} s" + (f", {each.ratio:.2f} x" if each.ratio else "")
@@ -159,19 +240,22 @@ FIGURES: Sequence[tuple[str, str, str, Draw]] = (
     (
         "held_out",
         "Held-out accuracy",
-        "Mean over seeds, and their range behind it. Dashed: without replay. Runs that are not finished are drawn as far as they came.",
+        "Mean over seeds, and their range behind it. Dashed: without replay. Runs that are not "
+        "finished are drawn as far as they came.",
         _held_out,
     ),
     (
         "differences",
         "Differences to the baseline",
-        "Strong: after the last step. Pale: mean of the curve. With 95 % intervals, paired by seed and question.",
+        "Strong: after the last step. Pale: mean of the curve. With 95 % intervals, paired by seed "
+        "and question.",
         _differences,
     ),
     (
         "plain",
         "Plain accuracy in training",
-        "Rollouts of plain prompts, new and replayed, averaged over the last five steps. Replay makes them harder.",
+        "Rollouts of plain prompts, new and replayed, averaged over the last five steps. Replay "
+        "makes them harder.",
         _plain,
     ),
     (
@@ -180,6 +264,11 @@ FIGURES: Sequence[tuple[str, str, str, Draw]] = (
         "Share of the questions admitted to the replay buffer, over all seeds.",
         _graduated,
     ),
-    ("seconds", "Time of a step", "Medians by phase, and the whole step as a multiple of the baseline's.", _seconds),
+    (
+        "seconds",
+        "Time of a step",
+        "Medians by phase, and the whole step as a multiple of the baseline's.",
+        _seconds,
+    ),
 )
 """File name, title, caption and drawing of every figure."""

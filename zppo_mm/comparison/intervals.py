@@ -32,7 +32,8 @@ class Estimate:
 
 
 def mean_scores(scores: Sequence[FloatArray]) -> FloatArray:
-    """Return `[rows]`: the mean over seeds of the mean over a seed's questions, so that every seed counts alike.
+    """Return `[rows]`: the mean over seeds of the mean over a seed's questions, so that every seed
+    counts alike.
 
     Args:
         scores: Per seed `[rows, questions]`; the rows are methods that answered the same questions.
@@ -40,11 +41,14 @@ def mean_scores(scores: Sequence[FloatArray]) -> FloatArray:
     return np.mean([of_seed.mean(axis=1) for of_seed in scores], axis=0)  # type: ignore[no-any-return]
 
 
-def bootstrap_means(scores: Sequence[FloatArray], num_draws: int = NUM_DRAWS, seed: int = BOOTSTRAP_SEED) -> FloatArray:
-    """Return `[draws, rows]`: `mean_scores` of resampled seeds and, within each drawn seed, resampled questions.
+def bootstrap_means(
+    scores: Sequence[FloatArray], num_draws: int = NUM_DRAWS, seed: int = BOOTSTRAP_SEED
+) -> FloatArray:
+    """Return `[draws, rows]`: `mean_scores` of resampled seeds and, within each drawn seed,
+    resampled questions.
 
-    One draw is the same for all rows, so differences between rows are paired by seed and question. A seed that is drawn twice in one
-    draw has its questions drawn for each time anew.
+    One draw is the same for all rows, so differences between rows are paired by seed and question.
+    A seed that is drawn twice in one draw has its questions drawn for each time anew.
 
     Args:
         scores: Per seed `[rows, questions]`; the number of questions may differ between seeds.
@@ -81,5 +85,9 @@ def share_interval(count: int, total: int) -> Estimate | None:
         return None
     share, z = count / total, NORMAL_97_5
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    half = (
+        z
+        / (1 + z * z / total)
+        * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    )
     return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))

@@ -1,4 +1,6 @@
-"""Runs of a comparison as processes: finished ones are left alone, killed ones go on, and one that fails does not stop the others."""
+"""Runs of a comparison as processes: finished ones are left alone, killed ones go on, and one that
+fails does not stop the others.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from zppo_mm.comparison.plan import Plan, PlannedRun
-from zppo_mm.config_io import flat_keys, load_config
+from zppo_mm.config.load import flat_keys, load_config
 from zppo_mm.errors import ConfigError
-from zppo_mm.observability.report_data import CONFIG_FILE, RunRecord, read_run
+from zppo_mm.report.run_record import CONFIG_FILE, RunRecord, read_run
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,9 @@ def steps_reached(record: RunRecord) -> int:
 
 
 def is_finished(run: PlannedRun, record: RunRecord) -> bool:
-    """Return whether a run has come to its last step, with the evaluation after it, and was exported."""
+    """Return whether a run has come to its last step, with the evaluation after it, and was
+    exported.
+    """
     last = run.config.train.train_iters
     evaluated = not record.evaluations or record.evaluations[-1]["step"] >= last
     return steps_reached(record) >= last and evaluated and (run.folder / HF_FOLDER).is_dir()
@@ -57,13 +61,15 @@ def check_same_configuration(run: PlannedRun) -> None:
     Raises:
         ConfigError: It was made with other options, so its numbers are not those of the comparison.
     """
-    made, planned = (flat_keys(asdict(config)) for config in (load_config(run.folder / CONFIG_FILE), run.config))
+    made, planned = (
+        flat_keys(asdict(config)) for config in (load_config(run.folder / CONFIG_FILE), run.config)
+    )
     keys = [key for key in planned if key != "output_dir" and made.get(key) != planned[key]]
     changed = [f"{key} was {made.get(key)!r}, is {planned[key]!r}" for key in keys]
     if changed:
         raise ConfigError(
-            f"{run.folder}: a finished run of another configuration, got {'; '.join(changed)}, expected the planned one; remove the folder "
-            "or give another output_dir"
+            f"{run.folder}: a finished run of another configuration, got {'; '.join(changed)}, "
+            "expected the planned one; remove the folder or give another output_dir"
         )
 
 
@@ -76,7 +82,11 @@ def run_all(plan: Plan, train_tool: Path) -> list[Failure]:
     """
     failures: list[Failure] = []
     waiting = _unfinished(plan, failures)
-    logger.info("%d runs, of them %d finished or refused before", len(plan.runs), len(plan.runs) - len(waiting))
+    logger.info(
+        "%d runs, of them %d finished or refused before",
+        len(plan.runs),
+        len(plan.runs) - len(waiting),
+    )
     with _ended_at_exit() as running:
         while waiting or running:
             while waiting and len(running) < plan.parallel_runs:
@@ -96,7 +106,9 @@ def output_path(plan: Plan, run: PlannedRun) -> Path:
 
 
 def _unfinished(plan: Plan, failures: list[Failure]) -> list[PlannedRun]:
-    """Return the runs to be started; a finished one that is not the planned one joins the failures."""
+    """Return the runs to be started; a finished one that is not the planned one joins the
+    failures.
+    """
     unfinished = []
     for run in plan.runs:
         if not is_finished(run, read_run(run.folder)):
@@ -115,7 +127,9 @@ _Running = dict[str, tuple[PlannedRun, subprocess.Popen[bytes], float]]
 
 @contextmanager
 def _ended_at_exit() -> Iterator[_Running]:
-    """Hold the running processes; whatever ends the block ends them too, so that no run goes on unseen."""
+    """Hold the running processes; whatever ends the block ends them too, so that no run goes on
+    unseen.
+    """
     running: _Running = {}
     try:
         yield running
@@ -134,14 +148,22 @@ def _ended_at_exit() -> Iterator[_Running]:
 def _start(run: PlannedRun, plan: Plan, train_tool: Path) -> subprocess.Popen[bytes]:
     launcher = [sys.executable]
     if plan.processes_per_run > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(plan.processes_per_run)]
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(plan.processes_per_run),
+        ]
     command = [*launcher, str(train_tool), *run.arguments]
     path = output_path(plan, run)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Runs side by side with OpenMP threads for every core would starve each other.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     with path.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
     logger.info("%s started, output in %s", run.name, path)
     return process
 
@@ -150,7 +172,11 @@ def _outcome(run: PlannedRun, plan: Plan, returncode: int, seconds: float) -> li
     """Say how a run ended; returns its failure if it failed."""
     record = read_run(run.folder)
     if returncode == 0 and is_finished(run, record):
-        accuracy = f", held-out accuracy {record.evaluations[-1]['accuracy']:.1%}" if record.evaluations else ""
+        accuracy = (
+            f", held-out accuracy {record.evaluations[-1]['accuracy']:.1%}"
+            if record.evaluations
+            else ""
+        )
         logger.info("%s finished after %.0f s%s", run.name, seconds, accuracy)
         return []
     path = output_path(plan, run)

@@ -1,4 +1,6 @@
-"""What else methods are compared by: fates of buffered questions, cost of a step, answers to reformulated prompts."""
+"""What else methods are compared by: fates of buffered questions, cost of a step, answers to
+reformulated prompts.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from zppo_mm.comparison.results import Results
-from zppo_mm.observability.report_data import RunRecord
+from zppo_mm.report.run_record import RunRecord
 
 NUM_FINAL_STEPS = 10
 """Steps that count as the end of a run."""
 PHASES = ("data", "plain_rollout", "teacher", "reformulated_rollout", "old_logprobs", "update")
-TOKENS = (("sampled", "rollout/tokens"), ("of the teacher", "teacher/tokens"), ("trained on", "batch/loss_tokens"))
+TOKENS = (
+    ("sampled", "rollout/tokens"),
+    ("of the teacher", "teacher/tokens"),
+    ("trained on", "batch/loss_tokens"),
+)
 FINAL = (
     ("plain accuracy", "accuracy/plain"),
     ("BCQ accuracy", "accuracy/bcq"),
@@ -50,7 +56,8 @@ class Fates:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a step takes; medians of seconds and means of tokens over the steps of all seeds, `None` where nothing was recorded.
+    """What a step takes; medians of seconds and means of tokens over the steps of all seeds, `None`
+    where nothing was recorded.
 
     Attributes:
         seconds: Of a step, evaluation left out.
@@ -66,7 +73,9 @@ class Cost:
 
 
 def fates(results: Results, label: str) -> Fates | None:
-    """Return what became of a method's buffered questions; `None` without replay, so without a buffer, and without finished runs."""
+    """Return what became of a method's buffered questions; `None` without replay, so without a
+    buffer, and without finished runs.
+    """
     records = _records(results, label)
     if not records or not results.has_replay(label):
         return None
@@ -90,10 +99,14 @@ def cost(results: Results, label: str) -> Cost | None:
 
 
 def final_means(results: Results, label: str) -> dict[str, float | None]:
-    """Return the measurements of `FINAL`, averaged over the last steps of every finished run that have them, and then over runs."""
+    """Return the measurements of `FINAL`, averaged over the last steps of every finished run that
+    have them, and then over runs.
+    """
     records, means = _records(results, label), {}
     for name, metric in FINAL:
-        of_runs = [_mean(_values([record], metric, record.metrics[-1]["step"])) for record in records]
+        of_runs = [
+            _mean(_values([record], metric, record.metrics[-1]["step"])) for record in records
+        ]
         means[name] = _mean([value for value in of_runs if value is not None])
     return means
 
@@ -112,7 +125,12 @@ def _total(records: Iterable[RunRecord], prefix: str) -> Counter[str]:
 def _values(records: Iterable[RunRecord], metric: str, last_step: int | None = None) -> list[float]:
     """Return a metric's values in all steps, or in the last ones up to `last_step`."""
     first = 0 if last_step is None else last_step - NUM_FINAL_STEPS + 1
-    return [row[metric] for record in records for row in record.metrics if row["step"] >= first and row.get(metric) is not None]
+    return [
+        row[metric]
+        for record in records
+        for row in record.metrics
+        if row["step"] >= first and row.get(metric) is not None
+    ]
 
 
 def _per_step(records: Sequence[RunRecord], metric: str) -> float | None:
@@ -122,7 +140,9 @@ def _per_step(records: Sequence[RunRecord], metric: str) -> float | None:
 
 
 def _step_seconds(records: Iterable[RunRecord]) -> list[float]:
-    rows = [row for record in records for row in record.metrics if row.get("seconds/step") is not None]
+    rows = [
+        row for record in records for row in record.metrics if row.get("seconds/step") is not None
+    ]
     return [row["seconds/step"] - (row.get("seconds/evaluation") or 0.0) for row in rows]
 
 

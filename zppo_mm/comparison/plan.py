@@ -1,4 +1,6 @@
-"""What is compared: a YAML file as a dataclass, and the runs that follow from it, every one checked before the first starts."""
+"""What is compared: a YAML file as a dataclass, and the runs that follow from it, every one checked
+before the first starts.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from zppo_mm.config import RunConfig
-from zppo_mm.config_io import did_you_mean, load_config, load_settings
+from zppo_mm.config.load import did_you_mean, load_config, load_settings
+from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ConfigError
 
 SET_BY_PLAN = {"method": "methods", "seed": "seeds", "name": "methods", "output_dir": "output_dir"}
-"""Options of a run that the comparison sets, and the key of the comparison that they follow from."""
+"""Options of a run that the comparison sets, and the key of the comparison that they follow
+from.
+"""
 METHOD_KEYS = ("method", "options")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -24,15 +28,21 @@ class ComparisonConfig:
     """A comparison as its YAML file says it."""
 
     base: str = ""
-    """Run configuration that all runs start from, relative to the working directory; empty is the embedded preset."""
+    """Run configuration that all runs start from, relative to the working directory; empty is the
+    bundled preset.
+    """
     options: dict[str, Any] = field(default_factory=dict)
     """Options of all runs, by their dotted keys."""
     methods: Any = None
-    """A list of methods, or labels with {method, options} each; without a method the label is one."""
+    """A list of methods, or labels with {method, options} each; without a method the label is
+    one.
+    """
     baseline: str = ""
     """Label that differences and ratios refer to; empty is the first."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Seeds of every method. A seed decides the held-out questions too, so that methods answer the same ones."""
+    """Seeds of every method. A seed decides the held-out questions too, so that methods answer the
+    same ones.
+    """
     processes_per_run: int = 1
     """Processes of one run, started by torchrun where they are several."""
     parallel_runs: int = 1
@@ -66,7 +76,9 @@ class PlannedRun:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All runs of a comparison, the seeds in their order and the methods within a seed, so that it can be read while it is half done."""
+    """All runs of a comparison, the seeds in their order and the methods within a seed, so that it
+    can be read while it is half done.
+    """
 
     runs: tuple[PlannedRun, ...]
     labels: tuple[str, ...]
@@ -90,7 +102,10 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     known = {each.name for each in fields(ComparisonConfig)}
     own = [override for override in overrides if re.split("[.=]", override)[0] in known]
     comparison = load_settings(ComparisonConfig, path, own)
-    shared = [*_as_arguments(comparison.options), *(override for override in overrides if override not in own)]
+    shared = [
+        *_as_arguments(comparison.options),
+        *(override for override in overrides if override not in own),
+    ]
     methods = _methods(comparison.methods, path)
     _check(comparison, methods, path)
     return Plan(
@@ -115,20 +130,27 @@ def _methods(given: Any, path: Path) -> dict[str, tuple[str, list[str]]]:
         by_label = None
     if not isinstance(by_label, Mapping) or not by_label:
         raise ConfigError(
-            f"{path}: methods is wrong, got {given!r}, expected a list of different methods, or labels with {{method, options}} each; "
-            "see docs/comparison.md"
+            f"{path}: methods is wrong, got {given!r}, expected a list of different methods, or "
+            "labels with {method, options} each; see docs/comparison.md"
         )
     methods = {}
     for label, settings in by_label.items():
         settings = settings or {}
         if not _LABEL.fullmatch(str(label)) or not isinstance(settings, Mapping):
             raise ConfigError(
-                f"{path}: methods: got {label!r}: {settings!r}, expected a label of letters, digits and . _ + - that does not start with a "
-                "sign, and {method, options} under it; rename or rewrite it"
+                f"{path}: methods: got {label!r}: {settings!r}, expected a label of letters, "
+                "digits and . _ + - that does not start with a sign, and {method, options} under "
+                "it; rename or rewrite it"
             )
         for key in (str(key) for key in settings if key not in METHOD_KEYS):
-            raise ConfigError(f"{path}: unknown key, got methods.{label}.{key}, expected method or options{did_you_mean(key, METHOD_KEYS)}")
-        methods[str(label)] = (str(settings.get("method", label)), _as_arguments(settings.get("options") or {}))
+            raise ConfigError(
+                f"{path}: unknown key, got methods.{label}.{key}, expected method or "
+                f"options{did_you_mean(key, METHOD_KEYS)}"
+            )
+        methods[str(label)] = (
+            str(settings.get("method", label)),
+            _as_arguments(settings.get("options") or {}),
+        )
     return methods
 
 
@@ -136,15 +158,26 @@ def _check(comparison: ComparisonConfig, methods: Collection[str], path: Path) -
     """Check what no run's own configuration shows to be wrong."""
     for key in ("processes_per_run", "parallel_runs"):
         if getattr(comparison, key) < 1:
-            raise ConfigError(f"{path}: {key} is out of range, got {getattr(comparison, key)}, expected at least 1; correct it")
+            raise ConfigError(
+                f"{path}: {key} is out of range, got {getattr(comparison, key)}, expected at least "
+                "1; correct it"
+            )
     if not comparison.seeds or len(set(comparison.seeds)) < len(comparison.seeds):
-        raise ConfigError(f"{path}: seeds is wrong, got {comparison.seeds}, expected at least one seed and none twice; correct the list")
+        raise ConfigError(
+            f"{path}: seeds is wrong, got {comparison.seeds}, expected at least one seed and none "
+            "twice; correct the list"
+        )
     if comparison.baseline and comparison.baseline not in methods:
         hint = did_you_mean(comparison.baseline, methods)
-        raise ConfigError(f"{path}: unknown baseline, got {comparison.baseline!r}, expected one of {', '.join(methods)}{hint}")
+        raise ConfigError(
+            f"{path}: unknown baseline, got {comparison.baseline!r}, expected one of "
+            f"{', '.join(methods)}{hint}"
+        )
 
 
-def _planned_run(label: str, method: str, seed: int, comparison: ComparisonConfig, options: Sequence[str]) -> PlannedRun:
+def _planned_run(
+    label: str, method: str, seed: int, comparison: ComparisonConfig, options: Sequence[str]
+) -> PlannedRun:
     """Return one run, its configuration checked as the training tool would.
 
     Raises:
@@ -152,9 +185,18 @@ def _planned_run(label: str, method: str, seed: int, comparison: ComparisonConfi
     """
     for key in (re.split("[.=]", option)[0] for option in options):
         if key in SET_BY_PLAN:
-            raise ConfigError(f"options: {key} follows from the comparison, got it as an option, expected {SET_BY_PLAN[key]} to say it")
+            raise ConfigError(
+                f"options: {key} follows from the comparison, got it as an option, expected "
+                f"{SET_BY_PLAN[key]} to say it"
+            )
     folder = Path(comparison.output_dir) / f"{label}-seed{seed}"
-    arguments = [*options, f"method={method}", f"seed={seed}", f"name={folder.name}", f"output_dir={comparison.output_dir}"]
+    arguments = [
+        *options,
+        f"method={method}",
+        f"seed={seed}",
+        f"name={folder.name}",
+        f"output_dir={comparison.output_dir}",
+    ]
     try:
         config = load_config(comparison.base or None, arguments)
     except ConfigError as error:

@@ -16,8 +16,16 @@ from zppo_mm.comparison.launch import Failure
 from zppo_mm.comparison.measures import fates
 from zppo_mm.comparison.plan import Plan
 from zppo_mm.comparison.results import Results, read_results
-from zppo_mm.comparison.tables import Accuracies, Table, accuracies, csv_header, csv_rows, markdown, tables
-from zppo_mm.observability.report import TEMPLATES_FOLDER, Headline, page_environment, write_page
+from zppo_mm.comparison.tables import (
+    Accuracies,
+    Table,
+    accuracies,
+    csv_header,
+    csv_rows,
+    markdown,
+    tables,
+)
+from zppo_mm.report.page import TEMPLATES_FOLDER, Headline, page_environment, write_page
 
 MARKDOWN_FILE, CSV_FILE, PAGE_FILE = "comparison.md", "comparison.csv", "comparison.html"
 FIGURES_FOLDER = "figures"
@@ -25,7 +33,8 @@ TEMPLATE_FILE = "comparison.html.jinja"
 
 
 def write_comparison(plan: Plan, failures: Sequence[Failure] = ()) -> list[Table]:
-    """Write all three files and the figures into the comparison's folder; whatever runs there are, finished or not.
+    """Write all three files and the figures into the comparison's folder; whatever runs there are,
+    finished or not.
 
     Args:
         plan: The comparison.
@@ -76,7 +85,11 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     """Return what all runs have alike."""
     plan = results.plan
     counted = sum(len(results.counted(label)) for label in plan.labels)
-    facts = [("methods", str(len(plan.labels))), ("seeds", str(len(plan.seeds))), ("finished runs", f"{counted} of {len(plan.runs)}")]
+    facts = [
+        ("methods", str(len(plan.labels))),
+        ("seeds", str(len(plan.seeds))),
+        ("finished runs", f"{counted} of {len(plan.runs)}"),
+    ]
     for label, values in (
         ("questions", {run.config.modality for run in plan.runs}),
         ("steps", {run.config.train.train_iters for run in plan.runs}),
@@ -86,12 +99,14 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         ("student", {run.config.model.student for run in plan.runs}),
     ):
         if len(values) == 1:
-            facts.append((label, str(values.pop()) or "embedded tiny model"))
+            facts.append((label, str(values.pop()) or "bundled tiny model"))
     return facts
 
 
 def _headlines(results: Results, by_part: Accuracies) -> list[Headline]:
-    """Return the numbers at the top: the best method after the last step, the baseline, and who masters what it never solved."""
+    """Return the numbers at the top: the best method after the last step, the baseline, and who
+    masters what it never solved.
+    """
     found = {label: each for label, each in by_part["all"].items() if each is not None}
     best = max(found, key=lambda label: found[label].after.value, default=None)
     headlines = []
@@ -99,19 +114,36 @@ def _headlines(results: Results, by_part: Accuracies) -> list[Headline]:
         each = found.get(label or "")
         if each is not None:
             low, high = 100 * each.after.low, 100 * each.after.high
-            note = f"{100 * each.before:.1f} % before; 95 % interval {low:.1f} to {high:.1f} %, seeds: {len(each.seeds)}"
+            note = (
+                f"{100 * each.before:.1f} % before; 95 % interval {low:.1f} to {high:.1f} %, "
+                f"seeds: {len(each.seeds)}"
+            )
             headlines.append(Headline(title, f"{label} {100 * each.after.value:.1f} %", note))
-    buffered = {label: fate for label in found if (fate := fates(results, label)) is not None and fate.admitted["0"]}
+    buffered = {
+        label: fate
+        for label in found
+        if (fate := fates(results, label)) is not None and fate.admitted["0"]
+    }
     if buffered:
-        label, most = max(buffered.items(), key=lambda item: item[1].graduated["0"] / item[1].admitted["0"])
+        label, most = max(
+            buffered.items(), key=lambda item: item[1].graduated["0"] / item[1].admitted["0"]
+        )
         graduated, admitted = most.graduated["0"], most.admitted["0"]
         note = f"{graduated} of {admitted} questions admitted at 0 % graduated"
-        headlines.append(Headline("Most mastered of what was never solved", f"{label} {100 * graduated / admitted:.0f} %", note))
+        headlines.append(
+            Headline(
+                "Most mastered of what was never solved",
+                f"{label} {100 * graduated / admitted:.0f} %",
+                note,
+            )
+        )
     return headlines
 
 
 def _bold(cell: str) -> Markup:
-    """Turn the one mark that cells have into HTML: bold, in another color where the number is negative."""
+    """Turn the one mark that cells have into HTML: bold, in another color where the number is
+    negative.
+    """
     text = re.sub(r"\*\*(-.*?)\*\*", r'<b class="less">\1</b>', str(escape(cell)))
     return Markup(re.sub(r"\*\*(.*?)\*\*", r"<b>\1</b>", text))
 

@@ -10,15 +10,17 @@ from pathlib import Path
 from zppo_mm.comparison.launch import check_same_configuration, is_finished, steps_reached
 from zppo_mm.comparison.plan import Plan, PlannedRun
 from zppo_mm.errors import ConfigError
-from zppo_mm.observability.report_data import RunRecord, read_lines, read_run
 from zppo_mm.observability.transcripts import HELD_OUT_FOLDER
+from zppo_mm.report.run_record import RunRecord, read_lines, read_run
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A held-out question in one evaluation: where it comes from, and the mean reward of its responses."""
+    """A held-out question in one evaluation: where it comes from, and the mean reward of its
+    responses.
+    """
 
     source: str
     modality: str
@@ -53,7 +55,9 @@ class RunResult:
 
     @property
     def counts(self) -> bool:
-        """Whether the run is finished, the planned one, and has the answers before and after training: part of the tables."""
+        """Whether the run is finished, the planned one, and has the answers before and after
+        training: part of the tables.
+        """
         return self.is_finished and not self.is_refused and {0, self.last_step} <= set(self.answers)
 
     @property
@@ -64,7 +68,11 @@ class RunResult:
         if self.is_finished:
             return "finished" if self.counts else "finished, without answers to held-out questions"
         steps = steps_reached(self.record)
-        return f"step {steps} of {self.last_step}" if self.record.metrics or self.record.evaluations else "not started"
+        return (
+            f"step {steps} of {self.last_step}"
+            if self.record.metrics or self.record.evaluations
+            else "not started"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +101,9 @@ def read_results(plan: Plan) -> Results:
     for run in plan.runs:
         record = read_run(run.folder)
         finished = is_finished(run, record)
-        runs[run.label][run.seed] = RunResult(run, record, read_answers(run.folder), finished, finished and not _is_planned(run))
+        runs[run.label][run.seed] = RunResult(
+            run, record, read_answers(run.folder), finished, finished and not _is_planned(run)
+        )
     return Results(plan, runs)
 
 
@@ -107,12 +117,17 @@ def _is_planned(run: PlannedRun) -> bool:
 
 
 def read_answers(folder: Path) -> dict[int, Answers]:
-    """Return all evaluations of a run by step; answers without a reward are no part of a question's accuracy."""
+    """Return all evaluations of a run by step; answers without a reward are no part of a question's
+    accuracy.
+    """
     answers: dict[int, Answers] = {}
     for path in sorted((folder / HELD_OUT_FOLDER).glob("step_*.jsonl")):
         # Two sources may use the same id.
         of_step = {
-            (line["source"], line["question_id"]): Answered(line["source"], line["modality"], line["accuracy"]) for line in read_lines(path)
+            (line["source"], line["question_id"]): Answered(
+                line["source"], line["modality"], line["accuracy"]
+            )
+            for line in read_lines(path)
         }
         answers[int(path.stem.removeprefix("step_"))] = of_step
     return answers

@@ -1,4 +1,6 @@
-"""The tables of a comparison as text cells, for Markdown and for the page alike, and the same numbers as rows for CSV."""
+"""The tables of a comparison as text cells, for Markdown and for the page alike, and the same
+numbers as rows for CSV.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,16 @@ from dataclasses import dataclass, replace
 
 from zppo_mm.comparison.accuracy import MethodAccuracy, method_accuracy, parts_of
 from zppo_mm.comparison.intervals import Estimate
-from zppo_mm.comparison.measures import FINAL, NUM_FINAL_STEPS, PHASES, TOKENS, Fates, cost, fates, final_means
+from zppo_mm.comparison.measures import (
+    FINAL,
+    NUM_FINAL_STEPS,
+    PHASES,
+    TOKENS,
+    Fates,
+    cost,
+    fates,
+    final_means,
+)
 from zppo_mm.comparison.results import Results
 
 MANY_VISITS = 4
@@ -36,13 +47,28 @@ Accuracies = dict[str, dict[str, MethodAccuracy | None]]
 
 def accuracies(results: Results) -> Accuracies:
     """Return every method's accuracy on every part of the held-out questions."""
-    return {part.name: {label: method_accuracy(results, label, part) for label in results.plan.labels} for part in parts_of(results)}
+    return {
+        part.name: {label: method_accuracy(results, label, part) for label in results.plan.labels}
+        for part in parts_of(results)
+    }
 
 
 def tables(results: Results, by_part: Accuracies) -> list[Table]:
-    """Return all tables for which there is something to show, without columns that no method has a value in."""
-    made = [_accuracy(results, by_part), _parts(results, by_part), _graduations(results), _visits(results), _cost(results), _final(results)]
-    return [*(_without_empty_columns(table) for table in made if table is not None and table.rows), _runs(results)]
+    """Return all tables for which there is something to show, without columns that no method has a
+    value in.
+    """
+    made = [
+        _accuracy(results, by_part),
+        _parts(results, by_part),
+        _graduations(results),
+        _visits(results),
+        _cost(results),
+        _final(results),
+    ]
+    return [
+        *(_without_empty_columns(table) for table in made if table is not None and table.rows),
+        _runs(results),
+    ]
 
 
 def _accuracy(results: Results, by_part: Accuracies) -> Table:
@@ -54,16 +80,36 @@ def _accuracy(results: Results, by_part: Accuracies) -> Table:
             rows.append((label, _num_counted(results, label), *[""] * 5))
             continue
         cells = (_percent(found.before), _interval(found.after), _difference(found.difference))
-        rows.append((label, _num_counted(results, label), *cells, _interval(found.curve), _difference(found.curve_difference)))
+        rows.append(
+            (
+                label,
+                _num_counted(results, label),
+                *cells,
+                _interval(found.curve),
+                _difference(found.curve_difference),
+            )
+        )
     unpaired = sum(found.num_unpaired for found in by_part["all"].values() if found)
     note = (
-        "Accuracy on the same held-out questions for all methods, in percent, with 95 % intervals of a paired bootstrap over questions and "
-        f"seeds. Differences to {baseline} are in points; a bold one has an interval without 0. The mean of the curve is over all "
-        "evaluations after step 0."
+        "Accuracy on the same held-out questions for all methods, in percent, with 95 % intervals "
+        f"of a paired bootstrap over questions and seeds. Differences to {baseline} are in points; "
+        "a bold one has an interval without 0. The mean of the curve is over all evaluations after "
+        "step 0."
     )
     if unpaired:
-        note += f" {unpaired} answers are no part of a difference, because only one of the two methods has one."
-    header = ("method", "seeds", "before", "after", f"after, to {baseline}", "mean of the curve", f"mean, to {baseline}")
+        note += (
+            f" {unpaired} answers are no part of a difference, because only one of the two methods "
+            "has one."
+        )
+    header = (
+        "method",
+        "seeds",
+        "before",
+        "after",
+        f"after, to {baseline}",
+        "mean of the curve",
+        f"mean, to {baseline}",
+    )
     return Table("Held-out accuracy", note, header, tuple(rows))
 
 
@@ -81,7 +127,9 @@ def _parts(results: Results, by_part: Accuracies) -> Table | None:
             found = by_part[name][label]
             row += [_interval(found.after), _difference(found.difference)] if found else ["", ""]
         rows.append(tuple(row))
-    return Table("By modality and source", "After the last step, as above.", tuple(header), tuple(rows))
+    return Table(
+        "By modality and source", "After the last step, as above.", tuple(header), tuple(rows)
+    )
 
 
 def _graduations(results: Results) -> Table | None:
@@ -96,11 +144,19 @@ def _graduations(results: Results) -> Table | None:
             continue
         shares = [_share(each.graduated[part], each.admitted[part]) for part in bins]
         gone = each.graduated.total() + each.evicted.total()
-        rows.append((label, *shares, _share(each.graduated.total(), each.admitted.total()), _share(each.graduated.total(), gone)))
+        rows.append(
+            (
+                label,
+                *shares,
+                _share(each.graduated.total(), each.admitted.total()),
+                _share(each.graduated.total(), gone),
+            )
+        )
     note = (
-        "Hard questions that reached the threshold unaided, of those admitted to the replay buffer with this accuracy, over all seeds; the "
-        "last column is of those that left it. Methods without replay have no buffer. The paper's 2B student: 28 % of those admitted at "
-        "0 % with ZPPO, 4 % with GRPO and replay."
+        "Hard questions that reached the threshold unaided, of those admitted to the replay buffer "
+        "with this accuracy, over all seeds; the last column is of those that left it. Methods "
+        "without replay have no buffer. The paper's 2B student: 28 % of those admitted at 0 % with "
+        "ZPPO, 4 % with GRPO and replay."
     )
     return Table(
         "Graduated, by accuracy at admission",
@@ -117,14 +173,37 @@ def _visits(results: Results) -> Table | None:
         if each is None:
             continue
         visits = [str(_visited(each, count)) for count in range(1, MANY_VISITS + 1)]
-        rows.append((label, str(each.admitted.total()), *visits, str(each.evicted.total()), str(each.num_left)))
+        rows.append(
+            (
+                label,
+                str(each.admitted.total()),
+                *visits,
+                str(each.evicted.total()),
+                str(each.num_left),
+            )
+        )
     names = [*(f"after {count}" for count in range(1, MANY_VISITS)), f"after {MANY_VISITS} or more"]
-    header = ("method", "admitted", *(f"graduated {name}" for name in names), "evicted", "still there")
-    return Table("Fates of buffered questions", "Graduations by the number of times a question was asked again.", header, tuple(rows))
+    header = (
+        "method",
+        "admitted",
+        *(f"graduated {name}" for name in names),
+        "evicted",
+        "still there",
+    )
+    return Table(
+        "Fates of buffered questions",
+        "Graduations by the number of times a question was asked again.",
+        header,
+        tuple(rows),
+    )
 
 
 def _visited(each: Fates, count: int) -> int:
-    return sum(number for visits, number in each.graduated_visits.items() if min(int(visits), MANY_VISITS) == count)
+    return sum(
+        number
+        for visits, number in each.graduated_visits.items()
+        if min(int(visits), MANY_VISITS) == count
+    )
 
 
 def _cost(results: Results) -> Table:
@@ -134,36 +213,59 @@ def _cost(results: Results) -> Table:
         if found is None:
             rows.append((label, *[""] * (2 + len(PHASES) + len(TOKENS))))
             continue
-        seconds = [f"{found.seconds:.2f}", _number(found.ratio, ".2f"), *(_number(value, ".2f") for value in found.phases.values())]
+        seconds = [
+            f"{found.seconds:.2f}",
+            _number(found.ratio, ".2f"),
+            *(_number(value, ".2f") for value in found.phases.values()),
+        ]
         rows.append((label, *seconds, *(_number(value, ",.0f") for value in found.tokens.values())))
     note = (
-        "Median seconds of a step without evaluation, by phase, and mean tokens of a step, over all seeds. Seconds compare only where the "
-        "runs had the machine alike."
+        "Median seconds of a step without evaluation, by phase, and mean tokens of a step, over "
+        "all seeds. Seconds compare only where the runs had the machine alike."
     )
     phases = (phase.replace("_", " ") for phase in PHASES)
-    header = ("method", "seconds", f"x {results.plan.baseline}", *phases, *(f"tokens {name}" for name, _ in TOKENS))
+    header = (
+        "method",
+        "seconds",
+        f"x {results.plan.baseline}",
+        *phases,
+        *(f"tokens {name}" for name, _ in TOKENS),
+    )
     return Table("Cost of a step", note, header, tuple(rows))
 
 
 def _final(results: Results) -> Table:
-    rows = [(label, *(_number(value, ".1%") for value in final_means(results, label).values())) for label in results.plan.labels]
+    rows = [
+        (label, *(_number(value, ".1%") for value in final_means(results, label).values()))
+        for label in results.plan.labels
+    ]
     note = (
-        f"Training prompts of the last {NUM_FINAL_STEPS} steps, mean over seeds. A BCQ accuracy near 100 % would mean that the candidates "
-        "give themselves away. tools/audit.py has more of this."
+        f"Training prompts of the last {NUM_FINAL_STEPS} steps, mean over seeds. A BCQ accuracy "
+        "near 100 % would mean that the candidates give themselves away. tools/audit.py has more "
+        "of this."
     )
-    return Table("Answers to reformulated prompts at the end", note, ("method", *(name for name, _ in FINAL)), tuple(rows))
+    return Table(
+        "Answers to reformulated prompts at the end",
+        note,
+        ("method", *(name for name, _ in FINAL)),
+        tuple(rows),
+    )
 
 
 def _runs(results: Results) -> Table:
     rows = [(label, *(run.status for run in runs.values())) for label, runs in results.runs.items()]
     note = "Only finished runs are part of the tables."
-    return Table("Runs", note, ("method", *(f"seed {seed}" for seed in results.plan.seeds)), tuple(rows))
+    return Table(
+        "Runs", note, ("method", *(f"seed {seed}" for seed in results.plan.seeds)), tuple(rows)
+    )
 
 
 def _without_empty_columns(table: Table) -> Table:
     kept = [place for place in range(len(table.header)) if any(row[place] for row in table.rows)]
     return replace(
-        table, header=tuple(table.header[place] for place in kept), rows=tuple(tuple(row[place] for place in kept) for row in table.rows)
+        table,
+        header=tuple(table.header[place] for place in kept),
+        rows=tuple(tuple(row[place] for place in kept) for row in table.rows),
     )
 
 
@@ -198,19 +300,31 @@ def _number(value: float | None, form: str) -> str:
 def markdown(table: Table) -> str:
     """Return a table as Markdown."""
     lines = [table.header, ("---", *["---:"] * (len(table.header) - 1)), *table.rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def csv_rows(results: Results, by_part: Accuracies) -> list[dict[str, str | float | int | None]]:
-    """Return one row per method, and per run of it, with every number unrounded; cells without a value are `None`."""
+    """Return one row per method, and per run of it, with every number unrounded; cells without a
+    value are `None`.
+    """
     rows = []
     for label in results.plan.labels:
-        row: dict[str, str | float | int | None] = {"method": label, "seed": "all", "status": _num_counted(results, label)}
+        row: dict[str, str | float | int | None] = {
+            "method": label,
+            "seed": "all",
+            "status": _num_counted(results, label),
+        }
         for name, found in ((name, of_part[label]) for name, of_part in by_part.items()):
             row |= _accuracy_cells(name, found)
         each, spent = fates(results, label), cost(results, label)
         if each is not None:
-            row |= {f"{fate}/{part}": count for fate in ("admitted", "graduated", "evicted") for part, count in getattr(each, fate).items()}
+            row |= {
+                f"{fate}/{part}": count
+                for fate in ("admitted", "graduated", "evicted")
+                for part, count in getattr(each, fate).items()
+            }
         if spent is not None:
             row |= {"seconds": spent.seconds, "seconds/ratio": spent.ratio}
             row |= {f"seconds/{name}": value for name, value in spent.phases.items()}
@@ -218,8 +332,19 @@ def csv_rows(results: Results, by_part: Accuracies) -> list[dict[str, str | floa
         row |= final_means(results, label)
         rows.append(row)
         for seed, run in results.runs[label].items():
-            first, last = (run.record.evaluations[i]["accuracy"] if run.record.evaluations else None for i in (0, -1))
-            rows.append({"method": label, "seed": seed, "status": run.status, "before": first, "after": last if run.counts else None})
+            first, last = (
+                run.record.evaluations[i]["accuracy"] if run.record.evaluations else None
+                for i in (0, -1)
+            )
+            rows.append(
+                {
+                    "method": label,
+                    "seed": seed,
+                    "status": run.status,
+                    "before": first,
+                    "after": last if run.counts else None,
+                }
+            )
     return rows
 
 
@@ -227,11 +352,18 @@ def _accuracy_cells(part: str, found: MethodAccuracy | None) -> dict[str, str | 
     if found is None:
         return {}
     suffix = "" if part == "all" else f"/{part}"
-    cells: dict[str, str | float | int | None] = {f"questions{suffix}": found.num_questions, f"before{suffix}": found.before}
+    cells: dict[str, str | float | int | None] = {
+        f"questions{suffix}": found.num_questions,
+        f"before{suffix}": found.before,
+    }
     for name in ("after", "difference", "curve", "curve_difference"):
         estimate: Estimate | None = getattr(found, name)
         if estimate is not None:
-            cells |= {f"{name}{suffix}": estimate.value, f"{name}_low{suffix}": estimate.low, f"{name}_high{suffix}": estimate.high}
+            cells |= {
+                f"{name}{suffix}": estimate.value,
+                f"{name}_low{suffix}": estimate.low,
+                f"{name}_high{suffix}": estimate.high,
+            }
     return cells
 
 

@@ -1,4 +1,6 @@
-"""What a run's transcripts say of its reformulated prompts: do the candidates give themselves away, and are they what they stand for?"""
+"""What a run's transcripts say of its reformulated prompts: do the candidates give themselves away,
+and are they what they stand for?
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from zppo_mm.comparison.tables import Table
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import PLAIN_KINDS
 from zppo_mm.observability.audit import comparable_answer, num_matches
-from zppo_mm.observability.report_data import read_lines, transcripts_newest_first
+from zppo_mm.report.run_record import read_lines, transcripts_newest_first
 from zppo_mm.rewards.boxes import final_answer
 from zppo_mm.rewards.mathematics import compare
 
@@ -31,7 +33,9 @@ class Share:
 
     @property
     def estimate(self) -> Estimate | None:
-        """The share with its binomial 95 % interval; rollouts of one prompt are taken for independent, which they are not quite."""
+        """The share with its binomial 95 % interval; rollouts of one prompt are taken for
+        independent, which they are not quite.
+        """
         return share_interval(self.count, self.total)
 
 
@@ -56,10 +60,12 @@ class TranscriptAudit:
         bcq_wrong: The wrong candidate's.
         bcq_neither: Another answer than both.
         bcq_none: No boxed answer.
-        first: BCQ answers equal to the first candidate's, of those that equal one of two different ones.
+        first: BCQ answers equal to the first candidate's, of those that equal one of two different
+            ones.
         right_first: BCQ rollouts that are right where the right candidate is the first.
         right_second: The same where it is the second.
-        right_longer: BCQ prompts whose right candidate has more characters, of those with candidates of different length.
+        right_longer: BCQ prompts whose right candidate has more characters, of those with
+            candidates of different length.
         right_length: Characters of the right candidates of BCQ prompts.
         wrong_length: Of the wrong ones.
         ncq_accuracy: NCQ rollouts that are right.
@@ -67,7 +73,8 @@ class TranscriptAudit:
         ncq_listed: NCQ rollouts whose answer equals one listed as wrong.
         ncq_other: Another answer.
         ncq_none: No boxed answer.
-        kept: Candidates of BCQ and NCQ prompts whose text ends in the recorded answer, or boxes none where none is recorded.
+        kept: Candidates of BCQ and NCQ prompts whose text ends in the recorded answer, or boxes
+            none where none is recorded.
         changed: In another one.
         lost: Boxes none, but one is recorded.
     """
@@ -107,18 +114,34 @@ def audit_run(folder: Path, first_step: int = 0, last_step: int | None = None) -
     Raises:
         ConfigError: There is no transcript of such a step.
     """
-    paths = {int(path.stem.removeprefix("step_")): path for path in reversed(transcripts_newest_first(folder))}
-    chosen = [path for step, path in paths.items() if first_step <= step and (last_step is None or step <= last_step)]
+    paths = {
+        int(path.stem.removeprefix("step_")): path
+        for path in reversed(transcripts_newest_first(folder))
+    }
+    chosen = [
+        path
+        for step, path in paths.items()
+        if first_step <= step and (last_step is None or step <= last_step)
+    ]
     if not chosen:
         there = f"steps {min(paths)} to {max(paths)}" if paths else "no transcripts"
-        raise ConfigError(f"{folder}: nothing to audit, got {there}, expected transcripts of the steps asked for; check folder and --steps")
+        raise ConfigError(
+            f"{folder}: nothing to audit, got {there}, expected transcripts of the steps asked "
+            "for; check folder and --steps"
+        )
     return _audit(len(chosen), [record for path in chosen for record in read_lines(path)])
 
 
 def _audit(num_steps: int, records: Sequence[Record]) -> TranscriptAudit:
     bcq, ncq = ([record for record in records if record["kind"] == kind] for kind in ("bcq", "ncq"))
-    pairs = [record for record in bcq if sorted(candidate["correct"] for candidate in record["candidates"]) == [False, True]]
-    right, wrong = ([len(_candidate(record, correct)["text"]) for record in pairs] for correct in (True, False))
+    pairs = [
+        record
+        for record in bcq
+        if sorted(candidate["correct"] for candidate in record["candidates"]) == [False, True]
+    ]
+    right, wrong = (
+        [len(_candidate(record, correct)["text"]) for record in pairs] for correct in (True, False)
+    )
     candidates = [candidate for record in (*bcq, *ncq) for candidate in record["candidates"]]
     fidelity = Counter(map(faithfulness, candidates))
     return TranscriptAudit(
@@ -133,7 +156,10 @@ def _audit(num_steps: int, records: Sequence[Record]) -> TranscriptAudit:
         first=_first(pairs),
         right_first=_accuracy(record for record in pairs if record["candidates"][0]["correct"]),
         right_second=_accuracy(record for record in pairs if record["candidates"][1]["correct"]),
-        right_longer=Share(sum(r > w for r, w in zip(right, wrong, strict=True)), sum(r != w for r, w in zip(right, wrong, strict=True))),
+        right_longer=Share(
+            sum(r > w for r, w in zip(right, wrong, strict=True)),
+            sum(r != w for r, w in zip(right, wrong, strict=True)),
+        ),
         right_length=_lengths(right),
         wrong_length=_lengths(wrong),
         ncq_accuracy=_accuracy(ncq),
@@ -148,11 +174,15 @@ def _audit(num_steps: int, records: Sequence[Record]) -> TranscriptAudit:
 
 
 def faithfulness(candidate: Record) -> Literal["kept", "changed", "lost"]:
-    """Compare the answer that a candidate's text boxes last with the recorded answer of the response it stands for, as the grader would."""
+    """Compare the answer that a candidate's text boxes last with the recorded answer of the
+    response it stands for, as the grader would.
+    """
     boxed, answer = final_answer(candidate["text"]), candidate["answer"]
     if boxed is None:
         return "kept" if answer is None else "lost"
-    same = answer is not None and (comparable_answer(boxed) == comparable_answer(answer) or compare(boxed, answer) is True)
+    same = answer is not None and (
+        comparable_answer(boxed) == comparable_answer(answer) or compare(boxed, answer) is True
+    )
     return "kept" if same else "changed"
 
 
@@ -176,7 +206,11 @@ def _accuracy(records: Iterable[Record]) -> Share:
 def _plain_of(reformulated: Iterable[Record], records: Iterable[Record]) -> Iterator[Record]:
     """Yield the plain groups of the same questions in the same steps."""
     asked = {(record["step"], record["question_id"]) for record in reformulated}
-    return (record for record in records if record["kind"] in PLAIN_KINDS and (record["step"], record["question_id"]) in asked)
+    return (
+        record
+        for record in records
+        if record["kind"] in PLAIN_KINDS and (record["step"], record["question_id"]) in asked
+    )
 
 
 def _matches(records: Sequence[Record], correct: Sequence[bool]) -> Share:
@@ -192,7 +226,10 @@ def _others(records: Sequence[Record]) -> Share:
 
 
 def _unparsed(records: Sequence[Record]) -> Share:
-    return Share(sum(answer is None for record in records for answer in _answers(record)), _num_rollouts(records))
+    return Share(
+        sum(answer is None for record in records for answer in _answers(record)),
+        _num_rollouts(records),
+    )
 
 
 def _first(pairs: Iterable[Record]) -> Share:
@@ -207,7 +244,9 @@ def _first(pairs: Iterable[Record]) -> Share:
 
 
 def _shown(record: Record, correct: Sequence[bool]) -> list[str | None]:
-    return [candidate["answer"] for candidate in record["candidates"] if candidate["correct"] in correct]
+    return [
+        candidate["answer"] for candidate in record["candidates"] if candidate["correct"] in correct
+    ]
 
 
 def _candidate(record: Record, correct: bool) -> Record:
@@ -242,16 +281,27 @@ ROWS: Mapping[str, str] = {
 
 
 def audit_table(audits: Mapping[str, TranscriptAudit]) -> Table:
-    """Return the audits of runs side by side: shares in percent with intervals and counts, lengths in characters."""
+    """Return the audits of runs side by side: shares in percent with intervals and counts, lengths
+    in characters.
+    """
     rows = [("steps", *(str(audit.num_steps) for audit in audits.values()))]
     kinds = sorted({kind for audit in audits.values() for kind in audit.groups})
-    rows += [(f"groups: {kind}", *(str(audit.groups.get(kind, 0)) for audit in audits.values())) for kind in kinds]
-    rows += [(text, *(_cell(getattr(audit, name)) for audit in audits.values())) for name, text in ROWS.items()]
+    rows += [
+        (f"groups: {kind}", *(str(audit.groups.get(kind, 0)) for audit in audits.values()))
+        for kind in kinds
+    ]
+    rows += [
+        (text, *(_cell(getattr(audit, name)) for audit in audits.values()))
+        for name, text in ROWS.items()
+    ]
     for name in ("right", "wrong"):
         lengths = [getattr(audit, f"{name}_length") for audit in audits.values()]
         cells = [f"{length.mean:.0f} ({length.median:.0f})" if length else "" for length in lengths]
         rows.append((f"BCQ: characters of the {name} candidate, mean (median)", *cells))
-    note = "Shares in percent with 95 % intervals and counts; rollouts of one prompt are taken for independent."
+    note = (
+        "Shares in percent with 95 % intervals and counts; rollouts of one prompt are taken for "
+        "independent."
+    )
     return Table("Audit", note, ("", *audits), tuple(rows))
 
 
@@ -260,7 +310,9 @@ def as_json(audit: TranscriptAudit) -> dict[str, Any]:
     record = asdict(audit)
     for name in ROWS:
         share: Share = getattr(audit, name)
-        record[name] |= asdict(share.estimate) if share.estimate else {"value": None, "low": None, "high": None}
+        record[name] |= (
+            asdict(share.estimate) if share.estimate else {"value": None, "low": None, "high": None}
+        )
     return record
 
 
@@ -268,4 +320,7 @@ def _cell(share: Share) -> str:
     estimate = share.estimate
     if estimate is None:
         return ""
-    return f"{100 * estimate.value:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}] {share.count}/{share.total}"
+    return (
+        f"{100 * estimate.value:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}] "
+        f"{share.count}/{share.total}"
+    )

@@ -1,1 +1,3 @@
-"""Hugging Face folders to Megatron and back, and what can be said about a folder: the commands of tools/convert_checkpoint.py."""
+"""Hugging Face folders to Megatron and back, and what can be said about a folder: the commands of
+tools/convert_checkpoint.py.
+"""

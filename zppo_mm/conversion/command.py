@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from zppo_mm.config import ParallelConfig
+from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ZppoError
-from zppo_mm.models import parallel
 from zppo_mm.observability.logs import configure_logging
+from zppo_mm.parallel import groups as parallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,8 @@ def run_command(name: str, folders: list[Path], layout: ParallelConfig) -> Outco
 
 
 def _run(name: str, folders: list[Path], layout: ParallelConfig) -> Outcome:
-    # What a command does not need is not imported: transformers' models and a run's parts take seconds.
+    # What a command does not need is not imported: transformers' models and a run's parts take
+    # seconds.
     if name == "import":
         from zppo_mm.conversion.importing import import_folder
 
@@ -62,5 +63,7 @@ def _run(name: str, folders: list[Path], layout: ParallelConfig) -> Outcome:
         return Outcome(describe_folder(folders[0]), 0)
     from zppo_mm.conversion.verify import verify_folder, verify_folders
 
-    report = verify_folder(folders[0]) if len(folders) == 1 else verify_folders(folders[0], folders[1])
+    report = (
+        verify_folder(folders[0]) if len(folders) == 1 else verify_folders(folders[0], folders[1])
+    )
     return Outcome(report.text(), 0 if report.good else 1)

@@ -1,4 +1,6 @@
-"""What the headers of a Hugging Face folder say: the network, its size, and the layouts that it fits. No weight is read."""
+"""What the headers of a Hugging Face folder say: the network, its size, and the layouts that it
+fits. No weight is read.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,14 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from zppo_mm.config import ParallelConfig
+from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.conversion.table import format_table
 from zppo_mm.errors import ModelError
-from zppo_mm.models.architecture import Architecture, check_layout, load_architecture
-from zppo_mm.models.export import open_source
-from zppo_mm.models.megatron_folder import build_without_weights, check_shapes
-from zppo_mm.models.safetensors_folder import SafetensorsFolder
-from zppo_mm.models.weights import Mapping, parameter_mappings, tied_copies
+from zppo_mm.models.families.architecture import Architecture, check_layout, load_architecture
+from zppo_mm.weights.hf_export import open_source
+from zppo_mm.weights.mapping import Mapping, parameter_mappings, tied_copies
+from zppo_mm.weights.megatron_folder import build_without_weights, check_shapes
+from zppo_mm.weights.safetensors_folder import SafetensorsFolder
 
 SIZES = (1, 2, 4, 8)
 """Tensor and pipeline sizes that are tried."""
@@ -55,55 +57,89 @@ def describe_folder(hf_dir: Path) -> str:
     counts = count_parameters(architecture, mappings, source)
     facts = [
         ("family", f"{architecture.title} ({architecture.family})"),
-        ("layers", ", ".join(f"{count} {kind}" for kind, count in Counter(architecture.layer_types).most_common())),
+        (
+            "layers",
+            ", ".join(
+                f"{count} {kind}" for kind, count in Counter(architecture.layer_types).most_common()
+            ),
+        ),
         ("hidden, feed-forward", f"{architecture.hidden_size}, {architecture.ffn_hidden_size}"),
-        ("heads, key heads, width", f"{architecture.num_attention_heads}, {architecture.num_query_groups}, {architecture.head_dim}"),
-        ("vocabulary", f"{architecture.vocab_size:,}{', tied to the output' if architecture.tie_word_embeddings else ''}"),
+        (
+            "heads, key heads, width",
+            f"{architecture.num_attention_heads}, {architecture.num_query_groups}, "
+            f"{architecture.head_dim}",
+        ),
+        (
+            "vocabulary",
+            f"{architecture.vocab_size:,}"
+            f"{', tied to the output' if architecture.tie_word_embeddings else ''}",
+        ),
         ("longest context", f"{architecture.max_position_embeddings:,} tokens"),
         *((f"parameters, {part}", f"{count:,}") for part, count in counts.items()),
         ("parameters in all", f"{sum(counts.values()):,}"),
-        *((f"in the files, {name}", f"{count} tensors, {size / _GIB:.3f} GiB") for name, (count, size) in stored_types(source).items()),
+        *(
+            (f"in the files, {name}", f"{count} tensors, {size / _GIB:.3f} GiB")
+            for name, (count, size) in stored_types(source).items()
+        ),
     ]
     layouts = fitting_layouts(architecture, mappings)
     rows = [
         [
             str(layout.tensor),
             str(layout.pipeline),
-            *(f"{layout.gib(size):.2f}" for size in (WEIGHT_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES)),
+            *(
+                f"{layout.gib(size):.2f}"
+                for size in (WEIGHT_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES)
+            ),
             f"{layout.gib(WEIGHT_BYTES + GRADIENT_BYTES + OPTIMIZER_BYTES):.2f}",
         ]
         for layout in layouts
     ]
     head = ["tensor", "pipeline", "weights", "gradients", "optimizer", "together"]
     note = (
-        f"GiB on the fullest GPU, bfloat16 weights, float32 gradients and optimizer ({OPTIMIZER_BYTES} bytes a parameter, to be divided by "
-        "the data-parallel size with the distributed optimizer); activations come on top."
+        "GiB on the fullest GPU, bfloat16 weights, float32 gradients and optimizer "
+        f"({OPTIMIZER_BYTES} bytes a parameter, to be divided by the data-parallel size with the "
+        "distributed optimizer); activations come on top."
     )
     return "\n\n".join([format_table(["", str(hf_dir)], facts), format_table(head, rows), note])
 
 
-def count_parameters(architecture: Architecture, mappings: list[Mapping], source: SafetensorsFolder) -> dict[str, int]:
-    """Return the numbers of the folder's parameters: of the language model, the vision tower, and outside the network."""
+def count_parameters(
+    architecture: Architecture, mappings: list[Mapping], source: SafetensorsFolder
+) -> dict[str, int]:
+    """Return the numbers of the folder's parameters: of the language model, the vision tower, and
+    outside the network.
+    """
     mapped = {key for mapping in mappings for key in mapping.keys}
     counts = {"language": 0, "vision": 0, "passed through": 0}
     # A copy of the embedding is no parameter.
     for key in source.places.keys() - set(tied_copies(architecture, source).values()):
-        inside = "vision" if architecture.vision_prefix and key.startswith(architecture.vision_prefix) else "language"
+        inside = (
+            "vision"
+            if architecture.vision_prefix and key.startswith(architecture.vision_prefix)
+            else "language"
+        )
         counts[inside if key in mapped else "passed through"] += math.prod(source.shape(key))
     return counts
 
 
 def stored_types(source: SafetensorsFolder) -> dict[str, tuple[int, int]]:
-    """Return number and bytes of the tensors of every type, as they are stored; factors of quantised weights count."""
+    """Return number and bytes of the tensors of every type, as they are stored; factors of
+    quantised weights count.
+    """
     found: defaultdict[str, list[int]] = defaultdict(list)
     for header in source.stored_headers().values():
         for entry in header.entries.values():
             found[entry.dtype].append(entry.size_bytes)
-    return {name: (len(sizes), sum(sizes)) for name, sizes in sorted(found.items(), key=lambda item: -sum(item[1]))}
+    return {
+        name: (len(sizes), sum(sizes))
+        for name, sizes in sorted(found.items(), key=lambda item: -sum(item[1]))
+    }
 
 
 def fitting_layouts(architecture: Architecture, mappings: list[Mapping]) -> list[LayoutMemory]:
-    """Return the layouts that the network can be split into, with the parameters of the fullest rank.
+    """Return the layouts that the network can be split into, with the parameters of the fullest
+    rank.
 
     Args:
         architecture: The network.
@@ -113,14 +149,27 @@ def fitting_layouts(architecture: Architecture, mappings: list[Mapping]) -> list
     for tensor in SIZES:
         for pipeline in SIZES:
             try:
-                check_layout(architecture, ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline))
+                check_layout(
+                    architecture,
+                    ParallelConfig(
+                        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
+                    ),
+                )
             except ModelError:
                 continue
-            fitting.append(LayoutMemory(tensor, pipeline, max(_stage_parameters(architecture, mappings, tensor, pipeline))))
+            fitting.append(
+                LayoutMemory(
+                    tensor,
+                    pipeline,
+                    max(_stage_parameters(architecture, mappings, tensor, pipeline)),
+                )
+            )
     return fitting
 
 
-def _stage_parameters(architecture: Architecture, mappings: list[Mapping], tensor: int, pipeline: int) -> list[int]:
+def _stage_parameters(
+    architecture: Architecture, mappings: list[Mapping], tensor: int, pipeline: int
+) -> list[int]:
     """Return the parameters of a rank of every stage."""
     stages = [0] * pipeline
     per_stage = architecture.num_layers // pipeline

@@ -1,4 +1,6 @@
-"""An imported folder or a run's newest checkpoint to a Hugging Face folder, without a whole network in memory."""
+"""An imported folder or a run's newest checkpoint to a Hugging Face folder, without a whole network
+in memory.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +9,29 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zppo_mm.build import student_folder
-from zppo_mm.config import LoraConfig, ParallelConfig
-from zppo_mm.config_io import load_config
+from zppo_mm.config.load import load_config
+from zppo_mm.config.schema import LoraConfig, ParallelConfig
 from zppo_mm.errors import CheckpointError, ModelError
-from zppo_mm.models import parallel
-from zppo_mm.models.architecture import load_architecture
-from zppo_mm.models.export import agree, in_rounds, open_source, refuse_inside, write_weights
-from zppo_mm.models.imported_folder import ImportedFolder, is_imported
-from zppo_mm.models.lora import add_lora
-from zppo_mm.models.lora_checkpoint import load_adapters
-from zppo_mm.models.lora_merge import merged_rounds
-from zppo_mm.models.megatron_folder import build_without_weights, check_shapes, with_weights
-from zppo_mm.models.safetensors_folder import SafetensorsFolder
-from zppo_mm.models.weights import parameter_mappings
+from zppo_mm.lora.adapters import add_lora
+from zppo_mm.lora.checkpoint import load_adapters
+from zppo_mm.models.families.architecture import load_architecture
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.run.build import student_folder
 from zppo_mm.train import CONFIG_FILE
 from zppo_mm.training import checkpoint
+from zppo_mm.weights.hf_export import agree, in_rounds, open_source, refuse_inside, write_weights
+from zppo_mm.weights.imported_folder import ImportedFolder, is_imported
+from zppo_mm.weights.mapping import parameter_mappings
+from zppo_mm.weights.megatron_folder import build_without_weights, check_shapes, with_weights
+from zppo_mm.weights.merge import merged_rounds
+from zppo_mm.weights.safetensors_folder import SafetensorsFolder
 
 logger = logging.getLogger(__name__)
 
 
 def export_folder(source_dir: Path, target: Path, layout: ParallelConfig) -> None:
-    """Turn an imported folder, or a run's newest checkpoint, into a Hugging Face folder; every rank calls it.
+    """Turn an imported folder, or a run's newest checkpoint, into a Hugging Face folder; every rank
+    calls it.
 
     Args:
         source_dir: An imported folder, or a run's folder.
@@ -36,7 +39,8 @@ def export_folder(source_dir: Path, target: Path, layout: ParallelConfig) -> Non
         layout: How the work is split over processes; the result does not depend on it.
 
     Raises:
-        ModelError: The folder is neither, its files are not usable, or files cannot be written; raised on every rank.
+        ModelError: The folder is neither, its files are not usable, or files cannot be written;
+            raised on every rank.
         CheckpointError: The weights cannot be loaded.
     """
     started = time.perf_counter()
@@ -53,10 +57,14 @@ def export_folder(source_dir: Path, target: Path, layout: ParallelConfig) -> Non
     agree(failure, target)
     rounds = in_rounds(parameter_mappings(model))
     load_adapters(model, place.weights)
-    weights = merged_rounds(model, with_weights(model, rounds, place.source, place.weights), place.source)
+    weights = merged_rounds(
+        model, with_weights(model, rounds, place.source, place.weights), place.source
+    )
     write_weights(model, weights, place.source, target)
     if parallel.rank() == 0:
-        logger.info("exported %s to %s in %.1f s", place.weights, target, time.perf_counter() - started)
+        logger.info(
+            "exported %s to %s in %.1f s", place.weights, target, time.perf_counter() - started
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +83,8 @@ class Weights:
 
 
 def find_weights(folder: Path) -> Weights:
-    """Return the checkpoint of an imported folder, or the newest of a run and the student it began with.
+    """Return the checkpoint of an imported folder, or the newest of a run and the student it began
+    with.
 
     Raises:
         ModelError: The folder is neither.
@@ -85,13 +94,14 @@ def find_weights(folder: Path) -> Weights:
         return Weights(folder, ImportedFolder(folder))
     if not (folder / CONFIG_FILE).is_file():
         raise ModelError(
-            f"{folder}: nothing to export, got no imported folder and no run with {CONFIG_FILE}, expected one of them; check the path"
+            f"{folder}: nothing to export, got no imported folder and no run with {CONFIG_FILE}, "
+            "expected one of them; check the path"
         )
     newest = checkpoint.latest(folder / checkpoint.CHECKPOINTS_FOLDER)
     if newest is None:
         raise CheckpointError(
-            f"{folder}: the run has no checkpoint, got no complete folder in {checkpoint.CHECKPOINTS_FOLDER}/, expected one; let it run "
-            "until it has saved"
+            f"{folder}: the run has no checkpoint, got no complete folder in "
+            f"{checkpoint.CHECKPOINTS_FOLDER}/, expected one; let it run until it has saved"
         )
     checkpoint.verify(newest)
     config = load_config(folder / CONFIG_FILE)

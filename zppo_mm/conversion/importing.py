@@ -6,23 +6,24 @@ import logging
 import time
 from pathlib import Path
 
-from zppo_mm.config import ParallelConfig
+from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ModelError
-from zppo_mm.models import parallel
-from zppo_mm.models.architecture import load_architecture
-from zppo_mm.models.export import agree, is_writer, open_source, refuse_inside
-from zppo_mm.models.hf_writer import FolderWriter, aside_of
-from zppo_mm.models.imported_folder import begin_imported
-from zppo_mm.models.megatron_folder import build_without_weights, check_shapes
-from zppo_mm.models.megatron_writer import save_from_hf
-from zppo_mm.models.safetensors_folder import SafetensorsFolder
-from zppo_mm.models.weights import parameter_mappings, tied_copies
+from zppo_mm.models.families.architecture import load_architecture
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.weights.hf_export import agree, is_writer, open_source, refuse_inside
+from zppo_mm.weights.hf_writer import FolderWriter, aside_of
+from zppo_mm.weights.imported_folder import begin_imported
+from zppo_mm.weights.mapping import parameter_mappings, tied_copies
+from zppo_mm.weights.megatron_folder import build_without_weights, check_shapes
+from zppo_mm.weights.megatron_writer import save_from_hf
+from zppo_mm.weights.safetensors_folder import SafetensorsFolder
 
 logger = logging.getLogger(__name__)
 
 
 def import_folder(hf_dir: Path, target: Path, layout: ParallelConfig) -> None:
-    """Turn a Hugging Face folder into an imported folder; every rank calls it. An older folder of that name is replaced.
+    """Turn a Hugging Face folder into an imported folder; every rank calls it. An older folder of
+    that name is replaced.
 
     Args:
         hf_dir: The folder; quantised weights become plain ones.
@@ -30,7 +31,8 @@ def import_folder(hf_dir: Path, target: Path, layout: ParallelConfig) -> None:
         layout: How the tensors in it are cut; loading at the same layout reads no byte too many.
 
     Raises:
-        ModelError: The folder is not usable, its network cannot be split like this, or files cannot be written; raised on every rank.
+        ModelError: The folder is not usable, its network cannot be split like this, or files cannot
+            be written; raised on every rank.
         CheckpointError: The weights cannot be written.
     """
     started = time.perf_counter()
@@ -46,12 +48,16 @@ def import_folder(hf_dir: Path, target: Path, layout: ParallelConfig) -> None:
         failure = error
     agree(failure, target, "import")
     assert source is not None
-    own = {key for mapping in mappings for key in mapping.keys} | set(tied_copies(model.architecture, source).values())
+    own = {key for mapping in mappings for key in mapping.keys} | set(
+        tied_copies(model.architecture, source).values()
+    )
     mapped = set().union(*parallel.gather_from_ranks(own))
     writer: FolderWriter | None = None
     try:
         if is_writer():
-            writer = begin_imported(source, [key for key in source.places if key not in mapped], target)
+            writer = begin_imported(
+                source, [key for key in source.places if key not in mapped], target
+            )
     except (OSError, ModelError) as error:
         failure = error
     agree(failure, target, "import")
@@ -70,4 +76,11 @@ def import_folder(hf_dir: Path, target: Path, layout: ParallelConfig) -> None:
     if parallel.rank() == 0:
         kept = len(source.places) - len(mapped)
         seconds = time.perf_counter() - started
-        logger.info("imported %s into %s: %d tensors and %d besides the network, %.1f s", hf_dir, target, len(mapped), kept, seconds)
+        logger.info(
+            "imported %s into %s: %d tensors and %d besides the network, %.1f s",
+            hf_dir,
+            target,
+            len(mapped),
+            kept,
+            seconds,
+        )

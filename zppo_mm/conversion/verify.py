@@ -1,4 +1,6 @@
-"""A folder loaded two ways, or two folders, compared: keys, types, values, and logits per kind of prompt."""
+"""A folder loaded two ways, or two folders, compared: keys, types, values, and logits per kind of
+prompt.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +12,23 @@ from pathlib import Path
 
 import torch
 
-from zppo_mm.config import ModelConfig, ParallelConfig
+from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.conversion.prompts import ProbePrompt, probe_prompts
 from zppo_mm.conversion.table import format_table
 from zppo_mm.errors import ConfigError, ModelError
-from zppo_mm.models import parallel
-from zppo_mm.models.architecture import Architecture, load_architecture
-from zppo_mm.models.export import in_rounds, open_source, stream_weights
-from zppo_mm.models.megatron_folder import check_shapes, read_share
+from zppo_mm.models.families.architecture import Architecture, load_architecture
 from zppo_mm.models.provider import build_model
-from zppo_mm.models.safetensors_folder import SafetensorsFolder
-from zppo_mm.models.weights import parameter_mappings
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.parity.oracle import open_model
+from zppo_mm.weights.hf_export import in_rounds, open_source, stream_weights
+from zppo_mm.weights.mapping import parameter_mappings
+from zppo_mm.weights.megatron_folder import check_shapes, read_share
+from zppo_mm.weights.safetensors_folder import SafetensorsFolder
 
 MAX_LOGIT_DIFFERENCE = 1e-3
-"""Relative to the largest logit. Float32 sums in another order differ by less than a tenth of it; a misplaced tensor by far more."""
+"""Relative to the largest logit. Float32 sums in another order differ by less than a tenth of it; a
+misplaced tensor by far more.
+"""
 _NUM_NAMED = 3
 
 
@@ -49,7 +53,8 @@ class Report:
     def text(self) -> str:
         """Return the table."""
         return format_table(
-            ["compared", "finding", ""], [(what, finding, "ok" if good else "DIFFERS") for what, finding, good in self.rows]
+            ["compared", "finding", ""],
+            [(what, finding, "ok" if good else "DIFFERS") for what, finding, good in self.rows],
         )
 
 
@@ -83,15 +88,21 @@ class ValueComparison:
 
     def add_to(self, report: Report) -> None:
         """Write the rows."""
-        types = _named(f"{key} is {found}, expected {expected}" for key, found, expected in self.types)
-        counted = ", ".join(f"{count} {str(dtype).removeprefix('torch.')}" for dtype, count in self.num_by_type.most_common())
+        types = _named(
+            f"{key} is {found}, expected {expected}" for key, found, expected in self.types
+        )
+        counted = ", ".join(
+            f"{count} {str(dtype).removeprefix('torch.')}"
+            for dtype, count in self.num_by_type.most_common()
+        )
         report.add("types", types or counted, not self.types)
         different = _named(f"{key} differs by {gap:.3g}" for key, gap in self.different)
         report.add("values", different or f"{self.num_equal} equal bit for bit", not self.different)
 
 
 def verify_folder(hf_dir: Path) -> Report:
-    """Load a folder into the Megatron network and into transformers and compare both with the files and with each other.
+    """Load a folder into the Megatron network and into transformers and compare both with the files
+    and with each other.
 
     Raises:
         ModelError: The folder cannot be loaded at all.
@@ -99,24 +110,40 @@ def verify_folder(hf_dir: Path) -> Report:
     """
     _refuse_launcher()
     report = Report()
-    # Quantised weights are compared before they are rounded to any type, as both sides compute in float32 here.
+    # Quantised weights are compared before they are rounded to any type, as both sides compute in
+    # float32 here.
     source = SafetensorsFolder(hf_dir, torch.float32)
     architecture = load_architecture(hf_dir)
     prompts = probe_prompts(architecture, source)
     theirs = transformers_logits(hf_dir, architecture, prompts, report, torch.float32)
     layout = ParallelConfig()
-    network = build_model(architecture, ModelConfig(transformer_impl="local", params_dtype="float32"), layout, trainable=False)
+    network = build_model(
+        architecture,
+        ModelConfig(transformer_impl="local", params_dtype="float32"),
+        layout,
+        trainable=False,
+    )
     open_source(network, source)
     mappings = list(parameter_mappings(network))
     check_shapes(mappings, source, architecture)
     for mapping in mappings:
         mapping.parameter.copy_(read_share(network, mapping, source))
     values = ValueComparison()
-    mapped = stream_weights(network, in_rounds(mappings), source, lambda key, tensor: values.compare(key, tensor, source.read(key)), hf_dir)
-    report.add("keys", f"{len(mapped)} in the network, {len(source.places) - len(mapped)} passed through")
+    mapped = stream_weights(
+        network,
+        in_rounds(mappings),
+        source,
+        lambda key, tensor: values.compare(key, tensor, source.read(key)),
+        hf_dir,
+    )
+    report.add(
+        "keys", f"{len(mapped)} in the network, {len(source.places) - len(mapped)} passed through"
+    )
     values.add_to(report)
     with torch.inference_mode():
-        ours = [network(**prompt.network_inputs(parallel.device())).float().cpu() for prompt in prompts]
+        ours = [
+            network(**prompt.network_inputs(parallel.device())).float().cpu() for prompt in prompts
+        ]
     _compare_logits(prompts, ours, theirs, report)
     return report
 
@@ -144,13 +171,20 @@ def verify_folders(found_dir: Path, expected_dir: Path) -> Report:
     prompts = probe_prompts(architecture, found)
     # Folders that are plain and quantised agree in the type that the plain one was rounded to.
     dtype = torch.bfloat16 if found.is_quantised or expected.is_quantised else torch.float32
-    logits = [transformers_logits(folder.path, architecture, prompts, report, dtype) for folder in (found, expected)]
+    logits = [
+        transformers_logits(folder.path, architecture, prompts, report, dtype)
+        for folder in (found, expected)
+    ]
     _compare_logits(prompts, logits[0], logits[1], report)
     return report
 
 
 def transformers_logits(
-    hf_dir: Path, architecture: Architecture, prompts: list[ProbePrompt], report: Report, dtype: torch.dtype
+    hf_dir: Path,
+    architecture: Architecture,
+    prompts: list[ProbePrompt],
+    report: Report,
+    dtype: torch.dtype,
 ) -> list[torch.Tensor]:
     """Return what transformers computes in float32; adds a row about keys that it could not place.
 
@@ -171,34 +205,55 @@ def transformers_logits(
         model, info = open_model(hf_dir, dtype, has_vision=architecture.has_vision)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         raise ModelError(
-            f"{hf_dir}: transformers cannot load it, got {type(error).__name__}: {error}, expected a folder that it opens; mend it, "
-            "or install what the message names"
+            f"{hf_dir}: transformers cannot load it, got {type(error).__name__}: {error}, expected "
+            "a folder that it opens; mend it, or install what the message names"
         ) from error
-    known = (architecture.language_prefix, architecture.vision_prefix or architecture.language_prefix, "lm_head.")
+    known = (
+        architecture.language_prefix,
+        architecture.vision_prefix or architecture.language_prefix,
+        "lm_head.",
+    )
     wrong = [f"{key} is missing" for key in sorted(info["missing_keys"])]
-    wrong += [f"{key} is not used" for key in sorted(info["unexpected_keys"]) if key.startswith(known)]
+    wrong += [
+        f"{key} is not used" for key in sorted(info["unexpected_keys"]) if key.startswith(known)
+    ]
     wrong += [f"{key} has another shape" for key in sorted(map(str, info["mismatched_keys"]))]
-    report.add(f"keys in transformers, {hf_dir.name}", _named(wrong) or "all of the network found", not wrong)
+    report.add(
+        f"keys in transformers, {hf_dir.name}",
+        _named(wrong) or "all of the network found",
+        not wrong,
+    )
     model = model.to(parallel.device(), torch.float32).eval()
     with torch.inference_mode():
-        logits = [model(**prompt.transformers_inputs(parallel.device())).logits[0].float().cpu() for prompt in prompts]
+        logits = [
+            model(**prompt.transformers_inputs(parallel.device())).logits[0].float().cpu()
+            for prompt in prompts
+        ]
     del model
     gc.collect()
     return logits
 
 
-def _compare_logits(prompts: list[ProbePrompt], found: list[torch.Tensor], expected: list[torch.Tensor], report: Report) -> None:
+def _compare_logits(
+    prompts: list[ProbePrompt],
+    found: list[torch.Tensor],
+    expected: list[torch.Tensor],
+    report: Report,
+) -> None:
     for prompt, ours, theirs in zip(prompts, found, expected, strict=True):
         gap, scale = float((ours - theirs).abs().max()), float(theirs.abs().max())
         # Written so that a logit that is not a number fails.
         good = gap <= MAX_LOGIT_DIFFERENCE * scale
-        report.add(f"logits, {prompt.kind}", f"{gap:.2e} at most, on logits up to {scale:.2f}", good)
+        report.add(
+            f"logits, {prompt.kind}", f"{gap:.2e} at most, on logits up to {scale:.2f}", good
+        )
 
 
 def _refuse_launcher() -> None:
     if parallel.world_size() != 1:
         raise ConfigError(
-            f"verify: compares in one process, got {parallel.world_size()} processes, expected 1; start it without a launcher"
+            f"verify: compares in one process, got {parallel.world_size()} processes, expected 1; "
+            "start it without a launcher"
         )
 
 
@@ -210,7 +265,14 @@ def _named(findings: Iterable[str]) -> str:
 
 
 def _same_values(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Compare bits where the type is the same, so that two equal values that are no numbers are equal."""
+    """Compare bits where the type is the same, so that two equal values that are no numbers are
+    equal.
+    """
     if found.dtype != expected.dtype:
         return found.double().equal(expected.double())
-    return found.contiguous().reshape(-1).view(torch.uint8).equal(expected.contiguous().reshape(-1).view(torch.uint8))
+    return (
+        found.contiguous()
+        .reshape(-1)
+        .view(torch.uint8)
+        .equal(expected.contiguous().reshape(-1).view(torch.uint8))
+    )

@@ -1,1 +1,3 @@
-"""Evaluation of a model by itself: any questions, several responses each, resumable, with intervals."""
+"""Evaluation of a model by itself: any questions, several responses each, resumable, with
+intervals.
+"""

@@ -1,4 +1,6 @@
-"""Questions with their responses as they are written down, and the folder in which an interrupted evaluation goes on."""
+"""Questions with their responses as they are written down, and the folder in which an interrupted
+evaluation goes on.
+"""
 
 from __future__ import annotations
 
@@ -52,10 +54,12 @@ class AnsweredQuestion:
         source: Its data source.
         modality: `text`, `image`, `video`, or `mixed` with both kinds of media.
         answer_type: `math`, `choice` or `open`.
-        prompt: The whole text that was asked, before the chat template and the placeholders of the media.
+        prompt: The whole text that was asked, before the chat template and the placeholders of the
+            media.
         media: `{kind, shard, key, extension}` in prompt order.
         answer: The reference answer.
-        responses: In the order sampled, those that could not be graded last; none if the question could not be asked.
+        responses: In the order sampled, those that could not be graded last; none if the question
+            could not be asked.
         skipped: Why it could not; empty otherwise.
     """
 
@@ -81,7 +85,9 @@ class AnsweredQuestion:
         return sum(response.reward == 1.0 for response in self.responses)
 
     @classmethod
-    def of(cls, index: int, instance: PromptInstance, group: Group | None, skipped: str) -> AnsweredQuestion:
+    def of(
+        cls, index: int, instance: PromptInstance, group: Group | None, skipped: str
+    ) -> AnsweredQuestion:
         """Return the record of a question, of which there is a group or a reason for none."""
         question = instance.question
         rollouts = [*group.rollouts, *group.ungraded] if group is not None else []
@@ -108,35 +114,41 @@ def modality(question: Question) -> str:
 class AnswerFolder:
     """The folder of one evaluation; one process uses it.
 
-    `settings.json` says what the answers belong to. Each finished chunk is a file under `answers/`; at the end they become
-    `answers.jsonl`. Chunks are numbered in the order of writing, and a later one wins. Every file is written aside and renamed, so one
-    that is there is complete.
+    `settings.json` says what the answers belong to. Each finished chunk is a file under `answers/`;
+    at the end they become `answers.jsonl`. Chunks are numbered in the order of writing, and a later
+    one wins. Every file is written aside and renamed, so one that is there is complete.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def open(self, settings: Mapping[str, Any]) -> list[int]:
-        """Return the places of the questions that need no asking any more; those left ungraded are asked again.
+        """Return the places of the questions that need no asking any more; those left ungraded are
+        asked again.
 
         Args:
             settings: All that the answers depend on, as JSON values.
 
         Raises:
-            ConfigError: The folder has answers that belong to other settings, or files that cannot be read.
+            ConfigError: The folder has answers that belong to other settings, or files that cannot
+                be read.
         """
         path = self.folder / SETTINGS_FILE
         if path.is_file():
             self._check_same(_read_json(path), settings)
         elif self._parts() or (self.folder / ANSWERS_FILE).exists():
             raise ConfigError(
-                f"{self.folder}: answers without settings, got no {SETTINGS_FILE} beside them, expected both or neither; "
-                "give another --output or remove the folder"
+                f"{self.folder}: answers without settings, got no {SETTINGS_FILE} beside them, "
+                "expected both or neither; give another --output or remove the folder"
             )
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write_aside(path, json.dumps(settings, ensure_ascii=False, indent=1))
-        return [each.index for each in self.read() if each.skipped != UNGRADED and len(each.graded) == len(each.responses)]
+        return [
+            each.index
+            for each in self.read()
+            if each.skipped != UNGRADED and len(each.graded) == len(each.responses)
+        ]
 
     def add(self, answers: Sequence[AnsweredQuestion]) -> None:
         """Write a finished chunk, which wins over all that are there."""
@@ -145,7 +157,9 @@ class AnswerFolder:
         _write_aside(self.folder / PARTS_FOLDER / f"part_{number:08d}.jsonl", _lines(answers))
 
     def read(self) -> list[AnsweredQuestion]:
-        """Return all answers so far, in the order of the questions; a chunk wins over what an earlier end of the evaluation left."""
+        """Return all answers so far, in the order of the questions; a chunk wins over what an
+        earlier end of the evaluation left.
+        """
         answers: dict[int, AnsweredQuestion] = {}
         finished = self.folder / ANSWERS_FILE
         for path in [*([finished] if finished.is_file() else []), *self._parts()]:
@@ -165,9 +179,10 @@ class AnswerFolder:
         differing = sorted({each.index for each in answers} ^ set(range(num_questions)))
         if differing:
             raise ConfigError(
-                f"{self.folder}: answers and questions do not belong together, got {len(answers)} answers, expected one to each of "
-                f"{num_questions} questions; the first that differs has the index {differing[0]}; start the evaluation again, "
-                "or give another --output"
+                f"{self.folder}: answers and questions do not belong together, got {len(answers)} "
+                f"answers, expected one to each of {num_questions} questions; the first that "
+                f"differs has the index {differing[0]}; start the evaluation again, or give "
+                "another --output"
             )
         return answers
 
@@ -175,7 +190,9 @@ class AnswerFolder:
         """Write `answers.jsonl` and `results.json`, which take the place of the chunks."""
         _write_aside(self.folder / ANSWERS_FILE, _lines(answers))
         _write_aside(self.folder / RESULTS_FILE, json.dumps(results, ensure_ascii=False, indent=1))
-        for path in self._parts():  # the latest last: if this is cut short, none that is left wins wrongly
+        for (
+            path
+        ) in self._parts():  # the latest last: if this is cut short, none that is left wins wrongly
             path.unlink()
         if (self.folder / PARTS_FOLDER).is_dir():
             shutil.rmtree(self.folder / PARTS_FOLDER)
@@ -186,12 +203,15 @@ class AnswerFolder:
     def _check_same(self, before: Any, now: Mapping[str, Any]) -> None:
         old, new = _flat(before), _flat(now)
         different = [
-            f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+            f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
         ]
         if different:
             raise ConfigError(
-                f"{self.folder}: the answers there belong to another evaluation: {'; '.join(different)}; go on with the old settings, "
-                "give another --output, or remove the folder"
+                f"{self.folder}: the answers there belong to another evaluation: "
+                f"{'; '.join(different)}; go on with the old settings, give another --output, or "
+                "remove the folder"
             )
 
 
@@ -203,7 +223,11 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
         items = enumerate(values)
     else:
         return {prefix.removesuffix("."): values}
-    return {key: value for name, entry in items for key, value in _flat(entry, f"{prefix}{name}.").items()}
+    return {
+        key: value
+        for name, entry in items
+        for key, value in _flat(entry, f"{prefix}{name}.").items()
+    }
 
 
 def _media_record(ref: MediaRef) -> dict[str, str]:
@@ -212,7 +236,9 @@ def _media_record(ref: MediaRef) -> dict[str, str]:
 
 def _response(rollout: Rollout) -> Response:
     reward = None if math.isnan(rollout.reward) else float(rollout.reward)
-    return Response(rollout.text, rollout.parsed, reward, rollout.finish_reason, len(rollout.response_ids))
+    return Response(
+        rollout.text, rollout.parsed, reward, rollout.finish_reason, len(rollout.response_ids)
+    )
 
 
 def _lines(answers: Iterable[AnsweredQuestion]) -> str:
@@ -222,11 +248,22 @@ def _lines(answers: Iterable[AnsweredQuestion]) -> str:
 def _parse(path: Path, line: bytes) -> AnsweredQuestion:
     try:
         fields = load_json(line)
-        answered = AnsweredQuestion(**{**fields, "responses": tuple(Response(**response) for response in fields["responses"])})
+        answered = AnsweredQuestion(
+            **{
+                **fields,
+                "responses": tuple(Response(**response) for response in fields["responses"]),
+            }
+        )
     except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path}: a line is not readable ({error}), expected one question's answers; remove the file") from error
+        raise ConfigError(
+            f"{path}: a line is not readable ({error}), expected one question's answers; remove "
+            "the file"
+        ) from error
     if type(answered.index) is not int:
-        raise ConfigError(f"{path}: a line has no place, got index {answered.index!r}, expected a whole number; remove the file")
+        raise ConfigError(
+            f"{path}: a line has no place, got index {answered.index!r}, expected a whole number; "
+            "remove the file"
+        )
     return answered
 
 
@@ -234,7 +271,10 @@ def _read_json(path: Path) -> Any:
     try:
         return load_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable ({error}), expected JSON; give another --output or remove the folder") from error
+        raise ConfigError(
+            f"{path}: not readable ({error}), expected JSON; give another --output or remove the "
+            "folder"
+        ) from error
 
 
 def _write_aside(path: Path, content: str) -> None:

@@ -1,4 +1,6 @@
-"""One evaluation from its request to its results: questions, chunks of answers, numbers. Every rank calls this."""
+"""One evaluation from its request to its results: questions, chunks of answers, numbers. Every rank
+calls this.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +19,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from data.benchmarks import convert_benchmark, read_conversion
 from data.errors import DataError
 from data.health import SampleHealth
+from data.imports.benchmarks import convert_benchmark, read_conversion
 from data.shards import ShardFolder
-from zppo_mm.config import RunConfig
-from zppo_mm.embedded.questions import embedded_sources
+from zppo_mm.bundled.questions import bundled_sources
+from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ZppoError
-from zppo_mm.evaluate import HeldOut, evaluation_instances, held_out_questions
 from zppo_mm.evaluation.answers import AnsweredQuestion, AnswerFolder
 from zppo_mm.evaluation.settings import EvaluationRequest, output_folder, read_config
 from zppo_mm.evaluation.student import Student, build_student, describe_student
 from zppo_mm.evaluation.summary import Summary, summarise, table
 from zppo_mm.experience import PromptInstance
-from zppo_mm.models import parallel
 from zppo_mm.observability.logs import configure_logging
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.rollout.held_out import HeldOut, evaluation_instances, held_out_questions
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +63,14 @@ class Questions:
 
 
 def evaluate_model(request: EvaluationRequest) -> Summary:
-    """Sample and grade responses to all questions, go on where an earlier start stopped, and write the results.
+    """Sample and grade responses to all questions, go on where an earlier start stopped, and write
+    the results.
 
     Every rank calls this and gets the same.
 
     Raises:
-        ZppoError: The model, an option or the folder of the results cannot be used, or rank 0 failed at what it does alone.
+        ZppoError: The model, an option or the folder of the results cannot be used, or rank 0
+            failed at what it does alone.
         DataError: The questions cannot be used.
     """
     config = read_config(request)
@@ -78,11 +82,16 @@ def evaluate_model(request: EvaluationRequest) -> Summary:
         student = build_student(config)
         try:
             questions = _questions(request, config, student)
-            settings = describe_student(config, student) | {"num_questions": config.evaluation.num_questions, "data": questions.data}
+            settings = describe_student(config, student) | {
+                "num_questions": config.evaluation.num_questions,
+                "data": questions.data,
+            }
             folder = AnswerFolder(output)
             done = set(parallel.on_rank_zero(lambda: folder.open(settings)))
             _answer(student, questions.chosen, done, folder, config, request.questions_per_chunk)
-            summary = parallel.on_rank_zero(lambda: _finish(folder, questions, settings, config.seed))
+            summary = parallel.on_rank_zero(
+                lambda: _finish(folder, questions, settings, config.seed)
+            )
         finally:
             student.close()
     parallel.shutdown()
@@ -106,14 +115,20 @@ def run_evaluation(request: EvaluationRequest) -> tuple[int, str]:
 def _questions(request: EvaluationRequest, config: RunConfig, student: Student) -> Questions:
     folders, skipped, listed = [], Counter[str](), []
     for path in request.data or _own_sources(config):
-        folder = parallel.on_rank_zero(partial(_converted, path, request, Path(config.output_dir))) if path.is_file() else path
+        folder = (
+            parallel.on_rank_zero(partial(_converted, path, request, Path(config.output_dir)))
+            if path.is_file()
+            else path
+        )
         folders.append(ShardFolder(folder))
         conversion = read_conversion(folder)
         if conversion is not None:
             skipped.update(conversion.skipped)
             listed += conversion.listed
     health = SampleHealth(config.data.max_bad_share, config.data.strict)
-    chosen = held_out_questions(folders, config.evaluation.num_questions, config.seed, health, student.verifier.can_grade)
+    chosen = held_out_questions(
+        folders, config.evaluation.num_questions, config.seed, health, student.verifier.can_grade
+    )
     skipped.update(health.counts)
     listed += [list(entry) for entry in health.listed]
     data = [{"path": str(folder.path), "fingerprint": folder.fingerprint()} for folder in folders]
@@ -124,12 +139,17 @@ def _own_sources(config: RunConfig) -> list[Path]:
     """Return the held-out data that the run itself is evaluated on."""
     sources = config.data.held_out
     if config.data.train and not sources:
-        raise DataError("data.held_out: the run has no held-out questions, got none, expected a source; name questions with --data")
-    return [Path(source.path) for source in sources or embedded_sources(config, "held_out")]
+        raise DataError(
+            "data.held_out: the run has no held-out questions, got none, expected a source; name "
+            "questions with --data"
+        )
+    return [Path(source.path) for source in sources or bundled_sources(config, "held_out")]
 
 
 def _converted(file: Path, request: EvaluationRequest, output_dir: Path) -> Path:
-    """Return the shards of a benchmark's file, made at the first use and shared by the evaluations of all models."""
+    """Return the shards of a benchmark's file, made at the first use and shared by the evaluations
+    of all models.
+    """
     status = file.stat()
     root = request.media_root or file.parent
     made_from = [
@@ -146,7 +166,14 @@ def _converted(file: Path, request: EvaluationRequest, output_dir: Path) -> Path
         logger.info("converting %s into %s", file, folder)
         aside = folder.with_name(f".{folder.name}.{os.getpid()}")
         health = SampleHealth(max_bad_share=1.0)
-        convert_benchmark(file, aside, format_name=request.format, fields=request.fields, media_root=root, health=health)
+        convert_benchmark(
+            file,
+            aside,
+            format_name=request.format,
+            fields=request.fields,
+            media_root=root,
+            health=health,
+        )
         try:
             os.replace(aside, folder)
         except OSError:
@@ -157,7 +184,14 @@ def _converted(file: Path, request: EvaluationRequest, output_dir: Path) -> Path
     return folder
 
 
-def _answer(student: Student, chosen: HeldOut, done: set[int], folder: AnswerFolder, config: RunConfig, questions_per_chunk: int) -> None:
+def _answer(
+    student: Student,
+    chosen: HeldOut,
+    done: set[int],
+    folder: AnswerFolder,
+    config: RunConfig,
+    questions_per_chunk: int,
+) -> None:
     """Answer the questions that are left, chunk by chunk."""
     instances = evaluation_instances(chosen, student.templates.plain_text)
     left = [index for index in range(len(instances)) if index not in done]
@@ -165,7 +199,11 @@ def _answer(student: Student, chosen: HeldOut, done: set[int], folder: AnswerFol
         logger.info("%d of %d questions are answered already", len(done), len(instances))
     num_rollouts = config.evaluation.num_rollouts
     if num_rollouts > 1 and student.sampling.temperature == 0 and parallel.rank() == 0:
-        logger.warning("evaluation.num_rollouts: %d greedy responses per question are all the same; choose a temperature", num_rollouts)
+        logger.warning(
+            "evaluation.num_rollouts: %d greedy responses per question are all the same; choose a "
+            "temperature",
+            num_rollouts,
+        )
     batch = parallel.num_replicas() * config.rollout.max_batch_size
     size = questions_per_chunk or max(1, BATCHES_PER_CHUNK * batch // num_rollouts)
     for start in range(0, len(left), size):
@@ -173,7 +211,12 @@ def _answer(student: Student, chosen: HeldOut, done: set[int], folder: AnswerFol
         answers = _answer_chunk(student, instances, left[start : start + size], num_rollouts)
         if parallel.rank() == 0:
             folder.add(answers)
-            _log_progress(answers, len(instances) - len(left) + start + len(answers), len(instances), time.perf_counter() - began)
+            _log_progress(
+                answers,
+                len(instances) - len(left) + start + len(answers),
+                len(instances),
+                time.perf_counter() - began,
+            )
         student.encoder.forget_media()
     _log_losses(student)
 
@@ -182,7 +225,10 @@ def _answer_chunk(
     student: Student, instances: Sequence[PromptInstance], indices: Sequence[int], num_rollouts: int
 ) -> list[AnsweredQuestion]:
     asked = [instances[index] for index in indices]
-    groups = {group.uid: group for group in student.sampler.sample(asked, student.sampling, num_rollouts, EVALUATED_STEP)}
+    groups = {
+        group.uid: group
+        for group in student.sampler.sample(asked, student.sampling, num_rollouts, EVALUATED_STEP)
+    }
     failed = student.sampler.failed
     return [
         AnsweredQuestion.of(index, instance, groups.get(instance.uid), failed.get(instance.uid, ""))
@@ -190,7 +236,9 @@ def _answer_chunk(
     ]
 
 
-def _log_progress(answers: Sequence[AnsweredQuestion], num_done: int, num_all: int, seconds: float) -> None:
+def _log_progress(
+    answers: Sequence[AnsweredQuestion], num_done: int, num_all: int, seconds: float
+) -> None:
     num_graded = sum(len(each.graded) for each in answers)
     num_correct = sum(each.num_correct for each in answers)
     num_tokens = sum(response.num_tokens for each in answers for response in each.responses)
@@ -213,7 +261,10 @@ def _log_losses(student: Student) -> None:
         for each in replica:
             losses.update(each)
     if parallel.rank() == 0 and any(losses.values()):
-        logger.warning("grading since this start: %s", ", ".join(f"{name} {count}" for name, count in losses.items() if count))
+        logger.warning(
+            "grading since this start: %s",
+            ", ".join(f"{name} {count}" for name, count in losses.items() if count),
+        )
 
 
 def _version(package: str) -> str:
@@ -224,13 +275,23 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _finish(folder: AnswerFolder, questions: Questions, settings: Mapping[str, Any], seed: int) -> Summary:
+def _finish(
+    folder: AnswerFolder, questions: Questions, settings: Mapping[str, Any], seed: int
+) -> Summary:
     answers = folder.read_complete(len(questions.chosen))
     summary = summarise(answers, questions.skipped, seed)
     versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    listed = questions.listed + [[each.id, each.skipped, "see the log"] for each in answers if each.skipped]
-    folder.finish(answers, {"settings": settings, "versions": versions, **asdict(summary), "listed": listed})
+    listed = questions.listed + [
+        [each.id, each.skipped, "see the log"] for each in answers if each.skipped
+    ]
+    folder.finish(
+        answers, {"settings": settings, "versions": versions, **asdict(summary), "listed": listed}
+    )
     if summary.skipped_share > WARNED_SKIPPED_SHARE:
-        logger.warning("%.1f %% of the questions were skipped: %s", 100 * summary.skipped_share, summary.skipped)
+        logger.warning(
+            "%.1f %% of the questions were skipped: %s",
+            100 * summary.skipped_share,
+            summary.skipped,
+        )
     logger.info("results and all answers in %s", folder.folder)
     return summary

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zppo_mm.build import student_folder
-from zppo_mm.config import RunConfig
-from zppo_mm.config_io import load_config
+from zppo_mm.config.load import load_config
+from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ConfigError
+from zppo_mm.run.build import student_folder
 from zppo_mm.train import CONFIG_FILE, HF_FOLDER
 from zppo_mm.training.checkpoint import CHECKPOINTS_FOLDER, latest
 
@@ -42,7 +42,8 @@ class EvaluationRequest:
     Attributes:
         model: A Hugging Face folder, or the folder of a finished run.
         data: Folders of shards and files of benchmarks; none means the held-out data of the run.
-        sampling: A name in `SAMPLING`; empty means the run's own settings, and `paper` for a Hugging Face folder.
+        sampling: A name in `SAMPLING`; empty means the run's own settings, and `paper` for a
+            Hugging Face folder.
         num_rollouts: Responses per question; 0 means the configuration's.
         output: Folder of the results; `None` means one named after the model.
         questions_per_chunk: Questions between two files of answers; 0 means a few batches.
@@ -65,25 +66,39 @@ class EvaluationRequest:
 
 
 def read_config(request: EvaluationRequest) -> RunConfig:
-    """Return the checked configuration of an evaluation; its student is the model that is evaluated.
+    """Return the checked configuration of an evaluation; its student is the model that is
+    evaluated.
 
     Raises:
-        ConfigError: The folder is neither of the two, the run is not finished, there are no questions, or an option is wrong.
+        ConfigError: The folder is neither of the two, the run is not finished, there are no
+            questions, or an option is wrong.
     """
     is_run = (request.model / CONFIG_FILE).is_file()
     folder = _exported(request.model) if is_run else request.model
     if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"{request.model}: nothing to evaluate, got no config.json and no {CONFIG_FILE} in it, expected a Hugging Face folder or the "
-            "folder of a run; check the path"
+            f"{request.model}: nothing to evaluate, got no config.json and no {CONFIG_FILE} in it, "
+            "expected a Hugging Face folder or the folder of a run; check the path"
         )
     if not is_run and not request.data:
-        raise ConfigError(f"{request.model}: no questions, got a Hugging Face folder and no --data, expected folders of shards or a file")
-    if (request.format or request.fields or request.media_root) and not any(path.is_file() for path in request.data):
-        raise ConfigError("--format, --fields, --media-root: nothing to read by them, got no file in --data, expected one; leave them out")
+        raise ConfigError(
+            f"{request.model}: no questions, got a Hugging Face folder and no --data, expected "
+            "folders of shards or a file"
+        )
+    if (request.format or request.fields or request.media_root) and not any(
+        path.is_file() for path in request.data
+    ):
+        raise ConfigError(
+            "--format, --fields, --media-root: nothing to read by them, got no file in --data, "
+            "expected one; leave them out"
+        )
     # Bad questions are counted in the results instead of stopping; and no teacher has ranks here.
     layers: dict[str, object] = {"data.max_bad_share": 1.0, "model.student": str(folder)}
-    layers |= {"teacher.num_ranks": 0, "teacher.tensor_model_parallel_size": 1, "teacher.pipeline_model_parallel_size": 1}
+    layers |= {
+        "teacher.num_ranks": 0,
+        "teacher.tensor_model_parallel_size": 1,
+        "teacher.pipeline_model_parallel_size": 1,
+    }
     if not is_run:
         layers["rollout.max_response_tokens"] = SAMPLING["paper"]["rollout.max_response_tokens"]
     layers |= SAMPLING[request.sampling or "paper"] if request.sampling or not is_run else {}
@@ -96,15 +111,18 @@ def read_config(request: EvaluationRequest) -> RunConfig:
     config = load_config(request.model / CONFIG_FILE if is_run else None, options)
     if student_folder(config) != folder:
         raise ConfigError(
-            f"model.student: another model than the one to evaluate, got {config.model.student!r}, expected {str(folder)!r}; "
-            "name the folder as the first argument only"
+            f"model.student: another model than the one to evaluate, got {config.model.student!r}, "
+            f"expected {str(folder)!r}; name the folder as the first argument only"
         )
     return config
 
 
 def output_folder(request: EvaluationRequest, config: RunConfig) -> Path:
     """Return where the results go."""
-    return request.output or Path(config.output_dir) / EVALUATIONS_FOLDER / request.model.resolve().name
+    return (
+        request.output
+        or Path(config.output_dir) / EVALUATIONS_FOLDER / request.model.resolve().name
+    )
 
 
 def _exported(run: Path) -> Path:
@@ -118,6 +136,7 @@ def _exported(run: Path) -> Path:
     newest = latest(run / CHECKPOINTS_FOLDER)
     got = f"a newest checkpoint {newest.name}" if newest is not None else "no checkpoint either"
     raise ConfigError(
-        f"{run}: the run is not finished, got no {HF_FOLDER}/ and {got}, expected an exported model; let it run to its end, or write its "
-        f"newest checkpoint as a Hugging Face folder and evaluate that: tools/convert_checkpoint.py export {run} HF_DIR"
+        f"{run}: the run is not finished, got no {HF_FOLDER}/ and {got}, expected an exported "
+        "model; let it run to its end, or write its newest checkpoint as a Hugging Face folder and "
+        f"evaluate that: tools/convert_checkpoint.py export {run} HF_DIR"
     )

@@ -56,7 +56,9 @@ class Summary:
     by_answer_type: dict[str, Part]
 
 
-def summarise(answers: Sequence[AnsweredQuestion], skipped_before: Mapping[str, int], seed: int) -> Summary:
+def summarise(
+    answers: Sequence[AnsweredQuestion], skipped_before: Mapping[str, int], seed: int
+) -> Summary:
     """Return the numbers.
 
     Args:
@@ -75,13 +77,22 @@ def summarise(answers: Sequence[AnsweredQuestion], skipped_before: Mapping[str, 
         overall=_part(answered, seed, "overall"),
         by_source=_parts(answered, [each.source for each in answered], seed, "source"),
         by_modality=_parts(answered, [each.modality for each in answered], seed, "modality"),
-        by_answer_type=_parts(answered, [each.answer_type for each in answered], seed, "answer_type"),
+        by_answer_type=_parts(
+            answered, [each.answer_type for each in answered], seed, "answer_type"
+        ),
     )
 
 
-def _parts(answers: Sequence[AnsweredQuestion], names: Sequence[str], seed: int, kind: str) -> dict[str, Part]:
+def _parts(
+    answers: Sequence[AnsweredQuestion], names: Sequence[str], seed: int, kind: str
+) -> dict[str, Part]:
     return {
-        name: _part([each for each, its in zip(answers, names, strict=True) if its == name], seed, kind, name)
+        name: _part(
+            [each for each, its in zip(answers, names, strict=True) if its == name],
+            seed,
+            kind,
+            name,
+        )
         for name in sorted(set(names))
     }
 
@@ -91,7 +102,11 @@ def _part(answers: Sequence[AnsweredQuestion], seed: int, *path: str) -> Part:
     responses = [response for group in graded for response in group]
     pass_at = {}
     for k in ks_up_to(max(map(len, graded), default=0)) if responses else []:
-        values = [pass_at_k(len(group), each.num_correct, k) for each, group in zip(answers, graded, strict=True) if len(group) >= k]
+        values = [
+            pass_at_k(len(group), each.num_correct, k)
+            for each, group in zip(answers, graded, strict=True)
+            if len(group) >= k
+        ]
         pass_at[k] = estimate(values, seed, *path, k)
     return Part(
         num_questions=len(answers),
@@ -111,7 +126,11 @@ def _mean(values: Sequence[float]) -> float:
 def table(summary: Summary) -> str:
     """Return the numbers as aligned text, one line per part of the questions."""
     parts = {"all": summary.overall}
-    for title, some in (("source", summary.by_source), ("modality", summary.by_modality), ("answer type", summary.by_answer_type)):
+    for title, some in (
+        ("source", summary.by_source),
+        ("modality", summary.by_modality),
+        ("answer type", summary.by_answer_type),
+    ):
         parts |= {f"{title} {name or '(none)'}": part for name, part in some.items()}
     ks = list(summary.overall.pass_at)
     rows = [["", "questions", *(f"pass@{k} [95 %]" for k in ks), "truncated", "unparsed", "tokens"]]
@@ -120,11 +139,19 @@ def table(summary: Summary) -> str:
         shares = [f"{part.truncated:.1%}", f"{part.unparsed:.1%}", f"{part.response_tokens:.0f}"]
         rows.append([name, str(part.num_questions), *shown, *shares])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    ]
     reasons = ", ".join(f"{reason} {count}" for reason, count in summary.skipped.items())
-    lines.append(f"skipped {summary.num_skipped} ({summary.skipped_share:.1%}){': ' + reasons if reasons else ''}")
+    lines.append(
+        f"skipped {summary.num_skipped} "
+        f"({summary.skipped_share:.1%}){': ' + reasons if reasons else ''}"
+    )
     if summary.overall.num_ungraded:
-        lines.append(f"responses that could not be graded, left out: {summary.overall.num_ungraded}")
+        lines.append(
+            f"responses that could not be graded, left out: {summary.overall.num_ungraded}"
+        )
     return "\n".join(lines)
 
 

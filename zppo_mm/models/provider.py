@@ -10,30 +10,39 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from zppo_mm.config import ModelConfig, ParallelConfig
+from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.errors import ConfigError, ModelError
-from zppo_mm.models.architecture import Architecture, check_layout
-from zppo_mm.models.lora import adapters_of
+from zppo_mm.models.adapted import is_adapted
+from zppo_mm.models.families.architecture import Architecture, check_layout
 from zppo_mm.models.specs import Implementation, block_submodules, choose_implementation
 from zppo_mm.models.vision_language import VisionLanguageModel
 
 _PARTS = ("vision", "projector", "language")
 
 
-def build_model(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, *, trainable: bool = True) -> VisionLanguageModel:
+def build_model(
+    architecture: Architecture,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    trainable: bool = True,
+) -> VisionLanguageModel:
     """Build this rank's pipeline stage, weights not yet set.
 
-    Megatron's process groups must be initialised. `weights.load_hf_weights` or `initial_weights.initialize_weights` sets the weights.
+    Megatron's process groups must be initialised. `weights.load_hf_weights` or
+    `initial_weights.initialize_weights` sets the weights.
 
     Args:
         architecture: The network.
         model: Implementation, precision and recomputation; its `student` path is not read.
         parallel: The layout that the process groups were made for.
-        trainable: Whether parameters require gradients; a frozen model is also put into evaluation mode.
+        trainable: Whether parameters require gradients; a frozen model is also put into evaluation
+            mode.
 
     Raises:
         ModelError: The network cannot be split into this layout.
-        ConfigError: The implementation, FP8 or context parallelism is asked for where it cannot run, or a value is unknown.
+        ConfigError: The implementation, FP8 or context parallelism is asked for where it cannot
+            run, or a value is unknown.
     """
     asked = parallel
     if not trainable:
@@ -65,15 +74,20 @@ def freeze_parts(model: VisionLanguageModel, parts: list[str]) -> None:
         parts: Any of `vision` (the tower without its merger), `projector` (the merger), `language`.
 
     Raises:
-        ConfigError: A part is unknown, or all parts that the network has are frozen and it has no adapters.
+        ConfigError: A part is unknown, or all parts that the network has are frozen and it has no
+            adapters.
     """
     for part in parts:
         if part not in _PARTS:
-            raise ConfigError(f"train.freeze: unknown part, got {part!r}, expected any of {', '.join(_PARTS)}; correct the list")
+            raise ConfigError(
+                f"train.freeze: unknown part, got {part!r}, expected any of {', '.join(_PARTS)}; "
+                "correct the list"
+            )
     present = _PARTS if model.architecture.has_vision else ("language",)
-    if set(present) <= set(parts) and adapters_of(model) is None:
+    if set(present) <= set(parts) and not is_adapted(model):
         raise ConfigError(
-            f"train.freeze: nothing is left to train, got {sorted(parts)}, expected at least one part left out; shorten the list"
+            f"train.freeze: nothing is left to train, got {sorted(parts)}, expected at least one "
+            "part left out; shorten the list"
         )
     for part in parts:
         for parameter in model.parameters_of(part):
@@ -81,7 +95,10 @@ def freeze_parts(model: VisionLanguageModel, parts: list[str]) -> None:
 
 
 def transformer_config(
-    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, implementation: Implementation
+    architecture: Architecture,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    implementation: Implementation,
 ) -> TransformerConfig:
     """Translate the network and the layout into megatron-core's configuration.
 
@@ -101,12 +118,14 @@ def transformer_config(
         "bf16": dtype == torch.bfloat16,
         "fp8": model.fp8 or None,
         "transformer_impl": implementation,
-        # Packs differ in length from micro-batch to micro-batch; megatron-core asks for this dispatcher then, even without experts.
+        # Packs differ in length from micro-batch to micro-batch; megatron-core asks for this
+        # dispatcher then, even without experts.
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",
         "use_cpu_initialization": not torch.cuda.is_available(),
         "perform_initialization": False,
-        # Each of these needs Apex, Transformer Engine or a compiler; what is not fused is the same on every machine.
+        # Each of these needs Apex, Transformer Engine or a compiler; what is not fused is the same
+        # on every machine.
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": False,
@@ -153,9 +172,11 @@ def _linear_options(architecture: Architecture) -> dict[str, Any]:
         "linear_value_head_dim": architecture.linear_value_head_dim,
         "linear_num_key_heads": architecture.linear_num_key_heads,
         "linear_num_value_heads": architecture.linear_num_value_heads,
-        # A list, which checkpoints of layers of two kinds ask for. megatron-core's own hybrid variant stays off: it demands Transformer
-        # Engine.
-        "linear_attention_freq": [int(kind == "linear_attention") for kind in architecture.layer_types],
+        # A list, which checkpoints of layers of two kinds ask for. megatron-core's own hybrid
+        # variant stays off: it demands Transformer Engine.
+        "linear_attention_freq": [
+            int(kind == "linear_attention") for kind in architecture.layer_types
+        ],
     }
 
 
@@ -165,8 +186,15 @@ def _recompute_options(model: ModelConfig) -> dict[str, Any]:
     if model.recompute == "selective":
         return {"recompute_granularity": "selective"}
     if model.recompute == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    raise ConfigError(f"model.recompute: unknown value, got {model.recompute!r}, expected none, selective or full; choose one of them")
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    raise ConfigError(
+        f"model.recompute: unknown value, got {model.recompute!r}, expected none, selective or "
+        "full; choose one of them"
+    )
 
 
 def _params_dtype(model: ModelConfig) -> torch.dtype:
@@ -176,31 +204,41 @@ def _params_dtype(model: ModelConfig) -> torch.dtype:
         "auto": torch.bfloat16 if torch.cuda.is_available() else torch.float32,
     }
     if model.params_dtype not in types:
-        raise ConfigError(f"model.params_dtype: unknown value, got {model.params_dtype!r}, expected {', '.join(types)}; choose one of them")
+        raise ConfigError(
+            f"model.params_dtype: unknown value, got {model.params_dtype!r}, expected "
+            f"{', '.join(types)}; choose one of them"
+        )
     return types[model.params_dtype]
 
 
 def _check_groups(parallel: ParallelConfig) -> None:
     if not parallel_state.is_initialized():
         raise ModelError(
-            "build_model: Megatron's process groups are missing, expected an initialised layout; call parallel.initialize first"
+            "build_model: Megatron's process groups are missing, expected an initialised layout; "
+            "call parallel.initialize first"
         )
     sizes = (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_context_parallel_world_size(),
     )
-    asked = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size)
+    asked = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
     if sizes != asked:
         raise ModelError(
-            f"build_model: the layout is not that of the process groups, got tensor x pipeline x context {asked}, expected {sizes}; "
-            "pass the configuration that parallel.initialize got"
+            "build_model: the layout is not that of the process groups, got tensor x pipeline x "
+            f"context {asked}, expected {sizes}; pass the configuration that parallel.initialize "
+            "got"
         )
 
 
 def _check_context(parallel: ParallelConfig, implementation: Implementation) -> None:
     if parallel.context_parallel_size > 1 and implementation == "transformer_engine":
         raise ConfigError(
-            f"parallel.context_parallel_size: not with Transformer Engine's attention, got {parallel.context_parallel_size} on a machine "
-            "where it is used, expected 1 with it; set model.transformer_impl=local, or the size to 1"
+            "parallel.context_parallel_size: not with Transformer Engine's attention, got "
+            f"{parallel.context_parallel_size} on a machine where it is used, expected 1 with it; "
+            "set model.transformer_impl=local, or the size to 1"
         )

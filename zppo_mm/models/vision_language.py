@@ -1,4 +1,6 @@
-"""The network of one pipeline stage: vision tower and embedding first, decoder layers, output layer last."""
+"""The network of one pipeline stage: vision tower and embedding first, decoder layers, output layer
+last.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,14 @@ from torch import nn
 from encoders.fusion import fuse, placeholder_places
 from encoders.tower import VisionTower
 from zppo_mm.errors import ModelError
-from zppo_mm.models import parallel
-from zppo_mm.models.architecture import Architecture
-from zppo_mm.models.cache import DecodeCache
-from zppo_mm.models.deepstack import spread_features
-from zppo_mm.models.gated_delta_net import chosen_kernels
-from zppo_mm.models.head_exchange import HeadExchange
-from zppo_mm.models.megatron_versions import gpt_model
-from zppo_mm.models.packing import PackedLayout, build_layout
-from zppo_mm.models.rotary import RotaryTable
+from zppo_mm.models.families.architecture import Architecture
+from zppo_mm.models.layers.deepstack import spread_features
+from zppo_mm.models.layers.gated_delta_net import chosen_kernels
+from zppo_mm.models.layers.packing import PackedLayout, build_layout
+from zppo_mm.models.layers.rotary import RotaryTable
+from zppo_mm.models.layers.ulysses import UlyssesExchange
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.parallel.megatron_versions import gpt_model
 
 _MERGERS = ("model.merger.", "model.deepstack_merger_list.")
 FP8_TOKEN_MULTIPLE = 16
@@ -70,7 +71,9 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         self.rotary = RotaryTable(architecture)
         self.vision: VisionTower | None = None
         if pre_process and architecture.vision is not None:
-            self.vision = VisionTower(architecture.family, architecture.vision, dtype=config.params_dtype)
+            self.vision = VisionTower(
+                architecture.family, architecture.vision, dtype=config.params_dtype
+            )
             if not config.use_cpu_initialization:
                 self.vision.cuda()
 
@@ -84,21 +87,26 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         rows: torch.Tensor | None = None,
         parents: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Run packed sequences through this stage. Context ranks are given the same pack, and each returns its own tokens.
+        """Run packed sequences through this stage. Context ranks are given the same pack, and each
+        returns its own tokens.
 
         Args:
             token_ids: `[tokens]` int64.
             positions: `[3, tokens]` int64, restarting with every sequence that has no parent.
             cu_seqlens: `[sequences + 1]` int32.
-            patches: `[patches, patch elements]` of all media in pack order; only the first stage looks at them.
+            patches: `[patches, patch elements]` of all media in pack order; only the first stage
+                looks at them.
             grids: `[media, 3]` int64, `(t, h, w)` in patches.
-            rows: `[rows]` int64, the tokens whose logits are wanted, in any order and number, all among `own_tokens`; `None` for all
-                of these. Those of a long prompt are large and of no use.
-            parents: Per sequence the one that it continues, -1 for none; `None` if none does. Only where `shares_prompts`.
+            rows: `[rows]` int64, the tokens whose logits are wanted, in any order and number, all
+                among `own_tokens`; `None` for all of these. Those of a long prompt are large and of
+                no use.
+            parents: Per sequence the one that it continues, -1 for none; `None` if none does. Only
+                where `shares_prompts`.
 
         Returns:
-            On the last stage logits `[tokens or rows, vocabulary / tensor size]` float32, else hidden states `[tokens, 1, hidden]`
-            (a share of the tokens under sequence or context parallelism).
+            On the last stage logits `[tokens or rows, vocabulary / tensor size]` float32, else
+            hidden states `[tokens, 1, hidden]` (a share of the tokens under sequence or context
+            parallelism).
 
         Raises:
             ValueError: The media do not fit the placeholder tokens.
@@ -114,7 +122,11 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
             return self.logits(hidden)[: own.stop - own.start]
         rows = rows - own.start
         # Under sequence parallelism the output layer itself brings the tokens together.
-        return self.logits(hidden)[rows] if self.config.sequence_parallel else self.logits(hidden.index_select(0, rows))
+        return (
+            self.logits(hidden)[rows]
+            if self.config.sequence_parallel
+            else self.logits(hidden.index_select(0, rows))
+        )
 
     def run_stage(
         self,
@@ -124,35 +136,54 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         patches: torch.Tensor | None = None,
         grids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return this stage's hidden states, normalised on the last; the first embeds, the others read the input tensor that was set."""
+        """Return this stage's hidden states, normalised on the last; the first embeds, the others
+        read the input tensor that was set.
+        """
         exchange = layout.exchange
-        hidden, further = self.embed(token_ids, patches, grids, exchange) if self.pre_process else (None, None)
-        table = self.rotary.table(positions if exchange is None else exchange.own_tokens(positions, 1))
+        hidden, further = (
+            self.embed(token_ids, patches, grids, exchange) if self.pre_process else (None, None)
+        )
+        table = self.rotary.table(
+            positions if exchange is None else exchange.own_tokens(positions, 1)
+        )
         output = self.language_model.decoder(
-            hidden_states=hidden, attention_mask=None, context=further, rotary_pos_emb=table, packed_seq_params=layout
+            hidden_states=hidden,
+            attention_mask=None,
+            context=further,
+            rotary_pos_emb=table,
+            packed_seq_params=layout,
         )
         return cast(torch.Tensor, output)
 
     def embed(
-        self, token_ids: torch.Tensor, patches: torch.Tensor | None, grids: torch.Tensor | None, exchange: HeadExchange | None = None
+        self,
+        token_ids: torch.Tensor,
+        patches: torch.Tensor | None,
+        grids: torch.Tensor | None,
+        exchange: UlyssesExchange | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return embeddings with the media's features in their places, and what the first layers add for them.
+        """Return embeddings with the media's features in their places, and what the first layers
+        add for them.
 
         Returns:
-            `[tokens, 1, hidden]` and `[tokens, layers, hidden]`, or this rank's shares of them; the second is `None` without deepstack or
-            without media.
+            `[tokens, 1, hidden]` and `[tokens, layers, hidden]`, or this rank's shares of them; the
+            second is `None` without deepstack or without media.
         """
         embeddings = self.language_model.embedding(input_ids=token_ids[None], position_ids=None)
         further = None
         if self.vision is not None:
-            embeddings, further = self._fuse_media(self.vision, embeddings, token_ids, patches, grids)
+            embeddings, further = self._fuse_media(
+                self.vision, embeddings, token_ids, patches, grids
+            )
         elif patches is not None:
             raise ModelError(
-                f"VisionLanguageModel: media without a vision tower, got {len(patches)} patches, expected none for a text-only network; "
-                "use a folder with a vision tower or text questions"
+                f"VisionLanguageModel: media without a vision tower, got {len(patches)} patches, "
+                "expected none for a text-only network; use a folder with a vision tower or text "
+                "questions"
             )
         if exchange is not None:
-            # Each context rank embeds the whole pack; gradients of what it embedded for the others reach it as zeros.
+            # Each context rank embeds the whole pack; gradients of what it embedded for the others
+            # reach it as zeros.
             embeddings = exchange.own_tokens(embeddings)
             further = exchange.own_tokens(further) if further is not None else None
         if self.config.sequence_parallel:
@@ -172,30 +203,51 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         if patches is None or grids is None:
             features = embeddings.new_zeros((0, tower.num_levels, embeddings.shape[-1]))
         else:
-            # Tensor ranks hold the same tower and get the same gradient of the features, so they share several media among themselves.
+            # Tensor ranks hold the same tower and get the same gradient of the features, so they
+            # share several media among themselves.
             group = self.language_model.pg_collection.tp if len(grids) > 1 else None
-            features = tower(patches.to(weight.device, weight.dtype), grids.to(weight.device), group)
+            features = tower(
+                patches.to(weight.device, weight.dtype), grids.to(weight.device), group
+            )
         placeholders = (self.architecture.image_token_id, self.architecture.video_token_id)
         fused = fuse(embeddings, token_ids, features[:, 0], *placeholders)
-        if patches is None and torch.is_grad_enabled() and any(parameter.requires_grad for parameter in tower.parameters()):
-            # Every parameter must get a gradient in every micro-batch: bucketed gradient reduction waits for all of them.
+        if (
+            patches is None
+            and torch.is_grad_enabled()
+            and any(parameter.requires_grad for parameter in tower.parameters())
+        ):
+            # Every parameter must get a gradient in every micro-batch: bucketed gradient reduction
+            # waits for all of them.
             fused = fused + self._idle_features(tower, weight).sum().to(fused.dtype) * 0
         if tower.num_levels == 1 or not len(features):
             return fused, None
-        return fused, spread_features(features[:, 1:].to(fused.dtype), placeholder_places(token_ids, *placeholders), len(token_ids))
+        return fused, spread_features(
+            features[:, 1:].to(fused.dtype),
+            placeholder_places(token_ids, *placeholders),
+            len(token_ids),
+        )
 
     def _idle_features(self, tower: VisionTower, weight: torch.Tensor) -> torch.Tensor:
         """Return the features of one blank block of patches."""
         size = self.architecture.spatial_merge_size
-        # config.json may leave out what its family takes for granted; the tower was told everything.
+        # config.json may leave out what its family takes for granted; the tower was told
+        # everything.
         vision = cast(Any, tower.model.config)
         width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         blank = weight.new_zeros((size * size, width))
-        return cast(torch.Tensor, tower(blank, torch.tensor([[1, size, size]], device=weight.device)))
+        return cast(
+            torch.Tensor, tower(blank, torch.tensor([[1, size, size]], device=weight.device))
+        )
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits `[tokens, vocabulary / tensor size]` of normalised hidden states `[tokens, 1, hidden]`; last stage only."""
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        """Return float32 logits `[tokens, vocabulary / tensor size]` of normalised hidden states
+        `[tokens, 1, hidden]`; last stage only.
+        """
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else None
+        )
         logits, _bias = self.language_model.output_layer(hidden, weight=weight)
         return cast(torch.Tensor, logits).squeeze(1).float()
 
@@ -208,12 +260,16 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
             return token_ids, positions, cu_seqlens
         return (
             torch.cat([token_ids, token_ids.new_zeros(missing)]),
-            torch.cat([positions, torch.arange(missing, device=positions.device).expand(3, -1)], dim=1),
+            torch.cat(
+                [positions, torch.arange(missing, device=positions.device).expand(3, -1)], dim=1
+            ),
             torch.cat([cu_seqlens, cu_seqlens[-1:] + missing]),
         )
 
     def own_tokens(self, num_tokens: int) -> slice:
-        """Return which tokens of a pack this context rank has: all of them without context parallelism, perhaps none of a short pack."""
+        """Return which tokens of a pack this context rank has: all of them without context
+        parallelism, perhaps none of a short pack.
+        """
         size = self.config.context_parallel_size
         share = (num_tokens + -num_tokens % self._token_multiple()) // size
         start = share * (parallel.context_rank() if size > 1 else 0)
@@ -226,49 +282,41 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
             multiple *= self.config.tensor_model_parallel_size
         return multiple * FP8_TOKEN_MULTIPLE if self.config.fp8 else multiple
 
-    def _exchange(self) -> HeadExchange | None:
+    def _exchange(self) -> UlyssesExchange | None:
         size = self.config.context_parallel_size
-        return HeadExchange(parallel.context_group(), parallel.context_rank(), size) if size > 1 else None
+        return (
+            UlyssesExchange(parallel.context_group(), parallel.context_rank(), size)
+            if size > 1
+            else None
+        )
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether a sequence may continue another one; the same on every rank, whatever layers its stage has."""
+        """Whether a sequence may continue another one; the same on every rank, whatever layers its
+        stage has.
+        """
         fused = self.architecture.has_linear_attention and chosen_kernels(self.config) is not None
         return self.config.transformer_impl == "local" and not fused
 
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
-        """Take the hidden states of the previous stage; Megatron's schedules call this before `forward`."""
+        """Take the hidden states of the previous stage; Megatron's schedules call this before
+        `forward`.
+        """
         self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
-        """Return the weight that first and last stage share in a tied network; Megatron's gradient finalisation asks for it."""
+        """Return the weight that first and last stage share in a tied network; Megatron's gradient
+        finalisation asks for it.
+        """
         return cast("torch.Tensor | None", self.language_model.shared_embedding_or_output_weight())
 
     def parameters_of(self, part: str) -> Iterator[nn.Parameter]:
-        """Yield this stage's parameters of `vision` (the tower without its mergers), `projector` (the mergers) or `language`."""
+        """Yield this stage's parameters of `vision` (the tower without its mergers), `projector`
+        (the mergers) or `language`.
+        """
         if part == "language":
             yield from self.language_model.parameters()
             return
         for name, parameter in self.vision.named_parameters() if self.vision is not None else ():
             if (part == "projector") == name.startswith(_MERGERS):
                 yield parameter
-
-    def prefill(
-        self,
-        token_ids: torch.Tensor,
-        positions: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        patches: torch.Tensor | None,
-        grids: torch.Tensor | None,
-        cache: DecodeCache,
-    ) -> torch.Tensor | None:
-        """Run packed prompts and keep what decoding needs; see `decode.prefill`."""
-        from zppo_mm.models.decode import prefill
-
-        return prefill(self, token_ids, positions, cu_seqlens, patches, grids, cache)
-
-    def decode(self, token_ids: torch.Tensor, positions: torch.Tensor, cache: DecodeCache) -> torch.Tensor | None:
-        """Run one token per sequence; see `decode.decode`."""
-        from zppo_mm.models.decode import decode
-
-        return decode(self, token_ids, positions, cache)

@@ -1,7 +1,7 @@
 """Match audit: do answers to BCQ and NCQ prompts repeat what the candidates said?
 
-A BCQ accuracy near 1, with nearly every answer the right candidate's, would mean that the candidates give themselves away. Source: ZPPO,
-match audit near the end of training.
+A BCQ accuracy near 1, with nearly every answer the right candidate's, would mean that the
+candidates give themselves away. Source: ZPPO, match audit near the end of training.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class MatchAudit:
 
 
 def audit_matches(groups: Iterable[Group]) -> MatchAudit:
-    """Count over all BCQ and NCQ groups; rollouts without a parsed answer match nothing, but count in the totals."""
+    """Count over all BCQ and NCQ groups; rollouts without a parsed answer match nothing, but count
+    in the totals.
+    """
     groups = list(groups)
     bcq = [group for group in groups if group.kind == "bcq"]
     ncq = [group for group in groups if group.kind == "ncq"]
@@ -47,7 +49,9 @@ def audit_matches(groups: Iterable[Group]) -> MatchAudit:
 
 
 def comparable_answer(answer: str) -> str:
-    """Return an answer without what never changes its meaning: outer spaces and dollars, inner spacing, case, a closing full stop."""
+    """Return an answer without what never changes its meaning: outer spaces and dollars, inner
+    spacing, case, a closing full stop.
+    """
     return re.sub(r"\s+", " ", answer.strip().rstrip(".").strip("$").strip().rstrip(".")).casefold()
 
 
@@ -58,6 +62,10 @@ def num_matches(parsed: Iterable[str | None], shown: Iterable[str | None]) -> in
 
 
 def _num_matches(group: Group, correct: bool) -> int:
-    """Count the rollouts of one group whose answer equals that of a candidate of the given correctness."""
-    shown = [candidate.answer for candidate in group.instance.candidates if candidate.correct == correct]
+    """Count the rollouts of one group whose answer equals that of a candidate of the given
+    correctness.
+    """
+    shown = [
+        candidate.answer for candidate in group.instance.candidates if candidate.correct == correct
+    ]
     return num_matches([rollout.parsed for rollout in group.rollouts], shown)

@@ -1,4 +1,6 @@
-"""Log lines of a run: rank 0 to the terminal and to `run.log`, the other ranks their warnings only."""
+"""Log lines of a run: rank 0 to the terminal and to `run.log`, the other ranks their warnings
+only.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ LOG_FILE = "run.log"
 
 
 def quiet_libraries() -> None:
-    """Hide warnings of libraries that a user can do nothing about; call before megatron-core is imported.
+    """Hide warnings of libraries that a user can do nothing about; call before megatron-core is
+    imported.
 
-    megatron-core warns at import of every optional package that is not installed, and torch of the names that megatron-core calls.
+    megatron-core warns at import of every optional package that is not installed, and torch of the
+    names that megatron-core calls.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -28,7 +32,8 @@ class ProgressBarHandler(logging.Handler):
         try:
             tqdm.write(self.format(record), file=sys.stderr)
         except Exception:
-            # The logging module's own way: a log line that cannot be written is reported once and never stops the program.
+            # The logging module's own way: a log line that cannot be written is reported once and
+            # never stops the program.
             self.handleError(record)
 
 
@@ -40,14 +45,18 @@ def configure_logging(run_folder: Path | None, rank: int) -> None:
         rank: Ranks other than 0 show warnings and errors only, marked with their number.
     """
     mark = "" if rank == 0 else f"[rank {rank}] "
-    formatter = logging.Formatter(f"%(asctime)s {mark}%(levelname).1s %(message)s", datefmt="%H:%M:%S")
+    formatter = logging.Formatter(
+        f"%(asctime)s {mark}%(levelname).1s %(message)s", datefmt="%H:%M:%S"
+    )
     handlers: list[logging.Handler] = [ProgressBarHandler()]
     if run_folder is not None and rank == 0:
         run_folder.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(run_folder / LOG_FILE, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(formatter)
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=handlers, force=True)
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING, handlers=handlers, force=True
+    )
     # megatron-core lists every parameter and option at the information level.
     logging.getLogger("megatron").setLevel(logging.WARNING)
     # The HTTP client writes a line per request.

@@ -30,7 +30,9 @@ class Sum:
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """Averages over everything that was counted, not over calls or ranks; nothing counted has no value."""
+    """Averages over everything that was counted, not over calls or ranks; nothing counted has no
+    value.
+    """
 
     sum: float
     count: float = 1.0
@@ -73,87 +75,179 @@ METRICS: Mapping[str, str] = {
     "batch/questions": "Plain groups that were sampled.",
     "batch/easy": "Plain groups that are not hard.",
     "batch/hard": "Plain groups whose accuracy is below tau.",
-    "batch/bcq_eligible": "Hard groups with a correct teacher rollout and a wrong student rollout, before the cap.",
+    "batch/bcq_eligible": (
+        "Hard groups with a correct teacher rollout and a wrong student rollout, before the cap."
+    ),
     "batch/ncq_eligible": "Hard groups with a wrong student rollout, before the cap.",
-    "batch/groups/*": "Groups of one kind (new, replayed, bcq, ncq, hint, prefix, inject, teacher) that the step trained on.",
-    "batch/dropped_questions": "Questions left out of the update by dynamic sampling: all their groups are trivial.",
+    "batch/groups/*": (
+        "Groups of one kind (new, replayed, bcq, ncq, hint, prefix, inject, teacher) that the step "
+        "trained on."
+    ),
+    "batch/dropped_questions": (
+        "Questions left out of the update by dynamic sampling: all their groups are trivial."
+    ),
     "batch/injected_rollouts": "Teacher rollouts trained on as if they were the student's.",
     "batch/sampling_rounds": "Rounds of new questions that the step sampled.",
     "batch/loss_tokens": "Response tokens that carried loss, over all updates.",
-    "batch/shared_prompt_tokens": "Prompt tokens that were not passed again, because rollouts of a micro-batch shared them.",
+    "batch/shared_prompt_tokens": (
+        "Prompt tokens that were not passed again, because rollouts of a micro-batch shared them."
+    ),
     "buffer/size": "Questions in the replay buffer after the step.",
     "buffer/occupancy/*": "Questions in the buffer by accuracy at admission, in percent.",
     "buffer/admitted/*": "Questions admitted since the start, by accuracy at admission in percent.",
-    "buffer/graduated/*": "Questions graduated since the start, by accuracy at admission in percent.",
+    "buffer/graduated/*": (
+        "Questions graduated since the start, by accuracy at admission in percent."
+    ),
     "buffer/evicted/*": "Questions evicted since the start, by accuracy at admission in percent.",
     "buffer/graduated_visits/*": "Questions graduated since the start, by number of replay visits.",
     "buffer/evicted_visits/*": "Questions evicted since the start, by number of replay visits.",
     "data/samples": "Samples met by the stream.",
     "data/skipped/*": "Samples skipped, by reason.",
-    "distill/agreement": "Share of loss tokens at which student and teacher find the same token most likely.",
-    "distill/left_out": "Rollouts not distilled from: no log-probs of the teacher in the student's tokens, or impossible ones.",
-    "policy/loss": "Loss, averaged over the response tokens of each update, then the updates; with distillation the divergence in nats.",
-    "policy/entropy": "Entropy of the policy per response token of the non-trivial groups, in nats.",
+    "distill/agreement": (
+        "Share of loss tokens at which student and teacher find the same token most likely."
+    ),
+    "distill/left_out": (
+        "Rollouts not distilled from: no log-probs of the teacher in the student's tokens, or "
+        "impossible ones."
+    ),
+    "policy/loss": (
+        "Loss, averaged over the response tokens of each update, then the updates; with "
+        "distillation the divergence in nats."
+    ),
+    "policy/entropy": (
+        "Entropy of the policy per response token of the non-trivial groups, in nats."
+    ),
     "policy/clip_low": "Share of response tokens clipped at the lower bound of the ratio.",
     "policy/clip_high": "Share of response tokens clipped at the upper bound of the ratio.",
     "policy/clip_dual": "Share of response tokens held by the dual clip.",
-    "policy/ratio": "Mean ratio of a response token's probability to the old one (with importance_cap the policy's before the step).",
-    "policy/kl_old": "Estimated divergence of the policy from the one of the old log-probs per response token, in nats.",
-    "policy/importance": "Mean importance weight per response token of the non-trivial groups; 1 without the correction.",
+    "policy/ratio": (
+        "Mean ratio of a response token's probability to the old one (with importance_cap the "
+        "policy's before the step)."
+    ),
+    "policy/kl_old": (
+        "Estimated divergence of the policy from the one of the old log-probs per response token, "
+        "in nats."
+    ),
+    "policy/importance": (
+        "Mean importance weight per response token of the non-trivial groups; 1 without the "
+        "correction."
+    ),
     "policy/grad_norm": "Gradient norm before clipping, averaged over the updates.",
     "policy/grad_norm_max": "Largest gradient norm before clipping.",
     "policy/lr": "Learning rate of the last update.",
     "policy/updates": "Gradient updates made.",
-    "policy/skipped_updates": "Gradient updates skipped because loss or gradient was not finite; four in a row end the run.",
+    "policy/skipped_updates": (
+        "Gradient updates skipped because loss or gradient was not finite; four in a row end the "
+        "run."
+    ),
     "response/tokens": "Mean length of a response.",
     "response/tokens_max": "Longest response.",
-    "response/tokens/*": "Mean length of a response by kind of prompt (plain, bcq, ncq, hint, prefix, teacher).",
+    "response/tokens/*": (
+        "Mean length of a response by kind of prompt (plain, bcq, ncq, hint, prefix, teacher)."
+    ),
     "response/truncated": "Share of responses that met the length limit.",
     "response/truncated/*": "The same by kind of prompt (plain, bcq, ncq, hint, prefix, teacher).",
     "response/unparsed": "Share of responses without a boxed answer.",
     "prompt/tokens/*": "Mean length of a prompt by kind (plain, bcq, ncq, hint, prefix).",
-    "reward/timeouts": "Answers of the step whose grading came to no end within its limits; they are left out (`rollout/ungraded`).",
-    "reward/errors": "Answers of the step on which the grading library failed; they are left out (`rollout/ungraded`).",
+    "reward/timeouts": (
+        "Answers of the step whose grading came to no end within its limits; they are left out "
+        "(`rollout/ungraded`)."
+    ),
+    "reward/errors": (
+        "Answers of the step on which the grading library failed; they are left out "
+        "(`rollout/ungraded`)."
+    ),
     "reward/judged": "Answers of open questions that the judge replied to.",
-    "reward/judge_malformed": "Replies of the judge that were not its strict JSON; they count as wrong.",
-    "reward/judge_disagreements": "Answers that the judge and the rules for mathematics grade differently, where these decide.",
-    "reward/judge_failures": "Answers that the judge did not reply to; their rollouts are left out of accuracy, advantages and loss.",
+    "reward/judge_malformed": (
+        "Replies of the judge that were not its strict JSON; they count as wrong."
+    ),
+    "reward/judge_disagreements": (
+        "Answers that the judge and the rules for mathematics grade differently, where these "
+        "decide."
+    ),
+    "reward/judge_failures": (
+        "Answers that the judge did not reply to; their rollouts are left out of accuracy, "
+        "advantages and loss."
+    ),
     "rollout/tokens": "Response tokens of the student, plain and reformulated prompts together.",
-    "rollout/ungraded": "Rollouts in the groups of the step that were left out because they could not be graded.",
-    "rollout/failed_groups": "Groups that could not be had: prompt or media not readable, logits not finite, or no rollout graded.",
-    "rollout/not_finite_groups": "Groups left out because the network computed logits that are not finite for one of their rollouts.",
-    "seconds/*": "Seconds of one phase (data, plain_rollout, teacher, reformulated_rollout, old_logprobs, update, evaluation, …).",
+    "rollout/ungraded": (
+        "Rollouts in the groups of the step that were left out because they could not be graded."
+    ),
+    "rollout/failed_groups": (
+        "Groups that could not be had: prompt or media not readable, logits not finite, or no "
+        "rollout graded."
+    ),
+    "rollout/not_finite_groups": (
+        "Groups left out because the network computed logits that are not finite for one of their "
+        "rollouts."
+    ),
+    "seconds/*": (
+        "Seconds of one phase (data, plain_rollout, teacher, reformulated_rollout, old_logprobs, "
+        "update, evaluation, …)."
+    ),
     "seconds/step": "Seconds of the whole step.",
     "system/rss_bytes": "Resident memory of the largest process of the run, now.",
     "system/rss_peak_bytes": "Largest resident memory of a process of the run since it started.",
-    "teacher/accuracy": "Mean reward of the teacher's rollouts on what it was asked: hard questions, or all in distillation on its text.",
-    "teacher/asked_in_vain": "Questions that it was asked ahead (teacher.ask_ahead) and that were not hard, or could not be sampled.",
-    "teacher/failed_questions": "Questions it was to answer, left without a rollout: prompt or media not readable, or no server answered.",
-    "teacher/lost_rollouts": "Teacher rollouts that no server returned, or that could not be graded.",
-    "teacher/answer_seconds": "Seconds from asking the teacher to its last answer; seconds/teacher has those that the step stood still.",
+    "teacher/accuracy": (
+        "Mean reward of the teacher's rollouts on what it was asked: hard questions, or all in "
+        "distillation on its text."
+    ),
+    "teacher/asked_in_vain": (
+        "Questions that it was asked ahead (teacher.ask_ahead) and that were not hard, or could "
+        "not be sampled."
+    ),
+    "teacher/failed_questions": (
+        "Questions it was to answer, left without a rollout: prompt or media not readable, or no "
+        "server answered."
+    ),
+    "teacher/lost_rollouts": (
+        "Teacher rollouts that no server returned, or that could not be graded."
+    ),
+    "teacher/answer_seconds": (
+        "Seconds from asking the teacher to its last answer; seconds/teacher has those that the "
+        "step stood still."
+    ),
     "teacher/requests": "Requests to servers, further attempts included.",
     "teacher/retries": "Further attempts at requests that failed.",
-    "teacher/faults/*": "Failed attempts, and single answers that could not be used, by kind; docs/teachers.md lists the kinds.",
+    "teacher/faults/*": (
+        "Failed attempts, and single answers that could not be used, by kind; docs/teachers.md "
+        "lists the kinds."
+    ),
     "teacher/prompt_tokens": "Prompt tokens as the servers counted them.",
-    "teacher/lumped_tokens": "Most likely tokens told by servers that are not in the student's vocabulary; they count among all others.",
+    "teacher/out_of_vocabulary_tokens": (
+        "Most likely tokens told by servers that are not in the student's vocabulary; they count "
+        "among all others."
+    ),
     "teacher/completion_tokens": "Answer tokens as the servers counted them.",
     "teacher/tokens": "Tokens of the teacher's answers; rewriting and judging are not among them.",
     "teacher/solved": "Share of the questions that it was asked with a correct teacher rollout.",
-    "teacher/compression_rejects": "Rewrites of candidates refused because they changed the final answer.",
+    "teacher/compression_rejects": (
+        "Rewrites of candidates refused because they changed the final answer."
+    ),
     "teacher/compression_cuts": "Candidates cut to the cap because no faithful rewrite was had.",
     "teacher/hint_rejects": "Hints refused because they gave the answer away.",
     "teacher/hint_failures": "Hint prompts that are missing because no hint could be made.",
-    "teacher/passed_on": "Questions that a further teacher was asked because those before it did not solve them.",
-    "throughput/rollout_tokens_per_second": "Sampled tokens per second of the sampling phases, over all ranks.",
-    "throughput/train_tokens_per_second": "Tokens trained on per second of the update phase, a prompt counted with every rollout.",
-    "throughput/tokens_per_second": "Response tokens of the step per second of the step, over all ranks.",
+    "teacher/passed_on": (
+        "Questions that a further teacher was asked because those before it did not solve them."
+    ),
+    "throughput/rollout_tokens_per_second": (
+        "Sampled tokens per second of the sampling phases, over all ranks."
+    ),
+    "throughput/train_tokens_per_second": (
+        "Tokens trained on per second of the update phase, a prompt counted with every rollout."
+    ),
+    "throughput/tokens_per_second": (
+        "Response tokens of the step per second of the step, over all ranks."
+    ),
 }
 """Every name that `metrics.jsonl` can have; `*` stands for one last part."""
 
 
 def is_documented(name: str) -> bool:
     """Return whether a name, or a pattern that it matches, is in `METRICS`."""
-    return name in METRICS or any("*" in pattern and fnmatch.fnmatchcase(name, pattern) for pattern in METRICS)
+    return name in METRICS or any(
+        "*" in pattern and fnmatch.fnmatchcase(name, pattern) for pattern in METRICS
+    )
 
 
 class StepMetrics:
@@ -169,7 +263,9 @@ class StepMetrics:
         if before is None:
             self._metrics[name] = metric
             return
-        assert type(before) is type(metric), f"metric {name}: reduced as {type(metric).__name__} and as {type(before).__name__}"
+        assert type(before) is type(metric), (
+            f"metric {name}: reduced as {type(metric).__name__} and as {type(before).__name__}"
+        )
         self._metrics[name] = before.merge(metric)  # type: ignore[arg-type]
 
     def merge(self, other: StepMetrics) -> None:
@@ -198,5 +294,7 @@ def process_memory() -> StepMetrics:
     metrics.add("system/rss_bytes", Max(psutil.Process(os.getpid()).memory_info().rss))
     # Linux counts the peak in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
-    metrics.add("system/rss_peak_bytes", Max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
+    metrics.add(
+        "system/rss_peak_bytes", Max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    )
     return metrics

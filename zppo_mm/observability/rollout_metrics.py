@@ -25,8 +25,13 @@ def group_metrics(groups: Sequence[Group], tau: float) -> StepMetrics:
             metrics.add(f"accuracy/{name}", Mean(sum(rewards), len(rewards)))
         metrics.add(f"prompt/tokens/{part}", Mean(len(group.prompt.token_ids)))
         metrics.merge(response_metrics(group.rollouts, part))
-        metrics.add("response/tokens_max", Max(max(len(rollout.response_ids) for rollout in group.rollouts)))
-    metrics.add("rollout/tokens", Sum(sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts)))
+        metrics.add(
+            "response/tokens_max", Max(max(len(rollout.response_ids) for rollout in group.rollouts))
+        )
+    metrics.add(
+        "rollout/tokens",
+        Sum(sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts)),
+    )
     metrics.add("rollout/ungraded", Sum(sum(len(group.ungraded) for group in groups)))
     plain = [group for group in groups if group.is_plain]
     num_hard = sum(group.accuracy < tau for group in plain)
@@ -50,7 +55,9 @@ class SelectedGroups(Protocol):
     def num_injected(self) -> int: ...
 
 
-def selection_metrics(selected: SelectedGroups, advantages: Mapping[str, Sequence[float]]) -> StepMetrics:
+def selection_metrics(
+    selected: SelectedGroups, advantages: Mapping[str, Sequence[float]]
+) -> StepMetrics:
     """Measure what a step trains on.
 
     Args:
@@ -60,8 +67,14 @@ def selection_metrics(selected: SelectedGroups, advantages: Mapping[str, Sequenc
     metrics = StepMetrics()
     for group in selected.groups:
         metrics.add(f"batch/groups/{group.kind}", Sum(1))
-        metrics.add("advantage/nontrivial_groups", Mean(len({rollout.reward for rollout in group.rollouts}) > 1))
-        metrics.add("advantage/positive", Mean(sum(value > 0 for value in advantages[group.uid]), len(group.rollouts)))
+        metrics.add(
+            "advantage/nontrivial_groups",
+            Mean(len({rollout.reward for rollout in group.rollouts}) > 1),
+        )
+        metrics.add(
+            "advantage/positive",
+            Mean(sum(value > 0 for value in advantages[group.uid]), len(group.rollouts)),
+        )
     metrics.add("batch/dropped_questions", Sum(selected.num_dropped_questions))
     metrics.add("batch/injected_rollouts", Sum(selected.num_injected))
     return metrics
@@ -75,21 +88,35 @@ def response_metrics(rollouts: Sequence[Rollout], part: str) -> StepMetrics:
     for suffix in ("", f"/{part}"):
         metrics.add(f"response/tokens{suffix}", Mean(num_tokens, len(rollouts)))
         metrics.add(f"response/truncated{suffix}", Mean(num_truncated, len(rollouts)))
-    metrics.add("response/unparsed", Mean(sum(rollout.parsed is None for rollout in rollouts), len(rollouts)))
+    metrics.add(
+        "response/unparsed",
+        Mean(sum(rollout.parsed is None for rollout in rollouts), len(rollouts)),
+    )
     return metrics
 
 
 def teacher_metrics(answers: Sequence[Sequence[Rollout]]) -> StepMetrics:
-    """Measure the teacher's rollouts on the questions that it was asked in a step, one sequence per question, empty if it has none."""
+    """Measure the teacher's rollouts on the questions that it was asked in a step, one sequence per
+    question, empty if it has none.
+    """
     metrics = StepMetrics()
     metrics.add("teacher/failed_questions", Sum(sum(not rollouts for rollouts in answers)))
-    metrics.add("teacher/tokens", Sum(sum(len(rollout.response_ids) for rollouts in answers for rollout in rollouts)))
+    metrics.add(
+        "teacher/tokens",
+        Sum(sum(len(rollout.response_ids) for rollouts in answers for rollout in rollouts)),
+    )
     for rollouts in answers:
         rewards = [rollout.reward for rollout in rollouts]
         metrics.add("teacher/accuracy", Mean(sum(rewards), len(rewards)))
         metrics.add("teacher/solved", Mean(any(rewards)))
-        metrics.add("response/tokens/teacher", Mean(sum(len(rollout.response_ids) for rollout in rollouts), len(rollouts)))
-        metrics.add("response/truncated/teacher", Mean(sum(rollout.finish_reason == "length" for rollout in rollouts), len(rollouts)))
+        metrics.add(
+            "response/tokens/teacher",
+            Mean(sum(len(rollout.response_ids) for rollout in rollouts), len(rollouts)),
+        )
+        metrics.add(
+            "response/truncated/teacher",
+            Mean(sum(rollout.finish_reason == "length" for rollout in rollouts), len(rollouts)),
+        )
     return metrics
 
 
@@ -97,7 +124,9 @@ def sampling_speed(groups: Sequence[Group], step: StepMetrics) -> StepMetrics:
     """Measure tokens per second of the sampling phases, whose seconds the step's metrics have."""
     metrics, seconds = StepMetrics(), step.values()
     num_tokens = sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts)
-    sampling_seconds = sum(seconds.get(f"seconds/{phase}", 0.0) for phase in ("plain_rollout", "reformulated_rollout"))
+    sampling_seconds = sum(
+        seconds.get(f"seconds/{phase}", 0.0) for phase in ("plain_rollout", "reformulated_rollout")
+    )
     metrics.add("throughput/rollout_tokens_per_second", Mean(num_tokens, sampling_seconds))
     return metrics
 
@@ -113,7 +142,9 @@ def audit_metrics(groups: Sequence[Group]) -> StepMetrics:
 
 
 class BufferFates(Protocol):
-    """What became of the questions of the replay buffer since the run began, by accuracy at admission and by number of visits."""
+    """What became of the questions of the replay buffer since the run began, by accuracy at
+    admission and by number of visits.
+    """
 
     @property
     def admitted_by_accuracy(self) -> Mapping[float, int]: ...
@@ -149,7 +180,10 @@ def buffer_metrics(occupancy: Mapping[float, int], fates: BufferFates) -> StepMe
     for name, counts in by_accuracy.items():
         for accuracy, count in counts.items():
             metrics.add(f"buffer/{name}/{100 * accuracy:g}", Sum(count))
-    for name, by_visits in (("graduated_visits", fates.graduated_by_visits), ("evicted_visits", fates.evicted_by_visits)):
+    for name, by_visits in (
+        ("graduated_visits", fates.graduated_by_visits),
+        ("evicted_visits", fates.evicted_by_visits),
+    ):
         for visits, count in by_visits.items():
             metrics.add(f"buffer/{name}/{visits}", Sum(count))
     return metrics

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from tqdm import tqdm
 
-from zppo_mm.config import ObservabilityConfig
+from zppo_mm.config.schema import ObservabilityConfig
 from zppo_mm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,7 +41,10 @@ class MetricsSink(Protocol):
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append one JSON line and leave it on the disk; numbers that are not finite become null."""
-    clean = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
+    clean = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(clean, allow_nan=False) + "\n")
@@ -55,7 +58,9 @@ def append_evaluation(run_folder: Path, evaluation: DataclassInstance) -> None:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Keep the lines of steps up to `step`, so that a resumed run leaves no step twice; lines that are no records go too."""
+    """Keep the lines of steps up to `step`, so that a resumed run leaves no step twice; lines that
+    are no records go too.
+    """
     if not path.exists():
         return
     kept = []
@@ -77,7 +82,9 @@ class JsonLinesSink:
     """Appends `{"step": …, name: value, …}` to `metrics.jsonl`."""
 
     def __init__(self, path: Path, last_step: int) -> None:
-        """Open the file and drop what a killed run wrote after `last_step`, the step of the checkpoint that goes on."""
+        """Open the file and drop what a killed run wrote after `last_step`, the step of the
+        checkpoint that goes on.
+        """
         self._path = path
         truncate_after(path, last_step)
 
@@ -106,17 +113,26 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Logs to Weights & Biases; the run's folder is the identity, so that a resumed run goes on in the same place."""
+    """Logs to Weights & Biases; the run's folder is the identity, so that a resumed run goes on in
+    the same place.
+    """
 
     def __init__(self, project: str, run_folder: Path) -> None:
         try:
             import wandb
         except Exception as error:
             raise ConfigError(
-                f"observability.wandb_project: wandb cannot be imported ({error}), got project {project!r}, expected an installed wandb; "
-                "install the `wandb` extra or leave the project empty"
+                f"observability.wandb_project: wandb cannot be imported ({error}), got project "
+                f"{project!r}, expected an installed wandb; install the `wandb` extra or leave the "
+                "project empty"
             ) from error
-        self._run = wandb.init(project=project, name=run_folder.name, id=run_folder.name, dir=str(run_folder), resume="allow")
+        self._run = wandb.init(
+            project=project,
+            name=run_folder.name,
+            id=run_folder.name,
+            dir=str(run_folder),
+            resume="allow",
+        )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -148,13 +164,24 @@ class ConsoleSink:
         """Start at `last_step`; without a terminal there is no bar, only the lines."""
         self._train_iters = train_iters
         self._bar: tqdm[Any] = tqdm(
-            total=train_iters, initial=last_step, unit="step", dynamic_ncols=True, file=sys.stderr, disable=None if progress_bar else True
+            total=train_iters,
+            initial=last_step,
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stderr,
+            disable=None if progress_bar else True,
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        shown = [f"{name} {values[metric]:{form}}" for name, metric, form in self.COLUMNS if metric in values]
+        shown = [
+            f"{name} {values[metric]:{form}}"
+            for name, metric, form in self.COLUMNS
+            if metric in values
+        ]
         logger.info("step %d/%d  %s", step, self._train_iters, "  ".join(shown))
-        self._bar.set_postfix_str(f"plain {values['accuracy/plain']:.3f}" if "accuracy/plain" in values else "")
+        self._bar.set_postfix_str(
+            f"plain {values['accuracy/plain']:.3f}" if "accuracy/plain" in values else ""
+        )
         self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
@@ -184,14 +211,17 @@ class MetricsLog:
             raise ExceptionGroup("metrics: some sinks did not close", errors)
 
 
-def open_metrics_log(config: ObservabilityConfig, run_folder: Path, train_iters: int, last_step: int) -> MetricsLog:
+def open_metrics_log(
+    config: ObservabilityConfig, run_folder: Path, train_iters: int, last_step: int
+) -> MetricsLog:
     """Open the sinks that the configuration asks for; call on one rank only.
 
     Args:
         config: Which sinks.
         run_folder: Where their files lie.
         train_iters: Steps of the whole run.
-        last_step: Last step that the checkpoint holds, 0 at the start; later lines of `metrics.jsonl` and `evaluation.jsonl` are dropped.
+        last_step: Last step that the checkpoint holds, 0 at the start; later lines of
+            `metrics.jsonl` and `evaluation.jsonl` are dropped.
     """
     truncate_after(run_folder / EVALUATION_FILE, last_step)
     sinks: list[MetricsSink] = [JsonLinesSink(run_folder / METRICS_FILE, last_step)]

@@ -1,7 +1,8 @@
-"""Transcripts, buffer files and held-out answers: the public record from which every advantage, cap, buffer decision and evaluation of a
-run can be recomputed.
+"""Transcripts, buffer files and held-out answers: the public record from which every advantage,
+cap, buffer decision and evaluation of a run can be recomputed.
 
-The format is described in docs/data.md. Every file is written aside and renamed, so a file that is there is complete.
+The format is described in docs/data.md. Every file is written aside and renamed, so a file that is
+there is complete.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ NO_MINIBATCH = -1
 
 
 class BufferChange(Protocol):
-    """What one step did to the replay buffer, as question ids; `content` is the whole buffer after it, oldest admission first."""
+    """What one step did to the replay buffer, as question ids; `content` is the whole buffer after
+    it, oldest admission first.
+    """
 
     @property
     def admitted(self) -> Sequence[str]: ...
@@ -67,8 +70,10 @@ def write_transcript(
         step: Rollout step.
         groups: Groups of any kind.
         advantages: One advantage per rollout, by the uid of a group that was trained on.
-        minibatches: Index of the gradient update that used each rollout, by the uid of a group that was trained on.
-        teacher_rewards: Rewards of the teacher's rollouts by question id, recorded with the plain groups of the questions it was asked.
+        minibatches: Index of the gradient update that used each rollout, by the uid of a group that
+            was trained on.
+        teacher_rewards: Rewards of the teacher's rollouts by question id, recorded with the plain
+            groups of the questions it was asked.
     """
     asked = teacher_rewards or {}
     records = []
@@ -81,7 +86,9 @@ def write_transcript(
 
 
 def write_buffer(run_folder: Path, step: int, change: BufferChange) -> Path:
-    """Write what a step admitted, graduated and evicted, and the whole buffer after it, oldest admission first."""
+    """Write what a step admitted, graduated and evicted, and the whole buffer after it, oldest
+    admission first.
+    """
     record = {
         "step": step,
         "admitted": list(change.admitted),
@@ -89,11 +96,15 @@ def write_buffer(run_folder: Path, step: int, change: BufferChange) -> Path:
         "evicted": list(change.evicted),
         "content": list(change.content),
     }
-    return _write_aside(buffer_path(run_folder, step), json.dumps(record, ensure_ascii=False) + "\n")
+    return _write_aside(
+        buffer_path(run_folder, step), json.dumps(record, ensure_ascii=False) + "\n"
+    )
 
 
 def write_held_out_answers(run_folder: Path, step: int, groups: Iterable[Group]) -> Path:
-    """Write what the student answered to every held-out question after a step, one line per question, in their order."""
+    """Write what the student answered to every held-out question after a step, one line per
+    question, in their order.
+    """
     records = [
         {
             "step": step,
@@ -102,7 +113,9 @@ def write_held_out_answers(run_folder: Path, step: int, groups: Iterable[Group])
             "modality": group.question.modality,
             "answer": group.question.answer,
             "accuracy": group.accuracy,
-            "rollouts": [_response_record(rollout) for rollout in (*group.rollouts, *group.ungraded)],
+            "rollouts": [
+                _response_record(rollout) for rollout in (*group.rollouts, *group.ungraded)
+            ],
         }
         for group in groups
     ]
@@ -118,10 +131,17 @@ def discard_steps_after(run_folder: Path, step: int) -> None:
                 path.unlink()
 
 
-def _group_record(step: int, group: Group, advantages: Sequence[float] | None, minibatches: Sequence[int] | None) -> dict[str, Any]:
+def _group_record(
+    step: int, group: Group, advantages: Sequence[float] | None, minibatches: Sequence[int] | None
+) -> dict[str, Any]:
     question = group.question
     candidates = [
-        {"text": candidate.text, "source": candidate.source, "correct": candidate.correct, "answer": candidate.answer}
+        {
+            "text": candidate.text,
+            "source": candidate.source,
+            "correct": candidate.correct,
+            "answer": candidate.answer,
+        }
         for candidate in group.instance.candidates
     ]
     return {
@@ -130,7 +150,10 @@ def _group_record(step: int, group: Group, advantages: Sequence[float] | None, m
         "question_id": question.id,
         "kind": group.kind,
         "prompt": group.instance.text,
-        "media": [{"kind": ref.kind, "shard": ref.shard, "key": ref.key, "extension": ref.extension} for ref in question.media],
+        "media": [
+            {"kind": ref.kind, "shard": ref.shard, "key": ref.key, "extension": ref.extension}
+            for ref in question.media
+        ],
         "answer": question.answer,
         "accuracy": group.accuracy,
         "candidates": candidates,
@@ -149,8 +172,14 @@ def _group_record(step: int, group: Group, advantages: Sequence[float] | None, m
 
 
 def _rollout_record(rollout: Rollout, advantage: float | None, minibatch: int) -> dict[str, Any]:
-    """Return one rollout; one without an advantage was not trained on, and one without a reward was not graded."""
-    own = {"advantage": None if advantage is None else float(advantage), "minibatch": int(minibatch), "author": rollout.author}
+    """Return one rollout; one without an advantage was not trained on, and one without a reward was
+    not graded.
+    """
+    own = {
+        "advantage": None if advantage is None else float(advantage),
+        "minibatch": int(minibatch),
+        "author": rollout.author,
+    }
     return {**_response_record(rollout), **own}
 
 
@@ -165,7 +194,9 @@ def _response_record(rollout: Rollout) -> dict[str, Any]:
 
 
 def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
-    return _write_aside(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return _write_aside(
+        path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    )
 
 
 def _write_aside(path: Path, text: str) -> Path:

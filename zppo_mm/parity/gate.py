@@ -1,8 +1,10 @@
-"""Before the first update: does the run sample, train and start from one and the same network, and does it see its media?
+"""Before the first update: does the run sample, train and start from one and the same network, and
+does it see its media?
 
-The training forward pass is compared with the engine, on the run's own layout and precision, and with the source checkpoint in
-transformers. Nothing of the run is moved: the questions come from a stream of the gate's own, the draws from random streams of their
-own names, and the global random states are put back.
+The training forward pass is compared with the engine, on the run's own layout and precision, and
+with the source checkpoint in transformers. Nothing of the run is moved: the questions come from a
+stream of the gate's own, the draws from random streams of their own names, and the global random
+states are put back.
 """
 
 from __future__ import annotations
@@ -20,10 +22,9 @@ import numpy as np
 import torch
 
 from data.question import Question
-from zppo_mm.build import Run, build_stream, student_folder
-from zppo_mm.config import ParityConfig
+from zppo_mm.config.schema import ParityConfig
 from zppo_mm.experience import Batch, FloatArray, Group, PromptInstance
-from zppo_mm.models import parallel
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.parity.compare import SIDES, Limit, ParityError, Response, describe_gap, measure
 from zppo_mm.parity.media import MediaCount, media_in_prompt, num_features
 from zppo_mm.parity.oracle import SourceInput, SourceLogprobs, source_logprobs
@@ -31,21 +32,25 @@ from zppo_mm.parity.questions import Chosen, UncountedHealth, choose_questions
 from zppo_mm.parity.record import ParityRecord, count_modality, table, write_record
 from zppo_mm.randomness import generator
 from zppo_mm.rollout.soundness import NOT_FINITE
+from zppo_mm.run.build import Run, build_stream, student_folder
 from zppo_mm.training.batching import build_batches, plan_batches
 from zppo_mm.training.samples import response_sequence, to_training_samples
 
 logger = logging.getLogger(__name__)
 
 NUM_ROLLOUTS = 2
-"""Responses per question: more than one, so that they share a prompt in the engine's caches as they do in training."""
+"""Responses per question: more than one, so that they share a prompt in the engine's caches as they
+do in training.
+"""
 RESUMED = "the run goes on from a checkpoint, whose weights are no longer the folder's"
 
 
 def check_parity(run: Run, folder: Path, step: int) -> None:
-    """Compare, write `parity.jsonl` and the log, and stop the run if something disagrees; every rank calls this.
+    """Compare, write `parity.jsonl` and the log, and stop the run if something disagrees; every
+    rank calls this.
 
-    After a resume the source checkpoint is left out, because the weights are trained; the layout may be another one than before, so
-    sampling and training are compared again.
+    After a resume the source checkpoint is left out, because the weights are trained; the layout
+    may be another one than before, so sampling and training are compared again.
 
     Args:
         run: The run, nothing of which is moved.
@@ -70,8 +75,17 @@ def check_parity(run: Run, folder: Path, step: int) -> None:
             responses[group.uid][0] = dataclasses.replace(first, source=values)
         run.release_memory()
         run.take_losses()  # what grading the gate's responses lost is no part of the first step
-    record = _judge(run, chosen, [response for group in groups for response in responses[group.uid]], counts, source.skipped, step)
-    record = dataclasses.replace(record, findings=(*broken, *record.findings), seconds=time.perf_counter() - started)
+    record = _judge(
+        run,
+        chosen,
+        [response for group in groups for response in responses[group.uid]],
+        counts,
+        source.skipped,
+        step,
+    )
+    record = dataclasses.replace(
+        record, findings=(*broken, *record.findings), seconds=time.perf_counter() - started
+    )
     if parallel.rank() == 0:
         write_record(folder, record)
         logger.info("%s", table(record))
@@ -79,7 +93,9 @@ def check_parity(run: Run, folder: Path, step: int) -> None:
 
 
 def limit_for(config: ParityConfig, dtype: torch.dtype) -> Limit:
-    """Return the limit of a precision: for every token in float32, for a modality's divergence in anything coarser."""
+    """Return the limit of a precision: for every token in float32, for a modality's divergence in
+    anything coarser.
+    """
     if dtype == torch.float32:
         return Limit("parity.max_gap", config.max_gap, of_divergence=False)
     return Limit("parity.max_kl", config.max_kl, of_divergence=True)
@@ -87,7 +103,9 @@ def limit_for(config: ParityConfig, dtype: torch.dtype) -> Limit:
 
 @contextmanager
 def _random_states_kept() -> Iterator[None]:
-    """Put the global random states back; the run draws from named streams, but libraries may draw from these."""
+    """Put the global random states back; the run draws from named streams, but libraries may draw
+    from these.
+    """
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
@@ -105,8 +123,14 @@ def _choose(run: Run, num_questions: int) -> Chosen:
 
 
 def _sample(run: Run, chosen: Chosen, config: ParityConfig) -> list[Group]:
-    """Sample short responses as in training; a first question of every modality comes before any second one."""
-    asked = [(place, question) for questions in chosen.questions.values() for place, question in enumerate(questions)]
+    """Sample short responses as in training; a first question of every modality comes before any
+    second one.
+    """
+    asked = [
+        (place, question)
+        for questions in chosen.questions.values()
+        for place, question in enumerate(questions)
+    ]
     instances = [
         PromptInstance(_uid(place, question), question, "new", run.templates.plain_text(question))
         for place, question in sorted(asked, key=lambda item: item[0])
@@ -117,12 +141,19 @@ def _sample(run: Run, chosen: Chosen, config: ParityConfig) -> list[Group]:
 
 
 def _broken_modalities(chosen: Chosen, failed: Mapping[str, str]) -> list[str]:
-    """Name the modalities of which nothing can be compared, because the network's logits are not finite for any question."""
+    """Name the modalities of which nothing can be compared, because the network's logits are not
+    finite for any question.
+    """
     return [
-        f"parity: {name}: the network is broken, got logits that are not finite for question {questions[0].id!r} and every other one, "
-        "expected finite numbers; check the weights of the folder; parity.mode=warn goes on all the same"
+        f"parity: {name}: the network is broken, got logits that are not finite for question "
+        f"{questions[0].id!r} and every other one, expected finite numbers; check the weights of "
+        "the folder; parity.mode=warn goes on all the same"
         for name, questions in chosen.questions.items()
-        if questions and all(failed.get(_uid(place, question)) == NOT_FINITE for place, question in enumerate(questions))
+        if questions
+        and all(
+            failed.get(_uid(place, question)) == NOT_FINITE
+            for place, question in enumerate(questions)
+        )
     ]
 
 
@@ -131,11 +162,15 @@ def _uid(place: int, question: Question) -> str:
 
 
 def _training_logprobs(run: Run, groups: Sequence[Group]) -> list[FloatArray]:
-    """Return the training forward pass's log-probs per rollout, group after group, on every rank: packed and split as an update is."""
+    """Return the training forward pass's log-probs per rollout, group after group, on every rank:
+    packed and split as an update is.
+    """
     if not groups:
         return []
     config = run.stages.config
-    samples = to_training_samples(groups, [np.ones(len(group.rollouts), np.float32) for group in groups])
+    samples = to_training_samples(
+        groups, [np.ones(len(group.rollouts), np.float32) for group in groups]
+    )
     plan = plan_batches(
         samples,
         num_minibatches=1,
@@ -146,23 +181,36 @@ def _training_logprobs(run: Run, groups: Sequence[Group]) -> list[FloatArray]:
         share_prompts=run.policy.shares_prompts,
     )
     media = run.encoder if parallel.is_first_stage() else None
-    [batch] = build_batches(plan, samples, replica=parallel.data_rank(), media=media, device=parallel.device())
+    [batch] = build_batches(
+        plan, samples, replica=parallel.data_rank(), media=media, device=parallel.device()
+    )
     microbatches = list(batch.microbatches)
-    values = run.policy.compute_logprobs(Batch(microbatches, batch.num_loss_tokens), config.rollout.temperature)
+    values = run.policy.compute_logprobs(
+        Batch(microbatches, batch.num_loss_tokens), config.rollout.temperature
+    )
     mine: list[tuple[int, FloatArray]] = []
-    members = plan.microbatches[0][parallel.data_rank()] or ((),)  # a replica without samples passes a sequence without loss
+    members = plan.microbatches[0][parallel.data_rank()] or (
+        (),
+    )  # a replica without samples passes a sequence without loss
     for indices, microbatch, logprobs in zip(members, microbatches, values, strict=True):
         carries_loss = microbatch.loss_mask != 0
         drawn = [samples[index].token_ids[-samples[index].num_loss_tokens :] for index in indices]
-        assert microbatch.token_ids[carries_loss].tolist() == [int(token) for ids in drawn for token in ids], "responses lie in their order"
+        assert microbatch.token_ids[carries_loss].tolist() == [
+            int(token) for ids in drawn for token in ids
+        ], "responses lie in their order"
         spoken = logprobs[carries_loss].cpu().numpy()
         ends = np.cumsum([samples[index].num_loss_tokens for index in indices])
-        mine += [(index, spoken[end - samples[index].num_loss_tokens : end]) for index, end in zip(indices, ends.tolist(), strict=True)]
+        mine += [
+            (index, spoken[end - samples[index].num_loss_tokens : end])
+            for index, end in zip(indices, ends.tolist(), strict=True)
+        ]
     everything = dict(item for replica in parallel.gather_from_replicas(mine) for item in replica)
     return [everything[index] for index in range(len(samples))]
 
 
-def _responses(groups: Sequence[Group], training: Sequence[FloatArray]) -> dict[str, list[Response]]:
+def _responses(
+    groups: Sequence[Group], training: Sequence[FloatArray]
+) -> dict[str, list[Response]]:
     """Return the responses by group uid."""
     values = iter(training)
     responses: dict[str, list[Response]] = {}
@@ -170,22 +218,36 @@ def _responses(groups: Sequence[Group], training: Sequence[FloatArray]) -> dict[
         for rollout in group.rollouts:
             assert rollout.rollout_logprobs is not None, "the run's own engine tells its log-probs"
             compared = rollout.response_ids, next(values), rollout.rollout_logprobs
-            responses.setdefault(group.uid, []).append(Response(group.question.modality, group.question.id, *compared))
+            responses.setdefault(group.uid, []).append(
+                Response(group.question.modality, group.question.id, *compared)
+            )
     return responses
 
 
-def _look(run: Run, groups: Sequence[Group], config: ParityConfig, step: int) -> tuple[list[MediaCount], SourceLogprobs]:
-    """Count media and ask the source checkpoint about the first response of each question; rank 0 alone, a first pipeline stage."""
+def _look(
+    run: Run, groups: Sequence[Group], config: ParityConfig, step: int
+) -> tuple[list[MediaCount], SourceLogprobs]:
+    """Count media and ask the source checkpoint about the first response of each question; rank 0
+    alone, a first pipeline stage.
+    """
     architecture, counts, inputs = run.policy.model.architecture, [], []
     for group in groups:
-        prompt, question, response_ids = group.prompt, group.question, group.rollouts[0].response_ids
+        prompt, question, response_ids = (
+            group.prompt,
+            group.question,
+            group.rollouts[0].response_ids,
+        )
         vision = tuple(run.encoder.vision_inputs(question))
         tokens = (architecture.image_token_id, architecture.video_token_id)
         kinds = [reference.kind for reference in question.media]
-        shown = media_in_prompt(prompt.token_ids, kinds, prompt.grids, *tokens, architecture.spatial_merge_size)
+        shown = media_in_prompt(
+            prompt.token_ids, kinds, prompt.grids, *tokens, architecture.spatial_merge_size
+        )
         placeholders = int(np.isin(prompt.token_ids, tokens).sum())
         features = num_features(run.policy.model, vision)
-        counts.append(MediaCount(question.modality, question.id, len(kinds), shown, placeholders, features))
+        counts.append(
+            MediaCount(question.modality, question.id, len(kinds), shown, placeholders, features)
+        )
         token_ids, positions, _ = response_sequence(prompt, response_ids)
         inputs.append(SourceInput(token_ids, positions, len(response_ids), vision))
     if step or not config.compare_source:
@@ -203,7 +265,12 @@ def _look(run: Run, groups: Sequence[Group], config: ParityConfig, step: int) ->
 
 
 def _judge(
-    run: Run, chosen: Chosen, responses: Sequence[Response], counts: Sequence[MediaCount], not_compared: str, step: int
+    run: Run,
+    chosen: Chosen,
+    responses: Sequence[Response],
+    counts: Sequence[MediaCount],
+    not_compared: str,
+    step: int,
 ) -> ParityRecord:
     """Hold everything against its limit; what is lost comes first, because it explains gaps."""
     limit = limit_for(run.stages.config.parity, run.policy.model.config.params_dtype)
@@ -216,7 +283,9 @@ def _judge(
             if gap is not None and gap.exceeds(limit):
                 findings.append(describe_gap(mine, side, gap, limit, run.encoder.decode))
         own_counts = [count for count in counts if count.modality == name]
-        rows.append(count_modality(name, len(questions), own_counts, gaps["rollout"], gaps["source"]))
+        rows.append(
+            count_modality(name, len(questions), own_counts, gaps["rollout"], gaps["source"])
+        )
     dtype = str(run.policy.model.config.params_dtype).removeprefix("torch.")
     return ParityRecord(step, dtype, limit, 0.0, tuple(rows), not_compared, tuple(findings))
 
@@ -229,9 +298,15 @@ def _conclude(record: ParityRecord, chosen: Chosen, mode: str) -> None:
     """
     if parallel.rank() == 0:
         for name, why in chosen.refused.items():
-            logger.warning("parity: no %s question can be asked, so none is compared; the last one: %s", name, why)
+            logger.warning(
+                "parity: no %s question can be asked, so none is compared; the last one: %s",
+                name,
+                why,
+            )
         for finding in record.findings if mode == "warn" else ():
             logger.warning("%s", finding)
     if record.findings and mode == "stop":
         more = len(record.findings) - 1
-        raise ParityError(record.findings[0] + (f" (and {more} more in parity.jsonl)" if more else ""))
+        raise ParityError(
+            record.findings[0] + (f" (and {more} more in parity.jsonl)" if more else "")
+        )

@@ -1,4 +1,6 @@
-"""Where media could be lost: in the sample, in the prompt's placeholders, in the features of the vision tower."""
+"""Where media could be lost: in the sample, in the prompt's placeholders, in the features of the
+vision tower.
+"""
 
 from __future__ import annotations
 
@@ -45,19 +47,27 @@ class MediaCount:
     def describe(self) -> str:
         """Say what was lost."""
         return (
-            f"parity: {self.modality}: media of question {self.question_id!r} do not reach the network whole, got {self.in_sample} in the "
-            f"sample, {self.in_prompt} in the prompt, {self.placeholders} placeholder tokens and {self.features} features of the vision "
-            "tower, expected as many media in the prompt as in the sample and one feature per placeholder; check the folder's chat "
-            "template, special tokens and preprocessor settings; parity.mode=warn goes on all the same"
+            f"parity: {self.modality}: media of question {self.question_id!r} do not reach the "
+            f"network whole, got {self.in_sample} in the sample, {self.in_prompt} in the prompt, "
+            f"{self.placeholders} placeholder tokens and {self.features} features of the vision "
+            "tower, expected as many media in the prompt as in the sample and one feature per "
+            "placeholder; check the folder's chat template, special tokens and preprocessor "
+            "settings; parity.mode=warn goes on all the same"
         )
 
 
 def media_in_prompt(
-    token_ids: IntArray, kinds: Sequence[MediaKind], grids: Sequence[Grid], image_token_id: int, video_token_id: int, merge_size: int
+    token_ids: IntArray,
+    kinds: Sequence[MediaKind],
+    grids: Sequence[Grid],
+    image_token_id: int,
+    video_token_id: int,
+    merge_size: int,
 ) -> int:
     """Return how many media the placeholders of a prompt show.
 
-    An image is one run of placeholders. A video is, by family, one run per temporal patch (with its time before it) or one run of all.
+    An image is one run of placeholders. A video is, by family, one run per temporal patch (with its
+    time before it) or one run of all.
 
     Args:
         token_ids: `[prompt]`.
@@ -68,14 +78,23 @@ def media_in_prompt(
         merge_size: Patches per side of one feature.
 
     Returns:
-        Media up to the first whose runs are not there in order and length; if all are there, runs that are left over count as more.
+        Media up to the first whose runs are not there in order and length; if all are there, runs
+        that are left over count as more.
     """
     names: dict[int, MediaKind] = {image_token_id: "image", video_token_id: "video"}
-    runs = [(names[token], len(list(group))) for token, group in groupby(token_ids.tolist()) if token in names]
+    runs = [
+        (names[token], len(list(group)))
+        for token, group in groupby(token_ids.tolist())
+        if token in names
+    ]
     num_shown = 0
     for kind, (t, h, w) in zip(kinds, grids, strict=False):
         frame = h * w // merge_size**2
-        blocks = [(kind, frame)] * t if kind == "video" and runs[:1] != [(kind, t * frame)] else [(kind, t * frame)]
+        blocks = (
+            [(kind, frame)] * t
+            if kind == "video" and runs[:1] != [(kind, t * frame)]
+            else [(kind, t * frame)]
+        )
         if runs[: len(blocks)] != blocks:
             return num_shown
         runs = runs[len(blocks) :]
@@ -93,9 +112,13 @@ def num_features(model: VisionLanguageModel, vision: Sequence[VisionInput]) -> i
     """
     if not vision:
         return 0
-    assert model.vision is not None, "media were encoded for a network with a tower, and this is its first stage"
+    assert model.vision is not None, (
+        "media were encoded for a network with a tower, and this is its first stage"
+    )
     weight = next(model.vision.parameters())
-    patches = torch.from_numpy(np.concatenate([item.patches for item in vision])).to(weight.device, weight.dtype)
+    patches = torch.from_numpy(np.concatenate([item.patches for item in vision])).to(
+        weight.device, weight.dtype
+    )
     grids = torch.tensor([item.grid for item in vision], device=weight.device)
     features = model.vision(patches, grids)
     return len(features)

@@ -22,7 +22,7 @@ from encoders.processor import VisionInput
 from zppo_mm.errors import ModelError
 from zppo_mm.experience import FloatArray, IntArray
 from zppo_mm.models.families.table import FAMILIES
-from zppo_mm.models.safetensors_folder import INDEX_NAME, SafetensorsFolder
+from zppo_mm.weights.safetensors_folder import INDEX_NAME, SafetensorsFolder
 
 logger = logging.getLogger(__name__)
 
@@ -74,19 +74,28 @@ class SourceLogprobs:
 
 
 def source_logprobs(
-    folder: Path, inputs: Sequence[SourceInput], *, dtype: torch.dtype, temperature: float, device: torch.device, max_seconds: float
+    folder: Path,
+    inputs: Sequence[SourceInput],
+    *,
+    dtype: torch.dtype,
+    temperature: float,
+    device: torch.device,
+    max_seconds: float,
 ) -> SourceLogprobs:
     """Run the whole checkpoint in transformers, one sequence at a time, and free it again.
 
-    Nothing that goes wrong here ends a run: what cannot be loaded or run is not compared, and the reason is returned.
+    Nothing that goes wrong here ends a run: what cannot be loaded or run is not compared, and the
+    reason is returned.
 
     Args:
         folder: The Hugging Face folder.
         inputs: Sequences, the ones that matter most first.
         dtype: Of the run's network.
         temperature: Of the log-probs.
-        device: Where the run computes; the checkpoint goes there if there is room, else to the host.
-        max_seconds: No further sequence is begun after this time; it counts from the start of loading.
+        device: Where the run computes; the checkpoint goes there if there is room, else to the
+            host.
+        max_seconds: No further sequence is begun after this time; it counts from the start of
+            loading.
     """
     started = time.perf_counter()
     with _quiet_transformers():
@@ -107,19 +116,27 @@ def source_logprobs(
                 torch.cuda.empty_cache()
 
 
-def _all_logprobs(model: Any, inputs: Sequence[SourceInput], temperature: float, end: float) -> SourceLogprobs:
+def _all_logprobs(
+    model: Any, inputs: Sequence[SourceInput], temperature: float, end: float
+) -> SourceLogprobs:
     """Run sequence after sequence until the time is over."""
     found: list[FloatArray | None] = []
     skipped = ""
     for item in inputs:
         if time.perf_counter() > end:
-            skipped = f"{len(inputs) - len(found)} of {len(inputs)} responses, because parity.max_source_seconds was over"
+            skipped = (
+                f"{len(inputs) - len(found)} of {len(inputs)} responses, because "
+                "parity.max_source_seconds was over"
+            )
             break
         try:
             found.append(_response_logprobs(model, item, temperature))
         except Exception as error:
             logger.debug("running the source checkpoint", exc_info=True)
-            skipped = f"{len(inputs) - len(found)} of {len(inputs)} responses, because transformers cannot run them: {_brief(error)}"
+            skipped = (
+                f"{len(inputs) - len(found)} of {len(inputs)} responses, because transformers "
+                f"cannot run them: {_brief(error)}"
+            )
             break
     return SourceLogprobs((*found, *[None] * (len(inputs) - len(found))), skipped)
 
@@ -130,7 +147,9 @@ def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     return sum(math.prod(weights.shape(key)) for key in weights.places) * dtype.itemsize
 
 
-def choose_device(num_weight_bytes: int, preferred: torch.device) -> tuple[torch.device | None, str]:
+def choose_device(
+    num_weight_bytes: int, preferred: torch.device
+) -> tuple[torch.device | None, str]:
     """Return where weights of this size fit with a margin, or `None` and why not."""
     needed = WEIGHTS_FACTOR * num_weight_bytes + FIXED_BYTES
     if preferred.type == "cuda" and needed <= USABLE_SHARE * torch.cuda.mem_get_info(preferred)[0]:
@@ -138,7 +157,11 @@ def choose_device(num_weight_bytes: int, preferred: torch.device) -> tuple[torch
     free = _free_host_bytes()
     if needed <= USABLE_SHARE * free:
         return torch.device("cpu"), ""
-    return None, f"it needs {needed / 2**30:.1f} GiB, more than {USABLE_SHARE:.0%} of the {free / 2**30:.1f} GiB that are free"
+    return (
+        None,
+        f"it needs {needed / 2**30:.1f} GiB, more than {USABLE_SHARE:.0%} of the "
+        f"{free / 2**30:.1f} GiB that are free",
+    )
 
 
 def _free_host_bytes() -> int:
@@ -149,10 +172,12 @@ def _free_host_bytes() -> int:
 
 
 def open_model(folder: Path, dtype: torch.dtype, *, has_vision: bool) -> tuple[Any, dict[str, Any]]:
-    """Load a folder's network into transformers; returns it with what transformers says about its keys.
+    """Load a folder's network into transformers; returns it with what transformers says about its
+    keys.
 
-    transformers is shown the weights alone, as links, and the configuration. It would also apply adapters that lie beside
-    them, and fetch and run the attention kernels that a config.json names, whatever its caller asks for.
+    transformers is shown the weights alone, as links, and the configuration. It would also apply
+    adapters that lie beside them, and fetch and run the attention kernels that a config.json names,
+    whatever its caller asks for.
 
     Args:
         folder: The Hugging Face folder.
@@ -167,7 +192,9 @@ def open_model(folder: Path, dtype: torch.dtype, *, has_vision: bool) -> tuple[A
 
     kind: Any = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
     with tempfile.TemporaryDirectory() as name:
-        config = _without_calling_keys(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
+        config = _without_calling_keys(
+            json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        )
         Path(name, CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
         for file in (INDEX_NAME, *SafetensorsFolder(folder).files):
             if (folder / file).is_file():
@@ -175,7 +202,11 @@ def open_model(folder: Path, dtype: torch.dtype, *, has_vision: bool) -> tuple[A
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to((folder / file).resolve())
         found: tuple[Any, dict[str, Any]] = kind.from_pretrained(
-            name, dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True, trust_remote_code=False
+            name,
+            dtype=dtype,
+            attn_implementation=ATTENTION,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     return found
 
@@ -199,7 +230,10 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     model, info = open_model(folder, dtype, has_vision="vision_config" in config)
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ModelError(f"{folder}: transformers misses {len(missing)} weights, got none for {missing[0]}, expected all; check the folder")
+        raise ModelError(
+            f"{folder}: transformers misses {len(missing)} weights, got none for {missing[0]}, "
+            "expected all; check the folder"
+        )
     return model.to(device).eval()
 
 
@@ -223,7 +257,9 @@ def _quiet_transformers() -> Iterator[None]:
 @torch.no_grad()
 def _response_logprobs(model: Any, item: SourceInput, temperature: float) -> FloatArray:
     """Return the log-probs of a response, `[response]`."""
-    inputs = {name: value.to(model.device) for name, value in _model_inputs(model.config, item).items()}
+    inputs = {
+        name: value.to(model.device) for name, value in _model_inputs(model.config, item).items()
+    }
     # Without the cache, nothing is carried over to the next sequence.
     output = model(**inputs, use_cache=False, logits_to_keep=item.num_response_tokens + 1)
     logprobs = torch.log_softmax(output.logits[0, :-1].float() / temperature, dim=-1)
@@ -235,25 +271,36 @@ def _response_logprobs(model: Any, item: SourceInput, temperature: float) -> Flo
 def _model_inputs(config: Any, item: SourceInput) -> dict[str, torch.Tensor]:
     """Return the arguments of transformers' model for one sequence.
 
-    transformers computes the positions itself, so that ours are checked too, except where its own are known to be others.
+    transformers computes the positions itself, so that ours are checked too, except where its own
+    are known to be others.
     """
     ids = torch.from_numpy(item.token_ids)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if not item.vision:
         return inputs
     # Without these types some families fall back to one-axis positions and say nothing.
-    inputs["mm_token_type_ids"] = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
-    for kind, patches, grids in (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw")):
+    inputs["mm_token_type_ids"] = (ids == config.image_token_id).int() + 2 * (
+        ids == config.video_token_id
+    ).int()
+    for kind, patches, grids in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
         media = [entry for entry in item.vision if entry.kind == kind]
         if media:
             inputs[patches] = torch.from_numpy(np.concatenate([entry.patches for entry in media]))
             inputs[grids] = torch.tensor([entry.grid for entry in media])
-    if not FAMILIES[config.model_type].video_layout(config.to_dict()).timestamped and "video_grid_thw" in inputs:
-        # Text after such a video stands elsewhere in transformers than where the model was trained and rollout engines put it.
+    if (
+        not FAMILIES[config.model_type].video_layout(config.to_dict()).timestamped
+        and "video_grid_thw" in inputs
+    ):
+        # Text after such a video stands elsewhere in transformers than where the model was trained
+        # and rollout engines put it.
         inputs["position_ids"] = torch.from_numpy(item.positions)[:, None]
     return inputs
 
 
 def _brief(error: Exception) -> str:
     """Return the kind of an error and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    message = str(error).strip()
+    return f"{type(error).__name__}: {message.splitlines()[0] if message else 'no message'}"

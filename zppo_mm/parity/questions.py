@@ -1,4 +1,6 @@
-"""Which questions the gate asks: some of every modality, from where the run's stream stands, without moving it."""
+"""Which questions the gate asks: some of every modality, from where the run's stream stands,
+without moving it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ SEARCHED_QUESTIONS = 256
 CANDIDATES_PER_QUESTION = 4
 """Candidates kept for each question that is asked, in case some cannot be."""
 LOST_MEDIA = "placeholders"
-"""Reason of a refusal that says that a prompt does not show its sample's media: the folder is wrong then, not the sample."""
+"""Reason of a refusal that says that a prompt does not show its sample's media: the folder is wrong
+then, not the sample.
+"""
 
 
 class UncountedHealth(SampleHealth):
@@ -64,7 +68,10 @@ def choose_questions(stream: QuestionStream, feed: QuestionFeed, num_questions: 
                 continue
             chosen.refused[name] = f"{refusal.reason}: {refusal.detail}"
             if refusal.reason == LOST_MEDIA:
-                chosen.lost.append(f"parity: {name}: the media of a question do not reach its prompt: {refusal.detail}")
+                chosen.lost.append(
+                    f"parity: {name}: the media of a question do not reach its prompt: "
+                    f"{refusal.detail}"
+                )
     for name, questions in chosen.questions.items():
         if questions:
             chosen.refused.pop(name, None)
@@ -79,12 +86,16 @@ def _candidates(stream: QuestionStream, num_wanted: int) -> dict[str, list[Quest
         kind = found.setdefault(question.modality, {})
         if len(kind) < num_wanted:
             kind.setdefault(question.id, question)
-        if len(found) == len(MODALITIES) and all(len(questions) == num_wanted for questions in found.values()):
+        if len(found) == len(MODALITIES) and all(
+            len(questions) == num_wanted for questions in found.values()
+        ):
             break
     return {name: list(found[name].values()) for name in MODALITIES if name in found}
 
 
-def _next_batch(candidates: dict[str, list[Question]], questions: dict[str, list[Question]], num_questions: int) -> Sequence[Question]:
+def _next_batch(
+    candidates: dict[str, list[Question]], questions: dict[str, list[Question]], num_questions: int
+) -> Sequence[Question]:
     """Take as many candidates of each modality as are missing."""
     batch: list[Question] = []
     for name, waiting in candidates.items():

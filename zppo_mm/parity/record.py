@@ -24,7 +24,8 @@ class ModalityParity:
         media_in_prompt: Images and videos that their prompts show.
         placeholders: Placeholder tokens of their prompts.
         features: Rows of the vision tower.
-        rollout: Training forward pass against the engine; `None` if nothing was compared, as in the next.
+        rollout: Training forward pass against the engine; `None` if nothing was compared, as in the
+            next.
         source: Training forward pass against the source checkpoint.
     """
 
@@ -48,7 +49,8 @@ class ParityRecord:
         limit: How far apart log-probs may be.
         seconds: How long it took.
         modalities: Results.
-        not_compared: Why the source checkpoint was not compared, or not with all responses; empty if it was.
+        not_compared: Why the source checkpoint was not compared, or not with all responses; empty
+            if it was.
         findings: What disagrees, in words.
     """
 
@@ -62,7 +64,11 @@ class ParityRecord:
 
 
 def count_modality(
-    modality: str, num_questions: int, counts: Sequence[MediaCount], rollout: Gap | None, source: Gap | None
+    modality: str,
+    num_questions: int,
+    counts: Sequence[MediaCount],
+    rollout: Gap | None,
+    source: Gap | None,
 ) -> ModalityParity:
     """Add up the media counts of a modality's questions."""
     return ModalityParity(
@@ -85,15 +91,21 @@ def write_record(folder: Path, record: ParityRecord) -> None:
 def table(record: ParityRecord) -> str:
     """Return the record as lines of text."""
     what = "a divergence" if record.limit.of_divergence else "a gap of any token"
-    lines = [f"parity at step {record.step}, {record.dtype}, limit {record.limit.value:g} nats for {what}, {record.seconds:.1f} s"]
+    lines = [
+        f"parity at step {record.step}, {record.dtype}, limit {record.limit.value:g} nats for "
+        f"{what}, {record.seconds:.1f} s"
+    ]
     lines.append(
-        f"  {'':8}{'questions':>10}{'media':>7}{'in prompt':>11}{'placeholders':>14}{'features':>10}"
+        "  "
+        f"{'':8}{'questions':>10}{'media':>7}{'in prompt':>11}{'placeholders':>14}{'features':>10}"
         f"{'sampling max/mean/kl':>30}{'source max/mean/kl':>30}{'tokens':>8}"
     )
     for row in record.modalities:
         lines.append(
-            f"  {row.modality:8}{row.num_questions:>10}{row.media:>7}{row.media_in_prompt:>11}{row.placeholders:>14}{row.features:>10}"
-            f"{_cell(row.rollout):>30}{_cell(row.source):>30}{row.rollout.num_tokens if row.rollout else 0:>8}"
+            "  "
+            f"{row.modality:8}{row.num_questions:>10}{row.media:>7}{row.media_in_prompt:>11}{row.placeholders:>14}{row.features:>10}"
+            f"{_cell(row.rollout):>30}{_cell(row.source):>30}"
+            f"{row.rollout.num_tokens if row.rollout else 0:>8}"
         )
     if record.not_compared:
         lines.append(f"  source checkpoint not compared: {record.not_compared}")

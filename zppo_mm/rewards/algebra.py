@@ -1,7 +1,8 @@
 """Equality of two expressions by algebra: math-verify's parser reads them, values at points decide.
 
-math-verify's own comparison rounds: at any fixed number of decimals e^-40 is e^-41. Here expressions are evaluated to many significant
-digits, at points for their symbols, and the difference is held against their size. Runs in the killable worker only.
+math-verify's own comparison rounds: at any fixed number of decimals e^-40 is e^-41. Here
+expressions are evaluated to many significant digits, at points for their symbols, and the
+difference is held against their size. Runs in the killable worker only.
 """
 
 from __future__ import annotations
@@ -22,23 +23,30 @@ MAX_DIGITS = 1000
 # Of the digits that are evaluated, some are lost to cancellation.
 TOLERANCE = sympy.Float(10) ** -(DIGITS - 10)
 NUM_POINTS = 6
-# Primes over primes: no two symbols share a value, and no relation of small integers holds among them.
+# Primes over primes: no two symbols share a value, and no relation of small integers holds among
+# them.
 _PRIMES = ((97, 71), (-53, 89), (61, 83), (-113, 37), (43, 31), (-29, 109), (67, 101), (-127, 59))
 POINTS = tuple(sympy.Rational(*pair) for pair in _PRIMES)
 
-# What the parser would read as something else: it drops subscripts of numbers, transposition, text and what it takes for separators.
+# What the parser would read as something else: it drops subscripts of numbers, transposition, text
+# and what it takes for separators.
 _REFUSED = re.compile(
     r"\\ldots|[0-9] +[0-9]|[0-9]_|\\(?:pmod|bmod|equiv|text)|\\(?:pm|mp)(?![a-zA-Z])|[?:;\"]|!="
     r"|\^ ?\{? ?(?:T|\\top|\\dagger|\\circ)(?![a-zA-Z])"
     # Dates, ranges and names with a number.
-    r"|^(?=.*[0-9]{2})\+?[0-9]+ ?- ?[0-9]+$|^[0-9]+(?:(?: ?- ?[0-9]+){2,}|(?: ?/ ?[0-9]+){2,})$|\.[0-9]+\.|(?<![\\A-Za-z_^])[A-Za-z][0-9]"
-    r"|(?<![\\A-Za-z])[fghFGH] ?\^ ?(?:[0-9]|\{[^{}]*\}) ?\("  # an inverse or an iterate of a function
+    r"|^(?=.*[0-9]{2})\+?[0-9]+ ?- ?[0-9]+$|^[0-9]+(?:(?: ?- ?[0-9]+){2,}|(?: ?/ ?[0-9]+){2,})$"
+    r"|\.[0-9]+\.|(?<![\\A-Za-z_^])[A-Za-z][0-9]"
+    # An inverse or an iterate of a function.
+    r"|(?<![\\A-Za-z])[fghFGH] ?\^ ?(?:[0-9]|\{[^{}]*\}) ?\("
     r"|\\(?:nabla|partial)|\\frac ?\{ ?d ?[A-Za-z]+ ?\} ?\{ ?d ?[A-Za-z] ?\}"
     # Products of vectors and of matrices have an order.
-    r"|(?<![\\A-Za-z])[A-Za-z] ?\\times ?[A-Za-z](?![A-Za-z])|\\(?:vec|overrightarrow) ?\{?[A-Za-z]+\}? ?\\times"
-    r"|(?:[A-Z] ?[A-Z]\)?|[A-Z]) ?\^ ?\{ ?-1 ?\} ?[A-Z]|[A-Z] ?[A-Z]\)? ?\^ ?\{ ?-1"
+    r"|(?<![\\A-Za-z])[A-Za-z] ?\\times ?[A-Za-z](?![A-Za-z])|\\(?:vec|overrightarrow) "
+    r"?\{?[A-Za-z]+\}? ?\\times|(?:[A-Z] ?[A-Z]\)?|[A-Z]) ?\^ ?\{ ?-1 ?\} ?[A-Z]|[A-Z] ?[A-Z]\)? "
+    r"?\^ ?\{ ?-1"
 )
-_FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sqrt|sin|cos|tan|cot|sec|csc|log|exp|ln|max|min|gcd|lcm"
+_FUNCTIONS = (
+    "arcsin|arccos|arctan|sinh|cosh|tanh|sqrt|sin|cos|tan|cot|sec|csc|log|exp|ln|max|min|gcd|lcm"
+)
 _BARE_FUNCTION = re.compile(rf"(?<![\\A-Za-z])({_FUNCTIONS})(?![A-Za-z])")
 _BARE_ROOT = re.compile(r"\\sqrt ?\(([^()]*)\)")
 _INDEX_BEFORE_DIGIT = re.compile(r"(?<=[_^])([0-9A-Za-z])(?= [0-9])")
@@ -53,9 +61,15 @@ class NotReadError(ValueError):
 
 
 def is_equal_expression(parsed: str, gold: str) -> bool:
-    """Return whether two normalised expressions, relations, sets or matrices are equal for certain; what cannot be read is not."""
+    """Return whether two normalised expressions, relations, sets or matrices are equal for certain;
+    what cannot be read is not.
+    """
     parsed, gold = _INDEX_BEFORE_DIGIT.sub(r"{\1}", parsed), _INDEX_BEFORE_DIGIT.sub(r"{\1}", gold)
-    if _REFUSED.search(parsed) or _REFUSED.search(gold) or max(len(parsed), len(gold)) > MAX_EXPRESSION_CHARS:
+    if (
+        _REFUSED.search(parsed)
+        or _REFUSED.search(gold)
+        or max(len(parsed), len(gold)) > MAX_EXPRESSION_CHARS
+    ):
         return False
     try:
         left, right = _read(parsed), _read(gold)
@@ -79,21 +93,31 @@ def _read(text: str) -> Any:
     text = _BARE_ROOT.sub(r"\\sqrt{\1}", _BARE_FUNCTION.sub(r"\\\1", text))
     text = _EXPONENT_IN_PARENTHESES.sub(r"^{\1}", text)
     try:
-        read = latex2sympy(text, is_real=True, convert_degrees=False, normalization_config=None, conversion_config=_CONVERSION)
+        read = latex2sympy(
+            text,
+            is_real=True,
+            convert_degrees=False,
+            normalization_config=None,
+            conversion_config=_CONVERSION,
+        )
     except Exception as error:  # the parser raises whatever comes to it
         raise NotReadError(str(error)[:200]) from error
     return _exact(read)
 
 
 def _exact(read: Any) -> Any:
-    """Return an expression with its floats as the decimals that were written, and `i` as the imaginary unit."""
+    """Return an expression with its floats as the decimals that were written, and `i` as the
+    imaginary unit.
+    """
     if isinstance(read, sympy.MatrixBase):
         return read.applyfunc(_exact)
     if isinstance(read, sympy.Eq) and isinstance(read.rhs, sympy.Set):
         return _exact(read.rhs)
     if not isinstance(read, sympy.Basic):
         raise NotReadError(f"not an expression, got {type(read).__name__}")
-    values: dict[Any, Any] = {number: sympy.Rational(str(number)) for number in read.atoms(sympy.Float)}
+    values: dict[Any, Any] = {
+        number: sympy.Rational(str(number)) for number in read.atoms(sympy.Float)
+    }
     values |= {symbol: sympy.I for symbol in read.free_symbols if symbol.name == "i"}
     read = read.xreplace(values) if values else read
     # An unknown function has no values; `f(x)` then is a name.
@@ -130,7 +154,8 @@ def _equal_values(left: Any, right: Any) -> bool:
             real += 1
         elif complex_ >= 0:
             complex_ += 1
-    # Where roots and logarithms are real decides; elsewhere they have branches that an answer does not speak of.
+    # Where roots and logarithms are real decides; elsewhere they have branches that an answer does
+    # not speak of.
     if real or complex_ > 0:
         return not _differ_slightly(left, right)
     if complex_:
@@ -140,14 +165,20 @@ def _equal_values(left: Any, right: Any) -> bool:
 
 def _equal_relations(left: Any, right: Any) -> bool:
     """Compare equations and inequalities: the same up to a factor, or true of the same numbers."""
-    if isinstance(left, sympy.core.relational.Relational) and isinstance(right, sympy.core.relational.Relational):
+    if isinstance(left, sympy.core.relational.Relational) and isinstance(
+        right, sympy.core.relational.Relational
+    ):
         (left_kind, left_side), (right_kind, right_side) = _one_side(left), _one_side(right)
         if left_kind != right_kind or not left_side.free_symbols or not right_side.free_symbols:
             return False
         ratios = [a / b for a, b in _values(left_side, right_side) if a != 0 and b != 0]
         if len(ratios) >= 2 and all(_close(ratio, ratios[0]) for ratio in ratios):
             return left_kind in (sympy.Eq, sympy.Ne) or bool(ratios[0].is_real and ratios[0] > 0)
-    if len(left.free_symbols) != 1 or left.free_symbols != right.free_symbols or isinstance(left, sympy.Eq):
+    if (
+        len(left.free_symbols) != 1
+        or left.free_symbols != right.free_symbols
+        or isinstance(left, sympy.Eq)
+    ):
         return False
     return _equal_sets(left, right)
 
@@ -170,7 +201,10 @@ def _as_set(side: Any) -> Any:
 
 def _equal_matrices(left: Any, right: Any) -> bool:
     matrices = [side.doit() if isinstance(side, sympy.Basic) else side for side in (left, right)]
-    if not all(isinstance(side, sympy.MatrixBase) for side in matrices) or matrices[0].shape != matrices[1].shape:
+    if (
+        not all(isinstance(side, sympy.MatrixBase) for side in matrices)
+        or matrices[0].shape != matrices[1].shape
+    ):
         return False
     return all(_equal(a, b) for a, b in zip(matrices[0].flat(), matrices[1].flat(), strict=True))
 
@@ -182,22 +216,37 @@ def _is_relation(read: Any) -> bool:
 def _one_side(relation: Any) -> tuple[Any, Any]:
     """Return a relation as its kind and an expression that is 0, not 0, above 0 or not below 0."""
     if isinstance(relation, sympy.Eq | sympy.Ne):
-        return (sympy.Eq if isinstance(relation, sympy.Eq) else sympy.Ne), _done(relation.lhs - relation.rhs)
+        return (sympy.Eq if isinstance(relation, sympy.Eq) else sympy.Ne), _done(
+            relation.lhs - relation.rhs
+        )
     strict = isinstance(relation, sympy.StrictGreaterThan | sympy.StrictLessThan)
-    return (sympy.StrictGreaterThan if strict else sympy.GreaterThan), _done(relation.gts - relation.lts)
+    return (sympy.StrictGreaterThan if strict else sympy.GreaterThan), _done(
+        relation.gts - relation.lts
+    )
 
 
 def _done(expression: Any) -> Any:
     """Return an expression with its sums, integrals, limits and derivatives carried out."""
-    open_kinds = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative, sympy.UnevaluatedExpr)
+    open_kinds = (
+        sympy.Sum,
+        sympy.Product,
+        sympy.Integral,
+        sympy.Limit,
+        sympy.Derivative,
+        sympy.UnevaluatedExpr,
+    )
     return expression.doit() if expression.has(*open_kinds) else expression
 
 
 def _values(*expressions: Any) -> Iterator[tuple[Any, ...]]:
     """Yield the values of the expressions at points where all have one."""
-    symbols = sorted(set().union(*(each.free_symbols for each in expressions)), key=lambda symbol: symbol.name)
+    symbols = sorted(
+        set().union(*(each.free_symbols for each in expressions)), key=lambda symbol: symbol.name
+    )
     for point in range(NUM_POINTS if symbols else 1):
-        chosen = {symbol: POINTS[(place + point) % len(POINTS)] for place, symbol in enumerate(symbols)}
+        chosen = {
+            symbol: POINTS[(place + point) % len(POINTS)] for place, symbol in enumerate(symbols)
+        }
         if point % 2 == 0:  # roots and logarithms have real values there
             chosen = {symbol: abs(value) for symbol, value in chosen.items()}
         values = tuple(_value(each.xreplace(chosen)) for each in expressions)
@@ -209,14 +258,23 @@ def _value(expression: Any) -> Any:
     """Return the value to `DIGITS` digits, `None` if there is none, or none that is told from 0."""
     try:
         value = expression.evalf(DIGITS, maxn=MAX_DIGITS, strict=True)
-    except (PrecisionExhausted, ArithmeticError, ValueError, TypeError, AttributeError, NotImplementedError):
+    except (
+        PrecisionExhausted,
+        ArithmeticError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        NotImplementedError,
+    ):
         return None
     parts = value.as_real_imag() if isinstance(value, sympy.Expr) else ()
     return value if parts and all(part.is_Float or part.is_Rational for part in parts) else None
 
 
 def _differ_slightly(left: Any, right: Any) -> bool:
-    """Return whether two expressions whose values agree to many digits differ all the same, such as e^100 and e^100 + 1."""
+    """Return whether two expressions whose values agree to many digits differ all the same, such as
+    e^100 and e^100 + 1.
+    """
     symbols = sorted((left - right).free_symbols, key=lambda symbol: symbol.name)
     chosen = {symbol: abs(POINTS[place % len(POINTS)]) for place, symbol in enumerate(symbols)}
     try:

@@ -14,7 +14,9 @@ _JOINT = re.compile(r" ?(?:[,;]|[,;]? ?(?:and|or)) ?(?:\\?[A-Za-z]+(?:_\{?\w+\}?
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return the content of the last `\boxed{}`, `None` if there is none, it is empty, or its brace is never closed."""
+    r"""Return the content of the last `\boxed{}`, `None` if there is none, it is empty, or its
+    brace is never closed.
+    """
     start = text.rfind("\\boxed")
     if start < 0:
         return None
@@ -28,10 +30,12 @@ def last_boxed(text: str) -> str | None:
 
 
 def final_answer(text: str) -> str | None:
-    r"""Return what a response answers: the content of the last `\boxed{}`, or of the last ones as a list.
+    r"""Return what a response answers: the content of the last `\boxed{}`, or of the last ones as a
+    list.
 
-    Boxes belong together if nothing but a comma, a semicolon, "and" or "or" joins them, with a name at most: `\boxed{2}` and `\boxed{3}`
-    answer "2, 3". Boxes that say the same are one. `None` as by `last_boxed`.
+    Boxes belong together if nothing but a comma, a semicolon, "and" or "or" joins them, with a name
+    at most: `\boxed{2}` and `\boxed{3}` answer "2, 3". Boxes that say the same are one. `None` as
+    by `last_boxed`.
     """
     content = last_boxed(text)
     if content is None or text.find("\\boxed") == text.rfind("\\boxed"):

@@ -10,18 +10,23 @@ from data.question import Question
 from zppo_mm.rewards.mathematics import compare
 from zppo_mm.rewards.notation import normalise
 
-_PREFIX = re.compile(r"(?:the )?(?:correct )?(?:(?:final )?answer|option|choice)(?: is)? ?:? ?(?=\S)", re.IGNORECASE)
+_PREFIX = re.compile(
+    r"(?:the )?(?:correct )?(?:(?:final )?answer|option|choice)(?: is)? ?:? ?(?=\S)", re.IGNORECASE
+)
 _LETTER_ALONE = re.compile(r"[(\[{]? ?([A-Za-z]) ?[)\]}]?[.:)]?")
 _BRACKETED_LETTER = r"[(\[] ?([A-Za-z]) ?[)\]]"
-_LETTER_AND_TEXT = re.compile(rf"(?:{_BRACKETED_LETTER}[.:,-]?|([A-Za-z]) ?(?:[.:,)=]| -(?= ))) *(.+)")
+_LETTER_AND_TEXT = re.compile(
+    rf"(?:{_BRACKETED_LETTER}[.:,-]?|([A-Za-z]) ?(?:[.:,)=]| -(?= ))) *(.+)"
+)
 
 
 def matches_choice(parsed: str, question: Question) -> bool:
     """Return whether an answer names the right option.
 
-    Accepted are the letter (A, a, (A), [A], A., "option A"), the letter with its option's text (`A. text`, `A, text`, `A: text`), and the
-    option's text alone if it is the only option that reads so. A letter with the text of another option is wrong. A small letter that is
-    an option's text is that text.
+    Accepted are the letter (A, a, (A), [A], A., "option A"), the letter with its option's text (`A.
+    text`, `A, text`, `A: text`), and the option's text alone if it is the only option that reads
+    so. A letter with the text of another option is wrong. A small letter that is an option's text
+    is that text.
 
     Args:
         parsed: The answer in the response.
@@ -39,24 +44,40 @@ def matches_choice(parsed: str, question: Question) -> bool:
         return _read_letter(alone[1], choices) == gold
     both = _LETTER_AND_TEXT.fullmatch(text)
     if both:
-        return _names_both((both[1] or both[2]).upper(), both[3], gold, choices, with_comma="," in text[: both.start(3)])
+        return _names_both(
+            (both[1] or both[2]).upper(),
+            both[3],
+            gold,
+            choices,
+            with_comma="," in text[: both.start(3)],
+        )
     return (_letters_of_text(whole, choices) or _letters_of_text(text, choices)) == [gold]
 
 
 def _read_letter(letter: str, choices: Sequence[str]) -> str:
-    """Return the option that one letter names: an option's text if it is written so and names no other option as a capital."""
+    """Return the option that one letter names: an option's text if it is written so and names no
+    other option as a capital.
+    """
     spelled = [_letter(index) for index, choice in enumerate(choices) if choice == letter]
     is_letter = not choices or letter.upper() in _letters(len(choices))
     if spelled and (not is_letter or letter.islower()):
         return spelled[0] if len(spelled) == 1 else ""
     if is_letter:
         return letter.upper()
-    casefolded = [_letter(index) for index, choice in enumerate(choices) if choice.casefold() == letter.casefold()]
+    casefolded = [
+        _letter(index)
+        for index, choice in enumerate(choices)
+        if choice.casefold() == letter.casefold()
+    ]
     return casefolded[0] if len(casefolded) == 1 else ""
 
 
-def _names_both(named: str, spoken: str, gold: str, choices: Sequence[str], with_comma: bool) -> bool:
-    """Return whether a letter and the text behind it name the right option; behind a comma the text has to be an option's."""
+def _names_both(
+    named: str, spoken: str, gold: str, choices: Sequence[str], with_comma: bool
+) -> bool:
+    """Return whether a letter and the text behind it name the right option; behind a comma the text
+    has to be an option's.
+    """
     alone = _LETTER_ALONE.fullmatch(spoken)
     if alone and choices and _read_letter(alone[1], choices) not in ("", named):
         return False
@@ -65,17 +86,34 @@ def _names_both(named: str, spoken: str, gold: str, choices: Sequence[str], with
 
 
 def _letters_of_text(text: str, choices: Sequence[str]) -> list[str]:
-    """Return the options that read like a text: those spelled the same, else those that mean the same."""
-    spelled = [_letter(index) for index, choice in enumerate(choices) if choice.casefold() == text.casefold()]
-    return spelled or [_letter(index) for index, choice in enumerate(choices) if compare(text, choice) is True]
+    """Return the options that read like a text: those spelled the same, else those that mean the
+    same.
+    """
+    spelled = [
+        _letter(index)
+        for index, choice in enumerate(choices)
+        if choice.casefold() == text.casefold()
+    ]
+    return spelled or [
+        _letter(index) for index, choice in enumerate(choices) if compare(text, choice) is True
+    ]
 
 
 def _texts(choices: Sequence[str]) -> list[str]:
-    """Return the options' normalised texts, without the letters if every option begins with its own."""
+    """Return the options' normalised texts, without the letters if every option begins with its
+    own.
+    """
     texts = [normalise(choice) for choice in choices]
     matches = [_LETTER_AND_TEXT.fullmatch(text) for text in texts]
-    own = [match is not None and (match[1] or match[2]).upper() == _letter(index) for index, match in enumerate(matches)]
-    return [match[3].strip() for match in matches if match is not None] if texts and all(own) else texts
+    own = [
+        match is not None and (match[1] or match[2]).upper() == _letter(index)
+        for index, match in enumerate(matches)
+    ]
+    return (
+        [match[3].strip() for match in matches if match is not None]
+        if texts and all(own)
+        else texts
+    )
 
 
 def _gold_letter(question: Question, choices: Sequence[str]) -> str:
@@ -91,8 +129,8 @@ def _gold_letter(question: Question, choices: Sequence[str]) -> str:
     if len(spoken) == 1:
         return spoken[0]
     raise DataError(
-        f"question {question.id!r}: the reference answer is no option's letter, got {question.answer!r}, expected one of "
-        f"{', '.join(letters)}; correct the sample"
+        f"question {question.id!r}: the reference answer is no option's letter, got "
+        f"{question.answer!r}, expected one of {', '.join(letters)}; correct the sample"
     )
 
 

@@ -1,8 +1,10 @@
-"""The worker process that compares answers by algebra; a comparison may hang, swell or crash, and ends then without the worker.
+"""The worker process that compares answers by algebra; a comparison may hang, swell or crash, and
+ends then without the worker.
 
-Speaks JSON lines: `{"ready": true}` once, then for every `{"parsed", "gold", "seconds"}` one `{"equal"}`, `{"timeout"}` or `{"error"}`.
-Comparisons run in a child that is forked when everything is imported, so that another one takes the place of a child that died at once.
-Nothing but this process's own code runs here, in one thread, so that forking is safe.
+Speaks JSON lines: `{"ready": true}` once, then for every `{"parsed", "gold", "seconds"}` one
+`{"equal"}`, `{"timeout"}` or `{"error"}`. Comparisons run in a child that is forked when everything
+is imported, so that another one takes the place of a child that died at once. Nothing but this
+process's own code runs here, in one thread, so that forking is safe.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from zppo_mm.rewards.mathematics import is_same
 
 MAX_MEMORY_BYTES = 4 << 30
 IDLE, BUSY = 0, 1
-# SymPy imports parts of itself when they are first needed; a child that dies takes along what it has imported.
+# SymPy imports parts of itself when they are first needed; a child that dies takes along what it
+# has imported.
 WARMING_PAIRS = (
     ("x+1", "1+x"),
     ("|x|<3", "(-3,3)"),
@@ -59,11 +62,18 @@ def main() -> None:
             return
         if state[0] == BUSY:
             timed_out = status == -signal.SIGPROF
-            _reply(replies, {"timeout": True} if timed_out else {"error": f"the comparison ended its process with code {status}"})
+            _reply(
+                replies,
+                {"timeout": True}
+                if timed_out
+                else {"error": f"the comparison ended its process with code {status}"},
+            )
 
 
 def _serve(replies: IO[str], state: mmap.mmap) -> None:
-    """Answer requests, each within its seconds of processor time, after which the kernel ends this process, in C code too."""
+    """Answer requests, each within its seconds of processor time, after which the kernel ends this
+    process, in C code too.
+    """
     # Unbuffered: what a child that dies has read ahead would be lost.
     with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as requests:
         while line := requests.readline():
@@ -79,7 +89,8 @@ def _serve(replies: IO[str], state: mmap.mmap) -> None:
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"equal": is_equal(request["parsed"], request["gold"])}
-    except Exception as error:  # whatever the library does with hostile text is this answer's fault alone; it is reported
+    # Whatever the library does with hostile text is this answer's fault alone; it is reported.
+    except Exception as error:
         return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
 
 

@@ -1,4 +1,5 @@
-"""The judge of free-form answers: a language model that compares an answer with the reference, and never solves.
+"""The judge of free-form answers: a language model that compares an answer with the reference, and
+never solves.
 
 Source: ZPPO (arXiv 2606.18216), reward.
 """
@@ -15,12 +16,12 @@ from pathlib import Path
 from data.question import Question
 from data.text import read_text_file
 from zppo_mm.errors import ConfigError
-from zppo_mm.neutralise import neutralise
 from zppo_mm.rewards.mathematics import compare
+from zppo_mm.special_tokens import escape_special_tokens
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED_TEMPLATE = Path(__file__).parent / "templates" / "judge.txt"
+BUNDLED_TEMPLATE = Path(__file__).parent / "templates" / "judge.txt"
 TEMPLATE_FIELDS = ("question", "reference", "answer")
 
 COUNTED = ("judged", "judge_malformed", "judge_disagreements", "judge_failures")
@@ -30,15 +31,17 @@ Complete = Callable[[Sequence[str]], Sequence[str | None]]
 
 
 class LlmJudge:
-    """Asks a model for `{"verdict": "correct"|"wrong"}`; any other reply counts as wrong. Implements `Judge`.
+    """Asks a model for `{"verdict": "correct"|"wrong"}`; any other reply counts as wrong.
+    Implements `Judge`.
 
     Args:
         complete: The model at temperature 0.
         template: With the fields `{question}`, `{reference}` and `{answer}`.
 
     Attributes:
-        counts: So far, under the names of the metrics without `reward/`: `judged` answers, those of them whose reply was `judge_malformed`,
-            those where the rule grader says otherwise (`judge_disagreements`), and answers that got no reply (`judge_failures`).
+        counts: So far, under the names of the metrics without `reward/`: `judged` answers, those of
+            them whose reply was `judge_malformed`, those where the rule grader says otherwise
+            (`judge_disagreements`), and answers that got no reply (`judge_failures`).
     """
 
     def __init__(self, complete: Complete, template: str) -> None:
@@ -47,13 +50,18 @@ class LlmJudge:
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
 
     def judge(self, items: Sequence[tuple[Question, str]]) -> list[bool | None]:
-        """Return for every (question, parsed answer) whether it agrees with the reference, `None` where the model did not reply.
+        """Return for every (question, parsed answer) whether it agrees with the reference, `None`
+        where the model did not reply.
 
         Equal pairs are asked once.
         """
         pairs = list(dict.fromkeys(items))
-        replies = dict(zip(pairs, self._complete([self._prompt(*pair) for pair in pairs]), strict=True))
-        return [self._decide(question, answer, replies[question, answer]) for question, answer in items]
+        replies = dict(
+            zip(pairs, self._complete([self._prompt(*pair) for pair in pairs]), strict=True)
+        )
+        return [
+            self._decide(question, answer, replies[question, answer]) for question, answer in items
+        ]
 
     def _decide(self, question: Question, answer: str, reply: str | None) -> bool | None:
         if reply is None:
@@ -73,40 +81,53 @@ class LlmJudge:
         fields = {
             "question": question.text.strip(),
             "reference": question.answer.strip(),
-            # As a JSON string the answer cannot end its own line and go on as if it were part of the instructions.
-            "answer": json.dumps(neutralise(answer), ensure_ascii=False),
+            # As a JSON string the answer cannot end its own line and go on as if it were part of
+            # the instructions.
+            "answer": json.dumps(escape_special_tokens(answer), ensure_ascii=False),
         }
         return re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), self._template)
 
 
 def read_verdict(reply: str) -> bool | None:
-    """Return the verdict of a strict reply, `None` for anything but the one JSON object with the one key."""
+    """Return the verdict of a strict reply, `None` for anything but the one JSON object with the
+    one key.
+    """
     try:
         pairs = json.loads(reply, object_pairs_hook=list)
     except (ValueError, RecursionError):
         return None
     verdicts = {"correct": True, "wrong": False}
-    # As pairs, a key that is there twice does not vanish; an array of the same shape starts with another bracket.
-    if not reply.lstrip().startswith("{") or len(pairs) != 1 or pairs[0][0] != "verdict" or not isinstance(pairs[0][1], str):
+    # As pairs, a key that is there twice does not vanish; an array of the same shape starts with
+    # another bracket.
+    if (
+        not reply.lstrip().startswith("{")
+        or len(pairs) != 1
+        or pairs[0][0] != "verdict"
+        or not isinstance(pairs[0][1], str)
+    ):
         return None
     return verdicts.get(pairs[0][1])
 
 
 def load_judge_template(path: str = "") -> str:
-    """Read the judge's prompt; an empty path means the embedded one.
+    """Read the judge's prompt; an empty path means the bundled one.
 
     Raises:
         ConfigError: If the file is missing or lacks a field.
         DataError: If it is no valid text.
     """
-    file = Path(path) if path else EMBEDDED_TEMPLATE
+    file = Path(path) if path else BUNDLED_TEMPLATE
     if not file.is_file():
-        raise ConfigError(f"reward.judge_template: no such file, got {str(file)!r}, expected a text file; correct the path")
+        raise ConfigError(
+            f"reward.judge_template: no such file, got {str(file)!r}, expected a text file; "
+            "correct the path"
+        )
     text = read_text_file(file, "reward.judge_template").strip()
     missing = [f"{{{name}}}" for name in TEMPLATE_FIELDS if f"{{{name}}}" not in text]
     if missing:
         raise ConfigError(
             f"reward.judge_template: {file} lacks {', '.join(missing)}, expected the fields "
-            f"{', '.join(f'{{{name}}}' for name in TEMPLATE_FIELDS)}; put them where their texts belong"
+            f"{', '.join(f'{{{name}}}' for name in TEMPLATE_FIELDS)}; put them where their texts "
+            "belong"
         )
     return text

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 _DEGREE = re.compile(
-    r" ?\^ ?(?:\\circ(?![a-zA-Z])|\{ ?\\circ ?\}) ?|(?<=[0-9]) ?\\circ(?![a-zA-Z]) ?|(?<=[0-9])\^ ?(?:o|\{ ?o ?\})(?![a-zA-Z])"
-    r"|(?<=[0-9)}]) ?deg(?:rees?)?(?![a-zA-Z])"
+    r" ?\^ ?(?:\\circ(?![a-zA-Z])|\{ ?\\circ ?\}) ?|(?<=[0-9]) ?\\circ(?![a-zA-Z]) ?|(?<=[0-9])\^ "
+    r"?(?:o|\{ ?o ?\})(?![a-zA-Z])|(?<=[0-9)}]) ?deg(?:rees?)?(?![a-zA-Z])"
 )
 _ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _DEGREES_OF_ANGLE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?\^ ?(?:\\circ(?![a-zA-Z])|\{ ?\\circ ?\})")
@@ -23,12 +23,22 @@ _SPOKEN_SETS = {
 
 
 def without_marks(text: str) -> tuple[str, frozenset[str]]:
-    """Return a normalised answer without its marks, and which it had; sets in words come as their symbols."""
+    """Return a normalised answer without its marks, and which it had; sets in words come as their
+    symbols.
+    """
     if text[:1].isalpha():
         text = _SPOKEN_SETS.get(text.casefold(), text)
     if not _MARKED.search(text):
         return text, frozenset()
     if "\\circ" in text and _ANGLE_FUNCTION.search(text):
-        text = _DEGREES_OF_ANGLE.sub(r"(\\frac{\1\\pi}{180})", text)  # an angle in degrees is no number there
-    marks = frozenset(name for name, pattern in (("degree", _DEGREE), ("percent", _PERCENT)) if pattern.search(text))
-    return (re.sub(r" +", " ", _PERCENT.sub(" ", _DEGREE.sub(" ", text))).strip() if marks else text), marks
+        text = _DEGREES_OF_ANGLE.sub(
+            r"(\\frac{\1\\pi}{180})", text
+        )  # an angle in degrees is no number there
+    marks = frozenset(
+        name
+        for name, pattern in (("degree", _DEGREE), ("percent", _PERCENT))
+        if pattern.search(text)
+    )
+    return (
+        re.sub(r" +", " ", _PERCENT.sub(" ", _DEGREE.sub(" ", text))).strip() if marks else text
+    ), marks

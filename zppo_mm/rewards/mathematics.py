@@ -1,7 +1,8 @@
-"""Comparison of final answers: decided here where it is plain, handed on to a worker where it takes algebra.
+"""Comparison of final answers: decided here where it is plain, handed on to a worker where it takes
+algebra.
 
-Nothing here evaluates what a model wrote; the work is bounded by the length of the text. What counts as the same stands in
-docs/rewards.md.
+Nothing here evaluates what a model wrote; the work is bounded by the length of the text. What
+counts as the same stands in docs/rewards.md.
 """
 
 from __future__ import annotations
@@ -84,11 +85,17 @@ def compare(parsed: str, gold: str) -> bool | Undecided:
 
 
 def is_same(parsed: str, gold: str, leaf: Leaf) -> bool | None:
-    """Compare two normalised answers, and what is left of them after taking them apart by `leaf`."""
+    """Compare two normalised answers, and what is left of them after taking them apart by
+    `leaf`.
+    """
     (left, left_marks), (right, right_marks) = without_marks(parsed), without_marks(gold)
     if left_marks and right_marks and left_marks != right_marks:
         return False
-    if left_marks != right_marks and split_unit(left if right_marks else right)[1] not in ("", "C", "F"):
+    if left_marks != right_marks and split_unit(left if right_marks else right)[1] not in (
+        "",
+        "C",
+        "F",
+    ):
         return False  # 5° and 5 rad, 5% and 5 ppm
     return _Comparison(leaf).same(left, right, MAX_DEPTH)
 
@@ -102,7 +109,9 @@ class _Comparison:
     def same(self, left: str, right: str, depth: int) -> bool | None:
         if squeeze(left) == squeeze(right):
             return bool(left)
-        left, right = (joined_inequalities(without_builder(without_group(text))) for text in (left, right))
+        left, right = (
+            joined_inequalities(without_builder(without_group(text))) for text in (left, right)
+        )
         if not left or not right or depth == 0:
             return False
         if squeeze(left) == squeeze(right):
@@ -135,7 +144,10 @@ class _Comparison:
         if len(left) != len(right):
             return False
         keys = [Counter(_key(item) for item in items) for items in (left, right)]
-        rest = [[key for key, count in (keys[i] - keys[1 - i]).items() for _ in range(count)] for i in (0, 1)]
+        rest = [
+            [key for key, count in (keys[i] - keys[1 - i]).items() for _ in range(count)]
+            for i in (0, 1)
+        ]
         if not rest[0]:
             return True
         if all(isinstance(key, Fraction) for key in (*rest[0], *rest[1])):
@@ -156,7 +168,9 @@ class _Comparison:
         return None if is_unknown else not open_right
 
     def _progressions(self, left: str, right: str, depth: int) -> bool | None:
-        """Lists with an ellipsis are the same if they are written the same, item by item: what the dots stand for is not guessed."""
+        """Lists with an ellipsis are the same if they are written the same, item by item: what the
+        dots stand for is not guessed.
+        """
         items = split_items(without_list_brackets(left)), split_items(without_list_brackets(right))
         if (
             len(items[0]) < 3
@@ -164,10 +178,15 @@ class _Comparison:
             or any(("\\ldots" in a) != ("\\ldots" in b) for a, b in zip(*items, strict=True))
         ):
             return False
-        return _all(("\\ldots" in a and squeeze(a) == squeeze(b)) or self.same(a, b, depth - 1) for a, b in zip(*items, strict=True))
+        return _all(
+            ("\\ldots" in a and squeeze(a) == squeeze(b)) or self.same(a, b, depth - 1)
+            for a, b in zip(*items, strict=True)
+        )
 
     def _related(self, left: str, right: str, depth: int) -> bool | None:
-        """Compare equations, inequalities and named values with one another and with bare values."""
+        """Compare equations, inequalities and named values with one another and with bare
+        values.
+        """
         relations = read_relation(left), read_relation(right)
         if relations == (None, None):
             return self._composed(left, right, depth)
@@ -178,7 +197,10 @@ class _Comparison:
             is_member = any(relation and relation.signs == ["\\in"] for relation in relations)
             return False if is_member else self._leaf(left, right)
         intervals = as_interval(left), as_interval(right)
-        views = [_view(text, label, interval) for text, label, interval in zip((left, right), labels, intervals, strict=True)]
+        views = [
+            _view(text, label, interval)
+            for text, label, interval in zip((left, right), labels, intervals, strict=True)
+        ]
         if any(intervals) and views[0] and views[1]:
             if views[0][0] and views[1][0] and views[0][0] != views[1][0]:
                 return False
@@ -194,14 +216,20 @@ class _Comparison:
         inequality = relations[0] or relations[1]
         assert inequality is not None
         is_set = read_bracketed(bare) is not None or _SET_NOTATION.search(bare) is not None
-        return self._leaf(left, right) if is_set and not {"=", "\\approx"} & set(inequality.signs) else False
+        return (
+            self._leaf(left, right)
+            if is_set and not {"=", "\\approx"} & set(inequality.signs)
+            else False
+        )
 
     def _composed(self, left: str, right: str, depth: int) -> bool | None:
         """Compare brackets, unions and matrices."""
         matrices = read_matrix(left), read_matrix(right)
         if matrices[0] and matrices[1]:
             rows = matrices[0].rows, matrices[1].rows
-            if matrices[0].kind != matrices[1].kind or [len(row) for row in rows[0]] != [len(row) for row in rows[1]]:
+            if matrices[0].kind != matrices[1].kind or [len(row) for row in rows[0]] != [
+                len(row) for row in rows[1]
+            ]:
                 return False
             cells = [[cell for row in each for cell in row] for each in rows]
             return self._ordered(cells[0], cells[1], depth)
@@ -218,20 +246,32 @@ class _Comparison:
             if bracketed is not None:
                 if not bracketed.is_set or len(bracketed.items) != 1 or depth < MAX_DEPTH:
                     return False if parse_number(other) is not None else self._leaf(left, right)
-                return self.same(bracketed.items[0], other, depth - 1) if is_left else self.same(other, bracketed.items[0], depth - 1)
+                return (
+                    self.same(bracketed.items[0], other, depth - 1)
+                    if is_left
+                    else self.same(other, bracketed.items[0], depth - 1)
+                )
         return self._quantities(left, right)
 
     def _brackets(self, left: Bracketed, right: Bracketed, depth: int) -> bool | None:
-        """Compare tuples, sets and intervals; only what can be nothing but an interval may have rounded bounds."""
+        """Compare tuples, sets and intervals; only what can be nothing but an interval may have
+        rounded bounds.
+        """
         if left.is_set != right.is_set:
             return False
         if left.is_set:
-            items = [list(dict.fromkeys(squeeze(part) for item in each.items for part in _expand(item))) for each in (left, right)]
+            items = [
+                list(dict.fromkeys(squeeze(part) for item in each.items for part in _expand(item)))
+                for each in (left, right)
+            ]
             return self._unordered(items[0], items[1], depth)
         if len(left.items) == 2 and (left.opening, left.closing) != (right.opening, right.closing):
             return False
         if left.is_interval and right.is_interval and len(left.items) == len(right.items):
-            return _all(_is_rounded(*pair) or self.same(*pair, depth - 1) for pair in zip(left.items, right.items, strict=True))
+            return _all(
+                _is_rounded(*pair) or self.same(*pair, depth - 1)
+                for pair in zip(left.items, right.items, strict=True)
+            )
         return self._ordered(left.items, right.items, depth)
 
     def _quantities(self, left: str, right: str) -> bool | None:
@@ -265,7 +305,11 @@ class _Comparison:
         if by_comma is not None:
             return by_comma
         # Algebra reads words as products of letters, for which "listen" is "silent".
-        if is_textual(left_body) or is_textual(right_body) or (is_word(left_body) and is_word(right_body)):
+        if (
+            is_textual(left_body)
+            or is_textual(right_body)
+            or (is_word(left_body) and is_word(right_body))
+        ):
             return spoken(left_body) == spoken(right_body)
         verdict = self._leaf(without_group(left_body), without_group(right_body))
         # What looks like a unit may be a product: `2 m g`.
@@ -282,14 +326,18 @@ class _Lists:
 
 
 def _as_lists(left: str, right: str) -> _Lists | None:
-    """Return both answers as lists, `None` if neither is one; a tuple, a set, a union or a system of equations may stand against a list.
+    """Return both answers as lists, `None` if neither is one; a tuple, a set, a union or a system
+    of equations may stand against a list.
 
     Order counts against a tuple, and where one side names all its items and the other none.
     """
     items = [_items(left, right), _items(right, left)]
     if len(items[0]) == 1 and len(items[1]) == 1:
         return None
-    ordered = any(_gives_names(one) and not any("=" in item for item in other) for one, other in (items, items[::-1]))
+    ordered = any(
+        _gives_names(one) and not any("=" in item for item in other)
+        for one, other in (items, items[::-1])
+    )
     for place, text in ((0, left), (1, right)):
         if len(items[place]) > 1:
             continue
@@ -308,7 +356,13 @@ def _as_lists(left: str, right: str) -> _Lists | None:
 
 def without_list_brackets(text: str) -> str:
     """Return what is in the brackets around a list."""
-    return text[2:-2] if text.startswith("\\{") and text.endswith("\\}") else text[1:-1] if read_bracketed(text) else text
+    return (
+        text[2:-2]
+        if text.startswith("\\{") and text.endswith("\\}")
+        else text[1:-1]
+        if read_bracketed(text)
+        else text
+    )
 
 
 def _all(verdicts: Iterable[bool | None]) -> bool | None:
@@ -322,7 +376,9 @@ def _all(verdicts: Iterable[bool | None]) -> bool | None:
 
 
 def _items(text: str, other: str) -> list[str]:
-    """Return the items of a list without brackets, each `a \\pm b` as two; `1,000` is one unless it stands against a list."""
+    """Return the items of a list without brackets, each `a \\pm b` as two; `1,000` is one unless it
+    stands against a list.
+    """
     if read_bracketed(text) is not None:
         return [text]
     if "," in text and ((is_grouped(text) and len(split_items(other)) == 1) or _is_amount(text)):
@@ -339,28 +395,45 @@ def _expand(item: str) -> list[str]:
     if "\\pm" not in item and "\\mp" not in item:
         return [item]
     signs = (("+", "-"), ("-", "+"))
-    return [re.sub(r"\\mp(?![a-zA-Z]) ?", minus, re.sub(r"\\pm(?![a-zA-Z]) ?", plus, item)) for plus, minus in signs]
+    return [
+        re.sub(r"\\mp(?![a-zA-Z]) ?", minus, re.sub(r"\\pm(?![a-zA-Z]) ?", plus, item))
+        for plus, minus in signs
+    ]
 
 
 def _joins_otherwise(left: str, right: str, lists: _Lists) -> bool:
-    """Return whether one side asks for one of several conditions on different variables, and the other for all of them."""
+    """Return whether one side asks for one of several conditions on different variables, and the
+    other for all of them.
+    """
     variables = {interval[0] for item in lists.left if (interval := as_interval(item))}
     return len(variables) > 1 and (_OR.search(left) is None) != (_OR.search(right) is None)
 
 
 def _gives_names(items: list[str]) -> bool:
     """Return whether every item is named, each by another name."""
-    names = [label[0] for item in items if (relation := read_relation(item)) and (label := split_label(relation)) and label[0]]
+    names = [
+        label[0]
+        for item in items
+        if (relation := read_relation(item)) and (label := split_label(relation)) and label[0]
+    ]
     return len(names) == len(items) > 1 and len(set(names)) == len(names)
 
 
-def _view(text: str, label: tuple[str, str] | None, interval: tuple[str, Bracketed] | None) -> tuple[str, Bracketed] | None:
-    """Return the variable and the interval that a text speaks of, without a variable if it names none."""
+def _view(
+    text: str, label: tuple[str, str] | None, interval: tuple[str, Bracketed] | None
+) -> tuple[str, Bracketed] | None:
+    """Return the variable and the interval that a text speaks of, without a variable if it names
+    none.
+    """
     if interval is not None:
         return interval
     name, body = label or ("", text)
     bracketed = read_bracketed(body)
-    return (name, bracketed) if bracketed is not None and not bracketed.is_set and len(bracketed.items) == 2 else None
+    return (
+        (name, bracketed)
+        if bracketed is not None and not bracketed.is_set and len(bracketed.items) == 2
+        else None
+    )
 
 
 def _key(item: str) -> Fraction | str:
@@ -368,8 +441,12 @@ def _key(item: str) -> Fraction | str:
     return squeeze(item) if value is None else value
 
 
-def _compare_decimal_comma(texts: tuple[str, str], numbers: tuple[Fraction | None, Fraction | None]) -> bool | None:
-    """Read `1000,99` as a decimal where the other side is a plain number; `None` if it is not so."""
+def _compare_decimal_comma(
+    texts: tuple[str, str], numbers: tuple[Fraction | None, Fraction | None]
+) -> bool | None:
+    """Read `1000,99` as a decimal where the other side is a plain number; `None` if it is not
+    so.
+    """
     for text, number in ((texts[0], numbers[1]), (texts[1], numbers[0])):
         if number is not None and "," in text:
             value = parse_decimal_comma(text)
@@ -379,8 +456,12 @@ def _compare_decimal_comma(texts: tuple[str, str], numbers: tuple[Fraction | Non
 
 
 def _is_rounded(left: str, right: str) -> bool:
-    """Return whether one number is the other, which has no end as a decimal, rounded to its own places, of which there are enough."""
-    return any(_rounds_to(parse_number(exact), short) for exact, short in ((left, right), (right, left)))
+    """Return whether one number is the other, which has no end as a decimal, rounded to its own
+    places, of which there are enough.
+    """
+    return any(
+        _rounds_to(parse_number(exact), short) for exact, short in ((left, right), (right, left))
+    )
 
 
 def _rounds_to(exact: Fraction | None, short: str) -> bool:
@@ -389,4 +470,6 @@ def _rounds_to(exact: Fraction | None, short: str) -> bool:
         return False
     with localcontext() as context:
         context.prec = 60
-        return (Decimal(exact.numerator) / exact.denominator).quantize(Decimal(1).scaleb(-len(match[1])), ROUND_HALF_UP) == Decimal(short)
+        return (Decimal(exact.numerator) / exact.denominator).quantize(
+            Decimal(1).scaleb(-len(match[1])), ROUND_HALF_UP
+        ) == Decimal(short)

@@ -1,6 +1,8 @@
-r"""One spelling for what is written in many ways: Unicode and LaTeX notation, without touching structure.
+r"""One spelling for what is written in many ways: Unicode and LaTeX notation, without touching
+structure.
 
-Row breaks, brackets, scripts and separators keep their meaning: `\\ ` is never read as `\ `, nor `x¹²` as `x12`.
+Row breaks, brackets, scripts and separators keep their meaning: `\\ ` is never read as `\ `, nor
+`x¹²` as `x12`.
 """
 
 from __future__ import annotations
@@ -15,15 +17,18 @@ _LOWERED = re.compile(f"[{_SUBSCRIPTS}]+")
 _DIGIT = re.compile(r"(?![0-9])\d")  # of any script
 _VULGAR = re.compile(r"[¼-¾⅐-⅞↉]")
 _GREEK = (
-    "αalpha βbeta γgamma δdelta εvarepsilon ϵepsilon ζzeta ηeta θtheta ϑvartheta κkappa λlambda μmu µmu νnu ξxi πpi ρrho σsigma τtau "
-    "φvarphi ϕphi χchi ψpsi ωomega ΓGamma ΔDelta ∆Delta ΘTheta ΛLambda ΞXi ΠPi ΣSigma ΦPhi ΨPsi ΩOmega \u2126Omega"
+    "αalpha βbeta γgamma δdelta εvarepsilon ϵepsilon ζzeta ηeta θtheta ϑvartheta κkappa λlambda "
+    "μmu µmu νnu ξxi πpi ρrho σsigma τtau φvarphi ϕphi χchi ψpsi ωomega ΓGamma ΔDelta ∆Delta "
+    "ΘTheta ΛLambda ΞXi ΠPi ΣSigma ΦPhi ΨPsi ΩOmega \u2126Omega"
 )
 _OPERATORS = (
-    "×times ·cdot ⋅cdot ∙cdot •cdot ±pm ∓mp ≤le ⩽le ≦le ≥ge ⩾ge ≧ge ≠ne ≈approx ≅cong ≡equiv ∼sim ∞infty ∪cup ∩cap ∈in ∉notin ⊂subset "
-    "⊆subseteq ∅emptyset ⌀emptyset ∖setminus ∠angle ∡angle △triangle ∥parallel ⊥perp →to ⇒Rightarrow ∧land ∨lor ∫int ∑sum ∂partial "
-    "⌊lfloor ⌋rfloor ⌈lceil ⌉rceil …ldots ⋯ldots ∘circ √sqrt"
+    "×times ·cdot ⋅cdot ∙cdot •cdot ±pm ∓mp ≤le ⩽le ≦le ≥ge ⩾ge ≧ge ≠ne ≈approx ≅cong ≡equiv ∼sim "
+    "∞infty ∪cup ∩cap ∈in ∉notin ⊂subset ⊆subseteq ∅emptyset ⌀emptyset ∖setminus ∠angle ∡angle "
+    "△triangle ∥parallel ⊥perp →to ⇒Rightarrow ∧land ∨lor ∫int ∑sum ∂partial ⌊lfloor ⌋rfloor "
+    "⌈lceil ⌉rceil …ldots ⋯ldots ∘circ √sqrt"
 )
-# Applied before the compatibility forms of Unicode are taken, which would lose what these characters say.
+# Applied before the compatibility forms of Unicode are taken, which would lose what these
+# characters say.
 _CHARACTERS = str.maketrans(
     {
         **dict.fromkeys("\u2212\u2013\u2014\u2010\u2011\u2012\ufe63\uff0d", "-"),
@@ -36,7 +41,10 @@ _CHARACTERS = str.maketrans(
         **{letter: f"\\mathbb{{{plain}}}" for letter, plain in zip("ℝℤℕℚℂ", "RZNQC", strict=True)},
         "℃": "^\\circ C",
         "℉": "^\\circ F",
-        **{square[0]: square[1:] for square in ("㎡m^2", "㎥m^3", "㎢km^2", "㎠cm^2", "㎤cm^3", "、,", "。.", "∣|")},
+        **{
+            square[0]: square[1:]
+            for square in ("㎡m^2", "㎥m^3", "㎢km^2", "㎠cm^2", "㎤cm^3", "、,", "。.", "∣|")
+        },
         "∛": "\\sqrt[3] ",
         "∜": "\\sqrt[4] ",
         "⟨": "(",
@@ -45,28 +53,36 @@ _CHARACTERS = str.maketrans(
 )
 
 _DROPPED = (
-    "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle scriptstyle limits nolimits "
-    "rm bf it sf tt cal boldsymbol bm hline"
+    "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle "
+    "textstyle scriptstyle limits nolimits rm bf it sf tt cal boldsymbol bm hline"
 )
 _SAME = (
-    "dfrac=frac tfrac=frac cfrac=frac tbinom=binom dbinom=binom leq=le leqslant=le geq=ge geqslant=ge neq=ne varnothing=emptyset "
-    "dots=ldots cdots=ldots dotsc=ldots dotsb=ldots infin=infty rightarrow=to longrightarrow=to implies=Rightarrow ohm=Omega vee=lor "
-    "wedge=land thickapprox=approx lg=log tg=tan ctg=cot arctg=arctan bar=overline varepsilon=epsilon varphi=phi vartheta=theta "
-    "smallsetminus=setminus backslash=setminus measuredangle=angle"
+    "dfrac=frac tfrac=frac cfrac=frac tbinom=binom dbinom=binom leq=le leqslant=le geq=ge "
+    "geqslant=ge neq=ne varnothing=emptyset dots=ldots cdots=ldots dotsc=ldots dotsb=ldots "
+    "infin=infty rightarrow=to longrightarrow=to implies=Rightarrow ohm=Omega vee=lor wedge=land "
+    "thickapprox=approx lg=log tg=tan ctg=cot arctg=arctan bar=overline varepsilon=epsilon "
+    "varphi=phi vartheta=theta smallsetminus=setminus backslash=setminus measuredangle=angle"
 )
 _WRITTEN = (
-    "lt=< gt=> mid=| vert=| lvert=| rvert=| colon=: lbrace=\\{ rbrace=\\} lbrack=[ rbrack=] langle=( rangle=) degree=^\\circ "
-    "textdegree=^\\circ celsius=^\\circ_C percent=% %=% #=# &=& _=_ cr=\\\\ tabularnewline=\\\\ textmu=\\mu micro=\\mu euro=€ pounds=£"
+    "lt=< gt=> mid=| vert=| lvert=| rvert=| colon=: lbrace=\\{ rbrace=\\} lbrack=[ rbrack=] "
+    "langle=( rangle=) degree=^\\circ textdegree=^\\circ celsius=^\\circ_C percent=% %=% #=# &=& "
+    "_=_ cr=\\\\ tabularnewline=\\\\ textmu=\\mu micro=\\mu euro=€ pounds=£"
 )
 _COMMANDS = {
     **dict.fromkeys(_DROPPED.split(), ""),
-    **dict.fromkeys(["quad", "qquad", "space", "enspace", "thinspace", "newline", ",", ";", ":", ">", " "], " "),
+    **dict.fromkeys(
+        ["quad", "qquad", "space", "enspace", "thinspace", "newline", ",", ";", ":", ">", " "], " "
+    ),
     **{name: f"\\{kept} " for name, _, kept in (pair.partition("=") for pair in _SAME.split())},
-    **{name: written.replace("_", " ") or "_" for name, _, written in (pair.partition("=") for pair in _WRITTEN.split())},
+    **{
+        name: written.replace("_", " ") or "_"
+        for name, _, written in (pair.partition("=") for pair in _WRITTEN.split())
+    },
     "_": "_",
 }
 _ENVIRONMENT_BREAK = re.compile(r"\\\\ *\[[^\[\]]*\]")
-# In one pass over the tokens, a row break is seen before the space or the comma that follows its first backslash.
+# In one pass over the tokens, a row break is seen before the space or the comma that follows its
+# first backslash.
 _LINES = re.compile(r"\\(begin|end) ?\{(?:aligned|align|gathered|gather|split|alignedat)\*?\}")
 _TOKEN = re.compile(r"\\\\|\\([a-zA-Z]+) ?|\\(.)|~", re.DOTALL)
 _ESCAPED_TWICE = re.compile(r"\\\\(?=[a-zA-Z])")
@@ -76,10 +92,22 @@ _WRAPPER = re.compile(
 )
 _MATH_PAIR = re.compile(r"(?<![\\$])\$(?![\s$])([^$]*[^\s$\\])\$(?![\d$])")
 _MATH_AROUND_WORD = re.compile(r" *\$ *(,|and|or) *\$ *")
-_PAIRS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("__", "__"), ("``", "''"), ("`", "`"), ('"', '"'))
+_PAIRS = (
+    ("$$", "$$"),
+    ("$", "$"),
+    ("\\(", "\\)"),
+    ("\\[", "\\]"),
+    ("**", "**"),
+    ("__", "__"),
+    ("``", "''"),
+    ("`", "`"),
+    ('"', '"'),
+)
 _FIRST_OF_PAIRS = frozenset(opening[0] for opening, _ in _PAIRS)
 _TIGHT_COMMA = re.compile(r"(?<=[0-9]) *(\{ ?, ?\}|, *\\!) *(?=([0-9]{3})?(?![0-9]{4})([0-9])?)")
-_ROOT_WITHOUT_BRACES = re.compile(r"\\sqrt *(\[[^\[\]]*\])? *(?:([0-9]+(?:\.[0-9]+)?)|\(([^()]*)\))")
+_ROOT_WITHOUT_BRACES = re.compile(
+    r"\\sqrt *(\[[^\[\]]*\])? *(?:([0-9]+(?:\.[0-9]+)?)|\(([^()]*)\))"
+)
 _TAKES_ARGUMENTS = re.compile(r"\\(frac|binom|sqrt)(?![a-zA-Z])")
 _DEGREE_OF_ROOT = re.compile(r" *\[[^\[\]]*\] *")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -90,7 +118,9 @@ _AFTER_COMMAND = re.compile(r"(\\[a-zA-Z]+) (?![a-zA-Z])")
 
 
 def normalise(answer: str) -> str:
-    """Return an answer in one spelling: no delimiters, layout commands or text wrappers, single spaces, LaTeX commands for symbols."""
+    """Return an answer in one spelling: no delimiters, layout commands or text wrappers, single
+    spaces, LaTeX commands for symbols.
+    """
     text = answer.strip()
     if text.isascii() and text.replace(".", "", 1).isalnum() and not text.endswith("."):
         return text
@@ -108,7 +138,9 @@ def normalise(answer: str) -> str:
     if "..." in text:
         text = text.replace("...", "\\ldots ")
     if "=" in text:
-        text = _COMPARED.sub(lambda match: {"<": "\\le ", ">": "\\ge ", "!": "\\ne "}[match[1]], text)
+        text = _COMPARED.sub(
+            lambda match: {"<": "\\le ", ">": "\\ge ", "!": "\\ne "}[match[1]], text
+        )
     text = text.replace("**", "^")
     if "  " in text:
         text = _SPACES.sub(" ", text)
@@ -125,8 +157,15 @@ def _from_unicode(text: str) -> str:
     text = _DIGIT.sub(lambda match: str(unicodedata.decimal(match[0])), text)
     has_root = "√" in text
     text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).replace("~", " ")
-    # Unlike LaTeX's command, the sign takes the whole number that follows it, or what stands in parentheses.
-    return _ROOT_WITHOUT_BRACES.sub(lambda match: f"\\sqrt{match[1] or ''}{{{match[2] or match[3]}}}", text) if has_root else text
+    # Unlike LaTeX's command, the sign takes the whole number that follows it, or what stands in
+    # parentheses.
+    return (
+        _ROOT_WITHOUT_BRACES.sub(
+            lambda match: f"\\sqrt{match[1] or ''}{{{match[2] or match[3]}}}", text
+        )
+        if has_root
+        else text
+    )
 
 
 def _vulgar(character: str) -> str:
@@ -138,7 +177,11 @@ def _undelimited(text: str) -> str:
     if text[:1] not in _FIRST_OF_PAIRS:
         return text
     for opening, closing in _PAIRS:
-        if len(text) > len(opening) + len(closing) and text.startswith(opening) and text.endswith(closing):
+        if (
+            len(text) > len(opening) + len(closing)
+            and text.startswith(opening)
+            and text.endswith(closing)
+        ):
             inside = text[len(opening) : -len(closing)]
             if opening not in inside and not inside.endswith("\\"):
                 text = _without_period(inside.strip())
@@ -151,7 +194,12 @@ def _one_latex(text: str) -> str:
         text = _ENVIRONMENT_BREAK.sub(r"\\\\", text)
     elif "\\\\" in text:
         text = _ESCAPED_TWICE.sub(r"\\", text)
-    text = text.replace("\\left.", "").replace("\\right.", "").replace("\\!", "").replace("\\not=", "\\ne ")
+    text = (
+        text.replace("\\left.", "")
+        .replace("\\right.", "")
+        .replace("\\!", "")
+        .replace("\\not=", "\\ne ")
+    )
     unwrapped = _WRAPPER.sub(r" \1 ", text)
     while unwrapped != text:
         text, unwrapped = unwrapped, _WRAPPER.sub(r" \1 ", unwrapped)
@@ -199,7 +247,11 @@ def _argument(text: str, place: int) -> tuple[str, int]:
     if text[start : start + 1].isalnum():
         return f"{{{text[start]}}}", start + 1
     end = closing_place(text, start)
-    return (f"{{{_braced_arguments(text[start + 1 : end])}}}", end + 1) if end > start and text[start] == "{" else ("", place)
+    return (
+        (f"{{{_braced_arguments(text[start + 1 : end])}}}", end + 1)
+        if end > start and text[start] == "{"
+        else ("", place)
+    )
 
 
 def closing_place(text: str, start: int) -> int:

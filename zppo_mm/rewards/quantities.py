@@ -1,4 +1,4 @@
-"""Reading of plain numbers, ratios, numbers in a base and units, exactly and without evaluating anything."""
+"""Reading of plain numbers, ratios, numbers in a base and units, exactly, evaluating nothing."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ _TIMES_POWER = re.compile(rf"(.+?) ?(?:\\times|\\cdot|\*|x) ?10 ?{_EXPONENT}")
 _POWER = re.compile(rf"([+-]?) ?([0-9]{{1,{MAX_POWER_BASE_DIGITS}}}) ?{_EXPONENT}")
 _REPEATING = re.compile(
     r"([+-]?)([0-9]*)\.([0-9]*)"
-    r"(?:\\overline ?\{ ?([0-9]{1,40}) ?\}|\\overline ?([0-9])|\\dot ?\{?([0-9])\}?|\(([0-9]{1,40})\))"
+    r"(?:\\overline ?\{ ?([0-9]{1,40}) ?\}|\\overline ?([0-9])"
+    r"|\\dot ?\{?([0-9])\}?|\(([0-9]{1,40})\))"
 )
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _SCALED = re.compile(rf"(.*[0-9]) ?({'|'.join(_SCALES)})")
 _SLASH = re.compile(r"([^/]+)/([^/]+)")
 _FRAC = re.compile(r"([+-]?) ?\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}")
 _MIXED = re.compile(r"([+-]?) ?([0-9]+) ?((?<= )[0-9]+ ?/ ?[0-9]+|\\frac.+)")
-# Spaces belong to the terms: an optional one beside each colon could be matched in two ways, and a long ratio in 2^n.
+# Spaces belong to the terms: an optional one beside each colon could be matched in two ways, and a
+# long ratio in 2^n.
 _RATIO = re.compile(r"[^:]+(?::[^:]+)+")
 _WRAPPED = re.compile(r"\(([^()]*)\)|\{([^{}]*)\}")
 _DECIMAL_COMMA = re.compile(r"([+-]?[0-9]{1,3}(?:[. ][0-9]{3})+|[+-]?[0-9]+),([0-9]+)")
@@ -32,26 +34,31 @@ _GROUPED = re.compile(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+")
 
 _IN_BASE = re.compile(
     r"\(?([0-9][0-9A-Fa-f]*|[A-F][0-9A-F]+)\)? ?"
-    r"(?:_ ?(?:\{ ?\(? ?(?:base )?([0-9]+|[a-z]+) ?\)? ?\}|([0-9]))|\(?(?:in )?base[ -]?([0-9]+|[a-z]+)\)?)"
+    r"(?:_ ?(?:\{ ?\(? ?(?:base )?([0-9]+|[a-z]+) ?\)? ?\}|([0-9]))"
+    r"|\(?(?:in )?base[ -]?([0-9]+|[a-z]+)\)?)"
 )
 _BASES = (
-    "two=2 binary=2 three=3 four=4 five=5 six=6 seven=7 eight=8 octal=8 nine=9 ten=10 decimal=10 eleven=11 twelve=12 thirteen=13 "
-    "fourteen=14 fifteen=15 sixteen=16 hex=16"
+    "two=2 binary=2 three=3 four=4 five=5 six=6 seven=7 eight=8 octal=8 nine=9 ten=10 decimal=10 "
+    "eleven=11 twelve=12 thirteen=13 fourteen=14 fifteen=15 sixteen=16 hex=16"
 )
-_BASE_NAMES = {name: int(number) for name, _, number in (pair.partition("=") for pair in _BASES.split())}
+_BASE_NAMES = {
+    name: int(number) for name, _, number in (pair.partition("=") for pair in _BASES.split())
+}
 _UNIT_WORD = r"(?:[A-Za-z]?\\(?:mu|Omega) ?[A-Za-z]*|[^\W\d_]+)"
 _WORD = re.compile("[A-Za-z]+")
 _QUANTITY = re.compile(
     rf"(.*?(?:[0-9)}}.\]]|\\pi)) ?((?:(?:per|/) ?)?{_UNIT_WORD}(?:\.(?=[ a-z]))?"
-    rf"(?:(?: ?(?:\\cdot|[/*·]) ?\(?| ){_UNIT_WORD}|\.[^\W\d_]\.?| ?\^ ?(?:\{{ ?-?[0-9] ?\}}|-?[0-9])){{0,8}}\)?)"
+    rf"(?:(?: ?(?:\\cdot|[/*·]) ?\(?| ){_UNIT_WORD}|\.[^\W\d_]\.?"
+    rf"| ?\^ ?(?:\{{ ?-?[0-9] ?\}}|-?[0-9])){{0,8}}\)?)"
 )
 
 
 def parse_number(text: str) -> Fraction | None:
     """Return the exact value of a plain number, `None` for everything else.
 
-    Read are integers and decimals (with thousands separators or repeating digits), powers of ten, small powers of integers, fractions of
-    those, and mixed numbers. The work is bounded by the length of the text.
+    Read are integers and decimals (with thousands separators or repeating digits), powers of ten,
+    small powers of integers, fractions of those, and mixed numbers. The work is bounded by the
+    length of the text.
 
     Args:
         text: Normalised (see `notation.normalise`).
@@ -65,7 +72,10 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def parse_decimal_comma(text: str) -> Fraction | None:
-    """Return the value of `1000,99` or `1.000,99`, `None` for all else and for what could be grouped thousands, such as `1,000`."""
+    """Return the value of `1000,99` or `1.000,99`.
+
+    `None` for all else and for what could be grouped thousands, such as `1,000`.
+    """
     match = _DECIMAL_COMMA.fullmatch(text)
     if match is None or _GROUPED.fullmatch(text):
         return None
@@ -100,8 +110,9 @@ def parse_in_base(text: str) -> tuple[str, int] | None:
 def split_unit(text: str) -> tuple[str, str]:
     """Return a quantity's body and its canonical unit, an empty unit if it has none.
 
-    After a plain number any few words that do not change its value are a unit ("5 red apples"); after an expression only measuring
-    units are. Letters that touch the number are none if they may be symbols: `5m` may be five times m.
+    After a plain number any few words that do not change its value are a unit ("5 red apples");
+    after an expression only measuring units are. Letters that touch the number are none if they may
+    be symbols: `5m` may be five times m.
     """
     if text.replace(".", "", 1).isdigit():
         return text, ""
@@ -120,7 +131,7 @@ def split_unit(text: str) -> tuple[str, str]:
 
 
 def letter_behind_number(text: str) -> tuple[str, str] | None:
-    """Return the number and the unit of `5m`, which may be a product as well; `None` for everything else."""
+    """Return the number and the unit of `5m`, which may be a product as well; else `None`."""
     match = _QUANTITY.fullmatch(text)
     if match is None or not _touches(match) or parse_number(match[1]) is None:
         return None
@@ -129,7 +140,7 @@ def letter_behind_number(text: str) -> tuple[str, str] | None:
 
 
 def _touches(match: re.Match[str]) -> bool:
-    """Return whether letters that may be symbols follow without a space, or one of them behind π."""
+    """Return whether letters that may be symbols follow at once, or one of them behind π."""
     word = _WORD.match(match[2])
     if word is None or "\\" in match[2] or "/" in match[2]:
         return False
@@ -158,7 +169,9 @@ def _parse_simple(text: str) -> Fraction | None:
     match = _REPEATING.fullmatch(text) if "." in text else None
     if match:
         digits = match[4] or match[5] or match[6] or match[7]
-        value = Fraction(f"{match[2] or 0}.{match[3] or 0}") + Fraction(int(digits), (10 ** len(digits) - 1) * 10 ** len(match[3]))
+        value = Fraction(f"{match[2] or 0}.{match[3] or 0}") + Fraction(
+            int(digits), (10 ** len(digits) - 1) * 10 ** len(match[3])
+        )
         return -value if match[1] == "-" else value
     return None
 
@@ -172,7 +185,11 @@ def _parse_power(text: str) -> Fraction | None:
     match = _TIMES_POWER.fullmatch(text)
     if match:
         mantissa = _parse_simple(match[1])
-        return None if mantissa is None else mantissa * Fraction(10) ** int(match[2] or match[3] or match[4])
+        return (
+            None
+            if mantissa is None
+            else mantissa * Fraction(10) ** int(match[2] or match[3] or match[4])
+        )
     match = _POWER.fullmatch(text)
     if match is None:
         return None

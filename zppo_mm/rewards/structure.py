@@ -1,4 +1,5 @@
-r"""How an answer is built: lists, brackets, relations and matrices, found in its text; nothing is evaluated here.
+r"""How an answer is built: lists, brackets, relations and matrices, found in its text; nothing is
+evaluated here.
 
 Everything expects text in the spelling of `notation.normalise`.
 """
@@ -16,18 +17,28 @@ _SEPARATOR = re.compile(r"[,;]? *(?:&|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\lo
 _LOOSE_SEPARATOR = re.compile(_SEPARATOR.pattern + r"(?!(?<=[0-9],)[0-9]{3}(?![0-9]))")
 _AND = re.compile(r"(?<![A-Za-z\\])and(?![A-Za-z])|\\land(?![a-zA-Z])")
 _FRENCH = re.compile(r"\](.+[,;].+)([\[\]])|([\[\]])(.+[,;].+)\[")
-_RELATION = re.compile(r"<|>|=|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|\\approx(?![a-zA-Z])|\\in(?![a-zA-Z])")
-_MATRIX = re.compile(
-    r"([(\[|]?) ?\\begin ?\{(p|b|v|B|V|small|)(matrix|array|cases)\*?\}(?: ?\{[clr| ]*\})?(.*)\\end ?\{\2\3\*?\} ?([)\]|]?)"
+_RELATION = re.compile(
+    r"<|>|=|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|\\approx(?![a-zA-Z])|\\in(?![a-zA-Z])"
 )
-_SYMBOL = r"(?:[A-Za-z]|\\(?!in|le|ge|ne|frac|sqrt|infty|pi(?![a-z])|cup|cap|text)[a-zA-Z]+ ?)'*(?: ?_ ?(?:\{[^{}]*\}|[A-Za-z0-9]))?'*"
+_MATRIX = re.compile(
+    r"([(\[|]?) ?\\begin ?\{(p|b|v|B|V|small|)(matrix|array|cases)\*?\}(?: ?\{[clr| "
+    r"]*\})?(.*)\\end ?\{\2\3\*?\} ?([)\]|]?)"
+)
+_SYMBOL = (
+    r"(?:[A-Za-z]|\\(?!in|le|ge|ne|frac|sqrt|infty|pi(?![a-z])|cup|cap|text)[a-zA-Z]+ ?)'*(?: ?_ "
+    r"?(?:\{[^{}]*\}|[A-Za-z0-9]))?'*"
+)
 _INDEX = r"(?: ?_ ?(?:\{[^{}]*\}|\w))?"
-_NAME = rf"(?:(?:m ?)?\\(?:angle|triangle|overline|overrightarrow|vec|Delta) ?\{{?)?(?:[A-Z]{{1,4}}'*|{_SYMBOL})\}}?{_INDEX}"
+_NAME = (
+    rf"(?:(?:m ?)?\\(?:angle|triangle|overline|overrightarrow|vec|Delta) "
+    rf"?\{{?)?(?:[A-Z]{{1,4}}'*|{_SYMBOL})\}}?{_INDEX}"
+)
 _LABEL = re.compile(
-    rf"(?:\|? ?{_NAME} ?\|?|{_SYMBOL}(?: ?\^ ?\{{ ?-1 ?\}})? ?\([^()]*\)|\\frac\{{ ?{_NAME} ?\}}\{{ ?{_NAME} ?\}}|{_NAME} ?/ ?{_NAME}"
-    rf"|{_NAME}(?: ?: ?{_NAME})+|\\(?:sin|cos|tan|cot|sec|csc) ?{_NAME}|\( ?{_SYMBOL}(?: ?, ?{_SYMBOL})+ ?\)"
-    r"|\[ ?[A-Z]{3,6} ?\]|(?:m ?)?\\angle ?[0-9]|\\frac\{ ?d ?[a-z] ?\}\{ ?d ?[a-z] ?\}"
-    r"|(?:the )?[A-Za-z]{3,}(?: [A-Za-z]+){0,5}) ?"
+    rf"(?:\|? ?{_NAME} ?\|?|{_SYMBOL}(?: ?\^ ?\{{ ?-1 ?\}})? "
+    rf"?\([^()]*\)|\\frac\{{ ?{_NAME} ?\}}\{{ ?{_NAME} ?\}}|{_NAME} ?/ ?{_NAME}|{_NAME}(?: ?: "
+    rf"?{_NAME})+|\\(?:sin|cos|tan|cot|sec|csc) ?{_NAME}|\( ?{_SYMBOL}(?: ?, ?{_SYMBOL})+ ?\)"
+    r"|\[ ?[A-Z]{3,6} ?\]|(?:m ?)?\\angle ?[0-9]|\\frac\{ ?d ?[a-z] ?\}\{ ?d ?[a-z] ?\}|(?:the "
+    r")?[A-Za-z]{3,}(?: [A-Za-z]+){0,5}) ?"
 )
 _VARIABLE = re.compile(rf"{_SYMBOL}|{_SYMBOL} ?\( ?{_SYMBOL} ?\)|[A-Z]{{2}}")
 _AROUND_SYMBOL = re.compile(r" ?([^\w\s]) ?")
@@ -58,13 +69,20 @@ class Bracketed:
 
     @property
     def is_interval(self) -> bool:
-        """Whether it can only be an interval: a bound that is infinite, or one open and one closed."""
-        return len(self.items) == 2 and ((self.opening, self.closing) != ("(", ")") or any("\\infty" in item for item in self.items))
+        """Whether it can only be an interval: a bound that is infinite, or one open and one
+        closed.
+        """
+        return len(self.items) == 2 and (
+            (self.opening, self.closing) != ("(", ")")
+            or any("\\infty" in item for item in self.items)
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """Members with signs between them, such as `a < x \\le b`; a member may be empty at the start."""
+    """Members with signs between them, such as `a < x \\le b`; a member may be empty at the
+    start.
+    """
 
     members: list[str]
     signs: list[str]
@@ -79,7 +97,9 @@ class Matrix:
 
 
 def top_level(text: str) -> str:
-    """Return the text with everything between brackets replaced by NUL, the brackets themselves included."""
+    """Return the text with everything between brackets replaced by NUL, the brackets themselves
+    included.
+    """
     pieces: list[str] = []
     depth, place = 0, 0
     for match in _BRACKET.finditer(text):
@@ -98,7 +118,9 @@ def top_level(text: str) -> str:
 
 
 def split_items(text: str) -> list[str]:
-    """Return the items of a list at its top level: parts between `;` if there are any, else between commas, `and` and `or`."""
+    """Return the items of a list at its top level: parts between `;` if there are any, else between
+    commas, `and` and `or`.
+    """
     if not any(sign in text for sign in LIST_SIGNS):
         return [text]
     mask = top_level(text)
@@ -120,7 +142,9 @@ def split_union(text: str) -> list[str]:
 
 
 def read_bracketed(text: str) -> Bracketed | None:
-    """Return what is in a pair of brackets that encloses the whole text, `None` if there is none."""
+    """Return what is in a pair of brackets that encloses the whole text, `None` if there is
+    none.
+    """
     french = _FRENCH.fullmatch(text) if text[:1] == "]" or text[-1:] == "[" else None
     if french:
         inside, closing = (french[1], french[2]) if french[1] else (french[4], "[")
@@ -128,7 +152,11 @@ def read_bracketed(text: str) -> Bracketed | None:
         return Bracketed(opening, ")" if closing == "[" else "]", split_items(inside.strip()))
     opening = "\\{" if text.startswith("\\{") else text[:1]
     closing = "\\}" if text.endswith("\\}") else text[-1:]
-    if opening not in ("(", "[", "\\{") or closing not in (")", "]", "\\}") or (opening == "\\{") != (closing == "\\}"):
+    if (
+        opening not in ("(", "[", "\\{")
+        or closing not in (")", "]", "\\}")
+        or (opening == "\\{") != (closing == "\\}")
+    ):
         return None
     if len(text) < len(opening) + len(closing) or not _encloses(text):
         return None
@@ -137,11 +165,18 @@ def read_bracketed(text: str) -> Bracketed | None:
 
 
 def without_group(text: str) -> str:
-    """Return what stands in braces, or in round brackets that hold one item, around the whole text."""
+    """Return what stands in braces, or in round brackets that hold one item, around the whole
+    text.
+    """
     while True:
         text = text.strip()
         in_braces = text[:1] == "{" and text[-1:] == "}" and not text.endswith("\\}")
-        in_parentheses = text[:1] == "(" and text[-1:] == ")" and text[1:-1].strip() and len(split_items(text[1:-1])) == 1
+        in_parentheses = (
+            text[:1] == "("
+            and text[-1:] == ")"
+            and text[1:-1].strip()
+            and len(split_items(text[1:-1])) == 1
+        )
         if (in_braces or in_parentheses) and _encloses(text):
             text = text[1:-1]
         else:
@@ -156,11 +191,15 @@ def without_builder(text: str) -> str:
 
 def joined_inequalities(text: str) -> str:
     """Return `x > a and x < b` as `a < x < b`, any other text as it is."""
-    parts = _AND.split(text) if "<" in text or ">" in text or "\\le" in text or "\\ge" in text else []
+    parts = (
+        _AND.split(text) if "<" in text or ">" in text or "\\le" in text or "\\ge" in text else []
+    )
     bounds = [as_interval(part.strip()) for part in parts] if len(parts) == 2 else []
     if len(bounds) != 2 or bounds[0] is None or bounds[1] is None or bounds[0][0] != bounds[1][0]:
         return text
-    below, above = sorted((bounds[0][1], bounds[1][1]), key=lambda bound: bound.items[0] == "-\\infty")
+    below, above = sorted(
+        (bounds[0][1], bounds[1][1]), key=lambda bound: bound.items[0] == "-\\infty"
+    )
     if below.items[1] != "\\infty" or above.items[0] != "-\\infty":
         return text
     signs = ["<" if bracket in "()" else "\\le " for bracket in (below.opening, above.closing)]
@@ -175,7 +214,10 @@ def read_relation(text: str) -> Relation | None:
     places = list(_RELATION.finditer(mask))
     if not places:
         return None
-    starts, ends = [0, *(match.end() for match in places)], [*(match.start() for match in places), len(text)]
+    starts, ends = (
+        [0, *(match.end() for match in places)],
+        [*(match.start() for match in places), len(text)],
+    )
     members = [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
     return Relation(members, [match[0] for match in places])
 
@@ -186,7 +228,9 @@ def read_matrix(text: str) -> Matrix | None:
     if match is None or "\\begin" in match[4]:
         return None
     bars = (match[2] or match[1]) if match[2] != "small" else match[1]
-    kind = {"v": "determinant", "|": "determinant", "V": "norm"}.get(bars, "cases" if match[3] == "cases" else "matrix")
+    kind = {"v": "determinant", "|": "determinant", "V": "norm"}.get(
+        bars, "cases" if match[3] == "cases" else "matrix"
+    )
     rows = [row for row in match[4].split("\\\\") if row.strip()]
     return Matrix(kind, [[cell.strip() for cell in _cells(row)] for row in rows])
 
@@ -203,45 +247,68 @@ def split_label(relation: Relation) -> tuple[str, str] | None:
         return ("", members[1]) if len(members) == 2 and signs[0] != "\\in" and members[1] else None
     exact = signs.index("\\approx") + 1 if "\\approx" in signs else len(members)
     if not is_label(members[0]):
-        if len(members) > 2 and exact == len(members) and is_label(members[-2]):  # of 1 = x = 0 as well
+        if (
+            len(members) > 2 and exact == len(members) and is_label(members[-2])
+        ):  # of 1 = x = 0 as well
             return squeeze(members[-2]), members[-1]
         return ("", members[0]) if exact == 1 else None
     value = members[1] if exact == 1 else members[exact - 1]
-    return (squeeze(members[0]).casefold() if len(members[0]) > 4 else squeeze(members[0]), value) if value else None
+    return (
+        (squeeze(members[0]).casefold() if len(members[0]) > 4 else squeeze(members[0]), value)
+        if value
+        else None
+    )
 
 
 def is_label(text: str) -> bool:
-    """Return whether a text names a quantity: a symbol, `f(x)`, `AB`, `m\\angle ABC`, a ratio of names, a few words."""
+    """Return whether a text names a quantity: a symbol, `f(x)`, `AB`, `m\\angle ABC`, a ratio of
+    names, a few words.
+    """
     return len(text) <= 80 and _LABEL.fullmatch(text) is not None
 
 
 def as_interval(text: str) -> tuple[str, Bracketed] | None:
-    """Return the variable and the interval of an inequality in one variable, `None` for all else; `\\le 5` has no variable."""
+    """Return the variable and the interval of an inequality in one variable, `None` for all else;
+    `\\le 5` has no variable.
+    """
     relation = read_relation(text)
-    if relation is None or not set(relation.signs) <= {"<", ">", "\\le", "\\ge"} or len(relation.members) > 3:
+    if (
+        relation is None
+        or not set(relation.signs) <= {"<", ">", "\\le", "\\ge"}
+        or len(relation.members) > 3
+    ):
         return None
     members, signs = relation.members, relation.signs
     if signs[0] in (">", "\\ge"):
         if not members[0]:
             members = [members[1]]
             return "", Bracketed("(" if signs[0] == ">" else "[", ")", [members[0], "\\infty"])
-        members, signs = members[::-1], ["<" if sign == ">" else "\\le" for sign in signs[::-1] if sign in (">", "\\ge")]
+        members, signs = (
+            members[::-1],
+            ["<" if sign == ">" else "\\le" for sign in signs[::-1] if sign in (">", "\\ge")],
+        )
     if not set(signs) <= {"<", "\\le"} or len(signs) != len(members) - 1:
         return None
     if len(members) == 3:
         below, variable, above = members
         opening, closing = signs[0], signs[1]
-    elif not members[0] or (_VARIABLE.fullmatch(members[0]) and not _VARIABLE.fullmatch(members[1])):
+    elif not members[0] or (
+        _VARIABLE.fullmatch(members[0]) and not _VARIABLE.fullmatch(members[1])
+    ):
         below, variable, above, opening, closing = "-\\infty", members[0], members[1], "<", signs[0]
     else:
         below, variable, above, opening, closing = members[0], members[1], "\\infty", signs[0], "<"
     if (variable and not _VARIABLE.fullmatch(variable)) or not below or not above:
         return None
-    return squeeze(variable), Bracketed("(" if opening == "<" else "[", ")" if closing == "<" else "]", [below, above])
+    return squeeze(variable), Bracketed(
+        "(" if opening == "<" else "[", ")" if closing == "<" else "]", [below, above]
+    )
 
 
 def squeeze(text: str) -> str:
-    """Drop the spaces that mean nothing; one between two letters or digits stays, for "1 0" is not "10"."""
+    """Drop the spaces that mean nothing; one between two letters or digits stays, for "1 0" is not
+    "10".
+    """
     return _AROUND_SYMBOL.sub(r"\1", text) if " " in text else text
 
 

@@ -1,4 +1,6 @@
-"""Names of units: which words are one, and which are the same. No unit is converted into another."""
+"""Names of units: which words are one, and which are the same. No unit is converted into
+another.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +8,85 @@ import re
 from collections import Counter
 
 _NAMES = (
-    "$=dollar,dollars,usd,USD €=euro,euros,eur,EUR £=pound,pounds,gbp,GBP ¥=yen,yuan,rmb,RMB,cny,CNY,jpy,JPY,元,円 "
-    "₹=rupee,rupees,rs,Rs,inr,INR ₽=rub,RUB,руб ₩=won,krw,KRW,원 ¢=cent,cents "
-    "mm=millimeter,millimeters,millimetre,millimetres cm=centimeter,centimeters,centimetre,centimetres,см m=meter,meters,metre,metres,м "
-    "km=kilometer,kilometers,kilometre,kilometres,км in=inch,inches ft=foot,feet yd=yard,yards mi=mile,miles mg=milligram,milligrams "
-    "g=gram,grams,г kg=kilogram,kilograms,kilo,kilos,кг lb=lbs oz=ounce,ounces mL=ml,milliliter,milliliters,millilitre,millilitres "
-    "L=l,liter,liters,litre,litres,л s=sec,secs,second,seconds min=mins,minute,minutes,мин h=hr,hrs,hour,hours,ч day=days week=weeks "
-    "month=months year=years,yr,yrs N=newton,newtons J=joule,joules W=watt,watts V=volt,volts A=amp,amps,ampere,amperes K=kelvin,kelvins "
-    "C=celsius,coulomb,coulombs F=fahrenheit,farad,farads Hz=hertz rad=radian,radians Ohm=ohm,ohms Pa=pascal,pascals T=tesla,teslas "
-    "Wb=weber H=henry,henries mol=moles,mole eV= cal=calorie,calories bit=bits byte=bytes lm=lumen lx=lux dB= atm= unit=units ha=hectare,"
+    "$=dollar,dollars,usd,USD €=euro,euros,eur,EUR £=pound,pounds,gbp,GBP "
+    "¥=yen,yuan,rmb,RMB,cny,CNY,jpy,JPY,元,円 ₹=rupee,rupees,rs,Rs,inr,INR ₽=rub,RUB,руб "
+    "₩=won,krw,KRW,원 ¢=cent,cents mm=millimeter,millimeters,millimetre,millimetres "
+    "cm=centimeter,centimeters,centimetre,centimetres,см m=meter,meters,metre,metres,м "
+    "km=kilometer,kilometers,kilometre,kilometres,км in=inch,inches ft=foot,feet yd=yard,yards "
+    "mi=mile,miles mg=milligram,milligrams g=gram,grams,г kg=kilogram,kilograms,kilo,kilos,кг "
+    "lb=lbs oz=ounce,ounces mL=ml,milliliter,milliliters,millilitre,millilitres "
+    "L=l,liter,liters,litre,litres,л s=sec,secs,second,seconds min=mins,minute,minutes,мин "
+    "h=hr,hrs,hour,hours,ч day=days week=weeks month=months year=years,yr,yrs N=newton,newtons "
+    "J=joule,joules W=watt,watts V=volt,volts A=amp,amps,ampere,amperes K=kelvin,kelvins "
+    "C=celsius,coulomb,coulombs F=fahrenheit,farad,farads Hz=hertz rad=radian,radians Ohm=ohm,ohms "
+    "Pa=pascal,pascals T=tesla,teslas Wb=weber H=henry,henries mol=moles,mole eV= "
+    "cal=calorie,calories bit=bits byte=bytes lm=lumen lx=lux dB= atm= unit=units ha=hectare,"
     "hectares acre=acres gal=gallon,gallons pc=pcs,piece,pieces ppm= bpm= pts=pt,points hp= TB= "
     "am=a.m,a.m.,A.M,A.M.,AM pm=p.m,p.m.,P.M,P.M.,PM rpm="
 )
 _PREFIXES = ("p", "n", "u", "m", "c", "d", "k", "M", "G", "T")
-_PREFIXED = ("m", "g", "s", "A", "K", "N", "J", "W", "V", "F", "Hz", "Pa", "C", "T", "Ohm", "L", "mol", "eV", "B", "bit", "cal", "Wb", "H")
+_PREFIXED = (
+    "m",
+    "g",
+    "s",
+    "A",
+    "K",
+    "N",
+    "J",
+    "W",
+    "V",
+    "F",
+    "Hz",
+    "Pa",
+    "C",
+    "T",
+    "Ohm",
+    "L",
+    "mol",
+    "eV",
+    "B",
+    "bit",
+    "cal",
+    "Wb",
+    "H",
+)
 _WHOLE_UNITS = {"kmh": "km/h", "kph": "km/h", "kmph": "km/h", "mph": "mi/h", "mps": "m/s"}
 _CANONICAL = {
     **{prefix + unit: prefix + unit for prefix in _PREFIXES for unit in _PREFIXED},
-    **{name: unit for unit, names in (entry.split("=") for entry in _NAMES.split()) for name in (unit, *names.split(",")) if name},
+    **{
+        name: unit
+        for unit, names in (entry.split("=") for entry in _NAMES.split())
+        for name in (unit, *names.split(","))
+        if name
+    },
 }
 # These change the value, join two answers, or stand for a number or a function: never a unit.
 _NOT_UNIT_WORDS = (
-    "or and to by of is are not than plus minus times over mod pi e i x y z n sqrt sin cos tan log ln exp inf infinity infty hundred "
-    "hundreds thousand thousands million millions billion billions trillion dozen dozens half halves third thirds quarter quarters percent "
-    "percentage pct base repeating recurring factorial point negative positive root squared cubed score but if when where for mil bn mn "
-    "mln bln tn mio mrd mille lakh lakhs crore crores pair pairs couple couples tens ones gross fold below under less fewer lower off "
-    "double doubled triple tripled quadruple multiplied divided choose wrong false incorrect"
+    "or and to by of is are not than plus minus times over mod pi e i x y z n sqrt sin cos tan log "
+    "ln exp inf infinity infty hundred hundreds thousand thousands million millions billion "
+    "billions trillion dozen dozens half halves third thirds quarter quarters percent percentage "
+    "pct base repeating recurring factorial point negative positive root squared cubed score but "
+    "if when where for mil bn mn mln bln tn mio mrd mille lakh lakhs crore crores pair pairs "
+    "couple couples tens ones gross fold below under less fewer lower off double doubled triple "
+    "tripled quadruple multiplied divided choose wrong false incorrect"
 )
 _NOT_UNITS = frozenset(_NOT_UNIT_WORDS.split())
 _VALUE_CHARACTERS = frozenset("万萬亿億千百十兆半分割成倍억만천백십")
-_VALUE_STEMS = ("тыс", "млн", "млрд", "милли", "полов", "مليون", "مليار", "ألف", "लाख", "करोड़", "हज़ार", "배", "折")
+_VALUE_STEMS = (
+    "тыс",
+    "млн",
+    "млрд",
+    "милли",
+    "полов",
+    "مليون",
+    "مليار",
+    "ألف",
+    "लाख",
+    "करोड़",
+    "हज़ार",
+    "배",
+    "折",
+)
 # `3 eighths`, `5 millones`, `5 Milliarden`.
 _VALUE_WORD = re.compile(
     r"(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie|hundred|thousand)ths?|[a-z]*ill(?:ion|iard|on)[a-z]*",
@@ -66,7 +117,12 @@ def canonical_unit(text: str, free_words: bool) -> str | None:
         text: Normalised, such as `km/h`, `m s^{-1}`, `square feet` or `red apples`.
         free_words: Whether words that are no measuring unit may be one.
     """
-    text = text.replace("\\mu ", "\\mu").replace("\\mu", "u").replace("\\Omega ", "\\Omega").replace("\\Omega", "Ohm")
+    text = (
+        text.replace("\\mu ", "\\mu")
+        .replace("\\mu", "u")
+        .replace("\\Omega ", "\\Omega")
+        .replace("\\Omega", "Ohm")
+    )
     powers: Counter[str] = Counter()
     last, factor, sign, inside = "", 1, 1, False
     words: list[str] = []
@@ -96,12 +152,16 @@ def canonical_unit(text: str, free_words: bool) -> str | None:
     if not powers or len(words) > 4:
         return None
     if len(words) == len(powers) and all(power == 1 for power in powers.values()):
-        return " ".join(word.lower() for word in words).removesuffix("s")  # "red apples" is no product
+        return " ".join(word.lower() for word in words).removesuffix(
+            "s"
+        )  # "red apples" is no product
     return _joined(powers)
 
 
 def is_like_product(word: str) -> bool:
-    """Return whether letters that touch a number may be a product of symbols: `3g`, `3mg`, `3mv`, but not `3cm`."""
+    """Return whether letters that touch a number may be a product of symbols: `3g`, `3mg`, `3mv`,
+    but not `3cm`.
+    """
     name = _name(word)
     return len(word) == 1 or (len(word) <= 3 and (name is None or name in _LIKE_PRODUCTS))
 
@@ -112,7 +172,11 @@ def split_currency(text: str) -> tuple[str, str] | None:
         return None
     match = _CURRENCY.fullmatch(text)
     if match:
-        symbol = match[2].removeprefix("US").lstrip("\\").rstrip(".") if match[2] == "US$" else match[2].lstrip("\\").rstrip(".")
+        symbol = (
+            match[2].removeprefix("US").lstrip("\\").rstrip(".")
+            if match[2] == "US$"
+            else match[2].lstrip("\\").rstrip(".")
+        )
         return match[1] + match[3].strip(), _CANONICAL.get(symbol, symbol)
     match = _CURRENCY_BEHIND.fullmatch(text)
     return (match[1].strip(), match[2].lstrip("\\")) if match else None
@@ -143,4 +207,6 @@ def _joined(powers: Counter[str]) -> str:
         split[above] += power
         if below:
             split[below] -= power
-    return " ".join(name if power == 1 else f"{name}^{power}" for name, power in sorted(split.items()) if power)
+    return " ".join(
+        name if power == 1 else f"{name}^{power}" for name, power in sorted(split.items()) if power
+    )

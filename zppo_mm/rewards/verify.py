@@ -1,4 +1,5 @@
-"""From a response to its reward: rules first, killable algebra where rules do not decide, a judge for open questions.
+"""From a response to its reward: rules first, killable algebra where rules do not decide, a judge
+for open questions.
 
 Source: ZPPO (arXiv 2606.18216), reward.
 """
@@ -18,7 +19,12 @@ from zppo_mm.rewards.workers import GradingPool, Outcome
 
 Reason = Literal["match", "mismatch", "not_boxed", "too_long", "timeout", "error", "no_verdict"]
 NOT_GRADED: tuple[Reason, ...] = ("timeout", "error", "no_verdict")
-_REASON_OF_OUTCOME: dict[Outcome, Reason] = {"equal": "match", "different": "mismatch", "timeout": "timeout", "error": "error"}
+_REASON_OF_OUTCOME: dict[Outcome, Reason] = {
+    "equal": "match",
+    "different": "mismatch",
+    "timeout": "timeout",
+    "error": "error",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +34,8 @@ class Verdict:
     Attributes:
         parsed: Content of the last `\\boxed{}`, `None` if nothing was boxed.
         reward: 1 if the answer is right, 0 if it is wrong, `None` if it was not graded.
-        reason: `match` is right. Not graded are `no_verdict` of the judge, and `timeout` and `error`: the comparison itself failed. All
-            others are wrong.
+        reason: `match` is right. Not graded are `no_verdict` of the judge, and `timeout` and
+            `error`: the comparison itself failed. All others are wrong.
     """
 
     parsed: str | None
@@ -40,13 +46,16 @@ class Verdict:
 class Judge(Protocol):
     """Compares free-form answers with their references; never solves.
 
-    Responses are graded on one rank of each replica, the replicas at times of their own. So a judge must be callable from one rank
-    alone, such as a model behind a server. A model that is spread over ranks of this run, such as the in-process teacher, must not be one:
-    its ranks would wait for each other for ever. It needs a stage of its own that all ranks enter.
+    Responses are graded on one rank of each replica, the replicas at times of their own. So a judge
+    must be callable from one rank alone, such as a model behind a server. A model that is spread
+    over ranks of this run, such as the in-process teacher, must not be one: its ranks would wait
+    for each other for ever. It needs a stage of its own that all ranks enter.
     """
 
     def judge(self, items: Sequence[tuple[Question, str]]) -> Sequence[bool | None]:
-        """Return for every (question, parsed answer) whether it agrees with the reference answer; `None` if the judge cannot be had."""
+        """Return for every (question, parsed answer) whether it agrees with the reference answer;
+        `None` if the judge cannot be had.
+        """
         ...
 
 
@@ -57,7 +66,9 @@ class _Rules:
         self._known: dict[tuple[str, str, tuple[str, ...], str], Reason | Undecided | None] = {}
 
     def grade(self, question: Question, parsed: str | None) -> Reason | Undecided | None:
-        """Return the reason if rules decide, the pair if algebra has to, `None` if a judge has to."""
+        """Return the reason if rules decide, the pair if algebra has to, `None` if a judge has
+        to.
+        """
         if parsed is None:
             return "not_boxed"
         if parsed == question.answer and question.answer_type == "math":
@@ -72,7 +83,11 @@ class _Rules:
             return "too_long" if len(parsed) > MAX_ANSWER_CHARS else None
         if question.answer_type == "choice":
             return "match" if matches_choice(parsed, question) else "mismatch"
-        gold = question.answer if "\\boxed" not in question.answer else final_answer(question.answer) or question.answer
+        gold = (
+            question.answer
+            if "\\boxed" not in question.answer
+            else final_answer(question.answer) or question.answer
+        )
         verdict = compare(parsed, gold)
         if isinstance(verdict, Undecided):
             return verdict
@@ -92,12 +107,17 @@ class Verifier:
     """
 
     def __init__(
-        self, timeout_seconds: float = 5.0, num_workers: int = 2, judge: Judge | None = None, budget_seconds: float = 60.0
+        self,
+        timeout_seconds: float = 5.0,
+        num_workers: int = 2,
+        judge: Judge | None = None,
+        budget_seconds: float = 60.0,
     ) -> None:
         if min(timeout_seconds, budget_seconds) <= 0 or num_workers < 1:
             raise ConfigError(
-                f"reward: out of range, got timeout_seconds={timeout_seconds}, budget_seconds={budget_seconds} and "
-                f"num_workers={num_workers}, expected positive limits and at least one worker; correct the three keys"
+                f"reward: out of range, got timeout_seconds={timeout_seconds}, "
+                f"budget_seconds={budget_seconds} and num_workers={num_workers}, expected positive "
+                "limits and at least one worker; correct the three keys"
             )
         self.judge = judge
         self._pool = GradingPool(timeout_seconds, num_workers, budget_seconds)
@@ -130,17 +150,34 @@ class Verifier:
         self._check_judge(items)
         answers = [final_answer(text) for _, text in items]
         rules = _Rules()
-        graded = [rules.grade(question, parsed) for (question, _), parsed in zip(items, answers, strict=True)]
-        pairs = list(dict.fromkeys((grade.parsed, grade.gold) for grade in graded if isinstance(grade, Undecided)))
+        graded = [
+            rules.grade(question, parsed)
+            for (question, _), parsed in zip(items, answers, strict=True)
+        ]
+        pairs = list(
+            dict.fromkeys(
+                (grade.parsed, grade.gold) for grade in graded if isinstance(grade, Undecided)
+            )
+        )
         outcomes = dict(zip(pairs, self._pool.compare_all(pairs) if pairs else [], strict=True))
-        judged = iter(self._by_judge([(q, p) for (q, _), p, g in zip(items, answers, graded, strict=True) if g is None and p is not None]))
+        judged = iter(
+            self._by_judge(
+                [
+                    (q, p)
+                    for (q, _), p, g in zip(items, answers, graded, strict=True)
+                    if g is None and p is not None
+                ]
+            )
+        )
         verdicts: list[Verdict] = []
         for parsed, grade in zip(answers, graded, strict=True):
             if isinstance(grade, Undecided):
                 reason = _REASON_OF_OUTCOME[outcomes[grade.parsed, grade.gold]]
             else:
                 reason = next(judged) if grade is None else grade
-            verdicts.append(Verdict(parsed, None if reason in NOT_GRADED else float(reason == "match"), reason))
+            verdicts.append(
+                Verdict(parsed, None if reason in NOT_GRADED else float(reason == "match"), reason)
+            )
         return verdicts
 
     def close(self) -> None:
@@ -157,12 +194,16 @@ class Verifier:
         if not items:
             return []
         assert self.judge is not None
-        return ["no_verdict" if right is None else "match" if right else "mismatch" for right in self.judge.judge(items)]
+        return [
+            "no_verdict" if right is None else "match" if right else "mismatch"
+            for right in self.judge.judge(items)
+        ]
 
     def _check_judge(self, items: Sequence[tuple[Question, str]]) -> None:
         asked = next((question for question, _ in items if not self.can_grade(question)), None)
         if asked is not None:
             raise ConfigError(
-                f"Verifier: question {asked.id!r} has answer_type 'open' and there is no judge, expected math or choice; "
-                "give the Verifier a judge or leave such questions out of the data"
+                f"Verifier: question {asked.id!r} has answer_type 'open' and there is no judge, "
+                "expected math or choice; give the Verifier a judge or leave such questions out of "
+                "the data"
             )

@@ -1,7 +1,7 @@
 """Killable worker processes for comparisons that may never end.
 
-A worker is a fresh interpreter that is spoken to over pipes: nothing is forked in our process, no signal handler is set and no thread is
-needed, so grading works in any thread beside torch and NCCL.
+A worker is a fresh interpreter that is spoken to over pipes: nothing is forked in our process, no
+signal handler is set and no thread is needed, so grading works in any thread beside torch and NCCL.
 """
 
 from __future__ import annotations
@@ -29,29 +29,34 @@ Outcome = Literal["equal", "different", "timeout", "error"]
 
 # A cold interpreter that imports sympy from a slow disk on a loaded machine.
 START_TIMEOUT_SECONDS = 180.0
-# What takes longer is tried again after everything else, so that a burst of such answers holds up no other.
+# What takes longer is tried again after everything else, so that a burst of such answers holds up
+# no other.
 TRY_SECONDS = (0.2, 1.0)
 _SERVER = "zppo_mm.rewards.grading_process"
 
 
 class GradingPool:
-    """Compares pairs of answers in worker processes, each comparison and all of a call within hard limits.
+    """Compares pairs of answers in worker processes, each comparison and all of a call within hard
+    limits.
 
-    Workers start with the first comparison and stay. A comparison that runs into its limit ends a child of the worker, which has another
-    one ready. One limit counts processor time, so that a loaded machine makes no answer fail; the other the clock, so that no call takes
-    longer.
+    Workers start with the first comparison and stay. A comparison that runs into its limit ends a
+    child of the worker, which has another one ready. One limit counts processor time, so that a
+    loaded machine makes no answer fail; the other the clock, so that no call takes longer.
 
     Args:
         timeout_seconds: Processor time of one comparison.
         num_workers: Most worker processes.
-        budget_seconds: Wall-clock time of a call, from when the first worker is there. What is open then is a `timeout`.
+        budget_seconds: Wall-clock time of a call, from when the first worker is there. What is open
+            then is a `timeout`.
 
     Attributes:
         num_timeouts: Comparisons ended by a limit so far.
         num_errors: Comparisons in which the library failed or the worker died.
     """
 
-    def __init__(self, timeout_seconds: float, num_workers: int, budget_seconds: float = 60.0) -> None:
+    def __init__(
+        self, timeout_seconds: float, num_workers: int, budget_seconds: float = 60.0
+    ) -> None:
         self.timeout_seconds = timeout_seconds
         self.num_workers = num_workers
         self.budget_seconds = budget_seconds
@@ -70,20 +75,35 @@ class GradingPool:
         with self._lock, selectors.DefaultSelector() as selector:
             for worker in self._workers:
                 selector.register(worker.replies, selectors.EVENT_READ, worker)
-            call = _Call(pairs, deque((index, self._seconds_after(0.0)) for index in range(len(pairs))))
+            call = _Call(
+                pairs, deque((index, self._seconds_after(0.0)) for index in range(len(pairs)))
+            )
             while call.waiting or any(worker.job is not None for worker in self._workers):
-                if call.deadline is None and not all(worker.is_starting for worker in self._workers):
+                if call.deadline is None and not all(
+                    worker.is_starting for worker in self._workers
+                ):
                     call.deadline = time.monotonic() + self.budget_seconds
                 if call.deadline is not None and call.deadline <= time.monotonic():
                     self._give_up(call, selector)
                     break
                 self._assign(call, selector)
-                deadlines = [worker.start_deadline for worker in self._workers if worker.is_starting]
-                remaining = min([*deadlines, *([call.deadline] if call.deadline is not None else [])]) - time.monotonic()
+                deadlines = [
+                    worker.start_deadline for worker in self._workers if worker.is_starting
+                ]
+                remaining = (
+                    min([*deadlines, *([call.deadline] if call.deadline is not None else [])])
+                    - time.monotonic()
+                )
                 for key, _ in selector.select(max(0.0, remaining)):
                     self._receive(key.data, call, selector)
-                for worker in [w for w in self._workers if w.is_starting and w.start_deadline <= time.monotonic()]:
-                    self._fail_start(worker, f"did not answer within {START_TIMEOUT_SECONDS:.0f} s", selector)
+                for worker in [
+                    w
+                    for w in self._workers
+                    if w.is_starting and w.start_deadline <= time.monotonic()
+                ]:
+                    self._fail_start(
+                        worker, f"did not answer within {START_TIMEOUT_SECONDS:.0f} s", selector
+                    )
         return [call.outcomes[index] for index in range(len(pairs))]
 
     def close(self) -> None:
@@ -99,7 +119,10 @@ class GradingPool:
                     call.waiting.popleft()
                 else:  # it died while nobody looked; the pair goes to another one
                     self._drop(worker, selector)
-        while sum(worker.is_starting for worker in self._workers) < len(call.waiting) and len(self._workers) < self.num_workers:
+        while (
+            sum(worker.is_starting for worker in self._workers) < len(call.waiting)
+            and len(self._workers) < self.num_workers
+        ):
             self._start(selector)
 
     def _seconds_after(self, tried: float) -> float:
@@ -119,7 +142,9 @@ class GradingPool:
             if worker.is_starting:
                 self._fail_start(worker, "ended", selector)
             if worker.job is not None:
-                self._count_error(call, worker.job, f"the worker ended with code {worker.process.wait()}")
+                self._count_error(
+                    call, worker.job, f"the worker ended with code {worker.process.wait()}"
+                )
             self._drop(worker, selector)
             return
         reply = json.loads(line)
@@ -139,10 +164,14 @@ class GradingPool:
             self._count_timeout(call, job.index, f"{self.timeout_seconds:g} s of processor time")
 
     def _give_up(self, call: _Call, selector: selectors.BaseSelector) -> None:
-        """End a call whose time is up; workers that it kept busy are replaced, which the next call need not wait for."""
+        """End a call whose time is up; workers that it kept busy are replaced, which the next call
+        need not wait for.
+        """
         for worker in [worker for worker in self._workers if worker.job is not None]:
             assert worker.job is not None
-            self._count_timeout(call, worker.job.index, f"the {self.budget_seconds:g} s of its call")
+            self._count_timeout(
+                call, worker.job.index, f"the {self.budget_seconds:g} s of its call"
+            )
             self._drop(worker, selector)
             self._start(selector)
         for index, _ in call.waiting:
@@ -151,7 +180,11 @@ class GradingPool:
     def _count_timeout(self, call: _Call, index: int, limit: str) -> None:
         self.num_timeouts += 1
         call.outcomes[index] = "timeout"
-        logger.warning("grading: no verdict within %s, the answer is left out; answer %r", limit, call.pairs[index][0][:80])
+        logger.warning(
+            "grading: no verdict within %s, the answer is left out; answer %r",
+            limit,
+            call.pairs[index][0][:80],
+        )
 
     def _count_error(self, call: _Call, job: _Job, message: str) -> None:
         self.num_errors += 1
@@ -168,8 +201,8 @@ class GradingPool:
         tail = worker.read_errors()
         self._drop(worker, selector)
         raise RuntimeError(
-            f"GradingPool: a grading worker {what} before it was ready, got {tail!r}, expected python -m {_SERVER} to run; "
-            "check that math-verify is installed"
+            f"GradingPool: a grading worker {what} before it was ready, got {tail!r}, expected "
+            f"python -m {_SERVER} to run; check that math-verify is installed"
         )
 
 
@@ -181,7 +214,9 @@ class _Job:
 
 
 class _Call:
-    """The pairs of one call: what waits, with the processor time that it may take, and what is known."""
+    """The pairs of one call: what waits, with the processor time that it may take, and what is
+    known.
+    """
 
     def __init__(self, pairs: Sequence[tuple[str, str]], waiting: deque[tuple[int, float]]) -> None:
         self.pairs = pairs
@@ -194,13 +229,15 @@ class _Worker:
     """One process, its pipes and what it is doing."""
 
     def __init__(self) -> None:
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the worker)
+        # Lives as long as the worker.
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = start_interpreter(
             _SERVER,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            start_new_session=True,  # an interrupt from the keyboard is ours to handle, and the child dies with its worker
+            # An interrupt from the keyboard is ours to handle, and the child dies with its worker.
+            start_new_session=True,
         )
         assert self.process.stdout is not None
         self.replies = self.process.stdout
@@ -226,7 +263,9 @@ class _Worker:
         return True
 
     def read_line(self) -> bytes | None:
-        """Return the next complete reply, empty if the process has ended, `None` if the reply is not whole yet."""
+        """Return the next complete reply, empty if the process has ended, `None` if the reply is
+        not whole yet.
+        """
         data = os.read(self.replies.fileno(), 65536)
         if not data:
             return b""
@@ -255,7 +294,9 @@ class _Worker:
                 try:
                     stream.close()
                 except BrokenPipeError:
-                    continue  # an unsent request of a worker that is gone; its pair has been given to another
+                    # An unsent request of a worker that is gone; its pair has been given to
+                    # another.
+                    continue
 
 
 def _kill_all(workers: list[_Worker]) -> None:

@@ -11,7 +11,9 @@ from zppo_mm.experience import NO_TOKEN, FloatArray, IntArray
 from zppo_mm.rollout.engine import Generation, SamplingParams
 
 UNIFORM_BLOCK = 256
-"""Uniform numbers drawn at once per sequence; a generator gives the same numbers in one draw or in several."""
+"""Uniform numbers drawn at once per sequence; a generator gives the same numbers in one draw or in
+several.
+"""
 
 
 class UniformStreams:
@@ -27,10 +29,14 @@ class UniformStreams:
         self._start = -UNIFORM_BLOCK
 
     def column(self, step: int, rows: torch.Tensor | None) -> torch.Tensor:
-        """Return the float64 numbers of a step, `[batch]`, for the sequences that are left; steps come in order."""
+        """Return the float64 numbers of a step, `[batch]`, for the sequences that are left; steps
+        come in order.
+        """
         if step >= self._start + UNIFORM_BLOCK:
             self._start += UNIFORM_BLOCK
-            self._block = torch.from_numpy(np.stack([stream.random(UNIFORM_BLOCK) for stream in self._generators], axis=1))
+            self._block = torch.from_numpy(
+                np.stack([stream.random(UNIFORM_BLOCK) for stream in self._generators], axis=1)
+            )
         column = self._block[step - self._start]
         return column if rows is None else column.index_select(0, rows)
 
@@ -45,18 +51,32 @@ class RolloutBatch:
         device: The network's.
 
     Attributes:
-        rows: Places in the wave of the sequences left in the batch, on the CPU; `None` while none was dropped.
-        seen: `[batch, vocabulary]` tokens already in the response; `None` without a presence penalty.
+        rows: Places in the wave of the sequences left in the batch, on the CPU; `None` while none
+            was dropped.
+        seen: `[batch, vocabulary]` tokens already in the response; `None` without a presence
+            penalty.
     """
 
-    def __init__(self, start_positions: Sequence[int], sampling: SamplingParams, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        start_positions: Sequence[int],
+        sampling: SamplingParams,
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
         total = len(start_positions)
         self.device = device
         self.rows: torch.Tensor | None = None
-        self.seen = torch.zeros((total, vocab_size), dtype=torch.bool, device=device) if sampling.presence_penalty else None
+        self.seen = (
+            torch.zeros((total, vocab_size), dtype=torch.bool, device=device)
+            if sampling.presence_penalty
+            else None
+        )
         self._positions = torch.tensor(start_positions, device=device)
         # Where nothing could be drawn, a sequence ends as well.
-        self._ends = torch.tensor([*sampling.stop_token_ids, NO_TOKEN], dtype=torch.int64, device=device)
+        self._ends = torch.tensor(
+            [*sampling.stop_token_ids, NO_TOKEN], dtype=torch.int64, device=device
+        )
         self._ended = torch.zeros(total, dtype=torch.bool, device=device)
         self._steps: list[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]] = []
         self._lengths = np.zeros(total, dtype=np.int64)
@@ -89,7 +109,9 @@ class RolloutBatch:
             self.num_active -= len(ended_now)
 
     def drop_finished(self) -> torch.Tensor:
-        """Keep only sequences that have not ended; returns their places in the batch so far, `[kept]`."""
+        """Keep only sequences that have not ended; returns their places in the batch so far,
+        `[kept]`.
+        """
         kept = torch.nonzero(~self._ended).squeeze(1)
         on_host = kept.cpu()
         self.rows = on_host if self.rows is None else self.rows[on_host]
@@ -99,7 +121,9 @@ class RolloutBatch:
         return kept
 
     def positions(self) -> torch.Tensor:
-        """Return the `[3, batch]` positions of the tokens appended last: text after the prompt, the same on all axes."""
+        """Return the `[3, batch]` positions of the tokens appended last: text after the prompt, the
+        same on all axes.
+        """
         return (self._positions + (len(self._steps) - 1)).expand(3, -1)
 
     def generations(self) -> list[Generation]:

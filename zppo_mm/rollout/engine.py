@@ -44,7 +44,8 @@ class GenerationRequest:
 
     Attributes:
         prompt: Tokens and positions.
-        vision: Its media, processed once for all its rollouts; empty off the first pipeline stage is allowed.
+        vision: Its media, processed once for all its rollouts; empty off the first pipeline stage
+            is allowed.
         num_rollouts: Continuations wanted.
         seed_path: Names the random streams; rollout i draws from `generator(seed, *seed_path, i)`.
     """
@@ -80,12 +81,17 @@ class Generation:
 
 
 class RolloutEngine(Protocol):
-    """Continues prompts with one model; every rank of a replica calls with the same requests and gets the same results."""
+    """Continues prompts with one model; every rank of a replica calls with the same requests and
+    gets the same results.
+    """
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingParams
+    ) -> list[list[Generation]]:
         """Return `num_rollouts` continuations per request, in the order of the requests.
 
-        The draw depends only on the weights, the prompt and the seed path, never on what else is in the batch. Nothing is drawn from
-        logits that are not finite: the continuation ends before that token and is broken.
+        The draw depends only on the weights, the prompt and the seed path, never on what else is in
+        the batch. Nothing is drawn from logits that are not finite: the continuation ends before
+        that token and is broken.
         """
         ...

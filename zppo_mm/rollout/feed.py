@@ -9,12 +9,15 @@ from data.errors import DataError
 from data.health import SampleHealth
 from data.question import Question
 from data.stream import QuestionStream
-from zppo_mm.rollout.exchange import Exchange
+from zppo_mm.parallel.exchange import Exchange
 from zppo_mm.rollout.prompt import PromptEncoder, PromptError
 
 TOO_LONG = "prompt_too_long"
 NEEDS_JUDGE = "needs_judge"
-NEEDS_JUDGE_DETAIL = "responses to answer_type 'open' cannot be graded here; leave such questions out or give the run a judge"
+NEEDS_JUDGE_DETAIL = (
+    "responses to answer_type 'open' cannot be graded here; leave such questions out or give the "
+    "run a judge"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,8 @@ class Refusal:
 class QuestionFeed:
     """Draws from the stream until enough questions are good.
 
-    Each replica checks its share and all learn every verdict, so that all ranks take the same questions and count the same bad ones.
+    Each replica checks its share and all learn every verdict, so that all ranks take the same
+    questions and count the same bad ones.
 
     Args:
         stream: Where questions come from.
@@ -64,7 +68,8 @@ class QuestionFeed:
         """Return the next good questions, the same on every rank.
 
         Raises:
-            DataError: Too many samples are bad, or any under `strict`, or as many in a row as the sources hold.
+            DataError: Too many samples are bad, or any under `strict`, or as many in a row as the
+                sources hold.
         """
         good: list[Question] = []
         num_refused = 0  # since the last good one
@@ -86,23 +91,31 @@ class QuestionFeed:
         """Stop where data.max_bad_share lets every question be refused, for ever."""
         if num_refused >= self._stream.num_samples:
             raise DataError(
-                f"QuestionFeed: no question of a whole epoch can be asked, got {num_refused} refused in a row, the last as {last.reason} "
-                f"({last.detail}), expected a good one; correct the data or the limits under data"
+                f"QuestionFeed: no question of a whole epoch can be asked, got {num_refused} "
+                f"refused in a row, the last as {last.reason} ({last.detail}), expected a good "
+                "one; correct the data or the limits under data"
             )
 
     def refusals(self, questions: Sequence[Question]) -> list[Refusal]:
-        """Return which of these questions cannot be asked; each replica checks its share, all get every refusal, nothing is counted."""
+        """Return which of these questions cannot be asked; each replica checks its share, all get
+        every refusal, nothing is counted.
+        """
         refusals = []
         for index in range(self._exchange.replica, len(questions), self._exchange.num_replicas):
             if not self._can_grade(questions[index]):
                 refusals.append(Refusal(index, NEEDS_JUDGE, NEEDS_JUDGE_DETAIL))
                 continue
             try:
-                prompt, _ = self._encoder.encode(self._plain_text(questions[index]), questions[index])
+                prompt, _ = self._encoder.encode(
+                    self._plain_text(questions[index]), questions[index]
+                )
             except PromptError as error:
                 refusals.append(Refusal(index, error.reason, str(error)))
                 continue
             if len(prompt.token_ids) > self._max_prompt_tokens:
-                detail = f"{len(prompt.token_ids)} tokens, more than data.max_prompt_tokens={self._max_prompt_tokens}"
+                detail = (
+                    f"{len(prompt.token_ids)} tokens, more than "
+                    f"data.max_prompt_tokens={self._max_prompt_tokens}"
+                )
                 refusals.append(Refusal(index, TOO_LONG, detail))
         return [refusal for replica in self._exchange.gather(refusals) for refusal in replica]

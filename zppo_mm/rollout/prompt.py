@@ -1,4 +1,6 @@
-"""A question and its text to a tokenised prompt: chat template, media placeholders, positions; and back from ids to text."""
+"""A question and its text to a tokenised prompt: chat template, media placeholders, positions; and
+back from ids to text.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data.errors import MediaError, ReasonedError
-from data.media import Frames
+from data.media.opening import Frames
 from data.question import MediaRef, Question
 from encoders.config import read_processor_config
 from encoders.positions import mrope_positions
@@ -24,18 +26,24 @@ THINK_OPEN = "<think>"
 
 
 class PromptError(ReasonedError):
-    """A question cannot be turned into a prompt; its reason is `unusable_media`, `placeholders`, or the media opener's own."""
+    """A question cannot be turned into a prompt; its reason is `unusable_media`, `placeholders`, or
+    the media opener's own.
+    """
 
 
 class PromptEncoder:
-    """Turns questions into prompts for one model; also the `MediaSource` that training opens media with.
+    """Turns questions into prompts for one model; also the `MediaSource` that training opens media
+    with.
 
-    A question's media are opened and processed once and kept while they are among the most recently used ones, so that a group, its
-    BCQ and NCQ prompts and its training samples in the same step share the work.
+    A question's media are opened and processed once and kept while they are among the most recently
+    used ones, so that a group, its BCQ and NCQ prompts and its training samples in the same step
+    share the work.
 
     Args:
-        hf_dir: Folder with the tokenizer, its chat template, config.json and, for a model that sees, the processor settings.
-        media: Opens a media reference to pixels; a MediaError makes the question unusable, any other error is the run's.
+        hf_dir: Folder with the tokenizer, its chat template, config.json and, for a model that
+            sees, the processor settings.
+        media: Opens a media reference to pixels; a MediaError makes the question unusable, any
+            other error is the run's.
         chat_template_kwargs: Passed to the chat template, e.g. `{"enable_thinking": False}`.
         max_cached_bytes: Most bytes of patches kept.
 
@@ -53,7 +61,11 @@ class PromptEncoder:
     ) -> None:
         self.chat = ChatFormat(hf_dir, chat_template_kwargs)
         try:
-            self._processor = read_processor_config(hf_dir, self.chat.video_layout) if self.chat.takes_media else None
+            self._processor = (
+                read_processor_config(hf_dir, self.chat.video_layout)
+                if self.chat.takes_media
+                else None
+            )
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self._prompt_opens_thought = self.chat.render("", []).text.rstrip().endswith(THINK_OPEN)
@@ -68,7 +80,8 @@ class PromptEncoder:
         return self.chat.stop_token_ids
 
     def encode(self, text: str, question: Question) -> tuple[Prompt, tuple[VisionInput, ...]]:
-        """Return the prompt that asks `text` about the question's media: one user message, media first, then the text.
+        """Return the prompt that asks `text` about the question's media: one user message, media
+        first, then the text.
 
         Literal special tokens inside the text stay plain text, whoever wrote them.
 
@@ -81,19 +94,28 @@ class PromptEncoder:
         """
         vision = self.vision_inputs(question)
         rendered = self.chat.render(text, [reference.kind for reference in question.media])
-        shown = [self.chat.media_kinds[piece] for piece in rendered.pieces if piece in self.chat.media_kinds]
+        shown = [
+            self.chat.media_kinds[piece]
+            for piece in rendered.pieces
+            if piece in self.chat.media_kinds
+        ]
         if shown != [item.kind for item in vision]:
             raise PromptError(
                 "placeholders",
                 f"prompt: question {question.id}: placeholders do not fit its media, got {shown}, "
-                f"expected {[item.kind for item in vision]}; the chat template must show every image and video once, in order",
+                f"expected {[item.kind for item in vision]}; the chat template must show every "
+                "image and video once, in order",
             )
-        token_ids = np.array(self.chat.tokenize(self._expand(rendered.pieces, vision)), dtype=np.int64)
+        token_ids = np.array(
+            self.chat.tokenize(self._expand(rendered.pieces, vision)), dtype=np.int64
+        )
         grids = tuple(item.grid for item in vision)
         merge_size = self._processor.merge_size if self._processor else 1
         placeholders = (self.chat.image_token_id, self.chat.video_token_id)
         seconds = [item.seconds_per_patch for item in vision]
-        positions, next_position = mrope_positions(token_ids, grids, *placeholders, merge_size, self.chat.video_layout, seconds)
+        positions, next_position = mrope_positions(
+            token_ids, grids, *placeholders, merge_size, self.chat.video_layout, seconds
+        )
         self._check_counts(token_ids, vision, question)
         return Prompt(rendered.text, token_ids, positions, next_position, grids), vision
 
@@ -128,12 +150,23 @@ class PromptEncoder:
         difference = self.chat.difference_from(other.chat)
         if not difference and self._processor is not None:
             names = [field.name for field in fields(self._processor)]
-            pairs = ((name, getattr(self._processor, name), getattr(other._processor, name, None)) for name in names)
-            difference = next((f"{name} of the processors is {one} and {another}" for name, one, another in pairs if one != another), "")
+            pairs = (
+                (name, getattr(self._processor, name), getattr(other._processor, name, None))
+                for name in names
+            )
+            difference = next(
+                (
+                    f"{name} of the processors is {one} and {another}"
+                    for name, one, another in pairs
+                    if one != another
+                ),
+                "",
+            )
         if difference:
             raise ConfigError(
-                f"{where}: teacher and student do not read the same input, got a student and a teacher whose {difference}, expected equal "
-                "tokenizers and processors; use a teacher of the student's family, or a method that shows the teacher's text"
+                f"{where}: teacher and student do not read the same input, got a student and a "
+                f"teacher whose {difference}, expected equal tokenizers and processors; use a "
+                "teacher of the student's family, or a method that shows the teacher's text"
             )
 
     def forget_media(self) -> None:
@@ -148,7 +181,8 @@ class PromptEncoder:
     def response_ids(self, rollout: Rollout) -> list[int]:
         """Return the tokens that this model would have a response in that another one wrote.
 
-        A response that opens its reasoning itself loses that tag where this model's prompts open it already.
+        A response that opens its reasoning itself loses that tag where this model's prompts open it
+        already.
         """
         text = rollout.text
         if self._prompt_opens_thought and text.lstrip().startswith(THINK_OPEN):
@@ -157,9 +191,15 @@ class PromptEncoder:
         return [*ids, self.stop_token_ids[0]] if rollout.finish_reason == "stop" else ids
 
     def _process(self, reference: MediaRef, question: Question) -> VisionInput:
-        where = f"prompt: question {question.id}: {reference.kind} {reference.shard}:{reference.key}.{reference.extension}"
+        where = (
+            f"prompt: question {question.id}: {reference.kind} "
+            f"{reference.shard}:{reference.key}.{reference.extension}"
+        )
         if self._processor is None:
-            message = f"{where}: this model takes no media, got one, expected text only; use a vision-language model"
+            message = (
+                f"{where}: this model takes no media, got one, expected text only; use a "
+                "vision-language model"
+            )
             raise PromptError("unusable_media", message)
         try:
             frames = self._open(reference)
@@ -168,14 +208,18 @@ class PromptEncoder:
         try:
             if reference.kind == "image":
                 return process_image(frames.pixels[0], self._processor)
-            return process_video(frames.pixels, frames.timestamps, self._processor, frames.seconds_per_frame)
+            return process_video(
+                frames.pixels, frames.timestamps, self._processor, frames.seconds_per_frame
+            )
         except ValueError as error:
             raise PromptError("unusable_media", f"{where}: {error}") from error
 
     def _expand(self, pieces: Sequence[Piece], vision: Sequence[VisionInput]) -> list[Piece]:
-        """Repeat each placeholder once per feature; where the family wants timestamps, a video becomes one block per temporal patch.
+        """Repeat each placeholder once per feature; where the family wants timestamps, a video
+        becomes one block per temporal patch.
 
-        The template shows a video as start, placeholder, end: start and end go around every such block instead.
+        The template shows a video as start, placeholder, end: start and end go around every such
+        block instead.
         """
         if self._processor is None or not vision:
             return list(pieces)
@@ -200,20 +244,37 @@ class PromptEncoder:
                 expanded.pop()
                 skip_end = True
             for seconds in item.timestamps:
-                expanded.extend([f"<{seconds:.1f} seconds>", chat.vision_start_id, *[piece] * num_features, chat.vision_end_id])
+                expanded.extend(
+                    [
+                        f"<{seconds:.1f} seconds>",
+                        chat.vision_start_id,
+                        *[piece] * num_features,
+                        chat.vision_end_id,
+                    ]
+                )
         return expanded
 
-    def _check_counts(self, token_ids: IntArray, vision: Sequence[VisionInput], question: Question) -> None:
-        """Refuse a prompt in which placeholder tokens and features differ, which would train on the wrong pixels."""
+    def _check_counts(
+        self, token_ids: IntArray, vision: Sequence[VisionInput], question: Question
+    ) -> None:
+        """Refuse a prompt in which placeholder tokens and features differ, which would train on the
+        wrong pixels.
+        """
         merged = self._processor.merge_size**2 if self._processor else 1
-        for kind, token in (("image", self.chat.image_token_id), ("video", self.chat.video_token_id)):
+        for kind, token in (
+            ("image", self.chat.image_token_id),
+            ("video", self.chat.video_token_id),
+        ):
             got = int((token_ids == token).sum())
-            expected = sum(int(np.prod(item.grid)) // merged for item in vision if item.kind == kind)
+            expected = sum(
+                int(np.prod(item.grid)) // merged for item in vision if item.kind == kind
+            )
             if got != expected:
                 raise PromptError(
                     "placeholders",
-                    f"prompt: question {question.id}: {kind} placeholders do not fit, got {got} tokens, expected {expected}; "
-                    "check the chat template and the tokenizer's special tokens",
+                    f"prompt: question {question.id}: {kind} placeholders do not fit, got {got} "
+                    f"tokens, expected {expected}; check the chat template and the tokenizer's "
+                    "special tokens",
                 )
 
 

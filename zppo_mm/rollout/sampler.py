@@ -1,4 +1,6 @@
-"""From prompts to verified groups: every replica samples its share, all ranks end with all groups."""
+"""From prompts to verified groups: every replica samples its share, all ranks end with all
+groups.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,9 @@ from encoders.processor import VisionInput
 from zppo_mm.errors import NotFiniteError
 from zppo_mm.experience import PLAIN_KINDS, Group, Prompt, PromptInstance, Rollout
 from zppo_mm.interruption import StopRequested
-from zppo_mm.models import parallel
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.parallel.exchange import Exchange
 from zppo_mm.rollout.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
-from zppo_mm.rollout.exchange import Exchange
 from zppo_mm.rollout.prompt import PromptEncoder, PromptError
 from zppo_mm.rollout.soundness import NOT_FINITE, Sampled, Soundness, first_break
 
@@ -60,7 +62,9 @@ class _Encoded:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What a replica tells the others about one instance: its group's parts, or why there is none."""
+    """What a replica tells the others about one instance: its group's parts, or why there is
+    none.
+    """
 
     index: int
     prompt: Prompt | None = None
@@ -84,7 +88,9 @@ class GroupSampler:
         failed: Those of the last call: reasons by uid.
     """
 
-    def __init__(self, engine: RolloutEngine, encoder: PromptEncoder, verifier: Grader, exchange: Exchange) -> None:
+    def __init__(
+        self, engine: RolloutEngine, encoder: PromptEncoder, verifier: Grader, exchange: Exchange
+    ) -> None:
         self._engine = engine
         self._encoder = encoder
         self._verifier = verifier
@@ -93,12 +99,19 @@ class GroupSampler:
         self.failed: dict[str, str] = {}
         self._soundness = Soundness()
 
-    def sample(self, instances: Sequence[PromptInstance], params: SamplingParams, num_rollouts: int, step: int) -> list[Group]:
+    def sample(
+        self,
+        instances: Sequence[PromptInstance],
+        params: SamplingParams,
+        num_rollouts: int,
+        step: int,
+    ) -> list[Group]:
         """Return the groups of all instances, in order and the same on every rank.
 
-        An instance whose prompt cannot be made, for one of whose rollouts the network computes logits that are not finite, or none of
-        whose rollouts can be graded, has no group; it is logged and counted in `failures`. Of the others, rollouts that cannot be graded
-        are set apart in `Group.ungraded`.
+        An instance whose prompt cannot be made, for one of whose rollouts the network computes
+        logits that are not finite, or none of whose rollouts can be graded, has no group; it is
+        logged and counted in `failures`. Of the others, rollouts that cannot be graded are set
+        apart in `Group.ungraded`.
 
         Args:
             instances: The same list on every rank.
@@ -111,29 +124,47 @@ class GroupSampler:
         """
         mine = split_instances(instances, self._exchange.num_replicas)[self._exchange.replica]
         encoded, failed = self._encode(instances, mine)
-        requests = [GenerationRequest(item.prompt, item.vision, num_rollouts, ("rollout", instances[item.index].uid)) for item in encoded]
+        requests = [
+            GenerationRequest(
+                item.prompt, item.vision, num_rollouts, ("rollout", instances[item.index].uid)
+            )
+            for item in encoded
+        ]
         # An engine is called even with nothing to do: its ranks may have to meet.
         with self._stopping_together():
             generations = self._engine.generate(requests, params)
         outcomes = failed
         if self._exchange.is_leader:
             pairs = list(zip(encoded, generations, strict=True))
-            broken = [_Outcome(item.index, reason=NOT_FINITE, detail=where) for item, group in pairs if (where := self._break(group))]
+            broken = [
+                _Outcome(item.index, reason=NOT_FINITE, detail=where)
+                for item, group in pairs
+                if (where := self._break(group))
+            ]
             unsound = {outcome.index for outcome in broken}
             sound = [(item, group) for item, group in pairs if item.index not in unsound]
             outcomes = [*failed, *broken, *self._grade(instances, sound, step)]
-        collected = {outcome.index: outcome for replica in self._exchange.gather(outcomes) for outcome in replica}
+        collected = {
+            outcome.index: outcome
+            for replica in self._exchange.gather(outcomes)
+            for outcome in replica
+        }
         # All ranks know all that broke, and so come to the same end.
         self._soundness.note(
             [
-                Sampled(instances[index].question.id, outcome.detail if outcome.reason == NOT_FINITE else "")
+                Sampled(
+                    instances[index].question.id,
+                    outcome.detail if outcome.reason == NOT_FINITE else "",
+                )
                 for index, outcome in sorted(collected.items())
                 if outcome.prompt is not None or outcome.reason in (NOT_FINITE, UNGRADED)
             ]
         )
         return self._groups(instances, collected)
 
-    def adopt(self, instances: Sequence[PromptInstance], rollouts: Sequence[tuple[Rollout, ...]]) -> list[Group]:
+    def adopt(
+        self, instances: Sequence[PromptInstance], rollouts: Sequence[tuple[Rollout, ...]]
+    ) -> list[Group]:
         """Return groups of rollouts that are there already, in order and the same on every rank.
 
         An instance whose prompt cannot be made is treated as by `sample`.
@@ -144,12 +175,20 @@ class GroupSampler:
         """
         mine = split_instances(instances, self._exchange.num_replicas)[self._exchange.replica]
         encoded, failed = self._encode(instances, mine)
-        outcomes = [*failed, *(_Outcome(item.index, item.prompt, rollouts[item.index]) for item in encoded)]
-        collected = {outcome.index: outcome for replica in self._exchange.gather(outcomes) for outcome in replica}
+        outcomes = [
+            *failed,
+            *(_Outcome(item.index, item.prompt, rollouts[item.index]) for item in encoded),
+        ]
+        collected = {
+            outcome.index: outcome
+            for replica in self._exchange.gather(outcomes)
+            for outcome in replica
+        }
         return self._groups(instances, collected)
 
     def respond(self, texts: Sequence[str], params: SamplingParams, name: str) -> list[str | None]:
-        """Return one response per user text, without media and without a grade; the same on every rank.
+        """Return one response per user text, without media and without a grade; the same on every
+        rank.
 
         `None` stands where the network computes logits that are not finite.
 
@@ -164,15 +203,25 @@ class GroupSampler:
         replica, size = self._exchange.replica, self._exchange.num_replicas
         nothing = Question(id=name, text="", media=(), answer="", answer_type="open")
         requests = [
-            # Named by the text, not by its place: a teacher that answers meanwhile is asked for the same rewrites in other lots.
-            GenerationRequest(*self._encoder.encode(texts[index], nothing), 1, ("respond", name, texts[index]))
+            # Named by the text, not by its place: a teacher that answers meanwhile is asked for the
+            # same rewrites in other lots.
+            GenerationRequest(
+                *self._encoder.encode(texts[index], nothing), 1, ("respond", name, texts[index])
+            )
             for index in range(replica, len(texts), size)
         ]
         with self._stopping_together():
             generations = self._engine.generate(requests, params)
-        shares = self._exchange.gather([(self._encoder.decode(group[0].response_ids), self._break(group)) for group in generations])
+        shares = self._exchange.gather(
+            [
+                (self._encoder.decode(group[0].response_ids), self._break(group))
+                for group in generations
+            ]
+        )
         told = [shares[index % size][index // size] for index in range(len(texts))]
-        self._soundness.note([Sampled(f"{name}/{index}", where) for index, (_, where) in enumerate(told)])
+        self._soundness.note(
+            [Sampled(f"{name}/{index}", where) for index, (_, where) in enumerate(told)]
+        )
         return [None if where else text for text, where in told]
 
     def _break(self, generations: Sequence[Generation]) -> str:
@@ -181,54 +230,94 @@ class GroupSampler:
 
     @contextmanager
     def _stopping_together(self) -> Iterator[None]:
-        """A replica that stops in the middle of sampling meets the others, which learn of it there and stop too."""
+        """A replica that stops in the middle of sampling meets the others, which learn of it there
+        and stop too.
+        """
         try:
             yield
         except StopRequested:
             self._exchange.gather([])
             raise
 
-    def _encode(self, instances: Sequence[PromptInstance], mine: Sequence[int]) -> tuple[list[_Encoded], list[_Outcome]]:
-        """Encode this replica's share; what fails on one of its ranks is left out on all, or they would sample different lists."""
+    def _encode(
+        self, instances: Sequence[PromptInstance], mine: Sequence[int]
+    ) -> tuple[list[_Encoded], list[_Outcome]]:
+        """Encode this replica's share; what fails on one of its ranks is left out on all, or they
+        would sample different lists.
+        """
         encoded: list[_Encoded] = []
         failed: list[_Outcome] = []
         for index in mine:
             try:
-                prompt, vision = self._encoder.encode(instances[index].text, instances[index].question)
+                prompt, vision = self._encoder.encode(
+                    instances[index].text, instances[index].question
+                )
             except PromptError as error:
                 failed.append(_Outcome(index, reason=error.reason, detail=str(error)))
             else:
-                encoded.append(_Encoded(index, prompt.continued(instances[index].response_prefix), vision))
-        known = {outcome.index: outcome for rank in self._exchange.gather_in_replica(failed) for outcome in rank}
-        return [item for item in encoded if item.index not in known], [known[index] for index in sorted(known)]
+                encoded.append(
+                    _Encoded(index, prompt.continued(instances[index].response_prefix), vision)
+                )
+        known = {
+            outcome.index: outcome
+            for rank in self._exchange.gather_in_replica(failed)
+            for outcome in rank
+        }
+        return [item for item in encoded if item.index not in known], [
+            known[index] for index in sorted(known)
+        ]
 
     def _grade(
-        self, instances: Sequence[PromptInstance], pairs: Sequence[tuple[_Encoded, Sequence[Generation]]], step: int
+        self,
+        instances: Sequence[PromptInstance],
+        pairs: Sequence[tuple[_Encoded, Sequence[Generation]]],
+        step: int,
     ) -> list[_Outcome]:
         """Decode and verify all responses in one batch."""
         texts = [
-            [self._encoder.decode([*instances[item.index].response_prefix, *generation.response_ids]) for generation in group]
+            [
+                self._encoder.decode(
+                    [*instances[item.index].response_prefix, *generation.response_ids]
+                )
+                for generation in group
+            ]
             for item, group in pairs
         ]
-        items = [(instances[item.index].question, text) for (item, _), group in zip(pairs, texts, strict=True) for text in group]
+        items = [
+            (instances[item.index].question, text)
+            for (item, _), group in zip(pairs, texts, strict=True)
+            for text in group
+        ]
         verdicts = iter(self._verifier.verify_all(items))
         outcomes = []
         for (item, group), group_texts in zip(pairs, texts, strict=True):
             verdicts_of_group = [next(verdicts) for _ in group]
             rollouts = [
                 _rollout(generation, text, verdict, step)
-                for generation, text, verdict in zip(group, group_texts, verdicts_of_group, strict=True)
+                for generation, text, verdict in zip(
+                    group, group_texts, verdicts_of_group, strict=True
+                )
             ]
             has_reward = [verdict.reward is not None for verdict in verdicts_of_group]
             graded = tuple(compress(rollouts, has_reward))
-            ungraded = tuple(rollout for rollout, is_graded in zip(rollouts, has_reward, strict=True) if not is_graded)
+            ungraded = tuple(
+                rollout
+                for rollout, is_graded in zip(rollouts, has_reward, strict=True)
+                if not is_graded
+            )
             if graded:
                 outcomes.append(_Outcome(item.index, item.prompt, graded, ungraded))
             else:
-                outcomes.append(_Outcome(item.index, reason=UNGRADED, detail="none of its rollouts could be graded"))
+                outcomes.append(
+                    _Outcome(
+                        item.index, reason=UNGRADED, detail="none of its rollouts could be graded"
+                    )
+                )
         return outcomes
 
-    def _groups(self, instances: Sequence[PromptInstance], outcomes: dict[int, _Outcome]) -> list[Group]:
+    def _groups(
+        self, instances: Sequence[PromptInstance], outcomes: dict[int, _Outcome]
+    ) -> list[Group]:
         """Make groups of what all replicas have told."""
         groups = []
         self.failed = {}
@@ -237,7 +326,9 @@ class GroupSampler:
             if outcome.prompt is None:
                 self.failures[outcome.reason] += 1
                 self.failed[instance.uid] = outcome.reason
-                logger.warning("no group for %s: %s: %s", instance.uid, outcome.reason, outcome.detail)
+                logger.warning(
+                    "no group for %s: %s: %s", instance.uid, outcome.reason, outcome.detail
+                )
             else:
                 _check_rewards(instance, outcome.rollouts)
                 groups.append(Group(instance, outcome.prompt, outcome.rollouts, outcome.ungraded))
@@ -247,16 +338,19 @@ class GroupSampler:
 def split_instances(instances: Sequence[PromptInstance], num_replicas: int) -> list[list[int]]:
     """Deal instances to replicas, as even in number as possible.
 
-    Plain ones go in order, as the question feed dealt them, so that a replica finds their media open already. The others go from the
-    longest text to the shortest: in their own order BCQ and NCQ alternate, and one replica would get all the long ones.
+    Plain ones go in order, as the question feed dealt them, so that a replica finds their media
+    open already. The others go from the longest text to the shortest: in their own order BCQ and
+    NCQ alternate, and one replica would get all the long ones.
 
     Returns:
         Ascending places per replica.
     """
     plain = [index for index, instance in enumerate(instances) if instance.kind in PLAIN_KINDS]
-    guided = [index for index, instance in enumerate(instances) if instance.kind not in PLAIN_KINDS]
-    guided.sort(key=lambda index: (-len(instances[index].text), index))
-    order = [*plain, *guided]
+    reformulated = [
+        index for index, instance in enumerate(instances) if instance.kind not in PLAIN_KINDS
+    ]
+    reformulated.sort(key=lambda index: (-len(instances[index].text), index))
+    order = [*plain, *reformulated]
     return [sorted(order[replica::num_replicas]) for replica in range(num_replicas)]
 
 
@@ -264,8 +358,9 @@ def _check_rewards(instance: PromptInstance, rollouts: Sequence[Rollout]) -> Non
     rewards = [rollout.reward for rollout in rollouts]
     if not all(map(math.isfinite, rewards)):
         raise NotFiniteError(
-            f"sampling: the grader gives {instance.uid} rewards that are not finite, got {rewards}, expected numbers, or none where a "
-            "response could not be graded; correct the reward"
+            f"sampling: the grader gives {instance.uid} rewards that are not finite, got "
+            f"{rewards}, expected numbers, or none where a response could not be graded; correct "
+            "the reward"
         )
 
 

@@ -1,4 +1,6 @@
-"""What becomes of prompts for which the network computes logits that are not finite: left out and counted, or the end of the run."""
+"""What becomes of prompts for which the network computes logits that are not finite: left out and
+counted, or the end of the run.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ MAX_NAMED = 3
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A prompt that was sampled: its question, and where its first broken rollout broke, empty if none did."""
+    """A prompt that was sampled: its question, and where its first broken rollout broke, empty if
+    none did.
+    """
 
     question_id: str
     broke_at: str
@@ -42,10 +46,12 @@ def first_break(generations: Sequence[Generation], rank: int) -> str:
 
 
 class Soundness:
-    """Tells single broken prompts from a broken network. Every rank holds one and tells it the same.
+    """Tells single broken prompts from a broken network. Every rank holds one and tells it the
+    same.
 
-    A network is broken if all prompts of a call are, or of calls in a row, or more than `MAX_BROKEN_SHARE` of the last
-    `WINDOW_PROMPTS`, once there are `MIN_WINDOW_PROMPTS`; but never because of one question alone.
+    A network is broken if all prompts of a call are, or of calls in a row, or more than
+    `MAX_BROKEN_SHARE` of the last `WINDOW_PROMPTS`, once there are `MIN_WINDOW_PROMPTS`; but never
+    because of one question alone.
     """
 
     def __init__(self) -> None:
@@ -64,7 +70,9 @@ class Soundness:
             self._in_a_row += prompts
         self._window += prompts
         broken = [prompt for prompt in self._window if prompt.broke_at]
-        if len(self._window) >= MIN_WINDOW_PROMPTS and len(broken) > MAX_BROKEN_SHARE * len(self._window):
+        if len(self._window) >= MIN_WINDOW_PROMPTS and len(broken) > MAX_BROKEN_SHARE * len(
+            self._window
+        ):
             _refuse_several(broken, len(self._window))
         _refuse_several(self._in_a_row, len(self._in_a_row))
 
@@ -76,10 +84,13 @@ def _refuse_several(broken: Sequence[Sampled], num_prompts: int) -> None:
         places.setdefault(prompt.question_id, prompt.broke_at)
     if len(places) < MIN_BROKEN_QUESTIONS:
         return
-    named = "; ".join(f"question {name!r}: {place}" for name, place in list(places.items())[:MAX_NAMED])
+    named = "; ".join(
+        f"question {name!r}: {place}" for name, place in list(places.items())[:MAX_NAMED]
+    )
     more = f"; and {len(places) - MAX_NAMED} more" if len(places) > MAX_NAMED else ""
     raise NotFiniteError(
-        f"sampling: the network is broken, got logits that are not finite for {len(broken)} of the last {num_prompts} prompts "
-        f"({named}{more}), expected finite numbers; start again from an earlier checkpoint with a lower train.lr, or check the weights "
-        "of the folder that the model came from"
+        f"sampling: the network is broken, got logits that are not finite for {len(broken)} of the "
+        f"last {num_prompts} prompts ({named}{more}), expected finite numbers; start again from an "
+        "earlier checkpoint with a lower train.lr, or check the weights of the folder that the "
+        "model came from"
     )

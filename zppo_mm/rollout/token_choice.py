@@ -1,4 +1,6 @@
-"""From logits to one token per sequence, by inverting the cumulative distribution at a given uniform number."""
+"""From logits to one token per sequence, by inverting the cumulative distribution at a given
+uniform number.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +19,23 @@ def choose_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token per sequence.
 
-    The presence penalty applies to the logits, then temperature, min-p, top-k and top-p in this order; top-p counts mass among what
-    is left. The draw takes the first token at which the cumulative probability exceeds the uniform number, so it follows from the
-    logits and that number alone. Nothing is drawn from a row in which any logit is not finite.
+    The presence penalty applies to the logits, then temperature, min-p, top-k and top-p in this
+    order; top-p counts mass among what is left. The draw takes the first token at which the
+    cumulative probability exceeds the uniform number, so it follows from the logits and that number
+    alone. Nothing is drawn from a row in which any logit is not finite.
 
     Args:
         logits: `[batch, vocabulary]` float32, the whole vocabulary.
         uniforms: `[batch]` float64 in [0, 1); not read when greedy.
         params: How tokens are drawn.
-        seen: `[batch, vocabulary]` bool, tokens already in the response; needed with a presence penalty.
+        seen: `[batch, vocabulary]` bool, tokens already in the response; needed with a presence
+            penalty.
         forbidden: `[tokens]` int64, tokens that are never drawn.
 
     Returns:
-        `[batch]` int64 tokens and `[batch]` float32 log-probs. The log-prob is what the loss computes: of the whole,
-        unpenalised distribution at the sampling temperature (at temperature 1 when greedy). A row from which nothing can be drawn has
-        `NO_TOKEN` and log-prob 0.
+        `[batch]` int64 tokens and `[batch]` float32 log-probs. The log-prob is what the loss
+        computes: of the whole, unpenalised distribution at the sampling temperature (at temperature
+        1 when greedy). A row from which nothing can be drawn has `NO_TOKEN` and log-prob 0.
     """
     temperature = params.temperature if params.temperature > 0 else 1.0
     # Two of the quickest reductions; a NaN passes through both.
@@ -52,14 +56,17 @@ def choose_tokens(
     elif params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0:
         tokens = _draw_truncated(scores, uniforms, params)
     else:
-        # Without what is forbidden, the weights of all others could be too small for their exponentials.
+        # Without what is forbidden, the weights of all others could be too small for their
+        # exponentials.
         tokens = _invert(scores.double().sub_(scores.amax(-1, keepdim=True)).exp_(), uniforms)
     chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
     sound = low.isfinite() & high.isfinite() & chosen.isfinite()
     return torch.where(sound, tokens, NO_TOKEN), torch.where(sound, chosen, 0.0)
 
 
-def _draw_truncated(scores: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+def _draw_truncated(
+    scores: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams
+) -> torch.Tensor:
     """Draw among the most likely tokens, in descending order."""
     count = scores.shape[1]
     if 0 < params.top_k < count:
@@ -78,7 +85,8 @@ def _draw_truncated(scores: torch.Tensor, uniforms: torch.Tensor, params: Sampli
 def _invert(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Return the first index at which the running sum exceeds the uniform share of the total.
 
-    Sums run in float64: in float32 the rounding over a vocabulary of 248,320 shifts mass between tokens.
+    Sums run in float64: in float32 the rounding over a vocabulary of 248,320 shifts mass between
+    tokens.
     """
     cumulative = weights.cumsum(dim=-1)
     target = uniforms.to(cumulative.dtype)[:, None] * cumulative[:, -1:]

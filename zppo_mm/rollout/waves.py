@@ -17,15 +17,20 @@ class Share:
     count: int
 
 
-def plan_waves(requests: Sequence[GenerationRequest], max_batch_size: int, max_prefill_tokens: int) -> list[list[Share]]:
-    """Group requests of similar prompt length, a group whole where it fits, into waves that are decoded one after another.
+def plan_waves(
+    requests: Sequence[GenerationRequest], max_batch_size: int, max_prefill_tokens: int
+) -> list[list[Share]]:
+    """Group requests of similar prompt length, a group whole where it fits, into waves that are
+    decoded one after another.
 
     Args:
         requests: All requests.
         max_batch_size: Most sequences of a wave.
         max_prefill_tokens: Most prompt tokens of a wave; a single longer prompt goes alone.
     """
-    order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].prompt.token_ids), index))
+    order = sorted(
+        range(len(requests)), key=lambda index: (-len(requests[index].prompt.token_ids), index)
+    )
     waves: list[list[Share]] = []
     size = tokens = 0
     for index in order:

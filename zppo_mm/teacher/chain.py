@@ -10,7 +10,8 @@ from zppo_mm.teacher.teacher import Answers, Teacher
 
 
 class ChainAnswers:
-    """Answers of all teachers on their way: the next one is asked as soon as one is seen to have answered. Implements `Answers`.
+    """Answers of all teachers on their way: the next one is asked as soon as one is seen to have
+    answered. Implements `Answers`.
 
     Args:
         chain: The teachers.
@@ -40,11 +41,17 @@ class ChainAnswers:
         return self._rollouts
 
     def _pass_on(self, asked: Answers) -> Answers | None:
-        """Hear a teacher, and ask the next one what nobody solved so far; `None` if there is nothing more to ask."""
+        """Hear a teacher, and ask the next one what nobody solved so far; `None` if there is
+        nothing more to ask.
+        """
         for question_id, rollouts in asked.wait().items():
             self._rollouts[question_id] += rollouts
         self.seconds += asked.seconds
-        unsolved = [question for question in self._questions if not any(each.reward >= 1 for each in self._rollouts[question.id])]
+        unsolved = [
+            question
+            for question in self._questions
+            if not any(each.reward >= 1 for each in self._rollouts[question.id])
+        ]
         if not (unsolved and self._later):
             return None
         self._chain.num_passed_on += len(unsolved)
@@ -52,7 +59,8 @@ class ChainAnswers:
 
 
 class TeacherChain:
-    """Asks a question of one teacher after the other until one solves it; the first rewrites. Implements `Teacher`.
+    """Asks a question of one teacher after the other until one solves it; the first rewrites.
+    Implements `Teacher`.
 
     Args:
         teachers: At least one, in their order.

@@ -1,4 +1,6 @@
-"""The teacher as a frozen Megatron model: in the student's ranks, in turn with it, or on ranks of its own."""
+"""The teacher as a frozen Megatron model: in the student's ranks, in turn with it, or on ranks of
+its own.
+"""
 
 from __future__ import annotations
 
@@ -64,10 +66,17 @@ class MegatronTeacher:
         self.num_ungraded = 0
 
     def ask(self, questions: Sequence[Question], step: int) -> ReadyAnswers:
-        """Sample fresh, verified rollouts per question at once: the ranks that ask are the teacher's."""
+        """Sample fresh, verified rollouts per question at once: the ranks that ask are the
+        teacher's.
+        """
         started = time.perf_counter()
         instances = [
-            PromptInstance(uid=f"{step}/teacher/{question.id}", question=question, kind="new", text=self._plain_text(question))
+            PromptInstance(
+                uid=f"{step}/teacher/{question.id}",
+                question=question,
+                kind="new",
+                text=self._plain_text(question),
+            )
             for question in questions
         ]
         groups = self._sampler.sample(instances, self._sampling, self._num_rollouts, step)
@@ -81,7 +90,9 @@ class MegatronTeacher:
         return self._sampler.respond(texts, self._sampling, f"{step}/rewrite/{attempt}")
 
     def judge(self, prompts: Sequence[str], max_tokens: int) -> list[str | None]:
-        """Return one greedy response per user text, without a reasoning that comes before it; `None` where none could be had."""
+        """Return one greedy response per user text, without a reasoning that comes before it;
+        `None` where none could be had.
+        """
         sampling = replace(self._sampling, temperature=0.0, max_new_tokens=max_tokens)
         texts = self._sampler.respond(prompts, sampling, "judge")
         return [None if text is None else text.rpartition(_THINK_END)[2].strip() for text in texts]

@@ -1,7 +1,8 @@
-"""What the student's world and the teacher's say to each other: messages, signs of life and last words, through the job's store.
+"""What the student's world and the teacher's say to each other: messages, signs of life and last
+words, through the job's store.
 
-Requests are numbered. Any student rank may make one; the teacher's leader alone reads them, answers and cleans up, so that the store holds
-nothing that is not under way.
+Requests are numbered. Any student rank may make one; the teacher's leader alone reads them, answers
+and cleans up, so that the store holds nothing that is not under way.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ from zppo_mm.experience import Rollout
 CHUNK_BYTES = 4 * 2**20
 POLL_SECONDS = 0.05
 BEAT_SECONDS = 5.0
-# Ranks that wait for their leader meet this often: a collective that lasts would run into its time limit.
+# Ranks that wait for their leader meet this often: a collective that lasts would run into its time
+# limit.
 MEETING_SECONDS = 5.0
 # The last word of a world that ended as it should.
 DONE = "done"
 
 
 class Store(Protocol):
-    """The part of torch's key-value stores that is needed; none of the calls here waits for another process."""
+    """The part of torch's key-value stores that is needed; none of the calls here waits for another
+    process.
+    """
 
     def set(self, key: str, value: Any, /) -> None: ...
 
@@ -64,7 +68,8 @@ class Questions:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Answers to `Questions`, not graded yet: parsed answers are `None`, and the rewards mean nothing.
+    """Answers to `Questions`, not graded yet: parsed answers are `None`, and the rewards mean
+    nothing.
 
     Attributes:
         rollouts: By question id; none where the prompt could not be made.
@@ -105,7 +110,9 @@ class Channel:
         beats: Whether this process gives those of its own world.
     """
 
-    def __init__(self, store: Store, own: str, other: str, *, silence_seconds: float, beats: bool) -> None:
+    def __init__(
+        self, store: Store, own: str, other: str, *, silence_seconds: float, beats: bool
+    ) -> None:
         self._store = store
         self._own = own
         self._other = other
@@ -142,7 +149,9 @@ class Channel:
         self._store.set(f"finished/{number}", "1")
 
     def take_request(self, number: int) -> Request | None:
-        """Return a request and remove it from the store, `None` while there is none of this number."""
+        """Return a request and remove it from the store, `None` while there is none of this
+        number.
+        """
         request: Request | None = self._get(f"request/{number}")
         if request is not None:
             self._delete(f"request/{number}")
@@ -162,19 +171,25 @@ class Channel:
         return True
 
     def leave(self, problem: str = DONE) -> None:
-        """Say that this world ends, and why; the first of its ranks to do so is heard. Of this rank no sign of life comes after it."""
+        """Say that this world ends, and why; the first of its ranks to do so is heard. Of this rank
+        no sign of life comes after it.
+        """
         self._ended.set()
         # Without a store there is nobody left to hear it.
         with contextlib.suppress(RuntimeError):
             self._store.compare_set(f"{self._own}/last_word", "", problem)
 
     def last_word(self) -> str | None:
-        """Return what ended the other world, `DONE` if nothing went wrong, `None` while it has not ended."""
+        """Return what ended the other world, `DONE` if nothing went wrong, `None` while it has not
+        ended.
+        """
         key = f"{self._other}/last_word"
         return self._store.get(key).decode() if self._store.check([key]) else None
 
     def is_other_silent(self) -> bool:
-        """Return whether the other world's process is dead, or cut off, as far as can be seen from here."""
+        """Return whether the other world's process is dead, or cut off, as far as can be seen from
+        here.
+        """
         beats, now = self._store.add(f"{self._other}/beats", 0), time.monotonic()
         if beats != self._last_beat[0]:
             self._last_beat = (beats, now)
@@ -197,7 +212,11 @@ class Channel:
     def _get(self, key: str) -> Any:
         if not self._store.check([key]):
             return None
-        return pickle.loads(b"".join(self._store.get(f"{key}/{place}") for place in range(int(self._store.get(key)))))
+        return pickle.loads(
+            b"".join(
+                self._store.get(f"{key}/{place}") for place in range(int(self._store.get(key)))
+            )
+        )
 
     def _delete(self, key: str) -> None:
         if self._store.check([key]):

@@ -1,6 +1,7 @@
 """The teacher's world at work: it answers the student's requests on all its ranks together.
 
-They are taken in their order, but the student stands still for a judge and for rewrites, and not for answers: these come last.
+They are taken in their order, but the student stands still for a judge and for rewrites, and not
+for answers: these come last.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from dataclasses import dataclass, field, replace
 
 from data.question import Question
 from zppo_mm.experience import Rollout
-from zppo_mm.models.parallel import LostRankError
-from zppo_mm.rollout.exchange import Exchange
+from zppo_mm.parallel.exchange import Exchange
+from zppo_mm.parallel.groups import LostRankError
 from zppo_mm.teacher.megatron_teacher import MegatronTeacher
 from zppo_mm.teacher.rank_channel import (
     MEETING_SECONDS,
@@ -48,7 +49,9 @@ class LeaveToStudent:
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """What the leader has all ranks do next: a request or a part of one, nothing for now, or leave."""
+    """What the leader has all ranks do next: a request or a part of one, nothing for now, or
+    leave.
+    """
 
     request: Request | None = None
     last_word: str | None = None
@@ -67,8 +70,8 @@ class _Job:
 class TeacherServer:
     """Answers until the student has left.
 
-    Questions are answered a few at a time, so that other requests wait for no more than one such part, and answers that have been given
-    up cost no more than that.
+    Questions are answered a few at a time, so that other requests wait for no more than one such
+    part, and answers that have been given up cost no more than that.
 
     Args:
         channel: The way to the student; only the leader's is used.
@@ -137,8 +140,9 @@ class TeacherServer:
                 return _Turn(last_word=word)
             if self._channel.is_other_silent():
                 raise LostRankError(
-                    "teacher: the student's ranks are gone, got no sign of life within parallel.timeout_minutes, expected one every few "
-                    "seconds; look at their output for the first error, then start the run again to resume"
+                    "teacher: the student's ranks are gone, got no sign of life within "
+                    "parallel.timeout_minutes, expected one every few seconds; look at their "
+                    "output for the first error, then start the run again to resume"
                 )
             self._look_at_requests()
             if self._jobs:
@@ -152,12 +156,18 @@ class TeacherServer:
         while (request := self._channel.take_request(self._next_number)) is not None:
             self._jobs.append(_Job(self._next_number, request, time.time()))
             self._next_number += 1
-        self._answered = [number for number in self._answered if not self._channel.clear_if_finished(number)]
+        self._answered = [
+            number for number in self._answered if not self._channel.clear_if_finished(number)
+        ]
         self._jobs = [job for job in self._jobs if not self._channel.clear_if_finished(job.number)]
         self._jobs.sort(key=lambda job: (isinstance(job.request, Questions), job.number))
 
     def _part(self, request: Request) -> Request:
-        return replace(request, questions=request.questions[: self._num_at_once]) if isinstance(request, Questions) else request
+        return (
+            replace(request, questions=request.questions[: self._num_at_once])
+            if isinstance(request, Questions)
+            else request
+        )
 
     def _note(self, result: Result) -> None:
         """Reply, or go on with what is left of the questions."""
@@ -169,9 +179,12 @@ class TeacherServer:
         job.rollouts.update(result)
         job.request = replace(job.request, questions=job.request.questions[self._num_at_once :])
         if not job.request.questions:
-            # The clocks of two machines may differ by a little, the time that was worked here is certain.
+            # The clocks of two machines may differ by a little, the time that was worked here is
+            # certain.
             now = time.time()
-            self._reply(job, Sampled(job.rollouts, max(now - job.request.asked_at, now - job.started)))
+            self._reply(
+                job, Sampled(job.rollouts, max(now - job.request.asked_at, now - job.started))
+            )
 
     def _reply(self, job: _Job, reply: object) -> None:
         self._channel.answer(job.number, reply)

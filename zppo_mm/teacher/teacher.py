@@ -65,16 +65,20 @@ class Answers(Protocol):
         ...
 
     def wait(self) -> Mapping[str, tuple[Rollout, ...]]:
-        """Return fresh, verified rollouts by question id, the same on every rank; empty for a question without an answer.
+        """Return fresh, verified rollouts by question id, the same on every rank; empty for a
+        question without an answer.
 
         Raises:
-            TeacherLostError: On every rank, if the teacher does not answer and the run is not to go on without it.
+            TeacherLostError: On every rank, if the teacher does not answer and the run is not to go
+                on without it.
         """
         ...
 
 
 class Teacher(Protocol):
-    """Answers hard questions and rewrites responses. Every rank calls with the same arguments and gets the same results."""
+    """Answers hard questions and rewrites responses. Every rank calls with the same arguments and
+    gets the same results.
+    """
 
     def ask(self, questions: Sequence[Question], step: int) -> Answers:
         """Ask each original question, as many times as the teacher has rollouts."""

@@ -1,6 +1,8 @@
-"""Training samples to gradient updates: equal mini-batches, balanced over replicas, packed into micro-batches.
+"""Training samples to gradient updates: equal mini-batches, balanced over replicas, packed into
+micro-batches.
 
-`plan_batches` decides with indices alone and gives the same answer on every rank; `build_batches` makes this rank's tensors from it.
+`plan_batches` decides with indices alone and gives the same answer on every rank; `build_batches`
+makes this rank's tensors from it.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ from data.errors import DataError, ReasonedError
 from data.question import Question
 from encoders.processor import VisionInput
 from zppo_mm.experience import NO_TOKEN, Batch, FloatArray, MediaSource, Microbatch, TrainingSample
-from zppo_mm.training.units import Indices, balance, fill_microbatches, make_units
+from zppo_mm.training.prefix_groups import Indices, balance, fill_microbatches, make_prefix_groups
 
 logger = logging.getLogger(__name__)
 
 # Failures of the decoding process, not of the file, which was opened before for its prompt.
 PASSING_REASONS = ("timeout", "decoder_died")
-# A replica without work still takes part in the update, with one sequence of this many tokens that carry no loss.
+# A replica without work still takes part in the update, with one sequence of this many tokens that
+# carry no loss.
 IDLE_TOKENS = 8
 PADDING_TOKEN_ID = 0
 
@@ -36,7 +39,8 @@ class BatchPlan:
     Attributes:
         minibatch_of: Per sample, the update (from 0) that uses it.
         num_loss_tokens: Per update, the loss tokens of all its samples.
-        microbatches: `[update][replica][micro-batch]` indices of the samples that are passed through the network.
+        microbatches: `[update][replica][micro-batch]` indices of the samples that are passed
+            through the network.
         num_skipped: Samples that need no forward pass.
         share_prompts: Whether the samples of one group in a micro-batch pass their prompt once.
     """
@@ -65,15 +69,19 @@ def plan_batches(
 ) -> BatchPlan:
     """Assign every sample to one update, and in it to a replica and a micro-batch.
 
-    Whole groups are shuffled and dealt to the updates, whose numbers of groups differ by at most one; only when there are fewer groups
-    than updates are single samples dealt instead. With fewer samples than updates there are as many updates as samples.
+    Whole groups are shuffled and dealt to the updates, whose numbers of groups differ by at most
+    one; only when there are fewer groups than updates are single samples dealt instead. With fewer
+    samples than updates there are as many updates as samples.
 
-    Samples whose advantages are all 0 (those of trivial groups) have a surrogate of 0 and no gradient whatever the weights are. Their
-    forward pass is left out, while their tokens still count in the denominator, so loss and gradient are those of the full pass.
+    Samples whose advantages are all 0 (those of trivial groups) have a surrogate of 0 and no
+    gradient whatever the weights are. Their forward pass is left out, while their tokens still
+    count in the denominator, so loss and gradient are those of the full pass.
 
-    In an update, the tokens of two replicas differ by at most the longest sample. With shared prompts, the tokens of a replica and of a
-    micro-batch are those that pass through the network, each prompt counted once per micro-batch. A group is then kept together unless it
-    is too long for a micro-batch or the balance asks for its division. To which update a sample goes does not depend on sharing.
+    In an update, the tokens of two replicas differ by at most the longest sample. With shared
+    prompts, the tokens of a replica and of a micro-batch are those that pass through the network,
+    each prompt counted once per micro-batch. A group is then kept together unless it is too long
+    for a micro-batch or the balance asks for its division. To which update a sample goes does not
+    depend on sharing.
 
     Args:
         samples: Of the whole step, the same on every rank.
@@ -81,33 +89,49 @@ def plan_batches(
         num_replicas: Data-parallel size.
         micro_batch_tokens: Most tokens of a micro-batch; a longer sample has one to itself.
         random: Shuffles the groups.
-        skip_zero_advantage: `False` passes every sample with loss tokens, for objectives that do not look at advantages.
-        share_prompts: Pass the prompt of a group once per micro-batch; all samples of a uid must have the same prompt.
+        skip_zero_advantage: `False` passes every sample with loss tokens, for objectives that do
+            not look at advantages.
+        share_prompts: Pass the prompt of a group once per micro-batch; all samples of a uid must
+            have the same prompt.
 
     Source: ZPPO, Algorithm 1, step 6.
     """
     minibatch_of = _deal(samples, num_minibatches, random)
     num_updates = max(minibatch_of, default=-1) + 1
-    needed = [has_gradient(sample) if skip_zero_advantage else sample.num_loss_tokens > 0 for sample in samples]
+    needed = [
+        has_gradient(sample) if skip_zero_advantage else sample.num_loss_tokens > 0
+        for sample in samples
+    ]
     plans = []
     tokens = [0] * num_updates
     for update in range(num_updates):
         members = [index for index, owner in enumerate(minibatch_of) if owner == update]
         tokens[update] = sum(samples[index].num_loss_tokens for index in members)
-        units = make_units(samples, [index for index in members if needed[index]], micro_batch_tokens, share_prompts)
-        shares = balance(units, num_replicas, micro_batch_tokens)
+        prefix_groups = make_prefix_groups(
+            samples,
+            [index for index in members if needed[index]],
+            micro_batch_tokens,
+            share_prompts,
+        )
+        shares = balance(prefix_groups, num_replicas, micro_batch_tokens)
         plans.append(tuple(fill_microbatches(share, micro_batch_tokens) for share in shares))
-    return BatchPlan(minibatch_of, tuple(tokens), tuple(plans), len(samples) - sum(needed), share_prompts)
+    return BatchPlan(
+        minibatch_of, tuple(tokens), tuple(plans), len(samples) - sum(needed), share_prompts
+    )
 
 
-def _deal(samples: Sequence[TrainingSample], num_minibatches: int, random: np.random.Generator) -> Indices:
+def _deal(
+    samples: Sequence[TrainingSample], num_minibatches: int, random: np.random.Generator
+) -> Indices:
     """Return the update of every sample."""
     uids = list(dict.fromkeys(sample.uid for sample in samples))
     by_group = len(uids) >= num_minibatches
     units: Sequence[str | int] = uids if by_group else list(range(len(samples)))
     order = random.permutation(len(units))
     num_updates = min(num_minibatches, len(units))
-    owner = {units[place]: position * num_updates // len(units) for position, place in enumerate(order)}
+    owner = {
+        units[place]: position * num_updates // len(units) for position, place in enumerate(order)
+    }
     return tuple(owner[sample.uid if by_group else index] for index, sample in enumerate(samples))
 
 
@@ -119,7 +143,8 @@ def build_batches(
     media: MediaSource | None,
     device: torch.device,
 ) -> list[Batch]:
-    """Return the updates as this replica's micro-batches; a replica without samples gets one that carries no loss.
+    """Return the updates as this replica's micro-batches; a replica without samples gets one that
+    carries no loss.
 
     Args:
         plan: What goes where.
@@ -131,7 +156,10 @@ def build_batches(
     batches = []
     for update, replicas in enumerate(plan.microbatches):
         packs = [[samples[index] for index in members] for members in replicas[replica]] or [[]]
-        makers = [partial(pack, each, media=media, device=device, share_prompts=plan.share_prompts) for each in packs]
+        makers = [
+            partial(pack, each, media=media, device=device, share_prompts=plan.share_prompts)
+            for each in packs
+        ]
         batches.append(Batch(LazyMicrobatches(makers), plan.num_loss_tokens[update]))
     return batches
 
@@ -154,7 +182,11 @@ class LazyMicrobatches(Sequence[Microbatch]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[Microbatch]: ...
     def __getitem__(self, index: int | slice) -> Microbatch | Sequence[Microbatch]:
-        return LazyMicrobatches(self._makers[index]) if isinstance(index, slice) else self._makers[index]()
+        return (
+            LazyMicrobatches(self._makers[index])
+            if isinstance(index, slice)
+            else self._makers[index]()
+        )
 
     def __iter__(self) -> Iterator[Microbatch]:
         return (make() for make in self._makers)
@@ -174,7 +206,13 @@ class _Segment:
     parent: int = -1
 
 
-def pack(samples: Sequence[TrainingSample], *, media: MediaSource | None, device: torch.device, share_prompts: bool = False) -> Microbatch:
+def pack(
+    samples: Sequence[TrainingSample],
+    *,
+    media: MediaSource | None,
+    device: torch.device,
+    share_prompts: bool = False,
+) -> Microbatch:
     """Lay samples end to end for one forward pass.
 
     Args:
@@ -188,8 +226,14 @@ def pack(samples: Sequence[TrainingSample], *, media: MediaSource | None, device
     """
     for sample in samples:
         assert sample.num_tokens > 0, f"pack: {sample.uid} has no token"
-        assert sample.loss_mask[0] == 0, f"pack: the first token of {sample.uid} carries loss, but nothing predicts it"
-    segments = _segments(samples) if share_prompts else [_Segment(sample, slice(0, sample.num_tokens)) for sample in samples]
+        assert sample.loss_mask[0] == 0, (
+            f"pack: the first token of {sample.uid} carries loss, but nothing predicts it"
+        )
+    segments = (
+        _segments(samples)
+        if share_prompts
+        else [_Segment(sample, slice(0, sample.num_tokens)) for sample in samples]
+    )
     lengths = [segment.tokens.stop - segment.tokens.start for segment in segments]
     padding = 0 if samples else IDLE_TOKENS
     lengths += [padding] if padding else []
@@ -199,7 +243,9 @@ def pack(samples: Sequence[TrainingSample], *, media: MediaSource | None, device
 
     def join(name: str, tail: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         parts = (getattr(segment.sample, name)[..., segment.tokens] for segment in segments)
-        return torch.from_numpy(np.concatenate([*parts, tail], axis=-1)).to(device=device, dtype=dtype)
+        return torch.from_numpy(np.concatenate([*parts, tail], axis=-1)).to(
+            device=device, dtype=dtype
+        )
 
     return Microbatch(
         token_ids=join("token_ids", np.full(padding, PADDING_TOKEN_ID), torch.int64),
@@ -210,14 +256,20 @@ def pack(samples: Sequence[TrainingSample], *, media: MediaSource | None, device
         patches=_open_patches(prompts, media, device) if media is not None and grids else None,
         grids=torch.tensor(grids, dtype=torch.int64, device=device) if grids else None,
         uids=tuple(dict.fromkeys(s.uid for s in samples)),
-        parents=tuple(segment.parent for segment in segments) if len(prompts) < len(segments) else None,
+        parents=tuple(segment.parent for segment in segments)
+        if len(prompts) < len(segments)
+        else None,
         **_join_old_logprobs(segments, padding, device),
         **_join_teacher_top(segments, padding, device),
     )
 
 
-def _join_old_logprobs(segments: Sequence[_Segment], padding: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the field of old log-probs, and the one that says where they are not known, unless they are everywhere."""
+def _join_old_logprobs(
+    segments: Sequence[_Segment], padding: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return the field of old log-probs, and the one that says where they are not known, unless
+    they are everywhere.
+    """
     logprobs, unknown = [], []
     for segment in segments:
         old, mask = segment.sample.old_logprobs, segment.sample.loss_mask[segment.tokens]
@@ -231,9 +283,20 @@ def _join_old_logprobs(segments: Sequence[_Segment], padding: int, device: torch
     return fields
 
 
-def _join_teacher_top(segments: Sequence[_Segment], padding: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the fields of what the teacher said about the tokens; nothing if it said nothing about any sample."""
-    width = max((top.ids.shape[1] for segment in segments if (top := segment.sample.teacher_top) is not None), default=0)
+def _join_teacher_top(
+    segments: Sequence[_Segment], padding: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return the fields of what the teacher said about the tokens; nothing if it said nothing about
+    any sample.
+    """
+    width = max(
+        (
+            top.ids.shape[1]
+            for segment in segments
+            if (top := segment.sample.teacher_top) is not None
+        ),
+        default=0,
+    )
     if not width:
         return {}
     num_tokens = sum(segment.tokens.stop - segment.tokens.start for segment in segments) + padding
@@ -248,11 +311,16 @@ def _join_teacher_top(segments: Sequence[_Segment], padding: int, device: torch.
             ids[place:end, columns] = top.ids[segment.tokens]
             logprobs[place:end, columns] = top.logprobs[segment.tokens]
         place = end
-    return {"teacher_ids": torch.from_numpy(ids).to(device), "teacher_logprobs": torch.from_numpy(logprobs).to(device)}
+    return {
+        "teacher_ids": torch.from_numpy(ids).to(device),
+        "teacher_logprobs": torch.from_numpy(logprobs).to(device),
+    }
 
 
 def _segments(samples: Sequence[TrainingSample]) -> list[_Segment]:
-    """Lay every group's prompt once, its responses behind it; a sample that is alone stays in one piece."""
+    """Lay every group's prompt once, its responses behind it; a sample that is alone stays in one
+    piece.
+    """
     groups: dict[str, list[TrainingSample]] = {}
     for sample in samples:
         groups.setdefault(sample.uid, []).append(sample)
@@ -266,7 +334,9 @@ def _segments(samples: Sequence[TrainingSample]) -> list[_Segment]:
         parent = len(segments)
         segments.append(_Segment(first, prompt))
         for sample in members:
-            assert _same_prompt(sample, first), f"pack: the samples of {first.uid} have different prompts"
+            assert _same_prompt(sample, first), (
+                f"pack: the samples of {first.uid} have different prompts"
+            )
             segments.append(_Segment(sample, slice(prompt.stop, sample.num_tokens), parent))
     return segments
 
@@ -282,8 +352,12 @@ def _same_prompt(one: TrainingSample, other: TrainingSample) -> bool:
     )
 
 
-def _open_patches(prompts: Sequence[TrainingSample], media: MediaSource, device: torch.device) -> torch.Tensor:
-    """Return `[patches, channels]` of all media, in the order of the prompts, each given by one of its samples."""
+def _open_patches(
+    prompts: Sequence[TrainingSample], media: MediaSource, device: torch.device
+) -> torch.Tensor:
+    """Return `[patches, channels]` of all media, in the order of the prompts, each given by one of
+    its samples.
+    """
     parts: list[FloatArray] = []
     for sample in prompts:
         if not sample.grids:
@@ -292,19 +366,27 @@ def _open_patches(prompts: Sequence[TrainingSample], media: MediaSource, device:
         opened = tuple(tuple(item.grid) for item in inputs)
         if opened != tuple(tuple(grid) for grid in sample.grids):
             raise DataError(
-                f"training.batching: the media of question {sample.question.id!r} have changed, got grids {opened}, "
-                f"expected {sample.grids} as in its prompt; do not rewrite shards during a run"
+                f"training.batching: the media of question {sample.question.id!r} have changed, "
+                f"got grids {opened}, expected {sample.grids} as in its prompt; do not rewrite "
+                "shards during a run"
             )
         parts.extend(item.patches for item in inputs)
     return torch.from_numpy(np.concatenate(parts)).to(device=device, dtype=torch.float32)
 
 
 def _open_again(question: Question, media: MediaSource) -> Sequence[VisionInput]:
-    """Open media that were opened for the prompt, with one more try when the decoder failed, which a busy machine is enough for."""
+    """Open media that were opened for the prompt, with one more try when the decoder failed, which
+    a busy machine is enough for.
+    """
     try:
         return media.vision_inputs(question)
     except ReasonedError as error:
         if error.reason not in PASSING_REASONS:
             raise
-        logger.warning("opening the media of question %s once more after %s: %s", question.id, error.reason, error)
+        logger.warning(
+            "opening the media of question %s once more after %s: %s",
+            question.id,
+            error.reason,
+            error,
+        )
         return media.vision_inputs(question)

@@ -1,8 +1,11 @@
-"""One folder per save: weights, optimizer and schedule in Megatron's distributed format, and everything else of the run beside them.
+"""One folder per save: weights, optimizer and schedule in Megatron's distributed format, and
+everything else of the run beside them.
 
-A checkpoint is written next to its place, while training goes on, and renamed when it is complete, synced to disk and listed in a
-manifest. A process killed at any moment therefore leaves the previous checkpoint as it was, and at most a hidden unfinished folder that
-the next save removes. Each rank writes and reads about its own share, of which it holds one copy in host memory until it is written.
+A checkpoint is written next to its place, while training goes on, and renamed when it is complete,
+synced to disk and listed in a manifest. A process killed at any moment therefore leaves the
+previous checkpoint as it was, and at most a hidden unfinished folder that the next save removes.
+Each rank writes and reads about its own share, of which it holds one copy in host memory until it
+is written.
 """
 
 from __future__ import annotations
@@ -26,9 +29,25 @@ from megatron.core import parallel_state
 
 from data.errors import DataError
 from zppo_mm.errors import CheckpointError, ZppoError
-from zppo_mm.models import parallel
-from zppo_mm.models.boxes import Box, Piece, boxes_of, object_pieces, pieces_of
-from zppo_mm.models.distributed_folder import (
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.training import optimizer_state
+from zppo_mm.training.checkpoint_files import (
+    make_empty,
+    publish,
+    put_back,
+    replace_folder,
+    step_folders,
+)
+from zppo_mm.training.file_exchange import FileExchange
+from zppo_mm.training.manifest import DamagedCheckpointError, check_file, read_manifest
+from zppo_mm.training.policy import Policy
+from zppo_mm.training.random_states import (
+    gather_random_states,
+    read_random_states,
+    restore_random_states,
+)
+from zppo_mm.weights.boxes import Box, Piece, boxes_of, object_pieces, pieces_of
+from zppo_mm.weights.distributed_folder import (
     DistributedFolder,
     on_every_rank,
     on_rank_0,
@@ -36,13 +55,7 @@ from zppo_mm.models.distributed_folder import (
     write_description,
     write_pieces,
 )
-from zppo_mm.models.megatron_folder import save_entries
-from zppo_mm.training import optimizer_state
-from zppo_mm.training.checkpoint_files import make_empty, publish, put_back, replace_folder, step_folders
-from zppo_mm.training.file_exchange import FileExchange
-from zppo_mm.training.manifest import DamagedCheckpointError, check_file, read_manifest
-from zppo_mm.training.policy import Policy
-from zppo_mm.training.random_states import gather_random_states, read_random_states, restore_random_states
+from zppo_mm.weights.megatron_folder import save_entries
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -55,18 +68,23 @@ _NEW_RUN = "use another checkpoint, or give the new run another name"
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run while training goes on. Every rank calls its methods together, from the thread that trains.
+    """Writes the checkpoints of a run while training goes on. Every rank calls its methods
+    together, from the thread that trains.
 
-    A checkpoint is complete as soon as all ranks have written their files, whatever the training thread does then. A run that is to end
-    calls `finish` last, wherever it was interrupted between two collectives.
+    A checkpoint is complete as soon as all ranks have written their files, whatever the training
+    thread does then. A run that is to end calls `finish` last, wherever it was interrupted between
+    two collectives.
 
     Args:
         folder: Holds the checkpoints of a run, on storage that all ranks share.
         keep: Complete checkpoints left after a save, at least 1.
-        on_complete: Told the step of every checkpoint that has become complete, by `notice` or `finish`.
+        on_complete: Told the step of every checkpoint that has become complete, by `notice` or
+            `finish`.
     """
 
-    def __init__(self, folder: Path, keep: int, on_complete: Callable[[int], None] = lambda step: None) -> None:
+    def __init__(
+        self, folder: Path, keep: int, on_complete: Callable[[int], None] = lambda step: None
+    ) -> None:
         self._folder, self._keep, self._on_complete = folder, keep, on_complete
         self._pending: tuple[int, Path, Future[None]] | None = None
 
@@ -82,7 +100,8 @@ class CheckpointWriter:
             Where the checkpoint will be.
 
         Raises:
-            CheckpointError: This save or the one before cannot be written; complete checkpoints are as they were.
+            CheckpointError: This save or the one before cannot be written; complete checkpoints are
+                as they were.
         """
         self.finish()
         target = self._folder / f"step_{step:06d}"
@@ -95,7 +114,9 @@ class CheckpointWriter:
         }
         pieces, metadata = share_out(_pieces(policy))
         # Training changes what they look at.
-        copies = [replace(piece, content=partial(_same, _host_copy(piece.content()))) for piece in pieces]
+        copies = [
+            replace(piece, content=partial(_same, _host_copy(piece.content()))) for piece in pieces
+        ]
         name = parallel.broadcast_object(f"checkpoint/{uuid.uuid4().hex}")
         exchange = FileExchange(parallel.store(), name, parallel.rank(), parallel.world_size())
 
@@ -105,7 +126,9 @@ class CheckpointWriter:
                 write_description(partial_folder, metadata, files)
                 for name, content in small_files.items():
                     (partial_folder / name).write_bytes(content)
-                publish(partial_folder, target, {file.name: file.checksum for file in files}, self._keep)
+                publish(
+                    partial_folder, target, {file.name: file.checksum for file in files}, self._keep
+                )
                 logger.info("checkpoint: saved %s", target)
 
         self._pending = step, partial_folder, _in_background(write)
@@ -133,14 +156,16 @@ class CheckpointWriter:
             on_every_rank(partial_folder, writing.result)
         except CheckpointError:
             if parallel.rank() == 0:
-                # Half a checkpoint is of no use and may be what fills the disk; what cannot be removed now, the next save removes.
+                # Half a checkpoint is of no use and may be what fills the disk; what cannot be
+                # removed now, the next save removes.
                 shutil.rmtree(partial_folder, ignore_errors=True)
             raise
         self._on_complete(step)
 
 
 def save(folder: Path, step: int, policy: Policy, state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint and wait for it, then remove the oldest beyond `keep`; see `CheckpointWriter`. Every rank calls it.
+    """Write a checkpoint and wait for it, then remove the oldest beyond `keep`; see
+    `CheckpointWriter`. Every rank calls it.
 
     Raises:
         CheckpointError: A file cannot be written; the previous checkpoints are as they were.
@@ -157,21 +182,26 @@ def latest(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def load_latest(folder: Path, policy: Policy, check: Callable[[dict[str, Any]], object] = lambda state: None) -> dict[str, Any] | None:
+def load_latest(
+    folder: Path, policy: Policy, check: Callable[[dict[str, Any]], object] = lambda state: None
+) -> dict[str, Any] | None:
     """Load the newest usable checkpoint. Every rank calls it.
 
-    A checkpoint with a missing or damaged file is named in a warning and renamed to end in `.broken`, if one before it is usable.
+    A checkpoint with a missing or damaged file is named in a warning and renamed to end in
+    `.broken`, if one before it is usable.
 
     Args:
         folder: Of the checkpoints.
         policy: Overwritten in place.
-        check: Told the `state` before anything is overwritten; raises on every rank if it is not to be loaded.
+        check: Told the `state` before anything is overwritten; raises on every rank if it is not to
+            be loaded.
 
     Returns:
         The `state` that was saved with it; `None` if nothing was saved yet.
 
     Raises:
-        CheckpointError: There are checkpoints but none is usable, one cannot be read now, or a sound one does not fit the model.
+        CheckpointError: There are checkpoints but none is usable, one cannot be read now, or a
+            sound one does not fit the model.
     """
     on_rank_0(folder, partial(put_back, folder))
     found = parallel.broadcast_object(step_folders(folder) if parallel.rank() == 0 else None)
@@ -186,10 +216,12 @@ def load_latest(folder: Path, policy: Policy, check: Callable[[dict[str, Any]], 
             _set_aside(each, problem)
         return load(path, policy, check)
     if damaged:
-        # Nothing is renamed: the next start must find the same, and not a run that has no checkpoint yet.
+        # Nothing is renamed: the next start must find the same, and not a run that has no
+        # checkpoint yet.
         raise CheckpointError(
-            f"checkpoint: no usable checkpoint in {folder}, got {len(damaged)} broken ({damaged[0][1]}), expected at least one complete; "
-            "restore one from a copy, or remove the run's folder to start again"
+            f"checkpoint: no usable checkpoint in {folder}, got {len(damaged)} broken "
+            f"({damaged[0][1]}), expected at least one complete; restore one from a copy, or "
+            "remove the run's folder to start again"
         )
     return None
 
@@ -200,8 +232,11 @@ def _set_aside(path: Path, error: CheckpointError) -> None:
     on_rank_0(path, lambda: replace_folder(path, path.with_name(f"{path.name}.broken")))
 
 
-def load(path: Path, policy: Policy, check: Callable[[dict[str, Any]], object] = lambda state: None) -> dict[str, Any]:
-    """Load one checkpoint into the policy, whatever layout it was saved at. Learning rate and decay stay as configured now.
+def load(
+    path: Path, policy: Policy, check: Callable[[dict[str, Any]], object] = lambda state: None
+) -> dict[str, Any]:
+    """Load one checkpoint into the policy, whatever layout it was saved at. Learning rate and decay
+    stay as configured now.
 
     Args:
         path: A folder that `verify` accepts.
@@ -212,7 +247,8 @@ def load(path: Path, policy: Policy, check: Callable[[dict[str, Any]], object] =
         The `state` that was saved with it.
 
     Raises:
-        CheckpointError: Its contents do not fit the model or the optimizer, or a newer megatron-core wrote it.
+        CheckpointError: Its contents do not fit the model or the optimizer, or a newer
+            megatron-core wrote it.
     """
     schedule, random_states, state = on_every_rank(path, partial(_read_small_files, path))
     with taking_up(path):
@@ -224,7 +260,9 @@ def load(path: Path, policy: Policy, check: Callable[[dict[str, Any]], object] =
     wanted = set().union(*parallel.gather_from_ranks({box.key for box in weights + states}))
     with torch.no_grad():
         readers = _readers(weights)
-        on_every_rank(path, partial(_read_tensors, path, wanted, [*_own(weights, readers), *states]))
+        on_every_rank(
+            path, partial(_read_tensors, path, wanted, [*_own(weights, readers), *states])
+        )
         _hand_round(weights, readers)
     with taking_up(path):
         optimizer_state.set_num_updates(policy.optimizer, found, schedule["num_updates"])
@@ -235,7 +273,8 @@ def load(path: Path, policy: Policy, check: Callable[[dict[str, Any]], object] =
 
 @contextmanager
 def taking_up(path: Path) -> Iterator[None]:
-    """Inside the block what stands in a checkpoint's small files is taken up; no collective is called there.
+    """Inside the block what stands in a checkpoint's small files is taken up; no collective is
+    called there.
 
     Raises:
         CheckpointError: The values are not those that a run of this version saves.
@@ -244,9 +283,20 @@ def taking_up(path: Path) -> Iterator[None]:
         yield
     except (ZppoError, DataError):
         raise
-    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        OverflowError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         told = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path}: cannot be used, got {told}, expected what a run of this version saves; {_NEW_RUN}") from error
+        raise CheckpointError(
+            f"{path}: cannot be used, got {told}, expected what a run of this version saves; "
+            f"{_NEW_RUN}"
+        ) from error
 
 
 def verify(path: Path) -> None:
@@ -254,24 +304,34 @@ def verify(path: Path) -> None:
 
     Raises:
         DamagedCheckpointError: On every rank, naming the first file that is missing or damaged.
-        CheckpointError: On every rank, if a file cannot be read now, which says nothing about the checkpoint.
+        CheckpointError: On every rank, if a file cannot be read now, which says nothing about the
+            checkpoint.
     """
     on_every_rank(path, lambda: _verify_share(path))
 
 
 def _pieces(policy: Policy) -> list[Piece]:
-    """Return what this rank could write of a checkpoint. Weights come first, which more than one rank has."""
+    """Return what this rank could write of a checkpoint. Weights come first, which more than one
+    rank has.
+    """
     entries = save_entries(policy.model)
     weights = [box for entry in entries.values() for box in boxes_of(entry)]
     found = optimizer_state.shares(policy.optimizer)
     states = optimizer_state.boxes(entries, found, only_main=True)
     objects = [piece for entry in entries.values() for piece in object_pieces(entry)]
-    return objects + [piece for box in weights + states for piece in pieces_of(box, partial(_same, box.tensor))]
+    return objects + [
+        piece for box in weights + states for piece in pieces_of(box, partial(_same, box.tensor))
+    ]
 
 
 def _schedule(policy: Policy) -> dict[str, Any]:
-    updates = optimizer_state.num_updates(policy.optimizer, optimizer_state.shares(policy.optimizer))
-    return {"num_updates": max(parallel.gather_from_ranks(updates)), "scheduler": policy.scheduler.state_dict()}
+    updates = optimizer_state.num_updates(
+        policy.optimizer, optimizer_state.shares(policy.optimizer)
+    )
+    return {
+        "num_updates": max(parallel.gather_from_ranks(updates)),
+        "scheduler": policy.scheduler.state_dict(),
+    }
 
 
 def _same(value: T) -> T:
@@ -299,22 +359,35 @@ def _in_background(action: Callable[[], T]) -> Future[T]:
 def _read_small_files(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
     """Return schedule, random states and the run's own state."""
     found: list[Any] = []
-    for name, parse in ((SCHEDULE_FILE, json.loads), (RANDOM_FILE, read_random_states), (STATE_FILE, json.loads)):
+    for name, parse in (
+        (SCHEDULE_FILE, json.loads),
+        (RANDOM_FILE, read_random_states),
+        (STATE_FILE, json.loads),
+    ):
         try:
             found.append(parse((path / name).read_bytes()))
         except FileNotFoundError as error:
             # It is not in the manifest either, with which the files have been compared.
             raise CheckpointError(
-                f"{path}: saved by another version of this program, got no {name}, expected one; go on with the version that saved it, or "
-                "export it and start a run of another name from that"
+                f"{path}: saved by another version of this program, got no {name}, expected one; "
+                "go on with the version that saved it, or export it and start a run of another "
+                "name from that"
             ) from error
         except (ValueError, RecursionError) as error:
             raise CheckpointError(
-                f"{path / name}: cannot be used, got {error}, expected what a run of this version saves; use another checkpoint"
+                f"{path / name}: cannot be used, got {error}, expected what a run of this version "
+                "saves; use another checkpoint"
             ) from error
     schedule, random_states, state = found
-    if not isinstance(schedule, dict) or not isinstance(state, dict) or type(schedule.get("num_updates")) is not int:
-        raise CheckpointError(f"{path}: {SCHEDULE_FILE} or {STATE_FILE} is no object of a run's checkpoint; use another checkpoint")
+    if (
+        not isinstance(schedule, dict)
+        or not isinstance(state, dict)
+        or type(schedule.get("num_updates")) is not int
+    ):
+        raise CheckpointError(
+            f"{path}: {SCHEDULE_FILE} or {STATE_FILE} is no object of a run's checkpoint; use "
+            "another checkpoint"
+        )
     return schedule, random_states, state
 
 
@@ -323,8 +396,9 @@ def _read_tensors(path: Path, wanted: set[str], boxes: list[Box]) -> None:
     folder = DistributedFolder(path)
     if surplus := sorted(folder.tensor_keys - wanted):
         raise CheckpointError(
-            f"{path}: the checkpoint does not fit, got {len(surplus)} tensors of no use ({surplus[0]}), expected the weights and the "
-            "optimizer of this model; resume with the model, model.params_dtype, train.freeze and lora that it was saved with"
+            f"{path}: the checkpoint does not fit, got {len(surplus)} tensors of no use "
+            f"({surplus[0]}), expected the weights and the optimizer of this model; resume with "
+            "the model, model.params_dtype, train.freeze and lora that it was saved with"
         )
     folder.read(boxes)
 
@@ -335,7 +409,9 @@ def _replicas() -> Any:
 
 
 def _readers(weights: list[Box]) -> list[int]:
-    """Say of each box which of the ranks that have it reads it, so that each reads about as much."""
+    """Say of each box which of the ranks that have it reads it, so that each reads about as
+    much.
+    """
     loads = [0] * dist.get_world_size(_replicas())
     readers = []
     for box in weights:

@@ -18,7 +18,11 @@ def step_folders(folder: Path) -> list[Path]:
     """Return the completed checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name)) and path.is_dir()]
+    found = [
+        (int(match[1]), path)
+        for path in folder.iterdir()
+        if (match := _STEP_FOLDER.fullmatch(path.name)) and path.is_dir()
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -30,7 +34,8 @@ def make_empty(partial_folder: Path) -> None:
 
 
 def publish(partial_folder: Path, target: Path, checksums: dict[str, int], keep: int) -> None:
-    """Put a folder in its place, then prune; the rename is the moment at which the checkpoint exists.
+    """Put a folder in its place, then prune; the rename is the moment at which the checkpoint
+    exists.
 
     Args:
         partial_folder: With all files of the checkpoint.
@@ -46,7 +51,10 @@ def publish(partial_folder: Path, target: Path, checksums: dict[str, int], keep:
         if path.name not in checksums:
             _sync(path)
         known = checksums.get(path.name)
-        listed[path.name] = {"size": path.stat().st_size, "crc32": checksum(path) if known is None else known}
+        listed[path.name] = {
+            "size": path.stat().st_size,
+            "crc32": checksum(path) if known is None else known,
+        }
     (partial_folder / MANIFEST_FILE).write_text(json.dumps(listed, indent=1), encoding="utf-8")
     _sync(partial_folder / MANIFEST_FILE)
     _sync(partial_folder)
@@ -66,8 +74,9 @@ def put_back(folder: Path) -> None:
     """
     if os.path.lexists(folder) and not folder.is_dir():
         raise CheckpointError(
-            f"{folder}: no folder, got {'a link that leads nowhere' if folder.is_symlink() else 'a file'}, expected the run's checkpoints; "
-            "bring back the disk that they are on, or remove it to start again"
+            f"{folder}: no folder, got "
+            f"{'a link that leads nowhere' if folder.is_symlink() else 'a file'}, expected the "
+            "run's checkpoints; bring back the disk that they are on, or remove it to start again"
         )
     for aside in folder.glob(".step_*.replaced"):
         target = aside.with_name(aside.name.removeprefix(".").removesuffix(".replaced"))
@@ -87,7 +96,9 @@ def replace_folder(source: Path, target: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder with what is in it; of a link, such as to a checkpoint on another disk, the link alone."""
+    """Remove a folder with what is in it; of a link, such as to a checkpoint on another disk, the
+    link alone.
+    """
     if path.is_symlink() or not path.is_dir():
         path.unlink()
     else:

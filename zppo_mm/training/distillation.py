@@ -1,19 +1,30 @@
-"""Distillation: the student's distribution at every response token is pulled towards the frozen teacher's."""
+"""Distillation: the student's distribution at every response token is pulled towards the frozen
+teacher's.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
 
+from zppo_mm.algorithms.divergence import (
+    Divergence,
+    TopTokens,
+    jensen_shannon,
+    top_jensen_shannon,
+    top_tokens,
+)
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import Microbatch
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.training.divergence import Divergence, TopTokens, jensen_shannon, top_jensen_shannon, top_tokens
 from zppo_mm.training.objective import ObjectiveTerms, predicting_logits, predicting_rows
 
 
-def check_networks(student: VisionLanguageModel, teacher: VisionLanguageModel, share_prompts: str) -> None:
-    """Check that the teacher can be passed the student's micro-batches and that their logits can be compared.
+def check_networks(
+    student: VisionLanguageModel, teacher: VisionLanguageModel, share_prompts: str
+) -> None:
+    """Check that the teacher can be passed the student's micro-batches and that their logits can be
+    compared.
 
     Args:
         student: What is trained.
@@ -21,18 +32,21 @@ def check_networks(student: VisionLanguageModel, teacher: VisionLanguageModel, s
         share_prompts: As `train.share_prompts`.
 
     Raises:
-        ConfigError: The vocabularies differ in size, or the student shares prompts and the teacher cannot.
+        ConfigError: The vocabularies differ in size, or the student shares prompts and the teacher
+            cannot.
     """
     sizes = [network.architecture.vocab_size for network in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise ConfigError(
-            f"distill.source: teacher and student have different vocabularies, got {sizes[0]} tokens of the student and {sizes[1]} of the "
-            "teacher, expected as many; use a teacher of the student's family, or a method that shows the teacher's text"
+            f"distill.source: teacher and student have different vocabularies, got {sizes[0]} "
+            f"tokens of the student and {sizes[1]} of the teacher, expected as many; use a teacher "
+            "of the student's family, or a method that shows the teacher's text"
         )
     if student.shares_prompts and not teacher.shares_prompts and share_prompts != "never":
         raise ConfigError(
-            f"train.share_prompts: the teacher's layers cannot share prompts, got {share_prompts!r} with distillation, expected 'never' "
-            "with this teacher; set it, or teacher.transformer_impl=local"
+            "train.share_prompts: the teacher's layers cannot share prompts, got "
+            f"{share_prompts!r} with distillation, expected 'never' with this teacher; set it, or "
+            "teacher.transformer_impl=local"
         )
 
 
@@ -42,13 +56,21 @@ class DistillationObjective:
     names = ("loss", "num_tokens", "entropy", "agreement")
     needs_advantages = False
 
-    def __init__(self, teacher: VisionLanguageModel | None, top_k: int, temperature: float, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        teacher: VisionLanguageModel | None,
+        top_k: int,
+        temperature: float,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         """Keep the teacher.
 
         Args:
-            teacher: Frozen, in one pipeline stage, on the student's tensor ranks and with its vocabulary; passed each micro-batch whole,
-                on every context rank. `None` if the samples carry its log-probs.
-            top_k: Its most likely tokens that are told apart; 0 means all. Samples that carry log-probs have theirs.
+            teacher: Frozen, in one pipeline stage, on the student's tensor ranks and with its
+                vocabulary; passed each micro-batch whole, on every context rank. `None` if the
+                samples carry its log-probs.
+            top_k: Its most likely tokens that are told apart; 0 means all. Samples that carry
+                log-probs have theirs.
             temperature: Of both distributions.
             group: Ranks that share the vocabulary.
         """
@@ -71,11 +93,15 @@ class DistillationObjective:
         values = (loss, count, found.entropies.sum(), found.agreements.sum())
         return ObjectiveTerms(loss, torch.stack([value.detach().double() for value in values]))
 
-    def _divergence(self, student: torch.Tensor, places: torch.Tensor, microbatch: Microbatch) -> Divergence:
+    def _divergence(
+        self, student: torch.Tensor, places: torch.Tensor, microbatch: Microbatch
+    ) -> Divergence:
         if not len(places):
             return jensen_shannon(student, student, None)
         if self._teacher is None:
-            assert microbatch.teacher_ids is not None, "samples with loss carry the teacher's log-probs"
+            assert microbatch.teacher_ids is not None, (
+                "samples with loss carry the teacher's log-probs"
+            )
             assert microbatch.teacher_logprobs is not None, "ids and log-probs come together"
             carried = TopTokens(microbatch.teacher_ids[places], microbatch.teacher_logprobs[places])
             return top_jensen_shannon(student, carried, self._group, self._temperature)
@@ -91,5 +117,7 @@ def teacher_logits(teacher: VisionLanguageModel, microbatch: Microbatch) -> torc
     """Return the teacher's logits that predict the loss tokens, `[loss tokens, vocab / tp]`."""
     media = (microbatch.patches, microbatch.grids)
     wanted = {"rows": predicting_rows(microbatch), "parents": microbatch.parents}
-    logits: torch.Tensor = teacher(microbatch.token_ids, microbatch.positions, microbatch.cu_seqlens, *media, **wanted)
+    logits: torch.Tensor = teacher(
+        microbatch.token_ids, microbatch.positions, microbatch.cu_seqlens, *media, **wanted
+    )
     return logits

@@ -1,4 +1,6 @@
-"""How the thread that writes a rank's file tells rank 0's that it is done, without the training threads."""
+"""How the thread that writes a rank's file tells rank 0's that it is done, without the training
+threads.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,15 @@ from collections.abc import Callable
 from typing import Protocol
 
 from zppo_mm.errors import CheckpointError
-from zppo_mm.models.distributed_folder import WrittenFile
+from zppo_mm.weights.distributed_folder import WrittenFile
 
 PAUSE_SECONDS = 0.05
 
 
 class Store(Protocol):
-    """The part of torch's key-value stores that is needed; none of the calls here waits for another process."""
+    """The part of torch's key-value stores that is needed; none of the calls here waits for another
+    process.
+    """
 
     def set(self, key: str, value: str, /) -> None: ...
 
@@ -40,10 +44,12 @@ class FileExchange:
         self._keys = [f"{name}/{each}" for each in range(size)]
 
     def of_all(self, write: Callable[[], WrittenFile]) -> list[WrittenFile] | None:
-        """Write this rank's file; returns the files of all ranks on rank 0, as soon as they are there, nothing on the others.
+        """Write this rank's file; returns the files of all ranks on rank 0, as soon as they are
+        there, nothing on the others.
 
         Raises:
-            CheckpointError: On rank 0, if another rank could not write; that one raises its own error.
+            CheckpointError: On rank 0, if another rank could not write; that one raises its own
+                error.
         """
         try:
             file = write()
@@ -60,7 +66,10 @@ class FileExchange:
             text, problem = json.loads(self._store.get(key))
             self._store.delete_key(key)
             if problem:
-                raise CheckpointError(f"checkpoint: a rank could not write its file, got {problem}, expected room; check the disk")
+                raise CheckpointError(
+                    f"checkpoint: a rank could not write its file, got {problem}, expected room; "
+                    "check the disk"
+                )
             files.append(WrittenFile.from_json(text))
         return files
 

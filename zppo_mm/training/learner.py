@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from zppo_mm.config import TrainConfig
+from zppo_mm.config.schema import TrainConfig
 from zppo_mm.experience import FloatArray, Group, MediaSource, TrainingSample
-from zppo_mm.models import parallel
 from zppo_mm.observability.metrics import Max, Mean, StepMetrics, Sum
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.randomness import generator
 from zppo_mm.training.batching import BatchPlan, build_batches, plan_batches
 from zppo_mm.training.old_logprobs import need_old_logprobs, with_old_logprobs
@@ -45,7 +45,14 @@ class Learner:
     """
 
     def __init__(
-        self, policy: Policy, media: MediaSource, config: TrainConfig, seed: int, *, temperature: float = 1.0, importance_cap: float = 0.0
+        self,
+        policy: Policy,
+        media: MediaSource,
+        config: TrainConfig,
+        seed: int,
+        *,
+        temperature: float = 1.0,
+        importance_cap: float = 0.0,
     ) -> None:
         self.policy = policy
         self._temperature = temperature
@@ -55,7 +62,11 @@ class Learner:
         self._seed = seed
 
     def learn(
-        self, groups: Sequence[Group], advantages: Mapping[str, FloatArray], step: int, metrics: StepMetrics
+        self,
+        groups: Sequence[Group],
+        advantages: Mapping[str, FloatArray],
+        step: int,
+        metrics: StepMetrics,
     ) -> dict[str, tuple[int, ...]]:
         """Make the I updates of a step.
 
@@ -73,8 +84,13 @@ class Learner:
         with metrics.phase("update"):
             samples = to_training_samples(groups, [advantages[group.uid] for group in groups])
             if objective.needs_teacher_top:
-                metrics.add("distill/left_out", Sum(sum(sample.teacher_top is None for sample in samples)))
-                samples = [sample if sample.teacher_top is not None else _without_loss(sample) for sample in samples]
+                metrics.add(
+                    "distill/left_out", Sum(sum(sample.teacher_top is None for sample in samples))
+                )
+                samples = [
+                    sample if sample.teacher_top is not None else _without_loss(sample)
+                    for sample in samples
+                ]
             plan = plan_batches(
                 samples,
                 num_minibatches=self._config.updates_per_step,
@@ -93,14 +109,22 @@ class Learner:
             )
         if objective.needs_advantages and need_old_logprobs(samples, self._importance_cap):
             with metrics.phase("old_logprobs"):
-                batches = with_old_logprobs(self.policy, batches, self._temperature, self._importance_cap)
+                batches = with_old_logprobs(
+                    self.policy, batches, self._temperature, self._importance_cap
+                )
         with metrics.phase("update"):
             trained = self.policy.train_step(batches)
         _measure(trained, metrics)
         packs = [pack for update in plan.microbatches for replica in update for pack in replica]
         num_tokens = sum(samples[index].num_tokens for pack in packs for index in pack)
-        metrics.add("throughput/train_tokens_per_second", Mean(num_tokens, time.perf_counter() - started))
-        shared = sum(_num_shared_tokens([samples[index] for index in pack]) for pack in packs) if plan.share_prompts else 0
+        metrics.add(
+            "throughput/train_tokens_per_second", Mean(num_tokens, time.perf_counter() - started)
+        )
+        shared = (
+            sum(_num_shared_tokens([samples[index] for index in pack]) for pack in packs)
+            if plan.share_prompts
+            else 0
+        )
         metrics.add("batch/shared_prompt_tokens", Sum(shared))
         metrics.add("batch/loss_tokens", Sum(sum(plan.num_loss_tokens)))
         return _by_group(groups, plan)
@@ -119,7 +143,10 @@ def _num_shared_tokens(samples: Sequence[TrainingSample]) -> int:
 
 def _by_group(groups: Sequence[Group], plan: BatchPlan) -> dict[str, tuple[int, ...]]:
     ends = np.cumsum([len(group.rollouts) for group in groups])
-    return {group.uid: plan.minibatch_of[end - len(group.rollouts) : end] for group, end in zip(groups, ends.tolist(), strict=True)}
+    return {
+        group.uid: plan.minibatch_of[end - len(group.rollouts) : end]
+        for group, end in zip(groups, ends.tolist(), strict=True)
+    }
 
 
 def _measure(trained: TrainMetrics, metrics: StepMetrics) -> None:
@@ -137,5 +164,9 @@ def _measure(trained: TrainMetrics, metrics: StepMetrics) -> None:
             if name in _PER_LOSS_TOKEN:
                 metrics.add(_PER_LOSS_TOKEN[name], Mean(mean))
             else:
-                # An update of trivial groups alone passes nothing through the network and knows nothing of these.
-                metrics.add(_PER_PASSED_TOKEN[name], Mean(mean * update.num_passed_tokens, update.num_passed_tokens))
+                # An update of trivial groups alone passes nothing through the network and knows
+                # nothing of these.
+                metrics.add(
+                    _PER_PASSED_TOKEN[name],
+                    Mean(mean * update.num_forward_tokens, update.num_forward_tokens),
+                )

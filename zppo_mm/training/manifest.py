@@ -1,4 +1,6 @@
-"""The list of a checkpoint's files, by which damage is told from a disk that cannot be read right now."""
+"""The list of a checkpoint's files, by which damage is told from a disk that cannot be read right
+now.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def read_manifest(folder: Path, required: str) -> dict[str, Listed]:
     """
     path = folder / MANIFEST_FILE
     if _size(path) is None:
-        raise DamagedCheckpointError(f"{path}: the file is missing, expected the list of files; use another checkpoint")
+        raise DamagedCheckpointError(
+            f"{path}: the file is missing, expected the list of files; use another checkpoint"
+        )
     try:
         raw = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -65,16 +69,20 @@ def check_file(folder: Path, name: str, expected: Listed) -> None:
     if size is None or size != expected.size:
         got = "no file" if size is None else f"{size} bytes"
         raise DamagedCheckpointError(
-            f"{file}: the checkpoint is incomplete, got {got}, expected {expected.size} bytes; use another checkpoint"
+            f"{file}: the checkpoint is incomplete, got {got}, expected {expected.size} bytes; use "
+            "another checkpoint"
         )
     if checksum(file) != expected.crc32:
         raise DamagedCheckpointError(
-            f"{file}: the file is damaged, got another checksum, expected {expected.crc32}; use another checkpoint"
+            f"{file}: the file is damaged, got another checksum, expected {expected.crc32}; use "
+            "another checkpoint"
         )
 
 
 def _size(path: Path) -> int | None:
-    """Return the bytes of a plain file, `None` if there is none; a pipe of that name would keep its reader waiting for ever."""
+    """Return the bytes of a plain file, `None` if there is none; a pipe of that name would keep its
+    reader waiting for ever.
+    """
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -95,7 +103,9 @@ def _entry(path: Path, name: str, entry: Any) -> Listed:
     # No name may lead out of the folder.
     if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
         raise _no_manifest(path, f"the name {name!r}")
-    size, crc32 = (entry.get("size"), entry.get("crc32")) if isinstance(entry, dict) else (None, None)
+    size, crc32 = (
+        (entry.get("size"), entry.get("crc32")) if isinstance(entry, dict) else (None, None)
+    )
     if type(size) is not int or type(crc32) is not int:
         raise _no_manifest(path, f"an entry of {name!r} without size and checksum")
     return Listed(size, crc32)
@@ -103,5 +113,6 @@ def _entry(path: Path, name: str, entry: Any) -> Listed:
 
 def _no_manifest(path: Path, got: str) -> DamagedCheckpointError:
     return DamagedCheckpointError(
-        f"{path}: the manifest is damaged, got {got}, expected size and crc32 of every file by its name; use another checkpoint"
+        f"{path}: the manifest is damaged, got {got}, expected size and crc32 of every file by its "
+        "name; use another checkpoint"
     )

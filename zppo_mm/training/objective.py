@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from zppo_mm.algorithms.logprobs import TokenStatistics, token_statistics
 from zppo_mm.algorithms.losses import policy_loss, supervised_loss
-from zppo_mm.config import AlgorithmConfig
+from zppo_mm.config.schema import AlgorithmConfig
 from zppo_mm.experience import Microbatch
-from zppo_mm.training.logprobs import TokenStatistics, token_statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +19,10 @@ class ObjectiveTerms:
     """What a micro-batch adds to the update.
 
     Attributes:
-        loss_sum: Scalar with gradient, summed over loss tokens; the update divides it by the global token count.
-        sums: `[names]` without gradient, one per name of the objective; adds up over micro-batches and replicas.
+        loss_sum: Scalar with gradient, summed over loss tokens; the update divides it by the global
+            token count.
+        sums: `[names]` without gradient, one per name of the objective; adds up over micro-batches
+            and replicas.
     """
 
     loss_sum: torch.Tensor
@@ -37,7 +39,9 @@ class Objective(Protocol):
 
     @property
     def needs_advantages(self) -> bool:
-        """Whether it looks at advantages and old log-probs; tokens with an advantage of 0 then have neither loss nor gradient."""
+        """Whether it looks at advantages and old log-probs; tokens with an advantage of 0 then have
+        neither loss nor gradient.
+        """
         ...
 
     @property
@@ -46,16 +50,20 @@ class Objective(Protocol):
         ...
 
     def __call__(self, logits: torch.Tensor, microbatch: Microbatch) -> ObjectiveTerms:
-        """Return the terms from `[tokens, vocab / tp]` logits, or from the predicting rows alone."""
+        """Return the terms from `[tokens, vocab / tp]` logits, or from the predicting rows
+        alone.
+        """
         ...
 
 
 def predicting_rows(microbatch: Microbatch) -> torch.Tensor | None:
-    """Return the places whose logits predict the loss tokens, `[loss tokens]`; `None`, for all, where there are no loss tokens.
+    """Return the places whose logits predict the loss tokens, `[loss tokens]`; `None`, for all,
+    where there are no loss tokens.
 
-    The logits at place i - 1 predict token i. The first token of a sequence that continues another one is predicted by the last of that,
-    which so predicts the first token of each of its children. The first token of any other sequence never carries loss, so no prediction
-    crosses into the next sequence.
+    The logits at place i - 1 predict token i. The first token of a sequence that continues another
+    one is predicted by the last of that, which so predicts the first token of each of its children.
+    The first token of any other sequence never carries loss, so no prediction crosses into the next
+    sequence.
     """
     rows = _predictors(microbatch, microbatch.loss_mask.nonzero().squeeze(-1))
     return rows if len(rows) else None
@@ -76,7 +84,8 @@ def _predictors(microbatch: Microbatch, places: torch.Tensor) -> torch.Tensor:
 def with_loss_predicted_by(microbatch: Microbatch, tokens: slice) -> Microbatch:
     """Return the micro-batch with loss on those tokens alone that some of its places predict.
 
-    Context ranks so divide the loss: each counts what the logits of its own part predict, the first token of the next part among it.
+    Context ranks so divide the loss: each counts what the logits of its own part predict, the first
+    token of the next part among it.
 
     Args:
         microbatch: The packed sequences.
@@ -91,11 +100,15 @@ def with_loss_predicted_by(microbatch: Microbatch, tokens: slice) -> Microbatch:
     return replace(microbatch, loss_mask=loss_mask)
 
 
-def predicting_logits(logits: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the places of the loss tokens, `[loss tokens]`, and the logits that predict them, `[loss tokens, vocab / tp]`.
+def predicting_logits(
+    logits: torch.Tensor, microbatch: Microbatch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the places of the loss tokens, `[loss tokens]`, and the logits that predict them,
+    `[loss tokens, vocab / tp]`.
 
     Args:
-        logits: `[tokens, vocab / tp]`, or `[loss tokens, vocab / tp]` of the predicting rows alone; of any tokens where none has loss.
+        logits: `[tokens, vocab / tp]`, or `[loss tokens, vocab / tp]` of the predicting rows alone;
+            of any tokens where none has loss.
         microbatch: The packed sequences they were computed from.
     """
     places = microbatch.loss_mask.nonzero().squeeze(-1)
@@ -109,7 +122,10 @@ def predicting_logits(logits: torch.Tensor, microbatch: Microbatch) -> tuple[tor
 
 
 def loss_token_statistics(
-    logits: torch.Tensor, microbatch: Microbatch, group: dist.ProcessGroup | None, temperature: float
+    logits: torch.Tensor,
+    microbatch: Microbatch,
+    group: dist.ProcessGroup | None,
+    temperature: float,
 ) -> tuple[torch.Tensor, TokenStatistics]:
     """Return the places of the loss tokens, `[loss tokens]`, and their log-probs and entropies.
 
@@ -127,11 +143,23 @@ def loss_token_statistics(
 class PolicyObjective:
     """The clipped surrogate on sampled responses."""
 
-    names = ("loss", "num_tokens", "clip_fraction_low", "clip_fraction_high", "clip_fraction_dual", "ratio", "kl", "entropy", "importance")
+    names = (
+        "loss",
+        "num_tokens",
+        "clip_fraction_low",
+        "clip_fraction_high",
+        "clip_fraction_dual",
+        "ratio",
+        "kl",
+        "entropy",
+        "importance",
+    )
     needs_advantages = True
     needs_teacher_top = False
 
-    def __init__(self, config: AlgorithmConfig, temperature: float, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self, config: AlgorithmConfig, temperature: float, group: dist.ProcessGroup | None = None
+    ) -> None:
         """Keep the clip ranges.
 
         Args:
@@ -144,9 +172,15 @@ class PolicyObjective:
         self._group = group
 
     def __call__(self, logits: torch.Tensor, microbatch: Microbatch) -> ObjectiveTerms:
-        """Return the negative surrogate and how far the policy has moved from the one that sampled."""
-        assert microbatch.unknown is None, "old log-probs that are not known are computed before the update"
-        places, statistics = loss_token_statistics(logits, microbatch, self._group, self._temperature)
+        """Return the negative surrogate and how far the policy has moved from the one that
+        sampled.
+        """
+        assert microbatch.unknown is None, (
+            "old log-probs that are not known are computed before the update"
+        )
+        places, statistics = loss_token_statistics(
+            logits, microbatch, self._group, self._temperature
+        )
         importance = microbatch.importance[places] if microbatch.importance is not None else None
         terms = policy_loss(
             statistics.logprobs,
@@ -169,7 +203,9 @@ class PolicyObjective:
             statistics.entropies.sum(),
             importance.sum() if importance is not None else terms.num_tokens,
         )
-        return ObjectiveTerms(terms.loss_sum, torch.stack([value.detach().double() for value in values]))
+        return ObjectiveTerms(
+            terms.loss_sum, torch.stack([value.detach().double() for value in values])
+        )
 
 
 class SupervisedObjective:
@@ -188,4 +224,9 @@ class SupervisedObjective:
         places, statistics = loss_token_statistics(logits, microbatch, self._group, temperature=1.0)
         loss = supervised_loss(statistics.logprobs, microbatch.loss_mask[places])
         count = torch.tensor(float(len(places)), device=loss.device)
-        return ObjectiveTerms(loss, torch.stack([value.detach().double() for value in (loss, count, statistics.entropies.sum())]))
+        return ObjectiveTerms(
+            loss,
+            torch.stack(
+                [value.detach().double() for value in (loss, count, statistics.entropies.sum())]
+            ),
+        )

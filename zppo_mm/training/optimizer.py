@@ -1,4 +1,6 @@
-"""megatron-core's gradient buffers, optimizer and learning-rate schedule, as this project sets them."""
+"""megatron-core's gradient buffers, optimizer and learning-rate schedule, as this project sets
+them.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,14 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 
-from zppo_mm.config import ParallelConfig, TrainConfig
-from zppo_mm.models.megatron_versions import data_parallel_model
+from zppo_mm.config.schema import ParallelConfig, TrainConfig
+from zppo_mm.parallel.megatron_versions import data_parallel_model
 
 
 def wrap_model(model: torch.nn.Module, parallel: ParallelConfig) -> Any:
@@ -40,18 +46,24 @@ def wrap_model(model: torch.nn.Module, parallel: ParallelConfig) -> Any:
 def mark_split_parameters(model: torch.nn.Module) -> None:
     """Say of every parameter of Megatron's split layers that each tensor rank holds its own part.
 
-    The gradient norm counts what is not marked on tensor rank 0 alone. megatron-core marks these parameters while it initialises them,
-    which is turned off for a model whose weights are loaded.
+    The gradient norm counts what is not marked on tensor rank 0 alone. megatron-core marks these
+    parameters while it initialises them, which is turned off for a model whose weights are loaded.
     """
     for module in model.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
-            for parameter in (module.weight, module.bias if isinstance(module, ColumnParallelLinear) else None):
+            for parameter in (
+                module.weight,
+                module.bias if isinstance(module, ColumnParallelLinear) else None,
+            ):
                 if parameter is not None:
                     cast(Any, parameter).tensor_model_parallel = True
 
 
-def build_optimizer(wrapped: Any, train: TrainConfig, parallel: ParallelConfig, params_dtype: torch.dtype) -> Any:
-    """Return Megatron's AdamW over the trainable parameters; biases and other one-dimensional parameters do not decay.
+def build_optimizer(
+    wrapped: Any, train: TrainConfig, parallel: ParallelConfig, params_dtype: torch.dtype
+) -> Any:
+    """Return Megatron's AdamW over the trainable parameters; biases and other one-dimensional
+    parameters do not decay.
 
     Args:
         wrapped: From `wrap_model`.
@@ -76,7 +88,9 @@ def build_optimizer(wrapped: Any, train: TrainConfig, parallel: ParallelConfig, 
 
 
 def build_scheduler(optimizer: Any, train: TrainConfig) -> Any:
-    """Return the schedule of the learning rate: a rise from 0 over `lr_warmup_updates`, then constant."""
+    """Return the schedule of the learning rate: a rise from 0 over `lr_warmup_updates`, then
+    constant.
+    """
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -97,7 +111,9 @@ def build_scheduler(optimizer: Any, train: TrainConfig) -> Any:
 
 
 def gradient_norm(optimizer: Any) -> float:
-    """Move the reduced gradients to the optimizer and return their norm over all parameters of the model."""
+    """Move the reduced gradients to the optimizer and return their norm over all parameters of the
+    model.
+    """
     optimizer.prepare_grads()
     norm = optimizer.get_grad_norm()
     return float(norm) if norm is not None else math.nan

@@ -1,8 +1,10 @@
-"""What megatron-core's optimizers keep of every parameter, found by the parameter itself and written under its name.
+"""What megatron-core's optimizers keep of every parameter, found by the parameter itself and
+written under its name.
 
-Megatron's own description of that state goes by numbers, which its distributed and its half-precision optimizer count differently where
-parameters of float32 and of bfloat16 are in one group; and it gathers all of the state on every rank. Here each rank describes its share.
-The checkpoint does not depend on which optimizer is used.
+Megatron's own description of that state goes by numbers, which its distributed and its
+half-precision optimizer count differently where parameters of float32 and of bfloat16 are in one
+group; and it gathers all of the state on every rank. Here each rank describes its share. The
+checkpoint does not depend on which optimizer is used.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-from zppo_mm.models.boxes import Box, flat_boxes_of
+from zppo_mm.weights.boxes import Box, flat_boxes_of
 
 PREFIX = "optimizer.state"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -28,7 +30,8 @@ class Share:
 
     Attributes:
         parameter: Of the model.
-        main: float32: the parameter's elements from `start` on, or a copy of them where the model keeps them in bfloat16.
+        main: float32: the parameter's elements from `start` on, or a copy of them where the model
+            keeps them in bfloat16.
         start: First element, in memory order.
         state: The optimizer's own state of `main`.
     """
@@ -39,9 +42,15 @@ class Share:
     state: dict[str, torch.Tensor]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return what a checkpoint keeps beside the weights, by name; `param` is the float32 copy, if there is one."""
+        """Return what a checkpoint keeps beside the weights, by name; `param` is the float32 copy,
+        if there is one.
+        """
         named = {name: self.state[name] for name in _MOMENTS}
-        return named if self.parameter.dtype == self.main.dtype else {"param": self.main.detach(), **named}
+        return (
+            named
+            if self.parameter.dtype == self.main.dtype
+            else {"param": self.main.detach(), **named}
+        )
 
 
 def shares(optimizer: Any) -> list[Share]:
@@ -66,9 +75,15 @@ def shares(optimizer: Any) -> list[Share]:
 def _mains(part: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, int]]:
     """Yield the model's parameters, what the optimizer updates of each, and where that begins."""
     if isinstance(part, DistributedOptimizer):
-        kinds = [(part.model_fp32_groups, part.shard_fp32_groups), (part.model_float16_groups, part.shard_fp32_from_float16_groups)]
+        kinds = [
+            (part.model_fp32_groups, part.shard_fp32_groups),
+            (part.model_float16_groups, part.shard_fp32_from_float16_groups),
+        ]
     elif isinstance(part, Float16OptimizerWithFloat16Params):
-        kinds = [(part.fp32_from_fp32_groups, part.fp32_from_fp32_groups), (part.float16_groups, part.fp32_from_float16_groups)]
+        kinds = [
+            (part.fp32_from_fp32_groups, part.fp32_from_fp32_groups),
+            (part.float16_groups, part.fp32_from_float16_groups),
+        ]
     else:
         groups = [group["params"] for group in part.optimizer.param_groups]
         kinds = [(groups, groups)]
@@ -76,7 +91,11 @@ def _mains(part: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, int]]:
         for models, mains in zip(model_groups, main_groups, strict=True):
             for parameter, main in zip(models, mains, strict=True):
                 sharded = isinstance(part, DistributedOptimizer)
-                yield parameter, main, part._get_model_param_range_map(parameter)["param"].start if sharded else 0
+                yield (
+                    parameter,
+                    main,
+                    part._get_model_param_range_map(parameter)["param"].start if sharded else 0,
+                )
 
 
 def boxes(entries: dict[str, Any], found: list[Share], only_main: bool) -> list[Box]:
@@ -85,7 +104,8 @@ def boxes(entries: dict[str, Any], found: list[Share], only_main: bool) -> list[
     Args:
         entries: Of the model, from `save_entries`.
         found: From `shares`.
-        only_main: Leave out what other tensor ranks or stages have as well. Data-parallel ranks have each their own stretch, or the same.
+        only_main: Leave out what other tensor ranks or stages have as well. Data-parallel ranks
+            have each their own stretch, or the same.
     """
     by_parameter = {id(entry.data): entry for entry in entries.values()}
     result = []

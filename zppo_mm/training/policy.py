@@ -14,19 +14,33 @@ import torch.distributed as dist
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from zppo_mm.config import ParallelConfig, TrainConfig
+from zppo_mm.config.schema import ParallelConfig, TrainConfig
 from zppo_mm.errors import ConfigError, NotFiniteError
 from zppo_mm.experience import Batch, Microbatch
-from zppo_mm.models import parallel
 from zppo_mm.models.provider import freeze_parts
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.training.objective import Objective, ObjectiveTerms, loss_token_statistics, predicting_rows, with_loss_predicted_by
-from zppo_mm.training.optimizer import build_optimizer, build_scheduler, clip_and_step, gradient_norm, wrap_model
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.training.objective import (
+    Objective,
+    ObjectiveTerms,
+    loss_token_statistics,
+    predicting_rows,
+    with_loss_predicted_by,
+)
+from zppo_mm.training.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    clip_and_step,
+    gradient_norm,
+    wrap_model,
+)
 
 logger = logging.getLogger(__name__)
 MAX_UIDS_NAMED = 8
 MAX_SKIPPED_IN_A_ROW = 4
-"""Updates that may be skipped one after the other: data can spoil single ones, but so many are the network's fault."""
+"""Updates that may be skipped one after the other: data can spoil single ones, but so many are the
+network's fault.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +52,19 @@ class UpdateMetrics:
         grad_norm: Before clipping.
         learning_rate: Of this update.
         num_loss_tokens: Of the mini-batch, the denominator of the loss.
-        num_passed_tokens: Loss tokens that went through the network; those of trivial groups did not.
-        means: The objective's sums by name. Fractions and `loss` are per loss token; `ratio`, `kl`, `entropy`, `importance` and `agreement`
-            per passed token.
-        skipped: Whether the weights were left alone because loss, gradient or another sum was not finite.
+        num_forward_tokens: Loss tokens that went through the network; those of trivial groups did
+            not.
+        means: The objective's sums by name. Fractions and `loss` are per loss token; `ratio`, `kl`,
+            `entropy`, `importance` and `agreement` per passed token.
+        skipped: Whether the weights were left alone because loss, gradient or another sum was not
+            finite.
     """
 
     loss: float
     grad_norm: float
     learning_rate: float
     num_loss_tokens: int
-    num_passed_tokens: int
+    num_forward_tokens: int
     means: dict[str, float]
     skipped: bool
 
@@ -83,11 +99,15 @@ class TrainMetrics:
     def means(self) -> dict[str, float]:
         """Mean of the updates' means, by name."""
         kept = [update for update in self.updates if not update.skipped]
-        return {name: _mean([update.means[name] for update in kept]) for name in (kept[0].means if kept else ())}
+        return {
+            name: _mean([update.means[name] for update in kept])
+            for name in (kept[0].means if kept else ())
+        }
 
 
 class Policy:
-    """The student with its gradient buffers, optimizer and schedule. Every rank of the run calls its methods together.
+    """The student with its gradient buffers, optimizer and schedule. Every rank of the run calls
+    its methods together.
 
     Attributes:
         model: This rank's stage.
@@ -95,7 +115,13 @@ class Policy:
         shares_prompts: Whether micro-batches may pass a group's prompt once.
     """
 
-    def __init__(self, model: VisionLanguageModel, train: TrainConfig, layout: ParallelConfig, objective: Objective) -> None:
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        train: TrainConfig,
+        layout: ParallelConfig,
+        objective: Objective,
+    ) -> None:
         """Freeze what is not trained, wrap the model and build the optimizer.
 
         Args:
@@ -105,7 +131,8 @@ class Policy:
             objective: What is descended.
 
         Raises:
-            ConfigError: `train.freeze` names an unknown part or leaves nothing, or prompts are to be shared where they cannot.
+            ConfigError: `train.freeze` names an unknown part or leaves nothing, or prompts are to
+                be shared where they cannot.
         """
         self.shares_prompts = _shares_prompts(model, train)
         freeze_parts(model, train.freeze)
@@ -126,11 +153,12 @@ class Policy:
     def train_step(self, batches: Sequence[Batch]) -> TrainMetrics:
         """Make one update per batch, in order.
 
-        Loss and gradient are sums over all loss tokens of the update divided by their number, so they depend neither on the layout nor
-        on how micro-batches are cut.
+        Loss and gradient are sums over all loss tokens of the update divided by their number, so
+        they depend neither on the layout nor on how micro-batches are cut.
 
         Raises:
-            NotFiniteError: On every rank: `MAX_SKIPPED_IN_A_ROW` updates in a row, of this step or of those before, had to be skipped.
+            NotFiniteError: On every rank: `MAX_SKIPPED_IN_A_ROW` updates in a row, of this step or
+                of those before, had to be skipped.
         """
         return TrainMetrics(tuple(self._update(batch) for batch in batches))
 
@@ -149,17 +177,27 @@ class Policy:
         else:
             self._report_skip(results)
             self._count_skip()
-        return _update_metrics(self.objective.names, sums, batch.num_loss_tokens, norm, learning_rate, not finite)
+        return _update_metrics(
+            self.objective.names, sums, batch.num_loss_tokens, norm, learning_rate, not finite
+        )
 
-    def _run(self, microbatches: Sequence[Microbatch], reduce: Any, forward_only: bool) -> list[Any]:
-        """Pass micro-batches through Megatron's pipeline schedule; returns what `reduce` gave per micro-batch on the last stage."""
+    def _run(
+        self, microbatches: Sequence[Microbatch], reduce: Any, forward_only: bool
+    ) -> list[Any]:
+        """Pass micro-batches through Megatron's pipeline schedule; returns what `reduce` gave per
+        micro-batch on the last stage.
+        """
 
         def forward(iterator: Iterator[Microbatch], model: Any) -> tuple[torch.Tensor, Any]:
             microbatch = next(iterator)
-            microbatch = with_loss_predicted_by(microbatch, self.model.own_tokens(len(microbatch.token_ids)))
+            microbatch = with_loss_predicted_by(
+                microbatch, self.model.own_tokens(len(microbatch.token_ids))
+            )
             media = (microbatch.patches, microbatch.grids)
             wanted = {"rows": predicting_rows(microbatch), "parents": microbatch.parents}
-            output = model(microbatch.token_ids, microbatch.positions, microbatch.cu_seqlens, *media, **wanted)
+            output = model(
+                microbatch.token_ids, microbatch.positions, microbatch.cu_seqlens, *media, **wanted
+            )
             return output, partial(reduce, microbatch)
 
         return cast(
@@ -177,14 +215,24 @@ class Policy:
             ),
         )
 
-    def _loss(self, microbatch: Microbatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    def _loss(
+        self, microbatch: Microbatch, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
         terms = self.objective(logits, microbatch)
         # The schedule only adds up this count; the denominator is the batch's.
         uncounted = torch.zeros((), dtype=torch.int, device=logits.device)
-        return terms.loss_sum, uncounted, (ObjectiveTerms(terms.loss_sum.detach(), terms.sums), microbatch.uids)
+        return (
+            terms.loss_sum,
+            uncounted,
+            (ObjectiveTerms(terms.loss_sum.detach(), terms.sums), microbatch.uids),
+        )
 
-    def _finalize_gradients(self, model: list[Any], num_tokens: torch.Tensor | None, **groups: Any) -> None:
-        """Finish the reductions over replicas, tied stages and tensor ranks, then divide by the one global token count."""
+    def _finalize_gradients(
+        self, model: list[Any], num_tokens: torch.Tensor | None, **groups: Any
+    ) -> None:
+        """Finish the reductions over replicas, tied stages and tensor ranks, then divide by the one
+        global token count.
+        """
         finalize_model_grads(model, None, **groups)
         if parallel.tensor_size() > 1:
             for parameter in self.model.parameters():
@@ -194,8 +242,12 @@ class Policy:
             chunk.scale_gradients(1.0 / self._denominator)
 
     def _reduce(self, sums: list[torch.Tensor], norm: float) -> tuple[list[float], bool]:
-        """Add up the sums of all micro-batches and replicas, for every rank; and agree on whether the gradient is finite."""
-        total = torch.zeros(1 + len(self.objective.names), dtype=torch.float64, device=parallel.device())
+        """Add up the sums of all micro-batches and replicas, for every rank; and agree on whether
+        the gradient is finite.
+        """
+        total = torch.zeros(
+            1 + len(self.objective.names), dtype=torch.float64, device=parallel.device()
+        )
         if sums and parallel.is_replica_leader():
             total[1:] = torch.stack(sums).sum(0)
         total[0] = 0.0 if math.isfinite(norm) else 1.0
@@ -207,37 +259,61 @@ class Policy:
         """Log which groups had a loss that is not finite; all groups of the update if none had."""
         suspects = [uids for terms, uids in results if not bool(torch.isfinite(terms.loss_sum))]
         # Context ranks have the same groups.
-        found = parallel.gather_from_replicas(suspects), parallel.gather_from_replicas([uids for _, uids in results])
-        broken, present = (list(dict.fromkeys(uid for replica in every for uids in replica for uid in uids)) for every in found)
+        found = (
+            parallel.gather_from_replicas(suspects),
+            parallel.gather_from_replicas([uids for _, uids in results]),
+        )
+        broken, present = (
+            list(dict.fromkeys(uid for replica in every for uids in replica for uid in uids))
+            for every in found
+        )
         if parallel.rank() == 0:
-            named, what = (broken, "their loss") if broken else (present, "the gradient of the update they are in")
-            names = ", ".join(named[:MAX_UIDS_NAMED]) + (f" and {len(named) - MAX_UIDS_NAMED} more" if len(named) > MAX_UIDS_NAMED else "")
-            logger.warning("training.policy: the update was skipped, %s is not finite: groups %s", what, names)
+            named, what = (
+                (broken, "their loss")
+                if broken
+                else (present, "the gradient of the update they are in")
+            )
+            names = ", ".join(named[:MAX_UIDS_NAMED]) + (
+                f" and {len(named) - MAX_UIDS_NAMED} more" if len(named) > MAX_UIDS_NAMED else ""
+            )
+            logger.warning(
+                "training.policy: the update was skipped, %s is not finite: groups %s", what, names
+            )
 
     def _count_skip(self) -> None:
-        """End the run where nothing can be learned any more; every rank has skipped the same updates."""
+        """End the run where nothing can be learned any more; every rank has skipped the same
+        updates.
+        """
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NotFiniteError(
-                f"training.policy: {self._skipped_in_a_row} updates in a row were skipped, got losses or gradients that are not finite, "
-                "expected finite ones; start again from an earlier checkpoint with a lower train.lr or train.clip_grad, or check the "
-                "weights of the folder that the model came from; the warnings before name the groups"
+                f"training.policy: {self._skipped_in_a_row} updates in a row were skipped, got "
+                "losses or gradients that are not finite, expected finite ones; start again from "
+                "an earlier checkpoint with a lower train.lr or train.clip_grad, or check the "
+                "weights of the folder that the model came from; the warnings before name the "
+                "groups"
             )
 
     @torch.no_grad()
     def compute_logprobs(self, batch: Batch, temperature: float = 1.0) -> list[torch.Tensor]:
-        """Return the log-probs of the loss tokens from the training forward pass, without the dropout of adapters.
+        """Return the log-probs of the loss tokens from the training forward pass, without the
+        dropout of adapters.
 
         Args:
             batch: This rank's micro-batches.
             temperature: Of the rollouts.
 
         Returns:
-            Per micro-batch of this replica, on all its ranks: `[tokens]` float32, 0 where the loss mask is 0.
+            Per micro-batch of this replica, on all its ranks: `[tokens]` float32, 0 where the loss
+            mask is 0.
         """
 
-        def collect(microbatch: Microbatch, logits: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-            places, statistics = loss_token_statistics(logits, microbatch, parallel.tensor_group(), temperature)
+        def collect(
+            microbatch: Microbatch, logits: torch.Tensor, non_loss_data: bool = True
+        ) -> torch.Tensor:
+            places, statistics = loss_token_statistics(
+                logits, microbatch, parallel.tensor_group(), temperature
+            )
             result = torch.zeros_like(microbatch.old_logprobs)
             result[places] = statistics.logprobs
             return result
@@ -261,17 +337,20 @@ def _shares_prompts(model: VisionLanguageModel, train: TrainConfig) -> bool:
     """Return whether the prompt of a group is passed once per micro-batch."""
     if train.share_prompts == "always" and not model.shares_prompts:
         raise ConfigError(
-            "train.share_prompts: this network cannot share prompts, got 'always' with Transformer Engine's layers or "
-            "flash-linear-attention's kernels, expected 'auto' or 'never' with those; change it, or set model.transformer_impl=local where "
-            "flash-linear-attention is not installed"
+            "train.share_prompts: this network cannot share prompts, got 'always' with Transformer "
+            "Engine's layers or flash-linear-attention's kernels, expected 'auto' or 'never' with "
+            "those; change it, or set model.transformer_impl=local where flash-linear-attention is "
+            "not installed"
         )
     return model.shares_prompts and train.share_prompts != "never"
 
 
 def _keep_replicated_gradients_equal(model: VisionLanguageModel) -> None:
-    """Have Megatron average the tower's gradients over the tensor ranks that each compute all of it.
+    """Have Megatron average the tower's gradients over the tensor ranks that each compute all of
+    it.
 
-    They are equal but for the order in which a GPU adds; averaged, the copies can never drift apart.
+    They are equal but for the order in which a GPU adds; averaged, the copies can never drift
+    apart.
     """
     for part in ("vision", "projector"):
         for parameter in model.parameters_of(part):
@@ -279,18 +358,26 @@ def _keep_replicated_gradients_equal(model: VisionLanguageModel) -> None:
 
 
 def _update_metrics(
-    names: tuple[str, ...], sums: list[float], num_loss_tokens: int, norm: float, learning_rate: float, skipped: bool
+    names: tuple[str, ...],
+    sums: list[float],
+    num_loss_tokens: int,
+    norm: float,
+    learning_rate: float,
+    skipped: bool,
 ) -> UpdateMetrics:
     named = dict(zip(names, sums, strict=True))
     passed = named.pop("num_tokens")
     per_passed = {"ratio", "kl", "entropy", "importance", "agreement"}
-    means = {name: value / max(passed if name in per_passed else num_loss_tokens, 1) for name, value in named.items()}
+    means = {
+        name: value / max(passed if name in per_passed else num_loss_tokens, 1)
+        for name, value in named.items()
+    }
     return UpdateMetrics(
         loss=means.pop("loss"),
         grad_norm=norm,
         learning_rate=learning_rate,
         num_loss_tokens=num_loss_tokens,
-        num_passed_tokens=int(passed) if math.isfinite(passed) else 0,
+        num_forward_tokens=int(passed) if math.isfinite(passed) else 0,
         means=means,
         skipped=skipped,
     )

@@ -6,10 +6,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from zppo_mm.experience import NO_TOKEN, FloatArray, Group, IntArray, Prompt, Rollout, TopLogprobs, TrainingSample
+from zppo_mm.experience import (
+    NO_TOKEN,
+    FloatArray,
+    Group,
+    IntArray,
+    Prompt,
+    Rollout,
+    TopLogprobs,
+    TrainingSample,
+)
 
 
-def to_training_samples(groups: Sequence[Group], advantages: Sequence[FloatArray]) -> list[TrainingSample]:
+def to_training_samples(
+    groups: Sequence[Group], advantages: Sequence[FloatArray]
+) -> list[TrainingSample]:
     """Turn every rollout into one sequence to train on, in the order of groups and rollouts.
 
     Args:
@@ -26,7 +37,9 @@ def to_training_samples(groups: Sequence[Group], advantages: Sequence[FloatArray
     return samples
 
 
-def response_sequence(prompt: Prompt, response_ids: IntArray) -> tuple[IntArray, IntArray, FloatArray]:
+def response_sequence(
+    prompt: Prompt, response_ids: IntArray
+) -> tuple[IntArray, IntArray, FloatArray]:
     """Return a prompt and its response as one sequence.
 
     Args:
@@ -34,7 +47,8 @@ def response_sequence(prompt: Prompt, response_ids: IntArray) -> tuple[IntArray,
         response_ids: `[response]`.
 
     Returns:
-        Token ids `[tokens]`, positions `[3, tokens]`, and the loss mask `[tokens]`, 1 on the response.
+        Token ids `[tokens]`, positions `[3, tokens]`, and the loss mask `[tokens]`, 1 on the
+        response.
     """
     whole = prompt.continued(response_ids)
     mask = np.repeat(np.array([0, 1], dtype=np.float32), [len(prompt.token_ids), len(response_ids)])
@@ -45,7 +59,9 @@ def _training_sample(group: Group, rollout: Rollout, advantage: float) -> Traini
     token_ids, positions, mask = response_sequence(group.prompt, rollout.response_ids)
     before = np.zeros(len(group.prompt.token_ids), dtype=np.float32)
     known = rollout.rollout_logprobs
-    assert known is None or np.isfinite(known).all(), f"{group.uid}: a log-prob that is not finite; what is not known is None"
+    assert known is None or np.isfinite(known).all(), (
+        f"{group.uid}: a log-prob that is not finite; what is not known is None"
+    )
     return TrainingSample(
         uid=group.uid,
         question=group.question,
@@ -64,4 +80,7 @@ def _after_prompt(top: TopLogprobs | None, num_prompt_tokens: int) -> TopLogprob
     if top is None:
         return None
     rows = ((num_prompt_tokens, 0), (0, 0))
-    return TopLogprobs(np.pad(top.ids, rows, constant_values=NO_TOKEN), np.pad(top.logprobs, rows, constant_values=-np.inf))
+    return TopLogprobs(
+        np.pad(top.ids, rows, constant_values=NO_TOKEN),
+        np.pad(top.logprobs, rows, constant_values=-np.inf),
+    )

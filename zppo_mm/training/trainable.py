@@ -1,4 +1,6 @@
-"""What trains and what it costs: parameters and bytes of every part of the network, over all ranks."""
+"""What trains and what it costs: parameters and bytes of every part of the network, over all
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from zppo_mm.models import parallel
-from zppo_mm.models.lora import adapters_of
+from zppo_mm.lora.adapters import adapters_of
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.models.weights import parameter_mappings
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.weights.mapping import parameter_mappings
 
 logger = logging.getLogger(__name__)
 _MOMENT_BYTES = 4
@@ -29,7 +31,8 @@ class PartSize:
         trainable: Those that the optimizer updates.
         weight_bytes: Of all parameters.
         gradient_bytes: Of the gradient buffers.
-        optimizer_bytes: Of AdamW's two moments, and of the float32 copy of weights that are coarser.
+        optimizer_bytes: Of AdamW's two moments, and of the float32 copy of weights that are
+            coarser.
     """
 
     parameters: int = 0
@@ -39,11 +42,14 @@ class PartSize:
     optimizer_bytes: int = 0
 
     def __add__(self, other: PartSize) -> PartSize:
-        return PartSize(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+        return PartSize(
+            *(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
+        )
 
 
 def part_sizes(model: VisionLanguageModel) -> dict[str, PartSize]:
-    """Return the sizes of the parts that the network has, the same on every rank; every rank calls this.
+    """Return the sizes of the parts that the network has, the same on every rank; every rank calls
+    this.
 
     Args:
         model: This rank's stage, wrapped: its trainable parameters have gradient buffers.
@@ -53,8 +59,15 @@ def part_sizes(model: VisionLanguageModel) -> dict[str, PartSize]:
     adapters = adapters_of(model)
     if adapters is not None:
         parts["lora"] = list(adapters.parameters())
-    copies = {id(mapping.parameter) for mapping in parameter_mappings(model) if mapping.copied_from_embedding}
-    mine = {part: _size(parameter for parameter in own if id(parameter) not in copies) for part, own in parts.items()}
+    copies = {
+        id(mapping.parameter)
+        for mapping in parameter_mappings(model)
+        if mapping.copied_from_embedding
+    }
+    mine = {
+        part: _size(parameter for parameter in own if id(parameter) not in copies)
+        for part, own in parts.items()
+    }
     everybodys = parallel.gather_from_ranks(mine if parallel.replica_rank() == 0 else {})
     return {part: sum((sizes[part] for sizes in everybodys if sizes), PartSize()) for part in parts}
 
@@ -72,13 +85,26 @@ def table(sizes: dict[str, PartSize]) -> str:
     rows: list[tuple[str, ...]] = [heading]
     for name, size in [*sizes.items(), ("all", sum(sizes.values(), PartSize()))]:
         counts = (f"{size.parameters:,}", f"{size.trainable:,}")
-        rows.append((name, *counts, *map(_bytes_text, (size.weight_bytes, size.gradient_bytes, size.optimizer_bytes))))
+        rows.append(
+            (
+                name,
+                *counts,
+                *map(_bytes_text, (size.weight_bytes, size.gradient_bytes, size.optimizer_bytes)),
+            )
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(heading))]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *(row[n].rjust(widths[n]) for n in range(1, len(row)))]).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(row[n].rjust(widths[n]) for n in range(1, len(row)))]
+        ).rstrip()
+        for row in rows
+    )
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> PartSize:
-    """Add up what this rank answers for: its own shares, and on tensor rank 0 what all tensor ranks hold alike."""
+    """Add up what this rank answers for: its own shares, and on tensor rank 0 what all tensor ranks
+    hold alike.
+    """
     total = PartSize()
     for parameter in parameters:
         if not (getattr(parameter, "tensor_model_parallel", False) or parallel.tensor_rank() == 0):
@@ -86,7 +112,13 @@ def _size(parameters: Iterable[nn.Parameter]) -> PartSize:
         count, trainable = parameter.numel(), parameter.numel() if parameter.requires_grad else 0
         gradient = cast(Any, parameter).main_grad.element_size() if trainable else 0
         state = _MOMENT_BYTES * (2 if parameter.dtype == torch.float32 else 3)
-        total += PartSize(count, trainable, count * parameter.element_size(), trainable * gradient, trainable * state)
+        total += PartSize(
+            count,
+            trainable,
+            count * parameter.element_size(),
+            trainable * gradient,
+            trainable * state,
+        )
     return total
 
 

@@ -16,7 +16,8 @@ _ROUNDING = 1e-9
 
 
 def count_of_share(share: float, num_new: int) -> int:
-    """Return the whole number of questions that a fraction of the new ones stands for, rounded down.
+    """Return the whole number of questions that a fraction of the new ones stands for, rounded
+    down.
 
     Used for `rho_replay * |X_new|` and `rho_aug * |X_new|`.
     """
@@ -24,7 +25,8 @@ def count_of_share(share: float, num_new: int) -> int:
 
 
 def select_hard(groups: Iterable[Group], tau: float) -> list[Group]:
-    """Return the plain groups (new and replayed) whose mean accuracy is below tau, in the order given.
+    """Return the plain groups (new and replayed) whose mean accuracy is below tau, in the order
+    given.
 
     Source: ZPPO, Algorithm 1, step 2.
     """
@@ -32,15 +34,17 @@ def select_hard(groups: Iterable[Group], tau: float) -> list[Group]:
 
 
 def pre_cap_draw(seed: int, step: int, question_id: str) -> float:
-    """Return the number that orders questions of equal accuracy, from the stream `("pre_cap", step, question id)`."""
+    """Return the number that orders questions of equal accuracy, from the stream `("pre_cap", step,
+    question id)`.
+    """
     return float(generator(seed, "pre_cap", step, question_id).random())
 
 
 def pre_cap(hard: Sequence[Group], limit: int, seed: int, step: int) -> list[Group]:
     """Return the hardest groups, ascending by accuracy, at most `limit`.
 
-    Equal accuracies are ordered by `pre_cap_draw`. The order of the step would always prefer new questions to replayed ones, which come
-    after them, and most hard questions tie at 0.
+    Equal accuracies are ordered by `pre_cap_draw`. The order of the step would always prefer new
+    questions to replayed ones, which come after them, and most hard questions tie at 0.
 
     Source: ZPPO, Algorithm 1, step 3.
     """

@@ -1,4 +1,6 @@
-"""The texts that the student is asked: plain, BCQ, NCQ and hint prompts from replaceable templates."""
+"""The texts that the student is asked: plain, BCQ, NCQ and hint prompts from replaceable
+templates.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from pathlib import Path
 from data.question import Question
 from data.text import read_text_file
 from zppo_mm.errors import ConfigError
-from zppo_mm.neutralise import is_breakable, neutralise
+from zppo_mm.special_tokens import escape_special_tokens, is_breakable
 
-EMBEDDED_TEMPLATES = Path(__file__).parent / "templates"
+BUNDLED_TEMPLATES = Path(__file__).parent / "templates"
 REQUIRED_FIELDS: dict[str, tuple[str, ...]] = {
     "bcq.txt": ("question", "candidates"),
     "ncq.txt": ("question", "answers", "candidates"),
@@ -35,7 +37,8 @@ class PromptTemplates:
         hint: With the fields `{question}` and `{hint}`.
         candidate: One candidate block, with the field `{text}`.
         closing: The format instruction; no fields.
-        special_tokens: The tokenizer's; they are neutralised in candidate text besides everything that looks like a tag.
+        special_tokens: The tokenizer's; they are escaped in candidate text besides everything
+            that looks like a tag.
     """
 
     bcq: str
@@ -50,79 +53,113 @@ class PromptTemplates:
         return f"{question_text(question)}\n{self.closing}"
 
     def bcq_text(self, question: Question, candidates: Sequence[str]) -> str:
-        """Return the binary candidate-included question; the candidates are inert texts in the order shown."""
-        return self._close(_fill(self.bcq, {"question": question_text(question), "candidates": self._blocks(candidates)}))
+        """Return the binary candidate-included question; the candidates are escaped texts in the
+        order shown.
+        """
+        return self._close(
+            _fill(
+                self.bcq,
+                {"question": question_text(question), "candidates": self._blocks(candidates)},
+            )
+        )
 
-    def ncq_text(self, question: Question, answers: Sequence[str], candidates: Sequence[str]) -> str:
+    def ncq_text(
+        self, question: Question, answers: Sequence[str], candidates: Sequence[str]
+    ) -> str:
         """Return the negative candidate-included question.
 
         Args:
             question: The question.
             answers: Distinct wrong answers as parsed.
-            candidates: Wrong candidates, inert.
+            candidates: Wrong candidates, escaped.
         """
         listed = ", ".join(self._listed(answer) for answer in answers) or NO_ANSWER
-        fields = {"question": question_text(question), "answers": listed, "candidates": self._blocks(candidates)}
+        fields = {
+            "question": question_text(question),
+            "answers": listed,
+            "candidates": self._blocks(candidates),
+        }
         return self._close(_fill(self.ncq, fields))
 
     def hint_text(self, question: Question, hint: str) -> str:
-        """Return the question with a hint, which must be inert."""
+        """Return the question with a hint, which must be escaped."""
         return self._close(_fill(self.hint, {"question": question_text(question), "hint": hint}))
 
-    def inert(self, text: str) -> str:
-        """Return candidate text with special tokens, tags and the lines of the candidate block neutralised."""
-        return neutralise(text, (*_marker_lines(self.candidate), *self.special_tokens)).strip() or EMPTY_CANDIDATE
+    def escaped(self, text: str) -> str:
+        """Return candidate text with special tokens, tags and the lines of the candidate block
+        escaped.
+        """
+        return (
+            escape_special_tokens(
+                text, (*_marker_lines(self.candidate), *self.special_tokens)
+            ).strip()
+            or EMPTY_CANDIDATE
+        )
 
     def _blocks(self, candidates: Sequence[str]) -> str:
         return "\n".join(_fill(self.candidate, {"text": text}) for text in candidates)
 
     def _listed(self, answer: str) -> str:
         line = " ".join(answer.split())
-        return self.inert(line if len(line) <= MAX_LISTED_ANSWER_CHARS else line[:MAX_LISTED_ANSWER_CHARS] + "…")
+        return self.escaped(
+            line if len(line) <= MAX_LISTED_ANSWER_CHARS else line[:MAX_LISTED_ANSWER_CHARS] + "…"
+        )
 
     def _close(self, body: str) -> str:
         return f"{body}\n{self.closing}"
 
 
 def load_templates(folder: str = "", special_tokens: Iterable[str] = ()) -> PromptTemplates:
-    """Read the templates; a file that the folder does not have is taken from the embedded ones.
+    """Read the templates; a file that the folder does not have is taken from the bundled ones.
 
     Args:
-        folder: May hold any of bcq.txt, ncq.txt, hint.txt, candidate.txt and closing.txt; empty means the embedded ones.
+        folder: May hold any of bcq.txt, ncq.txt, hint.txt, candidate.txt and closing.txt; empty
+            means the bundled ones.
         special_tokens: The student tokenizer's special tokens.
 
     Raises:
-        ConfigError: If the folder is missing, holds none of them or another .txt file, or a template lacks a field or is empty.
+        ConfigError: If the folder is missing, holds none of them or another .txt file, or a
+            template lacks a field or is empty.
     """
-    paths = {name: EMBEDDED_TEMPLATES / name for name in REQUIRED_FIELDS}
+    paths = {name: BUNDLED_TEMPLATES / name for name in REQUIRED_FIELDS}
     if folder:
         given = {path.name: path for path in sorted(Path(folder).glob("*.txt"))}
         wrong = sorted(given.keys() - paths.keys())
         if wrong or not given:
             what = f"unknown template {', '.join(wrong)}" if wrong else "no template found"
             raise ConfigError(
-                f"zone.templates: {what}, got folder {folder!r}, expected any of {', '.join(paths)}; name them so or leave the key empty"
+                f"zone.templates: {what}, got folder {folder!r}, expected any of "
+                f"{', '.join(paths)}; name them so or leave the key empty"
             )
         paths.update(given)
     texts = {name: _checked(path, REQUIRED_FIELDS[name]) for name, path in paths.items()}
-    return PromptTemplates(**{name.removesuffix(".txt"): text for name, text in texts.items()}, special_tokens=tuple(special_tokens))
+    return PromptTemplates(
+        **{name.removesuffix(".txt"): text for name, text in texts.items()},
+        special_tokens=tuple(special_tokens),
+    )
 
 
 def question_text(question: Question) -> str:
     """Return the question's text followed by its lettered choices, one a line."""
-    choices = (f"{chr(ord('A') + index)}. {choice}" for index, choice in enumerate(question.choices))
+    choices = (
+        f"{chr(ord('A') + index)}. {choice}" for index, choice in enumerate(question.choices)
+    )
     return "\n".join((question.text.strip(), *choices))
 
 
 def _checked(path: Path, fields: Sequence[str]) -> str:
     text = read_text_file(path, "zone.templates").strip()
     if not text:
-        raise ConfigError(f"zone.templates: {path} is empty, expected a text; remove the file to use the embedded one")
+        raise ConfigError(
+            f"zone.templates: {path} is empty, expected a text; remove the file to use the "
+            "bundled one"
+        )
     for name in fields:
         if text.count(f"{{{name}}}") != 1:
             raise ConfigError(
-                f"zone.templates: {path} needs the field {{{name}}} once, got it {text.count(f'{{{name}}}')} times, expected exactly "
-                f"the fields {', '.join(f'{{{field}}}' for field in fields)}; put it where its text belongs"
+                f"zone.templates: {path} needs the field {{{name}}} once, got it "
+                f"{text.count(f'{{{name}}}')} times, expected exactly the fields "
+                f"{', '.join(f'{{{field}}}' for field in fields)}; put it where its text belongs"
             )
     if path.name == "candidate.txt":
         _check_block(path, text)
@@ -133,15 +170,23 @@ def _check_block(path: Path, text: str) -> None:
     lines = _marker_lines(text)
     if not text.replace("{text}", "").strip() or not all(is_breakable(line) for line in lines):
         raise ConfigError(
-            f"zone.templates: {path} does not set a candidate off, got {text!r}, expected lines of at least two characters around "
-            "{text}; they are broken up where a candidate contains them, so that no candidate can end its own block"
+            f"zone.templates: {path} does not set a candidate off, got {text!r}, expected lines of "
+            "at least two characters around {text}; they are broken up where a candidate contains "
+            "them, so that no candidate can end its own block"
         )
 
 
 def _marker_lines(block: str) -> list[str]:
-    return [line.strip() for part in block.split("{text}") for line in part.splitlines() if line.strip()]
+    return [
+        line.strip() for part in block.split("{text}") for line in part.splitlines() if line.strip()
+    ]
 
 
 def _fill(template: str, fields: Mapping[str, str]) -> str:
-    # One pass: a field name or a brace inside a question or a candidate is left as it is, unlike with str.format.
-    return re.sub("|".join(rf"\{{{name}\}}" for name in fields), lambda match: fields[match.group()[1:-1]], template)
+    # One pass: a field name or a brace inside a question or a candidate is left as it is, unlike
+    # with str.format.
+    return re.sub(
+        "|".join(rf"\{{{name}\}}" for name in fields),
+        lambda match: fields[match.group()[1:-1]],
+        template,
+    )

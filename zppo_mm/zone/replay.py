@@ -1,6 +1,7 @@
 """The prompt replay buffer: hard questions come back until they are mastered.
 
-It holds questions by reference and bookkeeping, never a rollout. Source: ZPPO (arXiv 2606.18216), Algorithm 1, steps 1 and 6.
+It holds questions by reference and bookkeeping, never a rollout. Source: ZPPO (arXiv 2606.18216),
+Algorithm 1, steps 1 and 6.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class BufferEntry:
 
 @dataclass(frozen=True, slots=True)
 class BufferUpdate:
-    """Question ids that one update admitted, graduated and evicted, in order; an id may be both admitted and evicted."""
+    """Question ids that one update admitted, graduated and evicted, in order; an id may be both
+    admitted and evicted.
+    """
 
     admitted: tuple[str, ...]
     graduated: tuple[str, ...]
@@ -50,7 +53,9 @@ class BufferUpdate:
 
 @dataclass(slots=True)
 class BufferFates:
-    """What became of questions since the run began, by accuracy at admission and by number of visits."""
+    """What became of questions since the run began, by accuracy at admission and by number of
+    visits.
+    """
 
     admitted_by_accuracy: Counter[float] = field(default_factory=Counter)
     graduated_by_accuracy: Counter[float] = field(default_factory=Counter)
@@ -72,7 +77,8 @@ class ReplayBuffer:
     def __init__(self, capacity: int) -> None:
         if capacity < 1:
             raise ConfigError(
-                f"zone.buffer_capacity: out of range, got {capacity}, expected at least 1; to go without, set zone.replay=false"
+                f"zone.buffer_capacity: out of range, got {capacity}, expected at least 1; to go "
+                "without, set zone.replay=false"
             )
         self.capacity = capacity
         self.fates = BufferFates()
@@ -94,10 +100,15 @@ class ReplayBuffer:
 
     def occupancy(self) -> dict[float, int]:
         """Return the number of questions in the buffer by accuracy at admission, ascending."""
-        return dict(sorted(Counter(entry.accuracy_at_admission for entry in self._entries.values()).items()))
+        return dict(
+            sorted(Counter(entry.accuracy_at_admission for entry in self._entries.values()).items())
+        )
 
-    def draw(self, count: int, rng: np.random.Generator, exclude: Collection[str] = ()) -> list[Question]:
-        """Return up to `count` questions, uniformly and without replacement; the buffer stays as it is.
+    def draw(
+        self, count: int, rng: np.random.Generator, exclude: Collection[str] = ()
+    ) -> list[Question]:
+        """Return up to `count` questions, uniformly and without replacement; the buffer stays as it
+        is.
 
         Args:
             count: Questions wanted; fewer are returned while the buffer is small.
@@ -106,17 +117,24 @@ class ReplayBuffer:
 
         Source: ZPPO, Algorithm 1, step 1.
         """
-        eligible = [entry.question for entry in self._entries.values() if entry.question.id not in exclude]
+        eligible = [
+            entry.question for entry in self._entries.values() if entry.question.id not in exclude
+        ]
         if not eligible:
             return []
-        return [eligible[index] for index in rng.choice(len(eligible), size=min(count, len(eligible)), replace=False)]
+        return [
+            eligible[index]
+            for index in rng.choice(len(eligible), size=min(count, len(eligible)), replace=False)
+        ]
 
     def update(self, groups: Iterable[Group], tau: float, step: int) -> BufferUpdate:
         """Admit, graduate and evict by the plain groups of a step; other groups are passed over.
 
-        A hard question (accuracy below tau) that is not in the buffer is admitted at its end; one that is in it stays where it is.
-        A question in the buffer at or above tau graduates, however it came to be asked: any plain group of it is a visit. Then the
-        oldest are evicted while there are more than the capacity. Several plain groups of one question count as one larger group.
+        A hard question (accuracy below tau) that is not in the buffer is admitted at its end; one
+        that is in it stays where it is. A question in the buffer at or above tau graduates, however
+        it came to be asked: any plain group of it is a visit. Then the oldest are evicted while
+        there are more than the capacity. Several plain groups of one question count as one larger
+        group.
 
         Raises:
             DataError: A question has the id of another one that is asked here or in the buffer.
@@ -147,30 +165,41 @@ class ReplayBuffer:
         """Return everything as JSON types; `load_state_dict` restores it exactly."""
         return {
             "entries": [_saved(entry) for entry in self._entries.values()],
-            "fates": {each.name: [list(pair) for pair in sorted(getattr(self.fates, each.name).items())] for each in fields(BufferFates)},
+            "fates": {
+                each.name: [list(pair) for pair in sorted(getattr(self.fates, each.name).items())]
+                for each in fields(BufferFates)
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved buffer, also after a trip through JSON.
 
-        A buffer that was saved with a larger capacity is cut to this one's; what goes is counted as evicted.
+        A buffer that was saved with a larger capacity is cut to this one's; what goes is counted as
+        evicted.
 
         Raises:
             CheckpointError: If the state is not one that `state_dict` returns.
         """
         try:
             entries = [_entry(saved) for saved in state["entries"]]
-            fates = BufferFates(**{name: Counter(dict(pairs)) for name, pairs in state["fates"].items()})
+            fates = BufferFates(
+                **{name: Counter(dict(pairs)) for name, pairs in state["fates"].items()}
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"ReplayBuffer.load_state_dict: the saved buffer cannot be read, got {type(error).__name__}: {error}, expected entries and "
-                "fates as state_dict writes them; use a checkpoint of this version"
+                "ReplayBuffer.load_state_dict: the saved buffer cannot be read, got "
+                f"{type(error).__name__}: {error}, expected entries and fates as state_dict writes "
+                "them; use a checkpoint of this version"
             ) from error
         self._entries = {entry.question.id: entry for entry in entries}
         self.fates = fates
         evicted = self._evict()
         if evicted:
-            logger.warning("replay buffer: capacity is now %d, evicted the %d oldest questions", self.capacity, len(evicted))
+            logger.warning(
+                "replay buffer: capacity is now %d, evicted the %d oldest questions",
+                self.capacity,
+                len(evicted),
+            )
 
     def _evict(self) -> list[str]:
         evicted = self.content()[: max(0, len(self._entries) - self.capacity)]
@@ -182,14 +211,23 @@ class ReplayBuffer:
 
 
 def _accuracies(groups: Iterable[Group]) -> list[tuple[Question, float]]:
-    """Return every question with plain rollouts once, in order of appearance, with the mean reward of all of them."""
+    """Return every question with plain rollouts once, in order of appearance, with the mean reward
+    of all of them.
+    """
     rewards: dict[str, list[float]] = {}
     questions: dict[str, Question] = {}
     for group in groups:
         if group.is_plain:
-            check_same_question(questions.setdefault(group.question.id, group.question), group.question)
-            rewards.setdefault(group.question.id, []).extend(rollout.reward for rollout in group.rollouts)
-    return [(questions[question_id], sum(values) / len(values)) for question_id, values in rewards.items()]
+            check_same_question(
+                questions.setdefault(group.question.id, group.question), group.question
+            )
+            rewards.setdefault(group.question.id, []).extend(
+                rollout.reward for rollout in group.rollouts
+            )
+    return [
+        (questions[question_id], sum(values) / len(values))
+        for question_id, values in rewards.items()
+    ]
 
 
 def _saved(entry: BufferEntry) -> dict[str, Any]:
@@ -202,4 +240,11 @@ def _saved(entry: BufferEntry) -> dict[str, Any]:
 def _entry(saved: dict[str, Any]) -> BufferEntry:
     question = saved["question"]
     media = tuple(MediaRef(**ref) for ref in question["media"])
-    return BufferEntry(**{**saved, "question": Question(**{**question, "media": media, "choices": tuple(question["choices"])})})
+    return BufferEntry(
+        **{
+            **saved,
+            "question": Question(
+                **{**question, "media": media, "choices": tuple(question["choices"])}
+            ),
+        }
+    )

@@ -1,4 +1,6 @@
-"""What a step trains on: the groups as they were sampled, or what a baseline or dynamic sampling makes of them."""
+"""What a step trains on: the groups as they were sampled, or what a baseline or dynamic sampling
+makes of them.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from data.question import Question
-from zppo_mm.config import DistillConfig, ZoneConfig
+from zppo_mm.config.schema import DistillConfig, ZoneConfig
 from zppo_mm.experience import Group, PromptInstance, Rollout
 from zppo_mm.randomness import generator
 from zppo_mm.zone.hard import select_hard
 from zppo_mm.zone.reformulate import TeacherAnswers, right_rollouts
 
 Adopt = Callable[[Sequence[PromptInstance], Sequence[tuple[Rollout, ...]]], list[Group]]
-"""From instances and finished rollouts to groups under the student's prompts; an instance without a prompt has no group."""
+"""From instances and finished rollouts to groups under the student's prompts; an instance without a
+prompt has no group.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +28,11 @@ class Selected:
 
     Attributes:
         groups: Sampled groups and such as the selection made, each with rollouts to train on.
-        num_dropped_questions: Questions left out because nothing can be learned from any of their groups.
+        num_dropped_questions: Questions left out because nothing can be learned from any of their
+            groups.
         num_injected: Teacher rollouts that stand among the student's.
-        num_failed: Groups of teacher rollouts that are missing because the student's prompt could not be made.
+        num_failed: Groups of teacher rollouts that are missing because the student's prompt could
+            not be made.
     """
 
     groups: tuple[Group, ...]
@@ -42,7 +48,8 @@ class Selection:
         zone: Whether a right answer of the teacher's is injected, and whether sampling is dynamic.
         distill: Whose text is distilled on.
         seed: The run's seed.
-        student_ids: Returns the tokens that the student would have a rollout's text in, its stop token included if it stopped.
+        student_ids: Returns the tokens that the student would have a rollout's text in, its stop
+            token included if it stopped.
         adopt: Makes groups of finished rollouts.
         plain_text: Renders the original question with the closing format instruction.
     """
@@ -69,7 +76,13 @@ class Selection:
         """Whether `choose` looks at the teacher's answers."""
         return self._zone.inject or self._distill.source == "teacher"
 
-    def choose(self, groups: Sequence[Group], questions: Sequence[Question], answers: TeacherAnswers, step: int) -> Selected:
+    def choose(
+        self,
+        groups: Sequence[Group],
+        questions: Sequence[Question],
+        answers: TeacherAnswers,
+        step: int,
+    ) -> Selected:
         """Return the groups to train on.
 
         Args:
@@ -86,34 +99,58 @@ class Selection:
         kept = with_signal(chosen) if self._zone.max_sampling_rounds > 1 else chosen
         return Selected(
             groups=tuple(kept),
-            num_dropped_questions=len({group.question.id for group in chosen} - {group.question.id for group in kept}),
+            num_dropped_questions=len(
+                {group.question.id for group in chosen} - {group.question.id for group in kept}
+            ),
             num_injected=sum(group.kind == "inject" for group in kept),
         )
 
-    def _teacher_groups(self, questions: Sequence[Question], answers: TeacherAnswers, step: int) -> Selected:
+    def _teacher_groups(
+        self, questions: Sequence[Question], answers: TeacherAnswers, step: int
+    ) -> Selected:
         """Return one group of right teacher rollouts per question that has any."""
-        solved = {question.id: question for question in questions if right_rollouts(answers.get(question.id, ()))}
+        solved = {
+            question.id: question
+            for question in questions
+            if right_rollouts(answers.get(question.id, ()))
+        }
         instances = [
-            PromptInstance(f"{step}/teacher/{question.id}", question, "teacher", self._plain_text(question)) for question in solved.values()
+            PromptInstance(
+                f"{step}/teacher/{question.id}", question, "teacher", self._plain_text(question)
+            )
+            for question in solved.values()
         ]
-        rollouts = [tuple(self._as_student(rollout) for rollout in right_rollouts(answers[question_id])) for question_id in solved]
+        rollouts = [
+            tuple(self._as_student(rollout) for rollout in right_rollouts(answers[question_id]))
+            for question_id in solved
+        ]
         groups = self._adopt(instances, rollouts) if instances else []
         return Selected(tuple(groups), num_failed=len(instances) - len(groups))
 
     def _injected(self, group: Group, answers: TeacherAnswers, step: int) -> Group:
-        """Return a hard plain group with one wrong rollout replaced by a right one of the teacher's; any other group as it is."""
+        """Return a hard plain group with one wrong rollout replaced by a right one of the
+        teacher's; any other group as it is.
+        """
         right = right_rollouts(answers.get(group.question.id, ()))
         wrong = [place for place, rollout in enumerate(group.rollouts) if rollout.reward < 1]
         if not (select_hard([group], self._zone.tau) and right and wrong):
             return group
         rng = generator(self._seed, "inject", step, group.uid)
         rollouts = list(group.rollouts)
-        rollouts[wrong[rng.integers(len(wrong))]] = self._as_student(right[rng.integers(len(right))])
+        rollouts[wrong[rng.integers(len(wrong))]] = self._as_student(
+            right[rng.integers(len(right))]
+        )
         uid = f"{step}/inject/{group.uid.partition('/')[2]}"
-        return replace(group, instance=replace(group.instance, uid=uid, kind="inject"), rollouts=tuple(rollouts))
+        return replace(
+            group,
+            instance=replace(group.instance, uid=uid, kind="inject"),
+            rollouts=tuple(rollouts),
+        )
 
     def _as_student(self, rollout: Rollout) -> Rollout:
-        """Return a teacher rollout in the student's tokens; what the student would have sampled them with is not known yet."""
+        """Return a teacher rollout in the student's tokens; what the student would have sampled
+        them with is not known yet.
+        """
         if rollout.teacher_top is not None:
             # Its log-probs belong to these very tokens, which are the student's already.
             return replace(rollout, author="teacher")
@@ -122,6 +159,12 @@ class Selection:
 
 
 def with_signal(groups: Sequence[Group]) -> list[Group]:
-    """Return the groups of questions that have a non-trivial group, whichever of theirs it is; a non-trivial group's rewards differ."""
-    useful = {group.question.id for group in groups if len({rollout.reward for rollout in group.rollouts}) > 1}
+    """Return the groups of questions that have a non-trivial group, whichever of theirs it is; a
+    non-trivial group's rewards differ.
+    """
+    useful = {
+        group.question.id
+        for group in groups
+        if len({rollout.reward for rollout in group.rollouts}) > 1
+    }
     return [group for group in groups if group.question.id in useful]

@@ -1,8 +1,8 @@
-"""What becomes of every key of config.json: it is read, it must have the value that is built, or it does
-not touch the network.
+"""What becomes of every key of config.json: it is read, it must have the value that is built, or it
+does not touch the network.
 
-transformers' configuration classes say which keys there are. A test holds these tables against them and
-against what transformers' networks look at, so that a key of a newer version is noticed.
+transformers' configuration classes say which keys there are. A test holds these tables against them
+and against what transformers' networks look at, so that a key of a newer version is noticed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,24 @@ ROPE_SPELLINGS = ("rope_parameters", "rope_scaling")
 """Objects with rotary settings, as transformers 5 and those before it write them."""
 ROPE_BESIDE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 """Rotary settings that may stand beside such an object instead of in it."""
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 """Must be in the file: transformers' defaults for them are those of one published model."""
 LARGEST = 1 << 20
-LARGEST_OF = {"num_hidden_layers": 1 << 12, "depth": 1 << 12, "vocab_size": 1 << 31, "max_position_embeddings": 1 << 31}
-"""Sizes beyond these are mistakes; a network of them would be laid out for hours before a weight is missed."""
+LARGEST_OF = {
+    "num_hidden_layers": 1 << 12,
+    "depth": 1 << 12,
+    "vocab_size": 1 << 31,
+    "max_position_embeddings": 1 << 31,
+}
+"""Sizes beyond these are mistakes; a network of them would be laid out for hours before a weight is
+missed.
+"""
 TOWER_SIZES = (
     "depth",
     "hidden_size",
@@ -69,7 +82,9 @@ BUILT: Mapping[str, tuple[Any, ...]] = {
 }
 """Settings of the language model that have one value here; a file without them has it too."""
 BUILT_OUTSIDE: Mapping[str, tuple[Any, ...]] = {"transformers_weights": (None,)}
-"""The same of the whole file: transformers would load other weights than those that are read here."""
+"""The same of the whole file: transformers would load other weights than those that are read
+here.
+"""
 HARMLESS = frozenset(
     {
         "transformers_version",
@@ -87,7 +102,8 @@ HARMLESS = frozenset(
         "pretraining_tp",
         # Says from which layer on a sliding window holds, and there is none.
         "max_window_layers",
-        # Stop tokens are those of generation_config.json; the embedding's row of padding is a row like any other.
+        # Stop tokens are those of generation_config.json; the embedding's row of padding is a row
+        # like any other.
         "pad_token_id",
         "bos_token_id",
         "eos_token_id",

@@ -35,18 +35,23 @@ class Architecture:
         head_dim: Width of a head of full attention.
         qk_norm: Whether queries and keys are normalised per head.
         qkv_bias: Whether query, key and value projections have a bias.
-        output_gate: Whether the output of full attention is gated; the gate comes out of the query projection.
+        output_gate: Whether the output of full attention is gated; the gate comes out of the query
+            projection.
         zero_centered_norm: Whether norms store their weight minus one.
         rotary_dim: How many channels of a head are rotated.
         rotary_frequencies: Radians per position, one for each pair of rotated channels.
         rotary_amplitude: Factor of sines and cosines.
         mrope_section: Rotary frequencies of the time, height and width axes.
-        mrope_interleaved: Whether the axes' frequencies alternate; otherwise each axis has one block.
+        mrope_interleaved: Whether the axes' frequencies alternate; otherwise each axis has one
+            block.
         linear_num_key_heads: Of DeltaNet layers; 0, like the next four, in a network without.
-        foreign_prefix: How keys of a tower begin that a text-only network leaves alone; empty if there are none.
+        foreign_prefix: How keys of a tower begin that a text-only network leaves alone; empty if
+            there are none.
         tie_word_embeddings: Whether the output layer is the embedding.
-        image_token_id: Placeholder of image features; -1 in a text-only network, as are the next three.
-        num_deepstack: How many first layers get further features of the media added to their output.
+        image_token_id: Placeholder of image features; -1 in a text-only network, as are the next
+            three.
+        num_deepstack: How many first layers get further features of the media added to their
+            output.
         video_layout: How videos are shown in the prompt.
         vision: The `vision_config` part of config.json, `None` in a text-only network.
     """
@@ -103,7 +108,9 @@ class Architecture:
 
 
 def timestamped_videos(raw: Mapping[str, Any]) -> VideoLayout:
-    """Return the layout of families that write the time before every temporal patch, whatever config.json says."""
+    """Return the layout of families that write the time before every temporal patch, whatever
+    config.json says.
+    """
     return TIMESTAMPED
 
 
@@ -114,8 +121,8 @@ class Family:
     Attributes:
         title: Its name in messages.
         read: Makes the architecture from the settings that transformers reads in config.json.
-        video_layout: Makes the layout of videos from the whole config.json; raises KeyError for a key that is missing. Prompts are made
-            without the architecture.
+        video_layout: Makes the layout of videos from the whole config.json; raises KeyError for a
+            key that is missing. Prompts are made without the architecture.
         key_names: Spellings of keys in weight files.
     """
 
@@ -125,7 +132,9 @@ class Family:
     key_names: Renames = TEXT
 
 
-def common_fields(settings: Settings, *, partial_rotation: bool = False, mrope_section: Section = (0, 0, 0)) -> dict[str, Any]:
+def common_fields(
+    settings: Settings, *, partial_rotation: bool = False, mrope_section: Section = (0, 0, 0)
+) -> dict[str, Any]:
     """Return the fields of the architecture that every family spells alike.
 
     Args:
@@ -145,8 +154,14 @@ def common_fields(settings: Settings, *, partial_rotation: bool = False, mrope_s
     rotary_dim = int(head_dim * (1 if share is None else share))
     rotary = read_rotary(text, rotary_dim, settings.where)
     # Text has the same position on all axes.
-    section = (text.rope_parameters.get("mrope_section") or mrope_section) if vision is not None else (rotary_dim // 2, 0, 0)
-    if not isinstance(section, list | tuple) or any(type(axis) is not int or axis < 0 for axis in section):
+    section = (
+        (text.rope_parameters.get("mrope_section") or mrope_section)
+        if vision is not None
+        else (rotary_dim // 2, 0, 0)
+    )
+    if not isinstance(section, list | tuple) or any(
+        type(axis) is not int or axis < 0 for axis in section
+    ):
         raise refusal(settings, "mrope_section", section, ("three whole numbers",))
     return {
         "title": settings.title,
@@ -154,7 +169,9 @@ def common_fields(settings: Settings, *, partial_rotation: bool = False, mrope_s
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_size,
         "ffn_hidden_size": text.intermediate_size,
-        "layer_types": tuple(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers),
+        "layer_types": tuple(
+            getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+        ),
         "num_attention_heads": text.num_attention_heads,
         "num_query_groups": text.num_key_value_heads,
         "head_dim": head_dim,
@@ -173,7 +190,8 @@ def common_fields(settings: Settings, *, partial_rotation: bool = False, mrope_s
 
 
 def refuse_other_axes(settings: Settings, *, interleaved: bool) -> None:
-    """Refuse rotary axes that are laid out in another way than the family's, which transformers takes for granted.
+    """Refuse rotary axes that are laid out in another way than the family's, which transformers
+    takes for granted.
 
     Raises:
         ModelError: They alternate where they should be blocks, or the other way round.
@@ -186,8 +204,8 @@ def refuse_other_axes(settings: Settings, *, interleaved: bool) -> None:
 def _is_tied(settings: Settings) -> bool:
     """Return whether the output layer is the embedding.
 
-    transformers asks the whole file. Where that says nothing, the language part is asked: some folders say
-    it there alone, and have no output layer.
+    transformers asks the whole file. Where that says nothing, the language part is asked: some
+    folders say it there alone, and have no output layer.
     """
     inner = settings.raw.get("text_config") or {}
     silent = "tie_word_embeddings" not in settings.raw
@@ -198,37 +216,54 @@ def check_architecture(architecture: Architecture, settings: Settings) -> None:
     """Check what must hold in every family.
 
     Raises:
-        ModelError: A size is not positive, heads do not divide, a kind of layer is unknown, there are too few or too many of them, rotary
-            frequencies do not add up, or the tower does not fit the language model.
+        ModelError: A size is not positive, heads do not divide, a kind of layer is unknown, there
+            are too few or too many of them, rotary frequencies do not add up, or the tower does not
+            fit the language model.
     """
     where = settings.where
-    for name, key in (_SIZES | (_LINEAR_SIZES if hasattr(type(settings.text), "linear_num_key_heads") else {})).items():
+    for name, key in (
+        _SIZES | (_LINEAR_SIZES if hasattr(type(settings.text), "linear_num_key_heads") else {})
+    ).items():
         check_size(key, getattr(architecture, name), where)
     if not 0 < architecture.norm_epsilon < math.inf:
         raise ModelError(
-            f"{where}: rms_norm_eps is not supported, got {architecture.norm_epsilon}, expected a small positive number; correct the file"
+            f"{where}: rms_norm_eps is not supported, got {architecture.norm_epsilon}, expected a "
+            "small positive number; correct the file"
         )
-    for many, few in (("num_attention_heads", "num_query_groups"), ("linear_num_value_heads", "linear_num_key_heads")):
+    for many, few in (
+        ("num_attention_heads", "num_query_groups"),
+        ("linear_num_value_heads", "linear_num_key_heads"),
+    ):
         found = [getattr(architecture, name) for name in (many, few)]
         if found[1] and found[0] % found[1]:
             raise ModelError(
-                f"{where}: {many} and {_SIZES.get(few, few)} do not fit, got {found[0]} and {found[1]}, expected a multiple; "
-                "download the folder again"
+                f"{where}: {many} and {_SIZES.get(few, few)} do not fit, got {found[0]} and "
+                f"{found[1]}, expected a multiple; download the folder again"
             )
     if len(architecture.layer_types) != settings.text.num_hidden_layers:
-        raise refusal(settings, "layer_types", len(architecture.layer_types), (settings.text.num_hidden_layers,))
-    kinds = ["full_attention", "linear_attention"] if architecture.linear_num_key_heads else ["full_attention"]
+        raise refusal(
+            settings,
+            "layer_types",
+            len(architecture.layer_types),
+            (settings.text.num_hidden_layers,),
+        )
+    kinds = (
+        ["full_attention", "linear_attention"]
+        if architecture.linear_num_key_heads
+        else ["full_attention"]
+    )
     unknown = set(architecture.layer_types) - set(kinds)
     if unknown:
         raise ModelError(
-            f"{where}: layer_types has an unknown kind, got {sorted(unknown)}, expected {' or '.join(reversed(kinds))}; use "
-            f"an unmodified {architecture.title} folder"
+            f"{where}: layer_types has an unknown kind, got {sorted(unknown)}, expected "
+            f"{' or '.join(reversed(kinds))}; use an unmodified {architecture.title} folder"
         )
     section = architecture.mrope_section
     if len(section) != 3 or sum(section) * 2 != architecture.rotary_dim:
         raise ModelError(
             f"{where}: mrope_section does not fit, got {list(section)}, expected a sum of "
-            f"{architecture.rotary_dim // 2} (half the rotated channels of a head) over three axes; correct rope_parameters"
+            f"{architecture.rotary_dim // 2} (half the rotated channels of a head) over three "
+            "axes; correct rope_parameters"
         )
     if settings.vision is not None:
         _check_tower(architecture, settings)
@@ -246,39 +281,65 @@ _SIZES = {
 
 
 _LINEAR_SIZES = {
-    f"linear_{name}": f"linear_{name}" for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
+    f"linear_{name}": f"linear_{name}"
+    for name in (
+        "num_key_heads",
+        "num_value_heads",
+        "key_head_dim",
+        "value_head_dim",
+        "conv_kernel_dim",
+    )
 }
 
 
 def _check_tower(architecture: Architecture, settings: Settings) -> None:
-    """Check that the tower's features fit the language model's placeholders, and that it takes RGB."""
+    """Check that the tower's features fit the language model's placeholders, and that it takes
+    RGB.
+    """
     vision = settings.vision
     assert vision is not None
     for key in TOWER_SIZES:
         if hasattr(vision, key):
             check_size(f"vision_config.{key}", getattr(vision, key), settings.where)
     if vision.hidden_size % vision.num_heads:
-        raise refusal(settings, "vision_config.num_heads", vision.num_heads, (f"a divisor of {vision.hidden_size}",))
+        raise refusal(
+            settings,
+            "vision_config.num_heads",
+            vision.num_heads,
+            (f"a divisor of {vision.hidden_size}",),
+        )
     if vision.hidden_act not in ACT2FN:
-        raise refusal(settings, "vision_config.hidden_act", vision.hidden_act, ("a function that transformers has",))
+        raise refusal(
+            settings,
+            "vision_config.hidden_act",
+            vision.hidden_act,
+            ("a function that transformers has",),
+        )
     for key, expected in (("in_channels", 3), ("out_hidden_size", architecture.hidden_size)):
         if getattr(vision, key) != expected:
             raise refusal(settings, f"vision_config.{key}", getattr(vision, key), (expected,))
     levels = list(getattr(vision, "deepstack_visual_indexes", None) or ())
-    if len(set(levels)) != len(levels) or not set(levels) <= set(range(vision.depth)) or len(levels) > architecture.num_layers:
+    if (
+        len(set(levels)) != len(levels)
+        or not set(levels) <= set(range(vision.depth))
+        or len(levels) > architecture.num_layers
+    ):
         raise ModelError(
-            f"{settings.where}: vision_config.deepstack_visual_indexes does not fit, got {levels}, expected at most "
-            f"{architecture.num_layers} different blocks below {vision.depth}; download the folder again"
+            f"{settings.where}: vision_config.deepstack_visual_indexes does not fit, got {levels}, "
+            f"expected at most {architecture.num_layers} different blocks below {vision.depth}; "
+            "download the folder again"
         )
     outside = {key: getattr(architecture, key) for key in media_tokens(settings)}
-    beyond = {key: token for key, token in outside.items() if not 0 <= token < architecture.vocab_size}
+    beyond = {
+        key: token for key, token in outside.items() if not 0 <= token < architecture.vocab_size
+    }
     if beyond:
         raise ModelError(
-            f"{settings.where}: tokens of media are not in the vocabulary, got {beyond}, expected ids below {architecture.vocab_size}; "
-            "download the folder again"
+            f"{settings.where}: tokens of media are not in the vocabulary, got {beyond}, expected "
+            f"ids below {architecture.vocab_size}; download the folder again"
         )
     if len(set(outside.values())) != len(outside):
         raise ModelError(
-            f"{settings.where}: two of the tokens that stand for media are the same, got {outside}, expected different ones; "
-            "download the folder again"
+            f"{settings.where}: two of the tokens that stand for media are the same, got "
+            f"{outside}, expected different ones; download the folder again"
         )

@@ -1,4 +1,6 @@
-"""Llama and what shares its architecture, SmolLM2 among them: text only, plain softmax attention."""
+"""Llama and what shares its architecture, SmolLM2 among them: text only, plain softmax
+attention.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Qwen2.5-VL: attention with biased projections, one block of rotary frequencies per axis, a vision tower with windows."""
+"""Qwen2.5-VL: attention with biased projections, one block of rotary frequencies per axis, a vision
+tower with windows.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ DEFAULT_SECTION = (16, 24, 24)
 
 
 def video_layout(raw: Mapping[str, Any]) -> VideoLayout:
-    """Return the layout of a video as one run of placeholders, its time in the rotary positions; every frame is sized like an image."""
+    """Return the layout of a video as one run of placeholders, its time in the rotary positions;
+    every frame is sized like an image.
+    """
     rate = float(raw["vision_config"]["tokens_per_second"])
     return VideoLayout(timestamped=False, tokens_per_second=rate, limits_per_frame=True)
 
@@ -22,7 +26,8 @@ def video_layout(raw: Mapping[str, Any]) -> VideoLayout:
 def read(settings: Settings) -> Architecture:
     """Read `qwen2_5_vl`, whose language settings stood at the top before transformers 5."""
     text = settings.text
-    # Not a setting of this family: its attention divides the width by the heads, whatever the file says.
+    # Not a setting of this family: its attention divides the width by the heads, whatever the file
+    # says.
     check_values(settings, text, {"head_dim": (text.hidden_size // text.num_attention_heads, None)})
     refuse_other_axes(settings, interleaved=False)
     fields = common_fields(settings, mrope_section=DEFAULT_SECTION)

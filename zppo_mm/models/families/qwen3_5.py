@@ -1,4 +1,6 @@
-"""Qwen3.5, with and without its vision tower: gated DeltaNet and gated attention, interleaved rotary axes."""
+"""Qwen3.5, with and without its vision tower: gated DeltaNet and gated attention, interleaved
+rotary axes.
+"""
 
 from __future__ import annotations
 

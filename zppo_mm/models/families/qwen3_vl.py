@@ -1,4 +1,6 @@
-"""Qwen3-VL, dense: Qwen3 attention, interleaved rotary axes, and a vision tower that feeds the first layers too (deepstack)."""
+"""Qwen3-VL, dense: Qwen3 attention, interleaved rotary axes, and a vision tower that feeds the
+first layers too (deepstack).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def read(settings: Settings) -> Architecture:
         qkv_bias=False,
         output_gate=False,
         zero_centered_norm=False,
-        num_deepstack=len(settings.vision.deepstack_visual_indexes or ()) if settings.vision is not None else 0,
+        num_deepstack=len(settings.vision.deepstack_visual_indexes or ())
+        if settings.vision is not None
+        else 0,
     )
 
 

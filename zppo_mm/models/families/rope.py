@@ -1,4 +1,6 @@
-"""Rotary settings: which spelling holds, and the frequencies that transformers computes from them."""
+"""Rotary settings: which spelling holds, and the frequencies that transformers computes from
+them.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ from zppo_mm.errors import ModelError
 from zppo_mm.models.families.config_keys import ROPE_BESIDE, ROPE_SPELLINGS, same_value
 
 STRETCHED = ("linear", "yarn", "llama3")
-"""Types whose frequencies depend on the settings alone. Others change them with the length of what is
-read, so that a prompt would mean something else in every pack."""
+"""Types whose frequencies depend on the settings alone. Others change them with the length of what
+is read, so that a prompt would mean something else in every pack.
+"""
 
 _BESIDE = "the part around it"
 
@@ -34,7 +37,8 @@ class Rotary:
 
 
 def check_spellings(section: Mapping[str, Any], effective: Mapping[str, Any], where: str) -> None:
-    """Refuse a file that says two things about its rotary embedding, of which transformers reads one and drops the other.
+    """Refuse a file that says two things about its rotary embedding, of which transformers reads
+    one and drops the other.
 
     Args:
         section: The language model's part of config.json.
@@ -48,15 +52,17 @@ def check_spellings(section: Mapping[str, Any], effective: Mapping[str, Any], wh
         name = "rope_type" if key == "type" else key
         value = "default" if name == "rope_type" and value == "mrope" else value
         if value is None or (name == "rope_type" and value == "default"):
-            # Files of transformers 5 that somebody extended in the older spelling have this beside the type that holds.
+            # Files of transformers 5 that somebody extended in the older spelling have this beside
+            # the type that holds.
             continue
         if place == _BESIDE and name not in effective:
             # The length of the first training is read by some types alone.
             continue
         if not same_value(value, effective.get(name)):
             raise ModelError(
-                f"{where}: {key} has two values, got {value!r} in {place}, and {effective.get(name)!r} is what transformers would read, "
-                f"expected one; write all rotary settings into {ROPE_SPELLINGS[0]} and remove {ROPE_SPELLINGS[1]}"
+                f"{where}: {key} has two values, got {value!r} in {place}, and "
+                f"{effective.get(name)!r} is what transformers would read, expected one; write all "
+                f"rotary settings into {ROPE_SPELLINGS[0]} and remove {ROPE_SPELLINGS[1]}"
             )
 
 
@@ -85,8 +91,9 @@ def read_rotary(text: Any, rotary_dim: int, where: str) -> Rotary:
     kind = settings.get("rope_type")
     if kind not in ("default", *STRETCHED):
         raise ModelError(
-            f"{where}: rope_type is not supported, got {kind!r}, expected 'default' or {' or '.join(map(repr, STRETCHED))}; use a folder "
-            "with one of these rotary embeddings, the same for all layers"
+            f"{where}: rope_type is not supported, got {kind!r}, expected 'default' or "
+            f"{' or '.join(map(repr, STRETCHED))}; use a folder with one of these rotary "
+            "embeddings, the same for all layers"
         )
     try:
         if kind == "default":
@@ -97,8 +104,14 @@ def read_rotary(text: Any, rotary_dim: int, where: str) -> Rotary:
         rotary = Rotary(tuple(frequencies.tolist()), float(amplitude))
     except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise _unusable(where, settings, f"{type(error).__name__}: {error}") from error
-    if len(rotary.frequencies) * 2 != rotary_dim or not all(map(_positive, (*rotary.frequencies, rotary.amplitude))):
-        raise _unusable(where, settings, f"{len(rotary.frequencies)} frequencies and a factor of {rotary.amplitude}")
+    if len(rotary.frequencies) * 2 != rotary_dim or not all(
+        map(_positive, (*rotary.frequencies, rotary.amplitude))
+    ):
+        raise _unusable(
+            where,
+            settings,
+            f"{len(rotary.frequencies)} frequencies and a factor of {rotary.amplitude}",
+        )
     return rotary
 
 
@@ -108,5 +121,6 @@ def _positive(value: float) -> bool:
 
 def _unusable(where: str, settings: Mapping[str, Any], got: str) -> ModelError:
     return ModelError(
-        f"{where}: rope_parameters give no rotary embedding, got {got} from {dict(settings)}, expected positive numbers; correct the file"
+        f"{where}: rope_parameters give no rotary embedding, got {got} from {dict(settings)}, "
+        "expected positive numbers; correct the file"
     )

@@ -1,4 +1,6 @@
-"""config.json as transformers reads it, and the refusal of what the network would silently compute differently."""
+"""config.json as transformers reads it, and the refusal of what the network would silently compute
+differently.
+"""
 
 from __future__ import annotations
 
@@ -74,11 +76,18 @@ def read_config_file(path: Path) -> dict[str, Any]:
             raise ValueError(f"more than {MAX_FILE_BYTES} bytes")
         raw = json.loads(content.decode("utf-8"))
     except FileNotFoundError as error:
-        raise ModelError(f"{path}: the file is missing, expected a Hugging Face model folder; check the path") from error
+        raise ModelError(
+            f"{path}: the file is missing, expected a Hugging Face model folder; check the path"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON, got {error}; download or export the folder again") from error
+        raise ModelError(
+            f"{path}: cannot be read as JSON, got {error}; download or export the folder again"
+        ) from error
     if not isinstance(raw, dict):
-        raise ModelError(f"{path}: is no JSON object, got {type(raw).__name__}; download or export the folder again")
+        raise ModelError(
+            f"{path}: is no JSON object, got {type(raw).__name__}; download or export the folder "
+            "again"
+        )
     return raw
 
 
@@ -91,14 +100,18 @@ def read_settings(raw: dict[str, Any], where: str, title: str) -> Settings:
         title: The family's name in messages.
 
     Raises:
-        ModelError: transformers cannot read it, a size is missing, or a setting is not the one that is built or stands there twice.
+        ModelError: transformers cannot read it, a size is missing, or a setting is not the one that
+            is built or stands there twice.
     """
     inner, has_tower = _text_part(raw, where), _has_tower(raw)
     missing = [key for key in SIZES if inner.get(key) is None]
     if has_tower and not isinstance(raw.get("vision_config"), dict):
         missing.append("vision_config")
     if missing:
-        raise ModelError(f"{where}: the key {missing[0]!r} is missing, expected a complete {title} config; download the folder again")
+        raise ModelError(
+            f"{where}: the key {missing[0]!r} is missing, expected a complete {title} config; "
+            "download the folder again"
+        )
     for key in SIZES:
         # Before transformers, which makes a list of as many layers as it is told.
         check_size(key, inner[key], where)
@@ -109,7 +122,10 @@ def read_settings(raw: dict[str, Any], where: str, title: str) -> Settings:
     text, vision = (outer.text_config, outer.vision_config) if has_tower else (outer, None)
     if any(inner[key] != getattr(text, key) for key in SIZES):
         # Around it, most families' classes do not look for the language model's settings.
-        raise ModelError(f"{where}: the key 'text_config' is missing, expected a complete {title} config; download the folder again")
+        raise ModelError(
+            f"{where}: the key 'text_config' is missing, expected a complete {title} config; "
+            "download the folder again"
+        )
     settings = Settings(where, title, raw, outer, text, vision)
     _check_rope(inner, text, where)
     check_values(settings, text, BUILT)
@@ -120,10 +136,16 @@ def read_settings(raw: dict[str, Any], where: str, title: str) -> Settings:
 
 
 def text_level(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a file with an inner language part says about the language model outside it, where transformers does not look."""
+    """Return what a file with an inner language part says about the language model outside it,
+    where transformers does not look.
+    """
     if not isinstance(raw.get("text_config"), dict):
         return {}
-    return {key: value for key, value in raw.items() if key in READ | set(BUILT) and key not in READ_OUTSIDE}
+    return {
+        key: value
+        for key, value in raw.items()
+        if key in READ | set(BUILT) and key not in READ_OUTSIDE
+    }
 
 
 def check_size(key: str, value: Any, where: str) -> None:
@@ -140,7 +162,10 @@ def check_size(key: str, value: Any, where: str) -> None:
     largest = LARGEST_OF.get(key.rpartition(".")[2], LARGEST)
     if type(value) is not int or not 1 <= value <= largest:
         shown = reprlib.repr(value)
-        raise ModelError(f"{where}: {key} is no size, got {shown}, expected a whole number from 1 to {largest}; correct the file")
+        raise ModelError(
+            f"{where}: {key} is no size, got {shown}, expected a whole number from 1 to {largest}; "
+            "correct the file"
+        )
 
 
 def check_values(settings: Settings, part: Any, built: Mapping[str, tuple[Any, ...]]) -> None:
@@ -164,8 +189,8 @@ def refusal(settings: Settings, key: str, value: Any, allowed: Collection[Any]) 
     """Return the error for a setting that is not supported."""
     named = [one for one in allowed if one is not None] or [None]
     return ModelError(
-        f"{settings.where}: {key} is not supported, got {value!r}, expected {' or '.join(map(repr, named))}; "
-        f"use an unmodified {settings.title} folder"
+        f"{settings.where}: {key} is not supported, got {value!r}, expected "
+        f"{' or '.join(map(repr, named))}; use an unmodified {settings.title} folder"
     )
 
 
@@ -179,7 +204,10 @@ def _text_part(raw: dict[str, Any], where: str) -> dict[str, Any]:
     if part is None:
         part = raw
     if not isinstance(part, dict):
-        raise ModelError(f"{where}: text_config is no JSON object, got {type(part).__name__}; download the folder again")
+        raise ModelError(
+            f"{where}: text_config is no JSON object, got {type(part).__name__}; download the "
+            "folder again"
+        )
     return part
 
 
@@ -191,8 +219,8 @@ def _as_transformers(raw: dict[str, Any], where: str) -> Any:
         # Its checks raise errors of their own and of other libraries.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
-            f"{where}: transformers cannot read it, got {type(error).__name__}: {reason}, expected a config that it knows; "
-            "correct the file, or download the folder again"
+            f"{where}: transformers cannot read it, got {type(error).__name__}: {reason}, expected "
+            "a config that it knows; correct the file, or download the folder again"
         ) from error
 
 
@@ -204,8 +232,8 @@ def _check_quantisation(section: Mapping[str, Any], where: str) -> None:
         method = "bitsandbytes"
     if method not in (None, "fp8"):
         raise ModelError(
-            f"{where}: quantization_config is not supported, got {method!r}, expected weights in blocks of fp8, or none; use a folder that "
-            "is not quantised"
+            f"{where}: quantization_config is not supported, got {method!r}, expected weights in "
+            "blocks of fp8, or none; use a folder that is not quantised"
         )
 
 
@@ -213,12 +241,15 @@ def _check_rope(section: Mapping[str, Any], text: Any, where: str) -> None:
     for spelling in ROPE_SPELLINGS:
         inner = section.get(spelling)
         if inner is not None and not isinstance(inner, dict):
-            raise ModelError(f"{where}: {spelling} is no JSON object, got {inner!r}, expected one or null; correct the file")
+            raise ModelError(
+                f"{where}: {spelling} is no JSON object, got {inner!r}, expected one or null; "
+                "correct the file"
+            )
         nested = [key for key, value in (inner or {}).items() if isinstance(value, dict)]
         if nested:
             raise ModelError(
-                f"{where}: {spelling} has settings for kinds of layers, got {nested}, expected the same for all layers; use a folder "
-                "with one rotary embedding"
+                f"{where}: {spelling} has settings for kinds of layers, got {nested}, expected the "
+                "same for all layers; use a folder with one rotary embedding"
             )
     check_spellings(section, text.rope_parameters, where)
 
@@ -227,13 +258,16 @@ def _check_foreign(section: Mapping[str, Any], where: str, title: str) -> None:
     for key, neutral in FOREIGN.items():
         if key in section and not any(same_value(section[key], one) for one in neutral):
             raise ModelError(
-                f"{where}: {key} is a setting of another architecture, got {section[key]!r}, expected none in a {title} folder; "
-                "check model_type, or remove the key if the model was not trained with it"
+                f"{where}: {key} is a setting of another architecture, got {section[key]!r}, "
+                f"expected none in a {title} folder; check model_type, or remove the key if the "
+                "model was not trained with it"
             )
 
 
 def _check_unknown(settings: Settings, part: Any, tables: Collection[Collection[str]]) -> None:
-    """Refuse a key that only a newer version of transformers knows, unless it has the value that a file without it has."""
+    """Refuse a key that only a newer version of transformers knows, unless it has the value that a
+    file without it has.
+    """
     for field in dataclasses.fields(part):
         if any(field.name in table for table in tables):
             continue
@@ -244,4 +278,7 @@ def _check_unknown(settings: Settings, part: Any, tables: Collection[Collection[
 
 def media_tokens(settings: Settings) -> dict[str, int]:
     """Return the ids of the tokens that media are shown by; -1 in a text-only network."""
-    return {name: getattr(settings.outer, name) if settings.vision is not None else -1 for name in MEDIA_TOKENS}
+    return {
+        name: getattr(settings.outer, name) if settings.vision is not None else -1
+        for name in MEDIA_TOKENS
+    }

@@ -1,4 +1,6 @@
-"""The families, by `model_type` of config.json. A new family is a file beside this one and a line here; docs/models.md says how."""
+"""The families, by `model_type` of config.json. A new family is a file beside this one and a line
+here; docs/models.md says how.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ FAMILIES: dict[str, Family] = {
 
 
 def read_key_names(folder: Path) -> Renames:
-    """Return the spellings of keys in a folder's weight files; none if its config.json names no family or is missing.
+    """Return the spellings of keys in a folder's weight files; none if its config.json names no
+    family or is missing.
 
     Raises:
         ModelError: config.json is no JSON object.

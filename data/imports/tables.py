@@ -1,0 +1,252 @@
+"""Rows of a table file: JSON, JSON lines, CSV, TSV or Parquet."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from data.errors import DataError, SampleError
+from data.json_text import TEXT_RULE, InvalidText, check_texts, load_json, load_object
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+
+TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+PARQUET_BATCH = 32
+"""Rows of a Parquet file in memory at once; each may hold pictures."""
+
+MAX_LINE_BYTES = 1 << 29
+MAX_JSON_BYTES = 4 << 30
+
+Row = Mapping[str, Any]
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
+    """Yield number, from 1, and columns of every row; a row that cannot be read comes as its error,
+    so that it can be counted.
+
+    A JSON file holds a list of objects, or one object of objects, whose names become the column
+    `id` where they have none.
+
+    Raises:
+        DataError: The file is missing, of no known kind, or cannot be read as a whole.
+    """
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such file, expected a table ({', '.join(TABLE_SUFFIXES)}); give its path "
+            "as seen from here"
+        )
+    readers = {
+        ".json": _json,
+        ".jsonl": _json_lines,
+        ".csv": _separated,
+        ".tsv": _separated,
+        ".parquet": _parquet,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"{path}: unknown kind of table, got {path.suffix!r}, expected one of "
+            f"{', '.join(TABLE_SUFFIXES)}; convert the file"
+        )
+    try:
+        for number, row in reader(path):
+            yield number, row if isinstance(row, SampleError) else _checked(path, number, row)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); restore the file") from error
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes | SampleError]]:
+    """Yield number, from 1, and content of every line that is not blank; one that is too long comes
+    as its error.
+    """
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES):
+            number += 1
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
+                    pass
+                expected = f"expected at most {MAX_LINE_BYTES} bytes; put its media into files"
+                yield (
+                    number,
+                    SampleError("oversized", f"{path}:{number}: the line is too long, {expected}"),
+                )
+            elif line.strip():
+                yield number, line
+
+
+def _checked(path: Path, number: int, row: Row) -> Row | SampleError:
+    try:
+        check_texts(row)
+    except InvalidText as error:
+        return SampleError("bad_text", f"{path}:{number}: {error}, {TEXT_RULE}; correct it")
+    return row
+
+
+def _json(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise DataError(
+            f"{path}: too large for JSON, got {size} bytes, expected at most {MAX_JSON_BYTES}; "
+            "write one object a line (.jsonl)"
+        )
+    try:
+        content = load_json(path.read_bytes(), is_table=True)
+    except ValueError as error:
+        raise DataError(
+            f"{path}: no JSON ({error}); write it anew, or name it .jsonl if it has one object a "
+            "line"
+        ) from error
+    if (
+        isinstance(content, dict)
+        and content
+        and all(isinstance(value, dict) for value in content.values())
+    ):
+        content = [{"id": name, **value} for name, value in content.items()]
+    if not isinstance(content, list):
+        raise DataError(
+            f"{path}: no rows, got {type(content).__name__}, expected a list of objects or an "
+            "object of objects; write it anew"
+        )
+    for number, value in enumerate(content, start=1):
+        if isinstance(value, dict):
+            yield number, value
+        else:
+            yield (
+                number,
+                SampleError(
+                    "bad_json",
+                    f"{path}:{number}: no object, got {type(value).__name__}, expected columns; "
+                    "correct it",
+                ),
+            )
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
+    for number, line in read_lines(path):
+        try:
+            yield (
+                number,
+                line if isinstance(line, SampleError) else load_object(f"{path}:{number}", line),
+            )
+        except SampleError as error:
+            yield number, error
+
+
+def _separated(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
+    # A field may be a picture or a whole article; the module's own limit is 128 KiB.
+    csv.field_size_limit(MAX_LINE_BYTES)
+    # What is no UTF-8 becomes text that breaks the rule of its row alone.
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        reader = csv.DictReader(
+            _physical_lines(path, file),
+            delimiter="\t" if path.suffix.lower() == ".tsv" else ",",
+            strict=True,
+        )
+        try:
+            _check_columns(path, reader.fieldnames or ())
+        except csv.Error as error:
+            raise DataError(
+                f"{path}: its first line is not readable ({error}); name the columns there"
+            ) from error
+        number = 0
+        while True:
+            number += 1
+            first_line = reader.reader.line_num
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                problem = f"not readable ({error}); correct the quotes of row {number}"
+            else:
+                if row is None:
+                    return
+                if None not in row and None not in row.values():
+                    if any(map(str.strip, row.values())):  # a line of commas is a blank one
+                        yield number, row
+                    continue
+                problem = (
+                    f"wrong number of columns, expected {len(reader.fieldnames or ())}; correct "
+                    f"row {number}"
+                )
+            # An open quote takes the lines after it along, each of which may have been a row.
+            for line in range(first_line + 1, max(reader.reader.line_num, first_line + 1) + 1):
+                yield number, SampleError("bad_row", f"{path}:{number} (line {line}): {problem}")
+
+
+def _physical_lines(path: Path, file: TextIO) -> Iterator[str]:
+    while line := file.readline(MAX_LINE_BYTES):
+        if len(line) == MAX_LINE_BYTES:
+            raise DataError(
+                f"{path}: a line is too long, expected at most {MAX_LINE_BYTES} characters; put "
+                "its media into files"
+            )
+        yield line
+
+
+def _check_columns(path: Path, names: Sequence[str]) -> None:
+    """Refuse a column name that is there twice: only one of the columns would be read. Spreadsheets
+    end in columns without a name.
+    """
+    twice = [name for name, count in Counter(names).items() if count > 1 and name.strip()]
+    if twice:
+        raise DataError(
+            f"{path}: two columns have one name, got {twice[0]!a}, expected every name once; "
+            "rename one"
+        )
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except Exception as error:
+        raise DataError(
+            f"{path}: Parquet needs pyarrow, which cannot be imported ({error}); install pyarrow, "
+            "the `parquet` extra"
+        ) from error
+    try:
+        with ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow.names)
+            number = 0
+            for batch in file.iter_batches(batch_size=PARQUET_BATCH):
+                for index in range(batch.num_rows):
+                    number += 1
+                    try:
+                        yield number, _values(batch.slice(index, 1))
+                    except UnicodeDecodeError as error:
+                        yield (
+                            number,
+                            SampleError(
+                                "bad_text", f"{path}:{number}: {error}, {TEXT_RULE}; correct it"
+                            ),
+                        )
+                    except (ValueError, OverflowError) as error:
+                        yield (
+                            number,
+                            SampleError(
+                                "bad_row",
+                                f"{path}:{number}: a value is not readable ({error}); correct it",
+                            ),
+                        )
+    except ArrowException as error:
+        raise DataError(f"{path}: not readable as Parquet ({error}); download it again") from error
+
+
+def _values(row: RecordBatch) -> Row:
+    """Return one row; without its times where Python has none of them, such as those of
+    nanoseconds.
+    """
+    from pyarrow.types import is_temporal
+
+    try:
+        return dict(row.to_pylist()[0])
+    except (ValueError, OverflowError):
+        return dict(
+            row.select(
+                [field.name for field in row.schema if not is_temporal(field.type)]
+            ).to_pylist()[0]
+        )

@@ -1,0 +1,29 @@
+"""The media of shards, by reference."""
+
+from __future__ import annotations
+
+from data.media.opening import Frames, MediaLimits, MediaOpener
+from data.question import MediaRef
+from data.shards import ShardReader
+
+
+class MediaStore:
+    """Opens any media reference of a run's shards. Safe to use from several threads."""
+
+    def __init__(self, limits: MediaLimits) -> None:
+        self.limits = limits
+        self._reader = ShardReader()
+        self._opener = MediaOpener(limits)
+
+    def open(self, ref: MediaRef) -> Frames:
+        """Return the sampled frames of a media file; raises as `MediaOpener.open_ref`."""
+        return self._opener.open_ref(ref, self._reader)
+
+    def read(self, ref: MediaRef) -> bytes:
+        """Return a media file as it is, within the size limit; raises as `MediaOpener.read_ref`."""
+        return self._opener.read_ref(ref, self._reader)
+
+    def close(self) -> None:
+        """End the decoding workers and close the shards."""
+        self._opener.close()
+        self._reader.close()

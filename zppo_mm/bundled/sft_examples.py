@@ -1,0 +1,164 @@
+"""Digit questions with written-out solutions, endless and in memory: what the bundled models are
+trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.media.opening import Frames
+from data.question import MediaRef, Question
+from data.toy.digits import MODALITIES, DigitKind, DigitProblem, Modality, draw_problem
+from data.toy.digits_media import FRAME_PIXELS, load_bank, strip
+from data.toy.digits_reasoning import flawed_solution, guess, read_out, solution
+from zppo_mm.randomness import generator
+from zppo_mm.teacher.teacher import Compressor, Trace
+from zppo_mm.zone.prompts import PromptTemplates
+
+SECONDS_OF_FRAMES = (0.25, 0.75)
+"""When the two sampled frames of a digit appear, counted from its own start."""
+MAX_NCQ_CANDIDATES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One part of a curriculum.
+
+    Attributes:
+        num_updates: Gradient updates.
+        batch_size: Sequences per update.
+        lr: Learning rate at its start; it falls linearly to `final_lr`.
+        final_lr: Learning rate at its end.
+        warmup_updates: Updates over which the learning rate rises from 0.
+        levels: Relative weight per number of digits.
+        kinds: Relative weight per kind of question; empty means all alike.
+        choice_share: Share of multiple-choice questions.
+        bcq_share: Share of prompts that show a right and a wrong solution.
+        ncq_share: Share of prompts that show wrong solutions.
+        guess_share: Share of plain prompts, per number of digits, whose lesson is to guess without
+            reasoning; none by default.
+        read_out_share: Share of plain prompts whose lesson is to read the digits out, whatever is
+            asked. Above 0, wrong candidates do so too.
+        reformulated_read_out_share: The same share of BCQ and NCQ prompts.
+    """
+
+    num_updates: int
+    batch_size: int
+    lr: float
+    final_lr: float
+    levels: Mapping[int, float]
+    warmup_updates: int = 0
+    kinds: Mapping[DigitKind, float] | None = None
+    choice_share: float = 0.2
+    bcq_share: float = 0.0
+    ncq_share: float = 0.0
+    guess_share: Mapping[int, float] | None = None
+    read_out_share: float = 0.0
+    reformulated_read_out_share: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt and the response to learn."""
+
+    question: Question
+    text: str
+    response: str
+
+
+class DigitExamples:
+    """Draws examples and opens their media, which exist only as long as a batch.
+
+    Args:
+        templates: The texts that the zone uses, so that the models know its prompts.
+        compressor: Shortens candidates as the zone does.
+        seed: Of all draws.
+    """
+
+    def __init__(self, templates: PromptTemplates, compressor: Compressor, seed: int) -> None:
+        self._templates = templates
+        self._compressor = compressor
+        self._seed = seed
+        self._bank = load_bank("train")
+        self._problems: dict[str, DigitProblem] = {}
+
+    def batch(self, stage: Stage, stage_index: int, update: int) -> list[Example]:
+        """Return the examples of one update; the modalities take turns."""
+        self._problems.clear()
+        return [
+            self._example(stage, f"{stage_index}-{update}-{place}", MODALITIES[place % 3])
+            for place in range(stage.batch_size)
+        ]
+
+    def open(self, reference: MediaRef) -> Frames:
+        """Return the pixels of an example of the newest batch, as decoding its file would."""
+        rng = generator(self._seed, "pixels", reference.key)
+        digits = self._problems[reference.key].digits
+        if reference.kind == "image":
+            return Frames(strip([self._bank.tile(rng, digit) for digit in digits])[None], (0.0,))
+        frames = [strip([self._bank.tile(rng, digit, FRAME_PIXELS)]) for digit in digits]
+        seconds = [place + second for place in range(len(digits)) for second in SECONDS_OF_FRAMES]
+        return Frames(np.repeat(np.stack(frames), len(SECONDS_OF_FRAMES), axis=0), tuple(seconds))
+
+    def _example(self, stage: Stage, key: str, modality: Modality) -> Example:
+        rng = generator(self._seed, "lesson", key)
+        problem = draw_problem(rng, "train", stage.levels, stage.kinds, stage.choice_share)
+        self._problems[key] = problem
+        media = () if modality == "text" else (MediaRef(modality, "", key, ""),)
+        question = Question(
+            key, problem.text(modality), media, problem.answer, problem.answer_type, problem.choices
+        )
+        text = self._prompt(rng, stage, problem, question)
+        return Example(
+            question,
+            text,
+            self._response(
+                rng, stage, problem, is_plain=text == self._templates.plain_text(question)
+            ),
+        )
+
+    def _response(
+        self, rng: np.random.Generator, stage: Stage, problem: DigitProblem, is_plain: bool
+    ) -> str:
+        reads_out = stage.read_out_share if is_plain else stage.reformulated_read_out_share
+        if reads_out and rng.random() < reads_out:
+            return read_out(problem)[0]
+        guesses = (stage.guess_share or {}).get(problem.level, 0.0) if is_plain else 0.0
+        return guess(rng, problem) if guesses and rng.random() < guesses else solution(problem)
+
+    def _prompt(
+        self, rng: np.random.Generator, stage: Stage, problem: DigitProblem, question: Question
+    ) -> str:
+        draw = rng.random()
+        if draw < stage.bcq_share:
+            shown = [(solution(problem), problem.value), self._wrong(rng, stage, problem)]
+            return self._templates.bcq_text(
+                question, self._candidates(question, [shown[i] for i in rng.permutation(2)])
+            )
+        if draw < stage.bcq_share + stage.ncq_share:
+            wrong = [
+                self._wrong(rng, stage, problem)
+                for _ in range(int(rng.integers(1, MAX_NCQ_CANDIDATES + 1)))
+            ]
+            answers = list(dict.fromkeys(answer for _, answer in wrong))
+            return self._templates.ncq_text(question, answers, self._candidates(question, wrong))
+        return self._templates.plain_text(question)
+
+    def _wrong(
+        self, rng: np.random.Generator, stage: Stage, problem: DigitProblem
+    ) -> tuple[str, str]:
+        """Return a wrong response and its answer."""
+        return (
+            read_out(problem)
+            if stage.read_out_share and problem.kind != "read"
+            else flawed_solution(rng, problem)
+        )
+
+    def _candidates(self, question: Question, responses: Sequence[tuple[str, str]]) -> list[str]:
+        traces = [Trace(question, text, answer) for text, answer in responses]
+        return [
+            self._templates.escaped(trace.text) for trace in self._compressor.compress(traces, 0)
+        ]

@@ -1,0 +1,1 @@
+"""The configuration of a run: its keys, what they may be, and how files and options are read."""

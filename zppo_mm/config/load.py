@@ -1,0 +1,221 @@
+"""Reading and writing a run's configuration: defaults, then a preset or a YAML file, then
+`key.sub=value`.
+
+Every key is checked against the dataclasses of `zppo_mm.config.schema` before anything is merged,
+so a misspelt key is an error that names where it came from. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from zppo_mm.config.checks import METHODS, check_config
+from zppo_mm.config.schema import RunConfig
+from zppo_mm.errors import ConfigError
+
+PRESETS_FOLDER = Path(__file__).parent / "presets"
+DEFAULT_PRESET = "tiny"
+
+_Kind = TypeVar("_Kind")
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Some keys of the configuration and where they came from."""
+
+    origin: str
+    content: DictConfig
+
+
+def load_config(config_path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the checked configuration of a run.
+
+    Later ones win: the dataclass defaults; the bundled preset `tiny` when no file is given; the
+    keys that the method sets; the YAML file; the overrides in their order.
+
+    Args:
+        config_path: A YAML file, or `None` for the bundled preset.
+        overrides: `key=value` or `key.sub=value`; values are YAML.
+
+    Raises:
+        ConfigError: An unknown key, a value of the wrong type or out of its range, or a file that
+            cannot be read.
+    """
+    preset = (
+        []
+        if config_path is not None
+        else [_read_yaml(PRESETS_FOLDER / f"{DEFAULT_PRESET}.yaml", f"preset {DEFAULT_PRESET}")]
+    )
+    given = [_read_yaml(Path(config_path), str(config_path))] if config_path is not None else []
+    given += [_read_override(override) for override in overrides]
+    for layer in [*preset, *given]:
+        _check_keys(layer, RunConfig)
+    method = _chosen_method([*preset, *given])
+    method_keys = _Layer(
+        f"method {method}",
+        OmegaConf.from_dotlist([f"{key}={value}" for key, value in METHODS[method].items()]),
+    )
+    config = _merge([*preset, method_keys, *given], RunConfig)
+    check_config(config)
+    return config
+
+
+def load_settings(kind: type[_Kind], path: Path, overrides: Sequence[str] = ()) -> _Kind:
+    """Return a dataclass other than a run's from its YAML file and overrides, keys and types
+    checked alike.
+
+    Raises:
+        ConfigError: An unknown key, a value of the wrong type, or a file that cannot be read.
+    """
+    layers = [_read_yaml(path, str(path)), *(_read_override(override) for override in overrides)]
+    for layer in layers:
+        _check_keys(layer, kind)
+    return _merge(layers, kind)
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the whole resolved configuration as YAML that `load_config` reads back to an equal one;
+    written aside, then renamed.
+    """
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    os.replace(aside, path)
+
+
+def flat_keys(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted keys to values; the entries of a list of sections are numbered."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+            flat[f"{prefix}{key}.count"] = len(value)
+            value = {str(index): item for index, item in enumerate(value)}
+        flat.update(
+            flat_keys(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
+    return flat
+
+
+def _read_yaml(path: Path, origin: str) -> _Layer:
+    """Read one YAML file whose root is a mapping."""
+    try:
+        content = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(
+            f"{origin}: cannot be read ({error.strerror}); check the path given to --config"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{origin}: not valid YAML: {error}; correct the file") from error
+    if not isinstance(content, DictConfig):
+        raise ConfigError(
+            f"{origin}: the root is wrong, got a list, expected a mapping such as `train: {{lr: "
+            "1e-6}`; correct the file"
+        )
+    return _Layer(origin, content)
+
+
+def _read_override(override: str) -> _Layer:
+    """Read one `key.sub=value`."""
+    origin = f"argument `{override}`"
+    key, equals, value = override.partition("=")
+    if not equals or not key or any(not part for part in key.split(".")):
+        raise ConfigError(
+            f"{origin}: not an option, got {override!r}, expected key=value or key.sub=value; see "
+            "--help for all keys"
+        )
+    try:
+        # YAML reads nothing as null, but `name=` on a command line means the empty string.
+        return _Layer(origin, OmegaConf.from_dotlist([override if value else f"{key}=''"]))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{origin}: the value is not valid YAML: {error}; quote it") from error
+
+
+def _chosen_method(layers: Sequence[_Layer]) -> str:
+    """Return the method that the last layer names, the default when none does."""
+    method, origin = RunConfig().method, "default"
+    for layer in layers:
+        if "method" in layer.content:
+            method, origin = layer.content["method"], layer.origin
+    if not isinstance(method, str) or method not in METHODS:
+        raise ConfigError(
+            f"{origin}: unknown method, got {method!r}, expected one of "
+            f"{', '.join(METHODS)}{did_you_mean(str(method), METHODS)}"
+        )
+    return method
+
+
+def _check_keys(layer: _Layer, kind: Any) -> None:
+    """Raise on the first key of a layer that no dataclass has."""
+    content = OmegaConf.to_container(layer.content, resolve=False)
+    for key, known in _unknown_keys(content, kind, ""):
+        everywhere = [
+            path
+            for path in _all_keys(kind, "")
+            if path.rpartition(".")[2] == key.rpartition(".")[2]
+        ]
+        closest = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or everywhere
+        hint = f"did you mean {closest[0]}?" if closest else "see --help for all keys"
+        raise ConfigError(
+            f"{layer.origin}: unknown key, got {key}, expected a key of the configuration; {hint}"
+        )
+
+
+def _unknown_keys(content: Any, kind: Any, prefix: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield each dotted key that `kind` lacks, with the dotted keys known at its place."""
+    if isinstance(content, list):
+        for item in content:
+            yield from _unknown_keys(item, (get_args(kind) or (None,))[0], prefix)
+    if not isinstance(content, dict) or not is_dataclass(kind):
+        return
+    hints = get_type_hints(kind)
+    for key, value in content.items():
+        if key in hints:
+            yield from _unknown_keys(value, hints[key], f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", [f"{prefix}{name}" for name in hints]
+
+
+def _all_keys(kind: Any, prefix: str) -> Iterator[str]:
+    """Yield every dotted key that can be set."""
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        if is_dataclass(hints[field.name]):
+            yield from _all_keys(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+def did_you_mean(got: str, known: Iterable[str]) -> str:
+    """Return `; did you mean X?` when something known is close."""
+    closest = difflib.get_close_matches(got, list(known), n=1)
+    return f"; did you mean {closest[0]}?" if closest else ""
+
+
+def _merge(layers: Sequence[_Layer], kind: type[_Kind]) -> _Kind:
+    """Merge layers into the dataclasses, naming the layer whose value does not fit its field's
+    type.
+    """
+    merged = OmegaConf.structured(kind)
+    for layer in layers:
+        try:
+            merged = OmegaConf.merge(merged, layer.content)
+            # Interpolations are resolved here, while the layer that holds them can still be named.
+            resolved = OmegaConf.to_object(merged)
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            key = getattr(error, "full_key", None) or "the value"
+            raise ConfigError(
+                f"{layer.origin}: {key} has the wrong type: {reason}; see --help for the type of "
+                "every key"
+            ) from error
+    return cast(_Kind, resolved)

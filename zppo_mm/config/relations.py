@@ -1,0 +1,325 @@
+"""Which keys of a configuration must fit one another, and addresses that must be some."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from zppo_mm.config.schema import LORA_TARGETS, RunConfig, TeacherConfig
+from zppo_mm.errors import ConfigError
+
+TRAINABLE_PARTS = ("vision", "projector", "language")
+ONLY_FIRST_TEACHER = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "compressor",
+    "compression_max_tokens",
+    "compression_max_lines",
+    "ask_ahead",
+)
+"""Keys of a teacher that mean nothing for a further one."""
+
+
+def check_relations(config: RunConfig) -> None:
+    """Raise on the first keys that contradict one another.
+
+    Raises:
+        ConfigError: Keys that do not fit together, or that nothing would use.
+    """
+    _check_sources(config)
+    _check_training(config)
+    _check_methods(config)
+    _check_lora(config)
+    _check_endpoints(config)
+    _check_teacher_ranks(config)
+
+
+def _check_sources(config: RunConfig) -> None:
+    """Check every data source."""
+    for name, sources in (
+        ("data.train", config.data.train),
+        ("data.held_out", config.data.held_out),
+    ):
+        for index, source in enumerate(sources):
+            where = f"{name}[{index}]"
+            if not source.path:
+                raise ConfigError(
+                    f"{where}.path: missing, got an empty path, expected a folder with shards; "
+                    "give it or remove the source"
+                )
+            if not (source.weight > 0 and math.isfinite(source.weight)):
+                raise ConfigError(
+                    f"{where}.weight: out of range, got {source.weight}, expected more than 0; "
+                    "remove an unused source"
+                )
+
+
+def _check_training(config: RunConfig) -> None:
+    """Check what trains against how it is laid out."""
+    train, parallel, model = config.train, config.parallel, config.model
+    if train.num_new_questions % train.updates_per_step:
+        raise ConfigError(
+            "train.num_new_questions: does not split into equal updates, got "
+            f"{train.num_new_questions} questions for {train.updates_per_step} updates, expected a "
+            "multiple of train.updates_per_step; change one of them"
+        )
+    unknown = [part for part in train.freeze if part not in TRAINABLE_PARTS]
+    if unknown or (set(train.freeze) == set(TRAINABLE_PARTS) and not config.lora.rank):
+        raise ConfigError(
+            f"train.freeze: cannot freeze this, got {train.freeze}, expected at most two of "
+            f"{', '.join(TRAINABLE_PARTS)}; correct the list"
+        )
+    if train.share_prompts == "always" and model.transformer_impl == "transformer_engine":
+        raise ConfigError(
+            "train.share_prompts: Transformer Engine's layers cannot share prompts, got 'always' "
+            "with model.transformer_impl='transformer_engine', expected 'auto' or 'never' with "
+            "that; change one of them"
+        )
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        raise ConfigError(
+            "parallel.sequence_parallel: needs tensor parallelism, got true with "
+            "parallel.tensor_model_parallel_size=1, expected a size of 2 or more; turn it off or "
+            "raise the size"
+        )
+    if parallel.context_parallel_size > 1 and (
+        model.transformer_impl == "transformer_engine" or model.fp8
+    ):
+        raise ConfigError(
+            "parallel.context_parallel_size: not with Transformer Engine's layers, got "
+            f"{parallel.context_parallel_size} with "
+            f"model.transformer_impl={model.transformer_impl!r} and model.fp8={model.fp8!r}, "
+            "expected 1 with those; set model.transformer_impl=local without FP8, or the size to 1"
+        )
+    if model.fp8 and model.transformer_impl == "local":
+        raise ConfigError(
+            f"model.fp8: needs Transformer Engine, got {model.fp8!r} with "
+            "model.transformer_impl='local', expected 'transformer_engine' or 'auto'; without it "
+            "megatron-core would ignore FP8 silently"
+        )
+    if any(separator in config.name for separator in "/\\") or config.name in (".", ".."):
+        raise ConfigError(
+            f"name: not a folder name, got {config.name!r}, expected a name without slashes; use "
+            "output_dir for the place"
+        )
+
+
+def _check_methods(config: RunConfig) -> None:
+    """Check that what is done about hard questions and what is descended fit together."""
+    zone = config.zone
+    asks = [name for name in ("bcq", "ncq", "hint", "prefix", "inject") if getattr(zone, name)]
+    if config.distill.source == "none":
+        if config.distill.top_k:
+            raise ConfigError(
+                f"distill.top_k: nothing is distilled, got {config.distill.top_k} with "
+                "distill.source='none', expected 0; choose a source (method=off_distill or "
+                "on_distill) or leave it out"
+            )
+        if config.fallback_teachers and not set(asks) - {"ncq"}:
+            raise ConfigError(
+                f"fallback_teachers: nobody would be asked, got {len(config.fallback_teachers)} of "
+                "them with a method that shows no teacher's answer, expected bcq, hint, prefix or "
+                "inject among zone's switches; remove them or change the method"
+            )
+        return
+    if asks:
+        raise ConfigError(
+            "distill.source: distillation trains on no reformulated prompt, got "
+            f"{config.distill.source!r} with zone.{asks[0]}=true, expected one of the two; set the "
+            "zone's key to false, or distill.source=none"
+        )
+    if zone.max_sampling_rounds > 1 or config.algorithm.importance_cap:
+        raise ConfigError(
+            "distill.source: distillation looks at no reward and no old log-probs, got "
+            f"{config.distill.source!r} with zone.max_sampling_rounds={zone.max_sampling_rounds} "
+            f"and algorithm.importance_cap={config.algorithm.importance_cap:g}, expected 1 and 0; "
+            "remove those keys"
+        )
+    _check_distillation(config)
+    if config.fallback_teachers:
+        raise ConfigError(
+            f"fallback_teachers: distillation has one teacher, got {len(config.fallback_teachers)} "
+            f"more with distill.source={config.distill.source!r}, expected none; remove them"
+        )
+
+
+def _check_distillation(config: RunConfig) -> None:
+    """Check that the teacher can say what is asked of it."""
+    teacher, distill = config.teacher, config.distill
+    if teacher.num_ranks:
+        raise ConfigError(
+            "teacher.num_ranks: distillation needs the teacher on the student's ranks, got "
+            f"{teacher.num_ranks}, expected 0 with distill.source={distill.source!r}; set it to 0, "
+            "or serve the teacher for distill.source=teacher"
+        )
+    if not teacher.endpoints:
+        if config.parallel.pipeline_model_parallel_size > 1:
+            raise ConfigError(
+                "parallel.pipeline_model_parallel_size: distillation passes the teacher on the "
+                f"stage of the loss, got {config.parallel.pipeline_model_parallel_size}, expected "
+                "1; use tensor or context parallelism, or serve the teacher"
+            )
+        return
+    if distill.source == "student":
+        raise ConfigError(
+            "distill.source: a server of chat completions says nothing about another's text, got "
+            "'student' with teacher.endpoints, expected 'teacher' with those; remove the endpoints "
+            "and have the teacher in this process (teacher.model names its folder)"
+        )
+    if not distill.top_k:
+        raise ConfigError(
+            "distill.top_k: a server does not send whole distributions, got 0 with "
+            "teacher.endpoints, expected the number of log-probs per token to ask for (OpenAI and "
+            "vLLM give at most 20 unless told otherwise); set it"
+        )
+    if config.rollout.temperature != 1.0:
+        raise ConfigError(
+            "rollout.temperature: a server's log-probs are those of temperature 1, got "
+            f"{config.rollout.temperature:g} with teacher.endpoints and distillation, expected 1; "
+            "set it, or have the teacher in this process"
+        )
+
+
+def _check_lora(config: RunConfig) -> None:
+    """Check what has adapters and what trains beside them."""
+    lora = config.lora
+    unknown = [name for name in lora.targets if name not in LORA_TARGETS]
+    if not lora.targets or (unknown and lora.targets != ["all"]):
+        raise ConfigError(
+            f"lora.targets: cannot adapt this, got {lora.targets}, expected [all] or any of "
+            f"{', '.join(LORA_TARGETS)}; correct the list"
+        )
+    parts = ("vision", "projector")
+    if any(part not in parts for part in lora.also_train) or (lora.also_train and not lora.rank):
+        raise ConfigError(
+            f"lora.also_train: cannot train this beside adapters, got {lora.also_train} with "
+            f"lora.rank={lora.rank}, expected any of {', '.join(parts)} and a rank above 0; "
+            "correct the list, or use train.freeze without adapters"
+        )
+    both = [part for part in lora.also_train if part in config.train.freeze]
+    if both:
+        raise ConfigError(
+            f"lora.also_train: {both[0]} is in train.freeze too, expected it in one of them; "
+            "remove it from the other"
+        )
+
+
+def _check_endpoints(config: RunConfig) -> None:
+    """Check the servers' addresses; what they hold is never repeated, because it may be a key."""
+    teacher, reward = config.teacher, config.reward
+    _check_teacher("teacher", teacher)
+    for index, other in enumerate(config.fallback_teachers):
+        _check_teacher(f"fallback_teachers[{index}]", other)
+        if other.num_ranks:
+            raise ConfigError(
+                f"fallback_teachers[{index}].num_ranks: only the first teacher can have ranks of "
+                f"its own, got {other.num_ranks}, expected 0; serve this one and give its "
+                "endpoints, or let the student's ranks run it"
+            )
+        unused = [
+            name
+            for name in ONLY_FIRST_TEACHER
+            if getattr(other, name) != getattr(TeacherConfig(), name)
+        ]
+        if unused:
+            raise ConfigError(
+                f"fallback_teachers[{index}].{unused[0]}: only the first teacher rewrites, is "
+                f"asked ahead and has sizes of its own, got {getattr(other, unused[0])!r}, "
+                "expected none; give it under teacher or leave it out"
+            )
+    _check_addresses("reward.judge_endpoints", reward.judge_endpoints)
+    if reward.judge_endpoints and not (reward.judge_model or teacher.model):
+        raise ConfigError(
+            "reward.judge_model: missing, got judge_endpoints without a model, expected its served "
+            "name; give it"
+        )
+    if reward.judge_model and not (reward.judge_endpoints or teacher.endpoints):
+        raise ConfigError(
+            "reward.judge_model: a served model's name without servers, got "
+            f"{reward.judge_model!r}, expected reward.judge_endpoints or teacher.endpoints with "
+            "it; give them or leave it out"
+        )
+    limit = 60 * config.parallel.timeout_minutes
+    has_judge = reward.judge and (teacher.endpoints or reward.judge_endpoints or teacher.num_ranks)
+    if has_judge and reward.judge_max_wait_seconds >= limit:
+        raise ConfigError(
+            f"reward.judge_max_wait_seconds: too long, got {reward.judge_max_wait_seconds:g}, "
+            f"expected less than the {limit:g} s of parallel.timeout_minutes, in which the other "
+            "ranks wait for a rank that grades; change one of them"
+        )
+
+
+def _check_teacher(where: str, teacher: TeacherConfig) -> None:
+    """Check where one teacher runs."""
+    _check_addresses(f"{where}.endpoints", teacher.endpoints)
+    if teacher.endpoints and not teacher.model:
+        raise ConfigError(
+            f"{where}.model: missing, got endpoints without a model, expected the name under which "
+            "they serve it (GET /v1/models); give it"
+        )
+    if teacher.api_key_env and not teacher.api_key_env.isidentifier():
+        raise ConfigError(
+            f"{where}.api_key_env: not a name, expected the name of an environment variable, never "
+            "the key itself; put the key there"
+        )
+
+
+def _check_teacher_ranks(config: RunConfig) -> None:
+    """Check a teacher beside the student or in its place; how many ranks there are is known
+    later.
+    """
+    teacher = config.teacher
+    if teacher.ask_ahead and not (teacher.endpoints or teacher.num_ranks):
+        raise ConfigError(
+            "teacher.ask_ahead: for a teacher that answers while the student samples, got "
+            f"{teacher.ask_ahead:g} with one on the student's ranks, expected 0; set "
+            "teacher.endpoints or teacher.num_ranks, or leave it out"
+        )
+    if teacher.ask_ahead and config.distill.source == "teacher":
+        raise ConfigError(
+            "teacher.ask_ahead: distillation on the teacher's text asks about every question first "
+            f"of all, got {teacher.ask_ahead:g}, expected 0; leave it out"
+        )
+    sizes = (teacher.tensor_model_parallel_size, teacher.pipeline_model_parallel_size)
+    if not teacher.num_ranks:
+        if max(sizes) > 1:
+            raise ConfigError(
+                "teacher.tensor_model_parallel_size: for a teacher on its own ranks, got tensor "
+                f"{sizes[0]} x pipeline {sizes[1]} with teacher.num_ranks=0, expected 1 x 1, "
+                "because it is laid out as the student there; give it ranks or leave the sizes out"
+            )
+        return
+    if teacher.endpoints:
+        raise ConfigError(
+            f"teacher.num_ranks: a served teacher needs no ranks, got {teacher.num_ranks} with "
+            f"{len(teacher.endpoints)} endpoints, expected one of them; take the other out"
+        )
+    if teacher.num_ranks % math.prod(sizes):
+        raise ConfigError(
+            f"teacher.num_ranks: cannot be split into tensor {sizes[0]} x pipeline {sizes[1]}, got "
+            f"{teacher.num_ranks}, expected a multiple of {math.prod(sizes)}; change it or the "
+            "teacher's sizes"
+        )
+
+
+def _check_addresses(key: str, urls: Sequence[str]) -> None:
+    """Check a list of base URLs."""
+    for index, url in enumerate(urls):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(
+                f"{key}[{index}]: not an address, got {parts.scheme or 'no scheme'!r} and host "
+                f"{parts.hostname or 'none'!r}, expected a base URL such as http://host:8000/v1; "
+                "correct it"
+            )
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ConfigError(
+                f"{key}[{index}]: holds more than an address, got a name, a password or a query "
+                f"for host {parts.hostname!r}, expected scheme, host and path alone; give the key "
+                "by the environment variable that teacher.api_key_env names"
+            )
+    if len(set(urls)) < len(urls):
+        raise ConfigError(
+            f"{key}: an address stands there twice, expected each once; raise "
+            "teacher.max_concurrency instead"
+        )

@@ -1,0 +1,1 @@
+"""Prefill and one-token steps of the training network."""

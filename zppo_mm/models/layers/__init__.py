@@ -1,0 +1,1 @@
+"""What decoder layers are built from, and how packed sequences pass through them."""

@@ -1,0 +1,500 @@
+"""Gated DeltaNet: linear attention with a recurrent state, over packed sequences, tensor-parallel
+over heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+from torch import nn
+
+from zppo_mm.models.layers.delta_rule import chunk_gated_delta_rule
+from zppo_mm.models.layers.norm import parameter_device
+from zppo_mm.models.layers.packing import PackedLayout
+from zppo_mm.models.layers.ulysses import UlyssesExchange
+from zppo_mm.parallel.megatron_versions import split_sharded_tensor
+
+
+@dataclass
+class GatedDeltaNetSubmodules:
+    """Linear layers of the module."""
+
+    in_proj: ModuleSpec | type
+    out_proj: ModuleSpec | type
+
+
+@dataclass(frozen=True, slots=True)
+class HeadLayout:
+    """Heads and widths on one rank.
+
+    Attributes:
+        key_heads: Query and key heads.
+        value_heads: Value heads.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def qkv(self) -> list[int]:
+        """Widths of query, key and value, which the convolution mixes over time."""
+        return [self.key_heads * self.key_dim] * 2 + [self.value_heads * self.value_dim]
+
+    @property
+    def projection(self) -> list[int]:
+        """Widths of query, key, value, gate, beta and alpha in the input projection."""
+        return [*self.qkv, self.value_heads * self.value_dim, self.value_heads, self.value_heads]
+
+
+@dataclass(frozen=True, slots=True)
+class MixingHeads:
+    """The heads whose tokens this rank mixes, with their parameters: all of the tensor rank's, or a
+    context rank's share of them.
+
+    Attributes:
+        layout: Numbers and widths.
+        convolution: `[channels, 1, taps]`.
+        decay: `[value_heads]` the layer's `A_log`.
+        decay_bias: `[value_heads]` the layer's `dt_bias`.
+    """
+
+    layout: HeadLayout
+    convolution: torch.Tensor
+    decay: torch.Tensor
+    decay_bias: torch.Tensor
+
+    def split(self, channels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Split `[..., channels]` into `[..., heads, dim]` of query, key and value."""
+        query, key, value = torch.split(channels, self.layout.qkv, dim=-1)
+        key_heads, value_heads = self.layout.key_heads, self.layout.value_heads
+        query, key = (heads.reshape(*heads.shape[:-1], key_heads, -1) for heads in (query, key))
+        return query, key, value.reshape(*value.shape[:-1], value_heads, -1)
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm of each head's output, times the gate's SiLU. The weight is one-centred and stays
+    float32.
+
+    Args:
+        config: Where and how the parameters are built.
+        hidden_size: Width of a head.
+        eps: Added to the mean square.
+        tensor_size: Tensor-parallel ranks; each normalises its own heads with the same weight.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float, tensor_size: int
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(
+            torch.ones(hidden_size, dtype=torch.float32, device=parameter_device(config))
+        )
+        # Each rank's gradient covers its own heads. Megatron sums over ranks only what is marked
+        # sequence-parallel, and only when that is on.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sum_gradients_across_tp = tensor_size > 1 and not config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """Normalise `[tokens, heads, head_dim]` (float32) and gate it; the result has the gate's
+        type.
+        """
+        normed = F.rms_norm(output, (output.shape[-1],), self.weight, self.eps)
+        return (normed * F.silu(gate.float())).to(gate.dtype)
+
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> GatedRMSNorm:
+        return _apply_keeping_float32(self, ("weight",), super()._apply, fn, recurse)  # type: ignore[return-value]
+
+
+class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
+    """Gated DeltaNet layer with megatron-core's parameter names.
+
+    megatron-core's own needs FLA and refuses packed sequences and inference. `A_log` and the norm
+    stay float32 when the model is bfloat16.
+
+    Args:
+        config: Sizes, initialisation and parallelism.
+        submodules: The linear layers.
+        layer_number: Global, from 1.
+        pg_collection: Process groups; Megatron's defaults if not given.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: GatedDeltaNetSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config)
+        self.layer_number = layer_number
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        self.tp_group = groups.tp
+        size = self.tp_group.size()
+        self.heads = HeadLayout(
+            key_heads=config.linear_num_key_heads // size,
+            value_heads=config.linear_num_value_heads // size,
+            key_dim=config.linear_key_head_dim,
+            value_dim=config.linear_value_head_dim,
+        )
+        shared = {"config": config, "bias": False, "is_expert": False, "tp_group": self.tp_group}
+        self.in_proj = build_module(
+            submodules.in_proj,
+            config.hidden_size,
+            sum(self.heads.projection) * size,
+            init_method=config.init_method,
+            gather_output=False,
+            skip_bias_add=False,
+            tp_comm_buffer_name="fc1",
+            **shared,
+        )
+        self._build_own_parameters(config, size)
+        self.small_projections_apart = bool(config.fp8)
+        self.out_proj = build_module(
+            submodules.out_proj,
+            self.heads.value_heads * self.heads.value_dim * size,
+            config.hidden_size,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_comm_buffer_name="fc2",
+            **shared,
+        )
+        self.fused_kernels = chosen_kernels(config)
+
+    def _build_own_parameters(self, config: TransformerConfig, tensor_size: int) -> None:
+        device, dtype = parameter_device(config), config.params_dtype
+        channels, taps, heads = (
+            sum(self.heads.qkv),
+            config.linear_conv_kernel_dim,
+            self.heads.value_heads,
+        )
+        self.conv1d = nn.Conv1d(
+            channels,
+            channels,
+            taps,
+            groups=channels,
+            padding=taps - 1,
+            bias=False,
+            dtype=dtype,
+            device=device,
+        )
+        self.dt_bias = nn.Parameter(torch.ones(heads, dtype=dtype, device=device))
+        self.A_log = nn.Parameter(torch.zeros(heads, dtype=torch.float32, device=device))
+        for parameter in (self.conv1d.weight, self.dt_bias, self.A_log):
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+            parameter.partition_dim = 0  # type: ignore[attr-defined]
+            parameter.partition_stride = 1  # type: ignore[attr-defined]
+        self.out_norm = GatedRMSNorm(
+            config, self.heads.value_dim, config.layernorm_epsilon, tensor_size
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        packed_seq_params: PackedLayout,
+        **_: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Mix tokens of each sequence.
+
+        Args:
+            hidden_states: `[tokens, 1, hidden]`; a share of the tokens under sequence or context
+                parallelism.
+            attention_mask: Unused.
+            packed_seq_params: Where the sequences of the whole pack lie, and the cache that a
+                prefill fills.
+
+        Returns:
+            Output like `hidden_states`, and no bias.
+        """
+        projected, _bias = self.in_proj(hidden_states)
+        mixed, gate, beta, alpha = projected.squeeze(1).split(
+            [sum(self.heads.qkv), *self.heads.projection[3:]], dim=-1
+        )
+        if self.small_projections_apart:
+            beta, alpha = self._small_projections(hidden_states)
+        heads, exchange = self._all_heads(), packed_seq_params.exchange
+        if exchange is not None:
+            *qkv, beta, alpha = exchange.to_heads((*heads.split(mixed), beta, alpha))
+            mixed = torch.cat([part.flatten(1) for part in qkv], -1)
+            heads = self._own_heads(exchange)
+        beta = beta.float().sigmoid()
+        log_decay = -heads.decay.exp() * F.softplus(alpha.float() + heads.decay_bias.float())
+        mix = self._mix_padded if self.fused_kernels is None else self._mix_packed
+        output = mix(heads, mixed, log_decay, beta, packed_seq_params)
+        if exchange is not None:
+            output = exchange.to_tokens(output)
+        gated = self.out_norm(output, gate.unflatten(-1, (self.heads.value_heads, -1)))
+        result: tuple[torch.Tensor, torch.Tensor | None] = self.out_proj(
+            gated.flatten(1).unsqueeze(1)
+        )
+        return result
+
+    def _small_projections(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return beta's and alpha's inputs, `[tokens, value_heads]` each, in the parameters' own
+        type.
+
+        FP8 rounds what the decay is an exponential of; these rows of the projection cost next to
+        nothing.
+        """
+        if self.config.sequence_parallel:
+            whole = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
+        else:
+            whole = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
+        heads = self.heads.value_heads
+        beta, alpha = F.linear(whole.squeeze(1), self.in_proj.weight[-2 * heads :]).chunk(2, dim=-1)
+        return beta, alpha
+
+    def _all_heads(self) -> MixingHeads:
+        return MixingHeads(self.heads, self.conv1d.weight, self.A_log, self.dt_bias)
+
+    def _own_heads(self, exchange: UlyssesExchange) -> MixingHeads:
+        """Return the share of the heads that this context rank mixes."""
+        size = exchange.size
+        layout = replace(
+            self.heads,
+            key_heads=self.heads.key_heads // size,
+            value_heads=self.heads.value_heads // size,
+        )
+        convolution = torch.cat(
+            [exchange.own_heads(part) for part in torch.split(self.conv1d.weight, self.heads.qkv)]
+        )
+        return MixingHeads(
+            layout, convolution, exchange.own_heads(self.A_log), exchange.own_heads(self.dt_bias)
+        )
+
+    def _mix_padded(
+        self,
+        heads: MixingHeads,
+        mixed: torch.Tensor,
+        log_decay: torch.Tensor,
+        beta: torch.Tensor,
+        layout: PackedLayout,
+    ) -> torch.Tensor:
+        """Run convolution and delta rule on padded batches; `[tokens, value_heads, value_dim]`."""
+        cache = layout.cache
+        parts, contexts, states = [], [], []
+        for bucket in layout.buckets:
+            wanted = cache is not None or bucket.has_children
+            inputs = bucket.pad(mixed)
+            output, state = _mix_batch(
+                heads, inputs, bucket.pad(log_decay), bucket.pad(beta), final_state=wanted
+            )
+            parts.append(bucket.unpad(output))
+            if state is None:
+                continue
+            context = last_inputs(inputs, bucket.lengths, heads.convolution.shape[-1] - 1)
+            if cache is not None:
+                cache.store_linear(self.layer_number, bucket.sequences, context, state)
+            if bucket.has_children:
+                contexts.append(context)
+                states.append(state)
+        if layout.branches:
+            context_of, state_of = torch.cat(contexts), torch.cat(states)
+        for branch in layout.branches:
+            # A parent hands the same state to each child, so the gradients of all of them add up in
+            # it.
+            context, state = (
+                left.index_select(0, branch.parent_rows) for left in (context_of, state_of)
+            )
+            inputs = branch.bucket.pad(mixed)
+            output, _state = _mix_batch(
+                heads, inputs, branch.bucket.pad(log_decay), branch.bucket.pad(beta), context, state
+            )
+            parts.append(branch.bucket.unpad(output))
+        return layout.join(parts)
+
+    def _mix_packed(
+        self,
+        heads: MixingHeads,
+        mixed: torch.Tensor,
+        log_decay: torch.Tensor,
+        beta: torch.Tensor,
+        layout: PackedLayout,
+    ) -> torch.Tensor:
+        """Run convolution and delta rule with FLA's kernels, which know packing; `[tokens,
+        value_heads, value_dim]`.
+        """
+        assert self.fused_kernels is not None
+        assert not layout.branches, "the fused kernels are not given initial states"
+        convolve, rule = self.fused_kernels
+        bounds = layout.cu_seqlens_q.long()
+        weight = heads.convolution.squeeze(1)
+        convolved, _state = convolve(mixed[None], weight, activation="silu", cu_seqlens=bounds)
+        query, key, value = heads.split(convolved)
+        repeats = heads.layout.value_heads // heads.layout.key_heads
+        if repeats > 1:
+            query, key = query.repeat_interleave(repeats, 2), key.repeat_interleave(repeats, 2)
+        output, state = rule(
+            query,
+            key,
+            value,
+            g=log_decay[None],
+            beta=beta[None].to(value.dtype),
+            output_final_state=layout.cache is not None,
+            use_qk_l2norm_in_kernel=True,
+            cu_seqlens=bounds,
+        )
+        if layout.cache is not None:
+            for bucket in layout.buckets:
+                inputs = last_inputs(bucket.pad(mixed), bucket.lengths, weight.shape[-1] - 1)
+                layout.cache.store_linear(
+                    self.layer_number, bucket.sequences, inputs, state[list(bucket.sequences)]
+                )
+        return cast(torch.Tensor, output)[0].float()
+
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> GatedDeltaNet:
+        return _apply_keeping_float32(self, ("A_log",), super()._apply, fn, recurse)  # type: ignore[return-value]
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> ShardedStateDict:
+        """Describe the parameters for distributed checkpointing.
+
+        The fused projection and the convolution are saved part by part, so that another tensor size
+        can cut each part anew.
+        """
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        place = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
+        own = {"A_log": self.A_log, "dt_bias": self.dt_bias, "conv1d.weight": self.conv1d.weight}
+        result: ShardedStateDict = make_sharded_tensors_for_checkpoint(
+            own, prefix, dict.fromkeys(own, 0), sharded_offsets, **place
+        )
+        for name in ("in_proj", "out_norm", "out_proj"):
+            child = sharded_state_dict_default(
+                getattr(self, name),
+                f"{prefix}{name}.",
+                sharded_offsets,
+                metadata,
+                tp_group=self.tp_group,
+            )
+            result.update(child)
+        names = ["query", "key", "value", "z", "beta", "alpha"]
+        for key, sections in (
+            (f"{prefix}in_proj.weight", self.heads.projection),
+            (f"{prefix}conv1d.weight", self.heads.qkv),
+        ):
+            result[key] = split_sharded_tensor(result[key], sections, names[: len(sections)], 0)
+        return result
+
+
+def _mix_batch(
+    heads: MixingHeads,
+    inputs: torch.Tensor,
+    log_decay: torch.Tensor,
+    beta: torch.Tensor,
+    context: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
+    final_state: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run convolution and delta rule on one padded batch, from the start or from what parents
+    left.
+    """
+    query, key, value = heads.split(causal_convolution(inputs, heads.convolution, context))
+    return chunk_gated_delta_rule(query, key, value, log_decay, beta, final_state, state)
+
+
+def causal_convolution(
+    inputs: torch.Tensor, weight: torch.Tensor, context: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Convolve every channel over time and apply SiLU.
+
+    Args:
+        inputs: `[batch, length, channels]`.
+        weight: `[channels, 1, taps]`.
+        context: `[batch, taps - 1, channels]` inputs before the first; zeros if not given.
+
+    Returns:
+        Like `inputs`.
+    """
+    if context is None:
+        padded = F.pad(inputs.transpose(1, 2), (weight.shape[-1] - 1, 0))
+    else:
+        padded = torch.cat([context, inputs], 1).transpose(1, 2)
+    return F.silu(F.conv1d(padded, weight, groups=weight.shape[0])).transpose(1, 2)
+
+
+def last_inputs(inputs: torch.Tensor, lengths: tuple[int, ...], count: int) -> torch.Tensor:
+    """Return the last `count` inputs of every right-padded sequence, zeros before a shorter one's
+    start: `[batch, count, channels]`.
+    """
+    padded = F.pad(inputs, (0, 0, count, 0))
+    places = torch.tensor(lengths, device=inputs.device)[:, None] + torch.arange(
+        count, device=inputs.device
+    )
+    return padded.gather(1, places[..., None].expand(-1, -1, inputs.shape[-1]))
+
+
+def chosen_kernels(
+    config: TransformerConfig,
+) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """Return FLA's kernels if a network of this configuration uses them, which none in float32
+    does: FLA's rule refuses that.
+    """
+    return (
+        fused_kernels()
+        if parameter_device(config).type == "cuda" and config.params_dtype != torch.float32
+        else None
+    )
+
+
+def fused_kernels() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """Return FLA's convolution and delta rule, `None` where it is not installed or does not
+    load.
+    """
+    try:
+        from fla.modules.convolution import causal_conv1d
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as rule
+    except Exception:
+        # FLA imports triton and may fail in more ways than ImportError on a machine that it does
+        # not suit.
+        return None
+    return causal_conv1d, rule
+
+
+def _apply_keeping_float32(
+    module: nn.Module,
+    names: tuple[str, ...],
+    apply: Callable[..., nn.Module],
+    fn: Callable[[torch.Tensor], torch.Tensor],
+    recurse: bool,
+) -> nn.Module:
+    """Move or cast a module, the named parameters only moved."""
+    kept = {name: module.get_parameter(name).data for name in names}
+    apply(fn, recurse)
+    for name, data in kept.items():
+        parameter = module.get_parameter(name)
+        if parameter.dtype != data.dtype:
+            parameter.data = data.to(parameter.device)
+    return module

@@ -1,0 +1,457 @@
+"""The parallel layout of a run: set-up on NCCL or gloo, ranks and sizes, and the few exchanges of
+Python objects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+# Here, because its functions would otherwise hold the world's group, if there is one when they are
+# made, and with it gloo's threads.
+import torch.distributed.nn
+from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
+
+from zppo_mm.config.schema import ParallelConfig
+from zppo_mm.errors import ConfigError, ZppoError
+from zppo_mm.parallel import megatron_cpu
+
+if TYPE_CHECKING:
+    from zppo_mm.parallel.partition import JobPartition
+
+T = TypeVar("T")
+_WAIT_SECONDS = 0.02
+"""Time between two words from rank 0 while it works and the others wait."""
+_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+_PR_SET_PDEATHSIG = 1
+_LOST_RANK_SIGNS = (
+    "connection closed",
+    "connection reset",
+    "timed out",
+    "timeout",
+    "broken pipe",
+    "recvvalue failed",
+    "aborted",
+)
+
+
+class LostRankError(ZppoError, RuntimeError):
+    """Another process of the run died or stopped answering."""
+
+
+class RankZeroError(ZppoError):
+    """What rank 0 did for all ranks failed there."""
+
+
+def initialize(config: ParallelConfig, seed: int, world: JobPartition | None = None) -> None:
+    """Join the process group and set up Megatron's groups and random streams.
+
+    Works under torchrun (its environment is read) and, without any launcher, as a single process.
+    Called again, it changes the layout of the same processes.
+
+    Args:
+        config: The layout; what is left of the world size is data parallel.
+        seed: Seeds weight initialisation and dropout, the same on every rank.
+        world: The part of a divided job that is to be the whole world here; `None` takes all its
+            processes.
+
+    Raises:
+        ConfigError: The number of processes does not fit the layout.
+    """
+    megatron_cpu.install()
+    if dist.is_initialized():
+        validate_layout(config, dist.get_world_size())
+        _leave_groups()
+    else:
+        validate_layout(
+            config, world.size if world is not None else int(os.environ.get("WORLD_SIZE", "1"))
+        )
+        with explain_unreachable():
+            _join(timedelta(minutes=config.timeout_minutes), world)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+        distributed_timeout_minutes=config.timeout_minutes,
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _leave_groups() -> None:
+    """Give up Megatron's groups of the layout so far. Megatron only forgets most of them, and a
+    forgotten gloo group keeps its threads.
+    """
+    groups = {
+        id(group): group
+        for group in parallel_state._global_process_group_list or ()
+        if isinstance(group, dist.ProcessGroup)
+    }
+    dist.barrier()
+    for group in groups.values():
+        dist.destroy_process_group(group)
+    _forget_groups()
+
+
+def _forget_groups() -> None:
+    """Have Megatron forget its groups, those that its own function leaves in place too."""
+    parallel_state.destroy_model_parallel()
+    for name, value in list(vars(parallel_state).items()):
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)
+
+
+def _join(timeout: timedelta, world: JobPartition | None) -> None:
+    """Join this world's processes, or those that torchrun's environment names, or be alone."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if world is not None:
+        store = PrefixStore(world.name, world.store)
+        dist.init_process_group(
+            backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout
+        )
+    elif "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def end_with_launcher() -> None:
+    """Have the system end this process when the one that started it dies.
+
+    A killed torchrun leaves its workers running; they would go on writing beside the run that is
+    started in their place. Linux only; elsewhere nothing happens.
+    """
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it died before the request was in place
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def validate_layout(config: ParallelConfig, world_size: int, num_others: int = 0) -> None:
+    """Check that the processes can be split into the layout.
+
+    Args:
+        config: The layout.
+        world_size: Processes to be laid out.
+        num_others: Further processes of the job, which are laid out apart.
+
+    Raises:
+        ConfigError: A size is below 1, or the world size is no multiple of tensor x pipeline x
+            context.
+    """
+    sizes = {
+        name: int(getattr(config, name))
+        for name in _SIZES
+        if name != "context_parallel_size" or config.context_parallel_size != 1
+    }
+    if min(sizes.values()) < 1:
+        got = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ConfigError(f"parallel: sizes must be at least 1, got {got}; set each to 1 or more")
+    model_size = math.prod(sizes.values())
+    if world_size % model_size == 0:
+        return
+    asked = " x ".join(f"{name.split('_')[0]} {size}" for name, size in sizes.items())
+    nearest = zip(sizes, _nearest_layout(list(sizes.values()), world_size), strict=True)
+    more = (world_size // model_size + 1) * model_size + num_others
+    raise ConfigError(
+        f"parallel: {world_size} process(es) cannot be split into {asked}, got a world size of "
+        f"{world_size}, expected a multiple of {model_size}; start {more} processes (torchrun "
+        "--nproc-per-node), or set the nearest layout that works: "
+        + " ".join(f"parallel.{name}={size}" for name, size in nearest)
+    )
+
+
+def _nearest_layout(sizes: Sequence[int], world_size: int) -> tuple[int, ...]:
+    """Return the largest layout not above the asked one that divides the world size; on a tie more
+    of what comes first.
+    """
+    layouts = itertools.product(*(range(1, size + 1) for size in sizes))
+    return max(
+        (layout for layout in layouts if world_size % math.prod(layout) == 0),
+        key=lambda layout: (math.prod(layout), layout),
+    )
+
+
+def shutdown() -> None:
+    """Leave the process group after every rank has arrived; does nothing if there is none."""
+    if dist.is_initialized():
+        dist.barrier()
+        leave()
+
+
+def leave() -> None:
+    """Leave the process group, be the other ranks done or not; does nothing if there is none.
+
+    Gloo's threads end with their groups. One of them that still frees a tensor while the
+    interpreter ends would abort the process.
+    """
+    if dist.is_initialized():
+        _forget_groups()
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def explain_unreachable() -> Iterator[None]:
+    """Say in one line why the processes of a job do not find one another.
+
+    Raises:
+        ConfigError: The address cannot be used inside the block.
+    """
+    try:
+        yield
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ConfigError(
+            f"parallel: the job's processes cannot meet at {place}, got "
+            f"{str(error).splitlines()[0]!r}, expected a free port on the first node that all can "
+            "reach; give another one (torchrun --master-port)"
+        ) from error
+
+
+@contextlib.contextmanager
+def explain_lost_rank() -> Iterator[None]:
+    """Turn the backend's message about a broken connection into one that says what happened.
+
+    Raises:
+        LostRankError: A collective inside the block failed because another rank is gone or silent.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, ZppoError) or not any(
+            sign in str(error).lower() for sign in _LOST_RANK_SIGNS
+        ):
+            raise
+        raise LostRankError(
+            f"parallel: rank {rank()} lost another process of the run, got {error}, expected every "
+            "rank to answer within parallel.timeout_minutes; look at the other ranks' output for "
+            "the first error, then start the run again to resume"
+        ) from error
+
+
+def device() -> torch.device:
+    """Return where this rank's tensors live."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def rank() -> int:
+    """Return this process's rank in the world; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def tensor_rank() -> int:
+    """Return this rank's place among those that share its layers' weights."""
+    return int(parallel_state.get_tensor_model_parallel_rank())
+
+
+def tensor_size() -> int:
+    """Return how many ranks share every layer's weights."""
+    return int(parallel_state.get_tensor_model_parallel_world_size())
+
+
+def tensor_group() -> dist.ProcessGroup:
+    """Return the ranks that share this rank's layers' weights."""
+    return cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group())
+
+
+def pipeline_rank() -> int:
+    """Return this rank's pipeline stage."""
+    return int(parallel_state.get_pipeline_model_parallel_rank())
+
+
+def pipeline_size() -> int:
+    """Return the number of pipeline stages."""
+    return int(parallel_state.get_pipeline_model_parallel_world_size())
+
+
+def pipeline_group() -> dist.ProcessGroup:
+    """Return the stages of this rank's pipeline."""
+    return cast(dist.ProcessGroup, parallel_state.get_pipeline_model_parallel_group())
+
+
+def context_rank() -> int:
+    """Return which part of its packs this rank has in training."""
+    return int(parallel_state.get_context_parallel_rank())
+
+
+def context_size() -> int:
+    """Return how many ranks share the tokens of every pack in training."""
+    return int(parallel_state.get_context_parallel_world_size())
+
+
+def context_group() -> dist.ProcessGroup:
+    """Return the ranks that share this rank's packs in training, in the order of their parts."""
+    return cast(dist.ProcessGroup, parallel_state.get_context_parallel_group())
+
+
+def data_rank() -> int:
+    """Return which share of an update's micro-batches this rank takes part in; context ranks have
+    the same.
+    """
+    return int(parallel_state.get_data_parallel_rank())
+
+
+def data_size() -> int:
+    """Return into how many shares the micro-batches of an update are dealt."""
+    return int(parallel_state.get_data_parallel_world_size())
+
+
+def replica_rank() -> int:
+    """Return which replica of the model this rank belongs to: every context rank has all weights of
+    its stage, so it counts.
+    """
+    return int(parallel_state.get_data_parallel_rank(with_context_parallel=True))
+
+
+def num_replicas() -> int:
+    """Return the number of replicas of the model: data x context ranks."""
+    return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
+
+
+def model_group() -> dist.ProcessGroup:
+    """Return the ranks of this replica: all its tensor-parallel ranks on all its stages."""
+    return cast(dist.ProcessGroup, parallel_state.get_model_parallel_group())
+
+
+def is_first_stage() -> bool:
+    """Return whether this rank embeds tokens and media."""
+    return pipeline_rank() == 0
+
+
+def is_last_stage() -> bool:
+    """Return whether this rank computes logits and the loss."""
+    return pipeline_rank() == pipeline_size() - 1
+
+
+def is_replica_leader() -> bool:
+    """Return whether this rank speaks for its replica: tensor rank 0 of the last stage."""
+    return is_last_stage() and tensor_rank() == 0
+
+
+def gather_from_replicas(local: Sequence[T]) -> list[list[T]]:
+    """Exchange what every replica has; all ranks call it and all get everything.
+
+    Args:
+        local: This replica's objects. Only its leader's count, so the other ranks of the replica
+            may pass an empty list.
+
+    Returns:
+        One list per replica, in their order.
+    """
+    return gather_with_flag(local, flag=False)[0]
+
+
+def gather_with_flag(local: Sequence[T], flag: bool) -> tuple[list[list[T]], bool]:
+    """Exchange what every replica has, and whether a flag is up on any rank; all ranks call it and
+    all get the same.
+    """
+    contribution = (replica_rank(), list(local)) if is_replica_leader() else None
+    collected = gather_from_ranks((contribution, flag))
+    shares = sorted(
+        (share for share, _ in collected if share is not None), key=lambda share: share[0]
+    )
+    return [objects for _, objects in shares], any(flag for _, flag in collected)
+
+
+def gather_from_ranks(local: T) -> list[T]:
+    """Return every rank's object on every rank, by rank."""
+    collected: list[Any] = [None] * world_size()
+    dist.all_gather_object(collected, local)
+    return collected
+
+
+def broadcast_object(value: T | None, source: int = 0) -> T:
+    """Return rank `source`'s value on every rank; the others' argument is ignored."""
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return cast(T, box[0])
+
+
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """Return what rank 0 made, on every rank.
+
+    The work can take longer than a collective waits. So it runs in a thread, and rank 0 keeps
+    telling the others that it is not done.
+
+    Args:
+        work: What rank 0 alone does; it calls no collective.
+
+    Raises:
+        RankZeroError: On the other ranks, when the work failed on rank 0, which raises its own
+            error.
+    """
+    if world_size() == 1:
+        return work()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        future = pool.submit(work) if rank() == 0 else None
+        while not broadcast_object(future is None or future.done()):
+            time.sleep(_WAIT_SECONDS)
+        error = future.exception() if future is not None else None
+        told = broadcast_object(repr(error) if error is not None else "")
+        if error is not None:
+            raise error
+        if told:
+            raise RankZeroError(
+                f"parallel: rank 0 could not do its work for all ranks, got {told}; see its own "
+                "message"
+            )
+        return broadcast_object(future.result() if future is not None else None)
+
+
+def on_all_ranks(work: Callable[[], T]) -> list[T]:
+    """Return what every rank made, by rank; ranks may take longer than a collective waits, one much
+    longer than another.
+
+    Args:
+        work: Calls no collective and does not raise.
+    """
+    if world_size() == 1:
+        return [work()]
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        future = pool.submit(work)
+        while not all(gather_from_ranks(future.done())):
+            time.sleep(_WAIT_SECONDS)
+        return gather_from_ranks(future.result())
+
+
+def any_rank(flag: bool) -> bool:
+    """Return whether a flag is up on any rank; every rank calls it."""
+    return any(gather_from_ranks(flag))
+
+
+def store() -> Store:
+    """Return the key-value store of this world; process groups must be initialised."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def barrier() -> None:
+    """Wait until every rank has arrived; returns at once without a process group."""
+    if dist.is_initialized():
+        dist.barrier()

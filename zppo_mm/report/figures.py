@@ -1,0 +1,454 @@
+"""The report's figures, drawn by matplotlib as inline SVG."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from zppo_mm.report.run_record import RunRecord, Series
+
+PLAIN, BCQ, NCQ, HELD_OUT, GREY = "#3b6fb6", "#1f9d78", "#e08a2c", "#7b4fb3", "#8a94a6"
+COLORS = {
+    "plain": PLAIN,
+    "new": PLAIN,
+    "replayed": "#9dbbe3",
+    "bcq": BCQ,
+    "ncq": NCQ,
+    "hint": "#7b4fb3",
+    "prefix": "#8a94a6",
+    "inject": "#8c564b",
+    "teacher": "#b79cd8",
+    "easy": "#cbd8ea",
+    "hard": "#d9655b",
+}
+SEQUENCE = (
+    "#23395d",
+    "#3b6fb6",
+    "#7fa6d9",
+    "#c3d6ef",
+    "#e08a2c",
+    "#f0bd84",
+    "#1f9d78",
+    "#8accb4",
+    "#7b4fb3",
+    "#b79cd8",
+)
+SOURCE_COLORS = ("#5b8fd0", "#45b894", "#e6a860", "#d9655b", "#8a94a6")
+SIZE_INCHES = (6.4, 3.0)
+SMOOTHING_STEPS = 5
+# The keys are names of matplotlib settings, which its stubs list one by one.
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#c4cad4",
+    "axes.labelcolor": "#4b5563",
+    "axes.grid": True,
+    "grid.color": "#e8ebf0",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "xtick.color": "#6b7280",
+    "ytick.color": "#6b7280",
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 2.0,
+    "svg.hashsalt": "zppo_mm",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnFigure:
+    """One figure of the report.
+
+    Attributes:
+        title: Its heading.
+        caption: What it shows and how to read it.
+        source: Data URI of the SVG.
+    """
+
+    title: str
+    caption: str
+    source: str
+
+
+def draw_figures(run: RunRecord) -> list[DrawnFigure]:
+    """Draw every figure for which the run has data, in the report's order."""
+    drawn = []
+    for title, caption, draw in FIGURES:
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+            axes = figure.add_subplot()
+            if draw(run, axes):
+                drawn.append(DrawnFigure(title, caption, svg_uri(figure)))
+    return drawn
+
+
+def svg_uri(figure: Figure) -> str:
+    """Return a figure as a data URI that is the same for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Average every value with those before it in a short window."""
+    return [
+        float(np.mean(values[max(0, i + 1 - SMOOTHING_STEPS) : i + 1])) for i in range(len(values))
+    ]
+
+
+def _curve(axes: Axes, series: Series, label: str, color: str, smooth: bool = True) -> bool:
+    """Draw one curve: faint as measured, strong as moving average; points where there are few."""
+    steps, values = series
+    if not steps:
+        return False
+    if smooth and len(steps) > 2 * SMOOTHING_STEPS:
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=1.0)
+        axes.plot(steps, smoothed(values), color=color, label=label)
+    else:
+        axes.plot(steps, values, color=color, label=label, marker="o", markersize=4)
+    return True
+
+
+def finish_axes(axes: Axes, ylabel: str, percent: bool = False, columns: int = 4) -> None:
+    """Label the axes and put the legend above the plot."""
+    axes.set_xlabel("step")
+    axes.set_ylabel(ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_ylim(0, max(0.05, *(axes.get_ylim()[1:])))
+        axes.set_ylim(top=min(1.02, axes.get_ylim()[1]))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1.0),
+            ncols=columns,
+            borderaxespad=0.2,
+            handlelength=1.4,
+            columnspacing=1.4,
+        )
+
+
+def _curves(
+    ylabel: str, percent: bool, *curves: tuple[str, str, str]
+) -> Callable[[RunRecord, Axes], bool]:
+    """Return a drawing of several metrics as curves: `(metric, label, color)` each."""
+
+    def draw(run: RunRecord, axes: Axes) -> bool:
+        drawn = [_curve(axes, run.series(metric), label, color) for metric, label, color in curves]
+        finish_axes(axes, ylabel, percent)
+        return any(drawn)
+
+    return draw
+
+
+def _stack(
+    axes: Axes, run: RunRecord, metrics: Sequence[str], labels: Sequence[str], colors: Sequence[str]
+) -> bool:
+    """Draw metrics as bars on top of each other, one bar per step."""
+    steps = [row["step"] for row in run.metrics]
+    bottom = np.zeros(len(steps))
+    for metric, label, color in zip(metrics, labels, colors, strict=True):
+        heights = np.array([row.get(metric) or 0.0 for row in run.metrics])
+        if heights.any():
+            axes.bar(
+                steps,
+                heights,
+                bottom=bottom,
+                width=1.0 if len(steps) > 1 else 0.4,
+                label=label,
+                color=color,
+                edgecolor="white",
+                linewidth=0.3,
+            )
+        bottom += heights
+    if len(steps) == 1:
+        axes.set_xlim(steps[0] - 1, steps[0] + 1)
+    return bool(bottom.any())
+
+
+def _held_out(run: RunRecord, axes: Axes) -> bool:
+    rows = run.evaluations
+    sources = sorted({source for row in rows for source in row.get("accuracy_by_source", {})})
+    if len(sources) > 1:
+        for source, color in zip(sources, SOURCE_COLORS * len(sources), strict=False):
+            points = [
+                (row["step"], row["accuracy_by_source"][source])
+                for row in rows
+                if source in row.get("accuracy_by_source", {})
+            ]
+            axes.plot(
+                *zip(*points, strict=True),
+                color=color,
+                linewidth=1.1,
+                alpha=0.8,
+                marker="o",
+                markersize=2.5,
+                label=source,
+            )
+    drawn = _curve(
+        axes,
+        ([row["step"] for row in rows], [row["accuracy"] for row in rows]),
+        "all held-out",
+        HELD_OUT,
+        smooth=False,
+    )
+    finish_axes(axes, "accuracy", percent=True)
+    return drawn
+
+
+def _composition(run: RunRecord, axes: Axes) -> bool:
+    drawn = _stack(
+        axes, run, ("batch/easy", "batch/hard"), ("easy", "hard"), (COLORS["easy"], "#e9a49d")
+    )
+    _curve(axes, run.series("batch/bcq_eligible"), "BCQ-eligible", BCQ)
+    _curve(axes, run.series("batch/ncq_eligible"), "NCQ-eligible", NCQ)
+    finish_axes(axes, "plain questions")
+    return drawn
+
+
+def _groups(run: RunRecord, axes: Axes) -> bool:
+    kinds = ("new", "replayed", "bcq", "ncq", "hint", "prefix", "inject", "teacher")
+    labels = ("new", "replayed", "BCQ", "NCQ", "hint", "prefix", "inject", "teacher")
+    drawn = _stack(
+        axes,
+        run,
+        [f"batch/groups/{kind}" for kind in kinds],
+        labels,
+        [COLORS[kind] for kind in kinds],
+    )
+    finish_axes(axes, "groups")
+    return drawn
+
+
+def _occupancy(run: RunRecord, axes: Axes) -> bool:
+    bins = run.names("buffer/occupancy/")
+    drawn = _stack(
+        axes,
+        run,
+        [f"buffer/occupancy/{part}" for part in bins],
+        [f"{part} %" for part in bins],
+        _ramp(len(bins)),
+    )
+    finish_axes(axes, "questions in the buffer", columns=8)
+    return drawn
+
+
+def _fates(run: RunRecord, axes: Axes) -> bool:
+    bins = run.names("buffer/admitted/")
+    bottom = np.zeros(len(bins))
+    admitted = np.array([run.last(f"buffer/admitted/{part}") or 0.0 for part in bins])
+    if not admitted.any():
+        return False
+    gone = np.zeros(len(bins))
+    for fate, color in (("graduated", BCQ), ("evicted", COLORS["hard"])):
+        counts = np.array([run.last(f"buffer/{fate}/{part}") or 0.0 for part in bins])
+        axes.bar(range(len(bins)), counts, bottom=bottom, label=fate, color=color, width=0.6)
+        bottom, gone = bottom + counts, gone + counts
+        if fate == "graduated":
+            shares = counts / np.maximum(admitted, 1)
+    # A question may be admitted again after it left, so what is still there is what remains of the
+    # admissions.
+    axes.bar(
+        range(len(bins)),
+        admitted - gone,
+        bottom=bottom,
+        label="still in the buffer",
+        color="#d5dce6",
+        width=0.6,
+    )
+    for index, (total, share) in enumerate(zip(admitted, shares, strict=True)):
+        axes.text(
+            index,
+            total,
+            f"{share:.0%} graduated",
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            color="#4b5563",
+        )
+    finish_axes(axes, "admissions")
+    axes.set_xticks(range(len(bins)), [f"{part} %" for part in bins])
+    axes.set_xlabel("accuracy at admission")
+    axes.grid(axis="x", visible=False)
+    axes.margins(y=0.12)
+    return True
+
+
+def _phases(run: RunRecord, axes: Axes) -> bool:
+    known = (
+        "data",
+        "plain_rollout",
+        "teacher",
+        "reformulated_rollout",
+        "old_logprobs",
+        "update",
+        "evaluation",
+        "checkpoint",
+    )
+    present = [name for name in run.names("seconds/") if name != "step"]
+    names = [name for name in known if name in present] + [
+        name for name in present if name not in known
+    ]
+    colors = (SEQUENCE * (len(names) // len(SEQUENCE) + 1))[: len(names)]
+    drawn = _stack(
+        axes,
+        run,
+        [f"seconds/{name}" for name in names],
+        [name.replace("_", " ") for name in names],
+        colors,
+    )
+    answered = run.series("teacher/answer_seconds")
+    if answered[0]:
+        axes.plot(
+            *answered, color="black", linewidth=1.2, linestyle="--", label="asked to answered"
+        )
+    finish_axes(axes, "seconds per step", columns=5)
+    return drawn
+
+
+def _memory(run: RunRecord, axes: Axes) -> bool:
+    steps, values = run.series("system/rss_bytes")
+    drawn = _curve(
+        axes,
+        (steps, [value / 2**30 for value in values]),
+        "largest process, now",
+        GREY,
+        smooth=False,
+    )
+    finish_axes(axes, "GiB")
+    axes.set_ylim(0, 1.2 * max(values, default=0.0) / 2**30 or 1.0)
+    return drawn
+
+
+def _ramp(count: int) -> list[str]:
+    """Return colors from dark (hardest) to light."""
+    colormap = matplotlib.colormaps["Blues_r"]
+    return [
+        matplotlib.colors.to_hex(colormap(0.1 + 0.65 * index / max(count - 1, 1)))
+        for index in range(count)
+    ]
+
+
+FIGURES: tuple[tuple[str, str, Callable[[RunRecord, Axes], bool]], ...] = (
+    (
+        "Training accuracy by kind of prompt",
+        "Mean reward of the student's rollouts. Reformulated prompts come from hard questions "
+        "only, so their curves lie on harder ground.",
+        _curves(
+            "accuracy",
+            True,
+            ("accuracy/plain", "plain", PLAIN),
+            ("accuracy/bcq", "BCQ", BCQ),
+            ("accuracy/ncq", "NCQ", NCQ),
+            ("accuracy/hint", "hint", COLORS["hint"]),
+            ("accuracy/prefix", "prefix", COLORS["prefix"]),
+        ),
+    ),
+    (
+        "Held-out accuracy",
+        "The same questions every time, plain prompts; none of them is trained on.",
+        _held_out,
+    ),
+    (
+        "Batch composition before the cap",
+        "Plain questions of each step, and how many of the hard ones could become BCQ or NCQ "
+        "prompts.",
+        _composition,
+    ),
+    ("Groups trained on", "What each step's updates were made of, after the cap.", _groups),
+    (
+        "Replay buffer by accuracy at admission",
+        "Questions in the buffer after each step; dark ones were never solved when they were "
+        "admitted.",
+        _occupancy,
+    ),
+    ("Fates by accuracy at admission", "What became of all questions admitted so far.", _fates),
+    (
+        "Teacher on what it was asked",
+        "Questions with at least one correct teacher rollout, and the mean over all: hard ones, or "
+        "all in distillation on its text.",
+        _curves(
+            "share",
+            True,
+            ("teacher/solved", "questions solved", NCQ),
+            ("teacher/accuracy", "rollouts correct", GREY),
+        ),
+    ),
+    (
+        "Match audit",
+        "How often an answer repeats what a candidate said. A BCQ curve near 100 % would mean that "
+        "candidates give themselves away.",
+        _curves(
+            "share of rollouts",
+            True,
+            ("audit/bcq_right", "BCQ: right candidate", BCQ),
+            ("audit/bcq_wrong", "BCQ: wrong candidate", "#d9655b"),
+            ("audit/ncq_listed", "NCQ: listed as wrong", NCQ),
+        ),
+    ),
+    (
+        "Loss",
+        "Clipped surrogate, or divergence from the teacher's distribution, averaged over the "
+        "step's updates.",
+        _curves("loss", False, ("policy/loss", "loss", PLAIN)),
+    ),
+    (
+        "Entropy",
+        "Of the policy, per response token.",
+        _curves("nats", False, ("policy/entropy", "entropy", PLAIN)),
+    ),
+    (
+        "Clipped tokens",
+        "Share of response tokens whose ratio was held by a bound.",
+        _curves(
+            "share",
+            True,
+            ("policy/clip_low", "low", PLAIN),
+            ("policy/clip_high", "high", NCQ),
+            ("policy/clip_dual", "dual clip", "#d9655b"),
+        ),
+    ),
+    (
+        "Gradient norm",
+        "Before clipping, averaged over the step's updates.",
+        _curves("norm", False, ("policy/grad_norm", "gradient norm", PLAIN)),
+    ),
+    (
+        "Response length",
+        "Mean tokens of a response by kind of prompt.",
+        _curves(
+            "tokens",
+            False,
+            ("response/tokens/plain", "plain", PLAIN),
+            ("response/tokens/bcq", "BCQ", BCQ),
+            ("response/tokens/ncq", "NCQ", NCQ),
+            ("response/tokens/hint", "hint", COLORS["hint"]),
+            ("response/tokens/prefix", "prefix", COLORS["prefix"]),
+        ),
+    ),
+    (
+        "Truncated responses",
+        "Share that met the length limit.",
+        _curves("share", True, ("response/truncated", "truncated", PLAIN)),
+    ),
+    (
+        "Time by phase",
+        "Where the seconds of each step went. Dashed: from asking the teacher to its last answer; "
+        "with a teacher that runs elsewhere, what is longer than the step's own teacher phase "
+        "passed while the student sampled.",
+        _phases,
+    ),
+    ("Memory", "Resident memory, which must not grow with the steps.", _memory),
+)
+"""Title, caption and drawing of every figure."""

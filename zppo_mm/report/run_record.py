@@ -1,0 +1,98 @@
+"""What the report is drawn from: the public files of a run folder and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from zppo_mm.observability.sinks import EVALUATION_FILE, METRICS_FILE
+from zppo_mm.observability.transcripts import TRANSCRIPTS_FOLDER
+
+CONFIG_FILE = "config.yaml"
+
+Series = tuple[list[int], list[float]]
+"""Steps and values of one curve."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A run as its files tell it.
+
+    Attributes:
+        folder: The run's folder.
+        metrics: One mapping per step, ascending.
+        evaluations: One mapping per evaluation on held-out questions, ascending.
+        config: The resolved configuration; empty when the folder has none.
+    """
+
+    folder: Path
+    metrics: list[Mapping[str, Any]]
+    evaluations: list[Mapping[str, Any]]
+    config: Mapping[str, Any]
+
+    def series(self, name: str) -> Series:
+        """Return the steps that have a finite value of a metric, and the values."""
+        rows = [(row["step"], row[name]) for row in self.metrics if row.get(name) is not None]
+        return [step for step, _ in rows], [value for _, value in rows]
+
+    def names(self, prefix: str) -> list[str]:
+        """Return the last parts of all metric names below a prefix, numbers in their order."""
+        found = {
+            name.removeprefix(prefix)
+            for row in self.metrics
+            for name in row
+            if name.startswith(prefix)
+        }
+        return sorted(
+            found,
+            key=lambda part: (
+                float(part) if part.replace(".", "", 1).isdigit() else float("inf"),
+                part,
+            ),
+        )
+
+    def last(self, name: str) -> float | None:
+        """Return a metric's last finite value."""
+        _, values = self.series(name)
+        return values[-1] if values else None
+
+    def option(self, key: str) -> Any:
+        """Return a value of the configuration by its dotted key, `None` where it is missing."""
+        value: Any = self.config
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return value
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run's folder; every file may be missing."""
+    config_path = folder / CONFIG_FILE
+    config = yaml.safe_load(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
+    return RunRecord(
+        folder=folder,
+        metrics=sorted(read_lines(folder / METRICS_FILE), key=lambda row: row["step"]),
+        evaluations=sorted(read_lines(folder / EVALUATION_FILE), key=lambda row: row["step"]),
+        config=config or {},
+    )
+
+
+def read_lines(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Yield JSON lines; a missing file has none, and a torn last line, which a running program
+    leaves for a moment, is left out.
+    """
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def transcripts_newest_first(folder: Path) -> list[Path]:
+    """Return the transcript files of a run, newest step first."""
+    return sorted((folder / TRANSCRIPTS_FOLDER).glob("step_*.jsonl"), reverse=True)

@@ -1,0 +1,159 @@
+"""Models that a configuration names, looked at before anything else: a path that is none is
+answered with what to write instead.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from zppo_mm.config.schema import RunConfig
+from zppo_mm.errors import ConfigError
+from zppo_mm.models.families.architecture import load_architecture
+from zppo_mm.weights.safetensors_folder import SafetensorsFolder
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_EXPORT = "python tools/convert_checkpoint.py export"
+_MEGATRON_MARKS = (
+    ".metadata",
+    "metadata.json",
+    "common.pt",
+    "latest_checkpointed_iteration.txt",
+    "headers",
+    "*.distcp",
+    "iter_*",
+    "mp_rank_*",
+)
+_TOKENIZER_MARKS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+_OTHER_WEIGHTS = ("*.gguf", "*.bin", "*.pt", "*.pth")
+
+
+def check_model_paths(config: RunConfig) -> None:
+    """Look at every model folder that the run is to load.
+
+    Raises:
+        ConfigError: A path is no Hugging Face folder.
+        ModelError: It is one that cannot be used; file and key are named.
+    """
+    check_model_path("model.student", config.model.student)
+    check_model_path(
+        "teacher.model",
+        config.teacher.model,
+        "teacher.endpoints" if not config.teacher.endpoints else None,
+    )
+    for index, other in enumerate(config.fallback_teachers):
+        where = f"fallback_teachers[{index}]"
+        check_model_path(
+            f"{where}.model", other.model, f"{where}.endpoints" if not other.endpoints else None
+        )
+
+
+def check_model_path(key: str, value: str, endpoints: str | None = "") -> None:
+    """Look at one model folder; an empty path means a bundled model, which is there.
+
+    Args:
+        key: Of the configuration.
+        value: Its value.
+        endpoints: The key that would make the value a served model's name; empty if there is none,
+            `None` if it is set, so that this is one.
+
+    Raises:
+        ConfigError: It is no Hugging Face folder.
+        ModelError: It is one that cannot be used.
+    """
+    if not value or endpoints is None:
+        return
+    path = Path(value)
+    found = _describe(path)
+    if found:
+        served = (
+            f", or set {endpoints} if this is the name of a served model"
+            if endpoints and not os.path.exists(path)
+            else ""
+        )
+        raise ConfigError(
+            f"{key}: {found[0]}, got {value!r}, expected a Hugging Face folder; {found[1]}{served}"
+        )
+    load_architecture(path)
+    SafetensorsFolder(path)
+
+
+def _describe(path: Path) -> tuple[str, str] | None:
+    """Say what a path is and what to write instead; `None` for a Hugging Face folder, as far as its
+    names tell.
+    """
+    try:
+        if not path.exists():
+            return _describe_missing(path)
+        if path.is_dir() and (path / "config.json").is_file():
+            return _describe_incomplete(path)
+        return (
+            _describe_other(path)
+            if path.is_dir()
+            else ("a file", f"give its folder, {path.parent}, if that has a config.json")
+        )
+    except (OSError, ValueError) as error:
+        return (
+            f"cannot be read ({getattr(error, 'strerror', error)})",
+            "correct its permissions or the path",
+        )
+
+
+def _describe_missing(path: Path) -> tuple[str, str]:
+    if _HUB_ID.fullmatch(str(path)):
+        return (
+            "no such folder, and nothing is downloaded from the Hugging Face Hub",
+            f"if this is an id of the Hub, write hf download {path} --local-dir models/{path.name} "
+            f"once and give models/{path.name}",
+        )
+    if "://" in str(path) or ":/" in str(path):
+        return "an address", "download the model and give its folder"
+    return "no such folder", "correct the path"
+
+
+def _describe_incomplete(path: Path) -> tuple[str, str] | None:
+    """Say what a folder with a config.json lacks."""
+    if not any(
+        (path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")
+    ):
+        other = sorted(file.name for pattern in _OTHER_WEIGHTS for file in path.glob(pattern))
+        have = f"weights that are not read here ({other[0]})" if other else "no weights"
+        return (
+            f"a folder with {have}",
+            "give one with model.safetensors, or model.safetensors.index.json and its files",
+        )
+    if not any((path / name).is_file() for name in _TOKENIZER_MARKS):
+        return (
+            "a folder without a tokenizer",
+            f"copy the model's {_TOKENIZER_MARKS[0]} and {_TOKENIZER_MARKS[1]} there",
+        )
+    return None
+
+
+def _describe_other(path: Path) -> tuple[str, str]:
+    """Say what a folder without a config.json is."""
+    if (path / "config.yaml").is_file():
+        if (path / "hf" / "config.json").is_file():
+            return "the folder of a run", f"give its exported model, {path / 'hf'}"
+        return (
+            "the folder of a run that is not finished",
+            f"export its newest checkpoint ({_EXPORT} {path} HF_DIR) and give HF_DIR",
+        )
+    if (path / "adapter_config.json").is_file():
+        return "adapters without their model", "give the folder of the merged model (a run's hf/)"
+    if (path / "manifest.json").is_file() and path.parent.name == "checkpoints":
+        return (
+            "a checkpoint of a run",
+            f"export it ({_EXPORT} {path.parent.parent} HF_DIR) and give HF_DIR",
+        )
+    if any(any(path.glob(mark)) for mark in _MEGATRON_MARKS):
+        return "a Megatron folder", f"export it ({_EXPORT} {path} HF_DIR) and give HF_DIR"
+    below = sorted(
+        file.parent
+        for pattern in ("*/config.json", "snapshots/*/config.json")
+        for file in path.glob(pattern)
+    )
+    if below:
+        return "a folder without config.json", f"give {below[0]}, which has one"
+    return "a folder without config.json", "correct the path, or download the folder again"

@@ -1,0 +1,83 @@
+"""What the models of a run share: media, grading, the replicas, and how a model is built and
+sampled from.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.media.opening import MediaLimits
+from data.media.store import MediaStore
+from zppo_mm.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig
+from zppo_mm.models.families.architecture import load_architecture
+from zppo_mm.models.provider import build_model
+from zppo_mm.models.vision_language import VisionLanguageModel
+from zppo_mm.parallel.exchange import ParallelExchange
+from zppo_mm.rollout.megatron_engine import MegatronEngine
+from zppo_mm.rollout.prompt import PromptEncoder
+from zppo_mm.rollout.sampler import Grader, GroupSampler
+from zppo_mm.weights.mapping import load_hf_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What student and teachers have in common."""
+
+    config: RunConfig
+    media: MediaStore
+    verifier: Grader
+    exchange: ParallelExchange
+    encoders: list[PromptEncoder] = field(default_factory=list)
+
+    def encoder(self, folder: Path) -> PromptEncoder:
+        """Return a prompt encoder whose opened media are dropped with the others'."""
+        encoder = PromptEncoder(folder, self.media.open)
+        self.encoders.append(encoder)
+        return encoder
+
+    def sampler(self, model: VisionLanguageModel, encoder: PromptEncoder) -> GroupSampler:
+        """Return a sampler with a model's weights."""
+        engine = MegatronEngine(
+            model,
+            self.config.seed,
+            self.config.rollout.max_batch_size,
+            should_stop=self.exchange.should_stop,
+        )
+        return GroupSampler(engine, encoder, self.verifier, self.exchange)
+
+
+def media_limits(config: DataConfig) -> MediaLimits:
+    """Return what a run opens."""
+    return MediaLimits(
+        max_bytes=config.max_media_bytes,
+        max_pixels=config.max_media_pixels,
+        frames_per_second=config.video_frames_per_second,
+        max_frames=config.video_max_frames,
+        decode_timeout_seconds=config.decode_timeout_seconds,
+        num_workers=config.num_decode_workers,
+    )
+
+
+def release_memory(encoders: Sequence[PromptEncoder]) -> None:
+    """Drop the encoders' opened media, and give freed memory back to the system.
+
+    glibc keeps what tensors of ever new sizes have freed, so that resident memory creeps up over a
+    run although nothing is held.
+    """
+    for encoder in encoders:
+        encoder.forget_media()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def load_model(
+    options: ModelConfig, layout: ParallelConfig, folder: Path, trainable: bool
+) -> VisionLanguageModel:
+    """Build this rank's part of a model and load its weights."""
+    model = build_model(load_architecture(folder), options, layout, trainable=trainable)
+    load_hf_weights(model, folder)
+    return model

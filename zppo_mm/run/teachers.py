@@ -1,0 +1,231 @@
+"""From a configuration to the teachers, the judge, and those who rewrite for prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from zppo_mm.bundled import TEACHER_DIR
+from zppo_mm.config.schema import ParallelConfig, RunConfig, TeacherConfig
+from zppo_mm.models.vision_language import VisionLanguageModel
+from zppo_mm.parallel.exchange import ParallelExchange
+from zppo_mm.rewards.judge import LlmJudge, load_judge_template
+from zppo_mm.rollout.engine import SamplingParams
+from zppo_mm.rollout.prompt import PromptEncoder
+from zppo_mm.run.shared import Shared, load_model
+from zppo_mm.teacher.chain import TeacherChain
+from zppo_mm.teacher.megatron_teacher import MegatronTeacher
+from zppo_mm.teacher.rank_channel import Channel
+from zppo_mm.teacher.ranks_teacher import QUEUE_SHARE, RanksTeacher, replies_of_ranks
+from zppo_mm.teacher.served.connect import open_pool
+from zppo_mm.teacher.served.judge import greedy_replies
+from zppo_mm.teacher.served.servers import Servers
+from zppo_mm.teacher.served.teacher import ServedTeacher
+from zppo_mm.teacher.served.tokens import TokenReader
+from zppo_mm.teacher.teacher import Compressor, HintWriter, Teacher
+from zppo_mm.zone.compress import RuleCompressor, TeacherCompressor, load_compression_template
+from zppo_mm.zone.hint import RuleHintWriter, TeacherHintWriter, load_hint_template
+from zppo_mm.zone.prompts import PromptTemplates
+
+
+@dataclass(frozen=True, slots=True)
+class Teachers:
+    """Who helps.
+
+    Attributes:
+        answers: Answers questions; `None` if no method in use shows its answers.
+        rewrites: Rewrites for the compressor and the writer of hints; `None` if the rule does.
+        pools: Servers of further teachers.
+        network: To distil from; `None` if nothing is, or if the teacher tells its log-probs with
+            its answers.
+        ranks: The first teacher, if it has ranks of its own.
+    """
+
+    answers: Teacher | None
+    rewrites: Teacher | None
+    pools: tuple[Servers, ...] = ()
+    network: VisionLanguageModel | None = None
+    ranks: RanksTeacher | None = None
+
+    @property
+    def num_passed_on(self) -> int:
+        """Questions that a further teacher was asked so far."""
+        return self.answers.num_passed_on if isinstance(self.answers, TeacherChain) else 0
+
+    @property
+    def num_ungraded(self) -> int:
+        """Rollouts of teachers in this process that could not be graded so far."""
+        asked = (
+            [self.answers.first, *self.answers.others]
+            if isinstance(self.answers, TeacherChain)
+            else [self.answers]
+        )
+        return sum(
+            teacher.num_ungraded for teacher in asked if isinstance(teacher, MegatronTeacher)
+        )
+
+
+def build_teachers(
+    shared: Shared,
+    pool: Servers | None,
+    templates: PromptTemplates,
+    student: PromptEncoder,
+    ranks: RanksTeacher | None = None,
+) -> Teachers:
+    """Load the teachers, or point to their servers, unless nothing in this configuration would ask
+    them.
+
+    Args:
+        shared: What they share with the student.
+        pool: Servers of the first teacher, `None` if it runs in this process.
+        templates: Texts of the prompts.
+        student: The student's prompts.
+        ranks: The first teacher, if it has ranks of its own.
+    """
+    config = shared.config
+    zone = config.zone
+    answers = (
+        zone.bcq or zone.hint or zone.prefix or zone.inject or config.distill.source == "teacher"
+    )
+    rewrites = config.teacher.compressor == "teacher" and (zone.bcq or zone.ncq or zone.hint)
+    distils = config.distill.source != "none"
+    if not (answers or rewrites or distils):
+        return Teachers(None, None, ranks=ranks)
+    first = ranks or _build_teacher(shared, config.teacher, pool, templates, student)
+    others: list[Teacher] = []
+    pools: list[Servers] = []
+    for index, other in enumerate(config.fallback_teachers if answers else ()):
+        own = open_pool(
+            other, shared.exchange, limits=shared.media.limits, where=f"fallback_teachers[{index}]"
+        )
+        pools += [own] if own is not None else []
+        others.append(_build_teacher(shared, other, own, templates, student))
+    chain = TeacherChain([first, *others]) if others else first
+    network = first.model if distils and isinstance(first, MegatronTeacher) else None
+    return Teachers(
+        chain if answers else None, first if rewrites else None, tuple(pools), network, ranks
+    )
+
+
+def _build_teacher(
+    shared: Shared,
+    own: TeacherConfig,
+    pool: Servers | None,
+    templates: PromptTemplates,
+    student: PromptEncoder,
+) -> Teacher:
+    config = shared.config
+    if pool is not None:
+        return ServedTeacher(
+            pool,
+            own,
+            shared.exchange,
+            shared.verifier,
+            plain_text=templates.plain_text,
+            tokenize=lambda text: student.chat.tokenize([text]),
+            seed=config.seed,
+            tokens=_token_reader(config, student),
+        )
+    return megatron_teacher(shared, own, config.parallel, templates, student)
+
+
+def megatron_teacher(
+    shared: Shared,
+    own: TeacherConfig,
+    layout: ParallelConfig,
+    templates: PromptTemplates,
+    student: PromptEncoder | None = None,
+) -> MegatronTeacher:
+    """Load a teacher onto the ranks of this process's world.
+
+    Args:
+        shared: What the models there have in common.
+        own: The teacher.
+        layout: How the ranks are laid out.
+        templates: Texts of the prompts.
+        student: The student's prompts, if it is in this world; one that distils must have the same.
+
+    Raises:
+        ZppoError: Its folder or its layout cannot be used.
+    """
+    config = shared.config
+    folder = Path(own.model) if own.model else TEACHER_DIR
+    encoder = shared.encoder(folder)
+    if student is not None and config.distill.source != "none":
+        student.check_same_inputs(encoder, "distill.source")
+    sampling = SamplingParams(
+        temperature=own.temperature,
+        max_new_tokens=own.max_response_tokens,
+        stop_token_ids=encoder.stop_token_ids,
+    )
+    options = replace(
+        config.model,
+        transformer_impl=own.transformer_impl or config.model.transformer_impl,
+        params_dtype=own.params_dtype or config.model.params_dtype,
+        fp8=own.fp8,
+        recompute="none",
+    )
+    model = load_model(options, layout, folder, trainable=False)
+    return MegatronTeacher(
+        model, shared.sampler(model, encoder), sampling, own.num_rollouts, templates.plain_text
+    )
+
+
+def _token_reader(config: RunConfig, student: PromptEncoder) -> TokenReader | None:
+    if config.distill.source == "none":
+        return None
+    return TokenReader(student.chat.token_bytes(), student.stop_token_ids, config.distill.top_k)
+
+
+def judge_pool(
+    config: RunConfig, teachers: Servers | None, exchange: ParallelExchange
+) -> Servers | None:
+    """Return the judge's servers: the teacher's unless it has its own or another model."""
+    reward = config.reward
+    if not reward.judge or not (reward.judge_endpoints or reward.judge_model):
+        return teachers if reward.judge else None
+    return open_pool(
+        config.teacher,
+        exchange,
+        reward.judge_endpoints,
+        reward.judge_model,
+        where="reward.judge_endpoints" if reward.judge_endpoints else "reward.judge_model",
+    )
+
+
+def build_judge(
+    config: RunConfig,
+    pool: Servers | None,
+    channel: Channel | None = None,
+    should_stop: Callable[[], bool] = bool,
+) -> LlmJudge | None:
+    """Return the judge behind servers, or else on the teacher's own ranks."""
+    if pool is not None:
+        complete = greedy_replies(pool, config.reward, config.teacher.num_retries, should_stop)
+    elif channel is not None and config.reward.judge:
+        queue_seconds = QUEUE_SHARE * 60 * config.parallel.timeout_minutes
+        complete = replies_of_ranks(
+            channel, config.reward, should_stop, queue_seconds=queue_seconds
+        )
+    else:
+        return None
+    return LlmJudge(complete, load_judge_template(config.reward.judge_template))
+
+
+def build_rewriters(
+    config: RunConfig, student: PromptEncoder, teacher: Teacher | None
+) -> tuple[Compressor, HintWriter]:
+    """Return who shortens candidates and who writes hints; both count in the student's tokens: the
+    student reads them.
+    """
+    rule = RuleCompressor(
+        student.chat.count_tokens,
+        config.teacher.compression_max_tokens,
+        config.teacher.compression_max_lines,
+    )
+    hints = RuleHintWriter(rule)
+    if teacher is None:
+        return rule, hints
+    by_teacher = TeacherHintWriter(teacher.rewrite, hints, load_hint_template())
+    return TeacherCompressor(teacher.rewrite, rule, load_compression_template()), by_teacher

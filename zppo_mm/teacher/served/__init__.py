@@ -1,0 +1,1 @@
+"""Teacher and judge behind servers that speak the chat completions protocol."""

@@ -1,0 +1,293 @@
+"""The served teacher: any OpenAI-compatible server, asked by every replica for its share of the
+questions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from data.question import Question
+from zppo_mm.config.schema import TeacherConfig
+from zppo_mm.experience import Rollout
+from zppo_mm.parallel.exchange import Exchange
+from zppo_mm.randomness import generator
+from zppo_mm.rollout.sampler import Grader
+from zppo_mm.teacher.served.chat_api import Ask, Choice
+from zppo_mm.teacher.served.servers import Outcome, Patience, Servers
+from zppo_mm.teacher.served.tokens import TokenReader
+from zppo_mm.teacher.teacher import TeacherLostError
+
+logger = logging.getLogger(__name__)
+
+# Ranks that wait for another replica's answers meet this often: a collective that lasts would run
+# into its time limit.
+MEETING_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What a replica tells the others about one of its questions or texts."""
+
+    index: int
+    rollouts: tuple[Rollout, ...] = ()
+    text: str | None = None
+    num_answers: int = 0
+    problem: str = ""
+    is_refused: bool = False
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class PendingAnswers:
+    """Answers on their way. Implements `Answers`."""
+
+    teacher: ServedTeacher
+    questions: Sequence[Question]
+    step: int
+    future: Future[list[Outcome]]
+    seconds: float = 0.0
+
+    def is_ready(self) -> bool:
+        """Return whether every replica's share is there."""
+        return self.teacher.have_all_answers(self.future)
+
+    def wait(self) -> Mapping[str, tuple[Rollout, ...]]:
+        """Wait for this replica's share, verify it and exchange; see `Answers.wait`."""
+        told = self.teacher.collect(
+            self.future, len(self.questions), lambda place, out: self._graded(place, out), self.step
+        )
+        self.seconds = max((each.seconds for each in told), default=0.0)
+        return {
+            question.id: each.rollouts for question, each in zip(self.questions, told, strict=True)
+        }
+
+    def _graded(self, places: Sequence[int], outcomes: Sequence[Outcome]) -> list[_Told]:
+        answers = [
+            (self.questions[place], outcome.answers())
+            for place, outcome in zip(places, outcomes, strict=True)
+        ]
+        rollouts = self.teacher.verified(answers, self.step)
+        return [
+            _Told(
+                place,
+                graded,
+                None,
+                len(outcome.choices),
+                outcome.problem,
+                outcome.is_refused,
+                outcome.seconds,
+            )
+            for place, outcome, graded in zip(places, outcomes, rollouts, strict=True)
+        ]
+
+
+class ServedTeacher:
+    """Answers hard questions and rewrites responses through servers. Implements `Teacher`.
+
+    Args:
+        pool: The servers.
+        config: Rollouts, lengths, and what a failure means.
+        exchange: The replicas; the leader of each asks for its share.
+        verifier: Grades the answers, on one rank per replica.
+        plain_text: Renders the original question with the closing format instruction.
+        tokenize: The student's tokenizer: the lengths of answers are counted in its tokens.
+        seed: The run's seed.
+        tokens: Reads the log-probs of answers; `None` if none are wanted.
+    """
+
+    def __init__(
+        self,
+        pool: Servers,
+        config: TeacherConfig,
+        exchange: Exchange,
+        verifier: Grader,
+        *,
+        plain_text: Callable[[Question], str],
+        tokenize: Callable[[str], Sequence[int]],
+        seed: int,
+        tokens: TokenReader | None = None,
+    ) -> None:
+        self._pool = pool
+        self._config = config
+        self._exchange = exchange
+        self._verifier = verifier
+        self._plain_text = plain_text
+        self._tokenize = tokenize
+        self._seed = seed
+        self._tokens = tokens
+
+    def ask(self, questions: Sequence[Question], step: int) -> PendingAnswers:
+        """Hand over this replica's share of the questions and return at once."""
+
+        def request(question: Question) -> Ask:
+            ask = self._request(
+                self._plain_text(question), self._config.num_rollouts, "teacher", step, question.id
+            )
+            return replace(
+                ask,
+                media=question.media,
+                top_logprobs=self._tokens.num_top if self._tokens is not None else 0,
+            )
+
+        return PendingAnswers(
+            self,
+            questions,
+            step,
+            self._submit([request(questions[place]) for place in self._share(len(questions))]),
+        )
+
+    def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> Sequence[str | None]:
+        """Return one response per user text; another attempt draws anew."""
+
+        def request(place: int) -> Ask:
+            # Named by the text, not by its place: which texts are rewritten together depends on
+            # which answers were there.
+            return self._request(texts[place], 1, "rewrite", step, attempt, texts[place])
+
+        def told(places: Sequence[int], outcomes: Sequence[Outcome]) -> list[_Told]:
+            return [
+                _Told(
+                    place,
+                    (),
+                    next((choice.content for choice in out.answers()), None),
+                    len(out.choices),
+                    out.problem,
+                    out.is_refused,
+                )
+                for place, out in zip(places, outcomes, strict=True)
+            ]
+
+        future = self._submit([request(place) for place in self._share(len(texts))], is_urgent=True)
+        return [each.text for each in self.collect(future, len(texts), told, step)]
+
+    def collect(
+        self,
+        future: Future[list[Outcome]],
+        count: int,
+        tell: Callable[[Sequence[int], Sequence[Outcome]], list[_Told]],
+        step: int,
+    ) -> list[_Told]:
+        """Wait for every replica's share and exchange; one entry per question or text, in order and
+        the same on every rank.
+
+        Raises:
+            TeacherLostError: Some were not answered, and the run is not to go on without.
+        """
+        is_done = False
+        while not is_done:
+            wait([future], timeout=MEETING_SECONDS)
+            is_done = self.have_all_answers(future)
+        local = tell(self._share(count), future.result()) if self._exchange.is_leader else []
+        told = {each.index: each for replica in self._exchange.gather(local) for each in replica}
+        self._heed_losses(list(told.values()), step)
+        return [told[index] for index in range(count)]
+
+    def have_all_answers(self, future: Future[list[Outcome]]) -> bool:
+        """Return whether every replica has its share."""
+        return all(done for replica in self._exchange.gather([future.done()]) for done in replica)
+
+    def verified(
+        self, answers: Sequence[tuple[Question, Sequence[Choice]]], step: int
+    ) -> list[tuple[Rollout, ...]]:
+        """Grade all answers in one batch; one that cannot be graded is left out.
+
+        `rollout_logprobs` are not known for another tokenizer.
+        """
+        lost = sum(self._config.num_rollouts - len(choices) for _, choices in answers)
+        self._pool.counts["lost_rollouts"] += lost
+        verdicts = iter(
+            self._verifier.verify_all(
+                [(question, choice.text) for question, choices in answers for choice in choices]
+            )
+        )
+        rollouts = []
+        for _, choices in answers:
+            graded = [(choice, next(verdicts)) for choice in choices]
+            rollouts.append(
+                tuple(
+                    self._rollout(c, v.parsed, v.reward, step)
+                    for c, v in graded
+                    if v.reward is not None
+                )
+            )
+        if self._tokens is not None:
+            self._pool.counts["out_of_vocabulary_tokens"] = self._tokens.num_lumped
+        return rollouts
+
+    def _rollout(self, choice: Choice, parsed: str | None, reward: float, step: int) -> Rollout:
+        read = self._tokens.read(choice) if self._tokens is not None else None
+        ids, top = (
+            read
+            if read is not None
+            else (np.array(self._tokenize(choice.text), dtype=np.int64), None)
+        )
+        return Rollout(
+            response_ids=ids,
+            rollout_logprobs=None,
+            finish_reason=choice.finish_reason,
+            text=choice.text,
+            parsed=parsed,
+            reward=float(reward),
+            policy_version=step,
+            teacher_top=top,
+        )
+
+    def _share(self, count: int) -> range:
+        """Return the places that this rank asks for: those of its replica, if it speaks for it."""
+        return (
+            range(self._exchange.replica, count, self._exchange.num_replicas)
+            if self._exchange.is_leader
+            else range(0)
+        )
+
+    def _request(self, text: str, num_choices: int, *path: str | int) -> Ask:
+        seed = int(generator(self._seed, *path).integers(2**31))
+        return Ask(
+            text, num_choices, self._config.temperature, self._config.max_response_tokens, seed
+        )
+
+    def _submit(self, asks: Sequence[Ask], is_urgent: bool = False) -> Future[list[Outcome]]:
+        if not asks:
+            nothing: Future[list[Outcome]] = Future()
+            nothing.set_result([])
+            return nothing
+        retries = None if self._config.on_failure == "wait" else self._config.num_retries
+        return self._pool.submit(
+            asks,
+            Patience(
+                max_seconds=self._config.max_wait_seconds, num_retries=retries, is_urgent=is_urgent
+            ),
+        )
+
+    def _heed_losses(self, told: Sequence[_Told], step: int) -> None:
+        """Log what was not answered, and stop on every rank alike if the run is not to go on
+        without it.
+        """
+        refused = [each for each in told if each.is_refused and not each.num_answers]
+        lost = [each for each in told if not each.is_refused and not each.num_answers]
+        if refused:
+            logger.warning(
+                "step %d: the teacher has no answer %d of %d times: %s",
+                step,
+                len(refused),
+                len(told),
+                refused[0].problem,
+            )
+        if not lost:
+            return
+        what = (
+            f"teacher: no answer to {len(lost)} of {len(told)} requests of step {step}, got "
+            f"{lost[0].problem!r}"
+        )
+        if self._config.on_failure != "ncq_only":
+            raise TeacherLostError(
+                f"{what}, expected one within teacher.max_wait_seconds and teacher.num_retries; "
+                "mend the server and start the run again to resume, or set "
+                "teacher.on_failure=ncq_only to go on without it"
+            )
+        logger.warning("%s; the run goes on without", what)

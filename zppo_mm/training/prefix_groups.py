@@ -1,0 +1,198 @@
+"""What goes through the network together: a prompt with some of its responses, spread over replicas
+and filled into micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from zppo_mm.experience import TrainingSample
+
+Indices = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixGroup:
+    """Samples whose prompt is passed once.
+
+    Attributes:
+        uid: Group of the samples, whose media the replica that has them opens.
+        owner: What the samples have in common: their uid, or the sample itself where prompts are
+            not shared.
+        prompt_tokens: Of the one prompt.
+        response_tokens: By sample index.
+    """
+
+    uid: str
+    owner: str | int
+    prompt_tokens: int
+    response_tokens: dict[int, int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are passed, the prompt's counted once."""
+        return self.prompt_tokens + sum(self.response_tokens.values())
+
+    @property
+    def longest_sample(self) -> int:
+        """Tokens of the prompt and the longest response."""
+        return self.prompt_tokens + max(self.response_tokens.values())
+
+    def keep(self, indices: Iterable[int]) -> PrefixGroup:
+        """Return the prefix group with some of its samples."""
+        return PrefixGroup(
+            self.uid,
+            self.owner,
+            self.prompt_tokens,
+            {index: self.response_tokens[index] for index in indices},
+        )
+
+    def fits(self, other: PrefixGroup, max_tokens: int) -> bool:
+        """Return whether the two have their prompt in common and together at most `max_tokens`."""
+        return (
+            self.owner == other.owner
+            and self.num_tokens + other.num_tokens - self.prompt_tokens <= max_tokens
+        )
+
+    def join(self, other: PrefixGroup) -> PrefixGroup:
+        """Return one prefix group of the two."""
+        return PrefixGroup(
+            self.uid, self.owner, self.prompt_tokens, self.response_tokens | other.response_tokens
+        )
+
+
+def make_prefix_groups(
+    samples: Sequence[TrainingSample], members: Iterable[int], max_tokens: int, share_prompts: bool
+) -> list[PrefixGroup]:
+    """Form prefix groups: whole groups as far as they fit a micro-batch, or single samples where
+    prompts are not shared.
+
+    Args:
+        samples: Of the whole step.
+        members: Indices of those to form prefix groups of.
+        max_tokens: Most tokens of a prefix group of several samples.
+        share_prompts: Whether samples of one uid, whose prompts are equal, pass it once.
+    """
+    prefix_groups: dict[str | int, PrefixGroup] = {}
+    for index in members:
+        sample = samples[index]
+        owner = sample.uid if share_prompts else index
+        response = {index: sample.num_tokens - sample.num_prompt_tokens}
+        alone = PrefixGroup(sample.uid, owner, sample.num_prompt_tokens, response)
+        prefix_groups[owner] = prefix_groups[owner].join(alone) if owner in prefix_groups else alone
+    return [
+        prefix_group.keep(bin)
+        for prefix_group in prefix_groups.values()
+        for bin in fill(prefix_group.response_tokens, max_tokens - prefix_group.prompt_tokens)
+    ]
+
+
+def balance(
+    prefix_groups: Sequence[PrefixGroup], num_replicas: int, max_tokens: int
+) -> list[list[PrefixGroup]]:
+    """Spread whole groups over replicas: the largest first, always to the replica with the fewest
+    tokens.
+
+    A group is divided, and its media opened by two replicas, only where the totals of two would
+    otherwise differ by more than the longest sample; so they never do. As long as the longest
+    sample is shorter than that difference, moving any one of the heavier replica's samples leaves
+    both below what the heavier had, so this ends.
+
+    Args:
+        prefix groups: What to spread.
+        num_replicas: Number of shares.
+        max_tokens: Up to which parts of a group that meet on a replica become one prefix group
+            again.
+    """
+    shares: list[list[PrefixGroup]] = [[] for _ in range(num_replicas)]
+    totals = [0] * num_replicas
+    by_uid: dict[str, list[PrefixGroup]] = {}
+    for prefix_group in prefix_groups:
+        by_uid.setdefault(prefix_group.uid, []).append(prefix_group)
+    # The sort is stable: those of one size come in the order of their samples.
+    for same in sorted(by_uid.values(), key=_num_tokens, reverse=True):
+        lightest = min(range(num_replicas), key=totals.__getitem__)
+        shares[lightest] += same
+        totals[lightest] += _num_tokens(same)
+    longest = max((prefix_group.longest_sample for prefix_group in prefix_groups), default=0)
+    while (difference := max(totals) - min(totals)) > longest:
+        heaviest, lightest = totals.index(max(totals)), totals.index(min(totals))
+        largest = max(shares[heaviest], key=lambda prefix_group: prefix_group.num_tokens)
+        shares[heaviest].remove(largest)
+        kept, moved = _divide(largest, (difference - largest.prompt_tokens) // 2)
+        for prefix_group in kept:
+            _add(shares[heaviest], prefix_group, max_tokens)
+        _add(shares[lightest], moved, max_tokens)
+        totals = [_num_tokens(share) for share in shares]
+    return shares
+
+
+def _num_tokens(prefix_groups: Iterable[PrefixGroup]) -> int:
+    return sum(prefix_group.num_tokens for prefix_group in prefix_groups)
+
+
+def _divide(prefix_group: PrefixGroup, room: int) -> tuple[list[PrefixGroup], PrefixGroup]:
+    """Return what stays of a prefix group, if anything, and what goes: the longest responses that
+    have room, or the shortest one.
+    """
+    by_length = sorted(
+        prefix_group.response_tokens,
+        key=lambda index: (-prefix_group.response_tokens[index], index),
+    )
+    moved = []
+    for index in by_length:
+        if prefix_group.response_tokens[index] <= room:
+            room -= prefix_group.response_tokens[index]
+            moved.append(index)
+    moved = moved or by_length[-1:]
+    kept = [index for index in by_length if index not in moved]
+    return [prefix_group.keep(kept)] if kept else [], prefix_group.keep(moved)
+
+
+def _add(share: list[PrefixGroup], prefix_group: PrefixGroup, max_tokens: int) -> None:
+    """Add to a share; parts of a group that fit a micro-batch together become one, so that no
+    prompt is counted twice in it.
+    """
+    for place, other in enumerate(share):
+        if other.fits(prefix_group, max_tokens):
+            share[place] = other.join(prefix_group)
+            return
+    share.append(prefix_group)
+
+
+def fill_microbatches(prefix_groups: Sequence[PrefixGroup], max_tokens: int) -> tuple[Indices, ...]:
+    """Return the sample indices of few micro-batches that together hold the prefix groups."""
+    bins = fill(
+        {place: prefix_group.num_tokens for place, prefix_group in enumerate(prefix_groups)},
+        max_tokens,
+    )
+    # In sample order, the rollouts of a group lie together and share their media in the source's
+    # cache.
+    return tuple(
+        sorted(
+            tuple(sorted(index for place in bin for index in prefix_groups[place].response_tokens))
+            for bin in bins
+        )
+    )
+
+
+def fill(lengths: dict[int, int], max_tokens: int) -> list[list[int]]:
+    """Pack things into few bins: the longest first, always into the first that has room.
+
+    Args:
+        lengths: Tokens by index.
+        max_tokens: Room of a bin; what is longer is alone in one.
+    """
+    bins: list[list[int]] = []
+    rooms: list[int] = []
+    for index in sorted(lengths, key=lambda i: (-lengths[i], i)):
+        for place, room in enumerate(rooms):
+            if lengths[index] <= room:
+                bins[place].append(index)
+                rooms[place] -= lengths[index]
+                break
+        else:
+            bins.append([index])
+            rooms.append(max_tokens - lengths[index])
+    return bins

@@ -1,0 +1,187 @@
+"""What a distributed checkpoint keeps: boxes of whole tensors, each with the memory that holds it
+on this rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+PIECE_BYTES = 1 << 26
+"""What is written and read at once: a rank reads the pieces that overlap its share, each of them
+whole.
+"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Box:
+    """A part of a whole tensor.
+
+    Attributes:
+        key: The whole tensor's name in the checkpoint.
+        whole: Its shape.
+        offsets: First element of the part along every axis.
+        tensor: The part, with as many axes as the whole.
+    """
+
+    key: str
+    whole: torch.Size
+    offsets: torch.Size
+    tensor: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """What is written at once: a box of at most about `PIECE_BYTES`, or a small object.
+
+    Attributes:
+        item: What the checkpoint's plan says about it.
+        content: Makes the tensor, or the object as bytes, when its turn has come.
+    """
+
+    item: WriteItem
+    content: Callable[[], torch.Tensor | bytes]
+
+
+def parts_of(entry: Any) -> list[ShardedTensor]:
+    """Return the tensors that one of Megatron's entries is saved as; a fused parameter is saved as
+    its sections.
+    """
+    return (
+        list(nested_values([entry.build()])) if isinstance(entry, ShardedTensorFactory) else [entry]
+    )
+
+
+def boxes_of(entry: Any) -> list[Box]:
+    """Return an entry's tensors as boxes that share its memory; a small object has none."""
+    if isinstance(entry, ShardedObject):
+        return []
+    return [_box(part, part.data.detach(), [0] * part.data.ndim) for part in parts_of(entry)]
+
+
+def flat_boxes_of(entry: Any, data: torch.Tensor, start: int, prefix: str) -> list[Box]:
+    """Return boxes of other contents for a stretch of an entry's elements.
+
+    Args:
+        entry: Megatron's, of a parameter.
+        data: `[elements]`, contiguous: a stretch of something with the parameter's shape, in memory
+            order.
+        start: Where the stretch begins in the parameter.
+        prefix: Put before the entry's keys.
+    """
+    # Says where the sections of a fused parameter lie in it, without memory of their own.
+    whole = dataclasses.replace(
+        entry, data=torch.empty(entry.data.shape, dtype=entry.data.dtype, device="meta")
+    )
+    boxes = []
+    for part in parts_of(whole):
+        assert part.data.is_contiguous(), f"{part.key}: sections are cut along the first axis"
+        begin = part.data.storage_offset()
+        first, last = max(start, begin), min(start + data.numel(), begin + part.data.numel())
+        for offsets, sizes, place in _cut(tuple(part.data.shape), first - begin, last - begin):
+            here = begin + place - start
+            box = _box(part, data[here : here + math.prod(sizes)].view(sizes), offsets)
+            boxes.append(dataclasses.replace(box, key=f"{prefix}{part.key}"))
+    return boxes
+
+
+def _box(part: ShardedTensor, data: torch.Tensor, offsets: Sequence[int]) -> Box:
+    prepended = part.prepend_axis_num
+    place = [
+        origin + step
+        for origin, step in zip(part.global_offset, [0] * prepended + list(offsets), strict=True)
+    ]
+    shape = torch.Size([1] * prepended + list(data.shape))
+    return Box(part.key, torch.Size(part.global_shape), torch.Size(place), data.view(shape))
+
+
+def _cut(
+    shape: tuple[int, ...], start: int, stop: int
+) -> Iterator[tuple[list[int], list[int], int]]:
+    """Cut a stretch of a tensor's elements, in memory order, into boxes: offsets, sizes and first
+    element of each.
+    """
+    if start >= stop:
+        return
+    if len(shape) == 1:
+        yield [start], [stop - start], start
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row
+    if first > last:  # within one row
+        yield from _cut_row(shape, last, start, stop)
+        return
+    if start < first * row:
+        yield from _cut_row(shape, first - 1, start, first * row)
+    if first < last:
+        yield [first, *[0] * (len(shape) - 1)], [last - first, *shape[1:]], first * row
+    if last * row < stop:
+        yield from _cut_row(shape, last, last * row, stop)
+
+
+def _cut_row(
+    shape: tuple[int, ...], number: int, start: int, stop: int
+) -> Iterator[tuple[list[int], list[int], int]]:
+    origin = number * math.prod(shape[1:])
+    for offsets, sizes, place in _cut(shape[1:], start - origin, stop - origin):
+        yield [number, *offsets], [1, *sizes], origin + place
+
+
+def pieces_of(box: Box, make: Callable[[], torch.Tensor]) -> Iterator[Piece]:
+    """Cut a box along its first axis that is longer than 1.
+
+    Args:
+        box: Its memory is not looked at.
+        make: Returns the contents of the whole box, when a piece of it is to be written.
+    """
+    shape = list(box.tensor.shape)
+    axis = next((place for place, length in enumerate(shape) if length > 1), 0)
+    step = max(
+        1, shape[axis] * PIECE_BYTES // max(1, box.tensor.numel() * box.tensor.dtype.itemsize)
+    )
+    for start in range(0, shape[axis], step):
+        rows = min(step, shape[axis] - start)
+        offsets, sizes = list(box.offsets), list(shape)
+        offsets[axis], sizes[axis] = offsets[axis] + start, rows
+        chunk = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
+        data = TensorWriteData(
+            chunk=chunk, properties=TensorProperties(dtype=box.tensor.dtype), size=box.whole
+        )
+        item = WriteItem(
+            index=MetadataIndex(box.key, chunk.offsets), type=WriteItemType.SHARD, tensor_data=data
+        )
+        yield Piece(item, partial(_rows, make, axis, start, rows))
+
+
+def _rows(make: Callable[[], torch.Tensor], axis: int, start: int, count: int) -> torch.Tensor:
+    return make().narrow(axis, start, count)
+
+
+def object_pieces(entry: Any) -> Iterator[Piece]:
+    """Return a small object that one of Megatron's entries is saved as, which its own reader asks
+    for; none if it is a tensor.
+    """
+    if isinstance(entry, ShardedObject):
+        content = io.BytesIO()
+        torch.save([entry.data], content)
+        yield Piece(
+            WriteItem(MetadataIndex(entry.unique_key), WriteItemType.BYTE_IO), content.getvalue
+        )

@@ -1,0 +1,266 @@
+"""Compressors: from a whole response to a candidate of a few lines that keeps its final answer.
+
+Right and wrong responses are treated alike, so that length and style do not tell them apart.
+Source: ZPPO (arXiv 2606.18216), candidate compression.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from data.text import read_text_file
+from zppo_mm.errors import ConfigError
+from zppo_mm.rewards.boxes import final_answer, last_boxed
+from zppo_mm.rewards.mathematics import compare
+from zppo_mm.special_tokens import escape_special_tokens
+from zppo_mm.teacher.teacher import CompressedTrace, Trace
+
+logger = logging.getLogger(__name__)
+
+BUNDLED_TEMPLATE = Path(__file__).parent / "templates" / "compress.txt"
+TEMPLATE_FIELDS = ("question", "trace", "answer")
+NUM_ATTEMPTS = 2
+NO_ANSWER = "(none was given)"
+
+_DROPPED = re.compile(r"</?think>|<\|[^<>|\s]*\|>")
+# The brace of the boxed answer and the end of the formula around it, so that an opened "$" stays
+# closed.
+_CLOSING = re.compile(r"\s*\}[ }]*(\${1,2}|\\\)|\\\])")
+_THINK_END = "</think>"
+
+Generate = Callable[[Sequence[str], int, int], Sequence[str | None]]
+"""From user prompts, the step and the number of the attempt (for the random stream) to one response
+each; `None` where none was had.
+"""
+
+
+class RuleCompressor:
+    """Keeps the last lines up to the final boxed answer, without thinking tags and special tokens.
+    Implements `Compressor`.
+
+    What comes before the last lines goes first, what comes after the final answer goes too. If one
+    line is still too long, its beginning goes; the boxed answer goes last, and only if it alone is
+    over the cap.
+
+    Args:
+        count_tokens: Length of a text in the student's tokens.
+        max_tokens: Cap of a candidate.
+        max_lines: Most lines of a candidate.
+    """
+
+    def __init__(self, count_tokens: Callable[[str], int], max_tokens: int, max_lines: int) -> None:
+        self.count_tokens = count_tokens
+        self.max_tokens = max_tokens
+        self.max_lines = max_lines
+
+    def compress(self, traces: Sequence[Trace], step: int) -> list[CompressedTrace]:
+        """Return one cut trace per trace; the step plays no part."""
+        return [CompressedTrace(self.cut(trace.text, trace.answer), "rule", 0) for trace in traces]
+
+    def cut(self, text: str, answer: str | None) -> str:
+        """Return the text within both caps, its boxed answer at the end.
+
+        Args:
+            text: A whole response.
+            answer: Its parsed answer; `None` keeps the end of the text and boxes nothing.
+        """
+        body, boxed = _split_at_answer(_DROPPED.sub(" ", text), answer)
+        lines = _lines(body)
+        # The answer belongs to the line it stands in; on a line of its own it takes one of the
+        # lines.
+        own_line = bool(boxed) and (not lines or body.rstrip(" \t").endswith("\n"))
+        lines = (
+            [*lines, boxed]
+            if own_line
+            else [*lines[:-1], f"{lines[-1]} {boxed}".strip()]
+            if lines
+            else []
+        )
+        lines = lines[-self.max_lines :]
+        while len(lines) > 1 and self.count_tokens("\n".join(lines)) > self.max_tokens:
+            lines.pop(0)
+        return self._tail("\n".join(lines), boxed)
+
+    def lines(self, text: str) -> list[str]:
+        """Return the lines of a text without thinking tags, special tokens and needless space."""
+        return _lines(_DROPPED.sub(" ", text))
+
+    def _tail(self, line: str, boxed: str) -> str:
+        """Return the longest end of a line within the cap, cut between words where the answer
+        allows it.
+        """
+        if self.count_tokens(line) <= self.max_tokens:
+            return line
+        words = line.removesuffix(boxed).split()
+        kept = _longest(
+            len(words), lambda n: self._fits(" ".join((*words[len(words) - n :], boxed)).strip())
+        )
+        text = " ".join((*words[len(words) - kept :], boxed)).strip()
+        if self._fits(text) and text:
+            return text
+        source = boxed or line
+        return source[
+            len(source) - _longest(len(source), lambda n: self._fits(source[len(source) - n :])) :
+        ]
+
+    def _fits(self, text: str) -> bool:
+        return self.count_tokens(text) <= self.max_tokens
+
+
+class TeacherCompressor:
+    """Lets the teacher rewrite responses and refuses rewrites that change the final answer.
+    Implements `Compressor`.
+
+    A refused rewrite is asked for once more; then the response is cut by rule, as it is when the
+    teacher does not answer. A faithful rewrite over the caps is cut as well.
+
+    Args:
+        generate: The teacher as a function of user texts.
+        rule: Cuts what was not rewritten, or not short enough.
+        template: With the fields `{question}`, `{trace}` and `{answer}`, optionally `{max_lines}`.
+    """
+
+    def __init__(self, generate: Generate, rule: RuleCompressor, template: str) -> None:
+        self.generate = generate
+        self.rule = rule
+        self.template = template
+
+    def compress(self, traces: Sequence[Trace], step: int) -> list[CompressedTrace]:
+        """Return one compressed trace per trace; each attempt is one call for all traces that still
+        need it.
+        """
+        rewritten: dict[int, str] = {}
+        rejects = [0] * len(traces)
+        for attempt in range(NUM_ATTEMPTS):
+            open_traces = [index for index in range(len(traces)) if index not in rewritten]
+            if not open_traces:
+                break
+            texts = self.generate(
+                [self._prompt(traces[index]) for index in open_traces], step, attempt
+            )
+            for index, text in zip(open_traces, texts, strict=True):
+                if text is None:
+                    continue
+                rewrite = text.rpartition(_THINK_END)[2].strip()
+                if _keeps_answer(rewrite, traces[index].answer):
+                    rewritten[index] = self.rule.cut(rewrite, final_answer(rewrite))
+                else:
+                    rejects[index] += 1
+        if sum(rejects):
+            logger.info(
+                "compression at step %d: %d rewrites changed the final answer, %d of %d traces "
+                "were cut instead",
+                step,
+                sum(rejects),
+                len(traces) - len(rewritten),
+                len(traces),
+            )
+        return [
+            CompressedTrace(rewritten[index], "rewritten", rejects[index])
+            if index in rewritten
+            else CompressedTrace(self.rule.cut(trace.text, trace.answer), "cut", rejects[index])
+            for index, trace in enumerate(traces)
+        ]
+
+    def _prompt(self, trace: Trace) -> str:
+        return fill_template(self.template, trace, self.rule.max_lines)
+
+
+def fill_template(template: str, trace: Trace, max_lines: int) -> str:
+    """Return the prompt that asks the teacher to rewrite a response, made escaped.
+
+    Args:
+        template: With any of the fields `{question}`, `{trace}`, `{answer}` and `{max_lines}`.
+        trace: The response.
+        max_lines: Most lines of the rewrite.
+    """
+    fields = {
+        "question": trace.question.text,
+        "trace": escape_special_tokens(_DROPPED.sub(" ", trace.text)).strip(),
+        "answer": escape_special_tokens(trace.answer) if trace.answer else NO_ANSWER,
+        "max_lines": str(max_lines),
+    }
+    return re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), template)
+
+
+def load_compression_template(path: str = "") -> str:
+    """Read the rewriting prompt; an empty path means the bundled one.
+
+    Raises:
+        ConfigError: If the file is missing or lacks a field.
+        DataError: If it is no valid text.
+    """
+    return read_template(
+        "compression template", Path(path) if path else BUNDLED_TEMPLATE, TEMPLATE_FIELDS
+    )
+
+
+def read_template(name: str, file: Path, required: Sequence[str]) -> str:
+    """Read a prompt for the teacher.
+
+    Args:
+        name: What the file is, for errors.
+        file: A text file.
+        required: Fields that it must have.
+
+    Raises:
+        ConfigError: If the file is missing or lacks a field.
+        DataError: If it is no valid text.
+    """
+    if not file.is_file():
+        raise ConfigError(
+            f"{name}: no such file, got {str(file)!r}, expected a text file; correct the path"
+        )
+    text = read_text_file(file, name).strip()
+    missing = [field for field in required if f"{{{field}}}" not in text]
+    if missing:
+        raise ConfigError(
+            f"{name}: {file} lacks {', '.join(f'{{{field}}}' for field in missing)}, expected the "
+            f"fields {', '.join(f'{{{field}}}' for field in required)}; put them where their texts "
+            "belong"
+        )
+    return text
+
+
+def _split_at_answer(text: str, answer: str | None) -> tuple[str, str]:
+    """Return what comes before the final boxed answer, and that answer boxed on one line; all of
+    the text without one.
+    """
+    if answer is None:
+        return text.rstrip(), ""
+    boxed = f"\\boxed{{{' '.join(_DROPPED.sub(' ', answer).split())}}}"
+    found = last_boxed(text)
+    if found is None:
+        return text, boxed
+    start = text.rfind("\\boxed")
+    closing = _CLOSING.match(text, text.index(found, start) + len(found))
+    return text[:start], boxed + (closing[1] if closing else "")
+
+
+def _lines(text: str) -> list[str]:
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+def _keeps_answer(rewrite: str, answer: str | None) -> bool:
+    """Return whether a rewrite boxes the same answer, or none where there was none; an unclear case
+    counts as changed.
+    """
+    boxed = final_answer(rewrite)
+    if boxed is None or answer is None:
+        return boxed is None and answer is None and bool(rewrite)
+    return compare(boxed, answer) is True
+
+
+def _longest(limit: int, fits: Callable[[int], bool]) -> int:
+    """Return the largest length up to `limit` that fits, by bisection; 0 if none does."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,158 @@
+"""Hints: from a correct response of the teacher to a few lines that help without giving the answer
+away.
+
+Source: the `hint` baseline of ZPPO (arXiv 2606.18216).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from zppo_mm.rewards.boxes import last_boxed
+from zppo_mm.teacher.teacher import Hint, Trace
+from zppo_mm.zone.compress import (
+    NUM_ATTEMPTS,
+    Generate,
+    RuleCompressor,
+    fill_template,
+    read_template,
+)
+
+logger = logging.getLogger(__name__)
+
+BUNDLED_TEMPLATE = Path(__file__).parent / "templates" / "write_hint.txt"
+_THINK_END = "</think>"
+_BOX_START = "\\boxed"
+
+
+class RuleHintWriter:
+    """Keeps the beginning of the reasoning: the lines in which the answer does not appear.
+    Implements `HintWriter`.
+
+    Where it appears in every line, the first one is kept up to it.
+
+    Args:
+        rule: Holds the caps, those of a candidate.
+    """
+
+    def __init__(self, rule: RuleCompressor) -> None:
+        self.rule = rule
+
+    def write(self, traces: Sequence[Trace], step: int) -> list[Hint]:
+        """Return one hint per trace; the step plays no part."""
+        return [Hint(self._hint(trace)) for trace in traces]
+
+    def _hint(self, trace: Trace) -> str | None:
+        lines = self.rule.lines(trace.text.partition(_BOX_START)[0])
+        kept = [line for line in lines if not reveals(line, trace)]
+        if not kept and lines:
+            found = _appearance(lines[0], trace)
+            kept = [lines[0][: found.start()].strip()] if found else []
+        return self.beginning(kept)
+
+    def beginning(self, lines: Sequence[str]) -> str | None:
+        """Return as many of the first lines as the caps allow; `None` if that is none."""
+        kept = list(lines[: self.rule.max_lines])
+        while kept and self.rule.count_tokens("\n".join(kept)) > self.rule.max_tokens:
+            kept.pop()
+        return "\n".join(kept) or None
+
+
+class TeacherHintWriter:
+    """Lets the teacher write hints and refuses those that give the answer away. Implements
+    `HintWriter`.
+
+    A refused hint is asked for once more; then the rule makes one, as it does when the teacher does
+    not answer.
+
+    Args:
+        generate: The teacher as a function of user texts.
+        rule: Makes hints of what the teacher wrote none for.
+        template: With the fields `{question}` and `{trace}`, optionally `{max_lines}`.
+    """
+
+    def __init__(self, generate: Generate, rule: RuleHintWriter, template: str) -> None:
+        self.generate = generate
+        self.rule = rule
+        self.template = template
+
+    def write(self, traces: Sequence[Trace], step: int) -> list[Hint]:
+        """Return one hint per trace; each attempt is one call for all traces that still need it."""
+        written: dict[int, str] = {}
+        rejects = [0] * len(traces)
+        for attempt in range(NUM_ATTEMPTS):
+            missing = [index for index in range(len(traces)) if index not in written]
+            prompts = [
+                fill_template(self.template, traces[index], self.rule.rule.max_lines)
+                for index in missing
+            ]
+            for index, text in zip(
+                missing, self.generate(prompts, step, attempt) if prompts else (), strict=True
+            ):
+                whole = text.rpartition(_THINK_END)[2] if text is not None else ""
+                hint = self.rule.beginning(self.rule.rule.lines(whole))
+                if hint is None:
+                    continue
+                if reveals(whole, traces[index]):
+                    rejects[index] += 1
+                else:
+                    written[index] = hint
+        if sum(rejects):
+            by_rule_count = len(traces) - len(written)
+            logger.info(
+                "hints at step %d: %d gave the answer away, %d of %d by rule",
+                step,
+                sum(rejects),
+                by_rule_count,
+                len(traces),
+            )
+        by_rule = self.rule.write(traces, step)
+        return [
+            Hint(written.get(index, by_rule[index].text), rejects[index])
+            for index in range(len(traces))
+        ]
+
+
+def load_hint_template() -> str:
+    """Read the bundled prompt that asks for a hint."""
+    return read_template("hint template", BUNDLED_TEMPLATE, ("question", "trace"))
+
+
+def reveals(text: str, trace: Trace) -> bool:
+    """Return whether a text boxes something, contains the answer as a word of its own, or names the
+    right option.
+
+    An answer that stands in the question anyway, as the texts of options do, may be repeated.
+    """
+    return last_boxed(text) is not None or _appearance(text, trace) is not None
+
+
+def _appearance(text: str, trace: Trace) -> re.Match[str] | None:
+    """Return the first place of a text in which the answer, of the response or of the question,
+    stands as a word.
+    """
+    question = trace.question
+    if question.choices:
+        # A lone letter is a word of many languages; it names an option only where it is called one.
+        patterns = [
+            re.compile(
+                rf"\b(?:answer|option|choice)\b\W*(?:is\W*)?{re.escape(question.answer)}\b",
+                re.IGNORECASE,
+            )
+        ]
+    else:
+        answers = {
+            answer.strip()
+            for answer in (trace.answer, question.answer)
+            if answer and answer.strip()
+        }
+        words = [
+            re.compile(rf"(?<![\w.]){re.escape(answer)}(?!\w|\.\d)", re.IGNORECASE)
+            for answer in sorted(answers)
+        ]
+        patterns = [word for word in words if not word.search(question.text)]
+    found = [match for match in (pattern.search(text) for pattern in patterns) if match]
+    return min(found, key=lambda match: match.start(), default=None)
