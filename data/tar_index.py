@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data.atomic_files import write_atomically
 from data.errors import DataError, shown
 from data.tar_members import BLOCK, check_end, open_regular, read_at, rounded, tar_members
 
@@ -124,20 +125,13 @@ def sidecar_path(shard: Path) -> Path:
 
 
 def write_sidecar(shard: Path, index: TarIndex) -> None:
-    """Write the index beside its shard, aside first and then renamed."""
+    """Write the index beside its shard."""
     samples = {
         key: {member.extension: [member.offset, member.size, member.crc32] for member in members}
         for key, members in index.samples.items()
     }
-    target = sidecar_path(shard)
-    aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    aside.write_text(
-        json.dumps(
-            {"version": SIDECAR_VERSION, "tar_size": index.tar_size, "samples": samples},
-            separators=(",", ":"),
-        )
-    )
-    aside.replace(target)
+    content = {"version": SIDECAR_VERSION, "tar_size": index.tar_size, "samples": samples}
+    write_atomically(sidecar_path(shard), json.dumps(content, separators=(",", ":")))
 
 
 def load_index(shard: Path) -> TarIndex:

@@ -61,9 +61,11 @@ TORCH_FREE = (
     "zppo_mm.zone",
 )
 HEAVY = {"torch", "transformers", "megatron"}
-# The vision tower shares its work over a group that it is handed; it makes none.
+# The vision tower shares its work over a group that it is handed, and log-probs and divergences
+# reduce over the ranks of a split vocabulary; neither makes a group.
 PROCESS_GROUP_PARTS = (
     "encoders",
+    "zppo_mm.algorithms",
     "zppo_mm.lora",
     "zppo_mm.models",
     "zppo_mm.parallel",
