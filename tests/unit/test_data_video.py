@@ -92,7 +92,7 @@ def workers() -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process().children()
-        if any("media_worker" in part for part in child.cmdline())
+        if any("data.media.worker_main" in part for part in child.cmdline())
     ]
 
 

@@ -63,6 +63,7 @@ TORCH_FREE = (
 HEAVY = {"torch", "transformers", "megatron"}
 # The vision tower shares its work over a group that it is handed; it makes none.
 PROCESS_GROUP_PARTS = (
+    "zppo_mm.algorithms",
     "encoders",
     "zppo_mm.lora",
     "zppo_mm.models",
