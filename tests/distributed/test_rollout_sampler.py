@@ -19,8 +19,8 @@ from data.question import MediaRef, Question
 from data.sample import ShardSample
 from data.shards import ShardFolder, write_shards
 from data.stream import QuestionStream
-from tests.distributed.launch import run_ranks
-from tests.unit.tiny_folder import build_model
+from tests.support.launch import run_ranks
+from tests.support.tiny_folder import build_model
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.experience import Group, PromptInstance
 from zppo_mm.models.families.architecture import load_architecture

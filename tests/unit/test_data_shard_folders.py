@@ -15,7 +15,7 @@ from data.errors import DataError
 from data.lint import lint
 from data.shards import ShardFolder, ShardReader, write_shards
 from data.tar_index import scan_tar
-from tests.unit.shard_samples import END, QUESTION, member, sample
+from tests.support.shard_samples import END, QUESTION, member, sample
 
 GOOD = member("a.json", QUESTION)
 

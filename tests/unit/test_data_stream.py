@@ -16,7 +16,7 @@ from data.errors import DataError
 from data.health import SampleHealth
 from data.shards import ShardFolder, write_shards
 from data.stream import QuestionStream, share
-from tests.unit.shard_samples import sample
+from tests.support.shard_samples import sample
 
 SIZES = (1, 2, 7, 13)
 

@@ -13,8 +13,8 @@ from data.media.opening import Frames
 from data.question import MediaRef
 from data.shards import ShardFolder, write_shards
 from data.stream import QuestionStream
-from tests.unit.shard_samples import sample
-from tests.unit.tiny_folder import build_folder
+from tests.support.shard_samples import sample
+from tests.support.tiny_folder import build_folder
 from zppo_mm.config.load import load_config
 from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rollout.feed import QuestionFeed

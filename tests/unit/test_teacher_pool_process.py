@@ -23,7 +23,7 @@ from data.media.store import MediaStore
 from data.question import Question
 from data.shards import ShardFolder, write_shards
 from data.toy.digits_shards import digit_samples
-from tests.loopback_server import LoopbackServer, TinyModel, serve
+from tests.support.loopback_server import LoopbackServer, TinyModel, serve
 from zppo_mm.bundled import TEACHER_DIR
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.teacher.served.chat_api import Ask
