@@ -56,7 +56,7 @@ def test_two_questions_with_one_id_stop_the_step(tmp_path: Path) -> None:
         reformulator=unused,
         selection=unused,
         learner=unused,
-        portions=PlainSchedule(seed=0),
+        schedule=PlainSchedule(seed=0),
     )
     named = (
         r"two different questions have the id 'q1', got '1 \+ 1 = \?' \(source 'first'\) and "
