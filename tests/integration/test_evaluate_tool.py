@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from data.shards import ShardFolder, write_shards
+from data.shard_writer import write_shards
+from data.shards import ShardFolder
 from data.toy.digits_shards import build_digit_shards, digit_samples
 from tests.fault_proxy import PASS, stand_between
 from tests.integration.running import CLONE, RUN_TIMEOUT_SECONDS, lines, run
