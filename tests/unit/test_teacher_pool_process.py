@@ -21,7 +21,8 @@ from data.errors import DataError
 from data.media.opening import MediaLimits
 from data.media.store import MediaStore
 from data.question import Question
-from data.shards import ShardFolder, write_shards
+from data.shard_writer import write_shards
+from data.shards import ShardFolder
 from data.toy.digits_shards import digit_samples
 from tests.support.loopback_server import LoopbackServer, TinyModel, serve
 from zppo_mm.bundled import TEACHER_DIR
