@@ -33,7 +33,7 @@ class Letter:
 class Correspondent:
     letters: list[Letter] = field(default_factory=list)
 
-    def ask(self, questions: Sequence[Question], step: int) -> Letter:
+    def submit(self, questions: Sequence[Question], step: int) -> Letter:
         self.letters.append(
             Letter([each.id for each in questions], seconds=1.0 + len(self.letters))
         )
@@ -96,8 +96,8 @@ def test_what_is_lost_counts_as_not_answered_and_the_rest_is_heard() -> None:
             raise TeacherLostError("gone")
 
     class Unreliable(Correspondent):
-        def ask(self, questions: Sequence[Question], step: int) -> Letter:
-            letter = super().ask(questions, step)
+        def submit(self, questions: Sequence[Question], step: int) -> Letter:
+            letter = super().submit(questions, step)
             return Lost(letter.ids, 0.0) if "b" in letter.ids else letter
 
     pending = PendingAnswers(Unreliable(), 3)

@@ -36,7 +36,7 @@ class PendingAnswers:
         self._known |= fresh.keys()
         if self._teacher is not None and fresh:
             self._asked.append(
-                (frozenset(fresh), self._teacher.ask(list(fresh.values()), self._step))
+                (frozenset(fresh), self._teacher.submit(list(fresh.values()), self._step))
             )
 
     def want_only(self, question_ids: Collection[str]) -> int:
