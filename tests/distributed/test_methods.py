@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from data.sample import ShardSample
-from data.shards import write_shards
+from data.shard_writer import write_shards
 from tests.support.launch import run_ranks
 from zppo_mm.config.checks import METHODS
 from zppo_mm.config.load import load_config

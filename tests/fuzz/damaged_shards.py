@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from data.errors import DataError
 from data.question import Question
-from data.shards import ShardFolder, write_shards
+from data.shard_writer import write_shards
+from data.shards import ShardFolder
 from data.tar_index import split_name
 from tests.support.shard_samples import QUESTION, png, sample, with_checksum
 

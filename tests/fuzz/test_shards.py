@@ -55,7 +55,11 @@ FOREIGN = [
     for tar_format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 ]
 TRUTH = [
-    (key, json.loads(files[0][1])["answer"], [content for _, content in files[1:]])
+    (
+        key,
+        json.loads(dict(files)["json"])["answer"],
+        [content for extension, content in files if extension != "json"],
+    )
     for key, files in OURS.content
 ]
 

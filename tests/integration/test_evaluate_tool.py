@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from data.shards import ShardFolder, write_shards
+from data.shard_writer import write_shards
+from data.shards import ShardFolder
 from data.toy.digits_shards import build_digit_shards, digit_samples
 from tests.support.fault_proxy import PASS, stand_between
 from tests.support.loopback_server import TinyModel, serve

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from data.shards import write_shards
+from data.shard_writer import write_shards
 from data.toy.digits_shards import digit_samples
 from tests.support.fault_proxy import PASS, stand_between
 from tests.support.loopback_server import LoopbackServer, TinyModel, serve

@@ -17,7 +17,8 @@ from data.health import SampleHealth
 from data.imports.convert import convert_jsonl
 from data.lint import lint
 from data.media.opening import MediaLimits, MediaOpener
-from data.shards import ShardFolder, write_shards
+from data.shard_writer import write_shards
+from data.shards import ShardFolder
 from data.tar_index import sidecar_path
 from data.toy.easy_vqa import ANSWER_KINDS, easy_vqa_samples
 from tests.support.shard_samples import png, sample

@@ -12,7 +12,8 @@ from data.errors import DataError
 from data.health import SampleHealth
 from data.media.opening import Frames
 from data.question import MediaRef, Question
-from data.shards import ShardFolder, write_shards
+from data.shard_writer import write_shards
+from data.shards import ShardFolder
 from tests.support.shard_samples import sample
 from tests.support.tiny_folder import build_folder
 from zppo_mm.parallel.exchange import SingleProcess

@@ -18,7 +18,8 @@ from data.health import SampleHealth
 from data.media.opening import Frames
 from data.question import MediaRef, Question
 from data.sample import ShardSample
-from data.shards import ShardFolder, write_shards
+from data.shard_writer import write_shards
+from data.shards import ShardFolder
 from data.stream import QuestionStream
 from tests.support.tiny_folder import build_folder
 from zppo_mm.experience import PromptInstance
