@@ -256,7 +256,7 @@ def load(
     entries = save_entries(policy.model)
     found = optimizer_state.shares(policy.optimizer)
     weights = [box for entry in entries.values() for box in boxes_of(entry)]
-    states = optimizer_state.boxes(entries, found, only_main=False)
+    states = optimizer_state.boxes(entries, found)
     wanted = set().union(*parallel.gather_from_ranks({box.key for box in weights + states}))
     with torch.no_grad():
         readers = _readers(weights)
@@ -317,7 +317,7 @@ def _pieces(policy: Policy) -> list[Piece]:
     entries = save_entries(policy.model)
     weights = [box for entry in entries.values() for box in boxes_of(entry)]
     found = optimizer_state.shares(policy.optimizer)
-    states = optimizer_state.boxes(entries, found, only_main=True)
+    states = optimizer_state.boxes(entries, found)
     objects = [piece for entry in entries.values() for piece in object_pieces(entry)]
     return objects + [
         piece for box in weights + states for piece in pieces_of(box, partial(_same, box.tensor))
