@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 from zppo_mm.config.schema import ZoneConfig
 from zppo_mm.experience import Candidate, Group, GroupKind, PromptInstance, Rollout
@@ -283,9 +282,7 @@ class Reformulator:
                 chosen = right[
                     generator(self.seed, kind, step, group.question.id).integers(len(right))
                 ]
-                plans.append(
-                    _Plan(cast(GroupKind, kind), group, (_Pick(group, chosen, by_teacher=True),))
-                )
+                plans.append(_Plan(kind, group, (_Pick(group, chosen, by_teacher=True),)))
         return plans
 
     def _hint_prompt(self, plan: _Plan, hint: str, step: int) -> PromptInstance:
@@ -306,7 +303,7 @@ class Reformulator:
         """
         assert self.student_ids is not None
         ids = self.student_ids(plan.picks[0].rollout)
-        count = min(max(count_of_share(self.zone.prefix_share, len(ids)), 1), len(ids) - 1)
+        count = min(max(count_of_share(self.zone.prefix_fraction, len(ids)), 1), len(ids) - 1)
         question = plan.group.question
         prefix = tuple(int(token) for token in ids[:count])
         return PromptInstance(
