@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.question import Question
-from zppo_mm.methods import PLAIN_KINDS as PLAIN_KINDS
+from zppo_mm.methods import PLAIN_KINDS
 from zppo_mm.methods import GroupKind as GroupKind
 
 if TYPE_CHECKING:
