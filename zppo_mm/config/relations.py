@@ -35,7 +35,7 @@ def check_relations(config: RunConfig) -> None:
     _check_lora(config.lora, config.train)
     _check_teachers(config.teacher, config.fallback_teachers)
     _check_judge(config.reward, config.teacher, config.parallel)
-    _check_teacher_ranks(config.teacher, config.distill.source)
+    _check_teacher_ranks(config.teacher)
 
 
 def _check_name(name: str) -> None:
@@ -255,19 +255,8 @@ def _check_teacher(where: str, teacher: TeacherConfig) -> None:
         )
 
 
-def _check_teacher_ranks(teacher: TeacherConfig, distill_source: str) -> None:
+def _check_teacher_ranks(teacher: TeacherConfig) -> None:
     """Check a teacher on ranks of its own; how many ranks the job has is known later."""
-    if teacher.ask_ahead and not (teacher.endpoints or teacher.num_ranks):
-        raise ConfigError(
-            "teacher.ask_ahead: for a teacher that answers while the student samples, got "
-            f"{teacher.ask_ahead:g} with one on the student's ranks, expected 0; set "
-            "teacher.endpoints or teacher.num_ranks, or leave it out"
-        )
-    if teacher.ask_ahead and distill_source == "teacher":
-        raise ConfigError(
-            "teacher.ask_ahead: distillation on the teacher's text asks about every question first "
-            f"of all, got {teacher.ask_ahead:g}, expected 0; leave it out"
-        )
     sizes = (teacher.tensor_model_parallel_size, teacher.pipeline_model_parallel_size)
     if not teacher.num_ranks:
         if max(sizes) > 1:

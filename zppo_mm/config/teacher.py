@@ -58,16 +58,6 @@ class TeacherConfig:
         choices=("wait", "ncq_only", "stop"),
         may_change_on_resume=True,
     )
-    ask_ahead: float = key(
-        0.0,
-        "Fraction of a step's plain prompts, the last to be sampled, that the teacher is asked "
-        "before the student has tried them, rounded up to whole waves. Answers to questions that "
-        "are not hard are discarded. 0: only hard questions are asked.",
-        at_least=0,
-        at_most=1,
-        may_change_on_resume=True,
-        first_teacher_only=True,
-    )
     max_concurrency: int = key(
         32,
         "Maximum number of requests in flight at one server, over all ranks. Every replica has at "
