@@ -8,11 +8,13 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
+
 from data.question import MediaRef
-from zppo_mm.experience import FinishReason
+from zppo_mm.experience import FinishReason, FloatArray, IntArray
 from zppo_mm.teacher.served.received_text import ReceivedText
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,24 @@ Content = str | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
+class Batch:
+    """Requests that a teacher on ranks of its own samples together, however they arrive, so that
+    the same run computes the same.
+
+    Attributes:
+        name: Of the batch.
+        index: Of the request in it.
+        size: Requests in it.
+        is_urgent: Whether the student is idle until it is answered.
+    """
+
+    name: str
+    index: int
+    size: int
+    is_urgent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Ask:
     """One user message and how often it is to be answered.
 
@@ -64,6 +84,9 @@ class Ask:
             for no log-probs.
         media: What the message shows, in order. They are opened when its turn comes, so that those
             of waiting messages take no memory.
+        stream: Random stream, as `GroupSampler` names it: `rollout` or `respond`, and a name.
+        batch: Set for the server of `chat_server` alone, which reads the stream, the batch and
+            references to the media, and returns the tokens.
     """
 
     text: str
@@ -73,6 +96,8 @@ class Ask:
     seed: int
     top_logprobs: int = 0
     media: tuple[MediaRef, ...] = ()
+    stream: tuple[str, ...] = ()
+    batch: Batch | None = None
 
     def max_reply_bytes(self, num_choices: int) -> int:
         """Return what the reply to a request for `num_choices` answers may take, decoded."""
@@ -98,6 +123,12 @@ class Ask:
             request["n"] = num_choices
         if self.top_logprobs:
             request |= {"logprobs": True, "top_logprobs": self.top_logprobs}
+        if self.batch is not None:
+            request["zppo"] = {
+                "stream": self.stream,
+                "batch": asdict(self.batch),
+                "media": [asdict(ref) for ref in self.media],
+            }
         return json.dumps(request, ensure_ascii=False).encode("utf-8", errors="backslashreplace")
 
 
@@ -127,12 +158,15 @@ class Choice:
         content: The text without a reasoning that the server tells apart.
         tokens: What the model wrote, token by token, reasoning and markup included; empty if the
             server tells no log-probs.
+        token_ids: `[response]` ids and log-probs of a teacher on ranks of its own, in its
+            vocabulary; `None` from any other server.
     """
 
     text: str
     finish_reason: FinishReason
     content: str
     tokens: tuple[ServedToken, ...] = ()
+    token_ids: tuple[IntArray, FloatArray] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +228,11 @@ class Fault(Exception):
 
 
 def parse_reply(
-    body: bytes, num_choices: int, num_top: int | None = None, received: ReceivedText | None = None
+    body: bytes,
+    num_choices: int,
+    num_top: int | None = None,
+    received: ReceivedText | None = None,
+    has_token_ids: bool = False,
 ) -> Reply:
     """Read a chat completion.
 
@@ -204,6 +242,8 @@ def parse_reply(
         num_top: Most likely tokens asked for with every token; 0 reads no tokens, `None` all that
             are there.
         received: Makes its texts fit to be kept and shown.
+        has_token_ids: Whether it is of `chat_server`, which returns tokens; an answer without text
+            is one there.
 
     Raises:
         Fault: It is not a chat completion (`bad_reply`), or none of its answers can be used: they
@@ -219,7 +259,9 @@ def parse_reply(
         for place, item in enumerate(listed):
             index = item.get("index")
             by_index.setdefault(index if type(index) is int else place, item)
-        found = [_choice(by_index[index], num_top, received) for index in sorted(by_index)]
+        found = [
+            _choice(by_index[index], num_top, received, has_token_ids) for index in sorted(by_index)
+        ]
     except (
         ValueError,
         LookupError,
@@ -251,7 +293,7 @@ def parse_reply(
 
 
 def _choice(
-    choice: Mapping[str, Any], num_top: int | None, received: ReceivedText
+    choice: Mapping[str, Any], num_top: int | None, received: ReceivedText, has_token_ids: bool
 ) -> Choice | Fault:
     """Return an answer, or why it is none."""
     message = _checked(choice["message"], dict)
@@ -273,7 +315,7 @@ def _choice(
             f"{told}{problem}, expected 'stop' or 'length'",
             is_of_model=named in NO_ANSWER,
         )
-    if not (content or reasoning):
+    if not (content or reasoning or has_token_ids):
         why = (
             "; the limit may have come in a reasoning that the server does not show"
             if named in AT_LIMIT
@@ -283,7 +325,15 @@ def _choice(
     content, reasoning = received.kept(content), received.kept(reasoning)
     text = _with_reasoning(reasoning, content) if reasoning else content
     tokens = _tokens(choice, num_top, received) if num_top != 0 else ()
-    return Choice(text, "length" if named in AT_LIMIT else "stop", content, tokens)
+    finish_reason: FinishReason = "length" if named in AT_LIMIT else "stop"
+    token_ids = _token_ids(choice) if has_token_ids and "token_ids" in choice else None
+    return Choice(text, finish_reason, content, tokens, token_ids)
+
+
+def _token_ids(choice: Mapping[str, Any]) -> tuple[IntArray, FloatArray]:
+    ids = np.array(choice["token_ids"], dtype=np.int64)
+    logprobs = np.array(choice["token_logprobs"], dtype=np.float32)
+    return ids, logprobs
 
 
 def _with_reasoning(reasoning: str, content: str) -> str:

@@ -103,6 +103,7 @@ def main(descriptor: int) -> None:
         max_concurrency=settings.max_concurrency,
         first=settings.first,
         media=media,
+        batch_size=settings.batch_size,
     )
     while (work := _hear(connection)) is not None:
         future: Future[Any] = (

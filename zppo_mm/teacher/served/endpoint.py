@@ -97,7 +97,9 @@ class Endpoint:
                 retry_after(headers.get("retry-after")),
                 status in REFUSALS,
             )
-        return parse_reply(content, num_choices, ask.top_logprobs, received)
+        return parse_reply(
+            content, num_choices, ask.top_logprobs, received, has_token_ids=ask.batch is not None
+        )
 
     async def _post(
         self, client: httpx2.AsyncClient, body: bytes, max_bytes: int

@@ -27,6 +27,7 @@ class PoolSettings:
     max_concurrency: int = 0
     first: int = 0
     limits: MediaLimits | None = None
+    batch_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,21 +5,25 @@ and jitter, in a thread of its own.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import random
+import secrets
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import httpx2
 
 from data.errors import ReasonedError
+from data.text import clean_text
 from zppo_mm.config.schema import TeacherConfig
-from zppo_mm.teacher.served.chat_api import Ask, Fault, Reply
+from zppo_mm.teacher.served.chat_api import Ask, Batch, Fault, Reply
 from zppo_mm.teacher.served.endpoint import MAX_PAUSE_SECONDS, Endpoint, open_client
 from zppo_mm.teacher.served.media import Media, MessageWriter
 from zppo_mm.teacher.served.received_text import ReceivedText
@@ -48,6 +52,8 @@ class EndpointPool:
         first: Which server is preferred among equally busy ones, so that processes do not all start
             with the same one.
         media: Opens the media of messages; `None` if none has any.
+        batch_size: Messages that are sampled together, if the server is that of a teacher on ranks
+            of its own; 0 for any other.
 
     Attributes:
         received: Makes what the servers say fit to be kept and shown.
@@ -63,6 +69,7 @@ class EndpointPool:
         max_concurrency: int = 0,
         first: int = 0,
         media: Media | None = None,
+        batch_size: int = 0,
     ) -> None:
         self.counts: Counter[str] = Counter()
         self._model = model
@@ -76,6 +83,8 @@ class EndpointPool:
         self._writer = MessageWriter(config, media)
         self._jitter = random.Random(first)
         self._sends_n = True
+        self._batch_size = batch_size
+        self._batch_names = (f"{secrets.token_hex(8)}/{number}" for number in itertools.count())
         self._client: httpx2.AsyncClient | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._freed = asyncio.Event()
@@ -84,6 +93,8 @@ class EndpointPool:
         """Start asking; the future has one outcome per ask, in order, and no fault of a server
         makes it raise.
         """
+        if self._batch_size:
+            asks = self._batched(asks, patience.is_urgent)
         return self._start(self._all(asks, patience))
 
     def probe(self) -> Future[dict[str, Fault | None]]:
@@ -98,6 +109,17 @@ class EndpointPool:
         if loop is not None:
             asyncio.run_coroutine_threadsafe(self._shut_down(), loop).result()
             loop.call_soon_threadsafe(loop.stop)
+
+    def _batched(self, asks: Sequence[Ask], is_urgent: bool) -> list[Ask]:
+        batched: list[Ask] = []
+        for start in range(0, len(asks), self._batch_size):
+            part = asks[start : start + self._batch_size]
+            name = next(self._batch_names)
+            batched += [
+                replace(ask, batch=Batch(name, index, len(part), is_urgent))
+                for index, ask in enumerate(part)
+            ]
+        return batched
 
     def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         if self._loop is None:
@@ -279,9 +301,13 @@ class EndpointPool:
 
     async def _body(self, ask: Ask, num_choices: int, first: int, draw: int) -> bytes:
         def write() -> bytes:
-            return ask.body(
-                self._model, self._writer.content(ask.text, ask.media), num_choices, first, draw
+            # A teacher on ranks of its own opens media, and escapes special tokens, as the student.
+            content = (
+                self._writer.content(ask.text, ask.media)
+                if ask.batch is None
+                else clean_text(ask.text)
             )
+            return ask.body(self._model, content, num_choices, first, draw)
 
         # Opening media takes time and would hold up the other requests of the loop.
         return await asyncio.to_thread(write) if ask.media else write()
