@@ -36,7 +36,6 @@ class Work:
     answers.
     """
 
-    number: int
     asks: tuple[Ask, ...] = ()
     patience: Patience | None = None
 
@@ -46,13 +45,11 @@ class Done:
     """What came of a piece of work.
 
     Attributes:
-        number: Of the work.
         value: Result of the pool's future, unless it raised.
         error: What it raised.
         counts: What the pool counted since the last one.
     """
 
-    number: int
     value: Any
     error: Exception | None
     counts: Counter[str]
