@@ -116,7 +116,7 @@ def ask_both(num_ranks: int, sizes: Sequence[str], shards: Path) -> dict[str, An
             results |= {
                 "answers": plain(answers),
                 "logprobs": (logprobs(expected), logprobs(answers)),
-                "place": (parallel.rank(), parallel.world_size(), pending.seconds),
+                "rank": (parallel.rank(), parallel.world_size(), pending.seconds),
             }
             pool.close()
         media.close()
@@ -174,8 +174,8 @@ def test_the_same_is_answered_wherever_the_teacher_is(
     results = run_ranks(ask_both, 2 + num_ranks, num_ranks, sizes, shards)
     assert results[2:] == [None] * num_ranks
     for rank, result in enumerate(results[:2]):
-        assert result["place"][:2] == (rank, 2)
-        assert result["place"][2] > 0
+        assert result["rank"][:2] == (rank, 2)
+        assert result["rank"][2] > 0
         assert result["answers"] == result["expected"]
         assert result["logprobs"][1] == pytest.approx(result["logprobs"][0], abs=LOGPROB_TOLERANCE)
         assert result["rewrites"][1] == result["rewrites"][0]

@@ -121,7 +121,7 @@ BAD = {
     "Content-Type: text/html; charset=\u00e9\udcff".encode("utf-8", "ignore").decode(),
                                       status="502 Bad")), "http_502"),
     "nested JSON": (say(http(b"[" * 300_000)), "bad_reply"),
-    "nested JSON in its place": (say(http(b'{"choices":' * 80_000)), "bad_reply"),
+    "nested JSON instead": (say(http(b'{"choices":' * 80_000)), "bad_reply"),
     "error with status 200": (say(http(b'{"error": {"message": "overloaded", "code": 503}}')),
     "bad_reply"),
     "event stream": (say(http(b'data: {"choices": []}\n\ndata: [DONE]\n\n',
@@ -442,13 +442,13 @@ def test_the_key_goes_nowhere_but_to_the_server(caplog: pytest.LogCaptureFixture
     "name",
     ["body without end", "gzip bomb", "nested JSON", "unknown charset", "no state", "no HTTP"],
 )
-def test_a_greeting_holds_nothing_up(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_probe_holds_nothing_up(name: str, caplog: pytest.LogCaptureFixture) -> None:
     bad, kind = BAD[name]
     with serve_raw(lambda number: bad) as server:
         config = load_config(None, [f"teacher.endpoints=['{server.url}']", "teacher.model=tiny"])
         started = time.monotonic()
         pool = open_pool(config.teacher, SingleProcess())
-        assert time.monotonic() - started < 50  # the greeting's own limit is not needed
+        assert time.monotonic() - started < 50  # the probe's own limit is not needed
         assert pool is not None
         pool.close()
     assert f"does not answer yet: {kind}: " in caplog.text

@@ -81,12 +81,12 @@ class CountingEngine:
         if self.trouble is not None:
             raise self.trouble
         return [
-            [self.generation(place) for place in range(request.num_rollouts)]
+            [self.generation(number) for number in range(request.num_rollouts)]
             for request in requests
         ]
 
-    def generation(self, place: int) -> Generation:
-        ids = np.array(self._encoder.chat.tokenize([f"so </think> \\boxed{{{place}}}"]), np.int64)
+    def generation(self, number: int) -> Generation:
+        ids = np.array(self._encoder.chat.tokenize([f"so </think> \\boxed{{{number}}}"]), np.int64)
         return Generation(ids, np.full(len(ids), -0.5, np.float32), "stop")
 
 
@@ -206,8 +206,8 @@ def test_answers_come_graded_with_their_tokens_in_batches_of_a_fixed_size(job: J
             # Rollout i says i; even questions want 0, odd ones 1.
             assert [rollout.parsed for rollout in rollouts] == ["0", "1"]
             assert [rollout.reward for rollout in rollouts] == [1.0 - index % 2, float(index % 2)]
-            for place, rollout in enumerate(rollouts):
-                sampled = job.engine.generation(place)
+            for number, rollout in enumerate(rollouts):
+                sampled = job.engine.generation(number)
                 assert rollout.response_ids.tolist() == sampled.response_ids.tolist()
                 assert rollout.rollout_logprobs is not None
                 assert rollout.rollout_logprobs.tolist() == sampled.rollout_logprobs.tolist()

@@ -16,7 +16,8 @@ import httpx2
 
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.errors import ConfigError
-from zppo_mm.teacher.served.chat_api import Ask, Fault, Reply, parse_reply
+from zppo_mm.teacher.served.chat_api import Ask, Fault, Reply
+from zppo_mm.teacher.served.chat_reply import parse_reply
 from zppo_mm.teacher.served.received_text import ReceivedText
 
 logger = logging.getLogger(__name__)

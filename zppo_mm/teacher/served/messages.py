@@ -1,4 +1,4 @@
-"""What a `PoolProcess` and its process say to each other."""
+"""Messages between a `PoolProcess` and its process."""
 
 from __future__ import annotations
 

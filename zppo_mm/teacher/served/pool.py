@@ -35,8 +35,8 @@ T = TypeVar("T")
 # How servers that take one answer per request refuse several: some call it a fault of their own,
 # which may also pass.
 ONE_EACH = ("http_400", "http_422", "http_500", "http_501")
-# Requests that the student stands still for have this share of connections to themselves.
-URGENT_SHARE = 0.25
+# Requests that the student is idle for have this fraction of connections to themselves.
+URGENT_FRACTION = 0.25
 
 
 class EndpointPool:
@@ -56,7 +56,7 @@ class EndpointPool:
             of its own; 0 for any other.
 
     Attributes:
-        received: Makes what the servers say fit to be kept and shown.
+        received: Makes what the servers send fit to be kept and shown.
     """
 
     def __init__(
@@ -138,13 +138,13 @@ class EndpointPool:
             await self._client.aclose()
 
     async def _probe_all(self) -> dict[str, Fault | None]:
-        greeting = Ask("Hello", num_choices=1, temperature=0.0, max_tokens=1, seed=0)
-        body = await self._body(greeting, 1, 0, 0)
+        hello = Ask("Hello", num_choices=1, temperature=0.0, max_tokens=1, seed=0)
+        body = await self._body(hello, 1, 0, 0)
 
         async def probe(endpoint: Endpoint) -> Fault | None:
             try:
                 await endpoint.complete(
-                    self._connections(), body, greeting, 1, PROBE_SECONDS, self.received
+                    self._connections(), body, hello, 1, PROBE_SECONDS, self.received
                 )
             except Fault as fault:
                 return Fault(fault.kind, self.received.shown(fault.detail))
@@ -199,12 +199,12 @@ class EndpointPool:
             draw = int(reply.num_returned > 1)
         missing = range(len(outcome.choices), ask.num_choices)
 
-        async def fill(place: int) -> None:
-            reply = await self._request(ask, 1, place, outcome, patience, draw)
-            outcome.choices[place] = reply.choices[0]
+        async def fill(index: int) -> None:
+            reply = await self._request(ask, 1, index, outcome, patience, draw)
+            outcome.choices[index] = reply.choices[0]
 
         # One that fails must not take the others with it.
-        results = await asyncio.gather(*(fill(place) for place in missing), return_exceptions=True)
+        results = await asyncio.gather(*(fill(index) for index in missing), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
@@ -315,7 +315,7 @@ class EndpointPool:
     @asynccontextmanager
     async def _slot(self, avoided: Endpoint | None, is_urgent: bool) -> AsyncIterator[Endpoint]:
         """Wait for room at a server that is not paused; the one that just failed comes last."""
-        extra = max(1, int(URGENT_SHARE * self._max_concurrency)) if is_urgent else 0
+        extra = max(1, int(URGENT_FRACTION * self._max_concurrency)) if is_urgent else 0
         while True:
             now = time.monotonic()
             free = [

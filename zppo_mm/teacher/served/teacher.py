@@ -1,6 +1,4 @@
-"""The served teacher: any OpenAI-compatible server, asked by every replica for its share of the
-questions.
-"""
+"""The served teacher: any OpenAI-compatible server, each replica asks a part of the questions."""
 
 from __future__ import annotations
 
@@ -25,8 +23,8 @@ from zppo_mm.teacher.teacher import TeacherLostError
 
 logger = logging.getLogger(__name__)
 
-# Ranks that wait for another replica's answers meet this often: a collective that lasts would run
-# into its time limit.
+# Ranks that wait for another replica's answers meet this often: a collective that lasts would reach
+# its time limit.
 MEETING_SECONDS = 5.0
 
 
@@ -54,11 +52,11 @@ class PendingAnswers:
     seconds: float = 0.0
 
     def is_ready(self) -> bool:
-        """Return whether every replica's share is there."""
+        """Return whether every replica has its answers."""
         return self.teacher.have_all_answers(self.future)
 
     def wait(self) -> Mapping[str, tuple[Rollout, ...]]:
-        """Wait for this replica's share, verify it and exchange; see `Answers.wait`."""
+        """Wait for this replica's answers, verify and exchange them; see `Answers.wait`."""
         results = self.teacher.collect(self.future, len(self.questions), self._graded, self.step)
         self.seconds = max((result.seconds for result in results), default=0.0)
         return {
@@ -92,7 +90,7 @@ class ServedTeacher:
     Args:
         pool: The servers.
         config: Rollouts, lengths, and what a failure means.
-        exchange: The replicas; the leader of each asks for its share.
+        exchange: The replicas; the leader of each asks a part of the questions.
         verifier: Grades the answers, on one rank per replica.
         plain_text: Renders the original question with the closing format instruction.
         tokenize: The student's tokenizer: the lengths of answers are counted in its tokens.
@@ -125,7 +123,7 @@ class ServedTeacher:
         self._ranks = ranks
 
     def submit(self, questions: Sequence[Question], step: int) -> PendingAnswers:
-        """Hand over this replica's share of the questions and return at once."""
+        """Send this replica's part of the questions and return at once."""
 
         def request(question: Question) -> Ask:
             ask = self._request(
@@ -227,7 +225,7 @@ class ServedTeacher:
                 )
             )
         if self._tokens is not None:
-            self._pool.counts["out_of_vocabulary_tokens"] = self._tokens.num_lumped
+            self._pool.counts["out_of_vocabulary_tokens"] = self._tokens.num_out_of_vocabulary
         return rollouts
 
     def _rollout(self, choice: Choice, parsed: str | None, reward: float, step: int) -> Rollout:
