@@ -32,7 +32,7 @@ class TeacherConfig:
     on_failure: str = "wait"
     """When a served teacher does not answer: `wait` (retry until max_wait_seconds, then stop with a
     checkpoint), `ncq_only` (go on without its answers after num_retries), `stop` (stop with a
-    checkpoint after num_retries). On its own ranks nothing is tried again.
+    checkpoint after num_retries). Ranks of its own that have ended stop the run.
     """
     max_concurrency: int = 32
     """Most requests in flight at one server, over all ranks; every replica has at least one."""

@@ -169,7 +169,7 @@ def build_run(
         if ranks is not None
         else open_pool(config.teacher, exchange, limits=media.limits)
     )
-    judges = judge_pool(config, pool, exchange)
+    judges = judge_pool(config.reward, config.teacher, pool, exchange)
     judge = build_judge(config, judges, interruption.is_due)
     reward = config.reward
     verifier = Verifier(reward.timeout_seconds, reward.num_workers, judge, reward.budget_seconds)
@@ -183,7 +183,7 @@ def build_run(
         student, config.train, config.parallel, _build_objective(config, student, teachers.network)
     )
     log_part_sizes(student)
-    compressor, hints = build_rewriters(config, encoder, teachers.rewrites)
+    compressor, hints = build_rewriters(config.teacher, encoder, teachers.rewrites)
     sampler = shared.sampler(student, encoder)
     stream = build_stream(config, SampleHealth(config.data.max_bad_share, config.data.strict))
     stages = Stages(

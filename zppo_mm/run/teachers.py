@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zppo_mm.bundled import TEACHER_DIR
-from zppo_mm.config.schema import ParallelConfig, RunConfig, TeacherConfig
+from zppo_mm.config.schema import (
+    DistillConfig,
+    ParallelConfig,
+    RewardConfig,
+    RunConfig,
+    TeacherConfig,
+)
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.rewards.judge import LlmJudge, load_judge_template
@@ -129,7 +135,7 @@ def _build_teacher(
             plain_text=templates.plain_text,
             tokenize=lambda text: student.chat.tokenize([text]),
             seed=config.seed,
-            tokens=_token_reader(config, student),
+            tokens=_token_reader(config.distill, student),
             ranks=ranks,
         )
     model, encoder, sampling = load_teacher(shared, own, config.parallel)
@@ -170,21 +176,23 @@ def load_teacher(
     return load_model(options, layout, folder, trainable=False), encoder, sampling
 
 
-def _token_reader(config: RunConfig, student: PromptEncoder) -> TokenReader | None:
-    if config.distill.source == "none":
+def _token_reader(config: DistillConfig, student: PromptEncoder) -> TokenReader | None:
+    if config.source == "none":
         return None
-    return TokenReader(student.chat.token_bytes(), student.stop_token_ids, config.distill.top_k)
+    return TokenReader(student.chat.token_bytes(), student.stop_token_ids, config.top_k)
 
 
 def judge_pool(
-    config: RunConfig, teachers: Servers | None, exchange: ParallelExchange
+    reward: RewardConfig,
+    teacher: TeacherConfig,
+    teachers: Servers | None,
+    exchange: ParallelExchange,
 ) -> Servers | None:
     """Return the judge's servers: the teacher's unless the judge has its own or another model."""
-    reward = config.reward
     if not reward.judge or not (reward.judge_endpoints or reward.judge_model):
         return teachers if reward.judge else None
     return open_pool(
-        config.teacher,
+        teacher,
         exchange,
         reward.judge_endpoints,
         reward.judge_model,
@@ -210,15 +218,15 @@ def build_judge(
 
 
 def build_rewriters(
-    config: RunConfig, student: PromptEncoder, teacher: Teacher | None
+    config: TeacherConfig, student: PromptEncoder, teacher: Teacher | None
 ) -> tuple[Compressor, HintWriter]:
     """Return who shortens candidates and who writes hints; both count in the student's tokens: the
     student reads them.
     """
     rule = RuleCompressor(
         student.chat.count_tokens,
-        config.teacher.compression_max_tokens,
-        config.teacher.compression_max_lines,
+        config.compression_max_tokens,
+        config.compression_max_lines,
     )
     hints = RuleHintWriter(rule)
     if teacher is None:
