@@ -1,5 +1,5 @@
 """The teacher on ranks of its own, both partitions as threads of one process: requests, their
-order, losses, exit reasons, and what the server refuses.
+order, losses and exit reasons.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -38,11 +38,8 @@ from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
-from zppo_mm.teacher.served.chat_api import Batch
 from zppo_mm.teacher.served.chat_server import (
     CONNECTION_CHECK_SECONDS,
-    PATH,
-    ChatRequest,
     ChatServer,
 )
 from zppo_mm.teacher.served.judge import greedy_replies
@@ -182,16 +179,6 @@ def eventually(holds: Any) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def post(server: ChatServer, body: object, key: str | None = None, path: str = PATH) -> Any:
-    """Return status and content of a reply to a request that any client could send."""
-    connection = HTTPConnection("127.0.0.1", server.server_address[1], timeout=SOON)
-    given = body if isinstance(body, bytes) else json.dumps(body).encode()
-    headers = {"Authorization": f"Bearer {server.key if key is None else key}"}
-    connection.request("POST", path, given, headers)
-    response = connection.getresponse()
-    return response.status, json.loads(response.read())
 
 
 def test_answers_come_graded_with_their_tokens_in_batches_of_a_fixed_size(job: Job) -> None:
@@ -338,31 +325,6 @@ def test_the_first_exit_reason_counts(job: Job) -> None:
     assert student.exit_reason() is None
 
 
-def test_the_server_refuses_what_is_no_request_and_who_has_no_key() -> None:
-    server = ChatServer("127.0.0.1")
-    request = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
-    assert post(server, request, key="guess")[0] == 401
-    assert post(server, request, key="\u00e9")[0] == 401
-    assert post(server, request, path="/v1/models")[0] == 404
-    two = [*request["messages"], {"role": "user", "content": "Again"}]
-    pictured = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
-    for wrong in (
-        b"{",
-        [],
-        {"messages": []},
-        request | {"messages": two},
-        request | {"messages": pictured},
-        request | {"n": 0},
-        request | {"max_tokens": 0},
-        request | {"temperature": -1},
-        request | {"zppo": {"stream": ["other", "name"]}},
-        request | {"zppo": {"batch": {"name": "b"}}},
-    ):
-        assert post(server, wrong)[0] == 400, wrong
-    assert server.take_batch(0.0) == []
-    server.close()
-
-
 def test_the_server_answers_any_client_of_the_protocol(job: Job) -> None:
     link, server = job.link("teacher"), ChatServer("127.0.0.1")
     sampler = GroupSampler(job.engine, job.encoder, NoGrader(), SingleProcess())
@@ -370,8 +332,10 @@ def test_the_server_answers_any_client_of_the_protocol(job: Job) -> None:
     thread = threading.Thread(target=ranks.serve, daemon=True)
     thread.start()
     request = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9, "n": 2, "seed": 4}
-    status, content = post(server, request)
-    assert status == 200
+    headers = {"Authorization": f"Bearer {server.key}"}
+    posted = Request(f"{server.url}/chat/completions", json.dumps(request).encode(), headers)
+    with urlopen(posted, timeout=SOON) as response:
+        content = json.loads(response.read())
     texts = [choice["message"]["content"] for choice in content["choices"]]
     assert texts == [f"so </think> \\boxed{{{index}}}" for index in range(2)]
     assert content["usage"]["completion_tokens"] == sum(
@@ -380,28 +344,6 @@ def test_the_server_answers_any_client_of_the_protocol(job: Job) -> None:
     assert job.engine.calls == [(1, 1.0, 9)]
     assert job.engine.paths == [[("rollout", "chat/4/0")]]
     end(job.link("student"), thread)
-    server.close()
-
-
-def test_a_batch_that_stays_incomplete_is_answered_without_the_rest(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    server = ChatServer("127.0.0.1")
-    monkeypatch.setattr("zppo_mm.teacher.served.chat_server.BATCH_SECONDS", 0.5)
-
-    def request(name: str, index: int, size: int) -> ChatRequest:
-        return ChatRequest("Hi", (), 1, 1.0, 9, ("rollout", name), Batch(name, index, size))
-
-    server.add(request("part", 2, 3))
-    server.add(request("part", 0, 3))
-    dropped = server.add(request("whole", 1, 3))
-    server.add(request("whole", 0, 2))
-    server.drop(dropped)
-    assert server.take_batch(0.1) == []
-    server.add(request("whole", 1, 2))
-    batches = [server.take_batch(5.0) for _ in range(2)]
-    found = [[(each.request.batch.name, each.request.batch.index) for each in b] for b in batches]
-    assert found == [[("whole", 0), ("whole", 1)], [("part", 0), ("part", 2)]]
     server.close()
 
 

@@ -232,9 +232,14 @@ def read_request(body: bytes) -> ChatRequest:
 
 
 def job_address() -> str:
-    """Return this machine's address on the network of the job: the one it reaches rank 0 from."""
-    host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "1")
-    family, _, _, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(address)  # sends nothing
-        return str(probe.getsockname()[0])
+    """Return this machine's address on the network of the job: the one it reaches rank 0 from.
+
+    Raises:
+        OSError: It cannot reach rank 0.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
+        with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+            probe.connect(address)  # sends nothing
+            return str(probe.getsockname()[0])
+    raise OSError(f"teacher: no way from here to rank 0 at {host}:{port}")
