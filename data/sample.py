@@ -16,64 +16,12 @@ from data.question import ANSWER_TYPES, AnswerType, MediaKind, MediaRef, Questio
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp"})
 VIDEO_EXTENSIONS = frozenset({"mp4", "m4v", "mov", "webm", "mkv", "avi", "gif"})
-UNOPENED_EXTENSIONS = frozenset(
-    {
-        "tif",
-        "tiff",
-        "heic",
-        "heif",
-        "avif",
-        "jxl",
-        "jp2",
-        "j2k",
-        "jfif",
-        "jpe",
-        "svg",
-        "ico",
-        "ppm",
-        "pgm",
-        "pbm",
-        "pnm",
-        "tga",
-        "psd",
-    }
-    | {
-        "exr",
-        "hdr",
-        "eps",
-        "pdf",
-        "img",
-        "image",
-        "picture",
-        "photo",
-        "mpg",
-        "mpeg",
-        "m2v",
-        "mts",
-        "m2ts",
-        "ts",
-        "3gp",
-        "3g2",
-        "ogv",
-    }
-    | {
-        "ogg",
-        "wmv",
-        "asf",
-        "flv",
-        "vob",
-        "rm",
-        "video",
-        "mp3",
-        "wav",
-        "flac",
-        "m4a",
-        "aac",
-        "opus",
-        "wma",
-        "audio",
-    }
-)
+_UNOPENED = """
+    tif tiff heic heif avif jxl jp2 j2k jfif jpe svg ico ppm pgm pbm pnm tga psd exr hdr
+    eps pdf img image picture photo mpg mpeg m2v mts m2ts ts 3gp 3g2 ogv ogg wmv asf flv
+    vob rm video mp3 wav flac m4a aac opus wma audio
+"""
+UNOPENED_EXTENSIONS = frozenset(_UNOPENED.split())
 """Of pictures, videos and sounds in formats that are not opened."""
 MAX_CHOICES = 26
 FIELDS = ("id", "question", "answer", "answer_type", "choices", "source", "media")

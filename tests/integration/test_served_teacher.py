@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.fault_proxy import PASS, stand_between
-from tests.integration.running import RUN_TIMEOUT_SECONDS, lines, run, start, transcript
-from tests.loopback_server import LoopbackServer, TinyModel, serve
+from tests.support.fault_proxy import PASS, stand_between
+from tests.support.loopback_server import LoopbackServer, TinyModel, serve
+from tests.support.running import RUN_TIMEOUT_SECONDS, lines, run, start, transcript
 from zppo_mm.bundled import TEACHER_DIR
 
 KEY = "sk-4f9a0c77d1e2b3a4"
@@ -94,7 +94,7 @@ def test_two_ranks_ask_and_agree_and_the_key_is_nowhere(
     assert any("data:image/png;base64," in text for text in texts)
     assert any("A video as " in text for text in texts)
     # Every request that was not spoilt before the model saw it: one per hard question, the
-    # greeting, and answers that were cut off.
+    # probe, and answers that were cut off.
     assert asked + 1 <= len(server.requests) <= asked + 1 + proxy.injected["half_body"]
     assert len(proxy.delivered) == asked + 1
     assert (
@@ -147,7 +147,7 @@ def test_a_dead_teacher_stops_the_run_with_a_checkpoint_and_it_resumes(
     common = {"train.train_iters": 3, "modality": "text", "checkpoint.interval": 10}
     whole = run(tmp_path, "whole", *options(server.url, **common))
     num_first = 1 + int(metrics(whole)[0]["teacher/requests"])
-    alive["until"] = num_first  # the greeting and the first step
+    alive["until"] = num_first  # the probe and the first step
     with stand_between(
         server.url, lambda number: PASS if number < alive["until"] else "503"
     ) as proxy:
@@ -237,23 +237,20 @@ def test_when_the_teacher_is_asked_changes_nothing_but_the_time(
 ) -> None:
     server.latency_seconds = 0.2
     records = {}
-    for name, batch, ahead in (("waves", 8, 0.0), ("whole", 128, 0.0), ("ahead", 8, 0.5)):
+    for name, batch in (("waves", 8), ("whole", 128)):
         before = len(server.requests)
         given = {
             "train.train_iters": 2,
             "modality": "text",
             "rollout.max_batch_size": batch,
-            "teacher.ask_ahead": ahead,
         }
         given["teacher.compressor"] = (
             "teacher"  # what is rewritten together depends on the time, what comes of it does not
         )
         folder = run(tmp_path, name, *options(server.url, **given))
-        in_vain = sum(row.get("teacher/asked_in_vain", 0) for row in metrics(folder))
         records[name] = (
             [transcript(folder, step) for step in (1, 2)],
-            len(server.requests) - before - in_vain,
+            len(server.requests) - before,
         )
-    assert records["waves"] == records["whole"] == records["ahead"]
-    assert records["waves"][1] > 2  # besides the greeting, questions of both steps were asked
-    assert in_vain > 0
+    assert records["waves"] == records["whole"]
+    assert records["waves"][1] > 2  # besides the first probe, questions of both steps were asked

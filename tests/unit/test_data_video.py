@@ -25,7 +25,7 @@ from data.errors import MediaError
 from data.media.decoder import WORKER_MODULE, FrameLimits, MediaDecoder, WorkerLimits
 from data.media.opening import Frames, MediaLimits, MediaOpener
 from data.media.video_frames import choose_frames, seconds_per_frame
-from tests.unit.shard_samples import png
+from tests.support.shard_samples import png
 
 LOSSY_TOLERANCE = 6  # of 255, H.264 at crf 1 and the way through YUV
 TIMESTAMP_TOLERANCE_SECONDS = 0.001  # times are kept in milliseconds

@@ -19,7 +19,7 @@ from data.errors import MediaError
 from data.media.decoder import WORKER_MODULE, FrameLimits, MediaDecoder, WorkerLimits
 from data.media.opening import MediaLimits, MediaOpener
 from data.worker import KillableWorker, WorkerDied, WorkerNotStarted
-from tests.unit.shard_samples import png
+from tests.support.shard_samples import png
 
 LIMITS = WorkerLimits(memory_bytes=8 << 30, timeout_seconds=60)
 PATIENCE_SECONDS = 60.0  # for what takes milliseconds on a quiet machine
@@ -27,7 +27,7 @@ SLOW_OWNER = """
 import sys, threading
 from data.media.opening import MediaLimits, MediaOpener
 from tests.unit.test_data_worker import slow_jpeg
-from tests.unit.shard_samples import png
+from tests.support.shard_samples import png
 opener = MediaOpener(MediaLimits(decode_timeout_seconds=600))
 opener.open(png(), "image")
 threading.Timer(0.3, lambda: print("busy", flush=True)).start()

@@ -19,6 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "encoders",
         "zppo_mm.errors",
         "zppo_mm.interruption",
+        "zppo_mm.methods",
         "zppo_mm.randomness",
         "zppo_mm.special_tokens",
     ),
@@ -53,6 +54,7 @@ TORCH_FREE = (
     "zppo_mm.errors",
     "zppo_mm.experience",
     "zppo_mm.interruption",
+    "zppo_mm.methods",
     "zppo_mm.randomness",
     "zppo_mm.rewards",
     "zppo_mm.special_tokens",
@@ -61,6 +63,7 @@ TORCH_FREE = (
 HEAVY = {"torch", "transformers", "megatron"}
 # The vision tower shares its work over a group that it is handed; it makes none.
 PROCESS_GROUP_PARTS = (
+    "zppo_mm.algorithms",
     "encoders",
     "zppo_mm.lora",
     "zppo_mm.models",

@@ -21,9 +21,10 @@ from data.errors import DataError
 from data.media.opening import MediaLimits
 from data.media.store import MediaStore
 from data.question import Question
-from data.shards import ShardFolder, write_shards
+from data.shard_writer import write_shards
+from data.shards import ShardFolder
 from data.toy.digits_shards import digit_samples
-from tests.loopback_server import LoopbackServer, TinyModel, serve
+from tests.support.loopback_server import LoopbackServer, TinyModel, serve
 from zppo_mm.bundled import TEACHER_DIR
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.teacher.served.chat_api import Ask
