@@ -125,7 +125,7 @@ def _questions(request: EvaluationRequest, config: RunConfig, student: Student) 
         if conversion is not None:
             skipped.update(conversion.skipped)
             listed += conversion.listed
-    health = SampleHealth(config.data.max_bad_share, config.data.strict)
+    health = SampleHealth(config.data.max_bad_fraction, config.data.strict)
     chosen = held_out_questions(
         folders, config.evaluation.num_questions, config.seed, health, student.verifier.can_grade
     )
