@@ -117,7 +117,7 @@ def test_a_quantised_folder_comes_back_plain(tmp_path: Path) -> None:
     export_hf_weights(network_checks.build(folder, LAYOUT), folder, tmp_path / "direct")
     assert content(tmp_path / "back") == content(tmp_path / "direct")
     found = load_file(tmp_path / "back" / "model.safetensors")
-    assert found.keys() == plain.places.keys()
+    assert found.keys() == plain.weight_map.keys()
     assert all(
         tensor.equal(plain.read(key)) and tensor.dtype == torch.bfloat16
         for key, tensor in found.items()
@@ -155,11 +155,11 @@ def test_the_index_of_a_quantised_folder_is_rewritten(tmp_path: Path) -> None:
     assert not (tmp_path / "back" / "b.safetensors").exists()
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 1000, boxes.PIECE_BYTES])
+@pytest.mark.parametrize("piece_bytes", [1, 1000, boxes.CHUNK_BYTES])
 def test_an_imported_folder_opens_as_a_runs_checkpoint_does(
     source: Path, tmp_path: Path, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(boxes, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(boxes, "CHUNK_BYTES", piece_bytes)
     import_folder(source, tmp_path / "megatron", LAYOUT)
     check_opens(tmp_path / "megatron", network_checks.build(source, LAYOUT), LAYOUT)
 

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from encoders.fusion import fuse, placeholder_places
+from encoders.fusion import fuse, placeholder_indices
 from encoders.tower import VisionTower
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families.architecture import Architecture
@@ -223,7 +223,7 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
             return fused, None
         return fused, spread_features(
             features[:, 1:].to(fused.dtype),
-            placeholder_places(token_ids, *placeholders),
+            placeholder_indices(token_ids, *placeholders),
             len(token_ids),
         )
 

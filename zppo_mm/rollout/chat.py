@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from data.question import MediaKind
 from encoders.config import TIMESTAMPED, VideoLayout
 from zppo_mm.errors import ConfigError
+from zppo_mm.experience import NO_TOKEN
 from zppo_mm.models.families.table import FAMILIES
 from zppo_mm.rollout.vocabulary import (
     GENERATION_FILE,
@@ -29,8 +30,6 @@ from zppo_mm.rollout.vocabulary import (
 
 logger = logging.getLogger(__name__)
 
-NO_TOKEN = -1
-"""Stands for a token that the model does not have; no token has this id."""
 MARK_OPEN, MARK_CLOSE = "\ue200", "\ue201"
 """Private-use characters that bracket the number of a literal special token while the template runs
 over the text.

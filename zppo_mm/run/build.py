@@ -245,7 +245,7 @@ def _once(*pools: Servers | None) -> tuple[Servers, ...]:
 def _build_objective(
     config: RunConfig, student: VisionLanguageModel, teacher: VisionLanguageModel | None
 ) -> Objective:
-    """Return what is descended; a teacher without a network here has told its log-probs with its
+    """Return the training objective; a teacher without a network here has sent log-probs with its
     answers.
     """
     temperature, group = config.rollout.temperature, parallel.tensor_group()

@@ -40,11 +40,11 @@ from zppo_mm.training.checkpoint_files import (
     step_folders,
 )
 from zppo_mm.training.checkpoint_reading import (
-    boxes_to_read,
-    broadcast_boxes,
+    broadcast_shards,
     choose_readers,
     read_small_files,
     read_tensors,
+    shards_to_read,
 )
 from zppo_mm.training.file_exchange import FileExchange
 from zppo_mm.training.manifest import DamagedCheckpointError, check_file, read_manifest
@@ -53,15 +53,15 @@ from zppo_mm.training.random_states import (
     gather_random_states,
     restore_random_states,
 )
-from zppo_mm.weights.boxes import Piece, boxes_of, object_pieces, pieces_of
 from zppo_mm.weights.distributed_folder import (
     on_every_rank,
     on_rank_0,
-    share_out,
+    plan_writes,
+    write_chunks,
     write_description,
-    write_pieces,
 )
 from zppo_mm.weights.megatron_folder import save_entries
+from zppo_mm.weights.tensor_shards import WriteChunk, chunks_of, object_chunks, shards_of
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -115,16 +115,16 @@ class CheckpointWriter:
             SCHEDULE_FILE: json.dumps(_schedule(policy), indent=1).encode(),
             RANDOM_FILE: gather_random_states(),
         }
-        pieces, metadata = share_out(_pieces(policy))
+        chunks, metadata = plan_writes(_chunks(policy))
         # Training changes what they look at.
         copies = [
-            replace(piece, content=partial(_same, _host_copy(piece.content()))) for piece in pieces
+            replace(chunk, content=partial(_same, _host_copy(chunk.content()))) for chunk in chunks
         ]
         name = parallel.broadcast_object(f"checkpoint/{uuid.uuid4().hex}")
         exchange = FileExchange(parallel.store(), name, parallel.rank(), parallel.world_size())
 
         def write() -> None:
-            files = exchange.of_all(lambda: write_pieces(copies, partial_folder))
+            files = exchange.of_all(lambda: write_chunks(copies, partial_folder))
             if files is not None:
                 write_description(partial_folder, metadata, files)
                 for name, content in small_files.items():
@@ -257,16 +257,16 @@ def load(
     with taking_up(path):
         check(state)
     entries = save_entries(policy.model)
-    found = optimizer_state.shares(policy.optimizer)
-    weights = [box for entry in entries.values() for box in boxes_of(entry)]
-    states = optimizer_state.boxes(entries, found)
-    wanted = set().union(*parallel.gather_from_ranks({box.key for box in weights + states}))
+    found = optimizer_state.parameter_shards(policy.optimizer)
+    weights = [shard for entry in entries.values() for shard in shards_of(entry)]
+    states = optimizer_state.shards(entries, found)
+    wanted = set().union(*parallel.gather_from_ranks({shard.key for shard in weights + states}))
     with torch.no_grad():
         readers = choose_readers(weights)
         on_every_rank(
-            path, partial(read_tensors, path, wanted, [*boxes_to_read(weights, readers), *states])
+            path, partial(read_tensors, path, wanted, [*shards_to_read(weights, readers), *states])
         )
-        broadcast_boxes(weights, readers)
+        broadcast_shards(weights, readers)
     with taking_up(path):
         optimizer_state.set_num_updates(policy.optimizer, found, schedule["num_updates"])
         policy.scheduler.load_state_dict(schedule["scheduler"])
@@ -313,23 +313,25 @@ def verify(path: Path) -> None:
     on_every_rank(path, lambda: _verify_share(path))
 
 
-def _pieces(policy: Policy) -> list[Piece]:
+def _chunks(policy: Policy) -> list[WriteChunk]:
     """Return what this rank could write of a checkpoint. Weights come first, which more than one
     rank has.
     """
     entries = save_entries(policy.model)
-    weights = [box for entry in entries.values() for box in boxes_of(entry)]
-    found = optimizer_state.shares(policy.optimizer)
-    states = optimizer_state.boxes(entries, found)
-    objects = [piece for entry in entries.values() for piece in object_pieces(entry)]
+    weights = [shard for entry in entries.values() for shard in shards_of(entry)]
+    found = optimizer_state.parameter_shards(policy.optimizer)
+    states = optimizer_state.shards(entries, found)
+    objects = [chunk for entry in entries.values() for chunk in object_chunks(entry)]
     return objects + [
-        piece for box in weights + states for piece in pieces_of(box, partial(_same, box.tensor))
+        chunk
+        for shard in weights + states
+        for chunk in chunks_of(shard, partial(_same, shard.tensor))
     ]
 
 
 def _schedule(policy: Policy) -> dict[str, Any]:
     updates = optimizer_state.num_updates(
-        policy.optimizer, optimizer_state.shares(policy.optimizer)
+        policy.optimizer, optimizer_state.parameter_shards(policy.optimizer)
     )
     return {
         "num_updates": max(parallel.gather_from_ranks(updates)),

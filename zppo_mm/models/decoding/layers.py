@@ -77,7 +77,7 @@ class DecodeAttention:
         qk_scale: `[query heads of a group + 1, head_dim]` norm weights of queries and key; `None`
             without that norm.
         groups: Key heads on this rank.
-        repeats: Query heads per key head.
+        repeats: Query heads per KV head.
     """
 
     number: int
@@ -223,17 +223,19 @@ class RotaryStep:
     rotated get angle 0.
     """
 
-    def __init__(self, table: torch.Tensor, swap: torch.Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, table: torch.Tensor, partner: torch.Tensor, dtype: torch.dtype) -> None:
         rotated = table.shape[-1]
-        whole = table.new_zeros((2, table.shape[1], 1, 1, len(swap)))
+        whole = table.new_zeros((2, table.shape[1], 1, 1, len(partner)))
         whole[0, ..., rotated:] = 1
         whole[..., :rotated] = table[:, :, None]
         whole[1, ..., : rotated // 2].neg_()
         self._cosine, self._sine = whole.to(dtype).unbind(0)
-        self._swap = swap
+        self._partner = partner
 
     def __call__(self, heads: torch.Tensor) -> torch.Tensor:
-        return torch.addcmul(heads * self._cosine, heads.index_select(-1, self._swap), self._sine)
+        return torch.addcmul(
+            heads * self._cosine, heads.index_select(-1, self._partner), self._sine
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,19 +247,19 @@ class DecodePlan:
     small ones add.
 
     Attributes:
-        swap: `[head_dim]` for each rotated channel its partner.
+        partner: `[head_dim]` for each rotated channel its partner.
     """
 
     layers: tuple[DecodeLayer, ...]
     final_norm: Normed | None
     output_weight: torch.Tensor | None
-    swap: torch.Tensor
+    partner: torch.Tensor
     hidden_size: int
     dtype: torch.dtype
 
     def run(self, hidden: torch.Tensor, table: torch.Tensor, cache: DecodeCache) -> torch.Tensor:
         """Run this stage's layers on `[batch, hidden]`."""
-        rotary = RotaryStep(table, self.swap, self.dtype)
+        rotary = RotaryStep(table, self.partner, self.dtype)
         for layer in self.layers:
             hidden = layer(hidden, rotary, cache)
         return hidden
@@ -278,8 +280,8 @@ def build_plan(model: VisionLanguageModel) -> DecodePlan:
     group = tensor_group if tensor_group.size() > 1 else None
     device = next(language.parameters()).device
     half = architecture.rotary_dim // 2
-    swap = torch.arange(architecture.head_dim, device=device)
-    swap[: 2 * half] = torch.cat([swap[half : 2 * half], swap[:half]])
+    partner = torch.arange(architecture.head_dim, device=device)
+    partner[: 2 * half] = torch.cat([partner[half : 2 * half], partner[:half]])
     read_norm = partial(
         _norm, eps=architecture.norm_epsilon, zero_centered=architecture.zero_centered_norm
     )
@@ -294,7 +296,12 @@ def build_plan(model: VisionLanguageModel) -> DecodePlan:
         _layer(layer, read_norm, read_linear, group) for layer in language.decoder.layers
     )
     return DecodePlan(
-        layers, final_norm, output_weight, swap, architecture.hidden_size, model.config.params_dtype
+        layers,
+        final_norm,
+        output_weight,
+        partner,
+        architecture.hidden_size,
+        model.config.params_dtype,
     )
 
 

@@ -15,9 +15,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families.config_keys import ROPE_BESIDE, ROPE_SPELLINGS, same_value
 
-STRETCHED = ("linear", "yarn", "llama3")
-"""Types whose frequencies depend on the settings alone. Others change them with the length of what
-is read, so that a prompt would mean something else in every pack.
+SCALED_ROPE_TYPES = ("linear", "yarn", "llama3")
+"""RoPE scaling whose frequencies depend on the settings alone. Dynamic types change them with the
+sequence length, so that a prompt would mean something else in every pack.
 """
 
 _BESIDE = "the part around it"
@@ -89,10 +89,10 @@ def read_rotary(text: Any, rotary_dim: int, where: str) -> Rotary:
     """
     settings = text.rope_parameters
     kind = settings.get("rope_type")
-    if kind not in ("default", *STRETCHED):
+    if kind not in ("default", *SCALED_ROPE_TYPES):
         raise ModelError(
             f"{where}: rope_type is not supported, got {kind!r}, expected 'default' or "
-            f"{' or '.join(map(repr, STRETCHED))}; use a folder with one of these rotary "
+            f"{' or '.join(map(repr, SCALED_ROPE_TYPES))}; use a folder with one of these rotary "
             "embeddings, the same for all layers"
         )
     try:

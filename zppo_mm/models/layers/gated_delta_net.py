@@ -301,10 +301,10 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         can cut each part anew.
         """
         metadata = ensure_metadata_has_dp_cp_group(metadata)
-        place = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
+        groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
         own = {"A_log": self.A_log, "dt_bias": self.dt_bias, "conv1d.weight": self.conv1d.weight}
         result: ShardedStateDict = make_sharded_tensors_for_checkpoint(
-            own, prefix, dict.fromkeys(own, 0), sharded_offsets, **place
+            own, prefix, dict.fromkeys(own, 0), sharded_offsets, **groups
         )
         for name in ("in_proj", "out_norm", "out_proj"):
             child = sharded_state_dict_default(
