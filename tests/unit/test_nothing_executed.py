@@ -173,9 +173,9 @@ def changed(metadata: Metadata, **values: Any) -> Metadata:
         ({"relative_path": "/etc/passwd"}, "a file outside the folder"),
         ({"relative_path": "pipe"}, "no plain file"),
         ({"relative_path": "missing.distcp"}, "no plain file"),
-        ({"offset": -1}, "a place at -1"),
+        ({"offset": -1}, "a location at -1"),
         ({"length": 1 << 60}, r"got \d+ bytes, expected \d+ bytes"),
-        ({"offset": "0"}, "a place at '0'"),
+        ({"offset": "0"}, "a location at '0'"),
     ],
 )
 def test_a_description_cannot_point_anywhere(
@@ -421,7 +421,7 @@ def test_a_configuration_runs_nothing(tmp_path: Path, marker: Path, tag: str) ->
 
 # Who may do what could run code, because both ends are ours.
 ALLOWED = {
-    ("zppo_mm/weights/distributed_folder.py", "pickle._Unpickler"),
+    ("zppo_mm/weights/checkpoint_metadata.py", "pickle._Unpickler"),
     ("zppo_mm/report/page.py", "jinja2.Environment"),
 }
 RISKY = {

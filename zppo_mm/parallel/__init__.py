@@ -1,4 +1,4 @@
-"""Process groups, what passes between ranks, and where megatron-core's versions differ."""
+"""Process groups, exchanges between ranks, and where megatron-core's versions differ."""
 
 from zppo_mm.parallel.megatron_versions import allow_missing_triton
 

@@ -57,7 +57,7 @@ def gpt_model(*arguments: Any, **options: Any) -> Any:
 def data_parallel_model(*arguments: Any) -> Any:
     """Wrap a model in megatron-core's `DistributedDataParallel`.
 
-    0.19 would like to be handed the layout of the distributed optimizer's buffers and says so each
+    0.19 asks for the layout of the distributed optimizer's buffers and says so each
     time; it computes the same one itself.
     """
     from megatron.core.distributed import DistributedDataParallel

@@ -1,11 +1,11 @@
 """One folder per save: weights, optimizer and schedule in Megatron's distributed format, and
 everything else of the run beside them.
 
-A checkpoint is written next to its place, while training goes on, and renamed when it is complete,
-synced to disk and listed in a manifest. A process killed at any moment therefore leaves the
-previous checkpoint as it was, and at most a hidden unfinished folder that the next save removes.
-Each rank writes and reads about its own share, of which it holds one copy in host memory until it
-is written.
+A checkpoint is written beside its final name, while training goes on, and renamed when it is
+complete, synced to disk and listed in a manifest. A process killed at any moment therefore leaves
+the previous checkpoint as it was, and at most a hidden unfinished folder that the next save
+removes. Each rank writes and reads about its own shards, of which it holds one copy in host memory
+until it is written.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class CheckpointWriter:
     Args:
         folder: Holds the checkpoints of a run, on storage that all ranks share.
         keep: Complete checkpoints left after a save, at least 1.
-        on_complete: Told the step of every checkpoint that has become complete, by `notice` or
-            `finish`.
+        on_complete: Called with the step of every checkpoint that has become complete, by `notice`
+            or `finish`.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class CheckpointWriter:
             RANDOM_FILE: gather_random_states(),
         }
         chunks, metadata = plan_writes(_chunks(policy))
-        # Training changes what they look at.
+        # Training changes the memory that the shards are views of.
         copies = [
             replace(chunk, content=partial(_same, _host_copy(chunk.content()))) for chunk in chunks
         ]
@@ -196,8 +196,8 @@ def load_latest(
     Args:
         folder: Of the checkpoints.
         policy: Overwritten in place.
-        check: Told the `state` before anything is overwritten; raises on every rank if it is not to
-            be loaded.
+        check: Called with the `state` before anything is overwritten; raises on every rank if it
+            is not to be loaded.
 
     Returns:
         The `state` that was saved with it; `None` if nothing was saved yet.
@@ -254,7 +254,7 @@ def load(
             megatron-core wrote it.
     """
     schedule, random_states, state = on_every_rank(path, partial(read_small_files, path))
-    with taking_up(path):
+    with translate_value_errors(path):
         check(state)
     entries = save_entries(policy.model)
     found = optimizer_state.parameter_shards(policy.optimizer)
@@ -267,7 +267,7 @@ def load(
             path, partial(read_tensors, path, wanted, [*shards_to_read(weights, readers), *states])
         )
         broadcast_shards(weights, readers)
-    with taking_up(path):
+    with translate_value_errors(path):
         optimizer_state.set_num_updates(policy.optimizer, found, schedule["num_updates"])
         policy.scheduler.load_state_dict(schedule["scheduler"])
         restore_random_states(random_states)
@@ -275,9 +275,9 @@ def load(
 
 
 @contextmanager
-def taking_up(path: Path) -> Iterator[None]:
-    """Inside the block what stands in a checkpoint's small files is taken up; no collective is
-    called there.
+def translate_value_errors(path: Path) -> Iterator[None]:
+    """Translate the errors of unusable values in a checkpoint's small files; no collective is
+    called inside the block.
 
     Raises:
         CheckpointError: The values are not those that a run of this version saves.
@@ -295,22 +295,22 @@ def taking_up(path: Path) -> Iterator[None]:
         TypeError,
         ValueError,
     ) as error:
-        told = f"{type(error).__name__}: {error}"
+        got = f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"{path}: cannot be used, got {told}, expected what a run of this version saves; "
+            f"{path}: cannot be used, got {got}, expected what a run of this version saves; "
             f"{_NEW_RUN}"
         ) from error
 
 
 def verify(path: Path) -> None:
-    """Compare every file with the manifest, each rank its share. Every rank calls it.
+    """Compare every file with the manifest, each rank its part of the files. Every rank calls it.
 
     Raises:
         DamagedCheckpointError: On every rank, naming the first file that is missing or damaged.
         CheckpointError: On every rank, if a file cannot be read now, which says nothing about the
             checkpoint.
     """
-    on_every_rank(path, lambda: _verify_share(path))
+    on_every_rank(path, lambda: _verify_own_files(path))
 
 
 def _chunks(policy: Policy) -> list[WriteChunk]:
@@ -361,7 +361,7 @@ def _in_background(action: Callable[[], T]) -> Future[T]:
     return future
 
 
-def _verify_share(path: Path) -> None:
+def _verify_own_files(path: Path) -> None:
     listed = read_manifest(path, STATE_FILE)
     damage: DamagedCheckpointError | None = None
     for name in sorted(listed)[parallel.rank() :: parallel.world_size()]:

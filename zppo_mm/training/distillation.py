@@ -28,7 +28,7 @@ from zppo_mm.training.objective import (
 def check_networks(
     student: VisionLanguageModel, teacher: VisionLanguageModel, share_prompts: str
 ) -> None:
-    """Check that the teacher can be passed the student's micro-batches and that their logits can be
+    """Check that the teacher can run the student's micro-batches and that their logits can be
     compared.
 
     Args:
@@ -72,9 +72,9 @@ class DistillationObjective:
 
         Args:
             teacher: Frozen, in one pipeline stage, on the student's tensor ranks and with its
-                vocabulary; passed each micro-batch whole, on every context rank. `None` if the
+                vocabulary; it runs each micro-batch whole, on every context rank. `None` if the
                 samples carry its log-probs.
-            top_k: Its most likely tokens that are told apart; 0 means all. Samples that carry
+            top_k: Its most likely tokens that are kept apart; 0 means all. Samples that carry
                 log-probs have theirs.
             temperature: Of both distributions.
             group: Ranks that share the vocabulary.

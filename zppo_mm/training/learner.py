@@ -20,7 +20,7 @@ from zppo_mm.training.samples import to_training_samples
 
 
 class Learner:
-    """Plans mini-batches, packs this rank's share and updates the policy.
+    """Plans mini-batches, packs this rank's micro-batches and updates the policy.
 
     Args:
         policy: What is trained.
@@ -123,7 +123,7 @@ def _without_loss(sample: TrainingSample) -> TrainingSample:
 
 
 def _num_shared_tokens(samples: Sequence[TrainingSample]) -> int:
-    """Return the prompt tokens that a micro-batch with shared prompts does not pass again."""
+    """Return the prompt tokens that shared-prefix training saves in a micro-batch."""
     prompts = {sample.uid: sample.num_prompt_tokens for sample in samples}
     return sum(sample.num_prompt_tokens for sample in samples) - sum(prompts.values())
 

@@ -2,7 +2,7 @@
 weights.
 
 Parameters travel one by one: gathered over tensor ranks, cut into Hugging Face tensors, sent to the
-first rank, written to their places. No rank ever holds more than one whole parameter besides its
+first rank, written at their offsets. No rank ever holds more than one whole parameter besides its
 own shard of the network.
 """
 
@@ -212,7 +212,7 @@ def stream_weights(
         target: Where the tensors go, for messages.
 
     Returns:
-        The keys that were handed over; none but on the writing rank.
+        The keys that were written; none but on the writing rank.
 
     Raises:
         ModelError: A sink failed; raised on every rank after the round.
@@ -346,5 +346,5 @@ def refuse_inside(source: SafetensorsFolder, target: Path) -> None:
     if source.path.resolve() in target.resolve().parents:
         raise ModelError(
             f"{target}: lies inside the source folder {source.path}, expected a folder beside it; "
-            "choose another place"
+            "choose another folder"
         )

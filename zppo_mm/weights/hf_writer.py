@@ -1,4 +1,4 @@
-"""Writes a Hugging Face folder tensor by tensor, aside, and puts it in its place when it is
+"""Writes a Hugging Face folder tensor by tensor, under a temporary name, and renames it when it is
 complete.
 
 The size of every file is known from its header before the first tensor comes, so its room is taken

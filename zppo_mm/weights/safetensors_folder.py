@@ -43,7 +43,7 @@ class SafetensorsFolder:
 
     Attributes:
         path: The folder.
-        places: File name of every key.
+        weight_map: File name of every key.
         stored_names: Every key as its file spells it.
         dequantised_dtype: Type of dequantised weights.
 

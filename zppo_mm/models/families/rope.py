@@ -48,26 +48,26 @@ def check_spellings(section: Mapping[str, Any], effective: Mapping[str, Any], wh
     Raises:
         ModelError: A setting differs from the one that holds.
     """
-    for place, key, value in _said(section):
+    for where_found, key, value in _settings_of(section):
         name = "rope_type" if key == "type" else key
         value = "default" if name == "rope_type" and value == "mrope" else value
         if value is None or (name == "rope_type" and value == "default"):
             # Files of transformers 5 that somebody extended in the older spelling have this beside
             # the type that holds.
             continue
-        if place == _BESIDE and name not in effective:
+        if where_found == _BESIDE and name not in effective:
             # The length of the first training is read by some types alone.
             continue
         if not same_value(value, effective.get(name)):
             raise ModelError(
-                f"{where}: {key} has two values, got {value!r} in {place}, and "
+                f"{where}: {key} has two values, got {value!r} in {where_found}, and "
                 f"{effective.get(name)!r} is what transformers would read, expected one; write all "
                 f"rotary settings into {ROPE_SPELLINGS[0]} and remove {ROPE_SPELLINGS[1]}"
             )
 
 
-def _said(section: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Yield every rotary setting of a file, with the place where it stands."""
+def _settings_of(section: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Yield every rotary setting of a file, with the section that holds it."""
     for spelling in ROPE_SPELLINGS:
         for key, value in (section.get(spelling) or {}).items():
             yield spelling, key, value

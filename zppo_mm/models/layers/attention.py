@@ -125,7 +125,7 @@ class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
         """Mix tokens of each sequence.
 
         Args:
-            hidden_states: `[tokens, 1, hidden]`; a share of the tokens under sequence or context
+            hidden_states: `[tokens, 1, hidden]`; part of the tokens under sequence or context
                 parallelism.
             attention_mask: Unused.
             rotary_pos_emb: `[2, tokens, 1, rotated channels]` cosines and sines; this rank's part
