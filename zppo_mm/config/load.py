@@ -8,7 +8,6 @@ so a misspelt key is an error that names where it came from. Imports no torch.
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.atomic_files import write_atomically
 from zppo_mm.config.checks import check_config
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ConfigError
@@ -86,12 +86,10 @@ def load_settings(kind: type[_Kind], path: Path, overrides: Sequence[str] = ()) 
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the whole resolved configuration as YAML that `load_config` reads back to an equal one;
-    written aside, then renamed.
+    """Write the whole resolved configuration as YAML that `load_config` reads back to an equal
+    one.
     """
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    os.replace(aside, path)
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def flat_keys(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

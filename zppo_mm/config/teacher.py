@@ -53,8 +53,8 @@ class TeacherConfig:
         "wait",
         "What to do if the teacher does not answer. `wait`: retry until `max_wait_seconds`, then "
         "stop with a checkpoint. `ncq_only`: after `num_retries`, continue without its answers. "
-        "`stop`: after `num_retries`, stop with a checkpoint. A teacher on its own ranks is not "
-        "retried.",
+        "`stop`: after `num_retries`, stop with a checkpoint. Teacher ranks that have ended stop "
+        "the run.",
         choices=("wait", "ncq_only", "stop"),
         may_change_on_resume=True,
     )

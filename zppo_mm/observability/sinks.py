@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from tqdm import tqdm
 
+from data.atomic_files import write_atomically
 from zppo_mm.config.schema import ObservabilityConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.methods import REFORMULATED
@@ -74,9 +75,7 @@ def truncate_after(path: Path, step: int) -> None:
             kept += [line + "\n"] if number <= step else []
         elif line:
             logger.warning("%s: dropped a line that was not written to its end", path)
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, path)
+    write_atomically(path, "".join(kept))
 
 
 class JsonLinesSink:
