@@ -155,16 +155,16 @@ def test_what_cannot_be_used_is_left_out_and_said_once(
     [math.nan, math.inf, -math.inf, 1e-3, 0.5, 1e300, -1e300],
     ids=["nan", "inf", "-inf", "above 0", "1/2", "huge", "tiny"],
 )
-@pytest.mark.parametrize("token", ["written", "likely", "unknown to the student"])
-def test_log_probs_that_there_are_none_of_are_refused(
-    logprob: float, token: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("which", ["written", "likely", "unknown to the student"])
+def test_impossible_log_probs_are_refused(
+    logprob: float, which: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = token(b"4", 0.5, **{" is": 0.25})
     bad = {
         "written": ServedToken(b" is", logprob, ((b"4", -1.0),)),
         "likely": ServedToken(b" is", -1.0, ((b"4", logprob),)),
         "unknown to the student": ServedToken(b" is", -1.0, ((b"4", -1.0), (b"cat", logprob))),
-    }[token]
+    }[which]
     read = reader()
     with caplog.at_level(logging.WARNING):
         assert read.read(choice("4 is", good, bad)) is None

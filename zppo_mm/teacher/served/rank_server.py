@@ -21,7 +21,7 @@ from zppo_mm.teacher.served.chat_server import ChatRequest, ChatServer, PendingR
 # How long the leader looks for requests before it checks on the student, and how long the other
 # ranks wait for it: a collective that lasts would reach its time limit.
 POLL_SECONDS = 0.2
-MEETING_SECONDS = 5.0
+EXCHANGE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +97,8 @@ class RankServer:
 
     def _next_turn(self, server: ChatServer) -> tuple[_Turn, list[PendingRequest]]:
         """Wait for something to do, but not longer than the other ranks should wait."""
-        meeting = time.monotonic() + MEETING_SECONDS
-        while time.monotonic() < meeting:
+        deadline = time.monotonic() + EXCHANGE_SECONDS
+        while time.monotonic() < deadline:
             exit_reason = self._link.exit_reason()
             if exit_reason is not None:
                 return _Turn(exit_reason=exit_reason), []

@@ -23,9 +23,9 @@ from zppo_mm.teacher.teacher import TeacherLostError
 
 logger = logging.getLogger(__name__)
 
-# Ranks that wait for another replica's answers meet this often: a collective that lasts would reach
+# Ranks that wait for another replica's answers exchange this often: a collective that lasts would reach
 # its time limit.
-MEETING_SECONDS = 5.0
+EXCHANGE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ class ServedTeacher:
         """
         is_done = False
         while not is_done:
-            wait([future], timeout=MEETING_SECONDS)
+            wait([future], timeout=EXCHANGE_SECONDS)
             is_done = self.have_all_answers(future)
             if self._ranks is not None:
                 self._ranks.check()
