@@ -185,7 +185,7 @@ def build_run(
     log_part_sizes(student)
     compressor, hints = build_rewriters(config.teacher, encoder, teachers.rewrites)
     sampler = shared.sampler(student, encoder)
-    stream = build_stream(config, SampleHealth(config.data.max_bad_share, config.data.strict))
+    stream = build_stream(config, SampleHealth(config.data.max_bad_fraction, config.data.strict))
     stages = Stages(
         config=config,
         interruption=interruption,
@@ -281,7 +281,7 @@ def _held_out(config: RunConfig, verifier: Verifier) -> HeldOut:
         return HeldOut()
     sources = config.data.held_out or bundled_sources(config, "held_out")
     folders = [ShardFolder(source.path) for source in sources]
-    health = SampleHealth(config.data.max_bad_share, config.data.strict)
+    health = SampleHealth(config.data.max_bad_fraction, config.data.strict)
     chosen = held_out_questions(
         folders, config.evaluation.num_questions, config.seed, health, verifier.can_grade
     )

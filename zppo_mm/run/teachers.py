@@ -94,10 +94,10 @@ def build_teachers(
     """
     config = shared.config
     zone = config.zone
-    answers = (
-        zone.bcq or zone.hint or zone.prefix or zone.inject or config.distill.source == "teacher"
+    answers = zone.uses_teacher or config.distill.source == "teacher"
+    rewrites = config.teacher.compressor == "teacher" and any(
+        kind.is_rewritten for kind in zone.kinds
     )
-    rewrites = config.teacher.compressor == "teacher" and (zone.bcq or zone.ncq or zone.hint)
     distils = config.distill.source != "none"
     if not (answers or rewrites or distils):
         return Teachers(None, None, ranks=ranks)
