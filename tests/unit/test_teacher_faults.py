@@ -246,7 +246,7 @@ def test_a_wrong_key_is_named_at_once_and_shown_nowhere(
     pool = open_pool(config.teacher, SingleProcess())
     assert pool is not None
     assert KEY not in repr(vars(pool))
-    assert KEY not in Path(f"/proc/{vars(pool)['_client'].process.pid}/cmdline").read_text()
+    assert KEY not in Path(f"/proc/{vars(pool)['_worker'].process.pid}/cmdline").read_text()
     pool.close()
 
 

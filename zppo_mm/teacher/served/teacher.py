@@ -23,8 +23,8 @@ from zppo_mm.teacher.teacher import TeacherLostError
 
 logger = logging.getLogger(__name__)
 
-# Ranks that wait for another replica's answers exchange this often: a collective that lasts would reach
-# its time limit.
+# Ranks that wait for another replica's answers exchange this often: a collective that lasts would
+# reach its time limit.
 EXCHANGE_SECONDS = 5.0
 
 
