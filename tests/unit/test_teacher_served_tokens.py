@@ -15,7 +15,7 @@ import pytest
 from zppo_mm.bundled import STUDENT_DIR
 from zppo_mm.experience import NO_TOKEN
 from zppo_mm.rollout.chat import ChatFormat
-from zppo_mm.teacher.served.chat_api import Ask, Choice, Fault, ServedToken
+from zppo_mm.teacher.served.chat_api import ChatRequest, Choice, Fault, ServedToken
 from zppo_mm.teacher.served.chat_reply import parse_reply
 from zppo_mm.teacher.served.tokens import TokenReader
 
@@ -278,6 +278,6 @@ def test_more_likely_tokens_than_asked_for_are_not_kept() -> None:
 
 
 def test_log_probs_are_asked_for_where_they_are_wanted() -> None:
-    ask = Ask("hi", num_choices=1, temperature=1.0, max_tokens=9, seed=0, top_logprobs=20)
+    ask = ChatRequest("hi", num_choices=1, temperature=1.0, max_tokens=9, seed=0, top_logprobs=20)
     body = json.loads(ask.body("m", "hi", 1, 0))
     assert (body["logprobs"], body["top_logprobs"]) == (True, 20)
