@@ -14,7 +14,8 @@ from tests.support import network_checks, tiny_qwen
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.models.decoding.decode import decode, prefill
 from zppo_mm.models.layers.cache import DecodeCache
-from zppo_mm.models.layers.gated_delta_net import GatedDeltaNet, fused_kernels
+from zppo_mm.models.layers.delta_rule import fused_kernels
+from zppo_mm.models.layers.gated_delta_net import GatedDeltaNet
 from zppo_mm.models.specs import transformer_engine_provider
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel import groups as parallel

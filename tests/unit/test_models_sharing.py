@@ -21,7 +21,7 @@ from zppo_mm.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, 
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import TrainingSample
 from zppo_mm.models.layers import delta_rule
-from zppo_mm.models.layers.gated_delta_net import causal_convolution, last_inputs
+from zppo_mm.models.layers.causal_convolution import causal_convolution, last_inputs
 from zppo_mm.models.layers.packing import MAX_PADDING_RATIO, build_layout
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel import groups as parallel

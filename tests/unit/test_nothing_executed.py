@@ -35,7 +35,7 @@ from zppo_mm.training import checkpoint
 from zppo_mm.training.checkpoint_files import publish
 from zppo_mm.training.objective import PolicyObjective
 from zppo_mm.training.policy import Policy
-from zppo_mm.weights.distributed_folder import METADATA_FILE, read_metadata
+from zppo_mm.weights.checkpoint_metadata import METADATA_FILE, read_metadata
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = ParallelConfig()
