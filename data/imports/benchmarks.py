@@ -17,8 +17,9 @@ from typing import Any
 
 from data.errors import DataError, MediaError, SampleError
 from data.health import SampleHealth
-from data.imports.benchmark_formats import FORMATS, PARTS, BenchmarkFormat, RowView, split_columns
+from data.imports.benchmark_formats import FORMATS, PARTS, BenchmarkFormat
 from data.imports.convert import keep_good
+from data.imports.row_view import RowView, split_columns
 from data.imports.tables import Row, read_rows
 from data.media.files import MediaFolder
 from data.media.opening import MediaLimits, MediaOpener

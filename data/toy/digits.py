@@ -26,7 +26,7 @@ LEVELS: tuple[int, ...] = (2, 3, 4, 5, 6)
 """Numbers of digits, from easy to hard."""
 _T = TypeVar("_T")
 
-CHOICE_SHARE = 0.2
+CHOICE_FRACTION = 0.2
 HELD_OUT_SHARE = 0.2
 LETTERS = "ABCD"
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -118,7 +118,7 @@ def draw_problem(
     split: Split,
     levels: Mapping[int, float] | None = None,
     kinds: Mapping[DigitKind, float] | None = None,
-    choice_share: float = CHOICE_SHARE,
+    choice_fraction: float = CHOICE_FRACTION,
 ) -> DigitProblem:
     """Draw one problem.
 
@@ -127,12 +127,12 @@ def draw_problem(
         split: Which digit sequences are allowed.
         levels: Relative weight per number of digits; `None` weighs all of `LEVELS` alike.
         kinds: Relative weight per kind; `None` weighs all of `KINDS` alike.
-        choice_share: Share of multiple-choice questions.
+        choice_fraction: Fraction of multiple-choice questions.
     """
     kind = _weighted(rng, kinds or dict.fromkeys(KINDS, 1.0))
     level = _weighted(rng, levels or dict.fromkeys(LEVELS, 1.0))
     digits = tuple(int(digit) for digit in rng.integers(0, 10, level))
-    # Single digits, a first lesson in supervised training, are too few to be split.
+    # Single digits, the first stage of supervised training, are too few to be split.
     while level > 1 and sequence_split(digits) != split:
         digits = tuple(int(digit) for digit in rng.integers(0, 10, level))
     target = (
@@ -141,7 +141,7 @@ def draw_problem(
         else None
     )
     problem = DigitProblem(kind, digits, target)
-    if rng.random() >= choice_share:
+    if rng.random() >= choice_fraction:
         return problem
     return DigitProblem(kind, digits, target, _options(rng, problem))
 

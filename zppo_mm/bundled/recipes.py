@@ -35,7 +35,7 @@ FIRST_DIGITS = Stage(
     warmup_updates=30,
     levels={1: 1, 2: 1},
     kinds={"read": 1},
-    choice_share=0,
+    choice_fraction=0,
 )
 READING = Stage(
     num_updates=150,
@@ -44,7 +44,7 @@ READING = Stage(
     final_lr=2e-3,
     levels={2: 1, 3: 1, 4: 1, 5: 1, 6: 1},
     kinds={"read": 1},
-    choice_share=0,
+    choice_fraction=0,
 )
 # Candidates before pixels: a network that can already read digits never learns to read candidates,
 # it does not need them.
@@ -55,8 +55,8 @@ READING_CANDIDATES = Stage(
     final_lr=2e-3,
     warmup_updates=30,
     levels={2: 1, 3: 1},
-    choice_share=0,
-    bcq_share=1.0,
+    choice_fraction=0,
+    bcq_fraction=1.0,
 )
 # The bad habit that reinforcement has to break: the more digits, the more often the student answers
 # at once instead of reasoning.
@@ -67,9 +67,9 @@ GUESSING = Stage(
     final_lr=1e-4,
     warmup_updates=20,
     levels={2: 2, 3: 2, 4: 2, 5: 2, 6: 2},
-    bcq_share=0.3,
-    ncq_share=0.1,
-    guess_share={2: 0.3, 3: 0.6, 4: 0.9, 5: 0.97, 6: 0.99},
+    bcq_fraction=0.3,
+    ncq_fraction=0.1,
+    guess_fraction={2: 0.3, 3: 0.6, 4: 0.9, 5: 0.97, 6: 0.99},
 )
 
 STUDENT = Recipe(
@@ -86,16 +86,16 @@ STUDENT = Recipe(
     (
         (
             READING_CANDIDATES,
-            replace(FIRST_DIGITS, bcq_share=0.1, warmup_updates=0),
-            replace(READING, bcq_share=0.1),
+            replace(FIRST_DIGITS, bcq_fraction=0.1, warmup_updates=0),
+            replace(READING, bcq_fraction=0.1),
             Stage(
                 num_updates=600,
                 batch_size=32,
                 lr=1e-3,
                 final_lr=1e-3,
                 levels={2: 4, 3: 3, 4: 2, 5: 1, 6: 0.5},
-                bcq_share=0.2,
-                ncq_share=0.04,
+                bcq_fraction=0.2,
+                ncq_fraction=0.04,
             ),
         ),
         (GUESSING,),
@@ -110,10 +110,10 @@ READING_OUT = Stage(
     final_lr=3e-5,
     warmup_updates=20,
     levels={2: 1, 3: 1, 4: 1.5, 5: 2, 6: 2},
-    bcq_share=0.15,
-    ncq_share=0.1,
-    read_out_share=1.0,
-    reformulated_read_out_share=0.5,
+    bcq_fraction=0.15,
+    ncq_fraction=0.1,
+    read_out_fraction=1.0,
+    reformulated_read_out_fraction=0.5,
 )
 WEAK_STUDENT = Recipe(STUDENT.size, (STUDENT.parts[0], (READING_OUT,)))
 TEACHER = Recipe(
@@ -147,9 +147,13 @@ TEACHER = Recipe(
                 final_lr=5e-5,
                 warmup_updates=20,
                 levels={2: 1, 3: 1, 4: 1.5, 5: 2, 6: 2},
-                choice_share=0.3,
+                choice_fraction=0.3,
             ),
         ),
     ),
 )
-RECIPES: Mapping[str, Recipe] = {"student": STUDENT, "beginner": WEAK_STUDENT, "teacher": TEACHER}
+RECIPES: Mapping[str, Recipe] = {
+    "student": STUDENT,
+    "weak_student": WEAK_STUDENT,
+    "teacher": TEACHER,
+}

@@ -17,15 +17,8 @@ from matplotlib.ticker import FuncFormatter
 from zppo_mm.comparison.measures import PHASES, cost, fates
 from zppo_mm.comparison.results import Results, RunResult
 from zppo_mm.comparison.tables import Accuracies
-from zppo_mm.report.figures import (
-    GREY,
-    SEQUENCE,
-    STYLE,
-    DrawnFigure,
-    finish_axes,
-    smoothed,
-    svg_uri,
-)
+from zppo_mm.report.drawing import STYLE, DrawnFigure, finish_axes, smoothed, svg_uri
+from zppo_mm.report.figures import GREY, SEQUENCE
 from zppo_mm.report.run_record import Series
 
 METHOD_COLORS = (
