@@ -34,7 +34,7 @@ from tests.fuzz.damaged_shards import (
     read_all,
     steps,
 )
-from tests.unit.shard_samples import QUESTION
+from tests.support.shard_samples import QUESTION
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from data.question import MediaRef
 from data.shard_writer import write_shards
 from data.shards import ShardFolder, ShardReader
 from data.tar_index import load_index, sidecar_path
-from tests.unit.shard_samples import END, png, sample
+from tests.support.shard_samples import END, png, sample
 
 
 def test_the_size_that_the_index_knows_speaks_where_the_shard_looks_whole(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from data.shard_writer import write_shards
 from data.shards import ShardFolder, ShardReader
 from data.tar_index import load_index, sidecar_path
 from data.tar_members import MAX_HEADER_BYTES
-from tests.unit.shard_samples import END, QUESTION, header, member, pax, png, sample
+from tests.support.shard_samples import END, QUESTION, header, member, pax, png, sample
 
 GOOD = member("a.json", QUESTION)
 MAX_SECONDS = 20  # each takes milliseconds; a hang takes for ever

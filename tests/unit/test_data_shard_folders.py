@@ -16,7 +16,7 @@ from data.lint import lint
 from data.shard_writer import write_shards
 from data.shards import ShardFolder, ShardReader
 from data.tar_index import scan_tar
-from tests.unit.shard_samples import END, QUESTION, member, sample
+from tests.support.shard_samples import END, QUESTION, member, sample
 
 GOOD = member("a.json", QUESTION)
 

@@ -21,7 +21,7 @@ from data.sample import ShardSample, media_order, parse_question
 from data.shard_writer import write_shards
 from data.shards import ShardFolder, ShardReader
 from data.tar_index import MEMBER_NAME, load_index, same_entries, scan_tar, sidecar_path
-from tests.unit.shard_samples import png, sample
+from tests.support.shard_samples import png, sample
 
 
 def some_samples(count: int = 25) -> list[ShardSample]:

@@ -14,8 +14,8 @@ from data.media.opening import Frames
 from data.question import MediaRef, Question
 from data.shard_writer import write_shards
 from data.shards import ShardFolder
-from tests.unit.shard_samples import sample
-from tests.unit.tiny_folder import build_folder
+from tests.support.shard_samples import sample
+from tests.support.tiny_folder import build_folder
 from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams

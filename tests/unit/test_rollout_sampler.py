@@ -21,7 +21,7 @@ from data.sample import ShardSample
 from data.shard_writer import write_shards
 from data.shards import ShardFolder
 from data.stream import QuestionStream
-from tests.unit.tiny_folder import build_folder
+from tests.support.tiny_folder import build_folder
 from zppo_mm.experience import PromptInstance
 from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
