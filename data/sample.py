@@ -134,7 +134,7 @@ def check_fields(where: str, fields: Mapping[str, Any], *, has_media: bool) -> N
     """Refuse a question with media in a field that is not read.
 
     Args:
-        where: Place of the question.
+        where: Shard and key, for messages.
         fields: All fields.
         has_media: The field `media` gives some.
 

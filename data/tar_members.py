@@ -57,7 +57,7 @@ def open_regular(path: str | Path, what: str = "shard") -> int:
         DataError: It cannot be opened, or is a folder, a FIFO or a device.
     """
     try:
-        # Opening a FIFO for reading would wait for somebody to write.
+        # Without O_NONBLOCK, opening a FIFO waits for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         advice = "give the folder's path as seen from here"

@@ -53,8 +53,8 @@ class Draft:
 
 
 def read_mathvista(view: RowView) -> Draft:
-    """Read a row of MathVista: unit and decimal places of the answer are told in the question, as
-    its own prompts do.
+    """Read a row of MathVista: unit and decimal places of the answer are stated in the question,
+    as its own prompts do.
     """
     answer, choices = view.answer(), view.choices()
     kind = view.text("answer_type", default="text")
@@ -102,16 +102,16 @@ def read_mmmu(view: RowView) -> Draft:
         for number, value in enumerate(view.all_values("image"), start=1)
         if value not in (None, "")
     ]
-    places = {number: place for place, (number, _) in enumerate(media, start=1)}
+    position_of = {number: position for position, (number, _) in enumerate(media, start=1)}
     question_id = _own_id(view)
     subject = _SUBJECT.fullmatch(question_id)
     source = view.text("source", default=subject[1] if subject else view.stem)
     fields = _fields(
         f"mmmu/{question_id}",
-        _renumber(view, view.text("question"), places),
+        _renumber(view, view.text("question"), position_of),
         answer,
         answer_type,
-        [_renumber(view, choice, places) for choice in choices],
+        [_renumber(view, choice, position_of) for choice in choices],
         f"mmmu/{source}",
     )
     return Draft(fields, [("image", value) for _, value in media])
@@ -229,16 +229,16 @@ def _own_id(view: RowView) -> str:
     return view.text("id", default=f"{view.stem}/{view.number}")
 
 
-def _renumber(view: RowView, text: str, places: Mapping[int, int]) -> str:
-    """Let markers name places among the pictures that are there."""
+def _renumber(view: RowView, text: str, position_of: Mapping[int, int]) -> str:
+    """Let markers count only the pictures that are there."""
 
-    def place(match: re.Match[str]) -> str:
-        if int(match[1]) not in places:
+    def renumbered(match: re.Match[str]) -> str:
+        if int(match[1]) not in position_of:
             got = f"got {match[0]} in the text and no image_{match[1]}"
             raise SampleError(
                 "missing_media",
                 f"{view.where}: a picture is missing, {got}, expected it; download the file again",
             )
-        return f"<image {places[int(match[1])]}>"
+        return f"<image {position_of[int(match[1])]}>"
 
-    return _MARKER.sub(place, text)
+    return _MARKER.sub(renumbered, text)

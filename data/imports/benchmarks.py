@@ -51,7 +51,7 @@ class Conversion:
         columns: By part of a question.
         num_good: Rows that are questions now.
         skipped: Rows that are not, by reason.
-        listed: The first of them: place, reason, what is wrong.
+        listed: The first of them: where, reason, what is wrong.
     """
 
     file: str
@@ -200,8 +200,8 @@ def _check_parts(source: Path, name: str, fields: Mapping[str, str]) -> None:
 
 
 def _check_columns(source: Path, present: set[str], fields: Mapping[str, str]) -> None:
-    """Refuse a column that the user names and no row has: a question would be without it, and
-    nobody would know.
+    """Refuse a column that the user names and no row has: its questions
+    would silently lack it.
     """
     wanted = {
         column

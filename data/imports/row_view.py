@@ -219,7 +219,7 @@ def spelled(text: str) -> Any:
     for read in (json.loads, ast.literal_eval) if text.lstrip()[:1] in ("[", "{") else ():
         try:
             value = read(text)
-            repr(value)  # fails for numbers and levels that nobody can write down
+            repr(value)  # fails for numbers and depths that have no text
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             continue
         if isinstance(value, list | dict):

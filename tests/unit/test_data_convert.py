@@ -195,7 +195,7 @@ def test_easy_vqa_is_multiple_choice_among_answers_of_one_kind() -> None:
         package_records("test"),
     )
     letters: Counter[tuple[int, str]] = Counter()
-    places: set[tuple[str, str]] = set()
+    positions: set[tuple[str, str]] = set()
     for each, (text, answer, image) in zip(samples, records, strict=True):
         question = each.question
         assert question["question"].lower() == text
@@ -203,8 +203,10 @@ def test_easy_vqa_is_multiple_choice_among_answers_of_one_kind() -> None:
         assert tuple(sorted(question["choices"])) in {tuple(sorted(kind)) for kind in ANSWER_KINDS}
         assert question["image"] == image
         letters[len(question["choices"]), question["answer"]] += 1
-        places.add((answer, question["answer"]))
-    assert len(places) == 2 * 2 + 3 * 3 + 8 * 8, "every answer stands at every letter of its kind"
+        positions.add((answer, question["answer"]))
+    assert len(positions) == 2 * 2 + 3 * 3 + 8 * 8, (
+        "every answer stands at every letter of its kind"
+    )
     for size, tolerance in (
         (2, 0.04),
         (3, 0.15),

@@ -97,7 +97,7 @@ HOSTILE = {
     "unknown kind": (member("b.json", QUESTION, kind=b"Z"), "a member of type b'Z'"),
     "folder with content": (member("b/", QUESTION, kind=b"5"), "a member of type b'5'"),
     "the same file twice": (GOOD, "json twice"),
-    "a sample in two places": (
+    "a sample in two parts": (
         member("b.json", QUESTION) + member("a.png", b"x"),
         "files of one sample are apart",
     ),
@@ -221,7 +221,7 @@ def test_shards_of_the_webdataset_writer_train_here(tmp_path: Path) -> None:
             )
     assert lint([tmp_path], MediaOpener(MediaLimits())) == (5, [])
     folder = ShardFolder(tmp_path)
-    questions = [folder.question(*place) for place in samples_of(folder)]
+    questions = [folder.question(*key) for key in samples_of(folder)]
     assert [question.id for question in questions] == [f"q{index}" for index in range(5)]
     assert [folder.media_bytes(question.media[0]) for question in questions] == [
         png(value=index) for index in range(5)

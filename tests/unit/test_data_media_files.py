@@ -126,7 +126,7 @@ def test_bad_lines_are_each_counted_and_the_good_ones_written(tmp_path: Path) ->
     health = SampleHealth(1.0)
     convert_jsonl(source, tmp_path / "out", health=health)
     assert health.num_good == 1
-    assert [(place, reason) for place, reason, _ in health.listed] == [
+    assert [(where, reason) for where, reason, _ in health.listed] == [
         (f"{source}:{number}", reason) for number, reason in enumerate(BAD_LINES.values(), start=1)
     ]
 

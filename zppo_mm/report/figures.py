@@ -142,7 +142,7 @@ def _fates(run: RunRecord, axes: Axes) -> bool:
         axes.bar(range(len(bins)), counts, bottom=bottom, label=fate, color=color, width=0.6)
         bottom, gone = bottom + counts, gone + counts
         if fate == "graduated":
-            shares = counts / np.maximum(admitted, 1)
+            fractions = counts / np.maximum(admitted, 1)
     # A question may be admitted again after it left, so what is still there is what remains of the
     # admissions.
     axes.bar(
@@ -153,11 +153,11 @@ def _fates(run: RunRecord, axes: Axes) -> bool:
         color="#d5dce6",
         width=0.6,
     )
-    for index, (total, share) in enumerate(zip(admitted, shares, strict=True)):
+    for index, (total, fraction) in enumerate(zip(admitted, fractions, strict=True)):
         axes.text(
             index,
             total,
-            f"{share:.0%} graduated",
+            f"{fraction:.0%} graduated",
             ha="center",
             va="bottom",
             fontsize=8,
@@ -256,7 +256,7 @@ FIGURES: tuple[tuple[str, str, Callable[[RunRecord, Axes], bool]], ...] = (
         "Questions with at least one correct teacher rollout, and the mean over all: hard ones, or "
         "all in distillation on its text.",
         curves(
-            "share",
+            "fraction",
             True,
             ("teacher/solved", "questions solved", NCQ),
             ("teacher/accuracy", "rollouts correct", GREY),
@@ -267,7 +267,7 @@ FIGURES: tuple[tuple[str, str, Callable[[RunRecord, Axes], bool]], ...] = (
         "How often an answer repeats what a candidate said. A BCQ curve near 100 % would mean that "
         "candidates give themselves away.",
         curves(
-            "share of rollouts",
+            "fraction of rollouts",
             True,
             ("audit/bcq_right", "BCQ: right candidate", BCQ),
             ("audit/bcq_wrong", "BCQ: wrong candidate", "#d9655b"),
@@ -287,9 +287,9 @@ FIGURES: tuple[tuple[str, str, Callable[[RunRecord, Axes], bool]], ...] = (
     ),
     (
         "Clipped tokens",
-        "Share of response tokens whose ratio was held by a bound.",
+        "Fraction of response tokens whose ratio was clipped.",
         curves(
-            "share",
+            "fraction",
             True,
             ("policy/clip_low", "low", PLAIN),
             ("policy/clip_high", "high", NCQ),
@@ -316,8 +316,8 @@ FIGURES: tuple[tuple[str, str, Callable[[RunRecord, Axes], bool]], ...] = (
     ),
     (
         "Truncated responses",
-        "Share that met the length limit.",
-        curves("share", True, ("response/truncated", "truncated", PLAIN)),
+        "Fraction of responses that reached the length limit.",
+        curves("fraction", True, ("response/truncated", "truncated", PLAIN)),
     ),
     (
         "Time by phase",
