@@ -43,7 +43,7 @@ def ask(
             seed=0,
             tokens=reader,
         )
-        answers = teacher.ask(QUESTIONS, 1).wait()
+        answers = teacher.submit(QUESTIONS, 1).wait()
         pool.close()
         return (
             [rollout for question in QUESTIONS for rollout in answers[question.id]],
