@@ -63,7 +63,7 @@ class Conversion:
 
 
 def convert_benchmark(
-    file: str | Path,
+    source: str | Path,
     out_dir: str | Path,
     *,
     format_name: str = "",
@@ -78,7 +78,7 @@ def convert_benchmark(
     """Write one sample per row; rows that cannot be used are named, counted by reason and left out.
 
     Args:
-        file: JSON, JSON lines, CSV, TSV or Parquet.
+        source: JSON, JSON lines, CSV, TSV or Parquet.
         out_dir: Folder for the shards and `conversion.json`, which is written last.
         format_name: One of `FORMATS`; empty means the one whose columns the file has.
         fields: Columns by part of a question, in place of the format's.
@@ -94,7 +94,7 @@ def convert_benchmark(
         DataError: The file cannot be read, its columns are not known, or no row or too few can be
             used.
     """
-    source, target = Path(file), Path(out_dir)
+    source, target = Path(source), Path(out_dir)
     limit = MediaLimits().max_bytes if max_media_bytes is None else max_media_bytes
     folder = MediaFolder(
         source.parent if media_root is None else media_root, limit, follow_links=follow_links

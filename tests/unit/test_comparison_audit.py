@@ -4,7 +4,6 @@ that it does not know.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from types import ModuleType
 import pytest
 
 from tests.support.simulated_run import make_group, make_question, make_rollout, simulate_run
+from tests.support.tools import load_tool
 from zppo_mm.comparison.transcript_audit import (
     ROWS,
     Lengths,
@@ -219,12 +219,7 @@ def test_the_table_has_every_number(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("audit", ROOT / "tools" / "audit.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("audit")
 
 
 @pytest.mark.parametrize(

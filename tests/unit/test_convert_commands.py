@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.support import tiny_families, tiny_qwen
 from tests.support.published_sizes import PUBLISHED
 from tests.support.tiny_fp8 import LINEARS, quantise
+from tests.support.tools import load_tool
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.conversion.command import run_command
 from zppo_mm.conversion.description import count_parameters, describe_folder, fitting_layouts
@@ -33,16 +32,11 @@ from zppo_mm.weights.mapping import parameter_mappings
 from zppo_mm.weights.megatron_folder import build_without_weights
 from zppo_mm.weights.safetensors_folder import SafetensorsFolder
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
 LAYOUT = ParallelConfig()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(LAYOUT, seed=0)
-    yield
-    parallel.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +49,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("convert_checkpoint")
 
 
 def test_the_command_line_is_read(tool: ModuleType) -> None:

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,16 +39,11 @@ from zppo_mm.weights.mapping import load_hf_weights
 from zppo_mm.weights.safetensors_file import build_header
 from zppo_mm.weights.safetensors_folder import SafetensorsFolder
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
 LAYOUT = ParallelConfig()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(LAYOUT, seed=0)
-    yield
-    parallel.shutdown()
 
 
 def released(path: Path) -> Path:

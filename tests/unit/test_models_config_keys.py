@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import importlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,11 @@ from tests.support.config_oracle import (
     text_of,
     written_configs,
 )
-from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families.architecture import load_architecture, parse_architecture
 from zppo_mm.models.families.config_keys import BUILT, FOREIGN, HARMLESS, READ, READ_OUTSIDE
-from zppo_mm.parallel import groups as parallel
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(ParallelConfig(), seed=0)
-    yield
-    parallel.shutdown()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,8 @@ from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families import qwen2_5_vl, qwen3_5, qwen3_vl
 from zppo_mm.models.families.architecture import parse_architecture
-from zppo_mm.parallel import groups as parallel
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(ParallelConfig(), seed=0)
-    yield
-    parallel.shutdown()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture(scope="module")

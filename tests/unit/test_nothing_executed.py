@@ -37,15 +37,10 @@ from zppo_mm.training.objective import PolicyObjective
 from zppo_mm.training.policy import Policy
 from zppo_mm.weights.distributed_folder import METADATA_FILE, read_metadata
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 ROOT = Path(__file__).parents[2]
 LAYOUT = ParallelConfig()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(LAYOUT, seed=0)
-    yield
-    parallel.shutdown()
 
 
 @pytest.fixture

@@ -27,11 +27,11 @@ class Stage:
 
     Attributes:
         num_updates: Gradient updates.
-        batch_size: Sequences per update.
         lr: Learning rate at its start; it falls linearly to `final_lr`.
         final_lr: Learning rate at its end.
         warmup_updates: Updates over which the learning rate rises from 0.
         levels: Relative weight per number of digits.
+        batch_size: Sequences per update.
         kinds: Relative weight per kind of question; empty means all alike.
         choice_fraction: Fraction of multiple-choice questions.
         bcq_fraction: Fraction of prompts that show a right and a wrong solution.
@@ -44,10 +44,10 @@ class Stage:
     """
 
     num_updates: int
-    batch_size: int
     lr: float
     final_lr: float
     levels: Mapping[int, float]
+    batch_size: int = 32
     warmup_updates: int = 0
     kinds: Mapping[DigitKind, float] | None = None
     choice_fraction: float = 0.2
