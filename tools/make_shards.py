@@ -98,11 +98,11 @@ def conversion_options(
 def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what happens to bad samples and old shards."""
     parser.add_argument(
-        "--max-bad-share",
+        "--max-bad-fraction",
         type=float,
         default=0.05,
-        metavar="SHARE",
-        help="stop above this share (default %(default)s)",
+        metavar="FRACTION",
+        help="stop above this fraction of bad samples (default %(default)s)",
     )
     parser.add_argument("--strict", action="store_true", help="stop at the first bad sample")
     parser.add_argument(
@@ -199,7 +199,7 @@ def run_convert(argv: list[str]) -> int:
     )
     add_conversion_options(parser)
     arguments = parser.parse_args(argv)
-    health = SampleHealth(arguments.max_bad_share, arguments.strict)
+    health = SampleHealth(arguments.max_bad_fraction, arguments.strict)
     with conversion_options(arguments, health) as options:
         shards = convert_jsonl(**options, samples_per_shard=arguments.samples_per_shard)
     print(f"{health.num_good} samples in {len(shards)} shards, {skipped(health)}")
@@ -218,7 +218,7 @@ def run_benchmark(argv: list[str]) -> int:
     add_format(parser)
     add_conversion_options(parser)
     arguments = parser.parse_args(argv)
-    health = SampleHealth(arguments.max_bad_share, arguments.strict)
+    health = SampleHealth(arguments.max_bad_fraction, arguments.strict)
     with conversion_options(arguments, health) as options:
         conversion = convert_benchmark(
             **options, format_name=arguments.format, fields=dict(arguments.fields)

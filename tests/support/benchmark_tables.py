@@ -74,13 +74,13 @@ def write_table(path: Path, rows: Rows) -> Path:
 
 
 def convert(
-    path: Path, rows: Rows | None = None, max_bad_share: float = 1.0, **options: Any
+    path: Path, rows: Rows | None = None, max_bad_fraction: float = 1.0, **options: Any
 ) -> tuple[list[Question], ShardFolder, Conversion]:
     """Convert a table, written from `rows` if they are given; return its questions and report."""
     if rows is not None:
         write_table(path, rows)
     out = path.parent / f"{path.name}.shards"
-    conversion = convert_benchmark(path, out, health=SampleHealth(max_bad_share), **options)
+    conversion = convert_benchmark(path, out, health=SampleHealth(max_bad_fraction), **options)
     assert read_conversion(out) == conversion
     folder = ShardFolder(out)
     return [folder.question(shard, key) for shard, key in list(folder.keys())], folder, conversion

@@ -130,7 +130,7 @@ def test_errors_of_whole_files(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"(?s)too many bad samples, got 1 of 20 .*t2\.jsonl:1: no_answer"
     ):
-        convert(tmp_path / "t2.jsonl", [row | {"answer": "?"}, *[row] * 19], max_bad_share=0.01)
+        convert(tmp_path / "t2.jsonl", [row | {"answer": "?"}, *[row] * 19], max_bad_fraction=0.01)
 
 
 def test_a_record_that_is_damaged_is_an_error(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def lines(tmp_path: Path) -> Path:
 
 
 def test_lines_become_shards_and_bad_ones_are_counted(lines: Path, tmp_path: Path) -> None:
-    health = SampleHealth(max_bad_share=0.5)
+    health = SampleHealth(max_bad_fraction=0.5)
     shards = convert_jsonl(
         lines,
         tmp_path / "out",
@@ -162,7 +162,7 @@ def test_lint_lists_every_problem(tmp_path: Path) -> None:
 
 
 def test_front_door(lines: Path, tmp_path: Path) -> None:
-    made = run(lines, tmp_path / "out", "--max-bad-share", "0.5", "--samples-per-shard", "10")
+    made = run(lines, tmp_path / "out", "--max-bad-fraction", "0.5", "--samples-per-shard", "10")
     assert made.returncode == 0, made.stderr
     assert made.stdout.startswith(
         "19 samples in 2 shards, 6 skipped: bad_json 1, duplicate_id 1, missing_media 1"

@@ -168,13 +168,13 @@ def test_the_front_door_counts_them_too(root: Path, tmp_path: Path) -> None:
             good(3),
         ],
     )
-    made = run(source, tmp_path / "out", "--max-bad-share", "1", "--no-decode")
+    made = run(source, tmp_path / "out", "--max-bad-fraction", "1", "--no-decode")
     assert (made.returncode, made.stdout) == (
         0,
         "1 samples in 1 shards, 3 skipped: bad_text 1, outside_root 1, oversized 1\n",
     ), made.stderr
     linked = run(
-        source, tmp_path / "linked", "--max-bad-share", "1", "--no-decode", "--follow-links"
+        source, tmp_path / "linked", "--max-bad-fraction", "1", "--no-decode", "--follow-links"
     )
     assert "2 samples" in linked.stdout
     with pytest.raises(DataError, match="no such file"):

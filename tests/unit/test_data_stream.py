@@ -151,7 +151,7 @@ def test_bad_samples_are_skipped_counted_and_skipped_again_after_a_resume(tmp_pa
     ]
     write_shards(tmp_path, samples, 6)
     folder = ShardFolder(tmp_path)
-    stream = QuestionStream([(folder, 1.0)], 0, SampleHealth(max_bad_share=0.5))
+    stream = QuestionStream([(folder, 1.0)], 0, SampleHealth(max_bad_fraction=0.5))
     good = sorted(f"q{index}" for index in range(20) if index not in bad)
     assert [sorted(ids(stream, 17)) for _ in range(3)] == [good, good, good]
     stream.take(17)
@@ -160,7 +160,7 @@ def test_bad_samples_are_skipped_counted_and_skipped_again_after_a_resume(tmp_pa
         "three per epoch, those at the end of the last not met yet"
     )
     assert set(stream.health.counts) == {"unknown_answer_type", "bad_choice", "missing_media"}
-    resumed = QuestionStream([(folder, 1.0)], 0, SampleHealth(max_bad_share=0.5))
+    resumed = QuestionStream([(folder, 1.0)], 0, SampleHealth(max_bad_fraction=0.5))
     resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
     assert resumed.health.counts == stream.health.counts
     assert ids(resumed, 40) == ids(stream, 40)
@@ -174,7 +174,7 @@ def test_bad_samples_are_skipped_counted_and_skipped_again_after_a_resume(tmp_pa
 
 def test_a_source_without_a_good_sample_ends_instead_of_turning_for_ever(tmp_path: Path) -> None:
     write_shards(tmp_path, [sample(index, answer_type="essay") for index in range(3)])
-    stream = QuestionStream([(ShardFolder(tmp_path), 1.0)], 0, SampleHealth(max_bad_share=1.0))
+    stream = QuestionStream([(ShardFolder(tmp_path), 1.0)], 0, SampleHealth(max_bad_fraction=1.0))
     with pytest.raises(DataError, match="no good sample in a whole epoch, got 3 bad ones"):
         stream.take(1)
 

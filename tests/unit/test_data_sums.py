@@ -54,7 +54,7 @@ def test_parts_are_disjoint_and_always_the_same(tmp_path: Path) -> None:
 
 def test_the_converter_takes_every_line(tmp_path: Path) -> None:
     write_sums(tmp_path, MAX_QUESTIONS - 1, 1)
-    health = SampleHealth(max_bad_share=0.0, strict=True)
+    health = SampleHealth(max_bad_fraction=0.0, strict=True)
     convert_jsonl(tmp_path / "train.jsonl", tmp_path / "shards", opener=None, health=health)
     assert (health.num_good, health.num_bad) == (MAX_QUESTIONS - 1, 0)
 

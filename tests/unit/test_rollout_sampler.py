@@ -78,10 +78,10 @@ def feed_of(
 def test_feed_takes_good_questions_only_and_counts_the_others(
     shards: Path, encoder: PromptEncoder
 ) -> None:
-    feed, health = feed_of(shards, encoder, max_bad_share=0.5)
+    feed, health = feed_of(shards, encoder, max_bad_fraction=0.5)
     taken = [question.id for question in feed.take(17)]
     assert sorted(taken) == sorted({f"q{index}" for index in range(20)} - {"q3", "q7", "q17"})
-    feed, health = feed_of(shards, encoder, max_bad_share=0.5)
+    feed, health = feed_of(shards, encoder, max_bad_fraction=0.5)
     in_two_parts = [question.id for question in feed.take(5) + feed.take(29)]
     assert in_two_parts[:17] == taken
     assert health.num_good == 34
@@ -95,13 +95,13 @@ def test_feed_stops_at_too_many_bad_samples_or_the_first_when_strict(
     shards: Path, encoder: PromptEncoder
 ) -> None:
     with pytest.raises(DataError, match="too many bad samples"):
-        feed_of(shards, encoder, max_bad_share=0.05)[0].take(40)
+        feed_of(shards, encoder, max_bad_fraction=0.05)[0].take(40)
     with pytest.raises(DataError, match="run without strict"):
         feed_of(shards, encoder, strict=True)[0].take(20)
 
 
 def test_feed_refuses_what_cannot_be_graded(shards: Path, encoder: PromptEncoder) -> None:
-    health = SampleHealth(max_bad_share=0.5)
+    health = SampleHealth(max_bad_fraction=0.5)
     stream = QuestionStream([(ShardFolder(shards), 1.0)], 5, health)
     feed = QuestionFeed(
         stream,
@@ -121,7 +121,7 @@ def test_feed_refuses_what_cannot_be_graded(shards: Path, encoder: PromptEncoder
 @pytest.mark.timeout(60)
 def test_feed_stops_when_a_whole_epoch_is_refused(shards: Path, encoder: PromptEncoder) -> None:
     def feed_without(refused: set[str]) -> QuestionFeed:
-        health = SampleHealth(max_bad_share=1.0)
+        health = SampleHealth(max_bad_fraction=1.0)
         stream = QuestionStream([(ShardFolder(shards), 1.0)], 5, health)
         accepts = lambda question: question.id not in refused  # noqa: E731
         return QuestionFeed(
