@@ -234,12 +234,8 @@ def sealed_again(path: Path) -> None:
     publish(path.with_name(".changed"), path, {}, keep=5)
 
 
-@pytest.mark.parametrize(
-    "file", [METADATA_FILE, checkpoint.RANDOM_FILE, checkpoint.STATE_FILE, checkpoint.SCHEDULE_FILE]
-)
-def test_a_hostile_checkpoint_of_a_run_is_refused_and_runs_nothing(
-    source: Path, tmp_path: Path, marker: Path, file: str
-) -> None:
+def saved_run(source: Path, tmp_path: Path) -> tuple[Policy, Path]:
+    """Return a policy and its only checkpoint."""
     policy = Policy(
         network_checks.build(source, LAYOUT),
         TrainConfig(),
@@ -247,6 +243,16 @@ def test_a_hostile_checkpoint_of_a_run_is_refused_and_runs_nothing(
         PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group()),
     )
     path = checkpoint.save(tmp_path / "checkpoints", 1, policy, {"step": 1}, keep=1)
+    return policy, path
+
+
+@pytest.mark.parametrize(
+    "file", [METADATA_FILE, checkpoint.RANDOM_FILE, checkpoint.STATE_FILE, checkpoint.SCHEDULE_FILE]
+)
+def test_a_hostile_checkpoint_of_a_run_is_refused_and_runs_nothing(
+    source: Path, tmp_path: Path, marker: Path, file: str
+) -> None:
+    policy, path = saved_run(source, tmp_path)
     assert checkpoint.load_latest(tmp_path / "checkpoints", policy) == {"step": 1}
     hostile = (
         pickle.dumps(attacks(marker)["system"]) if file == METADATA_FILE else hostile_bytes(marker)
@@ -283,13 +289,7 @@ def test_a_hostile_checkpoint_of_a_run_is_refused_and_runs_nothing(
 def test_a_checkpoint_of_another_version_is_refused(
     source: Path, tmp_path: Path, file: str, content: Any, problem: str
 ) -> None:
-    policy = Policy(
-        network_checks.build(source, LAYOUT),
-        TrainConfig(),
-        LAYOUT,
-        PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group()),
-    )
-    path = checkpoint.save(tmp_path / "checkpoints", 1, policy, {"step": 1}, keep=1)
+    policy, path = saved_run(source, tmp_path)
     if content is None:
         (path / file).unlink()
     elif isinstance(content, bytes):

@@ -4,9 +4,10 @@ counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,14 +66,22 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def feed_of(
-    shards: Path, encoder: PromptEncoder, **health: object
+    shards: Path,
+    encoder: PromptEncoder,
+    can_grade: Callable[[Question], bool] = lambda question: True,
+    **limits: Any,
 ) -> tuple[QuestionFeed, SampleHealth]:
-    counted = SampleHealth(**health)
-    stream = QuestionStream([(ShardFolder(shards), 1.0)], 5, counted)
-    plain_text = lambda question: question.text  # noqa: E731
-    return QuestionFeed(
-        stream, encoder, counted, SingleProcess(), plain_text=plain_text, max_prompt_tokens=120
-    ), counted
+    health = SampleHealth(**limits)
+    feed = QuestionFeed(
+        QuestionStream([(ShardFolder(shards), 1.0)], 5, health),
+        encoder,
+        health,
+        SingleProcess(),
+        plain_text=lambda question: question.text,
+        max_prompt_tokens=120,
+        can_grade=can_grade,
+    )
+    return feed, health
 
 
 def test_feed_takes_good_questions_only_and_counts_the_others(
@@ -101,17 +110,8 @@ def test_feed_stops_at_too_many_bad_samples_or_the_first_when_strict(
 
 
 def test_feed_refuses_what_cannot_be_graded(shards: Path, encoder: PromptEncoder) -> None:
-    health = SampleHealth(max_bad_fraction=0.5)
-    stream = QuestionStream([(ShardFolder(shards), 1.0)], 5, health)
-    feed = QuestionFeed(
-        stream,
-        encoder,
-        health,
-        SingleProcess(),
-        plain_text=lambda question: question.text,
-        max_prompt_tokens=120,
-        can_grade=lambda question: question.id not in ("q4", "q17"),
-    )
+    can_grade = lambda question: question.id not in ("q4", "q17")  # noqa: E731
+    feed, health = feed_of(shards, encoder, can_grade, max_bad_fraction=0.5)
     assert not {question.id for question in feed.take(16)} & {"q3", "q4", "q7", "q17"}
     assert health.counts == {
         "needs_judge": 2
@@ -121,18 +121,8 @@ def test_feed_refuses_what_cannot_be_graded(shards: Path, encoder: PromptEncoder
 @pytest.mark.timeout(60)
 def test_feed_stops_when_a_whole_epoch_is_refused(shards: Path, encoder: PromptEncoder) -> None:
     def feed_without(refused: set[str]) -> QuestionFeed:
-        health = SampleHealth(max_bad_fraction=1.0)
-        stream = QuestionStream([(ShardFolder(shards), 1.0)], 5, health)
         accepts = lambda question: question.id not in refused  # noqa: E731
-        return QuestionFeed(
-            stream,
-            encoder,
-            health,
-            SingleProcess(),
-            plain_text=lambda q: q.text,
-            max_prompt_tokens=120,
-            can_grade=accepts,
-        )
+        return feed_of(shards, encoder, accepts, max_bad_fraction=1.0)[0]
 
     everything = {f"q{index}" for index in range(20)}
     with pytest.raises(
