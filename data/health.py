@@ -36,8 +36,8 @@ class SampleHealth:
         """
         if not 0.0 <= max_bad_fraction <= 1.0:
             raise DataError(
-                f"SampleHealth: max_bad_fraction is no fraction, got {max_bad_fraction}, expected "
-                "0 to 1; correct it"
+                f"SampleHealth: max_bad_fraction is not a fraction, got {max_bad_fraction}, "
+                "expected 0 to 1; correct it"
             )
         self.max_bad_fraction = max_bad_fraction
         self.strict = strict

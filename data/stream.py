@@ -23,7 +23,7 @@ STATE_VERSION = 2
 class QuestionStream:
     """Endless sequence of questions that depends on the seed and the sources alone.
 
-    Every source is shuffled anew in each of its epochs. The next question comes from the source
+    Every source is shuffled again in each of its epochs. The next question comes from the source
     that is furthest behind its weight, so that after any number of questions each source is within
     one question per source of its fraction.
     """
@@ -57,7 +57,7 @@ class QuestionStream:
                 )
             if len(folder) == 0:
                 raise DataError(
-                    f"QuestionStream: {folder.path}: the shards hold no samples; write them anew"
+                    f"QuestionStream: {folder.path}: the shards hold no samples; write them again"
                 )
         total = sum(weight for _, weight in sources)
         self._folders = [folder for folder, _ in sources]
@@ -152,7 +152,7 @@ class QuestionStream:
         if state["version"] != STATE_VERSION:
             raise DataError(
                 f"QuestionStream: state of another version, got {state['version']}, expected "
-                f"{STATE_VERSION}; start anew"
+                f"{STATE_VERSION}; start again"
             )
         changes = self._changes(state)
         if changes:

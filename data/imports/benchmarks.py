@@ -312,6 +312,6 @@ def _inline(where: str, kind: MediaKind, text: str) -> bytes | None:
             return None  # a path may look so too
         raise SampleError(
             "bad_field",
-            f"{where}: {kind} in base64 is wrong ({error}), expected a whole file; write it anew",
+            f"{where}: {kind} in base64 is wrong ({error}), expected a whole file; write it again",
         ) from error
     return content

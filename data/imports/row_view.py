@@ -63,7 +63,7 @@ class RowView:
         """Return the one value of a part as text.
 
         Raises:
-            SampleError: There is none and no default, or it is no text or number.
+            SampleError: There is none and no default, or it is not text or number.
         """
         values = self.values(part)
         if not values and default is not None:
@@ -132,7 +132,7 @@ class RowView:
             for option in options
         ):
             raise self.bad_choice(
-                f"an option is no text, got {options!r:.200}, expected texts that are not empty; "
+                f"an option is not text, got {options!r:.200}, expected texts that are not empty; "
                 "correct it"
             )
         texts = [str(option).strip() for option in options]

@@ -152,7 +152,7 @@ def _matrix(name: str, numbers: tuple[int, int, int, int]) -> Matrix:
 
 
 def _truncated(name: str, detail: str) -> MediaError:
-    return MediaError("truncated", f"{name}: the file is cut off: {detail}; copy it anew")
+    return MediaError("truncated", f"{name}: the file is cut off: {detail}; copy it again")
 
 
 def _unreadable(name: str, detail: str) -> MediaError:

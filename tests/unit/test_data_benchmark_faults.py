@@ -23,8 +23,8 @@ def test_what_is_wrong_with_a_row_is_named_and_counted(
     path = tmp_path / "t.jsonl"
     good = {"question": "q", "answer": "1"}
     bad: list[tuple[Any, str, str]] = [
-        ("{", "bad_json", "no JSON"),
-        ([1], "bad_json", "no object, got list"),
+        ("{", "bad_json", "not valid JSON"),
+        ([1], "bad_json", "not an object, got list"),
         (good | {"question": None}, "bad_field", "no question, got"),
         (good | {"id": "same"}, "", ""),
         (good | {"id": "same"}, "duplicate_id", "id is used twice"),
@@ -97,7 +97,7 @@ def test_errors_of_whole_files(tmp_path: Path) -> None:
     for name, content, message in [
         ("gone.json", None, r"gone\.json: no such file, expected a table"),
         ("t.xlsx", "x", r"unknown kind of table, got '\.xlsx', expected one of \.json"),
-        ("t.json", "{", r"no JSON .* or name it \.jsonl"),
+        ("t.json", "{", r"not valid JSON .* or name it \.jsonl"),
         ("u.json", '"x"', r"no rows, got str, expected a list of objects"),
         ("t.parquet", "x", r"not readable as Parquet"),
         (

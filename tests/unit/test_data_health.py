@@ -17,8 +17,8 @@ def test_bad_samples_are_counted_by_reason_and_named_in_the_log(
     health = SampleHealth(max_bad_fraction=0.5)
     health.good(7)
     with caplog.at_level(logging.WARNING):
-        health.bad("a.tar:1", "bad_json", "no JSON")
-        health.bad("a.tar:2", "bad_json", "no JSON")
+        health.bad("a.tar:1", "bad_json", "not valid JSON")
+        health.bad("a.tar:2", "bad_json", "not valid JSON")
         health.bad("a.tar:3", "timeout", "too slow")
     assert health.counts == {"bad_json": 2, "timeout": 1}
     assert (health.num_good, health.num_bad, health.bad_fraction) == (7, 3, 0.3)
@@ -96,7 +96,7 @@ def test_state_continues_and_stays_small() -> None:
 
 
 def test_a_share_must_be_one() -> None:
-    with pytest.raises(DataError, match="max_bad_fraction is no fraction, got 5"):
+    with pytest.raises(DataError, match="max_bad_fraction is not a fraction, got 5"):
         SampleHealth(max_bad_fraction=5)
 
 

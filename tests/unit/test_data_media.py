@@ -272,7 +272,7 @@ def test_damaged_notes_about_a_sound_picture_do_not_lose_it(
 
 
 def test_a_message_names_no_memory_address(opener: MediaOpener) -> None:
-    with pytest.raises(MediaError, match=r"PNG is unreadable \(no sound header\)"):
+    with pytest.raises(MediaError, match=r"PNG is unreadable \(no valid header\)"):
         opener.open(b"\x89PNG\r\n\x1a\n", "image")
 
 

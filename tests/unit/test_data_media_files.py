@@ -89,7 +89,7 @@ def test_links_are_followed_where_the_user_says_so(root: Path) -> None:
             folder.read("here", path)
         assert caught.value.reason == reason
     with pytest.raises(
-        SampleError, match=r"media/fifo\.png is no plain file, got a FIFO; put the file there"
+        SampleError, match=r"media/fifo\.png is not a regular file, got a FIFO; put the file there"
     ):
         folder.read("here", "fifo.png")
     with pytest.raises(

@@ -48,7 +48,7 @@ def bootstrap_means(
     resampled questions.
 
     One draw is the same for all rows, so differences between rows are paired by seed and question.
-    A seed that is drawn twice in one draw has its questions drawn for each time anew.
+    A seed that is drawn twice in one draw has its questions drawn again each time.
 
     Args:
         scores: Per seed `[rows, questions]`; the number of questions may differ between seeds.
