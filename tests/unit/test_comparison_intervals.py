@@ -117,6 +117,7 @@ def test_wilson_against_published_values(count: int, total: int, low: float, hig
     assert fraction_interval(0, 0) is None
 
 
+@pytest.mark.medium
 def test_coverage_on_synthetic_data() -> None:
     # Ten seeds of 60 questions, true difference 0.1; questions differ in difficulty, seeds in the
     # gain. The intervals are meant to hold 95 %; resampling in two stages makes them somewhat wide

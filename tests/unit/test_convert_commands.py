@@ -115,6 +115,7 @@ def test_help_needs_no_torch() -> None:
         assert "HF_DIR" in result.stdout or "inspect" in result.stdout
 
 
+@pytest.mark.medium
 def test_a_user_error_is_one_line(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, str(TOOL), "inspect", str(tmp_path)],
@@ -133,6 +134,7 @@ def findings(report: Report) -> dict[str, tuple[str, bool]]:
 
 
 @pytest.mark.parametrize("family", tiny_families.KINDS)
+@pytest.mark.medium
 def test_a_good_folder_is_found_good(family: str, tmp_path: Path) -> None:
     folder, _ = tiny_families.folder(family, tmp_path / "model")
     report = verify_folder(folder)
@@ -143,6 +145,7 @@ def test_a_good_folder_is_found_good(family: str, tmp_path: Path) -> None:
     } == kinds
 
 
+@pytest.mark.medium
 def test_what_is_passed_through_is_counted(source: Path) -> None:
     found = findings(verify_folder(source))
     total = len(load_file(source / "model.safetensors"))
@@ -151,6 +154,7 @@ def test_what_is_passed_through_is_counted(source: Path) -> None:
     assert found["values"] == (f"{total - 1} equal bit for bit", True)
 
 
+@pytest.mark.medium
 def test_a_quantised_folder_is_found_good_and_equal_to_its_export(tmp_path: Path) -> None:
     folder = tiny_qwen.save(tiny_qwen.text_model().to(torch.bfloat16), tmp_path / "fp8")
     quantise(folder, LINEARS)
@@ -173,6 +177,7 @@ def changed(source: Path, target: Path, key: str, change: float) -> Path:
     return target
 
 
+@pytest.mark.medium
 def test_folders_with_other_values_differ_in_the_logits_that_they_change(
     source: Path, tmp_path: Path
 ) -> None:
@@ -187,6 +192,7 @@ def test_folders_with_other_values_differ_in_the_logits_that_they_change(
     assert not found["logits, video"][1]
 
 
+@pytest.mark.medium
 def test_folders_with_other_keys_and_types_differ(source: Path, tmp_path: Path) -> None:
     other = changed(source, tmp_path / "other", "mtp.fc.weight", 1.0)
     tensors = load_file(other / "model.safetensors")
@@ -206,6 +212,7 @@ def test_folders_with_other_keys_and_types_differ(source: Path, tmp_path: Path) 
     assert "DIFFERS" in report.text()
 
 
+@pytest.mark.medium
 def test_a_network_that_computes_something_else_is_found(source: Path, tmp_path: Path) -> None:
     """The same weights under another rotary base: transformers and Megatron agree again, an export
     with the old file does not.
@@ -220,6 +227,7 @@ def test_a_network_that_computes_something_else_is_found(source: Path, tmp_path:
     assert not found["logits, text"][1]
 
 
+@pytest.mark.medium
 def test_the_exit_code_tells_a_difference(source: Path, tmp_path: Path) -> None:
     other = changed(source, tmp_path / "other", "model.language_model.norm.weight", 1.5)
     outcome = run_command("verify", [source, other], LAYOUT)

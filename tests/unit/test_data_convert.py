@@ -161,6 +161,7 @@ def test_lint_lists_every_problem(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.medium
 def test_front_door(lines: Path, tmp_path: Path) -> None:
     made = run(lines, tmp_path / "out", "--max-bad-fraction", "0.5", "--samples-per-shard", "10")
     assert made.returncode == 0, made.stderr
@@ -188,6 +189,7 @@ def package_records(split: str) -> list[tuple[str, str, int]]:
     return records
 
 
+@pytest.mark.medium
 def test_easy_vqa_is_multiple_choice_among_answers_of_one_kind() -> None:
     assert {split: len(package_records(split)) for split in NUM_QUESTIONS} == NUM_QUESTIONS
     samples, records = (

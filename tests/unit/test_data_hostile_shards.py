@@ -183,6 +183,7 @@ def test_a_shard_cut_at_any_block_is_an_error(tmp_path: Path) -> None:
             assert [problem.reason for problem in lint([tmp_path])[1]] == ["bad_shard"]
 
 
+@pytest.mark.medium
 def test_thousands_of_files_in_one_sample_take_no_longer_than_in_many(tmp_path: Path) -> None:
     content = GOOD + b"".join(header(f"a.{index}.png") for index in range(20_000)) + END
     (tmp_path / "a.tar").write_bytes(content)

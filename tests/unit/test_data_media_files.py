@@ -158,6 +158,7 @@ def test_media_of_one_question_are_bounded_together(
     assert (health.num_good, health.counts) == (1, {"oversized": 1})
 
 
+@pytest.mark.medium
 def test_the_front_door_counts_them_too(root: Path, tmp_path: Path) -> None:
     source = write_lines(
         root / "q.jsonl",

@@ -108,6 +108,7 @@ def test_no_key_has_two_fates() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.medium
 def test_a_key_that_is_left_out_has_the_value_that_transformers_gives_it(
     raws: dict[str, dict[str, Any]], family: str, tmp_path: Path
 ) -> None:
@@ -177,6 +178,7 @@ OTHER_VALUES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.medium
 def test_a_setting_is_computed_as_transformers_does_or_refused_by_name(
     raws: dict[str, dict[str, Any]], family: str, tmp_path: Path
 ) -> None:

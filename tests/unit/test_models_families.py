@@ -93,6 +93,7 @@ def test_packed_sequences_equal_separate_ones(
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
+@pytest.mark.medium
 def test_greedy_tokens_equal_transformers(
     models: dict[str, tuple[Path, Any]], family: str, kind: str
 ) -> None:

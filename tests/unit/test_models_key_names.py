@@ -123,6 +123,7 @@ def is_exported_alike(oracle: Any, folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.medium
 def test_the_spellings_of_transformers_are_those_that_load(
     oracles: dict[str, Any], family: str, tmp_path: Path
 ) -> None:

@@ -102,6 +102,7 @@ def test_sampler_and_trainer_compute_the_same_outputs(
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 5e-2])
+@pytest.mark.medium
 def test_log_probs_of_sampler_and_trainer_are_as_near_with_adapters_as_without(
     tmp_path: Path, size: float
 ) -> None:

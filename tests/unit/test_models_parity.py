@@ -101,6 +101,7 @@ def test_placeholders_without_features_are_refused(network: VisionLanguageModel)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.medium
 def test_greedy_tokens_equal_transformers(
     network: VisionLanguageModel, oracle: Any, kind: str
 ) -> None:

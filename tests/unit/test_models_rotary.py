@@ -104,6 +104,7 @@ def with_rope(raw: dict[str, Any], change: dict[str, Any], spelling: str) -> dic
 
 @pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling", "type"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.medium
 def test_rotary_embeddings_are_those_of_transformers_in_every_spelling(
     raws: dict[str, dict[str, Any]], family: str, spelling: str, tmp_path: Path
 ) -> None:
@@ -153,6 +154,7 @@ def test_rotary_embeddings_that_are_not_built_are_refused(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.medium
 def test_of_two_rotary_spellings_none_is_dropped(
     raws: dict[str, dict[str, Any]], family: str, tmp_path: Path
 ) -> None:

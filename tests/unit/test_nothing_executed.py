@@ -97,6 +97,7 @@ def hidden_in(metadata: Metadata, attack: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.medium
 def test_a_hostile_description_is_refused_and_runs_nothing(
     source: Path, tmp_path: Path, marker: Path, name: str
 ) -> None:
@@ -351,6 +352,7 @@ def test_code_in_a_model_folder_is_not_imported(source: Path, tmp_path: Path, ma
         ("output_hidden_states", True),
     ],
 )
+@pytest.mark.medium
 def test_how_a_network_is_run_is_not_the_folders_to_say(
     source: Path, tmp_path: Path, key: str, value: object
 ) -> None:

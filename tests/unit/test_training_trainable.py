@@ -79,6 +79,7 @@ def state_bytes(policy: Policy) -> int:
 
 
 @pytest.mark.parametrize(("freeze", "lora"), FREEZES)
+@pytest.mark.medium
 def test_frozen_parameters_have_no_buffer_no_state_and_do_not_move(
     folder: Path, freeze: tuple[str, ...], lora: LoraConfig
 ) -> None:
