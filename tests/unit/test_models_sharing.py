@@ -4,7 +4,6 @@ gradients; layout and states behind it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,10 +23,11 @@ from zppo_mm.models.layers import delta_rule
 from zppo_mm.models.layers.causal_convolution import causal_convolution, last_inputs
 from zppo_mm.models.layers.packing import MAX_PADDING_RATIO, build_layout
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.parallel import groups as parallel
 from zppo_mm.training.batching import pack
 from zppo_mm.training.objective import PolicyObjective, predicting_rows
 from zppo_mm.training.policy import Policy
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 # The same float32 sums in another grouping; the largest differences seen are 9e-6 on logits of
 # scale 3, and 6e-7 of the loss.
@@ -164,13 +164,6 @@ def check_sharing(network: VisionLanguageModel, groups: Groups) -> None:
         ).abs().max() <= MAX_GRADIENT_DIFFERENCE * wanted.abs().max(), name
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(ParallelConfig(), seed=0)
-    yield
-    parallel.shutdown()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_qwen.save(tiny_qwen.vision_language_model(), tmp_path_factory.mktemp("untied"))
@@ -268,11 +261,11 @@ def test_a_layout_holds_every_token_once_and_every_child_with_its_parent(
         wanted = [parents[child] for child in branch.bucket.sequences]
         assert [rows[row] for row in branch.parent_rows.tolist()] == wanted
         assert [
-            family.parent for family in branch.families for _ in range(family.num_children)
+            family.parent for group in branch.child_groups for _ in range(family.num_children)
         ] == wanted
         # Each parent's keys and values are copied for all its children at once.
-        assert len({family.parent for family in branch.families}) == len(branch.families)
-        for family in branch.families:
+        assert len({family.parent for group in branch.child_groups}) == len(branch.child_groups)
+        for group in branch.child_groups:
             size = (branch.bucket.longest, lengths[family.parent] + branch.bucket.longest)
             assert family.mask.equal(
                 torch.ones(size, dtype=torch.bool).tril(lengths[family.parent])

@@ -172,7 +172,7 @@ def _converted(file: Path, request: EvaluationRequest, output_dir: Path) -> Path
                 format_name=request.format,
                 fields=request.fields,
                 media_root=root,
-                health=SampleHealth(max_bad_share=1.0),
+                health=SampleHealth(max_bad_fraction=1.0),
             )
     return folder
 
