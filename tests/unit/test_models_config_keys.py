@@ -22,18 +22,12 @@ from tests.support.config_oracle import (
     YARN,
     differs,
     text_of,
-    written_configs,
 )
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families.architecture import load_architecture, parse_architecture
 from zppo_mm.models.families.config_keys import BUILT, FOREIGN, HARMLESS, READ, READ_OUTSIDE
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-
-
-@pytest.fixture(scope="module")
-def raws(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return written_configs(tmp_path_factory.mktemp("configs"))
 
 
 def modules_of(family: str) -> tuple[Any, ...]:

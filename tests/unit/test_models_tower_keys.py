@@ -10,17 +10,11 @@ import pytest
 
 from tests.support.config_oracle import (
     WITH_TOWER,
-    written_configs,
 )
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families.architecture import parse_architecture
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-
-
-@pytest.fixture(scope="module")
-def raws(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return written_configs(tmp_path_factory.mktemp("configs"))
 
 
 @pytest.mark.parametrize(
