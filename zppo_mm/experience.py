@@ -6,8 +6,9 @@ module does not import torch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -28,6 +29,13 @@ PLAIN_KINDS: tuple[GroupKind, ...] = ("new", "replayed")
 """Kinds whose prompt is the unchanged question and whose rollouts are all the student's own."""
 NO_TOKEN = -1
 """Stands where a token could be and none is; no token has this id."""
+
+
+def is_correct(reward: float | None) -> bool:
+    """Return whether a response with this reward is correct: it has the full one. `None` is a
+    response that could not be graded.
+    """
+    return reward is not None and reward >= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +137,8 @@ class Rollout:
         finish_reason: `stop` or `length`.
         text: Decoded response, a given prefix included, without special tokens at the end.
         parsed: Final answer (content of the last `\\boxed{}`), `None` if nothing was boxed.
-        reward: 0 or 1; NaN in `Group.ungraded`, so that nothing can be computed with it by mistake.
+        reward: In [0, 1]; NaN in `Group.ungraded`, so that nothing can be computed with it by
+            mistake.
         policy_version: Rollout step whose weights sampled it.
         author: Who wrote it; a teacher's rollout stands in a group only where the method trains on
             teacher text.
@@ -145,6 +154,11 @@ class Rollout:
     policy_version: int
     author: Literal["teacher", "student"] = "student"
     teacher_top: TopLogprobs | None = None
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether it has the full reward of 1."""
+        return is_correct(self.reward)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +199,41 @@ class Group:
     def accuracy(self) -> float:
         """Mean reward over the rollouts, the method's r-bar."""
         return sum(rollout.reward for rollout in self.rollouts) / len(self.rollouts)
+
+    @property
+    def rewards_differ(self) -> bool:
+        """Whether its advantages are not all 0; a group that has none is trivial."""
+        return len({rollout.reward for rollout in self.rollouts}) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class BufferUpdate:
+    """What one step did to the replay buffer, as question ids.
+
+    Attributes:
+        admitted: In the order of admission; an id may be both admitted and evicted.
+        graduated: In the order of the groups.
+        evicted: Oldest first.
+        content: The whole buffer after the step, oldest admission first.
+    """
+
+    admitted: tuple[str, ...]
+    graduated: tuple[str, ...]
+    evicted: tuple[str, ...]
+    content: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class BufferFates:
+    """What became of the questions of the replay buffer since the run began, by accuracy at
+    admission and by number of visits.
+    """
+
+    admitted_by_accuracy: Counter[float] = field(default_factory=Counter)
+    graduated_by_accuracy: Counter[float] = field(default_factory=Counter)
+    evicted_by_accuracy: Counter[float] = field(default_factory=Counter)
+    graduated_by_visits: Counter[int] = field(default_factory=Counter)
+    evicted_by_visits: Counter[int] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)

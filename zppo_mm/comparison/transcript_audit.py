@@ -14,11 +14,12 @@ from typing import Any, Literal
 from zppo_mm.comparison.intervals import Estimate, share_interval
 from zppo_mm.comparison.tables import Table
 from zppo_mm.errors import ConfigError
-from zppo_mm.experience import PLAIN_KINDS
+from zppo_mm.experience import PLAIN_KINDS, is_correct
 from zppo_mm.observability.audit import comparable_answer, num_matches
-from zppo_mm.report.run_record import read_lines, transcripts_newest_first
+from zppo_mm.report.run_record import read_lines
 from zppo_mm.rewards.boxes import final_answer
 from zppo_mm.rewards.mathematics import compare
+from zppo_mm.run_folder import RunFolder, files_by_step
 
 Record = Mapping[str, Any]
 """One group of a transcript."""
@@ -114,10 +115,7 @@ def audit_run(folder: Path, first_step: int = 0, last_step: int | None = None) -
     Raises:
         ConfigError: There is no transcript of such a step.
     """
-    paths = {
-        int(path.stem.removeprefix("step_")): path
-        for path in reversed(transcripts_newest_first(folder))
-    }
+    paths = files_by_step(RunFolder(folder).transcripts)
     chosen = [
         path
         for step, path in paths.items()
@@ -200,7 +198,7 @@ def _num_rollouts(records: Iterable[Record]) -> int:
 
 def _accuracy(records: Iterable[Record]) -> Share:
     rewards = [rollout["reward"] for record in records for rollout in _graded(record)]
-    return Share(sum(reward >= 1 for reward in rewards), len(rewards))
+    return Share(sum(map(is_correct, rewards)), len(rewards))
 
 
 def _plain_of(reformulated: Iterable[Record], records: Iterable[Record]) -> Iterator[Record]:

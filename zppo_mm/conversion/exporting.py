@@ -17,7 +17,7 @@ from zppo_mm.lora.checkpoint import load_adapters
 from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.run.build import student_folder
-from zppo_mm.train import CONFIG_FILE
+from zppo_mm.run_folder import RunFolder
 from zppo_mm.training import checkpoint
 from zppo_mm.weights.hf_export import agree, in_rounds, open_source, refuse_inside, write_weights
 from zppo_mm.weights.imported_folder import ImportedFolder, is_imported
@@ -92,17 +92,18 @@ def find_weights(folder: Path) -> Weights:
     """
     if is_imported(folder):
         return Weights(folder, ImportedFolder(folder))
-    if not (folder / CONFIG_FILE).is_file():
+    run = RunFolder(folder)
+    if not run.config.is_file():
         raise ModelError(
-            f"{folder}: nothing to export, got no imported folder and no run with {CONFIG_FILE}, "
-            "expected one of them; check the path"
+            f"{folder}: nothing to export, got no imported folder and no run with "
+            f"{run.config.name}, expected one of them; check the path"
         )
-    newest = checkpoint.latest(folder / checkpoint.CHECKPOINTS_FOLDER)
+    newest = checkpoint.latest(run.checkpoints)
     if newest is None:
         raise CheckpointError(
             f"{folder}: the run has no checkpoint, got no complete folder in "
-            f"{checkpoint.CHECKPOINTS_FOLDER}/, expected one; let it run until it has saved"
+            f"{run.checkpoints.name}/, expected one; let it run until it has saved"
         )
     checkpoint.verify(newest)
-    config = load_config(folder / CONFIG_FILE)
-    return Weights(newest, SafetensorsFolder(student_folder(config)), config.lora)
+    config = load_config(run.config)
+    return Weights(newest, SafetensorsFolder(student_folder(config.model)), config.lora)

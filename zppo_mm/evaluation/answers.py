@@ -16,7 +16,7 @@ from typing import Any
 from data.json_text import load_json
 from data.question import MediaRef, Question
 from zppo_mm.errors import ConfigError
-from zppo_mm.experience import Group, PromptInstance, Rollout
+from zppo_mm.experience import Group, PromptInstance, Rollout, is_correct
 from zppo_mm.rollout.sampler import UNGRADED
 
 ANSWERS_FILE = "answers.jsonl"
@@ -81,8 +81,8 @@ class AnsweredQuestion:
 
     @property
     def num_correct(self) -> int:
-        """Responses with reward 1."""
-        return sum(response.reward == 1.0 for response in self.responses)
+        """Correct responses."""
+        return sum(is_correct(response.reward) for response in self.responses)
 
     @classmethod
     def of(

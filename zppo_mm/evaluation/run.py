@@ -41,6 +41,7 @@ EVALUATED_STEP = 0
 """Recorded in rollouts, which nobody reads here."""
 BATCHES_PER_CHUNK = 4
 BENCHMARKS_FOLDER = "benchmarks"
+LOG_FILE = "run.log"
 PACKAGES = ("zppo-mm", "torch", "megatron-core", "transformers", "math-verify")
 WARNED_SKIPPED_SHARE = 0.05
 
@@ -77,7 +78,7 @@ def evaluate_model(request: EvaluationRequest) -> Summary:
     output = output_folder(request, config)
     parallel.initialize(config.parallel, config.seed)
     parallel.end_with_launcher()
-    configure_logging(output, parallel.rank())
+    configure_logging(output / LOG_FILE, parallel.rank())
     with parallel.explain_lost_rank():
         student = build_student(config)
         try:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,7 +31,9 @@ from zppo_mm.parity.questions import Chosen, UncountedHealth, choose_questions
 from zppo_mm.parity.record import ParityRecord, count_modality, table, write_record
 from zppo_mm.randomness import generator
 from zppo_mm.rollout.soundness import NOT_FINITE
-from zppo_mm.run.build import Run, build_stream, student_folder
+from zppo_mm.run.build import build_stream, student_folder
+from zppo_mm.run.parts import Run
+from zppo_mm.run_folder import RunFolder
 from zppo_mm.training.batching import build_batches, plan_batches
 from zppo_mm.training.samples import response_sequence, to_training_samples
 
@@ -45,7 +46,7 @@ do in training.
 RESUMED = "the run goes on from a checkpoint, whose weights are no longer the folder's"
 
 
-def check_parity(run: Run, folder: Path, step: int) -> None:
+def check_parity(run: Run, folder: RunFolder, step: int) -> None:
     """Compare, write `parity.jsonl` and the log, and stop the run if something disagrees; every
     rank calls this.
 
@@ -60,7 +61,7 @@ def check_parity(run: Run, folder: Path, step: int) -> None:
     Raises:
         ParityError: Something disagrees, and `parity.mode` is `stop`; the same on every rank.
     """
-    config = run.stages.config.parity
+    config = run.config.parity
     if config.mode == "none":
         return
     started = time.perf_counter()
@@ -117,9 +118,9 @@ def _random_states_kept() -> Iterator[None]:
 
 
 def _choose(run: Run, num_questions: int) -> Chosen:
-    stream = build_stream(run.stages.config, UncountedHealth())
+    stream = build_stream(run.config, UncountedHealth())
     stream.load_state_dict(run.stream.state_dict())
-    return choose_questions(stream, run.stages.feed, num_questions)
+    return choose_questions(stream, run.feed, num_questions)
 
 
 def _sample(run: Run, chosen: Chosen, config: ParityConfig) -> list[Group]:
@@ -167,7 +168,7 @@ def _training_logprobs(run: Run, groups: Sequence[Group]) -> list[FloatArray]:
     """
     if not groups:
         return []
-    config = run.stages.config
+    config = run.config
     samples = to_training_samples(
         groups, [np.ones(len(group.rollouts), np.float32) for group in groups]
     )
@@ -254,10 +255,10 @@ def _look(
         why_not = RESUMED if step else "parity.compare_source=false"
         return counts, SourceLogprobs((None,) * len(inputs), why_not)
     source = source_logprobs(
-        student_folder(run.stages.config),
+        student_folder(run.config.model),
         inputs,
         dtype=run.policy.model.config.params_dtype,
-        temperature=run.stages.config.rollout.temperature,
+        temperature=run.config.rollout.temperature,
         device=next(run.policy.model.parameters()).device,
         max_seconds=config.max_source_seconds,
     )
@@ -273,7 +274,7 @@ def _judge(
     step: int,
 ) -> ParityRecord:
     """Hold everything against its limit; what is lost comes first, because it explains gaps."""
-    limit = limit_for(run.stages.config.parity, run.policy.model.config.params_dtype)
+    limit = limit_for(run.config.parity, run.policy.model.config.params_dtype)
     findings = [*chosen.lost, *(count.describe() for count in counts if not count.agrees)]
     rows = []
     for name, questions in chosen.questions.items():

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from zppo_mm.observability.sinks import PARITY_FILE, append_line
+from zppo_mm.observability.sinks import append_line
 from zppo_mm.parity.compare import Gap, Limit
 from zppo_mm.parity.media import MediaCount
+from zppo_mm.run_folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +83,9 @@ def count_modality(
     )
 
 
-def write_record(folder: Path, record: ParityRecord) -> None:
+def write_record(folder: RunFolder, record: ParityRecord) -> None:
     """Append the record to the run's `parity.jsonl`; numbers that are not finite become null."""
-    append_line(folder / PARITY_FILE, _finite(asdict(record)))
+    append_line(folder.parity, _finite(asdict(record)))
 
 
 def table(record: ParityRecord) -> str:

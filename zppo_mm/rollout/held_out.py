@@ -14,7 +14,7 @@ from zppo_mm.experience import Group, PromptInstance
 from zppo_mm.randomness import generator
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.feed import NEEDS_JUDGE, NEEDS_JUDGE_DETAIL
-from zppo_mm.rollout.sampler import GroupSampler
+from zppo_mm.rollout.sampler import Sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ def evaluation_instances(
 
 
 def ask_held_out(
-    sampler: GroupSampler,
+    sampler: Sampler,
     held_out: HeldOut,
     plain_text: Callable[[Question], str],
     sampling: SamplingParams,

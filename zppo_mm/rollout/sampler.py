@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress
@@ -72,6 +72,25 @@ class _Outcome:
     ungraded: tuple[Rollout, ...] = ()
     reason: str = ""
     detail: str = ""
+
+
+class Sampler(Protocol):
+    """Samples and verifies groups; `GroupSampler` is one."""
+
+    @property
+    def failed(self) -> Mapping[str, str]:
+        """Instances of the last call without a group: reasons by uid."""
+        ...
+
+    def sample(
+        self,
+        instances: Sequence[PromptInstance],
+        params: SamplingParams,
+        num_rollouts: int,
+        step: int,
+    ) -> list[Group]:
+        """Return the groups of the instances in their order, the same on every rank."""
+        ...
 
 
 class GroupSampler:

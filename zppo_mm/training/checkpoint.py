@@ -60,7 +60,6 @@ from zppo_mm.weights.megatron_folder import save_entries
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS_FOLDER = "checkpoints"
 STATE_FILE = "state.json"
 SCHEDULE_FILE = "schedule.json"
 RANDOM_FILE = "random.pt"

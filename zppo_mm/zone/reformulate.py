@@ -325,7 +325,7 @@ class Reformulator:
             Candidate(
                 text=self.templates.escaped(trace.text),
                 source="teacher" if pick.by_teacher else "student",
-                correct=_is_right(pick.rollout),
+                correct=pick.rollout.is_correct,
                 answer=pick.rollout.parsed,
             )
             for pick, trace in zip(plan.picks, compressed, strict=True)
@@ -370,14 +370,10 @@ def _is_bcq_eligible(group: Group, answers: TeacherAnswers) -> bool:
     return bool(right_rollouts(answers.get(group.question.id, ()))) and bool(_wrong(group.rollouts))
 
 
-def _is_right(rollout: Rollout) -> bool:
-    return rollout.reward >= 1
-
-
 def right_rollouts(rollouts: Iterable[Rollout]) -> list[Rollout]:
-    """Return the rollouts with reward 1."""
-    return [rollout for rollout in rollouts if _is_right(rollout)]
+    """Return the correct rollouts."""
+    return [rollout for rollout in rollouts if rollout.is_correct]
 
 
 def _wrong(rollouts: Iterable[Rollout]) -> list[Rollout]:
-    return [rollout for rollout in rollouts if not _is_right(rollout)]
+    return [rollout for rollout in rollouts if not rollout.is_correct]
