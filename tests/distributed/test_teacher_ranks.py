@@ -19,7 +19,7 @@ from data.question import Question
 from data.shards import ShardFolder
 from data.stream import QuestionStream
 from data.toy.digits_shards import build_digit_shards
-from tests.distributed.launch import run_ranks
+from tests.support.launch import run_ranks
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.experience import Rollout

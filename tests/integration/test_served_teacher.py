@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.fault_proxy import PASS, stand_between
-from tests.integration.running import RUN_TIMEOUT_SECONDS, lines, run, start, transcript
-from tests.loopback_server import LoopbackServer, TinyModel, serve
+from tests.support.fault_proxy import PASS, stand_between
+from tests.support.loopback_server import LoopbackServer, TinyModel, serve
+from tests.support.running import RUN_TIMEOUT_SECONDS, lines, run, start, transcript
 from zppo_mm.bundled import TEACHER_DIR
 
 KEY = "sk-4f9a0c77d1e2b3a4"

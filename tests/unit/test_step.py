@@ -17,11 +17,12 @@ from data.errors import DataError
 from data.health import SampleHealth
 from data.media.opening import Frames
 from data.question import MediaRef, Question
-from data.shards import ShardFolder, write_shards
+from data.shard_writer import write_shards
+from data.shards import ShardFolder
 from data.stream import QuestionStream
-from tests.unit.shard_samples import sample
-from tests.unit.tiny_folder import build_folder
-from tests.unit.zone_builders import question, rollout
+from tests.support.shard_samples import sample
+from tests.support.tiny_folder import build_folder
+from tests.support.zone_builders import question, rollout
 from zppo_mm.config.schema import DistillConfig, ZoneConfig
 from zppo_mm.experience import FloatArray, Group, Prompt, PromptInstance, Rollout
 from zppo_mm.observability.metrics import StepMetrics

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from data.question import Question
-from tests.unit.zone_builders import question, rollout
+from tests.support.zone_builders import question, rollout
 from zppo_mm.experience import Rollout
 from zppo_mm.teacher.chain import TeacherChain
 

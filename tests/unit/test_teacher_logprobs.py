@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from data.question import Question
-from tests.loopback_server import TinyModel, serve
+from tests.support.loopback_server import TinyModel, serve
 from zppo_mm.bundled import TEACHER_DIR
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.experience import NO_TOKEN, Rollout

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from data.question import Question
-from tests.unit.zone_builders import question, rollout
+from tests.support.zone_builders import question, rollout
 from zppo_mm.experience import Rollout
 from zppo_mm.teacher.pending_answers import PendingAnswers
 from zppo_mm.teacher.teacher import TeacherLostError

@@ -18,7 +18,7 @@ from torch.distributed import TCPStore
 
 from data.media.opening import Frames
 from data.question import MediaRef, Question
-from tests.unit.tiny_folder import build_folder
+from tests.support.tiny_folder import build_folder
 from zppo_mm.config.schema import ParallelConfig, RewardConfig, TeacherConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.parallel.exchange import SingleProcess

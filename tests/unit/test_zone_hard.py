@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.zone_builders import group
+from tests.support.zone_builders import group
 from zppo_mm.zone.hard import count_of_fraction, pre_cap, select_hard
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.zone_builders import group
+from tests.support.zone_builders import group
 from zppo_mm.experience import PromptInstance
 from zppo_mm.rollout.sampler import split_instances
 from zppo_mm.zone.hard import pre_cap, pre_cap_draw
