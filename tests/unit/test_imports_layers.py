@@ -22,6 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "zppo_mm.randomness",
         "zppo_mm.run_folder",
         "zppo_mm.special_tokens",
+        "zppo_mm.text_table",
     ),
     ("data.media", "data.toy", "zppo_mm.config", "zppo_mm.experience", "zppo_mm.rewards"),
     (
@@ -58,6 +59,7 @@ TORCH_FREE = (
     "zppo_mm.rewards",
     "zppo_mm.run_folder",
     "zppo_mm.special_tokens",
+    "zppo_mm.text_table",
     "zppo_mm.zone",
 )
 HEAVY = {"torch", "transformers", "megatron"}

@@ -11,7 +11,7 @@ import pytest
 
 from zppo_mm.parity.compare import Gap, Limit, Response, describe_gap, measure
 from zppo_mm.parity.media import MediaCount, media_in_prompt
-from zppo_mm.parity.record import ParityRecord, count_modality, table, write_record
+from zppo_mm.parity.record import ParityRecord, count_modality, parity_table, write_record
 from zppo_mm.run_folder import RunFolder
 
 EXACT = Limit("parity.max_gap", 1e-3, of_divergence=False)
@@ -176,8 +176,8 @@ def test_the_record_is_a_line_of_json_and_a_table(tmp_path: Path) -> None:
         ["something"],
         "too large",
     )
-    shown = table(record).splitlines()
-    assert shown[3].split() == [
+    shown = parity_table(record).splitlines()
+    assert shown[4].split() == [
         "image",
         "2",
         "3",
@@ -192,4 +192,4 @@ def test_the_record_is_a_line_of_json_and_a_table(tmp_path: Path) -> None:
         "0.0e+00",
         "20",
     ]
-    assert shown[4] == "  source checkpoint not compared: too large"
+    assert shown[5] == "source checkpoint not compared: too large"

@@ -29,7 +29,7 @@ from zppo_mm.errors import ZppoError
 from zppo_mm.evaluation.answers import AnsweredQuestion, AnswerFolder
 from zppo_mm.evaluation.settings import EvaluationRequest, output_folder, read_config
 from zppo_mm.evaluation.student import Student, build_student, describe_student
-from zppo_mm.evaluation.summary import Summary, summarise, table
+from zppo_mm.evaluation.summary import Summary, summarise_answers, summary_table
 from zppo_mm.experience import PromptInstance
 from zppo_mm.observability.logs import configure_logging
 from zppo_mm.parallel import groups as parallel
@@ -110,7 +110,7 @@ def run_evaluation(request: EvaluationRequest) -> tuple[int, str]:
     except (ZppoError, DataError) as error:
         logger.error("%s", error)
         return 1, ""
-    return 0, table(summary) if os.environ.get("RANK", "0") == "0" else ""
+    return 0, summary_table(summary) if os.environ.get("RANK", "0") == "0" else ""
 
 
 def _questions(request: EvaluationRequest, config: RunConfig, student: Student) -> Questions:
@@ -280,7 +280,7 @@ def _finish(
     folder: AnswerFolder, questions: Questions, settings: Mapping[str, Any], seed: int
 ) -> Summary:
     answers = folder.read_complete(len(questions.chosen))
-    summary = summarise(answers, questions.skipped, seed)
+    summary = summarise_answers(answers, questions.skipped, seed)
     versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
     listed = questions.listed + [
         [each.id, each.skipped, "see the log"] for each in answers if each.skipped

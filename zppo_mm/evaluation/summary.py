@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from zppo_mm.evaluation.answers import AnsweredQuestion
 from zppo_mm.evaluation.estimators import Estimate, estimate, ks_up_to, pass_at_k
+from zppo_mm.text_table import text_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Summary:
     by_answer_type: dict[str, Part]
 
 
-def summarise(
+def summarise_answers(
     answers: Sequence[AnsweredQuestion], skipped_before: Mapping[str, int], seed: int
 ) -> Summary:
     """Return the numbers.
@@ -123,7 +124,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def table(summary: Summary) -> str:
+def summary_table(summary: Summary) -> str:
     """Return the numbers as aligned text, one line per part of the questions."""
     parts = {"all": summary.overall}
     for title, some in (
@@ -133,16 +134,13 @@ def table(summary: Summary) -> str:
     ):
         parts |= {f"{title} {name or '(none)'}": part for name, part in some.items()}
     ks = list(summary.overall.pass_at)
-    rows = [["", "questions", *(f"pass@{k} [95 %]" for k in ks), "truncated", "unparsed", "tokens"]]
+    head = ["", "questions", *(f"pass@{k} [95 %]" for k in ks), "truncated", "unparsed", "tokens"]
+    rows = []
     for name, part in parts.items():
         shown = [_shown(part.pass_at.get(k)) for k in ks]
-        shares = [f"{part.truncated:.1%}", f"{part.unparsed:.1%}", f"{part.response_tokens:.0f}"]
-        rows.append([name, str(part.num_questions), *shown, *shares])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in rows
-    ]
+        others = [f"{part.truncated:.1%}", f"{part.unparsed:.1%}", f"{part.response_tokens:.0f}"]
+        rows.append([name, str(part.num_questions), *shown, *others])
+    lines = [text_table(head, rows)]
     reasons = ", ".join(f"{reason} {count}" for reason, count in summary.skipped.items())
     lines.append(
         f"skipped {summary.num_skipped} "

@@ -28,7 +28,7 @@ from zppo_mm.parity.compare import SIDES, Limit, ParityError, Response, describe
 from zppo_mm.parity.media import MediaCount, media_in_prompt, num_features
 from zppo_mm.parity.oracle import SourceInput, SourceLogprobs, source_logprobs
 from zppo_mm.parity.questions import Chosen, UncountedHealth, choose_questions
-from zppo_mm.parity.record import ParityRecord, count_modality, table, write_record
+from zppo_mm.parity.record import ParityRecord, count_modality, parity_table, write_record
 from zppo_mm.randomness import generator
 from zppo_mm.rollout.soundness import NOT_FINITE
 from zppo_mm.run.build import build_stream, student_folder
@@ -89,7 +89,7 @@ def check_parity(run: Run, folder: RunFolder, step: int) -> None:
     )
     if parallel.rank() == 0:
         write_record(folder, record)
-        logger.info("%s", table(record))
+        logger.info("%s", parity_table(record))
     _conclude(record, chosen, config.mode)
 
 
