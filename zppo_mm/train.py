@@ -28,7 +28,7 @@ from zppo_mm.run.records import (
 )
 from zppo_mm.run.resume import resume
 from zppo_mm.run.session import open_run
-from zppo_mm.run.teacher_job import reach_teacher, serve_teacher
+from zppo_mm.run.teacher_job import link_to_teacher, serve_teacher
 from zppo_mm.run_folder import RunFolder
 from zppo_mm.stages.record import StepRecord
 from zppo_mm.step import run_step
@@ -70,8 +70,8 @@ def train(config: RunConfig, interruption: Interruption | None = None) -> RunFol
         serve_teacher(config, partition, interruption)
         return folder
     with (
-        reach_teacher(config, partition) as channel,
-        open_run(config, folder, partition, channel, interruption) as run,
+        link_to_teacher(config.parallel, partition) as link,
+        open_run(config, folder, partition, link, interruption) as run,
     ):
         train_steps(run, folder)
         export_student(run, folder)

@@ -6,8 +6,8 @@ import ast
 import re
 from pathlib import Path
 
-from zppo_mm.config.load import METHODS
 from zppo_mm.config.schema import RunConfig
+from zppo_mm.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")

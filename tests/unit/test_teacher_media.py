@@ -141,7 +141,7 @@ def ask(
             tokenize=lambda text: chat.tokenize([text]),
             seed=0,
         )
-        answers = teacher.ask(questions, 1).wait()
+        answers = teacher.submit(questions, 1).wait()
     pool.close()
     assert list(answers) == [question.id for question in questions]
     return answers, pool.counts

@@ -35,7 +35,7 @@ class Reply:
 class SlowTeacher:
     replies: list[Reply] = field(default_factory=list)
 
-    def ask(self, questions: Sequence[Question], step: int) -> Reply:
+    def submit(self, questions: Sequence[Question], step: int) -> Reply:
         self.replies.append(Reply([each.id for each in questions], seconds=1.0 + len(self.replies)))
         return self.replies[-1]
 
@@ -82,8 +82,8 @@ def test_drain_counts_lost_answers_as_not_answered_and_returns_their_errors() ->
             raise TeacherLostError("gone")
 
     class UnreliableTeacher(SlowTeacher):
-        def ask(self, questions: Sequence[Question], step: int) -> Reply:
-            reply = super().ask(questions, step)
+        def submit(self, questions: Sequence[Question], step: int) -> Reply:
+            reply = super().submit(questions, step)
             return LostReply(reply.ids, 0.0) if "b" in reply.ids else reply
 
     pending = PendingAnswers(UnreliableTeacher(), 3)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.atomic_files import write_atomically
 from zppo_mm.experience import BufferUpdate, Group, Rollout
 from zppo_mm.run_folder import RunFolder, files_by_step
 
@@ -61,7 +61,7 @@ def write_buffer(folder: RunFolder, step: int, update: BufferUpdate) -> Path:
         "evicted": list(update.evicted),
         "content": list(update.content),
     }
-    return _write_atomically(folder.buffer_of(step), json.dumps(record, ensure_ascii=False) + "\n")
+    return _write(folder.buffer_of(step), json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def write_held_out_answers(folder: RunFolder, step: int, groups: Iterable[Group]) -> Path:
@@ -156,15 +156,11 @@ def _response_record(rollout: Rollout) -> dict[str, Any]:
 
 
 def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
-    return _write_atomically(
+    return _write(
         path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     )
 
 
-def _write_atomically(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
+def _write(path: Path, text: str) -> Path:
     # A lone surrogate becomes its JSON escape instead of stopping the run.
-    partial.write_bytes(text.encode("utf-8", errors="backslashreplace"))
-    os.replace(partial, path)
-    return path
+    return write_atomically(path, text.encode("utf-8", errors="backslashreplace"))

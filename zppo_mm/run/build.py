@@ -27,6 +27,7 @@ from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.parallel.meetings import Meetings
+from zppo_mm.parallel.partition import PartitionLink
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.feed import QuestionFeed
@@ -36,10 +37,9 @@ from zppo_mm.run.parts import Run
 from zppo_mm.run.shared import Shared, load_model, media_limits
 from zppo_mm.run.teachers import Teachers, build_judge, build_rewriters, build_teachers, judge_pool
 from zppo_mm.stages.stages import Stages
-from zppo_mm.teacher.rank_channel import Channel
-from zppo_mm.teacher.ranks_teacher import RanksTeacher
 from zppo_mm.teacher.served.connect import open_pool
 from zppo_mm.teacher.served.servers import Servers
+from zppo_mm.teacher.served.teacher_ranks import TeacherRanks
 from zppo_mm.training.distillation import DistillationObjective, check_networks
 from zppo_mm.training.learner import Learner
 from zppo_mm.training.objective import Objective, PolicyObjective
@@ -61,7 +61,7 @@ def student_folder(model: ModelConfig) -> Path:
 
 def build_run(
     config: RunConfig,
-    channel: Channel | None = None,
+    link: PartitionLink | None = None,
     meetings: Meetings | None = None,
     interruption: Interruption | None = None,
 ) -> Run:
@@ -69,7 +69,7 @@ def build_run(
 
     Args:
         config: The run.
-        channel: The way to a teacher on ranks of its own, which is waited for.
+        link: To a teacher on ranks of its own, which is waited for.
         meetings: Where ranks wait for one another; `None` waits in collectives.
         interruption: Ends the run before its last step; `None` is nothing that could.
 
@@ -80,15 +80,17 @@ def build_run(
     media = MediaStore(media_limits(config.data))
     interruption = interruption or Interruption()
     exchange = ParallelExchange(meetings, interruption.is_due)
-    pool = open_pool(config.teacher, exchange, limits=media.limits)
-    judges = judge_pool(config, pool, exchange)
-    judge = build_judge(config, judges, channel, interruption.is_due)
+    ranks = TeacherRanks(link, exchange) if link is not None else None
+    pool = (
+        ranks.open_pool(config.teacher, config.rollout.max_batch_size)
+        if ranks is not None
+        else open_pool(config.teacher, exchange, limits=media.limits)
+    )
+    judges = judge_pool(config.reward, config.teacher, pool, exchange)
+    judge = build_judge(config, judges, interruption.is_due)
     reward = config.reward
     verifier = Verifier(reward.timeout_seconds, reward.num_workers, judge, reward.budget_seconds)
     shared = Shared(config, media, verifier, exchange)
-    ranks = (
-        RanksTeacher(channel, config.teacher, exchange, verifier) if channel is not None else None
-    )
     folder = student_folder(config.model)
     encoder = shared.encoder(folder)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
@@ -105,12 +107,12 @@ def build_run(
     )
     policy = Policy(student, config.train, config.parallel, objective)
     log_part_sizes(student)
-    stream = build_stream(config, SampleHealth(config.data.max_bad_share, config.data.strict))
+    stream = build_stream(config, SampleHealth(config.data.max_bad_fraction, config.data.strict))
     feed = _build_feed(config.data, stream, encoder, exchange, templates, verifier)
     stages = _build_stages(shared, policy, encoder, templates, teachers, feed, interruption)
     held_out = _held_out(config, verifier)
     if ranks is not None:
-        ranks.greet()
+        ranks.wait_until_ready()
     return Run(
         config,
         stages,
@@ -138,7 +140,7 @@ def _build_stages(
     interruption: Interruption,
 ) -> Stages:
     config = shared.config
-    compressor, hints = build_rewriters(config, encoder, teachers.rewrites)
+    compressor, hints = build_rewriters(config.teacher, encoder, teachers.rewrites)
     sampler = shared.sampler(policy.model, encoder)
     return Stages(
         seed=config.seed,
@@ -249,7 +251,7 @@ def _held_out(config: RunConfig, verifier: Verifier) -> HeldOut:
         return HeldOut()
     sources = config.data.held_out or bundled_sources(config, "held_out")
     folders = [ShardFolder(source.path) for source in sources]
-    health = SampleHealth(config.data.max_bad_share, config.data.strict)
+    health = SampleHealth(config.data.max_bad_fraction, config.data.strict)
     chosen = held_out_questions(
         folders, config.evaluation.num_questions, config.seed, health, verifier.can_grade
     )

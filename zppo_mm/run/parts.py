@@ -96,11 +96,8 @@ class Run:
                 for name, count in (self.judge.counts if self.judge else Counter[str]()).items()
             }
         )
-        for counted in (
-            *(pool.counts for pool in self.pools),
-            self.teachers.ranks.counts if self.teachers.ranks else Counter[str](),
-        ):
-            counts.update({f"teacher/{name}": count for name, count in dict(counted).items()})
+        for pool in self.pools:
+            counts.update({f"teacher/{name}": count for name, count in dict(pool.counts).items()})
         # Every rank knows of these, and what the replicas count is added up.
         if parallel.replica_rank() == 0:
             counts.update(

@@ -14,12 +14,11 @@ from zppo_mm.errors import ZppoError
 from zppo_mm.interruption import EXIT_CODE, Interruption, RunStopped
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.meetings import open_meetings
-from zppo_mm.parallel.partition import JobPartition
+from zppo_mm.parallel.partition import JobPartition, PartitionLink
 from zppo_mm.run.build import build_run
 from zppo_mm.run.parts import Run
 from zppo_mm.run.prepare import claimed
 from zppo_mm.run_folder import RunFolder
-from zppo_mm.teacher.rank_channel import Channel
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ def open_run(
     config: RunConfig,
     folder: RunFolder,
     partition: JobPartition | None,
-    channel: Channel | None,
+    link: PartitionLink | None,
     interruption: Interruption,
 ) -> Iterator[Run]:
     """Make the process groups, claim the run's folder and build the run; every rank of the student
@@ -46,7 +45,7 @@ def open_run(
         open_meetings(config.parallel, partition, interruption) as meetings,
         claimed(folder),
     ):
-        run = build_run(config, channel, meetings, interruption)
+        run = build_run(config, link, meetings, interruption)
         try:
             yield run
         except RunStopped as error:

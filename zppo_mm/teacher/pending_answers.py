@@ -35,7 +35,7 @@ class PendingAnswers:
         self._known |= fresh.keys()
         if self._teacher is not None and fresh:
             self._requests.append(
-                (frozenset(fresh), self._teacher.ask(list(fresh.values()), self._step))
+                (frozenset(fresh), self._teacher.submit(list(fresh.values()), self._step))
             )
 
     @property

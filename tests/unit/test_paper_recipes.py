@@ -1,0 +1,155 @@
+"""The recipes of examples/paper have the paper's values, fit the published shapes, and fit into the
+memory of the GPUs that they name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.published_sizes import PUBLISHED
+from zppo_mm.config.load import load_config
+from zppo_mm.config.schema import ParallelConfig, RunConfig
+from zppo_mm.conversion.memory import estimate_memory, format_estimate, longest_prompt
+from zppo_mm.errors import ConfigError
+from zppo_mm.models.families.architecture import Architecture, check_layout, parse_architecture
+from zppo_mm.parallel import groups
+
+FOLDER = Path(__file__).parents[2] / "examples" / "paper"
+SIZES = ("0.8B", "2B", "4B", "9B")
+STUDENT_RANKS = 48
+GIB = 1 << 30
+# An H100 has 80 GiB; a fifth is for what the estimate leaves out.
+USABLE_GIB = 64.0
+
+# Source: the paper's tables of hyperparameters (arXiv 2606.18216), by our keys.
+PAPER: dict[str, Any] = {
+    "method": "zppo",
+    "rollout.num_rollouts": 8,
+    "rollout.max_response_tokens": 12288,
+    "rollout.temperature": 1.0,
+    "rollout.top_p": 1.0,
+    "rollout.top_k": 0,
+    "teacher.num_rollouts": 4,
+    "teacher.temperature": 1.0,
+    "teacher.max_response_tokens": 12288,
+    "teacher.compressor": "teacher",
+    "teacher.compression_max_tokens": 512,
+    "teacher.compression_max_lines": 5,
+    "reward.judge_max_tokens": 512,
+    "data.max_prompt_tokens": 4096,
+    "zone.tau": 0.5,
+    "zone.rho_replay": 0.25,
+    "zone.rho_aug": 0.25,
+    "zone.buffer_capacity": 10_000,
+    "algorithm.advantage_normalization": "nonzero",
+    "algorithm.clip_ratio_low": 0.20,
+    "algorithm.clip_ratio_high": 0.28,
+    "algorithm.clip_ratio_c": 10.0,
+    "train.train_iters": 200,
+    "train.num_new_questions": 4 * 96,
+    "train.updates_per_step": 4,
+    "train.lr": 1e-6,
+    "train.lr_warmup_updates": 0,
+    "train.adam_beta1": 0.9,
+    "train.adam_beta2": 0.999,
+    "train.adam_eps": 1e-8,
+    "train.weight_decay": 0.1,
+    "train.clip_grad": 1.0,
+    "model.params_dtype": "bfloat16",
+    "evaluation.temperature": 0.6,
+    "evaluation.top_p": 0.95,
+    "evaluation.top_k": 20,
+    "evaluation.min_p": 0.0,
+    "evaluation.presence_penalty": 1.5,
+}
+
+
+def recipe(size: str) -> RunConfig:
+    return load_config(FOLDER / f"{size.lower()}.yaml")
+
+
+def student(size: str) -> Architecture:
+    return parse_architecture(PUBLISHED[f"Qwen3.5-{size}"][0])
+
+
+def value(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_rank() -> Iterator[None]:
+    groups.initialize(ParallelConfig(), seed=0)
+    yield
+    groups.shutdown()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_recipe_has_the_papers_values_and_says_them(size: str) -> None:
+    config = recipe(size)
+    assert {key: value(config, key) for key in PAPER} == PAPER
+    text = (FOLDER / f"{size.lower()}.yaml").read_text(encoding="utf-8")
+    assert [key for key in PAPER if f"{key.split('.')[-1]}: " not in text] == []
+    assert config.teacher.endpoints
+    assert config.model.student.endswith(f"Qwen3.5-{size}")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_layout_fits_the_published_shapes(size: str) -> None:
+    config = recipe(size)
+    check_layout(student(size), config.parallel)
+    replicas = STUDENT_RANKS // config.parallel.tensor_model_parallel_size
+    # Equal work: as many new questions for every replica.
+    assert config.train.num_new_questions % replicas == 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_run_fits_into_memory(size: str) -> None:
+    estimate = estimate_memory(student(size), recipe(size), STUDENT_RANKS)
+    assert estimate.peak / GIB < USABLE_GIB, format_estimate(estimate)
+
+
+def test_the_estimate_by_hand() -> None:
+    estimate = estimate_memory(student("0.8B"), recipe("0.8B"), STUDENT_RANKS)
+    # 853 million parameters; 2, 4 and 12 bytes each, the last shared by 48 ranks.
+    parameters = 852_985_920
+    assert estimate.weights == 2 * parameters
+    assert estimate.gradients == 4 * parameters
+    assert estimate.optimizer == 12 * parameters // 48
+    # 16,384 tokens x 248,320 entries x 8 bytes.
+    assert estimate.logits == 16384 * 248320 * 8
+    # 4,096 plain tokens and 8 wrong rollouts of 512; then 12,288 of the response. 6 attention
+    # layers keep 2 heads of 256 for keys and for values in 2 bytes, 18 DeltaNet layers keep 16
+    # heads of 128 x 128 in 4 bytes; 128 sequences.
+    assert longest_prompt(recipe("0.8B")) == 4096 + 8 * 512
+    slots = 4096 + 4096 + 12288
+    assert estimate.cache == 128 * (6 * slots * 2 * 2 * 256 * 2 + 18 * 16 * 128 * 128 * 4)
+    # Inputs of 24 layers of 1,024, and the inside of one: 4 x 1,024 + 2 x (16 + 16) x 128 of
+    # DeltaNet (more than attention's (16 + 4) x 256) + 3 x 3,584.
+    inside = 4 * 1024 + max(20 * 256, 8192) + 3 * 3584
+    assert estimate.activations == slots * (24 * 1024 + inside) * 2
+
+
+def test_tensor_ranks_divide_what_grows_with_the_layers() -> None:
+    config = recipe("9B")
+    one = estimate_memory(student("9B"), load_like(config, 1), STUDENT_RANKS)
+    two = estimate_memory(student("9B"), config, STUDENT_RANKS)
+    assert (two.logits, two.cache) == (one.logits // 2, one.cache // 2)
+    assert 0.5 < two.weights / one.weights < 0.55  # the vision tower is whole on both
+
+
+def load_like(config: RunConfig, tensor: int) -> RunConfig:
+    return load_config(
+        FOLDER / f"{config.name.removeprefix('paper-')}.yaml",
+        [f"parallel.tensor_model_parallel_size={tensor}", "parallel.sequence_parallel=false"],
+    )
+
+
+def test_a_layout_that_does_not_divide_the_ranks_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"does not divide the student's ranks.*47 ranks"):
+        estimate_memory(student("9B"), recipe("9B"), 47)

@@ -1,0 +1,46 @@
+"""GPU memory that a run's student needs, counted from its config.json alone: `python
+tools/estimate_memory.py --config run.yaml --student-ranks 48`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from zppo_mm.config.load import load_config
+from zppo_mm.errors import ZppoError
+from zppo_mm.observability.logs import quiet_libraries
+
+
+def main() -> int:
+    """Read the command line, count, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument(
+        "--student-ranks", type=int, required=True, help="GPUs of the student, the teacher's apart"
+    )
+    parser.add_argument("options", nargs="*", metavar="key=value", help="take precedence")
+    arguments = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # counting needs no GPU
+    quiet_libraries()
+    from zppo_mm.config.schema import ParallelConfig
+    from zppo_mm.conversion.memory import estimate_memory, format_estimate
+    from zppo_mm.models.families.architecture import load_architecture
+    from zppo_mm.parallel import groups
+
+    try:
+        config = load_config(arguments.config, arguments.options)
+        architecture = load_architecture(config.model.student)
+        groups.initialize(ParallelConfig(), seed=0)
+        estimate = estimate_memory(architecture, config, arguments.student_ranks)
+        groups.shutdown()
+    except ZppoError as error:
+        print(f"estimate_memory: {error}", file=sys.stderr)
+        return 1
+    print(format_estimate(estimate))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""Print docs/metrics.md from `METRICS`: `python tools/make_metrics_page.py > docs/metrics.md`."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from zppo_mm.observability.metrics import METRICS
+
+_HEAD = """\
+# Metrics
+
+Every name that a line of `metrics.jsonl` can have, and what it means.
+`*` stands for one last part: a kind of prompt, a reason, an accuracy in percent, a phase.
+A mean over nothing is left out; a value that is not finite is `null`.
+TensorBoard and Weights & Biases show the same names.
+
+This page is printed from `METRICS` in `zppo_mm/observability/metrics.py`:
+```
+python tools/make_metrics_page.py > docs/metrics.md
+```
+"""
+
+
+def metrics_page() -> str:
+    """Return the page: one table per first part of the names."""
+    parts = [_HEAD]
+    for section, names in groupby(sorted(METRICS), key=lambda name: name.partition("/")[0]):
+        rows = "\n".join(f"| `{name}` | {METRICS[name]} |" for name in names)
+        parts.append(f"## {section}\n| name | meaning |\n|---|---|\n{rows}\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(metrics_page(), end="")

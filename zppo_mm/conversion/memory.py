@@ -1,0 +1,167 @@
+"""How much GPU memory a run needs, counted from shapes before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zppo_mm.config.schema import ParallelConfig, RunConfig
+from zppo_mm.conversion.description import (
+    GRADIENT_BYTES,
+    OPTIMIZER_BYTES,
+    WEIGHT_BYTES,
+    fitting_layouts,
+)
+from zppo_mm.errors import ConfigError
+from zppo_mm.models.families.architecture import Architecture
+from zppo_mm.text_table import text_table
+from zppo_mm.weights.mapping import parameter_mappings
+from zppo_mm.weights.megatron_folder import build_without_weights
+
+LOGIT_BYTES = 8
+"""Logits of the loss and their gradient, both float32."""
+STATE_BYTES = 4
+"""DeltaNet states are float32."""
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes on the fullest GPU of the student, by what they hold.
+
+    Not counted: temporaries of single kernels, the vision tower's activations, logits and prefill
+    while sampling, communication buffers, the CUDA context, and fragmentation. A fifth of the GPU
+    should stay free for them.
+
+    Attributes:
+        weights: bfloat16, tensor and pipeline parallel; the vision tower is whole on the first
+            stage.
+        gradients: float32, not sharded over replicas.
+        optimizer: float32 copy and two moments, sharded over replicas by the distributed optimizer.
+        activations: What the backward pass keeps of the longest pack.
+        logits: Of the loss tokens of one micro-batch.
+        cache: Keys, values and DeltaNet states of one batch of rollouts, each with the longest
+            prompt and response.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    cache: int
+
+    @property
+    def peak(self) -> int:
+        """Return the larger of training and sampling, which take turns; both keep the weights,
+        gradient buffers and optimizer state.
+        """
+        kept = self.weights + self.gradients + self.optimizer
+        return kept + max(self.activations + self.logits, self.cache)
+
+
+def estimate_memory(
+    architecture: Architecture, config: RunConfig, num_student_ranks: int
+) -> MemoryEstimate:
+    """Count the memory of a full-parameter run in bfloat16; process groups of one rank must be
+    initialised.
+
+    Args:
+        architecture: Of the student.
+        config: The run.
+        num_student_ranks: GPUs of the student.
+
+    Raises:
+        ConfigError: The network does not fit the layout, or the layout the ranks.
+    """
+    layout = config.parallel
+    tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    model_ranks = tensor * pipeline
+    if num_student_ranks % (model_ranks * layout.context_parallel_size):
+        raise ConfigError(
+            f"parallel: does not divide the student's ranks, got tensor {tensor} x pipeline "
+            f"{pipeline} x context {layout.context_parallel_size} for {num_student_ranks} ranks, "
+            "expected a divisor; change the sizes or the number of GPUs"
+        )
+    parameters = _fullest_rank(architecture, tensor, pipeline)
+    # The context ranks hold the same weights and share the optimizer state too.
+    sharded_over = num_student_ranks // model_ranks if layout.use_distributed_optimizer else 1
+    loss_tokens = max(config.train.micro_batch_tokens, config.rollout.max_response_tokens)
+    return MemoryEstimate(
+        weights=parameters * WEIGHT_BYTES,
+        gradients=parameters * GRADIENT_BYTES,
+        optimizer=parameters * OPTIMIZER_BYTES // sharded_over,
+        activations=_activations(architecture, config),
+        logits=loss_tokens
+        // layout.context_parallel_size
+        * (architecture.vocab_size // tensor)
+        * LOGIT_BYTES,
+        cache=config.rollout.max_batch_size * _cache_of_a_sequence(architecture, config),
+    )
+
+
+def longest_prompt(config: RunConfig) -> int:
+    """Return the tokens of the longest prompt: a plain one and the candidates that it may show."""
+    zone = config.zone
+    shown = max(2 * zone.bcq, config.rollout.num_rollouts * zone.ncq, int(zone.hint))
+    return config.data.max_prompt_tokens + shown * config.teacher.compression_max_tokens
+
+
+def format_estimate(estimate: MemoryEstimate) -> str:
+    """Return a table in GiB."""
+    names = ("weights", "gradients", "optimizer", "activations", "logits", "cache", "peak")
+    rows = [[name, f"{getattr(estimate, name) / _GIB:.1f}"] for name in names]
+    return text_table(["on the fullest GPU", "GiB"], rows)
+
+
+def _fullest_rank(architecture: Architecture, tensor: int, pipeline: int) -> int:
+    """Return the parameters of the fullest rank."""
+    mappings = list(parameter_mappings(build_without_weights(architecture, ParallelConfig())))
+    for layout in fitting_layouts(architecture, mappings):
+        if (layout.tensor, layout.pipeline) == (tensor, pipeline):
+            return layout.num_parameters
+    raise ConfigError(
+        f"parallel: the network does not fit this layout, got tensor {tensor} x pipeline "
+        f"{pipeline}, expected one that tools/convert_checkpoint.py inspect lists; change the sizes"
+    )
+
+
+def _activations(architecture: Architecture, config: RunConfig) -> int:
+    """Return the bytes that the backward pass keeps of the longest pack.
+
+    With full recomputation those are the input of every layer and the inside of one; without, the
+    inside of every layer.
+    """
+    layout = config.parallel
+    tensor = layout.tensor_model_parallel_size
+    longest = longest_prompt(config) + config.rollout.max_response_tokens
+    tokens = max(config.train.micro_batch_tokens, longest) // layout.context_parallel_size
+    split = tensor if layout.sequence_parallel else 1
+    attention = (2 * architecture.num_attention_heads + 2 * architecture.num_query_groups) * (
+        architecture.head_dim
+    )
+    delta = 2 * (
+        architecture.linear_num_key_heads * architecture.linear_key_head_dim
+        + architecture.linear_num_value_heads * architecture.linear_value_head_dim
+    )
+    # Inputs and outputs of the two norms; projections; gate, up and product of the MLP.
+    width = 4 * architecture.hidden_size // split
+    width += (max(attention, delta) + 3 * architecture.ffn_hidden_size) // tensor
+    layers = architecture.num_layers // layout.pipeline_model_parallel_size
+    if config.model.recompute == "full":
+        elements = layers * architecture.hidden_size // split + width
+    else:
+        elements = layers * width
+    return tokens * elements * WEIGHT_BYTES
+
+
+def _cache_of_a_sequence(architecture: Architecture, config: RunConfig) -> int:
+    """Return the bytes that decoding keeps of one sequence, its prompt copied as on a GPU."""
+    layout = config.parallel
+    tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    slots = longest_prompt(config) + config.rollout.max_response_tokens
+    attention = architecture.layer_types.count("full_attention") // pipeline
+    delta = architecture.layer_types.count("linear_attention") // pipeline
+    keys_and_values = 2 * architecture.num_query_groups // tensor * architecture.head_dim
+    state = architecture.linear_num_value_heads // tensor * architecture.linear_key_head_dim
+    state *= architecture.linear_value_head_dim
+    return attention * slots * keys_and_values * WEIGHT_BYTES + delta * state * STATE_BYTES
