@@ -1,4 +1,4 @@
-"""One ZPPO step, told as a story: sample, ask the teacher, reformulate, sample again, update the
+"""One ZPPO step: sample, ask the teacher, reformulate, sample again, update the
 weights and the buffer.
 
 A baseline is another configuration of these stages, never another loop. Source: ZPPO (arXiv

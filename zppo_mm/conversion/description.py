@@ -1,5 +1,6 @@
-"""What the headers of a Hugging Face folder say: the network, its size, and the layouts that it
-fits. No weight is read.
+"""The headers of a Hugging Face folder: the network, its size, and the layouts that it fits.
+
+No weight is read.
 """
 
 from __future__ import annotations

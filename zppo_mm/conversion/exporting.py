@@ -44,26 +44,26 @@ def export_folder(source_dir: Path, target: Path, layout: ParallelConfig) -> Non
         CheckpointError: The weights cannot be loaded.
     """
     started = time.perf_counter()
-    place = find_weights(source_dir)
-    model = build_without_weights(load_architecture(place.source.path), layout)
-    add_lora(model, place.lora, seed=0)
+    found = find_weights(source_dir)
+    model = build_without_weights(load_architecture(found.source.path), layout)
+    add_lora(model, found.lora, seed=0)
     failure: Exception | None = None
     try:
-        open_source(model, place.source)
-        check_shapes(list(parameter_mappings(model)), place.source, model.architecture)
-        refuse_inside(place.source, target)
+        open_source(model, found.source)
+        check_shapes(list(parameter_mappings(model)), found.source, model.architecture)
+        refuse_inside(found.source, target)
     except ModelError as error:
         failure = error
     agree(failure, target)
     rounds = in_rounds(parameter_mappings(model))
-    load_adapters(model, place.weights)
+    load_adapters(model, found.weights)
     weights = merged_rounds(
-        model, with_weights(model, rounds, place.source, place.weights), place.source
+        model, with_weights(model, rounds, found.source, found.weights), found.source
     )
-    write_weights(model, weights, place.source, target)
+    write_weights(model, weights, found.source, target)
     if parallel.rank() == 0:
         logger.info(
-            "exported %s to %s in %.1f s", place.weights, target, time.perf_counter() - started
+            "exported %s to %s in %.1f s", found.weights, target, time.perf_counter() - started
         )
 
 
@@ -73,7 +73,7 @@ class Weights:
 
     Attributes:
         weights: A distributed checkpoint.
-        source: Tells what the exported folder must look like.
+        source: Decides what the exported folder must look like.
         lora: The run's adapters, which are merged.
     """
 

@@ -187,7 +187,8 @@ def transformers_logits(
     report: Report,
     dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """Return what transformers computes in float32; adds a row about keys that it could not place.
+    """Return what transformers computes in float32; adds a row about keys that it does
+    not know.
 
     Args:
         hf_dir: A folder.
@@ -207,7 +208,7 @@ def transformers_logits(
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         raise ModelError(
             f"{hf_dir}: transformers cannot load it, got {type(error).__name__}: {error}, expected "
-            "a folder that it opens; mend it, or install what the message names"
+            "a folder that it opens; fix it, or install what the message names"
         ) from error
     known = (
         architecture.language_prefix,

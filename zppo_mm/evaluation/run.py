@@ -43,7 +43,7 @@ BATCHES_PER_CHUNK = 4
 BENCHMARKS_FOLDER = "benchmarks"
 LOG_FILE = "run.log"
 PACKAGES = ("zppo-mm", "torch", "megatron-core", "transformers", "math-verify")
-WARNED_SKIPPED_SHARE = 0.05
+WARNED_SKIPPED_FRACTION = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Questions:
     Attributes:
         chosen: The questions.
         skipped: Rows and samples that are none, by reason.
-        listed: The first of them: place, reason, what is wrong.
+        listed: The first of them: where, reason, what is wrong.
         data: Folders with their fingerprints.
     """
 
@@ -100,7 +100,7 @@ def evaluate_model(request: EvaluationRequest) -> Summary:
 
 
 def run_evaluation(request: EvaluationRequest) -> tuple[int, str]:
-    """Evaluate, and say what went wrong in one line if the user can mend it.
+    """Evaluate, and say what went wrong in one line if the user can fix it.
 
     Returns:
         The exit code, and the table of the results on rank 0.
@@ -248,7 +248,7 @@ def _log_progress(
 
 
 def _log_losses(student: Student) -> None:
-    """Say what the grader could not do; a response that it could not compare has no reward."""
+    """Log what the grader could not do; a response that it could not compare has no reward."""
     losses: Counter[str] = Counter()
     for replica in parallel.gather_from_replicas([student.grading_losses()]):
         for each in replica:
@@ -280,10 +280,10 @@ def _finish(
     folder.finish(
         answers, {"settings": settings, "versions": versions, **asdict(summary), "listed": listed}
     )
-    if summary.skipped_share > WARNED_SKIPPED_SHARE:
+    if summary.skipped_fraction > WARNED_SKIPPED_FRACTION:
         logger.warning(
             "%.1f %% of the questions were skipped: %s",
-            100 * summary.skipped_share,
+            100 * summary.skipped_fraction,
             summary.skipped,
         )
     logger.info("results and all answers in %s", folder.folder)

@@ -50,7 +50,7 @@ class EvaluationRequest:
         format: How files of benchmarks are read; empty means by their columns.
         fields: Columns of these files by part of a question.
         media_root: What media paths in these files start from; `None` means the folder of each.
-        options: `key.sub=value`, which win over all of the above.
+        options: `key.sub=value`, which take precedence over all of the above.
     """
 
     model: Path

@@ -20,8 +20,8 @@ class Part:
         num_responses: Graded responses.
         num_ungraded: Responses that could not be graded; the numbers below leave them out.
         pass_at: By k. A question with fewer than k graded responses is in no pass@k.
-        truncated: Share of responses that met the length limit.
-        unparsed: Share of responses without a boxed answer.
+        truncated: Fraction of responses that met the length limit.
+        unparsed: Fraction of responses without a boxed answer.
         response_tokens: Mean length of a response.
     """
 
@@ -41,7 +41,7 @@ class Summary:
     Attributes:
         num_questions: Questions that were answered.
         num_skipped: Rows and questions that were not, for whatever reason.
-        skipped_share: Of all of both.
+        skipped_fraction: Of all of both.
         skipped: They by reason.
         overall: Over all answered questions.
         by_source: By data source; so the next two.
@@ -49,7 +49,7 @@ class Summary:
 
     num_questions: int
     num_skipped: int
-    skipped_share: float
+    skipped_fraction: float
     skipped: dict[str, int]
     overall: Part
     by_source: dict[str, Part]
@@ -73,7 +73,7 @@ def summarise_answers(
     return Summary(
         num_questions=len(answered),
         num_skipped=num_skipped,
-        skipped_share=num_skipped / max(1, num_skipped + len(answered)),
+        skipped_fraction=num_skipped / max(1, num_skipped + len(answered)),
         skipped=dict(sorted(skipped.items())),
         overall=_part(answered, seed, "overall"),
         by_source=_parts(answered, [each.source for each in answered], seed, "source"),
@@ -144,7 +144,7 @@ def summary_table(summary: Summary) -> str:
     reasons = ", ".join(f"{reason} {count}" for reason, count in summary.skipped.items())
     lines.append(
         f"skipped {summary.num_skipped} "
-        f"({summary.skipped_share:.1%}){': ' + reasons if reasons else ''}"
+        f"({summary.skipped_fraction:.1%}){': ' + reasons if reasons else ''}"
     )
     if summary.overall.num_ungraded:
         lines.append(

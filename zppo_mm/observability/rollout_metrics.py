@@ -1,4 +1,4 @@
-"""What a step's groups say in numbers: accuracy, lengths, advantages, teacher and match audit."""
+"""Measurements of a step's groups: accuracy, lengths, advantages, teacher and match audit."""
 
 from __future__ import annotations
 

@@ -110,8 +110,8 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Logs to Weights & Biases; the run's folder is the identity, so that a resumed run goes on in
-    the same place.
+    """Logs to Weights & Biases; the run's folder is the identity, so that a resumed run continues
+    the same one.
     """
 
     def __init__(self, project: str, run_folder: Path) -> None:

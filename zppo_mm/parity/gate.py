@@ -128,13 +128,13 @@ def _sample(run: Run, chosen: Chosen, config: ParityConfig) -> list[Group]:
     second one.
     """
     asked = [
-        (place, question)
+        (index, question)
         for questions in chosen.questions.values()
-        for place, question in enumerate(questions)
+        for index, question in enumerate(questions)
     ]
     instances = [
-        PromptInstance(_uid(place, question), question, "new", run.templates.plain_text(question))
-        for place, question in sorted(asked, key=lambda item: item[0])
+        PromptInstance(_uid(index, question), question, "new", run.templates.plain_text(question))
+        for index, question in sorted(asked, key=lambda item: item[0])
     ]
     longest = min(config.max_response_tokens, run.stages.sampling.max_new_tokens)
     sampling = dataclasses.replace(run.stages.sampling, max_new_tokens=longest)
@@ -152,14 +152,14 @@ def _broken_modalities(chosen: Chosen, failed: Mapping[str, str]) -> list[str]:
         for name, questions in chosen.questions.items()
         if questions
         and all(
-            failed.get(_uid(place, question)) == NOT_FINITE
-            for place, question in enumerate(questions)
+            failed.get(_uid(index, question)) == NOT_FINITE
+            for index, question in enumerate(questions)
         )
     ]
 
 
-def _uid(place: int, question: Question) -> str:
-    return f"parity/{place}/{question.id}"
+def _uid(index: int, question: Question) -> str:
+    return f"parity/{index}/{question.id}"
 
 
 def _training_logprobs(run: Run, groups: Sequence[Group]) -> list[FloatArray]:
@@ -217,7 +217,9 @@ def _responses(
     responses: dict[str, list[Response]] = {}
     for group in groups:
         for rollout in group.rollouts:
-            assert rollout.rollout_logprobs is not None, "the run's own engine tells its log-probs"
+            assert rollout.rollout_logprobs is not None, (
+                "the run's own engine returns its log-probs"
+            )
             compared = rollout.response_ids, next(values), rollout.rollout_logprobs
             responses.setdefault(group.uid, []).append(
                 Response(group.question.modality, group.question.id, *compared)

@@ -52,7 +52,7 @@ class ChatFormat:
 
     Args:
         hf_dir: Folder with tokenizer, chat template and config.json.
-        template_kwargs: Passed to the chat template.
+        template_kwargs: Variables of the chat template.
 
     Raises:
         ConfigError: No chat template or one that cannot render a question, no stop token, tokens
@@ -160,7 +160,7 @@ class ChatFormat:
         return text
 
     def token_bytes(self) -> dict[bytes, int]:
-        """Return the ids of all tokens by the bytes that they stand for.
+        """Return the ids of all tokens by their bytes.
 
         Raises:
             ConfigError: The tokenizer is not of the byte-level kind.
@@ -194,9 +194,9 @@ class ChatFormat:
     def _tokenize_plain(self, text: str) -> list[int]:
         """Tokenise text in which nothing is a special token.
 
-        A tokenizer can be told to split what it lists as special; what a folder lists as an
-        ordinary added token (media placeholders in some) it finds regardless, so there a zero-width
-        space breaks the literal.
+        A tokenizer can split what it lists as special. What a folder lists as an ordinary added
+        token (media placeholders in some) it finds regardless, so a zero-width space breaks the
+        literal there.
         """
         ids: list[int] = self._tokenizer.encode(
             text, add_special_tokens=False, split_special_tokens=True

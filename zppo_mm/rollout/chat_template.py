@@ -24,7 +24,7 @@ class ChatTemplate:
         folder: Of the model.
         tokenizer: transformers'; gets the template that the folder keeps for media.
         takes_media: Whether the model does.
-        kwargs: Passed to the template.
+        kwargs: Variables of the template.
 
     Raises:
         ConfigError: There is no template.
@@ -65,7 +65,7 @@ class ChatTemplate:
 
     def turn_end(self, special: re.Pattern[str]) -> str | None:
         """Return the special token that the template puts after an answer; `None` if there is none,
-        or it also opens what the user says.
+        or it also begins the user's turn.
         """
         messages = [
             {"role": role, "content": text}

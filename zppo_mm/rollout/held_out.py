@@ -28,7 +28,7 @@ class Evaluation:
         num_questions: Questions that were answered.
         num_skipped: Held-out questions that were left out: a bad sample, no judge for it, or its
             prompt or media could not be read.
-        truncated: Share of responses that met the length limit.
+        truncated: Fraction of responses that met the length limit.
     """
 
     step: int
@@ -62,8 +62,8 @@ def held_out_questions(
     health: SampleHealth | None = None,
     can_grade: Callable[[Question], bool] = lambda question: True,
 ) -> HeldOut:
-    """Return the run's fixed held-out questions, an even share from every folder; none takes the
-    place of one that is left out.
+    """Return the run's fixed held-out questions, as many from every folder; one that is left
+    out is not replaced.
 
     Args:
         folders: Held-out shard folders.
@@ -81,8 +81,8 @@ def held_out_questions(
     num_skipped = 0
     for index, folder in enumerate(folders):
         keys = list(folder.keys())
-        share = len(keys) if num_questions == 0 else _even_share(num_questions, index, len(folders))
-        order = generator(seed, "held_out", index).permutation(len(keys))[:share]
+        count = len(keys) if num_questions == 0 else _even_part(num_questions, index, len(folders))
+        order = generator(seed, "held_out", index).permutation(len(keys))[:count]
         for shard, key in (keys[i] for i in sorted(order)):
             question = _good_question(folder, shard, key, counted, can_grade)
             if question is None:
@@ -120,7 +120,7 @@ def _good_question(
 def evaluation_instances(
     held_out: HeldOut, plain_text: Callable[[Question], str]
 ) -> list[PromptInstance]:
-    """Return what is asked; the uid, by which the random streams are named, has the place among all
+    """Return what is asked. The uid, which names the random streams, has the index among all
     questions of the evaluation.
     """
     return [
@@ -172,5 +172,5 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _even_share(total: int, index: int, parts: int) -> int:
+def _even_part(total: int, index: int, parts: int) -> int:
     return total // parts + (index < total % parts)

@@ -29,7 +29,7 @@ def load_tokenizer(folder: Path) -> Any:
             f"{' '.join(str(error).split())}, expected files of a Hugging Face tokenizer; copy "
             "them from the original model folder"
         ) from error
-    # Any value may stand there, and data.max_prompt_tokens is what bounds a prompt.
+    # Folders have any value here; data.max_prompt_tokens bounds a prompt.
     tokenizer.model_max_length = _NO_LIMIT
     return tokenizer
 
@@ -54,8 +54,8 @@ def special_ids(folder: Path, tokenizer: Any, media_tokens: Sequence[int]) -> di
 
 
 def token_bytes(folder: Path, tokenizer: Any) -> dict[bytes, int]:
-    """Return the ids of all tokens by the bytes that they stand for; of equals an added token,
-    which tokenising finds first.
+    """Return the ids of all tokens by their bytes; of equals an added token, which tokenising finds
+    first.
 
     Raises:
         ConfigError: The tokenizer is not of the byte-level kind.
@@ -85,8 +85,8 @@ def token_bytes(folder: Path, tokenizer: Any) -> dict[bytes, int]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return the byte that each character of a byte-level vocabulary stands for: printable ones for
-    themselves, then those from 256 on.
+    """Return the byte of each character of a byte-level vocabulary: printable bytes are their own
+    characters, the others follow from 256 on.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -1,5 +1,5 @@
-"""Models that a configuration names, looked at before anything else: a path that is none is
-answered with what to write instead.
+"""Checks of the model folders that a configuration names, before anything is loaded; errors say
+what to write instead.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _OTHER_WEIGHTS = ("*.gguf", "*.bin", "*.pt", "*.pth")
 
 
 def check_model_paths(model: ModelConfig, teachers: Sequence[TeacherConfig]) -> None:
-    """Look at every model folder that the run is to load.
+    """Check every model folder that the run is to load.
 
     Args:
         model: The student's.
@@ -51,7 +51,7 @@ def check_model_paths(model: ModelConfig, teachers: Sequence[TeacherConfig]) -> 
 
 
 def check_model_path(key: str, value: str, endpoints: str | None = "") -> None:
-    """Look at one model folder; an empty path means a bundled model, which is there.
+    """Check one model folder; an empty path means a bundled model.
 
     Args:
         key: Of the configuration.
@@ -81,8 +81,8 @@ def check_model_path(key: str, value: str, endpoints: str | None = "") -> None:
 
 
 def _describe(path: Path) -> tuple[str, str] | None:
-    """Say what a path is and what to write instead; `None` for a Hugging Face folder, as far as its
-    names tell.
+    """Return what a path is and what to write instead; `None` if its file names are those of a
+    Hugging Face folder.
     """
     try:
         if not path.exists():
@@ -114,7 +114,7 @@ def _describe_missing(path: Path) -> tuple[str, str]:
 
 
 def _describe_incomplete(path: Path) -> tuple[str, str] | None:
-    """Say what a folder with a config.json lacks."""
+    """Return what a folder with a config.json lacks."""
     if not any(
         (path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")
     ):
@@ -133,7 +133,7 @@ def _describe_incomplete(path: Path) -> tuple[str, str] | None:
 
 
 def _describe_other(path: Path) -> tuple[str, str]:
-    """Say what a folder without a config.json is."""
+    """Return what a folder without a config.json is."""
     run = RunFolder(path)
     if run.config.is_file():
         if (run.hf / "config.json").is_file():

@@ -71,7 +71,7 @@ class Run:
         return self.encoders[0]
 
     def check_teacher(self) -> None:
-        """Look whether a teacher on ranks of its own still runs.
+        """Check that a teacher on ranks of its own still runs.
 
         Raises:
             TeacherLostError: On every rank, if it does not.

@@ -1,4 +1,4 @@
-"""A run's folder: who writes to it, what a start that failed leaves of it, and records that no
+"""A run's folder: who writes to it, what a failed start leaves of it, and records that no
 checkpoint continues.
 """
 

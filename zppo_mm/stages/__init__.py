@@ -1,1 +1,1 @@
-"""The parts of a step that `zppo_mm.step` tells as a story."""
+"""The parts of a step, which `zppo_mm.step` puts together."""

@@ -104,7 +104,7 @@ class ReplayBuffer:
         ]
 
     def update(self, groups: Iterable[Group], tau: float, step: int) -> BufferUpdate:
-        """Admit, graduate and evict by the plain groups of a step; other groups are passed over.
+        """Admit, graduate and evict by the plain groups of a step; other groups are ignored.
 
         A hard question (accuracy below tau) that is not in the buffer is admitted at its end; one
         that is in it stays where it is. A question in the buffer at or above tau graduates, however
