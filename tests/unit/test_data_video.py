@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from data.errors import MediaError
-from data.media.decoder import FrameLimits, MediaDecoder, WorkerLimits
+from data.media.decoder import WORKER_MODULE, FrameLimits, MediaDecoder, WorkerLimits
 from data.media.opening import Frames, MediaLimits, MediaOpener
 from data.media.video_frames import choose_frames, seconds_per_frame
 from tests.support.shard_samples import png
@@ -88,11 +88,7 @@ def reason_of(opener: MediaOpener, content: bytes) -> str:
 
 
 def workers() -> list[psutil.Process]:
-    return [
-        child
-        for child in psutil.Process().children()
-        if any("data.media.worker_main" in part for part in child.cmdline())
-    ]
+    return [child for child in psutil.Process().children() if WORKER_MODULE in child.cmdline()]
 
 
 def test_frames_are_sampled_at_the_rate_up_to_the_cap(opener: MediaOpener) -> None:
@@ -226,13 +222,13 @@ def test_real_clips_equal_another_decoder(opener: MediaOpener, name: str) -> Non
         for index, frame in enumerate(file.decode(video=0)):
             start = start if index else float(frame.time)
             away = np.abs(np.array(frames.timestamps) - (float(frame.time) - start))
-            place = int(away.argmin())
-            if away[place] > TIMESTAMP_TOLERANCE_SECONDS:
+            index = int(away.argmin())
+            if away[index] > TIMESTAMP_TOLERANCE_SECONDS:
                 continue
             chosen.append(index)
             reference = frame.to_ndarray(format="rgb24").astype(int)
             assert (
-                np.abs(frames.pixels[place] - reference).max() <= 1
+                np.abs(frames.pixels[index] - reference).max() <= 1
             )  # rounding of the colour conversion
     assert index + 1 == CLIPS[name]
     assert len(chosen) == len(frames.pixels)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import re
+from decimal import ROUND_HALF_UP, Decimal, localcontext
 from fractions import Fraction
 
-from zppo_mm.rewards.units import canonical_unit, is_like_product, split_currency
+from zppo_mm.rewards.units import (
+    canonical_unit,
+    is_like_product,
+    is_unmistakable,
+    split_currency,
+)
 
 MAX_EXPONENT = 999
 MAX_POWER_BASE_DIGITS = 6
@@ -22,7 +28,7 @@ _REPEATING = re.compile(
 )
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _SCALED = re.compile(rf"(.*[0-9]) ?({'|'.join(_SCALES)})")
-_SLASH = re.compile(r"([^/]+)/([^/]+)")
+_SLASH = re.compile(r"(?!0[0-9])([^/]+)/(?! ?0[0-9])([^/]+)")  # `01/02` is a date
 _FRAC = re.compile(r"([+-]?) ?\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}")
 _MIXED = re.compile(r"([+-]?) ?([0-9]+) ?((?<= )[0-9]+ ?/ ?[0-9]+|\\frac.+)")
 # Spaces belong to the terms: an optional one beside each colon could be matched in two ways, and a
@@ -46,6 +52,8 @@ _BASE_NAMES = {
 }
 _UNIT_WORD = r"(?:[A-Za-z]?\\(?:mu|Omega) ?[A-Za-z]*|[^\W\d_]+)"
 _WORD = re.compile("[A-Za-z]+")
+# `5 (cm)`, but not `5 (m)`, which may be a product.
+_UNIT_IN_PARENTHESES = re.compile(r"(?<=[0-9}\]]) ?\( ?([^()]{2,}) ?\)$")
 _QUANTITY = re.compile(
     rf"(.*?(?:[0-9)}}.\]]|\\pi)) ?((?:(?:per|/) ?)?{_UNIT_WORD}(?:\.(?=[ a-z]))?"
     rf"(?:(?: ?(?:\\cdot|[/*·]) ?\(?| ){_UNIT_WORD}|\.[^\W\d_]\.?"
@@ -119,7 +127,7 @@ def split_unit(text: str) -> tuple[str, str]:
     currency = split_currency(text)
     if currency is not None and parse_number(currency[0]) is not None:
         return currency
-    match = _QUANTITY.fullmatch(text)
+    match = _QUANTITY.fullmatch(_UNIT_IN_PARENTHESES.sub(r" \1", text))
     if match is None or _touches(match):
         return text, ""
     body = match[1].strip()
@@ -128,6 +136,16 @@ def split_unit(text: str) -> tuple[str, str]:
     if unit is None or (unit in ("am", "pm") and not (is_number or parse_ratio(body))):
         return text, ""
     return body, unit
+
+
+def without_doubtful_unit(text: str) -> tuple[str, str]:
+    """Return body and unit as `split_unit`, without a unit that may be a symbol: `3 V`. Behind a
+    power of ten it is none.
+    """
+    body, unit = split_unit(text)
+    written = text.removeprefix(body) if text.startswith(body) else ""
+    is_clear = not written or is_unmistakable(written) or _TIMES_POWER.fullmatch(body)
+    return (body, unit) if is_clear else (text, "")
 
 
 def letter_behind_number(text: str) -> tuple[str, str] | None:
@@ -232,3 +250,37 @@ def _parse_fraction(text: str) -> Fraction | None:
 def _parse_part(text: str) -> Fraction | None:
     wrapped = _WRAPPED.fullmatch(text.strip())
     return _parse_simple((wrapped[1] or wrapped[2] or "").strip() if wrapped else text.strip())
+
+
+def compare_decimal_comma(
+    texts: tuple[str, str], numbers: tuple[Fraction | None, Fraction | None]
+) -> bool | None:
+    """Read `1000,99` as a decimal where the other side is a plain number; `None` if it is not
+    so.
+    """
+    for text, number in ((texts[0], numbers[1]), (texts[1], numbers[0])):
+        if number is not None and "," in text:
+            value = parse_decimal_comma(text)
+            if value is not None:
+                return value == number
+    return None
+
+
+def is_rounded(left: str, right: str) -> bool:
+    """Return whether one number is the other, which has no end as a decimal, rounded to its own
+    places, of which there are enough.
+    """
+    return any(
+        _rounds_to(parse_number(exact), short) for exact, short in ((left, right), (right, left))
+    )
+
+
+def _rounds_to(exact: Fraction | None, short: str) -> bool:
+    match = re.fullmatch(r"-?[0-9]{0,15}\.([0-9]{4,15})", short)
+    if match is None or exact is None or (10**20) % exact.denominator == 0:
+        return False
+    with localcontext() as context:
+        context.prec = 60
+        return (Decimal(exact.numerator) / exact.denominator).quantize(
+            Decimal(1).scaleb(-len(match[1])), ROUND_HALF_UP
+        ) == Decimal(short)

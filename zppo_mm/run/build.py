@@ -26,7 +26,7 @@ from zppo_mm.lora.adapters import add_lora
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import ParallelExchange
-from zppo_mm.parallel.meetings import Meetings
+from zppo_mm.parallel.liveness_barrier import LivenessBarrier
 from zppo_mm.parallel.partition import PartitionLink
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import SamplingParams
@@ -62,7 +62,7 @@ def student_folder(model: ModelConfig) -> Path:
 def build_run(
     config: RunConfig,
     link: PartitionLink | None = None,
-    meetings: Meetings | None = None,
+    barrier: LivenessBarrier | None = None,
     interruption: Interruption | None = None,
 ) -> Run:
     """Build the parts of a run; process groups must be initialised.
@@ -70,7 +70,7 @@ def build_run(
     Args:
         config: The run.
         link: To a teacher on ranks of its own, which is waited for.
-        meetings: Where ranks wait for one another; `None` waits in collectives.
+        barrier: Where ranks wait for one another; `None` waits in collectives.
         interruption: Ends the run before its last step; `None` is nothing that could.
 
     Raises:
@@ -79,7 +79,7 @@ def build_run(
     """
     media = MediaStore(media_limits(config.data))
     interruption = interruption or Interruption()
-    exchange = ParallelExchange(meetings, interruption.is_due)
+    exchange = ParallelExchange(barrier, interruption.is_due)
     ranks = TeacherRanks(link, exchange) if link is not None else None
     pool = (
         ranks.open_pool(config.teacher, config.rollout.max_batch_size)

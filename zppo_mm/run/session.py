@@ -12,8 +12,9 @@ from data.errors import DataError
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ZppoError
 from zppo_mm.interruption import EXIT_CODE, Interruption, RunStopped
+from zppo_mm.parallel import failures
 from zppo_mm.parallel import groups as parallel
-from zppo_mm.parallel.meetings import open_meetings
+from zppo_mm.parallel.liveness_barrier import open_liveness_barrier
 from zppo_mm.parallel.partition import JobPartition, PartitionLink
 from zppo_mm.run.build import build_run
 from zppo_mm.run.parts import Run
@@ -38,14 +39,14 @@ def open_run(
     enters the block.
     """
     parallel.initialize(config.parallel, config.seed, partition)
-    parallel.end_with_launcher()
+    failures.end_with_launcher()
     stopped: RunStopped | None = None
     with (
-        parallel.explain_lost_rank(),
-        open_meetings(config.parallel, partition, interruption) as meetings,
+        failures.translate_collective_errors(),
+        open_liveness_barrier(config.parallel, partition, interruption) as barrier,
         claimed(folder),
     ):
-        run = build_run(config, link, meetings, interruption)
+        run = build_run(config, link, barrier, interruption)
         try:
             yield run
         except RunStopped as error:
