@@ -76,7 +76,7 @@ def evaluate_model(request: EvaluationRequest) -> Summary:
         DataError: The questions cannot be used.
     """
     config = read_config(request)
-    output = output_folder(request, config)
+    output = output_folder(request, Path(config.output_dir))
     parallel.initialize(config.parallel, config.seed)
     failures.end_with_launcher()
     configure_logging(output / LOG_FILE, parallel.rank())
@@ -90,7 +90,10 @@ def evaluate_model(request: EvaluationRequest) -> Summary:
             }
             folder = AnswerFolder(output)
             done = set(parallel.on_rank_zero(lambda: folder.open(settings)))
-            _answer(student, questions.chosen, done, folder, config, request.questions_per_chunk)
+            num_rollouts = config.evaluation.num_rollouts
+            batch = parallel.num_replicas() * config.rollout.max_batch_size
+            size = request.questions_per_chunk or max(1, BATCHES_PER_CHUNK * batch // num_rollouts)
+            _answer(student, questions.chosen, done, folder, num_rollouts, size)
             summary = parallel.on_rank_zero(
                 lambda: _finish(folder, questions, settings, config.seed)
             )
@@ -183,7 +186,7 @@ def _answer(
     chosen: HeldOut,
     done: set[int],
     folder: AnswerFolder,
-    config: RunConfig,
+    num_rollouts: int,
     questions_per_chunk: int,
 ) -> None:
     """Answer the questions that are left, chunk by chunk."""
@@ -191,18 +194,16 @@ def _answer(
     left = [index for index in range(len(instances)) if index not in done]
     if done:
         logger.info("%d of %d questions are answered already", len(done), len(instances))
-    num_rollouts = config.evaluation.num_rollouts
     if num_rollouts > 1 and student.sampling.temperature == 0 and parallel.rank() == 0:
         logger.warning(
             "evaluation.num_rollouts: %d greedy responses per question are all the same; choose a "
             "temperature",
             num_rollouts,
         )
-    batch = parallel.num_replicas() * config.rollout.max_batch_size
-    size = questions_per_chunk or max(1, BATCHES_PER_CHUNK * batch // num_rollouts)
-    for start in range(0, len(left), size):
+    for start in range(0, len(left), questions_per_chunk):
         began = time.perf_counter()
-        answers = _answer_chunk(student, instances, left[start : start + size], num_rollouts)
+        chunk = left[start : start + questions_per_chunk]
+        answers = _answer_chunk(student, instances, chunk, num_rollouts)
         if parallel.rank() == 0:
             folder.add(answers)
             _log_progress(

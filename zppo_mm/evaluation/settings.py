@@ -118,12 +118,9 @@ def read_config(request: EvaluationRequest) -> RunConfig:
     return config
 
 
-def output_folder(request: EvaluationRequest, config: RunConfig) -> Path:
+def output_folder(request: EvaluationRequest, output_dir: Path) -> Path:
     """Return where the results go."""
-    return (
-        request.output
-        or Path(config.output_dir) / EVALUATIONS_FOLDER / request.model.resolve().name
-    )
+    return request.output or output_dir / EVALUATIONS_FOLDER / request.model.resolve().name
 
 
 def _exported(run: RunFolder) -> Path:
