@@ -33,7 +33,6 @@ from zppo_mm.rewards.structure import (
     joined_inequalities,
     named_point,
     read_bracketed,
-    read_matrix,
     read_relation,
     split_items,
     split_label,
@@ -224,16 +223,7 @@ class _Comparison:
         )
 
     def _composed(self, left: str, right: str, depth: int) -> bool | None:
-        """Compare brackets, unions and matrices."""
-        matrices = read_matrix(left), read_matrix(right)
-        if matrices[0] and matrices[1]:
-            rows = matrices[0].rows, matrices[1].rows
-            if matrices[0].kind != matrices[1].kind or [len(row) for row in rows[0]] != [
-                len(row) for row in rows[1]
-            ]:
-                return False
-            cells = [[cell for row in each for cell in row] for each in rows]
-            return self._ordered(cells[0], cells[1], depth)
+        """Compare brackets and unions."""
         if "\\begin" in left or "\\begin" in right:
             return self._leaf(left, right)
         brackets = read_bracketed(left), read_bracketed(right)

@@ -84,7 +84,7 @@ _COMMANDS = {
     **{letter: f"\\mathbb{{{letter}}}" for letter in "RZNQ"},
     **{name: f"\\mathbb{{{name[0]}}}" for name in ("Reals", "Complex", "Integers")},
 }
-_ENVIRONMENT_BREAK = re.compile(r"\\\\ *\[[^\[\]]*\]")
+_ENVIRONMENT_BREAK = re.compile(r"\\\\(?: *\\\\)*(?: *\[[^\[\]]*\])?")
 # In one pass over the tokens, a row break is seen before the space or the comma that follows its
 # first backslash.
 _LINES = re.compile(r"\\(begin|end) ?\{(?:aligned|align|gathered|gather|split|alignedat)\*?\}")
@@ -124,7 +124,8 @@ _PREAMBLE = re.compile(
 )
 _COLOUR = re.compile(r"\\(?:textcolor|color|colorbox) ?\{[^{}]*\}")
 _UPRIGHT_UNIT = re.compile(
-    r"\\(?:text(?:rm|normal)?|mathrm|mbox|hbox|operatorname|unit) ?\{ ?~?((?:[^{}\\]*[0-9])?) ?("
+    r"\\(?:text(?:rm|normal)?|mathrm|mbox|hbox|operatorname|unit) ?\{(?: |~|\\[ ,])*"
+    r"((?:[^{}\\]*[0-9])?) ?("
     + "|".join(sorted(AMBIGUOUS))
     + r") ?\}(?= *(?:\^ ?\{?-?[0-9]\}?)?[ .$]*(?:$|[,;)\]}]|\\[)\]}]))"
 )
@@ -196,7 +197,7 @@ def _written_out(text: str) -> str:
 def _binomial(match: re.Match[str]) -> str:
     above = match["n"] or match["n2"] or match["n3"]
     below = match["k"] or match["k2"] or match["k3"]
-    if above.isdigit() != below.isdigit() or (above.isdigit() and int(above) < int(below)):
+    if above.isdigit() and below.isdigit() and int(above) < int(below):
         return match[0]
     return f"\\binom{{{above}}}{{{below}}}"
 

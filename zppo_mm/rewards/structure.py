@@ -1,4 +1,4 @@
-r"""How an answer is built: lists, brackets, relations and matrices, found in its text; nothing is
+r"""How an answer is built: lists, brackets and relations, found in its text; nothing is
 evaluated here.
 
 Everything expects text in the spelling of `notation.normalise`.
@@ -20,10 +20,7 @@ _FRENCH = re.compile(r"\](.+[,;].+)([\[\]])|([\[\]])(.+[,;].+)\[")
 _RELATION = re.compile(
     r"<|>|=|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|\\approx(?![a-zA-Z])|\\in(?![a-zA-Z])"
 )
-_MATRIX = re.compile(
-    r"([(\[|]?) ?\\begin ?\{(p|b|v|B|V|small|)(matrix|array|cases)\*?\}(?: ?\{[clr| "
-    r"]*\})?(.*)\\end ?\{\2\3\*?\} ?([)\]|]?)"
-)
+_CASES = re.compile(r"\\begin ?\{cases\*?\}((?:(?!\\begin).)*)\\end ?\{cases\*?\}")
 _SYMBOL = (
     r"(?:[A-Za-z]|\\(?!in|le|ge|ne|frac|sqrt|infty|pi(?![a-z])|cup|cap|text)[a-zA-Z]+ ?)'*(?: ?_ "
     r"?(?:\{[^{}]*\}|[A-Za-z0-9]))?'*"
@@ -92,14 +89,6 @@ class Relation:
 
     members: list[str]
     signs: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """Rows of cells; `kind` tells a determinant and a system from a matrix."""
-
-    kind: str
-    rows: list[list[str]]
 
 
 def top_level(text: str) -> str:
@@ -234,17 +223,13 @@ def read_relation(text: str) -> Relation | None:
     return Relation(members, [match[0] for match in places])
 
 
-def read_matrix(text: str) -> Matrix | None:
-    """Return the cells of a matrix that is the whole text, `None` if it is anything else."""
-    match = _MATRIX.fullmatch(text) if "\\begin" in text else None
-    if match is None or "\\begin" in match[4]:
+def read_cases(text: str) -> list[str] | None:
+    """Return the lines of a system of equations, `None` if the text is anything else."""
+    match = _CASES.fullmatch(text)
+    if match is None:
         return None
-    bars = (match[2] or match[1]) if match[2] != "small" else match[1]
-    kind = {"v": "determinant", "|": "determinant", "V": "norm"}.get(
-        bars, "cases" if match[3] == "cases" else "matrix"
-    )
-    rows = [row for row in match[4].split("\\\\") if row.strip()]
-    return Matrix(kind, [[cell.strip() for cell in _cells(row)] for row in rows])
+    rows = [" ".join(cell.strip() for cell in row.split("&")) for row in match[1].split("\\\\")]
+    return [row.strip().rstrip(",;. ") for row in rows if row.strip()]
 
 
 def split_label(relation: Relation) -> tuple[str, str] | None:
@@ -340,13 +325,3 @@ def _encloses(text: str) -> bool:
         elif token.startswith("\\end"):
             depth -= 1
     return False
-
-
-def _cells(row: str) -> list[str]:
-    mask = top_level(row)
-    cells, start = [], 0
-    for place, character in enumerate(mask):
-        if character == "&":
-            cells.append(row[start:place])
-            start = place + 1
-    return [*cells, row[start:]]
