@@ -36,7 +36,6 @@ from zppo_mm.rewards.structure import (
     read_relation,
     split_items,
     split_label,
-    split_union,
     squeeze,
     without_builder,
     without_group,
@@ -223,16 +222,14 @@ class _Comparison:
         )
 
     def _composed(self, left: str, right: str, depth: int) -> bool | None:
-        """Compare brackets and unions."""
+        """Compare what stands in brackets."""
         if "\\begin" in left or "\\begin" in right:
             return self._leaf(left, right)
         brackets = read_bracketed(left), read_bracketed(right)
         if brackets[0] and brackets[1]:
             return self._brackets(brackets[0], brackets[1], depth)
         if _SET_NOTATION.search(left) or _SET_NOTATION.search(right):
-            parts = split_union(left), split_union(right)
-            by_parts = self._unordered(*parts, depth) if len(parts[0]) > 1 else None
-            return True if by_parts else self._leaf(left, right)
+            return self._leaf(left, right)
         for bracketed, other, is_left in ((brackets[0], right, True), (brackets[1], left, False)):
             if bracketed is not None:
                 if not bracketed.is_set or len(bracketed.items) != 1 or depth < MAX_DEPTH:
