@@ -40,7 +40,7 @@ from zppo_mm.rewards.structure import (
     without_builder,
     without_group,
 )
-from zppo_mm.rewards.words import as_formula, is_textual, is_word, spoken
+from zppo_mm.rewards.words import as_formula, in_one_spelling, is_textual, is_word
 
 MAX_ANSWER_CHARS = 1000
 MAX_DEPTH = 6
@@ -302,7 +302,7 @@ class _Comparison:
             or is_textual(right_body)
             or (is_word(left_body) and is_word(right_body))
         ):
-            return spoken(left_body) == spoken(right_body)
+            return in_one_spelling(left_body) == in_one_spelling(right_body)
         verdict = self._leaf(without_group(left_body), without_group(right_body))
         # What looks like a unit may be a product: `2 m g`.
         return self._leaf(left, right) if verdict is False and left_unit != right_unit else verdict
@@ -321,7 +321,7 @@ def _all(verdicts: Iterable[bool | None]) -> bool | None:
 def _view(
     text: str, label: tuple[str, str] | None, interval: tuple[str, Bracketed] | None
 ) -> tuple[str, Bracketed] | None:
-    """Return the variable and the interval that a text speaks of, without a variable if it names
+    """Return the variable and the interval that a text describes, without a variable if it names
     none.
     """
     if interval is not None:

@@ -286,37 +286,37 @@ def _command(match: re.Match[str]) -> str:
 def _braced_arguments(text: str) -> str:
     r"""Put braces around arguments of one token: `\frac12` is `\frac{1}{2}`."""
     pieces: list[str] = []
-    place = 0
-    while (match := _TAKES_ARGUMENTS.search(text, place)) is not None:
-        pieces.append(text[place : match.end()])
-        place = match.end()
-        root = _DEGREE_OF_ROOT.match(text, place)
+    position = 0
+    while (match := _TAKES_ARGUMENTS.search(text, position)) is not None:
+        pieces.append(text[position : match.end()])
+        position = match.end()
+        root = _DEGREE_OF_ROOT.match(text, position)
         if match[1] == "sqrt" and root:
             pieces.append(root[0].strip())
-            place = root.end()
+            position = root.end()
         for _ in range(2 if match[1] != "sqrt" else 1):
-            argument, place = _argument(text, place)
+            argument, position = _argument(text, position)
             pieces.append(argument)
-    return "".join([*pieces, text[place:]])
+    return "".join([*pieces, text[position:]])
 
 
-def _argument(text: str, place: int) -> tuple[str, int]:
-    """Return the argument at a place, in braces, and where it ends; nothing if there is none."""
-    start = place
+def _argument(text: str, position: int) -> tuple[str, int]:
+    """Return the argument at a position, in braces, and where it ends; nothing if there is none."""
+    start = position
     while text[start : start + 1] == " ":
         start += 1
     if text[start : start + 1].isalnum():
         return f"{{{text[start]}}}", start + 1
-    end = closing_place(text, start)
+    end = closing_brace(text, start)
     return (
         (f"{{{_braced_arguments(text[start + 1 : end])}}}", end + 1)
         if end > start and text[start] == "{"
-        else ("", place)
+        else ("", position)
     )
 
 
-def closing_place(text: str, start: int) -> int:
-    """Return the place of the brace that closes the one at `start`, -1 if there is none."""
+def closing_brace(text: str, start: int) -> int:
+    """Return the position of the brace that closes the one at `start`, -1 if there is none."""
     depth = 0
     for match in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(match[0], 0)

@@ -96,19 +96,21 @@ def top_level(text: str) -> str:
     included.
     """
     pieces: list[str] = []
-    depth, place = 0, 0
+    depth, position = 0, 0
     for match in _BRACKET.finditer(text):
         token = match[0]
         opens = token in _OPENING or token.startswith("\\begin")
         closes = token in _CLOSING or token.startswith("\\end")
         if not opens and not closes:
             continue
-        pieces.append("\0" * (match.start() - place) if depth else text[place : match.start()])
+        pieces.append(
+            "\0" * (match.start() - position) if depth else text[position : match.start()]
+        )
         pieces.append("\0" * len(token))
         depth = depth + 1 if opens else max(depth - 1, 0)
         depth += token.startswith("\\begin")  # once for its brace, once for the environment
-        place = match.end()
-    pieces.append("\0" * (len(text) - place) if depth else text[place:])
+        position = match.end()
+    pieces.append("\0" * (len(text) - position) if depth else text[position:])
     return "".join(pieces)
 
 
@@ -120,13 +122,15 @@ def split_items(text: str) -> list[str]:
         return [text]
     mask = top_level(text)
     if ";" in mask:
-        places = [(place, place + 1) for place, character in enumerate(mask) if character == ";"]
+        spans = [
+            (position, position + 1) for position, character in enumerate(mask) if character == ";"
+        ]
     else:
         pattern = _LOOSE_SEPARATOR if ", " in mask else _SEPARATOR
-        places = [(match.start(), match.end()) for match in pattern.finditer(mask)]
-    if not places:
+        spans = [(match.start(), match.end()) for match in pattern.finditer(mask)]
+    if not spans:
         return [text]
-    starts, ends = [0, *(end for _, end in places)], [*(start for start, _ in places), len(text)]
+    starts, ends = [0, *(end for _, end in spans)], [*(start for start, _ in spans), len(text)]
     items = [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
     return [item for item in items if item] or [text]
 
@@ -212,15 +216,15 @@ def read_relation(text: str) -> Relation | None:
     if not any(sign in text for sign in "<>=\\"):
         return None
     mask = top_level(text)
-    places = list(_RELATION.finditer(mask))
-    if not places:
+    spans = list(_RELATION.finditer(mask))
+    if not spans:
         return None
     starts, ends = (
-        [0, *(match.end() for match in places)],
-        [*(match.start() for match in places), len(text)],
+        [0, *(match.end() for match in spans)],
+        [*(match.start() for match in spans), len(text)],
     )
     members = [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
-    return Relation(members, [match[0] for match in places])
+    return Relation(members, [match[0] for match in spans])
 
 
 def read_cases(text: str) -> list[str] | None:
