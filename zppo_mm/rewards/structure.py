@@ -15,6 +15,7 @@ _CLOSING = frozenset(("\\}", ")", "]", "}"))
 _SEPARATOR = re.compile(r"[,;]? *(?:&|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\lor(?![A-Za-z])) *|,")
 # Beside ", " a comma between digits groups thousands, as in "1,000, 2,000".
 _LOOSE_SEPARATOR = re.compile(_SEPARATOR.pattern + r"(?!(?<=[0-9],)[0-9]{3}(?![0-9]))")
+_SEMICOLON = re.compile(";")
 _AND = re.compile(r"(?<![A-Za-z\\])and(?![A-Za-z])|\\land(?![a-zA-Z])")
 _FRENCH = re.compile(r"\](.+[,;].+)([\[\]])|([\[\]])(.+[,;].+)\[")
 _RELATION = re.compile(
@@ -121,18 +122,16 @@ def split_items(text: str) -> list[str]:
     if not any(sign in text for sign in LIST_SIGNS):
         return [text]
     mask = top_level(text)
-    if ";" in mask:
-        spans = [
-            (position, position + 1) for position, character in enumerate(mask) if character == ";"
-        ]
-    else:
-        pattern = _LOOSE_SEPARATOR if ", " in mask else _SEPARATOR
-        spans = [(match.start(), match.end()) for match in pattern.finditer(mask)]
-    if not spans:
-        return [text]
-    starts, ends = [0, *(end for _, end in spans)], [*(start for start, _ in spans), len(text)]
-    items = [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
+    pattern = _SEMICOLON if ";" in mask else _LOOSE_SEPARATOR if ", " in mask else _SEPARATOR
+    items = _between(text, list(pattern.finditer(mask)))
     return [item for item in items if item] or [text]
+
+
+def _between(text: str, matches: list[re.Match[str]]) -> list[str]:
+    """Return what stands between matches in a text."""
+    starts = [0, *(match.end() for match in matches)]
+    ends = [*(match.start() for match in matches), len(text)]
+    return [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
 
 
 def split_union(text: str) -> list[str]:
@@ -215,16 +214,8 @@ def read_relation(text: str) -> Relation | None:
     """Return members and signs, `None` without a sign at the top level."""
     if not any(sign in text for sign in "<>=\\"):
         return None
-    mask = top_level(text)
-    spans = list(_RELATION.finditer(mask))
-    if not spans:
-        return None
-    starts, ends = (
-        [0, *(match.end() for match in spans)],
-        [*(match.start() for match in spans), len(text)],
-    )
-    members = [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
-    return Relation(members, [match[0] for match in spans])
+    signs = list(_RELATION.finditer(top_level(text)))
+    return Relation(_between(text, signs), [match[0] for match in signs]) if signs else None
 
 
 def read_cases(text: str) -> list[str] | None:
