@@ -24,6 +24,7 @@ from zppo_mm.errors import CheckpointError, ModelError
 from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model
 from zppo_mm.parallel import groups as parallel
+from zppo_mm.run_folder import RunFolder
 from zppo_mm.training import checkpoint
 from zppo_mm.training.objective import PolicyObjective
 from zppo_mm.training.policy import Policy
@@ -142,7 +143,7 @@ def run_folder(source: Path, folder: Path) -> dict[str, torch.Tensor]:
     folder.mkdir(parents=True)
     save_config(config, folder / "config.yaml")
     checkpoint.save(
-        folder / checkpoint.CHECKPOINTS_FOLDER,
+        RunFolder(folder).checkpoints,
         1,
         policy,
         {"step": 1, "config": asdict(config)},

@@ -14,12 +14,12 @@ import torch
 
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.conversion.prompts import ProbePrompt, probe_prompts
-from zppo_mm.conversion.table import format_table
 from zppo_mm.errors import ConfigError, ModelError
 from zppo_mm.models.families.architecture import Architecture, load_architecture
 from zppo_mm.models.provider import build_model
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parity.oracle import open_model
+from zppo_mm.text_table import text_table
 from zppo_mm.weights.hf_export import in_rounds, open_source, stream_weights
 from zppo_mm.weights.mapping import parameter_mappings
 from zppo_mm.weights.megatron_folder import check_shapes, read_shard
@@ -52,9 +52,10 @@ class Report:
 
     def text(self) -> str:
         """Return the table."""
-        return format_table(
+        return text_table(
             ["compared", "finding", ""],
             [(what, finding, "ok" if good else "DIFFERS") for what, finding, good in self.rows],
+            num_left=3,
         )
 
 
@@ -187,7 +188,8 @@ def transformers_logits(
     report: Report,
     dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """Return what transformers computes in float32; adds a row about keys that it could not place.
+    """Return what transformers computes in float32; adds a row about keys that it does
+    not know.
 
     Args:
         hf_dir: A folder.
@@ -207,7 +209,7 @@ def transformers_logits(
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         raise ModelError(
             f"{hf_dir}: transformers cannot load it, got {type(error).__name__}: {error}, expected "
-            "a folder that it opens; mend it, or install what the message names"
+            "a folder that it opens; fix it, or install what the message names"
         ) from error
     known = (
         architecture.language_prefix,

@@ -66,7 +66,6 @@ from zppo_mm.weights.tensor_shards import WriteChunk, chunks_of, object_chunks, 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS_FOLDER = "checkpoints"
 _NEW_RUN = "use another checkpoint, or give the new run another name"
 
 

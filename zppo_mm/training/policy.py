@@ -151,28 +151,35 @@ class Policy:
             NotFiniteError: On every rank: `MAX_SKIPPED_IN_A_ROW` updates in a row, of this step or
                 of those before, had to be skipped.
         """
-        return TrainMetrics(tuple(self._update(batch) for batch in batches))
+        updates = []
+        for batch in batches:
+            self._wrapped.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            self._denominator = max(batch.num_loss_tokens, 1)
+            results = self._forward_backward(batch.microbatches, self._loss, forward_only=False)
+            norm = gradient_norm(self.optimizer)
+            sums, finite = self._reduce([terms.sums for terms, _ in results], norm)
+            learning_rate = float(self.optimizer.param_groups[0]["lr"])
+            if finite:
+                clip_and_step(self.optimizer, norm)
+                self.scheduler.step(increment=1)
+                self._skipped_in_a_row = 0
+            else:
+                self._report_skip(results)
+                self._count_skip()
+            updates.append(
+                _update_metrics(
+                    self.objective,
+                    sums,
+                    batch.num_loss_tokens,
+                    norm,
+                    learning_rate,
+                    not finite,
+                )
+            )
+        return TrainMetrics(tuple(updates))
 
-    def _update(self, batch: Batch) -> UpdateMetrics:
-        self._wrapped.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        self._denominator = max(batch.num_loss_tokens, 1)
-        results = self._run(batch.microbatches, self._loss, forward_only=False)
-        norm = gradient_norm(self.optimizer)
-        sums, finite = self._reduce([terms.sums for terms, _ in results], norm)
-        learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        if finite:
-            clip_and_step(self.optimizer, norm)
-            self.scheduler.step(increment=1)
-            self._skipped_in_a_row = 0
-        else:
-            self._report_skip(results)
-            self._count_skip()
-        return _update_metrics(
-            self.objective, sums, batch.num_loss_tokens, norm, learning_rate, not finite
-        )
-
-    def _run(
+    def _forward_backward(
         self, microbatches: Sequence[Microbatch], collect: Any, forward_only: bool
     ) -> list[Any]:
         """Pass micro-batches through Megatron's pipeline schedule; returns what `collect` gave per
@@ -310,7 +317,7 @@ class Policy:
             return result
 
         self.model.eval()
-        results = self._run(batch.microbatches, collect, forward_only=True)
+        results = self._forward_backward(batch.microbatches, collect, forward_only=True)
         self.model.train()
         if parallel.context_size() > 1:
             # Each has the log-probs that its own part predicts, and zeros elsewhere.
