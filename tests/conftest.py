@@ -1,6 +1,7 @@
 """Settings of the whole test suite, and the fixtures that many of its modules use."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,3 +38,11 @@ def raws(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     from tests.support.config_oracle import written_configs
 
     return written_configs(tmp_path_factory.mktemp("configs"))
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Iterator[Path]:
+    """A file that is there afterwards if code has run."""
+    path = tmp_path / "executed"
+    yield path
+    assert not path.exists(), "code of a file has run"
