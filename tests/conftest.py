@@ -1,6 +1,9 @@
 """Settings of the whole test suite, and the fixtures that many of its modules use."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
@@ -10,6 +13,9 @@ from hypothesis import settings
 import zppo_mm.models  # noqa: F401
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.parallel import groups as parallel
+
+if TYPE_CHECKING:
+    from tests.support.loopback_server import LoopbackServer, TinyModel
 
 # The same examples every time, so that a test that passes on a commit passes on it everywhere. New
 # ones are searched for with `pytest --hypothesis-profile=search`; what it finds becomes an
@@ -27,3 +33,21 @@ def one_rank() -> Iterator[None]:
     parallel.initialize(ParallelConfig(), seed=0)
     yield
     parallel.shutdown()
+
+
+@pytest.fixture(scope="module")
+def tiny_model() -> TinyModel:
+    """The bundled teacher, for servers on this machine."""
+    from tests.support.loopback_server import TinyModel
+    from zppo_mm.bundled import TEACHER_DIR
+
+    return TinyModel(TEACHER_DIR)
+
+
+@pytest.fixture
+def server(tiny_model: TinyModel) -> Iterator[LoopbackServer]:
+    """A chat server with the bundled teacher."""
+    from tests.support.loopback_server import serve
+
+    with serve(tiny_model) as made:
+        yield made
