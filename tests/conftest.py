@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -51,3 +51,12 @@ def server(tiny_model: TinyModel) -> Iterator[LoopbackServer]:
 
     with serve(tiny_model) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def raws(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The config.json of every family's tiny model; tests change copies."""
+    # Here, because transformers takes seconds to import and few modules need it.
+    from tests.support.config_oracle import written_configs
+
+    return written_configs(tmp_path_factory.mktemp("configs"))
