@@ -131,6 +131,7 @@ def test_one_fault_of_each_kind_is_survived_and_counted(server: LoopbackServer, 
             assert counts["retries"] == 1
 
 
+@pytest.mark.medium
 def test_a_thousand_faults_lose_no_rollout_and_count_none_twice(server: LoopbackServer) -> None:
     rare = {"stall": 8, "half_body": 40}  # the ones that take time
     often = [fault for fault in FAULTS if fault not in rare]

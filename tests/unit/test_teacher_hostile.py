@@ -104,6 +104,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
+@pytest.mark.medium
 def test_what_no_server_should_do_is_counted_and_the_next_reply_used(name: str) -> None:
     bad, kind = BAD[name]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -80,6 +80,7 @@ def test_answers_and_counts_are_those_of_a_pool_in_this_process(server: Loopback
     assert apart.counts["requests"] == 5
 
 
+@pytest.mark.medium
 def test_media_are_opened_there(server: LoopbackServer, tmp_path: Path) -> None:
     write_shards(tmp_path, digit_samples("video", "train", 2, 3))
     folder = ShardFolder(tmp_path)

@@ -11,7 +11,7 @@ import numpy as np
 from data.question import Question
 from zppo_mm.experience import Group, PromptInstance
 from zppo_mm.parallel.exchange import Exchange
-from zppo_mm.parallel.groups import LostRankError
+from zppo_mm.parallel.failures import RankFailureError
 from zppo_mm.parallel.partition import PartitionLink
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.sampler import GroupSampler
@@ -78,7 +78,7 @@ class RankServer:
         """Answer batch after batch; every rank calls this. Returns why the student ended.
 
         Raises:
-            LostRankError: The student's processes are gone or cut off.
+            RankFailureError: The student's processes are gone or cut off.
         """
         while True:
             turns: list[_Turn] = []
@@ -103,7 +103,7 @@ class RankServer:
             if exit_reason is not None:
                 return _Turn(exit_reason=exit_reason), []
             if self._link.is_other_lost():
-                raise LostRankError(
+                raise RankFailureError(
                     "teacher: the student's ranks are gone, got no heartbeat within "
                     "parallel.timeout_minutes, expected one every few seconds; look at their "
                     "output for the first error, then start the run again to resume"
