@@ -115,7 +115,7 @@ def count_parameters(
     mapped = {key for mapping in mappings for key in mapping.keys}
     counts = {"language": 0, "vision": 0, "passed through": 0}
     # A copy of the embedding is no parameter.
-    for key in source.places.keys() - set(tied_copies(architecture, source).values()):
+    for key in source.weight_map.keys() - set(tied_copies(architecture, source).values()):
         inside = (
             "vision"
             if architecture.vision_prefix and key.startswith(architecture.vision_prefix)

@@ -22,7 +22,7 @@ from zppo_mm.parity.oracle import open_model
 from zppo_mm.text_table import text_table
 from zppo_mm.weights.hf_export import in_rounds, open_source, stream_weights
 from zppo_mm.weights.mapping import parameter_mappings
-from zppo_mm.weights.megatron_folder import check_shapes, read_share
+from zppo_mm.weights.megatron_folder import check_shapes, read_shard
 from zppo_mm.weights.safetensors_folder import SafetensorsFolder
 
 MAX_LOGIT_DIFFERENCE = 1e-3
@@ -128,7 +128,7 @@ def verify_folder(hf_dir: Path) -> Report:
     mappings = list(parameter_mappings(network))
     check_shapes(mappings, source, architecture)
     for mapping in mappings:
-        mapping.parameter.copy_(read_share(network, mapping, source))
+        mapping.parameter.copy_(read_shard(network, mapping, source))
     values = ValueComparison()
     mapped = stream_weights(
         network,
@@ -138,7 +138,8 @@ def verify_folder(hf_dir: Path) -> Report:
         hf_dir,
     )
     report.add(
-        "keys", f"{len(mapped)} in the network, {len(source.places) - len(mapped)} passed through"
+        "keys",
+        f"{len(mapped)} in the network, {len(source.weight_map) - len(mapped)} passed through",
     )
     values.add_to(report)
     with torch.inference_mode():
@@ -162,10 +163,10 @@ def verify_folders(found_dir: Path, expected_dir: Path) -> Report:
     names = [set(folder.stored_names.values()) for folder in (found, expected)]
     only = {"first": sorted(names[0] - names[1]), "second": sorted(names[1] - names[0])}
     extra = _named(f"{key} is in the {name} only" for name, keys in only.items() for key in keys)
-    report.add("keys", extra or f"{len(found.places)} in both", not extra)
+    report.add("keys", extra or f"{len(found.weight_map)} in both", not extra)
     values = ValueComparison()
-    for key in found.places:
-        if key in expected.places:
+    for key in found.weight_map:
+        if key in expected.weight_map:
             values.compare(key, found.read(key), expected.read(key))
     values.add_to(report)
     architecture = load_architecture(found_dir)

@@ -144,7 +144,7 @@ def _all_logprobs(
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     """Return what the folder's weights take in a type, from the headers of its files."""
     weights = SafetensorsFolder(folder)
-    return sum(math.prod(weights.shape(key)) for key in weights.places) * dtype.itemsize
+    return sum(math.prod(weights.shape(key)) for key in weights.weight_map) * dtype.itemsize
 
 
 def choose_device(

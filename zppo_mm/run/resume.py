@@ -41,7 +41,7 @@ def resume(run: Run, folder: RunFolder) -> int | None:
     if state is None:
         _refuse_orphans(folder)
         return None
-    with checkpoint.taking_up(checkpoints):
+    with checkpoint.translate_value_errors(checkpoints):
         run.stream.load_state_dict(state["stream"])
         run.stages.replay.load_state_dict(state["replay"])
         step = int(state["step"])

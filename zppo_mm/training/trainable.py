@@ -92,7 +92,7 @@ def table(sizes: dict[str, PartSize]) -> str:
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> PartSize:
-    """Add up what this rank answers for: its own shares, and on tensor rank 0 what all tensor ranks
+    """Add up what this rank answers for: its own shards, and on tensor rank 0 what all tensor ranks
     hold alike.
     """
     total = PartSize()
