@@ -27,7 +27,8 @@ from PIL import Image
 
 from data.media.opening import MediaLimits, MediaOpener
 from data.sample import ShardSample
-from data.shards import ShardFolder, write_shards
+from data.shard_writer import write_shards
+from data.shards import ShardFolder
 from data.stream import QuestionStream
 
 PIXELS = 224

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.published_sizes import PUBLISHED
+from tests.support.published_sizes import PUBLISHED
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.models.families.architecture import parse_architecture
 from zppo_mm.models.provider import build_model

@@ -28,7 +28,7 @@ from transformers import (
 
 from data.question import Question
 from data.sample import ShardSample
-from data.shards import write_shards
+from data.shard_writer import write_shards
 from zppo_mm.bundled.tokenizer import CHAT_TEMPLATE
 from zppo_mm.zone.prompts import load_templates
 

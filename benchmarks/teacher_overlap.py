@@ -1,19 +1,19 @@
 """Time of a step with a served teacher beside that of a step without one, for several latencies of
 the teacher.
 
-    python benchmarks/teacher_overlap.py [--modality text] [--latencies 0 0.5 0.9] [--ask-ahead 0
-    0.5] [--steps 12] [key=v …]
+    python benchmarks/teacher_overlap.py [--modality text] [--latencies 0 0.5 0.9]
+    [--steps 12] [key=v …]
 
 The teacher is a server on this machine that knows every answer and takes its time without using the
 processor, for any number of questions at once, so that what it costs is waiting alone. Without
 teacher is `ncq_replay`: as many prompts under the same caps, and nobody to wait for. Latencies are
-shares of its plain rollout phase; 0 answers at once. The second number of a row is
-`teacher.ask_ahead`. `grpo_replay`, which reformulates nothing, shows what ZPPO costs. The bundled
-student's responses are shorter than its prompts; with `--response-tokens N` it knows no stop token,
-and all have N tokens. All runs are started, and then take turns step by step, the others stopped
-meanwhile, so that a machine that slows down slows all alike. A step is a turn by the clock without
-evaluation; the first, in which the buffer is empty, does not count. Seconds are medians, ratios
-those of all counted turns together, tokens and groups means per step.
+shares of its plain rollout phase; 0 answers at once. `grpo_replay`, which reformulates nothing,
+shows what ZPPO costs. The bundled student's responses are shorter than its prompts; with
+`--response-tokens N` it knows no stop token, and all have N tokens. All runs are started, and then
+take turns step by step, the others stopped meanwhile, so that a machine that slows down slows all
+alike. A step is a turn by the clock without evaluation; the first, in which the buffer is empty,
+does not count. Seconds are medians, ratios those of all counted turns together, tokens and groups
+means per step.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -218,17 +217,13 @@ def prepare(
 ) -> dict[tuple[str, float], Run]:
     """Return a run per method and setting, by name and latency."""
     given = {(method, 0.0): [f"method={method}"] for method in ALONE}
-    for latency, ahead in product(known.latencies, known.ask_ahead):
+    for latency in known.latencies:
         endpoint = [
             "teacher.max_concurrency=256",
             f"teacher.endpoints=[{url}]",
             "teacher.model=known",
         ]
-        given[f"zppo-{latency:g}-{ahead:g}", latency] = [
-            "method=zppo",
-            *endpoint,
-            f"teacher.ask_ahead={ahead:g}",
-        ]
+        given[f"zppo-{latency:g}", latency] = ["method=zppo", *endpoint]
     # The last step, which ends with a checkpoint, is not reached.
     return {
         key: Run(folder, key[0], known.steps + 1, [*own, *options]) for key, own in given.items()
@@ -242,7 +237,6 @@ def main() -> None:
     )
     parser.add_argument("--modality", default="text")
     parser.add_argument("--latencies", nargs="+", type=float, default=[0.0, 0.5, 0.9])
-    parser.add_argument("--ask-ahead", nargs="+", type=float, default=[0.0, 0.5])
     parser.add_argument("--response-tokens", type=int, default=0)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("options", nargs="*", metavar="key=value")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from data.choices import named_options, option_letters
 from data.errors import SampleError, shown
 from data.json_text import load_object
 from data.media_columns import check_markers, unmapped_media
@@ -15,69 +16,16 @@ from data.question import ANSWER_TYPES, AnswerType, MediaKind, MediaRef, Questio
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp"})
 VIDEO_EXTENSIONS = frozenset({"mp4", "m4v", "mov", "webm", "mkv", "avi", "gif"})
-UNOPENED_EXTENSIONS = frozenset(
-    {
-        "tif",
-        "tiff",
-        "heic",
-        "heif",
-        "avif",
-        "jxl",
-        "jp2",
-        "j2k",
-        "jfif",
-        "jpe",
-        "svg",
-        "ico",
-        "ppm",
-        "pgm",
-        "pbm",
-        "pnm",
-        "tga",
-        "psd",
-    }
-    | {
-        "exr",
-        "hdr",
-        "eps",
-        "pdf",
-        "img",
-        "image",
-        "picture",
-        "photo",
-        "mpg",
-        "mpeg",
-        "m2v",
-        "mts",
-        "m2ts",
-        "ts",
-        "3gp",
-        "3g2",
-        "ogv",
-    }
-    | {
-        "ogg",
-        "wmv",
-        "asf",
-        "flv",
-        "vob",
-        "rm",
-        "video",
-        "mp3",
-        "wav",
-        "flac",
-        "m4a",
-        "aac",
-        "opus",
-        "wma",
-        "audio",
-    }
-)
+_UNOPENED = """
+    tif tiff heic heif avif jxl jp2 j2k jfif jpe svg ico ppm pgm pbm pnm tga psd exr hdr
+    eps pdf img image picture photo mpg mpeg m2v mts m2ts ts 3gp 3g2 ogv ogg wmv asf flv
+    vob rm video mp3 wav flac m4a aac opus wma audio
+"""
+UNOPENED_EXTENSIONS = frozenset(_UNOPENED.split())
 """Of pictures, videos and sounds in formats that are not opened."""
 MAX_CHOICES = 26
 FIELDS = ("id", "question", "answer", "answer_type", "choices", "source", "media")
 MAX_MEDIA = 1000
-LETTER_AND_TEXT = re.compile(r"\(?([A-Z])[.):]\s*(.+)", re.DOTALL)
 PARTS = re.compile(r"([0-9]+)|([^0-9]+)")
 UNUSABLE_KEY = re.compile(
     "[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]|\\A/|(?:\\A|/)\\.\\.(?:/|\\Z)"
@@ -258,27 +206,19 @@ def _choices(where: str, fields: Mapping[str, Any], answer_type: AnswerType) -> 
 
 
 def _right_letter(where: str, answer: str, choices: Sequence[str]) -> str:
-    """Return the letter of the right option, which the answer gives itself, by the option's text,
-    or by both (`B. blue`).
+    """Return the letter of the right option.
 
     Raises:
         SampleError: The answer names no option, or more than one.
     """
-    letters = [chr(ord("A") + index) for index in range(len(choices))]
-    if answer in letters:
-        return answer
-    both = LETTER_AND_TEXT.fullmatch(answer)
-    named = [
-        letter
-        for letter, choice in zip(letters, choices, strict=True)
-        if choice == answer or (both is not None and both[1] == letter and choice == both[2])
-    ]
+    named = named_options(answer, choices, "letter")
     if len(named) == 1:
         return named[0]
     got = f"got {reprlib.repr(answer)}, which names {' and '.join(named) or 'no option'}"
     raise SampleError(
         "bad_choice",
-        f"{where}: the answer is no option, {got}, expected A to {letters[-1]}; correct it",
+        f"{where}: the answer is no option, {got}, expected A to "
+        f"{option_letters(len(choices))[-1]}; correct it",
     )
 
 

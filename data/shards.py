@@ -1,185 +1,25 @@
-"""Webdataset shards: write them, and read any sample again by (shard, key)."""
+"""Webdataset shards: read any sample by (shard, key)."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import os
-import re
-import tarfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import overload
 
 from data.errors import DataError, SampleError, shown
 from data.question import MediaRef, Question
-from data.sample import ShardSample, is_usable_key, media_kind, parse_question
-from data.shard_names import EXPECTED_SHARDS, OWN_LEFTOVER, UNFINISHED_SUFFIX, list_shards
-from data.tar_index import (
-    Member,
-    TarIndex,
-    check_header,
-    load_index,
-    scan_tar,
-    sidecar_path,
-    split_name,
-    write_sidecar,
-)
+from data.sample import parse_question
+from data.shard_names import EXPECTED_SHARDS, list_shards
+from data.tar_index import Member, TarIndex, check_header, load_index
 from data.tar_members import BLOCK, open_regular, read_at
 
-MAX_SHARD_BYTES = 1 << 30
-"""A shard with this much media is closed early: its samples are in memory until it is written."""
 MAX_OPEN_SHARDS = 256
 MAX_QUESTION_BYTES = 1 << 24
-KEY = re.compile(r"[^\s./][^\s.]*\Z")
-
-
-def write_shards(
-    folder: str | Path,
-    samples: Iterable[ShardSample],
-    samples_per_shard: int = 1000,
-    *,
-    overwrite: bool = False,
-) -> list[Path]:
-    """Write samples as shard-000000.tar, … with an index beside each; the same samples give the
-    same bytes.
-
-    Args:
-        folder: Where the shards go; made if it is missing.
-        samples: Samples in their order.
-        samples_per_shard: Most samples of one shard.
-        overwrite: Remove shards that lie in the folder instead of refusing.
-
-    Returns:
-        Paths of the shards written.
-
-    Raises:
-        DataError: The folder has shards already or cannot be written, a key is not allowed or is
-            met twice, an extension is no media file's, a question is no JSON, or a shard may hold
-            none.
-    """
-    if samples_per_shard < 1:
-        raise DataError(
-            f"{folder}: no samples per shard, got {samples_per_shard}, expected at least 1; "
-            "correct it"
-        )
-    target = Path(folder)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        present, unread = list_shards(target)
-        if present and not overwrite:
-            got = f"got {present[0].name}, expected none"
-            raise DataError(
-                f"{target}: the folder has shards already, {got}; name another folder or overwrite"
-            )
-        for name, problem in unread.items():
-            if not OWN_LEFTOVER.fullmatch(name):
-                raise DataError(problem)
-            (target / name).unlink()  # of a writer that was killed
-        written = _write_aside(target, samples, samples_per_shard)
-        # A folder that is left half done from here on holds unfinished shards, so nobody reads it.
-        for shard in present:
-            sidecar_path(shard).unlink(missing_ok=True)
-            shard.unlink()
-        for shard in written:
-            sidecar_path(_aside(shard)).replace(sidecar_path(shard))
-            _aside(shard).replace(shard)
-    except OSError as error:
-        advice = "make room there, or name another folder"
-        raise DataError(f"{target}: the shards cannot be written ({error}); {advice}") from error
-    return written
-
-
-def _write_aside(
-    folder: Path, samples: Iterable[ShardSample], samples_per_shard: int
-) -> list[Path]:
-    """Write all shards with their indexes aside, or none, and return their names to be."""
-    written: list[Path] = []
-    try:
-        for number, batch in enumerate(_batches(folder, samples, samples_per_shard)):
-            written.append(folder / f"shard-{number:06d}.tar")
-            _write_shard(_aside(written[-1]), batch)
-    except BaseException:
-        for shard in written:
-            _aside(shard).unlink(missing_ok=True)
-            sidecar_path(_aside(shard)).unlink(missing_ok=True)
-        raise
-    return written
-
-
-def _aside(shard: Path) -> Path:
-    return shard.with_name(f"{shard.name}{UNFINISHED_SUFFIX}")
-
-
-def _batches(
-    folder: Path, samples: Iterable[ShardSample], samples_per_shard: int
-) -> Iterator[list[ShardSample]]:
-    """Yield the samples of each shard."""
-    seen: set[str] = set()
-    batch: list[ShardSample] = []
-    num_bytes = 0
-    for sample in samples:
-        _check_sample(folder, sample, seen)
-        batch.append(sample)
-        num_bytes += sum(len(content) for _, content in sample.media)
-        if len(batch) == samples_per_shard or num_bytes >= MAX_SHARD_BYTES:
-            yield batch
-            batch, num_bytes = [], 0
-    if batch:
-        yield batch
-
-
-def _check_sample(folder: Path, sample: ShardSample, seen: set[str]) -> None:
-    where = f"{folder}:{shown(sample.key)}"
-    if not KEY.fullmatch(sample.key) or not is_usable_key(sample.key):
-        expected = "printable text without dots, spaces and a leading slash"
-        got = f"got {shown(sample.key)!r}"
-        raise DataError(f"{folder}: key is not allowed, {got}, expected {expected}; rename it")
-    if sample.key in seen:
-        raise DataError(
-            f"{folder}: key is used twice, got {sample.key!r}; give every sample its own"
-        )
-    seen.add(sample.key)
-    for extension, _ in sample.media:
-        named = split_name(f"{sample.key}.{extension}")
-        if media_kind(extension) is None or named != (sample.key, extension):
-            got = f"got {shown(extension)!r}, expected jpg, 0.png, mp4 or the like, in lower case"
-            raise DataError(f"{where}: extension is no media file's, {got}; convert it")
-
-
-def _write_shard(path: Path, samples: Sequence[ShardSample]) -> None:
-    """Write one shard and its index."""
-    checksums = {}
-    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
-        for sample in samples:
-            for extension, data in (("json", _question_json(path, sample)), *sample.media):
-                info = tarfile.TarInfo(f"{sample.key}.{extension}")
-                info.size = len(data)
-                info.mode = 0o644
-                archive.addfile(info, io.BytesIO(data))
-                checksums[sample.key, extension] = zlib.crc32(data)
-    index = scan_tar(path)
-    with_checksums = {
-        key: tuple(replace(each, crc32=checksums[key, each.extension]) for each in members)
-        for key, members in index.samples.items()
-    }
-    write_sidecar(path, replace(index, samples=with_checksums))
-
-
-def _question_json(shard: Path, sample: ShardSample) -> bytes:
-    try:
-        fields = dict(sample.question)
-        return json.dumps(fields, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
-    except (ValueError, TypeError, RecursionError) as error:
-        where, detail = f"{shard.parent}:{shown(sample.key)}", shown(str(error))
-        raise DataError(
-            f"{where}: the question cannot be written as JSON ({detail}); correct it"
-        ) from error
 
 
 class ShardReader:

@@ -35,7 +35,7 @@ class Member:
         extension: In lower case.
         offset: Of its content, in bytes.
         size: Of its content, in bytes.
-        crc32: Of its content as it was written, `None` if nobody knows.
+        crc32: Of its content as it was written, `None` without a sidecar.
     """
 
     extension: str
@@ -124,20 +124,13 @@ def sidecar_path(shard: Path) -> Path:
 
 
 def write_sidecar(shard: Path, index: TarIndex) -> None:
-    """Write the index beside its shard, aside first and then renamed."""
+    """Write the index beside its shard, which nobody reads yet."""
     samples = {
         key: {member.extension: [member.offset, member.size, member.crc32] for member in members}
         for key, members in index.samples.items()
     }
-    target = sidecar_path(shard)
-    aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    aside.write_text(
-        json.dumps(
-            {"version": SIDECAR_VERSION, "tar_size": index.tar_size, "samples": samples},
-            separators=(",", ":"),
-        )
-    )
-    aside.replace(target)
+    stored = {"version": SIDECAR_VERSION, "tar_size": index.tar_size, "samples": samples}
+    sidecar_path(shard).write_text(json.dumps(stored, separators=(",", ":")))
 
 
 def load_index(shard: Path) -> TarIndex:
@@ -241,8 +234,8 @@ def read_sidecar(shard: Path, tar_size: int) -> TarIndex | None:
 
 def _parse_sidecar(stored: Any) -> TarIndex:
     """Raise what any wrong type raises."""
-    if stored["version"] not in (1, SIDECAR_VERSION):
-        raise ValueError(f"version {stored['version']!r}, expected 1 or {SIDECAR_VERSION}")
+    if stored["version"] != SIDECAR_VERSION:
+        raise ValueError(f"version {stored['version']!r}, expected {SIDECAR_VERSION}")
     samples = {}
     for key, members in stored["samples"].items():
         samples[key] = tuple(
@@ -255,11 +248,8 @@ def _parse_sidecar(stored: Any) -> TarIndex:
     return TarIndex(stored["tar_size"], samples)
 
 
-def _parse_entry(
-    key: str, extension: str, offset: int, size: int, crc32: int | None = None
-) -> Member:
-    # The first version of the format had no checksums.
-    numbers = (offset, size) if crc32 is None else (offset, size, crc32)
+def _parse_entry(key: str, extension: str, offset: int, size: int, crc32: int) -> Member:
+    numbers = (offset, size, crc32)
     if not all(type(number) is int for number in numbers):
         raise ValueError(f"entry {numbers!r} of {key!r}, expected whole numbers")
     f"{key}{extension}".encode("utf-8", "surrogateescape")  # any name that bytes can have

@@ -1,16 +1,19 @@
-"""Processes that may hang, swell or die: one request at a time, each within a deadline; killed and
-replaced when it fails.
+"""Processes that may hang, swell or die: requests with deadlines, killed and replaced when they
+fail.
 
-A request and its answer are each an 8-byte length, a JSON header and some bytes.
-`data.worker_process` is the other side.
+A message is an 8-byte length, a JSON header and some bytes. `data.worker_process` is the other
+side.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import logging
 import os
 import queue
+import select
 import signal
 import socket
 import subprocess
@@ -18,20 +21,21 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from data.worker_process import LENGTH, send
+from data.worker_process import LENGTH, READY, send
 
 logger = logging.getLogger(__name__)
 
-START_SECONDS = 120.0  # importing libraries from a cold network disk
-MAX_REQUESTS = (
-    10_000  # a library loses some memory on damaged input, so workers are replaced now and then
-)
+START_SECONDS = 180.0  # importing libraries from a cold network disk on a loaded machine
+# A library loses some memory on damaged input, so workers of a pool are replaced now and then.
+MAX_REQUESTS = 10_000
 MAX_HEADER_BYTES = 1 << 20
-MAX_WAIT_SECONDS = 86_400.0  # a socket waits for some weeks at most
+POLL_SECONDS = 0.5  # how late a deadline may be noticed
+EXIT_SECONDS = 5.0  # time to end by itself, so that its own way of ending is seen
 ENVIRONMENT = {
     # Threads of arithmetic libraries would count against the address space.
     "OPENBLAS_NUM_THREADS": "1",
@@ -41,242 +45,298 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
 }
+# What a scheduler, a launcher or a keyboard sends to all processes is for the owner to handle; it
+# may still need its answers.
+BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 Header = Mapping[str, Any]
+Reply = tuple[Header, memoryview]
 Receive = Callable[[Header], memoryview]
-"""Where the bytes of an answer go, by its header; raises ValueError, TypeError or KeyError if that
+"""Where the bytes of a reply go, by its header; raises ValueError, TypeError or KeyError if that
 makes no sense.
 """
 
 
 class WorkerDied(Exception):
-    """The process ended, or said something that makes no sense and was ended; the message says
-    how.
-    """
+    """The process ended, or sent what makes no sense and was ended; the message says how."""
 
 
 class WorkerNotStarted(Exception):
     """The process ended before it was ready; the message says why."""
 
 
-class _Gone(Exception):
+class _Closed(Exception):
     """The process closed its socket."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerLimits:
-    """What one process may take.
-
-    Attributes:
-        memory_bytes: Address space.
-        timeout_seconds: Wall-clock time of one request, after which it is killed. The kernel ends
-            it at about twice this much CPU time, so that it does not work on when nobody is left to
-            kill it.
-    """
-
-    memory_bytes: int
-    timeout_seconds: float
+class _Overdue(Exception):
+    """A deadline passed."""
 
 
-class _Process(threading.Thread):
-    """Starts a process and waits for its end.
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    future: Future[Reply]
+    deadline: float
+    receive: Receive
 
-    A process that asks for a signal at its parent's death gets it at the end of the thread that
-    started it, so that thread stays.
-    """
 
-    def __init__(self, module: str, limits: WorkerLimits, connection: socket.socket) -> None:
-        super().__init__(name=module, daemon=True)
-        # -P: neither the working directory nor the module's own folder comes first on the import
-        # path; names there are everyday ones.
-        self._command = [
-            sys.executable,
-            "-P",
-            "-m",
-            module,
-            str(os.getpid()),
-            str(limits.memory_bytes),
-            str(limits.timeout_seconds),
-        ]
-        self._connection = connection
-        self._is_started = threading.Event()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._error: OSError | None = None
-        self.start()
-        self._is_started.wait()
-        if self._error is not None:
-            raise WorkerNotStarted(str(self._error)) from self._error
+def no_bytes(header: Header) -> memoryview:
+    """Receive a reply that is a header alone."""
+    return memoryview(b"")
 
-    def run(self) -> None:
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
-        try:
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=self._connection.fileno(),
-                stdout=subprocess.DEVNULL,
-                # Libraries write pages there about forged input; what matters comes back in the
-                # answer.
-                stderr=subprocess.DEVNULL,
-                env=environment,
-                start_new_session=True,  # an interrupt from the keyboard is the owner's to handle
-            )
-        except OSError as error:
-            self._error = error
-            return
-        finally:
-            self._is_started.set()
-        self._process.wait()
 
-    def kill(self) -> None:
-        """End the process if it still runs."""
-        if self._process is not None and self.is_alive():
-            self._process.kill()
-
-    def how_it_ended(self, patience_seconds: float) -> str:
-        """Return how the process ended; one that does not end by itself in some seconds is
-        killed.
-        """
-        self.join(patience_seconds)
-        self.kill()
-        self.join()
-        assert self._process is not None
-        code = self._process.returncode
-        return (
-            f"ended by {signal.Signals(-code).name}"
-            if code < 0
-            else f"ended with exit status {code}"
-        )
+def any_bytes(header: Header) -> memoryview:
+    """Receive the bytes of a worker that is trusted."""
+    return memoryview(bytearray(header["size"]))
 
 
 class KillableWorker:
-    """One process and the socket to it; for one thread at a time."""
+    """One process: a fresh interpreter, so that nothing is forked beside torch and NCCL.
 
-    def __init__(self, module: str, limits: WorkerLimits) -> None:
-        """Start `python -m module` and wait until it is ready.
+    It takes any number of requests at once, from any thread. When one misses its deadline or the
+    process dies, everything pending fails and the process is gone; a new worker replaces it. It
+    ends with its owner, also one that is killed.
 
-        Args:
-            module: Calls `data.worker_process.run`.
-            limits: Of the process.
+    Args:
+        module: Run as `python -m module PID arguments`; uses `data.worker_process`.
+        arguments: For its command line.
+        notice: Gets messages of the process that answer no request.
 
-        Raises:
-            WorkerNotStarted: It does not get ready.
-        """
-        self._num_requests = 0
-        self._connection, child = socket.socketpair()
-        with child:
-            self._process = _Process(module, limits, child)
-        # An owner that forgets to close it, or is interrupted while it starts, leaves no process
-        # behind.
-        self._finalizer = weakref.finalize(self, self._process.kill)
-        try:
-            self.ready: Header = self._receive_header(time.monotonic() + START_SECONDS)
-        except (OSError, ValueError, _Gone) as error:
-            raise WorkerNotStarted(
-                f"{type(error).__name__}, {self.kill(patience_seconds=1.0)}"
-            ) from error
-        if "error" in self.ready:
-            self.kill()
-            raise WorkerNotStarted(str(self.ready["error"]))
+    Attributes:
+        ready: Done when the process can work; raises WorkerNotStarted if it cannot.
+        num_requests: So far.
+    """
 
-    def request(self, header: Header, content: bytes, receive: Receive, deadline: float) -> Header:
-        """Send one request and return the answer's header; after any error the process has ended.
+    def __init__(
+        self,
+        module: str,
+        *arguments: str,
+        notice: Callable[[Header, memoryview], None] | None = None,
+    ) -> None:
+        # -P: neither the working directory nor the module's own folder comes first on the import
+        # path; names there are everyday ones.
+        self._command = [sys.executable, "-P", "-m", module, str(os.getpid()), *arguments]
+        self._notice = notice
+        self._connection, self._child = socket.socketpair()
+        self._poll = select.poll()
+        self._poll.register(self._connection, select.POLLIN)
+        self._lock, self._sending = threading.Lock(), threading.Lock()
+        self._numbers = itertools.count(READY + 1)
+        self.ready: Future[Reply] = Future()
+        self._pending = {READY: _Pending(self.ready, time.monotonic() + START_SECONDS, no_bytes)}
+        self._is_closed = False
+        self._end = ""  # how the process ended
+        self.num_requests = 0
+        self.process: subprocess.Popen[bytes] | None = None
+        is_started = threading.Event()
+        # A process that asks for a signal at its parent's death gets it at the end of the thread
+        # that started it, so that thread stays, and receives.
+        self._thread = threading.Thread(
+            target=self._run, args=(is_started,), name=module, daemon=True
+        )
+        self._thread.start()
+        is_started.wait()
+
+    def submit(
+        self,
+        header: Header,
+        content: bytes | memoryview = b"",
+        *,
+        deadline: float,
+        receive: Receive = no_bytes,
+    ) -> Future[Reply]:
+        """Send a request and return its reply to come.
+
+        The future raises TimeoutError if the deadline passes, WorkerDied if the process ends or
+        sends what makes no sense, WorkerNotStarted if it never got ready; it is cancelled if the
+        worker is closed.
 
         Args:
             header: JSON values.
             content: Follows the header.
-            receive: Says where the answer's bytes go.
             deadline: By the monotonic clock.
-
-        Raises:
-            TimeoutError: The deadline passed.
-            WorkerDied: The process ended, or its answer makes no sense.
+            receive: Says where the reply's bytes go.
         """
-        self._num_requests += 1
+        self.num_requests += 1
+        future: Future[Reply] = Future()
+        with self._lock:
+            number = next(self._numbers)
+            self._pending[number] = _Pending(future, deadline, receive)
+        if self._end:
+            self._fail_pending()
+            return future
         try:
-            self._connection.settimeout(_remaining(deadline))
-            send(self._connection, {**header, "size": len(content)}, content)
-            answer = self._receive_header(deadline)
-            self._receive_into(receive(answer), deadline)
-            return answer
-        except TimeoutError:
-            self.kill()
-            raise
-        except (OSError, ValueError, TypeError, KeyError, _Gone) as error:
-            raise WorkerDied(
-                f"{type(error).__name__}, {self.kill(patience_seconds=5.0)}"
-            ) from error
-        except BaseException:
-            self.kill()
-            raise
+            with self._sending:
+                send(self._connection, {**header, "number": number, "size": len(content)}, content)
+        except OSError:
+            # It has ended; the thread that receives fails what is pending.
+            logger.debug("a worker is gone before its request")
+        return future
 
-    def is_fit(self) -> bool:
-        """Return whether the process still runs and has not served its time."""
-        return self._process.is_alive() and self._num_requests < MAX_REQUESTS
+    def is_running(self) -> bool:
+        """Return whether the process still runs."""
+        return self.process is not None and self._thread.is_alive() and self.process.poll() is None
 
-    def kill(self, patience_seconds: float = 0.0) -> str:
-        """End the process and return how it ended.
+    def close(self, patience_seconds: float = 0.0) -> None:
+        """End the process and cancel what is pending.
 
         Args:
-            patience_seconds: Time that it gets to end by itself, so that its own way of ending is
-                seen.
+            patience_seconds: Time that it gets to end by itself.
         """
-        self._connection.close()
-        self._finalizer.detach()
-        return self._process.how_it_ended(patience_seconds)
+        self._is_closed = True
+        if patience_seconds and self.is_running():
+            with contextlib.suppress(OSError):  # it has just ended
+                self._connection.shutdown(socket.SHUT_WR)
+            self._thread.join(patience_seconds)
+        self.kill()
+        self._thread.join()
 
-    def _receive_header(self, deadline: float) -> Header:
+    def kill(self) -> None:
+        """End the process, and its children, which share its process group."""
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def _run(self, is_started: threading.Event) -> None:
+        """Start the process, receive its messages, and fail what is pending at its end."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)  # the process inherits it
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        try:
+            with self._child:
+                self.process = subprocess.Popen(
+                    self._command,
+                    stdin=self._child.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
+                    start_new_session=True,
+                )
+        except OSError as error:
+            self._end = str(error)
+            self._fail_pending()
+            return
+        finally:
+            is_started.set()
+        cause = ""
+        try:
+            while True:
+                self._take(self._receive_header())
+        except _Overdue:
+            self.kill()
+            cause = "did not answer in time, "
+        except (_Closed, OSError):
+            logger.debug("a worker closed its connection")
+        except (ValueError, TypeError, KeyError) as error:
+            self.kill()
+            cause = f"{type(error).__name__}, "
+        finally:
+            self._connection.close()
+            self._end = cause + self._how_it_ended()
+            self._fail_pending()
+
+    def _how_it_ended(self) -> str:
+        assert self.process is not None
+        try:
+            code = self.process.wait(EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            code = self.process.wait()
+        if code < 0:
+            return f"ended by {signal.Signals(-code).name}"
+        return f"ended with exit status {code}"
+
+    def _take(self, header: Header) -> None:
+        if header["number"] is None and self._notice is not None:
+            content = any_bytes(header)
+            self._receive_into(content)
+            self._notice(header, content)
+            return
+        pending = self._pending[header["number"]]
+        view = pending.receive(header)
+        # Still pending, so that its deadline holds for its bytes too.
+        self._receive_into(view)
+        with self._lock:
+            del self._pending[header["number"]]
+        if "not_started" in header:
+            _fail(pending.future, WorkerNotStarted(str(header["not_started"])))
+        elif pending.future.set_running_or_notify_cancel():
+            pending.future.set_result((header, view))
+
+    def _fail_pending(self) -> None:
+        how = self._end
+        with self._lock:
+            pending, self._pending = list(self._pending.values()), {}
+        has_started = self.ready.done() and self.ready.exception() is None
+        now = time.monotonic()
+        for each in pending:
+            if self._is_closed:
+                each.future.cancel()
+            elif not has_started:
+                _fail(each.future, WorkerNotStarted(how))
+            elif each.deadline < now:
+                _fail(each.future, TimeoutError(how))
+            else:
+                _fail(each.future, WorkerDied(how))
+
+    def _receive_header(self) -> Header:
         prefix = bytearray(LENGTH.size)
-        self._receive_into(memoryview(prefix), deadline)
+        self._receive_into(memoryview(prefix))
         (length,) = LENGTH.unpack(prefix)
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"a header of {length} bytes")
         encoded = bytearray(length)
-        self._receive_into(memoryview(encoded), deadline)
-        answer = json.loads(encoded)
-        if not isinstance(answer, dict):
+        self._receive_into(memoryview(encoded))
+        header = json.loads(encoded)
+        if not isinstance(header, dict):
             raise TypeError("a header that is no object")
-        return answer
+        return header
 
-    def _receive_into(self, view: memoryview, deadline: float) -> None:
+    def _receive_into(self, view: memoryview) -> None:
         while view:
-            self._connection.settimeout(_remaining(deadline))
-            count = self._connection.recv_into(view)
+            try:
+                count = self._connection.recv_into(view, 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                self._poll.poll(POLL_SECONDS * 1000)
+                self._check_deadlines()
+                continue
             if count == 0:
-                raise _Gone
+                raise _Closed
             view = view[count:]
 
+    def _check_deadlines(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            if any(each.deadline < now for each in self._pending.values()):
+                raise _Overdue
 
-def _remaining(deadline: float) -> float:
-    remaining = deadline - time.monotonic()
-    if remaining <= 0:
-        raise TimeoutError
-    return min(remaining, MAX_WAIT_SECONDS)
+
+def _fail(future: Future[Reply], error: Exception) -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_exception(error)
 
 
 class WorkerPool:
-    """A fixed number of workers, each started when first needed; safe to use from several
-    threads.
+    """A fixed number of workers, each with one request at a time and started when first needed;
+    safe to use from several threads.
+
+    Args:
+        start: Starts a worker.
+        num_workers: Most processes.
+        timeout_seconds: Wall-clock time of one request, after which its process is killed.
     """
 
-    def __init__(self, module: str, num_workers: int, limits: WorkerLimits) -> None:
-        """Start nothing yet.
-
-        Args:
-            module: Calls `data.worker_process.run`.
-            num_workers: Most processes, and most requests worked on at once.
-            limits: Of each process.
-        """
-        self._module = module
-        self._limits = limits
-        self._num_workers = num_workers
-        self._slots: queue.LifoQueue[KillableWorker | None] = queue.LifoQueue()
+    def __init__(
+        self, start: Callable[[], KillableWorker], num_workers: int, timeout_seconds: float
+    ) -> None:
+        self._start = start
+        self._timeout_seconds = timeout_seconds
+        self._slots: queue.LifoQueue[KillableWorker | None] = queue.LifoQueue(num_workers)
         for _ in range(num_workers):
             self._slots.put(None)
+        # An owner that forgets to close it leaves no process behind.
+        weakref.finalize(self, _kill_all, self._slots.queue).atexit = False
 
     def request(self, header: Header, content: bytes, receive: Receive) -> Header:
-        """Return a worker's answer, as `KillableWorker.request`; whatever is raised, the next
-        request gets a working process.
+        """Return the header of a worker's reply; whatever is raised, the next request gets a
+        working process.
 
         Raises:
             TimeoutError: The request took longer than the limit.
@@ -285,30 +345,47 @@ class WorkerPool:
         """
         worker = self._slots.get()
         try:
-            if worker is not None and not worker.is_fit():
-                worker.kill()
+            if worker is not None and not _is_fit(worker):
+                worker.close()
                 worker = None
             if worker is not None:
                 try:
-                    return worker.request(header, content, receive, self._deadline())
+                    return self._ask(worker, header, content, receive)
                 except WorkerDied as error:
                     logger.info(
                         "a worker %s; asking a new one, because an earlier request may have been "
                         "the cause",
                         error,
                     )
-            worker = KillableWorker(self._module, self._limits)
-            return worker.request(header, content, receive, self._deadline())
+            worker = self._start()
+            return self._ask(worker, header, content, receive)
+        except BaseException:
+            if worker is not None:
+                worker.close()
+            raise
         finally:
-            self._slots.put(worker if worker is not None and worker.is_fit() else None)
-
-    def _deadline(self) -> float:
-        return time.monotonic() + self._limits.timeout_seconds
+            self._slots.put(worker if worker is not None and _is_fit(worker) else None)
 
     def close(self) -> None:
-        """End all workers; the next request starts new ones."""
-        workers = [self._slots.get() for _ in range(self._num_workers)]
-        for worker in workers:
+        """End all workers when their requests are answered; the next request starts new ones."""
+        for worker in [self._slots.get() for _ in range(self._slots.maxsize)]:
             if worker is not None:
-                worker.kill()
+                worker.close()
             self._slots.put(None)
+
+    def _ask(
+        self, worker: KillableWorker, header: Header, content: bytes, receive: Receive
+    ) -> Header:
+        worker.ready.result()
+        deadline = time.monotonic() + self._timeout_seconds
+        return worker.submit(header, content, deadline=deadline, receive=receive).result()[0]
+
+
+def _is_fit(worker: KillableWorker) -> bool:
+    return worker.is_running() and worker.num_requests < MAX_REQUESTS
+
+
+def _kill_all(workers: Sequence[KillableWorker | None]) -> None:
+    for worker in workers:
+        if worker is not None:
+            worker.kill()

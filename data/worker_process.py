@@ -1,6 +1,4 @@
-"""The worker's side of `data.worker`: gives up all that its work does not need, then answers
-requests until its owner is gone.
-"""
+"""The worker's side of `data.worker`."""
 
 from __future__ import annotations
 
@@ -13,10 +11,12 @@ import signal
 import socket
 import struct
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 LENGTH = struct.Struct(">Q")
+READY = 0  # number of the message that says so
 PR_SET_PDEATHSIG = 1
 MAX_MESSAGE = 500
 
@@ -25,8 +25,8 @@ Answer = tuple[Mapping[str, Any], Any]
 
 
 class Server(Protocol):
-    """What a worker process does; made before the doors are closed, for later nothing can be
-    imported.
+    """What a locked worker process does; made before the doors are closed, for later nothing can
+    be imported.
     """
 
     def check(self) -> None:
@@ -40,29 +40,59 @@ class Server(Protocol):
         ...
 
 
+class Channel:
+    """The socket to the owner, whose process id comes first on the command line. May send from
+    several threads.
+    """
+
+    def __init__(self) -> None:
+        end_with(int(sys.argv[1]))
+        self._connection = socket.socket(fileno=0)
+        self._connection.settimeout(None)
+        self._lock = threading.Lock()
+
+    def send_ready(self) -> None:
+        """Say that requests can be answered."""
+        self.send({"number": READY})
+
+    def send(self, header: Mapping[str, Any], content: Any = b"") -> None:
+        """Send a reply to the request of its `number`, or a notice if that is `None`."""
+        with self._lock:
+            send(self._connection, {**header, "size": len(content)}, content)
+
+    def receive(self) -> tuple[Mapping[str, Any], bytearray] | None:
+        """Return header and bytes of the next request, `None` when the owner is gone."""
+        prefix = _receive(self._connection, LENGTH.size)
+        header = None if prefix is None else _receive(self._connection, LENGTH.unpack(prefix)[0])
+        if header is None:
+            return None
+        request = json.loads(header)
+        content = _receive(self._connection, request["size"])
+        return None if content is None else (request, content)
+
+
 def run(make: Callable[[], Server]) -> None:
     """Import, lock the process down, say that it is ready, and serve until the owner is gone.
 
     The command line holds the owner's process id, the address space in bytes, and the seconds that
     a request may take.
     """
-    owner, memory_bytes, timeout_seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-    end_with(owner)
-    connection = socket.socket(fileno=0)
-    connection.settimeout(None)
+    memory_bytes, timeout_seconds = int(sys.argv[2]), float(sys.argv[3])
+    channel = Channel()
     try:
         server = make()
+        drop_output()
         lock_down(memory_bytes)
         server.check()
-    except (
-        Exception
-    ) as error:  # a broken native library raises OSError, an older NumPy AttributeError
-        send(connection, {"error": message(error)})
+    # A broken native library raises OSError, an older NumPy AttributeError.
+    except Exception as error:
+        channel.send({"number": READY, "not_started": message(error)})
         return
-    send(connection, {"ready": True})
-    while (request := receive_request(connection)) is not None:
+    channel.send_ready()
+    while (request := channel.receive()) is not None:
         limit_cpu(2 * timeout_seconds + 5)  # a library may use two threads
-        send(connection, *server.answer(*request))
+        header, content = server.answer(*request)
+        channel.send({**header, "number": request[0]["number"]}, content)
 
 
 def end_with(owner: int) -> None:
@@ -75,20 +105,29 @@ def end_with(owner: int) -> None:
         os._exit(1)
 
 
+def drop_output() -> None:
+    """Drop what is written to standard error: libraries write pages about forged input."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+
+
 def lock_down(memory_bytes: int) -> None:
     """Give up what working from memory does not need, for good."""
-    _lower(resource.RLIMIT_AS, memory_bytes)
+    limit_memory(memory_bytes)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Descriptors 0 to 2 are taken and no new one may be opened: neither a file nor an address.
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
 
 
-def _lower(kind: int, most: int) -> None:
-    """Set a limit for good; one that the machine has set lower stays."""
-    _, hard = resource.getrlimit(kind)
-    limit = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(kind, (limit, limit))
+def limit_memory(num_bytes: int) -> None:
+    """Limit the address space for good; a limit that the machine has set lower stays. A crash
+    leaves no file of it.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def limit_cpu(seconds: float) -> None:
@@ -107,21 +146,8 @@ def message(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1]}"[:MAX_MESSAGE]
 
 
-def receive_request(connection: socket.socket) -> tuple[Mapping[str, Any], bytearray] | None:
-    """Return header and bytes of the next request, `None` when the owner is gone."""
-    prefix = _receive(connection, LENGTH.size)
-    header = None if prefix is None else _receive(connection, LENGTH.unpack(prefix)[0])
-    if header is None:
-        return None
-    request = json.loads(header)
-    content = _receive(connection, request["size"])
-    return None if content is None else (request, content)
-
-
 def send(connection: socket.socket, header: Mapping[str, Any], content: Any = b"") -> None:
-    """Send a request or an answer: small ones in one piece, so that the other side wakes up
-    once.
-    """
+    """Send a message: a small one in one piece, so that the other side wakes up once."""
     encoded = json.dumps(dict(header)).encode()
     head = LENGTH.pack(len(encoded)) + encoded
     sent = connection.sendmsg([head, content])

@@ -33,7 +33,7 @@ from zppo_mm.rollout.soundness import NOT_FINITE
 from zppo_mm.teacher.pending_answers import PendingAnswers
 from zppo_mm.teacher.teacher import Teacher, TeacherLostError
 from zppo_mm.training.learner import Learner
-from zppo_mm.zone.hard import count_of_share, select_hard
+from zppo_mm.zone.hard import count_of_fraction, select_hard
 from zppo_mm.zone.plain_schedule import PlainSchedule
 from zppo_mm.zone.reformulate import Reformulation, Reformulator, TeacherAnswers, composition
 from zppo_mm.zone.replay import ReplayBuffer
@@ -54,7 +54,7 @@ class Stages:
         reformulator: Makes reformulated prompts of hard questions.
         selection: Chooses what is trained on.
         learner: Trains on it.
-        portions: Divides plain prompts; the teacher is asked about each part as soon as it is
+        schedule: Divides plain prompts into waves; the teacher is asked about each as soon as it is
             sampled.
         interruption: Drops a step before its update begins; later the step is finished.
     """
@@ -68,7 +68,7 @@ class Stages:
     reformulator: Reformulator
     selection: Selection
     learner: Learner
-    portions: PlainSchedule
+    schedule: PlainSchedule
     interruption: Interruption = field(default_factory=Interruption)
 
 
@@ -145,7 +145,7 @@ def run_step(stages: Stages, step: int) -> StepRecord:
     with metrics.phase("teacher"):
         for each in rounds:
             # Who is asked next, where several teachers are, can answer during the update.
-            each.pending.look()
+            each.pending.poll()
     metrics.add("rollout/failed_groups", Sum(selected.num_failed))
     advantages = _advantages(selected.groups, stages.config.algorithm.advantage_normalization)
     with stages.interruption.held():
@@ -204,7 +204,7 @@ def _sample_round(
     pending = PendingAnswers(stages.teacher, step, asked_before)
     if stages.config.distill.source == "teacher":
         with metrics.phase("teacher"):
-            pending.ask([*new, *replayed])
+            pending.submit([*new, *replayed])
     plain = [
         *_plain_instances(stages, "new", new, step, len(earlier) * num_new),
         *_plain_instances(stages, "replayed", replayed, step, 0),
@@ -245,7 +245,7 @@ def _select(stages: Stages, rounds: Sequence[_Round], step: int, metrics: StepMe
     if stages.selection.needs_answers:
         with metrics.phase("teacher"):
             for each in rounds:
-                each.pending.hear_all()
+                each.pending.wait_for(each.pending.awaited)
     groups = [group for each in rounds for group in each.groups]
     questions = [question for each in rounds for question in each.questions]
     return stages.selection.choose(groups, questions, _all_answers(rounds), step)
@@ -264,7 +264,7 @@ def _hear_the_rest(rounds: Sequence[_Round], metrics: StepMetrics) -> TeacherLos
     measure what was answered.
     """
     with metrics.phase("teacher"):
-        errors = [error for each in rounds for error in each.pending.hear_or_lose()]
+        errors = [error for each in rounds for error in each.pending.drain()]
     for each in rounds:
         if each.pending.seconds is not None:
             metrics.add("teacher/answer_seconds", Max(each.pending.seconds))
@@ -275,7 +275,7 @@ def _hear_the_rest(rounds: Sequence[_Round], metrics: StepMetrics) -> TeacherLos
 def _draw_replayed(stages: Stages, new: Sequence[Question], step: int) -> list[Question]:
     """Draw replayed questions; one that is new in this step anyway is not asked twice."""
     config = stages.config
-    count = count_of_share(config.zone.rho_replay, len(new)) if config.zone.replay else 0
+    count = count_of_fraction(config.zone.rho_replay, len(new)) if config.zone.replay else 0
     return stages.replay.draw(
         count, generator(config.seed, "replay", step), exclude={question.id for question in new}
     )
@@ -322,19 +322,12 @@ def _sample_plain(
     if config.distill.source == "teacher" and not config.zone.replay:
         return []
     groups: list[Group] = []
-    parts = stages.portions.divide(instances, step)
-    with metrics.phase("teacher"):
-        for part in stages.portions.ahead(parts):
-            pending.ask([instance.question for instance in part])
-    for part in parts:
+    for wave in stages.schedule.waves(instances, step):
         with metrics.phase("plain_rollout"):
-            sampled = _sample(stages, part, step, metrics)
+            sampled = _sample(stages, wave, step, metrics)
         with metrics.phase("teacher"):
-            pending.ask([group.question for group in select_hard(sampled, config.zone.tau)])
+            pending.submit([group.question for group in select_hard(sampled, config.zone.tau)])
         groups += sampled
-    if stages.portions.ahead_share:
-        hard = {group.question.id for group in select_hard(groups, config.zone.tau)}
-        metrics.add("teacher/asked_in_vain", Sum(pending.want_only(hard)))
     return _in_order(groups, instances)
 
 
@@ -350,7 +343,7 @@ def _sample_guided(
     sampled: list[Group] = []
     while True:
         with metrics.phase("teacher"):
-            pending.look()
+            pending.poll()
             there = {instance.uid for instance in reformulated.instances}
             reformulated = stages.reformulator.reformulate(
                 hard,
@@ -369,7 +362,7 @@ def _sample_guided(
         if not fresh:
             with metrics.phase("teacher"):
                 # With this answer others may not be needed any more.
-                pending.hear(reformulated.awaited[0])
+                pending.wait_for(reformulated.awaited[:1])
 
 
 def _in_order(groups: Sequence[Group], instances: Sequence[PromptInstance]) -> list[Group]:

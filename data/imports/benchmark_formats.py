@@ -12,8 +12,9 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from data.choices import Reading, named_options, option_letters
 from data.errors import SampleError
 from data.media_columns import unmapped_media
 from data.question import ANSWER_TYPES, AnswerType, MediaKind
@@ -40,13 +41,9 @@ HIDDEN_ANSWERS = ("", "?", "N/A")
 _NUMBER = re.compile(
     r"[-+]?\$?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?(?: ?/ ?\d+)?%?", re.IGNORECASE
 )
-_LETTER = re.compile(r"\(?([A-Z])[).:]*")
-_LABELLED = re.compile(r"\(?([A-Z])[).:]\s*(.+)", re.DOTALL)
 _PLACES = re.compile(r"(\d+)(?:\.0*)?")
 _MARKER = re.compile(r"<image (\d+)>")
 _SUBJECT = re.compile(r"(?:dev|validation|test)_(.+)_\d+")
-
-Reading = Literal["letter", "text", "either"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +154,7 @@ class RowView:
                 if isinstance(options, str)
                 else options
             )
-        if isinstance(options, Mapping) and list(options) == _letters(list(options)):
+        if isinstance(options, Mapping) and list(options) == option_letters(len(options)):
             options = list(options.values())
         if not isinstance(options, list) or len(options) > MAX_CHOICES:
             raise self.bad_choice(
@@ -180,43 +177,25 @@ class RowView:
         texts = [str(option).strip() for option in options]
         matches = [
             re.fullmatch(rf"\(?{letter}[.):]\s*(.+)", text, re.DOTALL)
-            for letter, text in zip(_letters(texts), texts, strict=True)
+            for letter, text in zip(option_letters(len(texts)), texts, strict=True)
         ]
         return [match[1] for match in matches if match] if all(matches) else texts
 
     def letter(self, answer: str, choices: Sequence[str], reading: Reading = "either") -> str:
-        """Return the letter of the right option, which the answer gives itself, by the option's
-        text, or by both (`B. blue`).
+        """Return the letter of the right option.
 
         Args:
             answer: As the benchmark has it.
             choices: Option texts.
-            reading: What an answer is that can be read both ways: always a `letter`, always a
-                `text`, or `either`, which is refused where the two differ.
+            reading: As of `named_options`; `either` refuses where the readings differ.
 
         Raises:
             SampleError: It names no option, or two.
         """
-        letters = _letters(choices)
-        by_text = [
-            letter for letter, choice in zip(letters, choices, strict=True) if choice == answer
-        ]
-        match = _LETTER.fullmatch(answer)
-        by_letter = [match[1]] if match and match[1] in letters else []
-        labelled = _LABELLED.fullmatch(answer)
-        if (
-            labelled
-            and labelled[1] in letters
-            and choices[letters.index(labelled[1])] == labelled[2]
-            and not by_text
-        ):
-            by_letter = [labelled[1]]
-        if reading == "either":
-            found = sorted({*by_letter, *by_text})
-        else:
-            found = (by_text or by_letter) if reading == "text" else (by_letter or by_text)
+        found = named_options(answer, choices, reading)
         if len(found) != 1:
-            expected = f"expected one of {', '.join(letters)} or the text of one option"
+            letters = ", ".join(option_letters(len(choices)))
+            expected = f"expected one of {letters} or the text of one option"
             raise self.bad_choice(
                 f"the answer names no single option, got {answer!r:.200}, {expected}; correct it"
             )
@@ -477,7 +456,3 @@ def _spelled(text: str) -> Any:
         if isinstance(value, list | dict):
             return value
     return None
-
-
-def _letters(choices: Sequence[str]) -> list[str]:
-    return [chr(ord("A") + index) for index in range(len(choices))]

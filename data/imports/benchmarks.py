@@ -25,7 +25,7 @@ from data.media.opening import MediaLimits, MediaOpener
 from data.media.signatures import file_ending
 from data.question import ANSWER_TYPES, MediaKind
 from data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardSample
-from data.shards import write_shards
+from data.shard_writer import write_shards
 
 CONVERSION_FILE = "conversion.json"
 ROWS_LOOKED_AT = 20

@@ -14,7 +14,7 @@ from data.json_text import load_object
 from data.media.files import MediaFolder
 from data.media.opening import MediaLimits, MediaOpener
 from data.sample import ShardSample, check_fields, media_kind, parse_question
-from data.shards import write_shards
+from data.shard_writer import write_shards
 
 
 def convert_jsonl(

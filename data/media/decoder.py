@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +14,24 @@ import numpy.typing as npt
 from data.errors import MEDIA_REASONS, DataError, MediaError
 from data.question import MediaKind
 from data.text import clean_text
-from data.worker import Header, WorkerDied, WorkerLimits, WorkerNotStarted, WorkerPool
+from data.worker import Header, KillableWorker, WorkerDied, WorkerNotStarted, WorkerPool
 
 WORKER_MODULE = "data.media.worker_main"
 MAX_DETAIL = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLimits:
+    """What one process may take.
+
+    Attributes:
+        memory_bytes: Address space.
+        timeout_seconds: Wall-clock time of one file, after which its process is killed. The kernel
+            ends it at about twice this much CPU time.
+    """
+
+    memory_bytes: int
+    timeout_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +75,10 @@ class MediaDecoder:
             limits: Of each process.
         """
         self._timeout_seconds = limits.timeout_seconds
-        self._pool = WorkerPool(WORKER_MODULE, num_workers, limits)
+        arguments = str(limits.memory_bytes), str(limits.timeout_seconds)
+        self._pool = WorkerPool(
+            partial(KillableWorker, WORKER_MODULE, *arguments), num_workers, limits.timeout_seconds
+        )
 
     def decode(self, kind: MediaKind, content: bytes, limits: FrameLimits) -> Decoded:
         """Return what is in one file.

@@ -8,10 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from data.errors import DataError, MediaError, SampleError
-from data.media.decoder import FrameLimits, MediaDecoder
+from data.media.decoder import FrameLimits, MediaDecoder, WorkerLimits
 from data.question import MediaKind, MediaRef
 from data.shards import ShardReader
-from data.worker import WorkerLimits
 
 MAX_LIMIT = 1 << 50
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from data.errors import DataError
 from data.sample import ShardSample
-from data.shards import write_shards
+from data.shard_writer import write_shards
 from data.toy.digits import LEVELS, Modality, Split, draw_problem
 from data.toy.digits_media import FRAME_PIXELS, DigitBank, encode_mp4, encode_png, load_bank, strip
 

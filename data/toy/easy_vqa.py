@@ -18,7 +18,7 @@ import numpy as np
 
 from data.errors import DataError
 from data.sample import ShardSample
-from data.shards import write_shards
+from data.shard_writer import write_shards
 
 ANSWER_KINDS: tuple[tuple[str, ...], ...] = (
     ("yes", "no"),

@@ -16,8 +16,8 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from tests.distributed.launch import run_ranks
-from tests.distributed.training_example import Case, build_policy, make_batches, write_tiny_folder
+from tests.support.launch import run_ranks
+from tests.support.training_example import Case, build_policy, make_batches, write_tiny_folder
 from zppo_mm.errors import CheckpointError
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.training import checkpoint

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import transformers
 
-from tests import network_checks, tiny_families, tiny_qwen
-from tests.distributed.launch import run_ranks
-from tests.distributed.training_example import (
+from tests.support import network_checks, tiny_families, tiny_qwen
+from tests.support.launch import run_ranks
+from tests.support.training_example import (
     Case,
     build_policy,
     make_batches,

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests import network_checks, tiny_families
-from tests.conversion_checks import check_opens, content
-from tests.distributed.launch import run_ranks
+from tests.support import network_checks, tiny_families
+from tests.support.conversion_checks import check_opens, content
+from tests.support.launch import run_ranks
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.conversion import importing
 from zppo_mm.conversion.exporting import export_folder

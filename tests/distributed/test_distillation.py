@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.launch import run_ranks
 from tests.distributed.test_training_invariance import assert_same
-from tests.distributed.training_example import (
+from tests.support.launch import run_ranks
+from tests.support.training_example import (
     IMAGE,
     TRAIN,
     Case,

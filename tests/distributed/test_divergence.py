@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from tests.distributed.launch import run_ranks
+from tests.support.launch import run_ranks
 from zppo_mm.algorithms.divergence import jensen_shannon, top_jensen_shannon, top_tokens
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.parallel import groups as parallel

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from encoders.tower import VisionTower
-from tests.distributed.launch import run_ranks
+from tests.support.launch import run_ranks
 
 VISION = {
     "depth": 2,

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from tests import network_checks, tiny_qwen
-from tests.distributed.launch import run_ranks
-from tests.distributed.training_example import TRAIN, Case, make_batches, write_tiny_folder
+from tests.support import network_checks, tiny_qwen
+from tests.support.launch import run_ranks
+from tests.support.training_example import TRAIN, Case, make_batches, write_tiny_folder
 from tests.unit.test_models_lora_bfloat16 import decoding_linears
 from zppo_mm.config.schema import AlgorithmConfig, LoraConfig, ModelConfig, ParallelConfig
 from zppo_mm.lora.adapters import adapters_of, add_lora

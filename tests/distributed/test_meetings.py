@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.distributed.launch import run_ranks
+from tests.support.launch import run_ranks
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.interruption import Interruption, StopRequested
 from zppo_mm.parallel import groups as parallel

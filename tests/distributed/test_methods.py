@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from data.sample import ShardSample
-from data.shards import write_shards
-from tests.distributed.launch import run_ranks
+from data.shard_writer import write_shards
+from tests.support.launch import run_ranks
 from zppo_mm.config.checks import METHODS
 from zppo_mm.config.load import load_config
 from zppo_mm.experience import Microbatch

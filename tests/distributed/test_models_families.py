@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests import network_checks, tiny_families
-from tests.distributed.launch import run_ranks
+from tests.support import network_checks, tiny_families
+from tests.support.launch import run_ranks
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel import groups as parallel

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from safetensors.torch import load_file
 
-from tests import network_checks, tiny_qwen
-from tests.distributed.launch import run_ranks
+from tests.support import network_checks, tiny_qwen
+from tests.support.launch import run_ranks
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.models.layers.gated_delta_net import GatedDeltaNet
 from zppo_mm.models.provider import build_model

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.launch import run_ranks
-from tests.distributed.training_example import TRAIN, Case, build_policy, make_batches, make_groups
-from tests.distributed.training_example import write_tiny_folder as write_folder
+from tests.support.launch import run_ranks
+from tests.support.training_example import TRAIN, Case, build_policy, make_batches, make_groups
+from tests.support.training_example import write_tiny_folder as write_folder
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.experience import TrainingSample
 from zppo_mm.parallel import groups as parallel

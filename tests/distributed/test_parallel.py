@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.launch import run_ranks
+from tests.support.launch import run_ranks
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.parallel import groups as parallel

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.launch import run_ranks
+from tests.support.launch import run_ranks
 from zppo_mm.config.load import load_config
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parity.compare import ParityError

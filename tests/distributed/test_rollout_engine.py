@@ -13,8 +13,8 @@ import torch
 
 from data.media.opening import Frames
 from data.question import MediaRef, Question
-from tests.distributed.launch import run_ranks
-from tests.unit.tiny_folder import build_model
+from tests.support.launch import run_ranks
+from tests.support.tiny_folder import build_model
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model as build_network

@@ -17,10 +17,11 @@ from data.health import SampleHealth
 from data.media.opening import Frames
 from data.question import MediaRef, Question
 from data.sample import ShardSample
-from data.shards import ShardFolder, write_shards
+from data.shard_writer import write_shards
+from data.shards import ShardFolder
 from data.stream import QuestionStream
-from tests.distributed.launch import run_ranks
-from tests.unit.tiny_folder import build_model
+from tests.support.launch import run_ranks
+from tests.support.tiny_folder import build_model
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.experience import Group, PromptInstance
 from zppo_mm.models.families.architecture import load_architecture

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from data.question import MediaRef, Question
-from tests.distributed.launch import run_ranks
 from tests.distributed.test_rollout_engine import (
     LOGPROB_TOLERANCE,
     NEW_TOKENS,
@@ -23,7 +22,8 @@ from tests.distributed.test_rollout_engine import (
     params,
     request,
 )
-from tests.unit.tiny_folder import build_model
+from tests.support.launch import run_ranks
+from tests.support.tiny_folder import build_model
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.errors import NotFiniteError
 from zppo_mm.experience import PromptInstance

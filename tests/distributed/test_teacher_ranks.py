@@ -19,7 +19,7 @@ from data.question import Question
 from data.shards import ShardFolder
 from data.stream import QuestionStream
 from data.toy.digits_shards import build_digit_shards
-from tests.distributed.launch import run_ranks
+from tests.support.launch import run_ranks
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.experience import Rollout
@@ -89,10 +89,10 @@ def ask_both(num_ranks: int, sizes: Sequence[str], shards: Path) -> dict[str, An
             apart = RanksTeacher(channel, config.teacher, exchange, verifier)
             apart.greet()
             asked, texts = questions(shards), [f"Say {number} in a box." for number in range(5)]
-            pending = apart.ask(asked, 7)
+            pending = apart.submit(asked, 7)
             shared = Shared(config, media, verifier, exchange)
             inside = megatron_teacher(shared, config.teacher, config.parallel, load_templates())
-            expected = inside.ask(asked, 7).wait()
+            expected = inside.submit(asked, 7).wait()
             rewrites = inside.rewrite(texts, 7, 1)
             answers = pending.wait()
             results = {
@@ -173,7 +173,7 @@ def meet_trouble(trouble: str, shards: Path) -> None:
                     5.0 * (1 - world.rank)
                 )  # the first rank holds the store, from which the teacher hears of the second
                 raise RuntimeError(f"trouble on student rank {world.rank}")
-            teacher.ask(questions(shards), 1).wait()
+            teacher.submit(questions(shards), 1).wait()
         except TeacherLostError:
             parallel.barrier()  # what a run does now, such as saving, needs all its ranks
             raise

@@ -10,8 +10,8 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from tests.distributed.launch import run_ranks
-from tests.distributed.training_example import Case, build_policy, make_batches, write_tiny_folder
+from tests.support.launch import run_ranks
+from tests.support.training_example import Case, build_policy, make_batches, write_tiny_folder
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import CheckpointError
 from zppo_mm.parallel import groups as parallel

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.launch import run_ranks
-from tests.distributed.training_example import (
+from tests.support.launch import run_ranks
+from tests.support.training_example import (
     Case,
     Result,
     make_plan,

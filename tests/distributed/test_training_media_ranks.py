@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from data.question import MediaRef
-from tests import tiny_families
-from tests.distributed.launch import run_ranks
-from tests.distributed.training_example import (
+from tests.support import tiny_families
+from tests.support.launch import run_ranks
+from tests.support.training_example import (
     GRID,
     TRAIN,
     RandomMedia,

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.launch import run_ranks
-from tests.distributed.training_example import (
+from tests.support.launch import run_ranks
+from tests.support.training_example import (
     TRAIN,
     Case,
     RandomMedia,

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from data.errors import DataError
 from data.question import Question
-from data.shards import ShardFolder, write_shards
+from data.shard_writer import write_shards
+from data.shards import ShardFolder
 from data.tar_index import split_name
-from tests.unit.shard_samples import QUESTION, png, sample, with_checksum
+from tests.support.shard_samples import QUESTION, png, sample, with_checksum
 
 Content = list[tuple[str, list[tuple[str, bytes]]]]
 """Key of each sample with extension and content of its files, in the order of the shard."""

@@ -16,7 +16,7 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from data.text import is_valid_text
-from tests.raw_server import RawServer, completion, http, say, serve_raw
+from tests.support.raw_server import RawServer, completion, http, say, serve_raw
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.rewards.judge import read_verdict
 from zppo_mm.teacher.served.chat_api import (

@@ -34,7 +34,7 @@ from tests.fuzz.damaged_shards import (
     read_all,
     steps,
 )
-from tests.unit.shard_samples import QUESTION
+from tests.support.shard_samples import QUESTION
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,11 @@ FOREIGN = [
     for tar_format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 ]
 TRUTH = [
-    (key, json.loads(files[0][1])["answer"], [content for _, content in files[1:]])
+    (
+        key,
+        json.loads(dict(files)["json"])["answer"],
+        [content for extension, content in files if extension != "json"],
+    )
     for key, files in OURS.content
 ]
 

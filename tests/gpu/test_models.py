@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import network_checks, tiny_qwen
+from tests.support import network_checks, tiny_qwen
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.models.decoding.decode import decode, prefill
 from zppo_mm.models.layers.cache import DecodeCache

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.running import CLONE, RUN_TIMEOUT_SECONDS, SMALL, lines
+from tests.support.running import CLONE, RUN_TIMEOUT_SECONDS, SMALL, lines
 
 METHODS = ("grpo_replay", "zppo")
 STEPS = 2

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.running import lines, run, transcript
-from tests.loopback_server import TinyModel, serve
+from tests.support.loopback_server import TinyModel, serve
+from tests.support.running import lines, run, transcript
 from zppo_mm.bundled import TEACHER_DIR
 
 COMMON = (

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from data.shards import ShardFolder, write_shards
+from data.shard_writer import write_shards
+from data.shards import ShardFolder
 from data.toy.digits_shards import build_digit_shards, digit_samples
-from tests.fault_proxy import PASS, stand_between
-from tests.integration.running import CLONE, RUN_TIMEOUT_SECONDS, lines, run
-from tests.loopback_server import TinyModel, serve
+from tests.support.fault_proxy import PASS, stand_between
+from tests.support.loopback_server import TinyModel, serve
+from tests.support.running import CLONE, RUN_TIMEOUT_SECONDS, lines, run
 from zppo_mm.bundled import TEACHER_DIR
 
 STUDENT = CLONE / "zppo_mm" / "bundled" / "student"

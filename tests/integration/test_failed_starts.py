@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.running import RUN_TIMEOUT_SECONDS, lines, run, start
+from tests.support.running import RUN_TIMEOUT_SECONDS, lines, run, start
 from zppo_mm.bundled import STUDENT_DIR
 
 SMALL_RUN = (

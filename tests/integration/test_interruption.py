@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.running import RUN_TIMEOUT_SECONDS, buffer, lines, run, start, transcript
-from tests.loopback_server import LoopbackServer, TinyModel, serve
+from tests.support.loopback_server import LoopbackServer, TinyModel, serve
+from tests.support.running import RUN_TIMEOUT_SECONDS, buffer, lines, run, start, transcript
 from zppo_mm.bundled import TEACHER_DIR
 from zppo_mm.interruption import EXIT_CODE
 

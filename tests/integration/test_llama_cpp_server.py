@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.fault_proxy import FAULTS, PASS, stand_between
+from tests.support.fault_proxy import FAULTS, PASS, stand_between
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.parallel.exchange import SingleProcess

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from data.shards import write_shards
+from data.shard_writer import write_shards
 from data.toy.digits_shards import digit_samples
-from tests.fault_proxy import PASS, stand_between
-from tests.integration.running import lines, run, transcript
-from tests.loopback_server import LoopbackServer, TinyModel, serve
+from tests.support.fault_proxy import PASS, stand_between
+from tests.support.loopback_server import LoopbackServer, TinyModel, serve
+from tests.support.running import lines, run, transcript
 from zppo_mm.bundled import TEACHER_DIR
 
 NUM_NEW, NUM_ROLLOUTS = 8, 4

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.distributed.launch import run_ranks
-from tests.integration.running import run
+from tests.support.launch import run_ranks
+from tests.support.running import run
 
 NUM_QUESTIONS = 6
 MAX_NEW_TOKENS = 48

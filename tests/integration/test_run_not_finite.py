@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.integration.running import RUN_TIMEOUT_SECONDS, lines, start
+from tests.support.running import RUN_TIMEOUT_SECONDS, lines, start
 from zppo_mm.bundled import STUDENT_DIR
 
 OPTIONS = ("method=grpo", "train.train_iters=2")

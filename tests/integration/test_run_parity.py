@@ -7,7 +7,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from tests.integration.running import RUN_TIMEOUT_SECONDS, lines, run, start, transcript
+from tests.support.running import RUN_TIMEOUT_SECONDS, lines, run, start, transcript
 from zppo_mm.bundled import STUDENT_DIR
 
 OPTIONS = ("method=grpo", "train.train_iters=1", "evaluation.num_questions=1")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.running import buffer, lines, run, transcript
+from tests.support.running import buffer, lines, run, transcript
 
 STEPS = 5
 NUM_NEW = 8

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.running import RUN_TIMEOUT_SECONDS, buffer, lines, run, start, transcript
+from tests.support.running import RUN_TIMEOUT_SECONDS, buffer, lines, run, start, transcript
 
 STEPS = 5
 # On the same layout; sums of a restarted process may be taken in another order.

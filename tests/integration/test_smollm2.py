@@ -22,8 +22,8 @@ from data.imports.convert import convert_jsonl
 from data.media.opening import Frames
 from data.question import MediaRef, Question
 from data.toy.sums import write_sums
-from tests.integration.running import CLONE, lines, run
-from tests.network_checks import build
+from tests.support.network_checks import build
+from tests.support.running import CLONE, lines, run
 from zppo_mm.bundled.smollm2 import build_smollm2, smollm2_file
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import ParallelConfig

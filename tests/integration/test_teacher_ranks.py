@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from data.shards import write_shards
+from data.shard_writer import write_shards
 from data.toy.digits_shards import digit_samples
-from tests.integration.running import RUN_TIMEOUT_SECONDS, lines, run, start, transcript
+from tests.support.running import RUN_TIMEOUT_SECONDS, lines, run, start, transcript
 from zppo_mm.bundled import TEACHER_DIR
 
 pytestmark = pytest.mark.timeout(900)  # two or three runs one after another

@@ -8,7 +8,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from tests.distributed.launch import run_ranks
+from tests.support.launch import run_ranks
 
 
 def build_small(out_dir: str) -> float:

@@ -149,7 +149,7 @@ def test_lessons_in_reading_out_whatever_is_asked() -> None:
     assert learned == {(True, True), (True, False), (False, True)}
 
 
-def test_beginner_hardly_ever_does_what_is_asked_unless_shown() -> None:
+def test_weak_student_hardly_ever_does_what_is_asked_unless_shown() -> None:
     model = Qwen3_5ForConditionalGeneration.from_pretrained(WEAK_STUDENT_DIR).eval()
     lessons = DigitExamples(
         load_templates(), RuleCompressor(len, CANDIDATE_CHARS, CANDIDATE_LINES), 11

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.unit.simulated_run import make_group, make_question, make_rollout, simulate_run
+from tests.support.simulated_run import make_group, make_question, make_rollout, simulate_run
 from zppo_mm.comparison.transcript_audit import (
     ROWS,
     Lengths,

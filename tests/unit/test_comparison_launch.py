@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.simulated_comparison import STEPS, make_plan
+from tests.support.simulated_comparison import STEPS, make_plan
 from zppo_mm.comparison.launch import output_path, run_all
 from zppo_mm.comparison.plan import Plan, load_plan
 from zppo_mm.comparison.results import read_results

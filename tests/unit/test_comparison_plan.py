@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.simulated_comparison import make_plan
+from tests.support.simulated_comparison import make_plan
 from zppo_mm.comparison.plan import load_plan
 from zppo_mm.config.load import load_config
 from zppo_mm.errors import ConfigError

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.unit.simulated_comparison import (
+from tests.support.simulated_comparison import (
     STEPS,
     Rewards,
     held_out_groups,

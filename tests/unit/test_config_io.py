@@ -110,24 +110,6 @@ def test_every_method_is_there_with_and_without_replay() -> None:
             ["fallback_teachers=[{num_ranks: 1}]"],
             r"fallback_teachers\[0\].num_ranks: only the first teacher",
         ),
-        (
-            ["fallback_teachers=[{ask_ahead: 0.5}]"],
-            r"fallback_teachers\[0\].ask_ahead: only the first teacher",
-        ),
-        (
-            [
-                "method=off_distill",
-                "teacher.ask_ahead=0.5",
-                "teacher.endpoints=['http://x/v1']",
-                "teacher.model=t",
-                "distill.top_k=4",
-            ],
-            "teacher.ask_ahead: distillation on the teacher's text asks about every question",
-        ),
-        (
-            ["teacher.ask_ahead=0.5"],
-            "teacher.ask_ahead: for a teacher that answers while the student samples, got 0.5",
-        ),
     ],
 )
 def test_methods_that_contradict_themselves_are_refused(overrides: list[str], message: str) -> None:

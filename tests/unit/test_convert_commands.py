@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests import tiny_families, tiny_qwen
-from tests.published_sizes import PUBLISHED
-from tests.tiny_fp8 import LINEARS, quantise
+from tests.support import tiny_families, tiny_qwen
+from tests.support.published_sizes import PUBLISHED
+from tests.support.tiny_fp8 import LINEARS, quantise
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.conversion.command import run_command
 from zppo_mm.conversion.description import count_parameters, describe_folder, fitting_layouts

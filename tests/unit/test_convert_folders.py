@@ -19,9 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests import network_checks, tiny_families, tiny_qwen
-from tests.conversion_checks import check_opens, content
-from tests.tiny_fp8 import LINEARS, quantise
+from tests.support import network_checks, tiny_families, tiny_qwen
+from tests.support.conversion_checks import check_opens, content
+from tests.support.tiny_fp8 import LINEARS, quantise
 from zppo_mm.config.load import save_config
 from zppo_mm.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from zppo_mm.conversion.exporting import export_folder
@@ -375,7 +375,7 @@ def test_a_full_disk_fails_the_export_before_anything_is_written(
 DIES_EXPORTING = """
 import os, signal, sys
 from pathlib import Path
-from tests import network_checks
+from tests.support import network_checks
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.weights.hf_export import write_weights

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests import tiny_qwen
-from tests.tiny_fp8 import BLOCK, LINEARS, quantise
+from tests.support import tiny_qwen
+from tests.support.tiny_fp8 import BLOCK, LINEARS, quantise
 from zppo_mm.errors import ModelError
 from zppo_mm.weights.fp8 import dequantise, read_block_size
 from zppo_mm.weights.safetensors_file import build_header, read_header, read_tensor

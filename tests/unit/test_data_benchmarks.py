@@ -22,7 +22,7 @@ from data.imports.tables import read_rows
 from data.media.opening import MediaLimits, MediaOpener
 from data.question import Question
 from data.shards import ShardFolder
-from tests.unit.shard_samples import png
+from tests.support.shard_samples import png
 
 Rows = Sequence[dict[str, Any]]
 

@@ -17,10 +17,11 @@ from data.health import SampleHealth
 from data.imports.convert import convert_jsonl
 from data.lint import lint
 from data.media.opening import MediaLimits, MediaOpener
-from data.shards import ShardFolder, write_shards
+from data.shard_writer import write_shards
+from data.shards import ShardFolder
 from data.tar_index import sidecar_path
 from data.toy.easy_vqa import ANSWER_KINDS, easy_vqa_samples
-from tests.unit.shard_samples import png, sample
+from tests.support.shard_samples import png, sample
 
 MAKE_SHARDS = Path(__file__).parents[2] / "tools" / "make_shards.py"
 NUM_QUESTIONS = {"train": 38_575, "test": 9_673}

@@ -13,7 +13,7 @@ from data.json_text import MAX_DEPTH
 from data.lint import lint
 from data.sample import media_order, parse_question
 from data.shards import MAX_QUESTION_BYTES, ShardFolder
-from tests.unit.shard_samples import END, QUESTION, header, member, pax, png
+from tests.support.shard_samples import END, QUESTION, header, member, pax, png
 
 GOOD = member("a.json", QUESTION)
 

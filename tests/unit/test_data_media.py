@@ -18,8 +18,9 @@ from data.errors import MEDIA_REASONS, DataError, MediaError
 from data.media.containers import recognise
 from data.media.opening import MAX_LIMIT, MediaLimits, MediaOpener
 from data.question import MediaKind, MediaRef
-from data.shards import ShardReader, write_shards
-from tests.unit.shard_samples import png, sample
+from data.shard_writer import write_shards
+from data.shards import ShardReader
+from tests.support.shard_samples import png, sample
 
 JPEG_TOLERANCE = 8  # of 255, quality 95 on a smooth picture with halved colour resolution
 

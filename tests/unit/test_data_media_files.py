@@ -17,7 +17,7 @@ from data.health import SampleHealth
 from data.imports.convert import convert_jsonl
 from data.media.files import MediaFolder
 from data.shards import ShardFolder
-from tests.unit.shard_samples import png
+from tests.support.shard_samples import png
 from tests.unit.test_data_convert import good, run, write_lines
 
 SPARSE_BYTES = 200 << 30

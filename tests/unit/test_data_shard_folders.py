@@ -13,9 +13,10 @@ import pytest
 
 from data.errors import DataError
 from data.lint import lint
-from data.shards import ShardFolder, ShardReader, write_shards
+from data.shard_writer import write_shards
+from data.shards import ShardFolder, ShardReader
 from data.tar_index import scan_tar
-from tests.unit.shard_samples import END, QUESTION, member, sample
+from tests.support.shard_samples import END, QUESTION, member, sample
 
 GOOD = member("a.json", QUESTION)
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from data.errors import DataError
 from data.health import SampleHealth
-from data.shards import ShardFolder, write_shards
+from data.shard_writer import write_shards
+from data.shards import ShardFolder
 from data.stream import QuestionStream, share
-from tests.unit.shard_samples import sample
+from tests.support.shard_samples import sample
 
 SIZES = (1, 2, 7, 13)
 

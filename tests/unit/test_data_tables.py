@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from data.errors import DataError
-from tests.unit.shard_samples import png
+from tests.support.shard_samples import png
 from tests.unit.test_data_benchmarks import convert
 
 

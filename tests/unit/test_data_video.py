@@ -22,11 +22,10 @@ import pytest
 from PIL import Image
 
 from data.errors import MediaError
-from data.media.decoder import FrameLimits, MediaDecoder
+from data.media.decoder import FrameLimits, MediaDecoder, WorkerLimits
 from data.media.opening import Frames, MediaLimits, MediaOpener
 from data.media.video_frames import choose_frames, seconds_per_frame
-from data.worker import WorkerLimits
-from tests.unit.shard_samples import png
+from tests.support.shard_samples import png
 
 LOSSY_TOLERANCE = 6  # of 255, H.264 at crf 1 and the way through YUV
 TIMESTAMP_TOLERANCE_SECONDS = 0.001  # times are kept in milliseconds
@@ -92,7 +91,7 @@ def workers() -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process().children()
-        if any("media_worker" in part for part in child.cmdline())
+        if any("data.media.worker_main" in part for part in child.cmdline())
     ]
 
 

@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from data.errors import MediaError
-from data.media.decoder import WORKER_MODULE, FrameLimits, MediaDecoder
+from data.media.decoder import WORKER_MODULE, FrameLimits, MediaDecoder, WorkerLimits
 from data.media.opening import MediaLimits, MediaOpener
-from data.worker import KillableWorker, WorkerDied, WorkerLimits, WorkerNotStarted
-from tests.unit.shard_samples import png
+from data.worker import KillableWorker, WorkerDied, WorkerNotStarted
+from tests.support.shard_samples import png
 
 LIMITS = WorkerLimits(memory_bytes=8 << 30, timeout_seconds=60)
 PATIENCE_SECONDS = 60.0  # for what takes milliseconds on a quiet machine
@@ -27,7 +27,7 @@ SLOW_OWNER = """
 import sys, threading
 from data.media.opening import MediaLimits, MediaOpener
 from tests.unit.test_data_worker import slow_jpeg
-from tests.unit.shard_samples import png
+from tests.support.shard_samples import png
 opener = MediaOpener(MediaLimits(decode_timeout_seconds=600))
 opener.open(png(), "image")
 threading.Timer(0.3, lambda: print("busy", flush=True)).start()
@@ -64,13 +64,10 @@ def is_gone(process: psutil.Process) -> bool:
 
 @pytest.fixture
 def worker() -> Iterator[KillableWorker]:
-    made = KillableWorker(WORKER_MODULE, LIMITS)
+    made = KillableWorker(WORKER_MODULE, str(LIMITS.memory_bytes), str(LIMITS.timeout_seconds))
+    made.ready.result()
     yield made
-    made.kill()
-
-
-def nothing(header: object) -> memoryview:
-    return memoryview(b"")
+    made.close()
 
 
 def test_an_image_that_takes_too_long_is_given_up_and_the_next_one_opens() -> None:
@@ -142,9 +139,12 @@ def test_answers_that_make_no_sense_end_the_worker(worker: KillableWorker) -> No
     def refuse(header: object) -> memoryview:
         raise ValueError("nonsense")
 
-    with pytest.raises(WorkerDied, match="ValueError, ended"):
-        worker.request(request, png(), refuse, time.monotonic() + PATIENCE_SECONDS)
-    assert not worker.is_fit()
+    reply = worker.submit(
+        request, png(), deadline=time.monotonic() + PATIENCE_SECONDS, receive=refuse
+    )
+    with pytest.raises(WorkerDied, match="ValueError, ended by SIGKILL"):
+        reply.result()
+    assert not worker.is_running()
     decoder = MediaDecoder(1, LIMITS)
     assert (
         decoder.decode(
@@ -158,14 +158,18 @@ def test_answers_that_make_no_sense_end_the_worker(worker: KillableWorker) -> No
 
 
 def test_a_deadline_that_has_passed_ends_the_worker(worker: KillableWorker) -> None:
-    with pytest.raises(TimeoutError):
-        worker.request({"kind": "image", "limits": {}}, b"", nothing, time.monotonic() - 1)
-    assert not worker.is_fit()
+    request = {"kind": "image", "limits": {}}
+    reply = worker.submit(request, deadline=time.monotonic() - 1)
+    with pytest.raises(TimeoutError, match="did not answer in time, ended by SIGKILL"):
+        reply.result()
+    assert not worker.is_running()
+    with pytest.raises(WorkerDied, match="ended by SIGKILL"):
+        worker.submit(request, deadline=time.monotonic() + PATIENCE_SECONDS).result()
 
 
 def test_what_does_not_start_says_why() -> None:
     with pytest.raises(WorkerNotStarted, match="ended with exit status 1"):
-        KillableWorker("data.no_such_module", LIMITS)
+        KillableWorker("data.no_such_module").ready.result()
 
 
 def test_a_worker_starts_where_the_machine_allows_less_memory_than_it_may_take() -> None:

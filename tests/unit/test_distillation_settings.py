@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.tiny_folder import build_folder
+from tests.support.tiny_folder import build_folder
 from zppo_mm.config.load import load_config
 from zppo_mm.errors import ConfigError
 from zppo_mm.rollout.prompt import PromptEncoder

@@ -18,7 +18,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "data",
         "encoders",
         "zppo_mm.errors",
-        "zppo_mm.interpreters",
         "zppo_mm.interruption",
         "zppo_mm.randomness",
         "zppo_mm.special_tokens",
@@ -53,7 +52,6 @@ TORCH_FREE = (
     "zppo_mm.config",
     "zppo_mm.errors",
     "zppo_mm.experience",
-    "zppo_mm.interpreters",
     "zppo_mm.interruption",
     "zppo_mm.randomness",
     "zppo_mm.rewards",
@@ -63,6 +61,7 @@ TORCH_FREE = (
 HEAVY = {"torch", "transformers", "megatron"}
 # The vision tower shares its work over a group that it is handed; it makes none.
 PROCESS_GROUP_PARTS = (
+    "zppo_mm.algorithms",
     "encoders",
     "zppo_mm.lora",
     "zppo_mm.models",

@@ -107,7 +107,6 @@ def test_what_is_held_is_due_only_when_most_of_the_time_is_over() -> None:
 PROGRAM = """
 import logging, os, signal, subprocess, sys, time
 from zppo_mm.interruption import Interruption
-from zppo_mm.interpreters import start_interpreter
 logging.basicConfig(format="%(message)s")
 interruption = Interruption()
 interruption.listen()

@@ -17,7 +17,14 @@ from typing import Any
 import pytest
 import transformers
 
-from tests.config_oracle import FAMILIES, WITH_TOWER, YARN, differs, text_of, written_configs
+from tests.support.config_oracle import (
+    FAMILIES,
+    WITH_TOWER,
+    YARN,
+    differs,
+    text_of,
+    written_configs,
+)
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families.architecture import load_architecture, parse_architecture

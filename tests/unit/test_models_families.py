@@ -16,8 +16,8 @@ import transformers
 from safetensors.torch import load_file
 
 from encoders.config import TIMESTAMPED, VideoLayout
-from tests import network_checks, tiny_families, tiny_qwen
-from tests.network_checks import check_training
+from tests.support import network_checks, tiny_families, tiny_qwen
+from tests.support.network_checks import check_training
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.errors import ConfigError, ModelError
 from zppo_mm.models.families.architecture import check_layout, load_architecture, parse_architecture

@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests import network_checks, tiny_families, tiny_qwen
+from tests.support import network_checks, tiny_families, tiny_qwen
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.conversion.description import describe_folder
 from zppo_mm.conversion.exporting import export_folder

@@ -17,8 +17,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests import network_checks, tiny_families, tiny_qwen
-from tests.network_checks import MAX_GRADIENT_DIFFERENCE, MAX_LOGIT_DIFFERENCE
+from tests.support import network_checks, tiny_families, tiny_qwen
+from tests.support.network_checks import MAX_GRADIENT_DIFFERENCE, MAX_LOGIT_DIFFERENCE
 from zppo_mm.config.load import load_config, save_config
 from zppo_mm.config.schema import LORA_TARGETS, LoraConfig, ModelConfig, ParallelConfig, RunConfig
 from zppo_mm.conversion.exporting import export_folder

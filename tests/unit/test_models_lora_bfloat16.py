@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests import network_checks, tiny_families, tiny_qwen
+from tests.support import network_checks, tiny_families, tiny_qwen
 from zppo_mm.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from zppo_mm.lora.adapters import adapters_of, add_lora
 from zppo_mm.models.decoding.decode import decode, prefill

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests import network_checks, tiny_qwen
-from tests.network_checks import MAX_LOGIT_DIFFERENCE, check_training
+from tests.support import network_checks, tiny_qwen
+from tests.support.network_checks import MAX_LOGIT_DIFFERENCE, check_training
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.errors import ConfigError, ModelError
 from zppo_mm.models.decoding.decode import decode, prefill

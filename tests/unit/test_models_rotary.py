@@ -13,8 +13,15 @@ from typing import Any
 import pytest
 import transformers
 
-from tests import network_checks, tiny_families
-from tests.config_oracle import FAMILIES, WITH_TOWER, YARN, differs, text_of, written_configs
+from tests.support import network_checks, tiny_families
+from tests.support.config_oracle import (
+    FAMILIES,
+    WITH_TOWER,
+    YARN,
+    differs,
+    text_of,
+    written_configs,
+)
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families import qwen2_5_vl, qwen3_5, qwen3_vl

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import network_checks, tiny_qwen
+from tests.support import network_checks, tiny_qwen
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.parallel import groups as parallel
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from data.question import MediaRef, Question
 from encoders.processor import VisionInput
-from tests import network_checks, tiny_families, tiny_qwen
+from tests.support import network_checks, tiny_families, tiny_qwen
 from zppo_mm.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import TrainingSample

@@ -16,7 +16,7 @@ import transformers
 from megatron.core import parallel_state, tensor_parallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tests.published_sizes import PUBLISHED
+from tests.support.published_sizes import PUBLISHED
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families.architecture import check_layout, parse_architecture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import network_checks, tiny_qwen
+from tests.support import network_checks, tiny_qwen
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.training.optimizer import wrap_model

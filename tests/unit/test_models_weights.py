@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests import network_checks, tiny_qwen
+from tests.support import network_checks, tiny_qwen
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.errors import ConfigError, ModelError
 from zppo_mm.models import specs

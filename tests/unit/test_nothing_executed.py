@@ -20,8 +20,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from tests import network_checks, tiny_qwen
-from tests.unit.tiny_folder import build_folder
+from tests.support import network_checks, tiny_qwen
+from tests.support.tiny_folder import build_folder
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import AlgorithmConfig, ParallelConfig, TrainConfig
 from zppo_mm.conversion.exporting import export_folder

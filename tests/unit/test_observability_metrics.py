@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from tests.unit.simulated_run import make_group, make_question, make_rollout
+from tests.support.simulated_run import make_group, make_question, make_rollout
 from zppo_mm.experience import Candidate
 from zppo_mm.observability.audit import audit_matches, comparable_answer
 from zppo_mm.observability.metrics import (

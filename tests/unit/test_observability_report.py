@@ -13,7 +13,7 @@ import pytest
 
 from data.errors import DataError
 from data.question import MediaRef
-from tests.unit.simulated_run import make_group, make_question, make_rollout, simulate_run
+from tests.support.simulated_run import make_group, make_question, make_rollout, simulate_run
 from zppo_mm.experience import GroupKind
 from zppo_mm.observability.sinks import append_line
 from zppo_mm.observability.transcripts import write_transcript

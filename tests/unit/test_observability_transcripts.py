@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data.question import MediaRef
-from tests.unit.simulated_run import (
+from tests.support.simulated_run import (
     BufferRecord,
     make_group,
     make_question,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.published_sizes import PUBLISHED
+from tests.support.published_sizes import PUBLISHED
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import ParallelConfig, RunConfig
 from zppo_mm.conversion.memory import estimate_memory, format_estimate, longest_prompt

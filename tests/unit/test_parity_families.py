@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from encoders.processor import VisionInput
-from tests import network_checks, tiny_families, tiny_qwen
+from tests.support import network_checks, tiny_families, tiny_qwen
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parity.media import media_in_prompt, num_features

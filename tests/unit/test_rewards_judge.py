@@ -14,10 +14,10 @@ import pytest
 
 from data.media.opening import Frames
 from data.question import MediaRef, Question
-from tests.fault_proxy import stand_between
-from tests.loopback_server import LoopbackServer, TinyModel, serve
-from tests.unit.simulated_run import make_group, make_question, make_rollout
-from tests.unit.tiny_folder import build_folder
+from tests.support.fault_proxy import stand_between
+from tests.support.loopback_server import LoopbackServer, TinyModel, serve
+from tests.support.simulated_run import make_group, make_question, make_rollout
+from tests.support.tiny_folder import build_folder
 from zppo_mm.bundled import TEACHER_DIR
 from zppo_mm.config.schema import RewardConfig, TeacherConfig
 from zppo_mm.errors import ConfigError

@@ -16,9 +16,9 @@ import pytest
 
 from data.media.opening import Frames
 from data.question import MediaRef, Question
+from tests.support.tiny_folder import build_folder, build_tokenizer
+from tests.support.zone_builders import rollout
 from tests.unit.test_zone_reformulate import CountingCompressor
-from tests.unit.tiny_folder import build_folder, build_tokenizer
-from tests.unit.zone_builders import rollout
 from zppo_mm.config.schema import ZoneConfig
 from zppo_mm.experience import Group, PromptInstance
 from zppo_mm.parallel.exchange import SingleProcess

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
+import psutil
 import pytest
 
 from data.errors import DataError
@@ -35,6 +36,16 @@ HANGING = {
 
 def question(gold: str, answer_type: AnswerType = "math", choices: Sequence[str] = ()) -> Question:
     return Question("q7", "?", (), gold, answer_type, tuple(choices))
+
+
+HANGING_OWNER = """
+import threading
+from zppo_mm.rewards.workers import GradingPool
+pool = GradingPool(600.0, 1, budget_seconds=600.0)
+pool.compare_all([("1+x", "x+1")])
+threading.Timer(1.0, lambda: print(pool._workers[0].process.pid, flush=True)).start()
+pool.compare_all([("9^{9^{9^9}}+x", "7")])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -114,23 +125,29 @@ def test_a_worker_that_died_is_replaced_and_none_is_left_behind() -> None:
     pool = GradingPool(60.0, 1)
     assert pool.compare_all([("1+x", "x+1")]) == ["equal"]
     process = pool._workers[0].process
+    assert process is not None
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert pool.compare_all([("1+x", "x+1"), ("x", "y")]) == ["equal", "different"]
     last = pool._workers[0].process
+    assert last is not None
     pool.close()
     assert last.poll() is not None
     assert pool.compare_all([("1+x", "x+1")]) == ["equal"]
     last = pool._workers[0].process
+    assert last is not None
     del pool
-    assert last.poll() is not None
+    assert last.wait(60) == -signal.SIGKILL
 
 
 def test_a_worker_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(
         RuntimeError,
-        match=r"a grading worker ended before it was ready.*check that math-verify is installed",
+        match=(
+            r"a grading worker ended with exit status 1 before it was ready.*"
+            r"check that math-verify is installed"
+        ),
     ):
         GradingPool(1.0, 1).compare_all([("x", "y")])
 
@@ -234,23 +251,15 @@ def test_wrong_settings_are_named() -> None:
         Verifier(0)
 
 
-def test_a_forgotten_worker_ends_itself() -> None:
-    """A run that is killed cannot kill its workers: the kernel's limit ends what hangs, the end of
-    their input themselves.
-    """
-    command = [sys.executable, "-m", "zppo_mm.rewards.grading_process"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as hung:
-        assert hung.communicate(
-            b'{"parsed": "9^{9^{9^9}}+x", "gold": "7", "seconds": 1}\n', timeout=120
-        )[0].split(b"\n") == [
-            b'{"ready": true}',
-            b'{"timeout": true}',
-            b"",
-        ]
-        assert hung.returncode == 0
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as idle:
-        assert (
-            idle.communicate(b'{"parsed": "1+x", "gold": "x+1", "seconds": 1}\n', timeout=120)[0]
-            == b'{"ready": true}\n{"equal": true}\n'
-        )
-        assert idle.returncode == 0
+def test_workers_end_in_the_middle_of_a_comparison_when_their_owner_is_killed() -> None:
+    """A run that is killed cannot kill its workers."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HANGING_OWNER], stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdout is not None
+        worker = psutil.Process(int(owner.stdout.readline()))
+        processes = [worker, *worker.children()]
+        assert len(processes) == 2
+        owner.kill()
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert all(process.status() == psutil.STATUS_ZOMBIE for process in alive)

@@ -12,9 +12,10 @@ from data.errors import DataError
 from data.health import SampleHealth
 from data.media.opening import Frames
 from data.question import MediaRef, Question
-from data.shards import ShardFolder, write_shards
-from tests.unit.shard_samples import sample
-from tests.unit.tiny_folder import build_folder
+from data.shard_writer import write_shards
+from data.shards import ShardFolder
+from tests.support.shard_samples import sample
+from tests.support.tiny_folder import build_folder
 from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from data.errors import DataError, MediaError
 from data.media.opening import Frames
 from data.question import MediaRef, Question
-from tests.unit.tiny_folder import SPECIAL, TEMPLATE, build_folder
+from tests.support.tiny_folder import SPECIAL, TEMPLATE, build_folder
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import FinishReason, Rollout
 from zppo_mm.rollout.prompt import PromptEncoder, PromptError

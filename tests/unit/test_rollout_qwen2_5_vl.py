@@ -20,8 +20,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from data.media.opening import Frames
 from data.question import MediaRef, Question
-from tests import network_checks, tiny_qwen
-from tests.unit.tiny_folder import TEMPLATE, build_tokenizer
+from tests.support import network_checks, tiny_qwen
+from tests.support.tiny_folder import TEMPLATE, build_tokenizer
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import Prompt

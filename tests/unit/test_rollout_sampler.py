@@ -18,9 +18,10 @@ from data.health import SampleHealth
 from data.media.opening import Frames
 from data.question import MediaRef, Question
 from data.sample import ShardSample
-from data.shards import ShardFolder, write_shards
+from data.shard_writer import write_shards
+from data.shards import ShardFolder
 from data.stream import QuestionStream
-from tests.unit.tiny_folder import build_folder
+from tests.support.tiny_folder import build_folder
 from zppo_mm.experience import PromptInstance
 from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from data.media.opening import Frames
 from data.question import MediaRef, Question
-from tests.unit.tiny_folder import build_folder
+from tests.support.tiny_folder import build_folder
 from zppo_mm.errors import NotFiniteError
 from zppo_mm.experience import NO_TOKEN, PromptInstance
 from zppo_mm.parallel.exchange import SingleProcess

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
-from tests.unit.tiny_folder import SPECIAL, TEMPLATE, build_folder
+from tests.support.tiny_folder import SPECIAL, TEMPLATE, build_folder
 from zppo_mm.errors import ConfigError
 from zppo_mm.rollout.chat import ChatFormat
 

@@ -11,10 +11,11 @@ from data.errors import DataError
 from data.health import SampleHealth
 from data.media.opening import Frames
 from data.question import MediaRef
-from data.shards import ShardFolder, write_shards
+from data.shard_writer import write_shards
+from data.shards import ShardFolder
 from data.stream import QuestionStream
-from tests.unit.shard_samples import sample
-from tests.unit.tiny_folder import build_folder
+from tests.support.shard_samples import sample
+from tests.support.tiny_folder import build_folder
 from zppo_mm.config.load import load_config
 from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rollout.feed import QuestionFeed
@@ -56,7 +57,7 @@ def test_two_questions_with_one_id_stop_the_step(tmp_path: Path) -> None:
         reformulator=unused,
         selection=unused,
         learner=unused,
-        portions=PlainSchedule(seed=0),
+        schedule=PlainSchedule(seed=0),
     )
     named = (
         r"two different questions have the id 'q1', got '1 \+ 1 = \?' \(source 'first'\) and "

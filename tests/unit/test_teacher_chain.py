@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from data.question import Question
-from tests.unit.zone_builders import question, rollout
+from tests.support.zone_builders import question, rollout
 from zppo_mm.experience import Rollout
 from zppo_mm.teacher.chain import TeacherChain
 
@@ -34,7 +34,7 @@ class Knows:
     known: set[str]
     asked: list[list[str]] = field(default_factory=list)
 
-    def ask(self, questions: Sequence[Question], step: int) -> Ready:
+    def submit(self, questions: Sequence[Question], step: int) -> Ready:
         self.asked.append([each.id for each in questions])
         return Ready(
             {
@@ -55,8 +55,8 @@ class Slow(Knows):
 
     answers: list[Ready] = field(default_factory=list)
 
-    def ask(self, questions: Sequence[Question], step: int) -> Ready:
-        self.answers.append(super().ask(questions, step))
+    def submit(self, questions: Sequence[Question], step: int) -> Ready:
+        self.answers.append(super().submit(questions, step))
         self.answers[-1].is_there = False
         return self.answers[-1]
 
@@ -68,7 +68,7 @@ def test_each_teacher_is_asked_what_all_before_it_did_not_solve() -> None:
         Knows("third", {"a", "b", "c"}),
     )
     chain = TeacherChain([first, second, third])
-    asked = chain.ask([question(name) for name in "abcd"], 1)
+    asked = chain.submit([question(name) for name in "abcd"], 1)
     assert (second.asked, third.asked) == ([], [])  # only when the first has answered
     answers = asked.wait()
     assert first.asked == [["a", "b", "c", "d"]]
@@ -86,7 +86,7 @@ def test_each_teacher_is_asked_what_all_before_it_did_not_solve() -> None:
 
 def test_the_next_teacher_is_asked_when_one_is_seen_to_have_answered() -> None:
     first, second, third = Slow("first", {"a"}), Slow("second", {"b"}), Knows("third", set())
-    asked = TeacherChain([first, second, third]).ask([question(name) for name in "abc"], 1)
+    asked = TeacherChain([first, second, third]).submit([question(name) for name in "abc"], 1)
     assert not asked.is_ready()
     assert second.asked == []
     first.answers[0].is_there = True
@@ -107,16 +107,16 @@ def test_the_next_teacher_is_asked_when_one_is_seen_to_have_answered() -> None:
 def test_no_further_teacher_is_asked_when_all_is_solved_and_the_first_rewrites() -> None:
     first, second = Knows("first", {"a", "b"}), Knows("second", set())
     chain = TeacherChain([first, second])
-    chain.ask([question("a"), question("b")], 1).wait()
+    chain.submit([question("a"), question("b")], 1).wait()
     assert second.asked == []
     assert chain.rewrite(["t"], 1, 0) == ["first: t"]
 
 
 def test_a_question_without_any_answer_is_passed_on() -> None:
     class Silent(Knows):
-        def ask(self, questions: Sequence[Question], step: int) -> Ready:
+        def submit(self, questions: Sequence[Question], step: int) -> Ready:
             return Ready({each.id: () for each in questions})
 
     second = Knows("second", {"a"})
-    answers = TeacherChain([Silent("silent", set()), second]).ask([question("a")], 1).wait()
+    answers = TeacherChain([Silent("silent", set()), second]).submit([question("a")], 1).wait()
     assert [each.text for each in answers["a"]] == ["second", "second"]

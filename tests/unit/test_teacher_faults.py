@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import free_port
-from tests.fault_proxy import FAULTS, PASS, FaultProxy, stand_between
-from tests.loopback_server import LoopbackServer, TinyModel, serve
+from tests.support.fault_proxy import FAULTS, PASS, FaultProxy, stand_between
+from tests.support.launch import free_port
+from tests.support.loopback_server import LoopbackServer, TinyModel, serve
 from zppo_mm.bundled import TEACHER_DIR
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import TeacherConfig

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import free_port
-from tests.raw_server import RawServer, Say, completion, http, say, say_forever, serve_raw
+from tests.support.launch import free_port
+from tests.support.raw_server import RawServer, Say, completion, http, say, say_forever, serve_raw
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.errors import ConfigError

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from data.question import Question
-from tests.loopback_server import TinyModel, serve
+from tests.support.loopback_server import TinyModel, serve
 from zppo_mm.bundled import TEACHER_DIR
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.experience import NO_TOKEN, Rollout
@@ -43,7 +43,7 @@ def ask(
             seed=0,
             tokens=reader,
         )
-        answers = teacher.ask(QUESTIONS, 1).wait()
+        answers = teacher.submit(QUESTIONS, 1).wait()
         pool.close()
         return (
             [rollout for question in QUESTIONS for rollout in answers[question.id]],

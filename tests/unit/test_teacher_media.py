@@ -18,9 +18,10 @@ from PIL import Image
 
 from data.media.opening import Frames, MediaLimits, MediaOpener
 from data.question import MediaRef, Question
-from data.shards import ShardFolder, ShardReader, write_shards
+from data.shard_writer import write_shards
+from data.shards import ShardFolder, ShardReader
 from data.toy.digits_shards import digit_samples
-from tests.loopback_server import LoopbackServer, TinyModel, serve
+from tests.support.loopback_server import LoopbackServer, TinyModel, serve
 from zppo_mm.bundled import TEACHER_DIR
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.experience import Rollout
@@ -140,7 +141,7 @@ def ask(
             tokenize=lambda text: chat.tokenize([text]),
             seed=0,
         )
-        answers = teacher.ask(questions, 1).wait()
+        answers = teacher.submit(questions, 1).wait()
     pool.close()
     assert list(answers) == [question.id for question in questions]
     return answers, pool.counts

@@ -1,4 +1,6 @@
-"""What is asked once, what is heard without waiting, and what is waited for."""
+"""Pending answers: submitted once, polled without waiting, waited for by name, drained at the
+end.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +8,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from data.question import Question
-from tests.unit.zone_builders import question, rollout
+from tests.support.zone_builders import question, rollout
 from zppo_mm.experience import Rollout
 from zppo_mm.teacher.pending_answers import PendingAnswers
 from zppo_mm.teacher.teacher import TeacherLostError
 
 
 @dataclass
-class Letter:
-    """Answers to one lot of questions, there when the test says so."""
+class Reply:
+    """Answers to one request; the test says when they have arrived."""
 
     ids: list[str]
     seconds: float
-    is_there: bool = False
+    has_arrived: bool = False
     num_waits: int = 0
 
     def is_ready(self) -> bool:
-        return self.is_there
+        return self.has_arrived
 
     def wait(self) -> Mapping[str, tuple[Rollout, ...]]:
         self.num_waits += 1
@@ -30,14 +32,12 @@ class Letter:
 
 
 @dataclass
-class Correspondent:
-    letters: list[Letter] = field(default_factory=list)
+class SlowTeacher:
+    replies: list[Reply] = field(default_factory=list)
 
-    def ask(self, questions: Sequence[Question], step: int) -> Letter:
-        self.letters.append(
-            Letter([each.id for each in questions], seconds=1.0 + len(self.letters))
-        )
-        return self.letters[-1]
+    def submit(self, questions: Sequence[Question], step: int) -> Reply:
+        self.replies.append(Reply([each.id for each in questions], seconds=1.0 + len(self.replies)))
+        return self.replies[-1]
 
     def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> Sequence[str | None]:
         raise AssertionError(texts)
@@ -47,63 +47,49 @@ def questions(names: str) -> list[Question]:
     return [question(name) for name in names]
 
 
-def test_a_question_is_asked_once_and_those_known_before_never() -> None:
-    teacher = Correspondent()
+def test_a_question_is_submitted_once_and_known_ones_never() -> None:
+    teacher = SlowTeacher()
     pending = PendingAnswers(teacher, 3, known={"k"})
     for names in ("aba", "bck", "kc"):
-        pending.ask(questions(names))
-    assert [letter.ids for letter in teacher.letters] == [["a", "b"], ["c"]]
+        pending.submit(questions(names))
+    assert [reply.ids for reply in teacher.replies] == [["a", "b"], ["c"]]
     assert pending.awaited == {"a", "b", "c"}
 
 
-def test_looking_hears_what_is_there_and_hearing_waits_for_what_is_named() -> None:
-    teacher = Correspondent()
+def test_poll_takes_what_has_arrived_and_wait_for_waits_for_what_is_named() -> None:
+    teacher = SlowTeacher()
     pending = PendingAnswers(teacher, 3)
     for names in ("ab", "c", "d"):
-        pending.ask(questions(names))
-    first, second, third = teacher.letters
-    second.is_there = True
-    pending.look()
+        pending.submit(questions(names))
+    first, second, third = teacher.replies
+    second.has_arrived = True
+    pending.poll()
     assert (list(pending.answers), pending.awaited) == (["c"], {"a", "b", "d"})
-    pending.hear("b")
-    assert (list(pending.answers), pending.awaited) == (
-        ["a", "b", "c"],
-        {"d"},
-    )  # in the order of asking
+    pending.wait_for(["b"])
+    # In the order of submission.
+    assert (list(pending.answers), pending.awaited) == (["a", "b", "c"], {"d"})
     assert pending.seconds == 2.0
-    pending.hear_all()
-    pending.look()
+    pending.wait_for(pending.awaited)
+    pending.poll()
     assert pending.awaited == frozenset()
-    assert [letter.num_waits for letter in (first, second, third)] == [1, 1, 1]
+    assert [reply.num_waits for reply in (first, second, third)] == [1, 1, 1]
     assert pending.seconds == 3.0
 
 
-def test_unwanted_answers_are_neither_told_nor_awaited_but_heard() -> None:
-    teacher = Correspondent()
-    pending = PendingAnswers(teacher, 3)
-    for names in ("ab", "cd", "e"):
-        pending.ask(questions(names))
-    assert pending.want_only({"a", "e"}) == 3
-    assert pending.awaited == {"a", "e"}
-    pending.hear_all()
-    assert list(pending.answers) == ["a", "e"]
-    assert [letter.num_waits for letter in teacher.letters] == [1, 1, 1]
-
-
-def test_what_is_lost_counts_as_not_answered_and_the_rest_is_heard() -> None:
-    class Lost(Letter):
+def test_drain_counts_lost_answers_as_not_answered_and_returns_their_errors() -> None:
+    class LostReply(Reply):
         def wait(self) -> Mapping[str, tuple[Rollout, ...]]:
             raise TeacherLostError("gone")
 
-    class Unreliable(Correspondent):
-        def ask(self, questions: Sequence[Question], step: int) -> Letter:
-            letter = super().ask(questions, step)
-            return Lost(letter.ids, 0.0) if "b" in letter.ids else letter
+    class UnreliableTeacher(SlowTeacher):
+        def submit(self, questions: Sequence[Question], step: int) -> Reply:
+            reply = super().submit(questions, step)
+            return LostReply(reply.ids, 0.0) if "b" in reply.ids else reply
 
-    pending = PendingAnswers(Unreliable(), 3)
+    pending = PendingAnswers(UnreliableTeacher(), 3)
     for names in ("a", "cb", "d"):
-        pending.ask(questions(names))
-    (error,) = pending.hear_or_lose()
+        pending.submit(questions(names))
+    (error,) = pending.drain()
     assert str(error) == "gone"
     assert {name: len(rollouts) for name, rollouts in pending.answers.items()} == {
         "a": 1,
@@ -112,12 +98,12 @@ def test_what_is_lost_counts_as_not_answered_and_the_rest_is_heard() -> None:
         "d": 1,
     }
     assert pending.awaited == frozenset()
-    assert pending.hear_or_lose() == []
+    assert pending.drain() == []
 
 
-def test_without_a_teacher_nothing_is_asked() -> None:
+def test_without_a_teacher_nothing_is_submitted() -> None:
     pending = PendingAnswers(None, 1)
-    pending.ask(questions("ab"))
-    pending.look()
-    pending.hear_all()
+    pending.submit(questions("ab"))
+    pending.poll()
+    pending.wait_for("ab")
     assert (pending.answers, pending.awaited, pending.seconds) == ({}, frozenset(), None)

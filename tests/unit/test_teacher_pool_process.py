@@ -21,9 +21,10 @@ from data.errors import DataError
 from data.media.opening import MediaLimits
 from data.media.store import MediaStore
 from data.question import Question
-from data.shards import ShardFolder, write_shards
+from data.shard_writer import write_shards
+from data.shards import ShardFolder
 from data.toy.digits_shards import digit_samples
-from tests.loopback_server import LoopbackServer, TinyModel, serve
+from tests.support.loopback_server import LoopbackServer, TinyModel, serve
 from zppo_mm.bundled import TEACHER_DIR
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.teacher.served.chat_api import Ask
@@ -61,7 +62,7 @@ def asks(count: int) -> list[Ask]:
 
 
 def pid(pool: PoolProcess) -> int:
-    return int(vars(pool)["_client"].process.pid)
+    return int(vars(pool)["_worker"].process.pid)
 
 
 def test_answers_and_counts_are_those_of_a_pool_in_this_process(server: LoopbackServer) -> None:
@@ -119,13 +120,13 @@ def test_what_a_dead_process_was_asked_is_counted_and_the_next_question_starts_a
         os.kill(first, signal.SIGKILL)
         outcomes = pending.result(timeout=20)
         assert [(outcome.choices, outcome.is_refused) for outcome in outcomes] == [({}, False)] * 2
-        assert "exit status -9" in outcomes[0].problem
+        assert "ended by SIGKILL" in outcomes[0].problem
         assert pool.counts["faults/client_process"] == 2
         server.latency_seconds = 0.0
         (after,) = pool.submit(asks(1), LONG).result(timeout=200)
         assert pid(pool) != first
     assert after.choices == before.choices
-    assert "exit status -9; 1 calls are lost" in caplog.text
+    assert "ended by SIGKILL; 2 questions are lost" in caplog.text
 
 
 @pytest.mark.parametrize("seconds", [0.0, 2.0])
@@ -154,7 +155,7 @@ def test_closing_drops_what_is_in_flight(server: LoopbackServer) -> None:
     with process(server.url) as pool:
         pending = pool.submit(asks(1), LONG)
         time.sleep(1.0)
-        child = vars(pool)["_client"].process
+        child = vars(pool)["_worker"].process
         started = time.monotonic()
         pool.close()
         assert time.monotonic() - started < CLOSING_SECONDS
@@ -176,7 +177,7 @@ from zppo_mm.teacher.served.chat_api import Ask
 from zppo_mm.teacher.served.servers import Patience
 pool.submit([Ask("Hi", 1, 0.0, 4, 0)], Patience(max_seconds=100.0, num_retries=None))
 import time; time.sleep(3)
-print(vars(pool)["_client"].process.pid, flush=True)
+print(vars(pool)["_worker"].process.pid, flush=True)
 os.kill(os.getpid(), 9)
 """
     ended = subprocess.run(
@@ -198,24 +199,23 @@ def is_running(number: int) -> bool:
         return False
 
 
-def test_what_it_cannot_say_ends_it(server: LoopbackServer) -> None:
+def test_what_it_cannot_send_ends_it(
+    server: LoopbackServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A result that cannot be sent must not leave its holder waiting."""
-    script = """
-import sys
-from zppo_mm.teacher.served import client_main as pool_server
-class Mute(Exception):
+    (tmp_path / "client_without_pickle.py").write_text(
+        """
+from zppo_mm.teacher.served import client_main
+class Unsendable(Exception):
     def __reduce__(self):
         raise TypeError("no pickle")
-pool_server.Done = lambda *arguments: Mute()
-pool_server.main(int(sys.argv[1]))
+client_main.Done = lambda *arguments: Unsendable()
+client_main.main()
 """
-    with pytest.MonkeyPatch.context() as patch, process(server.url) as pool:
-        patch.setattr(
-            "zppo_mm.teacher.served.client_process.start_interpreter",
-            lambda _, descriptor, **options: subprocess.Popen(
-                [sys.executable, "-c", script, descriptor], **options
-            ),
-        )
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("zppo_mm.teacher.served.client_process._MODULE", "client_without_pickle")
+    with process(server.url) as pool:
         (outcome,) = pool.submit(asks(1), LONG).result(timeout=100)
     assert "exit status 1" in outcome.problem
 
@@ -241,7 +241,7 @@ def test_what_it_logs_is_heard_here(model: TinyModel, caplog: pytest.LogCaptureF
 def test_a_process_that_does_not_start_is_an_error_with_its_cause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("zppo_mm.teacher.served.client_process._SERVER", "zppo_mm.no_such_module")
+    monkeypatch.setattr("zppo_mm.teacher.served.client_process._MODULE", "zppo_mm.no_such_module")
     with (
         process("http://127.0.0.1:9/v1") as pool,
         pytest.raises(RuntimeError, match="ended with exit status 1"),
@@ -259,8 +259,8 @@ def test_one_that_hangs_is_ended_and_what_it_was_asked_is_counted(
         os.kill(first, signal.SIGSTOP)
         outcomes = pool.submit(asks(2), Patience(max_seconds=0.1, num_retries=0)).result(timeout=60)
         assert [outcome.problem for outcome in outcomes] == [
-            "client_process: the process here that speaks with the servers did not answer in time "
-            "and was ended"
+            "client_process: the process here that speaks with the servers did not answer in time, "
+            "ended by SIGKILL"
         ] * 2
         assert pool.counts["faults/client_process"] == 2
         (after,) = pool.submit(asks(1), LONG).result(timeout=200)

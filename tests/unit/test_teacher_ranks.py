@@ -18,7 +18,7 @@ from torch.distributed import TCPStore
 
 from data.media.opening import Frames
 from data.question import MediaRef, Question
-from tests.unit.tiny_folder import build_folder
+from tests.support.tiny_folder import build_folder
 from zppo_mm.config.schema import ParallelConfig, RewardConfig, TeacherConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.parallel.exchange import SingleProcess
@@ -155,7 +155,7 @@ def test_answers_come_graded_and_nothing_stays_in_the_store(worlds: Worlds) -> N
     eventually(lambda: not worlds.store.check(["finished/1"]))
     level = worlds.store.num_keys()
     for step in (1, 2, 3):
-        pending = asking.ask(questions(5), step)
+        pending = asking.submit(questions(5), step)
         answers = pending.wait()
         assert pending.seconds > 0
         assert list(answers) == [f"q{index}" for index in range(5)]
@@ -179,7 +179,7 @@ def test_what_the_student_stands_still_for_comes_first_and_a_judge_replies_greed
     asking = worlds.student(student)
     worlds.engine.gate.clear()
     teacher = worlds.start_teacher(num_at_once=1)
-    pending = asking.ask(questions(3), 1)
+    pending = asking.submit(questions(3), 1)
     eventually(lambda: len(worlds.engine.calls) == 1)
     rewrites = student.request(Rewrites(("shorter, please",), 1, 0))
     judge = student.request(Judgements(("one", "two")))
@@ -204,7 +204,7 @@ def test_the_judge_has_its_time_from_when_the_teacher_begins(worlds: Worlds) -> 
     student = worlds.channel("student", "teacher")
     worlds.engine.gate.clear()
     teacher = worlds.start_teacher(num_at_once=1)
-    worlds.student(student).ask(questions(1), 1)
+    worlds.student(student).submit(questions(1), 1)
     eventually(lambda: len(worlds.engine.calls) == 1)
     complete = replies_of_ranks(
         student, RewardConfig(judge_max_wait_seconds=2.0), queue_seconds=SOON
@@ -252,9 +252,9 @@ def test_without_an_answer_in_time_the_run_stops_or_goes_on_as_it_is_told(worlds
             r".*ncq_only"
         ),
     ):
-        worlds.student(student, max_wait_seconds=0.1).ask(questions(3), 1).wait()
+        worlds.student(student, max_wait_seconds=0.1).submit(questions(3), 1).wait()
     hasty = worlds.student(student, max_wait_seconds=0.1, on_failure="ncq_only")
-    assert hasty.ask(questions(3), 2).wait() == {"q0": (), "q1": (), "q2": ()}
+    assert hasty.submit(questions(3), 2).wait() == {"q0": (), "q1": (), "q2": ()}
     assert hasty.counts == {"lost_rollouts": 6}
     assert hasty.rewrite(["a", "b"], 2, 0) == [None, None]
     assert replies_of_ranks(student, RewardConfig(judge_max_wait_seconds=0.1), queue_seconds=0.2)(
@@ -264,7 +264,8 @@ def test_without_an_answer_in_time_the_run_stops_or_goes_on_as_it_is_told(worlds
     worlds.engine.gate.set()
     patient = worlds.student(student)
     assert all(
-        len(rollouts) == NUM_ROLLOUTS for rollouts in patient.ask(questions(3), 3).wait().values()
+        len(rollouts) == NUM_ROLLOUTS
+        for rollouts in patient.submit(questions(3), 3).wait().values()
     )
     # Only the first request was under way when it was given up; none of the four is worked on after
     # that, or left in the store.
@@ -283,7 +284,7 @@ def test_the_error_of_a_teacher_rank_is_named_where_the_student_waits(worlds: Wo
         r"ranks' output"
     )
     with pytest.raises(TeacherLostError, match=named):
-        asking.ask(questions(1), 1).wait()
+        asking.submit(questions(1), 1).wait()
     with pytest.raises(TeacherLostError, match=named):
         asking.check()
     assert replies_of_ranks(student, RewardConfig(), queue_seconds=SOON)(["a"]) == [
@@ -340,7 +341,7 @@ def test_what_cannot_be_graded_is_left_out(worlds: Worlds) -> None:
     asking = RanksTeacher(
         student, TeacherConfig(num_rollouts=NUM_ROLLOUTS), SingleProcess(), Unsure()
     )
-    answers = asking.ask(questions(2), 1).wait()
+    answers = asking.submit(questions(2), 1).wait()
     assert [[rollout.text for rollout in rollouts] for rollouts in answers.values()] == [
         ["so </think> \\boxed{1}"]
     ] * 2

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.training_example import TRAIN, Case, make_batches, write_tiny_folder
+from tests.support.training_example import TRAIN, Case, make_batches, write_tiny_folder
 from zppo_mm.config.schema import AlgorithmConfig, LoraConfig, ModelConfig, ParallelConfig
 from zppo_mm.lora.adapters import add_lora
 from zppo_mm.models.families.architecture import load_architecture

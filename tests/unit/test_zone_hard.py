@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.zone_builders import group
-from zppo_mm.zone.hard import count_of_share, pre_cap, select_hard
+from tests.support.zone_builders import group
+from zppo_mm.zone.hard import count_of_fraction, pre_cap, select_hard
 
 
 @pytest.mark.parametrize(
-    ("share", "num_new", "count"),
+    ("fraction", "num_new", "count"),
     [
         (0.25, 384, 96),
         (0.25, 7, 1),
@@ -20,10 +20,10 @@ from zppo_mm.zone.hard import count_of_share, pre_cap, select_hard
         (0.0, 9, 0),
     ],
 )
-def test_shares_round_down_and_survive_floating_point(
-    share: float, num_new: int, count: int
+def test_fractions_round_down_and_survive_floating_point(
+    fraction: float, num_new: int, count: int
 ) -> None:
-    assert count_of_share(share, num_new) == count
+    assert count_of_fraction(fraction, num_new) == count
 
 
 def test_hard_means_plain_and_strictly_below_tau() -> None:

@@ -1,16 +1,15 @@
-"""Plain prompts in parts: all of them once, in the order of the pre-cap's draw, each on the replica
-that has its media open.
+"""Waves of plain prompts: every prompt once, in the order of the pre-cap's draw, each on the
+replica that has its media open.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.zone_builders import group
+from tests.support.zone_builders import group
 from zppo_mm.experience import PromptInstance
 from zppo_mm.rollout.sampler import split_instances
 from zppo_mm.zone.hard import pre_cap, pre_cap_draw
@@ -27,49 +26,40 @@ def instances(count: int) -> list[PromptInstance]:
     num_replicas=st.integers(1, 4),
     step=st.integers(1, 50),
 )
-def test_every_prompt_stands_in_one_part(
-    count: int, size: int, num_replicas: int, step: int
-) -> None:
+def test_every_prompt_is_in_one_wave(count: int, size: int, num_replicas: int, step: int) -> None:
     asked = instances(count)
-    parts = PlainSchedule(7, size, num_replicas).divide(asked, step)
-    assert Counter(each.uid for part in parts for each in part) == Counter(
+    waves = PlainSchedule(7, size, num_replicas).waves(asked, step)
+    assert Counter(each.uid for wave in waves for each in wave) == Counter(
         each.uid for each in asked
     )
-    assert all(parts)
-    assert [len(part) for part in parts[:-1]] == [size * num_replicas] * (len(parts) - 1)
+    assert all(waves)
+    assert [len(wave) for wave in waves[:-1]] == [size * num_replicas] * (len(waves) - 1)
     if not size:
-        assert parts == ([asked] if asked else [])
+        assert waves == ([asked] if asked else [])
 
 
-def test_the_first_parts_hold_what_the_pre_cap_takes_of_equally_hard_questions() -> None:
+def test_the_first_waves_hold_what_the_pre_cap_takes_of_equally_hard_questions() -> None:
     asked = instances(40)
     for step in range(1, 6):
-        parts = PlainSchedule(3, size=5).divide(asked, step)
+        waves = PlainSchedule(3, wave_size=5).waves(asked, step)
         taken = pre_cap([group(each.question.id, [0, 0]) for each in asked], 10, 3, step)
-        assert [each.question.id for part in parts[:2] for each in part] == [
+        assert [each.question.id for wave in waves[:2] for each in wave] == [
             each.question.id for each in taken
         ]
 
 
-@pytest.mark.parametrize(("share", "first"), [(0.0, 5), (0.5, 2), (0.4, 3), (0.01, 4), (1.0, 0)])
-def test_the_last_parts_are_asked_about_ahead(share: float, first: int) -> None:
-    portions = PlainSchedule(0, size=2, ahead_share=share)
-    parts = portions.divide(instances(9), 1)
-    assert portions.ahead(parts) == parts[first:]
-
-
-def test_replicas_sample_what_the_feed_dealt_them() -> None:
+def test_replicas_sample_what_the_feed_gave_them() -> None:
     asked = instances(24)
-    parts = PlainSchedule(0, size=2, num_replicas=3).divide(asked, 1)
-    dealt = {each.uid: place % 3 for place, each in enumerate(asked)}
-    for part in parts:
-        for replica, places in enumerate(split_instances(part, 3)):
-            assert {dealt[part[place].uid] for place in places} == {replica}
+    waves = PlainSchedule(0, wave_size=2, num_replicas=3).waves(asked, 1)
+    replica_of = {each.uid: index % 3 for index, each in enumerate(asked)}
+    for wave in waves:
+        for replica, indices in enumerate(split_instances(wave, 3)):
+            assert {replica_of[wave[index].uid] for index in indices} == {replica}
     for replica in range(3):
         draws = [
             pre_cap_draw(0, 1, each.question.id)
-            for part in parts
-            for each in part
-            if dealt[each.uid] == replica
+            for wave in waves
+            for each in wave
+            if replica_of[each.uid] == replica
         ]
         assert draws == sorted(draws)

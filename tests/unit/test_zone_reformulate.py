@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.zone_builders import group, question, rollout
+from tests.support.zone_builders import group, question, rollout
 from zppo_mm.config.schema import ZoneConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import Rollout

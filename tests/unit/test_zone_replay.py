@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import DataError
-from tests.unit.zone_builders import group, question
+from tests.support.zone_builders import group, question
 from zppo_mm.errors import CheckpointError, ConfigError
 from zppo_mm.randomness import generator
 from zppo_mm.zone.replay import ReplayBuffer

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tests.unit.zone_builders import group, rollout
+from tests.support.zone_builders import group, rollout
 from zppo_mm.config.schema import DistillConfig, ZoneConfig
 from zppo_mm.experience import Group, Prompt, PromptInstance, Rollout
 from zppo_mm.zone.selection import Selection, with_signal

@@ -8,7 +8,7 @@ from pathlib import Path
 
 STUDENT_DIR = Path(__file__).parent / "student"
 """Hugging Face folder of the bundled student."""
-WEAK_STUDENT_DIR = Path(__file__).parent / "beginner"
+WEAK_STUDENT_DIR = Path(__file__).parent / "weak_student"
 """Hugging Face folder of the student for comparing methods, which is hardly ever right unaided;
 chosen by `model.student`.
 """

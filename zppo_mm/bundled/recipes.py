@@ -152,4 +152,8 @@ TEACHER = Recipe(
         ),
     ),
 )
-RECIPES: Mapping[str, Recipe] = {"student": STUDENT, "beginner": WEAK_STUDENT, "teacher": TEACHER}
+RECIPES: Mapping[str, Recipe] = {
+    "student": STUDENT,
+    "weak_student": WEAK_STUDENT,
+    "teacher": TEACHER,
+}

@@ -88,7 +88,6 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "teacher.num_ranks": _FROM_ZERO,
     "teacher.tensor_model_parallel_size": _FROM_ONE,
     "teacher.pipeline_model_parallel_size": _FROM_ONE,
-    "teacher.ask_ahead": _SHARE,
     "teacher.num_rollouts": _FROM_ONE,
     "teacher.temperature": _FROM_ZERO,
     "teacher.max_response_tokens": _FROM_ONE,

@@ -16,7 +16,6 @@ ONLY_FIRST_TEACHER = (
     "compressor",
     "compression_max_tokens",
     "compression_max_lines",
-    "ask_ahead",
 )
 """Keys of a teacher that mean nothing for a further one."""
 
@@ -223,9 +222,9 @@ def _check_endpoints(config: RunConfig) -> None:
         ]
         if unused:
             raise ConfigError(
-                f"fallback_teachers[{index}].{unused[0]}: only the first teacher rewrites, is "
-                f"asked ahead and has sizes of its own, got {getattr(other, unused[0])!r}, "
-                "expected none; give it under teacher or leave it out"
+                f"fallback_teachers[{index}].{unused[0]}: only the first teacher rewrites "
+                f"and has sizes of its own, got {getattr(other, unused[0])!r}, expected none; give "
+                "it under teacher or leave it out"
             )
     _check_addresses("reward.judge_endpoints", reward.judge_endpoints)
     if reward.judge_endpoints and not (reward.judge_model or teacher.model):
@@ -269,17 +268,6 @@ def _check_teacher_ranks(config: RunConfig) -> None:
     later.
     """
     teacher = config.teacher
-    if teacher.ask_ahead and not (teacher.endpoints or teacher.num_ranks):
-        raise ConfigError(
-            "teacher.ask_ahead: for a teacher that answers while the student samples, got "
-            f"{teacher.ask_ahead:g} with one on the student's ranks, expected 0; set "
-            "teacher.endpoints or teacher.num_ranks, or leave it out"
-        )
-    if teacher.ask_ahead and config.distill.source == "teacher":
-        raise ConfigError(
-            "teacher.ask_ahead: distillation on the teacher's text asks about every question first "
-            f"of all, got {teacher.ask_ahead:g}, expected 0; leave it out"
-        )
     sizes = (teacher.tensor_model_parallel_size, teacher.pipeline_model_parallel_size)
     if not teacher.num_ranks:
         if max(sizes) > 1:

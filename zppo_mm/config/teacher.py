@@ -34,11 +34,6 @@ class TeacherConfig:
     checkpoint), `ncq_only` (go on without its answers after num_retries), `stop` (stop with a
     checkpoint after num_retries). On its own ranks nothing is tried again.
     """
-    ask_ahead: float = 0.0
-    """Share of a step's plain prompts, the last to be sampled, that the teacher is asked about
-    before the student has tried them, rounded up to whole waves: less of its time is waited for,
-    answers to what is not hard are thrown away. 0 asks hard questions alone.
-    """
     max_concurrency: int = 32
     """Most requests in flight at one server, over all ranks; every replica has at least one."""
     connect_timeout_seconds: float = 10.0

@@ -192,10 +192,6 @@ METRICS: Mapping[str, str] = {
         "Mean reward of the teacher's rollouts on what it was asked: hard questions, or all in "
         "distillation on its text."
     ),
-    "teacher/asked_in_vain": (
-        "Questions that it was asked ahead (teacher.ask_ahead) and that were not hard, or could "
-        "not be sampled."
-    ),
     "teacher/failed_questions": (
         "Questions it was to answer, left without a rollout: prompt or media not readable, or no "
         "server answered."

@@ -1,38 +1,26 @@
-"""Killable worker processes for comparisons that may never end.
-
-A worker is a fresh interpreter that is spoken to over pipes: nothing is forked in our process, no
-signal handler is set and no thread is needed, so grading works in any thread beside torch and NCCL.
-"""
+"""Comparisons by algebra, which may never end, in worker processes that can be killed."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import selectors
-import signal
-import subprocess
-import tempfile
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import IO, Literal
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Literal
 
-from zppo_mm.interpreters import start_interpreter
+from data.worker import KillableWorker, Reply, WorkerDied, WorkerNotStarted
 
 logger = logging.getLogger(__name__)
 
 Outcome = Literal["equal", "different", "timeout", "error"]
 
-# A cold interpreter that imports sympy from a slow disk on a loaded machine.
-START_TIMEOUT_SECONDS = 180.0
 # What takes longer is tried again after everything else, so that a burst of such answers holds up
 # no other.
 TRY_SECONDS = (0.2, 1.0)
-_SERVER = "zppo_mm.rewards.grading_process"
+_MODULE = "zppo_mm.rewards.grading_process"
 
 
 class GradingPool:
@@ -63,8 +51,8 @@ class GradingPool:
         self.num_timeouts = 0
         self.num_errors = 0
         self._lock = threading.Lock()
-        self._workers: list[_Worker] = []
-        self._finalizer = weakref.finalize(self, _kill_all, self._workers)
+        self._workers: list[KillableWorker] = []
+        weakref.finalize(self, _kill_all, self._workers).atexit = False
 
     def compare_all(self, pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
         """Return one outcome per (answer, reference) pair, in order.
@@ -72,110 +60,79 @@ class GradingPool:
         Raises:
             RuntimeError: If a worker cannot be started.
         """
-        with self._lock, selectors.DefaultSelector() as selector:
-            for worker in self._workers:
-                selector.register(worker.replies, selectors.EVENT_READ, worker)
-            call = _Call(
-                pairs, deque((index, self._seconds_after(0.0)) for index in range(len(pairs)))
-            )
-            while call.waiting or any(worker.job is not None for worker in self._workers):
-                if call.deadline is None and not all(
-                    worker.is_starting for worker in self._workers
-                ):
-                    call.deadline = time.monotonic() + self.budget_seconds
-                if call.deadline is not None and call.deadline <= time.monotonic():
-                    self._give_up(call, selector)
-                    break
-                self._assign(call, selector)
-                deadlines = [
-                    worker.start_deadline for worker in self._workers if worker.is_starting
-                ]
-                remaining = (
-                    min([*deadlines, *([call.deadline] if call.deadline is not None else [])])
-                    - time.monotonic()
-                )
-                for key, _ in selector.select(max(0.0, remaining)):
-                    self._receive(key.data, call, selector)
-                for worker in [
-                    w
-                    for w in self._workers
-                    if w.is_starting and w.start_deadline <= time.monotonic()
-                ]:
-                    self._fail_start(
-                        worker, f"did not answer within {START_TIMEOUT_SECONDS:.0f} s", selector
-                    )
+        tries = [seconds for seconds in TRY_SECONDS if seconds < self.timeout_seconds]
+        call = _Call(pairs, [*tries, self.timeout_seconds])
+        with self._lock:
+            try:
+                while call.waiting or call.running:
+                    self._workers[:] = [worker for worker in self._workers if worker.is_running()]
+                    self._assign(call)
+                    starting = [worker.ready for worker in self._workers if not worker.ready.done()]
+                    patience = None if call.deadline is None else call.deadline - time.monotonic()
+                    wait([*call.running, *starting], patience, FIRST_COMPLETED)
+                    for reply in [reply for reply in call.running if reply.done()]:
+                        self._take(call, reply, *call.running.pop(reply))
+            finally:
+                for worker, _, _ in call.running.values():  # only if it was interrupted
+                    worker.kill()
         return [call.outcomes[index] for index in range(len(pairs))]
 
     def close(self) -> None:
         """End the workers; a later comparison starts new ones."""
         with self._lock:
-            _kill_all(self._workers)
+            for worker in self._workers:
+                worker.close()
+            self._workers.clear()
 
-    def _assign(self, call: _Call, selector: selectors.BaseSelector) -> None:
-        for worker in list(self._workers):
-            if call.waiting and worker.is_idle:
-                index, seconds = call.waiting[0]
-                if worker.send(_Job(index, call.pairs[index], seconds)):
-                    call.waiting.popleft()
-                else:  # it died while nobody looked; the pair goes to another one
-                    self._drop(worker, selector)
-        while (
-            sum(worker.is_starting for worker in self._workers) < len(call.waiting)
-            and len(self._workers) < self.num_workers
-        ):
-            self._start(selector)
-
-    def _seconds_after(self, tried: float) -> float:
-        """Return the processor time of the next try."""
-        return min([seconds for seconds in TRY_SECONDS if seconds > tried] + [self.timeout_seconds])
-
-    def _start(self, selector: selectors.BaseSelector) -> None:
-        worker = _Worker()
-        self._workers.append(worker)
-        selector.register(worker.replies, selectors.EVENT_READ, worker)
-
-    def _receive(self, worker: _Worker, call: _Call, selector: selectors.BaseSelector) -> None:
-        line = worker.read_line()
-        if line is None:
+    def _assign(self, call: _Call) -> None:
+        """Give waiting pairs to idle workers, or give them up when the time of the call is over."""
+        busy = [worker for worker, _, _ in call.running.values()]
+        missing = len(call.waiting) - (len(self._workers) - len(busy))
+        for _ in range(min(self.num_workers - len(self._workers), missing)):
+            self._workers.append(KillableWorker(_MODULE))
+        ready = [worker for worker in self._workers if _is_ready(worker)]
+        if ready and call.deadline is None:
+            call.deadline = time.monotonic() + self.budget_seconds
+        if call.deadline is None:
             return
-        if line == b"":
-            if worker.is_starting:
-                self._fail_start(worker, "ended", selector)
-            if worker.job is not None:
-                self._count_error(
-                    call, worker.job, f"the worker ended with code {worker.process.wait()}"
-                )
-            self._drop(worker, selector)
+        if call.deadline <= time.monotonic():
+            while call.waiting:
+                self._count_timeout(call, call.waiting.popleft()[0], self._budget)
+        for worker in [worker for worker in ready if worker not in busy][: len(call.waiting)]:
+            index, attempt = call.waiting.popleft()
+            parsed, gold = call.pairs[index]
+            request = {"parsed": parsed, "gold": gold, "seconds": call.limits[attempt]}
+            reply = worker.submit(request, deadline=call.deadline)
+            call.running[reply] = worker, index, attempt
+
+    def _take(
+        self, call: _Call, reply: Future[Reply], worker: KillableWorker, index: int, attempt: int
+    ) -> None:
+        """Note what came of a comparison, or let it wait for a longer try."""
+        try:
+            answer, _ = reply.result()
+        except TimeoutError:
+            # Started now, so that the next call need not wait for it.
+            self._workers.append(KillableWorker(_MODULE))
+            self._count_timeout(call, index, self._budget)
             return
-        reply = json.loads(line)
-        if worker.is_starting:
-            worker.is_starting = False
-            return
-        job = worker.job
-        assert job is not None
-        worker.job = None
-        if "equal" in reply:
-            call.outcomes[job.index] = "equal" if reply["equal"] else "different"
-        elif "error" in reply:
-            self._count_error(call, job, reply["error"])
-        elif job.seconds < self.timeout_seconds:
-            call.waiting.append((job.index, self._seconds_after(job.seconds)))
+        except WorkerDied as error:
+            answer = {"error": f"the worker {error}"}
+        if "equal" in answer:
+            call.outcomes[index] = "equal" if answer["equal"] else "different"
+        elif "error" in answer:
+            self.num_errors += 1
+            call.outcomes[index] = "error"
+            what = f"grading: {answer['error']}, the answer is left out; answer %r"
+            logger.warning(what, call.pairs[index][0][:80])
+        elif attempt + 1 < len(call.limits):
+            call.waiting.append((index, attempt + 1))
         else:
-            self._count_timeout(call, job.index, f"{self.timeout_seconds:g} s of processor time")
+            self._count_timeout(call, index, f"{self.timeout_seconds:g} s of processor time")
 
-    def _give_up(self, call: _Call, selector: selectors.BaseSelector) -> None:
-        """End a call whose time is up; workers that it kept busy are replaced, which the next call
-        need not wait for.
-        """
-        for worker in [worker for worker in self._workers if worker.job is not None]:
-            assert worker.job is not None
-            self._count_timeout(
-                call, worker.job.index, f"the {self.budget_seconds:g} s of its call"
-            )
-            self._drop(worker, selector)
-            self._start(selector)
-        for index, _ in call.waiting:
-            self._count_timeout(call, index, f"the {self.budget_seconds:g} s of its call")
+    @property
+    def _budget(self) -> str:
+        return f"the {self.budget_seconds:g} s of its call"
 
     def _count_timeout(self, call: _Call, index: int, limit: str) -> None:
         self.num_timeouts += 1
@@ -186,119 +143,40 @@ class GradingPool:
             call.pairs[index][0][:80],
         )
 
-    def _count_error(self, call: _Call, job: _Job, message: str) -> None:
-        self.num_errors += 1
-        call.outcomes[job.index] = "error"
-        logger.warning("grading: %s, the answer is left out; answer %r", message, job.pair[0][:80])
-
-    def _drop(self, worker: _Worker, selector: selectors.BaseSelector) -> None:
-        selector.unregister(worker.replies)
-        self._workers.remove(worker)
-        worker.kill()
-
-    def _fail_start(self, worker: _Worker, what: str, selector: selectors.BaseSelector) -> None:
-        worker.kill_processes()
-        tail = worker.read_errors()
-        self._drop(worker, selector)
-        raise RuntimeError(
-            f"GradingPool: a grading worker {what} before it was ready, got {tail!r}, expected "
-            f"python -m {_SERVER} to run; check that math-verify is installed"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    index: int
-    pair: tuple[str, str]
-    seconds: float
-
 
 class _Call:
-    """The pairs of one call: what waits, with the processor time that it may take, and what is
-    known.
+    """The pairs of one call: what waits and what runs, by index and number of the try, and what
+    is known.
     """
 
-    def __init__(self, pairs: Sequence[tuple[str, str]], waiting: deque[tuple[int, float]]) -> None:
+    def __init__(self, pairs: Sequence[tuple[str, str]], limits: Sequence[float]) -> None:
         self.pairs = pairs
-        self.waiting = waiting
+        self.limits = limits
+        self.waiting = deque((index, 0) for index in range(len(pairs)))
+        self.running: dict[Future[Reply], tuple[KillableWorker, int, int]] = {}
         self.outcomes: dict[int, Outcome] = {}
         self.deadline: float | None = None
 
 
-class _Worker:
-    """One process, its pipes and what it is doing."""
+def _is_ready(worker: KillableWorker) -> bool:
+    """Return whether a worker can take a comparison.
 
-    def __init__(self) -> None:
-        # Lives as long as the worker.
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        self.process = start_interpreter(
-            _SERVER,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            # An interrupt from the keyboard is ours to handle, and the child dies with its worker.
-            start_new_session=True,
-        )
-        assert self.process.stdout is not None
-        self.replies = self.process.stdout
-        self.is_starting = True
-        self.job: _Job | None = None
-        self.start_deadline = time.monotonic() + START_TIMEOUT_SECONDS
-        self._buffer = b""
-
-    @property
-    def is_idle(self) -> bool:
-        return not self.is_starting and self.job is None
-
-    def send(self, job: _Job) -> bool:
-        """Hand over a job; false if the process is gone."""
-        assert self.process.stdin is not None
-        request = {"parsed": job.pair[0], "gold": job.pair[1], "seconds": job.seconds}
-        try:
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            return False
-        self.job = job
-        return True
-
-    def read_line(self) -> bytes | None:
-        """Return the next complete reply, empty if the process has ended, `None` if the reply is
-        not whole yet.
-        """
-        data = os.read(self.replies.fileno(), 65536)
-        if not data:
-            return b""
-        self._buffer += data
-        line, newline, rest = self._buffer.partition(b"\n")
-        if not newline:
-            return None
-        self._buffer = rest
-        return line
-
-    def read_errors(self) -> str:
-        """Return the end of what the process wrote to its standard error."""
-        self._errors.seek(0)
-        return self._errors.read()[-500:].decode(errors="replace").strip()
-
-    def kill_processes(self) -> None:
-        """End the process and its child, which share a process group of their own."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def kill(self) -> None:
-        self.kill_processes()
-        for stream in (self.process.stdin, self.process.stdout, self._errors):
-            if stream is not None:
-                try:
-                    stream.close()
-                except BrokenPipeError:
-                    # An unsent request of a worker that is gone; its pair has been given to
-                    # another.
-                    continue
+    Raises:
+        RuntimeError: It cannot be started.
+    """
+    if not worker.ready.done():
+        return False
+    try:
+        worker.ready.result()
+    except WorkerNotStarted as error:
+        raise RuntimeError(
+            f"GradingPool: a grading worker {error} before it was ready, expected "
+            f"python -m {_MODULE} to run; check that math-verify is installed (standard error "
+            "says more)"
+        ) from error
+    return True
 
 
-def _kill_all(workers: list[_Worker]) -> None:
-    while workers:
-        workers.pop().kill()
+def _kill_all(workers: Sequence[KillableWorker]) -> None:
+    for worker in workers:
+        worker.kill()

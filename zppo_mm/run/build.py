@@ -220,7 +220,7 @@ def build_run(
             plain_text=templates.plain_text,
         ),
         learner=_build_learner(config, policy, encoder),
-        portions=_portions(config),
+        schedule=_plain_schedule(config),
     )
     held_out, answered = _held_out(config, verifier), evaluation_sampling(config, encoder)
     pools = _once(pool, judges, *teachers.pools)
@@ -296,14 +296,14 @@ def _held_out(config: RunConfig, verifier: Verifier) -> HeldOut:
     return chosen
 
 
-def _portions(config: RunConfig) -> PlainSchedule:
-    """Return how plain prompts are divided: where the teacher answers meanwhile, into what all
-    replicas decode at once.
+def _plain_schedule(config: RunConfig) -> PlainSchedule:
+    """Return how plain prompts are divided: where the teacher answers meanwhile, into waves that
+    all replicas decode at once.
     """
     if not (config.teacher.endpoints or config.teacher.num_ranks):
         return PlainSchedule(config.seed)
     size = max(1, config.rollout.max_batch_size // config.rollout.num_rollouts)
-    return PlainSchedule(config.seed, size, parallel.num_replicas(), config.teacher.ask_ahead)
+    return PlainSchedule(config.seed, size, parallel.num_replicas())
 
 
 def _sampling(config: RunConfig, encoder: PromptEncoder) -> SamplingParams:

@@ -40,7 +40,6 @@ FREE_ON_RESUME = (
     "teacher.pipeline_model_parallel_size",
     "teacher.api_key_env",
     "teacher.on_failure",
-    "teacher.ask_ahead",
     "teacher.max_concurrency",
     "teacher.connect_timeout_seconds",
     "teacher.read_timeout_seconds",

@@ -26,7 +26,7 @@ class ChainAnswers:
         self._step = step
         self._rollouts: dict[str, tuple[Rollout, ...]] = {question.id: () for question in questions}
         self._later = list(chain.others)
-        self._asked: Answers | None = chain.first.ask(questions, step)
+        self._asked: Answers | None = chain.first.submit(questions, step)
 
     def is_ready(self) -> bool:
         """Return whether nobody needs to be waited for."""
@@ -55,7 +55,7 @@ class ChainAnswers:
         if not (unsolved and self._later):
             return None
         self._chain.num_passed_on += len(unsolved)
-        return self._later.pop(0).ask(unsolved, self._step)
+        return self._later.pop(0).submit(unsolved, self._step)
 
 
 class TeacherChain:
@@ -73,7 +73,7 @@ class TeacherChain:
         self.first, *self.others = teachers
         self.num_passed_on = 0
 
-    def ask(self, questions: Sequence[Question], step: int) -> ChainAnswers:
+    def submit(self, questions: Sequence[Question], step: int) -> ChainAnswers:
         """Ask the first teacher."""
         return ChainAnswers(self, questions, step)
 

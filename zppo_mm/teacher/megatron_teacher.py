@@ -65,7 +65,7 @@ class MegatronTeacher:
         self._plain_text = plain_text
         self.num_ungraded = 0
 
-    def ask(self, questions: Sequence[Question], step: int) -> ReadyAnswers:
+    def submit(self, questions: Sequence[Question], step: int) -> ReadyAnswers:
         """Sample fresh, verified rollouts per question at once: the ranks that ask are the
         teacher's.
         """

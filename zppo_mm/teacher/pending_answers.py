@@ -1,4 +1,4 @@
-"""What the teacher is asked in a round of questions, and what has been heard of it so far."""
+"""The teacher's answers to the questions of one sampling round, collected as they arrive."""
 
 from __future__ import annotations
 
@@ -14,91 +14,74 @@ logger = logging.getLogger(__name__)
 
 
 class PendingAnswers:
-    """Asks every question once, in its original form. Every rank holds one and calls it alike.
+    """Submits every question once, in its original form. Every rank holds one and calls it alike.
 
     Args:
-        teacher: Who is asked; `None` is never asked anything.
+        teacher: Answers the questions; with `None` nothing is submitted.
         step: Rollout step.
-        known: Ids of questions that are not asked again.
+        known: Ids of questions that are not submitted again.
     """
 
     def __init__(self, teacher: Teacher | None, step: int, known: Iterable[str] = ()) -> None:
         self._teacher = teacher
         self._step = step
         self._known = set(known)
-        self._asked: list[tuple[frozenset[str], Answers]] = []
-        self._heard: dict[int, Mapping[str, tuple[Rollout, ...]]] = {}
-        self._unwanted: set[str] = set()
+        self._requests: list[tuple[frozenset[str], Answers]] = []
+        self._replies: dict[int, Mapping[str, tuple[Rollout, ...]]] = {}
 
-    def ask(self, questions: Sequence[Question]) -> None:
-        """Ask what was not asked before."""
+    def submit(self, questions: Sequence[Question]) -> None:
+        """Ask the teacher about the questions that were not submitted before."""
         fresh = {question.id: question for question in questions if question.id not in self._known}
         self._known |= fresh.keys()
         if self._teacher is not None and fresh:
-            self._asked.append(
-                (frozenset(fresh), self._teacher.ask(list(fresh.values()), self._step))
+            self._requests.append(
+                (frozenset(fresh), self._teacher.submit(list(fresh.values()), self._step))
             )
-
-    def want_only(self, question_ids: Collection[str]) -> int:
-        """Leave out of all that is told here what was asked about other questions; returns how many
-        these are.
-        """
-        self._unwanted = {question_id for ids, _ in self._asked for question_id in ids}.difference(
-            question_ids
-        )
-        return len(self._unwanted)
 
     @property
     def answers(self) -> dict[str, tuple[Rollout, ...]]:
-        """What was heard so far: rollouts by question id, in the order of asking."""
-        heard = (item for place in sorted(self._heard) for item in self._heard[place].items())
+        """Answers received so far: rollouts by question id, in the order of submission."""
         return {
             question_id: rollouts
-            for question_id, rollouts in heard
-            if question_id not in self._unwanted
+            for index in sorted(self._replies)
+            for question_id, rollouts in self._replies[index].items()
         }
 
     @property
     def awaited(self) -> frozenset[str]:
-        """Ids of questions that were asked and whose answers were not heard."""
-        return frozenset[str]().union(*(ids for _, ids, _ in self._unheard())) - self._unwanted
+        """Ids of submitted questions without a reply."""
+        return frozenset[str]().union(*(ids for _, ids, _ in self._outstanding()))
 
-    def look(self) -> None:
-        """Hear the answers that are there, without waiting."""
-        for place, _, answers in self._unheard():
+    @property
+    def seconds(self) -> float | None:
+        """Time from a submission to its reply, the longest of all; `None` without a reply."""
+        return max((self._requests[index][1].seconds for index in self._replies), default=None)
+
+    def poll(self) -> None:
+        """Take the replies that have arrived, without waiting."""
+        for index, _, answers in self._outstanding():
             if answers.is_ready():
-                self._heard[place] = answers.wait()
+                self._replies[index] = answers.wait()
 
-    def hear(self, question_id: str) -> None:
-        """Wait for the answer to a question, and for those that were asked for together with it.
+    def wait_for(self, question_ids: Collection[str]) -> None:
+        """Wait for the answers to some questions, and to those submitted together with them.
 
         Raises:
             TeacherLostError: On every rank, if the teacher does not answer and the run is not to go
                 on without it.
         """
-        for place, ids, answers in self._unheard():
-            if question_id in ids:
-                self._heard[place] = answers.wait()
+        for index, ids, answers in self._outstanding():
+            if not ids.isdisjoint(question_ids):
+                self._replies[index] = answers.wait()
 
-    def hear_all(self) -> None:
-        """Wait for all answers.
-
-        Raises:
-            TeacherLostError: As `hear`.
-        """
-        for place, _, answers in self._unheard():
-            self._heard[place] = answers.wait()
-
-    def hear_or_lose(self) -> list[TeacherLostError]:
-        """Wait for all answers; what is lost counts as not answered, and the teacher's errors come
-        back.
-        """
+    def drain(self) -> list[TeacherLostError]:
+        """Wait for all answers; a lost one counts as not answered, and its error is returned."""
         errors = []
-        for place, ids, answers in self._unheard():
+        for index, ids, answers in self._outstanding():
             try:
-                self._heard[place] = answers.wait()
+                self._replies[index] = answers.wait()
             except (TeacherLostError, StopRequested) as error:
-                self._heard[place] = dict.fromkeys(sorted(ids), ())
+                self._replies[index] = dict.fromkeys(sorted(ids), ())
                 if isinstance(error, TeacherLostError):
                     errors.append(error)
                 else:
@@ -109,15 +92,10 @@ class PendingAnswers:
                     )
         return errors
 
-    def _unheard(self) -> list[tuple[int, frozenset[str], Answers]]:
-        """Return what was asked and not heard, with its place, in the order of asking."""
+    def _outstanding(self) -> list[tuple[int, frozenset[str], Answers]]:
+        """Return requests without a reply, with their index, in the order of submission."""
         return [
-            (place, ids, answers)
-            for place, (ids, answers) in enumerate(self._asked)
-            if place not in self._heard
+            (index, ids, answers)
+            for index, (ids, answers) in enumerate(self._requests)
+            if index not in self._replies
         ]
-
-    @property
-    def seconds(self) -> float | None:
-        """From asking to the last answer that was heard; `None` if nothing was."""
-        return max((self._asked[place][1].seconds for place in self._heard), default=None)

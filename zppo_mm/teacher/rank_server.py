@@ -123,7 +123,7 @@ class TeacherServer:
         """Do what is asked; all ranks get the same result."""
         match request:
             case Questions(questions, step):
-                return self._teacher.ask(questions, step).wait()
+                return self._teacher.submit(questions, step).wait()
             case Rewrites(texts, step, attempt):
                 return self._teacher.rewrite(texts, step, attempt)
             case Judgements(prompts):

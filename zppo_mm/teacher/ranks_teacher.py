@@ -116,7 +116,7 @@ class RanksTeacher:
         """
         self._heed(self._tell(_Heard(problem=self._problem()) if self._speaks else None))
 
-    def ask(self, questions: Sequence[Question], step: int) -> PendingAnswers:
+    def submit(self, questions: Sequence[Question], step: int) -> PendingAnswers:
         """Hand the questions over and return at once."""
         number = self._send(Questions(tuple(questions), step, time.time()))
         return PendingAnswers(

@@ -80,8 +80,8 @@ class Teacher(Protocol):
     gets the same results.
     """
 
-    def ask(self, questions: Sequence[Question], step: int) -> Answers:
-        """Ask each original question, as many times as the teacher has rollouts."""
+    def submit(self, questions: Sequence[Question], step: int) -> Answers:
+        """Start answering each original question, as often as the teacher has rollouts."""
         ...
 
     def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> Sequence[str | None]:

@@ -1,4 +1,4 @@
-"""Which questions lie in the zone: hard selection, the pre-cap, and the shares of a step.
+"""Which questions lie in the zone: hard selection, the pre-cap, and the counts of a step.
 
 Source: ZPPO (arXiv 2606.18216), Algorithm 1, steps 1 to 3.
 """
@@ -11,17 +11,16 @@ from collections.abc import Iterable, Sequence
 from zppo_mm.experience import Group
 from zppo_mm.randomness import generator
 
-# 0.29 * 100 is 28.999999999999996 in floating point; the share that was meant is 29.
+# 0.29 * 100 is 28.999999999999996 in floating point; the count meant is 29.
 _ROUNDING = 1e-9
 
 
-def count_of_share(share: float, num_new: int) -> int:
-    """Return the whole number of questions that a fraction of the new ones stands for, rounded
-    down.
+def count_of_fraction(fraction: float, num_new: int) -> int:
+    """Return a fraction of the new questions as a whole number, rounded down.
 
     Used for `rho_replay * |X_new|` and `rho_aug * |X_new|`.
     """
-    return math.floor(share * num_new + _ROUNDING)
+    return math.floor(fraction * num_new + _ROUNDING)
 
 
 def select_hard(groups: Iterable[Group], tau: float) -> list[Group]:

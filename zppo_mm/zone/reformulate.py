@@ -13,7 +13,7 @@ from zppo_mm.config.schema import ZoneConfig
 from zppo_mm.experience import Candidate, Group, GroupKind, PromptInstance, Rollout
 from zppo_mm.randomness import generator
 from zppo_mm.teacher.teacher import CompressedTrace, Compressor, HintWriter, Trace
-from zppo_mm.zone.hard import count_of_share, pre_cap, select_hard
+from zppo_mm.zone.hard import count_of_fraction, pre_cap, select_hard
 from zppo_mm.zone.prompts import PromptTemplates
 
 REFORMULATED_KINDS: tuple[GroupKind, ...] = ("bcq", "ncq", "hint", "prefix")
@@ -162,7 +162,7 @@ class Reformulator:
 
         Source: ZPPO, Algorithm 1, steps 3 to 5.
         """
-        limit = count_of_share(self.zone.rho_aug, num_new)
+        limit = count_of_fraction(self.zone.rho_aug, num_new)
         kept = pre_cap(_one_group_per_question(hard), limit, self.seed, step)
         plans, open_questions = self._standing(kept, answers, awaited, limit, step)
         return replace(
@@ -306,7 +306,7 @@ class Reformulator:
         """
         assert self.student_ids is not None
         ids = self.student_ids(plan.picks[0].rollout)
-        count = min(max(count_of_share(self.zone.prefix_share, len(ids)), 1), len(ids) - 1)
+        count = min(max(count_of_fraction(self.zone.prefix_share, len(ids)), 1), len(ids) - 1)
         question = plan.group.question
         prefix = tuple(int(token) for token in ids[:count])
         return PromptInstance(

@@ -1,7 +1,7 @@
-"""The process that speaks with a teacher's servers; `pool_process` starts it and speaks with it.
+"""The process that speaks with a teacher's servers; `client_process` starts it and speaks with it.
 
 Messages, frames and replies are made and read here, so that this work does not take turns with
-sampling in one interpreter. What comes and goes is pickled; both ends are ours. It ends when the
+sampling in one interpreter. What is exchanged is pickled; both ends are ours. It ends when the
 other end does.
 """
 
@@ -9,119 +9,107 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
+import pickle
 import threading
 import traceback
 from collections import Counter
 from concurrent.futures import Future
 from functools import partial
 from logging.handlers import QueueHandler
-from multiprocessing.connection import Connection
 from typing import Any
 
 from data.errors import DataError
 from data.media.store import MediaStore
+from data.worker_process import Channel
 from zppo_mm.errors import ZppoError
-from zppo_mm.teacher.served.messages import Done, Work
+from zppo_mm.teacher.served.messages import Done, PoolSettings, Work
 from zppo_mm.teacher.served.pool import EndpointPool
 from zppo_mm.teacher.served.received_text import ReceivedText
 
 LOGGED = ("zppo_mm", "data")
 
 
-class _Forwarding(QueueHandler):
+class _LogSender(QueueHandler):
     """Sends log records to the other end, which decides what becomes of them."""
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        self.queue.send(record)  # type: ignore[attr-defined]
+        self.queue.send({"number": None}, pickle.dumps(record))  # type: ignore[attr-defined]
 
 
-class _Mouth:
-    """Sends from several threads."""
+class _Results:
+    """Asks the pool and sends what comes of it, and what it counted since the last result."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, channel: Channel, pool: EndpointPool) -> None:
+        self._channel = channel
+        self._pool = pool
         self._lock = threading.Lock()
-        self._counting = threading.Lock()
         self._counted: Counter[str] = Counter()
 
-    def send(self, thing: Any) -> None:
-        try:
-            with self._lock:
-                self._connection.send(thing)
-        except OSError:  # nobody is left to hear it, and the main thread is about to see that too
-            return
+    def start(self, number: int, work: Work) -> None:
+        """Start a piece of work whose result is to be sent."""
+        pool = self._pool
+        future: Future[Any] = (
+            pool.probe() if work.patience is None else pool.submit(work.asks, work.patience)
+        )
+        future.add_done_callback(partial(self._send, number))
 
-    def tell(self, pool: EndpointPool, number: int, future: Future[Any]) -> None:
-        """Send what came of a piece of work. What cannot be said ends the process, so that nobody
+    def _send(self, number: int, future: Future[Any]) -> None:
+        """Send what came of a piece of work. What cannot be sent ends the process, so that nobody
         waits for it.
         """
         try:
-            with self._counting:
-                counts = Counter(dict(pool.counts))
-                news = counts - self._counted
-                self._counted = counts
-            self.send(_done(number, future, news, pool.received))
+            with self._lock:
+                counts = Counter(dict(self._pool.counts))
+                news, self._counted = counts - self._counted, counts
+            done = _done(future, news, self._pool.received)
+            self._channel.send({"number": number}, pickle.dumps(done))
         except Exception:
             traceback.print_exc()
             os._exit(1)
 
 
-def _done(number: int, future: Future[Any], counts: Counter[str], received: ReceivedText) -> Done:
+def _done(future: Future[Any], counts: Counter[str], received: ReceivedText) -> Done:
     try:
-        return Done(number, future.result(), None, counts)
+        return Done(future.result(), None, counts)
     except (ZppoError, DataError) as known:
-        return Done(number, None, known, counts)
+        return Done(None, known, counts)
     except Exception:  # a fault of ours is reported where it can end the run
-        return Done(
-            number,
-            None,
-            RuntimeError(f"teacher endpoints: {received.kept(traceback.format_exc())}"),
-            counts,
-        )
+        problem = f"teacher endpoints: {received.kept(traceback.format_exc())}"
+        return Done(None, RuntimeError(problem), counts)
 
 
-def main(descriptor: int) -> None:
-    """Serve the other end of a connection until it is closed, or says that it is done.
-
-    Args:
-        descriptor: The connection's file descriptor.
-    """
-    connection = Connection(descriptor)
-    mouth = _Mouth(connection)
-    log_level, settings = connection.recv()
+def main() -> None:
+    """Serve the owner until it closes the connection."""
+    channel = Channel()
+    channel.send_ready()
+    received = channel.receive()
+    if received is None:
+        return
+    level, settings = pickle.loads(received[1])
     for name in LOGGED:
-        logging.getLogger(name).setLevel(log_level)
-        logging.getLogger(name).addHandler(_Forwarding(mouth))  # type: ignore[arg-type]
+        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).addHandler(_LogSender(channel))  # type: ignore[arg-type]
         logging.getLogger(name).propagate = False
-    media = MediaStore(settings.limits) if settings.limits is not None else None
-    pool = EndpointPool(
+    results = _Results(channel, _pool(settings))
+    channel.send({"number": received[0]["number"]})
+    while (received := channel.receive()) is not None:
+        results.start(received[0]["number"], pickle.loads(received[1]))
+    # Nobody is left to send anything to: requests and decodings in flight are not waited for, and
+    # decoders end with their sockets.
+    os._exit(0)
+
+
+def _pool(settings: PoolSettings) -> EndpointPool:
+    return EndpointPool(
         settings.urls,
         settings.model,
         settings.config,
         settings.api_key,
         max_concurrency=settings.max_concurrency,
         first=settings.first,
-        media=media,
+        media=MediaStore(settings.limits) if settings.limits is not None else None,
     )
-    while (work := _hear(connection)) is not None:
-        future: Future[Any] = (
-            pool.probe() if work.patience is None else pool.submit(work.asks, work.patience)
-        )
-        future.add_done_callback(partial(mouth.tell, pool, work.number))
-    # Nobody is left to hear anything: requests and decodings in flight are not waited for, and
-    # decoders end with their sockets.
-    os._exit(0)
-
-
-def _hear(connection: Connection) -> Work | None:
-    """Return the next piece of work; `None` if there will be none."""
-    try:
-        work: Work | None = connection.recv()
-    except (EOFError, OSError):
-        return None
-    return work
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main()

@@ -35,7 +35,6 @@ class Work:
     answers.
     """
 
-    number: int
     asks: tuple[Ask, ...] = ()
     patience: Patience | None = None
 
@@ -45,13 +44,11 @@ class Done:
     """What came of a piece of work.
 
     Attributes:
-        number: Of the work.
         value: Result of the pool's future, unless it raised.
         error: What it raised.
         counts: What the pool counted since the last one.
     """
 
-    number: int
     value: Any
     error: Exception | None
     counts: Counter[str]

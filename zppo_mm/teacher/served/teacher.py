@@ -121,7 +121,7 @@ class ServedTeacher:
         self._seed = seed
         self._tokens = tokens
 
-    def ask(self, questions: Sequence[Question], step: int) -> PendingAnswers:
+    def submit(self, questions: Sequence[Question], step: int) -> PendingAnswers:
         """Hand over this replica's share of the questions and return at once."""
 
         def request(question: Question) -> Ask:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from tests import network_checks, tiny_families, tiny_qwen
+from tests.support import network_checks, tiny_families, tiny_qwen
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families.architecture import parse_architecture

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from encoders.config import VideoLayout
-from tests import tiny_qwen
+from tests.support import tiny_qwen
 
 TEXT = ("text",)
 ALL = tuple(tiny_qwen.SEQUENCES)

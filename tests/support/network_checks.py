@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from tests import tiny_families, tiny_qwen
+from tests.support import tiny_families, tiny_qwen
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.models.decoding.decode import decode, prefill
 from zppo_mm.models.families.architecture import load_architecture

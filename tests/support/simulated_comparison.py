@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from data.question import MediaRef, Question
-from tests.unit.simulated_run import make_group, make_rollout
+from tests.support.simulated_run import make_group, make_rollout
 from zppo_mm.comparison.plan import Plan, PlannedRun, load_plan
 from zppo_mm.config.load import save_config
 from zppo_mm.experience import Group
