@@ -48,7 +48,7 @@ def draw(results: dict[str, Accuracy]) -> Figure:
     """Return a row per method: a dot at the mean, a line over the interval."""
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    for row, (method, label) in enumerate(SHOWN.items()):
+    for row, method in enumerate(SHOWN):
         result, color = results[method], "#c1432b" if method == "zppo" else "#3b5b7a"
         axes.plot([result.low, result.high], [row, row], color=color, linewidth=2, alpha=0.5)
         axes.plot(result.mean, row, "o", color=color, markersize=7)
