@@ -103,7 +103,7 @@ class SampleHealth:
         raise DataError(
             f"data: too many bad samples, got {self.num_bad} of {self.num_good + self.num_bad} "
             f"({self.bad_share:.1%}), expected at most {self.max_bad_share:.1%}; correct them or "
-            "raise data.max_bad_share:\n" + "\n".join(lines)
+            "raise data.max_bad_fraction:\n" + "\n".join(lines)
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from zppo_mm.config.help import describe_options
+from zppo_mm.config.help import describe_methods, describe_options
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ConfigError
@@ -20,19 +20,20 @@ def parse(arguments: list[str]) -> RunConfig:
     """Read the command line into a checked configuration."""
     parser = argparse.ArgumentParser(
         description="Train a vision-language student by ZPPO or one of its baselines. Without "
-        "--config: the bundled tiny student and "
-        "teacher on the bundled digit questions.",
-        epilog="Options, each given as key=value or key.sub=value:\n\n" + describe_options(),
+        "--config: the bundled tiny student and teacher on the bundled digit questions.",
+        epilog=f"Methods:\n\n{describe_methods()}\n\nOptions, each given as key=value or "
+        f"key.sub=value:\n\n{describe_options()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help="YAML file with any of the options below")
     parser.add_argument("--modality", help="bundled questions to use: text, image, video, mixed")
-    parser.add_argument(
-        "--method", help="grpo, grpo_replay, bcq, ncq, bcq_replay, ncq_replay, zppo"
-    )
+    parser.add_argument("--method", help="one of the methods below")
     parser.add_argument("--name", help="name of the run's folder under output_dir")
     parser.add_argument(
-        "options", nargs="*", metavar="key=value", help="options that win over the file"
+        "options",
+        nargs="*",
+        metavar="key=value",
+        help="options, which take precedence over the file",
     )
     known = parser.parse_intermixed_args(arguments)
     named = [
@@ -44,8 +45,8 @@ def parse(arguments: list[str]) -> RunConfig:
 
 
 def main() -> int:
-    """Hear signals, read the configuration, then import what needs torch and train."""
-    # Before there is any other thread: they are to block these signals too.
+    """Handle signals, read the configuration, then import what needs torch and train."""
+    # Before any other thread starts: threads inherit the blocked signals.
     interruption = Interruption()
     interruption.listen()
     try:

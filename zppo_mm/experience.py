@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data.question import Question
+from zppo_mm.methods import PLAIN_KINDS
+from zppo_mm.methods import GroupKind as GroupKind
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +24,7 @@ if TYPE_CHECKING:
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
-GroupKind = Literal["new", "replayed", "bcq", "ncq", "hint", "prefix", "inject", "teacher"]
 FinishReason = Literal["stop", "length"]
-PLAIN_KINDS: tuple[GroupKind, ...] = ("new", "replayed")
-"""Kinds whose prompt is the unchanged question and whose rollouts are all the student's own."""
 NO_TOKEN = -1
 """Stands where a token could be and none is; no token has this id."""
 

@@ -29,7 +29,7 @@ from zppo_mm.observability.sinks import (
 from zppo_mm.observability.transcripts import write_buffer, write_held_out_answers, write_transcript
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.meetings import open_meetings
-from zppo_mm.parallel.partition import JobPartition, divide_job
+from zppo_mm.parallel.partition import JobPartition, PartitionLink, divide_job
 from zppo_mm.parity.gate import check_parity
 from zppo_mm.report.page import write_report
 from zppo_mm.report.run_record import read_lines
@@ -40,9 +40,8 @@ from zppo_mm.run.folder import claimed, prepare_folder
 from zppo_mm.run.model_paths import check_model_paths
 from zppo_mm.run.resume import HF_FOLDER as HF_FOLDER
 from zppo_mm.run.resume import resume
-from zppo_mm.run.teacher_job import reach_teacher, serve_teacher
+from zppo_mm.run.teacher_job import link_to_teacher, serve_teacher
 from zppo_mm.step import StepRecord, run_step
-from zppo_mm.teacher.rank_channel import Channel
 from zppo_mm.teacher.teacher import TeacherLostError
 from zppo_mm.training import checkpoint
 from zppo_mm.weights.hf_export import export_hf_weights
@@ -84,31 +83,31 @@ def train(config: RunConfig, interruption: Interruption | None = None) -> Path:
         # launcher if it does not.
         check_model_paths(config)
     folder = run_folder(config)
-    world = divide_job(config.parallel, config.teacher)
-    if world is not None and world.name == "teacher":
-        serve_teacher(config, world, interruption)
+    partition = divide_job(config.parallel, config.teacher)
+    if partition is not None and partition.name == "teacher":
+        serve_teacher(config, partition, interruption)
     else:
-        with reach_teacher(config, world) as channel:
-            _train_student(config, folder, world, channel, interruption)
+        with link_to_teacher(config.parallel, partition) as link:
+            _train_student(config, folder, partition, link, interruption)
     return folder
 
 
 def _train_student(
     config: RunConfig,
     folder: Path,
-    world: JobPartition | None,
-    channel: Channel | None,
+    partition: JobPartition | None,
+    link: PartitionLink | None,
     interruption: Interruption,
 ) -> None:
-    parallel.initialize(config.parallel, config.seed, world)
+    parallel.initialize(config.parallel, config.seed, partition)
     parallel.end_with_launcher()
     stopped: RunStopped | None = None
     with (
         parallel.explain_lost_rank(),
-        open_meetings(config.parallel, world, interruption) as meetings,
+        open_meetings(config.parallel, partition, interruption) as meetings,
         claimed(folder),
     ):
-        run = build_run(config, channel, meetings, interruption)
+        run = build_run(config, link, meetings, interruption)
         try:
             _run_to_the_end(run, folder)
         except RunStopped as error:

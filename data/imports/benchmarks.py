@@ -15,6 +15,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from data.atomic_files import write_atomically
 from data.errors import DataError, MediaError, SampleError
 from data.health import SampleHealth
 from data.imports.benchmark_formats import FORMATS, PARTS, BenchmarkFormat, RowView, split_columns
@@ -121,9 +122,8 @@ def convert_benchmark(
         dict(counted.counts),
         [list(map(str, entry)) for entry in counted.listed],
     )
-    aside = target / f".{CONVERSION_FILE}.tmp"
-    aside.write_text(json.dumps(asdict(conversion), ensure_ascii=False, indent=1), encoding="utf-8")
-    os.replace(aside, target / CONVERSION_FILE)
+    content = json.dumps(asdict(conversion), ensure_ascii=False, indent=1)
+    write_atomically(target / CONVERSION_FILE, content)
     return conversion
 
 

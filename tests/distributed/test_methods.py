@@ -16,9 +16,9 @@ import torch
 from data.sample import ShardSample
 from data.shard_writer import write_shards
 from tests.support.launch import run_ranks
-from zppo_mm.config.checks import METHODS
 from zppo_mm.config.load import load_config
 from zppo_mm.experience import Microbatch
+from zppo_mm.methods import METHODS
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.training.objective import ObjectiveTerms, predicting_rows
 
@@ -198,7 +198,7 @@ def test_ranks_agree_and_the_weights_move(seen: list[dict[str, Seen]], method: s
 @pytest.mark.parametrize("method", METHODS)
 def test_kinds_and_buffer(seen: list[dict[str, Seen]], method: str) -> None:
     one = seen[0][method]
-    base, replay = method.removesuffix("_replay"), METHODS[method]["zone.replay"]
+    base, replay = method.removesuffix("_replay"), METHODS[method].settings["zone.replay"]
     assert set(one.sampled) - {"new", "replayed", "inject", "teacher"} == REFORMULATED.get(
         base, set()
     )

@@ -8,7 +8,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,16 @@ from zppo_mm.config.schema import RunConfig
 from zppo_mm.experience import Rollout
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import ParallelExchange
-from zppo_mm.parallel.partition import JobPartition, divide_job
+from zppo_mm.parallel.partition import JobPartition, PartitionLink, divide_job
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.run.shared import Shared, media_limits
-from zppo_mm.run.teacher_job import reach_teacher, serve_teacher
-from zppo_mm.run.teachers import megatron_teacher
-from zppo_mm.teacher.ranks_teacher import RanksTeacher, replies_of_ranks
+from zppo_mm.run.teacher_job import link_to_teacher, serve_teacher
+from zppo_mm.run.teachers import load_teacher
+from zppo_mm.teacher.megatron_teacher import MegatronTeacher
+from zppo_mm.teacher.served.judge import greedy_replies
+from zppo_mm.teacher.served.servers import Servers
+from zppo_mm.teacher.served.teacher import ServedTeacher
+from zppo_mm.teacher.served.teacher_ranks import TeacherRanks
 from zppo_mm.teacher.teacher import TeacherLostError
 from zppo_mm.zone.prompts import load_templates
 
@@ -76,37 +81,71 @@ def logprobs(answers: Mapping[str, Sequence[Rollout]]) -> list[float]:
 def ask_both(num_ranks: int, sizes: Sequence[str], shards: Path) -> dict[str, Any] | None:
     """Ask the teacher on its own ranks and one in the student's ranks the same."""
     config = configuration(num_ranks, *sizes)
-    world = divide_job(config.parallel, config.teacher)
-    assert world is not None
-    if world.name == "teacher":
-        serve_teacher(config, world)
+    partition = divide_job(config.parallel, config.teacher)
+    assert partition is not None
+    if partition.name == "teacher":
+        serve_teacher(config, partition)
         return None
-    with reach_teacher(config, world) as channel:
-        assert channel is not None
-        parallel.initialize(config.parallel, config.seed, world)
+    with link_to_teacher(config.parallel, partition) as link:
+        assert link is not None
+        parallel.initialize(config.parallel, config.seed, partition)
         media, exchange = MediaStore(media_limits(config.data)), ParallelExchange()
         with Verifier() as verifier:
-            apart = RanksTeacher(channel, config.teacher, exchange, verifier)
-            apart.greet()
+            shared = Shared(config, media, verifier, exchange)
+            model, encoder, sampling = load_teacher(shared, config.teacher, config.parallel)
+            sampler, plain_text = shared.sampler(model, encoder), load_templates().plain_text
+            inside = MegatronTeacher(
+                model, sampler, sampling, config.teacher.num_rollouts, plain_text
+            )
+            apart, pool = teacher_apart(config, link, exchange, verifier, plain_text)
             asked, texts = questions(shards), [f"Say {number} in a box." for number in range(5)]
             pending = apart.submit(asked, 7)
-            shared = Shared(config, media, verifier, exchange)
-            inside = megatron_teacher(shared, config.teacher, config.parallel, load_templates())
             expected = inside.submit(asked, 7).wait()
-            rewrites = inside.rewrite(texts, 7, 1)
-            answers = pending.wait()
+            greedy = replace(sampling, temperature=0.0, max_new_tokens=5)
+            judge = greedy_replies(pool, config.reward, num_retries=0)
             results = {
                 "expected": plain(expected),
+                "rewrites": (inside.rewrite(texts, 7, 1), apart.rewrite(texts, 7, 1)),
+                # Every replica's leader asks for itself, at a time of its own.
+                "judge": (
+                    [text.strip() for text in sampler.respond(texts, greedy, "judge") if text],
+                    judge(texts) if exchange.is_leader else None,
+                ),
+            }
+            answers = pending.wait()
+            results |= {
                 "answers": plain(answers),
                 "logprobs": (logprobs(expected), logprobs(answers)),
-                "rewrites": (rewrites, apart.rewrite(texts, 7, 1)),
-                # Every rank asks for itself, at a time of its own.
-                "judge": (inside.judge(texts, 5), replies_of_ranks(channel, config.reward)(texts)),
-                "place": (parallel.rank(), parallel.world_size(), pending.seconds),
+                "rank": (parallel.rank(), parallel.world_size(), pending.seconds),
             }
+            pool.close()
         media.close()
         parallel.shutdown()
     return results
+
+
+def teacher_apart(
+    config: RunConfig,
+    link: PartitionLink,
+    exchange: ParallelExchange,
+    verifier: Verifier,
+    plain_text: Callable[[Question], str],
+) -> tuple[ServedTeacher, Servers]:
+    """Return the teacher on its own ranks, loaded, and the way to it."""
+    ranks = TeacherRanks(link, exchange)
+    pool = ranks.open_pool(config.teacher, config.rollout.max_batch_size)
+    ranks.wait_until_ready()
+    teacher = ServedTeacher(
+        pool,
+        config.teacher,
+        exchange,
+        verifier,
+        plain_text=plain_text,
+        tokenize=lambda text: [],
+        seed=config.seed,
+        ranks=ranks,
+    )
+    return teacher, pool
 
 
 @pytest.fixture(scope="module")
@@ -135,13 +174,15 @@ def test_the_same_is_answered_wherever_the_teacher_is(
     results = run_ranks(ask_both, 2 + num_ranks, num_ranks, sizes, shards)
     assert results[2:] == [None] * num_ranks
     for rank, result in enumerate(results[:2]):
-        assert result["place"][:2] == (rank, 2)
-        assert result["place"][2] > 0
+        assert result["rank"][:2] == (rank, 2)
+        assert result["rank"][2] > 0
         assert result["answers"] == result["expected"]
         assert result["logprobs"][1] == pytest.approx(result["logprobs"][0], abs=LOGPROB_TOLERANCE)
         assert result["rewrites"][1] == result["rewrites"][0]
-        assert result["judge"][1] == result["judge"][0]
+        if result["judge"][1] is not None:
+            assert result["judge"][1] == result["judge"][0]
     assert results[0]["answers"] == results[1]["answers"]
+    assert any(result["judge"][1] is not None for result in results[:2])
     rewards = [rollout[3] for rollouts in results[0]["answers"].values() for rollout in rollouts]
     assert len(rewards) == 30
     assert 0 < sum(rewards) < 30
@@ -153,34 +194,39 @@ def meet_trouble(trouble: str, shards: Path) -> None:
     """
     options = [f"teacher.model={shards}"] if trouble == "no model" else []
     config = configuration(
-        1, "parallel.timeout_minutes=1", "reward.judge_max_wait_seconds=10", *options
+        1,
+        "parallel.timeout_minutes=1",
+        "reward.judge_max_wait_seconds=10",
+        "teacher.on_failure=stop",
+        "teacher.num_retries=1",
+        *options,
     )
-    world = divide_job(config.parallel, config.teacher)
-    assert world is not None
-    if world.name == "teacher":
+    partition = divide_job(config.parallel, config.teacher)
+    assert partition is not None
+    if partition.name == "teacher":
         if trouble == "killed":
-            threading.Thread(target=end_when_asked, args=(world,), daemon=True).start()
-        serve_teacher(config, world)
+            threading.Thread(target=end_when_asked, args=(partition,), daemon=True).start()
+        serve_teacher(config, partition)
         return
-    with reach_teacher(config, world) as channel:
-        assert channel is not None
-        parallel.initialize(config.parallel, config.seed, world)
-        teacher = RanksTeacher(channel, config.teacher, ParallelExchange(), Verifier())
+    with link_to_teacher(config.parallel, partition) as link:
+        assert link is not None
+        parallel.initialize(config.parallel, config.seed, partition)
+        plain_text = load_templates().plain_text
         try:
-            teacher.greet()
+            teacher, _ = teacher_apart(config, link, ParallelExchange(), Verifier(), plain_text)
             if trouble == "student":
-                time.sleep(
-                    5.0 * (1 - world.rank)
-                )  # the first rank holds the store, from which the teacher hears of the second
-                raise RuntimeError(f"trouble on student rank {world.rank}")
+                # The first rank holds the store, where the teacher reads of the second.
+                time.sleep(5.0 * (1 - partition.rank))
+                raise RuntimeError(f"trouble on student rank {partition.rank}")
+            partition.store.set("asked", "")
             teacher.submit(questions(shards), 1).wait()
         except TeacherLostError:
             parallel.barrier()  # what a run does now, such as saving, needs all its ranks
             raise
 
 
-def end_when_asked(world: JobPartition) -> None:
-    while world.store.add("requests", 0) < 2:  # a greeting, and the questions
+def end_when_asked(partition: JobPartition) -> None:
+    while not partition.store.check(["asked"]):
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -196,14 +242,15 @@ def test_a_teacher_that_fails_is_named_on_every_student_rank(shards: Path) -> No
         assert "rank 2: ConfigError: " in output
 
 
-def test_a_teacher_that_is_killed_is_missed_within_the_time_limit(shards: Path) -> None:
+def test_a_teacher_that_is_killed_counts_as_lost(shards: Path) -> None:
     *students, (code, _) = run_ranks(
         meet_trouble, 3, "killed", shards, check=False, timeout_seconds=200.0
     )
     assert code == -signal.SIGKILL
     for code, output in students:
         assert code == 1, output
-        assert "got 'no sign of life within parallel.timeout_minutes'" in output
+        assert "TeacherLostError: teacher: " in output
+        assert "got 'connection: " in output or "got 'no heartbeat within " in output
 
 
 def test_a_student_that_fails_lets_the_teacher_go(shards: Path) -> None:

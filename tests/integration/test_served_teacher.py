@@ -94,7 +94,7 @@ def test_two_ranks_ask_and_agree_and_the_key_is_nowhere(
     assert any("data:image/png;base64," in text for text in texts)
     assert any("A video as " in text for text in texts)
     # Every request that was not spoilt before the model saw it: one per hard question, the
-    # greeting, and answers that were cut off.
+    # probe, and answers that were cut off.
     assert asked + 1 <= len(server.requests) <= asked + 1 + proxy.injected["half_body"]
     assert len(proxy.delivered) == asked + 1
     assert (
@@ -147,7 +147,7 @@ def test_a_dead_teacher_stops_the_run_with_a_checkpoint_and_it_resumes(
     common = {"train.train_iters": 3, "modality": "text", "checkpoint.interval": 10}
     whole = run(tmp_path, "whole", *options(server.url, **common))
     num_first = 1 + int(metrics(whole)[0]["teacher/requests"])
-    alive["until"] = num_first  # the greeting and the first step
+    alive["until"] = num_first  # the probe and the first step
     with stand_between(
         server.url, lambda number: PASS if number < alive["until"] else "503"
     ) as proxy:

@@ -22,13 +22,14 @@ from tests.support.simulated_comparison import (
     write_run,
 )
 from zppo_mm.comparison.accuracy import method_accuracy, parts_of
-from zppo_mm.comparison.figures import FIGURES
+from zppo_mm.comparison.figures import FIGURES, looks
 from zppo_mm.comparison.launch import Failure
 from zppo_mm.comparison.measures import cost, fates, final_means
 from zppo_mm.comparison.plan import Plan
 from zppo_mm.comparison.report import write_comparison
 from zppo_mm.comparison.results import read_answers, read_results
 from zppo_mm.comparison.tables import accuracies, markdown, tables
+from zppo_mm.methods import METHODS
 from zppo_mm.observability.transcripts import write_held_out_answers
 
 BEFORE: Rewards = {"text/1": (1,), "text/2": (0,), "clips/1": (0,), "clips/2": (0,)}
@@ -225,6 +226,21 @@ def test_unfinished_runs_are_named_and_in_no_table(tmp_path: Path) -> None:
     # 1/4), P(k <= 2) = 0.949, P(k <= 3) = 0.996.
     assert accuracy["zppo"]["after, to grpo_replay"] == "+25.0 [+0.0, +75.0]"
     assert {value for name, value in accuracy["ncq"].items() if name != "seeds"} == {""}
+
+
+def test_methods_have_their_colors_and_variants_of_one_method_different_ones(
+    tmp_path: Path,
+) -> None:
+    variants = {f"zppo-{rounds}": {"method": "zppo"} for rounds in (1, 2)}
+    methods = {"grpo": None, "grpo_replay": None, "zppo": None, **variants}
+    drawn = looks(read_results(make_plan(tmp_path, methods=methods, seeds=[0])))
+    assert [look.name for look in drawn.values()] == [
+        *("GRPO", "GRPO + replay", "ZPPO"),
+        *variants,
+    ]
+    assert [look.linestyle for look in drawn.values()] == ["--", "-", "-", "-", "-"]
+    assert drawn["grpo"].color == drawn["grpo_replay"].color == METHODS["grpo"].color
+    assert len({drawn[label].color for label in ("grpo", "zppo", *variants)}) == 4
 
 
 def test_a_difference_without_zero_is_bold(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from data.errors import MediaError
-from data.media.decoder import FrameLimits, MediaDecoder, WorkerLimits
+from data.media.decoder import WORKER_MODULE, FrameLimits, MediaDecoder, WorkerLimits
 from data.media.opening import Frames, MediaLimits, MediaOpener
 from data.media.video_frames import choose_frames, seconds_per_frame
 from tests.support.shard_samples import png
@@ -88,11 +88,7 @@ def reason_of(opener: MediaOpener, content: bytes) -> str:
 
 
 def workers() -> list[psutil.Process]:
-    return [
-        child
-        for child in psutil.Process().children()
-        if any("data.media.worker_main" in part for part in child.cmdline())
-    ]
+    return [child for child in psutil.Process().children() if WORKER_MODULE in child.cmdline()]
 
 
 def test_frames_are_sampled_at_the_rate_up_to_the_cap(opener: MediaOpener) -> None:

@@ -21,7 +21,7 @@ SERVED = ["teacher.endpoints=['http://127.0.0.1:9/v1']", "teacher.model=m"]
     [
         (
             ["method=on_distill", *SERVED, "distill.top_k=20"],
-            r"says nothing about another's text, .* have the teacher in this process",
+            r"cannot score the student.s text, .* run the teacher in this process",
         ),
         (
             ["method=off_distill", *SERVED],

@@ -108,7 +108,7 @@ def test_a_folder_is_sampled_as_the_paper_does_unless_told_otherwise() -> None:
     assert (
         config.evaluation.num_questions,
         config.evaluation.num_rollouts,
-        config.data.max_bad_share,
+        config.data.max_bad_fraction,
     ) == (0, 3, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""The log-probs that a served teacher tells with its answers, against its own network."""
+"""The log-probs that a served teacher sends with its answers, against its own network."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def ask(
 
 
 def network_logprobs(model: TinyModel, question: Question, response: np.ndarray) -> torch.Tensor:
-    """Return the network's log-probs in the places of a response, `[response, vocabulary]`."""
+    """Return the network's log-probs at the positions of a response, `[response, vocabulary]`."""
     prompt, _ = model.encoder.encode(TEMPLATES.plain_text(question), question)
     ids = torch.from_numpy(np.concatenate([prompt.token_ids, response]))[None]
     with torch.no_grad():
@@ -61,7 +61,7 @@ def network_logprobs(model: TinyModel, question: Question, response: np.ndarray)
     return torch.log_softmax(logits[len(prompt.token_ids) - 1 : -1], -1)
 
 
-def test_told_log_probs_are_those_of_the_network() -> None:
+def test_sent_log_probs_are_those_of_the_network() -> None:
     model = TinyModel(TEACHER_DIR)
     chat = model.encoder.chat
     rollouts, requests, _ = ask(
@@ -69,10 +69,10 @@ def test_told_log_probs_are_those_of_the_network() -> None:
     )
     assert {request["top_logprobs"] for request in requests} == {NUM_TOP}
     assert len(rollouts) == 6
-    for place, rollout in enumerate(rollouts):
+    for index, rollout in enumerate(rollouts):
         top = rollout.teacher_top
         assert top is not None
-        expected = network_logprobs(model, QUESTIONS[place // 2], rollout.response_ids)
+        expected = network_logprobs(model, QUESTIONS[index // 2], rollout.response_ids)
         assert rollout.finish_reason == "length" or rollout.response_ids[-1] in chat.stop_token_ids
         assert chat.decode(rollout.response_ids.tolist()) == rollout.text
         assert len(top.ids) == len(rollout.response_ids)

@@ -1,21 +1,25 @@
-"""The teacher on its own ranks, both worlds as threads of one process: requests, their order,
-losses, last words, the store's content.
+"""The teacher on ranks of its own, both partitions as threads of one process: requests, their
+order, losses and exit reasons.
 """
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, TCPStore
 
+from data.errors import MediaError
 from data.media.opening import Frames
 from data.question import MediaRef, Question
 from tests.support.tiny_folder import build_folder
@@ -23,15 +27,26 @@ from zppo_mm.config.schema import ParallelConfig, RewardConfig, TeacherConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.parallel.groups import LostRankError
-from zppo_mm.parallel.partition import divide_job
+from zppo_mm.parallel.partition import (
+    DONE,
+    JobPartition,
+    PartitionLink,
+    PartitionName,
+    divide_job,
+)
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
-from zppo_mm.teacher.megatron_teacher import MegatronTeacher
-from zppo_mm.teacher.rank_channel import CHUNK_BYTES, DONE, Channel, Judgements, Rewrites
-from zppo_mm.teacher.rank_server import LeaveToStudent, TeacherServer
-from zppo_mm.teacher.ranks_teacher import RanksTeacher, replies_of_ranks
+from zppo_mm.teacher.served.chat_server import (
+    CONNECTION_CHECK_SECONDS,
+    ChatServer,
+)
+from zppo_mm.teacher.served.judge import greedy_replies
+from zppo_mm.teacher.served.rank_server import NoGrader, RankServer
+from zppo_mm.teacher.served.servers import Servers
+from zppo_mm.teacher.served.teacher import ServedTeacher
+from zppo_mm.teacher.served.teacher_ranks import SERVER, TeacherRanks
 from zppo_mm.teacher.teacher import TeacherLostError
 
 pytestmark = pytest.mark.timeout(120)
@@ -49,6 +64,7 @@ class CountingEngine:
     def __init__(self, encoder: PromptEncoder) -> None:
         self._encoder = encoder
         self.calls: list[tuple[int, float, int]] = []
+        self.paths: list[list[tuple[str | int, ...]]] = []
         self.gate = threading.Event()
         self.gate.set()
         self.trouble: Exception | None = None
@@ -57,58 +73,73 @@ class CountingEngine:
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams
     ) -> list[list[Generation]]:
         self.calls.append((len(requests), sampling.temperature, sampling.max_new_tokens))
+        self.paths.append([request.seed_path for request in requests])
         assert self.gate.wait(SOON)
         if self.trouble is not None:
             raise self.trouble
         return [
-            [self._generation(place) for place in range(request.num_rollouts)]
+            [self.generation(number) for number in range(request.num_rollouts)]
             for request in requests
         ]
 
-    def _generation(self, place: int) -> Generation:
-        ids = np.array(self._encoder.chat.tokenize([f"so </think> \\boxed{{{place}}}"]), np.int64)
+    def generation(self, number: int) -> Generation:
+        ids = np.array(self._encoder.chat.tokenize([f"so </think> \\boxed{{{number}}}"]), np.int64)
         return Generation(ids, np.full(len(ids), -0.5, np.float32), "stop")
 
 
 @dataclass
-class Worlds:
-    """A student's end and a teacher that can be started."""
+class Job:
+    """Both partitions of a job, and a teacher that can be started."""
 
     store: TCPStore
     encoder: PromptEncoder
     engine: CountingEngine
     verifier: Verifier
-    silence_seconds: float = SOON
-    words: list[str | Exception] = field(default_factory=list)
+    ended: list[str | Exception] = field(default_factory=list)
+    pools: list[Servers] = field(default_factory=list)
 
-    def channel(self, own: str, other: str, beats: bool = True) -> Channel:
-        return Channel(self.store, own, other, silence_seconds=self.silence_seconds, beats=beats)
+    def partition(self, name: PartitionName) -> JobPartition:
+        return JobPartition(name, 0, 1, 0 if name == "student" else 1, self.store)
 
-    def student(self, channel: Channel, **config: Any) -> RanksTeacher:
-        options = TeacherConfig(num_rollouts=NUM_ROLLOUTS, **{"max_wait_seconds": SOON, **config})
-        return RanksTeacher(channel, options, SingleProcess(), self.verifier)
+    def link(self, name: PartitionName, timeout_seconds: float = SOON) -> PartitionLink:
+        return PartitionLink(self.partition(name), timeout_seconds)
 
-    def start_teacher(self, num_at_once: int = 100, beats: bool = True) -> threading.Thread:
-        sampler = GroupSampler(self.engine, self.encoder, LeaveToStudent(), SingleProcess())
-        channel = self.channel("teacher", "student", beats)
-        no_network: Any = None  # the engine has none
-        server = TeacherServer(
-            channel,
-            MegatronTeacher(
-                no_network, sampler, SAMPLING, NUM_ROLLOUTS, lambda question: question.text
-            ),
+    def config(self, **options: Any) -> TeacherConfig:
+        given = {"num_ranks": 1, "max_wait_seconds": SOON, "max_response_tokens": 40, **options}
+        return TeacherConfig(num_rollouts=NUM_ROLLOUTS, **given)
+
+    def pool(self, link: PartitionLink, batch_size: int = 100, **options: Any) -> Servers:
+        ranks = TeacherRanks(link, SingleProcess())
+        self.pools.append(ranks.open_pool(self.config(**options), batch_size * NUM_ROLLOUTS))
+        return self.pools[-1]
+
+    def student(self, link: PartitionLink, pool: Servers, **options: Any) -> ServedTeacher:
+        return ServedTeacher(
+            pool,
+            self.config(**options),
             SingleProcess(),
-            judge_max_tokens=7,
-            num_at_once=num_at_once,
-            release_memory=self.encoder.forget_media,
+            self.verifier,
+            plain_text=lambda question: question.text,
+            tokenize=lambda text: self.encoder.chat.tokenize([text]),
+            seed=0,
+            ranks=TeacherRanks(link, SingleProcess()),
+        )
+
+    def start_teacher(self) -> threading.Thread:
+        link, server = self.link("teacher"), ChatServer("127.0.0.1")
+        link.publish(SERVER, json.dumps({"url": server.url, "key": server.key}))
+        sampler = GroupSampler(self.engine, self.encoder, NoGrader(), SingleProcess())
+        ranks = RankServer(
+            link, server, sampler, SAMPLING, SingleProcess(), self.encoder.forget_media
         )
 
         def serve() -> None:
             try:
-                self.words.append(server.serve())
+                self.ended.append(ranks.serve())
             except Exception as error:
-                self.words.append(error)
-                channel.leave(f"rank 5: {type(error).__name__}: {error}")
+                self.ended.append(error)
+                link.leave(f"rank 5: {type(error).__name__}: {error}")
+            server.close()
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
@@ -116,15 +147,18 @@ class Worlds:
 
 
 @pytest.fixture
-def worlds(tmp_path: Path) -> Iterator[Worlds]:
+def job(tmp_path: Path) -> Iterator[Job]:
     def no_media(reference: MediaRef) -> Frames:
-        raise AssertionError(reference)
+        raise MediaError("unreadable", "no such file")
 
     build_folder(tmp_path)
     encoder = PromptEncoder(tmp_path, no_media)
     store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=SOON))
     with Verifier() as verifier:
-        yield Worlds(store, encoder, CountingEngine(encoder), verifier)
+        job = Job(store, encoder, CountingEngine(encoder), verifier)
+        yield job
+        for pool in job.pools:
+            pool.close()
 
 
 def questions(count: int) -> list[Question]:
@@ -134,8 +168,8 @@ def questions(count: int) -> list[Question]:
     ]
 
 
-def end(channel: Channel, teacher: threading.Thread) -> None:
-    channel.leave()
+def end(link: PartitionLink, teacher: threading.Thread) -> None:
+    link.leave()
     teacher.join(SOON)
     assert not teacher.is_alive()
 
@@ -147,15 +181,11 @@ def eventually(holds: Any) -> None:
         time.sleep(0.01)
 
 
-def test_answers_come_graded_and_nothing_stays_in_the_store(worlds: Worlds) -> None:
-    student = worlds.channel("student", "teacher")
-    asking = worlds.student(student)
-    teacher = worlds.start_teacher(num_at_once=2)
-    asking.greet()
-    eventually(lambda: not worlds.store.check(["finished/1"]))
-    level = worlds.store.num_keys()
+def test_answers_come_graded_with_their_tokens_in_batches_of_a_fixed_size(job: Job) -> None:
+    link, teacher = job.link("student"), job.start_teacher()
+    pool = job.pool(link, batch_size=2)
     for step in (1, 2, 3):
-        pending = asking.submit(questions(5), step)
+        pending = job.student(link, pool).submit(questions(5), step)
         answers = pending.wait()
         assert pending.seconds > 0
         assert list(answers) == [f"q{index}" for index in range(5)]
@@ -163,189 +193,158 @@ def test_answers_come_graded_and_nothing_stays_in_the_store(worlds: Worlds) -> N
             # Rollout i says i; even questions want 0, odd ones 1.
             assert [rollout.parsed for rollout in rollouts] == ["0", "1"]
             assert [rollout.reward for rollout in rollouts] == [1.0 - index % 2, float(index % 2)]
-            assert {rollout.policy_version for rollout in rollouts} == {step}
-        eventually(lambda: worlds.store.num_keys() == level)
-    # Parts of two: 2 + 2 + 1 questions a step.
-    assert [size for size, _, _ in worlds.engine.calls] == [2, 2, 1] * 3
-    assert asking.counts == {"lost_rollouts": 0}
-    end(student, teacher)
-    assert worlds.words == [DONE]
+            for number, rollout in enumerate(rollouts):
+                sampled = job.engine.generation(number)
+                assert rollout.response_ids.tolist() == sampled.response_ids.tolist()
+                assert rollout.rollout_logprobs is not None
+                assert rollout.rollout_logprobs.tolist() == sampled.rollout_logprobs.tolist()
+                assert rollout.policy_version == step
+    assert sorted(size for size, _, _ in job.engine.calls) == sorted([2, 2, 1] * 3)
+    names = {path for paths in job.engine.paths for path in paths}
+    assert names == {("rollout", f"{step}/teacher/q{i}") for step in (1, 2, 3) for i in range(5)}
+    assert pool.counts["lost_rollouts"] == 0
+    assert pool.counts["requests"] == 15
+    end(link, teacher)
+    assert job.ended == [DONE]
 
 
-def test_what_the_student_stands_still_for_comes_first_and_a_judge_replies_greedily(
-    worlds: Worlds,
-) -> None:
-    student = worlds.channel("student", "teacher")
-    asking = worlds.student(student)
-    worlds.engine.gate.clear()
-    teacher = worlds.start_teacher(num_at_once=1)
-    pending = asking.submit(questions(3), 1)
-    eventually(lambda: len(worlds.engine.calls) == 1)
-    rewrites = student.request(Rewrites(("shorter, please",), 1, 0))
-    judge = student.request(Judgements(("one", "two")))
-    worlds.engine.gate.set()
-    assert not pending.is_ready()
+def test_urgent_requests_come_first_and_a_judge_replies_greedily(job: Job) -> None:
+    link, teacher = job.link("student"), job.start_teacher()
+    pool = job.pool(link, batch_size=1)
+    student = job.student(link, pool)
+    job.engine.gate.clear()
+    pending = student.submit(questions(3), 1)
+    eventually(lambda: len(job.engine.calls) == 1)
+    judge = greedy_replies(pool, RewardConfig(judge_max_tokens=7), num_retries=0)
+    with ThreadPoolExecutor() as threads:
+        rewrites = threads.submit(student.rewrite, ["shorter, please"], 1, 0)
+        verdicts = threads.submit(judge, ["one"])
+        time.sleep(3.0)  # both have arrived
+        assert not pending.is_ready()
+        job.engine.gate.set()
+        assert rewrites.result(SOON) == ["so </think> \\boxed{0}"]
+        assert verdicts.result(SOON) == ["\\boxed{0}"]
     pending.wait()
-    assert student.reply(rewrites) == ["so </think> \\boxed{0}"]
-    assert student.reply(judge) == ["\\boxed{0}"] * 2
-    # One question, the rewrite, both of the judge's prompts at temperature 0 and without their
-    # reasoning, the other two questions.
-    assert worlds.engine.calls == [
-        (1, 1.0, 40),
-        (1, 1.0, 40),
-        (2, 0.0, 7),
-        (1, 1.0, 40),
-        (1, 1.0, 40),
+    # The first question, the two that the student is idle for, the other two questions.
+    assert sorted(job.engine.calls[1:3]) == [(1, 0.0, 7), (1, 1.0, 40)]
+    assert job.engine.calls[3:] == [(1, 1.0, 40)] * 2
+    assert ("respond", "1/rewrite/0", "shorter, please") in job.engine.paths[1] + job.engine.paths[
+        2
     ]
-    end(student, teacher)
+    end(link, teacher)
 
 
-def test_the_judge_has_its_time_from_when_the_teacher_begins(worlds: Worlds) -> None:
-    student = worlds.channel("student", "teacher")
-    worlds.engine.gate.clear()
-    teacher = worlds.start_teacher(num_at_once=1)
-    worlds.student(student).submit(questions(1), 1)
-    eventually(lambda: len(worlds.engine.calls) == 1)
-    complete = replies_of_ranks(
-        student, RewardConfig(judge_max_wait_seconds=2.0), queue_seconds=SOON
-    )
-    threading.Timer(4.0, worlds.engine.gate.set).start()  # one long answer: twice the judge's time
-    assert complete(["one"]) == ["\\boxed{0}"]
-    worlds.engine.gate.clear()
-    started = time.monotonic()
-    assert complete(["two"]) == [None]  # the teacher has begun, and takes too long for this
-    assert time.monotonic() - started >= 2.0
-    worlds.engine.gate.set()
-    eventually(
-        lambda: not worlds.store.check(["started/2"]) and not worlds.store.check(["started/3"])
-    )
-    end(student, teacher)
-
-
-def test_messages_above_the_limit_of_the_store_pass(worlds: Worlds) -> None:
-    student, teacher = (
-        worlds.channel("student", "teacher", beats=False),
-        worlds.channel("teacher", "student", beats=False),
-    )
-    level = worlds.store.num_keys()
-    text = "0123456789" * (CHUNK_BYTES // 4)  # 2.5 chunks
-    number = student.request(Rewrites((text,), 1, 0))
-    assert worlds.store.num_keys() == level + 5  # the counter, three chunks and their number
-    assert teacher.take_request(number) == Rewrites((text,), 1, 0)
-    assert teacher.take_request(number + 1) is None
-    teacher.answer(number, [text])
-    assert not teacher.clear_if_finished(number)
-    assert student.reply(number) == [text]
-    student.finish(number)
-    assert teacher.clear_if_finished(number)
-    assert worlds.store.num_keys() == level + 1
-
-
-def test_without_an_answer_in_time_the_run_stops_or_goes_on_as_it_is_told(worlds: Worlds) -> None:
-    student = worlds.channel("student", "teacher")
-    worlds.engine.gate.clear()
-    teacher = worlds.start_teacher()
+def test_without_an_answer_in_time_the_run_stops_or_goes_on_as_configured(job: Job) -> None:
+    link, teacher = job.link("student"), job.start_teacher()
+    pool = job.pool(link)
+    job.engine.gate.clear()
+    assert job.student(link, pool).submit([], 1).wait() == {}
     with pytest.raises(
-        TeacherLostError,
-        match=(
-            r"no answer to 3 questions of step 1, got none within teacher.max_wait_seconds=0.1, "
-            r".*ncq_only"
-        ),
+        TeacherLostError, match=r"no answer to 3 of 3 requests of step 1, .*ncq_only"
     ):
-        worlds.student(student, max_wait_seconds=0.1).submit(questions(3), 1).wait()
-    hasty = worlds.student(student, max_wait_seconds=0.1, on_failure="ncq_only")
+        job.student(link, pool, max_wait_seconds=3.0).submit(questions(3), 1).wait()
+    assert len(job.engine.calls) == 1
+    hasty = job.student(link, pool, max_wait_seconds=0.5, on_failure="ncq_only")
     assert hasty.submit(questions(3), 2).wait() == {"q0": (), "q1": (), "q2": ()}
-    assert hasty.counts == {"lost_rollouts": 6}
     assert hasty.rewrite(["a", "b"], 2, 0) == [None, None]
-    assert replies_of_ranks(student, RewardConfig(judge_max_wait_seconds=0.1), queue_seconds=0.2)(
-        ["a", "b"]
-    ) == [None, None]
-    level = worlds.store.num_keys()
-    worlds.engine.gate.set()
-    patient = worlds.student(student)
-    assert all(
-        len(rollouts) == NUM_ROLLOUTS
-        for rollouts in patient.submit(questions(3), 3).wait().values()
-    )
-    # Only the first request was under way when it was given up; none of the four is worked on after
-    # that, or left in the store.
-    assert [size for size, _, _ in worlds.engine.calls] == [3, 3]
-    eventually(lambda: worlds.store.num_keys() < level - 4)
-    end(student, teacher)
+    assert pool.counts["lost_rollouts"] == 12
+    judge = greedy_replies(pool, RewardConfig(judge_max_wait_seconds=0.5), num_retries=0)
+    assert judge(["a", "b"]) == [None, None]
+    time.sleep(2 * CONNECTION_CHECK_SECONDS)
+    job.engine.gate.set()
+    answers = job.student(link, pool).submit(questions(3), 3).wait()
+    assert all(len(rollouts) == NUM_ROLLOUTS for rollouts in answers.values())
+    # Only the first batch was under way when it was given up; none of the others is sampled.
+    assert [size for size, _, _ in job.engine.calls] == [3, 3]
+    end(link, teacher)
 
 
-def test_the_error_of_a_teacher_rank_is_named_where_the_student_waits(worlds: Worlds) -> None:
-    student = worlds.channel("student", "teacher")
-    asking = worlds.student(student, on_failure="ncq_only")
-    worlds.engine.trouble = RuntimeError("no memory left")
-    teacher = worlds.start_teacher()
+def test_a_question_without_a_prompt_has_no_answer_and_ends_nothing(job: Job) -> None:
+    link, teacher = job.link("student"), job.start_teacher()
+    pool = job.pool(link)
+    picture = MediaRef("image", "shard.tar", "key", "png")
+    asked = [*questions(1), Question("seen", "What?", (picture,), "1", "math")]
+    answers = job.student(link, pool, on_failure="stop").submit(asked, 1).wait()
+    assert [len(rollouts) for rollouts in answers.values()] == [NUM_ROLLOUTS, 0]
+    assert pool.counts["faults/http_415"] == 1
+    end(link, teacher)
+
+
+def test_the_error_of_a_teacher_rank_is_named_where_the_student_waits(job: Job) -> None:
+    link = job.link("student")
+    teacher = job.start_teacher()
+    pool = job.pool(link)
+    student = job.student(link, pool, on_failure="ncq_only", num_retries=20)
+    job.engine.trouble = RuntimeError("no memory left")
     named = (
         r"its ranks have ended, got 'rank 5: RuntimeError: no memory left', .*look at the last "
         r"ranks' output"
     )
     with pytest.raises(TeacherLostError, match=named):
-        asking.submit(questions(1), 1).wait()
+        student.submit(questions(1), 1).wait()
     with pytest.raises(TeacherLostError, match=named):
-        asking.check()
-    assert replies_of_ranks(student, RewardConfig(), queue_seconds=SOON)(["a"]) == [
-        None
-    ]  # soon, and neither right nor wrong
-    end(student, teacher)
+        TeacherRanks(link, SingleProcess()).check()
+    with pytest.raises(TeacherLostError, match=named):
+        TeacherRanks(link, SingleProcess()).wait_until_ready()
+    judge = greedy_replies(pool, RewardConfig(), num_retries=0)
+    assert judge(["a"]) == [None]  # soon, and neither right nor wrong
+    end(link, teacher)
 
 
-def test_a_dead_world_is_missed_by_the_other(worlds: Worlds) -> None:
-    worlds.silence_seconds = 0.3
-    dead = worlds.channel("student", "teacher", beats=False)
+def test_a_partition_without_heartbeats_counts_as_lost(job: Job) -> None:
+    lonely = TeacherRanks(job.link("student", 0.3), SingleProcess())
     with pytest.raises(
-        TeacherLostError, match=r"got 'no sign of life within parallel\.timeout_minutes'"
+        TeacherLostError, match=r"got 'no heartbeat within parallel\.timeout_minutes'"
     ):
-        worlds.student(dead).greet()
-    worlds.start_teacher(beats=False).join(SOON)
-    (word,) = worlds.words
-    assert isinstance(word, LostRankError)
-    assert "the student's ranks are gone" in str(word)
+        lonely.wait_until_ready()
+    server = ChatServer("127.0.0.1")
+    sampler = GroupSampler(job.engine, job.encoder, NoGrader(), SingleProcess())
+    store = PrefixStore("another job", job.store)
+    link = PartitionLink(JobPartition("teacher", 0, 1, 1, store), 0.3)
+    ranks = RankServer(link, server, sampler, SAMPLING, SingleProcess(), lambda: None)
+    with pytest.raises(LostRankError, match="the student's ranks are gone"):
+        ranks.serve()
+    server.close()
 
 
-def test_a_living_world_is_not_missed(worlds: Worlds, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zppo_mm.teacher.rank_channel.BEAT_SECONDS", 0.05)
-    worlds.silence_seconds = 1.0
-    student = worlds.channel("student", "teacher")
-    worlds.channel("teacher", "student")
+def test_a_partition_with_heartbeats_is_not_lost(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zppo_mm.parallel.partition.HEARTBEAT_SECONDS", 0.05)
+    student = job.link("student", 1.0)
+    job.link("teacher")
     for _ in range(30):
-        assert not student.is_other_silent()
+        assert not student.is_other_lost()
         time.sleep(0.05)
 
 
-def test_the_first_last_word_is_heard(worlds: Worlds) -> None:
-    student, teacher = worlds.channel("student", "teacher"), worlds.channel("teacher", "student")
-    assert teacher.last_word() is None
+def test_the_first_exit_reason_counts(job: Job) -> None:
+    student, teacher = job.link("student"), job.link("teacher")
+    assert teacher.exit_reason() is None
     student.leave("rank 1: ConfigError: the cause")
     student.leave("rank 0: LostRankError: what followed")
-    assert teacher.last_word() == "rank 1: ConfigError: the cause"
-    assert student.last_word() is None
+    assert teacher.exit_reason() == "rank 1: ConfigError: the cause"
+    assert student.exit_reason() is None
 
 
-def test_what_cannot_be_graded_is_left_out(worlds: Worlds) -> None:
-    student = worlds.channel("student", "teacher")
-    teacher = worlds.start_teacher()
-
-    @dataclass(frozen=True)
-    class Grade:
-        parsed: str | None
-        reward: float | None
-
-    class Unsure:
-        def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Grade]:
-            return [Grade("?", None if text.endswith("{0}") else 1.0) for _, text in items]
-
-    asking = RanksTeacher(
-        student, TeacherConfig(num_rollouts=NUM_ROLLOUTS), SingleProcess(), Unsure()
+def test_the_server_answers_any_client_of_the_protocol(job: Job) -> None:
+    link, server = job.link("teacher"), ChatServer("127.0.0.1")
+    sampler = GroupSampler(job.engine, job.encoder, NoGrader(), SingleProcess())
+    ranks = RankServer(link, server, sampler, SAMPLING, SingleProcess(), lambda: None)
+    thread = threading.Thread(target=ranks.serve, daemon=True)
+    thread.start()
+    request = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9, "n": 2, "seed": 4}
+    headers = {"Authorization": f"Bearer {server.key}"}
+    posted = Request(f"{server.url}/chat/completions", json.dumps(request).encode(), headers)
+    with urlopen(posted, timeout=SOON) as response:
+        content = json.loads(response.read())
+    texts = [choice["message"]["content"] for choice in content["choices"]]
+    assert texts == [f"so </think> \\boxed{{{index}}}" for index in range(2)]
+    assert content["usage"]["completion_tokens"] == sum(
+        len(choice["token_ids"]) for choice in content["choices"]
     )
-    answers = asking.submit(questions(2), 1).wait()
-    assert [[rollout.text for rollout in rollouts] for rollouts in answers.values()] == [
-        ["so </think> \\boxed{1}"]
-    ] * 2
-    end(student, teacher)
+    assert job.engine.calls == [(1, 1.0, 9)]
+    assert job.engine.paths == [[("rollout", "chat/4/0")]]
+    end(job.link("student"), thread)
+    server.close()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import pytest
 from zppo_mm.bundled import STUDENT_DIR
 from zppo_mm.experience import NO_TOKEN
 from zppo_mm.rollout.chat import ChatFormat
-from zppo_mm.teacher.served.chat_api import Ask, Choice, Fault, ServedToken, parse_reply
+from zppo_mm.teacher.served.chat_api import Ask, Choice, Fault, ServedToken
+from zppo_mm.teacher.served.chat_reply import parse_reply
 from zppo_mm.teacher.served.tokens import TokenReader
 
 
@@ -75,14 +76,14 @@ def test_ids_and_log_probs_by_position() -> None:
     assert found is not None
     ids, top = found
     assert ids.tolist() == [3, 6]
-    # The written token is listed anyway in the first place, and not in the second.
+    # The written token is listed anyway at the first position, and not at the second.
     assert top.ids.tolist() == [[3, 4, NO_TOKEN], [6, 4, 3]]
     np.testing.assert_allclose(
         np.exp(top.logprobs), [[0.5, 0.25, 0.0], [0.125, 0.75, 0.0625]], rtol=1e-6
     )
 
 
-def test_a_character_may_be_divided_and_reasoning_told_apart() -> None:
+def test_a_character_may_be_divided_and_reasoning_separated() -> None:
     written = [
         token(part)
         for part in (
@@ -115,17 +116,17 @@ def test_an_end_that_is_not_spelled_is_the_stop_token() -> None:
     assert ids.tolist() == [3, 6]
     # Elsewhere it may be any special token.
     assert top.ids.tolist() == [[3, NO_TOKEN], [6, 3]]
-    assert read.num_lumped == 1
+    assert read.num_out_of_vocabulary == 1
     cut = choice("4", token(b"4"), token(b""))
     assert read.read(dataclasses.replace(cut, finish_reason="length")) is None
 
 
-def test_likely_tokens_that_are_not_known_are_lumped_and_counted() -> None:
+def test_likely_tokens_out_of_the_vocabulary_are_counted() -> None:
     read = reader()
     found = read.read(choice("4", token(b"4", 0.5, cat=0.2, **{"\ufffd": 0.1, " is": 0.05})))
     assert found is not None
     assert found[1].ids.tolist() == [[3, 4]]
-    assert read.num_lumped == 2
+    assert read.num_out_of_vocabulary == 2
 
 
 @pytest.mark.parametrize(
@@ -154,16 +155,16 @@ def test_what_cannot_be_used_is_left_out_and_said_once(
     [math.nan, math.inf, -math.inf, 1e-3, 0.5, 1e300, -1e300],
     ids=["nan", "inf", "-inf", "above 0", "1/2", "huge", "tiny"],
 )
-@pytest.mark.parametrize("place", ["written", "likely", "unknown to the student"])
+@pytest.mark.parametrize("token", ["written", "likely", "unknown to the student"])
 def test_log_probs_that_there_are_none_of_are_refused(
-    logprob: float, place: str, caplog: pytest.LogCaptureFixture
+    logprob: float, token: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = token(b"4", 0.5, **{" is": 0.25})
     bad = {
         "written": ServedToken(b" is", logprob, ((b"4", -1.0),)),
         "likely": ServedToken(b" is", -1.0, ((b"4", logprob),)),
         "unknown to the student": ServedToken(b" is", -1.0, ((b"4", -1.0), (b"cat", logprob))),
-    }[place]
+    }[token]
     read = reader()
     with caplog.at_level(logging.WARNING):
         assert read.read(choice("4 is", good, bad)) is None
@@ -195,18 +196,18 @@ def test_probabilities_above_one_together_are_refused_and_rounding_is_not(
 
 
 @pytest.mark.parametrize(
-    "told", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "0.25", '"nan"', "true"]
+    "sent", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "0.25", '"nan"', "true"]
 )
-def test_a_reply_with_such_log_probs_is_not_distilled_from(told: str) -> None:
-    body = reply({"content": [{"token": "é4", "bytes": None, "logprob": "TOLD"}]}).replace(
-        b'"TOLD"', told.encode()
+def test_a_reply_with_such_log_probs_is_not_distilled_from(sent: str) -> None:
+    body = reply({"content": [{"token": "é4", "bytes": None, "logprob": "SENT"}]}).replace(
+        b'"SENT"', sent.encode()
     )
     read = TokenReader({"é4".encode(): 1}, [6], num_top=1)
     with contextlib.suppress(
         Fault
     ):  # whether the reply is refused as a whole or its log-probs alone
         assert read.read(parse_reply(body, 1).choices[0]) is None
-    assert read.read(parse_reply(body.replace(told.encode(), b"-0.5"), 1).choices[0]) is not None
+    assert read.read(parse_reply(body.replace(sent.encode(), b"-0.5"), 1).choices[0]) is not None
 
 
 def reply(content: Any) -> bytes:

@@ -367,7 +367,7 @@ def test_prefix_prompts_are_plain_with_the_first_part_of_a_right_response() -> N
     assert instance.text == load_templates().plain_text(hard[0].question)
     assert instance.response_prefix == (0, 1, 2, 3)  # 40 % of ten tokens
     (short,) = (
-        make_all(replace(zone, prefix_share=0.01))
+        make_all(replace(zone, prefix_fraction=0.01))
         .reformulate(hard[:1], {"q": RIGHT}, 1, 10)
         .instances
     )

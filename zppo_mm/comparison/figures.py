@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter
 from zppo_mm.comparison.measures import PHASES, cost, fates
 from zppo_mm.comparison.results import Results, RunResult
 from zppo_mm.comparison.tables import Accuracies
+from zppo_mm.methods import METHODS
 from zppo_mm.report.figures import (
     GREY,
     SEQUENCE,
@@ -28,27 +29,15 @@ from zppo_mm.report.figures import (
 )
 from zppo_mm.report.run_record import Series
 
-METHOD_COLORS = (
-    "#8a94a6",
-    "#1f9d78",
-    "#e08a2c",
-    "#3b6fb6",
-    "#d9655b",
-    "#7b4fb3",
-    "#23395d",
-    "#b08968",
-    "#4fb3bf",
-    "#c45ba8",
-)
 WIDTH_INCHES = 6.4
 PNG_DPI = 150
-REPLAY_SUFFIX = "_replay"
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How a method is drawn."""
+    """How a method is drawn, and what the figures call it."""
 
+    name: str
     color: str
     linestyle: str
 
@@ -77,18 +66,23 @@ def draw_figures(results: Results, by_part: Accuracies, folder: Path) -> list[Dr
 
 
 def looks(results: Results) -> dict[str, Look]:
-    """Return a look for every label; a method with replay and the same without it share a color."""
-    families = list(
-        dict.fromkeys(label.removesuffix(REPLAY_SUFFIX) for label in results.plan.labels)
-    )
-    colors = {
-        family: METHOD_COLORS[index % len(METHOD_COLORS)] for index, family in enumerate(families)
-    }
+    """Return a look for every label: that of its method, with a color of its own where several
+    labels have the same method.
+    """
+    methods = {label: METHODS[results.config(label).method] for label in results.plan.labels}
+    named = {label: method for label, method in methods.items() if label == method.name}
+    colors = {label: method.color for label, method in named.items()}
+    palette = dict.fromkeys(method.color for method in METHODS.values())
+    for label, method in methods.items():
+        free = [color for color in (method.color, *palette) if color not in colors.values()]
+        colors.setdefault(label, free[0] if free else method.color)
     return {
         label: Look(
-            colors[label.removesuffix(REPLAY_SUFFIX)], "-" if results.has_replay(label) else "--"
+            name=method.label if label in named else label,
+            color=colors[label],
+            linestyle="-" if results.has_replay(label) else "--",
         )
-        for label in results.plan.labels
+        for label, method in methods.items()
     }
 
 
@@ -121,7 +115,7 @@ def _curves(results: Results, axes: Axes, series: Callable[[RunResult], Series])
             means,
             color=look.color,
             linestyle=look.linestyle,
-            label=label,
+            label=look.name,
             marker="o" if len(steps) < 15 else "",
             markersize=3.5,
         )
@@ -175,7 +169,7 @@ def _differences(results: Results, by_part: Accuracies, axes: Axes) -> bool:
             )
     axes.axvline(0, color=GREY, linewidth=1)
     finish_axes(axes, "")
-    axes.set_yticks(range(len(found)), list(found))
+    axes.set_yticks(range(len(found)), [styles[label].name for label in found])
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda share, place: f"{100 * share:g}"))
     axes.set_xlabel(f"points of held-out accuracy to {results.plan.baseline}")
@@ -197,7 +191,9 @@ def _graduated(results: Results, by_part: Accuracies, axes: Axes) -> bool:
             for part in bins
         ]
         places = np.arange(len(bins)) + (place - (len(found) - 1) / 2) * width
-        axes.bar(places, shares, width=0.9 * width, color=styles[label].color, label=label)
+        axes.bar(
+            places, shares, width=0.9 * width, color=styles[label].color, label=styles[label].name
+        )
     finish_axes(axes, "graduated", percent=True)
     axes.set_xticks(range(len(bins)), [f"{part} %" for part in bins])
     axes.set_xlabel("accuracy at admission")
@@ -226,7 +222,8 @@ def _seconds(results: Results, by_part: Accuracies, axes: Axes) -> bool:
         text = f" {each.seconds:.1f} s" + (f", {each.ratio:.2f} x" if each.ratio else "")
         axes.text(left[place], place, text, va="center", fontsize=8, color="#4b5563")
     finish_axes(axes, "", columns=3)
-    axes.set_yticks(range(len(found)), list(found))
+    styles = looks(results)
+    axes.set_yticks(range(len(found)), [styles[label].name for label in found])
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.set_xlim(right=1.25 * max(left, default=1.0) or 1.0)
     axes.set_xlabel("seconds of a step")

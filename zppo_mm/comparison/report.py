@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from markupsafe import Markup, escape
 
+from data.atomic_files import write_atomically
 from zppo_mm.comparison.figures import draw_figures
 from zppo_mm.comparison.launch import Failure
 from zppo_mm.comparison.measures import fates
@@ -59,8 +59,8 @@ def write_comparison(plan: Plan, failures: Sequence[Failure] = ()) -> list[Table
         tables=made,
     )
     write_page(plan.folder / PAGE_FILE, page)
-    _write(plan.folder / MARKDOWN_FILE, _document(plan, made, failures))
-    _write(plan.folder / CSV_FILE, _csv(results, by_part))
+    write_atomically(plan.folder / MARKDOWN_FILE, _document(plan, made, failures))
+    write_atomically(plan.folder / CSV_FILE, _csv(results, by_part))
     return made
 
 
@@ -146,9 +146,3 @@ def _bold(cell: str) -> Markup:
     """
     text = re.sub(r"\*\*(-.*?)\*\*", r'<b class="less">\1</b>', str(escape(cell)))
     return Markup(re.sub(r"\*\*(.*?)\*\*", r"<b>\1</b>", text))
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

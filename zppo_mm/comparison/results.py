@@ -9,6 +9,7 @@ from pathlib import Path
 
 from zppo_mm.comparison.launch import check_same_configuration, is_finished, steps_reached
 from zppo_mm.comparison.plan import Plan, PlannedRun
+from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.observability.transcripts import HELD_OUT_FOLDER
 from zppo_mm.report.run_record import RunRecord, read_lines, read_run
@@ -92,7 +93,11 @@ class Results:
         return {seed: result for seed, result in self.runs[label].items() if result.counts}
 
     def has_replay(self, label: str) -> bool:
-        return next(iter(self.runs[label].values())).run.config.zone.replay
+        return self.config(label).zone.replay
+
+    def config(self, label: str) -> RunConfig:
+        """Return the configuration of a method's runs, which differ in the seed alone."""
+        return next(iter(self.runs[label].values())).run.config
 
 
 def read_results(plan: Plan) -> Results:

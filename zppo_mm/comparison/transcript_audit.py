@@ -14,7 +14,7 @@ from typing import Any, Literal
 from zppo_mm.comparison.intervals import Estimate, share_interval
 from zppo_mm.comparison.tables import Table
 from zppo_mm.errors import ConfigError
-from zppo_mm.experience import PLAIN_KINDS
+from zppo_mm.methods import PLAIN_KINDS
 from zppo_mm.observability.audit import comparable_answer, num_matches
 from zppo_mm.report.run_record import read_lines, transcripts_newest_first
 from zppo_mm.rewards.boxes import final_answer

@@ -1,77 +1,182 @@
-"""The text of `--help`: every key of the configuration with its type, default and meaning, read
-from the source of `zppo_mm.config.schema` and its sections.
+"""The reference of all configuration keys, read from their declarations: the text of `--help`, and
+the page docs/configuration.md, which `python -m zppo_mm.config.help > docs/configuration.md`
+prints.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
+import sys
 import textwrap
-from dataclasses import fields, is_dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, fields, is_dataclass
+from typing import Any, get_type_hints
 
-from zppo_mm.config import network as config_models
-from zppo_mm.config import schema as config
-from zppo_mm.config import teacher as config_teacher
+from zppo_mm.config.keys import declared, default_of, entry_type
 from zppo_mm.config.schema import RunConfig
+from zppo_mm.methods import METHODS
 
-LINE_WIDTH = 110
+LINE_WIDTH = 100
+_PAGE_HEAD = """# Configuration
+
+This page is printed from the declarations in `zppo_mm/config/` by
+`python -m zppo_mm.config.help > docs/configuration.md`.
+A test fails when it is stale.
+
+A run takes its keys from these sources.
+Later ones take precedence:
+
+1. the defaults below, which are the paper's;
+2. the bundled preset `tiny`, if no file is given;
+3. the settings of the method;
+4. the YAML file (`--config`);
+5. `key=value` and `key.sub=value` on the command line, in their order.
+
+An unknown key, a value of the wrong type or out of its range, and keys that contradict one another
+are errors.
+
+*Resume*: "yes" marks a key that may change when a run is resumed.
+Any other change of a key is refused.
+"""
+_METHODS_HEAD = """## Methods
+
+`method` sets the keys of its row and turns the other switches of `zone` and `distill` off.
+Explicitly set keys take precedence, so that methods can be combined: `method=zppo zone.hint=true`.
+The third column says whether the method asks the teacher at all.
+(A teacher may also compress candidates, see `teacher.compressor`.)
+"""
+_FIRST_ONLY = "Not for fallback teachers."
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """Some keys with a common prefix.
+
+    Attributes:
+        title: The prefix without its dot; empty for the keys of the root.
+        help: What the section is.
+        kind: The dataclass.
+        may_change_on_resume: Whether this holds for all of its keys.
+    """
+
+    title: str
+    help: str
+    kind: Any
+    may_change_on_resume: bool = False
+
+
+def describe_methods() -> str:
+    """Return one line per method."""
+    width = max(map(len, METHODS))
+    return "\n".join(
+        f"  {name:{width}}  {method.label}: {method.summary}" for name, method in METHODS.items()
+    )
 
 
 def describe_options() -> str:
-    """Return all options grouped as in the configuration, one `key  type = default` line and its
-    meaning each.
-    """
-    meanings = _meanings()
-    blocks = [_group_text("", RunConfig(), meanings)]
-    for field in fields(RunConfig):
-        value = getattr(RunConfig(), field.name)
-        if is_dataclass(value):
-            title = f"{field.name}: {meanings[RunConfig.__name__, field.name]}"
-            blocks.append(title + "\n" + _group_text(f"{field.name}.", value, meanings))
-    return "\n\n".join(blocks)
+    """Return all keys by section: a line `key  type = default` and the meaning of each."""
+    return "\n\n".join(
+        (f"{each.title}: {each.help}\n" if each.title else "")
+        + "\n".join(line for own in _plain_fields(each.kind) for line in _lines(each, own))
+        for each in _sections()
+    )
 
 
-def _group_text(prefix: str, group: Any, meanings: dict[tuple[str, str], str]) -> str:
-    """Describe the plain fields of one dataclass instance."""
-    lines = []
-    for field in fields(group):
-        value = getattr(group, field.name)
-        if is_dataclass(value):
-            continue
-        # Annotations are strings in the configuration module, just as a reader wrote them.
-        lines.append(f"  {prefix}{field.name}  {field.type} = {_default_text(value)}")
-        meaning = meanings[type(group).__name__, field.name]
-        lines += textwrap.wrap(
-            meaning, LINE_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
+def reference_page() -> str:
+    """Return the page docs/configuration.md."""
+    parts = [_PAGE_HEAD]
+    for each in _sections():
+        rows = "\n".join(_row(each, own) for own in _plain_fields(each.kind))
+        heading = f"## `{each.title}`\n\n{each.help}\n" if each.title else "## Run\n"
+        parts.append(
+            f"{heading}\n| key | type | default | allowed | resume | meaning |\n"
+            f"|---|---|---|---|---|---|\n{rows}\n"
         )
-    return "\n".join(lines)
+    parts.append(f"{_METHODS_HEAD}\n{_methods_table()}\n")
+    return "\n".join(parts)
 
 
-def _default_text(value: Any) -> str:
-    """Write a default as it would be given on the command line."""
+def _sections() -> Iterator[_Section]:
+    """Yield the root, every section, and the entries of lists that are no section themselves."""
+    hints = get_type_hints(RunConfig)
+    sections = [
+        _Section(own.name, declared(own).help, hints[own.name], declared(own).may_change_on_resume)
+        for own in fields(RunConfig)
+        if is_dataclass(hints[own.name])
+    ]
+    described = {each.kind for each in sections}
+    yield _Section("", "", RunConfig)
+    for each in sections:
+        yield each
+        types = get_type_hints(each.kind)
+        for own in _plain_fields(each.kind):
+            kind = entry_type(types[own.name])
+            if kind is not None and kind not in described:
+                described.add(kind)
+                yield _Section(
+                    f"{each.title}.{own.name}[]", " ".join(str(kind.__doc__).split()), kind
+                )
+
+
+def _plain_fields(kind: Any) -> list[Field[Any]]:
+    """Return the fields that are not sections."""
+    hints = get_type_hints(kind)
+    return [own for own in fields(kind) if not is_dataclass(hints[own.name])]
+
+
+def _path(each: _Section, own: Field[Any]) -> str:
+    return f"{each.title}.{own.name}" if each.title else own.name
+
+
+def _lines(each: _Section, own: Field[Any]) -> list[str]:
+    """Describe a key for `--help`."""
+    # Types are strings in the configuration's modules, as a reader wrote them.
+    known, shown = declared(own), f"{own.type} = {_default_text(own)}"
+    allowed = f" [{_allowed(own)}]" if _allowed(own) and own.name != "method" else ""
+    return [
+        f"  {_path(each, own)}  {shown}",
+        *textwrap.wrap(
+            known.help + allowed, LINE_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
+        ),
+    ]
+
+
+def _row(each: _Section, own: Field[Any]) -> str:
+    """Describe a key as a row of the page."""
+    known = declared(own)
+    resume = "yes" if each.may_change_on_resume or known.may_change_on_resume else ""
+    meaning = f"{known.help} {_FIRST_ONLY}" if known.first_teacher_only else known.help
+    allowed = "see [Methods](#methods)" if own.name == "method" else _allowed(own)
+    cells = (f"`{_path(each, own)}`", own.type, f"`{_default_text(own)}`", allowed, resume, meaning)
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _allowed(own: Field[Any]) -> str:
+    """Return the choices or the range of a key; empty if its type is all there is."""
+    known = declared(own)
+    return ", ".join(choice or '""' for choice in known.choices) or known.range
+
+
+def _default_text(own: Field[Any]) -> str:
+    """Write a default as on the command line."""
+    value = default_of(own)
     if isinstance(value, bool):
         return str(value).lower()
-    return repr(value) if isinstance(value, str) else str(value)
+    return '""' if value == "" else str(value)
 
 
-def _meanings() -> dict[tuple[str, str], str]:
-    """Return the string under each field, by class and field name."""
-    meanings = {}
-    for node in (
-        node
-        for module in (config, config_models, config_teacher)
-        for node in ast.parse(inspect.getsource(module)).body
-    ):
-        if not isinstance(node, ast.ClassDef):
-            continue
-        for statement, follower in zip(node.body, node.body[1:], strict=False):
-            if not (
-                isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
-            ):
-                continue
-            if isinstance(follower, ast.Expr) and isinstance(follower.value, ast.Constant):
-                meanings[node.name, statement.target.id] = " ".join(
-                    str(follower.value.value).split()
-                )
-    return meanings
+def _methods_table() -> str:
+    """Return the methods with what they do and set."""
+    rows = ["| method | label | teacher | what it trains on | settings |", "|---|---|---|---|---|"]
+    for name, method in METHODS.items():
+        settings = ", ".join(
+            f"`{key}={str(value).lower()}`"
+            for key, value in method.settings.items()
+            if value not in (False, "none")
+        )
+        teacher = "yes" if method.needs_teacher else ""
+        rows.append(f"| `{name}` | {method.label} | {teacher} | {method.summary} | {settings} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference_page())

@@ -8,7 +8,6 @@ so a misspelt key is an error that names where it came from. Imports no torch.
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -18,9 +17,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from zppo_mm.config.checks import METHODS, check_config
+from data.atomic_files import write_atomically
+from zppo_mm.config.checks import check_config
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ConfigError
+from zppo_mm.methods import METHODS
 
 PRESETS_FOLDER = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "tiny"
@@ -39,8 +40,8 @@ class _Layer:
 def load_config(config_path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the checked configuration of a run.
 
-    Later ones win: the dataclass defaults; the bundled preset `tiny` when no file is given; the
-    keys that the method sets; the YAML file; the overrides in their order.
+    Later sources take precedence: the dataclass defaults; the bundled preset `tiny` when no file is
+    given; the keys that the method sets; the YAML file; the overrides in their order.
 
     Args:
         config_path: A YAML file, or `None` for the bundled preset.
@@ -62,7 +63,9 @@ def load_config(config_path: str | Path | None, overrides: Sequence[str] = ()) -
     method = _chosen_method([*preset, *given])
     method_keys = _Layer(
         f"method {method}",
-        OmegaConf.from_dotlist([f"{key}={value}" for key, value in METHODS[method].items()]),
+        OmegaConf.from_dotlist(
+            [f"{key}={value}" for key, value in METHODS[method].settings.items()]
+        ),
     )
     config = _merge([*preset, method_keys, *given], RunConfig)
     check_config(config)
@@ -83,12 +86,10 @@ def load_settings(kind: type[_Kind], path: Path, overrides: Sequence[str] = ()) 
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the whole resolved configuration as YAML that `load_config` reads back to an equal one;
-    written aside, then renamed.
+    """Write the whole resolved configuration as YAML that `load_config` reads back to an equal
+    one.
     """
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    os.replace(aside, path)
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def flat_keys(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

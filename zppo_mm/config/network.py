@@ -1,58 +1,16 @@
-"""Sections of a run's configuration that say which networks there are, how they are laid out, and
-what is trained of them.
+"""Sections of the configuration: the networks, their parallel layout, and adapters.
 
 `zppo_mm.config.schema` puts them together with the others.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from zppo_mm.config.keys import key
 
-@dataclass(kw_only=True)
-class ModelConfig:
-    """Student and the network's implementation."""
-
-    student: str = ""
-    """Hugging Face folder of the student; empty means the bundled tiny student."""
-    transformer_impl: str = "auto"
-    """`local`, `transformer_engine`, or `auto`: Transformer Engine where it is installed and a GPU
-    is there.
-    """
-    params_dtype: str = "auto"
-    """`float32`, `bfloat16`, or `auto`: bfloat16 on a GPU, float32 without."""
-    fp8: str = ""
-    """FP8 format (`e4m3` or `hybrid`) of the language model's linears; empty is off. Needs
-    Transformer Engine and a GPU.
-    """
-    fp8_recipe: str = "tensorwise"
-    """Transformer Engine's FP8 recipe: delayed, tensorwise, blockwise, mxfp8."""
-    recompute: str = "none"
-    """Activation recomputation of the language model: none, selective, full."""
-
-
-@dataclass(kw_only=True)
-class ParallelConfig:
-    """Megatron's parallel layout; what is left of the world size is data parallel."""
-
-    tensor_model_parallel_size: int = 1
-    """Ranks that share every layer's weights."""
-    pipeline_model_parallel_size: int = 1
-    """Pipeline stages."""
-    context_parallel_size: int = 1
-    """Ranks that share the tokens of every training pack, for long responses; each samples as a
-    replica of its own.
-    """
-    sequence_parallel: bool = False
-    """Shard activations between tensor-parallel regions over the sequence."""
-    use_distributed_optimizer: bool = True
-    """Shard the optimizer state over data-parallel ranks."""
-    overlap_grad_reduce: bool = False
-    """Overlap gradient reduction with the backward pass."""
-    timeout_minutes: float = 10.0
-    """Time after which a collective that waits for a lost rank fails."""
-
-
+TRAINABLE_PARTS = ("vision", "projector", "language")
+"""Parts of a vision-language model that can be trained or frozen."""
 LORA_TARGETS = (
     "q_proj",
     "k_proj",
@@ -67,24 +25,95 @@ LORA_TARGETS = (
     "in_proj_a",
     "out_proj",
 )
-"""Linears of the language model that may have adapters, by their Hugging Face names."""
+"""Linear layers of the language model that may have adapters, by their Hugging Face names."""
+TRANSFORMER_IMPLS = ("auto", "local", "transformer_engine")
+PARAMS_DTYPES = ("auto", "float32", "bfloat16")
+FP8_FORMATS = ("", "e4m3", "hybrid")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The student and how its network is computed."""
+
+    student: str = key("", "Hugging Face folder of the student. Empty: the bundled tiny student.")
+    transformer_impl: str = key(
+        "auto",
+        "Implementation of the transformer layers. `auto`: Transformer Engine where it is "
+        "installed and a GPU is available, else `local`.",
+        choices=TRANSFORMER_IMPLS,
+        may_change_on_resume=True,
+    )
+    params_dtype: str = key(
+        "auto",
+        "Data type of the parameters. `auto`: bfloat16 on a GPU, float32 on a CPU.",
+        choices=PARAMS_DTYPES,
+    )
+    fp8: str = key(
+        "",
+        "FP8 format of the linear layers of the language model. Empty: no FP8. Needs Transformer "
+        "Engine and a GPU.",
+        choices=FP8_FORMATS,
+    )
+    fp8_recipe: str = key(
+        "tensorwise",
+        "Scaling recipe of Transformer Engine for FP8.",
+        choices=("delayed", "tensorwise", "blockwise", "mxfp8"),
+    )
+    recompute: str = key(
+        "none",
+        "Activation recomputation in the language model.",
+        choices=("none", "selective", "full"),
+        may_change_on_resume=True,
+    )
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """Megatron's parallel layout. The remaining ranks are data parallel."""
+
+    tensor_model_parallel_size: int = key(
+        1, "Ranks over which the weights of every layer are sharded.", at_least=1
+    )
+    pipeline_model_parallel_size: int = key(1, "Number of pipeline stages.", at_least=1)
+    context_parallel_size: int = key(
+        1,
+        "Ranks over which the tokens of every packed sequence are sharded in training, for long "
+        "responses. Each of them samples as a replica of its own.",
+        at_least=1,
+    )
+    sequence_parallel: bool = key(
+        False, "Shard activations between tensor-parallel regions along the sequence."
+    )
+    use_distributed_optimizer: bool = key(
+        True, "Shard the optimizer state over the data-parallel ranks."
+    )
+    overlap_grad_reduce: bool = key(False, "Overlap the gradient reduction with the backward pass.")
+    timeout_minutes: float = key(
+        10.0, "Time after which a collective that waits for a lost rank fails.", above=0
+    )
 
 
 @dataclass(kw_only=True)
 class LoraConfig:
-    """Low-rank adapters on the language model, trained in place of its weights."""
+    """Low-rank adapters on the language model. With them its own weights are frozen."""
 
-    rank: int = 0
-    """Width of the adapters; 0 is off. With adapters everything else is frozen, except what
-    also_train names.
-    """
-    alpha: int = 32
-    """What adapters add is scaled by alpha / rank."""
-    dropout: float = 0.0
-    """Share of an adapter's inputs dropped in training."""
-    targets: list[str] = field(default_factory=lambda: ["all"])
-    """Adapted linears: `all`, or any of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj,
-    down_proj, in_proj_qkv, in_proj_z, in_proj_b, in_proj_a, out_proj.
-    """
-    also_train: list[str] = field(default_factory=list)
-    """Parts that train whole beside the adapters: any of vision, projector."""
+    rank: int = key(
+        0,
+        "Rank of the adapters. 0: no adapters. With adapters everything else is frozen, except the "
+        "parts in `also_train`.",
+        at_least=0,
+    )
+    alpha: int = key(32, "The adapters' output is scaled by alpha / rank.", at_least=1)
+    dropout: float = key(
+        0.0, "Dropout probability of the adapters' inputs in training.", at_least=0, below=1
+    )
+    targets: list[str] = key(
+        ["all"],
+        "Linear layers with adapters.",
+        choices=("all", *LORA_TARGETS),
+    )
+    also_train: list[str] = key(
+        [],
+        "Parts that are trained in full beside the adapters.",
+        choices=("vision", "projector"),
+    )

@@ -1,23 +1,24 @@
-"""Which keys of a configuration must fit one another, and addresses that must be some."""
+"""Checks of keys that must fit one another, and of addresses."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from urllib.parse import urlsplit
 
-from zppo_mm.config.schema import LORA_TARGETS, RunConfig, TeacherConfig
-from zppo_mm.errors import ConfigError
-
-TRAINABLE_PARTS = ("vision", "projector", "language")
-ONLY_FIRST_TEACHER = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "compressor",
-    "compression_max_tokens",
-    "compression_max_lines",
+from zppo_mm.config.network import TRAINABLE_PARTS
+from zppo_mm.config.schema import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    ParallelConfig,
+    RewardConfig,
+    RunConfig,
+    TeacherConfig,
+    TrainConfig,
 )
-"""Keys of a teacher that mean nothing for a further one."""
+from zppo_mm.errors import ConfigError
+from zppo_mm.methods import SWITCHED, Kind
 
 
 def check_relations(config: RunConfig) -> None:
@@ -26,54 +27,58 @@ def check_relations(config: RunConfig) -> None:
     Raises:
         ConfigError: Keys that do not fit together, or that nothing would use.
     """
-    _check_sources(config)
-    _check_training(config)
+    _check_name(config.name)
+    _check_sources(config.data)
+    _check_training(config.train, config.lora)
+    _check_layout(config.parallel, config.model, config.train)
     _check_methods(config)
-    _check_lora(config)
-    _check_endpoints(config)
-    _check_teacher_ranks(config)
+    _check_lora(config.lora, config.train)
+    _check_teachers(config.teacher, config.fallback_teachers)
+    _check_judge(config.reward, config.teacher, config.parallel)
+    _check_teacher_ranks(config.teacher)
 
 
-def _check_sources(config: RunConfig) -> None:
-    """Check every data source."""
-    for name, sources in (
-        ("data.train", config.data.train),
-        ("data.held_out", config.data.held_out),
-    ):
+def _check_name(name: str) -> None:
+    if any(separator in name for separator in "/\\") or name in (".", ".."):
+        raise ConfigError(
+            f"name: not a folder name, got {name!r}, expected a name without slashes; use "
+            "output_dir for the parent folder"
+        )
+
+
+def _check_sources(data: DataConfig) -> None:
+    """Check that every data source has a path."""
+    for name, sources in (("data.train", data.train), ("data.held_out", data.held_out)):
         for index, source in enumerate(sources):
-            where = f"{name}[{index}]"
             if not source.path:
                 raise ConfigError(
-                    f"{where}.path: missing, got an empty path, expected a folder with shards; "
-                    "give it or remove the source"
-                )
-            if not (source.weight > 0 and math.isfinite(source.weight)):
-                raise ConfigError(
-                    f"{where}.weight: out of range, got {source.weight}, expected more than 0; "
-                    "remove an unused source"
+                    f"{name}[{index}].path: missing, got an empty path, expected a folder with "
+                    "shards; give it or remove the source"
                 )
 
 
-def _check_training(config: RunConfig) -> None:
-    """Check what trains against how it is laid out."""
-    train, parallel, model = config.train, config.parallel, config.model
+def _check_training(train: TrainConfig, lora: LoraConfig) -> None:
+    """Check the size of the updates and what is trained."""
     if train.num_new_questions % train.updates_per_step:
         raise ConfigError(
             "train.num_new_questions: does not split into equal updates, got "
             f"{train.num_new_questions} questions for {train.updates_per_step} updates, expected a "
             "multiple of train.updates_per_step; change one of them"
         )
-    unknown = [part for part in train.freeze if part not in TRAINABLE_PARTS]
-    if unknown or (set(train.freeze) == set(TRAINABLE_PARTS) and not config.lora.rank):
+    if set(train.freeze) == set(TRAINABLE_PARTS) and not lora.rank:
         raise ConfigError(
-            f"train.freeze: cannot freeze this, got {train.freeze}, expected at most two of "
-            f"{', '.join(TRAINABLE_PARTS)}; correct the list"
+            f"train.freeze: nothing is left to train, got {train.freeze}, expected at most two of "
+            f"{', '.join(TRAINABLE_PARTS)}; shorten the list"
         )
+
+
+def _check_layout(parallel: ParallelConfig, model: ModelConfig, train: TrainConfig) -> None:
+    """Check the parallel layout and what the implementation of the layers supports."""
     if train.share_prompts == "always" and model.transformer_impl == "transformer_engine":
         raise ConfigError(
-            "train.share_prompts: Transformer Engine's layers cannot share prompts, got 'always' "
-            "with model.transformer_impl='transformer_engine', expected 'auto' or 'never' with "
-            "that; change one of them"
+            "train.share_prompts: not with Transformer Engine's layers, got 'always' with "
+            "model.transformer_impl='transformer_engine', expected 'auto' or 'never'; change one "
+            "of them"
         )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ConfigError(
@@ -96,17 +101,11 @@ def _check_training(config: RunConfig) -> None:
             "model.transformer_impl='local', expected 'transformer_engine' or 'auto'; without it "
             "megatron-core would ignore FP8 silently"
         )
-    if any(separator in config.name for separator in "/\\") or config.name in (".", ".."):
-        raise ConfigError(
-            f"name: not a folder name, got {config.name!r}, expected a name without slashes; use "
-            "output_dir for the place"
-        )
 
 
 def _check_methods(config: RunConfig) -> None:
-    """Check that what is done about hard questions and what is descended fit together."""
+    """Check that the treatment of hard questions and the training objective fit together."""
     zone = config.zone
-    asks = [name for name in ("bcq", "ncq", "hint", "prefix", "inject") if getattr(zone, name)]
     if config.distill.source == "none":
         if config.distill.top_k:
             raise ConfigError(
@@ -114,22 +113,23 @@ def _check_methods(config: RunConfig) -> None:
                 "distill.source='none', expected 0; choose a source (method=off_distill or "
                 "on_distill) or leave it out"
             )
-        if config.fallback_teachers and not set(asks) - {"ncq"}:
+        if config.fallback_teachers and not zone.uses_teacher:
             raise ConfigError(
-                f"fallback_teachers: nobody would be asked, got {len(config.fallback_teachers)} of "
-                "them with a method that shows no teacher's answer, expected bcq, hint, prefix or "
-                "inject among zone's switches; remove them or change the method"
+                f"fallback_teachers: none would be asked, got {len(config.fallback_teachers)} with "
+                "a method that uses no teacher rollouts, expected one of "
+                f"{_switches(kind for kind in SWITCHED if kind.uses_teacher)}; remove them or "
+                "change the method"
             )
         return
-    if asks:
+    if zone.kinds:
         raise ConfigError(
             "distill.source: distillation trains on no reformulated prompt, got "
-            f"{config.distill.source!r} with zone.{asks[0]}=true, expected one of the two; set the "
-            "zone's key to false, or distill.source=none"
+            f"{config.distill.source!r} with {_switches(zone.kinds[:1])}=true, expected one of the "
+            "two; set the zone's key to false, or distill.source=none"
         )
     if zone.max_sampling_rounds > 1 or config.algorithm.importance_cap:
         raise ConfigError(
-            "distill.source: distillation looks at no reward and no old log-probs, got "
+            "distill.source: distillation uses no rewards and no old log-probs, got "
             f"{config.distill.source!r} with zone.max_sampling_rounds={zone.max_sampling_rounds} "
             f"and algorithm.importance_cap={config.algorithm.importance_cap:g}, expected 1 and 0; "
             "remove those keys"
@@ -142,8 +142,12 @@ def _check_methods(config: RunConfig) -> None:
         )
 
 
+def _switches(kinds: Iterable[Kind]) -> str:
+    return ", ".join(f"zone.{kind.name}" for kind in kinds)
+
+
 def _check_distillation(config: RunConfig) -> None:
-    """Check that the teacher can say what is asked of it."""
+    """Check that the teacher can give the distributions that are distilled."""
     teacher, distill = config.teacher, config.distill
     if teacher.num_ranks:
         raise ConfigError(
@@ -154,48 +158,44 @@ def _check_distillation(config: RunConfig) -> None:
     if not teacher.endpoints:
         if config.parallel.pipeline_model_parallel_size > 1:
             raise ConfigError(
-                "parallel.pipeline_model_parallel_size: distillation passes the teacher on the "
+                "parallel.pipeline_model_parallel_size: distillation computes the teacher on the "
                 f"stage of the loss, got {config.parallel.pipeline_model_parallel_size}, expected "
                 "1; use tensor or context parallelism, or serve the teacher"
             )
         return
     if distill.source == "student":
         raise ConfigError(
-            "distill.source: a server of chat completions says nothing about another's text, got "
+            "distill.source: a server of chat completions cannot score the student's text, got "
             "'student' with teacher.endpoints, expected 'teacher' with those; remove the endpoints "
-            "and have the teacher in this process (teacher.model names its folder)"
+            "and run the teacher in this process (teacher.model names its folder)"
         )
     if not distill.top_k:
         raise ConfigError(
             "distill.top_k: a server does not send whole distributions, got 0 with "
             "teacher.endpoints, expected the number of log-probs per token to ask for (OpenAI and "
-            "vLLM give at most 20 unless told otherwise); set it"
+            "vLLM give at most 20 by default); set it"
         )
     if config.rollout.temperature != 1.0:
         raise ConfigError(
             "rollout.temperature: a server's log-probs are those of temperature 1, got "
             f"{config.rollout.temperature:g} with teacher.endpoints and distillation, expected 1; "
-            "set it, or have the teacher in this process"
+            "set it, or run the teacher in this process"
         )
 
 
-def _check_lora(config: RunConfig) -> None:
+def _check_lora(lora: LoraConfig, train: TrainConfig) -> None:
     """Check what has adapters and what trains beside them."""
-    lora = config.lora
-    unknown = [name for name in lora.targets if name not in LORA_TARGETS]
-    if not lora.targets or (unknown and lora.targets != ["all"]):
+    if not lora.targets or ("all" in lora.targets and len(lora.targets) > 1):
         raise ConfigError(
-            f"lora.targets: cannot adapt this, got {lora.targets}, expected [all] or any of "
-            f"{', '.join(LORA_TARGETS)}; correct the list"
+            f"lora.targets: ambiguous, got {lora.targets}, expected [all] or names of linear "
+            "layers; correct the list"
         )
-    parts = ("vision", "projector")
-    if any(part not in parts for part in lora.also_train) or (lora.also_train and not lora.rank):
+    if lora.also_train and not lora.rank:
         raise ConfigError(
-            f"lora.also_train: cannot train this beside adapters, got {lora.also_train} with "
-            f"lora.rank={lora.rank}, expected any of {', '.join(parts)} and a rank above 0; "
-            "correct the list, or use train.freeze without adapters"
+            f"lora.also_train: needs adapters, got {lora.also_train} with lora.rank=0, expected a "
+            "rank above 0; set it, or use train.freeze without adapters"
         )
-    both = [part for part in lora.also_train if part in config.train.freeze]
+    both = [part for part in lora.also_train if part in train.freeze]
     if both:
         raise ConfigError(
             f"lora.also_train: {both[0]} is in train.freeze too, expected it in one of them; "
@@ -203,11 +203,10 @@ def _check_lora(config: RunConfig) -> None:
         )
 
 
-def _check_endpoints(config: RunConfig) -> None:
-    """Check the servers' addresses; what they hold is never repeated, because it may be a key."""
-    teacher, reward = config.teacher, config.reward
-    _check_teacher("teacher", teacher)
-    for index, other in enumerate(config.fallback_teachers):
+def _check_teachers(first: TeacherConfig, others: Sequence[TeacherConfig]) -> None:
+    """Check where every teacher runs."""
+    _check_teacher("teacher", first)
+    for index, other in enumerate(others):
         _check_teacher(f"fallback_teachers[{index}]", other)
         if other.num_ranks:
             raise ConfigError(
@@ -215,17 +214,10 @@ def _check_endpoints(config: RunConfig) -> None:
                 f"its own, got {other.num_ranks}, expected 0; serve this one and give its "
                 "endpoints, or let the student's ranks run it"
             )
-        unused = [
-            name
-            for name in ONLY_FIRST_TEACHER
-            if getattr(other, name) != getattr(TeacherConfig(), name)
-        ]
-        if unused:
-            raise ConfigError(
-                f"fallback_teachers[{index}].{unused[0]}: only the first teacher rewrites "
-                f"and has sizes of its own, got {getattr(other, unused[0])!r}, expected none; give "
-                "it under teacher or leave it out"
-            )
+
+
+def _check_judge(reward: RewardConfig, teacher: TeacherConfig, parallel: ParallelConfig) -> None:
+    """Check where the judge runs and how long its replies may take."""
     _check_addresses("reward.judge_endpoints", reward.judge_endpoints)
     if reward.judge_endpoints and not (reward.judge_model or teacher.model):
         raise ConfigError(
@@ -238,7 +230,7 @@ def _check_endpoints(config: RunConfig) -> None:
             f"{reward.judge_model!r}, expected reward.judge_endpoints or teacher.endpoints with "
             "it; give them or leave it out"
         )
-    limit = 60 * config.parallel.timeout_minutes
+    limit = 60 * parallel.timeout_minutes
     has_judge = reward.judge and (teacher.endpoints or reward.judge_endpoints or teacher.num_ranks)
     if has_judge and reward.judge_max_wait_seconds >= limit:
         raise ConfigError(
@@ -263,11 +255,8 @@ def _check_teacher(where: str, teacher: TeacherConfig) -> None:
         )
 
 
-def _check_teacher_ranks(config: RunConfig) -> None:
-    """Check a teacher beside the student or in its place; how many ranks there are is known
-    later.
-    """
-    teacher = config.teacher
+def _check_teacher_ranks(teacher: TeacherConfig) -> None:
+    """Check a teacher on ranks of its own; how many ranks the job has is known later."""
     sizes = (teacher.tensor_model_parallel_size, teacher.pipeline_model_parallel_size)
     if not teacher.num_ranks:
         if max(sizes) > 1:
@@ -291,7 +280,7 @@ def _check_teacher_ranks(config: RunConfig) -> None:
 
 
 def _check_addresses(key: str, urls: Sequence[str]) -> None:
-    """Check a list of base URLs."""
+    """Check a list of base URLs. Messages never repeat a URL, because it may contain a key."""
     for index, url in enumerate(urls):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -308,6 +297,6 @@ def _check_addresses(key: str, urls: Sequence[str]) -> None:
             )
     if len(set(urls)) < len(urls):
         raise ConfigError(
-            f"{key}: an address stands there twice, expected each once; raise "
+            f"{key}: an address is listed twice, expected each once; raise "
             "teacher.max_concurrency instead"
         )

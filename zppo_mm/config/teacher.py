@@ -1,76 +1,133 @@
-"""The section of a run's configuration that says who the teacher is, where it runs and how it is
-asked.
-"""
+"""Section of the configuration: who the teacher is, where it runs and how it is asked."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from zppo_mm.config.keys import key
+from zppo_mm.config.network import FP8_FORMATS, PARAMS_DTYPES, TRANSFORMER_IMPLS
 
 
 @dataclass(kw_only=True)
 class TeacherConfig:
     """The frozen teacher."""
 
-    model: str = ""
-    """Hugging Face folder of the teacher; empty means the bundled tiny teacher. With endpoints,
-    the served model's name.
-    """
-    endpoints: list[str] = field(default_factory=list)
-    """Base URLs of OpenAI-compatible servers of the teacher, such as http://host:8000/v1; empty
-    means a model in this process.
-    """
-    num_ranks: int = 0
-    """The last ranks of the job that run the teacher alone; 0 has the student's ranks run both in
-    turn. Not with endpoints.
-    """
-    tensor_model_parallel_size: int = 1
-    """As parallel.tensor_model_parallel_size, for a teacher on its own ranks."""
-    pipeline_model_parallel_size: int = 1
-    """As parallel.pipeline_model_parallel_size, for a teacher on its own ranks."""
-    api_key_env: str = ""
-    """Environment variable that holds the servers' key; empty sends none."""
-    on_failure: str = "wait"
-    """When a served teacher does not answer: `wait` (retry until max_wait_seconds, then stop with a
-    checkpoint), `ncq_only` (go on without its answers after num_retries), `stop` (stop with a
-    checkpoint after num_retries). On its own ranks nothing is tried again.
-    """
-    max_concurrency: int = 32
-    """Most requests in flight at one server, over all ranks; every replica has at least one."""
-    connect_timeout_seconds: float = 10.0
-    """Time for a connection to a server."""
-    read_timeout_seconds: float = 600.0
-    """Longest silence of a server; one that does not stream is silent until its answer is whole."""
-    request_timeout_seconds: float = 900.0
-    """Time for one request to a server as a whole."""
-    num_retries: int = 5
-    """Further attempts of a request that failed; without end under on_failure=wait."""
-    backoff_seconds: float = 1.0
-    """Longest pause before the first further attempt; it doubles with each one, up to a minute."""
-    max_wait_seconds: float = 3600.0
-    """Time after which a question counts as not answered, all attempts together."""
-    video: str = "frames"
-    """How a server gets a video: `frames` (the sampled frames as images) or `file` (the whole
-    file).
-    """
-    media_format: str = "png"
-    """File format of images and frames sent to a server: png (lossless) or jpeg (smaller)."""
-    num_rollouts: int = 4
-    """Teacher rollouts per hard question (G_T)."""
-    temperature: float = 1.0
-    """Sampling temperature of the teacher."""
-    max_response_tokens: int = 12288
-    """Longest teacher response."""
-    transformer_impl: str = ""
-    """As model.transformer_impl; empty means the student's."""
-    params_dtype: str = ""
-    """As model.params_dtype; empty means the student's."""
-    fp8: str = ""
-    """As model.fp8, for the teacher alone; empty is off."""
-    compressor: str = "rule"
-    """Who compresses candidates and writes hints: `rule` (cuts what is there) or `teacher`
-    (rewrites it).
-    """
-    compression_max_tokens: int = 512
-    """Most tokens of a candidate."""
-    compression_max_lines: int = 5
-    """Most lines of a candidate."""
+    model: str = key(
+        "",
+        "Hugging Face folder of the teacher. Empty: the bundled tiny teacher. With `endpoints`: "
+        "the name of the served model.",
+    )
+    endpoints: list[str] = key(
+        [],
+        "Base URLs of OpenAI-compatible servers of the teacher, such as http://host:8000/v1. "
+        "Empty: the model runs in this process.",
+        may_change_on_resume=True,
+    )
+    num_ranks: int = key(
+        0,
+        "The last ranks of the job, which run only the teacher. 0: the student's ranks run both "
+        "models in turn. Not with `endpoints`.",
+        at_least=0,
+        may_change_on_resume=True,
+    )
+    tensor_model_parallel_size: int = key(
+        1,
+        "As `parallel.tensor_model_parallel_size`, for a teacher on its own ranks.",
+        at_least=1,
+        may_change_on_resume=True,
+        first_teacher_only=True,
+    )
+    pipeline_model_parallel_size: int = key(
+        1,
+        "As `parallel.pipeline_model_parallel_size`, for a teacher on its own ranks.",
+        at_least=1,
+        may_change_on_resume=True,
+        first_teacher_only=True,
+    )
+    api_key_env: str = key(
+        "",
+        "Environment variable that holds the API key of the servers. Empty: no key is sent.",
+        may_change_on_resume=True,
+    )
+    on_failure: str = key(
+        "wait",
+        "What to do if the teacher does not answer. `wait`: retry until `max_wait_seconds`, then "
+        "stop with a checkpoint. `ncq_only`: after `num_retries`, continue without its answers. "
+        "`stop`: after `num_retries`, stop with a checkpoint. Teacher ranks that have ended stop "
+        "the run.",
+        choices=("wait", "ncq_only", "stop"),
+        may_change_on_resume=True,
+    )
+    max_concurrency: int = key(
+        32,
+        "Maximum number of requests in flight at one server, over all ranks. Every replica has at "
+        "least one.",
+        at_least=1,
+        may_change_on_resume=True,
+    )
+    connect_timeout_seconds: float = key(
+        10.0, "Timeout for a connection to a server.", above=0, may_change_on_resume=True
+    )
+    read_timeout_seconds: float = key(
+        600.0,
+        "Maximum time without data from a server. A server that does not stream sends nothing "
+        "until its answer is complete.",
+        above=0,
+        may_change_on_resume=True,
+    )
+    request_timeout_seconds: float = key(
+        900.0, "Timeout for one whole request.", above=0, may_change_on_resume=True
+    )
+    num_retries: int = key(
+        5,
+        "Retries of a failed request. Unlimited with on_failure=wait.",
+        at_least=0,
+        may_change_on_resume=True,
+    )
+    backoff_seconds: float = key(
+        1.0,
+        "Maximum pause before the first retry. It doubles with each retry, up to a minute.",
+        at_least=0,
+        may_change_on_resume=True,
+    )
+    max_wait_seconds: float = key(
+        3600.0,
+        "Time after which a question counts as not answered, over all attempts.",
+        above=0,
+        may_change_on_resume=True,
+    )
+    video: str = key(
+        "frames",
+        "How a video is sent to a server: the sampled frames as images, or the whole file.",
+        choices=("frames", "file"),
+    )
+    media_format: str = key(
+        "png",
+        "Format of images and frames sent to a server: `png` (lossless) or `jpeg` (smaller).",
+        choices=("png", "jpeg"),
+    )
+    num_rollouts: int = key(4, "Teacher rollouts per hard question (G_T).", at_least=1)
+    temperature: float = key(1.0, "Sampling temperature of the teacher.", at_least=0)
+    max_response_tokens: int = key(12288, "Maximum length of a teacher response.", at_least=1)
+    transformer_impl: str = key(
+        "",
+        "As `model.transformer_impl`. Empty: the student's.",
+        choices=("", *TRANSFORMER_IMPLS),
+    )
+    params_dtype: str = key(
+        "", "As `model.params_dtype`. Empty: the student's.", choices=("", *PARAMS_DTYPES)
+    )
+    fp8: str = key("", "As `model.fp8`, for the teacher alone. Empty: no FP8.", choices=FP8_FORMATS)
+    compressor: str = key(
+        "rule",
+        "How candidates are compressed and hints written. `rule`: lines of the response are "
+        "selected. `teacher`: the teacher rewrites the response.",
+        choices=("rule", "teacher"),
+        first_teacher_only=True,
+    )
+    compression_max_tokens: int = key(
+        512, "Maximum tokens of a candidate.", at_least=1, first_teacher_only=True
+    )
+    compression_max_lines: int = key(
+        5, "Maximum lines of a candidate.", at_least=1, first_teacher_only=True
+    )

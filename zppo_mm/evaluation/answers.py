@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data.atomic_files import write_atomically
 from data.json_text import load_json
 from data.question import MediaRef, Question
 from zppo_mm.errors import ConfigError
@@ -143,7 +143,7 @@ class AnswerFolder:
             )
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_aside(path, json.dumps(settings, ensure_ascii=False, indent=1))
+            write_atomically(path, json.dumps(settings, ensure_ascii=False, indent=1))
         return [
             each.index
             for each in self.read()
@@ -154,7 +154,7 @@ class AnswerFolder:
         """Write a finished chunk, which wins over all that are there."""
         parts = self._parts()
         number = int(parts[-1].stem.removeprefix("part_")) + 1 if parts else 1
-        _write_aside(self.folder / PARTS_FOLDER / f"part_{number:08d}.jsonl", _lines(answers))
+        write_atomically(self.folder / PARTS_FOLDER / f"part_{number:08d}.jsonl", _lines(answers))
 
     def read(self) -> list[AnsweredQuestion]:
         """Return all answers so far, in the order of the questions; a chunk wins over what an
@@ -188,8 +188,10 @@ class AnswerFolder:
 
     def finish(self, answers: Sequence[AnsweredQuestion], results: Mapping[str, Any]) -> None:
         """Write `answers.jsonl` and `results.json`, which take the place of the chunks."""
-        _write_aside(self.folder / ANSWERS_FILE, _lines(answers))
-        _write_aside(self.folder / RESULTS_FILE, json.dumps(results, ensure_ascii=False, indent=1))
+        write_atomically(self.folder / ANSWERS_FILE, _lines(answers))
+        write_atomically(
+            self.folder / RESULTS_FILE, json.dumps(results, ensure_ascii=False, indent=1)
+        )
         for (
             path
         ) in self._parts():  # the latest last: if this is cut short, none that is left wins wrongly
@@ -275,13 +277,3 @@ def _read_json(path: Path) -> Any:
             f"{path}: not readable ({error}), expected JSON; give another --output or remove the "
             "folder"
         ) from error
-
-
-def _write_aside(path: Path, content: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w", encoding="utf-8", newline="") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from data.atomic_files import new_folder
 from data.errors import DataError
 from data.health import SampleHealth
 from data.imports.benchmarks import convert_benchmark, read_conversion
@@ -125,7 +125,7 @@ def _questions(request: EvaluationRequest, config: RunConfig, student: Student) 
         if conversion is not None:
             skipped.update(conversion.skipped)
             listed += conversion.listed
-    health = SampleHealth(config.data.max_bad_share, config.data.strict)
+    health = SampleHealth(config.data.max_bad_fraction, config.data.strict)
     chosen = held_out_questions(
         folders, config.evaluation.num_questions, config.seed, health, student.verifier.can_grade
     )
@@ -164,23 +164,15 @@ def _converted(file: Path, request: EvaluationRequest, output_dir: Path) -> Path
     folder = output_dir / BENCHMARKS_FOLDER / f"{file.stem}-{digest}"
     if read_conversion(folder) is None:
         logger.info("converting %s into %s", file, folder)
-        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-        health = SampleHealth(max_bad_share=1.0)
-        convert_benchmark(
-            file,
-            aside,
-            format_name=request.format,
-            fields=request.fields,
-            media_root=root,
-            health=health,
-        )
-        try:
-            os.replace(aside, folder)
-        except OSError:
-            # Another evaluation beside this one was faster.
-            if not folder.exists():
-                raise
-            shutil.rmtree(aside)
+        with new_folder(folder) as temporary:
+            convert_benchmark(
+                file,
+                temporary,
+                format_name=request.format,
+                fields=request.fields,
+                media_root=root,
+                health=SampleHealth(max_bad_share=1.0),
+            )
     return folder
 
 

@@ -93,7 +93,7 @@ def read_config(request: EvaluationRequest) -> RunConfig:
             "expected one; leave them out"
         )
     # Bad questions are counted in the results instead of stopping; and no teacher has ranks here.
-    layers: dict[str, object] = {"data.max_bad_share": 1.0, "model.student": str(folder)}
+    layers: dict[str, object] = {"data.max_bad_fraction": 1.0, "model.student": str(folder)}
     layers |= {
         "teacher.num_ranks": 0,
         "teacher.tensor_model_parallel_size": 1,

@@ -89,9 +89,8 @@ def build_student(config: RunConfig) -> Student:
     own_servers = (
         config.reward.judge_endpoints or config.reward.judge_model or not config.reward.judge
     )
-    pool = judge_pool(
-        config, None if own_servers else open_pool(config.teacher, exchange), exchange
-    )
+    teachers = None if own_servers else open_pool(config.teacher, exchange)
+    pool = judge_pool(config.reward, config.teacher, teachers, exchange)
     judge = build_judge(config, pool)
     verifier = Verifier(
         config.reward.timeout_seconds,

@@ -5,7 +5,6 @@ transformers model.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from data.atomic_files import new_folder
 from zppo_mm.errors import ModelError
 from zppo_mm.lora.adapters import LoraAdapters, adapters_of, target_names
 from zppo_mm.models.vision_language import VisionLanguageModel
@@ -153,19 +153,10 @@ def _configuration(
 
 
 def _write(target: Path, tensors: dict[str, torch.Tensor], configuration: dict[str, Any]) -> None:
-    """Write the folder aside and put it in its place when it is complete."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        (partial / CONFIG_FILE).write_text(
+    with new_folder(target, replace=True) as folder:
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        (folder / CONFIG_FILE).write_text(
             json.dumps(configuration, indent=2) + "\n", encoding="utf-8"
         )
         # The writer of weights leaves files to their owner alone.
-        (partial / WEIGHTS_FILE).chmod((partial / CONFIG_FILE).stat().st_mode)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        (folder / WEIGHTS_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)

@@ -14,6 +14,8 @@ from typing import TypeAlias
 
 import psutil
 
+from zppo_mm.methods import KINDS, REFORMULATED
+
 
 @dataclass(frozen=True, slots=True)
 class Sum:
@@ -59,14 +61,16 @@ class Max:
 
 Metric: TypeAlias = Sum | Mean | Max
 
+_REFORMULATED = ", ".join(kind.name for kind in REFORMULATED)
+
 METRICS: Mapping[str, str] = {
     "accuracy/plain": "Mean reward of the rollouts of plain prompts, new and replayed.",
     "accuracy/new": "Mean reward of the rollouts of new questions.",
     "accuracy/replayed": "Mean reward of the rollouts of replayed questions.",
-    "accuracy/bcq": "Mean reward of the rollouts of BCQ prompts.",
-    "accuracy/ncq": "Mean reward of the rollouts of NCQ prompts.",
-    "accuracy/hint": "Mean reward of the rollouts of prompts with a hint.",
-    "accuracy/prefix": "Mean reward of the rollouts that continue the beginning of a teacher's.",
+    **{
+        f"accuracy/{kind.name}": f"Mean reward of the rollouts of {kind.label} prompts."
+        for kind in REFORMULATED
+    },
     "advantage/positive": "Share of rollouts with a positive advantage.",
     "advantage/nontrivial_groups": "Share of groups whose rewards differ.",
     "audit/bcq_right": "Share of BCQ rollouts whose answer equals the right candidate's.",
@@ -80,8 +84,7 @@ METRICS: Mapping[str, str] = {
     ),
     "batch/ncq_eligible": "Hard groups with a wrong student rollout, before the cap.",
     "batch/groups/*": (
-        "Groups of one kind (new, replayed, bcq, ncq, hint, prefix, inject, teacher) that the step "
-        "trained on."
+        f"Groups of one kind ({', '.join(kind.name for kind in KINDS)}) that the step trained on."
     ),
     "batch/dropped_questions": (
         "Questions left out of the update by dynamic sampling: all their groups are trivial."
@@ -143,12 +146,12 @@ METRICS: Mapping[str, str] = {
     "response/tokens": "Mean length of a response.",
     "response/tokens_max": "Longest response.",
     "response/tokens/*": (
-        "Mean length of a response by kind of prompt (plain, bcq, ncq, hint, prefix, teacher)."
+        f"Mean length of a response by kind of prompt (plain, {_REFORMULATED}, teacher)."
     ),
     "response/truncated": "Share of responses that met the length limit.",
-    "response/truncated/*": "The same by kind of prompt (plain, bcq, ncq, hint, prefix, teacher).",
+    "response/truncated/*": f"The same by kind of prompt (plain, {_REFORMULATED}, teacher).",
     "response/unparsed": "Share of responses without a boxed answer.",
-    "prompt/tokens/*": "Mean length of a prompt by kind (plain, bcq, ncq, hint, prefix).",
+    "prompt/tokens/*": f"Mean length of a prompt by kind (plain, {_REFORMULATED}).",
     "reward/timeouts": (
         "Answers of the step whose grading came to no end within its limits; they are left out "
         "(`rollout/ungraded`)."

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from tqdm import tqdm
 
+from data.atomic_files import write_atomically
 from zppo_mm.config.schema import ObservabilityConfig
 from zppo_mm.errors import ConfigError
+from zppo_mm.methods import REFORMULATED
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -73,9 +75,7 @@ def truncate_after(path: Path, step: int) -> None:
             kept += [line + "\n"] if number <= step else []
         elif line:
             logger.warning("%s: dropped a line that was not written to its end", path)
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, path)
+    write_atomically(path, "".join(kept))
 
 
 class JsonLinesSink:
@@ -147,10 +147,7 @@ class ConsoleSink:
     # Shown name, metric, format.
     COLUMNS: ClassVar[tuple[tuple[str, str, str], ...]] = (
         ("plain", "accuracy/plain", ".3f"),
-        ("bcq", "accuracy/bcq", ".3f"),
-        ("ncq", "accuracy/ncq", ".3f"),
-        ("hint", "accuracy/hint", ".3f"),
-        ("prefix", "accuracy/prefix", ".3f"),
+        *((kind.name, f"accuracy/{kind.name}", ".3f") for kind in REFORMULATED),
         ("teacher", "teacher/accuracy", ".3f"),
         ("buffer", "buffer/size", ".0f"),
         ("loss", "policy/loss", ".4f"),

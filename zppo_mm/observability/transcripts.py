@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from data.atomic_files import write_atomically
 from zppo_mm.experience import Group, Rollout
 
 TRANSCRIPTS_FOLDER = "transcripts"
@@ -96,9 +96,7 @@ def write_buffer(run_folder: Path, step: int, change: BufferChange) -> Path:
         "evicted": list(change.evicted),
         "content": list(change.content),
     }
-    return _write_aside(
-        buffer_path(run_folder, step), json.dumps(record, ensure_ascii=False) + "\n"
-    )
+    return _write(buffer_path(run_folder, step), json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def write_held_out_answers(run_folder: Path, step: int, groups: Iterable[Group]) -> Path:
@@ -194,15 +192,11 @@ def _response_record(rollout: Rollout) -> dict[str, Any]:
 
 
 def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
-    return _write_aside(
+    return _write(
         path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     )
 
 
-def _write_aside(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
+def _write(path: Path, text: str) -> Path:
     # A lone surrogate becomes its JSON escape instead of stopping the run.
-    aside.write_bytes(text.encode("utf-8", errors="backslashreplace"))
-    os.replace(aside, path)
-    return path
+    return write_atomically(path, text.encode("utf-8", errors="backslashreplace"))

@@ -1,12 +1,16 @@
-"""Two worlds in one job: the student's processes and, on the last ranks, the teacher's.
+"""A job in two partitions: the student's processes and, on the last ranks, the teacher's.
 
-Each has a default process group of its own, so that Megatron and everything above it see one world
-that is whole. No collective spans both; they share the job's store and nothing else.
+Each partition has a default process group of its own, so that Megatron and everything above it see
+a whole job. No collective spans both. They share the job's store, through which each learns that
+the other has ended.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -19,17 +23,21 @@ from zppo_mm.parallel.groups import explain_unreachable, validate_layout
 
 PartitionName = Literal["student", "teacher"]
 
+HEARTBEAT_SECONDS = 5.0
+# The exit reason of a partition that ended as it should.
+DONE = "done"
+
 
 @dataclass(frozen=True, slots=True)
 class JobPartition:
-    """This process's place in a divided job.
+    """This process's part of a divided job.
 
     Attributes:
-        name: Whose world it is.
-        rank: Place in it.
-        size: Its processes.
-        job_rank: Place in the whole job.
-        store: The job's store; what is written there is seen from both worlds.
+        name: Whose processes they are.
+        rank: Of this process in its partition.
+        size: Processes of the partition.
+        job_rank: Rank in the whole job.
+        store: The job's store, shared by both partitions.
     """
 
     name: PartitionName
@@ -38,11 +46,68 @@ class JobPartition:
     job_rank: int
     store: Store
 
+    @property
+    def other(self) -> PartitionName:
+        """The other partition's name."""
+        return "teacher" if self.name == "student" else "student"
+
+
+class PartitionLink:
+    """Tells the two partitions of a job about each other's end. Every rank has one.
+
+    Rank 0 of each partition sends heartbeats.
+
+    Args:
+        partition: Of this process.
+        timeout_seconds: A partition without a heartbeat for so long counts as lost.
+    """
+
+    def __init__(self, partition: JobPartition, timeout_seconds: float) -> None:
+        self.timeout_seconds = timeout_seconds
+        self._partition = partition
+        self._store = partition.store
+        self._last_heartbeat = (0, time.monotonic())
+        self._ended = threading.Event()
+        if partition.rank == 0:
+            threading.Thread(target=self._send_heartbeats, name="heartbeats", daemon=True).start()
+
+    def publish(self, name: str, value: str) -> None:
+        """Give the other partition a value."""
+        self._store.set(f"{self._partition.name}/{name}", value)
+
+    def lookup(self, name: str) -> str | None:
+        """Return a value that the other partition gave, `None` before it has."""
+        key = f"{self._partition.other}/{name}"
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def leave(self, reason: str = DONE) -> None:
+        """Say why this partition ends. The first reason counts, and this rank sends no heartbeat
+        after it.
+        """
+        self._ended.set()
+        with contextlib.suppress(RuntimeError):  # without a store nobody can read it
+            self._store.compare_set(f"{self._partition.name}/exit_reason", "", reason)
+
+    def exit_reason(self) -> str | None:
+        """Return why the other partition ended, `None` while it has not."""
+        return self.lookup("exit_reason")
+
+    def is_other_lost(self) -> bool:
+        """Return whether the other partition has sent no heartbeat for the time limit."""
+        count, now = self._store.add(f"{self._partition.other}/heartbeats", 0), time.monotonic()
+        if count != self._last_heartbeat[0]:
+            self._last_heartbeat = (count, now)
+        return now - self._last_heartbeat[1] > self.timeout_seconds
+
+    def _send_heartbeats(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store ended with the process that holds it
+            while not self._ended.is_set():
+                self._store.add(f"{self._partition.name}/heartbeats", 1)
+                self._ended.wait(HEARTBEAT_SECONDS)
+
 
 def teacher_layout(teacher: TeacherConfig, student: ParallelConfig) -> ParallelConfig:
-    """Return the layout of the teacher's world; what its sizes leave of its ranks are replicas of
-    the teacher.
-    """
+    """Return the layout of the teacher's partition; the sizes divide its ranks into replicas."""
     return ParallelConfig(
         tensor_model_parallel_size=teacher.tensor_model_parallel_size,
         pipeline_model_parallel_size=teacher.pipeline_model_parallel_size,
@@ -51,8 +116,8 @@ def teacher_layout(teacher: TeacherConfig, student: ParallelConfig) -> ParallelC
 
 
 def divide_job(student: ParallelConfig, teacher: TeacherConfig) -> JobPartition | None:
-    """Meet the job's other processes at its store and find this one's place; `None` if the teacher
-    has no ranks of its own.
+    """Join the job's store and return this process's partition; `None` if the teacher has no ranks
+    of its own.
 
     Raises:
         ConfigError: On every rank, if there are too few processes or the student's cannot be laid

@@ -17,7 +17,7 @@ from PIL import Image
 
 from data.errors import DataError
 from data.question import MediaRef
-from zppo_mm.experience import PLAIN_KINDS
+from zppo_mm.methods import KINDS, PLAIN_KINDS, REFORMULATED
 from zppo_mm.report.run_record import read_lines, transcripts_newest_first
 
 MediaOpener = Callable[[MediaRef], npt.NDArray[np.uint8]]
@@ -30,15 +30,8 @@ MAX_SIDE_PIXELS = 320
 MAX_RESPONSES_SHOWN = 8
 MAX_TRANSCRIPTS_READ = 25
 NUM_CASES_PER_EXAMPLE = 3
-PART_TITLES = (
-    ("plain", "Plain prompt"),
-    ("bcq", "BCQ prompt"),
-    ("ncq", "NCQ prompt"),
-    ("hint", "Hint prompt"),
-    ("prefix", "Continued response"),
-    ("inject", "Plain prompt with a teacher's response"),
-    ("teacher", "Teacher's responses"),
-)
+PART_TITLES = {"plain" if kind.role == "plain" else kind.name: kind.title for kind in KINDS}
+"""Heading of every part of an example, in the order shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +98,10 @@ class _Case:
     def interest(self) -> tuple[bool, bool, bool, float]:
         """Rank: both reformulations, then BCQ, then NCQ, then by how much they helped."""
         bcq, ncq = "bcq" in self.accuracies, "ncq" in self.accuracies
-        # Groups with the teacher's own responses say nothing about help.
-        parts = [part for part in self.accuracies if part not in ("plain", "inject", "teacher")]
-        reformulated = max((self.accuracies[part] for part in parts), default=0.0)
+        # Groups with the teacher's own responses do not show whether a prompt helped.
+        reformulated = max(
+            (self.accuracies.get(kind.name, 0.0) for kind in REFORMULATED), default=0.0
+        )
         return bcq and ncq, bcq, ncq, reformulated - self.accuracies.get("plain", 1.0)
 
 
@@ -175,7 +169,7 @@ def _example(case: _Case, open_media: MediaOpener | None) -> Example:
         else ()
     )
     groups = tuple(
-        _shown_group(title, records[part]) for part, title in PART_TITLES if part in records
+        _shown_group(title, records[part]) for part, title in PART_TITLES.items() if part in records
     )
     return Example(
         question_id=case.question_id,

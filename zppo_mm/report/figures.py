@@ -14,22 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from zppo_mm.methods import KINDS, REFORMULATED
 from zppo_mm.report.run_record import RunRecord, Series
 
-PLAIN, BCQ, NCQ, HELD_OUT, GREY = "#3b6fb6", "#1f9d78", "#e08a2c", "#7b4fb3", "#8a94a6"
-COLORS = {
-    "plain": PLAIN,
-    "new": PLAIN,
-    "replayed": "#9dbbe3",
-    "bcq": BCQ,
-    "ncq": NCQ,
-    "hint": "#7b4fb3",
-    "prefix": "#8a94a6",
-    "inject": "#8c564b",
-    "teacher": "#b79cd8",
-    "easy": "#cbd8ea",
-    "hard": "#d9655b",
-}
+KIND_COLORS = {kind.name: kind.color for kind in KINDS}
+PLAIN, BCQ, NCQ = (KIND_COLORS[kind] for kind in ("new", "bcq", "ncq"))
+HELD_OUT, GREY, EASY, HARD = "#7b4fb3", "#8a94a6", "#cbd8ea", "#d9655b"
 SEQUENCE = (
     "#23395d",
     "#3b6fb6",
@@ -152,6 +142,12 @@ def _curves(
     return draw
 
 
+def _by_kind(metric: str) -> list[tuple[str, str, str]]:
+    """Return the curves of a metric for plain prompts and every kind of reformulated ones."""
+    plain = (f"{metric}/plain", "plain", PLAIN)
+    return [plain, *((f"{metric}/{each.name}", each.label, each.color) for each in REFORMULATED)]
+
+
 def _stack(
     axes: Axes, run: RunRecord, metrics: Sequence[str], labels: Sequence[str], colors: Sequence[str]
 ) -> bool:
@@ -208,9 +204,7 @@ def _held_out(run: RunRecord, axes: Axes) -> bool:
 
 
 def _composition(run: RunRecord, axes: Axes) -> bool:
-    drawn = _stack(
-        axes, run, ("batch/easy", "batch/hard"), ("easy", "hard"), (COLORS["easy"], "#e9a49d")
-    )
+    drawn = _stack(axes, run, ("batch/easy", "batch/hard"), ("easy", "hard"), (EASY, "#e9a49d"))
     _curve(axes, run.series("batch/bcq_eligible"), "BCQ-eligible", BCQ)
     _curve(axes, run.series("batch/ncq_eligible"), "NCQ-eligible", NCQ)
     finish_axes(axes, "plain questions")
@@ -218,14 +212,12 @@ def _composition(run: RunRecord, axes: Axes) -> bool:
 
 
 def _groups(run: RunRecord, axes: Axes) -> bool:
-    kinds = ("new", "replayed", "bcq", "ncq", "hint", "prefix", "inject", "teacher")
-    labels = ("new", "replayed", "BCQ", "NCQ", "hint", "prefix", "inject", "teacher")
     drawn = _stack(
         axes,
         run,
-        [f"batch/groups/{kind}" for kind in kinds],
-        labels,
-        [COLORS[kind] for kind in kinds],
+        [f"batch/groups/{kind.name}" for kind in KINDS],
+        [kind.label for kind in KINDS],
+        [kind.color for kind in KINDS],
     )
     finish_axes(axes, "groups")
     return drawn
@@ -251,7 +243,7 @@ def _fates(run: RunRecord, axes: Axes) -> bool:
     if not admitted.any():
         return False
     gone = np.zeros(len(bins))
-    for fate, color in (("graduated", BCQ), ("evicted", COLORS["hard"])):
+    for fate, color in (("graduated", BCQ), ("evicted", HARD)):
         counts = np.array([run.last(f"buffer/{fate}/{part}") or 0.0 for part in bins])
         axes.bar(range(len(bins)), counts, bottom=bottom, label=fate, color=color, width=0.6)
         bottom, gone = bottom + counts, gone + counts
@@ -348,11 +340,7 @@ FIGURES: tuple[tuple[str, str, Callable[[RunRecord, Axes], bool]], ...] = (
         _curves(
             "accuracy",
             True,
-            ("accuracy/plain", "plain", PLAIN),
-            ("accuracy/bcq", "BCQ", BCQ),
-            ("accuracy/ncq", "NCQ", NCQ),
-            ("accuracy/hint", "hint", COLORS["hint"]),
-            ("accuracy/prefix", "prefix", COLORS["prefix"]),
+            *_by_kind("accuracy"),
         ),
     ),
     (
@@ -430,11 +418,7 @@ FIGURES: tuple[tuple[str, str, Callable[[RunRecord, Axes], bool]], ...] = (
         _curves(
             "tokens",
             False,
-            ("response/tokens/plain", "plain", PLAIN),
-            ("response/tokens/bcq", "BCQ", BCQ),
-            ("response/tokens/ncq", "NCQ", NCQ),
-            ("response/tokens/hint", "hint", COLORS["hint"]),
-            ("response/tokens/prefix", "prefix", COLORS["prefix"]),
+            *_by_kind("response/tokens"),
         ),
     ),
     (

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
+from data.atomic_files import write_atomically
 from zppo_mm.report.examples import MediaOpener, choose_examples
 from zppo_mm.report.figures import draw_figures
 from zppo_mm.report.run_record import RunRecord, read_run
@@ -76,11 +76,8 @@ def page_environment(*folders: Path) -> jinja2.Environment:
 
 
 def write_page(path: Path, page: str) -> Path:
-    """Write a page aside and rename it."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_bytes(page.encode("utf-8", errors="replace"))
-    os.replace(aside, path)
-    return path
+    """Write a page; characters that UTF-8 does not have become question marks."""
+    return write_atomically(path, page.encode("utf-8", errors="replace"))
 
 
 def _facts(run: RunRecord) -> list[tuple[str, str]]:

@@ -34,7 +34,8 @@ _REFUSED = re.compile(
     r"\\ldots|[0-9] +[0-9]|[0-9]_|\\(?:pmod|bmod|equiv|text)|\\(?:pm|mp)(?![a-zA-Z])|[?:;\"]|!="
     r"|\^ ?\{? ?(?:T|\\top|\\dagger|\\circ)(?![a-zA-Z])"
     # Dates, ranges and names with a number.
-    r"|^(?=.*[0-9]{2})\+?[0-9]+ ?- ?[0-9]+$|^[0-9]+(?:(?: ?- ?[0-9]+){2,}|(?: ?/ ?[0-9]+){2,})$"
+    r"|^[0-9]+(?:(?: ?- ?[0-9]+){2,}|(?: ?/ ?[0-9]+){2,})$|^0[0-9]+ ?/ ?[0-9]+$"
+    r"|^[0-9]+ ?/ ?0[0-9]+$"
     r"|\.[0-9]+\.|(?<![\\A-Za-z_^])[A-Za-z][0-9]"
     # An inverse or an iterate of a function.
     r"|(?<![\\A-Za-z])[fghFGH] ?\^ ?(?:[0-9]|\{[^{}]*\}) ?\("
@@ -44,6 +45,9 @@ _REFUSED = re.compile(
     r"?\{?[A-Za-z]+\}? ?\\times|(?:[A-Z] ?[A-Z]\)?|[A-Z]) ?\^ ?\{ ?-1 ?\} ?[A-Z]|[A-Z] ?[A-Z]\)? "
     r"?\^ ?\{ ?-1"
 )
+_RANGE = re.compile(r"\+?([0-9]+) ?- ?([0-9]+)")
+# Where all symbols are such, they may be matrices, whose products have an order.
+_MATRICES = frozenset("ABCDMNPQSTUVXY")
 _FUNCTIONS = (
     "arcsin|arccos|arctan|sinh|cosh|tanh|sqrt|sin|cos|tan|cot|sec|csc|log|exp|ln|max|min|gcd|lcm"
 )
@@ -68,6 +72,8 @@ def is_equal_expression(parsed: str, gold: str) -> bool:
     if (
         _REFUSED.search(parsed)
         or _REFUSED.search(gold)
+        or _is_range(parsed)
+        or _is_range(gold)
         or max(len(parsed), len(gold)) > MAX_EXPRESSION_CHARS
     ):
         return False
@@ -78,6 +84,14 @@ def is_equal_expression(parsed: str, gold: str) -> bool:
         return False
     except TypeError:
         return False  # of kinds that have no difference, such as a matrix and a number
+
+
+def _is_range(text: str) -> bool:
+    """Return whether a text reads like a range or a telephone number: `5-6`, `12-15`."""
+    match = _RANGE.fullmatch(text)
+    return match is not None and (
+        len(match[1]) > 1 or len(match[2]) > 1 or int(match[1]) < int(match[2])
+    )
 
 
 def _read(text: str) -> Any:
@@ -144,6 +158,9 @@ def _equal_values(left: Any, right: Any) -> bool:
         return True
     if left.is_infinite or right.is_infinite or left is sympy.nan or right is sympy.nan:
         return False
+    if _differ_as_matrices(left, right):
+        return False
+    left, right = _with_complex_z(left, right)
     real, complex_ = 0, 0
     for values in _values(left, right):
         if not _close(*values):
@@ -161,6 +178,29 @@ def _equal_values(left: Any, right: Any) -> bool:
     if complex_:
         return False
     return bool(sympy.simplify(left - right) == 0)
+
+
+def _differ_as_matrices(left: Any, right: Any) -> bool:
+    """Return whether expressions in names of matrices alone differ where products have an order."""
+    symbols = left.free_symbols | right.free_symbols
+    has_sum = left.has(sympy.Add) or right.has(sympy.Add)
+    if len(symbols) < 2 or not has_sum or not {each.name for each in symbols} <= _MATRICES:
+        return False
+    matrices = {symbol: sympy.Symbol(symbol.name, commutative=False) for symbol in symbols}
+    difference = left.xreplace(matrices) - right.xreplace(matrices)
+    return bool(sympy.expand(difference) != 0 and not difference.has(sympy.Function))
+
+
+def _with_complex_z(left: Any, right: Any) -> tuple[Any, Any]:
+    """Return expressions with `z` as a complex number where its absolute value is asked for and it
+    is no coordinate.
+    """
+    names = {symbol.name: symbol for symbol in left.free_symbols | right.free_symbols}
+    z = names.get("z")
+    if z is None or names.keys() & {"x", "y"} or not (left.has(sympy.Abs) or right.has(sympy.Abs)):
+        return left, right
+    value = z * (1 + sympy.I / 3)
+    return left.xreplace({z: value}), right.xreplace({z: value})
 
 
 def _equal_relations(left: Any, right: Any) -> bool:

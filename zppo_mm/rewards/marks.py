@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from zppo_mm.rewards.units import UPRIGHT
+
 _DEGREE = re.compile(
     r" ?\^ ?(?:\\circ(?![a-zA-Z])|\{ ?\\circ ?\}) ?|(?<=[0-9]) ?\\circ(?![a-zA-Z]) ?|(?<=[0-9])\^ "
     r"?(?:o|\{ ?o ?\})(?![a-zA-Z])|(?<=[0-9)}]) ?deg(?:rees?)?(?![a-zA-Z])"
@@ -11,6 +13,7 @@ _DEGREE = re.compile(
 _ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _DEGREES_OF_ANGLE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?\^ ?(?:\\circ(?![a-zA-Z])|\{ ?\\circ ?\})")
 _PERCENT = re.compile(r" ?%| ?(?<![a-zA-Z])(?:per ?cent(?:age)?|pct)(?![a-zA-Z])")
+_TEMPERATURE = re.compile(r"(\^ ?\{? ?\\circ ?\}?) ?([CF])(?![A-Za-z])")
 _MARKED = re.compile(r"[%^]|circ|deg|cent|pct")
 _SPOKEN_SETS = {
     "all real numbers": "\\mathbb{R}",
@@ -34,6 +37,7 @@ def without_marks(text: str) -> tuple[str, frozenset[str]]:
         text = _DEGREES_OF_ANGLE.sub(
             r"(\\frac{\1\\pi}{180})", text
         )  # an angle in degrees is no number there
+    text = _TEMPERATURE.sub(rf"\1 \2{UPRIGHT}", text)
     marks = frozenset(
         name
         for name, pattern in (("degree", _DEGREE), ("percent", _PERCENT))

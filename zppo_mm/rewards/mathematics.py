@@ -24,12 +24,14 @@ from zppo_mm.rewards.quantities import (
     parse_number,
     parse_ratio,
     split_unit,
+    without_doubtful_unit,
 )
 from zppo_mm.rewards.structure import (
     LIST_SIGNS,
     Bracketed,
     as_interval,
     joined_inequalities,
+    named_point,
     read_bracketed,
     read_matrix,
     read_relation,
@@ -110,7 +112,8 @@ class _Comparison:
         if squeeze(left) == squeeze(right):
             return bool(left)
         left, right = (
-            joined_inequalities(without_builder(without_group(text))) for text in (left, right)
+            joined_inequalities(without_builder(named_point(without_group(text))))
+            for text in (left, right)
         )
         if not left or not right or depth == 0:
             return False
@@ -194,8 +197,9 @@ class _Comparison:
         if labels[0] and labels[1]:
             if labels[0][0] == labels[1][0] or not labels[0][0] or not labels[1][0]:
                 return self.same(labels[0][1], labels[1][1], depth - 1)
-            is_member = any(relation and relation.signs == ["\\in"] for relation in relations)
-            return False if is_member else self._leaf(left, right)
+            is_set = any(relation and relation.signs == ["\\in"] for relation in relations)
+            is_set = is_set or any(label and read_bracketed(label[1]) for label in labels)
+            return False if is_set else self._leaf(left, right)
         intervals = as_interval(left), as_interval(right)
         views = [
             _view(text, label, interval)
@@ -283,14 +287,18 @@ class _Comparison:
         if bases != (None, None):
             return bases[0] == bases[1]
         (left_body, left_unit), (right_body, right_unit) = split_unit(left), split_unit(right)
-        if not left_unit:
-            touching = letter_behind_number(left)
-            if touching is not None and (not right_unit or right_unit == touching[1]):
-                left_body, left_unit = touching
-        elif not right_unit:
+        if left_unit and not right_unit:
             touching = letter_behind_number(right)
             if touching is not None and left_unit == touching[1]:
                 right_body, right_unit = touching
+            else:
+                left_body, left_unit = without_doubtful_unit(left)
+        elif right_unit and not left_unit:
+            touching = letter_behind_number(left)
+            if touching is not None and right_unit == touching[1]:
+                left_body, left_unit = touching
+            else:
+                right_body, right_unit = without_doubtful_unit(right)
         if left_unit and right_unit and left_unit != right_unit:
             return False
         if squeeze(left_body) == squeeze(right_body):
@@ -346,7 +354,7 @@ def _as_lists(left: str, right: str) -> _Lists | None:
         bracketed, matrix = read_bracketed(bare), read_matrix(bare)
         if matrix is not None and matrix.kind == "cases":
             items[place] = [" ".join(row).rstrip(",;. ") for row in matrix.rows]
-        elif bracketed is not None and (bracketed.is_set or bracketed.opening == "("):
+        elif bracketed is not None and bracketed.is_list:
             ordered = ordered or not bracketed.is_set
             items[place] = [item for entry in bracketed.items for item in _expand(entry)]
         else:
@@ -381,7 +389,8 @@ def _items(text: str, other: str) -> list[str]:
     """
     if read_bracketed(text) is not None:
         return [text]
-    if "," in text and ((is_grouped(text) and len(split_items(other)) == 1) or _is_amount(text)):
+    is_one = ",0" in text or len(split_items(other)) == 1
+    if "," in text and ((is_grouped(text) and is_one) or _is_amount(text)):
         return [text]
     return [item for entry in split_items(text) for item in _expand(entry)]
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from zppo_mm.rewards.units import AMBIGUOUS, UPRIGHT
+
 _SUPERSCRIPTS, _SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙₓₐₑₖₘₜᵢ"
 _PLAIN = str.maketrans(_SUPERSCRIPTS + _SUBSCRIPTS, "0123456789+-()ni0123456789+-()nxaekmti")
 _RAISED = re.compile(f"[{_SUPERSCRIPTS}]+")
@@ -79,6 +81,8 @@ _COMMANDS = {
         for name, _, written in (pair.partition("=") for pair in _WRITTEN.split())
     },
     "_": "_",
+    **{letter: f"\\mathbb{{{letter}}}" for letter in "RZNQ"},
+    **{name: f"\\mathbb{{{name[0]}}}" for name in ("Reals", "Complex", "Integers")},
 }
 _ENVIRONMENT_BREAK = re.compile(r"\\\\ *\[[^\[\]]*\]")
 # In one pass over the tokens, a row break is seen before the space or the comma that follows its
@@ -111,7 +115,35 @@ _ROOT_WITHOUT_BRACES = re.compile(
 _TAKES_ARGUMENTS = re.compile(r"\\(frac|binom|sqrt)(?![a-zA-Z])")
 _DEGREE_OF_ROOT = re.compile(r" *\[[^\[\]]*\] *")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_PREAMBLE = re.compile(r"(?:the )?(?:correct |final )?answer(?: is)? ?:? ?(?=\S)", re.IGNORECASE)
+_PREAMBLE = re.compile(
+    r"\A(?:\\(?:therefore|Rightarrow)(?![A-Za-z]) ?|(?:therefore|thus|hence|so)(?: ?,)? (?=\S))?"
+    r"(?:(?:the )?(?:correct |final )?answer(?: is)? ?:? ?(?=\S))?"
+    r"(?:(?:(?:about|approximately|approx\.?|roughly|around) |\\approx(?![A-Za-z]) ?)"
+    r"(?=[-+$\\.0-9]))?",
+    re.IGNORECASE,
+)
+_COLOUR = re.compile(r"\\(?:textcolor|color|colorbox) ?\{[^{}]*\}")
+_UPRIGHT_UNIT = re.compile(
+    r"\\(?:text(?:rm|normal)?|mathrm|mbox|hbox|operatorname|unit) ?\{ ?~?((?:[^{}\\]*[0-9])?) ?("
+    + "|".join(sorted(AMBIGUOUS))
+    + r") ?\}(?= *(?:\^ ?\{?-?[0-9]\}?)?[ .$]*(?:$|[,;)\]}]|\\[)\]}]))"
+)
+_NUMBER_BEFORE = re.compile(r"(?<!_)(?:[0-9]|(?<!\\circ)[})]|\\pi)(?: |~|\\[,;:! ])*$")
+_INDEX_BEFORE = re.compile(r"_ ?\{[^{}]*\}(?: |~|\\[,;:! ])*$")
+_CHOOSE = re.compile(
+    r"\{ ?([^{}]+?) ?\\choose(?![a-z]) ?([^{}]+?) ?\}|^([^{}\\ ]+) ?\\choose ?([^{}\\ ]+)$"
+)
+_COMBINATION = re.compile(
+    r"(?<![A-Za-z\\])C ?_ ?\{?(?P<n>[0-9]+|[nmN])\}? ?\^ ?\{?(?P<k>[0-9]+|[a-z])\}?"
+    r"|(?:^|\{ ?\} ?)[_^] ?\{?(?P<n2>[0-9]+)\}? ?C ?_ ?\{?(?P<k2>[0-9]+)\}?"
+    r"|(?<![A-Za-z\\])C ?\( ?(?P<n3>[0-9]+) ?, ?(?P<k3>[0-9]+) ?\)"
+)
+_BARE_NAME = re.compile(r"(?<![A-Za-z\\])(?:(pi)|infinity|infty)(?![A-Za-z])")
+_ORDINAL = re.compile(r"([0-9])(?:(?<=1)st|(?<=2)nd|(?<=3)rd|th)(?![A-Za-z])")
+# What begins with 0 is no item of a list.
+_THOUSANDS_APART = re.compile(
+    r"(?<![0-9.,])([1-9][0-9]{0,2}(?:,[0-9]{3})*), (?=0[0-9]{2}(?![0-9.]))"
+)
 _COMPARED = re.compile(r"([<>!]) ?=")
 _SPACES = re.compile(r"  +")
 _AFTER_COMMAND = re.compile(r"(\\[a-zA-Z]+) (?![a-zA-Z])")
@@ -122,7 +154,7 @@ def normalise(answer: str) -> str:
     spaces, LaTeX commands for symbols.
     """
     text = answer.strip()
-    if text.isascii() and text.replace(".", "", 1).isalnum() and not text.endswith("."):
+    if text.isascii() and text.replace(".", "", 1).isdigit() and not text.endswith("."):
         return text
     if not text.isascii():
         text = _from_unicode(text).strip()
@@ -141,13 +173,40 @@ def normalise(answer: str) -> str:
         text = _COMPARED.sub(
             lambda match: {"<": "\\le ", ">": "\\ge ", "!": "\\ne "}[match[1]], text
         )
-    text = text.replace("**", "^")
+    text = _written_out(text.replace("**", "^"))
     if "  " in text:
         text = _SPACES.sub(" ", text)
     text = text.strip()
-    if text[:1] in "tTaAfF":
-        text = _PREAMBLE.sub("", text)
+    text = _PREAMBLE.sub("", text)
     return _undelimited(_without_period(text.strip(" ,;")))
+
+
+def _written_out(text: str) -> str:
+    """Return a text with binomials, π, ∞, ordinals and thousands in their one spelling."""
+    if "choose" in text:
+        text = _CHOOSE.sub(
+            lambda match: f"\\binom{{{match[1] or match[3]}}}{{{match[2] or match[4]}}}", text
+        )
+    if "C" in text:
+        text = _COMBINATION.sub(_binomial, text)
+    text = _BARE_NAME.sub(lambda match: "\\pi " if match[1] else "\\infty ", text)
+    return _THOUSANDS_APART.sub(r"\1,", _ORDINAL.sub(r"\1", text))
+
+
+def _binomial(match: re.Match[str]) -> str:
+    above = match["n"] or match["n2"] or match["n3"]
+    below = match["k"] or match["k2"] or match["k3"]
+    if above.isdigit() != below.isdigit() or (above.isdigit() and int(above) < int(below)):
+        return match[0]
+    return f"\\binom{{{above}}}{{{below}}}"
+
+
+def _upright_unit(match: re.Match[str]) -> str:
+    """Mark a letter that is set upright behind a number as a unit."""
+    before = match.string[: match.start()]
+    if match[1] or (_NUMBER_BEFORE.search(before) and not _INDEX_BEFORE.search(before)):
+        return f"{match[1]} {match[2]}{UPRIGHT}"
+    return match[0]
 
 
 def _from_unicode(text: str) -> str:
@@ -200,6 +259,7 @@ def _one_latex(text: str) -> str:
         .replace("\\!", "")
         .replace("\\not=", "\\ne ")
     )
+    text = _UPRIGHT_UNIT.sub(_upright_unit, _COLOUR.sub("", text))
     unwrapped = _WRAPPER.sub(r" \1 ", text)
     while unwrapped != text:
         text, unwrapped = unwrapped, _WRAPPER.sub(r" \1 ", unwrapped)

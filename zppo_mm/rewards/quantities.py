@@ -5,7 +5,12 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from zppo_mm.rewards.units import canonical_unit, is_like_product, split_currency
+from zppo_mm.rewards.units import (
+    canonical_unit,
+    is_like_product,
+    is_unmistakable,
+    split_currency,
+)
 
 MAX_EXPONENT = 999
 MAX_POWER_BASE_DIGITS = 6
@@ -22,7 +27,7 @@ _REPEATING = re.compile(
 )
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _SCALED = re.compile(rf"(.*[0-9]) ?({'|'.join(_SCALES)})")
-_SLASH = re.compile(r"([^/]+)/([^/]+)")
+_SLASH = re.compile(r"(?!0[0-9])([^/]+)/(?! ?0[0-9])([^/]+)")  # `01/02` is a date
 _FRAC = re.compile(r"([+-]?) ?\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}")
 _MIXED = re.compile(r"([+-]?) ?([0-9]+) ?((?<= )[0-9]+ ?/ ?[0-9]+|\\frac.+)")
 # Spaces belong to the terms: an optional one beside each colon could be matched in two ways, and a
@@ -46,6 +51,8 @@ _BASE_NAMES = {
 }
 _UNIT_WORD = r"(?:[A-Za-z]?\\(?:mu|Omega) ?[A-Za-z]*|[^\W\d_]+)"
 _WORD = re.compile("[A-Za-z]+")
+# `5 (cm)`, but not `5 (m)`, which may be a product.
+_UNIT_IN_PARENTHESES = re.compile(r"(?<=[0-9}\]]) ?\( ?([^()]{2,}) ?\)$")
 _QUANTITY = re.compile(
     rf"(.*?(?:[0-9)}}.\]]|\\pi)) ?((?:(?:per|/) ?)?{_UNIT_WORD}(?:\.(?=[ a-z]))?"
     rf"(?:(?: ?(?:\\cdot|[/*·]) ?\(?| ){_UNIT_WORD}|\.[^\W\d_]\.?"
@@ -119,7 +126,7 @@ def split_unit(text: str) -> tuple[str, str]:
     currency = split_currency(text)
     if currency is not None and parse_number(currency[0]) is not None:
         return currency
-    match = _QUANTITY.fullmatch(text)
+    match = _QUANTITY.fullmatch(_UNIT_IN_PARENTHESES.sub(r" \1", text))
     if match is None or _touches(match):
         return text, ""
     body = match[1].strip()
@@ -128,6 +135,16 @@ def split_unit(text: str) -> tuple[str, str]:
     if unit is None or (unit in ("am", "pm") and not (is_number or parse_ratio(body))):
         return text, ""
     return body, unit
+
+
+def without_doubtful_unit(text: str) -> tuple[str, str]:
+    """Return body and unit as `split_unit`, without a unit that may be a symbol: `3 V`. Behind a
+    power of ten it is none.
+    """
+    body, unit = split_unit(text)
+    written = text.removeprefix(body) if text.startswith(body) else ""
+    is_clear = not written or is_unmistakable(written) or _TIMES_POWER.fullmatch(body)
+    return (body, unit) if is_clear else (text, "")
 
 
 def letter_behind_number(text: str) -> tuple[str, str] | None:

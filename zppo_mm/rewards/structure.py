@@ -41,6 +41,7 @@ _LABEL = re.compile(
     r")?[A-Za-z]{3,}(?: [A-Za-z]+){0,5}) ?"
 )
 _VARIABLE = re.compile(rf"{_SYMBOL}|{_SYMBOL} ?\( ?{_SYMBOL} ?\)|[A-Z]{{2}}")
+_POINT = re.compile(r"([ABD-MO-Z]'?(?:_(?:\w|\{\w\}))?) ?(\((?=[^()]*[0-9])[^()]+[,;][^()]+\))")
 _AROUND_SYMBOL = re.compile(r" ?([^\w\s]) ?")
 _SET_BUILDER = re.compile(rf"\\\{{ ?({_SYMBOL})(?: ?\\in ?\\mathbb\{{R\}})? ?(?:\||:) ?(.+)\\\}}")
 
@@ -76,6 +77,11 @@ class Bracketed:
             (self.opening, self.closing) != ("(", ")")
             or any("\\infty" in item for item in self.items)
         )
+
+    @property
+    def is_list(self) -> bool:
+        """Whether it may stand against a list without brackets."""
+        return self.is_set or (not self.is_interval and self.opening != "]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +193,12 @@ def without_builder(text: str) -> str:
     """Return the condition of `\\{x : condition\\}`, any other text as it is."""
     builder = _SET_BUILDER.fullmatch(text) if text.startswith("\\{") else None
     return builder[2].strip() if builder else text
+
+
+def named_point(text: str) -> str:
+    """Return `P(1,2)` as `P=(1,2)`, any other text as it is."""
+    point = _POINT.fullmatch(text)
+    return f"{point[1]}={point[2]}" if point else text
 
 
 def joined_inequalities(text: str) -> str:

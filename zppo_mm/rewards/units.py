@@ -62,13 +62,19 @@ _CANONICAL = {
 }
 # These change the value, join two answers, or stand for a number or a function: never a unit.
 _NOT_UNIT_WORDS = (
-    "or and to by of is are not than plus minus times over mod pi e i x y z n sqrt sin cos tan log "
-    "ln exp inf infinity infty hundred hundreds thousand thousands million millions billion "
+    "or and to by of is are not than plus minus times over mod pi e i x y z n sqrt sin cos tan "
+    "log ln exp inf infinity infty hundred hundreds thousand thousands million millions billion "
     "billions trillion dozen dozens half halves third thirds quarter quarters percent percentage "
     "pct base repeating recurring factorial point negative positive root squared cubed score but "
     "if when where for mil bn mn mln bln tn mio mrd mille lakh lakhs crore crores pair pairs "
     "couple couples tens ones gross fold below under less fewer lower off double doubled triple "
-    "tripled quadruple multiplied divided choose wrong false incorrect"
+    "tripled quadruple multiplied divided choose wrong false incorrect more most least greater "
+    "higher larger bigger smaller longer shorter taller older younger faster slower heavier "
+    "lighter wider earlier later increase increased decrease decreased reduced growth zero one "
+    "two three four five six seven eight nine ten eleven twelve twenty eins zwei drei vier fünf "
+    "sechs sieben acht neun zehn elf zwölf deux trois quatre cinq sept huit neuf dix onze douze "
+    "uno dos tres cuatro cinco seis siete ocho nueve diez due tre quattro cinque sei sette otto "
+    "nove dieci um dois quatro sete oito dez hundert tausend cent cien cento"
 )
 _NOT_UNITS = frozenset(_NOT_UNIT_WORDS.split())
 _VALUE_CHARACTERS = frozenset("万萬亿億千百十兆半分割成倍억만천백십")
@@ -93,8 +99,16 @@ _VALUE_WORD = re.compile(
     re.IGNORECASE,
 )
 # As products of symbols these are as common as they are as units.
-_LIKE_PRODUCTS = frozenset(("mg", "mV", "mT", "mA", "mC", "kT", "kA", "kC", "pV", "nT"))
+_PRODUCTS = "mg mV mT mA mC mF mH mK mN ms kT kA kC pV nT"
+_LIKE_PRODUCTS = frozenset(_PRODUCTS.split())
+AMBIGUOUS = _LIKE_PRODUCTS | {name for name in _CANONICAL if re.fullmatch("[A-Za-z]", name)}
+"""Units that as plain letters may be symbols; `notation.normalise` writes upright ones, such as
+`\\text{V}`, with `UPRIGHT`.
+"""
+UPRIGHT = "unit"
+_AREA = re.compile(r"m ?\^ ?\{? ?[23] ?\}?")
 _VOWEL = re.compile("[aeiouy]", re.IGNORECASE)
+_LETTERS = re.compile(r"[^\W\d_]+")
 _CHINESE_PAIRS = (
     "千米=km 公里=km 米=m 厘米=cm 毫米=mm 分米=dm 千克=kg 公斤=kg 克=g 毫克=mg "
     "吨=ton 升=L 毫升=mL 小时=h 分钟=min 秒=s 天=day "
@@ -166,6 +180,20 @@ def is_like_product(word: str) -> bool:
     return len(word) == 1 or (len(word) <= 3 and (name is None or name in _LIKE_PRODUCTS))
 
 
+def is_unmistakable(unit: str) -> bool:
+    """Return whether a unit as it is written cannot be a symbol or a product of symbols.
+
+    One letter, letters such as `mg`, and one-letter units beside each other may be; a name, an
+    abbreviation of several letters, an upright letter, an area or a volume, and what has a stroke,
+    a dot or a negative power may not.
+    """
+    return (
+        any(sign in unit for sign in "/·*-\\")
+        or _AREA.fullmatch(unit.strip()) is not None
+        or not AMBIGUOUS.issuperset(_LETTERS.findall(unit) or [""])
+    )
+
+
 def split_currency(text: str) -> tuple[str, str] | None:
     """Return the amount and the currency of `$5`, `-€3` or `5 €`, `None` for all else."""
     if not _CURRENCY_SIGN.search(text):
@@ -186,6 +214,8 @@ def _name(token: str) -> str | None:
     power = _CHINESE_SQUARED.get(token[:2])
     if power and token[2:] in _CHINESE:
         return f"{_CHINESE[token[2:]]}^{power}"
+    if token.removesuffix(UPRIGHT) in AMBIGUOUS:
+        token = token.removesuffix(UPRIGHT)
     name = _CANONICAL.get(token, _CHINESE.get(token))
     if name is None and len(token) > 1:
         name = _CANONICAL.get(token.lower())
@@ -193,10 +223,12 @@ def _name(token: str) -> str | None:
 
 
 def _is_free(token: str) -> bool:
+    if token.lower() in _NOT_UNITS:
+        return False
     if not token.isascii():
         return not (_VALUE_CHARACTERS & set(token)) and not token.lower().startswith(_VALUE_STEMS)
     is_word = len(token) > 2 and _VOWEL.search(token) is not None  # `mv` and `mgh` are products
-    return is_word and token.lower() not in _NOT_UNITS and not _VALUE_WORD.fullmatch(token)
+    return is_word and not _VALUE_WORD.fullmatch(token)
 
 
 def _joined(powers: Counter[str]) -> str:

@@ -1,12 +1,11 @@
-"""From a response to its reward: rules first, killable algebra where rules do not decide, a judge
-for open questions.
+"""From a response to its reward: the reward of its question's answer type grades what it boxes.
 
 Source: ZPPO (arXiv 2606.18216), reward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -26,6 +25,9 @@ _REASON_OF_OUTCOME: dict[Outcome, Reason] = {
     "error": "error",
 }
 
+Item = tuple[Question, str]
+"""A question and the final answer of a response to it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -33,14 +35,22 @@ class Verdict:
 
     Attributes:
         parsed: Content of the last `\\boxed{}`, `None` if nothing was boxed.
-        reward: 1 if the answer is right, 0 if it is wrong, `None` if it was not graded.
-        reason: `match` is right. Not graded are `no_verdict` of the judge, and `timeout` and
-            `error`: the comparison itself failed. All others are wrong.
+        reward: In [0, 1], 1 if the answer is right; `None` if it was not graded.
+        reason: Not graded are `no_verdict` of the judge, and `timeout` and `error`: the comparison
+            itself failed.
     """
 
     parsed: str | None
     reward: float | None
     reason: Reason
+
+
+class Reward(Protocol):
+    """Grades answers to questions of one answer type."""
+
+    def grade_all(self, items: Sequence[Item]) -> Sequence[Verdict]:
+        """Return one verdict per item, in order; no two items are equal."""
+        ...
 
 
 class Judge(Protocol):
@@ -52,48 +62,80 @@ class Judge(Protocol):
     for each other for ever. It needs a stage of its own that all ranks enter.
     """
 
-    def judge(self, items: Sequence[tuple[Question, str]]) -> Sequence[bool | None]:
+    def judge(self, items: Sequence[Item]) -> Sequence[bool | None]:
         """Return for every (question, parsed answer) whether it agrees with the reference answer;
-        `None` if the judge cannot be had.
+        `None` if the judge is unavailable.
         """
         ...
 
 
-class _Rules:
-    """Grades by looking, equal answers to equal references once."""
+class MathReward:
+    """1 for an answer of the same value and structure as the reference."""
 
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, str, tuple[str, ...], str], Reason | Undecided | None] = {}
+    def __init__(self, pool: GradingPool) -> None:
+        self._pool = pool
 
-    def grade(self, question: Question, parsed: str | None) -> Reason | Undecided | None:
-        """Return the reason if rules decide, the pair if algebra has to, `None` if a judge has
-        to.
-        """
-        if parsed is None:
-            return "not_boxed"
-        if parsed == question.answer and question.answer_type == "math":
+    def grade_all(self, items: Sequence[Item]) -> list[Verdict]:
+        """Grade by looking, and by algebra in the pool where looking does not decide."""
+        looked = [self._look(question, parsed) for question, parsed in items]
+        pairs = list(dict.fromkeys(each for each in looked if isinstance(each, Undecided)))
+        outcomes = self._pool.compare_all([(each.parsed, each.gold) for each in pairs])
+        reasons = {
+            pair: _REASON_OF_OUTCOME[outcome] for pair, outcome in zip(pairs, outcomes, strict=True)
+        }
+        return [
+            _verdict(parsed, reasons[each] if isinstance(each, Undecided) else each)
+            for (_, parsed), each in zip(items, looked, strict=True)
+        ]
+
+    def _look(self, question: Question, parsed: str) -> Reason | Undecided:
+        if parsed == question.answer:
             return "match"
-        key = (question.answer, question.answer_type, question.choices, parsed)
-        if key not in self._known:
-            self._known[key] = self._look(question, parsed)
-        return self._known[key]
-
-    def _look(self, question: Question, parsed: str) -> Reason | Undecided | None:
-        if question.answer_type == "open":
-            return "too_long" if len(parsed) > MAX_ANSWER_CHARS else None
-        if question.answer_type == "choice":
-            return "match" if matches_choice(parsed, question) else "mismatch"
-        gold = (
-            question.answer
-            if "\\boxed" not in question.answer
-            else final_answer(question.answer) or question.answer
-        )
-        verdict = compare(parsed, gold)
+        boxed = final_answer(question.answer) if "\\boxed" in question.answer else None
+        verdict = compare(parsed, boxed or question.answer)
         if isinstance(verdict, Undecided):
             return verdict
         if not verdict and len(parsed) > MAX_ANSWER_CHARS:
             return "too_long"
         return "match" if verdict else "mismatch"
+
+
+class ChoiceReward:
+    """1 for an answer that names the right option."""
+
+    def grade_all(self, items: Sequence[Item]) -> list[Verdict]:
+        """Grade by letter and by text.
+
+        Raises:
+            DataError: If a reference answer names no option.
+        """
+        return [
+            _verdict(parsed, "match" if matches_choice(parsed, question) else "mismatch")
+            for question, parsed in items
+        ]
+
+
+class JudgeReward:
+    """1 for an answer that a judge calls right."""
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+
+    def grade_all(self, items: Sequence[Item]) -> list[Verdict]:
+        """Grade all answers that are not too long."""
+        short = [item for item in items if len(item[1]) <= MAX_ANSWER_CHARS]
+        judged = iter(self._judge.judge(short) if short else ())
+        reasons: dict[bool | None, Reason] = {True: "match", False: "mismatch", None: "no_verdict"}
+        return [
+            _verdict(
+                parsed, "too_long" if len(parsed) > MAX_ANSWER_CHARS else reasons[next(judged)]
+            )
+            for _, parsed in items
+        ]
+
+
+def _verdict(parsed: str | None, reason: Reason) -> Verdict:
+    return Verdict(parsed, None if reason in NOT_GRADED else float(reason == "match"), reason)
 
 
 class Verifier:
@@ -104,6 +146,10 @@ class Verifier:
         num_workers: Most worker processes; they start when the first answer needs one.
         judge: For questions of answer type `open`.
         budget_seconds: Wall-clock time for all comparisons by algebra of one call.
+        rewards: More of them, or others, by answer type.
+
+    Attributes:
+        rewards: What grades, by answer type.
     """
 
     def __init__(
@@ -112,6 +158,7 @@ class Verifier:
         num_workers: int = 2,
         judge: Judge | None = None,
         budget_seconds: float = 60.0,
+        rewards: Mapping[str, Reward] | None = None,
     ) -> None:
         if min(timeout_seconds, budget_seconds) <= 0 or num_workers < 1:
             raise ConfigError(
@@ -119,8 +166,13 @@ class Verifier:
                 f"budget_seconds={budget_seconds} and num_workers={num_workers}, expected positive "
                 "limits and at least one worker; correct the three keys"
             )
-        self.judge = judge
         self._pool = GradingPool(timeout_seconds, num_workers, budget_seconds)
+        self.rewards: dict[str, Reward] = {
+            "math": MathReward(self._pool),
+            "choice": ChoiceReward(),
+            **({} if judge is None else {"open": JudgeReward(judge)}),
+            **(rewards or {}),
+        }
 
     @property
     def num_timeouts(self) -> int:
@@ -134,51 +186,33 @@ class Verifier:
 
     def can_grade(self, question: Question) -> bool:
         """Return whether responses to a question can be graded: an `open` one needs a judge."""
-        return question.answer_type != "open" or self.judge is not None
+        return question.answer_type in self.rewards
 
     def verify(self, question: Question, text: str) -> Verdict:
         """Grade one response; see `verify_all`."""
         return self.verify_all([(question, text)])[0]
 
     def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Verdict]:
-        """Grade (question, response text) pairs, in order; equal comparisons are made once.
+        """Grade (question, response text) pairs, in order; equal answers are graded once.
 
         Raises:
             ConfigError: If a question is `open` and there is no judge.
             DataError: If the reference answer of a multiple-choice question is no option's letter.
         """
-        self._check_judge(items)
-        answers = [final_answer(text) for _, text in items]
-        rules = _Rules()
-        graded = [
-            rules.grade(question, parsed)
-            for (question, _), parsed in zip(items, answers, strict=True)
+        self._check_types(items)
+        answers = [(question, final_answer(text)) for question, text in items]
+        of_type: dict[str, dict[Item, None]] = {}
+        for question, parsed in answers:
+            if parsed is not None:
+                of_type.setdefault(question.answer_type, {})[question, parsed] = None
+        verdicts: dict[Item, Verdict] = {}
+        for answer_type, asked in of_type.items():
+            graded = self.rewards[answer_type].grade_all(list(asked))
+            verdicts.update(zip(asked, graded, strict=True))
+        return [
+            _verdict(None, "not_boxed") if parsed is None else verdicts[question, parsed]
+            for question, parsed in answers
         ]
-        pairs = list(
-            dict.fromkeys(
-                (grade.parsed, grade.gold) for grade in graded if isinstance(grade, Undecided)
-            )
-        )
-        outcomes = dict(zip(pairs, self._pool.compare_all(pairs) if pairs else [], strict=True))
-        judged = iter(
-            self._by_judge(
-                [
-                    (q, p)
-                    for (q, _), p, g in zip(items, answers, graded, strict=True)
-                    if g is None and p is not None
-                ]
-            )
-        )
-        verdicts: list[Verdict] = []
-        for parsed, grade in zip(answers, graded, strict=True):
-            if isinstance(grade, Undecided):
-                reason = _REASON_OF_OUTCOME[outcomes[grade.parsed, grade.gold]]
-            else:
-                reason = next(judged) if grade is None else grade
-            verdicts.append(
-                Verdict(parsed, None if reason in NOT_GRADED else float(reason == "match"), reason)
-            )
-        return verdicts
 
     def close(self) -> None:
         """End the worker processes."""
@@ -190,20 +224,12 @@ class Verifier:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _by_judge(self, items: Sequence[tuple[Question, str]]) -> list[Reason]:
-        if not items:
-            return []
-        assert self.judge is not None
-        return [
-            "no_verdict" if right is None else "match" if right else "mismatch"
-            for right in self.judge.judge(items)
-        ]
-
-    def _check_judge(self, items: Sequence[tuple[Question, str]]) -> None:
+    def _check_types(self, items: Sequence[tuple[Question, str]]) -> None:
         asked = next((question for question, _ in items if not self.can_grade(question)), None)
         if asked is not None:
             raise ConfigError(
-                f"Verifier: question {asked.id!r} has answer_type 'open' and there is no judge, "
-                "expected math or choice; give the Verifier a judge or leave such questions out of "
-                "the data"
+                f"Verifier: question {asked.id!r} has answer_type {asked.answer_type!r} and there "
+                f"is no {'judge' if asked.answer_type == 'open' else 'such reward'}, expected one "
+                f"of {', '.join(self.rewards)}; give the Verifier a judge or a reward, or leave "
+                "such questions out of the data"
             )

@@ -88,7 +88,7 @@ class QuestionFeed:
         return good
 
     def _check_refused(self, num_refused: int, last: Refusal) -> None:
-        """Stop where data.max_bad_share lets every question be refused, for ever."""
+        """Stop where data.max_bad_fraction lets every question be refused, for ever."""
         if num_refused >= self._stream.num_samples:
             raise DataError(
                 f"QuestionFeed: no question of a whole epoch can be asked, got {num_refused} "

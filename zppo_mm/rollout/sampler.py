@@ -16,8 +16,9 @@ from typing import Protocol
 from data.question import Question
 from encoders.processor import VisionInput
 from zppo_mm.errors import NotFiniteError
-from zppo_mm.experience import PLAIN_KINDS, Group, Prompt, PromptInstance, Rollout
+from zppo_mm.experience import Group, Prompt, PromptInstance, Rollout
 from zppo_mm.interruption import StopRequested
+from zppo_mm.methods import PLAIN_KINDS
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import Exchange
 from zppo_mm.rollout.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams

@@ -21,6 +21,7 @@ from zppo_mm.observability.metrics import StepMetrics, Sum
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.parallel.meetings import Meetings
+from zppo_mm.parallel.partition import PartitionLink
 from zppo_mm.rewards.judge import LlmJudge
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import SamplingParams
@@ -30,10 +31,9 @@ from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.run.shared import Shared, load_model, media_limits, release_memory
 from zppo_mm.run.teachers import Teachers, build_judge, build_rewriters, build_teachers, judge_pool
 from zppo_mm.step import Stages
-from zppo_mm.teacher.rank_channel import Channel
-from zppo_mm.teacher.ranks_teacher import RanksTeacher
 from zppo_mm.teacher.served.connect import open_pool
 from zppo_mm.teacher.served.servers import Servers
+from zppo_mm.teacher.served.teacher_ranks import TeacherRanks
 from zppo_mm.training.distillation import DistillationObjective, check_networks
 from zppo_mm.training.learner import Learner
 from zppo_mm.training.objective import Objective, PolicyObjective
@@ -110,11 +110,8 @@ class Run:
                 for name, count in (self.judge.counts if self.judge else Counter[str]()).items()
             }
         )
-        for counted in (
-            *(pool.counts for pool in self.pools),
-            self.teachers.ranks.counts if self.teachers.ranks else Counter[str](),
-        ):
-            counts.update({f"teacher/{name}": count for name, count in dict(counted).items()})
+        for pool in self.pools:
+            counts.update({f"teacher/{name}": count for name, count in dict(pool.counts).items()})
         # Every rank knows of these, and what the replicas count is added up.
         if parallel.replica_rank() == 0:
             counts.update(
@@ -147,7 +144,7 @@ def student_folder(config: RunConfig) -> Path:
 
 def build_run(
     config: RunConfig,
-    channel: Channel | None = None,
+    link: PartitionLink | None = None,
     meetings: Meetings | None = None,
     interruption: Interruption | None = None,
 ) -> Run:
@@ -155,7 +152,7 @@ def build_run(
 
     Args:
         config: The run.
-        channel: The way to a teacher on ranks of its own, which is waited for.
+        link: To a teacher on ranks of its own, which is waited for.
         meetings: Where ranks wait for one another; `None` waits in collectives.
         interruption: Ends the run before its last step; `None` is nothing that could.
 
@@ -166,15 +163,17 @@ def build_run(
     media = MediaStore(media_limits(config.data))
     interruption = interruption or Interruption()
     exchange = ParallelExchange(meetings, interruption.is_due)
-    pool = open_pool(config.teacher, exchange, limits=media.limits)
-    judges = judge_pool(config, pool, exchange)
-    judge = build_judge(config, judges, channel, interruption.is_due)
+    ranks = TeacherRanks(link, exchange) if link is not None else None
+    pool = (
+        ranks.open_pool(config.teacher, config.rollout.max_batch_size)
+        if ranks is not None
+        else open_pool(config.teacher, exchange, limits=media.limits)
+    )
+    judges = judge_pool(config.reward, config.teacher, pool, exchange)
+    judge = build_judge(config, judges, interruption.is_due)
     reward = config.reward
     verifier = Verifier(reward.timeout_seconds, reward.num_workers, judge, reward.budget_seconds)
     shared = Shared(config, media, verifier, exchange)
-    ranks = (
-        RanksTeacher(channel, config.teacher, exchange, verifier) if channel is not None else None
-    )
     encoder = shared.encoder(student_folder(config))
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     student = load_model(config.model, config.parallel, student_folder(config), trainable=True)
@@ -184,9 +183,9 @@ def build_run(
         student, config.train, config.parallel, _build_objective(config, student, teachers.network)
     )
     log_part_sizes(student)
-    compressor, hints = build_rewriters(config, encoder, teachers.rewrites)
+    compressor, hints = build_rewriters(config.teacher, encoder, teachers.rewrites)
     sampler = shared.sampler(student, encoder)
-    stream = build_stream(config, SampleHealth(config.data.max_bad_share, config.data.strict))
+    stream = build_stream(config, SampleHealth(config.data.max_bad_fraction, config.data.strict))
     stages = Stages(
         config=config,
         interruption=interruption,
@@ -225,7 +224,7 @@ def build_run(
     held_out, answered = _held_out(config, verifier), evaluation_sampling(config, encoder)
     pools = _once(pool, judges, *teachers.pools)
     if ranks is not None:
-        ranks.greet()
+        ranks.wait_until_ready()
     return Run(
         stages, stream, held_out, answered, media, verifier, shared.encoders, teachers, pools, judge
     )
@@ -282,7 +281,7 @@ def _held_out(config: RunConfig, verifier: Verifier) -> HeldOut:
         return HeldOut()
     sources = config.data.held_out or bundled_sources(config, "held_out")
     folders = [ShardFolder(source.path) for source in sources]
-    health = SampleHealth(config.data.max_bad_share, config.data.strict)
+    health = SampleHealth(config.data.max_bad_fraction, config.data.strict)
     chosen = held_out_questions(
         folders, config.evaluation.num_questions, config.seed, health, verifier.can_grade
     )

@@ -5,11 +5,11 @@ same.
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from zppo_mm.config.keys import may_change_on_resume
 from zppo_mm.config.load import flat_keys
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import CheckpointError, ConfigError
@@ -20,44 +20,6 @@ from zppo_mm.training import checkpoint
 logger = logging.getLogger(__name__)
 
 HF_FOLDER = "hf"
-# What may change between two parts of a run: where and how it computes, how long it goes on, what
-# it writes and looks at.
-FREE_ON_RESUME = (
-    "output_dir",
-    "name",
-    "parallel.",
-    "model.transformer_impl",
-    "model.recompute",
-    "train.train_iters",
-    "train.max_hours",
-    "train.stop_within_seconds",
-    "train.micro_batch_tokens",
-    "train.share_prompts",
-    "rollout.max_batch_size",
-    "teacher.endpoints",
-    "teacher.num_ranks",
-    "teacher.tensor_model_parallel_size",
-    "teacher.pipeline_model_parallel_size",
-    "teacher.api_key_env",
-    "teacher.on_failure",
-    "teacher.max_concurrency",
-    "teacher.connect_timeout_seconds",
-    "teacher.read_timeout_seconds",
-    "teacher.request_timeout_seconds",
-    "teacher.num_retries",
-    "teacher.backoff_seconds",
-    "teacher.max_wait_seconds",
-    "reward.",
-    "data.decode",
-    "data.num_decode_workers",
-    "data.max_bad_share",
-    "data.strict",
-    "checkpoint.",
-    "evaluation.",
-    "parity.",
-    "observability.",
-)
-_FURTHER_TEACHER = re.compile(r"^fallback_teachers\.\d+\.")
 
 
 def resume(run: Run, folder: Path) -> int | None:
@@ -137,9 +99,7 @@ def check_same_run(config: RunConfig, saved: dict[str, Any], folder: Path) -> No
         if (old := before.get(key, default.get(key))) != value
     }
     fixed = {
-        key: values
-        for key, values in changed.items()
-        if not _FURTHER_TEACHER.sub("teacher.", key).startswith(FREE_ON_RESUME)
+        key: values for key, values in changed.items() if not may_change_on_resume(RunConfig, key)
     }
     if fixed:
         listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in fixed.items())

@@ -1,169 +1,164 @@
-"""A job whose last ranks are the teacher's: what those do, and how the student's ranks begin and
-end beside them.
+"""A job whose last ranks are the teacher's: what they do, and how the student's ranks begin and end
+beside them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
 from collections.abc import Iterator
 
 from data.media.store import MediaStore
-from zppo_mm.config.schema import RunConfig
+from zppo_mm.config.schema import ParallelConfig, RunConfig
 from zppo_mm.interruption import Interruption, RunStopped, StopRequested
 from zppo_mm.observability.logs import configure_logging
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.parallel.meetings import Meetings, open_meetings
-from zppo_mm.parallel.partition import JobPartition, teacher_layout
+from zppo_mm.parallel.partition import DONE, JobPartition, PartitionLink, teacher_layout
 from zppo_mm.run.shared import Shared, media_limits, release_memory
-from zppo_mm.run.teachers import megatron_teacher
-from zppo_mm.teacher.rank_channel import DONE, POLL_SECONDS, Channel
-from zppo_mm.teacher.rank_server import LeaveToStudent, TeacherServer
+from zppo_mm.run.teachers import load_teacher
+from zppo_mm.teacher.served.chat_server import ChatServer, job_address
+from zppo_mm.teacher.served.rank_server import NoGrader, RankServer
+from zppo_mm.teacher.served.teacher_ranks import POLL_SECONDS, READY, SERVER
 from zppo_mm.teacher.teacher import TeacherLostError
-from zppo_mm.zone.prompts import load_templates
 
 logger = logging.getLogger(__name__)
 
 STOPPED = "stopped after step "
-LOOK_SECONDS = 1.0
+EXIT_CHECK_SECONDS = 1.0
 
 
 def serve_teacher(
-    config: RunConfig, world: JobPartition, interruption: Interruption | None = None
+    config: RunConfig, partition: JobPartition, interruption: Interruption | None = None
 ) -> None:
-    """Load the teacher and answer until the student has ended; every rank of the teacher's world
-    calls this.
+    """Load the teacher and answer until the student has ended; every rank of the teacher's
+    partition calls this.
 
-    One that fails tells the student first and lets it save: a launcher ends all other processes as
-    soon as one has failed.
+    A rank that fails gives its exit reason first and lets the student save: a launcher ends all
+    other processes as soon as one has failed.
 
     Raises:
         RunStopped: The student was ended before its last step.
     """
-    configure_logging(None, world.job_rank)
+    configure_logging(None, partition.job_rank)
     interruption = interruption or Interruption()
-    channel = _open_channel(config, world)
+    link = _open_link(config.parallel, partition)
     try:
         with parallel.explain_lost_rank():
-            parallel.initialize(teacher_layout(config.teacher, config.parallel), config.seed, world)
+            layout = teacher_layout(config.teacher, config.parallel)
+            parallel.initialize(layout, config.seed, partition)
             parallel.end_with_launcher()
-            with open_meetings(config.parallel, world, interruption) as meetings:
-                word = _serve(config, channel, meetings, interruption)
+            with open_meetings(config.parallel, partition, interruption) as meetings:
+                reason = _serve(config, link, meetings, interruption)
             parallel.shutdown()
     except Exception as error:
-        channel.leave(_say(world, error))
+        link.leave(_exit_reason(partition, error))
         # A store that is gone went with the student's first rank.
         with contextlib.suppress(RuntimeError):
-            while channel.last_word() is None and not channel.is_other_silent():
+            while link.exit_reason() is None and not link.is_other_lost():
                 time.sleep(POLL_SECONDS)
         raise
-    channel.leave()
-    if word.startswith(STOPPED):
-        raise RunStopped(int(word.removeprefix(STOPPED)), "as the student")
-    if word != DONE:
-        logger.warning("the teacher ends because the student does: %s", word)
+    link.leave()
+    if reason.startswith(STOPPED):
+        raise RunStopped(int(reason.removeprefix(STOPPED)), "as the student")
+    if reason != DONE:
+        logger.warning("the teacher ends because the student does: %s", reason)
 
 
 @contextlib.contextmanager
-def reach_teacher(config: RunConfig, world: JobPartition | None) -> Iterator[Channel | None]:
-    """Hold the channel to the teacher's ranks; when the student ends, well or not, they are told.
+def link_to_teacher(
+    config: ParallelConfig, partition: JobPartition | None
+) -> Iterator[PartitionLink | None]:
+    """Hold the link to the teacher's ranks; when the student ends, its exit reason is given.
 
     Raises:
         TeacherLostError: The student is through, but the teacher's ranks do not end.
     """
-    if world is None:
+    if partition is None:
         yield None
         return
-    channel = _open_channel(config, world)
+    link = _open_link(config, partition)
     stopped: RunStopped | None = None
     try:
-        yield channel
+        yield link
     except RunStopped as error:
         stopped = error
     except BaseException as error:
-        channel.leave(_say(world, error))
+        link.leave(_exit_reason(partition, error))
         raise
-    channel.leave(DONE if stopped is None else f"{STOPPED}{stopped.step}")
-    if world.rank == 0:  # it may hold the store, from which the teacher hears that it can end
-        _wait_for_teacher(channel, 60 * config.parallel.timeout_minutes)
+    link.leave(DONE if stopped is None else f"{STOPPED}{stopped.step}")
+    if partition.rank == 0:  # it may hold the store, where the teacher reads that it can end
+        _wait_for_teacher(link)
     if stopped is not None:
         raise stopped
 
 
 def _serve(
-    config: RunConfig, channel: Channel, meetings: Meetings | None, interruption: Interruption
+    config: RunConfig, link: PartitionLink, meetings: Meetings | None, interruption: Interruption
 ) -> str:
-    media = MediaStore(media_limits(config.data))
-    try:
-        shared = Shared(
-            config, media, LeaveToStudent(), ParallelExchange(meetings, _HasStudentLeft(channel))
-        )
+    exchange = ParallelExchange(meetings, _HasStudentLeft(link))
+    with contextlib.ExitStack() as stack:
+        media = MediaStore(media_limits(config.data))
+        stack.callback(media.close)
+        server = None
+        if exchange.is_leader and exchange.replica == 0:
+            server = ChatServer(job_address())
+            stack.callback(server.close)
+            link.publish(SERVER, json.dumps({"url": server.url, "key": server.key}))
+        shared = Shared(config, media, NoGrader(), exchange)
         layout = teacher_layout(config.teacher, config.parallel)
-        teacher = megatron_teacher(
-            shared, config.teacher, layout, load_templates(config.zone.templates)
-        )
-        at_once = shared.exchange.num_replicas * max(
-            1, config.rollout.max_batch_size // config.teacher.num_rollouts
-        )
-        server = TeacherServer(
-            channel,
-            teacher,
-            shared.exchange,
-            judge_max_tokens=config.reward.judge_max_tokens,
-            num_at_once=at_once,
-            release_memory=lambda: release_memory(shared.encoders),
+        model, encoder, sampling = load_teacher(shared, config.teacher, layout)
+        if server is not None:
+            link.publish(READY, "")
+        ranks = RankServer(
+            link,
+            server,
+            shared.sampler(model, encoder),
+            sampling,
+            exchange,
+            lambda: release_memory(shared.encoders),
         )
         # A signal is passed on to the student, which decides when to end.
         with interruption.protected():
             try:
-                return server.serve()
+                return ranks.serve()
             except StopRequested:
                 # The student has left in the middle of an answer that nobody waits for any more.
-                return channel.last_word() or DONE
-    finally:
-        media.close()
+                return link.exit_reason() or DONE
 
 
 class _HasStudentLeft:
-    """Whether answers are still wanted; looks at the store at most once per second, and stays
-    true.
-    """
+    """Whether answers are still wanted; checks at most once per second, and stays true."""
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._next_look = 0.0
+    def __init__(self, link: PartitionLink) -> None:
+        self._link = link
+        self._next_check = 0.0
         self._has_left = False
 
     def __call__(self) -> bool:
-        if not self._has_left and time.monotonic() >= self._next_look:
-            self._has_left = self._channel.last_word() is not None
-            self._next_look = time.monotonic() + LOOK_SECONDS
+        if not self._has_left and time.monotonic() >= self._next_check:
+            self._has_left = self._link.exit_reason() is not None
+            self._next_check = time.monotonic() + EXIT_CHECK_SECONDS
         return self._has_left
 
 
-def _open_channel(config: RunConfig, world: JobPartition) -> Channel:
-    other = "teacher" if world.name == "student" else "student"
-    return Channel(
-        world.store,
-        world.name,
-        other,
-        silence_seconds=60 * config.parallel.timeout_minutes,
-        beats=world.rank == 0,
-    )
+def _open_link(config: ParallelConfig, partition: JobPartition) -> PartitionLink:
+    return PartitionLink(partition, 60 * config.timeout_minutes)
 
 
-def _wait_for_teacher(channel: Channel, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while channel.last_word() is None:
+def _wait_for_teacher(link: PartitionLink) -> None:
+    deadline = time.monotonic() + link.timeout_seconds
+    while link.exit_reason() is None:
         if time.monotonic() > deadline:
             raise TeacherLostError(
-                f"teacher: its ranks do not end, got no word from them for {seconds:g} s, expected "
-                "them to end with the student; the run is complete, so end the job"
+                f"teacher: its ranks do not end, got no exit reason for {link.timeout_seconds:g} "
+                "s, expected them to end with the student; the run is complete, so end the job"
             )
         time.sleep(POLL_SECONDS)
 
 
-def _say(world: JobPartition, error: BaseException) -> str:
-    return f"rank {world.job_rank}: {type(error).__name__}: {error}"
+def _exit_reason(partition: JobPartition, error: BaseException) -> str:
+    return f"rank {partition.job_rank}: {type(error).__name__}: {error}"

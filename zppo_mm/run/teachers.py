@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zppo_mm.bundled import TEACHER_DIR
-from zppo_mm.config.schema import ParallelConfig, RunConfig, TeacherConfig
+from zppo_mm.config.schema import (
+    DistillConfig,
+    ParallelConfig,
+    RewardConfig,
+    RunConfig,
+    TeacherConfig,
+)
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.rewards.judge import LlmJudge, load_judge_template
@@ -16,17 +22,20 @@ from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.run.shared import Shared, load_model
 from zppo_mm.teacher.chain import TeacherChain
 from zppo_mm.teacher.megatron_teacher import MegatronTeacher
-from zppo_mm.teacher.rank_channel import Channel
-from zppo_mm.teacher.ranks_teacher import QUEUE_SHARE, RanksTeacher, replies_of_ranks
 from zppo_mm.teacher.served.connect import open_pool
 from zppo_mm.teacher.served.judge import greedy_replies
 from zppo_mm.teacher.served.servers import Servers
 from zppo_mm.teacher.served.teacher import ServedTeacher
+from zppo_mm.teacher.served.teacher_ranks import TeacherRanks
 from zppo_mm.teacher.served.tokens import TokenReader
 from zppo_mm.teacher.teacher import Compressor, HintWriter, Teacher
 from zppo_mm.zone.compress import RuleCompressor, TeacherCompressor, load_compression_template
 from zppo_mm.zone.hint import RuleHintWriter, TeacherHintWriter, load_hint_template
 from zppo_mm.zone.prompts import PromptTemplates
+
+# Of the time that the student's ranks wait for each other, what one of them may wait for a judge on
+# the teacher's ranks.
+QUEUE_FRACTION = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +46,16 @@ class Teachers:
         answers: Answers questions; `None` if no method in use shows its answers.
         rewrites: Rewrites for the compressor and the writer of hints; `None` if the rule does.
         pools: Servers of further teachers.
-        network: To distil from; `None` if nothing is, or if the teacher tells its log-probs with
-            its answers.
-        ranks: The first teacher, if it has ranks of its own.
+        network: To distil from; `None` if nothing is, or if the teacher's answers come with their
+            log-probs.
+        ranks: Of the first teacher, if it has its own.
     """
 
     answers: Teacher | None
     rewrites: Teacher | None
     pools: tuple[Servers, ...] = ()
     network: VisionLanguageModel | None = None
-    ranks: RanksTeacher | None = None
+    ranks: TeacherRanks | None = None
 
     @property
     def num_passed_on(self) -> int:
@@ -71,28 +80,28 @@ def build_teachers(
     pool: Servers | None,
     templates: PromptTemplates,
     student: PromptEncoder,
-    ranks: RanksTeacher | None = None,
+    ranks: TeacherRanks | None = None,
 ) -> Teachers:
     """Load the teachers, or point to their servers, unless nothing in this configuration would ask
     them.
 
     Args:
         shared: What they share with the student.
-        pool: Servers of the first teacher, `None` if it runs in this process.
+        pool: Servers of the first teacher, or of its ranks; `None` if it runs in this process.
         templates: Texts of the prompts.
         student: The student's prompts.
-        ranks: The first teacher, if it has ranks of its own.
+        ranks: Of the first teacher, if it has its own.
     """
     config = shared.config
     zone = config.zone
-    answers = (
-        zone.bcq or zone.hint or zone.prefix or zone.inject or config.distill.source == "teacher"
+    answers = zone.uses_teacher or config.distill.source == "teacher"
+    rewrites = config.teacher.compressor == "teacher" and any(
+        kind.is_rewritten for kind in zone.kinds
     )
-    rewrites = config.teacher.compressor == "teacher" and (zone.bcq or zone.ncq or zone.hint)
     distils = config.distill.source != "none"
     if not (answers or rewrites or distils):
         return Teachers(None, None, ranks=ranks)
-    first = ranks or _build_teacher(shared, config.teacher, pool, templates, student)
+    first = _build_teacher(shared, config.teacher, pool, templates, student, ranks)
     others: list[Teacher] = []
     pools: list[Servers] = []
     for index, other in enumerate(config.fallback_teachers if answers else ()):
@@ -114,6 +123,7 @@ def _build_teacher(
     pool: Servers | None,
     templates: PromptTemplates,
     student: PromptEncoder,
+    ranks: TeacherRanks | None = None,
 ) -> Teacher:
     config = shared.config
     if pool is not None:
@@ -125,26 +135,25 @@ def _build_teacher(
             plain_text=templates.plain_text,
             tokenize=lambda text: student.chat.tokenize([text]),
             seed=config.seed,
-            tokens=_token_reader(config, student),
+            tokens=_token_reader(config.distill, student),
+            ranks=ranks,
         )
-    return megatron_teacher(shared, own, config.parallel, templates, student)
+    model, encoder, sampling = load_teacher(shared, own, config.parallel)
+    if config.distill.source != "none":
+        student.check_same_inputs(encoder, "distill.source")
+    sampler = shared.sampler(model, encoder)
+    return MegatronTeacher(model, sampler, sampling, own.num_rollouts, templates.plain_text)
 
 
-def megatron_teacher(
-    shared: Shared,
-    own: TeacherConfig,
-    layout: ParallelConfig,
-    templates: PromptTemplates,
-    student: PromptEncoder | None = None,
-) -> MegatronTeacher:
-    """Load a teacher onto the ranks of this process's world.
+def load_teacher(
+    shared: Shared, own: TeacherConfig, layout: ParallelConfig
+) -> tuple[VisionLanguageModel, PromptEncoder, SamplingParams]:
+    """Load a teacher onto the ranks of this process's partition.
 
     Args:
         shared: What the models there have in common.
         own: The teacher.
         layout: How the ranks are laid out.
-        templates: Texts of the prompts.
-        student: The student's prompts, if it is in this world; one that distils must have the same.
 
     Raises:
         ZppoError: Its folder or its layout cannot be used.
@@ -152,8 +161,6 @@ def megatron_teacher(
     config = shared.config
     folder = Path(own.model) if own.model else TEACHER_DIR
     encoder = shared.encoder(folder)
-    if student is not None and config.distill.source != "none":
-        student.check_same_inputs(encoder, "distill.source")
     sampling = SamplingParams(
         temperature=own.temperature,
         max_new_tokens=own.max_response_tokens,
@@ -166,27 +173,26 @@ def megatron_teacher(
         fp8=own.fp8,
         recompute="none",
     )
-    model = load_model(options, layout, folder, trainable=False)
-    return MegatronTeacher(
-        model, shared.sampler(model, encoder), sampling, own.num_rollouts, templates.plain_text
-    )
+    return load_model(options, layout, folder, trainable=False), encoder, sampling
 
 
-def _token_reader(config: RunConfig, student: PromptEncoder) -> TokenReader | None:
-    if config.distill.source == "none":
+def _token_reader(config: DistillConfig, student: PromptEncoder) -> TokenReader | None:
+    if config.source == "none":
         return None
-    return TokenReader(student.chat.token_bytes(), student.stop_token_ids, config.distill.top_k)
+    return TokenReader(student.chat.token_bytes(), student.stop_token_ids, config.top_k)
 
 
 def judge_pool(
-    config: RunConfig, teachers: Servers | None, exchange: ParallelExchange
+    reward: RewardConfig,
+    teacher: TeacherConfig,
+    teachers: Servers | None,
+    exchange: ParallelExchange,
 ) -> Servers | None:
-    """Return the judge's servers: the teacher's unless it has its own or another model."""
-    reward = config.reward
+    """Return the judge's servers: the teacher's unless the judge has its own or another model."""
     if not reward.judge or not (reward.judge_endpoints or reward.judge_model):
         return teachers if reward.judge else None
     return open_pool(
-        config.teacher,
+        teacher,
         exchange,
         reward.judge_endpoints,
         reward.judge_model,
@@ -195,34 +201,32 @@ def judge_pool(
 
 
 def build_judge(
-    config: RunConfig,
-    pool: Servers | None,
-    channel: Channel | None = None,
-    should_stop: Callable[[], bool] = bool,
+    config: RunConfig, pool: Servers | None, should_stop: Callable[[], bool] = bool
 ) -> LlmJudge | None:
-    """Return the judge behind servers, or else on the teacher's own ranks."""
-    if pool is not None:
-        complete = greedy_replies(pool, config.reward, config.teacher.num_retries, should_stop)
-    elif channel is not None and config.reward.judge:
-        queue_seconds = QUEUE_SHARE * 60 * config.parallel.timeout_minutes
-        complete = replies_of_ranks(
-            channel, config.reward, should_stop, queue_seconds=queue_seconds
-        )
-    else:
+    """Return the judge behind servers or on the teacher's own ranks; `None` without any."""
+    reward = config.reward
+    if pool is None:
         return None
-    return LlmJudge(complete, load_judge_template(config.reward.judge_template))
+    if config.teacher.num_ranks and not reward.judge_endpoints:
+        # Its requests may come behind a long answer of the teacher, and the other ranks of the
+        # student wait for them.
+        limit = QUEUE_FRACTION * 60 * config.parallel.timeout_minutes
+        seconds = max(limit, reward.judge_max_wait_seconds)
+        reward = replace(reward, judge_max_wait_seconds=seconds)
+    complete = greedy_replies(pool, reward, config.teacher.num_retries, should_stop)
+    return LlmJudge(complete, load_judge_template(reward.judge_template))
 
 
 def build_rewriters(
-    config: RunConfig, student: PromptEncoder, teacher: Teacher | None
+    config: TeacherConfig, student: PromptEncoder, teacher: Teacher | None
 ) -> tuple[Compressor, HintWriter]:
     """Return who shortens candidates and who writes hints; both count in the student's tokens: the
     student reads them.
     """
     rule = RuleCompressor(
         student.chat.count_tokens,
-        config.teacher.compression_max_tokens,
-        config.teacher.compression_max_lines,
+        config.compression_max_tokens,
+        config.compression_max_lines,
     )
     hints = RuleHintWriter(rule)
     if teacher is None:

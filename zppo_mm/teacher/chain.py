@@ -41,7 +41,7 @@ class ChainAnswers:
         return self._rollouts
 
     def _pass_on(self, asked: Answers) -> Answers | None:
-        """Hear a teacher, and ask the next one what nobody solved so far; `None` if there is
+        """Wait for a teacher, and ask the next one what nobody solved so far; `None` if there is
         nothing more to ask.
         """
         for question_id, rollouts in asked.wait().items():

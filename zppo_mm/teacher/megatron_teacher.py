@@ -1,20 +1,16 @@
-"""The teacher as a frozen Megatron model: in the student's ranks, in turn with it, or on ranks of
-its own.
-"""
+"""The teacher as a frozen Megatron model on the student's ranks."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from data.question import Question
 from zppo_mm.experience import PromptInstance, Rollout
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.sampler import GroupSampler
-
-_THINK_END = "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +84,3 @@ class MegatronTeacher:
     def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> Sequence[str | None]:
         """Return one response per user text, for the compressor; another attempt draws anew."""
         return self._sampler.respond(texts, self._sampling, f"{step}/rewrite/{attempt}")
-
-    def judge(self, prompts: Sequence[str], max_tokens: int) -> list[str | None]:
-        """Return one greedy response per user text, without a reasoning that comes before it;
-        `None` where none could be had.
-        """
-        sampling = replace(self._sampling, temperature=0.0, max_new_tokens=max_tokens)
-        texts = self._sampler.respond(prompts, sampling, "judge")
-        return [None if text is None else text.rpartition(_THINK_END)[2].strip() for text in texts]

@@ -1,4 +1,4 @@
-"""What a teacher promises, be it a model in this process or one behind a server."""
+"""Protocols of a teacher, in this process or behind a server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zppo_mm.experience import Rollout
 
 
 class TeacherLostError(ZppoError):
-    """The teacher does not answer, and the configuration says not to go on without it."""
+    """The teacher does not answer, and the configuration does not allow going on without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class CompressedTrace:
 
     Attributes:
         text: At most the cap's tokens, same final answer as the trace.
-        method: `rewritten`, or `cut` when no faithful rewrite was had.
+        method: `rewritten`, or `cut` if no rewrite was faithful.
         rejects: Rewrites refused because they changed the answer.
     """
 
@@ -53,15 +53,15 @@ class Hint:
 
 
 class Answers(Protocol):
-    """Answers that were asked for. Every rank holds one and calls it alike."""
+    """Answers on their way. Every rank holds one and makes the same calls."""
 
     @property
     def seconds(self) -> float:
-        """From asking to the last answer; known after `wait`."""
+        """Time from submission to the last answer; known after `wait`."""
         ...
 
     def is_ready(self) -> bool:
-        """Return whether `wait` would not wait; the same on every rank."""
+        """Return whether `wait` would return at once; the same on every rank."""
         ...
 
     def wait(self) -> Mapping[str, tuple[Rollout, ...]]:
@@ -85,7 +85,7 @@ class Teacher(Protocol):
         ...
 
     def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> Sequence[str | None]:
-        """Return one response per user text; `None` where none could be had."""
+        """Return one response per user text; `None` where there is none."""
         ...
 
 

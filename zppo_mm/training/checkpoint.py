@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from data.atomic_files import replace_folder
 from data.errors import DataError
 from zppo_mm.errors import CheckpointError, ZppoError
 from zppo_mm.parallel import groups as parallel
@@ -35,7 +36,6 @@ from zppo_mm.training.checkpoint_files import (
     make_empty,
     publish,
     put_back,
-    replace_folder,
     step_folders,
 )
 from zppo_mm.training.file_exchange import FileExchange

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 
+from data.atomic_files import remove, replace_folder, restore_replaced, sync
 from zppo_mm.errors import CheckpointError
 from zppo_mm.training.manifest import MANIFEST_FILE, checksum
 
@@ -29,7 +29,7 @@ def step_folders(folder: Path) -> list[Path]:
 def make_empty(partial_folder: Path) -> None:
     """Make the folder to write to, without what an earlier process left unfinished."""
     for leftover in partial_folder.parent.glob(".step_*.partial"):
-        _remove(leftover)
+        remove(leftover)
     partial_folder.mkdir(parents=True)
 
 
@@ -49,21 +49,21 @@ def publish(partial_folder: Path, target: Path, checksums: dict[str, int], keep:
     listed = {}
     for path in sorted(partial_folder.iterdir()):
         if path.name not in checksums:
-            _sync(path)
+            sync(path)
         known = checksums.get(path.name)
         listed[path.name] = {
             "size": path.stat().st_size,
             "crc32": checksum(path) if known is None else known,
         }
     (partial_folder / MANIFEST_FILE).write_text(json.dumps(listed, indent=1), encoding="utf-8")
-    _sync(partial_folder / MANIFEST_FILE)
-    _sync(partial_folder)
+    sync(partial_folder / MANIFEST_FILE)
+    sync(partial_folder)
     replace_folder(partial_folder, target)
     for old in step_folders(target.parent)[: -max(keep, 1)]:
         # Renamed first, so that a half-removed folder never looks like a checkpoint.
         replace_folder(old, old.with_name(f".{old.name}.removed"))
     for leftover in target.parent.glob(".step_*.*"):
-        _remove(leftover)
+        remove(leftover)
 
 
 def put_back(folder: Path) -> None:
@@ -78,36 +78,4 @@ def put_back(folder: Path) -> None:
             f"{'a link that leads nowhere' if folder.is_symlink() else 'a file'}, expected the "
             "run's checkpoints; bring back the disk that they are on, or remove it to start again"
         )
-    for aside in folder.glob(".step_*.replaced"):
-        target = aside.with_name(aside.name.removeprefix(".").removesuffix(".replaced"))
-        if not target.exists():
-            aside.rename(target)
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Rename a folder, over whatever has its name."""
-    if os.path.lexists(target):
-        aside = target.with_name(f".{target.name}.replaced")
-        if os.path.lexists(aside):
-            _remove(aside)
-        target.rename(aside)
-    source.rename(target)
-    _sync(target.parent)
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder with what is in it; of a link, such as to a checkpoint on another disk, the
-    link alone.
-    """
-    if path.is_symlink() or not path.is_dir():
-        path.unlink()
-    else:
-        shutil.rmtree(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    restore_replaced(folder, "step_*")

@@ -17,13 +17,13 @@ from typing import Any, cast
 
 import torch
 
+from data.atomic_files import replace_folder, sync
 from zppo_mm.errors import ModelError
 from zppo_mm.weights.fp8 import QUANTIZATION_KEY
 from zppo_mm.weights.safetensors_file import DTYPES, Header, read_header
 from zppo_mm.weights.safetensors_folder import INDEX_NAME, SafetensorsFolder
 
 _INCOMPLETE = ".incomplete"
-_REPLACED = ".replaced"
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
@@ -104,6 +104,8 @@ class FolderWriter:
             os.fsync(file)
         self._close()
         self._check()
+        for path in (*(path for path in self.aside.rglob("*") if path.is_dir()), self.aside):
+            sync(path)
         replace_folder(self.aside, self._target)
 
     def discard(self) -> None:
@@ -213,30 +215,6 @@ def plain_index(path: Path, headers: Mapping[str, Header]) -> bytes:
     places = {key: name for name, header in headers.items() for key in header.entries}
     content["weight_map"] = {key: places[key] for key in content["weight_map"] if key in places}
     return _json_bytes(content)
-
-
-def replace_folder(aside: Path, target: Path) -> None:
-    """Put a complete folder in the place of an older one; there is always one of the two under some
-    name.
-    """
-    for path in (*(path for path in aside.rglob("*") if path.is_dir()), aside):
-        sync_folder(path)
-    replaced = target.with_name(target.name + _REPLACED)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        os.replace(target, replaced)
-    os.replace(aside, target)
-    sync_folder(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def sync_folder(path: Path) -> None:
-    """Have the system write a folder's entries to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _take_room(path: Path, size: int) -> int:

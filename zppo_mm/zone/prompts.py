@@ -1,6 +1,4 @@
-"""The texts that the student is asked: plain, BCQ, NCQ and hint prompts from replaceable
-templates.
-"""
+"""The texts of the prompts, plain and reformulated, from replaceable templates."""
 
 from __future__ import annotations
 
@@ -56,10 +54,10 @@ class PromptTemplates:
         """Return the binary candidate-included question; the candidates are escaped texts in the
         order shown.
         """
-        return self._close(
+        return self.closed(
             _fill(
                 self.bcq,
-                {"question": question_text(question), "candidates": self._blocks(candidates)},
+                {"question": question_text(question), "candidates": self.blocks(candidates)},
             )
         )
 
@@ -77,13 +75,13 @@ class PromptTemplates:
         fields = {
             "question": question_text(question),
             "answers": listed,
-            "candidates": self._blocks(candidates),
+            "candidates": self.blocks(candidates),
         }
-        return self._close(_fill(self.ncq, fields))
+        return self.closed(_fill(self.ncq, fields))
 
     def hint_text(self, question: Question, hint: str) -> str:
         """Return the question with a hint, which must be escaped."""
-        return self._close(_fill(self.hint, {"question": question_text(question), "hint": hint}))
+        return self.closed(_fill(self.hint, {"question": question_text(question), "hint": hint}))
 
     def escaped(self, text: str) -> str:
         """Return candidate text with special tokens, tags and the lines of the candidate block
@@ -96,7 +94,8 @@ class PromptTemplates:
             or EMPTY_CANDIDATE
         )
 
-    def _blocks(self, candidates: Sequence[str]) -> str:
+    def blocks(self, candidates: Sequence[str]) -> str:
+        """Return candidates, escaped, each in its block."""
         return "\n".join(_fill(self.candidate, {"text": text}) for text in candidates)
 
     def _listed(self, answer: str) -> str:
@@ -105,7 +104,8 @@ class PromptTemplates:
             line if len(line) <= MAX_LISTED_ANSWER_CHARS else line[:MAX_LISTED_ANSWER_CHARS] + "…"
         )
 
-    def _close(self, body: str) -> str:
+    def closed(self, body: str) -> str:
+        """Return a user text with the closing format instruction."""
         return f"{body}\n{self.closing}"
 
 

@@ -1,5 +1,5 @@
-"""What a step trains on: the groups as they were sampled, or what a baseline or dynamic sampling
-makes of them.
+"""What a step trains on: the groups as sampled, or what a baseline or dynamic sampling makes of
+them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from zppo_mm.config.schema import DistillConfig, ZoneConfig
 from zppo_mm.experience import Group, PromptInstance, Rollout
 from zppo_mm.randomness import generator
 from zppo_mm.zone.hard import select_hard
-from zppo_mm.zone.reformulate import TeacherAnswers, right_rollouts
+from zppo_mm.zone.reformulate import TeacherAnswers, correct_rollouts
 
 Adopt = Callable[[Sequence[PromptInstance], Sequence[tuple[Rollout, ...]]], list[Group]]
 """From instances and finished rollouts to groups under the student's prompts; an instance without a
@@ -27,10 +27,10 @@ class Selected:
     """What a step trains on.
 
     Attributes:
-        groups: Sampled groups and such as the selection made, each with rollouts to train on.
+        groups: Sampled groups and groups that the selection made.
         num_dropped_questions: Questions left out because nothing can be learned from any of their
             groups.
-        num_injected: Teacher rollouts that stand among the student's.
+        num_injected: Teacher rollouts among the student's.
         num_failed: Groups of teacher rollouts that are missing because the student's prompt could
             not be made.
     """
@@ -45,11 +45,11 @@ class Selection:
     """Chooses what is trained on; every rank chooses the same.
 
     Args:
-        zone: Whether a right answer of the teacher's is injected, and whether sampling is dynamic.
+        zone: Whether a correct teacher rollout is injected, and whether sampling is dynamic.
         distill: Whose text is distilled on.
         seed: The run's seed.
-        student_ids: Returns the tokens that the student would have a rollout's text in, its stop
-            token included if it stopped.
+        student_ids: Returns a rollout's text as the student's tokens, with its stop token if it
+            stopped.
         adopt: Makes groups of finished rollouts.
         plain_text: Renders the original question with the closing format instruction.
     """
@@ -73,7 +73,7 @@ class Selection:
 
     @property
     def needs_answers(self) -> bool:
-        """Whether `choose` looks at the teacher's answers."""
+        """Whether `choose` uses the teacher's answers."""
         return self._zone.inject or self._distill.source == "teacher"
 
     def choose(
@@ -108,11 +108,11 @@ class Selection:
     def _teacher_groups(
         self, questions: Sequence[Question], answers: TeacherAnswers, step: int
     ) -> Selected:
-        """Return one group of right teacher rollouts per question that has any."""
+        """Return one group of correct teacher rollouts per question that has any."""
         solved = {
             question.id: question
             for question in questions
-            if right_rollouts(answers.get(question.id, ()))
+            if correct_rollouts(answers.get(question.id, ()))
         }
         instances = [
             PromptInstance(
@@ -121,24 +121,24 @@ class Selection:
             for question in solved.values()
         ]
         rollouts = [
-            tuple(self._as_student(rollout) for rollout in right_rollouts(answers[question_id]))
+            tuple(self._as_student(rollout) for rollout in correct_rollouts(answers[question_id]))
             for question_id in solved
         ]
         groups = self._adopt(instances, rollouts) if instances else []
         return Selected(tuple(groups), num_failed=len(instances) - len(groups))
 
     def _injected(self, group: Group, answers: TeacherAnswers, step: int) -> Group:
-        """Return a hard plain group with one wrong rollout replaced by a right one of the
-        teacher's; any other group as it is.
+        """Return a hard plain group with one wrong rollout replaced by a correct teacher rollout;
+        any other group unchanged.
         """
-        right = right_rollouts(answers.get(group.question.id, ()))
-        wrong = [place for place, rollout in enumerate(group.rollouts) if rollout.reward < 1]
-        if not (select_hard([group], self._zone.tau) and right and wrong):
+        correct = correct_rollouts(answers.get(group.question.id, ()))
+        wrong = [index for index, rollout in enumerate(group.rollouts) if rollout.reward < 1]
+        if not (select_hard([group], self._zone.tau) and correct and wrong):
             return group
         rng = generator(self._seed, "inject", step, group.uid)
         rollouts = list(group.rollouts)
         rollouts[wrong[rng.integers(len(wrong))]] = self._as_student(
-            right[rng.integers(len(right))]
+            correct[rng.integers(len(correct))]
         )
         uid = f"{step}/inject/{group.uid.partition('/')[2]}"
         return replace(
@@ -148,8 +148,8 @@ class Selection:
         )
 
     def _as_student(self, rollout: Rollout) -> Rollout:
-        """Return a teacher rollout in the student's tokens; what the student would have sampled
-        them with is not known yet.
+        """Return a teacher rollout in the student's tokens; their log-probs under the student are
+        not known yet.
         """
         if rollout.teacher_top is not None:
             # Its log-probs belong to these very tokens, which are the student's already.

@@ -108,6 +108,7 @@ def _pool(settings: PoolSettings) -> EndpointPool:
         max_concurrency=settings.max_concurrency,
         first=settings.first,
         media=MediaStore(settings.limits) if settings.limits is not None else None,
+        batch_size=settings.batch_size,
     )
 
 

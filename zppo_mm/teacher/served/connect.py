@@ -1,6 +1,4 @@
-"""From the configuration to the servers: key, share of the connections, and a first word with
-each.
-"""
+"""From the configuration to the servers: key, number of connections, and a probe of each."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from zppo_mm.teacher.served.servers import Servers
 logger = logging.getLogger(__name__)
 
 # The address, the key, the certificate or the model's name is wrong: waiting does not help.
-# A question may be refused with 400, a greeting not.
+# A question may be refused with 400, a probe not.
 MISCONFIGURED = (
     *(f"http_{status}" for status in (301, 302, 303, 307, 308, 400, 401, 403, 404, 405)),
     "certificate",
@@ -41,12 +39,12 @@ def open_pool(
 ) -> Servers | None:
     """Return this process's way to the servers; `None` if there are none. Every rank calls this.
 
-    Every server is greeted once. One that is not there yet is named in the log: the first question
-    will wait for it.
+    Every server is probed once. One that does not answer yet is named in the log: the first
+    question will wait for it.
 
     Args:
         config: The teacher's addresses, model and limits.
-        exchange: The replicas, which share the connections.
+        exchange: The replicas, which divide the connections.
         urls: Other servers than the teacher's.
         model: Their model.
         limits: What is opened of media; `None` if no message has any.
@@ -59,7 +57,6 @@ def open_pool(
     urls = urls or config.endpoints
     if not urls:
         return None
-    share = max(1, config.max_concurrency // exchange.num_replicas)
     key = read_key(config.api_key_env)
     if key and any(
         urlsplit(url).scheme == "http" and urlsplit(url).hostname not in LOOPBACK for url in urls
@@ -75,13 +72,13 @@ def open_pool(
             model=model or config.model,
             config=config,
             api_key=key,
-            max_concurrency=share,
+            max_concurrency=max(1, config.max_concurrency // exchange.num_replicas),
             first=exchange.replica,
             limits=limits,
         )
     )
-    speaks = exchange.is_leader and exchange.replica == 0
-    problems = _greet(pool) if speaks else []
+    probes = exchange.is_leader and exchange.replica == 0
+    problems = _probe(pool) if probes else []
     for url, kind, problem in (each for replica in exchange.gather(problems) for each in replica):
         if not url:
             pool.close()
@@ -90,7 +87,7 @@ def open_pool(
             pool.close()
             raise ConfigError(
                 f"{where}: {url} refuses the model {model or config.model!r}, got {problem!r}, "
-                "expected an answer to a greeting; correct the address (the base URL ends before "
+                "expected an answer to a probe; correct the address (the base URL ends before "
                 "/chat/completions and redirects nowhere), the model, the key or the server's "
                 "certificate"
             )
@@ -99,9 +96,9 @@ def open_pool(
     return pool
 
 
-def _greet(pool: Servers) -> list[tuple[str, str, str]]:
-    """Return address, kind and words of what kept servers from answering; without an address, why
-    none could be asked.
+def _probe(pool: Servers) -> list[tuple[str, str, str]]:
+    """Return address, kind and description of what kept servers from answering; without an
+    address, why none could be asked.
     """
     try:
         return [
@@ -113,7 +110,7 @@ def _greet(pool: Servers) -> list[tuple[str, str, str]]:
         ConfigError,
         RuntimeError,
         OSError,
-    ) as error:  # told to the other ranks, which wait to hear of it
+    ) as error:  # sent to the other ranks, which wait for the probe
         return [("", "client" if isinstance(error, ConfigError) else "client_process", str(error))]
 
 

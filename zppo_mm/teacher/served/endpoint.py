@@ -16,7 +16,8 @@ import httpx2
 
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.errors import ConfigError
-from zppo_mm.teacher.served.chat_api import Ask, Fault, Reply, parse_reply
+from zppo_mm.teacher.served.chat_api import Ask, Fault, Reply
+from zppo_mm.teacher.served.chat_reply import parse_reply
 from zppo_mm.teacher.served.received_text import ReceivedText
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,9 @@ class Endpoint:
                 retry_after(headers.get("retry-after")),
                 status in REFUSALS,
             )
-        return parse_reply(content, num_choices, ask.top_logprobs, received)
+        return parse_reply(
+            content, num_choices, ask.top_logprobs, received, has_token_ids=ask.batch is not None
+        )
 
     async def _post(
         self, client: httpx2.AsyncClient, body: bytes, max_bytes: int

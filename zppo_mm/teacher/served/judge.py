@@ -40,21 +40,21 @@ def greedy_replies(
                 return [None] * len(prompts)
         replies = [outcome.answers() for outcome in future.result()]
         return [
-            next((said for choice in choices if (said := _said(choice)) is not None), None)
+            next((text for choice in choices if (text := _verdict_text(choice)) is not None), None)
             for choices in replies
         ]
 
     return complete
 
 
-def _said(choice: Choice) -> str | None:
+def _verdict_text(choice: Choice) -> str | None:
     """Return a reply without its reasoning; `None` if the limit came before a verdict, in a
-    reasoning told apart or in the object.
+    separate reasoning or in the object.
     """
-    said = choice.content.rpartition("</think>")[2].strip()
-    is_open = not said or said.startswith("{")
+    text = choice.content.rpartition("</think>")[2].strip()
+    is_open = not text or text.startswith("{")
     return (
         None
-        if choice.finish_reason == "length" and is_open and read_verdict(said) is None
-        else said
+        if choice.finish_reason == "length" and is_open and read_verdict(text) is None
+        else text
     )

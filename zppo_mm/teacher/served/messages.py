@@ -1,4 +1,4 @@
-"""What a `PoolProcess` and its process say to each other."""
+"""Messages between a `PoolProcess` and its process."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class PoolSettings:
     max_concurrency: int = 0
     first: int = 0
     limits: MediaLimits | None = None
+    batch_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)

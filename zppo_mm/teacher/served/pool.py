@@ -5,21 +5,25 @@ and jitter, in a thread of its own.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import random
+import secrets
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import httpx2
 
 from data.errors import ReasonedError
+from data.text import clean_text
 from zppo_mm.config.schema import TeacherConfig
-from zppo_mm.teacher.served.chat_api import Ask, Fault, Reply
+from zppo_mm.teacher.served.chat_api import Ask, Batch, Fault, Reply
 from zppo_mm.teacher.served.endpoint import MAX_PAUSE_SECONDS, Endpoint, open_client
 from zppo_mm.teacher.served.media import Media, MessageWriter
 from zppo_mm.teacher.served.received_text import ReceivedText
@@ -31,8 +35,8 @@ T = TypeVar("T")
 # How servers that take one answer per request refuse several: some call it a fault of their own,
 # which may also pass.
 ONE_EACH = ("http_400", "http_422", "http_500", "http_501")
-# Requests that the student stands still for have this share of connections to themselves.
-URGENT_SHARE = 0.25
+# Requests that the student is idle for have this fraction of connections to themselves.
+URGENT_FRACTION = 0.25
 
 
 class EndpointPool:
@@ -48,9 +52,11 @@ class EndpointPool:
         first: Which server is preferred among equally busy ones, so that processes do not all start
             with the same one.
         media: Opens the media of messages; `None` if none has any.
+        batch_size: Messages that are sampled together, if the server is that of a teacher on ranks
+            of its own; 0 for any other.
 
     Attributes:
-        received: Makes what the servers say fit to be kept and shown.
+        received: Makes what the servers send fit to be kept and shown.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class EndpointPool:
         max_concurrency: int = 0,
         first: int = 0,
         media: Media | None = None,
+        batch_size: int = 0,
     ) -> None:
         self.counts: Counter[str] = Counter()
         self._model = model
@@ -76,6 +83,8 @@ class EndpointPool:
         self._writer = MessageWriter(config, media)
         self._jitter = random.Random(first)
         self._sends_n = True
+        self._batch_size = batch_size
+        self._batch_names = (f"{secrets.token_hex(8)}/{number}" for number in itertools.count())
         self._client: httpx2.AsyncClient | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._freed = asyncio.Event()
@@ -84,6 +93,8 @@ class EndpointPool:
         """Start asking; the future has one outcome per ask, in order, and no fault of a server
         makes it raise.
         """
+        if self._batch_size:
+            asks = self._batched(asks, patience.is_urgent)
         return self._start(self._all(asks, patience))
 
     def probe(self) -> Future[dict[str, Fault | None]]:
@@ -98,6 +109,17 @@ class EndpointPool:
         if loop is not None:
             asyncio.run_coroutine_threadsafe(self._shut_down(), loop).result()
             loop.call_soon_threadsafe(loop.stop)
+
+    def _batched(self, asks: Sequence[Ask], is_urgent: bool) -> list[Ask]:
+        batched: list[Ask] = []
+        for start in range(0, len(asks), self._batch_size):
+            part = asks[start : start + self._batch_size]
+            name = next(self._batch_names)
+            batched += [
+                replace(ask, batch=Batch(name, index, len(part), is_urgent))
+                for index, ask in enumerate(part)
+            ]
+        return batched
 
     def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         if self._loop is None:
@@ -116,13 +138,13 @@ class EndpointPool:
             await self._client.aclose()
 
     async def _probe_all(self) -> dict[str, Fault | None]:
-        greeting = Ask("Hello", num_choices=1, temperature=0.0, max_tokens=1, seed=0)
-        body = await self._body(greeting, 1, 0, 0)
+        hello = Ask("Hello", num_choices=1, temperature=0.0, max_tokens=1, seed=0)
+        body = await self._body(hello, 1, 0, 0)
 
         async def probe(endpoint: Endpoint) -> Fault | None:
             try:
                 await endpoint.complete(
-                    self._connections(), body, greeting, 1, PROBE_SECONDS, self.received
+                    self._connections(), body, hello, 1, PROBE_SECONDS, self.received
                 )
             except Fault as fault:
                 return Fault(fault.kind, self.received.shown(fault.detail))
@@ -177,12 +199,12 @@ class EndpointPool:
             draw = int(reply.num_returned > 1)
         missing = range(len(outcome.choices), ask.num_choices)
 
-        async def fill(place: int) -> None:
-            reply = await self._request(ask, 1, place, outcome, patience, draw)
-            outcome.choices[place] = reply.choices[0]
+        async def fill(index: int) -> None:
+            reply = await self._request(ask, 1, index, outcome, patience, draw)
+            outcome.choices[index] = reply.choices[0]
 
         # One that fails must not take the others with it.
-        results = await asyncio.gather(*(fill(place) for place in missing), return_exceptions=True)
+        results = await asyncio.gather(*(fill(index) for index in missing), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
@@ -279,9 +301,13 @@ class EndpointPool:
 
     async def _body(self, ask: Ask, num_choices: int, first: int, draw: int) -> bytes:
         def write() -> bytes:
-            return ask.body(
-                self._model, self._writer.content(ask.text, ask.media), num_choices, first, draw
+            # A teacher on ranks of its own opens media, and escapes special tokens, as the student.
+            content = (
+                self._writer.content(ask.text, ask.media)
+                if ask.batch is None
+                else clean_text(ask.text)
             )
+            return ask.body(self._model, content, num_choices, first, draw)
 
         # Opening media takes time and would hold up the other requests of the loop.
         return await asyncio.to_thread(write) if ask.media else write()
@@ -289,7 +315,7 @@ class EndpointPool:
     @asynccontextmanager
     async def _slot(self, avoided: Endpoint | None, is_urgent: bool) -> AsyncIterator[Endpoint]:
         """Wait for room at a server that is not paused; the one that just failed comes last."""
-        extra = max(1, int(URGENT_SHARE * self._max_concurrency)) if is_urgent else 0
+        extra = max(1, int(URGENT_FRACTION * self._max_concurrency)) if is_urgent else 0
         while True:
             now = time.monotonic()
             free = [

@@ -1,4 +1,4 @@
-"""What is had of a model's servers: answers to messages, while the caller does other things."""
+"""Answers of a model's servers to messages, while the caller does other things."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 
 from zppo_mm.teacher.served.chat_api import Ask, Choice, Fault
 
-# Time for the answer to a greeting.
+# Time for the answer to a probe.
 PROBE_SECONDS = 60.0
 
 
@@ -21,8 +21,8 @@ class Patience:
     Attributes:
         max_seconds: Time for all attempts together, from when the question is handed over.
         num_retries: Further attempts of one request; `None` means as many as the time allows.
-        is_urgent: The student stands still for it: it does not queue behind answers that nobody
-            waits for yet.
+        is_urgent: The student is idle until it is answered: it does not queue behind answers that
+            nobody waits for yet.
     """
 
     max_seconds: float
@@ -35,8 +35,8 @@ class Outcome:
     """What came of one `Ask`.
 
     Attributes:
-        choices: By their place among the wanted answers; some or all may be missing.
-        problem: Why any are missing, in words; empty if none is.
+        choices: By their index among the wanted answers; some or all may be missing.
+        problem: Why any are missing; empty if none is.
         is_refused: The message itself could not be made or was refused, or the model has no answer,
             by no fault of the servers.
         seconds: From being handed over to the end.
@@ -48,8 +48,8 @@ class Outcome:
     seconds: float = 0.0
 
     def answers(self) -> list[Choice]:
-        """Return the answers that came, in the order of their places."""
-        return [self.choices[place] for place in sorted(self.choices)]
+        """Return the answers that came, in the order of their indices."""
+        return [self.choices[index] for index in sorted(self.choices)]
 
 
 class Servers(Protocol):

@@ -1,6 +1,4 @@
-"""The served teacher: any OpenAI-compatible server, asked by every replica for its share of the
-questions.
-"""
+"""The served teacher: any OpenAI-compatible server, each replica asks a part of the questions."""
 
 from __future__ import annotations
 
@@ -19,19 +17,20 @@ from zppo_mm.randomness import generator
 from zppo_mm.rollout.sampler import Grader
 from zppo_mm.teacher.served.chat_api import Ask, Choice
 from zppo_mm.teacher.served.servers import Outcome, Patience, Servers
+from zppo_mm.teacher.served.teacher_ranks import TeacherRanks
 from zppo_mm.teacher.served.tokens import TokenReader
 from zppo_mm.teacher.teacher import TeacherLostError
 
 logger = logging.getLogger(__name__)
 
-# Ranks that wait for another replica's answers meet this often: a collective that lasts would run
-# into its time limit.
+# Ranks that wait for another replica's answers meet this often: a collective that lasts would reach
+# its time limit.
 MEETING_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Told:
-    """What a replica tells the others about one of its questions or texts."""
+class _Result:
+    """What a replica sends the others about one of its questions or texts."""
 
     index: int
     rollouts: tuple[Rollout, ...] = ()
@@ -53,28 +52,27 @@ class PendingAnswers:
     seconds: float = 0.0
 
     def is_ready(self) -> bool:
-        """Return whether every replica's share is there."""
+        """Return whether every replica has its answers."""
         return self.teacher.have_all_answers(self.future)
 
     def wait(self) -> Mapping[str, tuple[Rollout, ...]]:
-        """Wait for this replica's share, verify it and exchange; see `Answers.wait`."""
-        told = self.teacher.collect(
-            self.future, len(self.questions), lambda place, out: self._graded(place, out), self.step
-        )
-        self.seconds = max((each.seconds for each in told), default=0.0)
+        """Wait for this replica's answers, verify and exchange them; see `Answers.wait`."""
+        results = self.teacher.collect(self.future, len(self.questions), self._graded, self.step)
+        self.seconds = max((result.seconds for result in results), default=0.0)
         return {
-            question.id: each.rollouts for question, each in zip(self.questions, told, strict=True)
+            question.id: result.rollouts
+            for question, result in zip(self.questions, results, strict=True)
         }
 
-    def _graded(self, places: Sequence[int], outcomes: Sequence[Outcome]) -> list[_Told]:
+    def _graded(self, indices: Sequence[int], outcomes: Sequence[Outcome]) -> list[_Result]:
         answers = [
-            (self.questions[place], outcome.answers())
-            for place, outcome in zip(places, outcomes, strict=True)
+            (self.questions[index], outcome.answers())
+            for index, outcome in zip(indices, outcomes, strict=True)
         ]
         rollouts = self.teacher.verified(answers, self.step)
         return [
-            _Told(
-                place,
+            _Result(
+                index,
                 graded,
                 None,
                 len(outcome.choices),
@@ -82,7 +80,7 @@ class PendingAnswers:
                 outcome.is_refused,
                 outcome.seconds,
             )
-            for place, outcome, graded in zip(places, outcomes, rollouts, strict=True)
+            for index, outcome, graded in zip(indices, outcomes, rollouts, strict=True)
         ]
 
 
@@ -92,12 +90,13 @@ class ServedTeacher:
     Args:
         pool: The servers.
         config: Rollouts, lengths, and what a failure means.
-        exchange: The replicas; the leader of each asks for its share.
+        exchange: The replicas; the leader of each asks a part of the questions.
         verifier: Grades the answers, on one rank per replica.
         plain_text: Renders the original question with the closing format instruction.
         tokenize: The student's tokenizer: the lengths of answers are counted in its tokens.
         seed: The run's seed.
         tokens: Reads the log-probs of answers; `None` if none are wanted.
+        ranks: The teacher's ranks, if the server is theirs.
     """
 
     def __init__(
@@ -111,6 +110,7 @@ class ServedTeacher:
         tokenize: Callable[[str], Sequence[int]],
         seed: int,
         tokens: TokenReader | None = None,
+        ranks: TeacherRanks | None = None,
     ) -> None:
         self._pool = pool
         self._config = config
@@ -120,9 +120,10 @@ class ServedTeacher:
         self._tokenize = tokenize
         self._seed = seed
         self._tokens = tokens
+        self._ranks = ranks
 
     def submit(self, questions: Sequence[Question], step: int) -> PendingAnswers:
-        """Hand over this replica's share of the questions and return at once."""
+        """Send this replica's part of the questions and return at once."""
 
         def request(question: Question) -> Ask:
             ask = self._request(
@@ -131,6 +132,7 @@ class ServedTeacher:
             return replace(
                 ask,
                 media=question.media,
+                stream=("rollout", f"{step}/teacher/{question.id}"),
                 top_logprobs=self._tokens.num_top if self._tokens is not None else 0,
             )
 
@@ -138,42 +140,47 @@ class ServedTeacher:
             self,
             questions,
             step,
-            self._submit([request(questions[place]) for place in self._share(len(questions))]),
+            self._submit(
+                [request(questions[index]) for index in self._own_indices(len(questions))]
+            ),
         )
 
     def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> Sequence[str | None]:
         """Return one response per user text; another attempt draws anew."""
 
-        def request(place: int) -> Ask:
-            # Named by the text, not by its place: which texts are rewritten together depends on
+        def request(text: str) -> Ask:
+            # Named by the text, not by its index: which texts are rewritten together depends on
             # which answers were there.
-            return self._request(texts[place], 1, "rewrite", step, attempt, texts[place])
+            ask = self._request(text, 1, "rewrite", step, attempt, text)
+            return replace(ask, stream=("respond", f"{step}/rewrite/{attempt}"))
 
-        def told(places: Sequence[int], outcomes: Sequence[Outcome]) -> list[_Told]:
+        def read(indices: Sequence[int], outcomes: Sequence[Outcome]) -> list[_Result]:
             return [
-                _Told(
-                    place,
+                _Result(
+                    index,
                     (),
                     next((choice.content for choice in out.answers()), None),
                     len(out.choices),
                     out.problem,
                     out.is_refused,
                 )
-                for place, out in zip(places, outcomes, strict=True)
+                for index, out in zip(indices, outcomes, strict=True)
             ]
 
-        future = self._submit([request(place) for place in self._share(len(texts))], is_urgent=True)
-        return [each.text for each in self.collect(future, len(texts), told, step)]
+        future = self._submit(
+            [request(texts[index]) for index in self._own_indices(len(texts))], is_urgent=True
+        )
+        return [result.text for result in self.collect(future, len(texts), read, step)]
 
     def collect(
         self,
         future: Future[list[Outcome]],
         count: int,
-        tell: Callable[[Sequence[int], Sequence[Outcome]], list[_Told]],
+        read: Callable[[Sequence[int], Sequence[Outcome]], list[_Result]],
         step: int,
-    ) -> list[_Told]:
-        """Wait for every replica's share and exchange; one entry per question or text, in order and
-        the same on every rank.
+    ) -> list[_Result]:
+        """Wait for every replica's requests and exchange the results; one per question or text, in
+        order and the same on every rank.
 
         Raises:
             TeacherLostError: Some were not answered, and the run is not to go on without.
@@ -182,13 +189,15 @@ class ServedTeacher:
         while not is_done:
             wait([future], timeout=MEETING_SECONDS)
             is_done = self.have_all_answers(future)
-        local = tell(self._share(count), future.result()) if self._exchange.is_leader else []
-        told = {each.index: each for replica in self._exchange.gather(local) for each in replica}
-        self._heed_losses(list(told.values()), step)
-        return [told[index] for index in range(count)]
+            if self._ranks is not None:
+                self._ranks.check()
+        local = read(self._own_indices(count), future.result()) if self._exchange.is_leader else []
+        results = {each.index: each for replica in self._exchange.gather(local) for each in replica}
+        self._check_losses(list(results.values()), step)
+        return [results[index] for index in range(count)]
 
     def have_all_answers(self, future: Future[list[Outcome]]) -> bool:
-        """Return whether every replica has its share."""
+        """Return whether every replica has its answers."""
         return all(done for replica in self._exchange.gather([future.done()]) for done in replica)
 
     def verified(
@@ -196,7 +205,7 @@ class ServedTeacher:
     ) -> list[tuple[Rollout, ...]]:
         """Grade all answers in one batch; one that cannot be graded is left out.
 
-        `rollout_logprobs` are not known for another tokenizer.
+        Only a teacher on ranks of its own gives `rollout_logprobs`.
         """
         lost = sum(self._config.num_rollouts - len(choices) for _, choices in answers)
         self._pool.counts["lost_rollouts"] += lost
@@ -216,19 +225,21 @@ class ServedTeacher:
                 )
             )
         if self._tokens is not None:
-            self._pool.counts["out_of_vocabulary_tokens"] = self._tokens.num_lumped
+            self._pool.counts["out_of_vocabulary_tokens"] = self._tokens.num_out_of_vocabulary
         return rollouts
 
     def _rollout(self, choice: Choice, parsed: str | None, reward: float, step: int) -> Rollout:
         read = self._tokens.read(choice) if self._tokens is not None else None
-        ids, top = (
-            read
-            if read is not None
-            else (np.array(self._tokenize(choice.text), dtype=np.int64), None)
-        )
+        logprobs, top = None, None
+        if choice.token_ids is not None:
+            ids, logprobs = choice.token_ids
+        elif read is not None:
+            ids, top = read
+        else:
+            ids = np.array(self._tokenize(choice.text), dtype=np.int64)
         return Rollout(
             response_ids=ids,
-            rollout_logprobs=None,
+            rollout_logprobs=logprobs,
             finish_reason=choice.finish_reason,
             text=choice.text,
             parsed=parsed,
@@ -237,8 +248,8 @@ class ServedTeacher:
             teacher_top=top,
         )
 
-    def _share(self, count: int) -> range:
-        """Return the places that this rank asks for: those of its replica, if it speaks for it."""
+    def _own_indices(self, count: int) -> range:
+        """Return what this rank asks for: the part of its replica, if it is the leader."""
         return (
             range(self._exchange.replica, count, self._exchange.num_replicas)
             if self._exchange.is_leader
@@ -264,30 +275,30 @@ class ServedTeacher:
             ),
         )
 
-    def _heed_losses(self, told: Sequence[_Told], step: int) -> None:
+    def _check_losses(self, results: Sequence[_Result], step: int) -> None:
         """Log what was not answered, and stop on every rank alike if the run is not to go on
         without it.
         """
-        refused = [each for each in told if each.is_refused and not each.num_answers]
-        lost = [each for each in told if not each.is_refused and not each.num_answers]
+        refused = [each for each in results if each.is_refused and not each.num_answers]
+        lost = [each for each in results if not each.is_refused and not each.num_answers]
         if refused:
             logger.warning(
                 "step %d: the teacher has no answer %d of %d times: %s",
                 step,
                 len(refused),
-                len(told),
+                len(results),
                 refused[0].problem,
             )
         if not lost:
             return
         what = (
-            f"teacher: no answer to {len(lost)} of {len(told)} requests of step {step}, got "
+            f"teacher: no answer to {len(lost)} of {len(results)} requests of step {step}, got "
             f"{lost[0].problem!r}"
         )
         if self._config.on_failure != "ncq_only":
             raise TeacherLostError(
                 f"{what}, expected one within teacher.max_wait_seconds and teacher.num_retries; "
-                "mend the server and start the run again to resume, or set "
+                "fix the server and start the run again to resume, or set "
                 "teacher.on_failure=ncq_only to go on without it"
             )
         logger.warning("%s; the run goes on without", what)

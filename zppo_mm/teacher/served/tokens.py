@@ -14,15 +14,14 @@ from zppo_mm.teacher.served.chat_api import Choice, ServedToken
 
 logger = logging.getLogger(__name__)
 
-# Servers that make text of part of a character write this in its place; it may stand for many
-# tokens.
+# Servers that make text of part of a character write this instead; it may stand for many tokens.
 UNREADABLE = "\ufffd".encode()
-# Log-probs are told in a few digits: those of one place may add up to a little more than 1.
+# Log-probs are sent in a few digits: those of one position may add up to a little more than 1.
 MAX_MASS = 1.01
 # They are computed with in float32, where a smaller number is infinite; servers write this for a
 # probability of 0.
 LEAST_LOGPROB = float(np.finfo(np.float32).min)
-# A reasoning that the server tells apart loses its tags and the spaces around it.
+# A reasoning that the server separates loses its tags and the spaces around it.
 _MARKUP = re.compile(r"</?think>|\s+")
 
 
@@ -35,15 +34,15 @@ class TokenReader:
         num_top: Most likely tokens to ask the server for.
 
     Attributes:
-        num_lumped: Most likely tokens so far that the student's vocabulary does not have, or that
-            the server did not spell out; they count among all other tokens.
+        num_out_of_vocabulary: Most likely tokens so far that the student's vocabulary does not
+            have, or that the server did not spell out; they count among all other tokens.
     """
 
     def __init__(
         self, ids: Mapping[bytes, int], stop_token_ids: Sequence[int], num_top: int
     ) -> None:
         self.num_top = num_top
-        self.num_lumped = 0
+        self.num_out_of_vocabulary = 0
         self._ids = ids
         self._stop_token_ids = stop_token_ids
         self._has_warned = False
@@ -55,7 +54,7 @@ class TokenReader:
         likely ones.
 
         Returns:
-            `None` if the server told no log-probs or such as there are none, wrote a token that the
+            `None` if the server sent no log-probs or impossible ones, wrote a token that the
             student does not have, or its tokens do not spell its text.
         """
         ids = [self._id(token.spelling) for token in choice.tokens]
@@ -76,7 +75,7 @@ class TokenReader:
     def _problem(self, choice: Choice, ids: Sequence[int | None]) -> str:
         """Return why the tokens cannot be used; empty if they can."""
         if not ids:
-            return "the server sends no log-probs, or such as cannot be read"
+            return "the server sends no log-probs, or none that can be read"
         wrong = next(
             (problem for token in choice.tokens if (problem := _wrong_logprobs(token))), ""
         )
@@ -101,20 +100,20 @@ class TokenReader:
         top = TopLogprobs(
             np.full(shape, NO_TOKEN, dtype=np.int64), np.full(shape, -np.inf, dtype=np.float32)
         )
-        for place, row in enumerate(rows):
-            top.ids[place, : len(row)] = list(row.keys())
-            top.logprobs[place, : len(row)] = list(row.values())
+        for position, row in enumerate(rows):
+            top.ids[position, : len(row)] = list(row.keys())
+            top.logprobs[position, : len(row)] = list(row.values())
         return top
 
     def _row(self, token: ServedToken, token_id: int) -> dict[int, float]:
-        """Return the log-probs by id in the place of one token."""
+        """Return the log-probs by id at the position of one token."""
         row = {token_id: token.logprob}
         for spelling, logprob in token.top:
             if spelling == token.spelling:
                 continue
             other = self._id(spelling)
             if other is None:
-                self.num_lumped += 1
+                self.num_out_of_vocabulary += 1
             else:
                 row.setdefault(other, logprob)
         return row
@@ -124,7 +123,7 @@ class TokenReader:
 
 
 def _wrong_logprobs(token: ServedToken) -> str:
-    """Return why the log-probs in the place of a token are none; empty if they are."""
+    """Return why the log-probs at the position of a token are impossible; empty if they are not."""
     listed = {token.spelling: token.logprob}
     for spelling, logprob in ((token.spelling, token.logprob), *token.top):
         if not LEAST_LOGPROB <= logprob <= 0:  # NaN neither

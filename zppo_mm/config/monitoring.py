@@ -1,0 +1,78 @@
+"""Sections of the configuration: evaluation, the parity gate, and what a run records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zppo_mm.config.keys import key
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """Accuracy on held-out questions."""
+
+    interval: int = key(
+        20,
+        "Steps between evaluations. There is always one before and one after training. 0: no "
+        "others.",
+        at_least=0,
+    )
+    num_questions: int = key(
+        64, "Held-out questions per evaluation, always the same ones. 0: all.", at_least=0
+    )
+    num_rollouts: int = key(1, "Responses per question.", at_least=1)
+    temperature: float = key(0.6, "Sampling temperature. 0: greedy.", at_least=0)
+    top_p: float = key(0.95, "Nucleus sampling. 1: off.", above=0, at_most=1)
+    top_k: int = key(20, "Top-k sampling. 0: off.", at_least=0)
+    min_p: float = key(
+        0.0,
+        "Minimum probability of a token relative to the most likely one. 0: off.",
+        at_least=0,
+        at_most=1,
+    )
+    presence_penalty: float = key(
+        1.5, "Penalty on tokens that are already in the response.", at_least=-2, at_most=2
+    )
+
+
+@dataclass(kw_only=True)
+class ParityConfig:
+    """Comparison of sampling, training and the source checkpoint before the first update."""
+
+    mode: str = key(
+        "stop",
+        "On a disagreement, `stop` ends the run and `warn` logs it. `none` compares nothing.",
+        choices=("stop", "warn", "none"),  # not `off`, which YAML reads as false
+    )
+    num_questions: int = key(
+        3, "Questions of each modality in the data (text, image, video, mixed).", at_least=1
+    )
+    max_response_tokens: int = key(24, "Maximum length of a compared response.", at_least=1)
+    max_gap: float = key(
+        1e-3, "In float32: maximum difference of a token's log-probs, in nats.", above=0
+    )
+    max_kl: float = key(
+        0.02,
+        "In lower precision: maximum KL divergence of a modality, in nats per token. Rounding "
+        "alone gives a real model 0.002, and up to 0.006 when estimated from a few dozen tokens.",
+        above=0,
+    )
+    compare_source: bool = key(
+        True, "Compare with the source checkpoint in transformers too, if it fits into memory."
+    )
+    max_source_seconds: float = key(
+        120.0, "Time limit of the comparison with the source checkpoint.", at_least=0
+    )
+
+
+@dataclass(kw_only=True)
+class ObservabilityConfig:
+    """What a run writes besides checkpoints."""
+
+    tensorboard: bool = key(True, "Write TensorBoard events.")
+    wandb_project: str = key("", "Weights & Biases project. Empty: off.")
+    progress_bar: bool = key(True, "Show a progress bar on rank 0.")
+    report: bool = key(True, "Write report.html with every checkpoint.")
+    report_examples: int = key(
+        4, "Questions shown in the report with their media and prompts.", at_least=0
+    )

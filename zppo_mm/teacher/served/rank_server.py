@@ -1,0 +1,166 @@
+"""The teacher's ranks at work: they answer the requests of their leader's server together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from data.question import Question
+from zppo_mm.experience import Group, PromptInstance
+from zppo_mm.parallel.exchange import Exchange
+from zppo_mm.parallel.groups import LostRankError
+from zppo_mm.parallel.partition import PartitionLink
+from zppo_mm.rollout.engine import SamplingParams
+from zppo_mm.rollout.sampler import GroupSampler
+from zppo_mm.rollout.soundness import NOT_FINITE
+from zppo_mm.teacher.served.chat_server import ChatRequest, ChatServer, PendingRequest, Reply
+
+# How long the leader looks for requests before it checks on the student, and how long the other
+# ranks wait for it: a collective that lasts would reach its time limit.
+POLL_SECONDS = 0.2
+MEETING_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Ungraded:
+    parsed: str | None = None
+    reward: float = 0.0
+
+
+class NoGrader:
+    """Grades nothing, because the student's ranks do. Implements `Grader`."""
+
+    def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[_Ungraded]:
+        """Return verdicts that mean nothing."""
+        return [_Ungraded() for _ in items]
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """What the leader has all ranks do next: answer requests, if there are any, or leave."""
+
+    requests: tuple[ChatRequest, ...] = ()
+    exit_reason: str | None = None
+
+
+class RankServer:
+    """Answers until the student has left.
+
+    Args:
+        link: To the student's partition.
+        server: Receives requests; `None` on all ranks but the leader.
+        sampler: Of the teacher, without a grader.
+        sampling: Its stop tokens.
+        exchange: The teacher's replicas.
+        release_memory: Called after every batch.
+    """
+
+    def __init__(
+        self,
+        link: PartitionLink,
+        server: ChatServer | None,
+        sampler: GroupSampler,
+        sampling: SamplingParams,
+        exchange: Exchange,
+        release_memory: Callable[[], None],
+    ) -> None:
+        self._link = link
+        self._server = server
+        self._sampler = sampler
+        self._sampling = sampling
+        self._exchange = exchange
+        self._release_memory = release_memory
+
+    def serve(self) -> str:
+        """Answer batch after batch; every rank calls this. Returns why the student ended.
+
+        Raises:
+            LostRankError: The student's processes are gone or cut off.
+        """
+        while True:
+            turns: list[_Turn] = []
+            batch: list[PendingRequest] = []
+            if self._server is not None:
+                turn, batch = self._next_turn(self._server)
+                turns = [turn]
+            (turn,), *_ = self._exchange.gather(turns)
+            if turn.exit_reason is not None:
+                return turn.exit_reason
+            if turn.requests:
+                replies = self._answer(turn.requests)
+                self._release_memory()
+                for pending, reply in zip(batch, replies, strict=False):  # the leader has a batch
+                    pending.reply.set_result(reply)
+
+    def _next_turn(self, server: ChatServer) -> tuple[_Turn, list[PendingRequest]]:
+        """Wait for something to do, but not longer than the other ranks should wait."""
+        meeting = time.monotonic() + MEETING_SECONDS
+        while time.monotonic() < meeting:
+            exit_reason = self._link.exit_reason()
+            if exit_reason is not None:
+                return _Turn(exit_reason=exit_reason), []
+            if self._link.is_other_lost():
+                raise LostRankError(
+                    "teacher: the student's ranks are gone, got no heartbeat within "
+                    "parallel.timeout_minutes, expected one every few seconds; look at their "
+                    "output for the first error, then start the run again to resume"
+                )
+            batch = server.take_batch(POLL_SECONDS)
+            if batch:
+                return _Turn(tuple(pending.request for pending in batch)), batch
+        return _Turn(), []
+
+    def _answer(self, requests: Sequence[ChatRequest]) -> list[Reply]:
+        """Answer requests of equal settings; all ranks get the same replies."""
+        first = requests[0]
+        sampling = replace(
+            self._sampling, temperature=first.temperature, max_new_tokens=first.max_tokens
+        )
+        kind, name = first.stream
+        if kind == "respond":
+            texts = self._sampler.respond([each.text for each in requests], sampling, name)
+            return [_refusal(NOT_FINITE) if text is None else _text_reply(text) for text in texts]
+        instances = [_instance(request) for request in requests]
+        groups = self._sampler.sample(instances, sampling, first.num_choices, step=0)
+        by_uid = {group.instance.uid: group for group in groups}
+        return [
+            _group_reply(by_uid[instance.uid])
+            if instance.uid in by_uid
+            else _refusal(self._sampler.failed[instance.uid])
+            for instance in instances
+        ]
+
+
+def _instance(request: ChatRequest) -> PromptInstance:
+    uid = request.stream[1]
+    question = Question(uid, request.text, request.media, answer="", answer_type="open")
+    return PromptInstance(uid, question, "new", request.text)
+
+
+def _refusal(reason: str) -> Reply:
+    return 415, {"error": reason}
+
+
+def _text_reply(text: str) -> Reply:
+    return 200, {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
+
+
+def _group_reply(group: Group) -> Reply:
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": rollout.text},
+            "finish_reason": rollout.finish_reason,
+            "token_ids": rollout.response_ids.tolist(),
+            "token_logprobs": np.asarray(rollout.rollout_logprobs).tolist(),
+        }
+        for index, rollout in enumerate(group.rollouts)
+    ]
+    usage = {
+        "prompt_tokens": len(group.prompt.token_ids),
+        "completion_tokens": sum(len(rollout.response_ids) for rollout in group.rollouts),
+    }
+    return 200, {"choices": choices, "usage": usage}
