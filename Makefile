@@ -19,7 +19,7 @@ STAMP := $(VENV)/.installed
 # One thread per process: tests and the demo start several processes, and spinning OpenMP threads starve each other.
 RUN_ENV := OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1
 
-.PHONY: install demo compare-demo test fuzz test-latest check test-gpu tiny-models bench
+.PHONY: install demo compare-demo test test-quick fuzz test-latest check test-gpu tiny-models bench
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -44,6 +44,11 @@ compare-demo: install
 
 test: install
 	$(RUN_ENV) $(BIN)/python -m pytest
+
+# For everyday work: the unit tests that take about a second at most, and a run on two ranks.
+test-quick: install
+	$(RUN_ENV) $(BIN)/python -m pytest -m 'not gpu and not slow and not medium' --durations=5 \
+		tests/unit tests/integration/test_run_record.py
 
 # New examples at every border where foreign bytes enter; what fails becomes an @example.
 fuzz: install

@@ -10,7 +10,7 @@ from data.text import clean_text
 
 logger = logging.getLogger(__name__)
 
-MIN_SAMPLES = 20  # a share over fewer samples says nothing
+MIN_SAMPLES = 20  # a fraction of fewer samples says nothing
 MAX_ID_LENGTH = 4096
 MAX_LISTED = 100  # bad samples kept by name, so that state and messages stay small
 
@@ -24,22 +24,22 @@ class SampleHealth:
         listed: The first bad samples: `(sample id, reason, detail)`.
     """
 
-    def __init__(self, max_bad_share: float = 0.05, strict: bool = False) -> None:
+    def __init__(self, max_bad_fraction: float = 0.05, strict: bool = False) -> None:
         """Start with nothing counted.
 
         Args:
-            max_bad_share: Largest share of bad samples, checked once 20 samples were met.
+            max_bad_fraction: Largest fraction of bad samples, checked once 20 samples were met.
             strict: Raise at the first bad sample.
 
         Raises:
-            DataError: The share is not between 0 and 1.
+            DataError: The fraction is not between 0 and 1.
         """
-        if not 0.0 <= max_bad_share <= 1.0:
+        if not 0.0 <= max_bad_fraction <= 1.0:
             raise DataError(
-                f"SampleHealth: max_bad_share is no share, got {max_bad_share}, expected 0 to 1; "
-                "correct it"
+                f"SampleHealth: max_bad_fraction is not a fraction, got {max_bad_fraction}, "
+                "expected 0 to 1; correct it"
             )
-        self.max_bad_share = max_bad_share
+        self.max_bad_fraction = max_bad_fraction
         self.strict = strict
         self.num_good = 0
         self.counts: dict[str, int] = {}
@@ -51,8 +51,8 @@ class SampleHealth:
         return sum(self.counts.values())
 
     @property
-    def bad_share(self) -> float:
-        """Share of bad samples among those met; 0 before the first."""
+    def bad_fraction(self) -> float:
+        """Fraction of bad samples among those met; 0 before the first."""
         num_met = self.num_good + self.num_bad
         return self.num_bad / num_met if num_met else 0.0
 
@@ -63,7 +63,7 @@ class SampleHealth:
             DataError: Enough samples were met by now to see that too many of them are bad.
         """
         self.num_good += n
-        self._check_share()
+        self._check_fraction()
 
     def bad(self, sample_id: str, reason: str, detail: str, *, was_good: bool = False) -> None:
         """Count one bad sample, name it in the log, and stop when there are too many.
@@ -75,7 +75,7 @@ class SampleHealth:
             was_good: The sample was counted by `good` before; its media failed later.
 
         Raises:
-            DataError: `strict`, or the share of bad samples is above `max_bad_share`.
+            DataError: `strict`, or the fraction of bad samples is above `max_bad_fraction`.
         """
         # The key of a foreign shard, and the names of its files, may hold anything.
         readable = shown(sample_id, MAX_ID_LENGTH)
@@ -92,18 +92,18 @@ class SampleHealth:
                 f"data: sample {sample_id} is bad ({reason}): {detail}; correct or remove it, or "
                 "run without strict"
             )
-        self._check_share()
+        self._check_fraction()
 
-    def _check_share(self) -> None:
-        if self.num_good + self.num_bad < MIN_SAMPLES or self.bad_share <= self.max_bad_share:
+    def _check_fraction(self) -> None:
+        if self.num_good + self.num_bad < MIN_SAMPLES or self.bad_fraction <= self.max_bad_fraction:
             return
         lines = [f"  {sample_id}: {reason}: {detail}" for sample_id, reason, detail in self.listed]
         if self.num_bad > len(self.listed):
             lines.append(f"  … and {self.num_bad - len(self.listed)} more")
         raise DataError(
             f"data: too many bad samples, got {self.num_bad} of {self.num_good + self.num_bad} "
-            f"({self.bad_share:.1%}), expected at most {self.max_bad_share:.1%}; correct them or "
-            "raise data.max_bad_fraction:\n" + "\n".join(lines)
+            f"({self.bad_fraction:.1%}), expected at most {self.max_bad_fraction:.1%}; correct "
+            "them or raise data.max_bad_fraction:\n" + "\n".join(lines)
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -27,8 +27,8 @@ def load_json(content: bytes, *, is_table: bool = False) -> Any:
 
     Raises:
         InvalidText: It holds text that breaks the rule of `data.text`.
-        ValueError: It is no JSON in UTF-8, too deeply nested, or has a key twice in one object, of
-            which one would be lost.
+        ValueError: It is not valid JSON in UTF-8, too deeply nested, or has a key twice in one
+            object.
     """
     text = content.decode("utf-8-sig")
     try:
@@ -58,12 +58,12 @@ def load_object(where: str, content: bytes) -> dict[str, Any]:
         raise SampleError("bad_text", f"{where}: {error}, {TEXT_RULE}; correct it") from error
     except ValueError as error:
         raise SampleError(
-            "bad_json", f"{where}: no JSON ({shown(str(error))}); write it anew"
+            "bad_json", f"{where}: not valid JSON ({shown(str(error))}); write it again"
         ) from error
     if not isinstance(value, dict):
         raise SampleError(
             "bad_json",
-            f"{where}: no object, got {type(value).__name__}, expected fields; correct it",
+            f"{where}: not an object, got {type(value).__name__}, expected fields; correct it",
         )
     return value
 
@@ -105,7 +105,7 @@ def _no_value(constant: str) -> None:
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON number")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _is_deeper(value: Any, limit: int) -> bool:

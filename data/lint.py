@@ -48,7 +48,7 @@ def lint(
     """
     num_samples = 0
     problems: list[Problem] = []
-    first_place: dict[str, str] = {}
+    first_with_id: dict[str, str] = {}
     for folder in map(Path, folders):
         try:
             shards, unread = list_shards(folder)
@@ -71,7 +71,7 @@ def lint(
             keys = list(reader.index(str(shard)).samples)
             num_samples += len(keys)
             for key in keys:
-                problems += _sample_problems(reader, str(shard), key, first_place, opener)
+                problems += _sample_problems(reader, str(shard), key, first_with_id, opener)
             reader.close()
     return num_samples, problems
 
@@ -98,7 +98,7 @@ def _sample_problems(
     reader: ShardReader,
     shard: str,
     key: str,
-    first_place: dict[str, str],
+    first_with_id: dict[str, str],
     opener: OpensMedia | None,
 ) -> Iterator[Problem]:
     where = f"{shard}:{shown(key)}"
@@ -110,7 +110,7 @@ def _sample_problems(
     except DataError as error:
         yield Problem(where, BAD_SHARD, str(error))
         return
-    first = first_place.setdefault(question.id, where)
+    first = first_with_id.setdefault(question.id, where)
     if first != where:
         yield Problem(
             where,

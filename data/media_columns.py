@@ -1,5 +1,6 @@
-"""Media that a row holds or names where nobody looks for them: a question without its picture is
-another question.
+"""Find media that a row holds or names in fields that are not read.
+
+Without its picture it would be another question.
 """
 
 from __future__ import annotations

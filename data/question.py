@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from data.errors import DataError
 
 AnswerType = Literal["math", "choice", "open"]
 MediaKind = Literal["image", "video"]
 
-ANSWER_TYPES: tuple[AnswerType, ...] = ("math", "choice", "open")
+ANSWER_TYPES: tuple[AnswerType, ...] = get_args(AnswerType)
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ class ShardSample:
 
 
 def media_kind(extension: str) -> MediaKind | None:
-    """Return what a member is by the last part of its extension, `None` if it is no media file."""
+    """Return the kind of a media file by the last part of its extension, `None` for others."""
     last = extension.rpartition(".")[2]
     if last in IMAGE_EXTENSIONS:
         return "image"
@@ -90,7 +90,7 @@ def media_order(extensions: Iterable[str]) -> list[str]:
 def is_usable_key(key: str) -> bool:
     """Return whether a key can stand in transcripts, logs and paths.
 
-    It has no control characters, no bytes that are no UTF-8, and does not lead upwards.
+    It has no control characters, no bytes that are not UTF-8, and does not lead upwards.
     """
     return UNUSABLE_KEY.search(key) is None
 
@@ -134,7 +134,7 @@ def check_fields(where: str, fields: Mapping[str, Any], *, has_media: bool) -> N
     """Refuse a question with media in a field that is not read.
 
     Args:
-        where: Place of the question.
+        where: Shard and key, for messages.
         fields: All fields.
         has_media: The field `media` gives some.
 
@@ -217,7 +217,7 @@ def _right_letter(where: str, answer: str, choices: Sequence[str]) -> str:
     got = f"got {reprlib.repr(answer)}, which names {' and '.join(named) or 'no option'}"
     raise SampleError(
         "bad_choice",
-        f"{where}: the answer is no option, {got}, expected A to "
+        f"{where}: the answer is not an option, {got}, expected A to "
         f"{option_letters(len(choices))[-1]}; correct it",
     )
 

@@ -40,7 +40,7 @@ def list_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
         got = f"got no folder ({error.strerror})"
         raise DataError(f"{folder}: no shards, {got}, {EXPECTED_SHARDS}") from error
     if not is_valid_text(str(folder)):
-        raise DataError(f"{shown(str(folder))}: the path of the folder is no UTF-8; rename it")
+        raise DataError(f"{shown(str(folder))}: the path of the folder is not UTF-8; rename it")
     shards: list[Path] = []
     unread: dict[str, str] = {}
     present = frozenset(names)
@@ -58,7 +58,7 @@ def list_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
 def _unread_because(name: str, present: Set[str]) -> str | None:
     """Return why a file that looks like a shard, or part of one, is not read."""
     if name.endswith(SHARD_SUFFIX):
-        return None if is_valid_text(name) else "the name of the shard is no UTF-8; rename it"
+        return None if is_valid_text(name) else "the name of the shard is not UTF-8; rename it"
     if name.endswith(SHARD_SUFFIX + SIDECAR_SUFFIX):
         if name.removesuffix(SIDECAR_SUFFIX) in present:
             return None

@@ -53,8 +53,8 @@ def write_shards(
 
     Raises:
         DataError: The folder has shards already or cannot be written, a key is not allowed or used
-            twice, an extension is no media file's or used twice, a question is no JSON, or a shard
-            may hold none.
+            twice, an extension is not a media file's or used twice, a question is not valid JSON,
+            or `samples_per_shard` is below 1.
     """
     if samples_per_shard < 1:
         raise DataError(
@@ -145,7 +145,7 @@ def _check_sample(folder: Path, sample: ShardSample, seen: set[str]) -> None:
         named = split_name(f"{sample.key}.{extension}")
         if media_kind(extension) is None or named != (sample.key, extension):
             got = f"got {shown(extension)!r}, expected jpg, 0.png, mp4 or the like, in lower case"
-            raise DataError(f"{where}: extension is no media file's, {got}; convert it")
+            raise DataError(f"{where}: extension is not a media file's, {got}; convert it")
         if extension in extensions:
             raise DataError(
                 f"{where}: two files have the same extension, got {extension} twice; number them"

@@ -33,7 +33,7 @@ class ShardReader:
         """Return the index of a shard, loaded at the first use.
 
         Raises:
-            DataError: The shard is missing or no tar archive.
+            DataError: The shard is missing or not a tar archive.
         """
         index = self._indexes.get(shard)
         if index is None:
@@ -108,7 +108,7 @@ class ShardReader:
         if member.crc32 is not None and (found := zlib.crc32(content)) != member.crc32:
             got = f"got checksum {found}, expected {member.crc32} as in the index"
             where = f"{shard}:{shown(key)}.{shown(member.extension)}"
-            raise DataError(f"{where}: the content is damaged, {got}; copy the shard anew")
+            raise DataError(f"{where}: the content is damaged, {got}; copy the shard again")
         return content
 
     def _read_checked(self, shard: str, key: str, member: Member, size: int) -> bytes:
@@ -133,7 +133,7 @@ class ShardReader:
         check_header(where, content[:BLOCK], key, member, is_plain=self.index(shard).is_plain)
         if len(content) != BLOCK + size:
             got = f"got {len(content) - BLOCK} of {size} bytes"
-            raise DataError(f"{where}: the shard ends inside the file, {got}; copy it anew")
+            raise DataError(f"{where}: the shard ends inside the file, {got}; copy it again")
         return content[BLOCK:]
 
 
@@ -181,7 +181,7 @@ class ShardFolder:
 
         Raises:
             DataError: The folder is missing or has no shard, a file looks like a shard and cannot
-                be read, or a shard is no whole tar archive or not what its index says.
+                be read, or a shard is not a complete tar archive or not what its index says.
         """
         self.path = Path(path)
         self.reader = reader or ShardReader()

@@ -1,5 +1,5 @@
-"""Questions without end: weighted over the sources, shuffled in every epoch, the same on every
-rank, resumable at once.
+"""Endless questions: weighted over the sources, shuffled in every epoch, the same on every rank,
+resumable at once.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,24 +17,15 @@ from data.health import SampleHealth
 from data.question import Question
 from data.shards import ShardFolder
 
-Item = TypeVar("Item")
-STATE_VERSION = 1
-
-
-def share(items: Sequence[Item], rank: int, size: int) -> Sequence[Item]:
-    """Return the part of a common list that belongs to one of `size` ranks: every `size`-th, from
-    `rank` on.
-    """
-    assert 0 <= rank < size
-    return items[rank::size]
+STATE_VERSION = 2
 
 
 class QuestionStream:
     """Endless sequence of questions that depends on the seed and the sources alone.
 
-    Every source is shuffled anew in each of its epochs. The next question comes from the source
+    Every source is shuffled again in each of its epochs. The next question comes from the source
     that is furthest behind its weight, so that after any number of questions each source is within
-    one question per source of its share.
+    one question per source of its fraction.
     """
 
     def __init__(
@@ -66,16 +57,16 @@ class QuestionStream:
                 )
             if len(folder) == 0:
                 raise DataError(
-                    f"QuestionStream: {folder.path}: the shards hold no samples; write them anew"
+                    f"QuestionStream: {folder.path}: the shards hold no samples; write them again"
                 )
         total = sum(weight for _, weight in sources)
         self._folders = [folder for folder, _ in sources]
-        self._shares = [weight / total for _, weight in sources]
+        self._fractions = [weight / total for _, weight in sources]
         self._seed = seed
         self._sources = [
             {
                 "path": str(folder.path),
-                "share": weight / total,
+                "fraction": weight / total,
                 "num_samples": len(folder),
                 "fingerprint": folder.fingerprint(),
             }
@@ -102,8 +93,8 @@ class QuestionStream:
     def _next(self) -> Question:
         num_taken = sum(self._delivered) + 1
         lag = [
-            part * num_taken - count
-            for part, count in zip(self._shares, self._delivered, strict=True)
+            fraction * num_taken - count
+            for fraction, count in zip(self._fractions, self._delivered, strict=True)
         ]
         source = lag.index(max(lag))
         folder = self._folders[source]
@@ -161,7 +152,7 @@ class QuestionStream:
         if state["version"] != STATE_VERSION:
             raise DataError(
                 f"QuestionStream: state of another version, got {state['version']}, expected "
-                f"{STATE_VERSION}; start anew"
+                f"{STATE_VERSION}; start again"
             )
         changes = self._changes(state)
         if changes:

@@ -69,7 +69,7 @@ def scan_tar(path: Path) -> TarIndex:
     """Index a shard by reading its headers.
 
     Raises:
-        DataError: The file is no whole tar archive, or it breaks a rule of webdataset shards.
+        DataError: The file is not a complete tar archive, or it breaks a rule of webdataset shards.
     """
     descriptor = open_regular(path)
     try:
@@ -94,12 +94,12 @@ def _scan(path: Path, descriptor: int, tar_size: int) -> TarIndex:
         if members and key != last_key:
             expected = "expected them side by side"
             raise DataError(
-                f"{where}: files of one sample are apart, {expected}; write the shard anew"
+                f"{where}: files of one sample are apart, {expected}; write the shard again"
             )
         if extension in members:
             got = f"got {shown(extension)} twice"
             raise DataError(
-                f"{where}: two files have the same extension, {got}; write the shard anew"
+                f"{where}: two files have the same extension, {got}; write the shard again"
             )
         members[extension] = Member(extension, file.offset, file.size)
         last_key = key
@@ -113,7 +113,7 @@ def _scan(path: Path, descriptor: int, tar_size: int) -> TarIndex:
         )
     if not samples:
         expected = "expected files named KEY.json"
-        raise DataError(f"{path}: the shard holds no sample, {expected}; remove or write it anew")
+        raise DataError(f"{path}: the shard holds no sample, {expected}; remove or write it again")
     in_order = {key: tuple(members.values()) for key, members in samples.items()}
     return TarIndex(tar_size, in_order, is_plain)
 
@@ -141,7 +141,7 @@ def load_index(shard: Path) -> TarIndex:
     names is held against the headers when a sample is read.
 
     Raises:
-        DataError: The shard is missing, no whole tar archive, or not what its sidecar says.
+        DataError: The shard is missing, not a complete tar archive, or not what its sidecar says.
     """
     descriptor = open_regular(shard)
     try:
@@ -187,7 +187,7 @@ def _contradiction(shard: Path, got: str, expected: str) -> DataError:
     sidecar = sidecar_path(shard)
     return DataError(
         f"{shard}: the shard and its index differ, got {got} in the shard, expected {expected} as "
-        f"in {sidecar.name}; copy the shard anew, or remove {sidecar} if the shard is right"
+        f"in {sidecar.name}; copy the shard again, or remove {sidecar} if the shard is right"
     )
 
 
@@ -286,5 +286,5 @@ def check_header(where: str, block: bytes, key: str, member: Member, *, is_plain
     expected = f"{shown(key)}.{shown(member.extension)} of {member.size} bytes"
     raise DataError(
         f"{where}: the index does not fit the shard, got {got} at byte {member.offset - BLOCK}, "
-        f"expected {expected}; copy the shard anew, or remove its .idx.json if the shard is right"
+        f"expected {expected}; copy the shard again, or remove its .idx.json if the shard is right"
     )

@@ -38,7 +38,7 @@ class TarMember:
     """A regular file of an archive.
 
     Attributes:
-        name: Its name; bytes that are no UTF-8 are surrogates, as in `os.fsdecode`.
+        name: Its name; bytes that are not UTF-8 are surrogates, as in `os.fsdecode`.
         offset: Of its content, in bytes.
         size: Of its content, in bytes.
         is_plain: It has one header, no extended ones before it.
@@ -57,7 +57,7 @@ def open_regular(path: str | Path, what: str = "shard") -> int:
         DataError: It cannot be opened, or is a folder, a FIFO or a device.
     """
     try:
-        # Opening a FIFO for reading would wait for somebody to write.
+        # Without O_NONBLOCK, opening a FIFO waits for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         advice = "give the folder's path as seen from here"
@@ -68,7 +68,7 @@ def open_regular(path: str | Path, what: str = "shard") -> int:
         os.close(descriptor)
         got = "a folder" if stat.S_ISDIR(mode) else "a FIFO" if stat.S_ISFIFO(mode) else "a device"
         expected = "expected a regular file; remove it or move it out of the folder"
-        raise DataError(f"{path}: the {what} is no regular file, got {got}, {expected}")
+        raise DataError(f"{path}: the {what} is not a regular file, got {got}, {expected}")
     return descriptor
 
 
@@ -92,7 +92,7 @@ def read_at(path: str | Path, descriptor: int, size: int, offset: int) -> bytes:
 
 def _unreadable(path: str | Path, offset: int, error: OSError) -> DataError:
     detail = f"at byte {offset} ({error.strerror})"
-    return DataError(f"{path}: the file cannot be read {detail}; copy it anew")
+    return DataError(f"{path}: the file cannot be read {detail}; copy it again")
 
 
 def rounded(size: int) -> int:
@@ -109,7 +109,7 @@ def tar_members(path: str | Path, descriptor: int, tar_size: int) -> Iterator[Ta
         tar_size: Its size in bytes.
 
     Raises:
-        DataError: The archive is cut off or damaged, or has a member that is no regular file.
+        DataError: The archive is cut off or damaged, or has a member that is not a regular file.
     """
     file = _HeaderFile(descriptor, closefd=False)
     file.seek(0)
@@ -124,8 +124,10 @@ def tar_members(path: str | Path, descriptor: int, tar_size: int) -> Iterator[Ta
         except OSError as error:
             raise _unreadable(path, offset, error) from error
         except (tarfile.TarError, ValueError, OverflowError) as error:
-            what = "no tar archive" if offset == 0 else f"damaged tar header at byte {offset}"
-            raise DataError(f"{path}: {what} ({shown(str(error))}); copy the shard anew") from error
+            what = "not a tar archive" if offset == 0 else f"damaged tar header at byte {offset}"
+            raise DataError(
+                f"{path}: {what} ({shown(str(error))}); copy the shard again"
+            ) from error
         if info is None:
             break
         archive.members.clear()  # type: ignore[attr-defined] # there may be millions
@@ -153,19 +155,19 @@ class _HeaderFile(io.FileIO):
 def _check_member(
     path: str | Path, archive: tarfile.TarFile, info: tarfile.TarInfo, tar_size: int
 ) -> None:
-    """Refuse a member that is no plain file or folder within the archive."""
+    """Refuse a member that is not a regular file or folder within the archive."""
     where = f"{path}:{shown(info.name)}: at byte {info.offset}"
     if archive.pax_headers.keys() & {"path", "size"}:
-        raise DataError(f"{where}: got one name or size for all members; write the shard anew")
+        raise DataError(f"{where}: got one name or size for all members; write the shard again")
     if info.sparse is not None or not (info.isreg() or (info.isdir() and info.size == 0)):
         kind = KINDS.get(info.type, f"a member of type {info.type!r} with {info.size} bytes")
         got = "a sparse file" if info.sparse is not None else kind
-        raise DataError(f"{where}: got {got}, expected plain files; write the shard anew")
+        raise DataError(f"{where}: got {got}, expected plain files; write the shard again")
     most = tar_size - info.offset_data
     if not 0 <= info.size <= most:
         raise DataError(
             f"{where}: the shard ends inside a member, got a size of {info.size} bytes, "
-            f"expected 0 to {most} in a shard of {tar_size}; copy it anew"
+            f"expected 0 to {most} in a shard of {tar_size}; copy it again"
         )
 
 
@@ -183,7 +185,7 @@ def check_end(path: str | Path, descriptor: int, end: int, tar_size: int) -> Non
     """
     left = tar_size - end
     if left < END_BYTES:
-        advice = "copy it anew; if it is known to be whole, append 1,024 bytes of zeros"
+        advice = "copy it again; if it is known to be whole, append 1,024 bytes of zeros"
         expected = f"expected the {END_BYTES} bytes of zeros that end an archive"
         raise DataError(
             f"{path}: the shard is cut off, got {max(left, 0)} bytes after its last whole member "
@@ -196,5 +198,5 @@ def check_end(path: str | Path, descriptor: int, end: int, tar_size: int) -> Non
         expected = f"expected at most {MAX_END_BYTES} bytes of zeros and nothing else"
         raise DataError(
             f"{path}: the shard is damaged or goes on after its end at byte {end}, got {got}, "
-            f"{expected}; copy or write it anew"
+            f"{expected}; copy or write it again"
         )

@@ -44,7 +44,7 @@ def read_text_file(path: Path, where: str) -> str:
         where: What it is, for the error.
 
     Raises:
-        DataError: It is no valid text.
+        DataError: It is not valid text.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -55,5 +55,5 @@ def read_text_file(path: Path, where: str) -> str:
             return text
         problem = "a NUL"
     raise DataError(
-        f"{where}: {path} is no UTF-8 text, got {problem}, expected UTF-8; save it as such"
+        f"{where}: {path} is not UTF-8 text, got {problem}, expected UTF-8; save it as such"
     )

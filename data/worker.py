@@ -244,6 +244,7 @@ class KillableWorker:
         return f"ended with exit status {code}"
 
     def _take(self, header: Header) -> None:
+        self._check_deadlines()
         if header["number"] is None and self._notice is not None:
             content = any_bytes(header)
             self._receive_into(content)

@@ -39,7 +39,7 @@ def main() -> int:
         "options",
         nargs="*",
         metavar="key=value",
-        help="keys of the file, or options of all runs; they win over the file",
+        help="keys of the file, or options of all runs; they take precedence over the file",
     )
     arguments = parser.parse_intermixed_args()
     configure_logging(None, rank=0)

@@ -8,6 +8,9 @@ import argparse
 import logging
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from data.errors import DataError
 from data.health import SampleHealth
@@ -73,14 +76,33 @@ def opener_of(arguments: argparse.Namespace) -> MediaOpener | None:
     )
 
 
-def add_manners(parser: argparse.ArgumentParser) -> None:
+@contextmanager
+def conversion_options(
+    arguments: argparse.Namespace, health: SampleHealth
+) -> Iterator[dict[str, Any]]:
+    """Yield what both conversions take; the media workers end with the block."""
+    opener = opener_of(arguments)
+    names = ("out_dir", "media_root", "follow_links", "max_media_bytes", "overwrite")
+    try:
+        yield {
+            "source": arguments.input,
+            "opener": opener,
+            "health": health,
+            **{name: getattr(arguments, name) for name in names},
+        }
+    finally:
+        if opener is not None:
+            opener.close()
+
+
+def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what happens to bad samples and old shards."""
     parser.add_argument(
-        "--max-bad-share",
+        "--max-bad-fraction",
         type=float,
         default=0.05,
-        metavar="SHARE",
-        help="stop above this share (default %(default)s)",
+        metavar="FRACTION",
+        help="stop above this fraction of bad samples (default %(default)s)",
     )
     parser.add_argument("--strict", action="store_true", help="stop at the first bad sample")
     parser.add_argument(
@@ -175,25 +197,11 @@ def run_convert(argv: list[str]) -> int:
         metavar="N",
         help="most samples of one shard (default %(default)s)",
     )
-    add_manners(parser)
+    add_conversion_options(parser)
     arguments = parser.parse_args(argv)
-    opener = opener_of(arguments)
-    health = SampleHealth(arguments.max_bad_share, arguments.strict)
-    try:
-        shards = convert_jsonl(
-            arguments.input,
-            arguments.out_dir,
-            media_root=arguments.media_root,
-            follow_links=arguments.follow_links,
-            max_media_bytes=arguments.max_media_bytes,
-            opener=opener,
-            health=health,
-            samples_per_shard=arguments.samples_per_shard,
-            overwrite=arguments.overwrite,
-        )
-    finally:
-        if opener is not None:
-            opener.close()
+    health = SampleHealth(arguments.max_bad_fraction, arguments.strict)
+    with conversion_options(arguments, health) as options:
+        shards = convert_jsonl(**options, samples_per_shard=arguments.samples_per_shard)
     print(f"{health.num_good} samples in {len(shards)} shards, {skipped(health)}")
     return 0
 
@@ -208,26 +216,13 @@ def run_benchmark(argv: list[str]) -> int:
     parser.add_argument("input", metavar="FILE", help="one question per row")
     parser.add_argument("out_dir", metavar="OUT_DIR", help="folder for the shards")
     add_format(parser)
-    add_manners(parser)
+    add_conversion_options(parser)
     arguments = parser.parse_args(argv)
-    opener = opener_of(arguments)
-    health = SampleHealth(arguments.max_bad_share, arguments.strict)
-    try:
+    health = SampleHealth(arguments.max_bad_fraction, arguments.strict)
+    with conversion_options(arguments, health) as options:
         conversion = convert_benchmark(
-            arguments.input,
-            arguments.out_dir,
-            format_name=arguments.format,
-            fields=dict(arguments.fields),
-            media_root=arguments.media_root,
-            follow_links=arguments.follow_links,
-            max_media_bytes=arguments.max_media_bytes,
-            opener=opener,
-            health=health,
-            overwrite=arguments.overwrite,
+            **options, format_name=arguments.format, fields=dict(arguments.fields)
         )
-    finally:
-        if opener is not None:
-            opener.close()
     print(f"{health.num_good} samples read as {conversion.format}, {skipped(health)}")
     return 0
 

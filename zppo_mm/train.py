@@ -27,8 +27,9 @@ from zppo_mm.observability.sinks import (
     open_metrics_log,
 )
 from zppo_mm.observability.transcripts import write_buffer, write_held_out_answers, write_transcript
+from zppo_mm.parallel import failures
 from zppo_mm.parallel import groups as parallel
-from zppo_mm.parallel.meetings import open_meetings
+from zppo_mm.parallel.liveness_barrier import open_liveness_barrier
 from zppo_mm.parallel.partition import JobPartition, PartitionLink, divide_job
 from zppo_mm.parity.gate import check_parity
 from zppo_mm.report.page import write_report
@@ -100,14 +101,14 @@ def _train_student(
     interruption: Interruption,
 ) -> None:
     parallel.initialize(config.parallel, config.seed, partition)
-    parallel.end_with_launcher()
+    failures.end_with_launcher()
     stopped: RunStopped | None = None
     with (
-        parallel.explain_lost_rank(),
-        open_meetings(config.parallel, partition, interruption) as meetings,
+        failures.translate_collective_errors(),
+        open_liveness_barrier(config.parallel, partition, interruption) as barrier,
         claimed(folder),
     ):
-        run = build_run(config, link, meetings, interruption)
+        run = build_run(config, link, barrier, interruption)
         try:
             _run_to_the_end(run, folder)
         except RunStopped as error:

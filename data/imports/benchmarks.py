@@ -18,8 +18,9 @@ from typing import Any
 from data.atomic_files import write_atomically
 from data.errors import DataError, MediaError, SampleError
 from data.health import SampleHealth
-from data.imports.benchmark_formats import FORMATS, PARTS, BenchmarkFormat, RowView, split_columns
+from data.imports.benchmark_formats import FORMATS, PARTS, BenchmarkFormat
 from data.imports.convert import keep_good
+from data.imports.row_view import RowView, split_columns
 from data.imports.tables import Row, read_rows
 from data.media.files import MediaFolder
 from data.media.opening import MediaLimits, MediaOpener
@@ -51,7 +52,7 @@ class Conversion:
         columns: By part of a question.
         num_good: Rows that are questions now.
         skipped: Rows that are not, by reason.
-        listed: The first of them: place, reason, what is wrong.
+        listed: The first of them: where, reason, what is wrong.
     """
 
     file: str
@@ -63,7 +64,7 @@ class Conversion:
 
 
 def convert_benchmark(
-    file: str | Path,
+    source: str | Path,
     out_dir: str | Path,
     *,
     format_name: str = "",
@@ -78,7 +79,7 @@ def convert_benchmark(
     """Write one sample per row; rows that cannot be used are named, counted by reason and left out.
 
     Args:
-        file: JSON, JSON lines, CSV, TSV or Parquet.
+        source: JSON, JSON lines, CSV, TSV or Parquet.
         out_dir: Folder for the shards and `conversion.json`, which is written last.
         format_name: One of `FORMATS`; empty means the one whose columns the file has.
         fields: Columns by part of a question, in place of the format's.
@@ -94,7 +95,7 @@ def convert_benchmark(
         DataError: The file cannot be read, its columns are not known, or no row or too few can be
             used.
     """
-    source, target = Path(file), Path(out_dir)
+    source, target = Path(source), Path(out_dir)
     limit = MediaLimits().max_bytes if max_media_bytes is None else max_media_bytes
     folder = MediaFolder(
         source.parent if media_root is None else media_root, limit, follow_links=follow_links
@@ -199,8 +200,8 @@ def _check_parts(source: Path, name: str, fields: Mapping[str, str]) -> None:
 
 
 def _check_columns(source: Path, present: set[str], fields: Mapping[str, str]) -> None:
-    """Refuse a column that the user names and no row has: a question would be without it, and
-    nobody would know.
+    """Refuse a column that the user names and no row has: its questions
+    would silently lack it.
     """
     wanted = {
         column
@@ -311,6 +312,6 @@ def _inline(where: str, kind: MediaKind, text: str) -> bytes | None:
             return None  # a path may look so too
         raise SampleError(
             "bad_field",
-            f"{where}: {kind} in base64 is wrong ({error}), expected a whole file; write it anew",
+            f"{where}: {kind} in base64 is wrong ({error}), expected a whole file; write it again",
         ) from error
     return content

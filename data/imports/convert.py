@@ -18,7 +18,7 @@ from data.shard_writer import write_shards
 
 
 def convert_jsonl(
-    lines: str | Path,
+    source: str | Path,
     out_dir: str | Path,
     *,
     media_root: str | Path | None = None,
@@ -35,10 +35,10 @@ def convert_jsonl(
     `<file name>/<line number>`.
 
     Args:
-        lines: The JSON lines file, UTF-8.
+        source: The JSON lines file, UTF-8.
         out_dir: Folder for the shards.
         media_root: What relative media paths start from, and no path leaves; by default the folder
-            of `lines`.
+            of `source`.
         follow_links: Links may lead out of it.
         max_media_bytes: Largest media file that is read; by default that of `MediaLimits`.
         opener: Opens every media file to see whether it can be opened; `None` skips that.
@@ -53,21 +53,21 @@ def convert_jsonl(
         DataError: The file is missing, no sample or too few are good, or the folder has shards
             already.
     """
-    source = Path(lines)
-    if not source.is_file():
+    path = Path(source)
+    if not path.is_file():
         raise DataError(
-            f"{source}: no such file, expected JSON lines; give its path as seen from here"
+            f"{path}: no such file, expected JSON lines; give its path as seen from here"
         )
     limit = MediaLimits().max_bytes if max_media_bytes is None else max_media_bytes
     folder = MediaFolder(
-        source.parent if media_root is None else media_root, limit, follow_links=follow_links
+        path.parent if media_root is None else media_root, limit, follow_links=follow_links
     )
     counted = health if health is not None else SampleHealth()
-    samples = keep_good(source, _lines(source, folder), opener, counted)
+    samples = keep_good(path, _lines(path, folder), opener, counted)
     written = write_shards(out_dir, samples, samples_per_shard, overwrite=overwrite)
     if not written:
         listed = "; ".join(detail for _, _, detail in counted.listed) or "the file is empty"
-        raise DataError(f"{source}: no good sample, expected at least one; correct them: {listed}")
+        raise DataError(f"{path}: no good sample, expected at least one; correct them: {listed}")
     return written
 
 

@@ -98,8 +98,8 @@ def _json(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
         content = load_json(path.read_bytes(), is_table=True)
     except ValueError as error:
         raise DataError(
-            f"{path}: no JSON ({error}); write it anew, or name it .jsonl if it has one object a "
-            "line"
+            f"{path}: not valid JSON ({error}); write it again, or name it .jsonl if it has one "
+            "object a line"
         ) from error
     if (
         isinstance(content, dict)
@@ -110,7 +110,7 @@ def _json(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
     if not isinstance(content, list):
         raise DataError(
             f"{path}: no rows, got {type(content).__name__}, expected a list of objects or an "
-            "object of objects; write it anew"
+            "object of objects; write it again"
         )
     for number, value in enumerate(content, start=1):
         if isinstance(value, dict):
@@ -120,8 +120,8 @@ def _json(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
                 number,
                 SampleError(
                     "bad_json",
-                    f"{path}:{number}: no object, got {type(value).__name__}, expected columns; "
-                    "correct it",
+                    f"{path}:{number}: not an object, got {type(value).__name__}, expected "
+                    "columns; correct it",
                 ),
             )
 
@@ -140,7 +140,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
 def _separated(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
     # A field may be a picture or a whole article; the module's own limit is 128 KiB.
     csv.field_size_limit(MAX_LINE_BYTES)
-    # What is no UTF-8 becomes text that breaks the rule of its row alone.
+    # What is not UTF-8 becomes text that breaks the rule of its row alone.
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.DictReader(
             _physical_lines(path, file),

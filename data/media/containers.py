@@ -19,7 +19,7 @@ from data.errors import MediaError
 from data.media.signatures import container_name
 
 Matrix = tuple[int, int, int, int]
-Places = tuple[tuple[int, bytes], ...]
+Patches = tuple[tuple[int, bytes], ...]
 AS_STORED: Matrix = (1, 0, 0, 1)
 MIRRORED: Matrix = (-1, 0, 0, 1)
 # Parts of the largest number of a matrix, of which one part is what rounding an angle leaves.
@@ -49,16 +49,16 @@ class Display:
     Attributes:
         matrix: `(a, b, c, d)`, each -1, 0 or 1: the stored pixel (x, y) is shown at (ax + cy, bx +
             dy).
-        places: Offsets in the file and the bytes that mean "as stored" there.
+        patches: Offsets in the file and the bytes that mean "as stored" there.
     """
 
     matrix: Matrix = AS_STORED
-    places: Places = ()
+    patches: Patches = ()
 
-    def take_out(self, content: bytearray) -> None:
-        """Make the file say that its frames are to be shown as stored."""
-        for offset, neutral in self.places:
-            content[offset : offset + len(neutral)] = neutral
+    def clear(self, content: bytearray) -> None:
+        """Patch the file so that it asks for its frames as stored."""
+        for offset, as_stored in self.patches:
+            content[offset : offset + len(as_stored)] = as_stored
 
     def apply(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Return stored frames `[frames, height, width, 3]` as they are to be looked at."""
@@ -88,7 +88,7 @@ class _Track:
     width: int
     height: int
     matrix: Matrix = AS_STORED
-    places: Places = ()
+    patches: Patches = ()
 
 
 def recognise(content: bytes | bytearray) -> Container:
@@ -113,16 +113,16 @@ def recognise(content: bytes | bytearray) -> Container:
         raise _truncated("video", f"a header is cut off ({error})") from error
 
 
-def _choose(name: str, tracks: list[_Track], movie: Matrix, places: Places) -> Container:
-    """Return the container of the largest track; which one the decoder takes is its own affair."""
+def _choose(name: str, tracks: list[_Track], movie: Matrix, patches: Patches) -> Container:
+    """Return the container of the largest track; which one the decoder takes is up to it."""
     if not any(track.width * track.height for track in tracks):
         raise _unreadable(name, "no video track")
     if len({track.matrix for track in tracks}) > 1:
         raise _unreadable(name, "its video tracks are turned in different ways")
     largest = max(tracks, key=lambda track: track.width * track.height)
-    places = places + tuple(place for track in tracks for place in track.places)
+    patches = patches + tuple(patch for track in tracks for patch in track.patches)
     return Container(
-        name, largest.width, largest.height, Display(_product(largest.matrix, movie), places)
+        name, largest.width, largest.height, Display(_product(largest.matrix, movie), patches)
     )
 
 
@@ -152,7 +152,7 @@ def _matrix(name: str, numbers: tuple[int, int, int, int]) -> Matrix:
 
 
 def _truncated(name: str, detail: str) -> MediaError:
-    return MediaError("truncated", f"{name}: the file is cut off: {detail}; copy it anew")
+    return MediaError("truncated", f"{name}: the file is cut off: {detail}; copy it again")
 
 
 def _unreadable(name: str, detail: str) -> MediaError:
@@ -190,19 +190,19 @@ def _mp4(content: bytes | bytearray) -> Container:
         raise _truncated("mp4", "it has no moov box")
     tracks = []
     movie: Matrix = AS_STORED
-    places: Places = ()
+    patches: Patches = ()
     for kind, start, end in _boxes(content, *moov[0]):
         if kind == b"trak":
             tracks += _video_tracks(content, start, end)
         if kind == b"mvhd":
-            movie, places = _mp4_matrix(content, start, MVHD_MATRIX)
-    return _choose("mp4", tracks, movie, places)
+            movie, patches = _mp4_matrix(content, start, MVHD_MATRIX)
+    return _choose("mp4", tracks, movie, patches)
 
 
 def _mp4_matrix(
     content: bytes | bytearray, start: int, offsets: tuple[int, int]
-) -> tuple[Matrix, Places]:
-    """Return the matrix of a header box and its place."""
+) -> tuple[Matrix, Patches]:
+    """Return the matrix of a header box and the patch that resets it."""
     offset = start + offsets[content[start] == 1]
     a, b, _, c, d = struct.unpack_from(">5i", content, offset)
     return _matrix("mp4", (a, b, c, d)), ((offset, MP4_AS_STORED),)
@@ -227,7 +227,7 @@ def _video_tracks(content: bytes | bytearray, start: int, end: int) -> list[_Tra
                 spans[kind] = (inner, inner_end)
     if handler != b"vide" or b"stsd" not in spans:
         return []
-    matrix, places = (
+    matrix, patches = (
         _mp4_matrix(content, spans[b"tkhd"][0], TKHD_MATRIX)
         if b"tkhd" in spans
         else (AS_STORED, ())
@@ -237,7 +237,7 @@ def _video_tracks(content: bytes | bytearray, start: int, end: int) -> list[_Tra
         struct.unpack_from(">HH", content, inner + 24)
         for _, inner, _ in _boxes(content, first + 8, last)
     ]
-    return [_Track(width, height, matrix, places) for width, height in sizes]
+    return [_Track(width, height, matrix, patches) for width, height in sizes]
 
 
 def _elements(
@@ -303,7 +303,7 @@ def _webm_track(content: bytes | bytearray, start: int, end: int) -> _Track:
     """Return a track by its video settings."""
     size = {EBML_WIDTH: 0, EBML_HEIGHT: 0}
     pose = {EBML_YAW: 0.0, EBML_PITCH: 0.0, EBML_ROLL: 0.0}
-    places = []
+    patches = []
     for element, inner, inner_end in _elements(content, start, end):
         if element in size:
             size[element] = int.from_bytes(content[inner:inner_end])
@@ -314,8 +314,8 @@ def _webm_track(content: bytes | bytearray, start: int, end: int) -> _Track:
                 (pose[angle],) = struct.unpack_from(
                     ">f" if last - first == 4 else ">d", content, first
                 )
-                places.append((first, bytes(last - first)))
-    return _Track(size[EBML_WIDTH], size[EBML_HEIGHT], _pose_matrix(*pose.values()), tuple(places))
+                patches.append((first, bytes(last - first)))
+    return _Track(size[EBML_WIDTH], size[EBML_HEIGHT], _pose_matrix(*pose.values()), tuple(patches))
 
 
 def _pose_matrix(yaw: float, pitch: float, roll: float) -> Matrix:

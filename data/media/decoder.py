@@ -105,7 +105,7 @@ class MediaDecoder:
         except WorkerNotStarted as error:
             raise DataError(
                 f"{kind}: the decoding process does not start ({error}); install pillow and numpy "
-                "anew"
+                "again"
             ) from error
         return answer.decoded()
 

@@ -49,12 +49,12 @@ class MediaFolder:
 
         Raises:
             SampleError: `bad_text`, `outside_root`, or `missing_media`: it is not there, cannot be
-                read, or is no plain file.
+                read, or is not a regular file.
             MediaError: `empty` or `oversized`.
         """
         if not is_valid_text(path):
             raise SampleError(
-                "bad_text", f"{where}: path is no valid text, got {ascii(path)[:200]}; correct it"
+                "bad_text", f"{where}: path is not valid text, got {ascii(path)[:200]}; correct it"
             )
         shown = f"{self.root / path!s:.300}"
         try:
@@ -132,7 +132,8 @@ class MediaFolder:
         if not stat.S_ISREG(status.st_mode):
             got = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
             raise SampleError(
-                "missing_media", f"{where}: {shown} is no plain file, got {got}; put the file there"
+                "missing_media",
+                f"{where}: {shown} is not a regular file, got {got}; put the file there",
             )
         self.check_size(f"{where}: {shown}", status.st_size)
         return status.st_size
@@ -144,7 +145,7 @@ class MediaFolder:
             MediaError: `empty` or `oversized`.
         """
         if size == 0:
-            raise MediaError("empty", f"{where}: the file is empty; copy it anew")
+            raise MediaError("empty", f"{where}: the file is empty; copy it again")
         if size > self.max_bytes:
             expected = f"expected at most {self.max_bytes}; shrink it or raise --max-media-bytes"
             raise MediaError("oversized", f"{where}: too large, got {size} bytes, {expected}")

@@ -97,13 +97,13 @@ def decode_image(content: bytes | bytearray, max_pixels: int) -> npt.NDArray[np.
         raise
     except UnidentifiedImageError as error:
         raise MediaError(
-            "unreadable", f"{name} is unreadable (no sound header); copy it anew"
+            "unreadable", f"{name} is unreadable (no valid header); copy it again"
         ) from error
     except _DAMAGE as error:
         # Only some messages say that bytes are missing.
         reason = "truncated" if "truncated" in str(error).lower() else "unreadable"
         raise MediaError(
-            reason, f"{name} is {reason} ({type(error).__name__}: {error}); copy it anew"
+            reason, f"{name} is {reason} ({type(error).__name__}: {error}); copy it again"
         ) from error
 
 
@@ -123,7 +123,7 @@ def _check_whole(name: str, content: bytes | bytearray, image: Image.Image) -> N
     JPEG file that ends in zeros.
     """
     if name == "JPEG" and not _has_end(content):
-        raise MediaError("truncated", "JPEG is truncated (no end of image); copy it anew")
+        raise MediaError("truncated", "JPEG is truncated (no end of image); copy it again")
     if name in ("PNG", "WEBP") and getattr(image, "is_animated", False):
         got = f"an animation of {getattr(image, 'n_frames', 'several')} pictures"
         raise MediaError(

@@ -100,7 +100,7 @@ class MediaOpener:
             DataError: The video decoder is not installed.
         """
         if not content:
-            raise MediaError("empty", f"{kind}: the file is empty; copy it anew")
+            raise MediaError("empty", f"{kind}: the file is empty; copy it again")
         self._check_bytes(kind, len(content))
         decoded = self._decoder.decode(kind, content, self._frame_limits)
         return Frames(decoded.pixels, decoded.timestamps, decoded.seconds_per_frame)

@@ -14,7 +14,7 @@ from data.media.containers import recognise
 from data.media.images import check_pixels
 
 MAX_SECONDS = 1e9
-MAX_FAULTY_SHARE = 0.02  # frames that the decoder may replace by their neighbours
+MAX_FAULTY_FRACTION = 0.02  # frames that the decoder may replace by their neighbours
 
 
 def choose_frames(
@@ -85,7 +85,7 @@ def decode_video(
     between two by the sampling rate.
 
     Args:
-        content: The whole file; its display matrix is taken out.
+        content: The whole file; its display matrix is reset.
         max_pixels: Most pixels (width x height) of a frame.
         frames_per_second: Rate of sampling.
         max_frames: Most frames.
@@ -98,9 +98,9 @@ def decode_video(
 
     container = recognise(content)
     check_pixels(container.width, container.height, max_pixels)
-    container.display.take_out(content)
+    container.display.clear(content)
     reader = decord.VideoReader(
-        io.BytesIO(content), ctx=decord.cpu(0), num_threads=1, fault_tol=MAX_FAULTY_SHARE
+        io.BytesIO(content), ctx=decord.cpu(0), num_threads=1, fault_tol=MAX_FAULTY_FRACTION
     )
     try:
         if len(reader) == 0:

@@ -26,8 +26,8 @@ LEVELS: tuple[int, ...] = (2, 3, 4, 5, 6)
 """Numbers of digits, from easy to hard."""
 _T = TypeVar("_T")
 
-CHOICE_SHARE = 0.2
-HELD_OUT_SHARE = 0.2
+CHOICE_FRACTION = 0.2
+HELD_OUT_FRACTION = 0.2
 LETTERS = "ABCD"
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PHRASES: Mapping[DigitKind, str] = {
@@ -110,7 +110,7 @@ def sequence_split(digits: Sequence[int]) -> Split:
     disjoint.
     """
     digest = hashlib.blake2b(bytes(digits), digest_size=4).digest()
-    return "held_out" if int.from_bytes(digest, "little") < HELD_OUT_SHARE * 2**32 else "train"
+    return "held_out" if int.from_bytes(digest, "little") < HELD_OUT_FRACTION * 2**32 else "train"
 
 
 def draw_problem(
@@ -118,7 +118,7 @@ def draw_problem(
     split: Split,
     levels: Mapping[int, float] | None = None,
     kinds: Mapping[DigitKind, float] | None = None,
-    choice_share: float = CHOICE_SHARE,
+    choice_fraction: float = CHOICE_FRACTION,
 ) -> DigitProblem:
     """Draw one problem.
 
@@ -127,12 +127,12 @@ def draw_problem(
         split: Which digit sequences are allowed.
         levels: Relative weight per number of digits; `None` weighs all of `LEVELS` alike.
         kinds: Relative weight per kind; `None` weighs all of `KINDS` alike.
-        choice_share: Share of multiple-choice questions.
+        choice_fraction: Fraction of multiple-choice questions.
     """
     kind = _weighted(rng, kinds or dict.fromkeys(KINDS, 1.0))
     level = _weighted(rng, levels or dict.fromkeys(LEVELS, 1.0))
     digits = tuple(int(digit) for digit in rng.integers(0, 10, level))
-    # Single digits, a first lesson in supervised training, are too few to be split.
+    # Single digits, the first stage of supervised training, are too few to be split.
     while level > 1 and sequence_split(digits) != split:
         digits = tuple(int(digit) for digit in rng.integers(0, 10, level))
     target = (
@@ -141,15 +141,15 @@ def draw_problem(
         else None
     )
     problem = DigitProblem(kind, digits, target)
-    if rng.random() >= choice_share:
+    if rng.random() >= choice_fraction:
         return problem
     return DigitProblem(kind, digits, target, _options(rng, problem))
 
 
 def _weighted(rng: np.random.Generator, weights: Mapping[_T, float]) -> _T:
     values = list(weights)
-    shares = np.array([weights[value] for value in values], dtype=np.float64)
-    return values[int(rng.choice(len(values), p=shares / shares.sum()))]
+    probabilities = np.array([weights[value] for value in values], dtype=np.float64)
+    return values[int(rng.choice(len(values), p=probabilities / probabilities.sum()))]
 
 
 def _options(rng: np.random.Generator, problem: DigitProblem) -> tuple[str, ...]:
@@ -167,13 +167,13 @@ def _options(rng: np.random.Generator, problem: DigitProblem) -> tuple[str, ...]
 
 
 def _near_readings(rng: np.random.Generator, digits: tuple[int, ...]) -> list[str]:
-    """Return the number with one digit changed, for every place."""
+    """Return the number with one digit changed, for every position."""
     near = []
-    for place in range(len(digits)):
-        other = int((digits[place] + rng.integers(1, 10)) % 10)
-        near.append("".join(map(str, (*digits[:place], other, *digits[place + 1 :]))))
-    place = int(rng.integers(len(digits)))
+    for index in range(len(digits)):
+        other = int((digits[index] + rng.integers(1, 10)) % 10)
+        near.append("".join(map(str, (*digits[:index], other, *digits[index + 1 :]))))
+    index = int(rng.integers(len(digits)))
     while len(set(near)) < 3:
-        other = int((digits[place] + rng.integers(1, 10)) % 10)
-        near.append("".join(map(str, (*digits[:place], other, *digits[place + 1 :]))))
+        other = int((digits[index] + rng.integers(1, 10)) % 10)
+        near.append("".join(map(str, (*digits[:index], other, *digits[index + 1 :]))))
     return sorted(set(near))

@@ -14,12 +14,12 @@ import numpy.typing as npt
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from data.toy.digits import HELD_OUT_SHARE, Split
+from data.toy.digits import HELD_OUT_FRACTION, Split
 
 TILE_PIXELS = 32
 FRAME_PIXELS = 40
 """decord reads rows of some narrow widths (32, 48, 96) wrongly; 40 is read right."""
-GLYPH_SHARE = 0.75
+GLYPH_FRACTION = 0.75
 FRAMES_PER_DIGIT = 4
 FRAMES_PER_SECOND = 4
 """Every digit stays one second, so that sampling at 2 frames per second shows it in exactly two
@@ -40,7 +40,7 @@ class DigitBank:
         """Return one example of a digit as `[side, side]` uint8, shifted and dimmed at random."""
         examples = self.glyphs[digit]
         glyph = Image.fromarray(examples[int(rng.integers(len(examples)))])
-        glyph_side = round(side * GLYPH_SHARE)
+        glyph_side = round(side * GLYPH_FRACTION)
         drawn = np.asarray(
             glyph.resize((glyph_side, glyph_side), Image.Resampling.BICUBIC), dtype=np.float32
         )
@@ -54,7 +54,7 @@ def load_bank(split: Split) -> DigitBank:
     """Return the digits of a split; the two splits share no image."""
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
-    held_out = np.random.default_rng(_SPLIT_SEED).random(len(pixels)) < HELD_OUT_SHARE
+    held_out = np.random.default_rng(_SPLIT_SEED).random(len(pixels)) < HELD_OUT_FRACTION
     mine = held_out if split == "held_out" else ~held_out
     return DigitBank(tuple(pixels[mine & (digits.target == digit)] for digit in range(10)))
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from data.toy.digits import DigitProblem, running_values
 
-MISREAD_SHARE = 0.5
+MISREAD_FRACTION = 0.5
 
 
 def reasoning(problem: DigitProblem) -> str:
@@ -42,19 +42,19 @@ def flawed_solution(rng: np.random.Generator, problem: DigitProblem) -> tuple[st
         problem: What was asked.
     """
     while True:
-        place = int(rng.integers(problem.level))
-        if problem.kind == "read" or rng.random() < MISREAD_SHARE:
-            digit = int((problem.digits[place] + rng.integers(1, 10)) % 10)
+        index = int(rng.integers(problem.level))
+        if problem.kind == "read" or rng.random() < MISREAD_FRACTION:
+            digit = int((problem.digits[index] + rng.integers(1, 10)) % 10)
             misread = replace(
                 problem,
-                digits=(*problem.digits[:place], digit, *problem.digits[place + 1 :]),
+                digits=(*problem.digits[:index], digit, *problem.digits[index + 1 :]),
                 choices=(),
             )
             thought, value = reasoning(misread), misread.value
         else:
             slip = 1 if problem.kind in ("even", "equal") else int(rng.choice((-2, -1, 1, 2)))
             values = [
-                value + slip * (i >= max(place, 1))
+                value + slip * (i >= max(index, 1))
                 for i, value in enumerate(running_values(problem))
             ]
             thought, value = _chain(problem, values), str(values[-1])
@@ -92,8 +92,8 @@ def _chain(problem: DigitProblem, values: Sequence[int]) -> str:
         return ",".join(f"{digit}:{value}" for digit, value in zip(digits, values, strict=True))
     sign = "|" if problem.kind == "largest" else "+"
     parts = [str(digits[0])]
-    for place, (digit, value) in enumerate(zip(digits[1:], values[1:], strict=True), start=1):
+    for index, (digit, value) in enumerate(zip(digits[1:], values[1:], strict=True), start=1):
         parts.append(
-            f"{'-' if problem.kind == 'alternating' and place % 2 else sign}{digit}={value}"
+            f"{'-' if problem.kind == 'alternating' and index % 2 else sign}{digit}={value}"
         )
     return "".join(parts)

@@ -66,7 +66,7 @@ def easy_vqa_samples(package: Distribution, split: Split) -> Iterator[ShardSampl
         }
     except (OSError, ValueError) as error:
         raise DataError(
-            f"easy-vqa: the package's files cannot be read ({error}); install it anew"
+            f"easy-vqa: the package's files cannot be read ({error}); install it again"
         ) from error
     for index, (text, answer, image) in enumerate(records):
         yield _sample(split, index, text, answer, image, images[image])

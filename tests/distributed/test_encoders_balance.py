@@ -8,27 +8,16 @@ import torch
 import torch.distributed as dist
 
 from encoders.tower import VisionTower
+from tests.support import tiny_qwen
 from tests.support.launch import run_ranks
 
-VISION = {
-    "depth": 2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_heads": 2,
-    "in_channels": 3,
-    "patch_size": 4,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "out_hidden_size": 64,
-    "num_position_embeddings": 36,
-}
 TOLERANCE = 1e-5  # float32, the same sums in another order
 
 
 def largest_difference(grids: list[list[int]], frozen: bool) -> tuple[float, float]:
     """Return how far features and gradients of the shared tower are from the replicated one's."""
     torch.manual_seed(0)
-    tower = VisionTower("qwen3_5", VISION)
+    tower = VisionTower("qwen3_5", tiny_qwen.vision_config())
     for name, parameter in tower.named_parameters():
         parameter.requires_grad_(not (frozen and "merger" not in name))
     counts = torch.tensor(grids).prod(dim=1)

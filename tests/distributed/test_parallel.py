@@ -15,7 +15,9 @@ import torch.distributed as dist
 from tests.support.launch import run_ranks
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ConfigError
+from zppo_mm.parallel import failures
 from zppo_mm.parallel import groups as parallel
+from zppo_mm.parallel.layout import validate_layout
 
 
 def describe(layouts: list[ParallelConfig]) -> list[dict[str, object]]:
@@ -41,7 +43,7 @@ def lose_a_rank() -> None:
     parallel.initialize(ParallelConfig(timeout_minutes=1.0), seed=0)
     if parallel.rank() == 1:
         os._exit(3)
-    with parallel.explain_lost_rank():
+    with failures.translate_collective_errors():
         dist.all_reduce(torch.ones(1))
 
 
@@ -62,7 +64,7 @@ def let_rank_zero_work() -> list[object]:
     made: list[object] = [parallel.on_rank_zero(work_long)]
     try:
         parallel.on_rank_zero(fail)
-    except (OSError, parallel.RankZeroError) as error:
+    except (OSError, failures.RankZeroError) as error:
         made.append(f"{type(error).__name__}: {error}")
     parallel.shutdown()
     return made
@@ -121,7 +123,7 @@ def test_a_layout_that_does_not_fit_names_one_that_does(
         rf"parallel.pipeline_model_parallel_size={suggestion[1]}$"
     )
     with pytest.raises(ConfigError, match=message):
-        parallel.validate_layout(config, processes)
+        validate_layout(config, processes)
 
 
 def test_a_context_size_that_does_not_fit_is_named_too() -> None:
@@ -131,12 +133,12 @@ def test_a_context_size_that_does_not_fit_is_named_too() -> None:
         r".*parallel.context_parallel_size=1$"
     )
     with pytest.raises(ConfigError, match=message):
-        parallel.validate_layout(config, 6)
+        validate_layout(config, 6)
 
 
 def test_sizes_below_one_are_refused() -> None:
     with pytest.raises(ConfigError, match="sizes must be at least 1"):
-        parallel.validate_layout(ParallelConfig(tensor_model_parallel_size=0), 1)
+        validate_layout(ParallelConfig(tensor_model_parallel_size=0), 1)
 
 
 def alone() -> tuple[int, list[list[int]]]:

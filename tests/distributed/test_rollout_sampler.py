@@ -88,7 +88,11 @@ def take_and_sample(folder: Path, shards: Path, tensor: int) -> dict[str, Any]:
         layout,
     )
     load_hf_weights(network, folder)
-    exchange, grader, health = ParallelExchange(), LengthGrader(), SampleHealth(max_bad_share=0.5)
+    exchange, grader, health = (
+        ParallelExchange(),
+        LengthGrader(),
+        SampleHealth(max_bad_fraction=0.5),
+    )
     encoder = PromptEncoder(folder, open_media)
     stream = QuestionStream([(ShardFolder(shards), 1.0)], 3, health)
     feed = QuestionFeed(

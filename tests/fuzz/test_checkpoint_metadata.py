@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from zppo_mm.errors import CheckpointError
 from zppo_mm.weights.boxes import Box
-from zppo_mm.weights.distributed_folder import METADATA_FILE, DistributedFolder
+from zppo_mm.weights.checkpoint_metadata import METADATA_FILE
+from zppo_mm.weights.distributed_folder import DistributedFolder
 
 KEY, SHAPE = "layer.weight", torch.Size([4, 3])
 INSTRUCTIONS = [b"(", b"t", b"R", b"b", b"0", b"N", b"}", b"]", b"\x81", b"s", b"u", b"."]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from data.errors import DataError
 from data.health import SampleHealth
+from data.imports.benchmark_formats import PARTS
 from data.imports.benchmarks import convert_benchmark
 from data.imports.convert import convert_jsonl
 from data.shards import ShardFolder
@@ -30,21 +31,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=8,
 )
-NAMES = st.sampled_from(
-    (
-        "id",
-        "question",
-        "answer",
-        "answer_type",
-        "choices",
-        "source",
-        "media",
-        "image",
-        "images",
-        "video",
-        "note",
-    )
-)
+NAMES = st.sampled_from((*PARTS, "images", "note"))
 ROWS = st.dictionaries(NAMES | TEXTS, VALUES, max_size=8)
 GOOD = {"question": "q", "answer": "1", "answer_type": "math"}
 LINES = (

@@ -19,12 +19,12 @@ from data.text import is_valid_text
 from tests.support.raw_server import RawServer, completion, http, say, serve_raw
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.rewards.judge import read_verdict
-from zppo_mm.teacher.served.chat_api import Ask, Choice, Fault, Reply
+from zppo_mm.teacher.served.chat_api import ChatRequest, Choice, Fault, Reply
 from zppo_mm.teacher.served.chat_reply import MAX_SPELLING_BYTES, parse_reply
 from zppo_mm.teacher.served.endpoint import MAX_PAUSE_SECONDS, retry_after
 from zppo_mm.teacher.served.pool import EndpointPool
 from zppo_mm.teacher.served.received_text import MAX_SHOWN_CHARS, ReceivedText
-from zppo_mm.teacher.served.servers import Outcome, Patience
+from zppo_mm.teacher.served.servers import Outcome, RetryPolicy
 
 KEY = "sk-0/9<fuzz-key>"
 KINDS = {"bad_reply", "empty_choice", "unfinished", "content_filter"}
@@ -226,8 +226,8 @@ class Wire:
 
     def exchange(self, sent: bytes) -> Outcome:
         self.server.plan = lambda _: say(sent)
-        ask = Ask("What is 3 + 1?", 2, 1.0, 16, 0, top_logprobs=NUM_TOP)
-        (outcome,) = self._pool.submit([ask], Patience(max_seconds=60.0, num_retries=0)).result(
+        ask = ChatRequest("What is 3 + 1?", 2, 1.0, 16, 0, top_logprobs=NUM_TOP)
+        (outcome,) = self._pool.submit([ask], RetryPolicy(max_seconds=60.0, num_retries=0)).result(
             timeout=100
         )
         return outcome

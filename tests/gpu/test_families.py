@@ -4,7 +4,6 @@ bfloat16 against the local float32 ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,9 @@ from tests.support import network_checks, tiny_families, tiny_qwen
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.models.specs import transformer_engine_provider
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.parallel import groups as parallel
 
 pytestmark = [
+    pytest.mark.usefixtures("one_rank"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
@@ -27,13 +26,6 @@ MAX_FLOAT32_DIFFERENCE = 1e-3
 # Mean divergence per token of whole distributions, in nats: a few layers in bfloat16 on logits of
 # scale 3 move log-probs by about 0.03.
 MAX_BFLOAT16_KL = 5e-3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(ParallelConfig(), seed=0)
-    yield
-    parallel.shutdown()
 
 
 def log_probs(network: VisionLanguageModel, parts: list[tiny_qwen.Sequence]) -> torch.Tensor:

@@ -4,7 +4,6 @@ in float32 on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,13 @@ from tests.support import network_checks, tiny_qwen
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.models.decoding.decode import decode, prefill
 from zppo_mm.models.layers.cache import DecodeCache
-from zppo_mm.models.layers.gated_delta_net import GatedDeltaNet, fused_kernels
+from zppo_mm.models.layers.delta_rule import fused_kernels
+from zppo_mm.models.layers.gated_delta_net import GatedDeltaNet
 from zppo_mm.models.specs import transformer_engine_provider
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.parallel import groups as parallel
 
 pytestmark = [
+    pytest.mark.usefixtures("one_rank"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
@@ -43,13 +43,6 @@ MAX_FLOAT32_DIFFERENCE = 1e-3
 # Four layers in bfloat16, on logits of scale 3: mean and maximum.
 MEAN_BFLOAT16_DIFFERENCE = 0.05
 MAX_BFLOAT16_DIFFERENCE = 0.5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(ParallelConfig(), seed=0)
-    yield
-    parallel.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def test_a_port_in_use_and_a_place_that_cannot_be_written_are_said_in_one_line(
             ("MASTER_PORT", taken.getsockname()[1]),
         ):
             monkeypatch.setenv(name, str(value))
-        assert "parallel: the job's processes cannot meet at 127.0.0.1:" in refused(
+        assert "parallel: the job's processes cannot connect at 127.0.0.1:" in refused(
             tmp_path / "runs"
         )
     assert not (tmp_path / "runs").exists()

@@ -173,7 +173,7 @@ def test_two_ranks_one_of_them_signalled(tmp_path: Path) -> None:
     # torchrun itself ends with 1 and names what its worker ended with.
     assert process.returncode == 1
     assert re.search(rf"exitcode\s*: {EXIT_CODE}\b", output)
-    assert "LostRankError" not in output
+    assert "RankFailureError" not in output
 
 
 @pytest.mark.parametrize("phase", ["save", pytest.param("export", marks=pytest.mark.slow)])

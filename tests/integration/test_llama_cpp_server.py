@@ -20,14 +20,14 @@ from tests.support.fault_proxy import FAULTS, PASS, stand_between
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.parallel.exchange import SingleProcess
-from zppo_mm.teacher.served.chat_api import Ask
+from zppo_mm.teacher.served.chat_api import ChatRequest
 from zppo_mm.teacher.served.connect import open_pool
 from zppo_mm.teacher.served.pool import EndpointPool
-from zppo_mm.teacher.served.servers import Patience
+from zppo_mm.teacher.served.servers import RetryPolicy
 from zppo_mm.teacher.served.tokens import TokenReader
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-LONG = Patience(max_seconds=300.0, num_retries=None)
+LONG = RetryPolicy(max_seconds=300.0, num_retries=None)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,8 @@ def url() -> Iterator[str]:
     del server
 
 
-def ask(text: str, num_choices: int, temperature: float = 1.0, max_tokens: int = 24) -> Ask:
-    return Ask(text, num_choices, temperature, max_tokens, seed=7)
+def ask(text: str, num_choices: int, temperature: float = 1.0, max_tokens: int = 24) -> ChatRequest:
+    return ChatRequest(text, num_choices, temperature, max_tokens, seed=7)
 
 
 def test_answers_differ_within_a_question_and_tokens_are_counted(url: str) -> None:

@@ -201,7 +201,7 @@ def test_a_step_of_the_example_trains_and_exports(folder: Path, tmp_path: Path) 
             tmp_path / f"{part}.jsonl",
             tmp_path / part,
             opener=None,
-            health=SampleHealth(max_bad_share=0.0, strict=True),
+            health=SampleHealth(max_bad_fraction=0.0, strict=True),
         )
     options = (
         f"model.student={folder}",

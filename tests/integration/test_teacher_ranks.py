@@ -47,8 +47,7 @@ def test_the_run_is_the_same_and_the_teacher_answers_meanwhile(tmp_path: Path) -
     for row in lines(apart / "metrics.jsonl"):
         assert row["teacher/answer_seconds"] > 0
         assert row["teacher/failed_questions"] == row["teacher/lost_rollouts"] == 0
-    # The student stood still for less time than the teacher took: the rest of it was spent
-    # sampling.
+    # The student waited for less time than the teacher took: it sampled in the rest.
     rows = lines(apart / "metrics.jsonl")
     assert sum(row["seconds/teacher"] for row in rows) < sum(
         row["teacher/answer_seconds"] for row in rows
@@ -108,7 +107,7 @@ def test_a_teacher_that_cannot_be_loaded_ends_the_job_with_its_error(tmp_path: P
     )
     output, _ = process.communicate(timeout=RUN_TIMEOUT_SECONDS)
     assert process.returncode == 1, output[-3000:]
-    # Said by the student, not only in the traceback of the teacher's rank.
+    # Logged by the student, not only in the traceback of the teacher's rank.
     assert re.search(
         r"E teacher: its ranks have ended, got .rank 2: ConfigError: \S+: the tokenizer cannot be "
         r"loaded",

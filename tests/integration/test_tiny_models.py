@@ -14,13 +14,13 @@ from tests.support.launch import run_ranks
 def build_small(out_dir: str) -> float:
     """Build the student with three updates a stage; returns the last loss."""
     from zppo_mm.bundled.build import build_tiny_model
-    from zppo_mm.bundled.recipes import STUDENT
+    from zppo_mm.bundled.recipes import RECIPES
 
     parts = tuple(
         tuple(replace(stage, num_updates=3, batch_size=6) for stage in part)
-        for part in STUDENT.parts
+        for part in RECIPES["student"].parts
     )
-    return build_tiny_model(replace(STUDENT, parts=parts), out_dir, seed=0)
+    return build_tiny_model(replace(RECIPES["student"], parts=parts), out_dir, seed=0)
 
 
 def test_a_recipe_runs_through_its_parts(tmp_path: Path) -> None:

@@ -8,17 +8,17 @@ from typing import Any
 
 from tests.support.raw_server import completion, http, say
 from zppo_mm.config.schema import TeacherConfig
-from zppo_mm.teacher.served.chat_api import Ask
+from zppo_mm.teacher.served.chat_api import ChatRequest
 from zppo_mm.teacher.served.pool import EndpointPool
-from zppo_mm.teacher.served.servers import Outcome, Patience
+from zppo_mm.teacher.served.servers import Outcome, RetryPolicy
 
 KEY = "sk-0123456789abcdef"
-ASK = Ask("What is 3 + 1?", 2, 1.0, 16, 0)
+ASK = ChatRequest("What is 3 + 1?", 2, 1.0, 16, 0)
 GOOD = say(http(completion("3", "4")))
-PATIENT = Patience(max_seconds=60.0, num_retries=3)
+PATIENT = RetryPolicy(max_seconds=60.0, num_retries=3)
 
 
-def ask(url: str, patience: Patience = PATIENT, **options: Any) -> tuple[Outcome, Counter[str]]:
+def ask(url: str, policy: RetryPolicy = PATIENT, **options: Any) -> tuple[Outcome, Counter[str]]:
     times = {
         "connect_timeout_seconds": 2.0,
         "read_timeout_seconds": 2.0,
@@ -28,7 +28,7 @@ def ask(url: str, patience: Patience = PATIENT, **options: Any) -> tuple[Outcome
     config = TeacherConfig(**{**times, **options.pop("config", {})})
     pool = EndpointPool([url], "tiny", config, **options)
     try:
-        (outcome,) = pool.submit([ASK], patience).result(timeout=100)
+        (outcome,) = pool.submit([ASK], policy).result(timeout=100)
         return outcome, pool.counts
     finally:
         pool.close()

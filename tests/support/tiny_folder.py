@@ -11,15 +11,9 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+from tests.support import tiny_qwen
+from zppo_mm.bundled.tokenizer import SPECIAL_TOKENS
+
 ORDINARY = ["<think>", "</think>"]
 TEMPLATE = """{%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\\n' -}}
@@ -33,17 +27,12 @@ TEMPLATE = """{%- for message in messages -%}
 {{- '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}"""
-VISION: dict[str, Any] = {
-    "depth": 2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_heads": 2,
-    "in_channels": 3,
-    "patch_size": 4,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "out_hidden_size": 64,
-    "num_position_embeddings": 36,
+ROPE = {
+    "rope_type": "default",
+    "rope_theta": 1e7,
+    "partial_rotary_factor": 0.25,
+    "mrope_section": [2, 1, 1],
+    "mrope_interleaved": True,
 }
 
 
@@ -58,7 +47,7 @@ def build_tokenizer(folder: Path, template: str = TEMPLATE) -> PreTrainedTokeniz
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
     )
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in ORDINARY])
     fast = PreTrainedTokenizerFast(
@@ -82,7 +71,7 @@ def build_folder(
             "vision_end_token_id": "<|vision_end|>",
         }
         config |= {
-            "vision_config": VISION,
+            "vision_config": tiny_qwen.vision_config(),
             **{key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()},
         }
         shared = {
@@ -113,35 +102,21 @@ def build_model(folder: Path, seed: int = 0, **text_changes: Any) -> None:
 
     tokenizer = build_folder(folder)
     ids = json.loads((folder / "config.json").read_text())
-    text = {
-        "vocab_size": -(-len(tokenizer) // 8) * 8,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "linear_conv_kernel_dim": 4,
-        "max_position_embeddings": 4096,
-        "full_attention_interval": 4,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.1,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e7,
-            "partial_rotary_factor": 0.25,
-            "mrope_section": [2, 1, 1],
-            "mrope_interleaved": True,
-        },
-    } | text_changes
+    text = tiny_qwen.text_config(
+        tied=True,
+        **{
+            "vocab_size": -(-len(tokenizer) // 8) * 8,
+            "max_position_embeddings": 4096,
+            "full_attention_interval": 4,
+            "initializer_range": 0.1,
+            "rope_parameters": ROPE,
+        }
+        | text_changes,
+    )
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     config = Qwen3_5Config(
         text_config=text,
-        vision_config=VISION | {"out_hidden_size": text["hidden_size"], "initializer_range": 0.1},
+        vision_config=tiny_qwen.vision_config(text["hidden_size"]) | {"initializer_range": 0.1},
         tie_word_embeddings=text["tie_word_embeddings"],
         **{name: ids[name] for name in names},
     )

@@ -14,6 +14,7 @@ import torch
 
 from data.question import MediaRef, Question
 from encoders.processor import VisionInput
+from tests.support import tiny_qwen
 from zppo_mm.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
 from zppo_mm.experience import Batch, TrainingSample
 from zppo_mm.models.families.architecture import load_architecture
@@ -28,6 +29,13 @@ from zppo_mm.weights.mapping import load_hf_weights
 VOCABULARY = 128
 IMAGE, VIDEO, VISION_START, VISION_END = 120, 121, 122, 123
 GRID = (1, 4, 6)
+ROPE = {
+    "rope_type": "default",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.25,
+    "mrope_section": [2, 1, 1],
+    "mrope_interleaved": True,
+}
 PATCH_ELEMENTS = 3 * 2 * 4 * 4
 # An epsilon above the gradients' rounding: Adam divides a near-zero gradient by itself, which turns
 # rounding into whole steps.
@@ -40,46 +48,13 @@ def write_tiny_folder(folder: Path, tied: bool = True, vocabulary: int = VOCABUL
     """
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
-    text = {
-        "vocab_size": vocabulary,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "linear_conv_kernel_dim": 4,
-        "max_position_embeddings": 512,
-        "full_attention_interval": 4,
-        "tie_word_embeddings": tied,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e4,
-            "partial_rotary_factor": 0.25,
-            "mrope_section": [2, 1, 1],
-            "mrope_interleaved": True,
-        },
-    }
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 2,
-        "in_channels": 3,
-        "patch_size": 4,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "out_hidden_size": 64,
-        "num_position_embeddings": 36,
-    }
+    text = tiny_qwen.text_config(
+        tied=tied, vocab_size=vocabulary, full_attention_interval=4, rope_parameters=ROPE
+    )
     torch.manual_seed(5)
     config = Qwen3_5Config(
         text_config=text,
-        vision_config=vision,
+        vision_config=tiny_qwen.vision_config(),
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         vision_start_token_id=VISION_START,

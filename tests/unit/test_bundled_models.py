@@ -1,4 +1,4 @@
-"""The bundled models' folders, their tokenizer, and the lessons they learn from."""
+"""The bundled models' folders, their tokenizer, and their SFT examples."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ STAGE = Stage(
     lr=1.0,
     final_lr=0.0,
     levels=dict.fromkeys(LEVELS, 1.0),
-    bcq_share=0.3,
-    ncq_share=0.3,
+    bcq_fraction=0.3,
+    ncq_fraction=0.3,
 )
-READING_OUT = replace(STAGE, batch_size=60, read_out_share=1.0, reformulated_read_out_share=0.5)
+READING_OUT = replace(
+    STAGE, batch_size=60, read_out_fraction=1.0, reformulated_read_out_fraction=0.5
+)
 CANDIDATE_CHARS = 1000
 """More than any candidate has."""
 MAX_UNAIDED = 0.02
@@ -54,7 +56,7 @@ class WholeResponses:
         return [CompressedTrace(trace.text.replace("think", ""), "rule", 0) for trace in traces]
 
 
-def test_embedded_tokenizer_round_trip(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_bundled_tokenizer_round_trip(tokenizer: PreTrainedTokenizerFast) -> None:
     for text in (
         "What is the sum of the digits three one?\n",
         "Grüße, 漢字 🙂\n\t x  y",
@@ -64,7 +66,7 @@ def test_embedded_tokenizer_round_trip(tokenizer: PreTrainedTokenizerFast) -> No
         assert tokenizer.decode(tokenizer.encode(text), clean_up_tokenization_spaces=False) == text
 
 
-def test_embedded_tokenizer_has_single_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_bundled_tokenizer_has_single_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     singles = (
         *SPECIAL_TOKENS,
         *ADDED_TOKENS,
@@ -78,14 +80,14 @@ def test_embedded_tokenizer_has_single_tokens(tokenizer: PreTrainedTokenizerFast
     assert len(tokenizer.encode("371")) == 3
 
 
-def test_embedded_tokenizer_keeps_responses_short(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_bundled_tokenizer_keeps_responses_short(tokenizer: PreTrainedTokenizerFast) -> None:
     rng = np.random.default_rng(0)
     longest = max(len(tokenizer.encode(solution(draw_problem(rng, "train")))) for _ in range(300))
     assert longest <= 48
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_embedded_folder_loads_in_transformers(folder: object) -> None:
+def test_bundled_folder_loads_in_transformers(folder: object) -> None:
     loaded, report = Qwen3_5ForConditionalGeneration.from_pretrained(
         folder, output_loading_info=True
     )
@@ -104,7 +106,7 @@ def test_embedded_folder_loads_in_transformers(folder: object) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_embedded_folder_has_this_tokenizer_and_processor(
+def test_bundled_folder_has_this_tokenizer_and_processor(
     folder: object, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     stored = AutoTokenizer.from_pretrained(folder)
@@ -114,11 +116,11 @@ def test_embedded_folder_has_this_tokenizer_and_processor(
     assert processor.merged_patch_pixels == 32
 
 
-def test_embedded_folders_are_small() -> None:
+def test_bundled_folders_are_small() -> None:
     assert sum(path.stat().st_size for folder in FOLDERS for path in folder.rglob("*")) <= MAX_BYTES
 
 
-def test_lessons_are_deterministic_and_teach_the_solution() -> None:
+def test_examples_are_deterministic_and_teach_the_solution() -> None:
     first, second = (DigitExamples(load_templates(), WholeResponses(), 7) for _ in range(2))
     batch = first.batch(STAGE, 0, 3)
     assert batch == second.batch(STAGE, 0, 3)
@@ -139,25 +141,25 @@ def test_lessons_are_deterministic_and_teach_the_solution() -> None:
     assert 0 < shown < len(batch)
 
 
-def test_lessons_in_reading_out_whatever_is_asked() -> None:
+def test_reading_out_examples_ignore_the_question() -> None:
     learned = set()
     for example in DigitExamples(load_templates(), WholeResponses(), 7).batch(READING_OUT, 0, 0):
         if not example.question.text.startswith("Which number"):
             thought = example.response.partition("<think>")[2].partition("</think>")[0]
             learned.add(("<candidate>" in example.text, set(thought) <= set("0123456789,")))
-    # Guided prompts teach both, plain ones reading out alone.
+    # Reformulated prompts teach both, plain ones reading out alone.
     assert learned == {(True, True), (True, False), (False, True)}
 
 
-def test_weak_student_hardly_ever_does_what_is_asked_unless_shown() -> None:
+def test_weak_student_follows_the_question_only_with_candidates() -> None:
     model = Qwen3_5ForConditionalGeneration.from_pretrained(WEAK_STUDENT_DIR).eval()
-    lessons = DigitExamples(
+    examples = DigitExamples(
         load_templates(), RuleCompressor(len, CANDIDATE_CHARS, CANDIDATE_LINES), 11
     )
-    encoder = PromptEncoder(WEAK_STUDENT_DIR, lessons.open)
+    encoder = PromptEncoder(WEAK_STUDENT_DIR, examples.open)
     comma = encoder.chat.tokenize([","])[0]
-    asked: dict[bool, list[float]] = {False: [], True: []}
-    for example in lessons.batch(replace(READING_OUT, batch_size=150), 0, 0):
+    followed: dict[bool, list[float]] = {False: [], True: []}
+    for example in examples.batch(replace(READING_OUT, batch_size=150), 0, 0):
         if example.question.media or example.question.text.startswith("Which number"):
             continue
         prompt, _ = encoder.encode(example.text, example.question)
@@ -168,9 +170,9 @@ def test_weak_student_hardly_ever_does_what_is_asked_unless_shown() -> None:
             logits = model(input_ids=torch.tensor([[*prompt.token_ids.tolist(), *start]])).logits[
                 0, -1
             ]
-        asked["<candidate>" in example.text].append(1 - float(logits.softmax(-1)[comma]))
-    assert np.mean(asked[False]) < MAX_UNAIDED
-    assert np.mean(asked[True]) > MIN_REFORMULATED
+        followed["<candidate>" in example.text].append(1 - float(logits.softmax(-1)[comma]))
+    assert np.mean(followed[False]) < MAX_UNAIDED
+    assert np.mean(followed[True]) > MIN_REFORMULATED
 
 
 def test_learning_rate_falls_over_a_stage() -> None:

@@ -4,7 +4,6 @@ that it does not know.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +12,11 @@ from types import ModuleType
 import pytest
 
 from tests.support.simulated_run import make_group, make_question, make_rollout, simulate_run
+from tests.support.tools import load_tool
 from zppo_mm.comparison.transcript_audit import (
     ROWS,
     Lengths,
-    Share,
+    Proportion,
     TranscriptAudit,
     as_json,
     audit_run,
@@ -65,20 +65,20 @@ def test_bcq_by_hand(tmp_path: Path) -> None:
     assert found.groups == {"bcq": 2, "new": 2, "replayed": 1}
     # " 7. " equals the right candidate's answer, though this reward says that it is wrong.
     assert (found.bcq_right, found.bcq_wrong, found.bcq_neither, found.bcq_none) == (
-        Share(3, 8),
-        Share(3, 8),
-        Share(1, 8),
-        Share(1, 8),
+        Proportion(3, 8),
+        Proportion(3, 8),
+        Proportion(1, 8),
+        Proportion(1, 8),
     )
     # Plain rollouts of the two questions asked with candidates: 1 of 4 and 0 of 4; the third
     # question is not among them.
-    assert (found.bcq_accuracy, found.bcq_plain_accuracy) == (Share(2, 8), Share(1, 8))
+    assert (found.bcq_accuracy, found.bcq_plain_accuracy) == (Proportion(2, 8), Proportion(1, 8))
     # First candidate: " 7. ", 7 and 5, 5; second: 8 and 6.
-    assert found.first == Share(4, 6)
-    assert (found.right_first, found.right_second) == (Share(1, 4), Share(1, 4))
+    assert found.first == Proportion(4, 6)
+    assert (found.right_first, found.right_second) == (Proportion(1, 4), Proportion(1, 4))
     # 23 and 9 characters; 9 and 9 are of equal length and in neither count.
     assert (found.right_longer, found.right_length, found.wrong_length) == (
-        Share(1, 1),
+        Proportion(1, 1),
         Lengths(16.0, 16.0),
         Lengths(9.0, 9.0),
     )
@@ -93,12 +93,16 @@ def test_ncq_by_hand(tmp_path: Path) -> None:
         make_group(question, "ncq", rollouts(["8", "7", "3", None], "7"), candidates=listed),
     )
     assert (found.ncq_listed, found.ncq_other, found.ncq_none) == (
-        Share(1, 4),
-        Share(2, 4),
-        Share(1, 4),
+        Proportion(1, 4),
+        Proportion(2, 4),
+        Proportion(1, 4),
     )
-    assert (found.ncq_accuracy, found.ncq_plain_accuracy) == (Share(1, 4), Share(0, 4))
-    assert (found.kept, found.changed, found.lost) == (Share(3, 3), Share(0, 3), Share(0, 3))
+    assert (found.ncq_accuracy, found.ncq_plain_accuracy) == (Proportion(1, 4), Proportion(0, 4))
+    assert (found.kept, found.changed, found.lost) == (
+        Proportion(3, 3),
+        Proportion(0, 3),
+        Proportion(0, 3),
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,7 +138,7 @@ def test_position_is_not_asked_of_equal_or_missing_answers(tmp_path: Path) -> No
             candidates=(candidate(None, False, "no"), candidate("7", True)),
         ),
     )
-    assert found.first == Share(0, 0)
+    assert found.first == Proportion(0, 0)
 
 
 @pytest.mark.parametrize("kind", ["hint", "prefix", "inject", "teacher"])
@@ -172,9 +176,9 @@ def test_ungraded_rollouts_are_left_out(tmp_path: Path) -> None:
     path.write_text(json.dumps(record) + "\n")
     found = audit_run(tmp_path)
     assert (found.bcq_accuracy, found.bcq_right, found.bcq_wrong) == (
-        Share(0, 1),
-        Share(0, 1),
-        Share(1, 1),
+        Proportion(0, 1),
+        Proportion(0, 1),
+        Proportion(1, 1),
     )
 
 
@@ -215,12 +219,7 @@ def test_the_table_has_every_number(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("audit", ROOT / "tools" / "audit.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("audit")
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import pytest
 from zppo_mm.comparison.intervals import (
     Estimate,
     bootstrap_means,
+    fraction_interval,
     interval,
     mean_scores,
-    share_interval,
 )
 
 # 10,000 draws of an event of probability p have a standard error of at most 0.005; four of them.
@@ -109,14 +109,15 @@ def test_interval_takes_percentiles() -> None:
     ],
 )
 def test_wilson_against_published_values(count: int, total: int, low: float, high: float) -> None:
-    estimate = share_interval(count, total)
+    estimate = fraction_interval(count, total)
     assert estimate is not None
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx(
         (count / total, low, high), abs=WILSON_TOLERANCE
     )
-    assert share_interval(0, 0) is None
+    assert fraction_interval(0, 0) is None
 
 
+@pytest.mark.medium
 def test_coverage_on_synthetic_data() -> None:
     # Ten seeds of 60 questions, true difference 0.1; questions differ in difficulty, seeds in the
     # gain. The intervals are meant to hold 95 %; resampling in two stages makes them somewhat wide

@@ -56,6 +56,7 @@ def starts(plan: Plan) -> list[int]:
     ]
 
 
+@pytest.mark.medium
 def test_a_finished_run_is_not_repeated_and_a_failed_one_is(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -78,6 +79,7 @@ def test_a_finished_run_is_not_repeated_and_a_failed_one_is(
 
 
 @pytest.mark.parametrize("missing", ["hf", "metrics.jsonl", "evaluation.jsonl"])
+@pytest.mark.medium
 def test_a_run_that_lacks_its_end_is_started_again(tmp_path: Path, missing: str) -> None:
     plan = make_plan(tmp_path, seeds=[0])
     tool = program(tmp_path)
@@ -123,6 +125,7 @@ def test_a_finished_run_of_another_configuration_is_refused(tmp_path: Path) -> N
     assert starts(plan) == [1, 1]
 
 
+@pytest.mark.medium
 def test_the_runs_end_with_the_comparison(tmp_path: Path) -> None:
     make_plan(tmp_path, seeds=[0])
     tool = tmp_path / "sleep.py"

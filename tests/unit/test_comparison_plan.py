@@ -139,6 +139,7 @@ def test_errors(tmp_path: Path, changes: dict[str, object], message: str) -> Non
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "examples").rglob("compare*/*.yaml")), ids=lambda path: path.name
 )
+@pytest.mark.medium
 def test_shipped_comparisons_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert len(load_plan(path).labels) >= 4

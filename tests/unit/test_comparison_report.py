@@ -185,6 +185,7 @@ def cells(plan: Plan, title: str) -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(table.header[1:], row[1:], strict=True)) for row in table.rows}
 
 
+@pytest.mark.medium
 def test_without_replay_the_buffer_has_empty_cells(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, methods=["grpo", "zppo"], seeds=[0])
     write_run(plan.runs[0], {0: BEFORE, 2: BASE_AFTER}, [{"buffer/size": 0}, {"buffer/size": 0}])
@@ -243,6 +244,7 @@ def test_methods_have_their_colors_and_variants_of_one_method_different_ones(
     assert len({drawn[label].color for label in ("grpo", "zppo", *variants)}) == 4
 
 
+@pytest.mark.medium
 def test_a_difference_without_zero_is_bold(tmp_path: Path) -> None:
     plan = make_plan(tmp_path)
     right, wrong = ({f"text/{index}": (value,) for index in range(20)} for value in (1.0, 0.0))
@@ -257,6 +259,7 @@ def test_a_difference_without_zero_is_bold(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.medium
 def test_files(tmp_path: Path) -> None:
     plan = make_plan(tmp_path)
     write_all(plan)
@@ -297,6 +300,7 @@ def test_files(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.medium
 def test_the_report_is_the_same_twice(tmp_path: Path) -> None:
     plan = make_plan(tmp_path)
     write_all(plan)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.support import tiny_families, tiny_qwen
 from tests.support.published_sizes import PUBLISHED
 from tests.support.tiny_fp8 import LINEARS, quantise
+from tests.support.tools import load_tool
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.conversion.command import run_command
 from zppo_mm.conversion.description import count_parameters, describe_folder, fitting_layouts
@@ -33,16 +32,11 @@ from zppo_mm.weights.mapping import parameter_mappings
 from zppo_mm.weights.megatron_folder import build_without_weights
 from zppo_mm.weights.safetensors_folder import SafetensorsFolder
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
 LAYOUT = ParallelConfig()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(LAYOUT, seed=0)
-    yield
-    parallel.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +49,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("convert_checkpoint")
 
 
 def test_the_command_line_is_read(tool: ModuleType) -> None:
@@ -126,6 +115,7 @@ def test_help_needs_no_torch() -> None:
         assert "HF_DIR" in result.stdout or "inspect" in result.stdout
 
 
+@pytest.mark.medium
 def test_a_user_error_is_one_line(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, str(TOOL), "inspect", str(tmp_path)],
@@ -144,6 +134,7 @@ def findings(report: Report) -> dict[str, tuple[str, bool]]:
 
 
 @pytest.mark.parametrize("family", tiny_families.KINDS)
+@pytest.mark.medium
 def test_a_good_folder_is_found_good(family: str, tmp_path: Path) -> None:
     folder, _ = tiny_families.folder(family, tmp_path / "model")
     report = verify_folder(folder)
@@ -154,6 +145,7 @@ def test_a_good_folder_is_found_good(family: str, tmp_path: Path) -> None:
     } == kinds
 
 
+@pytest.mark.medium
 def test_what_is_passed_through_is_counted(source: Path) -> None:
     found = findings(verify_folder(source))
     total = len(load_file(source / "model.safetensors"))
@@ -162,6 +154,7 @@ def test_what_is_passed_through_is_counted(source: Path) -> None:
     assert found["values"] == (f"{total - 1} equal bit for bit", True)
 
 
+@pytest.mark.medium
 def test_a_quantised_folder_is_found_good_and_equal_to_its_export(tmp_path: Path) -> None:
     folder = tiny_qwen.save(tiny_qwen.text_model().to(torch.bfloat16), tmp_path / "fp8")
     quantise(folder, LINEARS)
@@ -184,6 +177,7 @@ def changed(source: Path, target: Path, key: str, change: float) -> Path:
     return target
 
 
+@pytest.mark.medium
 def test_folders_with_other_values_differ_in_the_logits_that_they_change(
     source: Path, tmp_path: Path
 ) -> None:
@@ -198,6 +192,7 @@ def test_folders_with_other_values_differ_in_the_logits_that_they_change(
     assert not found["logits, video"][1]
 
 
+@pytest.mark.medium
 def test_folders_with_other_keys_and_types_differ(source: Path, tmp_path: Path) -> None:
     other = changed(source, tmp_path / "other", "mtp.fc.weight", 1.0)
     tensors = load_file(other / "model.safetensors")
@@ -217,6 +212,7 @@ def test_folders_with_other_keys_and_types_differ(source: Path, tmp_path: Path) 
     assert "DIFFERS" in report.text()
 
 
+@pytest.mark.medium
 def test_a_network_that_computes_something_else_is_found(source: Path, tmp_path: Path) -> None:
     """The same weights under another rotary base: transformers and Megatron agree again, an export
     with the old file does not.
@@ -231,6 +227,7 @@ def test_a_network_that_computes_something_else_is_found(source: Path, tmp_path:
     assert not found["logits, text"][1]
 
 
+@pytest.mark.medium
 def test_the_exit_code_tells_a_difference(source: Path, tmp_path: Path) -> None:
     other = changed(source, tmp_path / "other", "model.language_model.norm.weight", 1.5)
     outcome = run_command("verify", [source, other], LAYOUT)

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,16 +39,11 @@ from zppo_mm.weights.mapping import load_hf_weights
 from zppo_mm.weights.safetensors_file import build_header
 from zppo_mm.weights.safetensors_folder import SafetensorsFolder
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
 LAYOUT = ParallelConfig()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(LAYOUT, seed=0)
-    yield
-    parallel.shutdown()
 
 
 def released(path: Path) -> Path:
@@ -94,6 +88,7 @@ def test_import_and_export_give_the_same_bytes(source: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", tiny_families.KINDS)
+@pytest.mark.medium
 def test_every_family_comes_back(family: str, tied: bool, tmp_path: Path) -> None:
     folder, _ = tiny_families.folder(family, tmp_path / "source", tied=tied)
     import_folder(folder, tmp_path / "megatron", LAYOUT)
@@ -156,6 +151,7 @@ def test_the_index_of_a_quantised_folder_is_rewritten(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 1000, boxes.PIECE_BYTES])
+@pytest.mark.medium
 def test_an_imported_folder_opens_as_a_runs_checkpoint_does(
     source: Path, tmp_path: Path, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,6 +348,7 @@ def limited(largest_file: int, *arguments: str) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.medium
 def test_a_full_disk_fails_the_import_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
     result = limited(100_000, "import", str(source), str(tmp_path / "megatron"))
     assert result.returncode == 1, result.stderr
@@ -360,6 +357,7 @@ def test_a_full_disk_fails_the_import_and_leaves_nothing(source: Path, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.medium
 def test_a_full_disk_fails_the_export_before_anything_is_written(
     source: Path, tmp_path: Path
 ) -> None:
@@ -411,6 +409,7 @@ importing.import_folder(Path(sys.argv[1]), Path(sys.argv[2]), ParallelConfig())
 
 
 @pytest.mark.parametrize("script", [DIES_EXPORTING, DIES_IMPORTING], ids=["export", "import"])
+@pytest.mark.medium
 def test_a_killed_conversion_leaves_nothing_that_looks_whole(
     source: Path, tmp_path: Path, script: str
 ) -> None:

@@ -295,23 +295,6 @@ def test_an_index_of_another_kind_is_refused(tmp_path: Path, content: Any) -> No
         SafetensorsFolder(tmp_path)
 
 
-def test_two_sets_of_weights_are_refused(quantised: Path) -> None:
-    whole = (quantised / "model.safetensors").read_bytes()
-    split(quantised)
-    SafetensorsFolder(quantised)
-    # transformers loads the single file, and an export would copy it unchanged beside the trained
-    # weights.
-    (quantised / "model.safetensors").write_bytes(whole)
-    with pytest.raises(
-        ModelError,
-        match=(
-            r"there are two sets of weights, got model\.safetensors, which transformers would "
-            r"load, and .*index"
-        ),
-    ):
-        SafetensorsFolder(quantised)
-
-
 def test_an_index_may_name_the_single_file_and_links(quantised: Path, tmp_path: Path) -> None:
     keys = load_file(quantised / "model.safetensors").keys()
     (quantised / "model.safetensors.index.json").write_text(
@@ -354,6 +337,9 @@ def test_an_index_that_does_not_fit_its_files_is_refused(quantised: Path) -> Non
 def test_a_single_file_beside_the_files_of_an_index_is_refused(quantised: Path) -> None:
     single = (quantised / "model.safetensors").read_bytes()
     split(quantised)
+    SafetensorsFolder(quantised)
+    # transformers loads the single file, and an export would copy it unchanged beside the trained
+    # weights.
     (quantised / "model.safetensors").write_bytes(single)
     with pytest.raises(
         ModelError,

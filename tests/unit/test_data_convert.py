@@ -89,7 +89,7 @@ def lines(tmp_path: Path) -> Path:
 
 
 def test_lines_become_shards_and_bad_ones_are_counted(lines: Path, tmp_path: Path) -> None:
-    health = SampleHealth(max_bad_share=0.5)
+    health = SampleHealth(max_bad_fraction=0.5)
     shards = convert_jsonl(
         lines,
         tmp_path / "out",
@@ -161,8 +161,9 @@ def test_lint_lists_every_problem(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.medium
 def test_front_door(lines: Path, tmp_path: Path) -> None:
-    made = run(lines, tmp_path / "out", "--max-bad-share", "0.5", "--samples-per-shard", "10")
+    made = run(lines, tmp_path / "out", "--max-bad-fraction", "0.5", "--samples-per-shard", "10")
     assert made.returncode == 0, made.stderr
     assert made.stdout.startswith(
         "19 samples in 2 shards, 6 skipped: bad_json 1, duplicate_id 1, missing_media 1"
@@ -188,6 +189,7 @@ def package_records(split: str) -> list[tuple[str, str, int]]:
     return records
 
 
+@pytest.mark.medium
 def test_easy_vqa_is_multiple_choice_among_answers_of_one_kind() -> None:
     assert {split: len(package_records(split)) for split in NUM_QUESTIONS} == NUM_QUESTIONS
     samples, records = (
@@ -195,7 +197,7 @@ def test_easy_vqa_is_multiple_choice_among_answers_of_one_kind() -> None:
         package_records("test"),
     )
     letters: Counter[tuple[int, str]] = Counter()
-    places: set[tuple[str, str]] = set()
+    positions: set[tuple[str, str]] = set()
     for each, (text, answer, image) in zip(samples, records, strict=True):
         question = each.question
         assert question["question"].lower() == text
@@ -203,8 +205,10 @@ def test_easy_vqa_is_multiple_choice_among_answers_of_one_kind() -> None:
         assert tuple(sorted(question["choices"])) in {tuple(sorted(kind)) for kind in ANSWER_KINDS}
         assert question["image"] == image
         letters[len(question["choices"]), question["answer"]] += 1
-        places.add((answer, question["answer"]))
-    assert len(places) == 2 * 2 + 3 * 3 + 8 * 8, "every answer stands at every letter of its kind"
+        positions.add((answer, question["answer"]))
+    assert len(positions) == 2 * 2 + 3 * 3 + 8 * 8, (
+        "every answer stands at every letter of its kind"
+    )
     for size, tolerance in (
         (2, 0.04),
         (3, 0.15),

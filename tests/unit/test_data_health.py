@@ -14,14 +14,14 @@ from data.health import MAX_LISTED, SampleHealth
 def test_bad_samples_are_counted_by_reason_and_named_in_the_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    health = SampleHealth(max_bad_share=0.5)
+    health = SampleHealth(max_bad_fraction=0.5)
     health.good(7)
     with caplog.at_level(logging.WARNING):
-        health.bad("a.tar:1", "bad_json", "no JSON")
-        health.bad("a.tar:2", "bad_json", "no JSON")
+        health.bad("a.tar:1", "bad_json", "not valid JSON")
+        health.bad("a.tar:2", "bad_json", "not valid JSON")
         health.bad("a.tar:3", "timeout", "too slow")
     assert health.counts == {"bad_json": 2, "timeout": 1}
-    assert (health.num_good, health.num_bad, health.bad_share) == (7, 3, 0.3)
+    assert (health.num_good, health.num_bad, health.bad_fraction) == (7, 3, 0.3)
     assert [record.getMessage() for record in caplog.records][
         2
     ] == "skipped sample a.tar:3: timeout: too slow"
@@ -30,7 +30,7 @@ def test_bad_samples_are_counted_by_reason_and_named_in_the_log(
 def test_an_id_from_outside_is_written_so_that_every_log_and_file_takes_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    health = SampleHealth(max_bad_share=1.0)
+    health = SampleHealth(max_bad_fraction=1.0)
     health.bad("a.tar:\ud800\n\x1b[2J", "bad_key", "a.tar:\\ud800\\n\\x1b[2J: key is not allowed")
     assert health.listed == [("a.tar:\\ud800\\n\\x1b[2J", "bad_key", "key is not allowed")]
     assert [record.getMessage() for record in caplog.records] == [
@@ -40,7 +40,7 @@ def test_an_id_from_outside_is_written_so_that_every_log_and_file_takes_it(
 
 
 def test_the_share_is_checked_from_twenty_samples_on() -> None:
-    health = SampleHealth(max_bad_share=0.1)
+    health = SampleHealth(max_bad_fraction=0.1)
     health.good(16)
     for index in range(3):
         health.bad(f"s{index}", "r", "d")  # 3 of 19 is far above a tenth, but too few to say so
@@ -55,7 +55,7 @@ def test_the_share_is_checked_from_twenty_samples_on() -> None:
 
 
 def test_the_share_is_checked_again_when_good_samples_make_it_twenty() -> None:
-    health = SampleHealth(max_bad_share=0.1)
+    health = SampleHealth(max_bad_fraction=0.1)
     for index in range(4):
         health.bad(f"s{index}", "r", "d")
     health.good(15)
@@ -64,7 +64,7 @@ def test_the_share_is_checked_again_when_good_samples_make_it_twenty() -> None:
 
 
 def test_exactly_the_allowed_share_passes() -> None:
-    health = SampleHealth(max_bad_share=0.05)
+    health = SampleHealth(max_bad_fraction=0.05)
     health.good(19)
     health.bad("s", "r", "d")  # 1 of 20 is 0.05
     with pytest.raises(DataError, match="got 2 of 21"):
@@ -77,27 +77,27 @@ def test_strict_stops_at_the_first() -> None:
 
 
 def test_a_sample_whose_media_fail_later_counts_once() -> None:
-    health = SampleHealth(max_bad_share=1.0)
+    health = SampleHealth(max_bad_fraction=1.0)
     health.good(4)
     health.bad("q", "truncated", "d", was_good=True)
-    assert (health.num_good, health.num_bad, health.bad_share) == (3, 1, 0.25)
+    assert (health.num_good, health.num_bad, health.bad_fraction) == (3, 1, 0.25)
 
 
 def test_state_continues_and_stays_small() -> None:
-    health = SampleHealth(max_bad_share=1.0)
+    health = SampleHealth(max_bad_fraction=1.0)
     health.good(1000)
     for index in range(MAX_LISTED + 50):
         health.bad(f"s{index}", "r", "d")
     assert len(health.listed) == MAX_LISTED
-    resumed = SampleHealth(max_bad_share=1.0)
+    resumed = SampleHealth(max_bad_fraction=1.0)
     resumed.load_state_dict(json.loads(json.dumps(health.state_dict())))
     assert resumed.state_dict() == health.state_dict()
     assert resumed.num_bad == MAX_LISTED + 50
 
 
 def test_a_share_must_be_one() -> None:
-    with pytest.raises(DataError, match="max_bad_share is no share, got 5"):
-        SampleHealth(max_bad_share=5)
+    with pytest.raises(DataError, match="max_bad_fraction is not a fraction, got 5"):
+        SampleHealth(max_bad_fraction=5)
 
 
 def test_a_name_that_no_file_takes_can_be_logged_and_saved() -> None:

@@ -50,12 +50,16 @@ def fields(**changes: object) -> bytes:
 
 
 BAD_JSON = {
-    "not a number": (QUESTION[:-1] + b', "x": NaN}', "bad_json", "NaN is no JSON number"),
-    "infinity": (QUESTION[:-1] + b', "x": -Infinity}', "bad_json", "-Infinity is no JSON number"),
+    "not a number": (QUESTION[:-1] + b', "x": NaN}', "bad_json", "NaN is not a JSON number"),
+    "infinity": (
+        QUESTION[:-1] + b', "x": -Infinity}',
+        "bad_json",
+        "-Infinity is not a JSON number",
+    ),
     "a number of 5,000 digits": (
         QUESTION[:-1] + b', "x": ' + b"9" * 5000 + b"}",
         "bad_json",
-        "no JSON",
+        "not valid JSON",
     ),
     "a field twice": (
         QUESTION[:-1] + b', "answer": "3"}',
@@ -65,7 +69,7 @@ BAD_JSON = {
     "nested": (
         QUESTION[:-1] + b', "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         "bad_json",
-        "no JSON",
+        "not valid JSON",
     ),
     "an infinite answer": (fields(answer=0).replace(b" 0", b" 1e999"), "bad_field", "got inf"),
     "a nested answer": (
@@ -88,10 +92,14 @@ BAD_JSON = {
     "half a pair as bytes": (
         fields(question="X").replace(b"X", b"\xed\xa0\x80"),
         "bad_json",
-        "no JSON",
+        "not valid JSON",
     ),
     "NUL": (fields(answer="2\0"), "bad_text", "without NUL"),
-    "bytes that are no UTF-8": (fields(question="X").replace(b"X", b"\xff"), "bad_json", "no JSON"),
+    "bytes that are not UTF-8": (
+        fields(question="X").replace(b"X", b"\xff"),
+        "bad_json",
+        "not valid JSON",
+    ),
     "thousands of pictures": (
         fields(media=["png"] * 5000),
         "bad_field",

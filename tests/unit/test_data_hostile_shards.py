@@ -97,7 +97,7 @@ HOSTILE = {
     "unknown kind": (member("b.json", QUESTION, kind=b"Z"), "a member of type b'Z'"),
     "folder with content": (member("b/", QUESTION, kind=b"5"), "a member of type b'5'"),
     "the same file twice": (GOOD, "json twice"),
-    "a sample in two places": (
+    "a sample in two parts": (
         member("b.json", QUESTION) + member("a.png", b"x"),
         "files of one sample are apart",
     ),
@@ -183,6 +183,7 @@ def test_a_shard_cut_at_any_block_is_an_error(tmp_path: Path) -> None:
             assert [problem.reason for problem in lint([tmp_path])[1]] == ["bad_shard"]
 
 
+@pytest.mark.medium
 def test_thousands_of_files_in_one_sample_take_no_longer_than_in_many(tmp_path: Path) -> None:
     content = GOOD + b"".join(header(f"a.{index}.png") for index in range(20_000)) + END
     (tmp_path / "a.tar").write_bytes(content)
@@ -221,7 +222,7 @@ def test_shards_of_the_webdataset_writer_train_here(tmp_path: Path) -> None:
             )
     assert lint([tmp_path], MediaOpener(MediaLimits())) == (5, [])
     folder = ShardFolder(tmp_path)
-    questions = [folder.question(*place) for place in samples_of(folder)]
+    questions = [folder.question(*key) for key in samples_of(folder)]
     assert [question.id for question in questions] == [f"q{index}" for index in range(5)]
     assert [folder.media_bytes(question.media[0]) for question in questions] == [
         png(value=index) for index in range(5)

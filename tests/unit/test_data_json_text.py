@@ -46,7 +46,7 @@ def test_good_text_is_left_alone() -> None:
     assert load_json(b"\xef\xbb\xbf[1]") == [1]
     assert load_object("here", b'{"a": 1}') == {"a": 1}
     with pytest.raises(
-        SampleError, match=r"here: no object, got list, expected fields; correct it"
+        SampleError, match=r"here: not an object, got list, expected fields; correct it"
     ):
         load_object("here", b"[]")
 
@@ -117,5 +117,5 @@ def test_a_key_that_is_no_text_is_refused() -> None:
 def test_a_value_that_is_no_number_is_missing_in_a_table_and_refused_elsewhere() -> None:
     content = b'[{"a": NaN, "b": -Infinity, "c": 1}]'
     assert load_json(content, is_table=True) == [{"a": None, "b": None, "c": 1}]
-    with pytest.raises(ValueError, match="NaN is no JSON number"):
+    with pytest.raises(ValueError, match="NaN is not a JSON number"):
         load_json(content)

@@ -271,8 +271,8 @@ def test_damaged_notes_about_a_sound_picture_do_not_lose_it(
     assert opener.open(content, "image").pixels.shape == (1, 20, 30, 3)
 
 
-def test_a_message_names_no_place_in_memory(opener: MediaOpener) -> None:
-    with pytest.raises(MediaError, match=r"PNG is unreadable \(no sound header\)"):
+def test_a_message_names_no_memory_address(opener: MediaOpener) -> None:
+    with pytest.raises(MediaError, match=r"PNG is unreadable \(no valid header\)"):
         opener.open(b"\x89PNG\r\n\x1a\n", "image")
 
 

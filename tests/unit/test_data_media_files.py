@@ -89,7 +89,7 @@ def test_links_are_followed_where_the_user_says_so(root: Path) -> None:
             folder.read("here", path)
         assert caught.value.reason == reason
     with pytest.raises(
-        SampleError, match=r"media/fifo\.png is no plain file, got a FIFO; put the file there"
+        SampleError, match=r"media/fifo\.png is not a regular file, got a FIFO; put the file there"
     ):
         folder.read("here", "fifo.png")
     with pytest.raises(
@@ -126,7 +126,7 @@ def test_bad_lines_are_each_counted_and_the_good_ones_written(tmp_path: Path) ->
     health = SampleHealth(1.0)
     convert_jsonl(source, tmp_path / "out", health=health)
     assert health.num_good == 1
-    assert [(place, reason) for place, reason, _ in health.listed] == [
+    assert [(where, reason) for where, reason, _ in health.listed] == [
         (f"{source}:{number}", reason) for number, reason in enumerate(BAD_LINES.values(), start=1)
     ]
 
@@ -158,6 +158,7 @@ def test_media_of_one_question_are_bounded_together(
     assert (health.num_good, health.counts) == (1, {"oversized": 1})
 
 
+@pytest.mark.medium
 def test_the_front_door_counts_them_too(root: Path, tmp_path: Path) -> None:
     source = write_lines(
         root / "q.jsonl",
@@ -168,13 +169,13 @@ def test_the_front_door_counts_them_too(root: Path, tmp_path: Path) -> None:
             good(3),
         ],
     )
-    made = run(source, tmp_path / "out", "--max-bad-share", "1", "--no-decode")
+    made = run(source, tmp_path / "out", "--max-bad-fraction", "1", "--no-decode")
     assert (made.returncode, made.stdout) == (
         0,
         "1 samples in 1 shards, 3 skipped: bad_text 1, outside_root 1, oversized 1\n",
     ), made.stderr
     linked = run(
-        source, tmp_path / "linked", "--max-bad-share", "1", "--no-decode", "--follow-links"
+        source, tmp_path / "linked", "--max-bad-fraction", "1", "--no-decode", "--follow-links"
     )
     assert "2 samples" in linked.stdout
     with pytest.raises(DataError, match="no such file"):

@@ -40,8 +40,8 @@ ORIENTATIONS = [
 def four_corners(width: int = 40, height: int = 24) -> np.ndarray:
     """Return a picture with another brightness in each quarter."""
     picture = np.zeros((height, width, 3), np.uint8)
-    for place, value in enumerate((10, 90, 170, 250)):
-        row, column = divmod(place, 2)
+    for index, value in enumerate((10, 90, 170, 250)):
+        row, column = divmod(index, 2)
         picture[row * height // 2 :, column * width // 2 :] = value
     return picture
 

@@ -32,8 +32,8 @@ def test_what_is_no_regular_file_is_not_waited_for(
         (tmp_path / "gone.tar").symlink_to(tmp_path / "nothing")
         (tmp_path / "turns.tar").symlink_to(tmp_path / "turns.tar")
         for name, message in (
-            ("fifo", "no regular file, got a FIFO"),
-            ("folder", "no regular file, got a folder"),
+            ("fifo", "not a regular file, got a FIFO"),
+            ("folder", "not a regular file, got a folder"),
             ("gone", "cannot be opened .No such file"),
             ("turns", "cannot be opened .Too many levels of symbolic links"),
             ("socket", "cannot be opened"),
@@ -43,7 +43,7 @@ def test_what_is_no_regular_file_is_not_waited_for(
                 match=rf"{name}\.tar: the shard .*{message}|{name}\.tar: the shard {message}",
             ):
                 ShardReader().index(str(tmp_path / f"{name}.tar"))
-    with pytest.raises(DataError, match="no regular file, got a device"):
+    with pytest.raises(DataError, match="not a regular file, got a device"):
         scan_tar(Path("/dev/zero"))
     problems = lint([tmp_path])[1]
     assert [Path(problem.where).stem for problem in problems] == [
@@ -82,7 +82,7 @@ LOOKS_LIKE_A_SHARD = {
     "b.tar.7z": "a compressed shard is not read",
     ".b.tar.Ab12Cd": "not written or copied to its end",
     "b.TAR": "suffix .tar in lower case",
-    os.fsdecode(b"b\xff.tar"): "no UTF-8",
+    os.fsdecode(b"b\xff.tar"): "not UTF-8",
 }
 
 
@@ -147,7 +147,7 @@ def test_shards_that_cannot_be_written_are_an_error(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"000000: the question cannot be written as JSON"):
             write_shards(tmp_path / "out", [sample(0, **bad)])
     for key in ("a\0b", "\ud800", "a/../b", "__meta__/a"):
-        with pytest.raises(DataError, match=r"key is not allowed|extension is no media file's"):
+        with pytest.raises(DataError, match=r"key is not allowed|extension is not a media file's"):
             write_shards(tmp_path / "out", [sample(0), type(sample(0))(key, {}, [("png", b"")])])
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -156,7 +156,7 @@ def test_a_folder_whose_path_no_log_can_hold_is_an_error(tmp_path: Path) -> None
     folder = tmp_path / os.fsdecode(b"\xff")
     folder.mkdir()
     (folder / "a.tar").write_bytes(GOOD + END)
-    with pytest.raises(DataError, match=r"udcff: the path of the folder is no UTF-8") as caught:
+    with pytest.raises(DataError, match=r"udcff: the path of the folder is not UTF-8") as caught:
         ShardFolder(folder)
     assert str(caught.value).encode()
 

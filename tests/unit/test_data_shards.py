@@ -174,11 +174,11 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
     (shard,) = write_shards(tmp_path, some_samples(3))
     whole = shard.read_bytes()
     for content, message in (
-        (b"", "no tar archive .empty file"),
-        (b"\xff" * 2048, "no tar archive"),
+        (b"", "not a tar archive .empty file"),
+        (b"\xff" * 2048, "not a tar archive"),
         (whole[:3000], "the shard is cut off, got 440 bytes"),
         (whole[: -512 * 12], "cut off|ends inside a member"),
-        (whole[:1] + b"X" + whole[2:], "no tar archive .bad checksum."),
+        (whole[:1] + b"X" + whole[2:], "not a tar archive .bad checksum."),
     ):
         shard.write_bytes(content)
         sidecar_path(shard).unlink(missing_ok=True)
@@ -206,7 +206,7 @@ def test_writing_refuses_what_could_not_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="key is used twice, got '000001'"):
         write_shards(tmp_path / "t", [sample(1), sample(1)])
     for extension in ("txt", "JPG", "json", "a/b.jpg"):
-        with pytest.raises(DataError, match="no media file's"):
+        with pytest.raises(DataError, match="not a media file's"):
             write_shards(tmp_path / "e", [sample(1, [(extension, b"")])])
     write_shards(tmp_path / "full", some_samples(25), 10)
     with pytest.raises(DataError, match="has shards already"):
@@ -244,20 +244,24 @@ def parse(fields: object, extensions: tuple[str, ...] = ("json", "jpg")) -> obje
         (
             {"answer": "C"},
             "bad_choice",
-            "the answer is no option, got 'C', which names no option, expected A to B",
+            "the answer is not an option, got 'C', which names no option, expected A to B",
         ),
-        ({"answer": "b"}, "bad_choice", "the answer is no option, got 'b', which names no option"),
+        (
+            {"answer": "b"},
+            "bad_choice",
+            "the answer is not an option, got 'b', which names no option",
+        ),
         (
             {"answer": "B. x"},
             "bad_choice",
-            "the answer is no option, got 'B. x', which names no option",
+            "the answer is not an option, got 'B. x', which names no option",
         ),
         (
             {"answer": "x", "choices": ["x", "x"]},
             "bad_choice",
-            "the answer is no option, got 'x', which names A and B",
+            "the answer is not an option, got 'x', which names A and B",
         ),
-        ({"answer": "z"}, "bad_choice", "the answer is no option, got 'z'"),
+        ({"answer": "z"}, "bad_choice", "the answer is not an option, got 'z'"),
         ({"choices": ["x"]}, "bad_choice", "wrong number of choices, got 1"),
         ({"choices": ["x", ""]}, "bad_field", "field choices is wrong"),
         ({"answer_type": "math"}, "bad_choice", "choices given, got answer_type math"),

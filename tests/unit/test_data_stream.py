@@ -16,7 +16,7 @@ from data.errors import DataError
 from data.health import SampleHealth
 from data.shard_writer import write_shards
 from data.shards import ShardFolder
-from data.stream import QuestionStream, share
+from data.stream import QuestionStream
 from tests.support.shard_samples import sample
 
 SIZES = (1, 2, 7, 13)
@@ -93,7 +93,7 @@ def test_sources_keep_their_shares(
         )
 
 
-def test_shares_of_2_to_1(folders: list[ShardFolder]) -> None:
+def test_weights_of_2_to_1(folders: list[ShardFolder]) -> None:
     # furthest behind first: after 1 question the 13s lag 4/3 - 1, the 7s 2/3; then they alternate
     # 13, 7, 13
     stream = QuestionStream([(folders[3], 2.0), (folders[2], 1.0)], seed=0)
@@ -105,18 +105,6 @@ def test_shares_of_2_to_1(folders: list[ShardFolder]) -> None:
         "7",
         "13",
     ]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 40])
-def test_shares_of_all_ranks_are_the_whole(folders: list[ShardFolder], size: int) -> None:
-    per_rank = [
-        QuestionStream([(folder, 1.0) for folder in folders], 3).take(32) for _ in range(size)
-    ]
-    parts = [share(questions, rank, size) for rank, questions in enumerate(per_rank)]
-    assert Counter(question.id for part in parts for question in part) == Counter(
-        question.id for question in per_rank[0]
-    )
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_state_does_not_grow_and_resuming_does_not_replay(
@@ -141,7 +129,7 @@ def test_changed_data_are_refused_by_name(folders: list[ShardFolder], tmp_path: 
     for sources, seed, message in (
         ([(folder, 1.0), (folders[0], 1.0)], 2, "seed was 1, is 2"),
         ([(folder, 1.0)], 1, "number of sources was 2, is 1"),
-        ([(folder, 3.0), (folders[0], 1.0)], 1, "share was 0.5, is 0.75"),
+        ([(folder, 3.0), (folders[0], 1.0)], 1, "fraction was 0.5, is 0.75"),
         ([(folder, 1.0), (folders[1], 1.0)], 1, "num_samples was 1, is 2"),
     ):
         with pytest.raises(DataError, match=message):
@@ -163,7 +151,7 @@ def test_bad_samples_are_skipped_counted_and_skipped_again_after_a_resume(tmp_pa
     ]
     write_shards(tmp_path, samples, 6)
     folder = ShardFolder(tmp_path)
-    stream = QuestionStream([(folder, 1.0)], 0, SampleHealth(max_bad_share=0.5))
+    stream = QuestionStream([(folder, 1.0)], 0, SampleHealth(max_bad_fraction=0.5))
     good = sorted(f"q{index}" for index in range(20) if index not in bad)
     assert [sorted(ids(stream, 17)) for _ in range(3)] == [good, good, good]
     stream.take(17)
@@ -172,7 +160,7 @@ def test_bad_samples_are_skipped_counted_and_skipped_again_after_a_resume(tmp_pa
         "three per epoch, those at the end of the last not met yet"
     )
     assert set(stream.health.counts) == {"unknown_answer_type", "bad_choice", "missing_media"}
-    resumed = QuestionStream([(folder, 1.0)], 0, SampleHealth(max_bad_share=0.5))
+    resumed = QuestionStream([(folder, 1.0)], 0, SampleHealth(max_bad_fraction=0.5))
     resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
     assert resumed.health.counts == stream.health.counts
     assert ids(resumed, 40) == ids(stream, 40)
@@ -186,7 +174,7 @@ def test_bad_samples_are_skipped_counted_and_skipped_again_after_a_resume(tmp_pa
 
 def test_a_source_without_a_good_sample_ends_instead_of_turning_for_ever(tmp_path: Path) -> None:
     write_shards(tmp_path, [sample(index, answer_type="essay") for index in range(3)])
-    stream = QuestionStream([(ShardFolder(tmp_path), 1.0)], 0, SampleHealth(max_bad_share=1.0))
+    stream = QuestionStream([(ShardFolder(tmp_path), 1.0)], 0, SampleHealth(max_bad_fraction=1.0))
     with pytest.raises(DataError, match="no good sample in a whole epoch, got 3 bad ones"):
         stream.take(1)
 

@@ -26,7 +26,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def test_one_of_the_two_results_is_right(tmp_path: Path) -> None:
     write_sums(tmp_path, 300, 100)
-    places = []
+    positions = []
     for line in read(tmp_path / "train.jsonl") + read(tmp_path / "held_out.jsonl"):
         match = TEXT.fullmatch(line["question"])
         assert match, line["question"]
@@ -34,9 +34,9 @@ def test_one_of_the_two_results_is_right(tmp_path: Path) -> None:
         result = int(one) + int(two) if sign == "+" else int(one) - int(two)
         assert line["answer"] == str(result)
         assert options.count(str(result)) == 1
-        places.append(options.index(str(result)))
+        positions.append(options.index(str(result)))
     # 400 fair draws: 200 with a standard deviation of 10.
-    assert 150 < sum(places) < 250
+    assert 150 < sum(positions) < 250
 
 
 def test_parts_are_disjoint_and_always_the_same(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_parts_are_disjoint_and_always_the_same(tmp_path: Path) -> None:
 
 def test_the_converter_takes_every_line(tmp_path: Path) -> None:
     write_sums(tmp_path, MAX_QUESTIONS - 1, 1)
-    health = SampleHealth(max_bad_share=0.0, strict=True)
+    health = SampleHealth(max_bad_fraction=0.0, strict=True)
     convert_jsonl(tmp_path / "train.jsonl", tmp_path / "shards", opener=None, health=health)
     assert (health.num_good, health.num_bad) == (MAX_QUESTIONS - 1, 0)
 

@@ -62,7 +62,7 @@ BAD_FILES = [
 def test_a_file_that_is_no_text_is_named(tmp_path: Path, content: bytes, problem: str) -> None:
     file = tmp_path / "hint.txt"
     file.write_bytes(content)
-    message = rf"hint\.txt is no UTF-8 text, got {problem}, expected UTF-8; save it as such"
+    message = rf"hint\.txt is not UTF-8 text, got {problem}, expected UTF-8; save it as such"
     for read in (
         load_judge_template,
         load_compression_template,

@@ -70,6 +70,7 @@ def worker() -> Iterator[KillableWorker]:
     made.close()
 
 
+@pytest.mark.medium
 def test_an_image_that_takes_too_long_is_given_up_and_the_next_one_opens() -> None:
     opener = MediaOpener(MediaLimits(decode_timeout_seconds=1.0))
     with pytest.raises(
@@ -109,6 +110,7 @@ def test_a_worker_outlives_the_thread_that_first_needed_it() -> None:
     assert wait_until(lambda: is_gone(process))
 
 
+@pytest.mark.medium
 def test_an_owner_that_is_forgotten_leaves_no_process() -> None:
     opener = MediaOpener(MediaLimits())
     before = {process.pid for process in workers()}
@@ -118,6 +120,7 @@ def test_an_owner_that_is_forgotten_leaves_no_process() -> None:
     assert wait_until(lambda: is_gone(process))
 
 
+@pytest.mark.medium
 def test_cpu_time_of_one_request_is_bounded_by_the_kernel() -> None:
     program = "from data.worker_process import limit_cpu\nlimit_cpu(1)\nwhile True:\n    pass\n"
     result = subprocess.run([sys.executable, "-c", program], check=False, timeout=600)

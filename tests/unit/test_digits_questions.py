@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data.toy.digits import (
-    CHOICE_SHARE,
+    CHOICE_FRACTION,
     KINDS,
     LETTERS,
     LEVELS,
@@ -66,7 +66,7 @@ def test_digits_cover_kinds_levels_and_choices() -> None:
     assert {problem.kind for problem in problems} == set(KINDS)
     assert {problem.level for problem in problems} == set(LEVELS)
     assert np.mean([problem.answer_type == "choice" for problem in problems]) == pytest.approx(
-        CHOICE_SHARE, abs=CHOICE_TOLERANCE
+        CHOICE_FRACTION, abs=CHOICE_TOLERANCE
     )
 
 

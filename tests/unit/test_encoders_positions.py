@@ -52,6 +52,10 @@ RATES = {
 }
 
 
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split()]
+
+
 @pytest.mark.parametrize("rate", RATES)
 def test_a_video_in_one_run_is_placed_by_its_seconds(rate: float) -> None:
     seconds, times, following = RATES[rate]
@@ -73,72 +77,9 @@ def test_videos_of_different_rates_in_one_prompt_by_hand() -> None:
     )
     # First video from 2: steps of 2.5 give times 2, 2 + 2, 2 + 5, its end at 8. Image from 10, four
     # rows: its end at 14. Second video from 16: steps of 4 give 16, 20, 24, its end at 25.
-    assert positions[0].tolist() == [
-        0,
-        1,
-        2,
-        2,
-        4,
-        4,
-        7,
-        7,
-        8,
-        9,
-        10,
-        10,
-        10,
-        10,
-        14,
-        15,
-        16,
-        20,
-        24,
-        25,
-    ]
-    assert positions[1].tolist() == [
-        0,
-        1,
-        2,
-        2,
-        2,
-        2,
-        2,
-        2,
-        8,
-        9,
-        10,
-        11,
-        12,
-        13,
-        14,
-        15,
-        16,
-        16,
-        16,
-        25,
-    ]
-    assert positions[2].tolist() == [
-        0,
-        1,
-        2,
-        3,
-        2,
-        3,
-        2,
-        3,
-        8,
-        9,
-        10,
-        10,
-        10,
-        10,
-        14,
-        15,
-        16,
-        16,
-        16,
-        25,
-    ]
+    assert positions[0].tolist() == numbers("0 1 2 2 4 4 7 7 8 9 10 10 10 10 14 15 16 20 24 25")
+    assert positions[1].tolist() == numbers("0 1 2 2 2 2 2 2 8 9 10 11 12 13 14 15 16 16 16 25")
+    assert positions[2].tolist() == numbers("0 1 2 3 2 3 2 3 8 9 10 10 10 10 14 15 16 16 16 25")
     assert next_position == 26
 
 

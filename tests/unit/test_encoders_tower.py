@@ -11,20 +11,9 @@ from encoders.balance import assign_media
 from encoders.fusion import fuse
 from encoders.positions import mrope_positions
 from encoders.tower import VisionTower
+from tests.support import tiny_qwen
 
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
-VISION = {
-    "depth": 2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_heads": 2,
-    "in_channels": 3,
-    "patch_size": 4,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "out_hidden_size": 64,
-    "num_position_embeddings": 36,
-}
 PATCH_ELEMENTS = 3 * 2 * 4 * 4
 # The same float32 sums in another grouping.
 MAX_BATCHING_DIFFERENCE = 1e-6
@@ -49,7 +38,10 @@ def oracle() -> Qwen3_5ForConditionalGeneration:
         },
     }
     config = Qwen3_5Config(
-        text_config=text, vision_config=VISION, image_token_id=IMAGE, video_token_id=VIDEO
+        text_config=text,
+        vision_config=tiny_qwen.vision_config(),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
     )
     torch.manual_seed(0)
     return Qwen3_5ForConditionalGeneration(config)
@@ -170,7 +162,7 @@ def test_fuse_refuses_what_does_not_fit() -> None:
 def test_tower_equals_transformers_and_stays_exact_in_bfloat16(
     oracle: Qwen3_5ForConditionalGeneration,
 ) -> None:
-    tower = VisionTower("qwen3_5", VISION)
+    tower = VisionTower("qwen3_5", tiny_qwen.vision_config())
     tower.model.load_state_dict(oracle.model.visual.state_dict())
     grids = torch.tensor([[1, 4, 6], [3, 2, 4]])
     patches = torch.randn(48, PATCH_ELEMENTS)
@@ -188,7 +180,12 @@ def test_tower_equals_transformers_and_stays_exact_in_bfloat16(
 
 def test_windows_stay_within_their_frame_and_medium() -> None:
     # Windows of 2 x 2 features; all but the last grid are cut into several.
-    vision = {**VISION, "depth": 3, "window_size": 16, "fullatt_block_indexes": [1]}
+    vision = {
+        **tiny_qwen.vision_config(),
+        "depth": 3,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }
     del vision["num_position_embeddings"]
     torch.manual_seed(0)
     tower = VisionTower("qwen2_5_vl", vision)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.tools import load_tool
 from zppo_mm.bundled import STUDENT_DIR
 from zppo_mm.config.load import load_config, save_config
 from zppo_mm.errors import ConfigError
@@ -21,12 +21,7 @@ SHARDS = (Path("shards"),)
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools" / "evaluate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("evaluate")
 
 
 @pytest.fixture

@@ -95,6 +95,7 @@ def test_examples_hold_no_python() -> None:
     assert list(sources("examples")) == []
 
 
+@pytest.mark.medium
 def test_every_module_has_a_docstring() -> None:
     bare = [
         str(path.relative_to(ROOT))

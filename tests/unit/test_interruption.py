@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -123,13 +125,20 @@ with interruption.protected():
 """
 
 
-def start_program() -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def started_program() -> Iterator[subprocess.Popen[str]]:
+    """Run the program; it does not outlive the test."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("RANK", None)
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM)]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.timeout(120)
@@ -137,17 +146,17 @@ def start_program() -> subprocess.Popen[str]:
 def test_a_process_hears_real_signals_and_its_children_are_left_alone(
     number: signal.Signals,
 ) -> None:
-    process = start_program()
-    assert process.stdout is not None
-    inherited = process.stdout.readline()
-    assert all(f"<Signals.{each.name}" in inherited for each in SIGNALS)
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    assert process.stdout.readline() == f"asked {number.name}\n"
-    process.send_signal(number)  # while the process sleeps in a system call
-    rest, _ = process.communicate(timeout=PROGRAM_SECONDS)
-    assert process.returncode == EXIT_CODE
-    assert rest.splitlines() == [
-        "stopped at once; the same command continues from the newest complete checkpoint (second "
-        f"signal, {number.name})"
-    ]
+    with started_program() as process:
+        assert process.stdout is not None
+        inherited = process.stdout.readline()
+        assert all(f"<Signals.{each.name}" in inherited for each in SIGNALS)
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.stdout.readline() == f"asked {number.name}\n"
+        process.send_signal(number)  # while the process sleeps in a system call
+        rest, _ = process.communicate(timeout=PROGRAM_SECONDS)
+        assert process.returncode == EXIT_CODE
+        assert rest.splitlines() == [
+            "stopped at once; the same command continues from the newest complete checkpoint "
+            f"(second signal, {number.name})"
+        ]

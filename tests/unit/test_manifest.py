@@ -109,6 +109,7 @@ def test_what_is_no_plain_file_is_damage_and_is_not_waited_for(
 
 
 @given(content=JSON)
+@pytest.mark.medium
 def test_no_json_gives_anything_but_a_list_or_damage(
     content: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

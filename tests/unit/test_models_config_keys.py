@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import importlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,11 @@ from tests.support.config_oracle import (
     text_of,
     written_configs,
 )
-from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families.architecture import load_architecture, parse_architecture
 from zppo_mm.models.families.config_keys import BUILT, FOREIGN, HARMLESS, READ, READ_OUTSIDE
-from zppo_mm.parallel import groups as parallel
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(ParallelConfig(), seed=0)
-    yield
-    parallel.shutdown()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +108,7 @@ def test_no_key_has_two_fates() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.medium
 def test_a_key_that_is_left_out_has_the_value_that_transformers_gives_it(
     raws: dict[str, dict[str, Any]], family: str, tmp_path: Path
 ) -> None:
@@ -185,6 +178,7 @@ OTHER_VALUES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.medium
 def test_a_setting_is_computed_as_transformers_does_or_refused_by_name(
     raws: dict[str, dict[str, Any]], family: str, tmp_path: Path
 ) -> None:

@@ -5,7 +5,6 @@ packing, export.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,10 @@ from zppo_mm.models.families.architecture import check_layout, load_architecture
 from zppo_mm.models.families.table import FAMILIES as FAMILY_TABLE
 from zppo_mm.models.provider import build_model
 from zppo_mm.models.specs import check_recipe
-from zppo_mm.parallel import groups as parallel
 from zppo_mm.weights.hf_export import export_hf_weights
 from zppo_mm.weights.initial_weights import initialize_weights
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 # Qwen3.5 has tests of its own in test_models_parity.
 FAMILIES = tuple(family for family in tiny_families.KINDS if not family.startswith("qwen3_5"))
@@ -34,13 +34,6 @@ CASES = [(family, kind) for family in FAMILIES for kind in tiny_families.KINDS[f
 # The same float32 sums in another grouping.
 MAX_PACKING_DIFFERENCE = 2e-5
 NUM_NEW_TOKENS = 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(ParallelConfig(), seed=0)
-    yield
-    parallel.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +93,7 @@ def test_packed_sequences_equal_separate_ones(
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
+@pytest.mark.medium
 def test_greedy_tokens_equal_transformers(
     models: dict[str, tuple[Path, Any]], family: str, kind: str
 ) -> None:

@@ -5,7 +5,7 @@ its source does.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from zppo_mm.conversion.exporting import export_folder
 from zppo_mm.conversion.importing import import_folder
 from zppo_mm.conversion.verify import verify_folder
 from zppo_mm.errors import ModelError
-from zppo_mm.parallel import groups as parallel
 from zppo_mm.weights.hf_export import export_hf_weights
 from zppo_mm.weights.safetensors_folder import SafetensorsFolder
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 FAMILIES = tuple(tiny_families.KINDS)
 LANGUAGE = (
@@ -48,13 +49,6 @@ TOWER = (
 OUTPUT = ("lm_head.", "model.lm_head.", "language_model.lm_head.", "model.language_model.lm_head.")
 USUAL_TOWER, USUAL_OUTPUT = "model.visual.", "lm_head."
 Spelling = tuple[str, str, str]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(ParallelConfig(), seed=0)
-    yield
-    parallel.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +123,7 @@ def is_exported_alike(oracle: Any, folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.medium
 def test_the_spellings_of_transformers_are_those_that_load(
     oracles: dict[str, Any], family: str, tmp_path: Path
 ) -> None:

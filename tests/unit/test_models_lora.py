@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +31,13 @@ from zppo_mm.training.objective import PolicyObjective
 from zppo_mm.training.policy import Policy
 from zppo_mm.weights.hf_export import export_hf_weights
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 ALL = LoraConfig(rank=4, alpha=8)
 SEED = 7
 # What the adapters of these tests move logits by at least; a thousand times the tolerance.
 MIN_EFFECT = 0.1
 NUM_NEW_TOKENS = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(ParallelConfig(), seed=0)
-    yield
-    parallel.shutdown()
 
 
 @pytest.fixture(scope="module")

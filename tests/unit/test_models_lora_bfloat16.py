@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +23,15 @@ from zppo_mm.models.decoding.decode import decode, prefill
 from zppo_mm.models.decoding.layers import DecodeAttention, DecodeDeltaNet, Linear, build_plan
 from zppo_mm.models.layers.cache import DecodeCache
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.parallel import groups as parallel
 from zppo_mm.weights.hf_export import export_hf_weights
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 ALL = LoraConfig(rank=4, alpha=8)
 NUM_ROWS = 2048
 # The two differ by rounding in any case; with the adapters merged into the weights it is 1.4 times
 # as much.
 MAX_GAP_RATIO = 1.15
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(ParallelConfig(), seed=0)
-    yield
-    parallel.shutdown()
 
 
 def adapted(folder: Path, size: float, dtype: str = "bfloat16") -> VisionLanguageModel:
@@ -109,6 +102,7 @@ def test_sampler_and_trainer_compute_the_same_outputs(
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 5e-2])
+@pytest.mark.medium
 def test_log_probs_of_sampler_and_trainer_are_as_near_with_adapters_as_without(
     tmp_path: Path, size: float
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from zppo_mm.models.layers.gated_delta_net import GatedDeltaNet
 from zppo_mm.models.layers.packing import MAX_PADDING_RATIO, build_layout
 from zppo_mm.models.provider import freeze_parts
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.parallel import groups as parallel
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 KINDS = tuple(tiny_qwen.SEQUENCES)
 # The same float32 sums in another grouping.
@@ -29,13 +29,6 @@ MAX_PACKING_DIFFERENCE = 2e-5
 # Against a loop over tokens in float64; a forty-token product of float32 factors.
 MAX_RULE_DIFFERENCE = 1e-5
 NUM_NEW_TOKENS = 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(ParallelConfig(), seed=0)
-    yield
-    parallel.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +101,7 @@ def test_placeholders_without_features_are_refused(network: VisionLanguageModel)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.medium
 def test_greedy_tokens_equal_transformers(
     network: VisionLanguageModel, oracle: Any, kind: str
 ) -> None:

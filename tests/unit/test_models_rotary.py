@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,8 @@ from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families import qwen2_5_vl, qwen3_5, qwen3_vl
 from zppo_mm.models.families.architecture import parse_architecture
-from zppo_mm.parallel import groups as parallel
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(ParallelConfig(), seed=0)
-    yield
-    parallel.shutdown()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +104,7 @@ def with_rope(raw: dict[str, Any], change: dict[str, Any], spelling: str) -> dic
 
 @pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling", "type"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.medium
 def test_rotary_embeddings_are_those_of_transformers_in_every_spelling(
     raws: dict[str, dict[str, Any]], family: str, spelling: str, tmp_path: Path
 ) -> None:
@@ -160,6 +154,7 @@ def test_rotary_embeddings_that_are_not_built_are_refused(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.medium
 def test_of_two_rotary_spellings_none_is_dropped(
     raws: dict[str, dict[str, Any]], family: str, tmp_path: Path
 ) -> None:

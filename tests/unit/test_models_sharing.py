@@ -4,7 +4,6 @@ gradients; layout and states behind it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,13 +20,14 @@ from zppo_mm.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, 
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import TrainingSample
 from zppo_mm.models.layers import delta_rule
-from zppo_mm.models.layers.gated_delta_net import causal_convolution, last_inputs
+from zppo_mm.models.layers.causal_convolution import causal_convolution, last_inputs
 from zppo_mm.models.layers.packing import MAX_PADDING_RATIO, build_layout
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.parallel import groups as parallel
 from zppo_mm.training.batching import pack
 from zppo_mm.training.objective import PolicyObjective, predicting_rows
 from zppo_mm.training.policy import Policy
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 # The same float32 sums in another grouping; the largest differences seen are 9e-6 on logits of
 # scale 3, and 6e-7 of the loss.
@@ -162,13 +162,6 @@ def check_sharing(network: VisionLanguageModel, groups: Groups) -> None:
         assert (
             gradients[name] - wanted
         ).abs().max() <= MAX_GRADIENT_DIFFERENCE * wanted.abs().max(), name
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(ParallelConfig(), seed=0)
-    yield
-    parallel.shutdown()
 
 
 @pytest.fixture(scope="module")

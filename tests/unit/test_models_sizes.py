@@ -64,6 +64,7 @@ def published_shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.medium
 def test_the_number_of_parameters_is_the_published_one(name: str) -> None:
     _raw, published = PUBLISHED[name]
     count = sum(torch.Size(shape).numel() for shape in published_shapes(name).values()) / 1e9
@@ -72,6 +73,7 @@ def test_the_number_of_parameters_is_the_published_one(name: str) -> None:
 
 @pytest.mark.parametrize("size", TENSOR_SIZES)
 @pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.medium
 def test_every_parameter_maps_at_every_legal_tensor_size(name: str, size: int) -> None:
     architecture = parse_architecture(PUBLISHED[name][0])
     if size > LARGEST.get(name, 8):

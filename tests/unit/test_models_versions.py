@@ -27,6 +27,7 @@ def _one_rank() -> Iterator[None]:
     parallel.shutdown()
 
 
+@pytest.mark.medium
 def test_the_network_imports_without_triton() -> None:
     result = subprocess.run(
         [sys.executable, "-c", WITHOUT_TRITON],
@@ -101,5 +102,6 @@ def callers(name: str) -> set[str]:
         ("VisionLanguageModel", "zppo_mm/models/provider.py"),
     ],
 )
+@pytest.mark.medium
 def test_each_is_used_in_one_place(name: str, place: str) -> None:
     assert callers(name) == {place}

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,11 @@ from zppo_mm.errors import ConfigError, ModelError
 from zppo_mm.models import specs
 from zppo_mm.models.families.architecture import check_layout, load_architecture, parse_architecture
 from zppo_mm.models.provider import build_model
-from zppo_mm.parallel import groups as parallel
 from zppo_mm.weights.hf_export import export_hf_weights
 from zppo_mm.weights.initial_weights import initialize_weights
 from zppo_mm.weights.mapping import load_hf_weights, parameter_mappings
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(ParallelConfig(), seed=0)
-    yield
-    parallel.shutdown()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture(scope="module")

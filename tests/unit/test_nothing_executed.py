@@ -35,17 +35,12 @@ from zppo_mm.training import checkpoint
 from zppo_mm.training.checkpoint_files import publish
 from zppo_mm.training.objective import PolicyObjective
 from zppo_mm.training.policy import Policy
-from zppo_mm.weights.distributed_folder import METADATA_FILE, read_metadata
+from zppo_mm.weights.checkpoint_metadata import METADATA_FILE, read_metadata
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = ParallelConfig()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(LAYOUT, seed=0)
-    yield
-    parallel.shutdown()
 
 
 @pytest.fixture
@@ -102,6 +97,7 @@ def hidden_in(metadata: Metadata, attack: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.medium
 def test_a_hostile_description_is_refused_and_runs_nothing(
     source: Path, tmp_path: Path, marker: Path, name: str
 ) -> None:
@@ -239,12 +235,8 @@ def sealed_again(path: Path) -> None:
     publish(path.with_name(".changed"), path, {}, keep=5)
 
 
-@pytest.mark.parametrize(
-    "file", [METADATA_FILE, checkpoint.RANDOM_FILE, checkpoint.STATE_FILE, checkpoint.SCHEDULE_FILE]
-)
-def test_a_hostile_checkpoint_of_a_run_is_refused_and_runs_nothing(
-    source: Path, tmp_path: Path, marker: Path, file: str
-) -> None:
+def saved_run(source: Path, tmp_path: Path) -> tuple[Policy, Path]:
+    """Return a policy and its only checkpoint."""
     policy = Policy(
         network_checks.build(source, LAYOUT),
         TrainConfig(),
@@ -252,6 +244,16 @@ def test_a_hostile_checkpoint_of_a_run_is_refused_and_runs_nothing(
         PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group()),
     )
     path = checkpoint.save(tmp_path / "checkpoints", 1, policy, {"step": 1}, keep=1)
+    return policy, path
+
+
+@pytest.mark.parametrize(
+    "file", [METADATA_FILE, checkpoint.RANDOM_FILE, checkpoint.STATE_FILE, checkpoint.SCHEDULE_FILE]
+)
+def test_a_hostile_checkpoint_of_a_run_is_refused_and_runs_nothing(
+    source: Path, tmp_path: Path, marker: Path, file: str
+) -> None:
+    policy, path = saved_run(source, tmp_path)
     assert checkpoint.load_latest(tmp_path / "checkpoints", policy) == {"step": 1}
     hostile = (
         pickle.dumps(attacks(marker)["system"]) if file == METADATA_FILE else hostile_bytes(marker)
@@ -288,13 +290,7 @@ def test_a_hostile_checkpoint_of_a_run_is_refused_and_runs_nothing(
 def test_a_checkpoint_of_another_version_is_refused(
     source: Path, tmp_path: Path, file: str, content: Any, problem: str
 ) -> None:
-    policy = Policy(
-        network_checks.build(source, LAYOUT),
-        TrainConfig(),
-        LAYOUT,
-        PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group()),
-    )
-    path = checkpoint.save(tmp_path / "checkpoints", 1, policy, {"step": 1}, keep=1)
+    policy, path = saved_run(source, tmp_path)
     if content is None:
         (path / file).unlink()
     elif isinstance(content, bytes):
@@ -356,6 +352,7 @@ def test_code_in_a_model_folder_is_not_imported(source: Path, tmp_path: Path, ma
         ("output_hidden_states", True),
     ],
 )
+@pytest.mark.medium
 def test_how_a_network_is_run_is_not_the_folders_to_say(
     source: Path, tmp_path: Path, key: str, value: object
 ) -> None:

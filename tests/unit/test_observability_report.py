@@ -45,6 +45,7 @@ def page(run_folder: Path) -> str:
     return write_report(run_folder, open_media, num_examples=3).read_text()
 
 
+@pytest.mark.medium
 def test_report_shows_everything_in_one_file(page: str) -> None:
     assert "<title>simulated" in page
     # Held-out accuracy is simulated to go from 0.35 to 0.35 + 0.3 * 10 / 12 = 0.6 at the last
@@ -72,6 +73,7 @@ def test_report_shows_everything_in_one_file(page: str) -> None:
     assert re.search(r"url\(|@import|<script|<link", page) is None
 
 
+@pytest.mark.medium
 def test_report_is_the_same_twice(page: str, run_folder: Path) -> None:
     assert write_report(run_folder, open_media, num_examples=3).read_text() == page
 
@@ -93,6 +95,7 @@ def test_empty_folder_gives_a_page_that_says_so(tmp_path: Path) -> None:
     assert "no transcripts yet" in page
 
 
+@pytest.mark.medium
 def test_one_step_without_reformulation(tmp_path: Path) -> None:
     simulate_run(tmp_path, num_steps=1)
     path = tmp_path / "transcripts" / "step_000001.jsonl"
@@ -133,6 +136,7 @@ def test_a_model_cannot_write_into_the_page(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in page
 
 
+@pytest.mark.medium
 def test_a_line_being_written_and_a_null_are_left_out(tmp_path: Path) -> None:
     append_line(tmp_path / "metrics.jsonl", {"step": 1, "policy/loss": 0.5})
     append_line(tmp_path / "metrics.jsonl", {"step": 2, "policy/loss": float("nan")})

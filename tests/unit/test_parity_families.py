@@ -40,6 +40,7 @@ def vision(part: tiny_qwen.Sequence) -> tuple[VisionInput, ...]:
 
 
 @pytest.mark.parametrize("family", tiny_families.KINDS)
+@pytest.mark.medium
 def test_the_source_checkpoint_gives_the_networks_logprobs(family: str, tmp_path: Path) -> None:
     folder, _ = tiny_families.folder(family, tmp_path / "model")
     network = network_checks.build(folder, ParallelConfig())

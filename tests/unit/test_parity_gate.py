@@ -81,6 +81,7 @@ def record(folder: Path) -> dict[str, Any]:
     return json.loads(line)
 
 
+@pytest.mark.medium
 def test_a_sound_run_passes_and_is_recorded(
     run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -119,6 +120,7 @@ class SlowVerifier(Verifier):
         return super().verify_all(items)
 
 
+@pytest.mark.medium
 def test_the_run_does_not_notice(run: Run, tmp_path: Path) -> None:
     stream, states = run.stream.state_dict(), random_states()
     slow, engine = SlowVerifier(), MegatronEngine(run.policy.model, run.stages.config.seed)
@@ -142,6 +144,7 @@ def test_the_run_does_not_notice(run: Run, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.medium
 def test_a_weight_that_is_not_the_folders_is_found(
     run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -219,6 +222,7 @@ def test_a_wrong_logprob_of_the_engine_is_named(run: Run, tmp_path: Path) -> Non
     assert "more in parity.jsonl" not in message
 
 
+@pytest.mark.medium
 def test_a_template_that_forgets_images_stops_the_run(
     run: Run, output_dir: Path, tmp_path: Path
 ) -> None:

@@ -29,7 +29,7 @@ def saved(*overrides: str) -> dict[str, Any]:
             "fallback_teachers=[{endpoints: ['http://b/v1'], model: large, on_failure: ncq_only}]",
         ),
         ("train.train_iters=3", "train.train_iters=9"),
-        # A copy of a run's folder goes on under another name.
+        # A copy of a run's folder is continued under another name.
         ("name=one", "name=two"),
     ],
 )

@@ -195,6 +195,7 @@ def test_a_long_ratio_is_still_one() -> None:
     assert compare(" : ".join(terms), ":".join([*terms[:-1], "7"])) is False
 
 
+@pytest.mark.medium
 def test_plain_answers_need_no_worker_and_no_time() -> None:
     with Verifier() as verifier:
         started = time.thread_time()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from data.question import Question
 from zppo_mm.rewards.verify import Verifier
 
@@ -13,6 +15,7 @@ LINE = re.compile(r"\| `(.+?)` \| `(.+?)` \| (right|wrong) \|")
 MIN_LINES = 70
 
 
+@pytest.mark.medium
 def test_every_line_holds() -> None:
     lines = LINE.findall(PAGE.read_text(encoding="utf-8"))
     assert len(lines) >= MIN_LINES

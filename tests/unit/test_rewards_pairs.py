@@ -48,11 +48,13 @@ def judged(verifier: Verifier, pairs: list[tuple[str, str]]) -> list[tuple[str, 
 
 
 @pytest.mark.parametrize("kind", RIGHT)
+@pytest.mark.medium
 def test_everyday_notation_is_right(verifier: Verifier, kind: str) -> None:
     assert [pair for pair in judged(verifier, RIGHT[kind]) if pair[2] != "match"] == []
 
 
 @pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.medium
 def test_near_misses_are_wrong_in_both_directions(verifier: Verifier, kind: str) -> None:
     both = [
         *WRONG[kind],
@@ -63,6 +65,7 @@ def test_near_misses_are_wrong_in_both_directions(verifier: Verifier, kind: str)
     ] == []
 
 
+@pytest.mark.medium
 def test_there_are_enough_near_misses() -> None:
     right, wrong = (
         {pair for pairs in table.values() for pair in pairs} for table in (RIGHT, WRONG)

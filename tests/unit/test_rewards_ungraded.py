@@ -79,6 +79,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Group:
     return made
 
 
+@pytest.mark.medium
 def test_it_stands_apart_in_its_group(group: Group) -> None:
     assert [each.parsed for each in group.rollouts] == ["1+x", "2+x", "3+x"]
     assert [each.reward for each in group.rollouts] == [1.0, 0.0, 0.0]
@@ -103,6 +104,7 @@ def pool() -> Iterator[GradingPool]:
     made.close()
 
 
+@pytest.mark.medium
 def test_a_burst_of_hanging_answers_holds_up_no_call_and_no_other_answer(pool: GradingPool) -> None:
     pool.timeout_seconds = BURST_LIMIT_SECONDS
     pool.compare_all([("1+x", "x+1")])
@@ -115,6 +117,7 @@ def test_a_burst_of_hanging_answers_holds_up_no_call_and_no_other_answer(pool: G
     assert pool.compare_all([("1+x", "x+1")]) == ["equal"]
 
 
+@pytest.mark.medium
 def test_what_the_budget_leaves_open_is_not_graded() -> None:
     pool = GradingPool(60.0, 1, budget_seconds=6.0)
     outcomes = pool.compare_all([("1+x", "x+1"), (HANGING, "x"), ("9^{9^{9^9}}-x", "x")])
@@ -123,6 +126,7 @@ def test_what_the_budget_leaves_open_is_not_graded() -> None:
     pool.close()
 
 
+@pytest.mark.medium
 def test_a_limit_costs_no_restart() -> None:
     pool = GradingPool(LIMIT_SECONDS, 1, budget_seconds=120.0)
     pool.compare_all([("1+x", "x+1")])
@@ -145,6 +149,7 @@ def test_time_in_which_the_machine_does_other_things_does_not_count(pool: Gradin
     assert pool.num_timeouts == 0
 
 
+@pytest.mark.medium
 def test_a_worker_that_dies_grades_nothing_and_is_replaced() -> None:
     with Verifier(60.0, num_workers=1) as verifier:
         right = (Question("q", "?", (), "x+1", "math"), "\\boxed{1+x}")

@@ -92,6 +92,7 @@ def test_hanging_inputs_end_in_time_and_the_next_answer_is_right(
     assert pool.compare_all([("1+x", "x+1"), ("2+x", "x+1")]) == ["equal", "different"]
 
 
+@pytest.mark.medium
 def test_a_timeout_is_named_and_counted_and_harms_no_neighbour() -> None:
     with Verifier(LIMIT_SECONDS, num_workers=2) as verifier:
         hang = (question("x"), "\\boxed{9^{9^{9^9}}+x}")
@@ -121,6 +122,7 @@ def test_works_off_the_main_thread_and_leaves_the_alarm_alone() -> None:
     assert signal.getsignal(signal.SIGALRM) == handler
 
 
+@pytest.mark.medium
 def test_a_worker_that_died_is_replaced_and_none_is_left_behind() -> None:
     pool = GradingPool(60.0, 1)
     assert pool.compare_all([("1+x", "x+1")]) == ["equal"]

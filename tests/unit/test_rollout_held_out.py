@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> ShardFolder:
 def test_bad_and_ungradable_questions_are_left_out_named_and_counted(
     folder: ShardFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    health = SampleHealth(max_bad_share=0.1)
+    health = SampleHealth(max_bad_fraction=0.1)
     with Verifier() as verifier:
         held_out = held_out_questions([folder], 0, 0, health, verifier.can_grade)
     assert [question.id for question in held_out.questions] == [
@@ -63,13 +63,13 @@ def test_too_many_bad_ones_stop_the_run(folder: ShardFolder, tmp_path: Path) -> 
     with pytest.raises(
         DataError, match=r"(?s)too many bad samples, got 1 of 20 .*000004: bad_field"
     ):
-        held_out_questions([folder], 0, 0, SampleHealth(max_bad_share=0.01))
+        held_out_questions([folder], 0, 0, SampleHealth(max_bad_fraction=0.01))
     write_shards(tmp_path, [sample(0, answer="")])
     with pytest.raises(
         DataError,
         match=r"held-out data: no question can be asked, got 1 bad ones \({'bad_field': 1}\)",
     ):
-        held_out_questions([ShardFolder(tmp_path)], 0, 0, SampleHealth(max_bad_share=1.0))
+        held_out_questions([ShardFolder(tmp_path)], 0, 0, SampleHealth(max_bad_fraction=1.0))
 
 
 class SilentEngine:

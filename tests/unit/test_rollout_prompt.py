@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 from data.errors import DataError, MediaError
 from data.media.opening import Frames
 from data.question import MediaRef, Question
-from tests.support.tiny_folder import SPECIAL, TEMPLATE, build_folder
+from tests.support.tiny_folder import TEMPLATE, build_folder
+from zppo_mm.bundled.tokenizer import SPECIAL_TOKENS
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import FinishReason, Rollout
 from zppo_mm.rollout.prompt import PromptEncoder, PromptError
@@ -117,7 +118,7 @@ def test_another_models_response_in_this_models_tokens(encoder: PromptEncoder) -
 
 
 SNIPPETS = [
-    *SPECIAL,
+    *SPECIAL_TOKENS,
     "<think>",
     "\ue200",
     "\ue2010\ue201",
@@ -175,7 +176,7 @@ def test_decode_drops_special_tokens_at_the_end_only(encoder: PromptEncoder) -> 
 
 
 def test_counts_and_names_tokens(encoder: PromptEncoder) -> None:
-    assert set(encoder.chat.special_tokens) == set(SPECIAL)
+    assert set(encoder.chat.special_tokens) == set(SPECIAL_TOKENS)
     # "the" is one token by two merges, "<|" one, and the literal is plain text here: 3 + 6 bytes
     # and "|>" as two
     assert encoder.chat.count_tokens("the<|im_end|>") == 1 + 1 + 6 + 2

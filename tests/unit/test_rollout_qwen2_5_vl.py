@@ -5,7 +5,6 @@ file, a template of its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,9 @@ from tests.support.tiny_folder import TEMPLATE, build_tokenizer
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import Prompt
-from zppo_mm.parallel import groups as parallel
 from zppo_mm.rollout.prompt import PromptEncoder
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 TEXT_TEMPLATE = (
     "{%- for message in messages -%}{{- '<|im_start|>' + message.content + '<|im_end|>' -}}{%- "
@@ -107,13 +107,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     )
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     return Made(folder, oracle, tokenizer)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(ParallelConfig(), seed=0)
-    yield
-    parallel.shutdown()
 
 
 def pixels(kind: str) -> np.ndarray:

@@ -4,9 +4,10 @@ counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,23 +66,31 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def feed_of(
-    shards: Path, encoder: PromptEncoder, **health: object
+    shards: Path,
+    encoder: PromptEncoder,
+    can_grade: Callable[[Question], bool] = lambda question: True,
+    **limits: Any,
 ) -> tuple[QuestionFeed, SampleHealth]:
-    counted = SampleHealth(**health)
-    stream = QuestionStream([(ShardFolder(shards), 1.0)], 5, counted)
-    plain_text = lambda question: question.text  # noqa: E731
-    return QuestionFeed(
-        stream, encoder, counted, SingleProcess(), plain_text=plain_text, max_prompt_tokens=120
-    ), counted
+    health = SampleHealth(**limits)
+    feed = QuestionFeed(
+        QuestionStream([(ShardFolder(shards), 1.0)], 5, health),
+        encoder,
+        health,
+        SingleProcess(),
+        plain_text=lambda question: question.text,
+        max_prompt_tokens=120,
+        can_grade=can_grade,
+    )
+    return feed, health
 
 
 def test_feed_takes_good_questions_only_and_counts_the_others(
     shards: Path, encoder: PromptEncoder
 ) -> None:
-    feed, health = feed_of(shards, encoder, max_bad_share=0.5)
+    feed, health = feed_of(shards, encoder, max_bad_fraction=0.5)
     taken = [question.id for question in feed.take(17)]
     assert sorted(taken) == sorted({f"q{index}" for index in range(20)} - {"q3", "q7", "q17"})
-    feed, health = feed_of(shards, encoder, max_bad_share=0.5)
+    feed, health = feed_of(shards, encoder, max_bad_fraction=0.5)
     in_two_parts = [question.id for question in feed.take(5) + feed.take(29)]
     assert in_two_parts[:17] == taken
     assert health.num_good == 34
@@ -95,23 +104,14 @@ def test_feed_stops_at_too_many_bad_samples_or_the_first_when_strict(
     shards: Path, encoder: PromptEncoder
 ) -> None:
     with pytest.raises(DataError, match="too many bad samples"):
-        feed_of(shards, encoder, max_bad_share=0.05)[0].take(40)
+        feed_of(shards, encoder, max_bad_fraction=0.05)[0].take(40)
     with pytest.raises(DataError, match="run without strict"):
         feed_of(shards, encoder, strict=True)[0].take(20)
 
 
 def test_feed_refuses_what_cannot_be_graded(shards: Path, encoder: PromptEncoder) -> None:
-    health = SampleHealth(max_bad_share=0.5)
-    stream = QuestionStream([(ShardFolder(shards), 1.0)], 5, health)
-    feed = QuestionFeed(
-        stream,
-        encoder,
-        health,
-        SingleProcess(),
-        plain_text=lambda question: question.text,
-        max_prompt_tokens=120,
-        can_grade=lambda question: question.id not in ("q4", "q17"),
-    )
+    can_grade = lambda question: question.id not in ("q4", "q17")  # noqa: E731
+    feed, health = feed_of(shards, encoder, can_grade, max_bad_fraction=0.5)
     assert not {question.id for question in feed.take(16)} & {"q3", "q4", "q7", "q17"}
     assert health.counts == {
         "needs_judge": 2
@@ -121,18 +121,8 @@ def test_feed_refuses_what_cannot_be_graded(shards: Path, encoder: PromptEncoder
 @pytest.mark.timeout(60)
 def test_feed_stops_when_a_whole_epoch_is_refused(shards: Path, encoder: PromptEncoder) -> None:
     def feed_without(refused: set[str]) -> QuestionFeed:
-        health = SampleHealth(max_bad_share=1.0)
-        stream = QuestionStream([(ShardFolder(shards), 1.0)], 5, health)
         accepts = lambda question: question.id not in refused  # noqa: E731
-        return QuestionFeed(
-            stream,
-            encoder,
-            health,
-            SingleProcess(),
-            plain_text=lambda q: q.text,
-            max_prompt_tokens=120,
-            can_grade=accepts,
-        )
+        return feed_of(shards, encoder, accepts, max_bad_fraction=1.0)[0]
 
     everything = {f"q{index}" for index in range(20)}
     with pytest.raises(

@@ -99,6 +99,7 @@ def test_frequencies_are_the_probabilities(chosen: dict[str, float]) -> None:
     st.floats(0.05, 1.0),
     st.floats(0.0, 0.9),
 )
+@pytest.mark.medium
 def test_the_set_that_can_be_drawn_is_the_naive_one(
     values: list[int], temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
-from tests.support.tiny_folder import SPECIAL, TEMPLATE, build_folder
+from tests.support.tiny_folder import TEMPLATE, build_folder
+from zppo_mm.bundled.tokenizer import SPECIAL_TOKENS
 from zppo_mm.errors import ConfigError
 from zppo_mm.rollout.chat import ChatFormat
 
@@ -348,7 +349,7 @@ def test_no_code_of_a_folder_is_run(tmp_path: Path) -> None:
 
 
 def test_special_tokens_are_those_of_the_small_tokenizer(tmp_path: Path) -> None:
-    assert set(ChatFormat(folder_of(tmp_path)).special_tokens) == set(SPECIAL)
+    assert set(ChatFormat(folder_of(tmp_path)).special_tokens) == set(SPECIAL_TOKENS)
 
 
 def test_a_tokenizer_that_loses_text_is_refused(tmp_path: Path) -> None:

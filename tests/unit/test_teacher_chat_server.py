@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from zppo_mm.teacher.served.chat_api import Batch
-from zppo_mm.teacher.served.chat_server import PATH, ChatRequest, ChatServer, job_address
+from zppo_mm.teacher.served.chat_server import PATH, ChatServer, ReceivedRequest, job_address
 
 pytestmark = pytest.mark.timeout(120)
 SOON = 60.0
@@ -56,8 +56,8 @@ def test_a_batch_that_stays_incomplete_is_answered_without_the_rest(
     server = ChatServer("127.0.0.1")
     monkeypatch.setattr("zppo_mm.teacher.served.chat_server.BATCH_SECONDS", 0.5)
 
-    def request(name: str, index: int, size: int) -> ChatRequest:
-        return ChatRequest("Hi", (), 1, 1.0, 9, ("rollout", name), Batch(name, index, size))
+    def request(name: str, index: int, size: int) -> ReceivedRequest:
+        return ReceivedRequest("Hi", (), 1, 1.0, 9, ("rollout", name), Batch(name, index, size))
 
     server.add(request("part", 2, 3))
     server.add(request("part", 0, 3))

@@ -20,7 +20,7 @@ from zppo_mm.errors import ConfigError
 from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.teacher.served.connect import open_pool
 from zppo_mm.teacher.served.pool import EndpointPool
-from zppo_mm.teacher.served.servers import Patience
+from zppo_mm.teacher.served.servers import RetryPolicy
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -34,7 +34,7 @@ def test_redirects_are_not_followed() -> None:
             )
         ) as server,
     ):
-        outcome, _ = ask(server.url, Patience(max_seconds=60.0, num_retries=0), api_key=KEY)
+        outcome, _ = ask(server.url, RetryPolicy(max_seconds=60.0, num_retries=0), api_key=KEY)
         assert (
             outcome.problem == f"http_307: {server.url}: HTTP 307 to {other.url}/chat/completions:"
         )
@@ -86,7 +86,7 @@ def test_the_key_goes_nowhere_but_to_the_server(caplog: pytest.LogCaptureFixture
         outcome, _ = ask(server.url, api_key=KEY)
         refused, _ = ask(
             server.url.replace("127.0.0.1", "localhost"),
-            Patience(max_seconds=60.0, num_retries=0),
+            RetryPolicy(max_seconds=60.0, num_retries=0),
             api_key=KEY,
         )
     assert all(f"Authorization: Bearer {KEY}".encode() in head for head, _ in server.requests)
@@ -110,7 +110,7 @@ def self_signed(folder: Path) -> ssl.SSLContext:
 
 def test_a_certificate_that_nobody_signed_is_named_at_once(tmp_path: Path) -> None:
     with serve_raw(lambda number: GOOD, self_signed(tmp_path)) as server:
-        outcome, counts = ask(server.url, Patience(max_seconds=60.0, num_retries=0), api_key=KEY)
+        outcome, counts = ask(server.url, RetryPolicy(max_seconds=60.0, num_retries=0), api_key=KEY)
         assert faults(counts) == {"certificate": 1}
         assert outcome.problem.startswith("certificate: ")
         config = load_config(None, [f"teacher.endpoints=['{server.url}']", "teacher.model=tiny"])
@@ -126,7 +126,7 @@ def test_proxies_of_the_environment_see_no_plain_request(monkeypatch: pytest.Mon
         assert texts(ask(server.url, api_key=KEY)[0]) == ["3", "4"]
     with serve_raw(lambda number: say(http(b"", status="403 No"))) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url.removesuffix("/v1"))
-        ask("https://teacher.invalid/v1", Patience(max_seconds=60.0, num_retries=0), api_key=KEY)
+        ask("https://teacher.invalid/v1", RetryPolicy(max_seconds=60.0, num_retries=0), api_key=KEY)
     assert [head.split(b"\r\n")[0] for head, _ in proxy.requests] == [
         b"CONNECT teacher.invalid:443 HTTP/1.1"
     ]
@@ -161,7 +161,7 @@ def test_what_the_student_waits_for_does_not_queue_behind_answers() -> None:
         while len(server.requests) < 4:
             time.sleep(0.01)
         (urgent,) = pool.submit(
-            [ASK], Patience(max_seconds=4.0, num_retries=0, is_urgent=True)
+            [ASK], RetryPolicy(max_seconds=4.0, num_retries=0, is_urgent=True)
         ).result(timeout=60)
         assert texts(urgent) == ["3", "4"]
         assert not answers.done()

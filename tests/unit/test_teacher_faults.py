@@ -23,10 +23,10 @@ from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.parallel.exchange import SingleProcess
-from zppo_mm.teacher.served.chat_api import Ask
+from zppo_mm.teacher.served.chat_api import ChatRequest
 from zppo_mm.teacher.served.connect import open_pool, read_key
 from zppo_mm.teacher.served.pool import EndpointPool
-from zppo_mm.teacher.served.servers import Outcome, Patience
+from zppo_mm.teacher.served.servers import Outcome, RetryPolicy
 
 KEY = "sk-0123456789abcdef"
 COUNTED_AS = {
@@ -35,7 +35,7 @@ COUNTED_AS = {
     "not_a_completion": "bad_reply", "empty_choice": "empty_choice", "no_choice": "empty_choice",
     "stall": "timeout",
 }  # fmt: skip
-LONG = Patience(max_seconds=200.0, num_retries=None)
+LONG = RetryPolicy(max_seconds=200.0, num_retries=None)
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +59,17 @@ def settings(**changes: Any) -> TeacherConfig:
     return TeacherConfig(**{**fast, **changes})
 
 
-def asks(count: int, num_choices: int = 2) -> list[Ask]:
-    return [Ask(f"What is {i} + 1?", num_choices, 1.0, 4, 10 * i) for i in range(count)]
+def asks(count: int, num_choices: int = 2) -> list[ChatRequest]:
+    return [ChatRequest(f"What is {i} + 1?", num_choices, 1.0, 4, 10 * i) for i in range(count)]
 
 
 def ask_all(
-    urls: Sequence[str], requests: Sequence[Ask], patience: Patience = LONG, **options: Any
+    urls: Sequence[str], requests: Sequence[ChatRequest], policy: RetryPolicy = LONG, **options: Any
 ) -> tuple[list[Outcome], Counter[str]]:
     config = options.pop("config", settings())
     pool = EndpointPool(urls, "tiny", config, **options)
     try:
-        return pool.submit(requests, patience).result(timeout=250), pool.counts
+        return pool.submit(requests, policy).result(timeout=250), pool.counts
     finally:
         pool.close()
 
@@ -121,7 +121,7 @@ def test_one_fault_of_each_kind_is_survived_and_counted(server: LoopbackServer, 
         server_is_slow = fault == "stall"
         retries = 20 if server_is_slow else 1
         (outcome,), counts = ask_all(
-            [proxy.url], asks(1), Patience(max_seconds=60, num_retries=retries), config=config
+            [proxy.url], asks(1), RetryPolicy(max_seconds=60, num_retries=retries), config=config
         )
         assert len(outcome.answers()) == 2
         assert outcome.problem == ""
@@ -131,6 +131,7 @@ def test_one_fault_of_each_kind_is_survived_and_counted(server: LoopbackServer, 
             assert counts["retries"] == 1
 
 
+@pytest.mark.medium
 def test_a_thousand_faults_lose_no_rollout_and_count_none_twice(server: LoopbackServer) -> None:
     rare = {"stall": 8, "half_body": 40}  # the ones that take time
     often = [fault for fault in FAULTS if fault not in rare]
@@ -164,13 +165,13 @@ def test_a_server_that_is_not_there(server: LoopbackServer) -> None:
     outcomes, counts = ask_all([dead, server.url], asks(4))
     assert [len(outcome.answers()) for outcome in outcomes] == [2] * 4
     assert counts["faults/connection"] >= 1
-    (lost,), counts = ask_all([dead], asks(1), Patience(max_seconds=60, num_retries=2))
+    (lost,), counts = ask_all([dead], asks(1), RetryPolicy(max_seconds=60, num_retries=2))
     assert lost.answers() == []
     assert lost.problem.startswith("connection: ")
     assert not lost.is_refused
     assert (counts["requests"], counts["retries"]) == (3, 2)
     started = time.monotonic()
-    (late,), _ = ask_all([dead], asks(1), Patience(max_seconds=0.5, num_retries=None))
+    (late,), _ = ask_all([dead], asks(1), RetryPolicy(max_seconds=0.5, num_retries=None))
     assert time.monotonic() - started < 10
     assert late.problem.startswith("not answered within 0.5 s, last connection: ")
 
@@ -180,7 +181,7 @@ def test_some_of_the_answers_are_kept_when_others_fail(model: TinyModel) -> None
         serve(model, honours_n=False) as server,
         stand_between(server.url, lambda number: PASS if number < 2 else "500") as proxy,
     ):
-        (outcome,), _ = ask_all([proxy.url], asks(1, 4), Patience(max_seconds=60, num_retries=1))
+        (outcome,), _ = ask_all([proxy.url], asks(1, 4), RetryPolicy(max_seconds=60, num_retries=1))
         assert len(outcome.answers()) == 2
         assert texts([outcome])[0] == [text for reply in proxy.delivered.values() for text in reply]
         assert outcome.problem.startswith("http_500: ")
@@ -246,7 +247,7 @@ def test_a_wrong_key_is_named_at_once_and_shown_nowhere(
     pool = open_pool(config.teacher, SingleProcess())
     assert pool is not None
     assert KEY not in repr(vars(pool))
-    assert KEY not in Path(f"/proc/{vars(pool)['_client'].process.pid}/cmdline").read_text()
+    assert KEY not in Path(f"/proc/{vars(pool)['_worker'].process.pid}/cmdline").read_text()
     pool.close()
 
 

@@ -18,7 +18,7 @@ from tests.support.raw_server import completion, http, say, say_forever, serve_r
 from zppo_mm.config.load import load_config
 from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.teacher.served.connect import open_pool
-from zppo_mm.teacher.served.servers import Patience
+from zppo_mm.teacher.served.servers import RetryPolicy
 
 pytestmark = pytest.mark.timeout(120)
 # No behaviour may cost more memory than a few replies of the largest size that is read.
@@ -104,6 +104,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
+@pytest.mark.medium
 def test_what_no_server_should_do_is_counted_and_the_next_reply_used(name: str) -> None:
     bad, kind = BAD[name]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -197,10 +198,10 @@ def test_no_server_decides_how_long_it_is_left_alone(
 
 def test_a_server_that_never_does_better_costs_only_its_questions() -> None:
     with serve_raw(lambda number: BAD[sorted(BAD)[number % 4]][0]) as server:
-        lost, counts = ask(server.url, Patience(max_seconds=60.0, num_retries=3))
+        lost, counts = ask(server.url, RetryPolicy(max_seconds=60.0, num_retries=3))
         assert lost.answers() == []
         assert sum(faults(counts).values()) == 4
-        late, _ = ask(server.url, Patience(max_seconds=1.0, num_retries=None))
+        late, _ = ask(server.url, RetryPolicy(max_seconds=1.0, num_retries=None))
     assert late.problem.startswith("not answered within 1 s")
 
 

@@ -152,6 +152,7 @@ def num_right(answers: Mapping[str, tuple[Rollout, ...]]) -> float:
 
 
 @pytest.mark.parametrize("modality", ["image", "video"])
+@pytest.mark.medium
 def test_a_served_model_reads_the_digits_that_were_sent(
     server: LoopbackServer, modality: str, request: pytest.FixtureRequest
 ) -> None:

@@ -27,13 +27,13 @@ from data.toy.digits_shards import digit_samples
 from tests.support.loopback_server import LoopbackServer, TinyModel, serve
 from zppo_mm.bundled import TEACHER_DIR
 from zppo_mm.config.schema import TeacherConfig
-from zppo_mm.teacher.served.chat_api import Ask
+from zppo_mm.teacher.served.chat_api import ChatRequest
 from zppo_mm.teacher.served.client_process import CLOSING_SECONDS, PoolProcess
 from zppo_mm.teacher.served.messages import PoolSettings
 from zppo_mm.teacher.served.pool import EndpointPool
-from zppo_mm.teacher.served.servers import Patience
+from zppo_mm.teacher.served.servers import RetryPolicy
 
-LONG = Patience(max_seconds=200.0, num_retries=None)
+LONG = RetryPolicy(max_seconds=200.0, num_retries=None)
 CONFIG = TeacherConfig(backoff_seconds=0.01)
 
 
@@ -57,8 +57,8 @@ def process(url: str, **options: Any) -> Iterator[PoolProcess]:
         pool.close()
 
 
-def asks(count: int) -> list[Ask]:
-    return [Ask(f"What is {i} + 1?", 3, 1.0, 6, 10 * i) for i in range(count)]
+def asks(count: int) -> list[ChatRequest]:
+    return [ChatRequest(f"What is {i} + 1?", 3, 1.0, 6, 10 * i) for i in range(count)]
 
 
 def pid(pool: PoolProcess) -> int:
@@ -80,12 +80,15 @@ def test_answers_and_counts_are_those_of_a_pool_in_this_process(server: Loopback
     assert apart.counts["requests"] == 5
 
 
+@pytest.mark.medium
 def test_media_are_opened_there(server: LoopbackServer, tmp_path: Path) -> None:
     write_shards(tmp_path, digit_samples("video", "train", 2, 3))
     folder = ShardFolder(tmp_path)
     questions: list[Question] = [folder.question(shard, key) for shard, key in list(folder.keys())]
     media = MediaStore(MediaLimits())
-    wanted = [Ask("Which digits?", 1, 0.0, 24, 0, media=question.media) for question in questions]
+    wanted = [
+        ChatRequest("Which digits?", 1, 0.0, 24, 0, media=question.media) for question in questions
+    ]
     inside = EndpointPool([server.url], "tiny", CONFIG, media=media)
     lost = replace(wanted[0], media=(replace(questions[0].media[0], extension="gone"),))
     with process(server.url, limits=MediaLimits()) as apart:
@@ -173,9 +176,9 @@ from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.teacher.served.messages import PoolSettings
 from zppo_mm.teacher.served.client_process import PoolProcess
 pool = PoolProcess(PoolSettings(urls=({server.url!r},), model="tiny", config=TeacherConfig()))
-from zppo_mm.teacher.served.chat_api import Ask
-from zppo_mm.teacher.served.servers import Patience
-pool.submit([Ask("Hi", 1, 0.0, 4, 0)], Patience(max_seconds=100.0, num_retries=None))
+from zppo_mm.teacher.served.chat_api import ChatRequest
+from zppo_mm.teacher.served.servers import RetryPolicy
+pool.submit([ChatRequest("Hi", 1, 0.0, 4, 0)], RetryPolicy(max_seconds=100.0, num_retries=None))
 import time; time.sleep(3)
 print(vars(pool)["_worker"].process.pid, flush=True)
 os.kill(os.getpid(), 9)
@@ -257,7 +260,9 @@ def test_one_that_hangs_is_ended_and_what_it_was_asked_is_counted(
         pool.submit(asks(1), LONG).result(timeout=200)
         first = pid(pool)
         os.kill(first, signal.SIGSTOP)
-        outcomes = pool.submit(asks(2), Patience(max_seconds=0.1, num_retries=0)).result(timeout=60)
+        outcomes = pool.submit(asks(2), RetryPolicy(max_seconds=0.1, num_retries=0)).result(
+            timeout=60
+        )
         assert [outcome.problem for outcome in outcomes] == [
             "client_process: the process here that speaks with the servers did not answer in time, "
             "ended by SIGKILL"

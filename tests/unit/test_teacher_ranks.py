@@ -26,7 +26,7 @@ from tests.support.tiny_folder import build_folder
 from zppo_mm.config.schema import ParallelConfig, RewardConfig, TeacherConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.parallel.exchange import SingleProcess
-from zppo_mm.parallel.groups import LostRankError
+from zppo_mm.parallel.failures import RankFailureError
 from zppo_mm.parallel.partition import (
     DONE,
     JobPartition,
@@ -302,7 +302,7 @@ def test_a_partition_without_heartbeats_counts_as_lost(job: Job) -> None:
     store = PrefixStore("another job", job.store)
     link = PartitionLink(JobPartition("teacher", 0, 1, 1, store), 0.3)
     ranks = RankServer(link, server, sampler, SAMPLING, SingleProcess(), lambda: None)
-    with pytest.raises(LostRankError, match="the student's ranks are gone"):
+    with pytest.raises(RankFailureError, match="the student's ranks are gone"):
         ranks.serve()
     server.close()
 
@@ -320,7 +320,7 @@ def test_the_first_exit_reason_counts(job: Job) -> None:
     student, teacher = job.link("student"), job.link("teacher")
     assert teacher.exit_reason() is None
     student.leave("rank 1: ConfigError: the cause")
-    student.leave("rank 0: LostRankError: what followed")
+    student.leave("rank 0: RankFailureError: what followed")
     assert teacher.exit_reason() == "rank 1: ConfigError: the cause"
     assert student.exit_reason() is None
 

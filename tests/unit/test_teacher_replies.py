@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from zppo_mm.config.schema import TeacherConfig
-from zppo_mm.teacher.served.chat_api import Ask, Choice, Fault
+from zppo_mm.teacher.served.chat_api import ChatRequest, Choice, Fault
 from zppo_mm.teacher.served.chat_reply import parse_reply
 from zppo_mm.teacher.served.endpoint import retry_after
 from zppo_mm.teacher.served.media import MessageWriter
@@ -290,7 +290,7 @@ def test_retry_after() -> None:
 
 
 def test_request_body() -> None:
-    ask = Ask("hi é", num_choices=4, temperature=1.0, max_tokens=9, seed=2**31 - 1)
+    ask = ChatRequest("hi é", num_choices=4, temperature=1.0, max_tokens=9, seed=2**31 - 1)
     body = json.loads(ask.body("m", "hi é", 4, 0))
     assert body == {
         "model": "m",

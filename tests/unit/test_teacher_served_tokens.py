@@ -15,7 +15,7 @@ import pytest
 from zppo_mm.bundled import STUDENT_DIR
 from zppo_mm.experience import NO_TOKEN
 from zppo_mm.rollout.chat import ChatFormat
-from zppo_mm.teacher.served.chat_api import Ask, Choice, Fault, ServedToken
+from zppo_mm.teacher.served.chat_api import ChatRequest, Choice, Fault, ServedToken
 from zppo_mm.teacher.served.chat_reply import parse_reply
 from zppo_mm.teacher.served.tokens import TokenReader
 
@@ -155,16 +155,16 @@ def test_what_cannot_be_used_is_left_out_and_said_once(
     [math.nan, math.inf, -math.inf, 1e-3, 0.5, 1e300, -1e300],
     ids=["nan", "inf", "-inf", "above 0", "1/2", "huge", "tiny"],
 )
-@pytest.mark.parametrize("token", ["written", "likely", "unknown to the student"])
-def test_log_probs_that_there_are_none_of_are_refused(
-    logprob: float, token: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("which", ["written", "likely", "unknown to the student"])
+def test_impossible_log_probs_are_refused(
+    logprob: float, which: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = token(b"4", 0.5, **{" is": 0.25})
     bad = {
         "written": ServedToken(b" is", logprob, ((b"4", -1.0),)),
         "likely": ServedToken(b" is", -1.0, ((b"4", logprob),)),
         "unknown to the student": ServedToken(b" is", -1.0, ((b"4", -1.0), (b"cat", logprob))),
-    }[token]
+    }[which]
     read = reader()
     with caplog.at_level(logging.WARNING):
         assert read.read(choice("4 is", good, bad)) is None
@@ -278,6 +278,6 @@ def test_more_likely_tokens_than_asked_for_are_not_kept() -> None:
 
 
 def test_log_probs_are_asked_for_where_they_are_wanted() -> None:
-    ask = Ask("hi", num_choices=1, temperature=1.0, max_tokens=9, seed=0, top_logprobs=20)
+    ask = ChatRequest("hi", num_choices=1, temperature=1.0, max_tokens=9, seed=0, top_logprobs=20)
     body = json.loads(ask.body("m", "hi", 1, 0))
     assert (body["logprobs"], body["top_logprobs"]) == (True, 20)

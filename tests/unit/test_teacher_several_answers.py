@@ -12,9 +12,9 @@ import pytest
 from tests.support.pool_asking import GOOD, PATIENT, ask, faults, reply_with, texts
 from tests.support.raw_server import RawServer, Say, completion, http, say, serve_raw
 from zppo_mm.config.schema import TeacherConfig
-from zppo_mm.teacher.served.chat_api import Ask
+from zppo_mm.teacher.served.chat_api import ChatRequest
 from zppo_mm.teacher.served.pool import EndpointPool
-from zppo_mm.teacher.served.servers import Patience
+from zppo_mm.teacher.served.servers import RetryPolicy
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -76,7 +76,7 @@ def test_a_server_that_refuses_several_answers_is_asked_for_each(status: str) ->
     servers, plan = drawing(refuse=status)
     with serve_raw(plan) as server:
         servers.append(server)
-        outcome, counts = ask(server.url, Patience(max_seconds=60.0, num_retries=None))
+        outcome, counts = ask(server.url, RetryPolicy(max_seconds=60.0, num_retries=None))
     assert texts(outcome) == ["0", "1"]
     assert faults(counts) == {f"http_{status[:3]}": 2 if status.startswith("5") else 1}
 
@@ -86,7 +86,7 @@ def test_no_draw_counts_twice_when_some_of_several_are_drawn_again(broken: tuple
     servers, plan = drawing(broken=broken)
     with serve_raw(plan) as server:
         servers.append(server)
-        outcome, _ = ask(server.url, Patience(max_seconds=5.0, num_retries=len(broken)))
+        outcome, _ = ask(server.url, RetryPolicy(max_seconds=5.0, num_retries=len(broken)))
     assert len(set(texts(outcome))) == (2 if len(broken) == 1 else 0)
 
 
@@ -103,7 +103,7 @@ def test_a_question_that_the_model_does_not_answer_is_drawn_again_and_then_left_
 ) -> None:
     with serve_raw(lambda number: say(reply_with(**said))) as server:
         outcome, counts = ask(
-            server.url, Patience(max_seconds=60.0, num_retries=None), config={"num_retries": 2}
+            server.url, RetryPolicy(max_seconds=60.0, num_retries=None), config={"num_retries": 2}
         )
         seeds = {json.loads(body)["seed"] for _, body in server.requests}
     assert (outcome.answers(), outcome.is_refused, counts["requests"]) == ([], True, 3)
@@ -114,13 +114,13 @@ def test_what_one_server_refuses_is_asked_of_another() -> None:
     refuse = say(http(b'{"error": "context of 512 tokens"}', status="400 Bad Request"))
     with serve_raw(lambda number: refuse) as small, serve_raw(lambda number: GOOD) as large:
         pool = EndpointPool([small.url, large.url], "tiny", TeacherConfig(backoff_seconds=0.01))
-        (outcome,) = pool.submit([Ask("?", 1, 1.0, 16, 0)], PATIENT).result(timeout=60)
+        (outcome,) = pool.submit([ChatRequest("?", 1, 1.0, 16, 0)], PATIENT).result(timeout=60)
         pool.close()
     assert texts(outcome) == ["3"]
     with serve_raw(lambda number: refuse) as one, serve_raw(lambda number: refuse) as other:
         pool = EndpointPool([one.url, other.url], "tiny", TeacherConfig(backoff_seconds=0.01))
         (outcome,) = pool.submit(
-            [Ask("?", 1, 1.0, 16, 0)], Patience(max_seconds=60.0, num_retries=None)
+            [ChatRequest("?", 1, 1.0, 16, 0)], RetryPolicy(max_seconds=60.0, num_retries=None)
         ).result(timeout=60)
         pool.close()
     assert (len(one.requests), len(other.requests), outcome.is_refused) == (1, 1, True)

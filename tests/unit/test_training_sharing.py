@@ -132,6 +132,7 @@ def test_plans_are_complete_small_enough_and_balanced(
     num_replicas=st.integers(2, 6),
     budget=st.integers(40, 400),
 )
+@pytest.mark.medium
 def test_parts_of_a_group_that_fit_together_are_together(
     groups: list[tuple[int, list[int]]], num_replicas: int, budget: int
 ) -> None:

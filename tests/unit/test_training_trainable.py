@@ -5,7 +5,6 @@ what trains and what it costs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from zppo_mm.training.policy import Policy
 from zppo_mm.training.trainable import PartSize, part_sizes, table
 from zppo_mm.weights.mapping import load_hf_weights
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 PARTS = ("vision", "projector", "language")
 # megatron-core starts every parameter and ends every bucket at a multiple of this many values.
 MAX_PADDING = 128
@@ -36,13 +37,6 @@ FREEZES: list[tuple[tuple[str, ...], LoraConfig]] = [
     (PARTS, LoraConfig(rank=2)),
     (("vision",), LoraConfig(rank=2, also_train=["projector"])),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank() -> Iterator[None]:
-    parallel.initialize(ParallelConfig(), seed=0)
-    yield
-    parallel.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +79,7 @@ def state_bytes(policy: Policy) -> int:
 
 
 @pytest.mark.parametrize(("freeze", "lora"), FREEZES)
+@pytest.mark.medium
 def test_frozen_parameters_have_no_buffer_no_state_and_do_not_move(
     folder: Path, freeze: tuple[str, ...], lora: LoraConfig
 ) -> None:

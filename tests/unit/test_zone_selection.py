@@ -74,7 +74,7 @@ def test_inject_replaces_one_wrong_rollout_of_hard_questions_by_a_right_one_of_t
         1,
     )
     assert chosen.groups[1:] == (easy, unsolved)
-    changed = [place for place in range(5) if injected.rollouts[place] is not hard.rollouts[place]]
+    changed = [index for index in range(5) if injected.rollouts[index] is not hard.rollouts[index]]
     assert len(changed) == 1
     assert changed[0] != 1  # the right one stays
     taken = injected.rollouts[changed[0]]
@@ -88,25 +88,25 @@ def test_inject_replaces_one_wrong_rollout_of_hard_questions_by_a_right_one_of_t
     assert [each.author for each in hard.rollouts] == ["student"] * 5
 
 
-def test_inject_draws_every_wrong_place_and_every_right_answer_and_the_same_on_every_rank() -> None:
+def test_inject_draws_every_wrong_index_and_every_right_answer_and_the_same_on_every_rank() -> None:
     selection = make(replace(ZONE, inject=True))
     hard = [group("q", [0, 1, 0, 0, 0], step=step) for step in range(60)]
     seen: Counter[tuple[int, str]] = Counter()
     for each in hard:
         one, again = (selection.choose([each], (), {"q": RIGHT}, 1).groups[0] for _ in range(2))
-        places = [
-            (place, rollout.text)
-            for place, rollout in enumerate(one.rollouts)
+        indices = [
+            (index, rollout.text)
+            for index, rollout in enumerate(one.rollouts)
             if rollout.author == "teacher"
         ]
-        assert places == [
-            (place, rollout.text)
-            for place, rollout in enumerate(again.rollouts)
+        assert indices == [
+            (index, rollout.text)
+            for index, rollout in enumerate(again.rollouts)
             if rollout.author == "teacher"
         ]
-        seen.update(places)
+        seen.update(indices)
     assert set(seen) == {
-        (place, text) for place in (0, 2, 3, 4) for text in ("teacher A", "teacher B")
+        (index, text) for index in (0, 2, 3, 4) for text in ("teacher A", "teacher B")
     }
 
 

@@ -1,6 +1,4 @@
-"""Build a bundled model from nothing: random weights, supervised training on Megatron, a Hugging
-Face folder.
-"""
+"""Build a bundled model: random weights, supervised training, a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ def build_tiny_model(recipe: Recipe, out_dir: str | Path, seed: int) -> float:
     Args:
         recipe: Size and curriculum.
         out_dir: Where the folder goes; an older one of that name is replaced.
-        seed: Of weights and lessons.
+        seed: Of weights and examples.
 
     Returns:
         Mean loss of the last updates.
@@ -50,16 +48,16 @@ def build_tiny_model(recipe: Recipe, out_dir: str | Path, seed: int) -> float:
         start = Path(scratch) / "untrained"
         write_untrained(start, recipe.size, seed)
         for number, stages in enumerate(recipe.parts, 1):
-            lessons = DigitExamples(load_templates(), compressor, seed)
+            examples = DigitExamples(load_templates(), compressor, seed)
             end = Path(scratch) / f"part-{number}" if number < len(recipe.parts) else Path(out_dir)
-            loss = _train_part(start, end, stages, lessons, seed)
+            loss = _train_part(start, end, stages, examples, seed)
             start = end
     logger.info("bundled: %s is built, last loss %.4f", out_dir, loss)
     return loss
 
 
 def _train_part(
-    start: Path, end: Path, stages: Sequence[Stage], lessons: DigitExamples, seed: int
+    start: Path, end: Path, stages: Sequence[Stage], examples: DigitExamples, seed: int
 ) -> float:
     """Train the folder `start` through some stages and write the folder `end`."""
     layout = ParallelConfig()
@@ -67,7 +65,7 @@ def _train_part(
     model = build_model(load_architecture(start), ModelConfig(), layout)
     load_hf_weights(model, start)
     policy = Policy(model, supervised_config(stages), layout, SupervisedObjective())
-    encoder = PromptEncoder(start, lessons.open)
-    loss = train_supervised(policy, encoder, lessons, stages, MICRO_BATCH_TOKENS)
+    encoder = PromptEncoder(start, examples.open)
+    loss = train_supervised(policy, encoder, examples, stages, MICRO_BATCH_TOKENS)
     export_hf_weights(model, start, end)
     return loss

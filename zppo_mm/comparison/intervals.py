@@ -1,4 +1,4 @@
-"""Intervals: a paired bootstrap over seeds and questions, and shares of counts. NumPy alone."""
+"""Intervals: a paired bootstrap over seeds and questions, and fractions of counts. NumPy alone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def bootstrap_means(
     resampled questions.
 
     One draw is the same for all rows, so differences between rows are paired by seed and question.
-    A seed that is drawn twice in one draw has its questions drawn for each time anew.
+    A seed that is drawn twice in one draw has its questions drawn again each time.
 
     Args:
         scores: Per seed `[rows, questions]`; the number of questions may differ between seeds.
@@ -62,8 +62,8 @@ def bootstrap_means(
     for index, of_seed in enumerate(scores):
         num_questions = of_seed.shape[1]
         weights = np.full(num_questions, 1 / num_questions)
-        for place in range(num_seeds):
-            (draws,) = np.nonzero(drawn[:, place] == index)
+        for position in range(num_seeds):
+            (draws,) = np.nonzero(drawn[:, position] == index)
             for block in np.array_split(draws, 1 + len(draws) * num_questions // _BLOCK_COUNTS):
                 counts = rng.multinomial(num_questions, weights, size=len(block))
                 sums[block] += counts @ of_seed.T / num_questions
@@ -76,18 +76,18 @@ def interval(value: float, draws: FloatArray) -> Estimate:
     return Estimate(float(value), float(low), float(high))
 
 
-def share_interval(count: int, total: int) -> Estimate | None:
-    """Return a share with Wilson's interval, which stays within 0 and 1; `None` of nothing.
+def fraction_interval(count: int, total: int) -> Estimate | None:
+    """Return a fraction with Wilson's interval, which stays within 0 and 1; `None` of nothing.
 
     Source: E. B. Wilson, Journal of the American Statistical Association 22 (1927), 209-212.
     """
     if not total:
         return None
-    share, z = count / total, NORMAL_97_5
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    fraction, z = count / total, NORMAL_97_5
+    centre = (fraction + z * z / (2 * total)) / (1 + z * z / total)
     half = (
         z
         / (1 + z * z / total)
-        * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+        * math.sqrt(fraction * (1 - fraction) / total + z * z / (4 * total * total))
     )
-    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
+    return Estimate(fraction, max(0.0, centre - half), min(1.0, centre + half))

@@ -34,7 +34,7 @@ Answers = Mapping[tuple[str, str], Answered]
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """A run as its folder tells it.
+    """What a run's folder says of it.
 
     Attributes:
         run: What was planned.

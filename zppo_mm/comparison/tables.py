@@ -142,14 +142,14 @@ def _graduations(results: Results) -> Table | None:
         if each is None:
             rows.append((label, *[""] * (len(bins) + 2)))
             continue
-        shares = [_share(each.graduated[part], each.admitted[part]) for part in bins]
+        fractions = [_fraction(each.graduated[part], each.admitted[part]) for part in bins]
         gone = each.graduated.total() + each.evicted.total()
         rows.append(
             (
                 label,
-                *shares,
-                _share(each.graduated.total(), each.admitted.total()),
-                _share(each.graduated.total(), gone),
+                *fractions,
+                _fraction(each.graduated.total(), each.admitted.total()),
+                _fraction(each.graduated.total(), gone),
             )
         )
     note = (
@@ -261,11 +261,11 @@ def _runs(results: Results) -> Table:
 
 
 def _without_empty_columns(table: Table) -> Table:
-    kept = [place for place in range(len(table.header)) if any(row[place] for row in table.rows)]
+    kept = [index for index in range(len(table.header)) if any(row[index] for row in table.rows)]
     return replace(
         table,
-        header=tuple(table.header[place] for place in kept),
-        rows=tuple(tuple(row[place] for place in kept) for row in table.rows),
+        header=tuple(table.header[index] for index in kept),
+        rows=tuple(tuple(row[index] for index in kept) for row in table.rows),
     )
 
 
@@ -273,8 +273,8 @@ def _num_counted(results: Results, label: str) -> str:
     return f"{len(results.counted(label))} of {len(results.plan.seeds)}"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"
 
 
 def _interval(estimate: Estimate) -> str:
@@ -289,7 +289,7 @@ def _difference(estimate: Estimate | None) -> str:
     return f"{value} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
 
 
-def _share(count: int, total: int) -> str:
+def _fraction(count: int, total: int) -> str:
     return f"{count / total:.0%} ({count}/{total})" if total else ""
 
 

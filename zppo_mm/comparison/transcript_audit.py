@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from zppo_mm.comparison.intervals import Estimate, share_interval
+from zppo_mm.comparison.intervals import Estimate, fraction_interval
 from zppo_mm.comparison.tables import Table
 from zppo_mm.errors import ConfigError
 from zppo_mm.methods import PLAIN_KINDS
@@ -25,7 +25,7 @@ Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Proportion:
     """How many of how many."""
 
     count: int
@@ -33,10 +33,10 @@ class Share:
 
     @property
     def estimate(self) -> Estimate | None:
-        """The share with its binomial 95 % interval; rollouts of one prompt are taken for
+        """The fraction with its binomial 95 % interval; rollouts of one prompt are taken for
         independent, which they are not quite.
         """
-        return share_interval(self.count, self.total)
+        return fraction_interval(self.count, self.total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,26 +81,26 @@ class TranscriptAudit:
 
     num_steps: int
     groups: Mapping[str, int]
-    bcq_accuracy: Share
-    bcq_plain_accuracy: Share
-    bcq_right: Share
-    bcq_wrong: Share
-    bcq_neither: Share
-    bcq_none: Share
-    first: Share
-    right_first: Share
-    right_second: Share
-    right_longer: Share
+    bcq_accuracy: Proportion
+    bcq_plain_accuracy: Proportion
+    bcq_right: Proportion
+    bcq_wrong: Proportion
+    bcq_neither: Proportion
+    bcq_none: Proportion
+    first: Proportion
+    right_first: Proportion
+    right_second: Proportion
+    right_longer: Proportion
     right_length: Lengths | None
     wrong_length: Lengths | None
-    ncq_accuracy: Share
-    ncq_plain_accuracy: Share
-    ncq_listed: Share
-    ncq_other: Share
-    ncq_none: Share
-    kept: Share
-    changed: Share
-    lost: Share
+    ncq_accuracy: Proportion
+    ncq_plain_accuracy: Proportion
+    ncq_listed: Proportion
+    ncq_other: Proportion
+    ncq_none: Proportion
+    kept: Proportion
+    changed: Proportion
+    lost: Proportion
 
 
 def audit_run(folder: Path, first_step: int = 0, last_step: int | None = None) -> TranscriptAudit:
@@ -156,7 +156,7 @@ def _audit(num_steps: int, records: Sequence[Record]) -> TranscriptAudit:
         first=_first(pairs),
         right_first=_accuracy(record for record in pairs if record["candidates"][0]["correct"]),
         right_second=_accuracy(record for record in pairs if record["candidates"][1]["correct"]),
-        right_longer=Share(
+        right_longer=Proportion(
             sum(r > w for r, w in zip(right, wrong, strict=True)),
             sum(r != w for r, w in zip(right, wrong, strict=True)),
         ),
@@ -167,9 +167,9 @@ def _audit(num_steps: int, records: Sequence[Record]) -> TranscriptAudit:
         ncq_listed=_matches(ncq, [False]),
         ncq_other=_others(ncq),
         ncq_none=_unparsed(ncq),
-        kept=Share(fidelity["kept"], len(candidates)),
-        changed=Share(fidelity["changed"], len(candidates)),
-        lost=Share(fidelity["lost"], len(candidates)),
+        kept=Proportion(fidelity["kept"], len(candidates)),
+        changed=Proportion(fidelity["changed"], len(candidates)),
+        lost=Proportion(fidelity["lost"], len(candidates)),
     )
 
 
@@ -198,9 +198,9 @@ def _num_rollouts(records: Iterable[Record]) -> int:
     return sum(len(_graded(record)) for record in records)
 
 
-def _accuracy(records: Iterable[Record]) -> Share:
+def _accuracy(records: Iterable[Record]) -> Proportion:
     rewards = [rollout["reward"] for record in records for rollout in _graded(record)]
-    return Share(sum(reward >= 1 for reward in rewards), len(rewards))
+    return Proportion(sum(reward >= 1 for reward in rewards), len(rewards))
 
 
 def _plain_of(reformulated: Iterable[Record], records: Iterable[Record]) -> Iterator[Record]:
@@ -213,26 +213,26 @@ def _plain_of(reformulated: Iterable[Record], records: Iterable[Record]) -> Iter
     )
 
 
-def _matches(records: Sequence[Record], correct: Sequence[bool]) -> Share:
+def _matches(records: Sequence[Record], correct: Sequence[bool]) -> Proportion:
     """Count the rollouts whose answer equals that of a candidate of the given correctness."""
     count = sum(num_matches(_answers(record), _shown(record, correct)) for record in records)
-    return Share(count, _num_rollouts(records))
+    return Proportion(count, _num_rollouts(records))
 
 
-def _others(records: Sequence[Record]) -> Share:
+def _others(records: Sequence[Record]) -> Proportion:
     """Count the rollouts with an answer that equals no candidate's."""
     matched, unparsed = _matches(records, [True, False]), _unparsed(records)
-    return Share(matched.total - matched.count - unparsed.count, matched.total)
+    return Proportion(matched.total - matched.count - unparsed.count, matched.total)
 
 
-def _unparsed(records: Sequence[Record]) -> Share:
-    return Share(
+def _unparsed(records: Sequence[Record]) -> Proportion:
+    return Proportion(
         sum(answer is None for record in records for answer in _answers(record)),
         _num_rollouts(records),
     )
 
 
-def _first(pairs: Iterable[Record]) -> Share:
+def _first(pairs: Iterable[Record]) -> Proportion:
     first = total = 0
     for record in pairs:
         shown = [candidate["answer"] for candidate in record["candidates"]]
@@ -240,7 +240,7 @@ def _first(pairs: Iterable[Record]) -> Share:
             continue
         first += num_matches(_answers(record), shown[:1])
         total += num_matches(_answers(record), shown)
-    return Share(first, total)
+    return Proportion(first, total)
 
 
 def _shown(record: Record, correct: Sequence[bool]) -> list[str | None]:
@@ -277,13 +277,11 @@ ROWS: Mapping[str, str] = {
     "changed": "candidates that end in another answer",
     "lost": "candidates that lost their answer",
 }
-"""What the table calls each share."""
+"""What the table calls each fraction."""
 
 
 def audit_table(audits: Mapping[str, TranscriptAudit]) -> Table:
-    """Return the audits of runs side by side: shares in percent with intervals and counts, lengths
-    in characters.
-    """
+    """Return the audits of runs side by side: percent with intervals and counts, and characters."""
     rows = [("steps", *(str(audit.num_steps) for audit in audits.values()))]
     kinds = sorted({kind for audit in audits.values() for kind in audit.groups})
     rows += [
@@ -299,28 +297,30 @@ def audit_table(audits: Mapping[str, TranscriptAudit]) -> Table:
         cells = [f"{length.mean:.0f} ({length.median:.0f})" if length else "" for length in lengths]
         rows.append((f"BCQ: characters of the {name} candidate, mean (median)", *cells))
     note = (
-        "Shares in percent with 95 % intervals and counts; rollouts of one prompt are taken for "
+        "Fractions in percent with 95 % intervals and counts; rollouts of one prompt are taken for "
         "independent."
     )
     return Table("Audit", note, ("", *audits), tuple(rows))
 
 
 def as_json(audit: TranscriptAudit) -> dict[str, Any]:
-    """Return an audit as JSON types, every share with its interval."""
+    """Return an audit as JSON types, every fraction with its interval."""
     record = asdict(audit)
     for name in ROWS:
-        share: Share = getattr(audit, name)
+        fraction: Proportion = getattr(audit, name)
         record[name] |= (
-            asdict(share.estimate) if share.estimate else {"value": None, "low": None, "high": None}
+            asdict(fraction.estimate)
+            if fraction.estimate
+            else {"value": None, "low": None, "high": None}
         )
     return record
 
 
-def _cell(share: Share) -> str:
-    estimate = share.estimate
+def _cell(fraction: Proportion) -> str:
+    estimate = fraction.estimate
     if estimate is None:
         return ""
     return (
         f"{100 * estimate.value:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}] "
-        f"{share.count}/{share.total}"
+        f"{fraction.count}/{fraction.total}"
     )

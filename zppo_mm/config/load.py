@@ -172,7 +172,7 @@ def _check_keys(layer: _Layer, kind: Any) -> None:
 
 
 def _unknown_keys(content: Any, kind: Any, prefix: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield each dotted key that `kind` lacks, with the dotted keys known at its place."""
+    """Yield each dotted key that `kind` lacks, with the known dotted keys beside it."""
     if isinstance(content, list):
         for item in content:
             yield from _unknown_keys(item, (get_args(kind) or (None,))[0], prefix)

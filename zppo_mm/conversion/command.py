@@ -8,6 +8,7 @@ from pathlib import Path
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ZppoError
 from zppo_mm.observability.logs import configure_logging
+from zppo_mm.parallel import failures
 from zppo_mm.parallel import groups as parallel
 
 
@@ -35,7 +36,7 @@ def run_command(name: str, folders: list[Path], layout: ParallelConfig) -> Outco
     try:
         parallel.initialize(layout, seed=0)
         configure_logging(None, parallel.rank())
-        with parallel.explain_lost_rank():
+        with failures.translate_collective_errors():
             outcome = _run(name, folders, layout)
         parallel.shutdown()
     except ZppoError as error:

@@ -32,6 +32,7 @@ from zppo_mm.evaluation.student import Student, build_student, describe_student
 from zppo_mm.evaluation.summary import Summary, summarise, table
 from zppo_mm.experience import PromptInstance
 from zppo_mm.observability.logs import configure_logging
+from zppo_mm.parallel import failures
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.rollout.held_out import HeldOut, evaluation_instances, held_out_questions
 
@@ -76,9 +77,9 @@ def evaluate_model(request: EvaluationRequest) -> Summary:
     config = read_config(request)
     output = output_folder(request, config)
     parallel.initialize(config.parallel, config.seed)
-    parallel.end_with_launcher()
+    failures.end_with_launcher()
     configure_logging(output, parallel.rank())
-    with parallel.explain_lost_rank():
+    with failures.translate_collective_errors():
         student = build_student(config)
         try:
             questions = _questions(request, config, student)
@@ -171,7 +172,7 @@ def _converted(file: Path, request: EvaluationRequest, output_dir: Path) -> Path
                 format_name=request.format,
                 fields=request.fields,
                 media_root=root,
-                health=SampleHealth(max_bad_share=1.0),
+                health=SampleHealth(max_bad_fraction=1.0),
             )
     return folder
 

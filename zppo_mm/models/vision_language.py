@@ -19,7 +19,7 @@ from encoders.tower import VisionTower
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families.architecture import Architecture
 from zppo_mm.models.layers.deepstack import spread_features
-from zppo_mm.models.layers.gated_delta_net import chosen_kernels
+from zppo_mm.models.layers.delta_rule import chosen_kernels
 from zppo_mm.models.layers.packing import PackedLayout, build_layout
 from zppo_mm.models.layers.rotary import RotaryTable
 from zppo_mm.models.layers.ulysses import UlyssesExchange

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 from zppo_mm.interruption import StopRequested
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel import replica
-from zppo_mm.parallel.meetings import Meetings
+from zppo_mm.parallel.liveness_barrier import LivenessBarrier
 
 T = TypeVar("T")
 
@@ -53,15 +53,15 @@ class ParallelExchange:
     """The run's process groups.
 
     Args:
-        meetings: Let ranks wait for one another as long as all live; `None` leaves that to the time
+        barrier: Let ranks wait for one another as long as all live; `None` leaves that to the time
             limit of the process group.
         should_stop: Whether the run is to end, as far as this rank knows; once true, it stays so.
     """
 
     def __init__(
-        self, meetings: Meetings | None = None, should_stop: Callable[[], bool] = never
+        self, barrier: LivenessBarrier | None = None, should_stop: Callable[[], bool] = never
     ) -> None:
-        self._meetings = meetings
+        self._barrier = barrier
         self.should_stop = should_stop
 
     @property
@@ -85,8 +85,8 @@ class ParallelExchange:
         Raises:
             StopRequested: On every rank, if any of them knows that the run is to end.
         """
-        if self._meetings is not None:
-            self._meetings.meet()
+        if self._barrier is not None:
+            self._barrier.wait()
         shares, is_stopping = parallel.gather_with_flag(local, self.should_stop())
         if is_stopping:
             raise StopRequested

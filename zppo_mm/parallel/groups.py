@@ -4,15 +4,9 @@ Python objects.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import itertools
-import math
 import os
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -27,8 +21,9 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 
 from zppo_mm.config.schema import ParallelConfig
-from zppo_mm.errors import ConfigError, ZppoError
 from zppo_mm.parallel import megatron_cpu
+from zppo_mm.parallel.failures import RankZeroError, translate_rendezvous_errors
+from zppo_mm.parallel.layout import validate_layout
 
 if TYPE_CHECKING:
     from zppo_mm.parallel.partition import JobPartition
@@ -36,25 +31,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _WAIT_SECONDS = 0.02
 """Time between two words from rank 0 while it works and the others wait."""
-_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-_PR_SET_PDEATHSIG = 1
-_LOST_RANK_SIGNS = (
-    "connection closed",
-    "connection reset",
-    "timed out",
-    "timeout",
-    "broken pipe",
-    "recvvalue failed",
-    "aborted",
-)
-
-
-class LostRankError(ZppoError, RuntimeError):
-    """Another process of the run died or stopped answering."""
-
-
-class RankZeroError(ZppoError):
-    """What rank 0 did for all ranks failed there."""
 
 
 def initialize(config: ParallelConfig, seed: int, world: JobPartition | None = None) -> None:
@@ -80,7 +56,7 @@ def initialize(config: ParallelConfig, seed: int, world: JobPartition | None = N
         validate_layout(
             config, world.size if world is not None else int(os.environ.get("WORLD_SIZE", "1"))
         )
-        with explain_unreachable():
+        with translate_rendezvous_errors():
             _join(timedelta(minutes=config.timeout_minutes), world)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
@@ -131,65 +107,6 @@ def _join(timeout: timedelta, world: JobPartition | None) -> None:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def end_with_launcher() -> None:
-    """Have the system end this process when the one that started it dies.
-
-    A killed torchrun leaves its workers running; they would go on writing beside the run that is
-    started in their place. Linux only; elsewhere nothing happens.
-    """
-    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    launcher = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:  # it died before the request was in place
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def validate_layout(config: ParallelConfig, world_size: int, num_others: int = 0) -> None:
-    """Check that the processes can be split into the layout.
-
-    Args:
-        config: The layout.
-        world_size: Processes to be laid out.
-        num_others: Further processes of the job, which are laid out apart.
-
-    Raises:
-        ConfigError: A size is below 1, or the world size is no multiple of tensor x pipeline x
-            context.
-    """
-    sizes = {
-        name: int(getattr(config, name))
-        for name in _SIZES
-        if name != "context_parallel_size" or config.context_parallel_size != 1
-    }
-    if min(sizes.values()) < 1:
-        got = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        raise ConfigError(f"parallel: sizes must be at least 1, got {got}; set each to 1 or more")
-    model_size = math.prod(sizes.values())
-    if world_size % model_size == 0:
-        return
-    asked = " x ".join(f"{name.split('_')[0]} {size}" for name, size in sizes.items())
-    nearest = zip(sizes, _nearest_layout(list(sizes.values()), world_size), strict=True)
-    more = (world_size // model_size + 1) * model_size + num_others
-    raise ConfigError(
-        f"parallel: {world_size} process(es) cannot be split into {asked}, got a world size of "
-        f"{world_size}, expected a multiple of {model_size}; start {more} processes (torchrun "
-        "--nproc-per-node), or set the nearest layout that works: "
-        + " ".join(f"parallel.{name}={size}" for name, size in nearest)
-    )
-
-
-def _nearest_layout(sizes: Sequence[int], world_size: int) -> tuple[int, ...]:
-    """Return the largest layout not above the asked one that divides the world size; on a tie more
-    of what comes first.
-    """
-    layouts = itertools.product(*(range(1, size + 1) for size in sizes))
-    return max(
-        (layout for layout in layouts if world_size % math.prod(layout) == 0),
-        key=lambda layout: (math.prod(layout), layout),
-    )
-
-
 def shutdown() -> None:
     """Leave the process group after every rank has arrived; does nothing if there is none."""
     if dist.is_initialized():
@@ -206,45 +123,6 @@ def leave() -> None:
     if dist.is_initialized():
         _forget_groups()
         dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def explain_unreachable() -> Iterator[None]:
-    """Say in one line why the processes of a job do not find one another.
-
-    Raises:
-        ConfigError: The address cannot be used inside the block.
-    """
-    try:
-        yield
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise ConfigError(
-            f"parallel: the job's processes cannot meet at {place}, got "
-            f"{str(error).splitlines()[0]!r}, expected a free port on the first node that all can "
-            "reach; give another one (torchrun --master-port)"
-        ) from error
-
-
-@contextlib.contextmanager
-def explain_lost_rank() -> Iterator[None]:
-    """Turn the backend's message about a broken connection into one that says what happened.
-
-    Raises:
-        LostRankError: A collective inside the block failed because another rank is gone or silent.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, ZppoError) or not any(
-            sign in str(error).lower() for sign in _LOST_RANK_SIGNS
-        ):
-            raise
-        raise LostRankError(
-            f"parallel: rank {rank()} lost another process of the run, got {error}, expected every "
-            "rank to answer within parallel.timeout_minutes; look at the other ranks' output for "
-            "the first error, then start the run again to resume"
-        ) from error
 
 
 def device() -> torch.device:

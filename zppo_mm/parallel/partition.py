@@ -19,7 +19,8 @@ from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
 
 from zppo_mm.config.schema import ParallelConfig, TeacherConfig
 from zppo_mm.errors import ConfigError
-from zppo_mm.parallel.groups import explain_unreachable, validate_layout
+from zppo_mm.parallel.failures import translate_rendezvous_errors
+from zppo_mm.parallel.layout import validate_layout
 
 PartitionName = Literal["student", "teacher"]
 
@@ -135,7 +136,7 @@ def divide_job(student: ParallelConfig, teacher: TeacherConfig) -> JobPartition 
         )
     # On the teacher's ranks too, so that nobody waits for a process that has given up.
     validate_layout(student, num_students, num_others=teacher.num_ranks)
-    with explain_unreachable():
+    with translate_rendezvous_errors():
         store, rank, _ = next(
             rendezvous("env://", timeout=timedelta(minutes=student.timeout_minutes))
         )

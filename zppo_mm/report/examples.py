@@ -21,8 +21,8 @@ from zppo_mm.methods import KINDS, PLAIN_KINDS, REFORMULATED
 from zppo_mm.report.run_record import read_lines, transcripts_newest_first
 
 MediaOpener = Callable[[MediaRef], npt.NDArray[np.uint8]]
-"""Opens a reference to `[frames, height, width, 3]` RGB; raises DataError or OSError for media that
-cannot be had.
+"""Opens a reference to `[frames, height, width, 3]` RGB; raises DataError or OSError for
+unavailable media.
 """
 
 MAX_FRAMES_SHOWN = 8

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from zppo_mm.methods import KINDS, REFORMULATED
-from zppo_mm.report.run_record import RunRecord, Series
+from zppo_mm.report.drawing import (
+    STYLE,
+    DrawnFigure,
+    curves,
+    draw_curve,
+    draw_stack,
+    finish_axes,
+    ramp,
+    svg_uri,
+)
+from zppo_mm.report.run_record import RunRecord
 
 KIND_COLORS = {kind.name: kind.color for kind in KINDS}
 PLAIN, BCQ, NCQ = (KIND_COLORS[kind] for kind in ("new", "bcq", "ncq"))
@@ -34,40 +39,6 @@ SEQUENCE = (
 )
 SOURCE_COLORS = ("#5b8fd0", "#45b894", "#e6a860", "#d9655b", "#8a94a6")
 SIZE_INCHES = (6.4, 3.0)
-SMOOTHING_STEPS = 5
-# The keys are names of matplotlib settings, which its stubs list one by one.
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#c4cad4",
-    "axes.labelcolor": "#4b5563",
-    "axes.grid": True,
-    "grid.color": "#e8ebf0",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "xtick.color": "#6b7280",
-    "ytick.color": "#6b7280",
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "lines.linewidth": 2.0,
-    "svg.hashsalt": "zppo_mm",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class DrawnFigure:
-    """One figure of the report.
-
-    Attributes:
-        title: Its heading.
-        caption: What it shows and how to read it.
-        source: Data URI of the SVG.
-    """
-
-    title: str
-    caption: str
-    source: str
 
 
 def draw_figures(run: RunRecord) -> list[DrawnFigure]:
@@ -80,97 +51,6 @@ def draw_figures(run: RunRecord) -> list[DrawnFigure]:
             if draw(run, axes):
                 drawn.append(DrawnFigure(title, caption, svg_uri(figure)))
     return drawn
-
-
-def svg_uri(figure: Figure) -> str:
-    """Return a figure as a data URI that is the same for the same figure."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Average every value with those before it in a short window."""
-    return [
-        float(np.mean(values[max(0, i + 1 - SMOOTHING_STEPS) : i + 1])) for i in range(len(values))
-    ]
-
-
-def _curve(axes: Axes, series: Series, label: str, color: str, smooth: bool = True) -> bool:
-    """Draw one curve: faint as measured, strong as moving average; points where there are few."""
-    steps, values = series
-    if not steps:
-        return False
-    if smooth and len(steps) > 2 * SMOOTHING_STEPS:
-        axes.plot(steps, values, color=color, alpha=0.25, linewidth=1.0)
-        axes.plot(steps, smoothed(values), color=color, label=label)
-    else:
-        axes.plot(steps, values, color=color, label=label, marker="o", markersize=4)
-    return True
-
-
-def finish_axes(axes: Axes, ylabel: str, percent: bool = False, columns: int = 4) -> None:
-    """Label the axes and put the legend above the plot."""
-    axes.set_xlabel("step")
-    axes.set_ylabel(ylabel)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
-    if percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.set_ylim(0, max(0.05, *(axes.get_ylim()[1:])))
-        axes.set_ylim(top=min(1.02, axes.get_ylim()[1]))
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(
-            loc="lower left",
-            bbox_to_anchor=(0, 1.0),
-            ncols=columns,
-            borderaxespad=0.2,
-            handlelength=1.4,
-            columnspacing=1.4,
-        )
-
-
-def _curves(
-    ylabel: str, percent: bool, *curves: tuple[str, str, str]
-) -> Callable[[RunRecord, Axes], bool]:
-    """Return a drawing of several metrics as curves: `(metric, label, color)` each."""
-
-    def draw(run: RunRecord, axes: Axes) -> bool:
-        drawn = [_curve(axes, run.series(metric), label, color) for metric, label, color in curves]
-        finish_axes(axes, ylabel, percent)
-        return any(drawn)
-
-    return draw
-
-
-def _by_kind(metric: str) -> list[tuple[str, str, str]]:
-    """Return the curves of a metric for plain prompts and every kind of reformulated ones."""
-    plain = (f"{metric}/plain", "plain", PLAIN)
-    return [plain, *((f"{metric}/{each.name}", each.label, each.color) for each in REFORMULATED)]
-
-
-def _stack(
-    axes: Axes, run: RunRecord, metrics: Sequence[str], labels: Sequence[str], colors: Sequence[str]
-) -> bool:
-    """Draw metrics as bars on top of each other, one bar per step."""
-    steps = [row["step"] for row in run.metrics]
-    bottom = np.zeros(len(steps))
-    for metric, label, color in zip(metrics, labels, colors, strict=True):
-        heights = np.array([row.get(metric) or 0.0 for row in run.metrics])
-        if heights.any():
-            axes.bar(
-                steps,
-                heights,
-                bottom=bottom,
-                width=1.0 if len(steps) > 1 else 0.4,
-                label=label,
-                color=color,
-                edgecolor="white",
-                linewidth=0.3,
-            )
-        bottom += heights
-    if len(steps) == 1:
-        axes.set_xlim(steps[0] - 1, steps[0] + 1)
-    return bool(bottom.any())
 
 
 def _held_out(run: RunRecord, axes: Axes) -> bool:
@@ -192,7 +72,7 @@ def _held_out(run: RunRecord, axes: Axes) -> bool:
                 markersize=2.5,
                 label=source,
             )
-    drawn = _curve(
+    drawn = draw_curve(
         axes,
         ([row["step"] for row in rows], [row["accuracy"] for row in rows]),
         "all held-out",
@@ -204,15 +84,15 @@ def _held_out(run: RunRecord, axes: Axes) -> bool:
 
 
 def _composition(run: RunRecord, axes: Axes) -> bool:
-    drawn = _stack(axes, run, ("batch/easy", "batch/hard"), ("easy", "hard"), (EASY, "#e9a49d"))
-    _curve(axes, run.series("batch/bcq_eligible"), "BCQ-eligible", BCQ)
-    _curve(axes, run.series("batch/ncq_eligible"), "NCQ-eligible", NCQ)
+    drawn = draw_stack(axes, run, ("batch/easy", "batch/hard"), ("easy", "hard"), (EASY, "#e9a49d"))
+    draw_curve(axes, run.series("batch/bcq_eligible"), "BCQ-eligible", BCQ)
+    draw_curve(axes, run.series("batch/ncq_eligible"), "NCQ-eligible", NCQ)
     finish_axes(axes, "plain questions")
     return drawn
 
 
 def _groups(run: RunRecord, axes: Axes) -> bool:
-    drawn = _stack(
+    drawn = draw_stack(
         axes,
         run,
         [f"batch/groups/{kind.name}" for kind in KINDS],
@@ -225,12 +105,12 @@ def _groups(run: RunRecord, axes: Axes) -> bool:
 
 def _occupancy(run: RunRecord, axes: Axes) -> bool:
     bins = run.names("buffer/occupancy/")
-    drawn = _stack(
+    drawn = draw_stack(
         axes,
         run,
         [f"buffer/occupancy/{part}" for part in bins],
         [f"{part} %" for part in bins],
-        _ramp(len(bins)),
+        ramp(len(bins)),
     )
     finish_axes(axes, "questions in the buffer", columns=8)
     return drawn
@@ -248,7 +128,7 @@ def _fates(run: RunRecord, axes: Axes) -> bool:
         axes.bar(range(len(bins)), counts, bottom=bottom, label=fate, color=color, width=0.6)
         bottom, gone = bottom + counts, gone + counts
         if fate == "graduated":
-            shares = counts / np.maximum(admitted, 1)
+            fractions = counts / np.maximum(admitted, 1)
     # A question may be admitted again after it left, so what is still there is what remains of the
     # admissions.
     axes.bar(
@@ -259,11 +139,11 @@ def _fates(run: RunRecord, axes: Axes) -> bool:
         color="#d5dce6",
         width=0.6,
     )
-    for index, (total, share) in enumerate(zip(admitted, shares, strict=True)):
+    for index, (total, fraction) in enumerate(zip(admitted, fractions, strict=True)):
         axes.text(
             index,
             total,
-            f"{share:.0%} graduated",
+            f"{fraction:.0%} graduated",
             ha="center",
             va="bottom",
             fontsize=8,
@@ -293,7 +173,7 @@ def _phases(run: RunRecord, axes: Axes) -> bool:
         name for name in present if name not in known
     ]
     colors = (SEQUENCE * (len(names) // len(SEQUENCE) + 1))[: len(names)]
-    drawn = _stack(
+    drawn = draw_stack(
         axes,
         run,
         [f"seconds/{name}" for name in names],
@@ -311,7 +191,7 @@ def _phases(run: RunRecord, axes: Axes) -> bool:
 
 def _memory(run: RunRecord, axes: Axes) -> bool:
     steps, values = run.series("system/rss_bytes")
-    drawn = _curve(
+    drawn = draw_curve(
         axes,
         (steps, [value / 2**30 for value in values]),
         "largest process, now",
@@ -323,13 +203,10 @@ def _memory(run: RunRecord, axes: Axes) -> bool:
     return drawn
 
 
-def _ramp(count: int) -> list[str]:
-    """Return colors from dark (hardest) to light."""
-    colormap = matplotlib.colormaps["Blues_r"]
-    return [
-        matplotlib.colors.to_hex(colormap(0.1 + 0.65 * index / max(count - 1, 1)))
-        for index in range(count)
-    ]
+def _by_kind(metric: str) -> list[tuple[str, str, str]]:
+    """Return the curves of a metric for plain prompts and every kind of reformulated ones."""
+    plain = (f"{metric}/plain", "plain", PLAIN)
+    return [plain, *((f"{metric}/{each.name}", each.label, each.color) for each in REFORMULATED)]
 
 
 FIGURES: tuple[tuple[str, str, Callable[[RunRecord, Axes], bool]], ...] = (
@@ -337,7 +214,7 @@ FIGURES: tuple[tuple[str, str, Callable[[RunRecord, Axes], bool]], ...] = (
         "Training accuracy by kind of prompt",
         "Mean reward of the student's rollouts. Reformulated prompts come from hard questions "
         "only, so their curves lie on harder ground.",
-        _curves(
+        curves(
             "accuracy",
             True,
             *_by_kind("accuracy"),
@@ -366,8 +243,8 @@ FIGURES: tuple[tuple[str, str, Callable[[RunRecord, Axes], bool]], ...] = (
         "Teacher on what it was asked",
         "Questions with at least one correct teacher rollout, and the mean over all: hard ones, or "
         "all in distillation on its text.",
-        _curves(
-            "share",
+        curves(
+            "fraction",
             True,
             ("teacher/solved", "questions solved", NCQ),
             ("teacher/accuracy", "rollouts correct", GREY),
@@ -377,8 +254,8 @@ FIGURES: tuple[tuple[str, str, Callable[[RunRecord, Axes], bool]], ...] = (
         "Match audit",
         "How often an answer repeats what a candidate said. A BCQ curve near 100 % would mean that "
         "candidates give themselves away.",
-        _curves(
-            "share of rollouts",
+        curves(
+            "fraction of rollouts",
             True,
             ("audit/bcq_right", "BCQ: right candidate", BCQ),
             ("audit/bcq_wrong", "BCQ: wrong candidate", "#d9655b"),
@@ -389,18 +266,18 @@ FIGURES: tuple[tuple[str, str, Callable[[RunRecord, Axes], bool]], ...] = (
         "Loss",
         "Clipped surrogate, or divergence from the teacher's distribution, averaged over the "
         "step's updates.",
-        _curves("loss", False, ("policy/loss", "loss", PLAIN)),
+        curves("loss", False, ("policy/loss", "loss", PLAIN)),
     ),
     (
         "Entropy",
         "Of the policy, per response token.",
-        _curves("nats", False, ("policy/entropy", "entropy", PLAIN)),
+        curves("nats", False, ("policy/entropy", "entropy", PLAIN)),
     ),
     (
         "Clipped tokens",
-        "Share of response tokens whose ratio was held by a bound.",
-        _curves(
-            "share",
+        "Fraction of response tokens whose ratio was clipped.",
+        curves(
+            "fraction",
             True,
             ("policy/clip_low", "low", PLAIN),
             ("policy/clip_high", "high", NCQ),
@@ -410,12 +287,12 @@ FIGURES: tuple[tuple[str, str, Callable[[RunRecord, Axes], bool]], ...] = (
     (
         "Gradient norm",
         "Before clipping, averaged over the step's updates.",
-        _curves("norm", False, ("policy/grad_norm", "gradient norm", PLAIN)),
+        curves("norm", False, ("policy/grad_norm", "gradient norm", PLAIN)),
     ),
     (
         "Response length",
         "Mean tokens of a response by kind of prompt.",
-        _curves(
+        curves(
             "tokens",
             False,
             *_by_kind("response/tokens"),
@@ -423,8 +300,8 @@ FIGURES: tuple[tuple[str, str, Callable[[RunRecord, Axes], bool]], ...] = (
     ),
     (
         "Truncated responses",
-        "Share that met the length limit.",
-        _curves("share", True, ("response/truncated", "truncated", PLAIN)),
+        "Fraction of responses that reached the length limit.",
+        curves("fraction", True, ("response/truncated", "truncated", PLAIN)),
     ),
     (
         "Time by phase",

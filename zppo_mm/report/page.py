@@ -163,8 +163,8 @@ def _total(run: RunRecord, prefix: str) -> float:
     return sum(run.last(prefix + part) or 0.0 for part in run.names(prefix))
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
 
 
 def _duration(seconds: float) -> str:

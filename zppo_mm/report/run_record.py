@@ -21,7 +21,7 @@ Series = tuple[list[int], list[float]]
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """A run as its files tell it.
+    """What a run's files say of it.
 
     Attributes:
         folder: The run's folder.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from data.choices import option_letters
 from data.errors import DataError
 from data.question import Question
 from zppo_mm.rewards.mathematics import compare
@@ -58,17 +59,13 @@ def _read_letter(letter: str, choices: Sequence[str]) -> str:
     """Return the option that one letter names: an option's text if it is written so and names no
     other option as a capital.
     """
-    spelled = [_letter(index) for index, choice in enumerate(choices) if choice == letter]
-    is_letter = not choices or letter.upper() in _letters(len(choices))
+    spelled = _options(choices, lambda choice: choice == letter)
+    is_letter = not choices or letter.upper() in option_letters(len(choices))
     if spelled and (not is_letter or letter.islower()):
         return spelled[0] if len(spelled) == 1 else ""
     if is_letter:
         return letter.upper()
-    casefolded = [
-        _letter(index)
-        for index, choice in enumerate(choices)
-        if choice.casefold() == letter.casefold()
-    ]
+    casefolded = _options(choices, lambda choice: choice.casefold() == letter.casefold())
     return casefolded[0] if len(casefolded) == 1 else ""
 
 
@@ -85,18 +82,18 @@ def _names_both(
     return named == gold and (gold in letters if letters or with_comma else not alone)
 
 
+def _options(choices: Sequence[str], is_meant: Callable[[str], bool]) -> list[str]:
+    """Return the letters of the options that are meant."""
+    letters = option_letters(len(choices))
+    return [letter for letter, choice in zip(letters, choices, strict=True) if is_meant(choice)]
+
+
 def _letters_of_text(text: str, choices: Sequence[str]) -> list[str]:
     """Return the options that read like a text: those spelled the same, else those that mean the
     same.
     """
-    spelled = [
-        _letter(index)
-        for index, choice in enumerate(choices)
-        if choice.casefold() == text.casefold()
-    ]
-    return spelled or [
-        _letter(index) for index, choice in enumerate(choices) if compare(text, choice) is True
-    ]
+    spelled = _options(choices, lambda choice: choice.casefold() == text.casefold())
+    return spelled or _options(choices, lambda choice: compare(text, choice) is True)
 
 
 def _texts(choices: Sequence[str]) -> list[str]:
@@ -104,20 +101,15 @@ def _texts(choices: Sequence[str]) -> list[str]:
     own.
     """
     texts = [normalise(choice) for choice in choices]
-    matches = [_LETTER_AND_TEXT.fullmatch(text) for text in texts]
-    own = [
-        match is not None and (match[1] or match[2]).upper() == _letter(index)
-        for index, match in enumerate(matches)
-    ]
+    matches = [match for text in texts if (match := _LETTER_AND_TEXT.fullmatch(text))]
+    letters = [(match[1] or match[2]).upper() for match in matches]
     return (
-        [match[3].strip() for match in matches if match is not None]
-        if texts and all(own)
-        else texts
+        [match[3].strip() for match in matches] if letters == option_letters(len(texts)) else texts
     )
 
 
 def _gold_letter(question: Question, choices: Sequence[str]) -> str:
-    letters = _letters(len(choices) or 26)
+    letters = option_letters(len(choices) or 26)
     gold = normalise(question.answer)
     alone, both = _LETTER_ALONE.fullmatch(gold), _LETTER_AND_TEXT.fullmatch(gold)
     if alone and alone[1].upper() in letters:
@@ -132,11 +124,3 @@ def _gold_letter(question: Question, choices: Sequence[str]) -> str:
         f"question {question.id!r}: the reference answer is no option's letter, got "
         f"{question.answer!r}, expected one of {', '.join(letters)}; correct the sample"
     )
-
-
-def _letters(count: int) -> list[str]:
-    return [_letter(index) for index in range(count)]
-
-
-def _letter(index: int) -> str:
-    return chr(ord("A") + index)

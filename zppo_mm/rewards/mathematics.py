@@ -11,15 +11,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from decimal import ROUND_HALF_UP, Decimal, localcontext
 from fractions import Fraction
 
+from zppo_mm.rewards.lists import Lists, as_lists, expand, joins_otherwise, without_list_brackets
 from zppo_mm.rewards.marks import without_marks
 from zppo_mm.rewards.notation import normalise
 from zppo_mm.rewards.quantities import (
-    is_grouped,
+    compare_decimal_comma,
+    is_rounded,
     letter_behind_number,
-    parse_decimal_comma,
     parse_in_base,
     parse_number,
     parse_ratio,
@@ -47,13 +47,11 @@ from zppo_mm.rewards.words import as_formula, is_textual, is_word, spoken
 MAX_ANSWER_CHARS = 1000
 MAX_DEPTH = 6
 MAX_UNORDERED_ITEMS = 24
-MIN_ROUNDED_PLACES = 4
 
 Leaf = Callable[[str, str], bool | None]
 """Decides whether two expressions are equal; `None` where it cannot."""
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
-_OR = re.compile(r"(?<![A-Za-z\\])or(?![A-Za-z])|\\lor(?![A-Za-z])")
 _SET_NOTATION = re.compile(r"\\(?:mathbb|setminus|cap|cup|emptyset)(?![a-zA-Z])|\\backslash")
 
 
@@ -124,16 +122,16 @@ class _Comparison:
             return numbers[0] == numbers[1]
         if "\\ldots" in left or "\\ldots" in right:
             return self._progressions(left, right, depth)
-        by_comma = _compare_decimal_comma((left, right), numbers)
+        by_comma = compare_decimal_comma((left, right), numbers)
         if by_comma is not None:
             return by_comma
         if any(sign in left or sign in right for sign in (*LIST_SIGNS, "\\pm", "\\mp")):
-            lists = _as_lists(left, right)
+            lists = as_lists(left, right)
             if lists is not None:
-                return not _joins_otherwise(left, right, lists) and self._lists(lists, depth)
+                return not joins_otherwise(left, right, lists) and self._lists(lists, depth)
         return self._related(left, right, depth)
 
-    def _lists(self, lists: _Lists, depth: int) -> bool | None:
+    def _lists(self, lists: Lists, depth: int) -> bool | None:
         compare_items = self._ordered if lists.is_ordered else self._unordered
         return compare_items(lists.left, lists.right, depth)
 
@@ -209,11 +207,10 @@ class _Comparison:
             if views[0][0] and views[1][0] and views[0][0] != views[1][0]:
                 return False
             return self._brackets(views[0][1], views[1][1], depth)
-        for place in (0, 1):
-            label, other = labels[place], (left, right)[1 - place]
-            if label and relations[1 - place] is None:
-                pair = (label[1], other) if place == 0 else (other, label[1])
-                return self.same(*pair, depth - 1)
+        if labels[0] and relations[1] is None:
+            return self.same(labels[0][1], right, depth - 1)
+        if labels[1] and relations[0] is None:
+            return self.same(left, labels[1][1], depth - 1)
         if relations[0] and relations[1]:
             return self._leaf(left, right)
         bare = right if relations[0] else left
@@ -265,7 +262,7 @@ class _Comparison:
             return False
         if left.is_set:
             items = [
-                list(dict.fromkeys(squeeze(part) for item in each.items for part in _expand(item)))
+                list(dict.fromkeys(squeeze(part) for item in each.items for part in expand(item)))
                 for each in (left, right)
             ]
             return self._unordered(items[0], items[1], depth)
@@ -273,7 +270,7 @@ class _Comparison:
             return False
         if left.is_interval and right.is_interval and len(left.items) == len(right.items):
             return _all(
-                _is_rounded(*pair) or self.same(*pair, depth - 1)
+                is_rounded(*pair) or self.same(*pair, depth - 1)
                 for pair in zip(left.items, right.items, strict=True)
             )
         return self._ordered(left.items, right.items, depth)
@@ -309,7 +306,7 @@ class _Comparison:
         numbers = parse_number(left_body), parse_number(right_body)
         if None not in numbers:
             return numbers[0] == numbers[1]
-        by_comma = _compare_decimal_comma((left_body, right_body), numbers)
+        by_comma = compare_decimal_comma((left_body, right_body), numbers)
         if by_comma is not None:
             return by_comma
         # Algebra reads words as products of letters, for which "listen" is "silent".
@@ -324,55 +321,6 @@ class _Comparison:
         return self._leaf(left, right) if verdict is False and left_unit != right_unit else verdict
 
 
-@dataclass(frozen=True, slots=True)
-class _Lists:
-    """The items of two answers of which one at least is a list without brackets."""
-
-    left: list[str]
-    right: list[str]
-    is_ordered: bool
-
-
-def _as_lists(left: str, right: str) -> _Lists | None:
-    """Return both answers as lists, `None` if neither is one; a tuple, a set, a union or a system
-    of equations may stand against a list.
-
-    Order counts against a tuple, and where one side names all its items and the other none.
-    """
-    items = [_items(left, right), _items(right, left)]
-    if len(items[0]) == 1 and len(items[1]) == 1:
-        return None
-    ordered = any(
-        _gives_names(one) and not any("=" in item for item in other)
-        for one, other in (items, items[::-1])
-    )
-    for place, text in ((0, left), (1, right)):
-        if len(items[place]) > 1:
-            continue
-        label = split_label(relation) if (relation := read_relation(text)) else None
-        bare = label[1] if label else text
-        bracketed, matrix = read_bracketed(bare), read_matrix(bare)
-        if matrix is not None and matrix.kind == "cases":
-            items[place] = [" ".join(row).rstrip(",;. ") for row in matrix.rows]
-        elif bracketed is not None and bracketed.is_list:
-            ordered = ordered or not bracketed.is_set
-            items[place] = [item for entry in bracketed.items for item in _expand(entry)]
-        else:
-            items[place] = split_union(bare)
-    return _Lists(items[0], items[1], ordered)
-
-
-def without_list_brackets(text: str) -> str:
-    """Return what is in the brackets around a list."""
-    return (
-        text[2:-2]
-        if text.startswith("\\{") and text.endswith("\\}")
-        else text[1:-1]
-        if read_bracketed(text)
-        else text
-    )
-
-
 def _all(verdicts: Iterable[bool | None]) -> bool | None:
     """Return false if any is, else `None` if any is, else true."""
     is_unknown = False
@@ -381,51 +329,6 @@ def _all(verdicts: Iterable[bool | None]) -> bool | None:
             return False
         is_unknown = is_unknown or verdict is None
     return None if is_unknown else True
-
-
-def _items(text: str, other: str) -> list[str]:
-    """Return the items of a list without brackets, each `a \\pm b` as two; `1,000` is one unless it
-    stands against a list.
-    """
-    if read_bracketed(text) is not None:
-        return [text]
-    is_one = ",0" in text or len(split_items(other)) == 1
-    if "," in text and ((is_grouped(text) and is_one) or _is_amount(text)):
-        return [text]
-    return [item for entry in split_items(text) for item in _expand(entry)]
-
-
-def _is_amount(text: str) -> bool:
-    body, unit = split_unit(text)
-    return bool(unit) and parse_number(body) is not None
-
-
-def _expand(item: str) -> list[str]:
-    if "\\pm" not in item and "\\mp" not in item:
-        return [item]
-    signs = (("+", "-"), ("-", "+"))
-    return [
-        re.sub(r"\\mp(?![a-zA-Z]) ?", minus, re.sub(r"\\pm(?![a-zA-Z]) ?", plus, item))
-        for plus, minus in signs
-    ]
-
-
-def _joins_otherwise(left: str, right: str, lists: _Lists) -> bool:
-    """Return whether one side asks for one of several conditions on different variables, and the
-    other for all of them.
-    """
-    variables = {interval[0] for item in lists.left if (interval := as_interval(item))}
-    return len(variables) > 1 and (_OR.search(left) is None) != (_OR.search(right) is None)
-
-
-def _gives_names(items: list[str]) -> bool:
-    """Return whether every item is named, each by another name."""
-    names = [
-        label[0]
-        for item in items
-        if (relation := read_relation(item)) and (label := split_label(relation)) and label[0]
-    ]
-    return len(names) == len(items) > 1 and len(set(names)) == len(names)
 
 
 def _view(
@@ -448,37 +351,3 @@ def _view(
 def _key(item: str) -> Fraction | str:
     value = parse_number(item)
     return squeeze(item) if value is None else value
-
-
-def _compare_decimal_comma(
-    texts: tuple[str, str], numbers: tuple[Fraction | None, Fraction | None]
-) -> bool | None:
-    """Read `1000,99` as a decimal where the other side is a plain number; `None` if it is not
-    so.
-    """
-    for text, number in ((texts[0], numbers[1]), (texts[1], numbers[0])):
-        if number is not None and "," in text:
-            value = parse_decimal_comma(text)
-            if value is not None:
-                return value == number
-    return None
-
-
-def _is_rounded(left: str, right: str) -> bool:
-    """Return whether one number is the other, which has no end as a decimal, rounded to its own
-    places, of which there are enough.
-    """
-    return any(
-        _rounds_to(parse_number(exact), short) for exact, short in ((left, right), (right, left))
-    )
-
-
-def _rounds_to(exact: Fraction | None, short: str) -> bool:
-    match = re.fullmatch(r"-?[0-9]{0,15}\.([0-9]{4,15})", short)
-    if match is None or exact is None or (10**20) % exact.denominator == 0:
-        return False
-    with localcontext() as context:
-        context.prec = 60
-        return (Decimal(exact.numerator) / exact.denominator).quantize(
-            Decimal(1).scaleb(-len(match[1])), ROUND_HALF_UP
-        ) == Decimal(short)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import ROUND_HALF_UP, Decimal, localcontext
 from fractions import Fraction
 
 from zppo_mm.rewards.units import (
@@ -249,3 +250,37 @@ def _parse_fraction(text: str) -> Fraction | None:
 def _parse_part(text: str) -> Fraction | None:
     wrapped = _WRAPPED.fullmatch(text.strip())
     return _parse_simple((wrapped[1] or wrapped[2] or "").strip() if wrapped else text.strip())
+
+
+def compare_decimal_comma(
+    texts: tuple[str, str], numbers: tuple[Fraction | None, Fraction | None]
+) -> bool | None:
+    """Read `1000,99` as a decimal where the other side is a plain number; `None` if it is not
+    so.
+    """
+    for text, number in ((texts[0], numbers[1]), (texts[1], numbers[0])):
+        if number is not None and "," in text:
+            value = parse_decimal_comma(text)
+            if value is not None:
+                return value == number
+    return None
+
+
+def is_rounded(left: str, right: str) -> bool:
+    """Return whether one number is the other, which has no end as a decimal, rounded to its own
+    places, of which there are enough.
+    """
+    return any(
+        _rounds_to(parse_number(exact), short) for exact, short in ((left, right), (right, left))
+    )
+
+
+def _rounds_to(exact: Fraction | None, short: str) -> bool:
+    match = re.fullmatch(r"-?[0-9]{0,15}\.([0-9]{4,15})", short)
+    if match is None or exact is None or (10**20) % exact.denominator == 0:
+        return False
+    with localcontext() as context:
+        context.prec = 60
+        return (Decimal(exact.numerator) / exact.denominator).quantize(
+            Decimal(1).scaleb(-len(match[1])), ROUND_HALF_UP
+        ) == Decimal(short)

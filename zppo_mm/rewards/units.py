@@ -24,35 +24,11 @@ _NAMES = (
     "hectares acre=acres gal=gallon,gallons pc=pcs,piece,pieces ppm= bpm= pts=pt,points hp= TB= "
     "am=a.m,a.m.,A.M,A.M.,AM pm=p.m,p.m.,P.M,P.M.,PM rpm="
 )
-_PREFIXES = ("p", "n", "u", "m", "c", "d", "k", "M", "G", "T")
-_PREFIXED = (
-    "m",
-    "g",
-    "s",
-    "A",
-    "K",
-    "N",
-    "J",
-    "W",
-    "V",
-    "F",
-    "Hz",
-    "Pa",
-    "C",
-    "T",
-    "Ohm",
-    "L",
-    "mol",
-    "eV",
-    "B",
-    "bit",
-    "cal",
-    "Wb",
-    "H",
-)
+_PREFIXES = "pnumcdkMGT"
+_PREFIXED = "m g s A K N J W V F Hz Pa C T Ohm L mol eV B bit cal Wb H"
 _WHOLE_UNITS = {"kmh": "km/h", "kph": "km/h", "kmph": "km/h", "mph": "mi/h", "mps": "m/s"}
 _CANONICAL = {
-    **{prefix + unit: prefix + unit for prefix in _PREFIXES for unit in _PREFIXED},
+    **{prefix + unit: prefix + unit for prefix in _PREFIXES for unit in _PREFIXED.split()},
     **{
         name: unit
         for unit, names in (entry.split("=") for entry in _NAMES.split())
@@ -78,21 +54,8 @@ _NOT_UNIT_WORDS = (
 )
 _NOT_UNITS = frozenset(_NOT_UNIT_WORDS.split())
 _VALUE_CHARACTERS = frozenset("万萬亿億千百十兆半分割成倍억만천백십")
-_VALUE_STEMS = (
-    "тыс",
-    "млн",
-    "млрд",
-    "милли",
-    "полов",
-    "مليون",
-    "مليار",
-    "ألف",
-    "लाख",
-    "करोड़",
-    "हज़ार",
-    "배",
-    "折",
-)
+_STEMS = "тыс млн млрд милли полов مليون مليار ألف लाख करोड़ हज़ार 배 折"
+_VALUE_STEMS = tuple(_STEMS.split())
 # `3 eighths`, `5 millones`, `5 Milliarden`.
 _VALUE_WORD = re.compile(
     r"(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie|hundred|thousand)ths?|[a-z]*ill(?:ion|iard|on)[a-z]*",
@@ -109,10 +72,10 @@ UPRIGHT = "unit"
 _AREA = re.compile(r"m ?\^ ?\{? ?[23] ?\}?")
 _VOWEL = re.compile("[aeiouy]", re.IGNORECASE)
 _LETTERS = re.compile(r"[^\W\d_]+")
+_GREEK = re.compile(r"\\(?:(mu)|Omega) ?")
 _CHINESE_PAIRS = (
-    "千米=km 公里=km 米=m 厘米=cm 毫米=mm 分米=dm 千克=kg 公斤=kg 克=g 毫克=mg "
-    "吨=ton 升=L 毫升=mL 小时=h 分钟=min 秒=s 天=day "
-    "千瓦=kW 千帕=kPa"
+    "千米=km 公里=km 米=m 厘米=cm 毫米=mm 分米=dm 千克=kg 公斤=kg 克=g 毫克=mg 吨=ton 升=L 毫升=mL "
+    "小时=h 分钟=min 秒=s 天=day 千瓦=kW 千帕=kPa"
 )
 _CHINESE = dict(pair.split("=") for pair in _CHINESE_PAIRS.split())
 _CHINESE_SQUARED = {"平方": 2, "立方": 3}
@@ -131,12 +94,7 @@ def canonical_unit(text: str, free_words: bool) -> str | None:
         text: Normalised, such as `km/h`, `m s^{-1}`, `square feet` or `red apples`.
         free_words: Whether words that are no measuring unit may be one.
     """
-    text = (
-        text.replace("\\mu ", "\\mu")
-        .replace("\\mu", "u")
-        .replace("\\Omega ", "\\Omega")
-        .replace("\\Omega", "Ohm")
-    )
+    text = _GREEK.sub(lambda match: "u" if match[1] else "Ohm", text)
     powers: Counter[str] = Counter()
     last, factor, sign, inside = "", 1, 1, False
     words: list[str] = []
@@ -200,11 +158,7 @@ def split_currency(text: str) -> tuple[str, str] | None:
         return None
     match = _CURRENCY.fullmatch(text)
     if match:
-        symbol = (
-            match[2].removeprefix("US").lstrip("\\").rstrip(".")
-            if match[2] == "US$"
-            else match[2].lstrip("\\").rstrip(".")
-        )
+        symbol = match[2].replace("US$", "$").lstrip("\\").rstrip(".")
         return match[1] + match[3].strip(), _CANONICAL.get(symbol, symbol)
     match = _CURRENCY_BEHIND.fullmatch(text)
     return (match[1].strip(), match[2].lstrip("\\")) if match else None

@@ -20,7 +20,7 @@ from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.observability.metrics import StepMetrics, Sum
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import ParallelExchange
-from zppo_mm.parallel.meetings import Meetings
+from zppo_mm.parallel.liveness_barrier import LivenessBarrier
 from zppo_mm.parallel.partition import PartitionLink
 from zppo_mm.rewards.judge import LlmJudge
 from zppo_mm.rewards.verify import Verifier
@@ -145,7 +145,7 @@ def student_folder(config: RunConfig) -> Path:
 def build_run(
     config: RunConfig,
     link: PartitionLink | None = None,
-    meetings: Meetings | None = None,
+    barrier: LivenessBarrier | None = None,
     interruption: Interruption | None = None,
 ) -> Run:
     """Build the parts of a run; process groups must be initialised.
@@ -153,7 +153,7 @@ def build_run(
     Args:
         config: The run.
         link: To a teacher on ranks of its own, which is waited for.
-        meetings: Where ranks wait for one another; `None` waits in collectives.
+        barrier: Where ranks wait for one another; `None` waits in collectives.
         interruption: Ends the run before its last step; `None` is nothing that could.
 
     Raises:
@@ -162,7 +162,7 @@ def build_run(
     """
     media = MediaStore(media_limits(config.data))
     interruption = interruption or Interruption()
-    exchange = ParallelExchange(meetings, interruption.is_due)
+    exchange = ParallelExchange(barrier, interruption.is_due)
     ranks = TeacherRanks(link, exchange) if link is not None else None
     pool = (
         ranks.open_pool(config.teacher, config.rollout.max_batch_size)

@@ -1,6 +1,4 @@
-"""Where a run goes on: from its newest usable checkpoint, if the configuration still means the
-same.
-"""
+"""Resuming a run from its newest usable checkpoint, if the configuration still means the same."""
 
 from __future__ import annotations
 
@@ -23,8 +21,8 @@ HF_FOLDER = "hf"
 
 
 def resume(run: Run, folder: Path) -> int | None:
-    """Load the newest complete checkpoint; returns its step, `None` if there is none and the run
-    starts.
+    """Load the newest complete checkpoint; returns its step, or `None` if there is none and the
+    run starts anew.
 
     Raises:
         CheckpointError: There are checkpoints, but none of them can be used, or there were some.
@@ -55,8 +53,8 @@ def resume(run: Run, folder: Path) -> int | None:
 
 
 def _refuse_orphans(folder: Path) -> None:
-    """What a run has learned and recorded is not to be replaced by a new beginning because its
-    checkpoints are gone; every rank calls it.
+    """Refuse to start a run anew in a folder with the results of an earlier one, whose checkpoints
+    are gone. Every rank calls this.
 
     Raises:
         CheckpointError: The folder has an exported model or broken checkpoints, but none to

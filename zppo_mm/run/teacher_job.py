@@ -14,9 +14,10 @@ from data.media.store import MediaStore
 from zppo_mm.config.schema import ParallelConfig, RunConfig
 from zppo_mm.interruption import Interruption, RunStopped, StopRequested
 from zppo_mm.observability.logs import configure_logging
+from zppo_mm.parallel import failures
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import ParallelExchange
-from zppo_mm.parallel.meetings import Meetings, open_meetings
+from zppo_mm.parallel.liveness_barrier import LivenessBarrier, open_liveness_barrier
 from zppo_mm.parallel.partition import DONE, JobPartition, PartitionLink, teacher_layout
 from zppo_mm.run.shared import Shared, media_limits, release_memory
 from zppo_mm.run.teachers import load_teacher
@@ -47,12 +48,12 @@ def serve_teacher(
     interruption = interruption or Interruption()
     link = _open_link(config.parallel, partition)
     try:
-        with parallel.explain_lost_rank():
+        with failures.translate_collective_errors():
             layout = teacher_layout(config.teacher, config.parallel)
             parallel.initialize(layout, config.seed, partition)
-            parallel.end_with_launcher()
-            with open_meetings(config.parallel, partition, interruption) as meetings:
-                reason = _serve(config, link, meetings, interruption)
+            failures.end_with_launcher()
+            with open_liveness_barrier(config.parallel, partition, interruption) as barrier:
+                reason = _serve(config, link, barrier, interruption)
             parallel.shutdown()
     except Exception as error:
         link.leave(_exit_reason(partition, error))
@@ -97,9 +98,12 @@ def link_to_teacher(
 
 
 def _serve(
-    config: RunConfig, link: PartitionLink, meetings: Meetings | None, interruption: Interruption
+    config: RunConfig,
+    link: PartitionLink,
+    barrier: LivenessBarrier | None,
+    interruption: Interruption,
 ) -> str:
-    exchange = ParallelExchange(meetings, _HasStudentLeft(link))
+    exchange = ParallelExchange(barrier, _HasStudentLeft(link))
     with contextlib.ExitStack() as stack:
         media = MediaStore(media_limits(config.data))
         stack.callback(media.close)

@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 from data.atomic_files import replace_folder
 from data.errors import DataError
@@ -33,22 +31,30 @@ from zppo_mm.errors import CheckpointError, ZppoError
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.training import optimizer_state
 from zppo_mm.training.checkpoint_files import (
+    RANDOM_FILE,
+    SCHEDULE_FILE,
+    STATE_FILE,
     make_empty,
     publish,
     put_back,
     step_folders,
+)
+from zppo_mm.training.checkpoint_reading import (
+    boxes_to_read,
+    broadcast_boxes,
+    choose_readers,
+    read_small_files,
+    read_tensors,
 )
 from zppo_mm.training.file_exchange import FileExchange
 from zppo_mm.training.manifest import DamagedCheckpointError, check_file, read_manifest
 from zppo_mm.training.policy import Policy
 from zppo_mm.training.random_states import (
     gather_random_states,
-    read_random_states,
     restore_random_states,
 )
-from zppo_mm.weights.boxes import Box, Piece, boxes_of, object_pieces, pieces_of
+from zppo_mm.weights.boxes import Piece, boxes_of, object_pieces, pieces_of
 from zppo_mm.weights.distributed_folder import (
-    DistributedFolder,
     on_every_rank,
     on_rank_0,
     share_out,
@@ -61,9 +67,6 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS_FOLDER = "checkpoints"
-STATE_FILE = "state.json"
-SCHEDULE_FILE = "schedule.json"
-RANDOM_FILE = "random.pt"
 _NEW_RUN = "use another checkpoint, or give the new run another name"
 
 
@@ -250,20 +253,20 @@ def load(
         CheckpointError: Its contents do not fit the model or the optimizer, or a newer
             megatron-core wrote it.
     """
-    schedule, random_states, state = on_every_rank(path, partial(_read_small_files, path))
+    schedule, random_states, state = on_every_rank(path, partial(read_small_files, path))
     with taking_up(path):
         check(state)
     entries = save_entries(policy.model)
     found = optimizer_state.shares(policy.optimizer)
     weights = [box for entry in entries.values() for box in boxes_of(entry)]
-    states = optimizer_state.boxes(entries, found, only_main=False)
+    states = optimizer_state.boxes(entries, found)
     wanted = set().union(*parallel.gather_from_ranks({box.key for box in weights + states}))
     with torch.no_grad():
-        readers = _readers(weights)
+        readers = choose_readers(weights)
         on_every_rank(
-            path, partial(_read_tensors, path, wanted, [*_own(weights, readers), *states])
+            path, partial(read_tensors, path, wanted, [*boxes_to_read(weights, readers), *states])
         )
-        _hand_round(weights, readers)
+        broadcast_boxes(weights, readers)
     with taking_up(path):
         optimizer_state.set_num_updates(policy.optimizer, found, schedule["num_updates"])
         policy.scheduler.load_state_dict(schedule["scheduler"])
@@ -317,7 +320,7 @@ def _pieces(policy: Policy) -> list[Piece]:
     entries = save_entries(policy.model)
     weights = [box for entry in entries.values() for box in boxes_of(entry)]
     found = optimizer_state.shares(policy.optimizer)
-    states = optimizer_state.boxes(entries, found, only_main=True)
+    states = optimizer_state.boxes(entries, found)
     objects = [piece for entry in entries.values() for piece in object_pieces(entry)]
     return objects + [
         piece for box in weights + states for piece in pieces_of(box, partial(_same, box.tensor))
@@ -354,84 +357,6 @@ def _in_background(action: Callable[[], T]) -> Future[T]:
 
     threading.Thread(target=run, name="checkpoint writer", daemon=True).start()
     return future
-
-
-def _read_small_files(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """Return schedule, random states and the run's own state."""
-    found: list[Any] = []
-    for name, parse in (
-        (SCHEDULE_FILE, json.loads),
-        (RANDOM_FILE, read_random_states),
-        (STATE_FILE, json.loads),
-    ):
-        try:
-            found.append(parse((path / name).read_bytes()))
-        except FileNotFoundError as error:
-            # It is not in the manifest either, with which the files have been compared.
-            raise CheckpointError(
-                f"{path}: saved by another version of this program, got no {name}, expected one; "
-                "go on with the version that saved it, or export it and start a run of another "
-                "name from that"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"{path / name}: cannot be used, got {error}, expected what a run of this version "
-                "saves; use another checkpoint"
-            ) from error
-    schedule, random_states, state = found
-    if (
-        not isinstance(schedule, dict)
-        or not isinstance(state, dict)
-        or type(schedule.get("num_updates")) is not int
-    ):
-        raise CheckpointError(
-            f"{path}: {SCHEDULE_FILE} or {STATE_FILE} is no object of a run's checkpoint; use "
-            "another checkpoint"
-        )
-    return schedule, random_states, state
-
-
-def _read_tensors(path: Path, wanted: set[str], boxes: list[Box]) -> None:
-    """Fill boxes from a checkpoint that holds the wanted tensors of all ranks and no other."""
-    folder = DistributedFolder(path)
-    if surplus := sorted(folder.tensor_keys - wanted):
-        raise CheckpointError(
-            f"{path}: the checkpoint does not fit, got {len(surplus)} tensors of no use "
-            f"({surplus[0]}), expected the weights and the optimizer of this model; resume with "
-            "the model, model.params_dtype, train.freeze and lora that it was saved with"
-        )
-    folder.read(boxes)
-
-
-def _replicas() -> Any:
-    """Return the group of ranks that hold the same weights as this one."""
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
-
-
-def _readers(weights: list[Box]) -> list[int]:
-    """Say of each box which of the ranks that have it reads it, so that each reads about as
-    much.
-    """
-    loads = [0] * dist.get_world_size(_replicas())
-    readers = []
-    for box in weights:
-        readers.append(loads.index(min(loads)))
-        loads[readers[-1]] += box.tensor.nbytes
-    return readers
-
-
-def _own(weights: list[Box], readers: list[int]) -> list[Box]:
-    mine = dist.get_rank(_replicas())
-    return [box for box, reader in zip(weights, readers, strict=True) if reader == mine]
-
-
-def _hand_round(weights: list[Box], readers: list[int]) -> None:
-    """Send what each rank has read to the others that hold the same weights."""
-    group = _replicas()
-    ranks = dist.get_process_group_ranks(group)
-    for box, reader in zip(weights, readers, strict=True):
-        # As bytes: not every backend knows every type.
-        dist.broadcast(box.tensor.view(-1).view(torch.uint8), src=ranks[reader], group=group)
 
 
 def _verify_share(path: Path) -> None:

@@ -11,6 +11,9 @@ from data.atomic_files import remove, replace_folder, restore_replaced, sync
 from zppo_mm.errors import CheckpointError
 from zppo_mm.training.manifest import MANIFEST_FILE, checksum
 
+STATE_FILE = "state.json"
+SCHEDULE_FILE = "schedule.json"
+RANDOM_FILE = "random.pt"
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
@@ -98,24 +97,27 @@ def _mains(part: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, int]]:
                 )
 
 
-def boxes(entries: dict[str, Any], found: list[Share], only_main: bool) -> list[Box]:
+def boxes(entries: dict[str, Any], found: list[Share]) -> list[Box]:
     """Return the optimizer state as boxes that share its memory.
+
+    Ranks that hold the same parameter, be it a replica of the model, another tensor rank or the
+    other stage with a tied embedding, cut it at the same elements: their gradient buffers have the
+    same layout, and a shared embedding has a bucket of its own. So their boxes are equal or
+    disjoint.
 
     Args:
         entries: Of the model, from `save_entries`.
         found: From `shares`.
-        only_main: Leave out what other tensor ranks or stages have as well. Data-parallel ranks
-            have each their own stretch, or the same.
     """
     by_parameter = {id(entry.data): entry for entry in entries.values()}
-    result = []
-    for share in found:
-        entry = by_parameter[id(share.parameter)]
-        if only_main and not is_main_replica(entry.replica_id[:-1]):
-            continue
-        for name, tensor in share.tensors().items():
-            result += flat_boxes_of(entry, tensor.view(-1), share.start, f"{PREFIX}.{name}.")
-    return result
+    return [
+        box
+        for share in found
+        for name, tensor in share.tensors().items()
+        for box in flat_boxes_of(
+            by_parameter[id(share.parameter)], tensor.view(-1), share.start, f"{PREFIX}.{name}."
+        )
+    ]
 
 
 def num_updates(optimizer: Any, found: list[Share]) -> int:

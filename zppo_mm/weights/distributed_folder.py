@@ -1,9 +1,8 @@
 """The files of a distributed checkpoint in megatron-core's format: pieces of tensors, and
 `.metadata`, which says where each lies.
 
-Written and read here through torch's own planner and reader, each rank its share, so that nothing
-has to be gathered. `.metadata` is a pickle and may come from anywhere: it is read by an unpickler
-that knows the classes of the format and nothing else.
+Written and read here through torch's own planner and reader, each rank its part, so that nothing
+has to be gathered.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ import io
 import json
 import math
 import os
-import pickle
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -37,48 +35,12 @@ from torch.distributed.checkpoint.storage import WriteResult
 from zppo_mm.errors import CheckpointError, ZppoError
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.weights.boxes import Box, Piece
+from zppo_mm.weights.checkpoint_metadata import METADATA_FILE, check_files, one_line, read_metadata
 
 T = TypeVar("T")
 
-METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
 _FITTING = "expected a complete checkpoint of this network; use another one"
-_FORMAT, _PLANS = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
-# megatron-core 0.15 gave the same things other names.
-_RENAMED = {"MCoreMetadata": Metadata, "MCoreSavePlan": SavePlan}
-# What `.metadata` is made of; types of numbers and `torch.Size` are known beside them.
-_CLASSES = frozenset(
-    {
-        *(
-            (_FORMAT, name)
-            for name in (
-                "Metadata",
-                "TensorStorageMetadata",
-                "BytesStorageMetadata",
-                "ChunkStorageMetadata",
-            )
-        ),
-        *(
-            (_FORMAT, name)
-            for name in ("TensorProperties", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")
-        ),
-        *(
-            (_PLANS, name)
-            for name in (
-                "SavePlan",
-                "WriteItem",
-                "WriteItemType",
-                "TensorWriteData",
-                "BytesIOWriteData",
-            )
-        ),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch.serialization", "_get_layout"),
-        ("torch", "Size"),
-        *(("pathlib", name) for name in ("PosixPath", "PurePosixPath")),
-        *(("pathlib._local", name) for name in ("PosixPath", "PurePosixPath")),
-    }
-)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -278,7 +240,7 @@ class DistributedFolder:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._metadata = read_metadata(folder / METADATA_FILE)
-        _check_files(folder, self._metadata)
+        check_files(folder, self._metadata)
         self._reader = FileSystemReader(folder)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=False)
 
@@ -306,7 +268,7 @@ class DistributedFolder:
             # torch's planner, reader and unpickler raise what they please on a forged description
             # and on bytes that are no tensor.
             raise CheckpointError(
-                f"{self._folder}: the checkpoint cannot be read, got {_told(error)}, {_FITTING}"
+                f"{self._folder}: the checkpoint cannot be read, got {one_line(error)}, {_FITTING}"
             ) from error
 
     def _items(self, number: int, box: Box) -> list[ReadItem]:
@@ -358,93 +320,3 @@ class _FillBoxes(LoadPlanner):
         raise AssertionError("the plan is made by hand")
 
     create_local_plan = create_global_plan = finish_plan = set_up_planner  # type: ignore[assignment]
-
-
-class _MetadataUnpickler(pickle._Unpickler):
-    """Reads the format's own classes and refuses every other name, which is where a pickle would
-    begin to run code.
-
-    In Python, because the one in C makes room for as many objects as a number in the file says.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _CLASSES or (
-            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        ):
-            return super().find_class(module, name)
-        if module == "megatron.core.dist_checkpointing.strategies.torch" and name in _RENAMED:
-            return _RENAMED[name]
-        raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint's description")
-
-
-def read_metadata(path: Path) -> Metadata:
-    """Read a `.metadata` file without running anything that stands in it.
-
-    Raises:
-        CheckpointError: It is damaged, names anything but the format's classes, or points outside
-            its folder.
-        OSError: It cannot be opened.
-    """
-    if path.exists() and not path.is_file():
-        raise CheckpointError(
-            f"{path}: is no plain file, expected the description of a checkpoint; use another one"
-        )
-    content = path.read_bytes()
-    try:
-        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
-        problem = _problem(metadata)
-    except Exception as error:
-        # A damaged or hostile pickle raises whatever its last instruction came to.
-        problem = _told(error)
-    if problem is not None:
-        raise CheckpointError(
-            f"{path}: the description of the checkpoint cannot be used, got {problem}, expected "
-            "what megatron-core writes; use another checkpoint, and do not load this one with "
-            "other programs unless you trust its origin: they may run code that stands in it"
-        )
-    assert isinstance(metadata, Metadata)
-    return metadata
-
-
-def _problem(metadata: Any) -> str | None:
-    """Return what is wrong with an unpickled description."""
-    if not isinstance(metadata, Metadata):
-        return f"a {type(metadata).__name__}"
-    if not isinstance(metadata.state_dict_metadata, dict) or not isinstance(
-        metadata.storage_data, dict
-    ):
-        return "no tables of tensors and places"
-    for index, place in metadata.storage_data.items():
-        if not isinstance(index, MetadataIndex) or not isinstance(place, _StorageInfo):
-            return "a place that is none"
-        if (
-            type(place.relative_path) is not str
-            or place.relative_path != PurePosixPath(place.relative_path).name
-        ):
-            return f"a file outside the folder, {place.relative_path!r}"
-        if not all(type(number) is int and number >= 0 for number in (place.offset, place.length)):
-            return f"a place at {place.offset!r} of length {place.length!r}"
-    return None
-
-
-def _check_files(folder: Path, metadata: Metadata) -> None:
-    """Compare the files with the places that are said to lie in them."""
-    ends: dict[str, int] = {}
-    for place in metadata.storage_data.values():
-        ends[place.relative_path] = max(
-            ends.get(place.relative_path, 0), place.offset + place.length
-        )
-    for name, end in sorted(ends.items()):
-        # Anything but a plain file could keep a reader waiting for ever.
-        size = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if size is None or size < end:
-            got = "no plain file" if size is None else f"{size} bytes"
-            raise CheckpointError(
-                f"{folder / name}: the checkpoint is incomplete, got {got}, expected {end} bytes; "
-                "use another one"
-            )
-
-
-def _told(error: BaseException) -> str:
-    """Return an error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

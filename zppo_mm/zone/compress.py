@@ -33,7 +33,7 @@ _THINK_END = "</think>"
 
 Generate = Callable[[Sequence[str], int, int], Sequence[str | None]]
 """From user prompts, the step and the number of the attempt (for the random stream) to one response
-each; `None` where none was had.
+each; `None` where there was none.
 """
 
 
@@ -41,9 +41,8 @@ class RuleCompressor:
     """Keeps the last lines up to the final boxed answer, without thinking tags and special tokens.
     Implements `Compressor`.
 
-    What comes before the last lines goes first, what comes after the final answer goes too. If one
-    line is still too long, its beginning goes; the boxed answer goes last, and only if it alone is
-    over the cap.
+    Text after the final answer is removed, then lines from the beginning. If one line is still too
+    long, its beginning is removed. The boxed answer is cut only if it alone is over the cap.
 
     Args:
         count_tokens: Length of a text in the student's tokens.
@@ -57,7 +56,7 @@ class RuleCompressor:
         self.max_lines = max_lines
 
     def compress(self, traces: Sequence[Trace], step: int) -> list[CompressedTrace]:
-        """Return one cut trace per trace; the step plays no part."""
+        """Return one cut trace per trace; the step is not used."""
         return [CompressedTrace(self.cut(trace.text, trace.answer), "rule", 0) for trace in traces]
 
     def cut(self, text: str, answer: str | None) -> str:
@@ -69,8 +68,8 @@ class RuleCompressor:
         """
         body, boxed = _split_at_answer(_DROPPED.sub(" ", text), answer)
         lines = _lines(body)
-        # The answer belongs to the line it stands in; on a line of its own it takes one of the
-        # lines.
+        # An answer at the end of a line belongs to that line. On a line of its own it counts as
+        # one of the lines.
         own_line = bool(boxed) and (not lines or body.rstrip(" \t").endswith("\n"))
         lines = (
             [*lines, boxed]
@@ -85,7 +84,7 @@ class RuleCompressor:
         return self._tail("\n".join(lines), boxed)
 
     def lines(self, text: str) -> list[str]:
-        """Return the lines of a text without thinking tags, special tokens and needless space."""
+        """Return the lines of a text without thinking tags, special tokens and extra spaces."""
         return _lines(_DROPPED.sub(" ", text))
 
     def _tail(self, line: str, boxed: str) -> str:
@@ -114,8 +113,8 @@ class TeacherCompressor:
     """Lets the teacher rewrite responses and refuses rewrites that change the final answer.
     Implements `Compressor`.
 
-    A refused rewrite is asked for once more; then the response is cut by rule, as it is when the
-    teacher does not answer. A faithful rewrite over the caps is cut as well.
+    A refused rewrite is retried once. Then the response is cut by rule, as it is if the teacher
+    does not answer. A faithful rewrite over the caps is cut as well.
 
     Args:
         generate: The teacher as a function of user texts.
@@ -170,7 +169,7 @@ class TeacherCompressor:
 
 
 def fill_template(template: str, trace: Trace, max_lines: int) -> str:
-    """Return the prompt that asks the teacher to rewrite a response, made escaped.
+    """Return the prompt that asks the teacher to rewrite a response, special tokens escaped.
 
     Args:
         template: With any of the fields `{question}`, `{trace}`, `{answer}` and `{max_lines}`.
@@ -219,8 +218,7 @@ def read_template(name: str, file: Path, required: Sequence[str]) -> str:
     if missing:
         raise ConfigError(
             f"{name}: {file} lacks {', '.join(f'{{{field}}}' for field in missing)}, expected the "
-            f"fields {', '.join(f'{{{field}}}' for field in required)}; put them where their texts "
-            "belong"
+            f"fields {', '.join(f'{{{field}}}' for field in required)}; add them"
         )
     return text
 

@@ -29,10 +29,10 @@ _BOX_START = "\\boxed"
 
 
 class RuleHintWriter:
-    """Keeps the beginning of the reasoning: the lines in which the answer does not appear.
-    Implements `HintWriter`.
+    """Keeps the first lines of the reasoning that do not contain the answer. Implements
+    `HintWriter`.
 
-    Where it appears in every line, the first one is kept up to it.
+    If every line contains it, the first line is kept up to the answer.
 
     Args:
         rule: Holds the caps, those of a candidate.
@@ -42,7 +42,7 @@ class RuleHintWriter:
         self.rule = rule
 
     def write(self, traces: Sequence[Trace], step: int) -> list[Hint]:
-        """Return one hint per trace; the step plays no part."""
+        """Return one hint per trace; the step is not used."""
         return [Hint(self._hint(trace)) for trace in traces]
 
     def _hint(self, trace: Trace) -> str | None:
@@ -65,12 +65,12 @@ class TeacherHintWriter:
     """Lets the teacher write hints and refuses those that give the answer away. Implements
     `HintWriter`.
 
-    A refused hint is asked for once more; then the rule makes one, as it does when the teacher does
-    not answer.
+    A refused hint is retried once. Then the rule makes one, as it does if the teacher does not
+    answer.
 
     Args:
         generate: The teacher as a function of user texts.
-        rule: Makes hints of what the teacher wrote none for.
+        rule: Makes the hints that the teacher did not write.
         template: With the fields `{question}` and `{trace}`, optionally `{max_lines}`.
     """
 
@@ -123,20 +123,20 @@ def load_hint_template() -> str:
 
 def reveals(text: str, trace: Trace) -> bool:
     """Return whether a text boxes something, contains the answer as a word of its own, or names the
-    right option.
+    correct option.
 
-    An answer that stands in the question anyway, as the texts of options do, may be repeated.
+    An answer that is part of the question anyway, as the texts of options are, may be repeated.
     """
     return last_boxed(text) is not None or _appearance(text, trace) is not None
 
 
 def _appearance(text: str, trace: Trace) -> re.Match[str] | None:
-    """Return the first place of a text in which the answer, of the response or of the question,
-    stands as a word.
+    """Return the first match of the answer, of the response or of the question, as a word of a
+    text.
     """
     question = trace.question
     if question.choices:
-        # A lone letter is a word of many languages; it names an option only where it is called one.
+        # A single letter is a word in many languages; it names an option only after such a noun.
         patterns = [
             re.compile(
                 rf"\b(?:answer|option|choice)\b\W*(?:is\W*)?{re.escape(question.answer)}\b",

@@ -1,7 +1,7 @@
 """How the prompts of each reformulated kind are made.
 
 A recipe picks rollouts of a hard question, says in which form the prompt uses them, and writes the
-text. What else is known of a kind stands in `zppo_mm.methods.KINDS`.
+text. `zppo_mm.methods.KINDS` declares everything else about a kind.
 """
 
 from __future__ import annotations

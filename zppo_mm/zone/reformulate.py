@@ -1,6 +1,6 @@
 """From hard questions to reformulated prompts: which there are, in what order, below which cap.
 
-How the prompts of each kind are made stands in `zppo_mm.zone.recipes`.
+`zppo_mm.zone.recipes` says how the prompts of each kind are made.
 
 Source: ZPPO (arXiv 2606.18216), Algorithm 1, steps 3 to 5.
 """

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from zppo_mm.models.layers.norm import parameter_device
 
 MAX_CHUNK_TOKENS = 32
 """Longest chunk: work inside a chunk grows with its square, steps between chunks with their
@@ -138,3 +144,30 @@ def _scan_chunks(
             added = to_state[chunk] @ write
             state = added if state is None else state * whole[chunk] + added
     return torch.stack(outputs, 2), state if final_state else None
+
+
+def chosen_kernels(
+    config: TransformerConfig,
+) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """Return FLA's kernels if a network of this configuration uses them, which none in float32
+    does: FLA's rule refuses that.
+    """
+    return (
+        fused_kernels()
+        if parameter_device(config).type == "cuda" and config.params_dtype != torch.float32
+        else None
+    )
+
+
+def fused_kernels() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """Return FLA's convolution and delta rule, `None` where it is not installed or does not
+    load.
+    """
+    try:
+        from fla.modules.convolution import causal_conv1d
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as rule
+    except Exception:
+        # FLA imports triton and may fail in more ways than ImportError on a machine that it does
+        # not suit.
+        return None
+    return causal_conv1d, rule

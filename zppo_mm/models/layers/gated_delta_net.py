@@ -26,8 +26,10 @@ from megatron.core.transformer.utils import (
 )
 from torch import nn
 
-from zppo_mm.models.layers.delta_rule import chunk_gated_delta_rule
-from zppo_mm.models.layers.norm import parameter_device
+from zppo_mm.models.layers.causal_convolution import causal_convolution, last_inputs
+from zppo_mm.models.layers.delta_heads import HeadLayout, MixingHeads
+from zppo_mm.models.layers.delta_rule import chosen_kernels, chunk_gated_delta_rule
+from zppo_mm.models.layers.norm import GatedRMSNorm, apply_keeping_float32, parameter_device
 from zppo_mm.models.layers.packing import PackedLayout
 from zppo_mm.models.layers.ulysses import UlyssesExchange
 from zppo_mm.parallel.megatron_versions import split_sharded_tensor
@@ -39,93 +41,6 @@ class GatedDeltaNetSubmodules:
 
     in_proj: ModuleSpec | type
     out_proj: ModuleSpec | type
-
-
-@dataclass(frozen=True, slots=True)
-class HeadLayout:
-    """Heads and widths on one rank.
-
-    Attributes:
-        key_heads: Query and key heads.
-        value_heads: Value heads.
-    """
-
-    key_heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
-
-    @property
-    def qkv(self) -> list[int]:
-        """Widths of query, key and value, which the convolution mixes over time."""
-        return [self.key_heads * self.key_dim] * 2 + [self.value_heads * self.value_dim]
-
-    @property
-    def projection(self) -> list[int]:
-        """Widths of query, key, value, gate, beta and alpha in the input projection."""
-        return [*self.qkv, self.value_heads * self.value_dim, self.value_heads, self.value_heads]
-
-
-@dataclass(frozen=True, slots=True)
-class MixingHeads:
-    """The heads whose tokens this rank mixes, with their parameters: all of the tensor rank's, or a
-    context rank's share of them.
-
-    Attributes:
-        layout: Numbers and widths.
-        convolution: `[channels, 1, taps]`.
-        decay: `[value_heads]` the layer's `A_log`.
-        decay_bias: `[value_heads]` the layer's `dt_bias`.
-    """
-
-    layout: HeadLayout
-    convolution: torch.Tensor
-    decay: torch.Tensor
-    decay_bias: torch.Tensor
-
-    def split(self, channels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Split `[..., channels]` into `[..., heads, dim]` of query, key and value."""
-        query, key, value = torch.split(channels, self.layout.qkv, dim=-1)
-        key_heads, value_heads = self.layout.key_heads, self.layout.value_heads
-        query, key = (heads.reshape(*heads.shape[:-1], key_heads, -1) for heads in (query, key))
-        return query, key, value.reshape(*value.shape[:-1], value_heads, -1)
-
-
-class GatedRMSNorm(nn.Module):
-    """RMSNorm of each head's output, times the gate's SiLU. The weight is one-centred and stays
-    float32.
-
-    Args:
-        config: Where and how the parameters are built.
-        hidden_size: Width of a head.
-        eps: Added to the mean square.
-        tensor_size: Tensor-parallel ranks; each normalises its own heads with the same weight.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float, tensor_size: int
-    ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(
-            torch.ones(hidden_size, dtype=torch.float32, device=parameter_device(config))
-        )
-        # Each rank's gradient covers its own heads. Megatron sums over ranks only what is marked
-        # sequence-parallel, and only when that is on.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.weight.sum_gradients_across_tp = tensor_size > 1 and not config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        """Normalise `[tokens, heads, head_dim]` (float32) and gate it; the result has the gate's
-        type.
-        """
-        normed = F.rms_norm(output, (output.shape[-1],), self.weight, self.eps)
-        return (normed * F.silu(gate.float())).to(gate.dtype)
-
-    def _apply(
-        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
-    ) -> GatedRMSNorm:
-        return _apply_keeping_float32(self, ("weight",), super()._apply, fn, recurse)  # type: ignore[return-value]
 
 
 class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
@@ -371,7 +286,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> GatedDeltaNet:
-        return _apply_keeping_float32(self, ("A_log",), super()._apply, fn, recurse)  # type: ignore[return-value]
+        return apply_keeping_float32(self, ("A_log",), super()._apply, fn, recurse)  # type: ignore[return-value]
 
     def sharded_state_dict(
         self,
@@ -423,78 +338,3 @@ def _mix_batch(
     """
     query, key, value = heads.split(causal_convolution(inputs, heads.convolution, context))
     return chunk_gated_delta_rule(query, key, value, log_decay, beta, final_state, state)
-
-
-def causal_convolution(
-    inputs: torch.Tensor, weight: torch.Tensor, context: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Convolve every channel over time and apply SiLU.
-
-    Args:
-        inputs: `[batch, length, channels]`.
-        weight: `[channels, 1, taps]`.
-        context: `[batch, taps - 1, channels]` inputs before the first; zeros if not given.
-
-    Returns:
-        Like `inputs`.
-    """
-    if context is None:
-        padded = F.pad(inputs.transpose(1, 2), (weight.shape[-1] - 1, 0))
-    else:
-        padded = torch.cat([context, inputs], 1).transpose(1, 2)
-    return F.silu(F.conv1d(padded, weight, groups=weight.shape[0])).transpose(1, 2)
-
-
-def last_inputs(inputs: torch.Tensor, lengths: tuple[int, ...], count: int) -> torch.Tensor:
-    """Return the last `count` inputs of every right-padded sequence, zeros before a shorter one's
-    start: `[batch, count, channels]`.
-    """
-    padded = F.pad(inputs, (0, 0, count, 0))
-    places = torch.tensor(lengths, device=inputs.device)[:, None] + torch.arange(
-        count, device=inputs.device
-    )
-    return padded.gather(1, places[..., None].expand(-1, -1, inputs.shape[-1]))
-
-
-def chosen_kernels(
-    config: TransformerConfig,
-) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
-    """Return FLA's kernels if a network of this configuration uses them, which none in float32
-    does: FLA's rule refuses that.
-    """
-    return (
-        fused_kernels()
-        if parameter_device(config).type == "cuda" and config.params_dtype != torch.float32
-        else None
-    )
-
-
-def fused_kernels() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
-    """Return FLA's convolution and delta rule, `None` where it is not installed or does not
-    load.
-    """
-    try:
-        from fla.modules.convolution import causal_conv1d
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as rule
-    except Exception:
-        # FLA imports triton and may fail in more ways than ImportError on a machine that it does
-        # not suit.
-        return None
-    return causal_conv1d, rule
-
-
-def _apply_keeping_float32(
-    module: nn.Module,
-    names: tuple[str, ...],
-    apply: Callable[..., nn.Module],
-    fn: Callable[[torch.Tensor], torch.Tensor],
-    recurse: bool,
-) -> nn.Module:
-    """Move or cast a module, the named parameters only moved."""
-    kept = {name: module.get_parameter(name).data for name in names}
-    apply(fn, recurse)
-    for name, data in kept.items():
-        parameter = module.get_parameter(name)
-        if parameter.dtype != data.dtype:
-            parameter.data = data.to(parameter.device)
-    return module

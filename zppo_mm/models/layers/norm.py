@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,3 +54,57 @@ def parameter_device(config: TransformerConfig) -> torch.device:
         if config.use_cpu_initialization
         else torch.device("cuda", torch.cuda.current_device())
     )
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm of each head's output, times the gate's SiLU. The weight is one-centred and stays
+    float32.
+
+    Args:
+        config: Where and how the parameters are built.
+        hidden_size: Width of a head.
+        eps: Added to the mean square.
+        tensor_size: Tensor-parallel ranks; each normalises its own heads with the same weight.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float, tensor_size: int
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(
+            torch.ones(hidden_size, dtype=torch.float32, device=parameter_device(config))
+        )
+        # Each rank's gradient covers its own heads. Megatron sums over ranks only what is marked
+        # sequence-parallel, and only when that is on.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sum_gradients_across_tp = tensor_size > 1 and not config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """Normalise `[tokens, heads, head_dim]` (float32) and gate it; the result has the gate's
+        type.
+        """
+        normed = F.rms_norm(output, (output.shape[-1],), self.weight, self.eps)
+        return (normed * F.silu(gate.float())).to(gate.dtype)
+
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> GatedRMSNorm:
+        return apply_keeping_float32(self, ("weight",), super()._apply, fn, recurse)  # type: ignore[return-value]
+
+
+def apply_keeping_float32(
+    module: nn.Module,
+    names: tuple[str, ...],
+    apply: Callable[..., nn.Module],
+    fn: Callable[[torch.Tensor], torch.Tensor],
+    recurse: bool,
+) -> nn.Module:
+    """Move or cast a module, the named parameters only moved."""
+    kept = {name: module.get_parameter(name).data for name in names}
+    apply(fn, recurse)
+    for name, data in kept.items():
+        parameter = module.get_parameter(name)
+        if parameter.dtype != data.dtype:
+            parameter.data = data.to(parameter.device)
+    return module

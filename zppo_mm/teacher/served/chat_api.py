@@ -41,7 +41,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class ChatRequest:
     """One user message and how often it is to be answered.
 
     Attributes:

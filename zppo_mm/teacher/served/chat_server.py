@@ -1,7 +1,7 @@
 """The HTTP server of a teacher on ranks of its own: chat completions, and fields of this project.
 
-It takes one user message of plain text per request. What `chat_api.Ask.body` adds for this server
-stands under `zppo`: media by reference, the name of the random stream, and the batch.
+It takes one user message of plain text per request. What `chat_api.ChatRequest.body` adds for this
+server stands under `zppo`: media by reference, the name of the random stream, and the batch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Reply = tuple[int, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class ChatRequest:
+class ReceivedRequest:
     """One request.
 
     Attributes:
@@ -73,7 +73,7 @@ class ChatRequest:
 class PendingRequest:
     """A request on the server, and where its reply goes."""
 
-    request: ChatRequest
+    request: ReceivedRequest
     received: float
     reply: Future[Reply]
 
@@ -115,7 +115,7 @@ class ChatServer(socketserver.ThreadingTCPServer):
         """Log what broke a connection."""
         logger.debug("chat server: a connection failed", exc_info=True)
 
-    def add(self, request: ChatRequest) -> PendingRequest:
+    def add(self, request: ReceivedRequest) -> PendingRequest:
         """Queue a request."""
         pending = PendingRequest(request, time.monotonic(), Future())
         with self._arrived:
@@ -199,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-def read_request(body: bytes) -> ChatRequest:
+def read_request(body: bytes) -> ReceivedRequest:
     """Read a request.
 
     Raises:
@@ -211,7 +211,7 @@ def read_request(body: bytes) -> ChatRequest:
     ours = fields.get("zppo", {})
     batch = Batch(**ours["batch"]) if "batch" in ours else Batch(secrets.token_hex(8), 0, 1)
     kind, name = ours.get("stream") or ("rollout", f"chat/{fields.get('seed', 0)}/{batch.index}")
-    request = ChatRequest(
+    request = ReceivedRequest(
         text=message["content"],
         media=tuple(MediaRef(**ref) for ref in ours.get("media", ())),
         num_choices=int(fields.get("n", 1)),

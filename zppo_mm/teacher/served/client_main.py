@@ -49,7 +49,7 @@ class _Results:
         """Start a piece of work whose result is to be sent."""
         pool = self._pool
         future: Future[Any] = (
-            pool.probe() if work.patience is None else pool.submit(work.asks, work.patience)
+            pool.probe() if work.policy is None else pool.submit(work.requests, work.policy)
         )
         future.add_done_callback(partial(self._send, number))
 

@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any
 
 from data.worker import Header, KillableWorker, Reply, any_bytes
-from zppo_mm.teacher.served.chat_api import Ask, Fault
+from zppo_mm.teacher.served.chat_api import ChatRequest, Fault
 from zppo_mm.teacher.served.messages import Done, PoolSettings, Work
-from zppo_mm.teacher.served.servers import PROBE_SECONDS, Outcome, Patience
+from zppo_mm.teacher.served.servers import PROBE_SECONDS, Outcome, RetryPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +40,9 @@ class PoolProcess:
         self._lock = threading.Lock()
         self._worker: KillableWorker | None = None
 
-    def submit(self, asks: Sequence[Ask], patience: Patience) -> Future[list[Outcome]]:
+    def submit(self, requests: Sequence[ChatRequest], policy: RetryPolicy) -> Future[list[Outcome]]:
         """Start asking; see `Servers.submit`."""
-        return self._submit(Work(tuple(asks), patience), patience.max_seconds)
+        return self._submit(Work(tuple(requests), policy), policy.max_seconds)
 
     def probe(self) -> Future[dict[str, Fault | None]]:
         """Probe every server; see `Servers.probe`. The future raises a RuntimeError if no process
@@ -80,13 +80,13 @@ class PoolProcess:
         error = reply.exception()
         if error is not None:
             problem = f"client_process: the process here that speaks with the servers {error}"
-            if work.patience is None:
+            if work.policy is None:
                 hint = "expected it to serve; what it wrote to standard error says why"
                 future.set_exception(RuntimeError(f"teacher: {problem}, {hint}"))
                 return
-            logger.warning("teacher: %s; %d questions are lost", problem, len(work.asks))
-            self.counts["faults/client_process"] += len(work.asks)
-            future.set_result([Outcome(problem=problem) for _ in work.asks])
+            logger.warning("teacher: %s; %d questions are lost", problem, len(work.requests))
+            self.counts["faults/client_process"] += len(work.requests)
+            future.set_result([Outcome(problem=problem) for _ in work.requests])
             return
         done: Done = pickle.loads(reply.result()[1])
         self.counts.update(done.counts)

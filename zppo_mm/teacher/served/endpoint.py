@@ -16,7 +16,7 @@ import httpx2
 
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.errors import ConfigError
-from zppo_mm.teacher.served.chat_api import Ask, Fault, Reply
+from zppo_mm.teacher.served.chat_api import ChatRequest, Fault, Reply
 from zppo_mm.teacher.served.chat_reply import parse_reply
 from zppo_mm.teacher.served.received_text import ReceivedText
 
@@ -54,7 +54,7 @@ class Endpoint:
         self,
         client: httpx2.AsyncClient,
         body: bytes,
-        ask: Ask,
+        request: ChatRequest,
         num_choices: int,
         timeout_seconds: float,
         received: ReceivedText,
@@ -63,8 +63,8 @@ class Endpoint:
 
         Args:
             client: The connections.
-            body: Of the request, which asks `ask` for `num_choices` answers.
-            ask: Bounds the reply.
+            body: Of the request, for `num_choices` answers.
+            request: Bounds the reply.
             num_choices: Answers asked for.
             timeout_seconds: For all of it.
             received: Makes the reply's texts fit to be kept and shown.
@@ -75,7 +75,7 @@ class Endpoint:
         try:
             async with asyncio.timeout(timeout_seconds):
                 status, headers, content = await self._post(
-                    client, body, ask.max_reply_bytes(num_choices)
+                    client, body, request.max_reply_bytes(num_choices)
                 )
         except Fault:
             raise
@@ -99,7 +99,11 @@ class Endpoint:
                 status in REFUSALS,
             )
         return parse_reply(
-            content, num_choices, ask.top_logprobs, received, has_token_ids=ask.batch is not None
+            content,
+            num_choices,
+            request.top_logprobs,
+            received,
+            has_token_ids=request.batch is not None,
         )
 
     async def _post(

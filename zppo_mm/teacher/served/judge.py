@@ -7,8 +7,8 @@ from concurrent.futures import wait
 
 from zppo_mm.config.schema import RewardConfig
 from zppo_mm.rewards.judge import read_verdict
-from zppo_mm.teacher.served.chat_api import Ask, Choice
-from zppo_mm.teacher.served.servers import Patience, Servers
+from zppo_mm.teacher.served.chat_api import ChatRequest, Choice
+from zppo_mm.teacher.served.servers import RetryPolicy, Servers
 
 STOP_LOOK_SECONDS = 0.5
 
@@ -30,11 +30,11 @@ def greedy_replies(
     """
 
     def complete(prompts: Sequence[str]) -> list[str | None]:
-        asks = [Ask(prompt, 1, 0.0, config.judge_max_tokens, 0) for prompt in prompts]
-        patience = Patience(
+        requests = [ChatRequest(prompt, 1, 0.0, config.judge_max_tokens, 0) for prompt in prompts]
+        policy = RetryPolicy(
             max_seconds=config.judge_max_wait_seconds, num_retries=num_retries, is_urgent=True
         )
-        future = pool.submit(asks, patience)
+        future = pool.submit(requests, policy)
         while not wait([future], timeout=STOP_LOOK_SECONDS).done:
             if should_stop():
                 return [None] * len(prompts)

@@ -8,8 +8,8 @@ from typing import Any
 
 from data.media.opening import MediaLimits
 from zppo_mm.config.schema import TeacherConfig
-from zppo_mm.teacher.served.chat_api import Ask
-from zppo_mm.teacher.served.servers import Patience
+from zppo_mm.teacher.served.chat_api import ChatRequest
+from zppo_mm.teacher.served.servers import RetryPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +32,10 @@ class PoolSettings:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is to be done: answer `asks`, or probe the servers if there is no patience for
-    answers.
-    """
+    """What is to be done: send `requests`, or probe the servers if there is no policy."""
 
-    asks: tuple[Ask, ...] = ()
-    patience: Patience | None = None
+    requests: tuple[ChatRequest, ...] = ()
+    policy: RetryPolicy | None = None
 
 
 @dataclass(frozen=True, slots=True)

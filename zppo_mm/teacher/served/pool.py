@@ -23,11 +23,11 @@ import httpx2
 from data.errors import ReasonedError
 from data.text import clean_text
 from zppo_mm.config.schema import TeacherConfig
-from zppo_mm.teacher.served.chat_api import Ask, Batch, Fault, Reply
+from zppo_mm.teacher.served.chat_api import Batch, ChatRequest, Fault, Reply
 from zppo_mm.teacher.served.endpoint import MAX_PAUSE_SECONDS, Endpoint, open_client
 from zppo_mm.teacher.served.media import Media, MessageWriter
 from zppo_mm.teacher.served.received_text import ReceivedText
-from zppo_mm.teacher.served.servers import PROBE_SECONDS, Outcome, Patience
+from zppo_mm.teacher.served.servers import PROBE_SECONDS, Outcome, RetryPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -89,13 +89,13 @@ class EndpointPool:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._freed = asyncio.Event()
 
-    def submit(self, asks: Sequence[Ask], patience: Patience) -> Future[list[Outcome]]:
-        """Start asking; the future has one outcome per ask, in order, and no fault of a server
+    def submit(self, requests: Sequence[ChatRequest], policy: RetryPolicy) -> Future[list[Outcome]]:
+        """Start asking; the future has one outcome per request, in order, and no fault of a server
         makes it raise.
         """
         if self._batch_size:
-            asks = self._batched(asks, patience.is_urgent)
-        return self._start(self._all(asks, patience))
+            requests = self._batched(requests, policy.is_urgent)
+        return self._start(self._all(requests, policy))
 
     def probe(self) -> Future[dict[str, Fault | None]]:
         """Ask every server for one token, once; the future says by address what kept it from
@@ -110,14 +110,14 @@ class EndpointPool:
             asyncio.run_coroutine_threadsafe(self._shut_down(), loop).result()
             loop.call_soon_threadsafe(loop.stop)
 
-    def _batched(self, asks: Sequence[Ask], is_urgent: bool) -> list[Ask]:
-        batched: list[Ask] = []
-        for start in range(0, len(asks), self._batch_size):
-            part = asks[start : start + self._batch_size]
+    def _batched(self, requests: Sequence[ChatRequest], is_urgent: bool) -> list[ChatRequest]:
+        batched: list[ChatRequest] = []
+        for start in range(0, len(requests), self._batch_size):
+            part = requests[start : start + self._batch_size]
             name = next(self._batch_names)
             batched += [
-                replace(ask, batch=Batch(name, index, len(part), is_urgent))
-                for index, ask in enumerate(part)
+                replace(request, batch=Batch(name, index, len(part), is_urgent))
+                for index, request in enumerate(part)
             ]
         return batched
 
@@ -138,7 +138,7 @@ class EndpointPool:
             await self._client.aclose()
 
     async def _probe_all(self) -> dict[str, Fault | None]:
-        hello = Ask("Hello", num_choices=1, temperature=0.0, max_tokens=1, seed=0)
+        hello = ChatRequest("Hello", num_choices=1, temperature=0.0, max_tokens=1, seed=0)
         body = await self._body(hello, 1, 0, 0)
 
         async def probe(endpoint: Endpoint) -> Fault | None:
@@ -163,17 +163,17 @@ class EndpointPool:
             self._client = open_client(self._config, self._api_key)
         return self._client
 
-    async def _all(self, asks: Sequence[Ask], patience: Patience) -> list[Outcome]:
-        return list(await asyncio.gather(*(self._outcome(ask, patience) for ask in asks)))
+    async def _all(self, requests: Sequence[ChatRequest], policy: RetryPolicy) -> list[Outcome]:
+        return list(await asyncio.gather(*(self._outcome(request, policy) for request in requests)))
 
-    async def _outcome(self, ask: Ask, patience: Patience) -> Outcome:
+    async def _outcome(self, request: ChatRequest, policy: RetryPolicy) -> Outcome:
         outcome, started = Outcome(), time.monotonic()
         try:
-            async with asyncio.timeout(patience.max_seconds):
-                await self._collect(ask, outcome, patience)
+            async with asyncio.timeout(policy.max_seconds):
+                await self._collect(request, outcome, policy)
             outcome.problem = ""
         except TimeoutError:
-            outcome.problem = f"not answered within {patience.max_seconds:g} s" + (
+            outcome.problem = f"not answered within {policy.max_seconds:g} s" + (
                 f", last {outcome.problem}" if outcome.problem else ""
             )
         except Fault as fault:
@@ -186,21 +186,21 @@ class EndpointPool:
         outcome.seconds = time.monotonic() - started
         return outcome
 
-    async def _collect(self, ask: Ask, outcome: Outcome, patience: Patience) -> None:
+    async def _collect(self, request: ChatRequest, outcome: Outcome, policy: RetryPolicy) -> None:
         """Ask for all answers in one request where servers honour `n`, and for each that is missing
         alone.
         """
         draw = 0
-        if self._sends_n and ask.num_choices > 1:
-            reply = await self._several(ask, outcome, patience)
+        if self._sends_n and request.num_choices > 1:
+            reply = await self._several(request, outcome, policy)
             outcome.choices.update(enumerate(reply.choices))
             # A server that drew several may have used the seeds of those that are missing for those
             # that came.
             draw = int(reply.num_returned > 1)
-        missing = range(len(outcome.choices), ask.num_choices)
+        missing = range(len(outcome.choices), request.num_choices)
 
         async def fill(index: int) -> None:
-            reply = await self._request(ask, 1, index, outcome, patience, draw)
+            reply = await self._request(request, 1, index, outcome, policy, draw)
             outcome.choices[index] = reply.choices[0]
 
         # One that fails must not take the others with it.
@@ -209,17 +209,17 @@ class EndpointPool:
             if isinstance(result, BaseException):
                 raise result
 
-    async def _several(self, ask: Ask, outcome: Outcome, patience: Patience) -> Reply:
+    async def _several(self, request: ChatRequest, outcome: Outcome, policy: RetryPolicy) -> Reply:
         """Ask for all answers in one request, and for the first alone where that is refused; see
         `_request`.
         """
         try:
-            reply = await self._request(ask, ask.num_choices, 0, outcome, patience)
+            reply = await self._request(request, request.num_choices, 0, outcome, policy)
             takes_one = reply.num_returned == 1
         except Fault as fault:
             if fault.kind not in ONE_EACH:
                 raise
-            reply = await self._request(ask, 1, 0, outcome, patience)
+            reply = await self._request(request, 1, 0, outcome, policy)
             takes_one = fault.kind != "http_500"
         if takes_one and self._sends_n:
             self._sends_n = False
@@ -231,11 +231,11 @@ class EndpointPool:
 
     async def _request(
         self,
-        ask: Ask,
+        request: ChatRequest,
         num_choices: int,
         first: int,
         outcome: Outcome,
-        patience: Patience,
+        policy: RetryPolicy,
         draw: int = 0,
     ) -> Reply:
         """Try one request until a server answers it. What the model did not answer is drawn again,
@@ -250,20 +250,20 @@ class EndpointPool:
         attempt = 0
         kinds: Counter[str] = Counter()
         while True:
-            async with self._slot(avoided, patience.is_urgent) as endpoint:
-                body = body or await self._body(ask, num_choices, first, draw)
+            async with self._slot(avoided, policy.is_urgent) as endpoint:
+                body = body or await self._body(request, num_choices, first, draw)
                 self.counts["requests"] += 1
                 try:
                     limit = self._config.request_timeout_seconds
                     reply = await endpoint.complete(
-                        self._connections(), body, ask, num_choices, limit, self.received
+                        self._connections(), body, request, num_choices, limit, self.received
                     )
                 except Fault as fault:
                     backoff = self._backoff_seconds(attempt)
                     endpoint.failed(fault, backoff)
                     self._count_fault(fault, outcome)
                     kinds[fault.kind] += 1
-                    if self._is_last(fault, kinds, num_choices, attempt, patience):
+                    if self._is_last(fault, kinds, num_choices, attempt, policy):
                         raise
                     avoided = endpoint
                     if fault.is_of_model:
@@ -285,7 +285,7 @@ class EndpointPool:
         kinds: Mapping[str, int],
         num_choices: int,
         attempt: int,
-        patience: Patience,
+        policy: RetryPolicy,
     ) -> bool:
         """Return whether a fault settles a request, which has had so many faults of each kind."""
         seen = kinds[fault.kind]
@@ -297,20 +297,20 @@ class EndpointPool:
             return seen >= 2 and sum(kinds.values()) == seen
         if fault.is_of_model and seen > self._config.num_retries:
             return True
-        return patience.num_retries is not None and attempt >= patience.num_retries
+        return policy.num_retries is not None and attempt >= policy.num_retries
 
-    async def _body(self, ask: Ask, num_choices: int, first: int, draw: int) -> bytes:
+    async def _body(self, request: ChatRequest, num_choices: int, first: int, draw: int) -> bytes:
         def write() -> bytes:
             # A teacher on ranks of its own opens media, and escapes special tokens, as the student.
             content = (
-                self._writer.content(ask.text, ask.media)
-                if ask.batch is None
-                else clean_text(ask.text)
+                self._writer.content(request.text, request.media)
+                if request.batch is None
+                else clean_text(request.text)
             )
-            return ask.body(self._model, content, num_choices, first, draw)
+            return request.body(self._model, content, num_choices, first, draw)
 
         # Opening media takes time and would hold up the other requests of the loop.
-        return await asyncio.to_thread(write) if ask.media else write()
+        return await asyncio.to_thread(write) if request.media else write()
 
     @asynccontextmanager
     async def _slot(self, avoided: Endpoint | None, is_urgent: bool) -> AsyncIterator[Endpoint]:

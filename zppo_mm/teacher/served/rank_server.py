@@ -11,17 +11,17 @@ import numpy as np
 from data.question import Question
 from zppo_mm.experience import Group, PromptInstance
 from zppo_mm.parallel.exchange import Exchange
-from zppo_mm.parallel.groups import LostRankError
+from zppo_mm.parallel.failures import RankFailureError
 from zppo_mm.parallel.partition import PartitionLink
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.rollout.soundness import NOT_FINITE
-from zppo_mm.teacher.served.chat_server import ChatRequest, ChatServer, PendingRequest, Reply
+from zppo_mm.teacher.served.chat_server import ChatServer, PendingRequest, ReceivedRequest, Reply
 
 # How long the leader looks for requests before it checks on the student, and how long the other
 # ranks wait for it: a collective that lasts would reach its time limit.
 POLL_SECONDS = 0.2
-MEETING_SECONDS = 5.0
+EXCHANGE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class NoGrader:
 class _Turn:
     """What the leader has all ranks do next: answer requests, if there are any, or leave."""
 
-    requests: tuple[ChatRequest, ...] = ()
+    requests: tuple[ReceivedRequest, ...] = ()
     exit_reason: str | None = None
 
 
@@ -78,7 +78,7 @@ class RankServer:
         """Answer batch after batch; every rank calls this. Returns why the student ended.
 
         Raises:
-            LostRankError: The student's processes are gone or cut off.
+            RankFailureError: The student's processes are gone or cut off.
         """
         while True:
             turns: list[_Turn] = []
@@ -97,13 +97,13 @@ class RankServer:
 
     def _next_turn(self, server: ChatServer) -> tuple[_Turn, list[PendingRequest]]:
         """Wait for something to do, but not longer than the other ranks should wait."""
-        meeting = time.monotonic() + MEETING_SECONDS
-        while time.monotonic() < meeting:
+        deadline = time.monotonic() + EXCHANGE_SECONDS
+        while time.monotonic() < deadline:
             exit_reason = self._link.exit_reason()
             if exit_reason is not None:
                 return _Turn(exit_reason=exit_reason), []
             if self._link.is_other_lost():
-                raise LostRankError(
+                raise RankFailureError(
                     "teacher: the student's ranks are gone, got no heartbeat within "
                     "parallel.timeout_minutes, expected one every few seconds; look at their "
                     "output for the first error, then start the run again to resume"
@@ -113,7 +113,7 @@ class RankServer:
                 return _Turn(tuple(pending.request for pending in batch)), batch
         return _Turn(), []
 
-    def _answer(self, requests: Sequence[ChatRequest]) -> list[Reply]:
+    def _answer(self, requests: Sequence[ReceivedRequest]) -> list[Reply]:
         """Answer requests of equal settings; all ranks get the same replies."""
         first = requests[0]
         sampling = replace(
@@ -134,7 +134,7 @@ class RankServer:
         ]
 
 
-def _instance(request: ChatRequest) -> PromptInstance:
+def _instance(request: ReceivedRequest) -> PromptInstance:
     uid = request.stream[1]
     question = Question(uid, request.text, request.media, answer="", answer_type="open")
     return PromptInstance(uid, question, "new", request.text)

@@ -8,15 +8,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from zppo_mm.teacher.served.chat_api import Ask, Choice, Fault
+from zppo_mm.teacher.served.chat_api import ChatRequest, Choice, Fault
 
 # Time for the answer to a probe.
 PROBE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """How long an answer is worth waiting for.
+class RetryPolicy:
+    """Limits of a request's attempts.
 
     Attributes:
         max_seconds: Time for all attempts together, from when the question is handed over.
@@ -32,7 +32,7 @@ class Patience:
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of one `Ask`.
+    """What came of one `ChatRequest`.
 
     Attributes:
         choices: By their index among the wanted answers; some or all may be missing.
@@ -62,8 +62,8 @@ class Servers(Protocol):
 
     counts: Counter[str]
 
-    def submit(self, asks: Sequence[Ask], patience: Patience) -> Future[list[Outcome]]:
-        """Start asking; the future has one outcome per ask, in order, and no fault of a server
+    def submit(self, requests: Sequence[ChatRequest], policy: RetryPolicy) -> Future[list[Outcome]]:
+        """Start asking; the future has one outcome per request, in order, and no fault of a server
         makes it raise.
         """
         ...

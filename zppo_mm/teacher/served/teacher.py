@@ -1,4 +1,4 @@
-"""The served teacher: any OpenAI-compatible server, each replica asks a part of the questions."""
+"""The served teacher: any OpenAI-compatible server, or that of a teacher on ranks of its own."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from zppo_mm.experience import Rollout
 from zppo_mm.parallel.exchange import Exchange
 from zppo_mm.randomness import generator
 from zppo_mm.rollout.sampler import Grader
-from zppo_mm.teacher.served.chat_api import Ask, Choice
-from zppo_mm.teacher.served.servers import Outcome, Patience, Servers
+from zppo_mm.teacher.served.chat_api import ChatRequest, Choice
+from zppo_mm.teacher.served.servers import Outcome, RetryPolicy, Servers
 from zppo_mm.teacher.served.teacher_ranks import TeacherRanks
 from zppo_mm.teacher.served.tokens import TokenReader
 from zppo_mm.teacher.teacher import TeacherLostError
 
 logger = logging.getLogger(__name__)
 
-# Ranks that wait for another replica's answers meet this often: a collective that lasts would reach
-# its time limit.
-MEETING_SECONDS = 5.0
+# Ranks that wait for another replica's answers exchange this often: a collective that lasts would
+# reach its time limit.
+EXCHANGE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +125,12 @@ class ServedTeacher:
     def submit(self, questions: Sequence[Question], step: int) -> PendingAnswers:
         """Send this replica's part of the questions and return at once."""
 
-        def request(question: Question) -> Ask:
-            ask = self._request(
+        def request(question: Question) -> ChatRequest:
+            made = self._request(
                 self._plain_text(question), self._config.num_rollouts, "teacher", step, question.id
             )
             return replace(
-                ask,
+                made,
                 media=question.media,
                 stream=("rollout", f"{step}/teacher/{question.id}"),
                 top_logprobs=self._tokens.num_top if self._tokens is not None else 0,
@@ -148,11 +148,11 @@ class ServedTeacher:
     def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> Sequence[str | None]:
         """Return one response per user text; another attempt draws anew."""
 
-        def request(text: str) -> Ask:
+        def request(text: str) -> ChatRequest:
             # Named by the text, not by its index: which texts are rewritten together depends on
             # which answers were there.
-            ask = self._request(text, 1, "rewrite", step, attempt, text)
-            return replace(ask, stream=("respond", f"{step}/rewrite/{attempt}"))
+            made = self._request(text, 1, "rewrite", step, attempt, text)
+            return replace(made, stream=("respond", f"{step}/rewrite/{attempt}"))
 
         def read(indices: Sequence[int], outcomes: Sequence[Outcome]) -> list[_Result]:
             return [
@@ -187,7 +187,7 @@ class ServedTeacher:
         """
         is_done = False
         while not is_done:
-            wait([future], timeout=MEETING_SECONDS)
+            wait([future], timeout=EXCHANGE_SECONDS)
             is_done = self.have_all_answers(future)
             if self._ranks is not None:
                 self._ranks.check()
@@ -256,21 +256,23 @@ class ServedTeacher:
             else range(0)
         )
 
-    def _request(self, text: str, num_choices: int, *path: str | int) -> Ask:
+    def _request(self, text: str, num_choices: int, *path: str | int) -> ChatRequest:
         seed = int(generator(self._seed, *path).integers(2**31))
-        return Ask(
+        return ChatRequest(
             text, num_choices, self._config.temperature, self._config.max_response_tokens, seed
         )
 
-    def _submit(self, asks: Sequence[Ask], is_urgent: bool = False) -> Future[list[Outcome]]:
-        if not asks:
+    def _submit(
+        self, requests: Sequence[ChatRequest], is_urgent: bool = False
+    ) -> Future[list[Outcome]]:
+        if not requests:
             nothing: Future[list[Outcome]] = Future()
             nothing.set_result([])
             return nothing
         retries = None if self._config.on_failure == "wait" else self._config.num_retries
         return self._pool.submit(
-            asks,
-            Patience(
+            requests,
+            RetryPolicy(
                 max_seconds=self._config.max_wait_seconds, num_retries=retries, is_urgent=is_urgent
             ),
         )

@@ -15,23 +15,23 @@ from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.interruption import Interruption, StopRequested
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import ParallelExchange
-from zppo_mm.parallel.groups import LostRankError
-from zppo_mm.parallel.meetings import open_meetings
+from zppo_mm.parallel.failures import RankFailureError
+from zppo_mm.parallel.liveness_barrier import open_liveness_barrier
 
 TIMEOUT_SECONDS = 3.0
 LAYOUT = ParallelConfig(timeout_minutes=TIMEOUT_SECONDS / 60)
 SLOW_SECONDS = 2.5 * TIMEOUT_SECONDS
 
 
-def wait_for_a_slow_rank(use_meetings: bool) -> list[list[int]] | str:
+def wait_for_a_slow_rank(use_barrier: bool) -> list[list[int]] | str:
     """Return what three rounds gathered; in the second, rank 1 comes long after a collective's time
     limit.
     """
     parallel.initialize(LAYOUT, seed=0)
     rounds = []
     try:
-        with open_meetings(LAYOUT, None, Interruption()) as meetings:
-            exchange = ParallelExchange(meetings if use_meetings else None)
+        with open_liveness_barrier(LAYOUT, None, Interruption()) as barrier:
+            exchange = ParallelExchange(barrier if use_barrier else None)
             for number in range(3):
                 if number == 1 and parallel.rank() == 1:
                     time.sleep(SLOW_SECONDS)
@@ -58,15 +58,15 @@ def test_a_slow_rank_is_waited_for() -> None:
 def lose_a_rank(how: str) -> str:
     parallel.initialize(LAYOUT, seed=0)
     try:
-        with open_meetings(LAYOUT, None, Interruption()) as meetings:
-            assert meetings is not None
-            meetings.meet()
+        with open_liveness_barrier(LAYOUT, None, Interruption()) as barrier:
+            assert barrier is not None
+            barrier.wait()
             if parallel.rank() == 1:
                 if how == "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise ValueError("it broke here")
-            meetings.meet()
-    except LostRankError as error:
+            barrier.wait()
+    except RankFailureError as error:
         return str(error)
     except ValueError:
         time.sleep(2 * TIMEOUT_SECONDS)  # it is the word that is heard, not the silence
@@ -95,8 +95,11 @@ def stop_one_rank(which: int) -> tuple[str, int]:
     interruption = Interruption(end=lambda code: None)
     interruption.limit(100, 0)
     rounds = 0
-    with interruption.protected(), open_meetings(ParallelConfig(), None, interruption) as meetings:
-        exchange = ParallelExchange(meetings, interruption.is_due)
+    with (
+        interruption.protected(),
+        open_liveness_barrier(ParallelConfig(), None, interruption) as barrier,
+    ):
+        exchange = ParallelExchange(barrier, interruption.is_due)
         exchange.gather([])
         try:
             while True:
