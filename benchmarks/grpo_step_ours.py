@@ -20,8 +20,11 @@ from zppo_mm.rewards.verify import Verdict, Verifier
 from zppo_mm.rollout.megatron_engine import MegatronEngine
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
-from zppo_mm.run.build import Run, build_run
-from zppo_mm.step import Stages, StepRecord, run_step
+from zppo_mm.run.build import build_run
+from zppo_mm.run.parts import Run
+from zppo_mm.stages.record import StepRecord
+from zppo_mm.stages.stages import Stages
+from zppo_mm.step import run_step
 
 RESPONSE_TOKENS = 64
 NUM_ROLLOUTS = 8

@@ -25,12 +25,12 @@ Answer = tuple[Mapping[str, Any], Any]
 
 
 class Server(Protocol):
-    """What a locked worker process does; made before the doors are closed, for later nothing can
-    be imported.
+    """What a locked worker process does. It is made before the process is locked, because nothing
+    can be imported later.
     """
 
     def check(self) -> None:
-        """Try everything behind the closed doors, so that a library that needs them open is found
+        """Try everything in the locked process, so that a library that cannot work there is found
         at the start.
         """
         ...

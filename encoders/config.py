@@ -1,4 +1,4 @@
-"""What a vision tower and its processor are told."""
+"""The configuration of a vision tower and its processor."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def placeholder_places(
+def placeholder_indices(
     token_ids: torch.Tensor, image_token_id: int, video_token_id: int
 ) -> torch.Tensor:
     """Return where placeholder tokens stand in `[tokens]`, ascending: `[features]` int64."""
@@ -36,11 +36,11 @@ def fuse(
             sizes differ.
     """
     assert token_ids.shape == embeddings.shape[:1], "one token id per embedding"
-    places = placeholder_places(token_ids, image_token_id, video_token_id)
-    if len(places) != len(features):
+    indices = placeholder_indices(token_ids, image_token_id, video_token_id)
+    if len(indices) != len(features):
         raise ValueError(
             f"fuse: features do not fit the placeholders, got {len(features)} features, expected "
-            f"{len(places)} for as many placeholder tokens; expand the prompt from the grids of "
+            f"{len(indices)} for as many placeholder tokens; expand the prompt from the grids of "
             "these media"
         )
     if features.shape[-1] != embeddings.shape[-1]:
@@ -50,4 +50,4 @@ def fuse(
             "model's hidden size"
         )
     flat = embeddings.reshape(len(token_ids), -1)
-    return flat.index_copy(0, places, features.to(flat.dtype)).reshape(embeddings.shape)
+    return flat.index_copy(0, indices, features.to(flat.dtype)).reshape(embeddings.shape)

@@ -1,5 +1,5 @@
 """Patches to features: the Hugging Face vision tower, the same on every tensor-parallel rank, its
-work shared on request.
+work divided among ranks on request.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Settings of the whole test suite, and the fixtures that many of its modules use."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -27,3 +28,12 @@ def one_rank() -> Iterator[None]:
     parallel.initialize(ParallelConfig(), seed=0)
     yield
     parallel.shutdown()
+
+
+@pytest.fixture(scope="session")
+def raws(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The config.json of every family's tiny model; tests change copies."""
+    # Here, because transformers takes seconds to import and few modules need it.
+    from tests.support.config_oracle import written_configs
+
+    return written_configs(tmp_path_factory.mktemp("configs"))

@@ -55,9 +55,14 @@ def main() -> int:
         print(f"train_zppo: {error}", file=sys.stderr)
         return 2
     quiet_libraries()
-    from zppo_mm.train import run_training
+    from zppo_mm.run.session import exit_code
+    from zppo_mm.train import train
 
-    return run_training(config, interruption)
+    try:
+        train(config, interruption)
+    except Exception as error:
+        return exit_code(error, config.output_dir)
+    return 0
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ module does not import torch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -27,6 +28,13 @@ FloatArray = npt.NDArray[np.float32]
 FinishReason = Literal["stop", "length"]
 NO_TOKEN = -1
 """Stands where a token could be and none is; no token has this id."""
+
+
+def is_correct(reward: float | None) -> bool:
+    """Return whether a response with this reward is correct: it has the full one. `None` is a
+    response that could not be graded.
+    """
+    return reward is not None and reward >= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +59,8 @@ class PromptInstance:
     """A question together with the text that the student is asked: one future group.
 
     Attributes:
-        uid: Unique over the run: `<step>/<kind>/<question id>`, with the question's place in the
-            step before the id where it is plain; `<step>/inject/<kind>/<place>/<question id>` for a
+        uid: Unique over the run: `<step>/<kind>/<question id>`, with the index in the step
+            before the id where it is plain; `<step>/inject/<kind>/<index>/<question id>` for a
             plain group into which a rollout was put.
         question: The question whose media and answer count.
         kind: Where the prompt comes from.
@@ -128,11 +136,12 @@ class Rollout:
         finish_reason: `stop` or `length`.
         text: Decoded response, a given prefix included, without special tokens at the end.
         parsed: Final answer (content of the last `\\boxed{}`), `None` if nothing was boxed.
-        reward: 0 or 1; NaN in `Group.ungraded`, so that nothing can be computed with it by mistake.
+        reward: In [0, 1]; NaN in `Group.ungraded`, so that nothing can be computed with it by
+            mistake.
         policy_version: Rollout step whose weights sampled it.
-        author: Who wrote it; a teacher's rollout stands in a group only where the method trains on
+        author: Who wrote it; a teacher's rollout is in a group only where the method trains on
             teacher text.
-        teacher_top: `[response, k]`, if the teacher told its log-probs with its answer.
+        teacher_top: `[response, k]`, if the teacher returned its log-probs with its answer.
     """
 
     response_ids: IntArray
@@ -144,6 +153,11 @@ class Rollout:
     policy_version: int
     author: Literal["teacher", "student"] = "student"
     teacher_top: TopLogprobs | None = None
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether it has the full reward of 1."""
+        return is_correct(self.reward)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +199,41 @@ class Group:
         """Mean reward over the rollouts, the method's r-bar."""
         return sum(rollout.reward for rollout in self.rollouts) / len(self.rollouts)
 
+    @property
+    def rewards_differ(self) -> bool:
+        """Whether its advantages are not all 0; a group that has none is trivial."""
+        return len({rollout.reward for rollout in self.rollouts}) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class BufferUpdate:
+    """What one step did to the replay buffer, as question ids.
+
+    Attributes:
+        admitted: In the order of admission; an id may be both admitted and evicted.
+        graduated: In the order of the groups.
+        evicted: Oldest first.
+        content: The whole buffer after the step, oldest admission first.
+    """
+
+    admitted: tuple[str, ...]
+    graduated: tuple[str, ...]
+    evicted: tuple[str, ...]
+    content: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class BufferFates:
+    """What became of the questions of the replay buffer since the run began, by accuracy at
+    admission and by number of visits.
+    """
+
+    admitted_by_accuracy: Counter[float] = field(default_factory=Counter)
+    graduated_by_accuracy: Counter[float] = field(default_factory=Counter)
+    evicted_by_accuracy: Counter[float] = field(default_factory=Counter)
+    graduated_by_visits: Counter[int] = field(default_factory=Counter)
+    evicted_by_visits: Counter[int] = field(default_factory=Counter)
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingSample:
@@ -195,7 +244,7 @@ class TrainingSample:
         question: For its media, opened again by reference on the first pipeline stage.
         token_ids: `[tokens]`, prompt then response.
         positions: `[3, tokens]`.
-        loss_mask: `[tokens]`, 1 on response tokens. Entry i speaks of token i itself, not of its
+        loss_mask: `[tokens]`, 1 on response tokens. Entry i belongs to token i itself, not to its
             successor.
         old_logprobs: `[tokens]`, of token i given the tokens before it; 0 where the mask is 0.
             `None` if they are not known.
@@ -233,25 +282,25 @@ class TrainingSample:
 class Microbatch:
     """Packed sequences for one forward pass.
 
-    A sequence may continue another one: responses of a group whose prompt is passed once are laid
-    behind it, each a sequence of its own.
+    A sequence may continue another one: where a group's rollouts share their prompt, its responses
+    follow it, each a sequence of its own.
 
     Attributes:
         token_ids: `[tokens]` int64.
         positions: `[3, tokens]` int64, restarting with every sequence that continues none.
         cu_seqlens: `[sequences + 1]` int32.
-        loss_mask: `[tokens]` float32; like the next two, entry i speaks of token i.
+        loss_mask: `[tokens]` float32; like the next two, entry i belongs to token i.
         old_logprobs: `[tokens]` float32; 0 where they are not known.
         advantages: `[tokens]` float32.
         patches: `[patches, channels * temporal * patch * patch]` float32; `None` without media and
             off the first stage.
         grids: `[media, 3]` int64, `None` without media.
         uids: Groups of the sequences, to name them when something goes wrong; padding has none.
-        parents: Per sequence the place of the one that it continues, -1 for none; `None` if none
+        parents: Per sequence the index of the one that it continues, -1 for none; `None` if none
             does.
         unknown: `[tokens]` bool, tokens whose old log-probs are not known; `None` if all are.
         importance: `[tokens]` float32 weights of the loss; `None` if they are all 1.
-        teacher_ids: `[tokens, k]` int64, the teacher's most likely tokens in the place of token i,
+        teacher_ids: `[tokens, k]` int64, the teacher's most likely tokens at token i,
             `NO_TOKEN` where there are fewer; `None` if no sample has any.
         teacher_logprobs: `[tokens, k]` float32 of the same.
     """

@@ -41,27 +41,29 @@ class Kind:
     is_rewritten: bool = True
 
 
+_PLAIN: Mapping[str, Any] = {"has_switch": False, "uses_teacher": False, "is_rewritten": False}
+
 KINDS: tuple[Kind, ...] = (
-    Kind("new", "plain", "new", "Plain prompt", "#3b6fb6", False, False, False),
-    Kind("replayed", "plain", "replayed", "Plain prompt", "#9dbbe3", False, False, False),
+    Kind("new", "plain", "new", "Plain prompt", "#3b6fb6", **_PLAIN),
+    Kind("replayed", "plain", "replayed", "Plain prompt", "#9dbbe3", **_PLAIN),
     Kind("bcq", "reformulated", "BCQ", "BCQ prompt", "#1f9d78"),
     Kind("ncq", "reformulated", "NCQ", "NCQ prompt", "#e08a2c", uses_teacher=False),
     Kind("hint", "reformulated", "hint", "Hint prompt", "#7b4fb3"),
     Kind("prefix", "reformulated", "prefix", "Continued response", "#8a94a6", is_rewritten=False),
     Kind(
-        "inject",
-        "training",
-        "inject",
-        "Plain prompt with a teacher's response",
-        "#8c564b",
+        name="inject",
+        role="training",
+        label="inject",
+        title="Plain prompt with a teacher's response",
+        color="#8c564b",
         is_rewritten=False,
     ),
     Kind(
-        "teacher",
-        "training",
-        "teacher",
-        "Teacher's responses",
-        "#b79cd8",
+        name="teacher",
+        role="training",
+        label="teacher",
+        title="Teacher's responses",
+        color="#b79cd8",
         has_switch=False,
         is_rewritten=False,
     ),

@@ -115,8 +115,8 @@ class MediaDecoder:
 
 
 class _Answer:
-    """What a process said. A forged file may have taken it over, so that its answer is checked like
-    any input.
+    """The reply of a process, checked like any input, because a forged file may have taken the
+    process over.
     """
 
     def __init__(self, kind: MediaKind, limits: FrameLimits) -> None:
@@ -148,7 +148,7 @@ class _Answer:
         return pixels.data.cast("B")
 
     def decoded(self) -> Decoded:
-        """Return what was received, or raise what was said instead."""
+        """Return what was received, or raise the error that came instead."""
         if self._error is not None:
             raise self._error
         assert self._decoded is not None

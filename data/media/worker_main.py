@@ -1,4 +1,4 @@
-"""The process that decodes images and videos; `data.media.decoder` starts it and speaks to it.
+"""The process that decodes images and videos; `data.media.decoder` starts it and sends it requests.
 
 After its imports it may open no file and no socket, write no file and take no more than a set
 address space: whatever a forged file makes a decoder do, it can only die.

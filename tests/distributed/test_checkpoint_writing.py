@@ -22,7 +22,7 @@ from zppo_mm.errors import CheckpointError
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.training import checkpoint
 from zppo_mm.training.checkpoint import CheckpointWriter
-from zppo_mm.training.optimizer_state import shares
+from zppo_mm.training.optimizer_state import parameter_shards
 
 CASE = Case(params_dtype="bfloat16")
 PATIENCE_SECONDS = 60.0
@@ -50,7 +50,9 @@ class HeldDisk:
 
 def snapshot(policy: Any) -> list[torch.Tensor]:
     tensors = [parameter.detach() for parameter in policy.model.parameters()]
-    tensors += [tensor for share in shares(policy.optimizer) for tensor in share.tensors().values()]
+    tensors += [
+        tensor for part in parameter_shards(policy.optimizer) for tensor in part.tensors().values()
+    ]
     return [tensor.clone() for tensor in tensors]
 
 

@@ -130,11 +130,7 @@ def run_methods(runs: dict[str, tuple[str, ...]], scratch: str) -> dict[str, See
             group for record in records for group in record.groups if group.uid in record.advantages
         ]
         distilled = config.distill.source != "none"
-        carried = [
-            group
-            for group in trained
-            if distilled or len({rollout.reward for rollout in group.rollouts}) > 1
-        ]
+        carried = [group for group in trained if distilled or group.rewards_differ]
         result[name] = Seen(
             sampled=Counter(group.kind for record in records for group in record.groups),
             trained=Counter(group.kind for group in trained),

@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from tests.support.launch import run_ranks
-from tests.support.training_example import TRAIN, Case, build_policy, make_batches, make_groups
+from tests.support.training_example import (
+    TRAIN,
+    Case,
+    build_policy,
+    make_batches,
+    make_groups,
+    reduced,
+)
 from tests.support.training_example import write_tiny_folder as write_folder
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.experience import TrainingSample
@@ -58,7 +65,7 @@ def first_updates(
         (update,) = policy.train_step(
             with_old_logprobs(policy, make_batches(case), 1.0, cap)
         ).updates
-        results[name] = (update.loss, update.grad_norm, update.means)
+        results[name] = (update.loss, update.grad_norm, reduced(update))
     parallel.shutdown()
     return results
 

@@ -16,7 +16,9 @@ from zppo_mm.config.load import load_config
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parity.compare import ParityError
 from zppo_mm.parity.gate import check_parity
-from zppo_mm.run.build import Run, build_run
+from zppo_mm.run.build import build_run
+from zppo_mm.run.parts import Run
+from zppo_mm.run_folder import RunFolder
 
 pytestmark = pytest.mark.timeout(700)  # a start of two ranks takes a minute on a busy machine
 # Float32 sums in another order and over two ranks; the largest seen is 5e-6.
@@ -34,7 +36,7 @@ LAYOUTS = {
 
 def verdict(run: Run, folder: Path) -> str:
     try:
-        check_parity(run, folder, 0)
+        check_parity(run, RunFolder(folder), 0)
     except ParityError as error:
         return str(error)
     return ""

@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from zppo_mm.errors import CheckpointError
-from zppo_mm.weights.boxes import Box
 from zppo_mm.weights.checkpoint_metadata import METADATA_FILE
 from zppo_mm.weights.distributed_folder import DistributedFolder
+from zppo_mm.weights.tensor_shards import Box
 
 KEY, SHAPE = "layer.weight", torch.Size([4, 3])
 INSTRUCTIONS = [b"(", b"t", b"R", b"b", b"0", b"N", b"}", b"]", b"\x81", b"s", b"u", b"."]

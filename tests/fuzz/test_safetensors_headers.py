@@ -317,6 +317,6 @@ def test_an_index_opens_files_of_its_folder_alone(
         assert str(folder) in refusal
         return
     event("opened")
-    assert set(opened.places) == {"a"}
+    assert set(opened.weight_map) == {"a"}
     assert set(index["weight_map"]) == {"a"}
-    assert folder in (folder / opened.places["a"]).resolve().parents
+    assert folder in (folder / opened.weight_map["a"]).resolve().parents

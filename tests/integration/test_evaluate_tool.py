@@ -216,7 +216,7 @@ def test_a_benchmark_file_is_converted_once_and_what_cannot_be_asked_is_counted(
         "needs_judge": 1,
         "unsupported_container": 1,
     }
-    assert (found["num_questions"], found["skipped_share"]) == (3, 4 / 7)
+    assert (found["num_questions"], found["skipped_fraction"]) == (3, 4 / 7)
     assert [each["skipped"] for each in lines(tmp_path / "out" / "answers.jsonl")] == [
         "",
         "",

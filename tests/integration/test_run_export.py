@@ -23,16 +23,14 @@ def answers_of_both(folder: str) -> list[tuple[list[int], list[int]]]:
     from zppo_mm.rollout.engine import GenerationRequest, SamplingParams
     from zppo_mm.rollout.megatron_engine import MegatronEngine
     from zppo_mm.run.build import build_run
+    from zppo_mm.run_folder import RunFolder
     from zppo_mm.training import checkpoint
 
     reference = Qwen3_5ForConditionalGeneration.from_pretrained(str(Path(folder) / "hf")).eval()
     config = load_config(Path(folder) / "config.yaml")
     parallel.initialize(config.parallel, config.seed)
     parts = build_run(config)
-    assert (
-        checkpoint.load_latest(Path(folder) / checkpoint.CHECKPOINTS_FOLDER, parts.policy)
-        is not None
-    )
+    assert checkpoint.load_latest(RunFolder(Path(folder)).checkpoints, parts.policy) is not None
     encoder = parts.encoders[0]
     greedy = SamplingParams(
         temperature=0.0, max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=encoder.stop_token_ids

@@ -33,6 +33,7 @@ from zppo_mm.rollout.engine import GenerationRequest, SamplingParams
 from zppo_mm.rollout.megatron_engine import MegatronEngine
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.run.build import build_run
+from zppo_mm.run_folder import RunFolder
 from zppo_mm.training import checkpoint
 from zppo_mm.weights.hf_export import export_hf_weights
 
@@ -185,7 +186,7 @@ def test_conversion_is_exact_and_greedy_text_equals_transformers(
 def trained(done: Path) -> Any:
     """Return the network of a run's newest checkpoint."""
     parts = build_run(load_config(done / "config.yaml"))
-    assert checkpoint.load_latest(done / checkpoint.CHECKPOINTS_FOLDER, parts.policy) is not None
+    assert checkpoint.load_latest(RunFolder(done).checkpoints, parts.policy) is not None
     parts.close()
     return parts.policy.model
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from safetensors.torch import load_file, save_file
 
+from tests.support import tiny_qwen
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
+from zppo_mm.errors import ModelError
 from zppo_mm.models.provider import build_model
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.weights.mapping import parameter_mappings
+from zppo_mm.weights.safetensors_folder import SafetensorsFolder
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -37,3 +42,45 @@ def check_opens(folder: Path, loaded: VisionLanguageModel, layout: ParallelConfi
     )
     for found, mapping in zip(other.parameters(), parameter_mappings(loaded), strict=True):
         assert found.equal(mapping.parameter), mapping.name
+
+
+LAYOUT = ParallelConfig()
+
+
+def released(path: Path) -> Path:
+    """Save a tied folder as models are released: several files, mixed types, weights outside the
+    network, files in folders.
+    """
+    model = tiny_qwen.vision_language_model(tied=True).to(torch.bfloat16)
+    model.save_pretrained(path, max_shard_size="200KB")
+    files = sorted(path.glob("*.safetensors"))
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    for file in files:
+        # Values that bfloat16 does not have.
+        tensors = {
+            key: tensor.float() * 1.001
+            if key.endswith(("A_log", "linear_attn.norm.weight"))
+            else tensor
+            for key, tensor in load_file(file).items()
+        }
+        if file == files[-1]:
+            tensors["mtp.fc.weight"] = torch.randn(4, 8)
+        save_file(tensors, file, metadata={"format": "pt"})
+    index["weight_map"]["mtp.fc.weight"] = files[-1].name
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / "assets").mkdir()
+    (path / "assets" / "preprocessor.json").write_text('{ "odd":   "spacing" }')
+    return path
+
+
+def left_whole(folder: Path) -> list[Path]:
+    """Return the folders in here that a reader would take for a model."""
+    whole = []
+    for path in folder.rglob("*"):
+        if path.is_dir() and (path / "config.json").is_file():
+            try:
+                SafetensorsFolder(path)
+            except ModelError:
+                continue
+            whole.append(path)
+    return whole

@@ -15,6 +15,7 @@ from zppo_mm.experience import Group
 from zppo_mm.observability.sinks import append_evaluation, append_line
 from zppo_mm.observability.transcripts import write_held_out_answers
 from zppo_mm.rollout.held_out import HeldOut, summarise
+from zppo_mm.run_folder import RunFolder
 
 STEPS = 2
 MEDIA = {"clips": (MediaRef("video", "held_out/000.tar", "k", "mp4"),)}
@@ -54,8 +55,8 @@ def held_out_groups(rewards: Rewards) -> list[Group]:
 def write_evaluation(folder: Path, step: int, rewards: Rewards) -> None:
     groups = held_out_groups(rewards)
     held_out = HeldOut(tuple(group.question for group in groups))
-    write_held_out_answers(folder, step, groups)
-    append_evaluation(folder, summarise(groups, held_out, step))
+    write_held_out_answers(RunFolder(folder), step, groups)
+    append_evaluation(RunFolder(folder), summarise(groups, held_out, step))
 
 
 def write_run(

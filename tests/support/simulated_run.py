@@ -22,6 +22,7 @@ from zppo_mm.observability.rollout_metrics import (
 )
 from zppo_mm.observability.sinks import append_evaluation, open_metrics_log
 from zppo_mm.observability.transcripts import write_buffer, write_transcript
+from zppo_mm.run_folder import RunFolder
 from zppo_mm.zone.prompts import load_templates
 from zppo_mm.zone.replay import ReplayBuffer
 from zppo_mm.zone.selection import Selected
@@ -29,16 +30,6 @@ from zppo_mm.zone.selection import Selected
 GROUP_SIZE = 8
 TAU = 0.5
 TEMPLATES = load_templates()
-
-
-@dataclass(frozen=True, slots=True)
-class BufferRecord:
-    """What a step did to the buffer."""
-
-    admitted: tuple[str, ...]
-    graduated: tuple[str, ...]
-    evicted: tuple[str, ...]
-    content: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,16 +183,17 @@ def policy_metrics(rng: np.random.Generator, progress: float) -> StepMetrics:
 
 
 def simulate_run(
-    folder: Path, num_steps: int, media: Sequence[MediaRef] = (), num_new: int = 16
+    path: Path, num_steps: int, media: Sequence[MediaRef] = (), num_new: int = 16
 ) -> None:
     """Write a whole run folder; the student's skill rises with the steps."""
     rng = np.random.default_rng(0)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = RunFolder(path)
+    path.mkdir(parents=True, exist_ok=True)
     config = load_config(
         None,
         ["modality=video", f"train.train_iters={num_steps}", "observability.progress_bar=false"],
     )
-    save_config(config, folder / "config.yaml")
+    save_config(config, folder.config)
     log = open_metrics_log(config.observability, folder, num_steps, last_step=0)
     buffer = ReplayBuffer(40)
     evaluate(folder, 0, 0.35)
@@ -226,9 +218,6 @@ def simulate_run(
         metrics.add("batch/bcq_eligible", Sum(max(0, len(hard) - 1)))
         metrics.add("batch/ncq_eligible", Sum(len(hard)))
         update = buffer.update(groups, TAU, step)
-        change = BufferRecord(
-            update.admitted, update.graduated, update.evicted, tuple(buffer.content())
-        )
         groups += reformulated(rng, hard, step, 0.25 + 0.3 * progress, num_new // 4)
         advantages = group_advantages(groups)
         for part in (
@@ -246,14 +235,14 @@ def simulate_run(
             advantages,
             {group.uid: [i % 2 for i in range(GROUP_SIZE)] for group in groups},
         )
-        write_buffer(folder, step, change)
+        write_buffer(folder, step, update)
         log.write(step, metrics.values())
         if step % 10 == 0:
             evaluate(folder, step, 0.35 + 0.3 * progress)
     log.close()
 
 
-def evaluate(folder: Path, step: int, accuracy: float) -> None:
+def evaluate(folder: RunFolder, step: int, accuracy: float) -> None:
     by_source = {
         "digits-image": accuracy - 0.04,
         "digits-text": accuracy + 0.08,

@@ -80,7 +80,7 @@ def _qwen3(tied: bool) -> Any:
 
 
 def _llama(tied: bool) -> Any:
-    # The bounds of the stretching fall among the few frequencies of this small head: some stay,
+    # The bounds of the RoPE scaling fall among the few frequencies of this small head: some stay,
     # some slow down, one is between.
     rope = {
         "rope_type": "llama3",

@@ -23,7 +23,7 @@ from zppo_mm.parallel import groups as parallel
 from zppo_mm.randomness import generator
 from zppo_mm.training.batching import BatchPlan, build_batches, plan_batches
 from zppo_mm.training.objective import PolicyObjective
-from zppo_mm.training.policy import Policy, TrainMetrics
+from zppo_mm.training.policy import Policy, TrainMetrics, UpdateMetrics
 from zppo_mm.weights.mapping import load_hf_weights
 
 VOCABULARY = 128
@@ -200,6 +200,11 @@ class Result:
 
     metrics: list[TrainMetrics]
     whole_weights: dict[str, torch.Tensor]
+
+
+def reduced(update: UpdateMetrics) -> dict[str, float | None]:
+    """Return the means of an update as numbers."""
+    return {name: mean.reduced() for name, mean in update.means.items()}
 
 
 def run_case(folder: Path, case: Case, num_steps: int = 2) -> Result:

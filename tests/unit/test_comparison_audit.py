@@ -27,6 +27,7 @@ from zppo_mm.errors import ConfigError
 from zppo_mm.experience import Candidate, Group, GroupKind, Rollout
 from zppo_mm.observability.transcripts import write_transcript
 from zppo_mm.report.run_record import read_run
+from zppo_mm.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS = 12
@@ -46,7 +47,7 @@ def rollouts(answers: Sequence[str | None], right: str) -> list[Rollout]:
 
 
 def audit(tmp_path: Path, *groups: Group) -> TranscriptAudit:
-    write_transcript(tmp_path, 1, groups, {}, {})
+    write_transcript(RunFolder(tmp_path), 1, groups, {}, {})
     return audit_run(tmp_path)
 
 
@@ -170,7 +171,7 @@ def test_ungraded_rollouts_are_left_out(tmp_path: Path) -> None:
         rollouts(["7", "8"], "7"),
         candidates=(candidate("7", True), candidate("8", False)),
     )
-    path = write_transcript(tmp_path, 1, [group], {}, {})
+    path = write_transcript(RunFolder(tmp_path), 1, [group], {}, {})
     record = json.loads(path.read_text())
     record["rollouts"][0]["reward"] = None
     path.write_text(json.dumps(record) + "\n")
@@ -235,6 +236,6 @@ def test_errors(tmp_path: Path) -> None:
         match="nothing to audit, got no transcripts, expected transcripts of the steps asked for",
     ):
         audit_run(tmp_path)
-    write_transcript(tmp_path, 4, [], {}, {})
+    write_transcript(RunFolder(tmp_path), 4, [], {}, {})
     with pytest.raises(ConfigError, match="got steps 4 to 4"):
         audit_run(tmp_path, 5)

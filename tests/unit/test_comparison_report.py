@@ -31,6 +31,7 @@ from zppo_mm.comparison.results import read_answers, read_results
 from zppo_mm.comparison.tables import accuracies, markdown, tables
 from zppo_mm.methods import METHODS
 from zppo_mm.observability.transcripts import write_held_out_answers
+from zppo_mm.run_folder import RunFolder
 
 BEFORE: Rewards = {"text/1": (1,), "text/2": (0,), "clips/1": (0,), "clips/2": (0,)}
 BASE_AFTER: Rewards = {"text/1": (1,), "text/2": (0,), "clips/1": (1,), "clips/2": (0,)}
@@ -332,7 +333,7 @@ def test_two_sources_may_use_the_same_ids(tmp_path: Path) -> None:
     (run,) = make_plan(tmp_path, seeds=[0], methods=["zppo"]).runs
     groups = held_out_groups({"text/1": (1,), "clips/1": (0,)})
     write_held_out_answers(
-        run.folder,
+        RunFolder(run.folder),
         0,
         [
             replace(g, instance=replace(g.instance, question=replace(g.question, id="1")))

@@ -23,7 +23,6 @@ from zppo_mm.conversion.command import run_command
 from zppo_mm.conversion.description import count_parameters, describe_folder, fitting_layouts
 from zppo_mm.conversion.exporting import export_folder
 from zppo_mm.conversion.importing import import_folder
-from zppo_mm.conversion.table import format_table
 from zppo_mm.conversion.verify import Report, verify_folder, verify_folders
 from zppo_mm.errors import ConfigError
 from zppo_mm.models.families.architecture import load_architecture, parse_architecture
@@ -234,14 +233,6 @@ def test_the_exit_code_tells_a_difference(source: Path, tmp_path: Path) -> None:
     parallel.initialize(LAYOUT, seed=0)
     assert outcome.exit_code == 1
     assert "DIFFERS" in outcome.text
-
-
-def test_a_table_is_aligned() -> None:
-    assert format_table(["a", "long"], [["value", "b"]]).splitlines() == [
-        "a      long",
-        "-----  ----",
-        "value  b",
-    ]
 
 
 def test_a_folder_is_described_without_reading_its_weights(source: Path, tmp_path: Path) -> None:

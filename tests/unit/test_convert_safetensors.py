@@ -160,7 +160,9 @@ def test_a_quantised_folder_looks_plain(quantised: Path) -> None:
     assert folder.is_quantised
     key = "model.layers.1.self_attn.q_proj.weight"
     stored = load_file(quantised / "model.safetensors")
-    assert sorted(folder.places) == sorted(key for key in stored if not key.endswith("_scale_inv"))
+    assert sorted(folder.weight_map) == sorted(
+        key for key in stored if not key.endswith("_scale_inv")
+    )
     assert (folder.dtype(key), folder.shape(key)) == (torch.bfloat16, tuple(stored[key].shape))
     block = read_block_size(quantised)
     assert block == (BLOCK, BLOCK)
@@ -169,14 +171,14 @@ def test_a_quantised_folder_looks_plain(quantised: Path) -> None:
         assert found.equal(naive(stored[key], stored[f"{key}_scale_inv"], block, asked))
     assert folder.read("model.norm.weight").equal(stored["model.norm.weight"])
     [header] = folder.plain_headers().values()
-    assert set(header.entries) == set(folder.places)
+    assert set(header.entries) == set(folder.weight_map)
     assert {entry.dtype for entry in header.entries.values()} == {"BF16", "F32"}
 
 
 def test_quantised_weights_are_what_transformers_makes_of_them(quantised: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(quantised, dtype=torch.bfloat16).state_dict()
     folder = SafetensorsFolder(quantised)
-    compared = [key for key in folder.places if key.endswith(LINEARS)]
+    compared = [key for key in folder.weight_map if key.endswith(LINEARS)]
     assert len(compared) > 20
     assert [key for key in compared if not folder.read(key).equal(theirs[key])] == []
 
@@ -219,7 +221,7 @@ def test_factors_of_a_weight_that_is_not_quantised_are_a_key_like_any_other(
     damage(
         quantised, lambda tensors: tensors.update({"model.norm.weight_scale_inv": torch.ones(1, 1)})
     )
-    assert "model.norm.weight_scale_inv" in SafetensorsFolder(quantised).places
+    assert "model.norm.weight_scale_inv" in SafetensorsFolder(quantised).weight_map
 
 
 @pytest.mark.parametrize("block", [[128], ["128", 128], [0, 128]])
@@ -254,10 +256,10 @@ def split(folder: Path) -> tuple[str, str]:
 
 def test_weight_and_factors_may_be_in_different_files(quantised: Path) -> None:
     before = SafetensorsFolder(quantised)
-    wanted = {key: before.read(key) for key in before.places}
+    wanted = {key: before.read(key) for key in before.weight_map}
     split(quantised)
     folder = SafetensorsFolder(quantised)
-    assert wanted.keys() == folder.places.keys()
+    assert wanted.keys() == folder.weight_map.keys()
     assert all(folder.read(key).equal(tensor) for key, tensor in wanted.items())
 
 
@@ -300,13 +302,13 @@ def test_an_index_may_name_the_single_file_and_links(quantised: Path, tmp_path: 
     (quantised / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": dict.fromkeys(keys, "model.safetensors")})
     )
-    wanted = SafetensorsFolder(quantised).places
+    wanted = SafetensorsFolder(quantised).weight_map
     # As the hub's cache has them: a folder of links to files elsewhere.
     linked = tmp_path / "linked"
     linked.mkdir()
     for path in quantised.iterdir():
         (linked / path.name).symlink_to(path)
-    assert SafetensorsFolder(linked).places == wanted
+    assert SafetensorsFolder(linked).weight_map == wanted
 
 
 def test_an_index_that_does_not_fit_its_files_is_refused(quantised: Path) -> None:

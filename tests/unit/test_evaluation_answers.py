@@ -12,7 +12,7 @@ import pytest
 from zppo_mm.errors import ConfigError
 from zppo_mm.evaluation.answers import AnsweredQuestion, AnswerFolder, Response
 from zppo_mm.evaluation.student import text_files_digest
-from zppo_mm.evaluation.summary import summarise, table
+from zppo_mm.evaluation.summary import summarise_answers, summary_table
 
 SETTINGS = {"model": "m", "sampling": {"temperature": 0.6}, "data": [{"path": "a"}]}
 
@@ -185,7 +185,7 @@ def test_answers_of_unknown_settings_and_damaged_ones_are_refused(tmp_path: Path
         (("caf", "\\ud83d"), "a line is not readable .*invalid text"),
         (
             ('"index": 0', '"index": "0"'),
-            r"a line has no place, got index '0', expected a whole number; remove the file",
+            r"a line has no index, got index '0', expected a whole number; remove the file",
         ),
         (('"index": 0', '"index": 0, "index": 1'), "key 'index' is there twice"),
     ],
@@ -207,7 +207,7 @@ def test_numbers_by_hand() -> None:
         answered(2, [1.0, 1.0, None, None], source="b", modality="video", answer_type="open"),
         answered(3, [], "oversized", source="b"),
     ]
-    summary = summarise(answers, {"bad_json": 2, "oversized": 1}, seed=0)
+    summary = summarise_answers(answers, {"bad_json": 2, "oversized": 1}, seed=0)
     overall = summary.overall
     # pass@1 = (2/4 + 0 + 2/2) / 3; pass@2 = (1 - C(2,2)/C(4,2) + 0 + 1) / 3 = (5/6 + 1) / 3; pass@4
     # has the first two: (1 + 0) / 2.
@@ -225,7 +225,7 @@ def test_numbers_by_hand() -> None:
         0.6,
     )
     assert overall.response_tokens == 2.3
-    assert (summary.num_questions, summary.num_skipped, summary.skipped_share) == (
+    assert (summary.num_questions, summary.num_skipped, summary.skipped_fraction) == (
         3,
         4,
         pytest.approx(4 / 7),
@@ -248,21 +248,21 @@ def test_numbers_by_hand() -> None:
 
 
 def test_the_table_has_a_line_for_every_part_and_what_is_missing() -> None:
-    lines = table(
-        summarise([answered(0, [1.0, None]), answered(1, [], "empty")], {}, seed=0)
+    lines = summary_table(
+        summarise_answers([answered(0, [1.0, None]), answered(1, [], "empty")], {}, seed=0)
     ).splitlines()
-    assert [line.split("  ")[0] for line in lines[1:5]] == [
+    assert [line.split("  ")[0] for line in lines[2:6]] == [
         "all",
         "source s",
         "modality text",
         "answer type math",
     ]
-    assert "1.000 [1.000, 1.000]" in lines[1]
-    assert lines[5:] == [
+    assert "1.000 [1.000, 1.000]" in lines[2]
+    assert lines[6:] == [
         "skipped 1 (50.0%): empty 1",
         "responses that could not be graded, left out: 1",
     ]
     assert (
-        table(summarise([answered(0, [], "empty")], {}, seed=0)).splitlines()[-1]
+        summary_table(summarise_answers([answered(0, [], "empty")], {}, seed=0)).splitlines()[-1]
         == "skipped 1 (100.0%): empty 1"
     )

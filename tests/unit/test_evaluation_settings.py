@@ -117,7 +117,9 @@ def test_a_run_keeps_its_settings(run: Path) -> None:
     assert config.model.student == str(run / "hf")
     assert read_config(EvaluationRequest(model=run, data=SHARDS)).evaluation.num_questions == 0
     assert read_config(EvaluationRequest(model=run, sampling="paper")).evaluation.temperature == 0.6
-    assert output_folder(EvaluationRequest(model=run), config) == Path("runs/evaluations/123")
+    assert output_folder(EvaluationRequest(model=run), Path(config.output_dir)) == Path(
+        "runs/evaluations/123"
+    )
 
 
 def test_errors_say_what_to_do(run: Path, tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "zppo_mm.interruption",
         "zppo_mm.methods",
         "zppo_mm.randomness",
+        "zppo_mm.run_folder",
         "zppo_mm.special_tokens",
+        "zppo_mm.text_table",
     ),
     ("data.media", "data.toy", "zppo_mm.config", "zppo_mm.experience", "zppo_mm.rewards"),
     (
@@ -37,8 +39,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("zppo_mm.lora", "zppo_mm.rollout"),
     ("zppo_mm.teacher", "zppo_mm.training"),
     ("zppo_mm.teacher.served", "zppo_mm.zone"),
-    ("zppo_mm.bundled", "zppo_mm.step"),
-    ("zppo_mm.run",),
+    ("zppo_mm.bundled", "zppo_mm.stages"),
+    ("zppo_mm.run", "zppo_mm.step"),
     ("zppo_mm.parity",),
     ("zppo_mm.train",),
     ("zppo_mm.conversion", "zppo_mm.evaluation"),
@@ -57,7 +59,9 @@ TORCH_FREE = (
     "zppo_mm.methods",
     "zppo_mm.randomness",
     "zppo_mm.rewards",
+    "zppo_mm.run_folder",
     "zppo_mm.special_tokens",
+    "zppo_mm.text_table",
     "zppo_mm.zone",
 )
 HEAVY = {"torch", "transformers", "megatron"}

@@ -30,7 +30,7 @@ def said(
     """Return what is said over some equal steps; `None` takes a metric away."""
     watch = watch or LearningWatch(CONFIG)
     values = {name: value for name, value in {**GOOD, **changes}.items() if value is not None}
-    return [text for _ in range(steps) for text in watch.look(values)]
+    return [text for _ in range(steps) for text in watch.find_new(values)]
 
 
 def test_a_run_that_learns_says_nothing() -> None:

@@ -178,9 +178,13 @@ def test_a_real_folder_is_taken_and_its_faults_are_those_of_inspect(tmp_path: Pa
 
 
 def test_every_model_of_a_run_is_looked_at() -> None:
-    check_model_paths(load_config(None, []))
+    def check(options: list[str]) -> None:
+        config = load_config(None, options)
+        check_model_paths(config.model, [config.teacher, *config.fallback_teachers])
+
+    check([])
     served = ["teacher.endpoints=['http://a/v1']", "teacher.model=Large/One"]
-    check_model_paths(load_config(None, served))
+    check(served)
     for options, named in (
         (["model.student=nowhere"], "model.student"),
         (["teacher.model=nowhere"], "teacher.model: .*set teacher.endpoints"),
@@ -190,7 +194,7 @@ def test_every_model_of_a_run_is_looked_at() -> None:
         ),
     ):
         with pytest.raises(ConfigError, match=named):
-            check_model_paths(load_config(None, options))
+            check(options)
 
 
 def test_a_configuration_without_end_is_not_read_whole(tmp_path: Path) -> None:

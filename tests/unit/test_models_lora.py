@@ -26,6 +26,7 @@ from zppo_mm.lora.adapters import LoraAdapters, adapters_of, add_lora
 from zppo_mm.lora.export import export_adapter
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel import groups as parallel
+from zppo_mm.run_folder import RunFolder
 from zppo_mm.training import checkpoint
 from zppo_mm.training.objective import PolicyObjective
 from zppo_mm.training.policy import Policy
@@ -217,9 +218,7 @@ def test_a_runs_checkpoint_is_exported_with_its_adapters(folder: Path, tmp_path:
     )
     (tmp_path / "run").mkdir()
     save_config(config, tmp_path / "run" / "config.yaml")
-    checkpoint.save(
-        tmp_path / "run" / checkpoint.CHECKPOINTS_FOLDER, 1, policy, {"step": 1}, keep=1
-    )
+    checkpoint.save(RunFolder(tmp_path / "run").checkpoints, 1, policy, {"step": 1}, keep=1)
     export_hf_weights(network, folder, tmp_path / "hf")
     export_folder(tmp_path / "run", tmp_path / "back", config.parallel)
     direct, back, source = (

@@ -20,7 +20,8 @@ from tests.support import network_checks, tiny_families, tiny_qwen
 from zppo_mm.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from zppo_mm.lora.adapters import adapters_of, add_lora
 from zppo_mm.models.decoding.decode import decode, prefill
-from zppo_mm.models.decoding.layers import DecodeAttention, DecodeDeltaNet, Linear, build_plan
+from zppo_mm.models.decoding.layers import DecodeAttention, DecodeDeltaNet, Linear
+from zppo_mm.models.decoding.plan import build_plan
 from zppo_mm.models.layers.cache import DecodeCache
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.weights.hf_export import export_hf_weights

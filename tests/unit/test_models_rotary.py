@@ -19,7 +19,6 @@ from tests.support.config_oracle import (
     YARN,
     differs,
     text_of,
-    written_configs,
 )
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ModelError
@@ -27,11 +26,6 @@ from zppo_mm.models.families import qwen2_5_vl, qwen3_5, qwen3_vl
 from zppo_mm.models.families.architecture import parse_architecture
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-
-
-@pytest.fixture(scope="module")
-def raws(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return written_configs(tmp_path_factory.mktemp("configs"))
 
 
 LLAMA3 = {
@@ -164,7 +158,7 @@ def test_of_two_rotary_spellings_none_is_dropped(
         for key, value in rope.items()
         if key in ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
     }
-    stretched = {**plain, **YARN}
+    scaled = {**plain, **YARN}
 
     def both(
         new: dict[str, Any] | None, old: dict[str, Any] | None, **beside: Any
@@ -176,21 +170,21 @@ def test_of_two_rotary_spellings_none_is_dropped(
     # The same twice, or a type added in the older spelling to settings that say none: one meaning.
     for number, raw in enumerate(
         [
-            both(stretched, stretched),
-            both({**plain, "rope_type": "default"}, stretched),
-            both(stretched, None),
+            both(scaled, scaled),
+            both({**plain, "rope_type": "default"}, scaled),
+            both(scaled, None),
         ]
     ):
         assert differs(raw, tmp_path / str(number)) == ""
         assert parse_architecture(raw).rotary_amplitude > 1
     contradictions = {
-        "rope_type": both(stretched, {**plain, "rope_type": "default"}),
-        "factor": both({**stretched, "factor": 2.0}, stretched),
-        "attention_factor": both({**stretched, "attention_factor": 2.0}, stretched),
+        "rope_type": both(scaled, {**plain, "rope_type": "default"}),
+        "factor": both({**scaled, "factor": 2.0}, scaled),
+        "attention_factor": both({**scaled, "attention_factor": 2.0}, scaled),
         # Without its base, the older spelling would be read with transformers' default.
         "rope_theta": both(
             {**plain, "rope_theta": 77.0},
-            {key: value for key, value in stretched.items() if key != "rope_theta"},
+            {key: value for key, value in scaled.items() if key != "rope_theta"},
         ),
         "type": both({**plain, "rope_type": "default", "type": "yarn"}, None),
     }

@@ -261,15 +261,13 @@ def test_a_layout_holds_every_token_once_and_every_child_with_its_parent(
         wanted = [parents[child] for child in branch.bucket.sequences]
         assert [rows[row] for row in branch.parent_rows.tolist()] == wanted
         assert [
-            family.parent for family in branch.families for _ in range(family.num_children)
+            group.parent for group in branch.child_groups for _ in range(group.num_children)
         ] == wanted
         # Each parent's keys and values are copied for all its children at once.
-        assert len({family.parent for family in branch.families}) == len(branch.families)
-        for family in branch.families:
-            size = (branch.bucket.longest, lengths[family.parent] + branch.bucket.longest)
-            assert family.mask.equal(
-                torch.ones(size, dtype=torch.bool).tril(lengths[family.parent])
-            )
+        assert len({group.parent for group in branch.child_groups}) == len(branch.child_groups)
+        for group in branch.child_groups:
+            size = (branch.bucket.longest, lengths[group.parent] + branch.bucket.longest)
+            assert group.mask.equal(torch.ones(size, dtype=torch.bool).tril(lengths[group.parent]))
 
 
 def naive_rule(

@@ -20,6 +20,7 @@ from zppo_mm.observability.transcripts import write_transcript
 from zppo_mm.report.examples import choose_examples, split_prompt
 from zppo_mm.report.figures import FIGURES
 from zppo_mm.report.page import write_report
+from zppo_mm.run_folder import RunFolder
 
 MEDIA = (
     MediaRef("video", "train/000.tar", "clip", "mp4"),
@@ -111,7 +112,7 @@ def test_one_step_without_reformulation(tmp_path: Path) -> None:
 def test_groups_of_other_methods_are_shown_as_what_they_are(tmp_path: Path) -> None:
     kinds: tuple[GroupKind, ...] = ("new", "hint", "prefix", "inject", "teacher")
     groups = [make_group(make_question(0), kind, [make_rollout("1", 0.0)]) for kind in kinds]
-    write_transcript(tmp_path, 1, groups, {}, {})
+    write_transcript(RunFolder(tmp_path), 1, groups, {}, {})
     (example,) = choose_examples(tmp_path, 1, None)
     assert [group.kind for group in example.groups] == list(kinds)
     assert [group.title for group in example.groups[:2]] == ["Plain prompt", "Hint prompt"]
@@ -130,7 +131,7 @@ def test_media_that_cannot_be_opened_is_named(run_folder: Path) -> None:
 def test_a_model_cannot_write_into_the_page(tmp_path: Path) -> None:
     evil = "</div><script>alert(1)</script>"
     group = make_group(make_question(0), "new", [make_rollout(evil, 0.0)], text=evil)
-    write_transcript(tmp_path, 1, [group], {group.uid: [0.0]}, {group.uid: [0]})
+    write_transcript(RunFolder(tmp_path), 1, [group], {group.uid: [0.0]}, {group.uid: [0]})
     page = write_report(tmp_path).read_text()
     assert "<script>" not in page
     assert "&lt;script&gt;" in page

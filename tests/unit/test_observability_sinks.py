@@ -20,6 +20,7 @@ from zppo_mm.observability.sinks import (
     open_metrics_log,
     truncate_after,
 )
+from zppo_mm.run_folder import RunFolder
 
 
 @dataclass
@@ -34,15 +35,15 @@ def steps(path: Path) -> list[int]:
 
 def test_resume_leaves_no_step_twice(tmp_path: Path) -> None:
     config = ObservabilityConfig(tensorboard=False, progress_bar=False)
-    log = open_metrics_log(config, tmp_path, train_iters=5, last_step=0)
-    append_evaluation(tmp_path, Evaluation(0, 0.1))
+    log = open_metrics_log(config, RunFolder(tmp_path), train_iters=5, last_step=0)
+    append_evaluation(RunFolder(tmp_path), Evaluation(0, 0.1))
     for step in (1, 2, 3):
         log.write(step, {"policy/loss": float(step)})
-    append_evaluation(tmp_path, Evaluation(3, 0.2))
+    append_evaluation(RunFolder(tmp_path), Evaluation(3, 0.2))
     # Killed while step 4 was being written; the checkpoint holds step 2.
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "policy/lo')
-    log = open_metrics_log(config, tmp_path, train_iters=5, last_step=2)
+    log = open_metrics_log(config, RunFolder(tmp_path), train_iters=5, last_step=2)
     for step in (3, 4):
         log.write(step, {"policy/loss": -float(step)})
     log.close()
@@ -94,11 +95,11 @@ def test_tensorboard_holds_every_step_once_after_a_resume(tmp_path: Path) -> Non
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = ObservabilityConfig(progress_bar=False)
-    log = open_metrics_log(config, tmp_path, train_iters=4, last_step=0)
+    log = open_metrics_log(config, RunFolder(tmp_path), train_iters=4, last_step=0)
     for step in (1, 2, 3):
         log.write(step, {"policy/loss": float(step)})
     log.close()
-    log = open_metrics_log(config, tmp_path, train_iters=4, last_step=1)
+    log = open_metrics_log(config, RunFolder(tmp_path), train_iters=4, last_step=1)
     for step in (2, 3, 4):
         log.write(step, {"policy/loss": -float(step)})
     log.close()
@@ -122,7 +123,7 @@ def test_missing_wandb_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.Monk
     ):
         open_metrics_log(
             ObservabilityConfig(tensorboard=False, wandb_project="p"),
-            tmp_path,
+            RunFolder(tmp_path),
             train_iters=1,
             last_step=0,
         )
@@ -131,7 +132,7 @@ def test_missing_wandb_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.Monk
 def test_console_says_one_line_per_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     log = open_metrics_log(
         ObservabilityConfig(tensorboard=False, progress_bar=False),
-        tmp_path,
+        RunFolder(tmp_path),
         train_iters=9,
         last_step=0,
     )
@@ -172,7 +173,7 @@ def test_ranks_other_than_the_first_show_warnings_only(
     root = logging.getLogger()
     before = (list(root.handlers), root.level)
     try:
-        configure_logging(tmp_path, rank)
+        configure_logging(tmp_path / "run.log", rank)
         logging.getLogger("zppo_mm.probe").info("first")
         logging.getLogger("zppo_mm.probe").warning("second")
     finally:

@@ -11,22 +11,19 @@ import pytest
 
 from data.question import MediaRef
 from tests.support.simulated_run import (
-    BufferRecord,
     make_group,
     make_question,
     make_rollout,
     simulate_run,
 )
-from zppo_mm.experience import Candidate
+from zppo_mm.experience import BufferUpdate, Candidate
 from zppo_mm.observability.transcripts import (
-    buffer_path,
     discard_steps_after,
-    held_out_path,
-    transcript_path,
     write_buffer,
     write_held_out_answers,
     write_transcript,
 )
+from zppo_mm.run_folder import RunFolder
 
 GROUP_KEYS = [
     "step",
@@ -59,7 +56,9 @@ def test_format_of_a_group(tmp_path: Path) -> None:
         candidates,
         "ask",
     )
-    path = write_transcript(tmp_path, 7, [group], {group.uid: [1.25, -0.5]}, {group.uid: [0, -1]})
+    path = write_transcript(
+        RunFolder(tmp_path), 7, [group], {group.uid: [1.25, -0.5]}, {group.uid: [0, -1]}
+    )
     assert path == tmp_path / "transcripts" / "step_000007.jsonl"
     (line,) = path.read_text().splitlines()
     record = json.loads(line)
@@ -94,7 +93,7 @@ def test_format_of_a_group(tmp_path: Path) -> None:
 
 def test_a_group_that_was_not_trained_on_keeps_its_rewards(tmp_path: Path) -> None:
     group = make_group(make_question(1), "new", [make_rollout("1", 1.0), make_rollout("2", 0.0)])
-    record = json.loads(write_transcript(tmp_path, 1, [group], {}, {}).read_text())
+    record = json.loads(write_transcript(RunFolder(tmp_path), 1, [group], {}, {}).read_text())
     assert [
         (each["reward"], each["advantage"], each["minibatch"]) for each in record["rollouts"]
     ] == [(1.0, None, -1), (0.0, None, -1)]
@@ -109,7 +108,9 @@ def test_format_of_held_out_answers(tmp_path: Path) -> None:
     )
     group = replace(group, ungraded=(ungraded,))
     path = write_held_out_answers(
-        tmp_path, 20, [group, make_group(make_question(5), "new", [make_rollout(None, 0.0)])]
+        RunFolder(tmp_path),
+        20,
+        [group, make_group(make_question(5), "new", [make_rollout(None, 0.0)])],
     )
     assert path == tmp_path / "evaluations" / "step_000020.jsonl"
     first, second = [json.loads(line) for line in path.read_text().splitlines()]
@@ -142,7 +143,9 @@ def test_format_of_held_out_answers(tmp_path: Path) -> None:
 )
 def test_any_text_is_one_line_and_reads_back(tmp_path: Path, text: str) -> None:
     group = make_group(make_question(1), "new", [make_rollout("1", 1.0)], text=text)
-    path = write_transcript(tmp_path, 1, [group, group], {group.uid: [0.0]}, {group.uid: [0]})
+    path = write_transcript(
+        RunFolder(tmp_path), 1, [group, group], {group.uid: [0.0]}, {group.uid: [0]}
+    )
     with path.open(encoding="utf-8", newline="\n") as file:
         assert [json.loads(line)["prompt"] for line in file] == [text, text]
 
@@ -150,12 +153,14 @@ def test_any_text_is_one_line_and_reads_back(tmp_path: Path, text: str) -> None:
 def test_one_value_per_rollout_is_demanded(tmp_path: Path) -> None:
     group = make_group(make_question(1), "new", [make_rollout("1", 1.0), make_rollout("2", 0.0)])
     with pytest.raises(ValueError, match="shorter"):
-        write_transcript(tmp_path, 1, [group], {group.uid: [0.0]}, {group.uid: [0, 0]})
-    assert not transcript_path(tmp_path, 1).exists()
+        write_transcript(RunFolder(tmp_path), 1, [group], {group.uid: [0.0]}, {group.uid: [0, 0]})
+    assert not RunFolder(tmp_path).transcript_of(1).exists()
 
 
 def test_format_of_a_buffer_file(tmp_path: Path) -> None:
-    path = write_buffer(tmp_path, 3, BufferRecord(("b", "c"), ("a",), (), ("x", "b", "c")))
+    path = write_buffer(
+        RunFolder(tmp_path), 3, BufferUpdate(("b", "c"), ("a",), (), ("x", "b", "c"))
+    )
     assert path == tmp_path / "buffer" / "step_000003.json"
     assert json.loads(path.read_text()) == {
         "step": 3,
@@ -169,15 +174,27 @@ def test_format_of_a_buffer_file(tmp_path: Path) -> None:
 
 def test_steps_after_the_checkpoint_are_discarded(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        write_buffer(tmp_path, step, BufferRecord((), (), (), ()))
-        write_transcript(tmp_path, step, [], {}, {})
-        write_held_out_answers(tmp_path, step, [])
+        write_buffer(RunFolder(tmp_path), step, BufferUpdate((), (), (), ()))
+        write_transcript(RunFolder(tmp_path), step, [], {}, {})
+        write_held_out_answers(RunFolder(tmp_path), step, [])
     (tmp_path / "buffer" / "step_mine.json").write_text("a user's own")
-    discard_steps_after(tmp_path, 2)
+    discard_steps_after(RunFolder(tmp_path), 2)
     assert (tmp_path / "buffer" / "step_mine.json").exists()
-    assert [held_out_path(tmp_path, step).exists() for step in (1, 2, 3)] == [True, True, False]
-    assert [buffer_path(tmp_path, step).exists() for step in (1, 2, 3)] == [True, True, False]
-    assert [transcript_path(tmp_path, step).exists() for step in (1, 2, 3)] == [True, True, False]
+    assert [RunFolder(tmp_path).answers_of(step).exists() for step in (1, 2, 3)] == [
+        True,
+        True,
+        False,
+    ]
+    assert [RunFolder(tmp_path).buffer_of(step).exists() for step in (1, 2, 3)] == [
+        True,
+        True,
+        False,
+    ]
+    assert [RunFolder(tmp_path).transcript_of(step).exists() for step in (1, 2, 3)] == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_a_stranger_can_follow_the_buffer(tmp_path: Path) -> None:
@@ -185,7 +202,7 @@ def test_a_stranger_can_follow_the_buffer(tmp_path: Path) -> None:
     simulate_run(tmp_path, num_steps)
     content: list[str] = []
     for step in range(1, num_steps + 1):
-        with transcript_path(tmp_path, step).open(encoding="utf-8") as file:
+        with RunFolder(tmp_path).transcript_of(step).open(encoding="utf-8") as file:
             plain = [
                 record for record in map(json.loads, file) if record["kind"] in ("new", "replayed")
             ]
@@ -208,7 +225,7 @@ def test_a_stranger_can_follow_the_buffer(tmp_path: Path) -> None:
             question_id for question_id in content if question_id not in graduated
         ] + admitted
         evicted, content = content[: max(0, len(content) - capacity)], content[-capacity:]
-        written = json.loads(buffer_path(tmp_path, step).read_text())
+        written = json.loads(RunFolder(tmp_path).buffer_of(step).read_text())
         assert written == {
             "step": step,
             "admitted": admitted,

@@ -11,7 +11,8 @@ import pytest
 
 from zppo_mm.parity.compare import Gap, Limit, Response, describe_gap, measure
 from zppo_mm.parity.media import MediaCount, media_in_prompt
-from zppo_mm.parity.record import ParityRecord, count_modality, table, write_record
+from zppo_mm.parity.record import ParityRecord, count_modality, parity_table, write_record
+from zppo_mm.run_folder import RunFolder
 
 EXACT = Limit("parity.max_gap", 1e-3, of_divergence=False)
 COARSE = Limit("parity.max_kl", 0.05, of_divergence=True)
@@ -162,7 +163,7 @@ def test_the_record_is_a_line_of_json_and_a_table(tmp_path: Path) -> None:
         count_modality("image", 2, counts, Gap(20, 2e-6, 1e-7, 0.0), Gap(10, 3e-6, 2e-7, 0.0)),
     )
     record = ParityRecord(0, "float32", EXACT, 1.25, rows, "too large", ("something",))
-    write_record(tmp_path, record)
+    write_record(RunFolder(tmp_path), record)
     [line] = (tmp_path / "parity.jsonl").read_text().splitlines()
     written = json.loads(line)
     assert written["modalities"][0]["rollout"]["max"] is None
@@ -175,8 +176,8 @@ def test_the_record_is_a_line_of_json_and_a_table(tmp_path: Path) -> None:
         ["something"],
         "too large",
     )
-    shown = table(record).splitlines()
-    assert shown[3].split() == [
+    shown = parity_table(record).splitlines()
+    assert shown[4].split() == [
         "image",
         "2",
         "3",
@@ -191,4 +192,4 @@ def test_the_record_is_a_line_of_json_and_a_table(tmp_path: Path) -> None:
         "0.0e+00",
         "20",
     ]
-    assert shown[4] == "  source checkpoint not compared: too large"
+    assert shown[5] == "source checkpoint not compared: too large"

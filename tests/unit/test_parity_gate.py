@@ -37,7 +37,9 @@ from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.megatron_engine import MegatronEngine
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
-from zppo_mm.run.build import Run, build_run, build_stream, student_folder
+from zppo_mm.run.build import build_run, build_stream, student_folder
+from zppo_mm.run.parts import Run
+from zppo_mm.run_folder import RunFolder
 
 # Float32 sums in another order; the largest seen is 5e-6.
 LARGEST_GAP = 1e-4
@@ -67,9 +69,9 @@ def run(output_dir: Path) -> Iterator[Run]:
 
 def with_options(run: Run, **changes: Any) -> Run:
     config = dataclasses.replace(
-        run.stages.config, parity=dataclasses.replace(run.stages.config.parity, **changes)
+        run.config, parity=dataclasses.replace(run.config.parity, **changes)
     )
-    return dataclasses.replace(run, stages=dataclasses.replace(run.stages, config=config))
+    return dataclasses.replace(run, config=config)
 
 
 def with_sampler(run: Run, sampler: GroupSampler) -> Run:
@@ -86,7 +88,7 @@ def test_a_sound_run_passes_and_is_recorded(
     run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        check_parity(run, tmp_path, 0)
+        check_parity(run, RunFolder(tmp_path), 0)
     written = record(tmp_path)
     assert [row["modality"] for row in written["modalities"]] == ["text", "image", "video"]
     assert (written["step"], written["dtype"], written["findings"], written["not_compared"]) == (
@@ -123,23 +125,23 @@ class SlowVerifier(Verifier):
 @pytest.mark.medium
 def test_the_run_does_not_notice(run: Run, tmp_path: Path) -> None:
     stream, states = run.stream.state_dict(), random_states()
-    slow, engine = SlowVerifier(), MegatronEngine(run.policy.model, run.stages.config.seed)
+    slow, engine = SlowVerifier(), MegatronEngine(run.policy.model, run.config.seed)
     sampler = GroupSampler(engine, run.encoder, slow, ParallelExchange())
     slowed = dataclasses.replace(with_sampler(run, sampler), verifier=slow, counted={})
-    check_parity(slowed, tmp_path, 0)
+    check_parity(slowed, RunFolder(tmp_path), 0)
     slow.close()
     assert run.stream.state_dict() == stream
     assert random_states() == states
     assert slow.num_timeouts == 1
     assert slowed.take_losses().values()["reward/timeouts"] == 0
-    fresh = build_stream(run.stages.config, SampleHealth())
+    fresh = build_stream(run.config, SampleHealth())
     wanted = [question.id for question in fresh.take(20)]
-    assert [question.id for question in run.stages.feed.take(20)] == wanted
+    assert [question.id for question in run.feed.take(20)] == wanted
     # From there on too, with questions that lie ahead.
     stream = run.stream.state_dict()
-    check_parity(run, tmp_path, 0)
+    check_parity(run, RunFolder(tmp_path), 0)
     assert run.stream.state_dict() == stream
-    assert [question.id for question in run.stages.feed.take(5)] == [
+    assert [question.id for question in run.feed.take(5)] == [
         question.id for question in fresh.take(5)
     ]
 
@@ -162,18 +164,18 @@ def test_a_weight_that_is_not_the_folders_is_found(
             r"-\d+\.\d{5} by the source checkpoint"
         )
         with pytest.raises(ParityError, match=said + place):
-            check_parity(run, tmp_path, 0)
+            check_parity(run, RunFolder(tmp_path), 0)
         assert len(record(tmp_path)["findings"]) >= 1
         # Engine and training share the wrong weight, so they agree; after a resume nothing is
         # compared with the folder.
         assert all(row["rollout"]["max"] <= LARGEST_GAP for row in record(tmp_path)["modalities"])
-        check_parity(run, tmp_path / "later", 4)
+        check_parity(run, RunFolder(tmp_path / "later"), 4)
         assert record(tmp_path / "later")["not_compared"].startswith(
             "the run goes on from a checkpoint"
         )
-        check_parity(with_options(run, mode="warn"), tmp_path / "warned", 0)
+        check_parity(with_options(run, mode="warn"), RunFolder(tmp_path / "warned"), 0)
         assert "the training forward pass disagree" in caplog.text
-        check_parity(with_options(run, mode="none"), tmp_path / "none", 0)
+        check_parity(with_options(run, mode="none"), RunFolder(tmp_path / "none"), 0)
         assert not (tmp_path / "none").exists()
     finally:
         weight.data.copy_(kept)
@@ -198,15 +200,13 @@ class ShiftedEngine:
 
 
 def test_a_wrong_logprob_of_the_engine_is_named(run: Run, tmp_path: Path) -> None:
-    stream = build_stream(run.stages.config, UncountedHealth())
+    stream = build_stream(run.config, UncountedHealth())
     stream.load_state_dict(run.stream.state_dict())
-    question = choose_questions(stream, run.stages.feed, 3).questions["video"][1]
-    engine = ShiftedEngine(
-        MegatronEngine(run.policy.model, run.stages.config.seed), question.id, place=2
-    )
+    question = choose_questions(stream, run.feed, 3).questions["video"][1]
+    engine = ShiftedEngine(MegatronEngine(run.policy.model, run.config.seed), question.id, place=2)
     sampler = GroupSampler(engine, run.encoder, run.verifier, ParallelExchange())
     with pytest.raises(ParityError) as caught:
-        check_parity(with_sampler(run, sampler), tmp_path, 0)
+        check_parity(with_sampler(run, sampler), RunFolder(tmp_path), 0)
     assert engine.reported is not None
     token, logprob = engine.reported.response_ids[2], engine.reported.rollout_logprobs[2]
     message = str(caught.value)
@@ -227,7 +227,7 @@ def test_a_template_that_forgets_images_stops_the_run(
     run: Run, output_dir: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "student"
-    shutil.copytree(student_folder(run.stages.config), folder)
+    shutil.copytree(student_folder(run.config.model), folder)
     template = folder / "chat_template.jinja"
     assert "<|image_pad|>" in template.read_text()
     template.write_text(template.read_text().replace("<|image_pad|>", ""))
@@ -240,7 +240,7 @@ def test_a_template_that_forgets_images_stops_the_run(
                 r"expected"
             ),
         ):
-            check_parity(forgetful, tmp_path, 0)
+            check_parity(forgetful, RunFolder(tmp_path), 0)
     finally:
         forgetful.close()
 
@@ -253,7 +253,7 @@ def open_no_video(run: Run, reference: MediaRef) -> Frames:
 
 def test_questions_that_cannot_be_asked_give_way(run: Run) -> None:
     def choose(encoder: PromptEncoder, max_prompt_tokens: int) -> Chosen:
-        stream = build_stream(run.stages.config, UncountedHealth())
+        stream = build_stream(run.config, UncountedHealth())
         options = {"plain_text": run.templates.plain_text, "max_prompt_tokens": max_prompt_tokens}
         return choose_questions(
             stream, QuestionFeed(stream, encoder, stream.health, ParallelExchange(), **options), 2
@@ -283,7 +283,7 @@ def test_questions_that_cannot_be_asked_give_way(run: Run) -> None:
     assert chosen.questions["text"][lengths.index(min(lengths))] in others
     assert chosen.questions["text"][lengths.index(max(lengths))] not in others
     blind = choose(
-        PromptEncoder(student_folder(run.stages.config), partial(open_no_video, run)), 4096
+        PromptEncoder(student_folder(run.config.model), partial(open_no_video, run)), 4096
     )
     assert {name: len(questions) for name, questions in blind.questions.items()} == {
         "text": 2,
@@ -295,7 +295,7 @@ def test_questions_that_cannot_be_asked_give_way(run: Run) -> None:
 
 
 def test_what_does_not_fit_or_load_is_not_compared(run: Run, tmp_path: Path) -> None:
-    folder = student_folder(run.stages.config)
+    folder = student_folder(run.config.model)
     size = (folder / "model.safetensors").stat().st_size
     assert 0.9 * size < weight_bytes(folder, torch.float32) < size
     assert weight_bytes(folder, torch.bfloat16) * 2 == weight_bytes(folder, torch.float32)
@@ -312,7 +312,7 @@ def test_what_does_not_fit_or_load_is_not_compared(run: Run, tmp_path: Path) -> 
     skipped = source_logprobs(broken, [], max_seconds=1.0, **options).skipped
     assert "transformers cannot load" in skipped
     assert "unheard_of" in skipped
-    check_parity(with_options(run, max_source_seconds=0.0), tmp_path, 0)
+    check_parity(with_options(run, max_source_seconds=0.0), RunFolder(tmp_path), 0)
     written = record(tmp_path)
     assert written["not_compared"] == "9 of 9 responses, because parity.max_source_seconds was over"
     assert all(

@@ -30,6 +30,7 @@ from zppo_mm.rewards.verify import Verdict, Verifier
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
+from zppo_mm.run_folder import RunFolder
 from zppo_mm.teacher.served.judge import greedy_replies
 from zppo_mm.teacher.served.pool import EndpointPool
 from zppo_mm.zone.replay import ReplayBuffer
@@ -224,7 +225,9 @@ def test_the_buffer_and_the_record_know_it(
     assert (
         ReplayBuffer(4).update([group], 0.5, 1).admitted == ()
     )  # with the ungraded one as wrong it would be hard
-    path = write_transcript(tmp_path, 1, [group], {group.uid: [1.0, -1.0]}, {group.uid: [0, 0]})
+    path = write_transcript(
+        RunFolder(tmp_path), 1, [group], {group.uid: [1.0, -1.0]}, {group.uid: [0, 0]}
+    )
     record = json.loads(path.read_text())
     assert [
         (r["parsed"], r["reward"], r["advantage"], r["minibatch"]) for r in record["rollouts"]
@@ -238,7 +241,7 @@ def test_the_buffer_and_the_record_know_it(
     assert (
         "null"
         not in write_transcript(
-            tmp_path, 2, [plain], {plain.uid: [0.0]}, {plain.uid: [0]}
+            RunFolder(tmp_path), 2, [plain], {plain.uid: [0.0]}, {plain.uid: [0]}
         ).read_text()
     )
 

@@ -239,6 +239,27 @@ def test_open_questions_go_to_the_judge() -> None:
         verifier.verify_all(items)
 
 
+class ConstantReward:
+    """Gives every answer the same reward."""
+
+    def __init__(self, reward: float) -> None:
+        self._reward = reward
+
+    def grade_all(self, items: Sequence[tuple[Question, str]]) -> list[Verdict]:
+        return [Verdict(parsed, self._reward, "mismatch") for _, parsed in items]
+
+
+def test_a_reward_is_chosen_by_answer_type_and_may_be_partial() -> None:
+    items = [(question("a cat", "open"), "\\boxed{a dog}"), (question("5"), "\\boxed{5}")]
+    with Verifier(rewards={"open": ConstantReward(0.25)}) as verifier:
+        assert [verdict.reward for verdict in verifier.verify_all(items)] == [0.25, 1.0]
+    with (
+        Verifier(rewards={"open": ConstantReward(1.5)}) as verifier,
+        pytest.raises(ValueError, match=r"'open' is out of range, got 1\.5, expected a number"),
+    ):
+        verifier.verify_all(items)
+
+
 def test_it_says_beforehand_what_it_can_grade() -> None:
     kinds: tuple[AnswerType, ...] = ("math", "choice", "open")
     with Verifier() as alone, Verifier(judge=ContainsJudge()) as judging:

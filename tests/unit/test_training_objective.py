@@ -10,6 +10,8 @@ import torch
 from zppo_mm.config.schema import AlgorithmConfig
 from zppo_mm.experience import Microbatch
 from zppo_mm.training.objective import (
+    PerForwardToken,
+    PerLossToken,
     PolicyObjective,
     SupervisedObjective,
     predicting_rows,
@@ -35,6 +37,13 @@ def packed(old_shift: float = 0.0) -> tuple[torch.Tensor, Microbatch]:
     return logits, Microbatch(
         ids, positions, torch.tensor([0, 5, 9], dtype=torch.int32), mask, old * mask, advantages
     )
+
+
+def sums_by_name(
+    objective: PolicyObjective, logits: torch.Tensor, microbatch: Microbatch
+) -> dict[str, float]:
+    names = ("loss", "num_tokens", *(metric.name for metric in objective.metrics))
+    return dict(zip(names, objective(logits, microbatch).sums.tolist(), strict=True))
 
 
 def test_a_token_is_predicted_from_the_place_before_it() -> None:
@@ -70,30 +79,25 @@ def test_the_predicting_rows_alone_give_the_same_terms() -> None:
 def test_on_policy_tokens_have_ratio_one() -> None:
     logits, microbatch = packed()
     objective = PolicyObjective(AlgorithmConfig(), temperature=1.0)
-    named = dict(zip(objective.names, objective(logits, microbatch).sums.tolist(), strict=True))
+    named = sums_by_name(objective, logits, microbatch)
     # loss = -(3 * 1.5 - 2 * 0.5)
     assert named["loss"] == pytest.approx(-3.5, rel=TOLERANCE)
     assert named["num_tokens"] == 5
-    assert named["ratio"] == pytest.approx(5.0, rel=TOLERANCE)
-    assert named["kl"] == pytest.approx(0.0, abs=TOLERANCE)
-    assert (
-        named["clip_fraction_low"]
-        == named["clip_fraction_high"]
-        == named["clip_fraction_dual"]
-        == 0
-    )
+    assert named["policy/ratio"] == pytest.approx(5.0, rel=TOLERANCE)
+    assert named["policy/kl_old"] == pytest.approx(0.0, abs=TOLERANCE)
+    assert named["policy/clip_low"] == named["policy/clip_high"] == named["policy/clip_dual"] == 0
     entropies = torch.distributions.Categorical(logits=logits[[1, 2, 3, 6, 7]]).entropy()
-    assert named["entropy"] == pytest.approx(float(entropies.sum()), rel=TOLERANCE)
+    assert named["policy/entropy"] == pytest.approx(float(entropies.sum()), rel=TOLERANCE)
 
 
 def test_moved_policy_counts_its_clipped_tokens() -> None:
     logits, microbatch = packed(old_shift=-0.5)
     objective = PolicyObjective(AlgorithmConfig(), temperature=1.0)
-    named = dict(zip(objective.names, objective(logits, microbatch).sums.tolist(), strict=True))
+    named = sums_by_name(objective, logits, microbatch)
     # Ratio exp(0.5) = 1.6487: clipped to 1.28 where the advantage is 1.5, kept where it is -0.5.
     assert named["loss"] == pytest.approx(-(3 * 1.28 * 1.5 - 2 * 1.6487213 * 0.5), rel=TOLERANCE)
-    assert (named["clip_fraction_low"], named["clip_fraction_high"]) == (0, 3)
-    assert named["ratio"] == pytest.approx(5 * 1.6487213, rel=TOLERANCE)
+    assert (named["policy/clip_low"], named["policy/clip_high"]) == (0, 3)
+    assert named["policy/ratio"] == pytest.approx(5 * 1.6487213, rel=TOLERANCE)
 
 
 def test_a_micro_batch_without_loss_tokens_has_no_gradient() -> None:
@@ -105,7 +109,7 @@ def test_a_micro_batch_without_loss_tokens_has_no_gradient() -> None:
     logits.requires_grad_()
     terms = PolicyObjective(AlgorithmConfig(), temperature=1.0)(logits, idle)
     terms.loss_sum.backward()
-    assert terms.sums.tolist() == [0.0] * len(PolicyObjective.names)
+    assert terms.sums.tolist() == [0.0] * (2 + len(PolicyObjective.metrics))
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
@@ -146,3 +150,12 @@ def test_a_response_is_predicted_where_its_prompt_ends() -> None:
         7,
         8,
     ]
+
+
+def test_metrics_are_averaged_over_the_tokens_that_their_type_names() -> None:
+    # Two updates: 6 of 8 and 0 of 2 loss tokens went through the network.
+    clipped = [PerLossToken("c").mean(4, 8, 6), PerLossToken("c").mean(0, 2, 0)]
+    assert clipped[0].merge(clipped[1]).reduced() == (4 / 8 + 0 / 2) / 2
+    ratio = [PerForwardToken("r").mean(9, 8, 6), PerForwardToken("r").mean(0, 2, 0)]
+    assert ratio[0].merge(ratio[1]).reduced() == 9 / 6
+    assert ratio[1].reduced() is None

@@ -226,6 +226,7 @@ def test_the_table_is_aligned_and_has_units() -> None:
     )
     assert text.splitlines() == [
         "        parameters  trainable  weights  gradients  optimizer",
+        "------  ----------  ---------  -------  ---------  ---------",
         "vision       1,500          0  5.9 KiB        0 B        0 B",
         "lora     1,048,576  1,048,576  2.0 MiB    4.0 MiB   12.0 GiB",
         "all      1,050,076  1,048,576  2.0 MiB    4.0 MiB   12.0 GiB",

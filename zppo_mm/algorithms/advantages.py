@@ -41,7 +41,7 @@ def group_advantages(
     - `nonzero`: with the statistics of the non-trivial groups;
     - `all`: with the statistics of all groups.
 
-    Rollouts of trivial groups have advantage 0 in every setting. With f the share of rollouts in
+    Rollouts of trivial groups have advantage 0 in every setting. With f the fraction of rollouts in
     non-trivial groups, `A_all = A_nonzero / sqrt(f)`.
 
     Args:

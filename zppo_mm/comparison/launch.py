@@ -17,7 +17,8 @@ from pathlib import Path
 from zppo_mm.comparison.plan import Plan, PlannedRun
 from zppo_mm.config.load import flat_keys, load_config
 from zppo_mm.errors import ConfigError
-from zppo_mm.report.run_record import CONFIG_FILE, RunRecord, read_run
+from zppo_mm.report.run_record import RunRecord, read_run
+from zppo_mm.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,6 @@ OUTPUT_FOLDER = "output"
 NUM_TAIL_LINES = 15
 POLL_SECONDS = 0.2
 END_MARGIN_SECONDS = 20.0
-HF_FOLDER = "hf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def is_finished(run: PlannedRun, record: RunRecord) -> bool:
     """
     last = run.config.train.train_iters
     evaluated = not record.evaluations or record.evaluations[-1]["step"] >= last
-    return steps_reached(record) >= last and evaluated and (run.folder / HF_FOLDER).is_dir()
+    return steps_reached(record) >= last and evaluated and RunFolder(run.folder).hf.is_dir()
 
 
 def check_same_configuration(run: PlannedRun) -> None:
@@ -62,7 +62,8 @@ def check_same_configuration(run: PlannedRun) -> None:
         ConfigError: It was made with other options, so its numbers are not those of the comparison.
     """
     made, planned = (
-        flat_keys(asdict(config)) for config in (load_config(run.folder / CONFIG_FILE), run.config)
+        flat_keys(asdict(config))
+        for config in (load_config(RunFolder(run.folder).config), run.config)
     )
     keys = [key for key in planned if key != "output_dir" and made.get(key) != planned[key]]
     changed = [f"{key} was {made.get(key)!r}, is {planned[key]!r}" for key in keys]

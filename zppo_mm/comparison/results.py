@@ -11,8 +11,8 @@ from zppo_mm.comparison.launch import check_same_configuration, is_finished, ste
 from zppo_mm.comparison.plan import Plan, PlannedRun
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ConfigError
-from zppo_mm.observability.transcripts import HELD_OUT_FOLDER
 from zppo_mm.report.run_record import RunRecord, read_lines, read_run
+from zppo_mm.run_folder import RunFolder, files_by_step
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def read_answers(folder: Path) -> dict[int, Answers]:
     accuracy.
     """
     answers: dict[int, Answers] = {}
-    for path in sorted((folder / HELD_OUT_FOLDER).glob("step_*.jsonl")):
+    for step, path in files_by_step(RunFolder(folder).answers).items():
         # Two sources may use the same id.
         of_step = {
             (line["source"], line["question_id"]): Answered(
@@ -134,5 +134,5 @@ def read_answers(folder: Path) -> dict[int, Answers]:
             )
             for line in read_lines(path)
         }
-        answers[int(path.stem.removeprefix("step_"))] = of_step
+        answers[step] = of_step
     return answers

@@ -14,11 +14,13 @@ from typing import Any, Literal
 from zppo_mm.comparison.intervals import Estimate, fraction_interval
 from zppo_mm.comparison.tables import Table
 from zppo_mm.errors import ConfigError
+from zppo_mm.experience import is_correct
 from zppo_mm.methods import PLAIN_KINDS
 from zppo_mm.observability.audit import comparable_answer, num_matches
-from zppo_mm.report.run_record import read_lines, transcripts_newest_first
+from zppo_mm.report.run_record import read_lines
 from zppo_mm.rewards.boxes import final_answer
 from zppo_mm.rewards.mathematics import compare
+from zppo_mm.run_folder import RunFolder, files_by_step
 
 Record = Mapping[str, Any]
 """One group of a transcript."""
@@ -114,10 +116,7 @@ def audit_run(folder: Path, first_step: int = 0, last_step: int | None = None) -
     Raises:
         ConfigError: There is no transcript of such a step.
     """
-    paths = {
-        int(path.stem.removeprefix("step_")): path
-        for path in reversed(transcripts_newest_first(folder))
-    }
+    paths = files_by_step(RunFolder(folder).transcripts)
     chosen = [
         path
         for step, path in paths.items()
@@ -200,7 +199,7 @@ def _num_rollouts(records: Iterable[Record]) -> int:
 
 def _accuracy(records: Iterable[Record]) -> Proportion:
     rewards = [rollout["reward"] for record in records for rollout in _graded(record)]
-    return Proportion(sum(reward >= 1 for reward in rewards), len(rewards))
+    return Proportion(sum(map(is_correct, rewards)), len(rewards))
 
 
 def _plain_of(reformulated: Iterable[Record], records: Iterable[Record]) -> Iterator[Record]:

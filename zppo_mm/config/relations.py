@@ -8,14 +8,18 @@ from urllib.parse import urlsplit
 
 from zppo_mm.config.network import TRAINABLE_PARTS
 from zppo_mm.config.schema import (
+    AlgorithmConfig,
     DataConfig,
+    DistillConfig,
     LoraConfig,
     ModelConfig,
     ParallelConfig,
     RewardConfig,
+    RolloutConfig,
     RunConfig,
     TeacherConfig,
     TrainConfig,
+    ZoneConfig,
 )
 from zppo_mm.errors import ConfigError
 from zppo_mm.methods import SWITCHED, Kind
@@ -31,7 +35,13 @@ def check_relations(config: RunConfig) -> None:
     _check_sources(config.data)
     _check_training(config.train, config.lora)
     _check_layout(config.parallel, config.model, config.train)
-    _check_methods(config)
+    distill, teacher, others = config.distill, config.teacher, config.fallback_teachers
+    if distill.source == "none":
+        _check_policy_gradient(config.zone, distill, others)
+    else:
+        _check_distillation(distill, config.zone, config.algorithm)
+        _check_distilled_teacher(teacher, others, distill, config.parallel)
+        _check_distilled_server(teacher, distill, config.rollout)
     _check_lora(config.lora, config.train)
     _check_teachers(config.teacher, config.fallback_teachers)
     _check_judge(config.reward, config.teacher, config.parallel)
@@ -103,42 +113,41 @@ def _check_layout(parallel: ParallelConfig, model: ModelConfig, train: TrainConf
         )
 
 
-def _check_methods(config: RunConfig) -> None:
-    """Check that the treatment of hard questions and the training objective fit together."""
-    zone = config.zone
-    if config.distill.source == "none":
-        if config.distill.top_k:
-            raise ConfigError(
-                f"distill.top_k: nothing is distilled, got {config.distill.top_k} with "
-                "distill.source='none', expected 0; choose a source (method=off_distill or "
-                "on_distill) or leave it out"
-            )
-        if config.fallback_teachers and not zone.uses_teacher:
-            raise ConfigError(
-                f"fallback_teachers: none would be asked, got {len(config.fallback_teachers)} with "
-                "a method that uses no teacher rollouts, expected one of "
-                f"{_switches(kind for kind in SWITCHED if kind.uses_teacher)}; remove them or "
-                "change the method"
-            )
-        return
+def _check_policy_gradient(
+    zone: ZoneConfig, distill: DistillConfig, fallback_teachers: Sequence[TeacherConfig]
+) -> None:
+    """Check that without distillation no key of it is set and every teacher is asked."""
+    if distill.top_k:
+        raise ConfigError(
+            f"distill.top_k: nothing is distilled, got {distill.top_k} with "
+            "distill.source='none', expected 0; choose a source (method=off_distill or "
+            "on_distill) or remove it"
+        )
+    if fallback_teachers and not zone.uses_teacher:
+        raise ConfigError(
+            f"fallback_teachers: none would be asked, got {len(fallback_teachers)} with "
+            "a method that uses no teacher rollouts, expected one of "
+            f"{_switches(kind for kind in SWITCHED if kind.uses_teacher)}; remove them or "
+            "change the method"
+        )
+
+
+def _check_distillation(
+    distill: DistillConfig, zone: ZoneConfig, algorithm: AlgorithmConfig
+) -> None:
+    """Check that distillation is not combined with what needs rewards."""
     if zone.kinds:
         raise ConfigError(
             "distill.source: distillation trains on no reformulated prompt, got "
-            f"{config.distill.source!r} with {_switches(zone.kinds[:1])}=true, expected one of the "
+            f"{distill.source!r} with {_switches(zone.kinds[:1])}=true, expected one of the "
             "two; set the zone's key to false, or distill.source=none"
         )
-    if zone.max_sampling_rounds > 1 or config.algorithm.importance_cap:
+    if zone.max_sampling_rounds > 1 or algorithm.importance_cap:
         raise ConfigError(
             "distill.source: distillation uses no rewards and no old log-probs, got "
-            f"{config.distill.source!r} with zone.max_sampling_rounds={zone.max_sampling_rounds} "
-            f"and algorithm.importance_cap={config.algorithm.importance_cap:g}, expected 1 and 0; "
+            f"{distill.source!r} with zone.max_sampling_rounds={zone.max_sampling_rounds} "
+            f"and algorithm.importance_cap={algorithm.importance_cap:g}, expected 1 and 0; "
             "remove those keys"
-        )
-    _check_distillation(config)
-    if config.fallback_teachers:
-        raise ConfigError(
-            f"fallback_teachers: distillation has one teacher, got {len(config.fallback_teachers)} "
-            f"more with distill.source={config.distill.source!r}, expected none; remove them"
         )
 
 
@@ -146,22 +155,37 @@ def _switches(kinds: Iterable[Kind]) -> str:
     return ", ".join(f"zone.{kind.name}" for kind in kinds)
 
 
-def _check_distillation(config: RunConfig) -> None:
-    """Check that the teacher can give the distributions that are distilled."""
-    teacher, distill = config.teacher, config.distill
+def _check_distilled_teacher(
+    teacher: TeacherConfig,
+    fallback_teachers: Sequence[TeacherConfig],
+    distill: DistillConfig,
+    parallel: ParallelConfig,
+) -> None:
+    """Check that there is one teacher, in a place where it can be distilled from."""
     if teacher.num_ranks:
         raise ConfigError(
             "teacher.num_ranks: distillation needs the teacher on the student's ranks, got "
             f"{teacher.num_ranks}, expected 0 with distill.source={distill.source!r}; set it to 0, "
             "or serve the teacher for distill.source=teacher"
         )
+    if not teacher.endpoints and parallel.pipeline_model_parallel_size > 1:
+        raise ConfigError(
+            "parallel.pipeline_model_parallel_size: distillation computes the teacher on the "
+            f"stage of the loss, got {parallel.pipeline_model_parallel_size}, expected "
+            "1; use tensor or context parallelism, or serve the teacher"
+        )
+    if fallback_teachers:
+        raise ConfigError(
+            f"fallback_teachers: distillation has one teacher, got {len(fallback_teachers)} "
+            f"more with distill.source={distill.source!r}, expected none; remove them"
+        )
+
+
+def _check_distilled_server(
+    teacher: TeacherConfig, distill: DistillConfig, rollout: RolloutConfig
+) -> None:
+    """Check that a server, if the teacher is one, can send the log-probs that are distilled."""
     if not teacher.endpoints:
-        if config.parallel.pipeline_model_parallel_size > 1:
-            raise ConfigError(
-                "parallel.pipeline_model_parallel_size: distillation computes the teacher on the "
-                f"stage of the loss, got {config.parallel.pipeline_model_parallel_size}, expected "
-                "1; use tensor or context parallelism, or serve the teacher"
-            )
         return
     if distill.source == "student":
         raise ConfigError(
@@ -175,10 +199,10 @@ def _check_distillation(config: RunConfig) -> None:
             "teacher.endpoints, expected the number of log-probs per token to ask for (OpenAI and "
             "vLLM give at most 20 by default); set it"
         )
-    if config.rollout.temperature != 1.0:
+    if rollout.temperature != 1.0:
         raise ConfigError(
             "rollout.temperature: a server's log-probs are those of temperature 1, got "
-            f"{config.rollout.temperature:g} with teacher.endpoints and distillation, expected 1; "
+            f"{rollout.temperature:g} with teacher.endpoints and distillation, expected 1; "
             "set it, or run the teacher in this process"
         )
 

@@ -14,7 +14,7 @@ from zppo_mm.parallel import groups as parallel
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a command has to say.
+    """The result of a command.
 
     Attributes:
         text: For the terminal; empty on ranks other than the first.
@@ -40,7 +40,7 @@ def run_command(name: str, folders: list[Path], layout: ParallelConfig) -> Outco
             outcome = _run(name, folders, layout)
         parallel.shutdown()
     except ZppoError as error:
-        # Every rank has the same error; one says it.
+        # Every rank has the same error; one reports it.
         return Outcome(f"convert_checkpoint: {error}" if parallel.rank() == 0 else "", 1)
     return outcome
 

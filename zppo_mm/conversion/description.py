@@ -1,5 +1,6 @@
-"""What the headers of a Hugging Face folder say: the network, its size, and the layouts that it
-fits. No weight is read.
+"""The headers of a Hugging Face folder: the network, its size, and the layouts that it fits.
+
+No weight is read.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zppo_mm.config.schema import ParallelConfig
-from zppo_mm.conversion.table import format_table
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families.architecture import Architecture, check_layout, load_architecture
+from zppo_mm.text_table import text_table
 from zppo_mm.weights.hf_export import open_source
 from zppo_mm.weights.mapping import Mapping, parameter_mappings, tied_copies
 from zppo_mm.weights.megatron_folder import build_without_weights, check_shapes
@@ -101,7 +102,8 @@ def describe_folder(hf_dir: Path) -> str:
         f"({OPTIMIZER_BYTES} bytes a parameter, to be divided by the data-parallel size with the "
         "distributed optimizer); activations come on top."
     )
-    return "\n\n".join([format_table(["", str(hf_dir)], facts), format_table(head, rows), note])
+    described = text_table(["", str(hf_dir)], facts, num_left=2)
+    return "\n\n".join([described, text_table(head, rows), note])
 
 
 def count_parameters(
@@ -113,7 +115,7 @@ def count_parameters(
     mapped = {key for mapping in mappings for key in mapping.keys}
     counts = {"language": 0, "vision": 0, "passed through": 0}
     # A copy of the embedding is no parameter.
-    for key in source.places.keys() - set(tied_copies(architecture, source).values()):
+    for key in source.weight_map.keys() - set(tied_copies(architecture, source).values()):
         inside = (
             "vision"
             if architecture.vision_prefix and key.startswith(architecture.vision_prefix)

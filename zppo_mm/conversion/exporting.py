@@ -17,7 +17,7 @@ from zppo_mm.lora.checkpoint import load_adapters
 from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.run.build import student_folder
-from zppo_mm.train import CONFIG_FILE
+from zppo_mm.run_folder import RunFolder
 from zppo_mm.training import checkpoint
 from zppo_mm.weights.hf_export import agree, in_rounds, open_source, refuse_inside, write_weights
 from zppo_mm.weights.imported_folder import ImportedFolder, is_imported
@@ -44,26 +44,26 @@ def export_folder(source_dir: Path, target: Path, layout: ParallelConfig) -> Non
         CheckpointError: The weights cannot be loaded.
     """
     started = time.perf_counter()
-    place = find_weights(source_dir)
-    model = build_without_weights(load_architecture(place.source.path), layout)
-    add_lora(model, place.lora, seed=0)
+    found = find_weights(source_dir)
+    model = build_without_weights(load_architecture(found.source.path), layout)
+    add_lora(model, found.lora, seed=0)
     failure: Exception | None = None
     try:
-        open_source(model, place.source)
-        check_shapes(list(parameter_mappings(model)), place.source, model.architecture)
-        refuse_inside(place.source, target)
+        open_source(model, found.source)
+        check_shapes(list(parameter_mappings(model)), found.source, model.architecture)
+        refuse_inside(found.source, target)
     except ModelError as error:
         failure = error
     agree(failure, target)
     rounds = in_rounds(parameter_mappings(model))
-    load_adapters(model, place.weights)
+    load_adapters(model, found.weights)
     weights = merged_rounds(
-        model, with_weights(model, rounds, place.source, place.weights), place.source
+        model, with_weights(model, rounds, found.source, found.weights), found.source
     )
-    write_weights(model, weights, place.source, target)
+    write_weights(model, weights, found.source, target)
     if parallel.rank() == 0:
         logger.info(
-            "exported %s to %s in %.1f s", place.weights, target, time.perf_counter() - started
+            "exported %s to %s in %.1f s", found.weights, target, time.perf_counter() - started
         )
 
 
@@ -73,7 +73,7 @@ class Weights:
 
     Attributes:
         weights: A distributed checkpoint.
-        source: Tells what the exported folder must look like.
+        source: Decides what the exported folder must look like.
         lora: The run's adapters, which are merged.
     """
 
@@ -92,17 +92,18 @@ def find_weights(folder: Path) -> Weights:
     """
     if is_imported(folder):
         return Weights(folder, ImportedFolder(folder))
-    if not (folder / CONFIG_FILE).is_file():
+    run = RunFolder(folder)
+    if not run.config.is_file():
         raise ModelError(
-            f"{folder}: nothing to export, got no imported folder and no run with {CONFIG_FILE}, "
-            "expected one of them; check the path"
+            f"{folder}: nothing to export, got no imported folder and no run with "
+            f"{run.config.name}, expected one of them; check the path"
         )
-    newest = checkpoint.latest(folder / checkpoint.CHECKPOINTS_FOLDER)
+    newest = checkpoint.latest(run.checkpoints)
     if newest is None:
         raise CheckpointError(
             f"{folder}: the run has no checkpoint, got no complete folder in "
-            f"{checkpoint.CHECKPOINTS_FOLDER}/, expected one; let it run until it has saved"
+            f"{run.checkpoints.name}/, expected one; let it run until it has saved"
         )
     checkpoint.verify(newest)
-    config = load_config(folder / CONFIG_FILE)
-    return Weights(newest, SafetensorsFolder(student_folder(config)), config.lora)
+    config = load_config(run.config)
+    return Weights(newest, SafetensorsFolder(student_folder(config.model)), config.lora)

@@ -56,7 +56,7 @@ def import_folder(hf_dir: Path, target: Path, layout: ParallelConfig) -> None:
     try:
         if is_writer():
             writer = begin_imported(
-                source, [key for key in source.places if key not in mapped], target
+                source, [key for key in source.weight_map if key not in mapped], target
             )
     except (OSError, ModelError) as error:
         failure = error
@@ -74,7 +74,7 @@ def import_folder(hf_dir: Path, target: Path, layout: ParallelConfig) -> None:
             writer.discard()
         raise
     if parallel.rank() == 0:
-        kept = len(source.places) - len(mapped)
+        kept = len(source.weight_map) - len(mapped)
         seconds = time.perf_counter() - started
         logger.info(
             "imported %s into %s: %d tensors and %d besides the network, %.1f s",

@@ -11,9 +11,9 @@ from zppo_mm.conversion.description import (
     WEIGHT_BYTES,
     fitting_layouts,
 )
-from zppo_mm.conversion.table import format_table
 from zppo_mm.errors import ConfigError
 from zppo_mm.models.families.architecture import Architecture
+from zppo_mm.text_table import text_table
 from zppo_mm.weights.mapping import parameter_mappings
 from zppo_mm.weights.megatron_folder import build_without_weights
 
@@ -110,7 +110,7 @@ def format_estimate(estimate: MemoryEstimate) -> str:
     """Return a table in GiB."""
     names = ("weights", "gradients", "optimizer", "activations", "logits", "cache", "peak")
     rows = [[name, f"{getattr(estimate, name) / _GIB:.1f}"] for name in names]
-    return format_table(["on the fullest GPU", "GiB"], rows)
+    return text_table(["on the fullest GPU", "GiB"], rows)
 
 
 def _fullest_rank(architecture: Architecture, tensor: int, pipeline: int) -> int:

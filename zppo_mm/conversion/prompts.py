@@ -51,7 +51,7 @@ class ProbePrompt:
     def transformers_inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Return the arguments of a transformers model's forward pass.
 
-        Positions are passed in a network with media, so that the comparison is one of networks:
+        Positions are given to a network with media, so that the comparison is one of networks:
         versions of transformers place what follows a video differently.
         """
         inputs = {

@@ -14,15 +14,15 @@ import torch
 
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.conversion.prompts import ProbePrompt, probe_prompts
-from zppo_mm.conversion.table import format_table
 from zppo_mm.errors import ConfigError, ModelError
 from zppo_mm.models.families.architecture import Architecture, load_architecture
 from zppo_mm.models.provider import build_model
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parity.oracle import open_model
+from zppo_mm.text_table import text_table
 from zppo_mm.weights.hf_export import in_rounds, open_source, stream_weights
 from zppo_mm.weights.mapping import parameter_mappings
-from zppo_mm.weights.megatron_folder import check_shapes, read_share
+from zppo_mm.weights.megatron_folder import check_shapes, read_shard
 from zppo_mm.weights.safetensors_folder import SafetensorsFolder
 
 MAX_LOGIT_DIFFERENCE = 1e-3
@@ -52,9 +52,10 @@ class Report:
 
     def text(self) -> str:
         """Return the table."""
-        return format_table(
+        return text_table(
             ["compared", "finding", ""],
             [(what, finding, "ok" if good else "DIFFERS") for what, finding, good in self.rows],
+            num_left=3,
         )
 
 
@@ -127,7 +128,7 @@ def verify_folder(hf_dir: Path) -> Report:
     mappings = list(parameter_mappings(network))
     check_shapes(mappings, source, architecture)
     for mapping in mappings:
-        mapping.parameter.copy_(read_share(network, mapping, source))
+        mapping.parameter.copy_(read_shard(network, mapping, source))
     values = ValueComparison()
     mapped = stream_weights(
         network,
@@ -137,7 +138,8 @@ def verify_folder(hf_dir: Path) -> Report:
         hf_dir,
     )
     report.add(
-        "keys", f"{len(mapped)} in the network, {len(source.places) - len(mapped)} passed through"
+        "keys",
+        f"{len(mapped)} in the network, {len(source.weight_map) - len(mapped)} passed through",
     )
     values.add_to(report)
     with torch.inference_mode():
@@ -161,10 +163,10 @@ def verify_folders(found_dir: Path, expected_dir: Path) -> Report:
     names = [set(folder.stored_names.values()) for folder in (found, expected)]
     only = {"first": sorted(names[0] - names[1]), "second": sorted(names[1] - names[0])}
     extra = _named(f"{key} is in the {name} only" for name, keys in only.items() for key in keys)
-    report.add("keys", extra or f"{len(found.places)} in both", not extra)
+    report.add("keys", extra or f"{len(found.weight_map)} in both", not extra)
     values = ValueComparison()
-    for key in found.places:
-        if key in expected.places:
+    for key in found.weight_map:
+        if key in expected.weight_map:
             values.compare(key, found.read(key), expected.read(key))
     values.add_to(report)
     architecture = load_architecture(found_dir)
@@ -186,7 +188,8 @@ def transformers_logits(
     report: Report,
     dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """Return what transformers computes in float32; adds a row about keys that it could not place.
+    """Return what transformers computes in float32; adds a row about keys that it does
+    not know.
 
     Args:
         hf_dir: A folder.
@@ -206,7 +209,7 @@ def transformers_logits(
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         raise ModelError(
             f"{hf_dir}: transformers cannot load it, got {type(error).__name__}: {error}, expected "
-            "a folder that it opens; mend it, or install what the message names"
+            "a folder that it opens; fix it, or install what the message names"
         ) from error
     known = (
         architecture.language_prefix,

@@ -16,7 +16,7 @@ from data.atomic_files import write_atomically
 from data.json_text import load_json
 from data.question import MediaRef, Question
 from zppo_mm.errors import ConfigError
-from zppo_mm.experience import Group, PromptInstance, Rollout
+from zppo_mm.experience import Group, PromptInstance, Rollout, is_correct
 from zppo_mm.rollout.sampler import UNGRADED
 
 ANSWERS_FILE = "answers.jsonl"
@@ -49,7 +49,7 @@ class AnsweredQuestion:
     """A question and what the model made of it: one line of answers.jsonl.
 
     Attributes:
-        index: Place among the questions of the evaluation.
+        index: Among the questions of the evaluation.
         id: The question's.
         source: Its data source.
         modality: `text`, `image`, `video`, or `mixed` with both kinds of media.
@@ -81,8 +81,8 @@ class AnsweredQuestion:
 
     @property
     def num_correct(self) -> int:
-        """Responses with reward 1."""
-        return sum(response.reward == 1.0 for response in self.responses)
+        """Correct responses."""
+        return sum(is_correct(response.reward) for response in self.responses)
 
     @classmethod
     def of(
@@ -116,14 +116,14 @@ class AnswerFolder:
 
     `settings.json` says what the answers belong to. Each finished chunk is a file under `answers/`;
     at the end they become `answers.jsonl`. Chunks are numbered in the order of writing, and a later
-    one wins. Every file is written aside and renamed, so one that is there is complete.
+    one takes precedence. Every file is written atomically, so one that is there is complete.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def open(self, settings: Mapping[str, Any]) -> list[int]:
-        """Return the places of the questions that need no asking any more; those left ungraded are
+        """Return the indices of the questions that need no asking any more; those left ungraded are
         asked again.
 
         Args:
@@ -151,14 +151,14 @@ class AnswerFolder:
         ]
 
     def add(self, answers: Sequence[AnsweredQuestion]) -> None:
-        """Write a finished chunk, which wins over all that are there."""
+        """Write a finished chunk, which takes precedence over all others."""
         parts = self._parts()
         number = int(parts[-1].stem.removeprefix("part_")) + 1 if parts else 1
         write_atomically(self.folder / PARTS_FOLDER / f"part_{number:08d}.jsonl", _lines(answers))
 
     def read(self) -> list[AnsweredQuestion]:
-        """Return all answers so far, in the order of the questions; a chunk wins over what an
-        earlier end of the evaluation left.
+        """Return all answers so far, in the order of the questions; a chunk takes precedence
+        over what an earlier end of the evaluation left.
         """
         answers: dict[int, AnsweredQuestion] = {}
         finished = self.folder / ANSWERS_FILE
@@ -187,14 +187,12 @@ class AnswerFolder:
         return answers
 
     def finish(self, answers: Sequence[AnsweredQuestion], results: Mapping[str, Any]) -> None:
-        """Write `answers.jsonl` and `results.json`, which take the place of the chunks."""
+        """Write `answers.jsonl` and `results.json`, which replace the chunks."""
         write_atomically(self.folder / ANSWERS_FILE, _lines(answers))
         write_atomically(
             self.folder / RESULTS_FILE, json.dumps(results, ensure_ascii=False, indent=1)
         )
-        for (
-            path
-        ) in self._parts():  # the latest last: if this is cut short, none that is left wins wrongly
+        for path in self._parts():  # the latest last: cut short, no older chunk takes precedence
             path.unlink()
         if (self.folder / PARTS_FOLDER).is_dir():
             shutil.rmtree(self.folder / PARTS_FOLDER)
@@ -218,7 +216,7 @@ class AnswerFolder:
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Return values by dotted key; a list's entries by their places."""
+    """Return values by dotted key; a list's entries by their index."""
     if isinstance(values, Mapping):
         items: Iterable[tuple[Any, Any]] = values.items()
     elif isinstance(values, list):
@@ -263,7 +261,7 @@ def _parse(path: Path, line: bytes) -> AnsweredQuestion:
         ) from error
     if type(answered.index) is not int:
         raise ConfigError(
-            f"{path}: a line has no place, got index {answered.index!r}, expected a whole number; "
+            f"{path}: a line has no index, got {answered.index!r}, expected a whole number; "
             "remove the file"
         )
     return answered

@@ -14,7 +14,7 @@ from zppo_mm.randomness import generator
 NUM_RESAMPLES = 2000
 COVERAGE = 0.95
 BLOCK = 1 << 21
-"""Drawn places held at once, 16 MiB."""
+"""Drawn indices held at once, 16 MiB."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from zppo_mm.errors import ZppoError
 from zppo_mm.evaluation.answers import AnsweredQuestion, AnswerFolder
 from zppo_mm.evaluation.settings import EvaluationRequest, output_folder, read_config
 from zppo_mm.evaluation.student import Student, build_student, describe_student
-from zppo_mm.evaluation.summary import Summary, summarise, table
+from zppo_mm.evaluation.summary import Summary, summarise_answers, summary_table
 from zppo_mm.experience import PromptInstance
 from zppo_mm.observability.logs import configure_logging
 from zppo_mm.parallel import failures
@@ -42,8 +42,9 @@ EVALUATED_STEP = 0
 """Recorded in rollouts, which nobody reads here."""
 BATCHES_PER_CHUNK = 4
 BENCHMARKS_FOLDER = "benchmarks"
+LOG_FILE = "run.log"
 PACKAGES = ("zppo-mm", "torch", "megatron-core", "transformers", "math-verify")
-WARNED_SKIPPED_SHARE = 0.05
+WARNED_SKIPPED_FRACTION = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class Questions:
     Attributes:
         chosen: The questions.
         skipped: Rows and samples that are none, by reason.
-        listed: The first of them: place, reason, what is wrong.
+        listed: The first of them: where, reason, what is wrong.
         data: Folders with their fingerprints.
     """
 
@@ -75,10 +76,10 @@ def evaluate_model(request: EvaluationRequest) -> Summary:
         DataError: The questions cannot be used.
     """
     config = read_config(request)
-    output = output_folder(request, config)
+    output = output_folder(request, Path(config.output_dir))
     parallel.initialize(config.parallel, config.seed)
     failures.end_with_launcher()
-    configure_logging(output, parallel.rank())
+    configure_logging(output / LOG_FILE, parallel.rank())
     with failures.translate_collective_errors():
         student = build_student(config)
         try:
@@ -89,7 +90,10 @@ def evaluate_model(request: EvaluationRequest) -> Summary:
             }
             folder = AnswerFolder(output)
             done = set(parallel.on_rank_zero(lambda: folder.open(settings)))
-            _answer(student, questions.chosen, done, folder, config, request.questions_per_chunk)
+            num_rollouts = config.evaluation.num_rollouts
+            batch = parallel.num_replicas() * config.rollout.max_batch_size
+            size = request.questions_per_chunk or max(1, BATCHES_PER_CHUNK * batch // num_rollouts)
+            _answer(student, questions.chosen, done, folder, num_rollouts, size)
             summary = parallel.on_rank_zero(
                 lambda: _finish(folder, questions, settings, config.seed)
             )
@@ -100,7 +104,7 @@ def evaluate_model(request: EvaluationRequest) -> Summary:
 
 
 def run_evaluation(request: EvaluationRequest) -> tuple[int, str]:
-    """Evaluate, and say what went wrong in one line if the user can mend it.
+    """Evaluate, and say what went wrong in one line if the user can fix it.
 
     Returns:
         The exit code, and the table of the results on rank 0.
@@ -110,7 +114,7 @@ def run_evaluation(request: EvaluationRequest) -> tuple[int, str]:
     except (ZppoError, DataError) as error:
         logger.error("%s", error)
         return 1, ""
-    return 0, table(summary) if os.environ.get("RANK", "0") == "0" else ""
+    return 0, summary_table(summary) if os.environ.get("RANK", "0") == "0" else ""
 
 
 def _questions(request: EvaluationRequest, config: RunConfig, student: Student) -> Questions:
@@ -182,7 +186,7 @@ def _answer(
     chosen: HeldOut,
     done: set[int],
     folder: AnswerFolder,
-    config: RunConfig,
+    num_rollouts: int,
     questions_per_chunk: int,
 ) -> None:
     """Answer the questions that are left, chunk by chunk."""
@@ -190,18 +194,16 @@ def _answer(
     left = [index for index in range(len(instances)) if index not in done]
     if done:
         logger.info("%d of %d questions are answered already", len(done), len(instances))
-    num_rollouts = config.evaluation.num_rollouts
     if num_rollouts > 1 and student.sampling.temperature == 0 and parallel.rank() == 0:
         logger.warning(
             "evaluation.num_rollouts: %d greedy responses per question are all the same; choose a "
             "temperature",
             num_rollouts,
         )
-    batch = parallel.num_replicas() * config.rollout.max_batch_size
-    size = questions_per_chunk or max(1, BATCHES_PER_CHUNK * batch // num_rollouts)
-    for start in range(0, len(left), size):
+    for start in range(0, len(left), questions_per_chunk):
         began = time.perf_counter()
-        answers = _answer_chunk(student, instances, left[start : start + size], num_rollouts)
+        chunk = left[start : start + questions_per_chunk]
+        answers = _answer_chunk(student, instances, chunk, num_rollouts)
         if parallel.rank() == 0:
             folder.add(answers)
             _log_progress(
@@ -248,7 +250,7 @@ def _log_progress(
 
 
 def _log_losses(student: Student) -> None:
-    """Say what the grader could not do; a response that it could not compare has no reward."""
+    """Log what the grader could not do; a response that it could not compare has no reward."""
     losses: Counter[str] = Counter()
     for replica in parallel.gather_from_replicas([student.grading_losses()]):
         for each in replica:
@@ -272,7 +274,7 @@ def _finish(
     folder: AnswerFolder, questions: Questions, settings: Mapping[str, Any], seed: int
 ) -> Summary:
     answers = folder.read_complete(len(questions.chosen))
-    summary = summarise(answers, questions.skipped, seed)
+    summary = summarise_answers(answers, questions.skipped, seed)
     versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
     listed = questions.listed + [
         [each.id, each.skipped, "see the log"] for each in answers if each.skipped
@@ -280,10 +282,10 @@ def _finish(
     folder.finish(
         answers, {"settings": settings, "versions": versions, **asdict(summary), "listed": listed}
     )
-    if summary.skipped_share > WARNED_SKIPPED_SHARE:
+    if summary.skipped_fraction > WARNED_SKIPPED_FRACTION:
         logger.warning(
             "%.1f %% of the questions were skipped: %s",
-            100 * summary.skipped_share,
+            100 * summary.skipped_fraction,
             summary.skipped,
         )
     logger.info("results and all answers in %s", folder.folder)

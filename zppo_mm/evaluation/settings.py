@@ -11,8 +11,8 @@ from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.run.build import student_folder
-from zppo_mm.train import CONFIG_FILE, HF_FOLDER
-from zppo_mm.training.checkpoint import CHECKPOINTS_FOLDER, latest
+from zppo_mm.run_folder import RunFolder
+from zppo_mm.training.checkpoint import latest
 
 SAMPLING: dict[str, dict[str, float]] = {
     "greedy": {
@@ -50,7 +50,7 @@ class EvaluationRequest:
         format: How files of benchmarks are read; empty means by their columns.
         fields: Columns of these files by part of a question.
         media_root: What media paths in these files start from; `None` means the folder of each.
-        options: `key.sub=value`, which win over all of the above.
+        options: `key.sub=value`, which take precedence over all of the above.
     """
 
     model: Path
@@ -73,12 +73,13 @@ def read_config(request: EvaluationRequest) -> RunConfig:
         ConfigError: The folder is neither of the two, the run is not finished, there are no
             questions, or an option is wrong.
     """
-    is_run = (request.model / CONFIG_FILE).is_file()
-    folder = _exported(request.model) if is_run else request.model
+    run = RunFolder(request.model)
+    is_run = run.config.is_file()
+    folder = _exported(run) if is_run else request.model
     if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"{request.model}: nothing to evaluate, got no config.json and no {CONFIG_FILE} in it, "
-            "expected a Hugging Face folder or the folder of a run; check the path"
+            f"{request.model}: nothing to evaluate, got no config.json and no {run.config.name} in "
+            "it, expected a Hugging Face folder or the folder of a run; check the path"
         )
     if not is_run and not request.data:
         raise ConfigError(
@@ -108,8 +109,8 @@ def read_config(request: EvaluationRequest) -> RunConfig:
         layers["evaluation.num_rollouts"] = request.num_rollouts
     # JSON is YAML, in which a path may look like a number.
     options = [*(f"{key}={json.dumps(value)}" for key, value in layers.items()), *request.options]
-    config = load_config(request.model / CONFIG_FILE if is_run else None, options)
-    if student_folder(config) != folder:
+    config = load_config(run.config if is_run else None, options)
+    if student_folder(config.model) != folder:
         raise ConfigError(
             f"model.student: another model than the one to evaluate, got {config.model.student!r}, "
             f"expected {str(folder)!r}; name the folder as the first argument only"
@@ -117,26 +118,23 @@ def read_config(request: EvaluationRequest) -> RunConfig:
     return config
 
 
-def output_folder(request: EvaluationRequest, config: RunConfig) -> Path:
+def output_folder(request: EvaluationRequest, output_dir: Path) -> Path:
     """Return where the results go."""
-    return (
-        request.output
-        or Path(config.output_dir) / EVALUATIONS_FOLDER / request.model.resolve().name
-    )
+    return request.output or output_dir / EVALUATIONS_FOLDER / request.model.resolve().name
 
 
-def _exported(run: Path) -> Path:
+def _exported(run: RunFolder) -> Path:
     """Return the trained model of a run.
 
     Raises:
         ConfigError: The run has not come to its end.
     """
-    if (run / HF_FOLDER).is_dir():
-        return run / HF_FOLDER
-    newest = latest(run / CHECKPOINTS_FOLDER)
+    if run.hf.is_dir():
+        return run.hf
+    newest = latest(run.checkpoints)
     got = f"a newest checkpoint {newest.name}" if newest is not None else "no checkpoint either"
     raise ConfigError(
-        f"{run}: the run is not finished, got no {HF_FOLDER}/ and {got}, expected an exported "
+        f"{run}: the run is not finished, got no {run.hf.name}/ and {got}, expected an exported "
         "model; let it run to its end, or write its newest checkpoint as a Hugging Face folder and "
         f"evaluate that: tools/convert_checkpoint.py export {run} HF_DIR"
     )

@@ -99,14 +99,14 @@ def build_student(config: RunConfig) -> Student:
         config.reward.budget_seconds,
     )
     shared = Shared(config, MediaStore(media_limits(config.data)), verifier, exchange)
-    folder = student_folder(config)
+    folder = student_folder(config.model)
     encoder = shared.encoder(folder)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     model = load_model(config.model, config.parallel, folder, trainable=False)
     sampler = shared.sampler(model, encoder)
     return Student(
         sampler,
-        evaluation_sampling(config, encoder),
+        evaluation_sampling(config.evaluation, config.rollout, encoder),
         templates,
         encoder,
         verifier,
@@ -133,9 +133,9 @@ def describe_student(config: RunConfig, student: Student) -> dict[str, Any]:
         "template": config.reward.judge_template,
     }
     return {
-        "model": str(student_folder(config)),
-        "weights": _weights_digest(student_folder(config)),
-        "text_files": text_files_digest(student_folder(config)),
+        "model": str(student_folder(config.model)),
+        "weights": _weights_digest(student_folder(config.model)),
+        "text_files": text_files_digest(student_folder(config.model)),
         "params_dtype": config.model.params_dtype,
         "fp8": config.model.fp8,
         "transformer_impl": config.model.transformer_impl,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from zppo_mm.evaluation.answers import AnsweredQuestion
 from zppo_mm.evaluation.estimators import Estimate, estimate, ks_up_to, pass_at_k
+from zppo_mm.text_table import text_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +20,8 @@ class Part:
         num_responses: Graded responses.
         num_ungraded: Responses that could not be graded; the numbers below leave them out.
         pass_at: By k. A question with fewer than k graded responses is in no pass@k.
-        truncated: Share of responses that met the length limit.
-        unparsed: Share of responses without a boxed answer.
+        truncated: Fraction of responses that met the length limit.
+        unparsed: Fraction of responses without a boxed answer.
         response_tokens: Mean length of a response.
     """
 
@@ -40,7 +41,7 @@ class Summary:
     Attributes:
         num_questions: Questions that were answered.
         num_skipped: Rows and questions that were not, for whatever reason.
-        skipped_share: Of all of both.
+        skipped_fraction: Of all of both.
         skipped: They by reason.
         overall: Over all answered questions.
         by_source: By data source; so the next two.
@@ -48,7 +49,7 @@ class Summary:
 
     num_questions: int
     num_skipped: int
-    skipped_share: float
+    skipped_fraction: float
     skipped: dict[str, int]
     overall: Part
     by_source: dict[str, Part]
@@ -56,7 +57,7 @@ class Summary:
     by_answer_type: dict[str, Part]
 
 
-def summarise(
+def summarise_answers(
     answers: Sequence[AnsweredQuestion], skipped_before: Mapping[str, int], seed: int
 ) -> Summary:
     """Return the numbers.
@@ -72,7 +73,7 @@ def summarise(
     return Summary(
         num_questions=len(answered),
         num_skipped=num_skipped,
-        skipped_share=num_skipped / max(1, num_skipped + len(answered)),
+        skipped_fraction=num_skipped / max(1, num_skipped + len(answered)),
         skipped=dict(sorted(skipped.items())),
         overall=_part(answered, seed, "overall"),
         by_source=_parts(answered, [each.source for each in answered], seed, "source"),
@@ -123,7 +124,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def table(summary: Summary) -> str:
+def summary_table(summary: Summary) -> str:
     """Return the numbers as aligned text, one line per part of the questions."""
     parts = {"all": summary.overall}
     for title, some in (
@@ -133,20 +134,17 @@ def table(summary: Summary) -> str:
     ):
         parts |= {f"{title} {name or '(none)'}": part for name, part in some.items()}
     ks = list(summary.overall.pass_at)
-    rows = [["", "questions", *(f"pass@{k} [95 %]" for k in ks), "truncated", "unparsed", "tokens"]]
+    head = ["", "questions", *(f"pass@{k} [95 %]" for k in ks), "truncated", "unparsed", "tokens"]
+    rows = []
     for name, part in parts.items():
         shown = [_shown(part.pass_at.get(k)) for k in ks]
-        shares = [f"{part.truncated:.1%}", f"{part.unparsed:.1%}", f"{part.response_tokens:.0f}"]
-        rows.append([name, str(part.num_questions), *shown, *shares])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in rows
-    ]
+        others = [f"{part.truncated:.1%}", f"{part.unparsed:.1%}", f"{part.response_tokens:.0f}"]
+        rows.append([name, str(part.num_questions), *shown, *others])
+    lines = [text_table(head, rows)]
     reasons = ", ".join(f"{reason} {count}" for reason, count in summary.skipped.items())
     lines.append(
         f"skipped {summary.num_skipped} "
-        f"({summary.skipped_share:.1%}){': ' + reasons if reasons else ''}"
+        f"({summary.skipped_fraction:.1%}){': ' + reasons if reasons else ''}"
     )
     if summary.overall.num_ungraded:
         lines.append(

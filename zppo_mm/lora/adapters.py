@@ -2,8 +2,8 @@
 every Hugging Face module.
 
 A Megatron linear holds several Hugging Face modules in rows of its own order. The branches of one
-linear share its input, and their B's are laid into those rows when they are used, so that what is
-trained is exactly what PEFT would train, whatever the layout.
+linear share its input, and the rows of their B's are permuted into its order on every use, so that
+what is trained is exactly what PEFT would train, whatever the layout.
 """
 
 from __future__ import annotations
@@ -78,25 +78,29 @@ class LoraAdapters(nn.Module):
         columns = (
             torch.arange(num_inputs) if cuts_rows else torch.arange(num_inputs).chunk(size)[rank]
         )
+        # Row numbers, cut and split as the weight is, say which rows of each B this rank has and
+        # where they are in its fused linear.
         whole_rows = torch.arange(num_rows)
         here = cut(whole_rows, mapping, self._architecture, rank, size) if cuts_rows else whole_rows
-        place = torch.full((num_rows,), -1).index_copy(0, here, torch.arange(len(here)))
+        row_here = torch.full((num_rows,), -1).index_copy(0, here, torch.arange(len(here)))
         targets: list[LoraTarget] = []
-        places: list[torch.Tensor] = []
+        rows_here: list[torch.Tensor] = []
         for key, fused in zip(
             mapping.keys, split_tensors(whole_rows, mapping.rule, self._architecture), strict=True
         ):
             if _is_target(key, wanted):
-                rows = (place[fused] >= 0).nonzero().squeeze(1)
+                rows = (row_here[fused] >= 0).nonzero().squeeze(1)
                 target = LoraTarget(key, weight, self.config.rank, rows, columns, num_inputs, seed)
                 targets.append(target)
-                places.append(place[fused[rows]])
+                rows_here.append(row_here[fused[rows]])
                 self._keep(key, target)
-        order = torch.full((len(here),), sum(map(len, places)))
-        order[torch.cat(places)] = torch.arange(len(torch.cat(places)))
+        # From the concatenated B's to the rows of the linear; rows without adapter point behind the
+        # last.
+        order = torch.full((len(here),), sum(map(len, rows_here)))
+        order[torch.cat(rows_here)] = torch.arange(len(torch.cat(rows_here)))
         unchanged = torch.equal(order, torch.arange(len(here)))
         linear = model.get_submodule(mapping.name.removesuffix(".weight"))
-        # In a network without memory the places still count: its adapters may be read from a
+        # In a network without memory the row order still counts: its adapters may be read from a
         # checkpoint.
         placed = None if unchanged else order if weight.is_meta else order.to(weight.device)
         return LoraBranch(
@@ -124,7 +128,7 @@ class LoraAdapters(nn.Module):
         """Describe the parameters for distributed checkpointing, under names and in pieces that do
         not depend on the layout.
         """
-        place = {
+        groups = {
             "tp_group": parallel.tensor_group(),
             "dp_cp_group": ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
         }
@@ -137,7 +141,7 @@ class LoraAdapters(nn.Module):
                 own = {"lora_A": target.lora_A, "lora_B": target.lora_B}
                 result.update(
                     make_sharded_tensors_for_checkpoint(
-                        own, start, {split: branch.mapping.rule.axis}, sharded_offsets, **place
+                        own, start, {split: branch.mapping.rule.axis}, sharded_offsets, **groups
                     )
                 )
                 if target.key.endswith("in_proj_qkv.weight"):

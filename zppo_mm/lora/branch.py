@@ -26,7 +26,7 @@ from zppo_mm.weights.mapping import (
 
 
 class LoraTarget(nn.Module):
-    """A and B of one Hugging Face linear, this rank's share of each.
+    """A and B of one Hugging Face linear, this rank's shard of each.
 
     Attributes:
         key: The linear's key in the weight files.
@@ -68,7 +68,7 @@ class LoraBranch:
             or the row after the last for a row without adapter; `None` where that changes nothing.
         config: Scale and dropout.
         sequence_parallel: Whether the tokens of a column-parallel linear's input, and of a
-            row-parallel one's output, are shared.
+            row-parallel one's output, are split over the tensor ranks.
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class LoraBranch:
         return self._config.alpha / self._config.rank
 
     def _mark_gradients(self) -> None:
-        """Tell Megatron which halves are cut over the tensor ranks, and how the gradients of the
-        others come together.
+        """Mark for Megatron which halves are split over the tensor ranks, and how the gradients of
+        the others are reduced.
 
         A replicated half sees this rank's tokens alone under sequence parallelism, so its gradients
         are summed. Otherwise they are equal but for the order in which a GPU adds; averaged, the
@@ -129,7 +129,7 @@ class LoraBranch:
     def _add_to_output(
         self, linear: nn.Module, inputs: tuple[Any, ...], output: tuple[torch.Tensor, Any]
     ) -> tuple[torch.Tensor, Any]:
-        """Be the forward hook of the linear."""
+        """Forward hook of the linear."""
         result, bias = output
         return result + self._run(inputs[0]), bias
 
@@ -139,8 +139,7 @@ class LoraBranch:
         if self._config.dropout and self.linear.training:
             hidden = self._drop(hidden)
         narrow = F.linear(hidden, self._stacked_a())
-        # Between A and B there are few channels, so that is where the tensor ranks talk to one
-        # another.
+        # The tensor ranks communicate between A and B, where `[tokens, 1, sum of ranks]` is small.
         if self._cuts_rows:
             if self._sequence_parallel:
                 narrow = gather_from_sequence_parallel_region(
@@ -165,8 +164,8 @@ class LoraBranch:
         )
 
     def _drop(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Drop inputs: the same ones on all tensor ranks if they hold the same input, each its own
-        if they share it.
+        """Apply dropout: the same mask on all tensor ranks if they hold the same input, another on
+        each if they hold parts of it.
         """
         if parallel.tensor_size() > 1 and (self._sequence_parallel or not self._cuts_rows):
             with get_cuda_rng_tracker().fork():
@@ -182,12 +181,14 @@ class LoraBranch:
         `[rows, sum of ranks]`.
         """
         rank, last = self._config.rank, len(self.targets) - 1
+        # Block diagonal: target k reads the k-th `rank` columns alone.
         blocks = [
-            F.pad(target.lora_B, (place * rank, (last - place) * rank))
-            for place, target in enumerate(self.targets)
+            F.pad(target.lora_B, (number * rank, (last - number) * rank))
+            for number, target in enumerate(self.targets)
         ]
         if self._order is None:
             return torch.cat(blocks)
+        # The extra row of zeros serves rows of the linear without an adapter.
         blocks.append(blocks[0].new_zeros((1, (last + 1) * rank)))
         return torch.cat(blocks).index_select(0, self._order)
 

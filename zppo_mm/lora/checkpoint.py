@@ -10,10 +10,10 @@ from torch import nn
 from zppo_mm.errors import CheckpointError
 from zppo_mm.lora.adapters import adapters_of
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.weights.boxes import boxes_of
 from zppo_mm.weights.distributed_folder import DistributedFolder, on_every_rank
 from zppo_mm.weights.mapping import ADAPTERS
 from zppo_mm.weights.megatron_folder import save_entries
+from zppo_mm.weights.tensor_shards import shards_of
 
 
 def load_adapters(model: VisionLanguageModel, folder: Path) -> None:
@@ -36,9 +36,11 @@ def load_adapters(model: VisionLanguageModel, folder: Path) -> None:
                 half,
                 nn.Parameter(torch.empty(target.get_parameter(half).shape), requires_grad=False),
             )
-    boxes = [box for entry in save_entries(adapters, ADAPTERS).values() for box in boxes_of(entry)]
+    shards = [
+        shard for entry in save_entries(adapters, ADAPTERS).values() for shard in shards_of(entry)
+    ]
     try:
-        on_every_rank(folder, lambda: DistributedFolder(folder).read(boxes))
+        on_every_rank(folder, lambda: DistributedFolder(folder).read(shards))
     except CheckpointError as error:
         raise CheckpointError(
             f"{folder}: the adapters cannot be loaded, got {error}; expected those that "

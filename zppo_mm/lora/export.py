@@ -25,18 +25,18 @@ _PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
-class _Share:
+class _Shard:
     """A rank's part of an A or a B.
 
     Attributes:
         key: PEFT's.
         axis: Along which the ranks' parts lie; `None` if every rank has the whole.
-        places: `[n]` int64, where along the axis this part belongs.
+        indices: `[n]` int64, where along the axis this part belongs.
     """
 
     key: str
     axis: int | None
-    places: torch.Tensor
+    indices: torch.Tensor
     tensor: torch.Tensor
 
 
@@ -81,25 +81,25 @@ def export_adapter(
 
 def _gather(model: VisionLanguageModel, adapters: LoraAdapters) -> dict[str, torch.Tensor]:
     """Return all A's and B's, whole and on the CPU, on rank 0; nothing on the others."""
-    mine = _shares(model, adapters) if parallel.replica_rank() == 0 else []
-    everybodys: list[Any] | None = [None] * parallel.world_size() if parallel.rank() == 0 else None
-    dist.gather_object(mine, everybodys, dst=0)
+    mine = _shards(model, adapters) if parallel.replica_rank() == 0 else []
+    gathered: list[Any] | None = [None] * parallel.world_size() if parallel.rank() == 0 else None
+    dist.gather_object(mine, gathered, dst=0)
     whole: dict[str, torch.Tensor] = {}
-    for shares in everybodys or ():
-        for share in shares:
-            if share.axis is None:
-                whole[share.key] = share.tensor
+    for shards in gathered or ():
+        for shard in shards:
+            if shard.axis is None:
+                whole[shard.key] = shard.tensor
                 continue
-            shape = list(share.tensor.shape)
-            shape[share.axis] *= parallel.tensor_size()
-            whole.setdefault(share.key, torch.empty(shape, dtype=share.tensor.dtype)).index_copy_(
-                share.axis, share.places, share.tensor
+            shape = list(shard.tensor.shape)
+            shape[shard.axis] *= parallel.tensor_size()
+            whole.setdefault(shard.key, torch.empty(shape, dtype=shard.tensor.dtype)).index_copy_(
+                shard.axis, shard.indices, shard.tensor
             )
     return whole
 
 
-def _shares(model: VisionLanguageModel, adapters: LoraAdapters) -> list[_Share]:
-    shares = []
+def _shards(model: VisionLanguageModel, adapters: LoraAdapters) -> list[_Shard]:
+    shards = []
     for branch in adapters.branches.values():
         cuts_rows = branch.mapping.rule.axis == 0
         for target in branch.targets:
@@ -108,11 +108,11 @@ def _shares(model: VisionLanguageModel, adapters: LoraAdapters) -> list[_Share]:
                 parameter.detach().cpu().contiguous()
                 for parameter in (target.lora_A, target.lora_B)
             )
-            shares.append(
-                _Share(f"{name}.lora_A.weight", None if cuts_rows else 1, target.columns, a)
+            shards.append(
+                _Shard(f"{name}.lora_A.weight", None if cuts_rows else 1, target.columns, a)
             )
-            shares.append(_Share(f"{name}.lora_B.weight", 0 if cuts_rows else None, target.rows, b))
-    return shares
+            shards.append(_Shard(f"{name}.lora_B.weight", 0 if cuts_rows else None, target.rows, b))
+    return shards
 
 
 def _configuration(

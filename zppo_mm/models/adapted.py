@@ -16,8 +16,8 @@ class DecodeAdapters:
     """All adapters of one linear, as a decoding step uses them.
 
     Attributes:
-        down: `[sum of ranks, inputs]`, this rank's share of the inputs.
-        up: `[outputs, sum of ranks]`, this rank's share of the outputs.
+        down: `[sum of ranks, inputs]`, this rank's shard of the inputs.
+        up: `[outputs, sum of ranks]`, this rank's shard of the outputs.
         scale: Of what they add.
     """
 

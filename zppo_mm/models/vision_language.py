@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from encoders.fusion import fuse, placeholder_places
+from encoders.fusion import fuse, placeholder_indices
 from encoders.tower import VisionTower
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families.architecture import Architecture
@@ -105,7 +105,7 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
 
         Returns:
             On the last stage logits `[tokens or rows, vocabulary / tensor size]` float32, else
-            hidden states `[tokens, 1, hidden]` (a share of the tokens under sequence or context
+            hidden states `[tokens, 1, hidden]` (part of the tokens under sequence or context
             parallelism).
 
         Raises:
@@ -162,11 +162,11 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         grids: torch.Tensor | None,
         exchange: UlyssesExchange | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return embeddings with the media's features in their places, and what the first layers
-        add for them.
+        """Return embeddings with the media's features at their placeholder tokens, and what the
+        first layers add for them.
 
         Returns:
-            `[tokens, 1, hidden]` and `[tokens, layers, hidden]`, or this rank's shares of them; the
+            `[tokens, 1, hidden]` and `[tokens, layers, hidden]`, or this rank's part of them; the
             second is `None` without deepstack or without media.
         """
         embeddings = self.language_model.embedding(input_ids=token_ids[None], position_ids=None)
@@ -223,14 +223,14 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
             return fused, None
         return fused, spread_features(
             features[:, 1:].to(fused.dtype),
-            placeholder_places(token_ids, *placeholders),
+            placeholder_indices(token_ids, *placeholders),
             len(token_ids),
         )
 
     def _idle_features(self, tower: VisionTower, weight: torch.Tensor) -> torch.Tensor:
         """Return the features of one blank block of patches."""
         size = self.architecture.spatial_merge_size
-        # config.json may leave out what its family takes for granted; the tower was told
+        # config.json may leave out its family's defaults; the tower was built with
         # everything.
         vision = cast(Any, tower.model.config)
         width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -271,9 +271,9 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         parallelism, perhaps none of a short pack.
         """
         size = self.config.context_parallel_size
-        share = (num_tokens + -num_tokens % self._token_multiple()) // size
-        start = share * (parallel.context_rank() if size > 1 else 0)
-        return slice(start, max(start, min(start + share, num_tokens)))
+        part = (num_tokens + -num_tokens % self._token_multiple()) // size
+        start = part * (parallel.context_rank() if size > 1 else 0)
+        return slice(start, max(start, min(start + part, num_tokens)))
 
     def _token_multiple(self) -> int:
         """Return what the number of tokens of a pack must be a multiple of."""

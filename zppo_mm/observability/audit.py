@@ -1,4 +1,4 @@
-"""Match audit: do answers to BCQ and NCQ prompts repeat what the candidates said?
+"""Match audit: do answers to BCQ and NCQ prompts repeat those of the candidates?
 
 A BCQ accuracy near 1, with nearly every answer the right candidate's, would mean that the
 candidates give themselves away. Source: ZPPO, match audit near the end of training.

@@ -1,5 +1,5 @@
-"""A run from which nothing can be learned says so: what the numbers of its steps have in common,
-and which key decides it.
+"""Warnings of a run from which nothing can be learned: what its steps have in common, and which
+key decides it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from zppo_mm.config.schema import RunConfig
 logger = logging.getLogger(__name__)
 
 NUM_STEPS = 3
-"""Steps in a row that must agree before anything is said."""
+"""Steps in a row that must agree before a warning."""
 MOST = 0.5
 
 
@@ -31,31 +31,31 @@ class Finding:
 
 
 class LearningWatch:
-    """Looks at the metrics of every step, and warns. Implements `MetricsSink`."""
+    """Checks the metrics of every step, and warns. Implements `MetricsSink`."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._recent: list[Mapping[str, float]] = []
-        self._told: set[str] = set()
+        self._known: set[str] = set()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log what is to be said after a step."""
-        for text in self.look(values):
+        """Log the warnings of a step."""
+        for text in self.find_new(values):
             logger.warning("%s", text)
 
     def close(self) -> None:
         """Nothing is held."""
 
-    def look(self, values: Mapping[str, float]) -> list[str]:
-        """Return what is to be said after a step: each cause when it begins, and again only after
+    def find_new(self, values: Mapping[str, float]) -> list[str]:
+        """Return the warnings of a step: each cause when it begins, and again only after
         it was gone.
         """
         self._recent = [*self._recent, values][-NUM_STEPS:]
         if len(self._recent) < NUM_STEPS:
             return []
         findings = find_causes(self._config, self._recent)
-        fresh = [finding.text for finding in findings if finding.name not in self._told]
-        self._told = {finding.name for finding in findings}
+        fresh = [finding.text for finding in findings if finding.name not in self._known]
+        self._known = {finding.name for finding in findings}
         return fresh
 
 
@@ -106,7 +106,7 @@ def _bad_answers(
         findings.append(
             Finding(
                 "truncated",
-                f"learning: most responses meet the length limit, got at least {truncated:.0%} "
+                f"learning: most responses reach the length limit, got at least {truncated:.0%} "
                 f"{where}, expected few; raise rollout.max_response_tokens (now "
                 f"{config.rollout.max_response_tokens}), or look in transcripts/ whether the model "
                 "ever ends its answers (stop tokens in its generation_config.json, its chat "

@@ -1,4 +1,4 @@
-"""Log lines of a run: rank 0 to the terminal and to `run.log`, the other ranks their warnings
+"""Log lines of a run: rank 0 to the terminal and to a file, the other ranks their warnings
 only.
 """
 
@@ -10,8 +10,6 @@ import warnings
 from pathlib import Path
 
 from tqdm import tqdm
-
-LOG_FILE = "run.log"
 
 
 def quiet_libraries() -> None:
@@ -37,11 +35,11 @@ class ProgressBarHandler(logging.Handler):
             self.handleError(record)
 
 
-def configure_logging(run_folder: Path | None, rank: int) -> None:
+def configure_logging(log_file: Path | None, rank: int) -> None:
     """Set the root logger's handlers; call once per process, before the first log line.
 
     Args:
-        run_folder: Rank 0 also appends to `run.log` there; `None` writes to the terminal alone.
+        log_file: Rank 0 also appends to it; `None` writes to the terminal alone.
         rank: Ranks other than 0 show warnings and errors only, marked with their number.
     """
     mark = "" if rank == 0 else f"[rank {rank}] "
@@ -49,9 +47,9 @@ def configure_logging(run_folder: Path | None, rank: int) -> None:
         f"%(asctime)s {mark}%(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
     handlers: list[logging.Handler] = [ProgressBarHandler()]
-    if run_folder is not None and rank == 0:
-        run_folder.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(run_folder / LOG_FILE, encoding="utf-8"))
+    if log_file is not None and rank == 0:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(formatter)
     logging.basicConfig(

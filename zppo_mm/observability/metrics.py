@@ -71,11 +71,11 @@ METRICS: Mapping[str, str] = {
         f"accuracy/{kind.name}": f"Mean reward of the rollouts of {kind.label} prompts."
         for kind in REFORMULATED
     },
-    "advantage/positive": "Share of rollouts with a positive advantage.",
-    "advantage/nontrivial_groups": "Share of groups whose rewards differ.",
-    "audit/bcq_right": "Share of BCQ rollouts whose answer equals the right candidate's.",
-    "audit/bcq_wrong": "Share of BCQ rollouts whose answer equals the wrong candidate's.",
-    "audit/ncq_listed": "Share of NCQ rollouts whose answer equals one listed as wrong.",
+    "advantage/positive": "Fraction of rollouts with a positive advantage.",
+    "advantage/nontrivial_groups": "Fraction of groups whose rewards differ.",
+    "audit/bcq_right": "Fraction of BCQ rollouts whose answer equals the right candidate's.",
+    "audit/bcq_wrong": "Fraction of BCQ rollouts whose answer equals the wrong candidate's.",
+    "audit/ncq_listed": "Fraction of NCQ rollouts whose answer equals one listed as wrong.",
     "batch/questions": "Plain groups that were sampled.",
     "batch/easy": "Plain groups that are not hard.",
     "batch/hard": "Plain groups whose accuracy is below tau.",
@@ -93,7 +93,7 @@ METRICS: Mapping[str, str] = {
     "batch/sampling_rounds": "Rounds of new questions that the step sampled.",
     "batch/loss_tokens": "Response tokens that carried loss, over all updates.",
     "batch/shared_prompt_tokens": (
-        "Prompt tokens that were not passed again, because rollouts of a micro-batch shared them."
+        "Prompt tokens that were not computed again, because rollouts of a micro-batch shared them."
     ),
     "buffer/size": "Questions in the replay buffer after the step.",
     "buffer/occupancy/*": "Questions in the buffer by accuracy at admission, in percent.",
@@ -104,10 +104,10 @@ METRICS: Mapping[str, str] = {
     "buffer/evicted/*": "Questions evicted since the start, by accuracy at admission in percent.",
     "buffer/graduated_visits/*": "Questions graduated since the start, by number of replay visits.",
     "buffer/evicted_visits/*": "Questions evicted since the start, by number of replay visits.",
-    "data/samples": "Samples met by the stream.",
+    "data/samples": "Samples read by the stream.",
     "data/skipped/*": "Samples skipped, by reason.",
     "distill/agreement": (
-        "Share of loss tokens at which student and teacher find the same token most likely."
+        "Fraction of loss tokens at which student and teacher find the same token most likely."
     ),
     "distill/left_out": (
         "Rollouts not distilled from: no log-probs of the teacher in the student's tokens, or "
@@ -120,9 +120,9 @@ METRICS: Mapping[str, str] = {
     "policy/entropy": (
         "Entropy of the policy per response token of the non-trivial groups, in nats."
     ),
-    "policy/clip_low": "Share of response tokens clipped at the lower bound of the ratio.",
-    "policy/clip_high": "Share of response tokens clipped at the upper bound of the ratio.",
-    "policy/clip_dual": "Share of response tokens held by the dual clip.",
+    "policy/clip_low": "Fraction of response tokens clipped at the lower bound of the ratio.",
+    "policy/clip_high": "Fraction of response tokens clipped at the upper bound of the ratio.",
+    "policy/clip_dual": "Fraction of response tokens held by the dual clip.",
     "policy/ratio": (
         "Mean ratio of a response token's probability to the old one (with importance_cap the "
         "policy's before the step)."
@@ -148,9 +148,9 @@ METRICS: Mapping[str, str] = {
     "response/tokens/*": (
         f"Mean length of a response by kind of prompt (plain, {_REFORMULATED}, teacher)."
     ),
-    "response/truncated": "Share of responses that met the length limit.",
+    "response/truncated": "Fraction of responses that reached the length limit.",
     "response/truncated/*": f"The same by kind of prompt (plain, {_REFORMULATED}, teacher).",
-    "response/unparsed": "Share of responses without a boxed answer.",
+    "response/unparsed": "Fraction of responses without a boxed answer.",
     "prompt/tokens/*": f"Mean length of a prompt by kind (plain, {_REFORMULATED}).",
     "reward/timeouts": (
         "Answers of the step whose grading came to no end within its limits; they are left out "
@@ -177,7 +177,7 @@ METRICS: Mapping[str, str] = {
         "Rollouts in the groups of the step that were left out because they could not be graded."
     ),
     "rollout/failed_groups": (
-        "Groups that could not be had: prompt or media not readable, logits not finite, or no "
+        "Instances without a group: prompt or media not readable, logits not finite, or no "
         "rollout graded."
     ),
     "rollout/not_finite_groups": (
@@ -204,7 +204,7 @@ METRICS: Mapping[str, str] = {
     ),
     "teacher/answer_seconds": (
         "Seconds from asking the teacher to its last answer; seconds/teacher has those that the "
-        "step stood still."
+        "step was idle."
     ),
     "teacher/requests": "Requests to servers, further attempts included.",
     "teacher/retries": "Further attempts at requests that failed.",
@@ -214,16 +214,16 @@ METRICS: Mapping[str, str] = {
     ),
     "teacher/prompt_tokens": "Prompt tokens as the servers counted them.",
     "teacher/out_of_vocabulary_tokens": (
-        "Most likely tokens told by servers that are not in the student's vocabulary; they count "
+        "Most likely tokens from servers that are not in the student's vocabulary; they count "
         "among all others."
     ),
     "teacher/completion_tokens": "Answer tokens as the servers counted them.",
     "teacher/tokens": "Tokens of the teacher's answers; rewriting and judging are not among them.",
-    "teacher/solved": "Share of the questions that it was asked with a correct teacher rollout.",
+    "teacher/solved": "Fraction of the questions that it was asked with a correct teacher rollout.",
     "teacher/compression_rejects": (
         "Rewrites of candidates refused because they changed the final answer."
     ),
-    "teacher/compression_cuts": "Candidates cut to the cap because no faithful rewrite was had.",
+    "teacher/compression_cuts": "Candidates cut to the cap because no rewrite kept the answer.",
     "teacher/hint_rejects": "Hints refused because they gave the answer away.",
     "teacher/hint_failures": "Hint prompts that are missing because no hint could be made.",
     "teacher/passed_on": (

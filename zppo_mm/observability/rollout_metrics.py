@@ -1,11 +1,11 @@
-"""What a step's groups say in numbers: accuracy, lengths, advantages, teacher and match audit."""
+"""Measurements of a step's groups: accuracy, lengths, advantages, teacher and match audit."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from zppo_mm.experience import Group, Rollout
+from zppo_mm.experience import BufferFates, Group, Rollout
 from zppo_mm.observability.audit import audit_matches
 from zppo_mm.observability.metrics import Max, Mean, StepMetrics, Sum
 
@@ -69,7 +69,7 @@ def selection_metrics(
         metrics.add(f"batch/groups/{group.kind}", Sum(1))
         metrics.add(
             "advantage/nontrivial_groups",
-            Mean(len({rollout.reward for rollout in group.rollouts}) > 1),
+            Mean(group.rewards_differ),
         )
         metrics.add(
             "advantage/positive",
@@ -108,7 +108,7 @@ def teacher_metrics(answers: Sequence[Sequence[Rollout]]) -> StepMetrics:
     for rollouts in answers:
         rewards = [rollout.reward for rollout in rollouts]
         metrics.add("teacher/accuracy", Mean(sum(rewards), len(rewards)))
-        metrics.add("teacher/solved", Mean(any(rewards)))
+        metrics.add("teacher/solved", Mean(any(rollout.is_correct for rollout in rollouts)))
         metrics.add(
             "response/tokens/teacher",
             Mean(sum(len(rollout.response_ids) for rollout in rollouts), len(rollouts)),
@@ -139,27 +139,6 @@ def audit_metrics(groups: Sequence[Group]) -> StepMetrics:
     metrics.add("audit/bcq_wrong", Mean(audit.bcq_wrong, audit.num_bcq))
     metrics.add("audit/ncq_listed", Mean(audit.ncq_listed, audit.num_ncq))
     return metrics
-
-
-class BufferFates(Protocol):
-    """What became of the questions of the replay buffer since the run began, by accuracy at
-    admission and by number of visits.
-    """
-
-    @property
-    def admitted_by_accuracy(self) -> Mapping[float, int]: ...
-
-    @property
-    def graduated_by_accuracy(self) -> Mapping[float, int]: ...
-
-    @property
-    def evicted_by_accuracy(self) -> Mapping[float, int]: ...
-
-    @property
-    def graduated_by_visits(self) -> Mapping[int, int]: ...
-
-    @property
-    def evicted_by_visits(self) -> Mapping[int, int]: ...
 
 
 def buffer_metrics(occupancy: Mapping[float, int], fates: BufferFates) -> StepMetrics:

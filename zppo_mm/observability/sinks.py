@@ -18,15 +18,12 @@ from data.atomic_files import write_atomically
 from zppo_mm.config.schema import ObservabilityConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.methods import REFORMULATED
+from zppo_mm.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 logger = logging.getLogger(__name__)
-
-METRICS_FILE = "metrics.jsonl"
-EVALUATION_FILE = "evaluation.jsonl"
-PARITY_FILE = "parity.jsonl"
 
 
 class MetricsSink(Protocol):
@@ -54,9 +51,9 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def append_evaluation(run_folder: Path, evaluation: DataclassInstance) -> None:
+def append_evaluation(folder: RunFolder, evaluation: DataclassInstance) -> None:
     """Append one evaluation, a dataclass with a `step`, to the run's `evaluation.jsonl`."""
-    append_line(run_folder / EVALUATION_FILE, asdict(evaluation))
+    append_line(folder.evaluations, asdict(evaluation))
 
 
 def truncate_after(path: Path, step: int) -> None:
@@ -113,8 +110,8 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Logs to Weights & Biases; the run's folder is the identity, so that a resumed run goes on in
-    the same place.
+    """Logs to Weights & Biases; the run's folder is the identity, so that a resumed run continues
+    the same one.
     """
 
     def __init__(self, project: str, run_folder: Path) -> None:
@@ -209,22 +206,22 @@ class MetricsLog:
 
 
 def open_metrics_log(
-    config: ObservabilityConfig, run_folder: Path, train_iters: int, last_step: int
+    config: ObservabilityConfig, folder: RunFolder, train_iters: int, last_step: int
 ) -> MetricsLog:
     """Open the sinks that the configuration asks for; call on one rank only.
 
     Args:
         config: Which sinks.
-        run_folder: Where their files lie.
+        folder: Where their files lie.
         train_iters: Steps of the whole run.
         last_step: Last step that the checkpoint holds, 0 at the start; later lines of
             `metrics.jsonl` and `evaluation.jsonl` are dropped.
     """
-    truncate_after(run_folder / EVALUATION_FILE, last_step)
-    sinks: list[MetricsSink] = [JsonLinesSink(run_folder / METRICS_FILE, last_step)]
+    truncate_after(folder.evaluations, last_step)
+    sinks: list[MetricsSink] = [JsonLinesSink(folder.metrics, last_step)]
     if config.tensorboard:
-        sinks.append(TensorBoardSink(run_folder / "tensorboard", last_step))
+        sinks.append(TensorBoardSink(folder.tensorboard, last_step))
     if config.wandb_project:
-        sinks.append(WandbSink(config.wandb_project, run_folder))
+        sinks.append(WandbSink(config.wandb_project, folder.path))
     sinks.append(ConsoleSink(train_iters, last_step, config.progress_bar))
     return MetricsLog(tuple(sinks))

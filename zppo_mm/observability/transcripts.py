@@ -1,8 +1,8 @@
 """Transcripts, buffer files and held-out answers: the public record from which every advantage,
 cap, buffer decision and evaluation of a run can be recomputed.
 
-The format is described in docs/data.md. Every file is written aside and renamed, so a file that is
-there is complete.
+The format is described in docs/data.md. Every file is written atomically, so a file that is there
+is complete.
 """
 
 from __future__ import annotations
@@ -11,52 +11,17 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from data.atomic_files import write_atomically
-from zppo_mm.experience import Group, Rollout
+from zppo_mm.experience import BufferUpdate, Group, Rollout
+from zppo_mm.run_folder import RunFolder, files_by_step
 
-TRANSCRIPTS_FOLDER = "transcripts"
-BUFFER_FOLDER = "buffer"
-HELD_OUT_FOLDER = "evaluations"
 NO_MINIBATCH = -1
 
 
-class BufferChange(Protocol):
-    """What one step did to the replay buffer, as question ids; `content` is the whole buffer after
-    it, oldest admission first.
-    """
-
-    @property
-    def admitted(self) -> Sequence[str]: ...
-
-    @property
-    def graduated(self) -> Sequence[str]: ...
-
-    @property
-    def evicted(self) -> Sequence[str]: ...
-
-    @property
-    def content(self) -> Sequence[str]: ...
-
-
-def transcript_path(run_folder: Path, step: int) -> Path:
-    """Return where a step's transcript lies."""
-    return run_folder / TRANSCRIPTS_FOLDER / f"step_{step:06d}.jsonl"
-
-
-def buffer_path(run_folder: Path, step: int) -> Path:
-    """Return where a step's buffer file lies."""
-    return run_folder / BUFFER_FOLDER / f"step_{step:06d}.json"
-
-
-def held_out_path(run_folder: Path, step: int) -> Path:
-    """Return where the answers of the evaluation after a step lie."""
-    return run_folder / HELD_OUT_FOLDER / f"step_{step:06d}.jsonl"
-
-
 def write_transcript(
-    run_folder: Path,
+    folder: RunFolder,
     step: int,
     groups: Iterable[Group],
     advantages: Mapping[str, Sequence[float]],
@@ -66,7 +31,7 @@ def write_transcript(
     """Write all groups of a step, one line each, in their order.
 
     Args:
-        run_folder: The run's folder.
+        folder: The run's folder.
         step: Rollout step.
         groups: Groups of any kind.
         advantages: One advantage per rollout, by the uid of a group that was trained on.
@@ -82,24 +47,24 @@ def write_transcript(
         if group.is_plain and group.question.id in asked:
             record["teacher_rewards"] = [float(reward) for reward in asked[group.question.id]]
         records.append(record)
-    return _write_lines(transcript_path(run_folder, step), records)
+    return _write_lines(folder.transcript_of(step), records)
 
 
-def write_buffer(run_folder: Path, step: int, change: BufferChange) -> Path:
+def write_buffer(folder: RunFolder, step: int, update: BufferUpdate) -> Path:
     """Write what a step admitted, graduated and evicted, and the whole buffer after it, oldest
     admission first.
     """
     record = {
         "step": step,
-        "admitted": list(change.admitted),
-        "graduated": list(change.graduated),
-        "evicted": list(change.evicted),
-        "content": list(change.content),
+        "admitted": list(update.admitted),
+        "graduated": list(update.graduated),
+        "evicted": list(update.evicted),
+        "content": list(update.content),
     }
-    return _write(buffer_path(run_folder, step), json.dumps(record, ensure_ascii=False) + "\n")
+    return _write(folder.buffer_of(step), json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def write_held_out_answers(run_folder: Path, step: int, groups: Iterable[Group]) -> Path:
+def write_held_out_answers(folder: RunFolder, step: int, groups: Iterable[Group]) -> Path:
     """Write what the student answered to every held-out question after a step, one line per
     question, in their order.
     """
@@ -117,15 +82,14 @@ def write_held_out_answers(run_folder: Path, step: int, groups: Iterable[Group])
         }
         for group in groups
     ]
-    return _write_lines(held_out_path(run_folder, step), records)
+    return _write_lines(folder.answers_of(step), records)
 
 
-def discard_steps_after(run_folder: Path, step: int) -> None:
+def discard_steps_after(folder: RunFolder, step: int) -> None:
     """Remove the files of later steps, which a resumed run will make again."""
-    for folder in (TRANSCRIPTS_FOLDER, BUFFER_FOLDER, HELD_OUT_FOLDER):
-        for path in (run_folder / folder).glob("step_*.json*"):
-            number = path.stem.removeprefix("step_")
-            if number.isdecimal() and int(number) > step:
+    for records in (folder.transcripts, folder.buffers, folder.answers):
+        for number, path in files_by_step(records).items():
+            if number > step:
                 path.unlink()
 
 

@@ -1,6 +1,6 @@
-"""Process groups, what passes between ranks, and where megatron-core's versions differ."""
+"""Process groups, exchanges between ranks, and where megatron-core's versions differ."""
 
-from zppo_mm.parallel.megatron_versions import bridge_missing_triton
+from zppo_mm.parallel.megatron_versions import allow_missing_triton
 
 # Before any module of this project imports megatron.core.
-bridge_missing_triton()
+allow_missing_triton()

@@ -1,5 +1,5 @@
-"""How replicas of the model share the sampling and tell each other the results, as a protocol so
-that one process needs no groups.
+"""How replicas of the model exchange what they sampled, as a protocol so that one process needs no
+groups.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Exchange(Protocol):
-    """This rank's place among the replicas, and two collectives that every rank calls together."""
+    """The replica of this rank, and two collectives that every rank calls together."""
 
     @property
     def replica(self) -> int:
@@ -30,7 +30,7 @@ class Exchange(Protocol):
 
     @property
     def is_leader(self) -> bool:
-        """Whether this rank speaks for its replica."""
+        """Whether this rank is the leader of its replica."""
         ...
 
     def gather(self, local: Sequence[T]) -> list[list[T]]:
@@ -53,8 +53,8 @@ class ParallelExchange:
     """The run's process groups.
 
     Args:
-        barrier: Let ranks wait for one another as long as all live; `None` leaves that to the time
-            limit of the process group.
+        barrier: Waits for slow ranks before each collective; `None` leaves that to the time limit
+            of the process group.
         should_stop: Whether the run is to end, as far as this rank knows; once true, it stays so.
     """
 
@@ -87,10 +87,10 @@ class ParallelExchange:
         """
         if self._barrier is not None:
             self._barrier.wait()
-        shares, is_stopping = parallel.gather_with_flag(local, self.should_stop())
+        by_replica, is_stopping = parallel.gather_with_flag(local, self.should_stop())
         if is_stopping:
             raise StopRequested
-        return shares
+        return by_replica
 
     def gather_in_replica(self, local: Sequence[T]) -> list[list[T]]:
         """Exchange what the ranks of this replica have."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _WAIT_SECONDS = 0.02
-"""Time between two words from rank 0 while it works and the others wait."""
+"""Time between two broadcasts of rank 0 while it works and the others wait."""
 
 
 def initialize(config: ParallelConfig, seed: int, world: JobPartition | None = None) -> None:
@@ -145,17 +145,17 @@ def world_size() -> int:
 
 
 def tensor_rank() -> int:
-    """Return this rank's place among those that share its layers' weights."""
+    """Return this rank's index among the tensor-parallel ranks of its layers."""
     return int(parallel_state.get_tensor_model_parallel_rank())
 
 
 def tensor_size() -> int:
-    """Return how many ranks share every layer's weights."""
+    """Return the tensor-parallel size."""
     return int(parallel_state.get_tensor_model_parallel_world_size())
 
 
 def tensor_group() -> dist.ProcessGroup:
-    """Return the ranks that share this rank's layers' weights."""
+    """Return this rank's tensor-parallel group."""
     return cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group())
 
 
@@ -190,14 +190,14 @@ def context_group() -> dist.ProcessGroup:
 
 
 def data_rank() -> int:
-    """Return which share of an update's micro-batches this rank takes part in; context ranks have
-    the same.
+    """Return this rank's data-parallel rank, by which the micro-batches of an update are divided;
+    context ranks have the same.
     """
     return int(parallel_state.get_data_parallel_rank())
 
 
 def data_size() -> int:
-    """Return into how many shares the micro-batches of an update are dealt."""
+    """Return the data-parallel size, without context ranks."""
     return int(parallel_state.get_data_parallel_world_size())
 
 
@@ -229,7 +229,7 @@ def is_last_stage() -> bool:
 
 
 def is_replica_leader() -> bool:
-    """Return whether this rank speaks for its replica: tensor rank 0 of the last stage."""
+    """Return whether this rank is the leader of its replica: tensor rank 0 of the last stage."""
     return is_last_stage() and tensor_rank() == 0
 
 
@@ -252,10 +252,10 @@ def gather_with_flag(local: Sequence[T], flag: bool) -> tuple[list[list[T]], boo
     """
     contribution = (replica_rank(), list(local)) if is_replica_leader() else None
     collected = gather_from_ranks((contribution, flag))
-    shares = sorted(
-        (share for share, _ in collected if share is not None), key=lambda share: share[0]
+    by_replica = sorted(
+        (each for each, _ in collected if each is not None), key=lambda each: each[0]
     )
-    return [objects for _, objects in shares], any(flag for _, flag in collected)
+    return [objects for _, objects in by_replica], any(flag for _, flag in collected)
 
 
 def gather_from_ranks(local: T) -> list[T]:
@@ -267,16 +267,16 @@ def gather_from_ranks(local: T) -> list[T]:
 
 def broadcast_object(value: T | None, source: int = 0) -> T:
     """Return rank `source`'s value on every rank; the others' argument is ignored."""
-    box = [value]
-    dist.broadcast_object_list(box, src=source)
-    return cast(T, box[0])
+    values = [value]
+    dist.broadcast_object_list(values, src=source)
+    return cast(T, values[0])
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
     """Return what rank 0 made, on every rank.
 
-    The work can take longer than a collective waits. So it runs in a thread, and rank 0 keeps
-    telling the others that it is not done.
+    The work can take longer than a collective waits. So it runs in a thread, while rank 0 keeps
+    broadcasting that it is not done.
 
     Args:
         work: What rank 0 alone does; it calls no collective.
@@ -292,12 +292,12 @@ def on_rank_zero(work: Callable[[], T]) -> T:
         while not broadcast_object(future is None or future.done()):
             time.sleep(_WAIT_SECONDS)
         error = future.exception() if future is not None else None
-        told = broadcast_object(repr(error) if error is not None else "")
+        problem = broadcast_object(repr(error) if error is not None else "")
         if error is not None:
             raise error
-        if told:
+        if problem:
             raise RankZeroError(
-                f"parallel: rank 0 could not do its work for all ranks, got {told}; see its own "
+                f"parallel: rank 0 could not do its work for all ranks, got {problem}; see its own "
                 "message"
             )
         return broadcast_object(future.result() if future is not None else None)

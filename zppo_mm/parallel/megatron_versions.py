@@ -3,7 +3,7 @@ Python 3.11, to 0.19.2.
 
 Everything else imports what differs from here. Each function looks at what the installed version
 has, never at its number, and names the version that changed it. megatron-core is imported inside
-the functions, because `bridge_missing_triton` has to come first.
+the functions, because `allow_missing_triton` has to come first.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def bridge_missing_triton() -> None:
+def allow_missing_triton() -> None:
     """Let newer megatron-core import without triton, which torch's CPU builds do not bring along.
 
     From 0.19 on `import megatron.core` imports triton through one MoE kernel module that dense
-    models never call. An empty stand-in for that one module is enough; a stand-in for triton itself
-    would break torch's own look-ups.
+    models never call. An empty module in its name is enough; an empty triton would break torch's
+    own look-ups.
     """
     name = "megatron.core.transformer.moe.ops.paged_stash"
     if importlib.util.find_spec("triton") is not None or name in sys.modules:
@@ -33,9 +33,9 @@ def bridge_missing_triton() -> None:
         if attribute.startswith("__"):
             raise AttributeError(attribute)
 
-    stand_in = types.ModuleType(name)
-    stand_in.__dict__["__getattr__"] = missing
-    sys.modules[name] = stand_in
+    empty = types.ModuleType(name)
+    empty.__dict__["__getattr__"] = missing
+    sys.modules[name] = empty
 
 
 def gpt_model(*arguments: Any, **options: Any) -> Any:
@@ -57,7 +57,7 @@ def gpt_model(*arguments: Any, **options: Any) -> Any:
 def data_parallel_model(*arguments: Any) -> Any:
     """Wrap a model in megatron-core's `DistributedDataParallel`.
 
-    0.19 would like to be handed the layout of the distributed optimizer's buffers and says so each
+    0.19 asks for the layout of the distributed optimizer's buffers and says so each
     time; it computes the same one itself.
     """
     from megatron.core.distributed import DistributedDataParallel

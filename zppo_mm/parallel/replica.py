@@ -1,5 +1,5 @@
-"""What the ranks of one replica tell each other while it samples: logits, the tokens that its
-leader chose, objects.
+"""Collectives of the ranks of one replica while it samples: logits, the tokens that its leader
+chose, objects.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Log-probs of the same tokens by two computations: how far apart they are, and what a person is
-told when that is too far.
+reported when that is too far.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def describe_gap(
     limit: Limit,
     decode: Callable[[Sequence[int]], str],
 ) -> str:
-    """Say what disagrees, and where first.
+    """Return what disagrees, and where first.
 
     Args:
         responses: Of one modality.
@@ -161,17 +161,17 @@ def describe_gap(
         limit: The limit.
         decode: Gives the text of token ids.
     """
-    response, place = _first_above(responses, side, limit)
+    response, index = _first_above(responses, side, limit)
     other = response.other(side)
     assert other is not None, "only compared responses are searched"
-    token = int(response.token_ids[place])
+    token = int(response.token_ids[index])
     kind, value = ("divergence", gap.kl) if limit.of_divergence else ("largest gap", gap.max)
     return (
         f"parity: {response.modality}: {NAMES[side]} and the training forward pass disagree, got a "
         f"{kind} of {value:.3g} nats over {gap.num_tokens} tokens, expected at most "
-        f"{limit.value:g} ({limit.key}); first at question {response.question_id!r}, token {place} "
-        f"of the response (id {token}, {decode([token])!r}): log-prob {other[place]:.5f} by "
-        f"{NAMES[side]}, {response.training[place]:.5f} in training; {ADVICE[side]}; "
+        f"{limit.value:g} ({limit.key}); first at question {response.question_id!r}, token {index} "
+        f"of the response (id {token}, {decode([token])!r}): log-prob {other[index]:.5f} by "
+        f"{NAMES[side]}, {response.training[index]:.5f} in training; {ADVICE[side]}; "
         "parity.mode=warn goes on all the same"
     )
 

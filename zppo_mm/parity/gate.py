@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,10 +28,12 @@ from zppo_mm.parity.compare import SIDES, Limit, ParityError, Response, describe
 from zppo_mm.parity.media import MediaCount, media_in_prompt, num_features
 from zppo_mm.parity.oracle import SourceInput, SourceLogprobs, source_logprobs
 from zppo_mm.parity.questions import Chosen, UncountedHealth, choose_questions
-from zppo_mm.parity.record import ParityRecord, count_modality, table, write_record
+from zppo_mm.parity.record import ParityRecord, count_modality, parity_table, write_record
 from zppo_mm.randomness import generator
 from zppo_mm.rollout.soundness import NOT_FINITE
-from zppo_mm.run.build import Run, build_stream, student_folder
+from zppo_mm.run.build import build_stream, student_folder
+from zppo_mm.run.parts import Run
+from zppo_mm.run_folder import RunFolder
 from zppo_mm.training.batching import build_batches, plan_batches
 from zppo_mm.training.samples import response_sequence, to_training_samples
 
@@ -45,7 +46,7 @@ do in training.
 RESUMED = "the run goes on from a checkpoint, whose weights are no longer the folder's"
 
 
-def check_parity(run: Run, folder: Path, step: int) -> None:
+def check_parity(run: Run, folder: RunFolder, step: int) -> None:
     """Compare, write `parity.jsonl` and the log, and stop the run if something disagrees; every
     rank calls this.
 
@@ -60,7 +61,7 @@ def check_parity(run: Run, folder: Path, step: int) -> None:
     Raises:
         ParityError: Something disagrees, and `parity.mode` is `stop`; the same on every rank.
     """
-    config = run.stages.config.parity
+    config = run.config.parity
     if config.mode == "none":
         return
     started = time.perf_counter()
@@ -88,7 +89,7 @@ def check_parity(run: Run, folder: Path, step: int) -> None:
     )
     if parallel.rank() == 0:
         write_record(folder, record)
-        logger.info("%s", table(record))
+        logger.info("%s", parity_table(record))
     _conclude(record, chosen, config.mode)
 
 
@@ -117,9 +118,9 @@ def _random_states_kept() -> Iterator[None]:
 
 
 def _choose(run: Run, num_questions: int) -> Chosen:
-    stream = build_stream(run.stages.config, UncountedHealth())
+    stream = build_stream(run.config, UncountedHealth())
     stream.load_state_dict(run.stream.state_dict())
-    return choose_questions(stream, run.stages.feed, num_questions)
+    return choose_questions(stream, run.feed, num_questions)
 
 
 def _sample(run: Run, chosen: Chosen, config: ParityConfig) -> list[Group]:
@@ -127,13 +128,13 @@ def _sample(run: Run, chosen: Chosen, config: ParityConfig) -> list[Group]:
     second one.
     """
     asked = [
-        (place, question)
+        (index, question)
         for questions in chosen.questions.values()
-        for place, question in enumerate(questions)
+        for index, question in enumerate(questions)
     ]
     instances = [
-        PromptInstance(_uid(place, question), question, "new", run.templates.plain_text(question))
-        for place, question in sorted(asked, key=lambda item: item[0])
+        PromptInstance(_uid(index, question), question, "new", run.templates.plain_text(question))
+        for index, question in sorted(asked, key=lambda item: item[0])
     ]
     longest = min(config.max_response_tokens, run.stages.sampling.max_new_tokens)
     sampling = dataclasses.replace(run.stages.sampling, max_new_tokens=longest)
@@ -151,14 +152,14 @@ def _broken_modalities(chosen: Chosen, failed: Mapping[str, str]) -> list[str]:
         for name, questions in chosen.questions.items()
         if questions
         and all(
-            failed.get(_uid(place, question)) == NOT_FINITE
-            for place, question in enumerate(questions)
+            failed.get(_uid(index, question)) == NOT_FINITE
+            for index, question in enumerate(questions)
         )
     ]
 
 
-def _uid(place: int, question: Question) -> str:
-    return f"parity/{place}/{question.id}"
+def _uid(index: int, question: Question) -> str:
+    return f"parity/{index}/{question.id}"
 
 
 def _training_logprobs(run: Run, groups: Sequence[Group]) -> list[FloatArray]:
@@ -167,7 +168,7 @@ def _training_logprobs(run: Run, groups: Sequence[Group]) -> list[FloatArray]:
     """
     if not groups:
         return []
-    config = run.stages.config
+    config = run.config
     samples = to_training_samples(
         groups, [np.ones(len(group.rollouts), np.float32) for group in groups]
     )
@@ -216,7 +217,9 @@ def _responses(
     responses: dict[str, list[Response]] = {}
     for group in groups:
         for rollout in group.rollouts:
-            assert rollout.rollout_logprobs is not None, "the run's own engine tells its log-probs"
+            assert rollout.rollout_logprobs is not None, (
+                "the run's own engine returns its log-probs"
+            )
             compared = rollout.response_ids, next(values), rollout.rollout_logprobs
             responses.setdefault(group.uid, []).append(
                 Response(group.question.modality, group.question.id, *compared)
@@ -254,10 +257,10 @@ def _look(
         why_not = RESUMED if step else "parity.compare_source=false"
         return counts, SourceLogprobs((None,) * len(inputs), why_not)
     source = source_logprobs(
-        student_folder(run.stages.config),
+        student_folder(run.config.model),
         inputs,
         dtype=run.policy.model.config.params_dtype,
-        temperature=run.stages.config.rollout.temperature,
+        temperature=run.config.rollout.temperature,
         device=next(run.policy.model.parameters()).device,
         max_seconds=config.max_source_seconds,
     )
@@ -273,7 +276,7 @@ def _judge(
     step: int,
 ) -> ParityRecord:
     """Hold everything against its limit; what is lost comes first, because it explains gaps."""
-    limit = limit_for(run.stages.config.parity, run.policy.model.config.params_dtype)
+    limit = limit_for(run.config.parity, run.policy.model.config.params_dtype)
     findings = [*chosen.lost, *(count.describe() for count in counts if not count.agrees)]
     rows = []
     for name, questions in chosen.questions.items():

@@ -45,7 +45,7 @@ class MediaCount:
         return self.in_sample == self.in_prompt and self.placeholders == self.features
 
     def describe(self) -> str:
-        """Say what was lost."""
+        """Return what was lost, in words."""
         return (
             f"parity: {self.modality}: media of question {self.question_id!r} do not reach the "
             f"network whole, got {self.in_sample} in the sample, {self.in_prompt} in the prompt, "

@@ -62,7 +62,7 @@ class SourceInput:
 
 @dataclass(frozen=True, slots=True)
 class SourceLogprobs:
-    """What the source checkpoint says.
+    """The source checkpoint's log-probs.
 
     Attributes:
         logprobs: Per input `[response]`; `None` where it was not compared.
@@ -100,8 +100,8 @@ def source_logprobs(
     started = time.perf_counter()
     with _quiet_transformers():
         try:
-            place, why_not = choose_device(weight_bytes(folder, dtype), device)
-            model = _load(folder, dtype, place) if place is not None else None
+            chosen, why_not = choose_device(weight_bytes(folder, dtype), device)
+            model = _load(folder, dtype, chosen) if chosen is not None else None
         except Exception as error:
             logger.debug("loading the source checkpoint", exc_info=True)
             model, why_not = None, f"transformers cannot load {folder}: {_brief(error)}"
@@ -144,7 +144,7 @@ def _all_logprobs(
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     """Return what the folder's weights take in a type, from the headers of its files."""
     weights = SafetensorsFolder(folder)
-    return sum(math.prod(weights.shape(key)) for key in weights.places) * dtype.itemsize
+    return sum(math.prod(weights.shape(key)) for key in weights.weight_map) * dtype.itemsize
 
 
 def choose_device(
@@ -172,7 +172,7 @@ def _free_host_bytes() -> int:
 
 
 def open_model(folder: Path, dtype: torch.dtype, *, has_vision: bool) -> tuple[Any, dict[str, Any]]:
-    """Load a folder's network into transformers; returns it with what transformers says about its
+    """Load a folder's network into transformers; returns it with transformers' report on its
     keys.
 
     transformers is shown the weights alone, as links, and the configuration. It would also apply
@@ -212,7 +212,7 @@ def open_model(folder: Path, dtype: torch.dtype, *, has_vision: bool) -> tuple[A
 
 
 def _without_calling_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration, objects in it included, without the keys that say how it is run."""
+    """Return a configuration, objects in it included, without the keys for how it is run."""
     return {
         key: _without_calling_keys(value) if isinstance(value, dict) else value
         for key, value in config.items()
@@ -239,7 +239,7 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Hide progress bar and advice on kernels, which speak of the oracle and not of the run."""
+    """Hide progress bar and advice on kernels, which belong to the oracle and not to the run."""
     from transformers.utils import logging as untyped
 
     library: Any = untyped
@@ -278,7 +278,7 @@ def _model_inputs(config: Any, item: SourceInput) -> dict[str, torch.Tensor]:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if not item.vision:
         return inputs
-    # Without these types some families fall back to one-axis positions and say nothing.
+    # Without these types some families fall back to one-axis positions without a warning.
     inputs["mm_token_type_ids"] = (ids == config.image_token_id).int() + 2 * (
         ids == config.video_token_id
     ).int()
@@ -294,8 +294,8 @@ def _model_inputs(config: Any, item: SourceInput) -> dict[str, torch.Tensor]:
         not FAMILIES[config.model_type].video_layout(config.to_dict()).timestamped
         and "video_grid_thw" in inputs
     ):
-        # Text after such a video stands elsewhere in transformers than where the model was trained
-        # and rollout engines put it.
+        # Text after such a video has other positions in transformers than in the model's training
+        # and in rollout engines.
         inputs["position_ids"] = torch.from_numpy(item.positions)[:, None]
     return inputs
 

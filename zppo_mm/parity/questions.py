@@ -1,4 +1,4 @@
-"""Which questions the gate asks: some of every modality, from where the run's stream stands,
+"""Which questions the gate asks: some of every modality, from the position of the run's stream,
 without moving it.
 """
 
@@ -25,7 +25,7 @@ then, not the sample.
 
 
 class UncountedHealth(SampleHealth):
-    """Neither counts nor names the samples that are looked at: the run will meet them itself."""
+    """Neither counts nor names the samples that are read: the run will read them itself."""
 
     def good(self, n: int = 1) -> None:
         """Count nothing."""
@@ -41,7 +41,7 @@ class Chosen:
     Attributes:
         questions: By modality; fewer than asked for where there are no more.
         refused: By modality of which no question can be asked, why not the last one.
-        lost: What was said of questions whose prompt does not show their media.
+        lost: Descriptions of questions whose prompt does not show their media.
     """
 
     questions: dict[str, list[Question]] = field(default_factory=dict)
@@ -53,7 +53,7 @@ def choose_questions(stream: QuestionStream, feed: QuestionFeed, num_questions: 
     """Return questions that can be asked; every rank calls this.
 
     Args:
-        stream: One of its own, standing where the run's stands.
+        stream: One of its own, at the position of the run's.
         feed: The run's, which knows what can be asked.
         num_questions: Of each modality.
     """

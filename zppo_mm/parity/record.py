@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from zppo_mm.observability.sinks import PARITY_FILE, append_line
+from zppo_mm.observability.sinks import append_line
 from zppo_mm.parity.compare import Gap, Limit
 from zppo_mm.parity.media import MediaCount
+from zppo_mm.run_folder import RunFolder
+from zppo_mm.text_table import text_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,32 +84,38 @@ def count_modality(
     )
 
 
-def write_record(folder: Path, record: ParityRecord) -> None:
+def write_record(folder: RunFolder, record: ParityRecord) -> None:
     """Append the record to the run's `parity.jsonl`; numbers that are not finite become null."""
-    append_line(folder / PARITY_FILE, _finite(asdict(record)))
+    append_line(folder.parity, _finite(asdict(record)))
 
 
-def table(record: ParityRecord) -> str:
+def parity_table(record: ParityRecord) -> str:
     """Return the record as lines of text."""
     what = "a divergence" if record.limit.of_divergence else "a gap of any token"
+    head = [
+        "modality",
+        "questions",
+        "media",
+        "in prompt",
+        "placeholders",
+        "features",
+        "sampling max/mean/kl",
+        "source max/mean/kl",
+        "tokens",
+    ]
+    rows = []
+    for row in record.modalities:
+        counts = (row.num_questions, row.media, row.media_in_prompt, row.placeholders, row.features)
+        num_tokens = row.rollout.num_tokens if row.rollout else 0
+        gaps = (_cell(row.rollout), _cell(row.source))
+        rows.append([row.modality, *map(str, counts), *gaps, str(num_tokens)])
     lines = [
         f"parity at step {record.step}, {record.dtype}, limit {record.limit.value:g} nats for "
-        f"{what}, {record.seconds:.1f} s"
+        f"{what}, {record.seconds:.1f} s",
+        text_table(head, rows),
     ]
-    lines.append(
-        "  "
-        f"{'':8}{'questions':>10}{'media':>7}{'in prompt':>11}{'placeholders':>14}{'features':>10}"
-        f"{'sampling max/mean/kl':>30}{'source max/mean/kl':>30}{'tokens':>8}"
-    )
-    for row in record.modalities:
-        lines.append(
-            "  "
-            f"{row.modality:8}{row.num_questions:>10}{row.media:>7}{row.media_in_prompt:>11}{row.placeholders:>14}{row.features:>10}"
-            f"{_cell(row.rollout):>30}{_cell(row.source):>30}"
-            f"{row.rollout.num_tokens if row.rollout else 0:>8}"
-        )
     if record.not_compared:
-        lines.append(f"  source checkpoint not compared: {record.not_compared}")
+        lines.append(f"source checkpoint not compared: {record.not_compared}")
     return "\n".join(lines)
 
 

@@ -15,10 +15,10 @@ from data.atomic_files import write_atomically
 from zppo_mm.report.examples import MediaOpener, choose_examples
 from zppo_mm.report.figures import draw_figures
 from zppo_mm.report.run_record import RunRecord, read_run
+from zppo_mm.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-REPORT_FILE = "report.html"
 TEMPLATES_FOLDER = Path(__file__).parent
 TEMPLATE_FILE = "page.html.jinja"
 NORMAL_95 = 1.96
@@ -59,7 +59,7 @@ def write_report(
             examples=choose_examples(run_folder, num_examples, open_media),
         )
     )
-    path = write_page(run_folder / REPORT_FILE, page)
+    path = write_page(RunFolder(run_folder).report, page)
     logger.info("report: %s", path)
     return path
 

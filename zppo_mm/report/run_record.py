@@ -10,10 +10,7 @@ from typing import Any
 
 import yaml
 
-from zppo_mm.observability.sinks import EVALUATION_FILE, METRICS_FILE
-from zppo_mm.observability.transcripts import TRANSCRIPTS_FOLDER
-
-CONFIG_FILE = "config.yaml"
+from zppo_mm.run_folder import RunFolder, files_by_step
 
 Series = tuple[list[int], list[float]]
 """Steps and values of one curve."""
@@ -69,14 +66,15 @@ class RunRecord:
         return value
 
 
-def read_run(folder: Path) -> RunRecord:
+def read_run(path: Path) -> RunRecord:
     """Read a run's folder; every file may be missing."""
-    config_path = folder / CONFIG_FILE
-    config = yaml.safe_load(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
+    folder = RunFolder(path)
+    text = folder.config.read_text(encoding="utf-8") if folder.config.exists() else ""
+    config = yaml.safe_load(text)
     return RunRecord(
-        folder=folder,
-        metrics=sorted(read_lines(folder / METRICS_FILE), key=lambda row: row["step"]),
-        evaluations=sorted(read_lines(folder / EVALUATION_FILE), key=lambda row: row["step"]),
+        folder=path,
+        metrics=sorted(read_lines(folder.metrics), key=lambda row: row["step"]),
+        evaluations=sorted(read_lines(folder.evaluations), key=lambda row: row["step"]),
         config=config or {},
     )
 
@@ -95,4 +93,4 @@ def read_lines(path: Path) -> Iterator[Mapping[str, Any]]:
 
 def transcripts_newest_first(folder: Path) -> list[Path]:
     """Return the transcript files of a run, newest step first."""
-    return sorted((folder / TRANSCRIPTS_FOLDER).glob("step_*.jsonl"), reverse=True)
+    return [*reversed(files_by_step(RunFolder(folder).transcripts).values())]

@@ -285,7 +285,7 @@ def _values(*expressions: Any) -> Iterator[tuple[Any, ...]]:
     )
     for point in range(NUM_POINTS if symbols else 1):
         chosen = {
-            symbol: POINTS[(place + point) % len(POINTS)] for place, symbol in enumerate(symbols)
+            symbol: POINTS[(index + point) % len(POINTS)] for index, symbol in enumerate(symbols)
         }
         if point % 2 == 0:  # roots and logarithms have real values there
             chosen = {symbol: abs(value) for symbol, value in chosen.items()}
@@ -295,7 +295,7 @@ def _values(*expressions: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def _value(expression: Any) -> Any:
-    """Return the value to `DIGITS` digits, `None` if there is none, or none that is told from 0."""
+    """Return the value to `DIGITS` digits, `None` without one or where 0 cannot be ruled out."""
     try:
         value = expression.evalf(DIGITS, maxn=MAX_DIGITS, strict=True)
     except (
@@ -316,11 +316,11 @@ def _differ_slightly(left: Any, right: Any) -> bool:
     e^100 and e^100 + 1.
     """
     symbols = sorted((left - right).free_symbols, key=lambda symbol: symbol.name)
-    chosen = {symbol: abs(POINTS[place % len(POINTS)]) for place, symbol in enumerate(symbols)}
+    chosen = {symbol: abs(POINTS[index % len(POINTS)]) for index, symbol in enumerate(symbols)}
     try:
         return bool((left - right).xreplace(chosen).evalf(5, maxn=MAX_DIGITS, strict=True) != 0)
     except PrecisionExhausted:
-        return False  # 0 for all that can be told
+        return False  # 0 as far as the digits show
 
 
 def _is_real(value: Any) -> bool:

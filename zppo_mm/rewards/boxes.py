@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from zppo_mm.rewards.notation import closing_place
+from zppo_mm.rewards.notation import closing_brace
 
 MAX_CHARS_BETWEEN_BOXES = 60
 
@@ -25,7 +25,7 @@ def last_boxed(text: str) -> str | None:
         return None
     end = text.find("}", brace.end())
     if end >= 0 and ("{" in text[brace.end() : end] or "\\" in text[brace.end() : end]):
-        end = closing_place(text, brace.end() - 1)
+        end = closing_brace(text, brace.end() - 1)
     return text[brace.end() : end].strip() or None if end > 0 else None
 
 
@@ -45,7 +45,7 @@ def final_answer(text: str) -> str | None:
     while True:
         start = text.rfind("\\boxed", 0, following)
         brace = _BRACE.match(text, start + len("\\boxed")) if start >= 0 else None
-        end = closing_place(text, brace.end() - 1) if brace else -1
+        end = closing_brace(text, brace.end() - 1) if brace else -1
         if brace is None or not 0 < end < following or following - end > MAX_CHARS_BETWEEN_BOXES:
             break
         between = _LAYOUT.sub(lambda match: f" {match[1] or ''} ", text[end + 1 : following])

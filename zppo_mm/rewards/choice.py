@@ -69,16 +69,14 @@ def _read_letter(letter: str, choices: Sequence[str]) -> str:
     return casefolded[0] if len(casefolded) == 1 else ""
 
 
-def _names_both(
-    named: str, spoken: str, gold: str, choices: Sequence[str], with_comma: bool
-) -> bool:
+def _names_both(named: str, text: str, gold: str, choices: Sequence[str], with_comma: bool) -> bool:
     """Return whether a letter and the text behind it name the right option; behind a comma the text
     has to be an option's.
     """
-    alone = _LETTER_ALONE.fullmatch(spoken)
+    alone = _LETTER_ALONE.fullmatch(text)
     if alone and choices and _read_letter(alone[1], choices) not in ("", named):
         return False
-    letters = _letters_of_text(spoken, choices)
+    letters = _letters_of_text(text, choices)
     return named == gold and (gold in letters if letters or with_comma else not alone)
 
 
@@ -117,9 +115,9 @@ def _gold_letter(question: Question, choices: Sequence[str]) -> str:
     named = (both[1] or both[2]).upper() if both else ""
     if both and named in letters and (not choices or named in _letters_of_text(both[3], choices)):
         return named
-    spoken = _letters_of_text(gold, choices)
-    if len(spoken) == 1:
-        return spoken[0]
+    by_text = _letters_of_text(gold, choices)
+    if len(by_text) == 1:
+        return by_text[0]
     raise DataError(
         f"question {question.id!r}: the reference answer is no option's letter, got "
         f"{question.answer!r}, expected one of {', '.join(letters)}; correct the sample"

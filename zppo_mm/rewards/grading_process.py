@@ -2,8 +2,8 @@
 ends then without the worker.
 
 Answers every `{"parsed", "gold", "seconds"}` by `{"equal"}`, `{"timeout"}` or `{"error"}`.
-Comparisons run in a child that is forked when everything is imported, so that another one takes the
-place of a child that died at once. Nothing but this process's own code runs here, in one thread, so
+Comparisons run in a child that is forked when everything is imported, so that a child that died is
+replaced at once. Nothing but this process's own code runs here, in one thread, so
 that forking is safe.
 """
 

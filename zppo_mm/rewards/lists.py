@@ -9,7 +9,7 @@ from zppo_mm.rewards.quantities import is_grouped, parse_number, split_unit
 from zppo_mm.rewards.structure import (
     as_interval,
     read_bracketed,
-    read_matrix,
+    read_cases,
     read_relation,
     split_items,
     split_label,
@@ -46,9 +46,9 @@ def as_lists(left: str, right: str) -> Lists | None:
             continue
         label = split_label(relation) if (relation := read_relation(text)) else None
         bare = label[1] if label else text
-        bracketed, matrix = read_bracketed(bare), read_matrix(bare)
-        if matrix is not None and matrix.kind == "cases":
-            items[index] = [" ".join(row).rstrip(",;. ") for row in matrix.rows]
+        bracketed, cases = read_bracketed(bare), read_cases(bare)
+        if cases is not None:
+            items[index] = cases
         elif bracketed is not None and bracketed.is_list:
             ordered = ordered or not bracketed.is_set
             items[index] = [item for entry in bracketed.items for item in expand(entry)]

@@ -33,16 +33,14 @@ from zppo_mm.rewards.structure import (
     joined_inequalities,
     named_point,
     read_bracketed,
-    read_matrix,
     read_relation,
     split_items,
     split_label,
-    split_union,
     squeeze,
     without_builder,
     without_group,
 )
-from zppo_mm.rewards.words import as_formula, is_textual, is_word, spoken
+from zppo_mm.rewards.words import as_formula, in_one_spelling, is_textual, is_word
 
 MAX_ANSWER_CHARS = 1000
 MAX_DEPTH = 6
@@ -224,25 +222,14 @@ class _Comparison:
         )
 
     def _composed(self, left: str, right: str, depth: int) -> bool | None:
-        """Compare brackets, unions and matrices."""
-        matrices = read_matrix(left), read_matrix(right)
-        if matrices[0] and matrices[1]:
-            rows = matrices[0].rows, matrices[1].rows
-            if matrices[0].kind != matrices[1].kind or [len(row) for row in rows[0]] != [
-                len(row) for row in rows[1]
-            ]:
-                return False
-            cells = [[cell for row in each for cell in row] for each in rows]
-            return self._ordered(cells[0], cells[1], depth)
+        """Compare what stands in brackets."""
         if "\\begin" in left or "\\begin" in right:
             return self._leaf(left, right)
         brackets = read_bracketed(left), read_bracketed(right)
         if brackets[0] and brackets[1]:
             return self._brackets(brackets[0], brackets[1], depth)
         if _SET_NOTATION.search(left) or _SET_NOTATION.search(right):
-            parts = split_union(left), split_union(right)
-            by_parts = self._unordered(*parts, depth) if len(parts[0]) > 1 else None
-            return True if by_parts else self._leaf(left, right)
+            return self._leaf(left, right)
         for bracketed, other, is_left in ((brackets[0], right, True), (brackets[1], left, False)):
             if bracketed is not None:
                 if not bracketed.is_set or len(bracketed.items) != 1 or depth < MAX_DEPTH:
@@ -315,7 +302,7 @@ class _Comparison:
             or is_textual(right_body)
             or (is_word(left_body) and is_word(right_body))
         ):
-            return spoken(left_body) == spoken(right_body)
+            return in_one_spelling(left_body) == in_one_spelling(right_body)
         verdict = self._leaf(without_group(left_body), without_group(right_body))
         # What looks like a unit may be a product: `2 m g`.
         return self._leaf(left, right) if verdict is False and left_unit != right_unit else verdict
@@ -334,7 +321,7 @@ def _all(verdicts: Iterable[bool | None]) -> bool | None:
 def _view(
     text: str, label: tuple[str, str] | None, interval: tuple[str, Bracketed] | None
 ) -> tuple[str, Bracketed] | None:
-    """Return the variable and the interval that a text speaks of, without a variable if it names
+    """Return the variable and the interval that a text describes, without a variable if it names
     none.
     """
     if interval is not None:

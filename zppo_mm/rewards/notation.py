@@ -84,7 +84,7 @@ _COMMANDS = {
     **{letter: f"\\mathbb{{{letter}}}" for letter in "RZNQ"},
     **{name: f"\\mathbb{{{name[0]}}}" for name in ("Reals", "Complex", "Integers")},
 }
-_ENVIRONMENT_BREAK = re.compile(r"\\\\ *\[[^\[\]]*\]")
+_ENVIRONMENT_BREAK = re.compile(r"\\\\(?: *\\\\)*(?: *\[[^\[\]]*\])?")
 # In one pass over the tokens, a row break is seen before the space or the comma that follows its
 # first backslash.
 _LINES = re.compile(r"\\(begin|end) ?\{(?:aligned|align|gathered|gather|split|alignedat)\*?\}")
@@ -124,7 +124,8 @@ _PREAMBLE = re.compile(
 )
 _COLOUR = re.compile(r"\\(?:textcolor|color|colorbox) ?\{[^{}]*\}")
 _UPRIGHT_UNIT = re.compile(
-    r"\\(?:text(?:rm|normal)?|mathrm|mbox|hbox|operatorname|unit) ?\{ ?~?((?:[^{}\\]*[0-9])?) ?("
+    r"\\(?:text(?:rm|normal)?|mathrm|mbox|hbox|operatorname|unit) ?\{(?: |~|\\[ ,])*"
+    r"((?:[^{}\\]*[0-9])?) ?("
     + "|".join(sorted(AMBIGUOUS))
     + r") ?\}(?= *(?:\^ ?\{?-?[0-9]\}?)?[ .$]*(?:$|[,;)\]}]|\\[)\]}]))"
 )
@@ -196,7 +197,7 @@ def _written_out(text: str) -> str:
 def _binomial(match: re.Match[str]) -> str:
     above = match["n"] or match["n2"] or match["n3"]
     below = match["k"] or match["k2"] or match["k3"]
-    if above.isdigit() != below.isdigit() or (above.isdigit() and int(above) < int(below)):
+    if above.isdigit() and below.isdigit() and int(above) < int(below):
         return match[0]
     return f"\\binom{{{above}}}{{{below}}}"
 
@@ -285,37 +286,37 @@ def _command(match: re.Match[str]) -> str:
 def _braced_arguments(text: str) -> str:
     r"""Put braces around arguments of one token: `\frac12` is `\frac{1}{2}`."""
     pieces: list[str] = []
-    place = 0
-    while (match := _TAKES_ARGUMENTS.search(text, place)) is not None:
-        pieces.append(text[place : match.end()])
-        place = match.end()
-        root = _DEGREE_OF_ROOT.match(text, place)
+    position = 0
+    while (match := _TAKES_ARGUMENTS.search(text, position)) is not None:
+        pieces.append(text[position : match.end()])
+        position = match.end()
+        root = _DEGREE_OF_ROOT.match(text, position)
         if match[1] == "sqrt" and root:
             pieces.append(root[0].strip())
-            place = root.end()
+            position = root.end()
         for _ in range(2 if match[1] != "sqrt" else 1):
-            argument, place = _argument(text, place)
+            argument, position = _argument(text, position)
             pieces.append(argument)
-    return "".join([*pieces, text[place:]])
+    return "".join([*pieces, text[position:]])
 
 
-def _argument(text: str, place: int) -> tuple[str, int]:
-    """Return the argument at a place, in braces, and where it ends; nothing if there is none."""
-    start = place
+def _argument(text: str, position: int) -> tuple[str, int]:
+    """Return the argument at a position, in braces, and where it ends; nothing if there is none."""
+    start = position
     while text[start : start + 1] == " ":
         start += 1
     if text[start : start + 1].isalnum():
         return f"{{{text[start]}}}", start + 1
-    end = closing_place(text, start)
+    end = closing_brace(text, start)
     return (
         (f"{{{_braced_arguments(text[start + 1 : end])}}}", end + 1)
         if end > start and text[start] == "{"
-        else ("", place)
+        else ("", position)
     )
 
 
-def closing_place(text: str, start: int) -> int:
-    """Return the place of the brace that closes the one at `start`, -1 if there is none."""
+def closing_brace(text: str, start: int) -> int:
+    """Return the position of the brace that closes the one at `start`, -1 if there is none."""
     depth = 0
     for match in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(match[0], 0)

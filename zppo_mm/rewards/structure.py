@@ -1,4 +1,4 @@
-r"""How an answer is built: lists, brackets, relations and matrices, found in its text; nothing is
+r"""How an answer is built: lists, brackets and relations, found in its text; nothing is
 evaluated here.
 
 Everything expects text in the spelling of `notation.normalise`.
@@ -15,15 +15,13 @@ _CLOSING = frozenset(("\\}", ")", "]", "}"))
 _SEPARATOR = re.compile(r"[,;]? *(?:&|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\lor(?![A-Za-z])) *|,")
 # Beside ", " a comma between digits groups thousands, as in "1,000, 2,000".
 _LOOSE_SEPARATOR = re.compile(_SEPARATOR.pattern + r"(?!(?<=[0-9],)[0-9]{3}(?![0-9]))")
+_SEMICOLON = re.compile(";")
 _AND = re.compile(r"(?<![A-Za-z\\])and(?![A-Za-z])|\\land(?![a-zA-Z])")
 _FRENCH = re.compile(r"\](.+[,;].+)([\[\]])|([\[\]])(.+[,;].+)\[")
 _RELATION = re.compile(
     r"<|>|=|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|\\approx(?![a-zA-Z])|\\in(?![a-zA-Z])"
 )
-_MATRIX = re.compile(
-    r"([(\[|]?) ?\\begin ?\{(p|b|v|B|V|small|)(matrix|array|cases)\*?\}(?: ?\{[clr| "
-    r"]*\})?(.*)\\end ?\{\2\3\*?\} ?([)\]|]?)"
-)
+_CASES = re.compile(r"\\begin ?\{cases\*?\}((?:(?!\\begin).)*)\\end ?\{cases\*?\}")
 _SYMBOL = (
     r"(?:[A-Za-z]|\\(?!in|le|ge|ne|frac|sqrt|infty|pi(?![a-z])|cup|cap|text)[a-zA-Z]+ ?)'*(?: ?_ "
     r"?(?:\{[^{}]*\}|[A-Za-z0-9]))?'*"
@@ -94,32 +92,26 @@ class Relation:
     signs: list[str]
 
 
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """Rows of cells; `kind` tells a determinant and a system from a matrix."""
-
-    kind: str
-    rows: list[list[str]]
-
-
 def top_level(text: str) -> str:
     """Return the text with everything between brackets replaced by NUL, the brackets themselves
     included.
     """
     pieces: list[str] = []
-    depth, place = 0, 0
+    depth, position = 0, 0
     for match in _BRACKET.finditer(text):
         token = match[0]
         opens = token in _OPENING or token.startswith("\\begin")
         closes = token in _CLOSING or token.startswith("\\end")
         if not opens and not closes:
             continue
-        pieces.append("\0" * (match.start() - place) if depth else text[place : match.start()])
+        pieces.append(
+            "\0" * (match.start() - position) if depth else text[position : match.start()]
+        )
         pieces.append("\0" * len(token))
         depth = depth + 1 if opens else max(depth - 1, 0)
         depth += token.startswith("\\begin")  # once for its brace, once for the environment
-        place = match.end()
-    pieces.append("\0" * (len(text) - place) if depth else text[place:])
+        position = match.end()
+    pieces.append("\0" * (len(text) - position) if depth else text[position:])
     return "".join(pieces)
 
 
@@ -130,16 +122,16 @@ def split_items(text: str) -> list[str]:
     if not any(sign in text for sign in LIST_SIGNS):
         return [text]
     mask = top_level(text)
-    if ";" in mask:
-        places = [(place, place + 1) for place, character in enumerate(mask) if character == ";"]
-    else:
-        pattern = _LOOSE_SEPARATOR if ", " in mask else _SEPARATOR
-        places = [(match.start(), match.end()) for match in pattern.finditer(mask)]
-    if not places:
-        return [text]
-    starts, ends = [0, *(end for _, end in places)], [*(start for start, _ in places), len(text)]
-    items = [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
+    pattern = _SEMICOLON if ";" in mask else _LOOSE_SEPARATOR if ", " in mask else _SEPARATOR
+    items = _between(text, list(pattern.finditer(mask)))
     return [item for item in items if item] or [text]
+
+
+def _between(text: str, matches: list[re.Match[str]]) -> list[str]:
+    """Return what stands between matches in a text."""
+    starts = [0, *(match.end() for match in matches)]
+    ends = [*(match.start() for match in matches), len(text)]
+    return [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
 
 
 def split_union(text: str) -> list[str]:
@@ -222,29 +214,17 @@ def read_relation(text: str) -> Relation | None:
     """Return members and signs, `None` without a sign at the top level."""
     if not any(sign in text for sign in "<>=\\"):
         return None
-    mask = top_level(text)
-    places = list(_RELATION.finditer(mask))
-    if not places:
-        return None
-    starts, ends = (
-        [0, *(match.end() for match in places)],
-        [*(match.start() for match in places), len(text)],
-    )
-    members = [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
-    return Relation(members, [match[0] for match in places])
+    signs = list(_RELATION.finditer(top_level(text)))
+    return Relation(_between(text, signs), [match[0] for match in signs]) if signs else None
 
 
-def read_matrix(text: str) -> Matrix | None:
-    """Return the cells of a matrix that is the whole text, `None` if it is anything else."""
-    match = _MATRIX.fullmatch(text) if "\\begin" in text else None
-    if match is None or "\\begin" in match[4]:
+def read_cases(text: str) -> list[str] | None:
+    """Return the lines of a system of equations, `None` if the text is anything else."""
+    match = _CASES.fullmatch(text)
+    if match is None:
         return None
-    bars = (match[2] or match[1]) if match[2] != "small" else match[1]
-    kind = {"v": "determinant", "|": "determinant", "V": "norm"}.get(
-        bars, "cases" if match[3] == "cases" else "matrix"
-    )
-    rows = [row for row in match[4].split("\\\\") if row.strip()]
-    return Matrix(kind, [[cell.strip() for cell in _cells(row)] for row in rows])
+    rows = [" ".join(cell.strip() for cell in row.split("&")) for row in match[1].split("\\\\")]
+    return [row.strip().rstrip(",;. ") for row in rows if row.strip()]
 
 
 def split_label(relation: Relation) -> tuple[str, str] | None:
@@ -340,13 +320,3 @@ def _encloses(text: str) -> bool:
         elif token.startswith("\\end"):
             depth -= 1
     return False
-
-
-def _cells(row: str) -> list[str]:
-    mask = top_level(row)
-    cells, start = [], 0
-    for place, character in enumerate(mask):
-        if character == "&":
-            cells.append(row[start:place])
-            start = place + 1
-    return [*cells, row[start:]]

@@ -138,6 +138,15 @@ def _verdict(parsed: str | None, reason: Reason) -> Verdict:
     return Verdict(parsed, None if reason in NOT_GRADED else float(reason == "match"), reason)
 
 
+def _check_range(answer_type: str, graded: Sequence[Verdict]) -> None:
+    for verdict in graded:
+        if verdict.reward is not None and not 0 <= verdict.reward <= 1:
+            raise ValueError(
+                f"Verifier: the reward of answer type {answer_type!r} is out of range, got "
+                f"{verdict.reward}, expected a number from 0 to 1; scale it"
+            )
+
+
 class Verifier:
     """Grades responses. May be used from any thread.
 
@@ -198,6 +207,7 @@ class Verifier:
         Raises:
             ConfigError: If a question is `open` and there is no judge.
             DataError: If the reference answer of a multiple-choice question is no option's letter.
+            ValueError: If a reward is not in [0, 1].
         """
         self._check_types(items)
         answers = [(question, final_answer(text)) for question, text in items]
@@ -208,6 +218,7 @@ class Verifier:
         verdicts: dict[Item, Verdict] = {}
         for answer_type, asked in of_type.items():
             graded = self.rewards[answer_type].grade_all(list(asked))
+            _check_range(answer_type, graded)
             verdicts.update(zip(asked, graded, strict=True))
         return [
             _verdict(None, "not_boxed") if parsed is None else verdicts[question, parsed]

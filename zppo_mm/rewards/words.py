@@ -59,9 +59,9 @@ def as_formula(text: str) -> str | None:
     return re.sub(r"[_{}]", "", text) if _FORMULA.fullmatch(text) and not text.isalpha() else None
 
 
-def spoken(text: str) -> str:
-    """Return a text without what is not heard: articles, quotation marks, hyphens, and the case of
-    words but not of symbols.
+def in_one_spelling(text: str) -> str:
+    """Return a text without articles, quotation marks, hyphens, and the case of words but not of
+    symbols.
     """
     text = squeeze(text.replace("-", " ").replace('"', "")).strip("!? '")
     letters = text.replace(" ", "")

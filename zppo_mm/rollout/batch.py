@@ -51,7 +51,7 @@ class RolloutBatch:
         device: The network's.
 
     Attributes:
-        rows: Places in the wave of the sequences left in the batch, on the CPU; `None` while none
+        rows: Indices in the wave of the sequences left in the batch, on the CPU; `None` while none
             was dropped.
         seen: `[batch, vocabulary]` tokens already in the response; `None` without a presence
             penalty.
@@ -99,17 +99,17 @@ class RolloutBatch:
         if self.seen is not None:
             self.seen.scatter_(1, tokens.clamp(min=0)[:, None], True)
         ends = torch.isin(tokens, self._ends) & ~self._ended
-        # One transfer per step tells the host which sequences ended.
+        # One transfer per step shows the host which sequences ended.
         ended_now = torch.nonzero(ends).squeeze(1).cpu()
         if len(ended_now):
             self._ended |= ends
-            places = ended_now if self.rows is None else self.rows[ended_now]
-            self._lengths[places.numpy()] = len(self._steps)
-            self._has_ended[places.numpy()] = True
+            indices = ended_now if self.rows is None else self.rows[ended_now]
+            self._lengths[indices.numpy()] = len(self._steps)
+            self._has_ended[indices.numpy()] = True
             self.num_active -= len(ended_now)
 
     def drop_finished(self) -> torch.Tensor:
-        """Keep only sequences that have not ended; returns their places in the batch so far,
+        """Keep only sequences that have not ended; returns their indices in the batch so far,
         `[kept]`.
         """
         kept = torch.nonzero(~self._ended).squeeze(1)
@@ -132,17 +132,17 @@ class RolloutBatch:
         tokens: IntArray = np.zeros((num_steps, total), dtype=np.int64)
         logprobs: FloatArray = np.zeros((num_steps, total), dtype=np.float32)
         for step, (rows, step_tokens, step_logprobs) in enumerate(self._steps):
-            places = slice(None) if rows is None else rows.numpy()
-            tokens[step, places] = step_tokens.cpu().numpy()
-            logprobs[step, places] = step_logprobs.cpu().numpy()
+            indices = slice(None) if rows is None else rows.numpy()
+            tokens[step, indices] = step_tokens.cpu().numpy()
+            logprobs[step, indices] = step_logprobs.cpu().numpy()
         lengths = np.where(self._has_ended, self._lengths, num_steps)
         broken = ((tokens == NO_TOKEN) & (np.arange(num_steps)[:, None] == lengths - 1)).any(0)
         return [
             Generation(
-                tokens[:length, place].copy(),
-                logprobs[:length, place].copy(),
-                "stop" if self._has_ended[place] else "length",
-                is_broken=bool(broken[place]),
+                tokens[:length, index].copy(),
+                logprobs[:length, index].copy(),
+                "stop" if self._has_ended[index] else "length",
+                is_broken=bool(broken[index]),
             )
-            for place, length in enumerate((lengths - broken).tolist())
+            for index, length in enumerate((lengths - broken).tolist())
         ]

@@ -4,7 +4,6 @@ imitates them.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -13,12 +12,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from data.question import MediaKind
 from encoders.config import TIMESTAMPED, VideoLayout
 from zppo_mm.errors import ConfigError
+from zppo_mm.experience import NO_TOKEN
 from zppo_mm.models.families.table import FAMILIES
+from zppo_mm.rollout.chat_template import QUESTION, ChatTemplate, read_json
+from zppo_mm.rollout.tokenizer import load_tokenizer, special_ids, token_bytes
 from zppo_mm.rollout.vocabulary import (
     GENERATION_FILE,
     check_ids,
@@ -29,17 +29,11 @@ from zppo_mm.rollout.vocabulary import (
 
 logger = logging.getLogger(__name__)
 
-NO_TOKEN = -1
-"""Stands for a token that the model does not have; no token has this id."""
 MARK_OPEN, MARK_CLOSE = "\ue200", "\ue201"
 """Private-use characters that bracket the number of a literal special token while the template runs
 over the text.
 """
 ZERO_WIDTH_SPACE = "\u200b"
-
-_NO_LIMIT = 1 << 62
-_ASKED, _ANSWERED = "zppoquestion", "zppoanswer"
-"""Texts that no template has and none changes."""
 
 Piece = int | str
 """The id of a special token, or plain text that is never read as one."""
@@ -58,7 +52,7 @@ class ChatFormat:
 
     Args:
         hf_dir: Folder with tokenizer, chat template and config.json.
-        template_kwargs: Passed to the chat template.
+        template_kwargs: Variables of the chat template.
 
     Raises:
         ConfigError: No chat template or one that cannot render a question, no stop token, tokens
@@ -69,12 +63,12 @@ class ChatFormat:
         self, hf_dir: str | Path, template_kwargs: Mapping[str, object] | None = None
     ) -> None:
         self._folder = Path(hf_dir)
-        self._tokenizer: Any = _load_tokenizer(self._folder)
-        self._template_kwargs = dict(template_kwargs or {})
-        config = _read_json(self._folder / "config.json")
+        self._tokenizer: Any = load_tokenizer(self._folder)
+        config = read_json(self._folder / "config.json")
         self.takes_media = "vision_config" in config
-        self._use_media_template()
-        self._check_template()
+        self._template = ChatTemplate(
+            self._folder, self._tokenizer, self.takes_media, template_kwargs or {}
+        )
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         tokens = [
             self._media_token(config, name) if self.takes_media else NO_TOKEN for name in names
@@ -84,18 +78,22 @@ class ChatFormat:
             {self.image_token_id: "image", self.video_token_id: "video"} if self.takes_media else {}
         )
         self.video_layout = self._find_video_layout(config) if self.takes_media else TIMESTAMPED
-        self._special_ids = self._find_special_ids(tokens)
+        self._special_ids = special_ids(self._folder, self._tokenizer, tokens)
         self._pattern = _any_of(self._special_ids)
         self._literal_pattern = _any_of([*self._special_ids, MARK_OPEN, MARK_CLOSE])
         generation = self._folder / GENERATION_FILE
         stops = configured_stops(
             self._folder,
-            _read_json(generation) if generation.is_file() else {},
+            read_json(generation) if generation.is_file() else {},
             config,
             self._tokenizer,
         )
+        turn_end = self._template.turn_end(self._pattern)
         self.stop_token_ids = stops_with_turn_end(
-            self._folder, stops, self._find_turn_end(), num_embedding_rows(config)
+            self._folder,
+            stops,
+            None if turn_end is None else self._special_ids[turn_end],
+            num_embedding_rows(config),
         )
         self._check_prompts(num_embedding_rows(config))
 
@@ -125,7 +123,7 @@ class ChatFormat:
         marked = self._literal_pattern.sub(hide, text)
         shown: list[dict[str, str]] = [{"type": kind} for kind in media]
         content = [*shown, {"type": "text", "text": marked}] if media else marked
-        rendered = self._apply_template([{"role": "user", "content": content}])
+        rendered = self._template.apply([{"role": "user", "content": content}])
         pieces: list[Piece] = []
         position = 0
         for match in self._pattern.finditer(rendered):
@@ -162,34 +160,12 @@ class ChatFormat:
         return text
 
     def token_bytes(self) -> dict[bytes, int]:
-        """Return the ids of all tokens by the bytes that they stand for; of equals an added token,
-        which tokenising finds first.
+        """Return the ids of all tokens by their bytes.
 
         Raises:
             ConfigError: The tokenizer is not of the byte-level kind.
         """
-        added = {
-            int(token_id): str(token.content)
-            for token_id, token in self._tokenizer.added_tokens_decoder.items()
-        }
-        plain = {
-            token: token_id
-            for token, token_id in self._tokenizer.get_vocab().items()
-            if token_id not in added
-        }
-        alphabet = _byte_alphabet()
-        foreign = next((token for token in plain if not alphabet.keys() >= set(token)), None)
-        if foreign is not None:
-            raise ConfigError(
-                f"{self._folder}: a server's tokens cannot be found in this tokenizer, got the "
-                f"entry {foreign!r}, expected a byte-level vocabulary; distil from a teacher in "
-                "this process"
-            )
-        spelled = {
-            bytes(alphabet[character] for character in token): token_id
-            for token, token_id in plain.items()
-        }
-        return spelled | {text.encode(): token_id for token_id, text in added.items()}
+        return token_bytes(self._folder, self._tokenizer)
 
     def difference_from(self, other: ChatFormat) -> str:
         """Return the first difference in what token ids mean, in words; empty if there is none."""
@@ -218,9 +194,9 @@ class ChatFormat:
     def _tokenize_plain(self, text: str) -> list[int]:
         """Tokenise text in which nothing is a special token.
 
-        A tokenizer can be told to split what it lists as special; what a folder lists as an
-        ordinary added token (media placeholders in some) it finds regardless, so there a zero-width
-        space breaks the literal.
+        A tokenizer can split what it lists as special. What a folder lists as an ordinary added
+        token (media placeholders in some) it finds regardless, so a zero-width space breaks the
+        literal there.
         """
         ids: list[int] = self._tokenizer.encode(
             text, add_special_tokens=False, split_special_tokens=True
@@ -235,91 +211,29 @@ class ChatFormat:
         assert not forbidden.intersection(ids), "a broken literal is no special token"
         return ids
 
-    def _apply_template(
-        self, messages: Sequence[Mapping[str, object]], *, opens_answer: bool = True
-    ) -> str:
-        """Return a rendered conversation.
-
-        Raises:
-            ConfigError: The template cannot render it.
-        """
-        try:
-            rendered: str = self._tokenizer.apply_chat_template(
-                list(messages),
-                tokenize=False,
-                add_generation_prompt=opens_answer,
-                **self._template_kwargs,
-            )
-        except Exception as error:
-            # A template is a program: what it can raise has no bounds.
-            raise ConfigError(
-                f"{self._folder}: the chat template cannot render "
-                f"{[message['role'] for message in messages]}, got {type(error).__name__}: "
-                f"{' '.join(str(error).split())}, expected text; use the template that belongs to "
-                "the model"
-            ) from error
-        return rendered
-
-    def _check_template(self) -> None:
-        template = self._tokenizer.chat_template
-        if isinstance(template, dict) and "default" not in template:
-            raise ConfigError(
-                f"{self._folder}: no chat template, got {sorted(template)}, expected one that is "
-                "named default; name it so"
-            )
-        if not template:
-            raise ConfigError(
-                f"{self._folder}: no chat template, got none, expected chat_template.jinja or an "
-                "entry in tokenizer_config.json; add it"
-            )
-
-    def _find_turn_end(self) -> int | None:
-        """Return the special token that the template puts after an answer; `None` if there is none,
-        or it also opens what the user says.
-        """
-        messages = [
-            {"role": role, "content": text}
-            for role, text in (("user", _ASKED), ("assistant", _ANSWERED), ("user", _ASKED))
-        ]
-        try:
-            rendered = self._apply_template(messages)
-        except ConfigError as error:
-            logger.warning("%s", error)
-            return None
-        before, _, rest = rendered.partition(_ASKED)
-        opener = [match.group() for match in self._pattern.finditer(before)][-1:]
-        after = rest.rpartition(_ANSWERED)[2]
-        found = (
-            self._pattern.match(after, len(after) - len(after.lstrip()))
-            if _ANSWERED in rest
-            else None
-        )
-        return (
-            None if found is None or found.group() in opener else self._special_ids[found.group()]
-        )
-
     def _check_prompts(self, num_rows: int | None) -> None:
         """Render a question of every kind, and check what comes out before it comes in the middle
         of a run.
         """
-        decoded = self.decode(self._tokenize_plain(_ASKED))
-        if "".join(decoded.split()) != "".join(_ASKED.split()):
+        decoded = self.decode(self._tokenize_plain(QUESTION))
+        if "".join(decoded.split()) != "".join(QUESTION.split()):
             raise ConfigError(
                 f"{self._folder}: the tokenizer loses text, got {decoded!r} back, expected "
-                f"{_ASKED!r}; copy tokenizer.json from the original model folder"
+                f"{QUESTION!r}; copy tokenizer.json from the original model folder"
             )
         used = {
             self.stop_token_ids[0],
             *(piece for piece in self.media_kinds if isinstance(piece, int)),
         }
         for media in ([], *([kind] for kind in self.media_kinds.values())):
-            rendered = self.render(_ASKED, media)
+            rendered = self.render(QUESTION, media)
             used |= {piece for piece in rendered.pieces if isinstance(piece, int)}
-            if rendered.text.count(_ASKED) != 1:
+            count = rendered.text.count(QUESTION)
+            if count != 1:
                 raise ConfigError(
                     f"{self._folder}: the chat template does not show what it is given, got the "
-                    f"text of a question with {media or 'no media'} {rendered.text.count(_ASKED)} "
-                    "times, expected once; use the template that belongs to the model"
+                    f"text of a question with {media or 'no media'} {count} times, expected once; "
+                    "use the template that belongs to the model"
                 )
             if (
                 media
@@ -338,31 +252,6 @@ class ChatFormat:
                 )
         if num_rows is not None:
             check_ids(self._folder, self._tokenizer, used, num_rows)
-
-    def _use_media_template(self) -> None:
-        """Take the template that some folders keep for media apart from the tokenizer's, which may
-        know text only.
-        """
-        if not self.takes_media:
-            return
-        # The newest way to keep one comes first; the tokenizer has read it.
-        jinja = self._folder / "chat_template.jinja"
-        found = {jinja.name: self._tokenizer.chat_template} if jinja.is_file() else {}
-        for path in (self._folder / "processor_config.json", self._folder / "chat_template.json"):
-            template = _read_json(path).get("chat_template") if path.is_file() else None
-            found |= {path.name: template} if template is not None else {}
-        if found:
-            (name, self._tokenizer.chat_template), *others = found.items()
-            different = [
-                other for other, template in others if template != self._tokenizer.chat_template
-            ]
-            if different:
-                logger.warning(
-                    "%s: chat templates differ, that of %s is used and not that of %s",
-                    self._folder,
-                    name,
-                    different,
-                )
 
     def _find_video_layout(self, config: Mapping[str, Any]) -> VideoLayout:
         name = config.get("model_type")
@@ -395,73 +284,9 @@ class ChatFormat:
             )
         return token
 
-    def _find_special_ids(self, media_tokens: Sequence[int]) -> dict[str, int]:
-        """Return the special tokens by text: those the tokenizer flags as special, and the media
-        tokens in any case.
-        """
-        added = self._tokenizer.added_tokens_decoder.items()
-        special = {str(token.content): int(token_id) for token_id, token in added if token.special}
-        special |= {
-            str(self._tokenizer.convert_ids_to_tokens(token)): token
-            for token in media_tokens
-            if token != NO_TOKEN
-        }
-        if not special:
-            raise ConfigError(
-                f"{self._folder}: the tokenizer has no special tokens, got none, expected at least "
-                "a stop token; add them"
-            )
-        return special
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    """Return a folder's tokenizer; no code of the folder is run.
-
-    Raises:
-        ConfigError: It cannot be loaded.
-    """
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:
-        # The tokenizers library raises bare exceptions.
-        raise ConfigError(
-            f"{folder}: the tokenizer cannot be loaded, got {type(error).__name__}: "
-            f"{' '.join(str(error).split())}, expected files of a Hugging Face tokenizer; copy "
-            "them from the original model folder"
-        ) from error
-    # Any value may stand there, and data.max_prompt_tokens is what bounds a prompt.
-    tokenizer.model_max_length = _NO_LIMIT
-    return tokenizer
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Return the byte that each character of a byte-level vocabulary stands for: printable ones for
-    themselves, then those from 256 on.
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + place): byte for place, byte in enumerate(others)
-    }
-
 
 def _any_of(literals: Sequence[str] | Mapping[str, int]) -> re.Pattern[str]:
     """Match any of the literals, the longest first."""
     return re.compile(
         "|".join(re.escape(literal) for literal in sorted(literals, key=len, reverse=True))
     )
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{path}: not readable, got {error}, expected a JSON object; restore the file"
-        ) from error
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path}: wrong content, got {type(content).__name__}, expected a JSON object; restore "
-            "the file"
-        )
-    return content

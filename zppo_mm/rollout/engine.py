@@ -23,7 +23,7 @@ class SamplingParams:
         temperature: 0 means greedy.
         top_p: Nucleus mass; 1 keeps everything.
         top_k: 0 keeps everything.
-        min_p: Least probability as a share of the most likely token's; 0 keeps everything.
+        min_p: Least probability as a fraction of the most likely token's; 0 keeps everything.
         presence_penalty: Subtracted from the logit of every token already in the response.
         max_new_tokens: Longest response; the stop token counts.
         stop_token_ids: Any of these ends a response and belongs to it.

@@ -22,7 +22,7 @@ NEEDS_JUDGE_DETAIL = (
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a question cannot be asked; `index` is its place in the list that was checked."""
+    """Why a question cannot be asked; `index` is that in the list that was checked."""
 
     index: int
     reason: str
@@ -32,7 +32,7 @@ class Refusal:
 class QuestionFeed:
     """Draws from the stream until enough questions are good.
 
-    Each replica checks its share and all learn every verdict, so that all ranks take the same
+    Each replica checks some of them and all get every verdict, so that all ranks take the same
     questions and count the same bad ones.
 
     Args:
@@ -97,8 +97,8 @@ class QuestionFeed:
             )
 
     def refusals(self, questions: Sequence[Question]) -> list[Refusal]:
-        """Return which of these questions cannot be asked; each replica checks its share, all get
-        every refusal, nothing is counted.
+        """Return which of these questions cannot be asked; each replica checks some, all get every
+        refusal, nothing is counted.
         """
         refusals = []
         for index in range(self._exchange.replica, len(questions), self._exchange.num_replicas):

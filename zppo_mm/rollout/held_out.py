@@ -14,7 +14,7 @@ from zppo_mm.experience import Group, PromptInstance
 from zppo_mm.randomness import generator
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.feed import NEEDS_JUDGE, NEEDS_JUDGE_DETAIL
-from zppo_mm.rollout.sampler import GroupSampler
+from zppo_mm.rollout.sampler import Sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Evaluation:
         num_questions: Questions that were answered.
         num_skipped: Held-out questions that were left out: a bad sample, no judge for it, or its
             prompt or media could not be read.
-        truncated: Share of responses that met the length limit.
+        truncated: Fraction of responses that met the length limit.
     """
 
     step: int
@@ -62,8 +62,8 @@ def held_out_questions(
     health: SampleHealth | None = None,
     can_grade: Callable[[Question], bool] = lambda question: True,
 ) -> HeldOut:
-    """Return the run's fixed held-out questions, an even share from every folder; none takes the
-    place of one that is left out.
+    """Return the run's fixed held-out questions, as many from every folder; one that is left
+    out is not replaced.
 
     Args:
         folders: Held-out shard folders.
@@ -81,8 +81,8 @@ def held_out_questions(
     num_skipped = 0
     for index, folder in enumerate(folders):
         keys = list(folder.keys())
-        share = len(keys) if num_questions == 0 else _even_share(num_questions, index, len(folders))
-        order = generator(seed, "held_out", index).permutation(len(keys))[:share]
+        count = len(keys) if num_questions == 0 else _even_part(num_questions, index, len(folders))
+        order = generator(seed, "held_out", index).permutation(len(keys))[:count]
         for shard, key in (keys[i] for i in sorted(order)):
             question = _good_question(folder, shard, key, counted, can_grade)
             if question is None:
@@ -120,7 +120,7 @@ def _good_question(
 def evaluation_instances(
     held_out: HeldOut, plain_text: Callable[[Question], str]
 ) -> list[PromptInstance]:
-    """Return what is asked; the uid, by which the random streams are named, has the place among all
+    """Return what is asked. The uid, which names the random streams, has the index among all
     questions of the evaluation.
     """
     return [
@@ -135,7 +135,7 @@ def evaluation_instances(
 
 
 def ask_held_out(
-    sampler: GroupSampler,
+    sampler: Sampler,
     held_out: HeldOut,
     plain_text: Callable[[Question], str],
     sampling: SamplingParams,
@@ -172,5 +172,5 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _even_share(total: int, index: int, parts: int) -> int:
+def _even_part(total: int, index: int, parts: int) -> int:
     return total // parts + (index < total % parts)

@@ -21,15 +21,15 @@ from zppo_mm.randomness import generator
 from zppo_mm.rollout.batch import RolloutBatch, UniformStreams
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.token_choice import choose_tokens
-from zppo_mm.rollout.waves import Share, plan_waves
+from zppo_mm.rollout.waves import RequestPart, plan_waves
 
 DEFAULT_PREFILL_TOKENS = 65_536
-COMPACTION_SHARE = 0.25
-"""Finished sequences leave the batch when they are this share of it: moving the caches costs up to
-about a decoding step.
+COMPACTION_FRACTION = 0.25
+"""Finished sequences leave the batch when they are this fraction of it. Moving the caches costs up
+to about a decoding step.
 """
-STOP_LOOK_TOKENS = 16
-"""Tokens decoded between two looks whether to stop."""
+STOP_CHECK_TOKENS = 16
+"""Tokens decoded between two checks whether to stop."""
 
 
 class MegatronEngine:
@@ -89,39 +89,40 @@ class MegatronEngine:
         try:
             for wave in plan_waves(requests, self._max_batch_size, self._max_prefill_tokens):
                 generations = iter(self._run_wave(requests, wave, sampling))
-                for share in wave:
-                    for rollout in range(share.first, share.first + share.count):
-                        results[share.request][rollout] = next(generations)
+                for part in wave:
+                    for rollout in range(part.first, part.first + part.count):
+                        results[part.request][rollout] = next(generations)
         finally:
             self._model.train(training)
         return [[group[rollout] for rollout in sorted(group)] for group in results]
 
     def _run_wave(
-        self, requests: Sequence[GenerationRequest], wave: Sequence[Share], sampling: SamplingParams
+        self,
+        requests: Sequence[GenerationRequest],
+        wave: Sequence[RequestPart],
+        sampling: SamplingParams,
     ) -> list[Generation]:
         """Prefill the wave's prompts and decode until every rollout has ended."""
         device = next(self._model.parameters()).device
         cache = DecodeCache(max_new_tokens=max(sampling.max_new_tokens - 1, 0))
-        logits = self._prefill([requests[share.request] for share in wave], cache, device)
-        counts = torch.tensor([share.count for share in wave])
+        logits = self._prefill([requests[part.request] for part in wave], cache, device)
+        counts = torch.tensor([part.count for part in wave])
         rows = torch.repeat_interleave(torch.arange(len(wave)), counts).to(device)
         cache.select(rows)
         logits = logits.index_select(0, rows) if logits is not None else None
         starts = [
-            requests[share.request].prompt.next_position
-            for share in wave
-            for _ in range(share.count)
+            requests[part.request].prompt.next_position for part in wave for _ in range(part.count)
         ]
         streams = UniformStreams(
             [
-                generator(self._seed, *requests[share.request].seed_path, rollout)
-                for share in wave
-                for rollout in range(share.first, share.first + share.count)
+                generator(self._seed, *requests[part.request].seed_path, rollout)
+                for part in wave
+                for rollout in range(part.first, part.first + part.count)
             ]
         )
         batch = RolloutBatch(starts, sampling, self._model.architecture.vocab_size, device)
         for step in range(sampling.max_new_tokens):
-            if step % STOP_LOOK_TOKENS == 0:
+            if step % STOP_CHECK_TOKENS == 0:
                 self._heed_stop()
             tokens, logprobs = self._choose(
                 logits, streams.column(step, batch.rows), batch, sampling
@@ -129,7 +130,7 @@ class MegatronEngine:
             batch.append(tokens, logprobs)
             if batch.num_active == 0 or step + 1 == sampling.max_new_tokens:
                 break
-            if batch.num_active <= (1 - COMPACTION_SHARE) * batch.size:
+            if batch.num_active <= (1 - COMPACTION_FRACTION) * batch.size:
                 kept = batch.drop_finished()
                 cache.select(kept)
                 tokens = tokens.index_select(0, kept)
@@ -179,7 +180,7 @@ class MegatronEngine:
         batch: RolloutBatch,
         sampling: SamplingParams,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw on the last stage and tell the whole replica; int64 tokens and float32 log-probs,
+        """Draw on the last stage and broadcast in the replica; int64 tokens and float32 log-probs,
         each `[batch]`.
         """
         if logits is not None:

@@ -44,7 +44,7 @@ class PromptEncoder:
             sees, the processor settings.
         media: Opens a media reference to pixels; a MediaError makes the question unusable, any
             other error is the run's.
-        chat_template_kwargs: Passed to the chat template, e.g. `{"enable_thinking": False}`.
+        chat_template_kwargs: Variables of the chat template, e.g. `{"enable_thinking": False}`.
         max_cached_bytes: Most bytes of patches kept.
 
     Raises:

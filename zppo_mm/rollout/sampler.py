@@ -1,13 +1,11 @@
-"""From prompts to verified groups: every replica samples its share, all ranks end with all
-groups.
-"""
+"""From prompts to verified groups: every replica samples some, all ranks end with all groups."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress
@@ -31,7 +29,7 @@ UNGRADED = "ungraded"
 
 
 class Verdict(Protocol):
-    """What a grader says about a response."""
+    """The grade of a response."""
 
     @property
     def parsed(self) -> str | None:
@@ -54,7 +52,7 @@ class Grader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
-    """An instance of this replica's share, by its place in the whole list."""
+    """An instance of this replica, by its index in the whole list."""
 
     index: int
     prompt: Prompt
@@ -63,9 +61,7 @@ class _Encoded:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What a replica tells the others about one instance: its group's parts, or why there is
-    none.
-    """
+    """A replica's result for one instance: its group's parts, or why there is none."""
 
     index: int
     prompt: Prompt | None = None
@@ -73,6 +69,25 @@ class _Outcome:
     ungraded: tuple[Rollout, ...] = ()
     reason: str = ""
     detail: str = ""
+
+
+class Sampler(Protocol):
+    """Samples and verifies groups; `GroupSampler` is one."""
+
+    @property
+    def failed(self) -> Mapping[str, str]:
+        """Instances of the last call without a group: reasons by uid."""
+        ...
+
+    def sample(
+        self,
+        instances: Sequence[PromptInstance],
+        params: SamplingParams,
+        num_rollouts: int,
+        step: int,
+    ) -> list[Group]:
+        """Return the groups of the instances in their order, the same on every rank."""
+        ...
 
 
 class GroupSampler:
@@ -131,7 +146,7 @@ class GroupSampler:
             )
             for item in encoded
         ]
-        # An engine is called even with nothing to do: its ranks may have to meet.
+        # An engine is called even with nothing to do: its ranks may have collectives in it.
         with self._stopping_together():
             generations = self._engine.generate(requests, params)
         outcomes = failed
@@ -191,7 +206,7 @@ class GroupSampler:
         """Return one response per user text, without media and without a grade; the same on every
         rank.
 
-        `None` stands where the network computes logits that are not finite.
+        A response is `None` if the network computes logits that are not finite.
 
         Args:
             texts: The same list on every rank.
@@ -204,8 +219,8 @@ class GroupSampler:
         replica, size = self._exchange.replica, self._exchange.num_replicas
         nothing = Question(id=name, text="", media=(), answer="", answer_type="open")
         requests = [
-            # Named by the text, not by its place: a teacher that answers meanwhile is asked for the
-            # same rewrites in other lots.
+            # Named by the text, not by its index: with a teacher that answers meanwhile, the same
+            # rewrites come in other batches.
             GenerationRequest(
                 *self._encoder.encode(texts[index], nothing), 1, ("respond", name, texts[index])
             )
@@ -213,26 +228,26 @@ class GroupSampler:
         ]
         with self._stopping_together():
             generations = self._engine.generate(requests, params)
-        shares = self._exchange.gather(
+        replies = self._exchange.gather(
             [
                 (self._encoder.decode(group[0].response_ids), self._break(group))
                 for group in generations
             ]
         )
-        told = [shares[index % size][index // size] for index in range(len(texts))]
+        ordered = [replies[index % size][index // size] for index in range(len(texts))]
         self._soundness.note(
-            [Sampled(f"{name}/{index}", where) for index, (_, where) in enumerate(told)]
+            [Sampled(f"{name}/{index}", where) for index, (_, where) in enumerate(ordered)]
         )
-        return [None if where else text for text, where in told]
+        return [None if where else text for text, where in ordered]
 
     def _break(self, generations: Sequence[Generation]) -> str:
-        """Say where a prompt's first broken rollout broke; empty if none did."""
+        """Return where a prompt's first broken rollout broke; empty if none did."""
         return first_break(generations, parallel.rank())
 
     @contextmanager
     def _stopping_together(self) -> Iterator[None]:
-        """A replica that stops in the middle of sampling meets the others, which learn of it there
-        and stop too.
+        """A replica that stops in the middle of sampling joins the others in their exchange, where
+        they stop too.
         """
         try:
             yield
@@ -243,8 +258,8 @@ class GroupSampler:
     def _encode(
         self, instances: Sequence[PromptInstance], mine: Sequence[int]
     ) -> tuple[list[_Encoded], list[_Outcome]]:
-        """Encode this replica's share; what fails on one of its ranks is left out on all, or they
-        would sample different lists.
+        """Encode this replica's instances; what fails on one of its ranks is left out on all,
+        or they would sample different lists.
         """
         encoded: list[_Encoded] = []
         failed: list[_Outcome] = []
@@ -319,7 +334,7 @@ class GroupSampler:
     def _groups(
         self, instances: Sequence[PromptInstance], outcomes: dict[int, _Outcome]
     ) -> list[Group]:
-        """Make groups of what all replicas have told."""
+        """Make groups of the results of all replicas."""
         groups = []
         self.failed = {}
         for index, instance in enumerate(instances):
@@ -344,7 +359,7 @@ def split_instances(instances: Sequence[PromptInstance], num_replicas: int) -> l
     NCQ alternate, and one replica would get all the long ones.
 
     Returns:
-        Ascending places per replica.
+        Ascending indices per replica.
     """
     plain = [index for index, instance in enumerate(instances) if instance.kind in PLAIN_KINDS]
     reformulated = [

@@ -14,7 +14,7 @@ from zppo_mm.rollout.engine import Generation
 NOT_FINITE = "not_finite"
 WINDOW_PROMPTS = 100
 MIN_WINDOW_PROMPTS = 20
-MAX_BROKEN_SHARE = 0.1
+MAX_BROKEN_FRACTION = 0.1
 """Of the last prompts; more is not the fault of single ones."""
 MIN_BROKEN_QUESTIONS = 2
 """A single poisoned medium never ends a run, however few prompts it is sampled with."""
@@ -32,26 +32,26 @@ class Sampled:
 
 
 def first_break(generations: Sequence[Generation], rank: int) -> str:
-    """Say where the first continuation of a prompt broke; empty if none did.
+    """Return where the first continuation of a prompt broke; empty if none did.
 
     Args:
         generations: Of one prompt.
         rank: Where they were drawn.
     """
     for number, generation in enumerate(generations):
-        place = generation.num_sound_tokens
-        if place is not None:
-            return f"rollout {number}, token {place} of the response, drawn on rank {rank}"
+        index = generation.num_sound_tokens
+        if index is not None:
+            return f"rollout {number}, token {index} of the response, drawn on rank {rank}"
     return ""
 
 
 class Soundness:
-    """Tells single broken prompts from a broken network. Every rank holds one and tells it the
-    same.
+    """Distinguishes single broken prompts from a broken network. Every rank holds one and gives it
+    the same.
 
     A network is broken if all prompts of a call are, or of calls in a row, or more than
-    `MAX_BROKEN_SHARE` of the last `WINDOW_PROMPTS`, once there are `MIN_WINDOW_PROMPTS`; but never
-    because of one question alone.
+    `MAX_BROKEN_FRACTION` of the last `WINDOW_PROMPTS`, once there are `MIN_WINDOW_PROMPTS`; but
+    never because of one question alone.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class Soundness:
             self._in_a_row += prompts
         self._window += prompts
         broken = [prompt for prompt in self._window if prompt.broke_at]
-        if len(self._window) >= MIN_WINDOW_PROMPTS and len(broken) > MAX_BROKEN_SHARE * len(
+        if len(self._window) >= MIN_WINDOW_PROMPTS and len(broken) > MAX_BROKEN_FRACTION * len(
             self._window
         ):
             _refuse_several(broken, len(self._window))
@@ -79,17 +79,17 @@ class Soundness:
 
 def _refuse_several(broken: Sequence[Sampled], num_prompts: int) -> None:
     """End the run if different questions broke."""
-    places: dict[str, str] = {}
+    first: dict[str, str] = {}
     for prompt in broken:
-        places.setdefault(prompt.question_id, prompt.broke_at)
-    if len(places) < MIN_BROKEN_QUESTIONS:
+        first.setdefault(prompt.question_id, prompt.broke_at)
+    if len(first) < MIN_BROKEN_QUESTIONS:
         return
     named = "; ".join(
-        f"question {name!r}: {place}" for name, place in list(places.items())[:MAX_NAMED]
+        f"question {name!r}: {where}" for name, where in list(first.items())[:MAX_NAMED]
     )
-    more = f"; and {len(places) - MAX_NAMED} more" if len(places) > MAX_NAMED else ""
+    more = f"; and {len(first) - MAX_NAMED} more" if len(first) > MAX_NAMED else ""
     raise NotFiniteError(
-        f"sampling: the network is broken, got logits that are not finite for {len(broken)} of the "
+        f"sampling: the network is broken, got logits that are not finite for {len(first)} of the "
         f"last {num_prompts} prompts ({named}{more}), expected finite numbers; start again from an "
         "earlier checkpoint with a lower train.lr, or check the weights of the folder that the "
         "model came from"

@@ -74,7 +74,7 @@ def _draw_truncated(
     else:
         ordered, indices = scores.sort(dim=-1, descending=True, stable=True)
     probabilities = (ordered - ordered[:, :1]).double().exp()
-    # The first is the most likely and 1 here, so that min_p is a bound as it stands.
+    # The first is the most likely and 1 here, so min_p is the bound itself.
     probabilities = probabilities * (probabilities >= params.min_p)
     before = probabilities.cumsum(dim=-1) - probabilities
     kept = probabilities * (before < params.top_p * probabilities.sum(dim=-1, keepdim=True))
@@ -83,7 +83,7 @@ def _draw_truncated(
 
 
 def _invert(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Return the first index at which the running sum exceeds the uniform share of the total.
+    """Return the first index at which the running sum exceeds the uniform fraction of the total.
 
     Sums run in float64: in float32 the rounding over a vocabulary of 248,320 shifts mass between
     tokens.

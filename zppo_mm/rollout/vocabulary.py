@@ -1,5 +1,5 @@
-"""What a folder's files say about token ids, held against one another before the first prompt:
-embedding, tokenizer, stop tokens.
+"""Checks of a folder's token ids before the first prompt: embedding, tokenizer and stop tokens
+agree.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from zppo_mm.rollout.engine import GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class RequestPart:
     """Rollouts of one request inside a wave: `first` to `first + count - 1`."""
 
     request: int
@@ -19,7 +19,7 @@ class Share:
 
 def plan_waves(
     requests: Sequence[GenerationRequest], max_batch_size: int, max_prefill_tokens: int
-) -> list[list[Share]]:
+) -> list[list[RequestPart]]:
     """Group requests of similar prompt length, a group whole where it fits, into waves that are
     decoded one after another.
 
@@ -31,7 +31,7 @@ def plan_waves(
     order = sorted(
         range(len(requests)), key=lambda index: (-len(requests[index].prompt.token_ids), index)
     )
-    waves: list[list[Share]] = []
+    waves: list[list[RequestPart]] = []
     size = tokens = 0
     for index in order:
         length = len(requests[index].prompt.token_ids)
@@ -40,6 +40,6 @@ def plan_waves(
             if not waves or size + count > max_batch_size or tokens + length > max_prefill_tokens:
                 waves.append([])
                 size = tokens = 0
-            waves[-1].append(Share(index, first, count))
+            waves[-1].append(RequestPart(index, first, count))
             size, tokens = size + count, tokens + length
     return waves

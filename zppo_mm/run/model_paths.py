@@ -1,16 +1,19 @@
-"""Models that a configuration names, looked at before anything else: a path that is none is
-answered with what to write instead.
+"""Checks of the model folders that a configuration names, before anything is loaded; errors say
+what to write instead.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from zppo_mm.config.schema import RunConfig
+from zppo_mm.config.schema import ModelConfig, TeacherConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.models.families.architecture import load_architecture
+from zppo_mm.run_folder import RunFolder
+from zppo_mm.training.manifest import MANIFEST_FILE
 from zppo_mm.weights.safetensors_folder import SafetensorsFolder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -29,28 +32,26 @@ _TOKENIZER_MARKS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "to
 _OTHER_WEIGHTS = ("*.gguf", "*.bin", "*.pt", "*.pth")
 
 
-def check_model_paths(config: RunConfig) -> None:
-    """Look at every model folder that the run is to load.
+def check_model_paths(model: ModelConfig, teachers: Sequence[TeacherConfig]) -> None:
+    """Check every model folder that the run is to load.
+
+    Args:
+        model: The student's.
+        teachers: The first teacher, then further ones.
 
     Raises:
         ConfigError: A path is no Hugging Face folder.
         ModelError: It is one that cannot be used; file and key are named.
     """
-    check_model_path("model.student", config.model.student)
-    check_model_path(
-        "teacher.model",
-        config.teacher.model,
-        "teacher.endpoints" if not config.teacher.endpoints else None,
-    )
-    for index, other in enumerate(config.fallback_teachers):
-        where = f"fallback_teachers[{index}]"
-        check_model_path(
-            f"{where}.model", other.model, f"{where}.endpoints" if not other.endpoints else None
-        )
+    check_model_path("model.student", model.student)
+    for index, teacher in enumerate(teachers, -1):
+        where = "teacher" if index < 0 else f"fallback_teachers[{index}]"
+        first_only = "teacher.endpoints" if index < 0 else f"{where}.endpoints"
+        check_model_path(f"{where}.model", teacher.model, None if teacher.endpoints else first_only)
 
 
 def check_model_path(key: str, value: str, endpoints: str | None = "") -> None:
-    """Look at one model folder; an empty path means a bundled model, which is there.
+    """Check one model folder; an empty path means a bundled model.
 
     Args:
         key: Of the configuration.
@@ -80,8 +81,8 @@ def check_model_path(key: str, value: str, endpoints: str | None = "") -> None:
 
 
 def _describe(path: Path) -> tuple[str, str] | None:
-    """Say what a path is and what to write instead; `None` for a Hugging Face folder, as far as its
-    names tell.
+    """Return what a path is and what to write instead; `None` if its file names are those of a
+    Hugging Face folder.
     """
     try:
         if not path.exists():
@@ -113,7 +114,7 @@ def _describe_missing(path: Path) -> tuple[str, str]:
 
 
 def _describe_incomplete(path: Path) -> tuple[str, str] | None:
-    """Say what a folder with a config.json lacks."""
+    """Return what a folder with a config.json lacks."""
     if not any(
         (path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")
     ):
@@ -132,21 +133,20 @@ def _describe_incomplete(path: Path) -> tuple[str, str] | None:
 
 
 def _describe_other(path: Path) -> tuple[str, str]:
-    """Say what a folder without a config.json is."""
-    if (path / "config.yaml").is_file():
-        if (path / "hf" / "config.json").is_file():
-            return "the folder of a run", f"give its exported model, {path / 'hf'}"
+    """Return what a folder without a config.json is."""
+    run = RunFolder(path)
+    if run.config.is_file():
+        if (run.hf / "config.json").is_file():
+            return "the folder of a run", f"give its exported model, {run.hf}"
         return (
             "the folder of a run that is not finished",
             f"export its newest checkpoint ({_EXPORT} {path} HF_DIR) and give HF_DIR",
         )
     if (path / "adapter_config.json").is_file():
         return "adapters without their model", "give the folder of the merged model (a run's hf/)"
-    if (path / "manifest.json").is_file() and path.parent.name == "checkpoints":
-        return (
-            "a checkpoint of a run",
-            f"export it ({_EXPORT} {path.parent.parent} HF_DIR) and give HF_DIR",
-        )
+    its_run = RunFolder(path.parent.parent)
+    if (path / MANIFEST_FILE).is_file() and path.parent == its_run.checkpoints:
+        return "a checkpoint of a run", f"export it ({_EXPORT} {its_run} HF_DIR) and give HF_DIR"
     if any(any(path.glob(mark)) for mark in _MEGATRON_MARKS):
         return "a Megatron folder", f"export it ({_EXPORT} {path} HF_DIR) and give HF_DIR"
     below = sorted(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from zppo_mm.config.keys import may_change_on_resume
@@ -12,15 +11,14 @@ from zppo_mm.config.load import flat_keys
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import CheckpointError, ConfigError
 from zppo_mm.parallel import groups as parallel
-from zppo_mm.run.build import Run
+from zppo_mm.run.parts import Run
+from zppo_mm.run_folder import RunFolder
 from zppo_mm.training import checkpoint
 
 logger = logging.getLogger(__name__)
 
-HF_FOLDER = "hf"
 
-
-def resume(run: Run, folder: Path) -> int | None:
+def resume(run: Run, folder: RunFolder) -> int | None:
     """Load the newest complete checkpoint; returns its step, or `None` if there is none and the
     run starts anew.
 
@@ -28,8 +26,7 @@ def resume(run: Run, folder: Path) -> int | None:
         CheckpointError: There are checkpoints, but none of them can be used, or there were some.
         ConfigError: The folder has another run that is not to be continued.
     """
-    config = run.stages.config
-    checkpoints = folder / checkpoint.CHECKPOINTS_FOLDER
+    config, checkpoints = run.config, folder.checkpoints
     if not config.checkpoint.resume:
         if parallel.on_rank_zero(lambda: checkpoint.latest(checkpoints) is not None):
             raise ConfigError(
@@ -44,7 +41,7 @@ def resume(run: Run, folder: Path) -> int | None:
     if state is None:
         _refuse_orphans(folder)
         return None
-    with checkpoint.taking_up(checkpoints):
+    with checkpoint.translate_value_errors(checkpoints):
         run.stream.load_state_dict(state["stream"])
         run.stages.replay.load_state_dict(state["replay"])
         step = int(state["step"])
@@ -52,7 +49,7 @@ def resume(run: Run, folder: Path) -> int | None:
     return step
 
 
-def _refuse_orphans(folder: Path) -> None:
+def _refuse_orphans(folder: RunFolder) -> None:
     """Refuse to start a run anew in a folder with the results of an earlier one, whose checkpoints
     are gone. Every rank calls this.
 
@@ -61,15 +58,13 @@ def _refuse_orphans(folder: Path) -> None:
             continue from.
     """
     broken = parallel.on_rank_zero(
-        lambda: sorted(
-            path.name for path in (folder / checkpoint.CHECKPOINTS_FOLDER).glob("step_*")
-        )
+        lambda: sorted(path.name for path in folder.checkpoints.glob("step_*"))
     )
-    if parallel.on_rank_zero((folder / HF_FOLDER).exists):
+    if parallel.on_rank_zero(folder.hf.exists):
         raise CheckpointError(
-            f"{folder}: a finished run without checkpoints, got {HF_FOLDER}/ but no checkpoint to "
-            "continue from, expected both or neither; give another name, or remove the folder to "
-            "start again"
+            f"{folder}: a finished run without checkpoints, got {folder.hf.name}/ but no "
+            "checkpoint to continue from, expected both or neither; give another name, or remove "
+            "the folder to start again"
         )
     if broken:
         raise CheckpointError(
@@ -79,7 +74,7 @@ def _refuse_orphans(folder: Path) -> None:
         )
 
 
-def check_same_run(config: RunConfig, saved: dict[str, Any], folder: Path) -> None:
+def check_same_run(config: RunConfig, saved: dict[str, Any], folder: RunFolder) -> None:
     """Compare the configuration with the checkpoint's.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the models of a run share: media, grading, the replicas, and how a model is built and
+"""What the models of a run have in common: media, grading, replicas, and how a model is built and
 sampled from.
 """
 

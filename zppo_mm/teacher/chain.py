@@ -50,7 +50,7 @@ class ChainAnswers:
         unsolved = [
             question
             for question in self._questions
-            if not any(each.reward >= 1 for each in self._rollouts[question.id])
+            if not any(each.is_correct for each in self._rollouts[question.id])
         ]
         if not (unsolved and self._later):
             return None

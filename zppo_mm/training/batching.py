@@ -25,7 +25,7 @@ from zppo_mm.training.prefix_groups import Indices, balance, fill_microbatches, 
 logger = logging.getLogger(__name__)
 
 # Failures of the decoding process, not of the file, which was opened before for its prompt.
-PASSING_REASONS = ("timeout", "decoder_died")
+TRANSIENT_REASONS = ("timeout", "decoder_died")
 # A replica without work still takes part in the update, with one sequence of this many tokens that
 # carry no loss.
 IDLE_TOKENS = 8
@@ -39,10 +39,11 @@ class BatchPlan:
     Attributes:
         minibatch_of: Per sample, the update (from 0) that uses it.
         num_loss_tokens: Per update, the loss tokens of all its samples.
-        microbatches: `[update][replica][micro-batch]` indices of the samples that are passed
-            through the network.
+        microbatches: `[update][replica][micro-batch]` indices of the samples that go through
+            the network.
         num_skipped: Samples that need no forward pass.
-        share_prompts: Whether the samples of one group in a micro-batch pass their prompt once.
+        share_prompts: Whether the samples of one group in a micro-batch share one copy of the
+            prompt.
     """
 
     minibatch_of: Indices
@@ -89,10 +90,10 @@ def plan_batches(
         num_replicas: Data-parallel size.
         micro_batch_tokens: Most tokens of a micro-batch; a longer sample has one to itself.
         random: Shuffles the groups.
-        skip_zero_advantage: `False` passes every sample with loss tokens, for objectives that do
+        skip_zero_advantage: `False` keeps every sample with loss tokens, for objectives that do
             not look at advantages.
-        share_prompts: Pass the prompt of a group once per micro-batch; all samples of a uid must
-            have the same prompt.
+        share_prompts: Shared-prefix training: one copy of a group's prompt per micro-batch; all
+            samples of a uid must have the same prompt.
 
     Source: ZPPO, Algorithm 1, step 6.
     """
@@ -113,8 +114,8 @@ def plan_batches(
             micro_batch_tokens,
             share_prompts,
         )
-        shares = balance(prefix_groups, num_replicas, micro_batch_tokens)
-        plans.append(tuple(fill_microbatches(share, micro_batch_tokens) for share in shares))
+        by_replica = balance(prefix_groups, num_replicas, micro_batch_tokens)
+        plans.append(tuple(fill_microbatches(each, micro_batch_tokens) for each in by_replica))
     return BatchPlan(
         minibatch_of, tuple(tokens), tuple(plans), len(samples) - sum(needed), share_prompts
     )
@@ -126,11 +127,11 @@ def _deal(
     """Return the update of every sample."""
     uids = list(dict.fromkeys(sample.uid for sample in samples))
     by_group = len(uids) >= num_minibatches
-    units: Sequence[str | int] = uids if by_group else list(range(len(samples)))
-    order = random.permutation(len(units))
-    num_updates = min(num_minibatches, len(units))
+    dealt: Sequence[str | int] = uids if by_group else list(range(len(samples)))
+    order = random.permutation(len(dealt))
+    num_updates = min(num_minibatches, len(dealt))
     owner = {
-        units[place]: position * num_updates // len(units) for position, place in enumerate(order)
+        dealt[index]: position * num_updates // len(dealt) for position, index in enumerate(order)
     }
     return tuple(owner[sample.uid if by_group else index] for index, sample in enumerate(samples))
 
@@ -198,7 +199,7 @@ class _Segment:
 
     Attributes:
         tokens: Of the sample.
-        parent: Place of the segment that this one continues, -1 for none.
+        parent: Index of the segment that this one continues, -1 for none.
     """
 
     sample: TrainingSample
@@ -302,15 +303,15 @@ def _join_teacher_top(
     num_tokens = sum(segment.tokens.stop - segment.tokens.start for segment in segments) + padding
     ids = np.full((num_tokens, width), NO_TOKEN, dtype=np.int64)
     logprobs = np.full((num_tokens, width), -np.inf, dtype=np.float32)
-    place = 0
+    start = 0
     for segment in segments:
-        end = place + segment.tokens.stop - segment.tokens.start
+        end = start + segment.tokens.stop - segment.tokens.start
         top = segment.sample.teacher_top
         if top is not None:
             columns = slice(0, top.ids.shape[1])
-            ids[place:end, columns] = top.ids[segment.tokens]
-            logprobs[place:end, columns] = top.logprobs[segment.tokens]
-        place = end
+            ids[start:end, columns] = top.ids[segment.tokens]
+            logprobs[start:end, columns] = top.logprobs[segment.tokens]
+        start = end
     return {
         "teacher_ids": torch.from_numpy(ids).to(device),
         "teacher_logprobs": torch.from_numpy(logprobs).to(device),
@@ -381,7 +382,7 @@ def _open_again(question: Question, media: MediaSource) -> Sequence[VisionInput]
     try:
         return media.vision_inputs(question)
     except ReasonedError as error:
-        if error.reason not in PASSING_REASONS:
+        if error.reason not in TRANSIENT_REASONS:
             raise
         logger.warning(
             "opening the media of question %s once more after %s: %s",

@@ -1,11 +1,11 @@
 """One folder per save: weights, optimizer and schedule in Megatron's distributed format, and
 everything else of the run beside them.
 
-A checkpoint is written next to its place, while training goes on, and renamed when it is complete,
-synced to disk and listed in a manifest. A process killed at any moment therefore leaves the
-previous checkpoint as it was, and at most a hidden unfinished folder that the next save removes.
-Each rank writes and reads about its own share, of which it holds one copy in host memory until it
-is written.
+A checkpoint is written beside its final name, while training goes on, and renamed when it is
+complete, synced to disk and listed in a manifest. A process killed at any moment therefore leaves
+the previous checkpoint as it was, and at most a hidden unfinished folder that the next save
+removes. Each rank writes and reads about its own shards, of which it holds one copy in host memory
+until it is written.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from zppo_mm.training.checkpoint_files import (
     step_folders,
 )
 from zppo_mm.training.checkpoint_reading import (
-    boxes_to_read,
-    broadcast_boxes,
+    broadcast_shards,
     choose_readers,
     read_small_files,
     read_tensors,
+    shards_to_read,
 )
 from zppo_mm.training.file_exchange import FileExchange
 from zppo_mm.training.manifest import DamagedCheckpointError, check_file, read_manifest
@@ -53,20 +53,19 @@ from zppo_mm.training.random_states import (
     gather_random_states,
     restore_random_states,
 )
-from zppo_mm.weights.boxes import Piece, boxes_of, object_pieces, pieces_of
 from zppo_mm.weights.distributed_folder import (
     on_every_rank,
     on_rank_0,
-    share_out,
+    plan_writes,
+    write_chunks,
     write_description,
-    write_pieces,
 )
 from zppo_mm.weights.megatron_folder import save_entries
+from zppo_mm.weights.tensor_shards import WriteChunk, chunks_of, object_chunks, shards_of
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS_FOLDER = "checkpoints"
 _NEW_RUN = "use another checkpoint, or give the new run another name"
 
 
@@ -81,8 +80,8 @@ class CheckpointWriter:
     Args:
         folder: Holds the checkpoints of a run, on storage that all ranks share.
         keep: Complete checkpoints left after a save, at least 1.
-        on_complete: Told the step of every checkpoint that has become complete, by `notice` or
-            `finish`.
+        on_complete: Called with the step of every checkpoint that has become complete, by `notice`
+            or `finish`.
     """
 
     def __init__(
@@ -115,16 +114,16 @@ class CheckpointWriter:
             SCHEDULE_FILE: json.dumps(_schedule(policy), indent=1).encode(),
             RANDOM_FILE: gather_random_states(),
         }
-        pieces, metadata = share_out(_pieces(policy))
-        # Training changes what they look at.
+        chunks, metadata = plan_writes(_chunks(policy))
+        # Training changes the memory that the shards are views of.
         copies = [
-            replace(piece, content=partial(_same, _host_copy(piece.content()))) for piece in pieces
+            replace(chunk, content=partial(_same, _host_copy(chunk.content()))) for chunk in chunks
         ]
         name = parallel.broadcast_object(f"checkpoint/{uuid.uuid4().hex}")
         exchange = FileExchange(parallel.store(), name, parallel.rank(), parallel.world_size())
 
         def write() -> None:
-            files = exchange.of_all(lambda: write_pieces(copies, partial_folder))
+            files = exchange.of_all(lambda: write_chunks(copies, partial_folder))
             if files is not None:
                 write_description(partial_folder, metadata, files)
                 for name, content in small_files.items():
@@ -196,8 +195,8 @@ def load_latest(
     Args:
         folder: Of the checkpoints.
         policy: Overwritten in place.
-        check: Told the `state` before anything is overwritten; raises on every rank if it is not to
-            be loaded.
+        check: Called with the `state` before anything is overwritten; raises on every rank if it
+            is not to be loaded.
 
     Returns:
         The `state` that was saved with it; `None` if nothing was saved yet.
@@ -254,20 +253,20 @@ def load(
             megatron-core wrote it.
     """
     schedule, random_states, state = on_every_rank(path, partial(read_small_files, path))
-    with taking_up(path):
+    with translate_value_errors(path):
         check(state)
     entries = save_entries(policy.model)
-    found = optimizer_state.shares(policy.optimizer)
-    weights = [box for entry in entries.values() for box in boxes_of(entry)]
-    states = optimizer_state.boxes(entries, found)
-    wanted = set().union(*parallel.gather_from_ranks({box.key for box in weights + states}))
+    found = optimizer_state.parameter_shards(policy.optimizer)
+    weights = [shard for entry in entries.values() for shard in shards_of(entry)]
+    states = optimizer_state.shards(entries, found)
+    wanted = set().union(*parallel.gather_from_ranks({shard.key for shard in weights + states}))
     with torch.no_grad():
         readers = choose_readers(weights)
         on_every_rank(
-            path, partial(read_tensors, path, wanted, [*boxes_to_read(weights, readers), *states])
+            path, partial(read_tensors, path, wanted, [*shards_to_read(weights, readers), *states])
         )
-        broadcast_boxes(weights, readers)
-    with taking_up(path):
+        broadcast_shards(weights, readers)
+    with translate_value_errors(path):
         optimizer_state.set_num_updates(policy.optimizer, found, schedule["num_updates"])
         policy.scheduler.load_state_dict(schedule["scheduler"])
         restore_random_states(random_states)
@@ -275,9 +274,9 @@ def load(
 
 
 @contextmanager
-def taking_up(path: Path) -> Iterator[None]:
-    """Inside the block what stands in a checkpoint's small files is taken up; no collective is
-    called there.
+def translate_value_errors(path: Path) -> Iterator[None]:
+    """Translate the errors of unusable values in a checkpoint's small files; no collective is
+    called inside the block.
 
     Raises:
         CheckpointError: The values are not those that a run of this version saves.
@@ -295,41 +294,43 @@ def taking_up(path: Path) -> Iterator[None]:
         TypeError,
         ValueError,
     ) as error:
-        told = f"{type(error).__name__}: {error}"
+        got = f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"{path}: cannot be used, got {told}, expected what a run of this version saves; "
+            f"{path}: cannot be used, got {got}, expected what a run of this version saves; "
             f"{_NEW_RUN}"
         ) from error
 
 
 def verify(path: Path) -> None:
-    """Compare every file with the manifest, each rank its share. Every rank calls it.
+    """Compare every file with the manifest, each rank its part of the files. Every rank calls it.
 
     Raises:
         DamagedCheckpointError: On every rank, naming the first file that is missing or damaged.
         CheckpointError: On every rank, if a file cannot be read now, which says nothing about the
             checkpoint.
     """
-    on_every_rank(path, lambda: _verify_share(path))
+    on_every_rank(path, lambda: _verify_own_files(path))
 
 
-def _pieces(policy: Policy) -> list[Piece]:
+def _chunks(policy: Policy) -> list[WriteChunk]:
     """Return what this rank could write of a checkpoint. Weights come first, which more than one
     rank has.
     """
     entries = save_entries(policy.model)
-    weights = [box for entry in entries.values() for box in boxes_of(entry)]
-    found = optimizer_state.shares(policy.optimizer)
-    states = optimizer_state.boxes(entries, found)
-    objects = [piece for entry in entries.values() for piece in object_pieces(entry)]
+    weights = [shard for entry in entries.values() for shard in shards_of(entry)]
+    found = optimizer_state.parameter_shards(policy.optimizer)
+    states = optimizer_state.shards(entries, found)
+    objects = [chunk for entry in entries.values() for chunk in object_chunks(entry)]
     return objects + [
-        piece for box in weights + states for piece in pieces_of(box, partial(_same, box.tensor))
+        chunk
+        for shard in weights + states
+        for chunk in chunks_of(shard, partial(_same, shard.tensor))
     ]
 
 
 def _schedule(policy: Policy) -> dict[str, Any]:
     updates = optimizer_state.num_updates(
-        policy.optimizer, optimizer_state.shares(policy.optimizer)
+        policy.optimizer, optimizer_state.parameter_shards(policy.optimizer)
     )
     return {
         "num_updates": max(parallel.gather_from_ranks(updates)),
@@ -359,7 +360,7 @@ def _in_background(action: Callable[[], T]) -> Future[T]:
     return future
 
 
-def _verify_share(path: Path) -> None:
+def _verify_own_files(path: Path) -> None:
     listed = read_manifest(path, STATE_FILE)
     damage: DamagedCheckpointError | None = None
     for name in sorted(listed)[parallel.rank() :: parallel.world_size()]:

@@ -1,4 +1,4 @@
-"""The folders of a run's checkpoints: how one is put in its place, and which of them count."""
+"""The folders of a run's checkpoints: which of them are complete, and how one is published."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def make_empty(partial_folder: Path) -> None:
 
 
 def publish(partial_folder: Path, target: Path, checksums: dict[str, int], keep: int) -> None:
-    """Put a folder in its place, then prune; the rename is the moment at which the checkpoint
+    """Rename a complete folder, then prune; the rename is the moment at which the checkpoint
     exists.
 
     Args:
         partial_folder: With all files of the checkpoint.
-        target: Its place, beside the other checkpoints.
+        target: Its final name, beside the other checkpoints.
         checksums: Of the files that are synced to disk already, by name.
         keep: Complete checkpoints left afterwards, at least 1.
 
@@ -73,7 +73,7 @@ def put_back(folder: Path) -> None:
     """Undo a replacement that a kill cut in two: the earlier checkpoint of that name is complete.
 
     Raises:
-        CheckpointError: The place of the checkpoints is taken by something else.
+        CheckpointError: Something else has the name of the checkpoints' folder.
     """
     if os.path.lexists(folder) and not folder.is_dir():
         raise CheckpointError(

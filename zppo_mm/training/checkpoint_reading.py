@@ -19,10 +19,10 @@ from zppo_mm.training.checkpoint_files import (
 from zppo_mm.training.random_states import (
     read_random_states,
 )
-from zppo_mm.weights.boxes import Box
 from zppo_mm.weights.distributed_folder import (
     DistributedFolder,
 )
+from zppo_mm.weights.tensor_shards import TensorShard
 
 
 def read_small_files(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
@@ -60,8 +60,8 @@ def read_small_files(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], 
     return schedule, random_states, state
 
 
-def read_tensors(path: Path, wanted: set[str], boxes: list[Box]) -> None:
-    """Fill boxes from a checkpoint that holds the wanted tensors of all ranks and no other."""
+def read_tensors(path: Path, wanted: set[str], shards: list[TensorShard]) -> None:
+    """Fill shards from a checkpoint that holds the wanted tensors of all ranks and no other."""
     folder = DistributedFolder(path)
     if surplus := sorted(folder.tensor_keys - wanted):
         raise CheckpointError(
@@ -69,7 +69,7 @@ def read_tensors(path: Path, wanted: set[str], boxes: list[Box]) -> None:
             f"({surplus[0]}), expected the weights and the optimizer of this model; resume with "
             "the model, model.params_dtype, train.freeze and lora that it was saved with"
         )
-    folder.read(boxes)
+    folder.read(shards)
 
 
 def _replicas() -> Any:
@@ -77,27 +77,27 @@ def _replicas() -> Any:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
-def choose_readers(weights: list[Box]) -> list[int]:
-    """Say of each box which of the ranks that have it reads it, so that each reads about as
+def choose_readers(weights: list[TensorShard]) -> list[int]:
+    """Say of each shard which of the ranks that have it reads it, so that each reads about as
     much.
     """
     loads = [0] * dist.get_world_size(_replicas())
     readers = []
-    for box in weights:
+    for shard in weights:
         readers.append(loads.index(min(loads)))
-        loads[readers[-1]] += box.tensor.nbytes
+        loads[readers[-1]] += shard.tensor.nbytes
     return readers
 
 
-def boxes_to_read(weights: list[Box], readers: list[int]) -> list[Box]:
+def shards_to_read(weights: list[TensorShard], readers: list[int]) -> list[TensorShard]:
     mine = dist.get_rank(_replicas())
-    return [box for box, reader in zip(weights, readers, strict=True) if reader == mine]
+    return [shard for shard, reader in zip(weights, readers, strict=True) if reader == mine]
 
 
-def broadcast_boxes(weights: list[Box], readers: list[int]) -> None:
+def broadcast_shards(weights: list[TensorShard], readers: list[int]) -> None:
     """Send what each rank has read to the others that hold the same weights."""
     group = _replicas()
     ranks = dist.get_process_group_ranks(group)
-    for box, reader in zip(weights, readers, strict=True):
+    for shard, reader in zip(weights, readers, strict=True):
         # As bytes: not every backend knows every type.
-        dist.broadcast(box.tensor.view(-1).view(torch.uint8), src=ranks[reader], group=group)
+        dist.broadcast(shard.tensor.view(-1).view(torch.uint8), src=ranks[reader], group=group)

@@ -17,13 +17,18 @@ from zppo_mm.algorithms.divergence import (
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import Microbatch
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.training.objective import ObjectiveTerms, predicting_logits, predicting_rows
+from zppo_mm.training.objective import (
+    ObjectiveTerms,
+    PerForwardToken,
+    predicting_logits,
+    predicting_rows,
+)
 
 
 def check_networks(
     student: VisionLanguageModel, teacher: VisionLanguageModel, share_prompts: str
 ) -> None:
-    """Check that the teacher can be passed the student's micro-batches and that their logits can be
+    """Check that the teacher can run the student's micro-batches and that their logits can be
     compared.
 
     Args:
@@ -53,7 +58,7 @@ def check_networks(
 class DistillationObjective:
     """The Jensen-Shannon divergence to the teacher, whoever wrote the responses."""
 
-    names = ("loss", "num_tokens", "entropy", "agreement")
+    metrics = (PerForwardToken("policy/entropy"), PerForwardToken("distill/agreement"))
     needs_advantages = False
 
     def __init__(
@@ -67,9 +72,9 @@ class DistillationObjective:
 
         Args:
             teacher: Frozen, in one pipeline stage, on the student's tensor ranks and with its
-                vocabulary; passed each micro-batch whole, on every context rank. `None` if the
+                vocabulary; it runs each micro-batch whole, on every context rank. `None` if the
                 samples carry its log-probs.
-            top_k: Its most likely tokens that are told apart; 0 means all. Samples that carry
+            top_k: Its most likely tokens that are kept apart; 0 means all. Samples that carry
                 log-probs have theirs.
             temperature: Of both distributions.
             group: Ranks that share the vocabulary.
@@ -86,24 +91,26 @@ class DistillationObjective:
 
     def __call__(self, logits: torch.Tensor, microbatch: Microbatch) -> ObjectiveTerms:
         """Return the divergence and how often both would say the same."""
-        places, student = predicting_logits(logits, microbatch)
-        found = self._divergence(student, places, microbatch)
+        indices, student = predicting_logits(logits, microbatch)
+        found = self._divergence(student, indices, microbatch)
         loss = found.jsd.sum()
-        count = torch.tensor(float(len(places)), device=loss.device)
+        count = torch.tensor(float(len(indices)), device=loss.device)
         values = (loss, count, found.entropies.sum(), found.agreements.sum())
         return ObjectiveTerms(loss, torch.stack([value.detach().double() for value in values]))
 
     def _divergence(
-        self, student: torch.Tensor, places: torch.Tensor, microbatch: Microbatch
+        self, student: torch.Tensor, indices: torch.Tensor, microbatch: Microbatch
     ) -> Divergence:
-        if not len(places):
+        if not len(indices):
             return jensen_shannon(student, student, None)
         if self._teacher is None:
             assert microbatch.teacher_ids is not None, (
                 "samples with loss carry the teacher's log-probs"
             )
             assert microbatch.teacher_logprobs is not None, "ids and log-probs come together"
-            carried = TopTokens(microbatch.teacher_ids[places], microbatch.teacher_logprobs[places])
+            carried = TopTokens(
+                microbatch.teacher_ids[indices], microbatch.teacher_logprobs[indices]
+            )
             return top_jensen_shannon(student, carried, self._group, self._temperature)
         teacher = teacher_logits(self._teacher, microbatch)
         if not self._top_k:

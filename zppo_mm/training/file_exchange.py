@@ -1,5 +1,5 @@
-"""How the thread that writes a rank's file tells rank 0's that it is done, without the training
-threads.
+"""How the thread that writes a rank's file reports to rank 0's that it is done, without the
+training threads.
 """
 
 from __future__ import annotations

@@ -18,22 +18,9 @@ from zppo_mm.training.old_logprobs import need_old_logprobs, with_old_logprobs
 from zppo_mm.training.policy import Policy, TrainMetrics
 from zppo_mm.training.samples import to_training_samples
 
-_PER_LOSS_TOKEN = {
-    "clip_fraction_low": "policy/clip_low",
-    "clip_fraction_high": "policy/clip_high",
-    "clip_fraction_dual": "policy/clip_dual",
-}
-_PER_PASSED_TOKEN = {
-    "ratio": "policy/ratio",
-    "kl": "policy/kl_old",
-    "entropy": "policy/entropy",
-    "importance": "policy/importance",
-    "agreement": "distill/agreement",
-}
-
 
 class Learner:
-    """Plans mini-batches, packs this rank's share and updates the policy.
+    """Plans mini-batches, packs this rank's micro-batches and updates the policy.
 
     Args:
         policy: What is trained.
@@ -136,7 +123,7 @@ def _without_loss(sample: TrainingSample) -> TrainingSample:
 
 
 def _num_shared_tokens(samples: Sequence[TrainingSample]) -> int:
-    """Return the prompt tokens that a micro-batch with shared prompts does not pass again."""
+    """Return the prompt tokens that shared-prefix training saves in a micro-batch."""
     prompts = {sample.uid: sample.num_prompt_tokens for sample in samples}
     return sum(sample.num_prompt_tokens for sample in samples) - sum(prompts.values())
 
@@ -161,12 +148,4 @@ def _measure(trained: TrainMetrics, metrics: StepMetrics) -> None:
         metrics.add("policy/grad_norm", Mean(update.grad_norm))
         metrics.add("policy/grad_norm_max", Max(update.grad_norm))
         for name, mean in update.means.items():
-            if name in _PER_LOSS_TOKEN:
-                metrics.add(_PER_LOSS_TOKEN[name], Mean(mean))
-            else:
-                # An update of trivial groups alone passes nothing through the network and knows
-                # nothing of these.
-                metrics.add(
-                    _PER_PASSED_TOKEN[name],
-                    Mean(mean * update.num_forward_tokens, update.num_forward_tokens),
-                )
+            metrics.add(name, mean)

@@ -1,5 +1,5 @@
-"""The list of a checkpoint's files, by which damage is told from a disk that cannot be read right
-now.
+"""The list of a checkpoint's files, which distinguishes damage from a disk that cannot be read
+right now.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From the logits of a micro-batch to the loss to descend, summed over its tokens."""
+"""Training objectives: from the logits of a micro-batch to its loss, summed over tokens."""
 
 from __future__ import annotations
 
@@ -12,6 +12,34 @@ from zppo_mm.algorithms.logprobs import TokenStatistics, token_statistics
 from zppo_mm.algorithms.losses import policy_loss, supervised_loss
 from zppo_mm.config.schema import AlgorithmConfig
 from zppo_mm.experience import Microbatch
+from zppo_mm.observability.metrics import Mean
+
+
+@dataclass(frozen=True, slots=True)
+class PerLossToken:
+    """A metric that is averaged over all loss tokens of an update, then over the updates alike.
+
+    Tokens of trivial groups count, although they skip the forward pass: they add 0.
+    """
+
+    name: str
+
+    def mean(self, total: float, num_loss_tokens: int, num_forward_tokens: float) -> Mean:
+        """Return the mean of one update from the sum over its tokens."""
+        return Mean(total / max(num_loss_tokens, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class PerForwardToken:
+    """A metric that is averaged over the loss tokens that went through the network, of all updates
+    together. An update of trivial groups alone knows nothing of it.
+    """
+
+    name: str
+
+    def mean(self, total: float, num_loss_tokens: int, num_forward_tokens: float) -> Mean:
+        """Return the mean of one update from the sum over its tokens."""
+        return Mean(total, num_forward_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +49,9 @@ class ObjectiveTerms:
     Attributes:
         loss_sum: Scalar with gradient, summed over loss tokens; the update divides it by the global
             token count.
-        sums: `[names]` without gradient, one per name of the objective; adds up over micro-batches
-            and replicas.
+        sums: `[2 + metrics]` without gradient: the loss, the loss tokens that went through the
+            network, and one sum per metric of the objective. Adds up over micro-batches and
+            replicas.
     """
 
     loss_sum: torch.Tensor
@@ -30,11 +59,11 @@ class ObjectiveTerms:
 
 
 class Objective(Protocol):
-    """What is descended. Called on the last pipeline stage, once per micro-batch."""
+    """The training objective. Called on the last pipeline stage, once per micro-batch."""
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the sums; the first two are `loss` and `num_tokens`."""
+    def metrics(self) -> tuple[PerLossToken | PerForwardToken, ...]:
+        """What the sums behind the first two are, and how each is averaged."""
         ...
 
     @property
@@ -57,10 +86,10 @@ class Objective(Protocol):
 
 
 def predicting_rows(microbatch: Microbatch) -> torch.Tensor | None:
-    """Return the places whose logits predict the loss tokens, `[loss tokens]`; `None`, for all,
+    """Return the indices whose logits predict the loss tokens, `[loss tokens]`; `None`, for all,
     where there are no loss tokens.
 
-    The logits at place i - 1 predict token i. The first token of a sequence that continues another
+    The logits at index i - 1 predict token i. The first token of a sequence that continues another
     one is predicted by the last of that, which so predicts the first token of each of its children.
     The first token of any other sequence never carries loss, so no prediction crosses into the next
     sequence.
@@ -69,41 +98,41 @@ def predicting_rows(microbatch: Microbatch) -> torch.Tensor | None:
     return rows if len(rows) else None
 
 
-def _predictors(microbatch: Microbatch, places: torch.Tensor) -> torch.Tensor:
-    """Return the places whose logits predict some tokens; a place may come several times."""
+def _predictors(microbatch: Microbatch, indices: torch.Tensor) -> torch.Tensor:
+    """Return the indices whose logits predict some tokens; an index may come several times."""
     if microbatch.parents is None:
-        return places - 1
-    parents = torch.tensor(microbatch.parents, device=places.device)
+        return indices - 1
+    parents = torch.tensor(microbatch.parents, device=indices.device)
     children = (parents >= 0).nonzero().squeeze(-1)
     bounds = microbatch.cu_seqlens.long()
-    before = torch.arange(-1, len(microbatch.token_ids) - 1, device=places.device)
+    before = torch.arange(-1, len(microbatch.token_ids) - 1, device=indices.device)
     before[bounds[children]] = bounds[parents[children] + 1] - 1
-    return before[places]
+    return before[indices]
 
 
 def with_loss_predicted_by(microbatch: Microbatch, tokens: slice) -> Microbatch:
-    """Return the micro-batch with loss on those tokens alone that some of its places predict.
+    """Return the micro-batch with loss on those tokens alone that some of its logits predict.
 
-    Context ranks so divide the loss: each counts what the logits of its own part predict, the first
-    token of the next part among it.
+    So context ranks divide the loss: each counts the tokens that its own logits predict, the first
+    token of the next rank's part among them.
 
     Args:
         microbatch: The packed sequences.
-        tokens: The places whose logits are at hand.
+        tokens: The indices whose logits this rank has.
     """
     if tokens == slice(0, len(microbatch.token_ids)):
         return microbatch
-    places = microbatch.loss_mask.nonzero().squeeze(-1)
-    rows = _predictors(microbatch, places)
+    indices = microbatch.loss_mask.nonzero().squeeze(-1)
+    rows = _predictors(microbatch, indices)
     loss_mask = microbatch.loss_mask.clone()
-    loss_mask[places[(rows < tokens.start) | (rows >= tokens.stop)]] = 0
+    loss_mask[indices[(rows < tokens.start) | (rows >= tokens.stop)]] = 0
     return replace(microbatch, loss_mask=loss_mask)
 
 
 def predicting_logits(
     logits: torch.Tensor, microbatch: Microbatch
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the places of the loss tokens, `[loss tokens]`, and the logits that predict them,
+    """Return the indices of the loss tokens, `[loss tokens]`, and the logits that predict them,
     `[loss tokens, vocab / tp]`.
 
     Args:
@@ -111,14 +140,14 @@ def predicting_logits(
             of any tokens where none has loss.
         microbatch: The packed sequences they were computed from.
     """
-    places = microbatch.loss_mask.nonzero().squeeze(-1)
-    if not len(places):
+    indices = microbatch.loss_mask.nonzero().squeeze(-1)
+    if not len(indices):
         logits = logits[:0]
     # The first token carries no loss: there are always fewer predicting rows than tokens.
     elif len(logits) == len(microbatch.token_ids):
-        logits = logits.index_select(0, _predictors(microbatch, places))
-    assert len(logits) == len(places), "logits of all tokens or of the predicting rows"
-    return places, logits
+        logits = logits.index_select(0, _predictors(microbatch, indices))
+    assert len(logits) == len(indices), "logits of all tokens or of the predicting rows"
+    return indices, logits
 
 
 def loss_token_statistics(
@@ -127,7 +156,7 @@ def loss_token_statistics(
     group: dist.ProcessGroup | None,
     temperature: float,
 ) -> tuple[torch.Tensor, TokenStatistics]:
-    """Return the places of the loss tokens, `[loss tokens]`, and their log-probs and entropies.
+    """Return the indices of the loss tokens, `[loss tokens]`, and their log-probs and entropies.
 
     Args:
         logits: As in `predicting_logits`.
@@ -135,24 +164,24 @@ def loss_token_statistics(
         group: Ranks that share the vocabulary.
         temperature: Of the log-probs.
     """
-    places, logits = predicting_logits(logits, microbatch)
-    rows = torch.arange(len(places), device=places.device)
-    return places, token_statistics(logits, rows, microbatch.token_ids[places], group, temperature)
+    indices, logits = predicting_logits(logits, microbatch)
+    rows = torch.arange(len(indices), device=indices.device)
+    return indices, token_statistics(
+        logits, rows, microbatch.token_ids[indices], group, temperature
+    )
 
 
 class PolicyObjective:
     """The clipped surrogate on sampled responses."""
 
-    names = (
-        "loss",
-        "num_tokens",
-        "clip_fraction_low",
-        "clip_fraction_high",
-        "clip_fraction_dual",
-        "ratio",
-        "kl",
-        "entropy",
-        "importance",
+    metrics = (
+        PerLossToken("policy/clip_low"),
+        PerLossToken("policy/clip_high"),
+        PerLossToken("policy/clip_dual"),
+        PerForwardToken("policy/ratio"),
+        PerForwardToken("policy/kl_old"),
+        PerForwardToken("policy/entropy"),
+        PerForwardToken("policy/importance"),
     )
     needs_advantages = True
     needs_teacher_top = False
@@ -178,15 +207,15 @@ class PolicyObjective:
         assert microbatch.unknown is None, (
             "old log-probs that are not known are computed before the update"
         )
-        places, statistics = loss_token_statistics(
+        indices, statistics = loss_token_statistics(
             logits, microbatch, self._group, self._temperature
         )
-        importance = microbatch.importance[places] if microbatch.importance is not None else None
+        importance = microbatch.importance[indices] if microbatch.importance is not None else None
         terms = policy_loss(
             statistics.logprobs,
-            microbatch.old_logprobs[places],
-            microbatch.advantages[places],
-            microbatch.loss_mask[places],
+            microbatch.old_logprobs[indices],
+            microbatch.advantages[indices],
+            microbatch.loss_mask[indices],
             self._config.clip_ratio_low,
             self._config.clip_ratio_high,
             self._config.clip_ratio_c,
@@ -211,7 +240,7 @@ class PolicyObjective:
 class SupervisedObjective:
     """Plain cross-entropy on the tokens that the mask names."""
 
-    names = ("loss", "num_tokens", "entropy")
+    metrics = (PerForwardToken("policy/entropy"),)
     needs_advantages = False
     needs_teacher_top = False
 
@@ -221,9 +250,11 @@ class SupervisedObjective:
 
     def __call__(self, logits: torch.Tensor, microbatch: Microbatch) -> ObjectiveTerms:
         """Return the negative log-likelihood."""
-        places, statistics = loss_token_statistics(logits, microbatch, self._group, temperature=1.0)
-        loss = supervised_loss(statistics.logprobs, microbatch.loss_mask[places])
-        count = torch.tensor(float(len(places)), device=loss.device)
+        indices, statistics = loss_token_statistics(
+            logits, microbatch, self._group, temperature=1.0
+        )
+        loss = supervised_loss(statistics.logprobs, microbatch.loss_mask[indices])
+        count = torch.tensor(float(len(indices)), device=loss.device)
         return ObjectiveTerms(
             loss,
             torch.stack(

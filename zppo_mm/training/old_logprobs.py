@@ -34,7 +34,7 @@ def with_old_logprobs(
 
     Args:
         policy: Before the step's first update.
-        batches: The step's updates, this rank's share.
+        batches: The step's updates, this rank's micro-batches.
         temperature: Of the rollouts.
         importance_cap: Above 0, all old log-probs are the policy's and the loss is weighted; else
             only unknown ones are filled in.
@@ -43,18 +43,18 @@ def with_old_logprobs(
     for batch in batches:
         logprobs = policy.compute_logprobs(batch, temperature)
         makers = [
-            partial(_corrected, batch.microbatches, place, known, importance_cap)
-            for place, known in enumerate(logprobs)
+            partial(_corrected, batch.microbatches, index, known, importance_cap)
+            for index, known in enumerate(logprobs)
         ]
         corrected.append(replace(batch, microbatches=LazyMicrobatches(makers)))
     return corrected
 
 
 def _corrected(
-    microbatches: Sequence[Microbatch], place: int, logprobs: torch.Tensor, importance_cap: float
+    microbatches: Sequence[Microbatch], index: int, logprobs: torch.Tensor, importance_cap: float
 ) -> Microbatch:
     """Return one of the micro-batches with recomputed log-probs."""
-    microbatch = microbatches[place]
+    microbatch = microbatches[index]
     sampled, unknown = microbatch.old_logprobs, microbatch.unknown
     if importance_cap:
         weights = importance_weights(logprobs, sampled, unknown, importance_cap)

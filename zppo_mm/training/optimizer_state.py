@@ -3,7 +3,7 @@ written under its name.
 
 Megatron's own description of that state goes by numbers, which its distributed and its
 half-precision optimizer count differently where parameters of float32 and of bfloat16 are in one
-group; and it gathers all of the state on every rank. Here each rank describes its share. The
+group; and it gathers all of the state on every rank. Here each rank describes its part. The
 checkpoint does not depend on which optimizer is used.
 """
 
@@ -17,14 +17,14 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-from zppo_mm.weights.boxes import Box, flat_boxes_of
+from zppo_mm.weights.tensor_shards import TensorShard, flat_shards_of
 
 PREFIX = "optimizer.state"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class ParameterShard:
     """What one rank's optimizer updates of a parameter.
 
     Attributes:
@@ -52,7 +52,7 @@ class Share:
         )
 
 
-def shares(optimizer: Any) -> list[Share]:
+def parameter_shards(optimizer: Any) -> list[ParameterShard]:
     """Return this rank's part of the optimizer state; what was never updated starts at zero.
 
     Args:
@@ -67,7 +67,7 @@ def shares(optimizer: Any) -> list[Share]:
             state = part.optimizer.state[main]
             if not HAVE_APEX_OR_TE:
                 state.setdefault("step", torch.tensor(0.0))
-            found.append(Share(parameter, main, start, state))
+            found.append(ParameterShard(parameter, main, start, state))
     return found
 
 
@@ -97,40 +97,40 @@ def _mains(part: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, int]]:
                 )
 
 
-def boxes(entries: dict[str, Any], found: list[Share]) -> list[Box]:
-    """Return the optimizer state as boxes that share its memory.
+def shards(entries: dict[str, Any], found: list[ParameterShard]) -> list[TensorShard]:
+    """Return the optimizer state as shards that share its memory.
 
     Ranks that hold the same parameter, be it a replica of the model, another tensor rank or the
     other stage with a tied embedding, cut it at the same elements: their gradient buffers have the
-    same layout, and a shared embedding has a bucket of its own. So their boxes are equal or
+    same layout, and a shared embedding has a bucket of its own. So their shards are equal or
     disjoint.
 
     Args:
         entries: Of the model, from `save_entries`.
-        found: From `shares`.
+        found: From `parameter_shards`.
     """
     by_parameter = {id(entry.data): entry for entry in entries.values()}
     return [
-        box
-        for share in found
-        for name, tensor in share.tensors().items()
-        for box in flat_boxes_of(
-            by_parameter[id(share.parameter)], tensor.view(-1), share.start, f"{PREFIX}.{name}."
+        shard
+        for part in found
+        for name, tensor in part.tensors().items()
+        for shard in flat_shards_of(
+            by_parameter[id(part.parameter)], tensor.view(-1), part.start, f"{PREFIX}.{name}."
         )
     ]
 
 
-def num_updates(optimizer: Any, found: list[Share]) -> int:
+def num_updates(optimizer: Any, found: list[ParameterShard]) -> int:
     """Return how many updates the state went through; 0 on a rank that trains nothing."""
     if HAVE_APEX_OR_TE:
         counts = {int(group.get("step", 0)) for group in optimizer.param_groups if group["params"]}
     else:
-        counts = {int(share.state["step"]) for share in found}
+        counts = {int(part.state["step"]) for part in found}
     assert len(counts) <= 1, f"parameters went through different numbers of updates: {counts}"
     return counts.pop() if counts else 0
 
 
-def set_num_updates(optimizer: Any, found: list[Share], count: int) -> None:
+def set_num_updates(optimizer: Any, found: list[ParameterShard], count: int) -> None:
     """Have the optimizer go on after so many updates.
 
     Apex and Transformer Engine count per group, torch per parameter, each in a tensor of its own.
@@ -139,5 +139,5 @@ def set_num_updates(optimizer: Any, found: list[Share], count: int) -> None:
         for group in optimizer.param_groups:
             group["step"] = count
     else:
-        for share in found:
-            share.state["step"].fill_(float(count))
+        for part in found:
+            part.state["step"].fill_(float(count))

@@ -19,6 +19,7 @@ from zppo_mm.errors import ConfigError, NotFiniteError
 from zppo_mm.experience import Batch, Microbatch
 from zppo_mm.models.provider import freeze_parts
 from zppo_mm.models.vision_language import VisionLanguageModel
+from zppo_mm.observability.metrics import Mean
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.training.objective import (
     Objective,
@@ -54,8 +55,7 @@ class UpdateMetrics:
         num_loss_tokens: Of the mini-batch, the denominator of the loss.
         num_forward_tokens: Loss tokens that went through the network; those of trivial groups did
             not.
-        means: The objective's sums by name. Fractions and `loss` are per loss token; `ratio`, `kl`,
-            `entropy`, `importance` and `agreement` per passed token.
+        means: The objective's metrics by name.
         skipped: Whether the weights were left alone because loss, gradient or another sum was not
             finite.
     """
@@ -65,7 +65,7 @@ class UpdateMetrics:
     learning_rate: float
     num_loss_tokens: int
     num_forward_tokens: int
-    means: dict[str, float]
+    means: dict[str, Mean]
     skipped: bool
 
 
@@ -95,15 +95,6 @@ class TrainMetrics:
         """Learning rate of the last update."""
         return self.updates[-1].learning_rate if self.updates else math.nan
 
-    @property
-    def means(self) -> dict[str, float]:
-        """Mean of the updates' means, by name."""
-        kept = [update for update in self.updates if not update.skipped]
-        return {
-            name: _mean([update.means[name] for update in kept])
-            for name in (kept[0].means if kept else ())
-        }
-
 
 class Policy:
     """The student with its gradient buffers, optimizer and schedule. Every rank of the run calls
@@ -111,8 +102,8 @@ class Policy:
 
     Attributes:
         model: This rank's stage.
-        objective: What is descended.
-        shares_prompts: Whether micro-batches may pass a group's prompt once.
+        objective: The training objective.
+        shares_prompts: Whether micro-batches use shared-prefix training.
     """
 
     def __init__(
@@ -128,7 +119,7 @@ class Policy:
             model: This rank's stage, weights loaded.
             train: Optimizer and schedule.
             layout: The one the process groups were made for.
-            objective: What is descended.
+            objective: The training objective.
 
         Raises:
             ConfigError: `train.freeze` names an unknown part or leaves nothing, or prompts are to
@@ -160,31 +151,38 @@ class Policy:
             NotFiniteError: On every rank: `MAX_SKIPPED_IN_A_ROW` updates in a row, of this step or
                 of those before, had to be skipped.
         """
-        return TrainMetrics(tuple(self._update(batch) for batch in batches))
+        updates = []
+        for batch in batches:
+            self._wrapped.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            self._denominator = max(batch.num_loss_tokens, 1)
+            results = self._forward_backward(batch.microbatches, self._loss, forward_only=False)
+            norm = gradient_norm(self.optimizer)
+            sums, finite = self._reduce([terms.sums for terms, _ in results], norm)
+            learning_rate = float(self.optimizer.param_groups[0]["lr"])
+            if finite:
+                clip_and_step(self.optimizer, norm)
+                self.scheduler.step(increment=1)
+                self._skipped_in_a_row = 0
+            else:
+                self._report_skip(results)
+                self._count_skip()
+            updates.append(
+                _update_metrics(
+                    self.objective,
+                    sums,
+                    batch.num_loss_tokens,
+                    norm,
+                    learning_rate,
+                    not finite,
+                )
+            )
+        return TrainMetrics(tuple(updates))
 
-    def _update(self, batch: Batch) -> UpdateMetrics:
-        self._wrapped.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        self._denominator = max(batch.num_loss_tokens, 1)
-        results = self._run(batch.microbatches, self._loss, forward_only=False)
-        norm = gradient_norm(self.optimizer)
-        sums, finite = self._reduce([terms.sums for terms, _ in results], norm)
-        learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        if finite:
-            clip_and_step(self.optimizer, norm)
-            self.scheduler.step(increment=1)
-            self._skipped_in_a_row = 0
-        else:
-            self._report_skip(results)
-            self._count_skip()
-        return _update_metrics(
-            self.objective.names, sums, batch.num_loss_tokens, norm, learning_rate, not finite
-        )
-
-    def _run(
-        self, microbatches: Sequence[Microbatch], reduce: Any, forward_only: bool
+    def _forward_backward(
+        self, microbatches: Sequence[Microbatch], collect: Any, forward_only: bool
     ) -> list[Any]:
-        """Pass micro-batches through Megatron's pipeline schedule; returns what `reduce` gave per
+        """Pass micro-batches through Megatron's pipeline schedule; returns what `collect` gave per
         micro-batch on the last stage.
         """
 
@@ -198,7 +196,7 @@ class Policy:
             output = model(
                 microbatch.token_ids, microbatch.positions, microbatch.cu_seqlens, *media, **wanted
             )
-            return output, partial(reduce, microbatch)
+            return output, partial(collect, microbatch)
 
         return cast(
             "list[Any]",
@@ -207,7 +205,7 @@ class Policy:
                 data_iterator=iter(microbatches),
                 model=[self._wrapped],
                 num_microbatches=len(microbatches),
-                # Unused: stages tell each other the length of every micro-batch.
+                # Unused: stages send each other the length of every micro-batch.
                 seq_length=1,
                 micro_batch_size=1,
                 forward_only=forward_only,
@@ -246,7 +244,7 @@ class Policy:
         the gradient is finite.
         """
         total = torch.zeros(
-            1 + len(self.objective.names), dtype=torch.float64, device=parallel.device()
+            3 + len(self.objective.metrics), dtype=torch.float64, device=parallel.device()
         )
         if sums and parallel.is_replica_leader():
             total[1:] = torch.stack(sums).sum(0)
@@ -311,15 +309,15 @@ class Policy:
         def collect(
             microbatch: Microbatch, logits: torch.Tensor, non_loss_data: bool = True
         ) -> torch.Tensor:
-            places, statistics = loss_token_statistics(
+            indices, statistics = loss_token_statistics(
                 logits, microbatch, parallel.tensor_group(), temperature
             )
             result = torch.zeros_like(microbatch.old_logprobs)
-            result[places] = statistics.logprobs
+            result[indices] = statistics.logprobs
             return result
 
         self.model.eval()
-        results = self._run(batch.microbatches, collect, forward_only=True)
+        results = self._forward_backward(batch.microbatches, collect, forward_only=True)
         self.model.train()
         if parallel.context_size() > 1:
             # Each has the log-probs that its own part predicts, and zeros elsewhere.
@@ -327,14 +325,15 @@ class Policy:
                 dist.all_reduce(result, group=parallel.context_group())
         if parallel.pipeline_size() == 1:
             return results
-        box = [[result.cpu() for result in results]]
+        # Objects, because the other stages do not know the lengths.
+        sent = [[result.cpu() for result in results]]
         group = parallel.pipeline_group()
-        dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[-1], group=group)
-        return [result.to(parallel.device()) for result in box[0]]
+        dist.broadcast_object_list(sent, src=dist.get_process_group_ranks(group)[-1], group=group)
+        return [result.to(parallel.device()) for result in sent[0]]
 
 
 def _shares_prompts(model: VisionLanguageModel, train: TrainConfig) -> bool:
-    """Return whether the prompt of a group is passed once per micro-batch."""
+    """Return whether prompts are shared by the responses of a micro-batch."""
     if train.share_prompts == "always" and not model.shares_prompts:
         raise ConfigError(
             "train.share_prompts: this network cannot share prompts, got 'always' with Transformer "
@@ -358,27 +357,24 @@ def _keep_replicated_gradients_equal(model: VisionLanguageModel) -> None:
 
 
 def _update_metrics(
-    names: tuple[str, ...],
+    objective: Objective,
     sums: list[float],
     num_loss_tokens: int,
     norm: float,
     learning_rate: float,
     skipped: bool,
 ) -> UpdateMetrics:
-    named = dict(zip(names, sums, strict=True))
-    passed = named.pop("num_tokens")
-    per_passed = {"ratio", "kl", "entropy", "importance", "agreement"}
-    means = {
-        name: value / max(passed if name in per_passed else num_loss_tokens, 1)
-        for name, value in named.items()
-    }
+    loss, num_forward_tokens, *totals = sums
     return UpdateMetrics(
-        loss=means.pop("loss"),
+        loss=loss / max(num_loss_tokens, 1),
         grad_norm=norm,
         learning_rate=learning_rate,
         num_loss_tokens=num_loss_tokens,
-        num_forward_tokens=int(passed) if math.isfinite(passed) else 0,
-        means=means,
+        num_forward_tokens=int(num_forward_tokens) if math.isfinite(num_forward_tokens) else 0,
+        means={
+            metric.name: metric.mean(total, num_loss_tokens, num_forward_tokens)
+            for metric, total in zip(objective.metrics, totals, strict=True)
+        },
         skipped=skipped,
     )
 

@@ -1,5 +1,5 @@
-"""What goes through the network together: a prompt with some of its responses, spread over replicas
-and filled into micro-batches.
+"""Prefix groups: a prompt with some of its responses, which share one forward pass over the prompt;
+their balance over replicas and their bins, the micro-batches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Indices = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class PrefixGroup:
-    """Samples whose prompt is passed once.
+    """Samples that share one forward pass over their prompt.
 
     Attributes:
         uid: Group of the samples, whose media the replica that has them opens.
@@ -31,7 +31,7 @@ class PrefixGroup:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are passed, the prompt's counted once."""
+        """Tokens of the forward pass, the prompt's counted once."""
         return self.prompt_tokens + sum(self.response_tokens.values())
 
     @property
@@ -72,7 +72,7 @@ def make_prefix_groups(
         samples: Of the whole step.
         members: Indices of those to form prefix groups of.
         max_tokens: Most tokens of a prefix group of several samples.
-        share_prompts: Whether samples of one uid, whose prompts are equal, pass it once.
+        share_prompts: Whether samples of one uid, whose prompts are equal, share one copy of it.
     """
     prefix_groups: dict[str | int, PrefixGroup] = {}
     for index in members:
@@ -100,12 +100,12 @@ def balance(
     both below what the heavier had, so this ends.
 
     Args:
-        prefix groups: What to spread.
-        num_replicas: Number of shares.
+        prefix_groups: What to spread.
+        num_replicas: Data-parallel size.
         max_tokens: Up to which parts of a group that meet on a replica become one prefix group
             again.
     """
-    shares: list[list[PrefixGroup]] = [[] for _ in range(num_replicas)]
+    replicas: list[list[PrefixGroup]] = [[] for _ in range(num_replicas)]
     totals = [0] * num_replicas
     by_uid: dict[str, list[PrefixGroup]] = {}
     for prefix_group in prefix_groups:
@@ -113,19 +113,19 @@ def balance(
     # The sort is stable: those of one size come in the order of their samples.
     for same in sorted(by_uid.values(), key=_num_tokens, reverse=True):
         lightest = min(range(num_replicas), key=totals.__getitem__)
-        shares[lightest] += same
+        replicas[lightest] += same
         totals[lightest] += _num_tokens(same)
     longest = max((prefix_group.longest_sample for prefix_group in prefix_groups), default=0)
     while (difference := max(totals) - min(totals)) > longest:
         heaviest, lightest = totals.index(max(totals)), totals.index(min(totals))
-        largest = max(shares[heaviest], key=lambda prefix_group: prefix_group.num_tokens)
-        shares[heaviest].remove(largest)
+        largest = max(replicas[heaviest], key=lambda prefix_group: prefix_group.num_tokens)
+        replicas[heaviest].remove(largest)
         kept, moved = _divide(largest, (difference - largest.prompt_tokens) // 2)
         for prefix_group in kept:
-            _add(shares[heaviest], prefix_group, max_tokens)
-        _add(shares[lightest], moved, max_tokens)
-        totals = [_num_tokens(share) for share in shares]
-    return shares
+            _add(replicas[heaviest], prefix_group, max_tokens)
+        _add(replicas[lightest], moved, max_tokens)
+        totals = [_num_tokens(replica) for replica in replicas]
+    return replicas
 
 
 def _num_tokens(prefix_groups: Iterable[PrefixGroup]) -> int:
@@ -150,28 +150,30 @@ def _divide(prefix_group: PrefixGroup, room: int) -> tuple[list[PrefixGroup], Pr
     return [prefix_group.keep(kept)] if kept else [], prefix_group.keep(moved)
 
 
-def _add(share: list[PrefixGroup], prefix_group: PrefixGroup, max_tokens: int) -> None:
-    """Add to a share; parts of a group that fit a micro-batch together become one, so that no
+def _add(replica: list[PrefixGroup], prefix_group: PrefixGroup, max_tokens: int) -> None:
+    """Add to a replica; parts of a group that fit a micro-batch together become one, so that no
     prompt is counted twice in it.
     """
-    for place, other in enumerate(share):
+    for number, other in enumerate(replica):
         if other.fits(prefix_group, max_tokens):
-            share[place] = other.join(prefix_group)
+            replica[number] = other.join(prefix_group)
             return
-    share.append(prefix_group)
+    replica.append(prefix_group)
 
 
 def fill_microbatches(prefix_groups: Sequence[PrefixGroup], max_tokens: int) -> tuple[Indices, ...]:
     """Return the sample indices of few micro-batches that together hold the prefix groups."""
     bins = fill(
-        {place: prefix_group.num_tokens for place, prefix_group in enumerate(prefix_groups)},
+        {number: prefix_group.num_tokens for number, prefix_group in enumerate(prefix_groups)},
         max_tokens,
     )
     # In sample order, the rollouts of a group lie together and share their media in the source's
     # cache.
     return tuple(
         sorted(
-            tuple(sorted(index for place in bin for index in prefix_groups[place].response_tokens))
+            tuple(
+                sorted(index for number in bin for index in prefix_groups[number].response_tokens)
+            )
             for bin in bins
         )
     )
@@ -187,10 +189,10 @@ def fill(lengths: dict[int, int], max_tokens: int) -> list[list[int]]:
     bins: list[list[int]] = []
     rooms: list[int] = []
     for index in sorted(lengths, key=lambda i: (-lengths[i], i)):
-        for place, room in enumerate(rooms):
+        for number, room in enumerate(rooms):
             if lengths[index] <= room:
-                bins[place].append(index)
-                rooms[place] -= lengths[index]
+                bins[number].append(index)
+                rooms[number] -= lengths[index]
                 break
         else:
             bins.append([index])

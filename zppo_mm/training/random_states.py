@@ -32,9 +32,9 @@ def gather_random_states() -> bytes:
     if device.type == "cuda":
         # Dropout outside of megatron-core's streams, such as that of adapters, draws from here.
         states["cuda"] = torch.cuda.get_rng_state(device)
-    box = io.BytesIO()
-    torch.save(parallel.gather_from_ranks(states), box)
-    return box.getvalue()
+    buffer = io.BytesIO()
+    torch.save(parallel.gather_from_ranks(states), buffer)
+    return buffer.getvalue()
 
 
 def read_random_states(content: bytes) -> list[dict[str, Any]]:

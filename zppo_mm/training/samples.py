@@ -76,7 +76,7 @@ def _training_sample(group: Group, rollout: Rollout, advantage: float) -> Traini
 
 
 def _after_prompt(top: TopLogprobs | None, num_prompt_tokens: int) -> TopLogprobs | None:
-    """Return the teacher's tokens in the places of prompt and response; a prompt has none."""
+    """Return the teacher's tokens at the tokens of prompt and response; a prompt has none."""
     if top is None:
         return None
     rows = ((num_prompt_tokens, 0), (0, 0))

@@ -15,6 +15,7 @@ from torch import nn
 from zppo_mm.lora.adapters import adapters_of
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel import groups as parallel
+from zppo_mm.text_table import text_table
 from zppo_mm.weights.mapping import parameter_mappings
 
 logger = logging.getLogger(__name__)
@@ -81,28 +82,17 @@ def log_part_sizes(model: VisionLanguageModel) -> None:
 
 def table(sizes: dict[str, PartSize]) -> str:
     """Return one line per part and one for all, under a heading."""
-    heading = ("", "parameters", "trainable", "weights", "gradients", "optimizer")
-    rows: list[tuple[str, ...]] = [heading]
+    rows = []
     for name, size in [*sizes.items(), ("all", sum(sizes.values(), PartSize()))]:
-        counts = (f"{size.parameters:,}", f"{size.trainable:,}")
+        memory = (size.weight_bytes, size.gradient_bytes, size.optimizer_bytes)
         rows.append(
-            (
-                name,
-                *counts,
-                *map(_bytes_text, (size.weight_bytes, size.gradient_bytes, size.optimizer_bytes)),
-            )
+            [name, f"{size.parameters:,}", f"{size.trainable:,}", *map(_bytes_text, memory)]
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heading))]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(row[n].rjust(widths[n]) for n in range(1, len(row)))]
-        ).rstrip()
-        for row in rows
-    )
+    return text_table(["", "parameters", "trainable", "weights", "gradients", "optimizer"], rows)
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> PartSize:
-    """Add up what this rank answers for: its own shares, and on tensor rank 0 what all tensor ranks
+    """Add up what this rank answers for: its own shards, and on tensor rank 0 what all tensor ranks
     hold alike.
     """
     total = PartSize()

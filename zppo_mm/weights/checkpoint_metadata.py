@@ -117,26 +117,28 @@ def _problem(metadata: Any) -> str | None:
     if not isinstance(metadata.state_dict_metadata, dict) or not isinstance(
         metadata.storage_data, dict
     ):
-        return "no tables of tensors and places"
-    for index, place in metadata.storage_data.items():
-        if not isinstance(index, MetadataIndex) or not isinstance(place, _StorageInfo):
-            return "a place that is none"
+        return "no tables of tensors and locations"
+    for index, location in metadata.storage_data.items():
+        if not isinstance(index, MetadataIndex) or not isinstance(location, _StorageInfo):
+            return "no location"
         if (
-            type(place.relative_path) is not str
-            or place.relative_path != PurePosixPath(place.relative_path).name
+            type(location.relative_path) is not str
+            or location.relative_path != PurePosixPath(location.relative_path).name
         ):
-            return f"a file outside the folder, {place.relative_path!r}"
-        if not all(type(number) is int and number >= 0 for number in (place.offset, place.length)):
-            return f"a place at {place.offset!r} of length {place.length!r}"
+            return f"a file outside the folder, {location.relative_path!r}"
+        if not all(
+            type(number) is int and number >= 0 for number in (location.offset, location.length)
+        ):
+            return f"a location at {location.offset!r} of length {location.length!r}"
     return None
 
 
 def check_files(folder: Path, metadata: Metadata) -> None:
-    """Compare the files with the places that are said to lie in them."""
+    """Compare the files with the locations that are said to lie in them."""
     ends: dict[str, int] = {}
-    for place in metadata.storage_data.values():
-        ends[place.relative_path] = max(
-            ends.get(place.relative_path, 0), place.offset + place.length
+    for location in metadata.storage_data.values():
+        ends[location.relative_path] = max(
+            ends.get(location.relative_path, 0), location.offset + location.length
         )
     for name, end in sorted(ends.items()):
         # Anything but a plain file could keep a reader waiting for ever.

@@ -1,4 +1,4 @@
-"""The files of a distributed checkpoint in megatron-core's format: pieces of tensors, and
+"""The files of a distributed checkpoint in megatron-core's format: chunks of tensors, and
 `.metadata`, which says where each lies.
 
 Written and read here through torch's own planner and reader, each rank its part, so that nothing
@@ -34,8 +34,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from zppo_mm.errors import CheckpointError, ZppoError
 from zppo_mm.parallel import groups as parallel
-from zppo_mm.weights.boxes import Box, Piece
 from zppo_mm.weights.checkpoint_metadata import METADATA_FILE, check_files, one_line, read_metadata
+from zppo_mm.weights.tensor_shards import TensorShard, WriteChunk
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ class WrittenFile:
         name: In the folder.
         size: Bytes.
         checksum: CRC-32.
-        results: Where each piece lies in it.
+        results: Where each chunk lies in it.
     """
 
     name: str
@@ -61,23 +61,23 @@ class WrittenFile:
 
     def to_json(self) -> str:
         """Return it as text for another rank."""
-        places = [
+        locations = [
             (each.index.fqn, each.index.offset, each.storage_data.offset, each.size_in_bytes)
             for each in self.results
         ]
-        return json.dumps([self.name, self.size, self.checksum, places])
+        return json.dumps([self.name, self.size, self.checksum, locations])
 
     @staticmethod
     def from_json(text: str) -> WrittenFile:
         """Return what `to_json` gave."""
-        name, size, checksum, places = json.loads(text)
+        name, size, checksum, locations = json.loads(text)
         results = [
             WriteResult(
                 MetadataIndex(key, None if offset is None else torch.Size(offset)),
                 length,
                 _StorageInfo(name, start, length),
             )
-            for key, offset, start, length in places
+            for key, offset, start, length in locations
         ]
         return WrittenFile(name, size, checksum, results)
 
@@ -121,23 +121,23 @@ def on_rank_0(path: Path, action: Callable[[], object]) -> None:
     on_every_rank(path, action if parallel.rank() == 0 else lambda: None)
 
 
-def share_out(pieces: Sequence[Piece]) -> tuple[list[Piece], Metadata | None]:
-    """Decide which rank writes which piece; every rank calls it. Of a piece that several have, the
+def plan_writes(chunks: Sequence[WriteChunk]) -> tuple[list[WriteChunk], Metadata | None]:
+    """Decide which rank writes which chunk; every rank calls it. Of a chunk that several have, the
     one with least to write so far.
 
     Args:
-        pieces: What this rank has, those that all ranks have first, which is what evens the ranks
+        chunks: What this rank has, those that all ranks have first, which is what evens the ranks
             out.
 
     Returns:
         What this rank writes, and on rank 0 what `.metadata` will say.
 
     Raises:
-        CheckpointError: The pieces do not make up whole tensors; raised on every rank.
+        CheckpointError: The chunks do not make up whole tensors; raised on every rank.
     """
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     plans: list[Any] | None = [None] * parallel.world_size() if parallel.rank() == 0 else None
-    dist.gather_object(SavePlan([piece.item for piece in pieces]), plans)
+    dist.gather_object(SavePlan([chunk.item for chunk in chunks]), plans)
     metadata, problem = None, None
     if plans is not None:
         try:
@@ -147,21 +147,21 @@ def share_out(pieces: Sequence[Piece]) -> tuple[list[Piece], Metadata | None]:
     problem = parallel.broadcast_object(problem)
     if problem is not None:
         raise CheckpointError(
-            f"checkpoint: the shares of the ranks do not make up whole tensors, got {problem}; "
+            f"checkpoint: the shards of the ranks do not make up whole tensors, got {problem}; "
             "report this layout"
         )
-    box: list[Any] = [None]
-    dist.scatter_object_list(box, plans)
-    wanted = {item.index for item in box[0].items}
-    return [piece for piece in pieces if piece.item.index in wanted], metadata
+    own: list[Any] = [None]
+    dist.scatter_object_list(own, plans)
+    wanted = {item.index for item in own[0].items}
+    return [chunk for chunk in chunks if chunk.item.index in wanted], metadata
 
 
-def write_pieces(pieces: list[Piece], folder: Path) -> WrittenFile:
-    """Write this rank's file and sync it; each piece is let go of when it is written. No other rank
+def write_chunks(chunks: list[WriteChunk], folder: Path) -> WrittenFile:
+    """Write this rank's file and sync it; each chunk is let go of when it is written. No other rank
     is waited for.
 
     Args:
-        pieces: From `share_out`; empty afterwards.
+        chunks: From `plan_writes`; empty afterwards.
         folder: Exists.
 
     Raises:
@@ -169,15 +169,17 @@ def write_pieces(pieces: list[Piece], folder: Path) -> WrittenFile:
     """
     name = f"__{parallel.rank()}_0.distcp"
     results, size, checksum = [], 0, 0
-    pieces.reverse()
+    chunks.reverse()
     with open(folder / name, "wb") as stream:
-        while pieces:
-            piece = pieces.pop()
-            content = _serialised(piece.content())
+        while chunks:
+            chunk = chunks.pop()
+            content = _serialised(chunk.content())
             stream.write(content)
-            place = _StorageInfo(name, size, len(content))
+            location = _StorageInfo(name, size, len(content))
             results.append(
-                WriteResult(index=piece.item.index, size_in_bytes=len(content), storage_data=place)
+                WriteResult(
+                    index=chunk.item.index, size_in_bytes=len(content), storage_data=location
+                )
             )
             size, checksum = size + len(content), zlib.crc32(content, checksum)
         stream.flush()
@@ -199,9 +201,9 @@ def _serialised(content: torch.Tensor | bytes) -> memoryview | bytes:
 
 
 def _torch_saved(content: object) -> memoryview:
-    box = io.BytesIO()
-    torch.save(content, box)
-    return box.getbuffer()
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
 
 
 def write_description(
@@ -212,7 +214,7 @@ def write_description(
 
     Args:
         folder: With all files.
-        metadata: From `share_out`.
+        metadata: From `plan_writes`.
         files: Of all ranks.
 
     Raises:
@@ -253,15 +255,17 @@ class DistributedFolder:
             if isinstance(stored, TensorStorageMetadata)
         }
 
-    def read(self, boxes: Sequence[Box]) -> None:
-        """Fill boxes with what was saved, in the types that they have; no other rank is waited for.
+    def read(self, shards: Sequence[TensorShard]) -> None:
+        """Fill shards with what was saved, in their own types; no other rank is waited for.
 
         Raises:
             CheckpointError: A tensor is missing or another one, or a file cannot be read; named.
         """
         try:
-            items = [item for number, box in enumerate(boxes) for item in self._items(number, box)]
-            self._reader.read_data(LoadPlan(items), _FillBoxes(boxes))
+            items = [
+                item for number, shard in enumerate(shards) for item in self._items(number, shard)
+            ]
+            self._reader.read_data(LoadPlan(items), _FillShards(shards))
         except CheckpointError:
             raise
         except Exception as error:
@@ -271,39 +275,40 @@ class DistributedFolder:
                 f"{self._folder}: the checkpoint cannot be read, got {one_line(error)}, {_FITTING}"
             ) from error
 
-    def _items(self, number: int, box: Box) -> list[ReadItem]:
-        """Return what to read for a box, under its number: two boxes may be the same part."""
-        stored = self._metadata.state_dict_metadata.get(box.key)
+    def _items(self, number: int, shard: TensorShard) -> list[ReadItem]:
+        """Return what to read for a shard, under its number: two shards may be the same part."""
+        stored = self._metadata.state_dict_metadata.get(shard.key)
         if not isinstance(stored, TensorStorageMetadata):
             raise CheckpointError(
-                f"{self._folder}: the tensor {box.key} is missing, got {len(self.tensor_keys)} "
+                f"{self._folder}: the tensor {shard.key} is missing, got {len(self.tensor_keys)} "
                 f"others, {_FITTING}"
             )
-        if stored.size != box.whole:
+        if stored.size != shard.global_shape:
             raise CheckpointError(
-                f"{self._folder}: shape mismatch of the tensor {box.key}, got {list(stored.size)}, "
-                f"expected {list(box.whole)}; use a checkpoint of this network"
+                f"{self._folder}: shape mismatch of the tensor {shard.key}, got "
+                f"{list(stored.size)}, expected {list(shard.global_shape)}; use a checkpoint of "
+                "this network"
             )
         items = create_read_items_for_chunk_list(
-            box.key, stored, [ChunkStorageMetadata(box.offsets, box.tensor.size())]
+            shard.key, stored, [ChunkStorageMetadata(shard.global_offset, shard.tensor.size())]
         )
         covered = sum(math.prod(item.lengths) for item in items)
-        if covered != box.tensor.numel():
+        if covered != shard.tensor.numel():
             raise CheckpointError(
-                f"{self._folder}: the tensor {box.key} has holes or pieces twice, got {covered} "
-                f"elements for a part, expected {box.tensor.numel()}; use another checkpoint"
+                f"{self._folder}: the tensor {shard.key} has holes or chunks twice, got {covered} "
+                f"elements for a part, expected {shard.tensor.numel()}; use another checkpoint"
             )
         return [dataclasses.replace(item, dest_index=MetadataIndex(str(number))) for item in items]
 
 
-class _FillBoxes(LoadPlanner):
-    """Tells torch's reader where in the boxes a piece goes."""
+class _FillShards(LoadPlanner):
+    """Planner that gives torch's reader the part of a shard that a stored chunk fills."""
 
-    def __init__(self, boxes: Sequence[Box]) -> None:
-        self._boxes = boxes
+    def __init__(self, shards: Sequence[TensorShard]) -> None:
+        self._shards = shards
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        tensor = self._boxes[int(read_item.dest_index.fqn)].tensor
+        tensor = self._shards[int(read_item.dest_index.fqn)].tensor
         for axis, (start, length) in enumerate(
             zip(read_item.dest_offsets, read_item.lengths, strict=True)
         ):
@@ -311,7 +316,7 @@ class _FillBoxes(LoadPlanner):
         return tensor
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """The reader has filled the box itself."""
+        """The reader has filled the shard itself."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         raise AssertionError("objects are not asked for: reading them could run code")

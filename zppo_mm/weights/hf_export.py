@@ -2,8 +2,8 @@
 weights.
 
 Parameters travel one by one: gathered over tensor ranks, cut into Hugging Face tensors, sent to the
-first rank, written to their places. No rank ever holds more than one whole parameter besides its
-own share of the network.
+first rank, written at their offsets. No rank ever holds more than one whole parameter besides its
+own shard of the network.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def open_source(model: VisionLanguageModel, source: SafetensorsFolder) -> Safete
         ModelError: A key is missing or not known, or a tensor's type is not supported.
     """
     check_keys(model, source)
-    for key in source.places:
+    for key in source.weight_map:
         source.dtype(key)
     return source
 
@@ -173,7 +173,7 @@ def write_weights(
         written = stream_weights(model, rounds, source, sink, target)
         if writer is not None:
             try:
-                for key in source.places:
+                for key in source.weight_map:
                     if key not in written:
                         _write_stored(writer, source, key, source.read(key))
                 writer.finish()
@@ -212,7 +212,7 @@ def stream_weights(
         target: Where the tensors go, for messages.
 
     Returns:
-        The keys that were handed over; none but on the writing rank.
+        The keys that were written; none but on the writing rank.
 
     Raises:
         ModelError: A sink failed; raised on every rank after the round.
@@ -325,12 +325,12 @@ def _whole_tensors(
     """
     group = parallel.tensor_group()
     for mapping in mappings:
-        share = mapping.parameter.detach().contiguous()
-        shares = [share]
+        shard = mapping.parameter.detach().contiguous()
+        shards = [shard]
         if mapping.rule.axis is not None and group.size() > 1:
-            shares = [torch.empty_like(share) for _ in range(group.size())]
-            dist.all_gather(shares, share, group=group)
-        whole = join(shares, mapping, model.architecture)
+            shards = [torch.empty_like(shard) for _ in range(group.size())]
+            dist.all_gather(shards, shard, group=group)
+        whole = join(shards, mapping, model.architecture)
         for key, tensor in zip(
             mapping.keys, split_tensors(whole, mapping.rule, model.architecture), strict=True
         ):
@@ -346,5 +346,5 @@ def refuse_inside(source: SafetensorsFolder, target: Path) -> None:
     if source.path.resolve() in target.resolve().parents:
         raise ModelError(
             f"{target}: lies inside the source folder {source.path}, expected a folder beside it; "
-            "choose another place"
+            "choose another folder"
         )

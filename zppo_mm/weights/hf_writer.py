@@ -1,4 +1,4 @@
-"""Writes a Hugging Face folder tensor by tensor, aside, and puts it in its place when it is
+"""Writes a Hugging Face folder tensor by tensor, under a temporary name, and renames it when it is
 complete.
 
 The size of every file is known from its header before the first tensor comes, so its room is taken
@@ -48,8 +48,8 @@ class FolderWriter:
         self._target = target
         self.aside = aside_of(target)
         self._headers = headers
-        self._places = {key: name for name, header in headers.items() for key in header.entries}
-        self._left = dict(self._places)
+        self._file_of = {key: name for name, header in headers.items() for key in header.entries}
+        self._left = dict(self._file_of)
         self._files: dict[str, int] = {}
         try:
             shutil.rmtree(self.aside, ignore_errors=True)
@@ -96,7 +96,7 @@ class FolderWriter:
             key, name = next(iter(self._left.items()))
             raise ModelError(
                 f"{self._target / name}: the key {key} was not written ({len(self._left)} in all), "
-                f"got {len(self._places) - len(self._left)} keys, expected {len(self._places)}; "
+                f"got {len(self._file_of) - len(self._left)} keys, expected {len(self._file_of)}; "
                 "check that the network and the source folder are of the same model"
             )
         for name, file in self._files.items():
@@ -136,14 +136,14 @@ class FolderWriter:
         listed = (
             json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             if index.is_file()
-            else self._places
+            else self._file_of
         )
         # A file may have more keys than an index lists; readers take them from the file.
-        wrong = sorted(key for key, name in listed.items() if self._places.get(key) != name)
+        wrong = sorted(key for key, name in listed.items() if self._file_of.get(key) != name)
         if wrong:
             raise ModelError(
                 f"{self._target / INDEX_NAME}: the key {wrong[0]} is not where the index says, got "
-                f"{self._places.get(wrong[0])}, expected {listed[wrong[0]]}; download the source "
+                f"{self._file_of.get(wrong[0])}, expected {listed[wrong[0]]}; download the source "
                 "folder again"
             )
 
@@ -212,8 +212,8 @@ def plain_index(path: Path, headers: Mapping[str, Header]) -> bytes:
         **(metadata if isinstance(metadata, dict) else {}),
         "total_size": sum(sizes),
     }
-    places = {key: name for name, header in headers.items() for key in header.entries}
-    content["weight_map"] = {key: places[key] for key in content["weight_map"] if key in places}
+    file_of = {key: name for name, header in headers.items() for key in header.entries}
+    content["weight_map"] = {key: file_of[key] for key in content["weight_map"] if key in file_of}
     return _json_bytes(content)
 
 

@@ -92,13 +92,13 @@ def is_imported(folder: Path) -> bool:
     return (folder / HEADERS_FOLDER).is_dir() and (folder / SOURCE_FOLDER).is_dir()
 
 
-def begin_imported(source: SafetensorsFolder, passed: list[str], target: Path) -> FolderWriter:
+def begin_imported(source: SafetensorsFolder, extra_keys: list[str], target: Path) -> FolderWriter:
     """Start an imported folder with everything but the network's weights; the checkpoint goes into
     the writer's folder.
 
     Args:
         source: The folder to import.
-        passed: Keys that the network does not have.
+        extra_keys: Keys that the network does not have.
         target: The folder to make.
 
     Raises:
@@ -106,7 +106,7 @@ def begin_imported(source: SafetensorsFolder, passed: list[str], target: Path) -
         ModelError: A tensor cannot be read.
     """
     plain = build_header(
-        {source.stored_names[key]: (source.dtype(key), source.shape(key)) for key in passed},
+        {source.stored_names[key]: (source.dtype(key), source.shape(key)) for key in extra_keys},
         {"format": "pt"},
     )
     others: dict[str, Path | bytes] = {
@@ -117,7 +117,7 @@ def begin_imported(source: SafetensorsFolder, passed: list[str], target: Path) -
     }
     writer = FolderWriter(target, {PASSED_THROUGH_FILE: plain}, others)
     try:
-        for key in passed:
+        for key in extra_keys:
             writer.write(source.stored_names[key], source.read(key))
     except BaseException:
         writer.discard()

@@ -20,7 +20,7 @@ from zppo_mm.models.families.architecture import Architecture, LayerType
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.weights.safetensors_folder import SafetensorsFolder
 
-PASSED_THROUGH = re.compile(r"mtp\.|.*\brotary_emb\.inv_freq$")
+COPIED_KEYS = re.compile(r"mtp\.|.*\brotary_emb\.inv_freq$")
 """Keys that are not part of the network and copied from the source on export: the
 multi-token-prediction head, and the frequencies that old files keep although config.json decides
 them.
@@ -110,7 +110,7 @@ class Mapping:
 
     Attributes:
         name: The parameter's name on this rank.
-        parameter: This rank's share.
+        parameter: This rank's shard.
         keys: Full Hugging Face keys.
         rule: How they become the parameter.
         copied_from_embedding: Whether it is the last stage's copy of a tied embedding, which no
@@ -196,7 +196,7 @@ def tied_copies(architecture: Architecture, folder: SafetensorsFolder) -> dict[s
     """Return by the key of the embedding that of its copy, the output layer, if a folder has both
     for one tied parameter.
     """
-    both = architecture.tie_word_embeddings and OUTPUT_LAYER in folder.places
+    both = architecture.tie_word_embeddings and OUTPUT_LAYER in folder.weight_map
     return {embedding_key(architecture): OUTPUT_LAYER} if both else {}
 
 
@@ -241,7 +241,7 @@ def check_keys(model: VisionLanguageModel, folder: SafetensorsFolder) -> None:
     known = known_language_keys(architecture) | {
         key for mapping in parameter_mappings(model) for key in mapping.keys
     }
-    present = set(folder.places)
+    present = set(folder.weight_map)
     missing = sorted(known - present)
     if missing:
         raise ModelError(
@@ -262,7 +262,7 @@ def check_keys(model: VisionLanguageModel, folder: SafetensorsFolder) -> None:
     unknown = sorted(
         key
         for key in present - known - set(copies.values())
-        if not PASSED_THROUGH.match(key) and not key.startswith(elsewhere)
+        if not COPIED_KEYS.match(key) and not key.startswith(elsewhere)
     )
     if unknown:
         raise ModelError(
@@ -337,7 +337,7 @@ def split_tensors(
 def cut(
     whole: torch.Tensor, mapping: Mapping, architecture: Architecture, rank: int, size: int
 ) -> torch.Tensor:
-    """Return a rank's share of a parameter: of each section its part, laid end to end."""
+    """Return a rank's shard of a parameter: of each section its part, laid end to end."""
     axis = mapping.rule.axis
     if axis is None or size == 1:
         return whole
@@ -347,17 +347,17 @@ def cut(
     )
 
 
-def join(shares: list[torch.Tensor], mapping: Mapping, architecture: Architecture) -> torch.Tensor:
-    """Undo `cut`, given the shares of all ranks in order."""
+def join(shards: list[torch.Tensor], mapping: Mapping, architecture: Architecture) -> torch.Tensor:
+    """Undo `cut`, given the shards of all ranks in order."""
     axis = mapping.rule.axis
-    if axis is None or len(shares) == 1:
-        return shares[0]
-    size = len(shares)
+    if axis is None or len(shards) == 1:
+        return shards[0]
+    size = len(shards)
     sections = [
         section // size
-        for section in _sections(mapping, architecture, shares[0].shape[axis] * size)
+        for section in _sections(mapping, architecture, shards[0].shape[axis] * size)
     ]
-    parts = [torch.split(share, sections, axis) for share in shares]
+    parts = [torch.split(shard, sections, axis) for shard in shards]
     return torch.cat([part[section] for section in range(len(sections)) for part in parts], axis)
 
 
@@ -381,7 +381,7 @@ def _concatenated_sizes(rule: Rule, architecture: Architecture) -> list[int]:
 
 
 def _attention_sizes(architecture: Architecture) -> tuple[int, int, int, int]:
-    """Return key heads, width of a head, query heads per key head, and what a query head is made
+    """Return KV heads, width of a head, query heads per KV head, and what a query head is made
     of: itself, or itself and its gate.
     """
     groups = architecture.num_query_groups

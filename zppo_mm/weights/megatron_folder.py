@@ -26,10 +26,10 @@ from zppo_mm.models.families.architecture import Architecture
 from zppo_mm.models.provider import build_model
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel import groups as parallel
-from zppo_mm.weights.boxes import boxes_of
 from zppo_mm.weights.distributed_folder import DistributedFolder, on_every_rank
 from zppo_mm.weights.mapping import Mapping, cut, fuse_tensors, split_tensors
 from zppo_mm.weights.safetensors_folder import SafetensorsFolder
+from zppo_mm.weights.tensor_shards import shards_of
 
 
 def build_without_weights(
@@ -98,16 +98,16 @@ def with_weights(
     entries = save_entries(model)
     opened = on_every_rank(folder, partial(DistributedFolder, folder))
     for mappings in rounds:
-        filled, boxes = [], []
+        filled, shards = [], []
         for mapping in mappings:
             weight = torch.empty(mapping.parameter.shape, dtype=source_dtype(mapping, source))
-            boxes += boxes_of(entry_with(entries[mapping.name], weight))
+            shards += shards_of(entry_with(entries[mapping.name], weight))
             filled.append(dataclasses.replace(mapping, parameter=cast(nn.Parameter, weight)))
-        on_every_rank(folder, partial(opened.read, boxes))
+        on_every_rank(folder, partial(opened.read, shards))
         yield filled
         # Whoever asks for the next round still holds this one.
         filled.clear()
-        boxes.clear()
+        shards.clear()
 
 
 def save_entries(module: nn.Module, prefix: str = "") -> dict[str, Any]:
@@ -133,10 +133,10 @@ def entry_with(entry: Any, data: torch.Tensor) -> Any:
     return dataclasses.replace(entry, data=data, dtype=data.dtype, allow_shape_mismatch=False)
 
 
-def read_share(
+def read_shard(
     model: VisionLanguageModel, mapping: Mapping, source: SafetensorsFolder
 ) -> torch.Tensor:
-    """Return this rank's share of a parameter, in the narrowest type that is exact."""
+    """Return this rank's shard of a parameter, in the narrowest type that is exact."""
     dtype = source_dtype(mapping, source)
     tensors = [source.read(key).to(dtype) for key in mapping.keys]
     whole = fuse_tensors(tensors, mapping.rule, model.architecture)

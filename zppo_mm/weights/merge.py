@@ -21,7 +21,7 @@ from zppo_mm.weights.safetensors_folder import SafetensorsFolder
 
 logger = logging.getLogger(__name__)
 
-MIN_KEPT_SHARE = 0.99
+MIN_KEPT_FRACTION = 0.99
 """Of what the adapters add; an export that keeps less is warned of."""
 
 
@@ -87,13 +87,13 @@ def _report(sums: Sequence[float], dtypes: Sequence[str]) -> None:
     overlap, added, error = sums
     if not added or parallel.rank():
         return
-    share, distance = overlap / added, (error / added) ** 0.5
-    level = logging.INFO if share >= MIN_KEPT_SHARE else logging.WARNING
+    fraction, distance = overlap / added, (error / added) ** 0.5
+    level = logging.INFO if fraction >= MIN_KEPT_FRACTION else logging.WARNING
     logger.log(
         level,
         "export: merged weights in %s keep %.1f%% of what the adapters add, with a relative error "
         "of %.3g; the adapters by themselves lose nothing",
         " and ".join(dtypes),
-        100 * share,
+        100 * fraction,
         distance,
     )

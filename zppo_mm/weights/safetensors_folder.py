@@ -43,7 +43,7 @@ class SafetensorsFolder:
 
     Attributes:
         path: The folder.
-        places: File name of every key.
+        weight_map: File name of every key.
         stored_names: Every key as its file spells it.
         dequantised_dtype: Type of dequantised weights.
 
@@ -61,7 +61,7 @@ class SafetensorsFolder:
         self._block: tuple[int, int] = (0, 0)
         self._scales = self._find_scales()
         self.stored_names = self._find_names()
-        self.places = {key: self._stored[name] for key, name in self.stored_names.items()}
+        self.weight_map = {key: self._stored[name] for key, name in self.stored_names.items()}
 
     def _read_headers(self) -> dict[str, Header]:
         """Read every file that has weights."""
@@ -189,7 +189,7 @@ class SafetensorsFolder:
         keys: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {
             name: {} for name in self._headers
         }
-        for key, name in self.places.items():
+        for key, name in self.weight_map.items():
             keys[name][self.stored_names[key]] = (self.dtype(key), self.shape(key))
         return {
             name: build_header(found, self._headers[name].metadata)
@@ -199,7 +199,7 @@ class SafetensorsFolder:
 
     def where(self, key: str) -> Path:
         """Return the file that has the key, or the folder if none has."""
-        return self.path / self.places[key] if key in self.places else self.path
+        return self.path / self.weight_map[key] if key in self.weight_map else self.path
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return a tensor's shape from the header."""

@@ -272,8 +272,8 @@ class Reformulator:
             Candidate(
                 text=self.templates.escaped(text),
                 # Recipes are given correct rollouts of the teacher and wrong ones of the student.
-                source="teacher" if _is_correct(pick) else "student",
-                correct=_is_correct(pick),
+                source="teacher" if pick.is_correct else "student",
+                correct=pick.is_correct,
                 answer=pick.parsed,
             )
             for pick, text in zip(plan.picks, texts, strict=True)
@@ -309,14 +309,10 @@ def _is_bcq_eligible(group: Group, answers: TeacherAnswers) -> bool:
     return bool(correct) and bool(_wrong(group.rollouts))
 
 
-def _is_correct(rollout: Rollout) -> bool:
-    return rollout.reward >= 1
-
-
 def correct_rollouts(rollouts: Iterable[Rollout]) -> list[Rollout]:
-    """Return the rollouts with reward 1."""
-    return [rollout for rollout in rollouts if _is_correct(rollout)]
+    """Return the correct rollouts."""
+    return [rollout for rollout in rollouts if rollout.is_correct]
 
 
 def _wrong(rollouts: Iterable[Rollout]) -> list[Rollout]:
-    return [rollout for rollout in rollouts if not _is_correct(rollout)]
+    return [rollout for rollout in rollouts if not rollout.is_correct]

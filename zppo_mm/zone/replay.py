@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from data.question import MediaRef, Question, check_same_question
 from zppo_mm.errors import CheckpointError, ConfigError
-from zppo_mm.experience import Group
+from zppo_mm.experience import BufferFates, BufferUpdate, Group
 
 logger = logging.getLogger(__name__)
 
@@ -38,30 +38,6 @@ class BufferEntry:
     admitted_step: int
     visits: int
     last_accuracy: float
-
-
-@dataclass(frozen=True, slots=True)
-class BufferUpdate:
-    """Question ids that one update admitted, graduated and evicted, in order; an id may be both
-    admitted and evicted.
-    """
-
-    admitted: tuple[str, ...]
-    graduated: tuple[str, ...]
-    evicted: tuple[str, ...]
-
-
-@dataclass(slots=True)
-class BufferFates:
-    """What became of questions since the run began, by accuracy at admission and by number of
-    visits.
-    """
-
-    admitted_by_accuracy: Counter[float] = field(default_factory=Counter)
-    graduated_by_accuracy: Counter[float] = field(default_factory=Counter)
-    evicted_by_accuracy: Counter[float] = field(default_factory=Counter)
-    graduated_by_visits: Counter[int] = field(default_factory=Counter)
-    evicted_by_visits: Counter[int] = field(default_factory=Counter)
 
 
 class ReplayBuffer:
@@ -128,7 +104,7 @@ class ReplayBuffer:
         ]
 
     def update(self, groups: Iterable[Group], tau: float, step: int) -> BufferUpdate:
-        """Admit, graduate and evict by the plain groups of a step; other groups are passed over.
+        """Admit, graduate and evict by the plain groups of a step; other groups are ignored.
 
         A hard question (accuracy below tau) that is not in the buffer is admitted at its end; one
         that is in it stays where it is. A question in the buffer at or above tau graduates, however
@@ -159,7 +135,8 @@ class ReplayBuffer:
                 self.fates.graduated_by_accuracy[entry.accuracy_at_admission] += 1
                 self.fates.graduated_by_visits[entry.visits] += 1
                 graduated.append(question.id)
-        return BufferUpdate(tuple(admitted), tuple(graduated), tuple(self._evict()))
+        evicted = tuple(self._evict())
+        return BufferUpdate(tuple(admitted), tuple(graduated), evicted, tuple(self._entries))
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything as JSON types; `load_state_dict` restores it exactly."""

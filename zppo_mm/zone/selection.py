@@ -132,7 +132,7 @@ class Selection:
         any other group unchanged.
         """
         correct = correct_rollouts(answers.get(group.question.id, ()))
-        wrong = [index for index, rollout in enumerate(group.rollouts) if rollout.reward < 1]
+        wrong = [index for index, rollout in enumerate(group.rollouts) if not rollout.is_correct]
         if not (select_hard([group], self._zone.tau) and correct and wrong):
             return group
         rng = generator(self._seed, "inject", step, group.uid)
@@ -159,12 +159,8 @@ class Selection:
 
 
 def with_signal(groups: Sequence[Group]) -> list[Group]:
-    """Return the groups of questions that have a non-trivial group, whichever of theirs it is; a
-    non-trivial group's rewards differ.
+    """Return the groups of questions that have a group whose rewards differ, whichever of theirs
+    it is.
     """
-    useful = {
-        group.question.id
-        for group in groups
-        if len({rollout.reward for rollout in group.rollouts}) > 1
-    }
+    useful = {group.question.id for group in groups if group.rewards_differ}
     return [group for group in groups if group.question.id in useful]

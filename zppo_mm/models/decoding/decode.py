@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-from zppo_mm.models.decoding.layers import DecodePlan, build_plan
+from zppo_mm.models.decoding.plan import DecodePlan, build_plan
 from zppo_mm.models.layers.cache import DecodeCache
 from zppo_mm.models.layers.packing import build_layout
 from zppo_mm.models.vision_language import VisionLanguageModel

@@ -146,12 +146,12 @@ def common_fields(
         ModelError: A setting is not supported.
     """
     text, vision, head_dim = settings.text, settings.vision, settings.head_dim
-    share = text.rope_parameters.get("partial_rotary_factor")
-    if share not in (None, 1) and not partial_rotation:
-        raise refusal(settings, "partial_rotary_factor", share, (1.0,))
-    if share is not None and (type(share) not in (int, float) or not 0 < share <= 1):
-        raise refusal(settings, "partial_rotary_factor", share, ("a number above 0, at most 1",))
-    rotary_dim = int(head_dim * (1 if share is None else share))
+    fraction = text.rope_parameters.get("partial_rotary_factor")
+    if fraction not in (None, 1) and not partial_rotation:
+        raise refusal(settings, "partial_rotary_factor", fraction, (1.0,))
+    if fraction is not None and (type(fraction) not in (int, float) or not 0 < fraction <= 1):
+        raise refusal(settings, "partial_rotary_factor", fraction, ("a number above 0, at most 1",))
+    rotary_dim = int(head_dim * (1 if fraction is None else fraction))
     rotary = read_rotary(text, rotary_dim, settings.where)
     # Text has the same position on all axes.
     section = (

@@ -15,9 +15,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families.config_keys import ROPE_BESIDE, ROPE_SPELLINGS, same_value
 
-STRETCHED = ("linear", "yarn", "llama3")
-"""Types whose frequencies depend on the settings alone. Others change them with the length of what
-is read, so that a prompt would mean something else in every pack.
+SCALED_ROPE_TYPES = ("linear", "yarn", "llama3")
+"""RoPE scaling whose frequencies depend on the settings alone. Dynamic types change them with the
+sequence length, so that a prompt would mean something else in every pack.
 """
 
 _BESIDE = "the part around it"
@@ -48,26 +48,26 @@ def check_spellings(section: Mapping[str, Any], effective: Mapping[str, Any], wh
     Raises:
         ModelError: A setting differs from the one that holds.
     """
-    for place, key, value in _said(section):
+    for where_found, key, value in _settings_of(section):
         name = "rope_type" if key == "type" else key
         value = "default" if name == "rope_type" and value == "mrope" else value
         if value is None or (name == "rope_type" and value == "default"):
             # Files of transformers 5 that somebody extended in the older spelling have this beside
             # the type that holds.
             continue
-        if place == _BESIDE and name not in effective:
+        if where_found == _BESIDE and name not in effective:
             # The length of the first training is read by some types alone.
             continue
         if not same_value(value, effective.get(name)):
             raise ModelError(
-                f"{where}: {key} has two values, got {value!r} in {place}, and "
+                f"{where}: {key} has two values, got {value!r} in {where_found}, and "
                 f"{effective.get(name)!r} is what transformers would read, expected one; write all "
                 f"rotary settings into {ROPE_SPELLINGS[0]} and remove {ROPE_SPELLINGS[1]}"
             )
 
 
-def _said(section: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Yield every rotary setting of a file, with the place where it stands."""
+def _settings_of(section: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Yield every rotary setting of a file, with the section that holds it."""
     for spelling in ROPE_SPELLINGS:
         for key, value in (section.get(spelling) or {}).items():
             yield spelling, key, value
@@ -89,10 +89,10 @@ def read_rotary(text: Any, rotary_dim: int, where: str) -> Rotary:
     """
     settings = text.rope_parameters
     kind = settings.get("rope_type")
-    if kind not in ("default", *STRETCHED):
+    if kind not in ("default", *SCALED_ROPE_TYPES):
         raise ModelError(
             f"{where}: rope_type is not supported, got {kind!r}, expected 'default' or "
-            f"{' or '.join(map(repr, STRETCHED))}; use a folder with one of these rotary "
+            f"{' or '.join(map(repr, SCALED_ROPE_TYPES))}; use a folder with one of these rotary "
             "embeddings, the same for all layers"
         )
     try:

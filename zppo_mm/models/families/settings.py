@@ -113,7 +113,7 @@ def read_settings(raw: dict[str, Any], where: str, title: str) -> Settings:
             "download the folder again"
         )
     for key in SIZES:
-        # Before transformers, which makes a list of as many layers as it is told.
+        # Before transformers, which makes a list of as many layers as the file says.
         check_size(key, inner[key], where)
     for section in (raw, inner):
         _check_quantisation(section, where)

@@ -1,4 +1,4 @@
-"""Full attention over packed sequences, with an output gate where the family has one."""
+"""Full attention over packed sequences, with an output gate where the group has one."""
 
 from __future__ import annotations
 
@@ -68,17 +68,17 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
                 torch.split(heads, list(packed_seq_params.lengths)) for heads in (key, value)
             )
         for branch in packed_seq_params.branches:
-            counts = [family.num_children for family in branch.families]
+            counts = [group.num_children for group in branch.child_groups]
             own = zip(
-                branch.families,
+                branch.child_groups,
                 *(torch.split(branch.bucket.pad(heads), counts) for heads in (query, key, value)),
                 strict=True,
             )
             mixed = [
                 self._mix(
-                    q, _after(keys[family.parent], k), _after(values[family.parent], v), family.mask
+                    q, _after(keys[group.parent], k), _after(values[group.parent], v), group.mask
                 )
-                for family, q, k, v in own
+                for group, q, k, v in own
             ]
             parts.append(branch.bucket.unpad(torch.cat(mixed)))
         return packed_seq_params.join(parts).flatten(1)
@@ -125,7 +125,7 @@ class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
         """Mix tokens of each sequence.
 
         Args:
-            hidden_states: `[tokens, 1, hidden]`; a share of the tokens under sequence or context
+            hidden_states: `[tokens, 1, hidden]`; part of the tokens under sequence or context
                 parallelism.
             attention_mask: Unused.
             rotary_pos_emb: `[2, tokens, 1, rotated channels]` cosines and sines; this rank's part

@@ -1,4 +1,4 @@
-"""What decoding remembers of every sequence: rotated keys, values, and the states of the DeltaNet
+"""The decoding cache of every sequence: rotated keys, values, and the states of the DeltaNet
 layers.
 """
 
@@ -100,6 +100,7 @@ class DecodeCache:
         assert not self.lengths, "a cache is filled by one prefill"
         lengths = cu_seqlens.diff().cpu()
         self.lengths, self.owners, self._dtype = lengths.tolist(), list(range(len(lengths))), dtype
+        # Right-aligned: prompt i fills the last slots of row i of `[prompts, longest]`.
         ends = (torch.arange(len(lengths)) + 1) * max(self.lengths)
         self._slots = (
             torch.arange(int(lengths.sum()))
@@ -117,11 +118,13 @@ class DecodeCache:
 
         Args:
             layer: Global number.
-            sequences: Places of the prompts in the batch.
+            sequences: Indices of the prompts in the batch.
             inputs: `[sequences, taps - 1, channels]` last inputs of the convolution.
             state: `[sequences, value_heads, key_dim, value_dim]`.
         """
         if layer not in self.linear:
+            # One slot more than the context, so that a step writes its input and then reads all
+            # taps from the ring.
             ring = inputs.new_zeros((self.batch_size, inputs.shape[1] + 1, inputs.shape[2]))
             self.linear[layer] = LinearState(
                 ring, state.new_zeros((self.batch_size, *state.shape[1:]))
@@ -131,7 +134,7 @@ class DecodeCache:
         self.linear[layer].state[rows] = state
 
     def select(self, index: torch.Tensor) -> None:
-        """Keep the sequences that `index` names, in its order; a place may come several times or
+        """Keep the sequences that `index` names, in its order; an index may come several times or
         not at all.
 
         Prompts that lose all their sequences are forgotten.
@@ -139,11 +142,11 @@ class DecodeCache:
         Args:
             index: `[new batch]` int64 on the network's device, at least one.
         """
-        slots, owners = max(self.lengths), [self.owners[place] for place in index.tolist()]
+        slots, owners = max(self.lengths), [self.owners[row] for row in index.tolist()]
         kept = sorted(set(owners))
-        places = {prompt: place for place, prompt in enumerate(kept)}
+        new_index = {prompt: row for row, prompt in enumerate(kept)}
         loses_prompts, was_copied = len(kept) < len(self.lengths), self.is_copied
-        self.owners = [places[owner] for owner in owners]
+        self.owners = [new_index[owner] for owner in owners]
         self.lengths = [self.lengths[prompt] for prompt in kept]
         for state in self.linear.values():
             state.inputs, state.state = (
@@ -185,8 +188,8 @@ class DecodeCache:
             layer.prompt = None if self.is_copied else layer.prompt
 
     def _arrange(self, device: torch.device) -> None:
-        """Say who shares what, or that each has a copy because sharing does not save time; copies
-        stay copies.
+        """Set which sequences share which prompt, or that each has a copy because sharing does not
+        save time; copies stay copies.
         """
         slots = max(self.lengths)
         self.is_copied = self.is_copied or not is_worth_sharing(self.owners, slots, device)
@@ -203,6 +206,7 @@ class DecodeCache:
         be decoded.
         """
         capacity = self.max_new_tokens + (max(self.lengths) if self.is_copied else 0)
+        # Room for all steps at once: growing by `cat` would copy the cache at every token.
         both = []
         for tensors in zip(*parts, strict=True):
             joined = tensors[0].new_empty((*tensors[0].shape[:2], capacity, tensors[0].shape[3]))

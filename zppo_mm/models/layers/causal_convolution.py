@@ -31,7 +31,7 @@ def last_inputs(inputs: torch.Tensor, lengths: tuple[int, ...], count: int) -> t
     start: `[batch, count, channels]`.
     """
     padded = F.pad(inputs, (0, 0, count, 0))
-    places = torch.tensor(lengths, device=inputs.device)[:, None] + torch.arange(
+    indices = torch.tensor(lengths, device=inputs.device)[:, None] + torch.arange(
         count, device=inputs.device
     )
-    return padded.gather(1, places[..., None].expand(-1, -1, inputs.shape[-1]))
+    return padded.gather(1, indices[..., None].expand(-1, -1, inputs.shape[-1]))

@@ -31,15 +31,15 @@ class DeepstackLayer(TransformerLayer):  # type: ignore[misc]
             Hidden states `[tokens, 1, hidden]`, and the context for the next layer.
         """
         hidden, _context = super().forward(*args, context=None, **kwargs)
-        place = self.layer_number - 1
-        if context is not None and place < context.shape[1]:
-            hidden = hidden + context[:, place, None]
+        level = self.layer_number - 1
+        if context is not None and level < context.shape[1]:
+            hidden = hidden + context[:, level, None]
         return hidden, context
 
 
-def spread_features(features: torch.Tensor, places: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Return `[tokens, layers, hidden]` with `[features, layers, hidden]` at their tokens' places
+def spread_features(features: torch.Tensor, indices: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Return `[tokens, layers, hidden]` with `[features, layers, hidden]` at their tokens' indices
     and zeros elsewhere.
     """
     empty = features.new_zeros((num_tokens, *features.shape[1:]))
-    return empty.index_copy(0, places, features)
+    return empty.index_copy(0, indices, features)

@@ -35,7 +35,7 @@ class HeadLayout:
 @dataclass(frozen=True, slots=True)
 class MixingHeads:
     """The heads whose tokens this rank mixes, with their parameters: all of the tensor rank's, or a
-    context rank's share of them.
+    context rank's part of them.
 
     Attributes:
         layout: Numbers and widths.

@@ -138,7 +138,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         """Mix tokens of each sequence.
 
         Args:
-            hidden_states: `[tokens, 1, hidden]`; a share of the tokens under sequence or context
+            hidden_states: `[tokens, 1, hidden]`; part of the tokens under sequence or context
                 parallelism.
             attention_mask: Unused.
             packed_seq_params: Where the sequences of the whole pack lie, and the cache that a
@@ -155,9 +155,12 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
             beta, alpha = self._small_projections(hidden_states)
         heads, exchange = self._all_heads(), packed_seq_params.exchange
         if exchange is not None:
+            # `[tokens / size, heads, dim]` to `[tokens, heads / size, dim]`; the gate stays, since
+            # it is applied per token after the all-to-all back.
             *qkv, beta, alpha = exchange.to_heads((*heads.split(mixed), beta, alpha))
             mixed = torch.cat([part.flatten(1) for part in qkv], -1)
             heads = self._own_heads(exchange)
+        # Gates of the recurrence in float32: the decay is multiplied up over whole sequences.
         beta = beta.float().sigmoid()
         log_decay = -heads.decay.exp() * F.softplus(alpha.float() + heads.decay_bias.float())
         mix = self._mix_padded if self.fused_kernels is None else self._mix_packed
@@ -189,7 +192,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         return MixingHeads(self.heads, self.conv1d.weight, self.A_log, self.dt_bias)
 
     def _own_heads(self, exchange: UlyssesExchange) -> MixingHeads:
-        """Return the share of the heads that this context rank mixes."""
+        """Return the heads that this context rank mixes after the all-to-all."""
         size = exchange.size
         layout = replace(
             self.heads,
@@ -215,6 +218,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         cache = layout.cache
         parts, contexts, states = [], [], []
         for bucket in layout.buckets:
+            # Only a cache and children need the state after the last token.
             wanted = cache is not None or bucket.has_children
             inputs = bucket.pad(mixed)
             output, state = _mix_batch(
@@ -262,6 +266,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         weight = heads.convolution.squeeze(1)
         convolved, _state = convolve(mixed[None], weight, activation="silu", cu_seqlens=bounds)
         query, key, value = heads.split(convolved)
+        # FLA's rule wants as many query and key heads as value heads.
         repeats = heads.layout.value_heads // heads.layout.key_heads
         if repeats > 1:
             query, key = query.repeat_interleave(repeats, 2), key.repeat_interleave(repeats, 2)
@@ -301,10 +306,10 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         can cut each part anew.
         """
         metadata = ensure_metadata_has_dp_cp_group(metadata)
-        place = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
+        groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
         own = {"A_log": self.A_log, "dt_bias": self.dt_bias, "conv1d.weight": self.conv1d.weight}
         result: ShardedStateDict = make_sharded_tensors_for_checkpoint(
-            own, prefix, dict.fromkeys(own, 0), sharded_offsets, **place
+            own, prefix, dict.fromkeys(own, 0), sharded_offsets, **groups
         )
         for name in ("in_proj", "out_norm", "out_proj"):
             child = sharded_state_dict_default(

@@ -1,9 +1,9 @@
-"""Packed sequences `[tokens]` to padded batches `[sequences, longest]` and back, for kernels that
-know no packing.
+"""Packed sequences `[tokens]` to padded batches `[sequences, longest]` and back, for kernels
+without support for packing.
 
 A sequence of a pack may continue another one, its parent, as every response of a group continues
-the prompt. The parent is then laid and computed once, and its children start from what it left:
-keys and values, DeltaNet state, last inputs of the convolution.
+the prompt (shared-prefix training). The parent is computed once, and its children start from its
+state: keys and values, DeltaNet state, last inputs of the convolution.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Bucket:
     """Sequences of similar length, padded on the right to the longest.
 
     Attributes:
-        sequences: Their places in the pack.
+        sequences: Their indices in the pack.
         lengths: Their tokens.
-        tokens: `[tokens of the bucket]` places in the pack, `None` when the bucket is the whole
+        tokens: `[tokens of the bucket]` indices in the pack, `None` when the bucket is the whole
             pack.
-        slots: `[tokens of the bucket]` places in the flattened batch, `None` when nothing is
+        slots: `[tokens of the bucket]` indices in the flattened batch, `None` when nothing is
             padded.
         has_children: Whether a sequence of another bucket continues one of these.
     """
@@ -48,6 +48,7 @@ class Bucket:
 
     def pad(self, packed: torch.Tensor) -> torch.Tensor:
         """Turn `[tokens of the pack, ...]` into `[sequences, longest, ...]`, zero where padded."""
+        # Where every sequence is as long as the longest, padding is a view.
         mine = packed if self.tokens is None else packed.index_select(0, self.tokens)
         rest = packed.shape[1:]
         if self.slots is not None:
@@ -62,11 +63,11 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class ChildGroup:
     """The children of one parent in a bucket, which lie next to each other there.
 
     Attributes:
-        parent: Its place in the pack.
+        parent: Its index in the pack.
         num_children: Rows of the bucket.
         mask: `[longest child, parent's tokens + longest child]` whether a child's token looks at a
             token: the whole parent, and its own past.
@@ -83,13 +84,13 @@ class Branch:
 
     Attributes:
         bucket: The children.
-        families: Together every child of the bucket once, in its order.
+        child_groups: Together every child of the bucket once, in its order.
         parent_rows: `[children]` int64, the parent of each among the sequences of all buckets that
             have children, laid end to end.
     """
 
     bucket: Bucket
-    families: tuple[Family, ...]
+    child_groups: tuple[ChildGroup, ...]
     parent_rows: torch.Tensor
 
 
@@ -101,11 +102,11 @@ class PackedLayout(PackedSeqParams):  # type: ignore[misc]
         buckets: Together every sequence without a parent once.
         branches: Together every sequence with a parent once.
         lengths: Tokens of every sequence.
-        order: `[tokens]` place of every token in the tokens of buckets and branches laid end to
+        order: `[tokens]` index of every token in the tokens of buckets and branches laid end to
             end; `None` when that is the pack itself.
         cache: Where a prefill keeps keys, values and DeltaNet states; `None` in training.
-        exchange: How the ranks that share this pack swap tokens for heads; `None` where each rank
-            has the whole pack.
+        exchange: Ulysses all-to-alls of the ranks that share this pack; `None` where each rank has
+            the whole pack.
     """
 
     buckets: tuple[Bucket, ...] = ()
@@ -148,11 +149,12 @@ def build_layout(
         cache: Filled by the forward pass if given.
         parents: Per sequence the one that it continues, -1 for none; sequences beyond the last
             entry have none. A parent has no parent itself.
-        exchange: How the ranks that share the pack swap tokens for heads, if any do.
+        exchange: Ulysses all-to-alls of the ranks that share the pack, if any do.
     """
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(bounds)]
     roots, children = _sort_out(lengths, parents or ())
+    # Siblings next to each other, so that one masked attention serves all children of a parent.
     groups = _alike(roots, lengths)
     sibling_groups = [
         sorted(siblings, key=lambda child: (children[child], child))
@@ -166,21 +168,23 @@ def build_layout(
         _bucket(sorted(group), starts, lengths, whole, device, not with_children.isdisjoint(group))
         for group in groups
     )
+    # A branch takes its initial states from the concatenated states of these buckets' rows.
     parent_rows = {
-        place: row
-        for row, place in enumerate(
-            place for b in buckets if b.has_children for place in b.sequences
+        parent: row
+        for row, parent in enumerate(
+            sequence for b in buckets if b.has_children for sequence in b.sequences
         )
     }
     branches = []
     for siblings in sibling_groups:
         bucket = _bucket(siblings, starts, lengths, whole, device)
         rows = torch.tensor([parent_rows[children[child]] for child in siblings], device=device)
-        branches.append(Branch(bucket, _families(bucket, children, lengths, device), rows))
+        branches.append(Branch(bucket, _child_groups(bucket, children, lengths, device), rows))
     order = None
     if not whole:
+        # Inverse permutation: from the concatenated parts back to the order of the pack.
         tokens = [bucket.tokens for bucket in (*buckets, *(branch.bucket for branch in branches))]
-        order = torch.argsort(torch.cat([places for places in tokens if places is not None]))
+        order = torch.argsort(torch.cat([indices for indices in tokens if indices is not None]))
     longest = max(lengths)
     return PackedLayout(
         qkv_format="thd",
@@ -217,7 +221,7 @@ def _sort_out(lengths: list[int], parents: Sequence[int]) -> tuple[list[int], di
 def _alike(sequences: list[int], lengths: list[int]) -> list[list[int]]:
     """Divide sequences into groups of similar length, the longest first."""
     groups: list[list[int]] = []
-    for sequence in sorted(sequences, key=lambda place: -lengths[place]):
+    for sequence in sorted(sequences, key=lambda index: -lengths[index]):
         if groups and lengths[groups[-1][0]] <= MAX_PADDING_RATIO * lengths[sequence]:
             groups[-1].append(sequence)
         else:
@@ -225,16 +229,17 @@ def _alike(sequences: list[int], lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-def _families(
+def _child_groups(
     bucket: Bucket, children: dict[int, int], lengths: list[int], device: torch.device
-) -> tuple[Family, ...]:
+) -> tuple[ChildGroup, ...]:
     """Divide a bucket's children by parent."""
     causal = torch.ones((bucket.longest, bucket.longest), dtype=torch.bool, device=device).tril()
-    families = []
+    child_groups = []
     for parent, members in groupby(bucket.sequences, key=children.__getitem__):
+        # `[longest child, parent + longest child]`: every parent token, then the own past.
         mask = torch.cat([causal.new_ones((bucket.longest, lengths[parent])), causal], 1)
-        families.append(Family(parent, len(list(members)), mask))
-    return tuple(families)
+        child_groups.append(ChildGroup(parent, len(list(members)), mask))
+    return tuple(child_groups)
 
 
 def _bucket(
@@ -248,6 +253,7 @@ def _bucket(
     lengths = [all_lengths[sequence] for sequence in sequences]
     longest = max(lengths)
     counts = torch.tensor(lengths)
+    # Position of every token in its sequence: 0, 1, … per sequence, `[tokens of the bucket]`.
     offsets = torch.arange(int(counts.sum())) - torch.repeat_interleave(
         counts.cumsum(0) - counts, counts
     )

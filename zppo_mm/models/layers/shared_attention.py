@@ -2,8 +2,8 @@
 
 The keys of a prompt are read once for all its sequences, whose queries stand side by side as the
 tokens of one; each sequence's own keys are read apart. A softmax over both is the mean of two
-softmaxes, weighted by their sums of exponentials. The kernel that tells these sums is the
-processor's; elsewhere each sequence gets a copy of its prompt.
+softmaxes, weighted by their sums of exponentials. Only the CPU's kernel
+returns these sums; elsewhere each sequence gets a copy of its prompt.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ class PromptGroups:
     Attributes:
         rows: `[prompts * width]` int64, the sequences of each prompt; groups smaller than the
             widest are filled with any sequence.
-        places: `[batch]` int64, where each sequence stands in `rows`.
+        inverse: `[batch]` int64, the index of each sequence in `rows`.
         num_prompts: Prompts, each with at least one sequence.
         mask: See `prompt_mask`.
     """
 
     rows: torch.Tensor
-    places: torch.Tensor
+    inverse: torch.Tensor
     num_prompts: int
     mask: torch.Tensor | None
 
@@ -90,12 +90,12 @@ class PromptGroups:
             members[owner].append(row)
         width = max(map(len, members))
         rows = [row for group in members for row in group + [0] * (width - len(group))]
-        places = [0] * len(owners)
+        inverse = [0] * len(owners)
         for owner, group in enumerate(members):
-            for place, row in enumerate(group):
-                places[row] = owner * width + place
+            for slot, row in enumerate(group):
+                inverse[row] = owner * width + slot
         arranged, back = (
-            torch.tensor(indices, dtype=torch.int64, device=device) for indices in (rows, places)
+            torch.tensor(indices, dtype=torch.int64, device=device) for indices in (rows, inverse)
         )
         return PromptGroups(
             arranged, back, len(lengths), prompt_mask(lengths, max(lengths), device, dtype)
@@ -119,7 +119,7 @@ class PromptGroups:
             .transpose(1, 2)
             .reshape(-1, groups, heads, channels)
         )
-        return rows.index_select(0, self.places)
+        return rows.index_select(0, self.inverse)
 
 
 def attend(
@@ -131,7 +131,7 @@ def attend(
     """Attend to the prompts and to the sequences' own tokens.
 
     Args:
-        queries: `[batch, groups, heads, head_dim]`, the heads that read one key head's keys.
+        queries: `[batch, groups, heads, head_dim]`, the query heads of one KV head.
         prompt: Keys and values of the prompts, each `[prompts, groups, slots, head_dim]`.
         own: Keys and values of the sequences' tokens after their prompts, each `[batch, groups,
             tokens, head_dim]`, at least one token.
@@ -152,7 +152,7 @@ def attend(
 def softmax_read(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend, and tell the scale of what was read.
+    """Attend, and return the log-sum-exp of the scores too.
 
     Args:
         queries: `[batch, groups, tokens, head_dim]`.

@@ -1,5 +1,5 @@
-"""Context parallelism: ranks that share the tokens of a pack swap them for shares of the heads
-where tokens mix, and swap back.
+"""Context parallelism as in DeepSpeed-Ulysses: an all-to-all before and after every layer that
+mixes tokens.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from megatron.core.tensor_parallel import all_to_all
 
 @dataclass(frozen=True, slots=True)
 class UlyssesExchange:
-    """This rank's place among those that share a pack.
+    """The all-to-alls of the ranks that share a pack.
 
     Everything that treats tokens one by one runs on equal contiguous parts of the pack. Attention,
     the convolution and the delta rule mix tokens but not heads: they run on the whole pack and a
-    share of the heads, so they need no variant of their own. Heads are shared as tensor ranks share
-    them, in contiguous blocks, so queries stay with their keys.
+    part of the heads, so they need no variant of their own. Heads are split as tensor ranks split
+    them, in contiguous blocks, so queries stay with their KV heads.
 
     Attributes:
         group: The ranks, in the order of their parts.
-        rank: This one's part.
+        rank: Of this process; also the number of its part.
         size: Number of parts.
     """
 
@@ -37,16 +37,16 @@ class UlyssesExchange:
         return whole.chunk(self.size, axis)[self.rank]
 
     def own_heads(self, whole: torch.Tensor) -> torch.Tensor:
-        """Return this rank's share of a parameter whose first axis counts heads, or channels head
+        """Return this rank's heads of a parameter whose first axis counts heads, or channels head
         by head.
 
-        The gradients of the other shares are zero here; the reduction over data and context ranks
-        puts the shares together.
+        The gradients of the other heads are zero here; the reduction over data and context ranks
+        adds them up.
         """
         return whole.chunk(self.size)[self.rank]
 
     def to_heads(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Swap tokens for heads, in one message per rank.
+        """Ulysses all-to-all from parts of the tokens to parts of the heads, one for all tensors.
 
         Args:
             parts: `[tokens / size, heads, ...]` each, of any number of heads that the size divides.
@@ -63,7 +63,7 @@ class UlyssesExchange:
         ]
 
     def to_tokens(self, mixed: torch.Tensor) -> torch.Tensor:
-        """Swap heads for tokens: `[tokens, heads / size, ...]` to `[tokens / size, heads, ...]`."""
+        """The all-to-all back: `[tokens, heads / size, ...]` to `[tokens / size, heads, ...]`."""
         sent = mixed.reshape(self.size, -1, *mixed.shape[1:])
         received = cast(torch.Tensor, all_to_all(self.group, sent))
         return received.transpose(0, 1).flatten(1, 2)

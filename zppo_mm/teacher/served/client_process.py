@@ -88,7 +88,11 @@ class PoolProcess:
             self.counts["faults/client_process"] += len(work.requests)
             future.set_result([Outcome(problem=problem) for _ in work.requests])
             return
-        done: Done = pickle.loads(reply.result()[1])
+        try:
+            done: Done = pickle.loads(reply.result()[1])
+        except Exception as unreadable:
+            future.set_exception(unreadable)
+            return
         self.counts.update(done.counts)
         if done.error is not None:
             future.set_exception(done.error)

@@ -1,4 +1,4 @@
-"""What a distributed checkpoint keeps: boxes of whole tensors, each with the memory that holds it
+"""The shards of a distributed checkpoint: slices of whole tensors, with the memory that holds them
 on this rank.
 """
 
@@ -25,32 +25,32 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-PIECE_BYTES = 1 << 26
-"""What is written and read at once: a rank reads the pieces that overlap its share, each of them
+CHUNK_BYTES = 1 << 26
+"""What is written and read at once: a rank reads the chunks that overlap its shards, each of them
 whole.
 """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Box:
-    """A part of a whole tensor.
+class TensorShard:
+    """A slice of a whole tensor, with Megatron's names for its global position.
 
     Attributes:
         key: The whole tensor's name in the checkpoint.
-        whole: Its shape.
-        offsets: First element of the part along every axis.
-        tensor: The part, with as many axes as the whole.
+        global_shape: Of the whole tensor.
+        global_offset: First element of the shard along every axis of the whole.
+        tensor: The shard, with as many axes as the whole.
     """
 
     key: str
-    whole: torch.Size
-    offsets: torch.Size
+    global_shape: torch.Size
+    global_offset: torch.Size
     tensor: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Piece:
-    """What is written at once: a box of at most about `PIECE_BYTES`, or a small object.
+class WriteChunk:
+    """What is written at once: a shard of at most about `CHUNK_BYTES`, or a small object.
 
     Attributes:
         item: What the checkpoint's plan says about it.
@@ -70,15 +70,15 @@ def parts_of(entry: Any) -> list[ShardedTensor]:
     )
 
 
-def boxes_of(entry: Any) -> list[Box]:
-    """Return an entry's tensors as boxes that share its memory; a small object has none."""
+def shards_of(entry: Any) -> list[TensorShard]:
+    """Return an entry's tensors as shards that share its memory; a small object has none."""
     if isinstance(entry, ShardedObject):
         return []
-    return [_box(part, part.data.detach(), [0] * part.data.ndim) for part in parts_of(entry)]
+    return [_shard(part, part.data.detach(), [0] * part.data.ndim) for part in parts_of(entry)]
 
 
-def flat_boxes_of(entry: Any, data: torch.Tensor, start: int, prefix: str) -> list[Box]:
-    """Return boxes of other contents for a stretch of an entry's elements.
+def flat_shards_of(entry: Any, data: torch.Tensor, start: int, prefix: str) -> list[TensorShard]:
+    """Return shards of other contents for a stretch of an entry's elements.
 
     Args:
         entry: Megatron's, of a parameter.
@@ -91,32 +91,35 @@ def flat_boxes_of(entry: Any, data: torch.Tensor, start: int, prefix: str) -> li
     whole = dataclasses.replace(
         entry, data=torch.empty(entry.data.shape, dtype=entry.data.dtype, device="meta")
     )
-    boxes = []
+    shards = []
     for part in parts_of(whole):
         assert part.data.is_contiguous(), f"{part.key}: sections are cut along the first axis"
         begin = part.data.storage_offset()
         first, last = max(start, begin), min(start + data.numel(), begin + part.data.numel())
-        for offsets, sizes, place in _cut(tuple(part.data.shape), first - begin, last - begin):
-            here = begin + place - start
-            box = _box(part, data[here : here + math.prod(sizes)].view(sizes), offsets)
-            boxes.append(dataclasses.replace(box, key=f"{prefix}{part.key}"))
-    return boxes
+        for offsets, sizes, element in _cut(tuple(part.data.shape), first - begin, last - begin):
+            here = begin + element - start
+            shard = _shard(part, data[here : here + math.prod(sizes)].view(sizes), offsets)
+            shards.append(dataclasses.replace(shard, key=f"{prefix}{part.key}"))
+    return shards
 
 
-def _box(part: ShardedTensor, data: torch.Tensor, offsets: Sequence[int]) -> Box:
+def _shard(part: ShardedTensor, data: torch.Tensor, offsets: Sequence[int]) -> TensorShard:
     prepended = part.prepend_axis_num
-    place = [
+    # Megatron prepends an axis per stack of layers, along which the shard is one element.
+    global_offset = [
         origin + step
         for origin, step in zip(part.global_offset, [0] * prepended + list(offsets), strict=True)
     ]
     shape = torch.Size([1] * prepended + list(data.shape))
-    return Box(part.key, torch.Size(part.global_shape), torch.Size(place), data.view(shape))
+    return TensorShard(
+        part.key, torch.Size(part.global_shape), torch.Size(global_offset), data.view(shape)
+    )
 
 
 def _cut(
     shape: tuple[int, ...], start: int, stop: int
 ) -> Iterator[tuple[list[int], list[int], int]]:
-    """Cut a stretch of a tensor's elements, in memory order, into boxes: offsets, sizes and first
+    """Cut a stretch of a tensor's elements, in memory order, into shards: offsets, sizes and first
     element of each.
     """
     if start >= stop:
@@ -141,47 +144,51 @@ def _cut_row(
     shape: tuple[int, ...], number: int, start: int, stop: int
 ) -> Iterator[tuple[list[int], list[int], int]]:
     origin = number * math.prod(shape[1:])
-    for offsets, sizes, place in _cut(shape[1:], start - origin, stop - origin):
-        yield [number, *offsets], [1, *sizes], origin + place
+    for offsets, sizes, element in _cut(shape[1:], start - origin, stop - origin):
+        yield [number, *offsets], [1, *sizes], origin + element
 
 
-def pieces_of(box: Box, make: Callable[[], torch.Tensor]) -> Iterator[Piece]:
-    """Cut a box along its first axis that is longer than 1.
+def chunks_of(shard: TensorShard, make: Callable[[], torch.Tensor]) -> Iterator[WriteChunk]:
+    """Cut a shard along its first axis that is longer than 1.
 
     Args:
-        box: Its memory is not looked at.
-        make: Returns the contents of the whole box, when a piece of it is to be written.
+        shard: Its memory is not looked at.
+        make: Returns the contents of the whole shard, when a chunk of it is to be written.
     """
-    shape = list(box.tensor.shape)
-    axis = next((place for place, length in enumerate(shape) if length > 1), 0)
+    shape = list(shard.tensor.shape)
+    axis = next((number for number, length in enumerate(shape) if length > 1), 0)
     step = max(
-        1, shape[axis] * PIECE_BYTES // max(1, box.tensor.numel() * box.tensor.dtype.itemsize)
+        1, shape[axis] * CHUNK_BYTES // max(1, shard.tensor.numel() * shard.tensor.dtype.itemsize)
     )
     for start in range(0, shape[axis], step):
         rows = min(step, shape[axis] - start)
-        offsets, sizes = list(box.offsets), list(shape)
+        offsets, sizes = list(shard.global_offset), list(shape)
         offsets[axis], sizes[axis] = offsets[axis] + start, rows
         chunk = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
         data = TensorWriteData(
-            chunk=chunk, properties=TensorProperties(dtype=box.tensor.dtype), size=box.whole
+            chunk=chunk,
+            properties=TensorProperties(dtype=shard.tensor.dtype),
+            size=shard.global_shape,
         )
         item = WriteItem(
-            index=MetadataIndex(box.key, chunk.offsets), type=WriteItemType.SHARD, tensor_data=data
+            index=MetadataIndex(shard.key, chunk.offsets),
+            type=WriteItemType.SHARD,
+            tensor_data=data,
         )
-        yield Piece(item, partial(_rows, make, axis, start, rows))
+        yield WriteChunk(item, partial(_rows, make, axis, start, rows))
 
 
 def _rows(make: Callable[[], torch.Tensor], axis: int, start: int, count: int) -> torch.Tensor:
     return make().narrow(axis, start, count)
 
 
-def object_pieces(entry: Any) -> Iterator[Piece]:
+def object_chunks(entry: Any) -> Iterator[WriteChunk]:
     """Return a small object that one of Megatron's entries is saved as, which its own reader asks
     for; none if it is a tensor.
     """
     if isinstance(entry, ShardedObject):
         content = io.BytesIO()
         torch.save([entry.data], content)
-        yield Piece(
+        yield WriteChunk(
             WriteItem(MetadataIndex(entry.unique_key), WriteItemType.BYTE_IO), content.getvalue
         )

@@ -1,11 +1,10 @@
-"""A run's folder: who writes to it, what a start that failed leaves of it, and records that no
+"""A run's folder: who writes to it, what a failed start leaves of it, and records that no
 checkpoint continues.
 """
 
 from __future__ import annotations
 
 import fcntl
-import itertools
 import logging
 import os
 from collections.abc import Iterator
@@ -16,28 +15,16 @@ from typing import IO
 from zppo_mm.config.load import save_config
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ConfigError
-from zppo_mm.observability.logs import LOG_FILE, configure_logging
-from zppo_mm.observability.sinks import EVALUATION_FILE, METRICS_FILE, PARITY_FILE
-from zppo_mm.observability.transcripts import (
-    BUFFER_FOLDER,
-    HELD_OUT_FOLDER,
-    TRANSCRIPTS_FOLDER,
-    discard_steps_after,
-)
+from zppo_mm.observability.logs import configure_logging
+from zppo_mm.observability.transcripts import discard_steps_after
 from zppo_mm.parallel import groups as parallel
+from zppo_mm.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
-LOCK_FILE = ".lock"
-TENSORBOARD_FOLDER = "tensorboard"
-SET_ASIDE_FOLDER = "earlier"
-_STEP_RECORDS = (METRICS_FILE, EVALUATION_FILE, TRANSCRIPTS_FOLDER, BUFFER_FOLDER, HELD_OUT_FOLDER)
-_OTHER_RECORDS = (PARITY_FILE, TENSORBOARD_FOLDER)
-
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: RunFolder) -> Iterator[None]:
     """Hold the folder's lock on rank 0 as long as the process lives; the system lets go of it when
     the process dies.
 
@@ -47,7 +34,7 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: On every rank, if another run writes to the folder or it cannot be made.
     """
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    missing = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
     lock: IO[str] | None = None
     problem = ""
     if parallel.rank() == 0:
@@ -60,27 +47,27 @@ def claimed(folder: Path) -> Iterator[None]:
             )
         except OSError as error:
             problem = (
-                f"{folder}: the run's folder cannot be used, got {error}, expected a place to "
+                f"{folder}: the run's folder cannot be used, got {error}, expected a path to "
                 "write to; correct output_dir"
             )
     problem = parallel.broadcast_object(problem)
     if problem:
         raise ConfigError(problem)
-    configure_logging(folder, parallel.rank())
+    configure_logging(folder.log, parallel.rank())
     try:
         yield
     except BaseException:
         if parallel.rank() == 0 and missing:
-            _take_away(missing)
+            _remove_made(folder, missing)
         raise
     finally:
         if lock is not None:
             lock.close()
 
 
-def _lock(folder: Path) -> IO[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / LOCK_FILE).open("w")
+def _lock(folder: RunFolder) -> IO[str]:
+    folder.path.mkdir(parents=True, exist_ok=True)
+    lock = folder.lock.open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -89,19 +76,20 @@ def _lock(folder: Path) -> IO[str]:
     return lock
 
 
-def _take_away(made: list[Path]) -> None:
+def _remove_made(folder: RunFolder, made: list[Path]) -> None:
     """Remove the folders that were made, if nothing but the lock and the log came into them."""
-    if {path.name for path in made[0].iterdir()} - {LOCK_FILE, LOG_FILE}:
+    own = (folder.lock, folder.log)
+    if set(made[0].iterdir()) - set(own):
         return
-    configure_logging(None, rank=0)  # what is said from now on has no file to go to
-    for name in (LOCK_FILE, LOG_FILE):
-        (made[0] / name).unlink(missing_ok=True)
+    configure_logging(None, rank=0)  # the file of the log goes
+    for path in own:
+        path.unlink(missing_ok=True)
     with suppress(OSError):  # another run has begun beside it
         for path in made:
             path.rmdir()
 
 
-def prepare_folder(config: RunConfig, folder: Path, done: int | None) -> None:
+def prepare_folder(config: RunConfig, folder: RunFolder, done: int | None) -> None:
     """Write the configuration, and take away what a killed run wrote after the checkpoint that goes
     on; every rank calls it.
 
@@ -117,22 +105,21 @@ def prepare_folder(config: RunConfig, folder: Path, done: int | None) -> None:
         else:
             discard_steps_after(folder, done)
         if done is None or done < config.train.train_iters:
-            save_config(config, folder / CONFIG_FILE)
+            save_config(config, folder.config)
     parallel.barrier()
 
 
-def set_records_aside(folder: Path) -> Path | None:
+def set_records_aside(folder: RunFolder) -> Path | None:
     """Move the records of a run that has no checkpoint into a folder of their own; returns it,
     `None` if there are none.
     """
-    if not any(_holds_something(folder / name) for name in _STEP_RECORDS):
+    if not any(_holds_something(path) for path in folder.records):
         return None
-    names = (f"{SET_ASIDE_FOLDER}_{number}" for number in itertools.count(1))
-    target = next(folder / name for name in names if not (folder / name).exists())
+    target = next(path for path in folder.earlier_records() if not path.exists())
     target.mkdir()
-    for name in (*_STEP_RECORDS, *_OTHER_RECORDS):
-        if (folder / name).exists():
-            os.replace(folder / name, target / name)
+    for path in (*folder.records, folder.parity, folder.tensorboard):
+        if path.exists():
+            os.replace(path, target / path.name)
     logger.warning(
         "%s has records of an earlier start but no checkpoint: the run starts again, they are kept "
         "in %s",

@@ -1,0 +1,112 @@
+"""Distillation of a tiny student from a tiny teacher: what the tests of distillation share."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tests.support.training_example import (
+    TRAIN,
+    Case,
+    Result,
+    make_batches,
+    make_groups,
+    write_tiny_folder,
+)
+from zppo_mm.config.schema import ModelConfig, ParallelConfig
+from zppo_mm.experience import TrainingSample
+from zppo_mm.models.families.architecture import load_architecture
+from zppo_mm.models.provider import build_model
+from zppo_mm.models.vision_language import VisionLanguageModel
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.training.distillation import DistillationObjective
+from zppo_mm.training.policy import Policy
+from zppo_mm.weights.mapping import load_hf_weights
+
+TOP_K = 6
+
+
+NUM_STEPS = 2
+
+
+STUDENT, TEACHER = "student", "teacher"
+
+
+def make_texts() -> list[TrainingSample]:
+    """Return the samples without media; an advantage of 0 must not matter."""
+    samples = [sample for sample in make_groups() if not sample.grids]
+    return [
+        dataclasses.replace(sample, advantages=np.zeros_like(sample.advantages))
+        for sample in samples
+    ]
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """One way to distil."""
+
+    layout: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    top_k: int = 0
+    share_prompts: bool = False
+    texts_only: bool = False
+    micro_batch_tokens: int = 64
+
+    def case(self) -> Case:
+        return Case(
+            layout=self.layout,
+            micro_batch_tokens=self.micro_batch_tokens,
+            skip_zero_advantage=False,
+            samples=make_texts if self.texts_only else make_groups,
+            share_prompts=self.share_prompts,
+        )
+
+
+def write_teacher(folder: Path) -> None:
+    from transformers import Qwen3_5ForConditionalGeneration
+
+    write_tiny_folder(folder)
+    model = Qwen3_5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.08)
+    model.save_pretrained(folder)
+
+
+def load(folder: Path, layout: ParallelConfig, trainable: bool) -> VisionLanguageModel:
+    model = build_model(load_architecture(folder), ModelConfig(), layout, trainable=trainable)
+    load_hf_weights(model, folder)
+    return model
+
+
+def build(folders: Path, way: Distilled) -> Policy:
+    parallel.initialize(way.layout, seed=0)
+    teacher = load(folders / TEACHER, way.layout, trainable=False)
+    objective = DistillationObjective(teacher, way.top_k, 1.0, parallel.tensor_group())
+    return Policy(load(folders / STUDENT, way.layout, trainable=True), TRAIN, way.layout, objective)
+
+
+def distil(folders: Path, ways: list[Distilled]) -> list[Result]:
+    results = []
+    for way in ways:
+        policy = build(folders, way)
+        batches = make_batches(way.case())
+        metrics = [policy.train_step(batches) for _ in range(NUM_STEPS)]
+        named = policy.model.named_parameters()
+        results.append(
+            Result(
+                metrics,
+                {
+                    n: p.detach().clone()
+                    for n, p in named
+                    if not getattr(p, "tensor_model_parallel", False)
+                },
+            )
+        )
+    parallel.shutdown()
+    return results

@@ -1,0 +1,139 @@
+"""A model folder's chat template: which one, what it renders, and what it puts after an answer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zppo_mm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+QUESTION, ANSWER = "zppoquestion", "zppoanswer"
+"""Texts that no template has and none changes."""
+
+
+class ChatTemplate:
+    """Renders conversations.
+
+    Args:
+        folder: Of the model.
+        tokenizer: transformers'; gets the template that the folder keeps for media.
+        takes_media: Whether the model does.
+        kwargs: Variables of the template.
+
+    Raises:
+        ConfigError: There is no template.
+    """
+
+    def __init__(
+        self, folder: Path, tokenizer: Any, takes_media: bool, kwargs: Mapping[str, object]
+    ) -> None:
+        self._folder = folder
+        self._tokenizer = tokenizer
+        self._kwargs = dict(kwargs)
+        if takes_media:
+            self._use_media_template()
+        self._check_template()
+
+    def apply(self, messages: Sequence[Mapping[str, object]], *, opens_answer: bool = True) -> str:
+        """Return a rendered conversation.
+
+        Raises:
+            ConfigError: The template cannot render it.
+        """
+        try:
+            rendered: str = self._tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=opens_answer,
+                **self._kwargs,
+            )
+        except Exception as error:
+            # A template is a program: what it can raise has no bounds.
+            raise ConfigError(
+                f"{self._folder}: the chat template cannot render "
+                f"{[message['role'] for message in messages]}, got {type(error).__name__}: "
+                f"{' '.join(str(error).split())}, expected text; use the template that belongs to "
+                "the model"
+            ) from error
+        return rendered
+
+    def turn_end(self, special: re.Pattern[str]) -> str | None:
+        """Return the special token that the template puts after an answer; `None` if there is none,
+        or it also begins the user's turn.
+        """
+        messages = [
+            {"role": role, "content": text}
+            for role, text in (("user", QUESTION), ("assistant", ANSWER), ("user", QUESTION))
+        ]
+        try:
+            rendered = self.apply(messages)
+        except ConfigError as error:
+            logger.warning("%s", error)
+            return None
+        before, _, rest = rendered.partition(QUESTION)
+        opener = [match.group() for match in special.finditer(before)][-1:]
+        after = rest.rpartition(ANSWER)[2]
+        found = special.match(after, len(after) - len(after.lstrip())) if ANSWER in rest else None
+        return None if found is None or found.group() in opener else found.group()
+
+    def _check_template(self) -> None:
+        template = self._tokenizer.chat_template
+        if isinstance(template, dict) and "default" not in template:
+            raise ConfigError(
+                f"{self._folder}: no chat template, got {sorted(template)}, expected one that is "
+                "named default; name it so"
+            )
+        if not template:
+            raise ConfigError(
+                f"{self._folder}: no chat template, got none, expected chat_template.jinja or an "
+                "entry in tokenizer_config.json; add it"
+            )
+
+    def _use_media_template(self) -> None:
+        """Take the template that some folders keep for media apart from the tokenizer's, which may
+        know text only.
+        """
+        # The newest way to keep one comes first; the tokenizer has read it.
+        jinja = self._folder / "chat_template.jinja"
+        found = {jinja.name: self._tokenizer.chat_template} if jinja.is_file() else {}
+        for path in (self._folder / "processor_config.json", self._folder / "chat_template.json"):
+            template = read_json(path).get("chat_template") if path.is_file() else None
+            found |= {path.name: template} if template is not None else {}
+        if found:
+            (name, self._tokenizer.chat_template), *others = found.items()
+            different = [
+                other for other, template in others if template != self._tokenizer.chat_template
+            ]
+            if different:
+                logger.warning(
+                    "%s: chat templates differ, that of %s is used and not that of %s",
+                    self._folder,
+                    name,
+                    different,
+                )
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """Return the object of a JSON file.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{path}: not readable, got {error}, expected a JSON object; restore the file"
+        ) from error
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path}: wrong content, got {type(content).__name__}, expected a JSON object; restore "
+            "the file"
+        )
+    return content

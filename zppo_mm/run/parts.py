@@ -1,0 +1,123 @@
+"""The parts of a run that the loop needs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from data.media.store import MediaStore
+from data.stream import QuestionStream
+from zppo_mm.config.schema import RunConfig
+from zppo_mm.observability.metrics import StepMetrics, Sum
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.rewards.judge import LlmJudge
+from zppo_mm.rewards.verify import Verifier
+from zppo_mm.rollout.engine import SamplingParams
+from zppo_mm.rollout.feed import QuestionFeed
+from zppo_mm.rollout.held_out import HeldOut
+from zppo_mm.rollout.prompt import PromptEncoder
+from zppo_mm.run.shared import release_memory
+from zppo_mm.run.teachers import Teachers
+from zppo_mm.stages.stages import Stages
+from zppo_mm.teacher.served.servers import Servers
+from zppo_mm.training.policy import Policy
+from zppo_mm.zone.prompts import PromptTemplates
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The parts of a run that the loop needs.
+
+    Attributes:
+        config: The run as configured.
+        stages: What a step is made of.
+        policy: The student that is trained.
+        stream: Where new questions come from, for its state.
+        feed: Those of them that can be asked.
+        held_out: Questions of every evaluation; none turns evaluation off.
+        evaluation_sampling: How they are answered.
+        media: Opens and decodes media.
+        verifier: Grades.
+        encoders: Of the student and then the teacher; they keep opened media.
+        teachers: Those who help.
+        pools: Servers of the teachers and, if they are others, of the judge.
+        judge: Of open questions.
+        counted: Losses that `take_losses` has handed out, by metric.
+    """
+
+    config: RunConfig
+    stages: Stages
+    policy: Policy
+    stream: QuestionStream
+    feed: QuestionFeed
+    held_out: HeldOut
+    evaluation_sampling: SamplingParams
+    media: MediaStore
+    verifier: Verifier
+    encoders: list[PromptEncoder]
+    teachers: Teachers
+    pools: tuple[Servers, ...] = ()
+    judge: LlmJudge | None = None
+    counted: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def templates(self) -> PromptTemplates:
+        """Texts of the prompts."""
+        return self.stages.reformulator.templates
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """The student's."""
+        return self.encoders[0]
+
+    def check_teacher(self) -> None:
+        """Check that a teacher on ranks of its own still runs.
+
+        Raises:
+            TeacherLostError: On every rank, if it does not.
+        """
+        if self.teachers.ranks is not None:
+            self.teachers.ranks.check()
+
+    def take_losses(self) -> StepMetrics:
+        """Return what grading lost and what was exchanged with servers on this rank since the
+        last call.
+        """
+        metrics = StepMetrics()
+        counts = Counter(
+            {
+                "reward/timeouts": self.verifier.num_timeouts,
+                "reward/errors": self.verifier.num_errors,
+            }
+        )
+        counts.update(
+            {
+                f"reward/{name}": count
+                for name, count in (self.judge.counts if self.judge else Counter[str]()).items()
+            }
+        )
+        for pool in self.pools:
+            counts.update({f"teacher/{name}": count for name, count in dict(pool.counts).items()})
+        # Every rank knows of these, and what the replicas count is added up.
+        if parallel.replica_rank() == 0:
+            counts.update(
+                {
+                    "teacher/passed_on": self.teachers.num_passed_on,
+                    "teacher/lost_rollouts": self.teachers.num_ungraded,
+                }
+            )
+        for name, count in counts.items():
+            metrics.add(name, Sum(count - self.counted.get(name, 0)))
+            self.counted[name] = count
+        return metrics
+
+    def release_memory(self) -> None:
+        """Drop the opened media of a step, which the next one does not ask for again."""
+        release_memory(self.encoders)
+
+    def close(self) -> None:
+        """End the worker processes and the connections."""
+        for pool in self.pools:
+            pool.close()
+        self.media.close()
+        self.verifier.close()

@@ -1,0 +1,161 @@
+"""What a run writes beside its checkpoints: evaluations, step records, the report, the exported
+student.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from zppo_mm.config.schema import EvaluationConfig
+from zppo_mm.lora.adapters import adapters_of
+from zppo_mm.lora.export import export_adapter
+from zppo_mm.observability.learning_warnings import LearningWatch, warn_of_few_questions
+from zppo_mm.observability.metrics import Mean, StepMetrics, Sum, process_memory
+from zppo_mm.observability.sinks import MetricsLog, append_evaluation, open_metrics_log
+from zppo_mm.observability.transcripts import write_buffer, write_held_out_answers, write_transcript
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.report.page import write_report
+from zppo_mm.report.run_record import read_lines
+from zppo_mm.rollout.held_out import ask_held_out, summarise
+from zppo_mm.run.build import student_folder
+from zppo_mm.run.parts import Run
+from zppo_mm.run_folder import RunFolder
+from zppo_mm.stages.record import StepRecord
+from zppo_mm.weights.hf_export import export_hf_weights
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def metrics_log(run: Run, folder: RunFolder, done: int) -> Iterator[MetricsLog | None]:
+    """Hold the sinks of the run's metrics on rank 0; `None` on the others.
+
+    Args:
+        run: The run.
+        folder: Its folder.
+        done: Steps of the checkpoint that goes on, 0 without one.
+    """
+    if parallel.rank() != 0:
+        yield None
+        return
+    config = run.config
+    warn_of_few_questions(config, run.stream.num_samples)
+    sinks = open_metrics_log(config.observability, folder, config.train.train_iters, done)
+    log = MetricsLog((sinks, LearningWatch(config)))
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+def is_evaluation_due(config: EvaluationConfig, train_iters: int, step: int) -> bool:
+    """Return whether an evaluation follows a step; one always follows the last."""
+    return step == train_iters or bool(config.interval and step % config.interval == 0)
+
+
+def evaluate_first(run: Run, folder: RunFolder, done: int | None) -> None:
+    """Evaluate before the first step of this part of the run, if that is missing.
+
+    Args:
+        run: The run.
+        folder: Its folder.
+        done: Steps of the checkpoint that goes on; `None` without one.
+    """
+    config = run.config
+    if done is None:
+        evaluate(run, folder, 0)
+    elif is_evaluation_due(
+        config.evaluation, config.train.train_iters, done
+    ) and not parallel.on_rank_zero(
+        lambda: any(row["step"] == done for row in read_lines(folder.evaluations))
+    ):
+        # The run ended before that evaluation did; a lost teacher may be the judge of answers too.
+        evaluate(run, folder, done)
+
+
+def evaluate(run: Run, folder: RunFolder, step: int) -> None:
+    """Evaluate on the held-out questions after a step, if there are any; every rank calls this."""
+    if not run.held_out:
+        return
+    groups = ask_held_out(
+        run.stages.sampler,
+        run.held_out,
+        run.templates.plain_text,
+        run.evaluation_sampling,
+        run.config.evaluation.num_rollouts,
+        step,
+    )
+    result = summarise(groups, run.held_out, step)
+    if parallel.rank() == 0:
+        write_held_out_answers(folder, step, groups)
+        append_evaluation(folder, result)
+        parts = ", ".join(
+            f"{source} {accuracy:.3f}" for source, accuracy in result.accuracy_by_source.items()
+        )
+        logger.info("held-out accuracy after step %d: %.3f (%s)", step, result.accuracy, parts)
+
+
+def record_step(
+    run: Run, folder: RunFolder, record: StepRecord, seconds: float, log: MetricsLog | None
+) -> None:
+    """Write transcript, buffer file and metrics of a step; every rank calls this."""
+    metrics = record.metrics
+    _add_run_metrics(run, metrics)
+    metrics.add("seconds/step", Sum(seconds))
+    metrics.add(
+        "throughput/tokens_per_second", Mean(metrics.values().get("rollout/tokens", 0.0), seconds)
+    )
+    if log is None:
+        return
+    advantages = {uid: values.tolist() for uid, values in record.advantages.items()}
+    write_transcript(
+        folder, record.step, record.groups, advantages, record.minibatches, record.teacher_rewards
+    )
+    write_buffer(folder, record.step, record.buffer)
+    log.write(record.step, metrics.values())
+
+
+def _add_run_metrics(run: Run, metrics: StepMetrics) -> None:
+    """Add what all ranks measured beside the step: memory, grading, servers, bad samples."""
+    for memory in parallel.gather_from_ranks(process_memory()):
+        metrics.merge(memory)
+    for replica in parallel.gather_from_replicas([run.take_losses()]):
+        for losses in replica:
+            metrics.merge(losses)
+    health = run.stream.health
+    metrics.add("data/samples", Sum(health.num_good + health.num_bad))
+    for reason, count in health.counts.items():
+        metrics.add(f"data/skipped/{reason}", Sum(count))
+
+
+def refresh_report(run: Run, folder: RunFolder) -> None:
+    """Draw the run's report, unless the run is to end; every rank calls this."""
+    if not parallel.any_rank(run.stages.interruption.is_requested):
+        parallel.on_rank_zero(lambda: _write_report(run, folder))
+
+
+def _write_report(run: Run, folder: RunFolder) -> None:
+    observability = run.config.observability
+    if parallel.rank() == 0 and observability.report:
+        try:
+            write_report(
+                folder.path, lambda ref: run.media.open(ref).pixels, observability.report_examples
+            )
+        except Exception:
+            # A page about the run must not end it; tools/make_report.py draws it again.
+            logger.exception("the report could not be written, the run goes on")
+
+
+def export_student(run: Run, folder: RunFolder) -> None:
+    """Export the trained student as a Hugging Face folder, its adapters merged, and the adapters by
+    themselves beside it; every rank calls this.
+    """
+    model, source = run.policy.model, student_folder(run.config.model)
+    export_hf_weights(model, source, folder.hf)
+    # With more trained than adapters, these alone would be another model.
+    if adapters_of(model) is not None and not run.config.lora.also_train:
+        export_adapter(model, source, folder.adapter)
+    if parallel.rank() == 0:
+        logger.info("trained model in %s, report in %s", folder.hf, folder.report)

@@ -1,0 +1,90 @@
+"""From the process groups to the built run and back, and how the end of a run is reported."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from data.errors import DataError
+from zppo_mm.config.schema import RunConfig
+from zppo_mm.errors import ZppoError
+from zppo_mm.interruption import EXIT_CODE, Interruption, RunStopped
+from zppo_mm.parallel import failures
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.parallel.liveness_barrier import open_liveness_barrier
+from zppo_mm.parallel.partition import JobPartition, PartitionLink
+from zppo_mm.run.build import build_run
+from zppo_mm.run.parts import Run
+from zppo_mm.run.prepare import claimed
+from zppo_mm.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+# Writing to an open file names no file.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
+
+
+@contextmanager
+def open_run(
+    config: RunConfig,
+    folder: RunFolder,
+    partition: JobPartition | None,
+    link: PartitionLink | None,
+    interruption: Interruption,
+) -> Iterator[Run]:
+    """Make the process groups, claim the run's folder and build the run; every rank of the student
+    enters the block.
+    """
+    parallel.initialize(config.parallel, config.seed, partition)
+    failures.end_with_launcher()
+    stopped: RunStopped | None = None
+    with (
+        failures.translate_collective_errors(),
+        open_liveness_barrier(config.parallel, partition, interruption) as barrier,
+        claimed(folder),
+    ):
+        run = build_run(config, link, barrier, interruption)
+        try:
+            yield run
+        except RunStopped as error:
+            stopped = error
+        finally:
+            run.close()
+    # Nobody ends before all are done: a launcher ends the others as soon as one has.
+    parallel.shutdown()
+    if stopped is not None:
+        raise stopped
+
+
+def exit_code(error: Exception, output_dir: str) -> int:
+    """Return the exit code of a run that has not come to its end, and log one line about it.
+
+    Args:
+        error: What ended the run.
+        output_dir: Where the run writes.
+
+    Returns:
+        1 after an error that the user can fix, `EXIT_CODE` where the same command goes on.
+
+    Raises:
+        Exception: The error itself, if it is neither.
+    """
+    if isinstance(error, RunStopped):
+        if os.environ.get("RANK", "0") == "0":
+            logger.info("%s", error)
+        return EXIT_CODE
+    if isinstance(error, ZppoError | DataError):
+        logger.error("%s", error)
+        return 1
+    if isinstance(error, OSError) and (error.filename or error.errno in _DISK_ERRORS):
+        logger.error(
+            "%s: a file of the run cannot be used, got %s, expected room and permission; check the "
+            "disk, then the same command continues",
+            output_dir,
+            error,
+        )
+        return 1
+    raise error

@@ -1,0 +1,1 @@
+"""The parts of a step, which `zppo_mm.step` puts together."""
