@@ -1,8 +1,8 @@
-"""Signals that end a run in good order: heard at once, heeded where nothing is lost by it.
+"""Signals that end a run in good order: received at once, acted on where nothing is lost by it.
 
 The signals are blocked, and a thread waits for them. So no call of a library is interrupted, and
-processes that the run starts inherit that they do not heed them: what a scheduler or a keyboard
-says to all processes is for the run itself.
+processes that the run starts inherit that the signals are blocked: what a scheduler or a keyboard
+sends to all processes is for the run itself.
 """
 
 from __future__ import annotations
@@ -71,23 +71,23 @@ class Interruption:
         self._run_until = float("inf")
         self._deadline = float("inf")
         self._parent = os.getppid()
-        self._num_heard: Counter[bool] = Counter()
+        self._num_received: Counter[bool] = Counter()
         self._lock = threading.Lock()
 
     def listen(self) -> None:
-        """Begin to hear signals; called by the main thread before any other thread is there.
+        """Begin to receive signals; called by the main thread before any other thread is there.
         Without sigtimedwait nothing changes.
         """
         if not hasattr(signal, "sigtimedwait"):
             return
         # nohup's choice stands.
-        heard = {
+        signals = {
             number
             for number in SIGNALS
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
         }
-        signal.pthread_sigmask(signal.SIG_BLOCK, heard)
-        threading.Thread(target=self._listen, args=(heard,), name="signals", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        threading.Thread(target=self._listen, args=(signals,), name="signals", daemon=True).start()
 
     def limit(self, stop_seconds: float, max_hours: float) -> None:
         """Set the time from a request to the end of the process, and the hours from now on after
@@ -103,7 +103,7 @@ class Interruption:
             self._is_protected = True
         # The hours may be over before the first step: none is begun then, whenever the thread looks
         # next.
-        self.look_at_clock()
+        self.check_clock()
         try:
             yield
         finally:
@@ -151,22 +151,22 @@ class Interruption:
         )
 
     def close(self) -> None:
-        """Heed nothing any more: the run has ended, and the process is about to."""
+        """Ignore everything from now on: the run has ended, and the process is about to."""
         with self._lock:
             self._is_closed = True
 
-    def _listen(self, heard: set[signal.Signals]) -> None:
+    def _listen(self, signals: set[signal.Signals]) -> None:
         while True:
-            found = signal.sigtimedwait(heard, TICK_SECONDS)
+            found = signal.sigtimedwait(signals, TICK_SECONDS)
             if found is not None:
-                self.hear(signal.Signals(found.si_signo).name, found.si_pid)
-            self.look_at_clock()
+                self.receive(signal.Signals(found.si_signo).name, found.si_pid)
+            self.check_clock()
 
-    def hear(self, name: str, sender: int) -> None:
-        """Heed a signal."""
+    def receive(self, name: str, sender: int) -> None:
+        """Act on a signal."""
         with self._lock:
-            self._num_heard[sender == self._parent] += 1
-            is_repeated = max(self._num_heard.values()) > 1
+            self._num_received[sender == self._parent] += 1
+            is_repeated = max(self._num_received.values()) > 1
             is_protected, is_closed = self._is_protected, self._is_closed
         if is_closed:
             return
@@ -185,7 +185,7 @@ class Interruption:
                 f"(second signal, {name})"
             )
 
-    def look_at_clock(self) -> None:
+    def check_clock(self) -> None:
         """Ask the run to end when its hours are over; end the process when the time for that is
         over.
         """
@@ -203,10 +203,10 @@ class Interruption:
         if os.environ.get("RANK", "0") == "0":
             # In a thread of its own, because a terminal or a pipe that takes nothing must not keep
             # the process alive.
-            teller = threading.Thread(target=logger.warning, args=("%s", line), daemon=True)
-            teller.start()
-            teller.join(LOG_SECONDS)
+            writer = threading.Thread(target=logger.warning, args=("%s", line), daemon=True)
+            writer.start()
+            writer.join(LOG_SECONDS)
         if "RANK" in os.environ:
-            # The other ranks hear of their own signal before they miss this one.
+            # The other ranks get their own signal before they miss this one.
             time.sleep(LOG_SECONDS)
         self._end_process(EXIT_CODE)

@@ -104,7 +104,7 @@ def stop_one_rank(which: int) -> tuple[str, int]:
         try:
             while True:
                 if rounds == 5 and parallel.rank() == which:
-                    interruption.hear("SIGUSR1", 1)
+                    interruption.receive("SIGUSR1", 1)
                 exchange.gather([])
                 rounds += 1
         except StopRequested:

@@ -12,10 +12,14 @@ import pytest
 from tests.support.tools import load_tool
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "examples").rglob("README.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "examples").rglob("README.md")),
+]
 TOOL = "tools/train_zppo.py"
-USERS_OWN = "run.yaml"
-"""The file that README.md writes out under "Your own model"."""
+USERS_OWN = ("run.yaml", "mine.yaml")
+"""Files that the documents write out, each in a block that begins with its name."""
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -41,21 +45,23 @@ def tool() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def users_own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    blocks = re.findall(
-        r"^```yaml\n# run\.yaml\n(.*?)^```",
-        (ROOT / "README.md").read_text(encoding="utf-8"),
-        re.MULTILINE | re.DOTALL,
-    )
-    assert len(blocks) == 1
-    path = tmp_path_factory.mktemp("own") / USERS_OWN
-    path.write_text(blocks[0], encoding="utf-8")
-    return path
+    folder = tmp_path_factory.mktemp("own")
+    for document in DOCUMENTS:
+        for name, block in re.findall(
+            r"^```yaml\n# (\w+\.yaml)\n(.*?)^```",
+            document.read_text(encoding="utf-8"),
+            re.MULTILINE | re.DOTALL,
+        ):
+            assert not (folder / name).exists(), f"{name} is written out twice"
+            (folder / name).write_text(block, encoding="utf-8")
+    return folder
 
 
 def test_the_documents_show_commands() -> None:
     named = [document for document, _ in commands()]
     assert named.count("README.md") >= 4
-    assert {"examples/digits_video/README.md", "examples/easy_vqa/README.md"} <= set(named)
+    others = {"docs/tutorial.md", "examples/digits_video/README.md", "examples/easy_vqa/README.md"}
+    assert others <= set(named)
 
 
 @pytest.mark.parametrize(
@@ -71,11 +77,11 @@ def test_every_command_line_is_accepted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(ROOT)
-    tool.parse([str(users_own) if word == USERS_OWN else word for word in arguments])
+    tool.parse([str(users_own / word) if word in USERS_OWN else word for word in arguments])
 
 
 def test_the_first_commands_of_the_readme_need_nothing_of_the_users() -> None:
-    first = [arguments for document, arguments in commands() if document == "README.md"][:3]
+    first = [arguments for document, arguments in commands() if document == "README.md"][:2]
     files = [
         arguments[arguments.index("--config") + 1] for arguments in first if "--config" in arguments
     ]

@@ -30,7 +30,7 @@ def make(stop_seconds: float = 100.0, max_hours: float = 0.0) -> tuple[Interrupt
 
 def test_before_a_step_is_under_way_a_signal_ends_the_process() -> None:
     interruption, ended = make()
-    interruption.hear("SIGTERM", SOMEBODY)
+    interruption.receive("SIGTERM", SOMEBODY)
     assert ended == [EXIT_CODE]
     assert not interruption.is_requested
 
@@ -38,9 +38,9 @@ def test_before_a_step_is_under_way_a_signal_ends_the_process() -> None:
 def test_the_first_signal_asks_and_the_second_ends() -> None:
     interruption, ended = make()
     with interruption.protected():
-        interruption.hear("SIGTERM", SOMEBODY)
+        interruption.receive("SIGTERM", SOMEBODY)
         assert (interruption.reason, ended) == ("SIGTERM", [])
-        interruption.hear("SIGINT", SOMEBODY)
+        interruption.receive("SIGINT", SOMEBODY)
     assert ended == [EXIT_CODE]
 
 
@@ -50,46 +50,46 @@ def test_what_a_launcher_passes_on_is_no_second_signal() -> None:
         interruption, ended = make()
         with interruption.protected():
             for sender in senders:
-                interruption.hear("SIGTERM", sender)
+                interruption.receive("SIGTERM", sender)
             assert ended == []
-            interruption.hear("SIGTERM", senders[0])
+            interruption.receive("SIGTERM", senders[0])
             assert ended == [EXIT_CODE]
 
 
-def test_after_the_end_nothing_is_heeded() -> None:
+def test_after_the_end_signals_are_ignored() -> None:
     interruption, ended = make()
     with interruption.protected():
-        interruption.hear("SIGTERM", SOMEBODY)
+        interruption.receive("SIGTERM", SOMEBODY)
         interruption.close()
-        interruption.hear("SIGTERM", SOMEBODY)
-        interruption.hear("SIGTERM", PARENT)
-    interruption.hear("SIGTERM", PARENT)
+        interruption.receive("SIGTERM", SOMEBODY)
+        interruption.receive("SIGTERM", PARENT)
+    interruption.receive("SIGTERM", PARENT)
     assert ended == []
 
 
 def test_the_time_for_ending_is_bounded() -> None:
     interruption, ended = make(stop_seconds=0.05)
     with interruption.protected():
-        interruption.look_at_clock()
+        interruption.check_clock()
         interruption.request("SIGTERM")
-        interruption.look_at_clock()
+        interruption.check_clock()
         assert ended == []
         time.sleep(0.06)
-        interruption.look_at_clock()
+        interruption.check_clock()
     assert ended == [EXIT_CODE]
 
 
 def test_hours_count_once_there_is_a_step_to_be_saved() -> None:
     interruption, ended = make(max_hours=0.01 / 3600)
     time.sleep(0.02)
-    interruption.look_at_clock()
+    interruption.check_clock()
     assert not interruption.is_requested
     with interruption.protected():
-        interruption.look_at_clock()
+        interruption.check_clock()
         assert interruption.reason == "train.max_hours"
     without, _ = make(max_hours=0.0)
     with without.protected():
-        without.look_at_clock()
+        without.check_clock()
     assert not without.is_requested
     assert ended == []
 
