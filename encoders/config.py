@@ -217,7 +217,7 @@ def _has_settings(folder: Path, file_name: str, joint_key: str) -> bool:
 
 
 def _settings(folder: Path, file_name: str, joint_key: str) -> tuple[Mapping[str, Any], str]:
-    """Return one processor's settings and the name under which errors speak of them."""
+    """Return one processor's settings and its name in error messages."""
     path = folder / file_name
     if path.is_file():
         return _read_object(path), str(path)

@@ -8,7 +8,7 @@ import torch
 def placeholder_indices(
     token_ids: torch.Tensor, image_token_id: int, video_token_id: int
 ) -> torch.Tensor:
-    """Return where placeholder tokens stand in `[tokens]`, ascending: `[features]` int64."""
+    """Return the indices of placeholder tokens in `[tokens]`, ascending: `[features]` int64."""
     return torch.nonzero((token_ids == image_token_id) | (token_ids == video_token_id)).squeeze(1)
 
 

@@ -215,7 +215,7 @@ def _fit(
     height: int, width: int, frames: int, counted_frames: int, unit: int, limits: tuple[int, int]
 ) -> tuple[int, int]:
     """Round both sides to multiples of `unit`, then shrink or grow them so that all frames' pixels
-    lie within the limits.
+    are within the limits.
     """
     rounded = round(height / unit) * unit, round(width / unit) * unit
     volume = counted_frames * rounded[0] * rounded[1]

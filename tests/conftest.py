@@ -1,7 +1,10 @@
 """Settings of the whole test suite, and the fixtures that many of its modules use."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -11,6 +14,9 @@ from hypothesis import settings
 import zppo_mm.models  # noqa: F401
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.parallel import groups as parallel
+
+if TYPE_CHECKING:
+    from tests.support.loopback_server import LoopbackServer, TinyModel
 
 # The same examples every time, so that a test that passes on a commit passes on it everywhere. New
 # ones are searched for with `pytest --hypothesis-profile=search`; what it finds becomes an
@@ -30,6 +36,24 @@ def one_rank() -> Iterator[None]:
     parallel.shutdown()
 
 
+@pytest.fixture(scope="module")
+def tiny_model() -> TinyModel:
+    """The bundled teacher, for servers on this machine."""
+    from tests.support.loopback_server import TinyModel
+    from zppo_mm.bundled import TEACHER_DIR
+
+    return TinyModel(TEACHER_DIR)
+
+
+@pytest.fixture
+def server(tiny_model: TinyModel) -> Iterator[LoopbackServer]:
+    """A chat server with the bundled teacher."""
+    from tests.support.loopback_server import serve
+
+    with serve(tiny_model) as made:
+        yield made
+
+
 @pytest.fixture(scope="session")
 def raws(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The config.json of every family's tiny model; tests change copies."""
@@ -37,3 +61,11 @@ def raws(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     from tests.support.config_oracle import written_configs
 
     return written_configs(tmp_path_factory.mktemp("configs"))
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Iterator[Path]:
+    """A file that is there afterwards if code has run."""
+    path = tmp_path / "executed"
+    yield path
+    assert not path.exists(), "code of a file has run"

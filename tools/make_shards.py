@@ -95,8 +95,15 @@ def conversion_options(
             opener.close()
 
 
-def add_conversion_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what happens to bad samples and old shards."""
+def conversion_parser(prog: str, description: str, source: str) -> argparse.ArgumentParser:
+    """Return a parser with what both conversions take."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("input", metavar=source, help="one question per line or row")
+    parser.add_argument("out_dir", metavar="OUT_DIR", help="folder for the shards")
     parser.add_argument(
         "--max-bad-fraction",
         type=float,
@@ -117,6 +124,7 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
         "--follow-links", action="store_true", help="let links below the media root lead out of it"
     )
     add_limits(parser)
+    return parser
 
 
 def add_format(parser: argparse.ArgumentParser) -> None:
@@ -183,13 +191,7 @@ def run_lint(argv: list[str]) -> int:
 
 def run_convert(argv: list[str]) -> int:
     """Write shards; bad samples are skipped, named and counted."""
-    parser = argparse.ArgumentParser(
-        prog="make_shards.py",
-        description=CONVERT_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("input", metavar="INPUT.jsonl", help="one question per line")
-    parser.add_argument("out_dir", metavar="OUT_DIR", help="folder for the shards")
+    parser = conversion_parser("make_shards.py", CONVERT_HELP, "INPUT.jsonl")
     parser.add_argument(
         "--samples-per-shard",
         type=int,
@@ -197,7 +199,6 @@ def run_convert(argv: list[str]) -> int:
         metavar="N",
         help="most samples of one shard (default %(default)s)",
     )
-    add_conversion_options(parser)
     arguments = parser.parse_args(argv)
     health = SampleHealth(arguments.max_bad_fraction, arguments.strict)
     with conversion_options(arguments, health) as options:
@@ -208,15 +209,8 @@ def run_convert(argv: list[str]) -> int:
 
 def run_benchmark(argv: list[str]) -> int:
     """Write the shards of a benchmark; rows that cannot be used are skipped, named and counted."""
-    parser = argparse.ArgumentParser(
-        prog="make_shards.py benchmark",
-        description=BENCHMARK_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("input", metavar="FILE", help="one question per row")
-    parser.add_argument("out_dir", metavar="OUT_DIR", help="folder for the shards")
+    parser = conversion_parser("make_shards.py benchmark", BENCHMARK_HELP, "FILE")
     add_format(parser)
-    add_conversion_options(parser)
     arguments = parser.parse_args(argv)
     health = SampleHealth(arguments.max_bad_fraction, arguments.strict)
     with conversion_options(arguments, health) as options:

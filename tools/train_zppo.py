@@ -56,12 +56,12 @@ def main() -> int:
         return 2
     quiet_libraries()
     from zppo_mm.run.session import exit_code
-    from zppo_mm.train import train
+    from zppo_mm.train import folder_of, train
 
     try:
         train(config, interruption)
     except Exception as error:
-        return exit_code(error, config.output_dir)
+        return exit_code(error, folder_of(config))
     return 0
 
 

@@ -116,9 +116,9 @@ def test_losses_are_the_formulas(
     (expected,) = run_ranks(expected_losses, 1, folder)
     for name, value in expected.items():
         assert alone[name][0] == pytest.approx(value, abs=TOLERANCE), name
-    assert alone["weighted"][2]["ratio"] == pytest.approx(1.0, abs=TOLERANCE)
-    assert alone["weighted"][2]["importance"] < CAP
-    assert alone["unknown"][2]["importance"] == 1.0
+    assert alone["weighted"][2]["policy/ratio"] == pytest.approx(1.0, abs=TOLERANCE)
+    assert alone["weighted"][2]["policy/importance"] < CAP
+    assert alone["unknown"][2]["policy/importance"] == 1.0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 from zppo_mm.errors import CheckpointError
 from zppo_mm.weights.checkpoint_metadata import METADATA_FILE
 from zppo_mm.weights.distributed_folder import DistributedFolder
-from zppo_mm.weights.tensor_shards import Box
+from zppo_mm.weights.tensor_shards import TensorShard
 
 KEY, SHAPE = "layer.weight", torch.Size([4, 3])
 INSTRUCTIONS = [b"(", b"t", b"R", b"b", b"0", b"N", b"}", b"]", b"\x81", b"s", b"u", b"."]
@@ -91,7 +91,9 @@ def test_a_foreign_description_is_read_or_refused(folder: Path, content: bytes) 
 def told(folder: Path) -> str | None:
     """Return why a checkpoint is refused; none if it is read."""
     try:
-        DistributedFolder(folder).read([Box(KEY, SHAPE, torch.Size([0, 0]), torch.zeros(4, 3))])
+        DistributedFolder(folder).read(
+            [TensorShard(KEY, SHAPE, torch.Size([0, 0]), torch.zeros(4, 3))]
+        )
     except CheckpointError as error:
         return str(error)
     return None

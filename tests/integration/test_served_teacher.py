@@ -5,29 +5,16 @@ that must be seen nowhere.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.fault_proxy import PASS, stand_between
-from tests.support.loopback_server import LoopbackServer, TinyModel, serve
+from tests.support.loopback_server import LoopbackServer
 from tests.support.running import RUN_TIMEOUT_SECONDS, lines, run, start, transcript
-from zppo_mm.bundled import TEACHER_DIR
 
 KEY = "sk-4f9a0c77d1e2b3a4"
-
-
-@pytest.fixture(scope="module")
-def model() -> TinyModel:
-    return TinyModel(TEACHER_DIR)
-
-
-@pytest.fixture
-def server(model: TinyModel) -> Iterator[LoopbackServer]:
-    with serve(model) as made:
-        yield made
 
 
 def options(url: str, **changes: Any) -> list[str]:

@@ -222,13 +222,13 @@ def test_real_clips_equal_another_decoder(opener: MediaOpener, name: str) -> Non
         for index, frame in enumerate(file.decode(video=0)):
             start = start if index else float(frame.time)
             away = np.abs(np.array(frames.timestamps) - (float(frame.time) - start))
-            index = int(away.argmin())
-            if away[index] > TIMESTAMP_TOLERANCE_SECONDS:
+            nearest = int(away.argmin())
+            if away[nearest] > TIMESTAMP_TOLERANCE_SECONDS:
                 continue
-            chosen.append(index)
+            chosen.append(nearest)
             reference = frame.to_ndarray(format="rgb24").astype(int)
             assert (
-                np.abs(frames.pixels[index] - reference).max() <= 1
+                np.abs(frames.pixels[nearest] - reference).max() <= 1
             )  # rounding of the colour conversion
     assert index + 1 == CLIPS[name]
     assert len(chosen) == len(frames.pixels)

@@ -72,6 +72,7 @@ def defined(node: ast.AST) -> list[str]:
 
 
 @pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.medium
 def test_what_the_page_adds_works(copy: Path, section: str) -> None:
     (trial,) = TRIAL.findall(SECTIONS[section])
     run = subprocess.run(

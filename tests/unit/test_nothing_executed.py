@@ -41,14 +41,6 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 LAYOUT = ParallelConfig()
 
 
-@pytest.fixture
-def marker(tmp_path: Path) -> Iterator[Path]:
-    """A file that is there afterwards if code has run."""
-    path = tmp_path / "executed"
-    yield path
-    assert not path.exists(), "code of a file has run"
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_qwen.save(tiny_qwen.text_model(tied=True), tmp_path_factory.mktemp("source"))

@@ -81,6 +81,7 @@ def test_reasons() -> None:
 
 
 @pytest.mark.parametrize("name", HANGING)
+@pytest.mark.medium
 def test_hanging_inputs_end_in_time_and_the_next_answer_is_right(
     pool: GradingPool, name: str
 ) -> None:
@@ -274,6 +275,7 @@ def test_wrong_settings_are_named() -> None:
         Verifier(0)
 
 
+@pytest.mark.medium
 def test_workers_end_in_the_middle_of_a_comparison_when_their_owner_is_killed() -> None:
     """A run that is killed cannot kill its workers."""
     with subprocess.Popen(

@@ -50,6 +50,7 @@ def test_the_server_refuses_what_is_no_request_and_who_has_no_key() -> None:
     server.close()
 
 
+@pytest.mark.medium
 def test_a_batch_that_stays_incomplete_is_answered_without_the_rest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

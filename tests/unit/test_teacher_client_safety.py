@@ -147,6 +147,7 @@ def test_an_environment_without_a_usable_client_is_an_error_with_its_cause(
         open_pool(config.teacher, SingleProcess())
 
 
+@pytest.mark.medium
 def test_what_the_student_waits_for_does_not_queue_behind_answers() -> None:
     def plan(number: int) -> Say:
         def slow(connection: socket.socket) -> None:

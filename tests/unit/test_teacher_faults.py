@@ -8,7 +8,7 @@ import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import pytest
 from tests.support.fault_proxy import FAULTS, PASS, FaultProxy, stand_between
 from tests.support.launch import free_port
 from tests.support.loopback_server import LoopbackServer, TinyModel, serve
-from zppo_mm.bundled import TEACHER_DIR
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.errors import ConfigError
@@ -36,17 +35,6 @@ COUNTED_AS = {
     "stall": "timeout",
 }  # fmt: skip
 LONG = RetryPolicy(max_seconds=200.0, num_retries=None)
-
-
-@pytest.fixture(scope="module")
-def model() -> TinyModel:
-    return TinyModel(TEACHER_DIR)
-
-
-@pytest.fixture
-def server(model: TinyModel) -> Iterator[LoopbackServer]:
-    with serve(model) as made:
-        yield made
 
 
 def settings(**changes: Any) -> TeacherConfig:
@@ -100,9 +88,9 @@ def test_every_answer_comes_in_order_and_tokens_are_counted(server: LoopbackServ
 
 
 def test_a_server_without_n_is_asked_for_each_answer_with_a_seed_of_its_own(
-    model: TinyModel,
+    tiny_model: TinyModel,
 ) -> None:
-    with serve(model, honours_n=False) as server:
+    with serve(tiny_model, honours_n=False) as server:
         pool = EndpointPool([server.url], "tiny", settings())
         first = pool.submit(asks(1, 3), LONG).result(timeout=100)
         assert [request.get("n", 1) for request in server.requests] == [3, 1, 1]
@@ -176,9 +164,9 @@ def test_a_server_that_is_not_there(server: LoopbackServer) -> None:
     assert late.problem.startswith("not answered within 0.5 s, last connection: ")
 
 
-def test_some_of_the_answers_are_kept_when_others_fail(model: TinyModel) -> None:
+def test_some_of_the_answers_are_kept_when_others_fail(tiny_model: TinyModel) -> None:
     with (
-        serve(model, honours_n=False) as server,
+        serve(tiny_model, honours_n=False) as server,
         stand_between(server.url, lambda number: PASS if number < 2 else "500") as proxy,
     ):
         (outcome,), _ = ask_all([proxy.url], asks(1, 4), RetryPolicy(max_seconds=60, num_retries=1))
@@ -208,9 +196,9 @@ def test_retry_after_is_kept(server: LoopbackServer) -> None:
         assert time.monotonic() - started >= 1.5
 
 
-def test_requests_are_bounded_and_shared_by_the_servers(model: TinyModel) -> None:
+def test_requests_are_bounded_and_shared_by_the_servers(tiny_model: TinyModel) -> None:
     with ExitStack() as stack:
-        servers = [stack.enter_context(serve(model)) for _ in range(2)]
+        servers = [stack.enter_context(serve(tiny_model)) for _ in range(2)]
         proxies: list[FaultProxy] = [
             stack.enter_context(stand_between(server.url, lambda number: PASS))
             for server in servers

@@ -25,7 +25,6 @@ from data.shard_writer import write_shards
 from data.shards import ShardFolder
 from data.toy.digits_shards import digit_samples
 from tests.support.loopback_server import LoopbackServer, TinyModel, serve
-from zppo_mm.bundled import TEACHER_DIR
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.teacher.served.chat_api import ChatRequest
 from zppo_mm.teacher.served.client_process import CLOSING_SECONDS, PoolProcess
@@ -35,17 +34,6 @@ from zppo_mm.teacher.served.servers import RetryPolicy
 
 LONG = RetryPolicy(max_seconds=200.0, num_retries=None)
 CONFIG = TeacherConfig(backoff_seconds=0.01)
-
-
-@pytest.fixture(scope="module")
-def model() -> TinyModel:
-    return TinyModel(TEACHER_DIR)
-
-
-@pytest.fixture
-def server(model: TinyModel) -> Iterator[LoopbackServer]:
-    with serve(model) as made:
-        yield made
 
 
 @contextmanager
@@ -231,10 +219,12 @@ def test_it_starts_without_torch() -> None:
     assert subprocess.check_output([sys.executable, "-c", script], text=True, timeout=100) == "[]\n"
 
 
-def test_what_it_logs_is_heard_here(model: TinyModel, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_it_logs_is_heard_here(
+    tiny_model: TinyModel, caplog: pytest.LogCaptureFixture
+) -> None:
     with (
         caplog.at_level("INFO", logger="zppo_mm"),
-        serve(model, honours_n=False) as server,
+        serve(tiny_model, honours_n=False) as server,
         process(server.url) as pool,
     ):
         pool.submit(asks(1), LONG).result(timeout=200)

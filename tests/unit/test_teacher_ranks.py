@@ -208,6 +208,7 @@ def test_answers_come_graded_with_their_tokens_in_batches_of_a_fixed_size(job: J
     assert job.ended == [DONE]
 
 
+@pytest.mark.medium
 def test_urgent_requests_come_first_and_a_judge_replies_greedily(job: Job) -> None:
     link, teacher = job.link("student"), job.start_teacher()
     pool = job.pool(link, batch_size=1)
@@ -234,6 +235,7 @@ def test_urgent_requests_come_first_and_a_judge_replies_greedily(job: Job) -> No
     end(link, teacher)
 
 
+@pytest.mark.medium
 def test_without_an_answer_in_time_the_run_stops_or_goes_on_as_configured(job: Job) -> None:
     link, teacher = job.link("student"), job.start_teacher()
     pool = job.pool(link)
@@ -270,6 +272,7 @@ def test_a_question_without_a_prompt_has_no_answer_and_ends_nothing(job: Job) ->
     end(link, teacher)
 
 
+@pytest.mark.medium
 def test_the_error_of_a_teacher_rank_is_named_where_the_student_waits(job: Job) -> None:
     link = job.link("student")
     teacher = job.start_teacher()

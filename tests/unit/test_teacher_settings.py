@@ -27,7 +27,7 @@ from zppo_mm.teacher.served.connect import open_pool
         ),
         (
             ["teacher.endpoints=['http://h/v1','http://h/v1']", "teacher.model=m"],
-            r"stands there twice",
+            r"an address is listed twice",
         ),
         (
             ["teacher.endpoints=['http://h/v1']"],

@@ -44,7 +44,7 @@ class TopTokens(NamedTuple):
 
     Attributes:
         ids: `[rows, k]` int64, over the whole vocabulary; `NO_TOKEN` where a row has fewer.
-        logprobs: `[rows, k]` float32; not looked at where there is no token.
+        logprobs: `[rows, k]` float32; ignored where there is no token.
     """
 
     ids: torch.Tensor
@@ -87,7 +87,7 @@ def top_jensen_shannon(
     chunk_rows: int = DEFAULT_CHUNK_ROWS,
 ) -> Divergence:
     """Return the divergence over the teacher's top tokens and one further outcome, in which both
-    lump all other tokens.
+    merge all other tokens into one outcome.
 
     Lumping can only hide differences: this is a lower bound of the divergence over the whole
     vocabulary, and equals it where every token is a top token.
@@ -189,7 +189,7 @@ class _JensenShannon(torch.autograd.Function):
 
 
 class _TopJensenShannon(torch.autograd.Function):
-    """Of the lumped outcomes, all tokens but the top ones share one f in the gradient."""
+    """The tokens outside the top k are one outcome, with one factor in the gradient."""
 
     @staticmethod
     def forward(

@@ -146,7 +146,8 @@ class _LocalTargets(NamedTuple):
 def _local_targets(
     targets: torch.Tensor, local_vocabulary: int, group: dist.ProcessGroup | None
 ) -> _LocalTargets:
-    """Return which targets lie in this rank's slice, and where in it (0 for the others)."""
+    """Return which targets are in this rank's slice of the vocabulary, and their indices in it (0
+    for the others)."""
     offset = 0 if group is None else dist.get_rank(group) * local_vocabulary
     mine = (targets >= offset) & (targets < offset + local_vocabulary)
     return _LocalTargets(mine, torch.where(mine, targets - offset, 0))

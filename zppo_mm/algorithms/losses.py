@@ -24,11 +24,11 @@ class PolicyLoss:
         loss_sum: Negative surrogate summed over the loss tokens; the only field that carries
             gradient.
         num_tokens: Loss tokens.
-        num_clipped_low: Tokens with a negative advantage whose ratio lies under `1 -
+        num_clipped_low: Tokens with a negative advantage whose ratio is under `1 -
             clip_ratio_low`.
-        num_clipped_high: Tokens with a positive advantage whose ratio lies over `1 +
+        num_clipped_high: Tokens with a positive advantage whose ratio is over `1 +
             clip_ratio_high`.
-        num_dual_clipped: Tokens with a negative advantage whose ratio lies over `clip_ratio_c`.
+        num_dual_clipped: Tokens with a negative advantage whose ratio is over `clip_ratio_c`.
         ratio_sum: Sum of the ratios.
         kl_sum: Sum of the estimate `ratio - 1 - log ratio` of KL(old || new), never negative.
     """
@@ -55,7 +55,7 @@ def policy_loss(
     """Return the token-level clipped surrogate, summed and negated.
 
     For ratio rho and advantage A of a token: `min(rho A, clip(rho, 1 - low, 1 + high) A)`, and for
-    A < 0 not below `c A`. Whatever stands where the mask is 0, NaN included, has no influence.
+    A < 0 not below `c A`. Values where the mask is 0, NaN included, have no influence.
     Where it is not, a log-prob that is not finite makes the loss NaN.
 
     Args:

@@ -39,7 +39,7 @@ class LoraAdapters(nn.Module):
     """All adapters of this rank's stage, `layers.{global number}.{Hugging Face name}.lora_A` and
     `lora_B`.
 
-    They stand beside the language model, not inside it: names, checkpoints and loading of the
+    They are kept beside the language model, not inside it: names, checkpoints and loading of the
     frozen network stay as they are.
 
     Args:

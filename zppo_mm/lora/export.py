@@ -30,8 +30,8 @@ class _Shard:
 
     Attributes:
         key: PEFT's.
-        axis: Along which the ranks' parts lie; `None` if every rank has the whole.
-        indices: `[n]` int64, where along the axis this part belongs.
+        axis: Along which the ranks' parts are split; `None` if every rank has the whole.
+        indices: `[n]` int64, of this part along the axis.
     """
 
     key: str

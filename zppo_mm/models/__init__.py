@@ -1,4 +1,4 @@
-"""The network on megatron-core; knows nothing of reinforcement learning."""
+"""The network on megatron-core; without reinforcement learning."""
 
 # First, because it makes `import megatron.core` possible everywhere.
 import zppo_mm.parallel  # noqa: F401

@@ -1,4 +1,4 @@
-"""What the network, its decoding and its export need to know of adapters, whoever made them."""
+"""The protocol of adapters that the network, its decoding and its export use."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def validate_layout(config: ParallelConfig, world_size: int, num_others: int = 0
     Args:
         config: The layout.
         world_size: Processes to be laid out.
-        num_others: Further processes of the job, which are laid out apart.
+        num_others: Further processes of the job, which have a layout of their own.
 
     Raises:
         ConfigError: A size is below 1, or the world size is no multiple of tensor x pipeline x
@@ -47,8 +47,8 @@ def validate_layout(config: ParallelConfig, world_size: int, num_others: int = 0
 
 
 def _nearest_layout(sizes: Sequence[int], world_size: int) -> tuple[int, ...]:
-    """Return the largest layout not above the asked one that divides the world size; on a tie more
-    of what comes first.
+    """Return the largest layout not above the configured one that divides the world size; on a tie
+    more of what comes first.
     """
     layouts = itertools.product(*(range(1, size + 1) for size in sizes))
     return max(

@@ -57,7 +57,7 @@ def gpt_model(*arguments: Any, **options: Any) -> Any:
 def data_parallel_model(*arguments: Any) -> Any:
     """Wrap a model in megatron-core's `DistributedDataParallel`.
 
-    0.19 asks for the layout of the distributed optimizer's buffers and says so each
+    0.19 asks for the layout of the distributed optimizer's buffers and warns each
     time; it computes the same one itself.
     """
     from megatron.core.distributed import DistributedDataParallel
@@ -93,11 +93,11 @@ def split_sharded_tensor(tensor: Any, sections: list[int], names: list[str], axi
         tensor: Megatron's `ShardedTensor` of the whole.
         sections: Length of every part along the axis.
         names: Ending of every part's name.
-        axis: Where the parts lie side by side.
+        axis: Along which the parts are concatenated.
     """
     try:
         from megatron.core.ssm.utils import _split_tensor_factory
-    except ImportError:  # it lay beside its first user before 0.19
+    except ImportError:  # in another module before 0.19
         from megatron.core.ssm.gated_delta_net import _split_tensor_factory
     return _split_tensor_factory(tensor, sections, names, axis)
 

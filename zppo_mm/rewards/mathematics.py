@@ -211,15 +211,11 @@ class _Comparison:
             return self.same(left, labels[1][1], depth - 1)
         if relations[0] and relations[1]:
             return self._leaf(left, right)
-        bare = right if relations[0] else left
-        inequality = relations[0] or relations[1]
-        assert inequality is not None
+        bare, relation = (right, relations[0]) if relations[0] else (left, relations[1])
+        assert relation is not None
         is_set = read_bracketed(bare) is not None or _SET_NOTATION.search(bare) is not None
-        return (
-            self._leaf(left, right)
-            if is_set and not {"=", "\\approx"} & set(inequality.signs)
-            else False
-        )
+        is_inequality = not {"=", "\\approx"} & set(relation.signs)
+        return self._leaf(left, right) if is_set and is_inequality else False
 
     def _composed(self, left: str, right: str, depth: int) -> bool | None:
         """Compare what stands in brackets."""
@@ -230,15 +226,12 @@ class _Comparison:
             return self._brackets(brackets[0], brackets[1], depth)
         if _SET_NOTATION.search(left) or _SET_NOTATION.search(right):
             return self._leaf(left, right)
-        for bracketed, other, is_left in ((brackets[0], right, True), (brackets[1], left, False)):
-            if bracketed is not None:
-                if not bracketed.is_set or len(bracketed.items) != 1 or depth < MAX_DEPTH:
-                    return False if parse_number(other) is not None else self._leaf(left, right)
-                return (
-                    self.same(bracketed.items[0], other, depth - 1)
-                    if is_left
-                    else self.same(other, bracketed.items[0], depth - 1)
-                )
+        bracketed, other = (brackets[0], right) if brackets[0] else (brackets[1], left)
+        if bracketed is not None:
+            if not bracketed.is_set or len(bracketed.items) != 1 or depth < MAX_DEPTH:
+                return False if parse_number(other) is not None else self._leaf(left, right)
+            (item,) = bracketed.items
+            return self.same(*((item, right) if brackets[0] else (left, item)), depth - 1)
         return self._quantities(left, right)
 
     def _brackets(self, left: Bracketed, right: Bracketed, depth: int) -> bool | None:

@@ -127,12 +127,13 @@ def split_unit(text: str) -> tuple[str, str]:
     currency = split_currency(text)
     if currency is not None and parse_number(currency[0]) is not None:
         return currency
-    match = _QUANTITY.fullmatch(_UNIT_IN_PARENTHESES.sub(r" \1", text))
+    opened = _UNIT_IN_PARENTHESES.sub(r" \1", text)
+    match = _QUANTITY.fullmatch(opened)
     if match is None or _touches(match):
         return text, ""
     body = match[1].strip()
     is_number = parse_number(body) is not None
-    unit = canonical_unit(match[2], is_number)
+    unit = canonical_unit(match[2], is_number and opened == text)
     if unit is None or (unit in ("am", "pm") and not (is_number or parse_ratio(body))):
         return text, ""
     return body, unit

@@ -239,17 +239,12 @@ def split_label(relation: Relation) -> tuple[str, str] | None:
         return ("", members[1]) if len(members) == 2 and signs[0] != "\\in" and members[1] else None
     exact = signs.index("\\approx") + 1 if "\\approx" in signs else len(members)
     if not is_label(members[0]):
-        if (
-            len(members) > 2 and exact == len(members) and is_label(members[-2])
-        ):  # of 1 = x = 0 as well
-            return squeeze(members[-2]), members[-1]
+        if len(members) > 2 and exact == len(members) and is_label(members[-2]):
+            return squeeze(members[-2]), members[-1]  # of 1 = x = 0 as well
         return ("", members[0]) if exact == 1 else None
     value = members[1] if exact == 1 else members[exact - 1]
-    return (
-        (squeeze(members[0]).casefold() if len(members[0]) > 4 else squeeze(members[0]), value)
-        if value
-        else None
-    )
+    name = squeeze(members[0])
+    return (name.casefold() if len(members[0]) > 4 else name, value) if value else None
 
 
 def is_label(text: str) -> bool:
@@ -264,37 +259,24 @@ def as_interval(text: str) -> tuple[str, Bracketed] | None:
     `\\le 5` has no variable.
     """
     relation = read_relation(text)
-    if (
-        relation is None
-        or not set(relation.signs) <= {"<", ">", "\\le", "\\ge"}
-        or len(relation.members) > 3
-    ):
+    if relation is None or not 2 <= len(relation.members) <= 3:
         return None
     members, signs = relation.members, relation.signs
-    if signs[0] in (">", "\\ge"):
-        if not members[0]:
-            members = [members[1]]
-            return "", Bracketed("(" if signs[0] == ">" else "[", ")", [members[0], "\\infty"])
-        members, signs = (
-            members[::-1],
-            ["<" if sign == ">" else "\\le" for sign in signs[::-1] if sign in (">", "\\ge")],
-        )
-    if not set(signs) <= {"<", "\\le"} or len(signs) != len(members) - 1:
+    if set(signs) <= {">", "\\ge"}:
+        members, signs = members[::-1], ["<" if sign == ">" else "\\le" for sign in signs[::-1]]
+    if not set(signs) <= {"<", "\\le"}:
         return None
-    if len(members) == 3:
-        below, variable, above = members
-        opening, closing = signs[0], signs[1]
-    elif not members[0] or (
-        _VARIABLE.fullmatch(members[0]) and not _VARIABLE.fullmatch(members[1])
-    ):
-        below, variable, above, opening, closing = "-\\infty", members[0], members[1], "<", signs[0]
-    else:
-        below, variable, above, opening, closing = members[0], members[1], "\\infty", signs[0], "<"
+    if len(members) == 2:
+        first, second = (not text or _VARIABLE.fullmatch(text) for text in members)
+        if members[1] and first and not (members[0] and second):
+            members, signs = ["-\\infty", *members], ["<", *signs]
+        else:
+            members, signs = [*members, "\\infty"], [*signs, "<"]
+    below, variable, above = members
     if (variable and not _VARIABLE.fullmatch(variable)) or not below or not above:
         return None
-    return squeeze(variable), Bracketed(
-        "(" if opening == "<" else "[", ")" if closing == "<" else "]", [below, above]
-    )
+    opening, closing = "(" if signs[0] == "<" else "[", ")" if signs[1] == "<" else "]"
+    return squeeze(variable), Bracketed(opening, closing, [below, above])
 
 
 def squeeze(text: str) -> str:

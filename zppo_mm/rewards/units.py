@@ -181,7 +181,9 @@ def _is_free(token: str) -> bool:
         return False
     if not token.isascii():
         return not (_VALUE_CHARACTERS & set(token)) and not token.lower().startswith(_VALUE_STEMS)
-    is_word = len(token) > 2 and _VOWEL.search(token) is not None  # `mv` and `mgh` are products
+    # `mv`, `mgh` and `abc` are products.
+    is_product = len(token) < 4 and (list(token) == sorted(token) or len(token) < 3)
+    is_word = not is_product and _VOWEL.search(token) is not None
     return is_word and not _VALUE_WORD.fullmatch(token)
 
 

@@ -59,12 +59,12 @@ def open_run(
         raise stopped
 
 
-def exit_code(error: Exception, output_dir: str) -> int:
+def exit_code(error: Exception, folder: RunFolder) -> int:
     """Return the exit code of a run that has not come to its end, and log one line about it.
 
     Args:
         error: What ended the run.
-        output_dir: Where the run writes.
+        folder: The run's.
 
     Returns:
         1 after an error that the user can fix, `EXIT_CODE` where the same command goes on.
@@ -79,11 +79,11 @@ def exit_code(error: Exception, output_dir: str) -> int:
     if isinstance(error, ZppoError | DataError):
         logger.error("%s", error)
         return 1
-    if isinstance(error, OSError) and (error.filename or error.errno in _DISK_ERRORS):
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _DISK_ERRORS):
         logger.error(
             "%s: a file of the run cannot be used, got %s, expected room and permission; check the "
             "disk, then the same command continues",
-            output_dir,
+            folder,
             error,
         )
         return 1

@@ -91,7 +91,7 @@ def plan_batches(
         micro_batch_tokens: Most tokens of a micro-batch; a longer sample has one to itself.
         random: Shuffles the groups.
         skip_zero_advantage: `False` keeps every sample with loss tokens, for objectives that do
-            not look at advantages.
+            not use advantages.
         share_prompts: Shared-prefix training: one copy of a group's prompt per micro-batch; all
             samples of a uid must have the same prompt.
 
@@ -166,10 +166,10 @@ def build_batches(
 
 
 class LazyMicrobatches(Sequence[Microbatch]):
-    """Micro-batches that are made, and their media opened, when they are asked for.
+    """Micro-batches that are made, and their media opened, on access.
 
     Args:
-        makers: One per micro-batch; called every time that it is asked for.
+        makers: One per micro-batch; called at every access.
     """
 
     def __init__(self, makers: Sequence[Callable[[], Microbatch]]) -> None:
@@ -195,7 +195,7 @@ class LazyMicrobatches(Sequence[Microbatch]):
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """A stretch of a sample that is laid as one sequence of a pack.
+    """Consecutive tokens of a sample that are one sequence of a pack.
 
     Attributes:
         tokens: Of the sample.
@@ -214,13 +214,13 @@ def pack(
     device: torch.device,
     share_prompts: bool = False,
 ) -> Microbatch:
-    """Lay samples end to end for one forward pass.
+    """Concatenate samples for one forward pass.
 
     Args:
         samples: In this order; none gives a short sequence without loss.
         media: Opens the pixels of the samples' questions; `None` leaves `patches` out.
         device: Where the tensors go.
-        share_prompts: Lay the prompt of several samples of a group once, and then their responses.
+        share_prompts: Put the prompt of several samples of a group once, then their responses.
 
     Raises:
         DataError: A sample's media no longer has the grid that its prompt was made with.
@@ -268,8 +268,8 @@ def pack(
 def _join_old_logprobs(
     segments: Sequence[_Segment], padding: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Return the field of old log-probs, and the one that says where they are not known, unless
-    they are everywhere.
+    """Return the field of old log-probs, and the mask of tokens where they are unknown, if there
+    are any.
     """
     logprobs, unknown = [], []
     for segment in segments:
@@ -287,9 +287,7 @@ def _join_old_logprobs(
 def _join_teacher_top(
     segments: Sequence[_Segment], padding: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Return the fields of what the teacher said about the tokens; nothing if it said nothing about
-    any sample.
-    """
+    """Return the fields of the teacher's top log-probs; nothing if no sample has them."""
     width = max(
         (
             top.ids.shape[1]
@@ -319,9 +317,7 @@ def _join_teacher_top(
 
 
 def _segments(samples: Sequence[TrainingSample]) -> list[_Segment]:
-    """Lay every group's prompt once, its responses behind it; a sample that is alone stays in one
-    piece.
-    """
+    """Put every group's prompt once and its responses behind it; a single sample stays whole."""
     groups: dict[str, list[TrainingSample]] = {}
     for sample in samples:
         groups.setdefault(sample.uid, []).append(sample)

@@ -56,7 +56,7 @@ def check_networks(
 
 
 class DistillationObjective:
-    """The Jensen-Shannon divergence to the teacher, whoever wrote the responses."""
+    """The Jensen-Shannon divergence to the teacher, on any responses."""
 
     metrics = (PerForwardToken("policy/entropy"), PerForwardToken("distill/agreement"))
     needs_advantages = False
@@ -90,7 +90,7 @@ class DistillationObjective:
         return self._teacher is None
 
     def __call__(self, logits: torch.Tensor, microbatch: Microbatch) -> ObjectiveTerms:
-        """Return the divergence and how often both would say the same."""
+        """Return the divergence, and how often both have the same most likely token."""
         indices, student = predicting_logits(logits, microbatch)
         found = self._divergence(student, indices, microbatch)
         loss = found.jsd.sum()

@@ -81,7 +81,7 @@ def check_file(folder: Path, name: str, expected: Listed) -> None:
 
 def _size(path: Path) -> int | None:
     """Return the bytes of a plain file, `None` if there is none; a pipe of that name would keep its
-    reader waiting for ever.
+    reader waiting forever.
     """
     try:
         found = path.stat()

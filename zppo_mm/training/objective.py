@@ -32,7 +32,7 @@ class PerLossToken:
 @dataclass(frozen=True, slots=True)
 class PerForwardToken:
     """A metric that is averaged over the loss tokens that went through the network, of all updates
-    together. An update of trivial groups alone knows nothing of it.
+    together. An update of trivial groups alone has no value.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Objective(Protocol):
 
     @property
     def needs_advantages(self) -> bool:
-        """Whether it looks at advantages and old log-probs; tokens with an advantage of 0 then have
+        """Whether it uses advantages and old log-probs; tokens with an advantage of 0 then have
         neither loss nor gradient.
         """
         ...

@@ -97,7 +97,7 @@ def build_scheduler(optimizer: Any, train: TrainConfig) -> Any:
         max_lr=train.lr,
         min_lr=train.lr,
         lr_warmup_steps=train.lr_warmup_updates,
-        # Constant needs no end, but the class wants one after the warm-up.
+        # The class needs an end after the warm-up, even of a constant schedule.
         lr_decay_steps=train.lr_warmup_updates + train.train_iters * train.updates_per_step + 1,
         lr_decay_style="constant",
         start_wd=train.weight_decay,

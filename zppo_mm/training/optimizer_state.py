@@ -1,7 +1,7 @@
 """What megatron-core's optimizers keep of every parameter, found by the parameter itself and
 written under its name.
 
-Megatron's own description of that state goes by numbers, which its distributed and its
+Megatron's own description of that state is by parameter numbers, which its distributed and its
 half-precision optimizer count differently where parameters of float32 and of bfloat16 are in one
 group; and it gathers all of the state on every rank. Here each rank describes its part. The
 checkpoint does not depend on which optimizer is used.

@@ -167,7 +167,7 @@ def fill_microbatches(prefix_groups: Sequence[PrefixGroup], max_tokens: int) -> 
         {number: prefix_group.num_tokens for number, prefix_group in enumerate(prefix_groups)},
         max_tokens,
     )
-    # In sample order, the rollouts of a group lie together and share their media in the source's
+    # In sample order, the rollouts of a group are adjacent and share their media in the source's
     # cache.
     return tuple(
         sorted(

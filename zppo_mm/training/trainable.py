@@ -69,8 +69,8 @@ def part_sizes(model: VisionLanguageModel) -> dict[str, PartSize]:
         part: _size(parameter for parameter in own if id(parameter) not in copies)
         for part, own in parts.items()
     }
-    everybodys = parallel.gather_from_ranks(mine if parallel.replica_rank() == 0 else {})
-    return {part: sum((sizes[part] for sizes in everybodys if sizes), PartSize()) for part in parts}
+    gathered = parallel.gather_from_ranks(mine if parallel.replica_rank() == 0 else {})
+    return {part: sum((sizes[part] for sizes in gathered if sizes), PartSize()) for part in parts}
 
 
 def log_part_sizes(model: VisionLanguageModel) -> None:
@@ -92,9 +92,7 @@ def table(sizes: dict[str, PartSize]) -> str:
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> PartSize:
-    """Add up what this rank answers for: its own shards, and on tensor rank 0 what all tensor ranks
-    hold alike.
-    """
+    """Add up this rank's shards, and on tensor rank 0 the replicated parameters."""
     total = PartSize()
     for parameter in parameters:
         if not (getattr(parameter, "tensor_model_parallel", False) or parallel.tensor_rank() == 0):

@@ -1,4 +1,5 @@
-"""The description of a distributed checkpoint, `.metadata`, which says where each tensor lies.
+"""The description of a distributed checkpoint, `.metadata`: the file and offset of each chunk of
+each tensor.
 
 It is a pickle and may come from anywhere: it is read by an unpickler that knows the classes of the
 format and nothing else, so that no code in it runs.
@@ -68,7 +69,7 @@ class _MetadataUnpickler(pickle._Unpickler):
     """Reads the format's own classes and refuses every other name, which is where a pickle would
     begin to run code.
 
-    In Python, because the one in C makes room for as many objects as a number in the file says.
+    In Python, because the one in C allocates as many objects as a number in the file says.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -82,7 +83,7 @@ class _MetadataUnpickler(pickle._Unpickler):
 
 
 def read_metadata(path: Path) -> Metadata:
-    """Read a `.metadata` file without running anything that stands in it.
+    """Read a `.metadata` file without running code in it.
 
     Raises:
         CheckpointError: It is damaged, names anything but the format's classes, or points outside
@@ -104,7 +105,7 @@ def read_metadata(path: Path) -> Metadata:
         raise CheckpointError(
             f"{path}: the description of the checkpoint cannot be used, got {problem}, expected "
             "what megatron-core writes; use another checkpoint, and do not load this one with "
-            "other programs unless you trust its origin: they may run code that stands in it"
+            "other programs unless you trust its origin: they may run code in it"
         )
     assert isinstance(metadata, Metadata)
     return metadata
@@ -134,14 +135,14 @@ def _problem(metadata: Any) -> str | None:
 
 
 def check_files(folder: Path, metadata: Metadata) -> None:
-    """Compare the files with the locations that are said to lie in them."""
+    """Compare the files with the locations that are described in them."""
     ends: dict[str, int] = {}
     for location in metadata.storage_data.values():
         ends[location.relative_path] = max(
             ends.get(location.relative_path, 0), location.offset + location.length
         )
     for name, end in sorted(ends.items()):
-        # Anything but a plain file could keep a reader waiting for ever.
+        # Anything but a plain file could keep a reader waiting forever.
         size = (folder / name).stat().st_size if (folder / name).is_file() else None
         if size is None or size < end:
             got = "no plain file" if size is None else f"{size} bytes"

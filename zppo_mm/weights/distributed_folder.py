@@ -1,5 +1,5 @@
 """The files of a distributed checkpoint in megatron-core's format: chunks of tensors, and
-`.metadata`, which says where each lies.
+`.metadata`, the location of each.
 
 Written and read here through torch's own planner and reader, each rank its part, so that nothing
 has to be gathered.
@@ -51,7 +51,7 @@ class WrittenFile:
         name: In the folder.
         size: Bytes.
         checksum: CRC-32.
-        results: Where each chunk lies in it.
+        results: Location of each chunk in it.
     """
 
     name: str
@@ -130,7 +130,7 @@ def plan_writes(chunks: Sequence[WriteChunk]) -> tuple[list[WriteChunk], Metadat
             out.
 
     Returns:
-        What this rank writes, and on rank 0 what `.metadata` will say.
+        What this rank writes, and on rank 0 the content of `.metadata`.
 
     Raises:
         CheckpointError: The chunks do not make up whole tensors; raised on every rank.
@@ -157,7 +157,7 @@ def plan_writes(chunks: Sequence[WriteChunk]) -> tuple[list[WriteChunk], Metadat
 
 
 def write_chunks(chunks: list[WriteChunk], folder: Path) -> WrittenFile:
-    """Write this rank's file and sync it; each chunk is let go of when it is written. No other rank
+    """Write this rank's file and sync it; each chunk is released when it is written. No other rank
     is waited for.
 
     Args:
@@ -194,7 +194,7 @@ def _serialised(content: torch.Tensor | bytes) -> memoryview | bytes:
     if isinstance(content, bytes):
         return content
     tensor = content.contiguous()
-    # What is saved of a view is all that it looks at.
+    # torch.save writes the whole storage of a view.
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
         tensor = tensor.clone()
     return _torch_saved(tensor)

@@ -36,7 +36,7 @@ class FolderWriter:
         others: All other files, by path inside the folder: a file to copy, or the content.
 
     Attributes:
-        aside: Where it lies until it is complete.
+        aside: Its temporary name until it is complete.
 
     Raises:
         OSError: There is no room or no permission; nothing is left behind.
@@ -154,7 +154,7 @@ class FolderWriter:
 
 
 def aside_of(target: Path) -> Path:
-    """Return where a folder lies until it is complete."""
+    """Return a folder's temporary name until it is complete."""
     return target.with_name(target.name + _INCOMPLETE)
 
 

@@ -306,7 +306,7 @@ def fuse_tensors(
         return torch.cat(tensors)
     groups, dim, heads, parts = _attention_sizes(architecture)
     query, key, value = tensors
-    # Hugging Face interleaves query and gate per head; megatron-core wants all queries, then all
+    # Hugging Face interleaves query and gate per head; megatron-core takes all queries, then all
     # gates, key and value of a group.
     query = (
         query.reshape(groups, heads, parts, dim, -1)
@@ -337,7 +337,7 @@ def split_tensors(
 def cut(
     whole: torch.Tensor, mapping: Mapping, architecture: Architecture, rank: int, size: int
 ) -> torch.Tensor:
-    """Return a rank's shard of a parameter: of each section its part, laid end to end."""
+    """Return a rank's shard of a parameter: its part of each section, concatenated."""
     axis = mapping.rule.axis
     if axis is None or size == 1:
         return whole

@@ -81,7 +81,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What stands before the tensors of a file.
+    """The header before the tensors of a file.
 
     Attributes:
         raw: The bytes: length, JSON, padding.
@@ -165,7 +165,7 @@ def parse_header(raw: bytes, where: str) -> Header:
 
 
 def _parse_json(text: bytes) -> dict[str, Any]:
-    """Return a JSON object in which no name stands twice and every number is whole, not negative,
+    """Return a JSON object without duplicate names in which every number is whole, not negative,
     and fits 64 bits.
 
     Raises:

@@ -53,7 +53,7 @@ class WriteChunk:
     """What is written at once: a shard of at most about `CHUNK_BYTES`, or a small object.
 
     Attributes:
-        item: What the checkpoint's plan says about it.
+        item: Its entry in the checkpoint's plan.
         content: Makes the tensor, or the object as bytes, when its turn has come.
     """
 
@@ -87,7 +87,7 @@ def flat_shards_of(entry: Any, data: torch.Tensor, start: int, prefix: str) -> l
         start: Where the stretch begins in the parameter.
         prefix: Put before the entry's keys.
     """
-    # Says where the sections of a fused parameter lie in it, without memory of their own.
+    # Gives the offsets of a fused parameter's sections, without memory.
     whole = dataclasses.replace(
         entry, data=torch.empty(entry.data.shape, dtype=entry.data.dtype, device="meta")
     )
@@ -152,7 +152,7 @@ def chunks_of(shard: TensorShard, make: Callable[[], torch.Tensor]) -> Iterator[
     """Cut a shard along its first axis that is longer than 1.
 
     Args:
-        shard: Its memory is not looked at.
+        shard: Its memory is not read.
         make: Returns the contents of the whole shard, when a chunk of it is to be written.
     """
     shape = list(shard.tensor.shape)

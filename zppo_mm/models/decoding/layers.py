@@ -108,8 +108,8 @@ class DecodeAttention:
                 if cache.mask is None
                 else cache.mask[..., : slot + 1].expand(-1, self.groups, heads, -1)
             )
-            # The queries of one group stand where a kernel expects the tokens of one head, so keys
-            # are never repeated.
+            # The queries of one group take the axis where a kernel expects the tokens of one head,
+            # so keys are never repeated.
             mixed = F.scaled_dot_product_attention(both[:, :, :heads], keys, values, attn_mask=mask)
         if self.gated:
             mixed = mixed * gate[0].sigmoid()
@@ -125,7 +125,7 @@ class DecodeDeltaNet:
         in_proj: To query, key, value, gate, beta and alpha.
         taps: `[taps, taps, channels]` convolution weights, entry p for a ring whose newest input is
             in slot p.
-        qk_scale: `[2, 1, 1]` brings normalised queries and keys to the lengths that the rule wants.
+        qk_scale: `[2, 1, 1]` scales normalised queries and keys to the norms of the delta rule.
         decay_rate: `[value_heads]`, minus exp(A_log).
     """
 

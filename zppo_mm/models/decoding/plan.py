@@ -1,4 +1,4 @@
-"""The decoding loop's view of a network: its weights as the layers of the loop want them."""
+"""The decoding loop's view of a network: its weights in the form of the loop's layers."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
     """Causal attention of packed sequences through torch's kernel, batched over sequences of
     similar length.
 
-    megatron-core's local attention refuses packed sequences. Padding lies behind every sequence,
+    megatron-core's local attention refuses packed sequences. Padding follows every sequence,
     where a causal token never looks. Children are batched by parent, each with a copy of the
     parent's keys and values: no child is held against another one's tokens.
     """
@@ -51,7 +51,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
             key: `[tokens, groups, head_dim]`.
             value: `[tokens, groups, head_dim]`.
             attention_mask: Unused.
-            packed_seq_params: Where the sequences lie.
+            packed_seq_params: Bounds and buckets of the sequences.
 
         Returns:
             `[tokens, heads * head_dim]`.
@@ -130,7 +130,7 @@ class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
             attention_mask: Unused.
             rotary_pos_emb: `[2, tokens, 1, rotated channels]` cosines and sines; this rank's part
                 under context parallelism.
-            packed_seq_params: Where the sequences of the whole pack lie, and the cache that a
+            packed_seq_params: Bounds of the sequences in the whole pack, and the cache that a
                 prefill fills.
 
         Returns:

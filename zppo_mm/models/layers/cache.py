@@ -65,7 +65,7 @@ class DecodeCache:
             infinity before its start; `None` if all are equally long.
         attention: Per attention layer, by its global number.
         linear: Per DeltaNet layer, by its global number.
-        plan: Weights as the decoding loop wants them, set by the prefill.
+        plan: Weights in the form of the decoding loop, set by the prefill.
     """
 
     max_new_tokens: int

@@ -1,4 +1,4 @@
-"""How the heads of a Gated DeltaNet layer lie in its projections."""
+"""The layout of a Gated DeltaNet layer's heads in its projections."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
             hidden_states: `[tokens, 1, hidden]`; part of the tokens under sequence or context
                 parallelism.
             attention_mask: Unused.
-            packed_seq_params: Where the sequences of the whole pack lie, and the cache that a
+            packed_seq_params: Bounds of the sequences in the whole pack, and the cache that a
                 prefill fills.
 
         Returns:
@@ -266,7 +266,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         weight = heads.convolution.squeeze(1)
         convolved, _state = convolve(mixed[None], weight, activation="silu", cu_seqlens=bounds)
         query, key, value = heads.split(convolved)
-        # FLA's rule wants as many query and key heads as value heads.
+        # FLA's kernel needs as many query and key heads as value heads.
         repeats = heads.layout.value_heads // heads.layout.key_heads
         if repeats > 1:
             query, key = query.repeat_interleave(repeats, 2), key.repeat_interleave(repeats, 2)

@@ -12,7 +12,7 @@ from torch import nn
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm computed in float32, zero-centred where the config says so (the weight is stored
+    """RMSNorm computed in float32, zero-centred on request of the config (the weight is stored
     minus one).
 
     megatron-core's wrapper of torch's norm refuses zero-centred weights and sequence parallelism.

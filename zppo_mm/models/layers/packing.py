@@ -64,13 +64,13 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class ChildGroup:
-    """The children of one parent in a bucket, which lie next to each other there.
+    """The children of one parent in a bucket, which are next to each other there.
 
     Attributes:
         parent: Its index in the pack.
         num_children: Rows of the bucket.
-        mask: `[longest child, parent's tokens + longest child]` whether a child's token looks at a
-            token: the whole parent, and its own past.
+        mask: `[longest child, parent's tokens + longest child]` whether a child's token attends
+            to a token: the whole parent, and its own past.
     """
 
     parent: int
@@ -80,13 +80,13 @@ class ChildGroup:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Children of similar length, whoever their parents are.
+    """Children of similar length, of any parents.
 
     Attributes:
         bucket: The children.
         child_groups: Together every child of the bucket once, in its order.
         parent_rows: `[children]` int64, the parent of each among the sequences of all buckets that
-            have children, laid end to end.
+            have children, concatenated.
     """
 
     bucket: Bucket
@@ -102,8 +102,8 @@ class PackedLayout(PackedSeqParams):  # type: ignore[misc]
         buckets: Together every sequence without a parent once.
         branches: Together every sequence with a parent once.
         lengths: Tokens of every sequence.
-        order: `[tokens]` index of every token in the tokens of buckets and branches laid end to
-            end; `None` when that is the pack itself.
+        order: `[tokens]` index of every token in the concatenated tokens of buckets and branches;
+            `None` when that is the pack itself.
         cache: Where a prefill keeps keys, values and DeltaNet states; `None` in training.
         exchange: Ulysses all-to-alls of the ranks that share this pack; `None` where each rank has
             the whole pack.
@@ -125,8 +125,8 @@ class PackedLayout(PackedSeqParams):  # type: ignore[misc]
         return torch.cat(parts).index_select(0, self.order)
 
     def without_buckets(self) -> PackedSeqParams:
-        """Return the plain parameters, as Transformer Engine wants them."""
-        assert not self.branches, "Transformer Engine's attention knows no parents"
+        """Return the plain parameters, as Transformer Engine takes them."""
+        assert not self.branches, "Transformer Engine's attention does not support parents"
         return PackedSeqParams(
             qkv_format=self.qkv_format,
             cu_seqlens_q=self.cu_seqlens_q,

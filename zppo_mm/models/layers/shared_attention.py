@@ -1,7 +1,7 @@
 """Attention of one token per sequence, where sequences share prompts.
 
-The keys of a prompt are read once for all its sequences, whose queries stand side by side as the
-tokens of one; each sequence's own keys are read apart. A softmax over both is the mean of two
+The keys of a prompt are read once for all its sequences, whose queries become the tokens
+of one; each sequence's own keys are read apart. A softmax over both is the mean of two
 softmaxes, weighted by their sums of exponentials. Only the CPU's kernel
 returns these sums; elsewhere each sequence gets a copy of its prompt.
 """

@@ -12,7 +12,7 @@ from zppo_mm.parallel.exchange import Exchange
 from zppo_mm.parallel.partition import PartitionLink
 from zppo_mm.teacher.served.client_process import PoolProcess
 from zppo_mm.teacher.served.messages import PoolSettings
-from zppo_mm.teacher.served.servers import Servers
+from zppo_mm.teacher.served.servers import RetryPolicy, Servers
 from zppo_mm.teacher.teacher import TeacherLostError
 
 POLL_SECONDS = 0.05
@@ -72,7 +72,7 @@ class TeacherRanks:
         batch_size = num_replicas * max(1, max_batch_size // teacher.num_rollouts)
         # The server has a queue: a request waits there, and only max_wait_seconds limits that.
         limit = teacher.max_wait_seconds
-        return PoolProcess(
+        pool = PoolProcess(
             PoolSettings(
                 urls=(server["url"],),
                 model="teacher",
@@ -82,6 +82,9 @@ class TeacherRanks:
                 batch_size=batch_size,
             )
         )
+        if self._exchange.is_leader:
+            pool.submit((), RetryPolicy(max_seconds=limit, num_retries=0))  # starts the process
+        return pool
 
     def _wait_for(self, name: str) -> str:
         while (value := self._link.lookup(name)) is None:
