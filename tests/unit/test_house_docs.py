@@ -230,6 +230,30 @@ def test_private_words_are_gone(path: Path) -> None:
     assert pattern.findall(text) == []
 
 
+def test_the_quoted_messages_are_those_of_the_code() -> None:
+    page = text_of(ROOT / "docs" / "troubleshooting.md")
+    quoted = [line.lstrip("> ") for line in page.splitlines() if line.startswith(">")]
+    # The longest part of each that has no value in it.
+    faults = [
+        max(
+            (
+                part
+                for part in re.split(r"[;,:]? (?:got|expected) |[;,:] ", line)
+                if not re.search(r"[\d'/(]", part)
+            ),
+            key=len,
+        )
+        for line in quoted
+    ]
+    code = "".join(
+        re.sub(r'"\s*\n\s*f?"', "", text_of(path))
+        for package in ("zppo_mm", "data")
+        for path in sorted((ROOT / package).rglob("*.py"))
+    )
+    assert len(quoted) >= 10
+    assert [fault for fault in faults if fault not in code] == []
+
+
 def test_the_readme_is_short() -> None:
     assert len(text_of(ROOT / "README.md").splitlines()) <= MAX_README_LINES
 
