@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 benchmarks/checkpoint_memory.py [--width 512] [--params-dtype
     bfloat16] [--whole] [--tensor 1]
 
-A random Qwen3.5 whose optimizer has moments; no training. `share` is what a rank writes: all
+A random Qwen3.5 whose optimizer has moments; no training. `shard` is what a rank writes: all
 weights, float32 copies and moments, divided by the number of ranks. Resident memory is reset before
 each phase (Linux), so `save` and `load` are the most above what was resident before, processes that
 the rank starts not counted.
@@ -81,7 +81,7 @@ def measure(folder: Path, layout: ParallelConfig, dtype: str) -> dict[str, float
     loaded, load_seconds = peak_of(lambda: checkpoint.load_latest(folder / "run", policy))
     size = sum(path.stat().st_size for path in (folder / "run" / "step_000001").iterdir())
     found = {
-        "share MB": size / parallel.world_size() / 1e6,
+        "shard MB": size / parallel.world_size() / 1e6,
         "save MB": saved / 1e6,
         "load MB": loaded / 1e6,
     }

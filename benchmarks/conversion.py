@@ -94,10 +94,10 @@ def make_folder(folder: Path, config: dict[str, Any]) -> None:
     headers: dict[str, Header] = {
         name: build_header(part, {"format": "pt"}) for name, part in zip(names, files, strict=True)
     }
-    places = {key: name for name, part in zip(names, files, strict=True) for key in part}
+    weight_map = {key: name for name, part in zip(names, files, strict=True) for key in part}
     index = {
         "metadata": {"total_size": sum(2 * math.prod(shape) for shape in shapes.values())},
-        "weight_map": places,
+        "weight_map": weight_map,
     }
     others: dict[str, Path | bytes] = {
         "config.json": json.dumps(config, indent=2).encode(),
@@ -171,24 +171,24 @@ def in_process(what: str, source: Path, target: Path) -> dict[str, float]:
     return result
 
 
-def run_rounds(place: Path, num_rounds: int, config: dict[str, Any]) -> None:
+def run_rounds(folder: Path, num_rounds: int, config: dict[str, Any]) -> None:
     """Make the folder, take the rounds and print the table."""
-    source = place / "source"
+    source = folder / "source"
     make_folder(source, config)
     files = sorted(source.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     assert size >= LEAST_BYTES, f"the folder has {size} bytes, expected {LEAST_BYTES}"
     jobs = {
-        "copy": (source, place / "copied"),
-        "import": (source, place / "imported"),
-        "export": (place / "imported", place / "exported"),
+        "copy": (source, folder / "copied"),
+        "import": (source, folder / "imported"),
+        "export": (folder / "imported", folder / "exported"),
     }
     found: dict[str, list[dict[str, float]]] = {what: [] for what in jobs}
     for _ in range(num_rounds):
         for what, (start, end) in jobs.items():
             found[what].append(in_process(what, start, end))
         for file in files:
-            assert (place / "exported" / file.name).read_bytes() == file.read_bytes(), (
+            assert (folder / "exported" / file.name).read_bytes() == file.read_bytes(), (
                 f"{file.name} did not come back"
             )
         for _, end in jobs.values():
@@ -240,8 +240,8 @@ def main() -> None:
         print(json.dumps(measure(what, Path(source), Path(target))))
         return
     config = json.loads(arguments.config.read_text()) if arguments.config else CONFIG
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
-        run_rounds(Path(place), arguments.rounds, config)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        run_rounds(Path(folder), arguments.rounds, config)
 
 
 if __name__ == "__main__":

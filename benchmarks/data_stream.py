@@ -59,7 +59,7 @@ def make_samples(count: int) -> list[ShardSample]:
 
 def ours(folder: Path, decode: bool) -> int:
     """Read one epoch through the stream and return the number of samples; indexes are loaded
-    anew.
+    again.
     """
     source = ShardFolder(folder)
     stream = QuestionStream([(source, 1.0)], seed=0)

@@ -4,7 +4,7 @@ prompt per rollout.
     python benchmarks/decode_attention.py [--dtype float32] [--prompts 8] [--rollouts 8] [--head-dim
     64] [--rounds 200]
 
-Two key heads of four query heads each; one layer. Copies are read by
+Two KV heads of four query heads each; one layer. Copies are read by
 `scaled_dot_product_attention`. As rollouts end, those that are left, drawn at random, share less.
 Both sides take turns, and their results are held against each other first. Memory is what the keys
 and values take; the last column is what decoding does.
@@ -24,9 +24,9 @@ import torch.nn.functional as F
 
 from zppo_mm.models.layers.shared_attention import PromptGroups, attend, is_worth_sharing
 
-KEY_HEADS, QUERY_HEADS = 2, 4
+KV_HEADS, QUERY_HEADS = 2, 4
 LENGTHS = ((40, 16), (200, 32), (200, 256), (1000, 128), (4000, 256))
-SHARES_LEFT = (1.0, 0.75, 0.5, 0.25, 0.125)
+FRACTIONS_LEFT = (1.0, 0.75, 0.5, 0.25, 0.125)
 MAX_DIFFERENCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
@@ -59,26 +59,26 @@ def main() -> None:
         "shared, MB | decoding |"
     )
     print("|---" * 9 + "|")
-    for (length, own_length), left in product(LENGTHS, SHARES_LEFT):
+    for (length, own_length), left in product(LENGTHS, FRACTIONS_LEFT):
         batch = max(1, round(known.prompts * known.rollouts * left))
         drawn = sorted(torch.randperm(known.prompts * known.rollouts)[:batch].tolist())
-        places = {
-            prompt: place
-            for place, prompt in enumerate(sorted({row // known.rollouts for row in drawn}))
+        rows_of_prompts = {
+            prompt: index
+            for index, prompt in enumerate(sorted({row // known.rollouts for row in drawn}))
         }
-        owners = [places[row // known.rollouts] for row in drawn]
-        queries = torch.randn(batch, KEY_HEADS, QUERY_HEADS, known.head_dim, dtype=dtype)
+        owners = [rows_of_prompts[row // known.rollouts] for row in drawn]
+        queries = torch.randn(batch, KV_HEADS, QUERY_HEADS, known.head_dim, dtype=dtype)
         prompt = [
-            torch.randn(len(places), KEY_HEADS, length, known.head_dim, dtype=dtype)
+            torch.randn(len(rows_of_prompts), KV_HEADS, length, known.head_dim, dtype=dtype)
             for _ in range(2)
         ]
         own = [
-            torch.randn(batch, KEY_HEADS, own_length, known.head_dim, dtype=dtype) for _ in range(2)
+            torch.randn(batch, KV_HEADS, own_length, known.head_dim, dtype=dtype) for _ in range(2)
         ]
         copies = [
             torch.cat([part[owners], tail], 2) for part, tail in zip(prompt, own, strict=True)
         ]
-        prompts = PromptGroups.build(owners, [length] * len(places), device, dtype)
+        prompts = PromptGroups.build(owners, [length] * len(rows_of_prompts), device, dtype)
         copied = partial(F.scaled_dot_product_attention, queries, *copies)
         shared = partial(attend, queries, (prompt[0], prompt[1]), (own[0], own[1]), prompts)
         difference = (copied() - shared()).abs().max()

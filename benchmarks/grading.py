@@ -1,4 +1,4 @@
-"""Time of grading: answers that are decided by looking, by kind, and a burst of answers that hang.
+"""Time of grading: answers that are decided by text, by kind, and a burst of answers that hang.
 
 python benchmarks/grading.py
 """

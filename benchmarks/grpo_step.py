@@ -4,8 +4,8 @@
 
 PATH is the Python of an environment of its own (TRL and this project need not agree on versions),
 made for example by `python -m venv trl && trl/bin/pip install torch==2.13.0 trl==1.16.0
-transformers==5.23.0 datasets`. Without it only zppo_mm is measured, with prompts passed once per
-micro-batch and with every rollout.
+transformers==5.23.0 datasets`. Without it only zppo_mm is measured, with prompts shared in a
+micro-batch (shared-prefix training) and repeated for every rollout.
 
 A step is rollout, grading and one AdamW update. Both sides do equal work in it:
 - The same weights, a random Qwen3.5 of about ten million parameters, read from the same Hugging
@@ -114,8 +114,8 @@ def measure(folder: Path, threads: int, arguments: argparse.Namespace) -> list[S
     """Run all sides in turns."""
     measured = sides(folder, arguments)
     for turn in range(arguments.rounds):
-        for place, side in enumerate(measured):
-            side.run(threads, folder / f"result-{threads}-{turn}-{place}.json")
+        for index, side in enumerate(measured):
+            side.run(threads, folder / f"result-{threads}-{turn}-{index}.json")
     tokens = {step["tokens"] for side in measured for step in side.steps}
     assert len(tokens) == 1, f"the sides did not do equal work: {tokens} tokens per step"
     return measured

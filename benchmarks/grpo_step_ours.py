@@ -41,8 +41,8 @@ class AlternatingGrader:
     def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Verdict]:
         """Return one verdict per item."""
         return [
-            replace(verdict, reward=float(place % 2))
-            for place, verdict in enumerate(self._verifier.verify_all(items))
+            replace(verdict, reward=float(index % 2))
+            for index, verdict in enumerate(self._verifier.verify_all(items))
         ]
 
 

@@ -23,7 +23,7 @@ NUM_ROLLOUTS = 8
 
 def alternating_reward(completions: list[Any], **_: Any) -> list[float]:
     """Reward every other response, so that no group is trivial."""
-    return [float(place % 2) for place in range(len(completions))]
+    return [float(index % 2) for index in range(len(completions))]
 
 
 class Clock(TrainerCallback):

@@ -1,5 +1,4 @@
-"""Updates whose prompts are passed once per micro-batch beside updates that pass them with every
-rollout, in one process.
+"""Shared-prefix training beside updates that repeat the prompt for every rollout, in one process.
 
     python benchmarks/prompt_sharing.py [--cases sums video long] [--threads 1] [--rounds 5]
 
@@ -180,7 +179,7 @@ def build_side(folder: Path, case: Case, share_prompts: bool) -> Side:
 def measure(folder: Path, name: str, rounds: int) -> None:
     """Measure both sides of a case in turns and print the ratio."""
     case = CASES[name]
-    shared, apart = (build_side(folder, case, share) for share in (True, False))
+    shared, apart = (build_side(folder, case, share_prompts) for share_prompts in (True, False))
     (loss, norm), (wanted_loss, wanted_norm) = shared.update(), apart.update()
     assert abs(loss - wanted_loss) < MAX_DIFFERENCE, (
         f"loss {loss} with shared prompts, {wanted_loss} without"

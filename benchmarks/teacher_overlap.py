@@ -7,7 +7,7 @@ the teacher.
 The teacher is a server on this machine that knows every answer and takes its time without using the
 processor, for any number of questions at once, so that what it costs is waiting alone. Without
 teacher is `ncq_replay`: as many prompts under the same caps, and nobody to wait for. Latencies are
-shares of its plain rollout phase; 0 answers at once. `grpo_replay`, which reformulates nothing,
+fractions of its plain rollout phase; 0 answers at once. `grpo_replay`, which reformulates nothing,
 shows what ZPPO costs. The bundled student's responses are shorter than its prompts; with
 `--response-tokens N` it knows no stop token, and all have N tokens. All runs are started, and then
 take turns step by step, the others stopped meanwhile, so that a machine that slows down slows all

@@ -130,7 +130,7 @@ def report_plain(name: str, groups: Sequence[Group]) -> None:
     )
 
 
-def report_guided(
+def report_reformulated(
     student: Model,
     teacher: Model,
     groups: Sequence[Group],
@@ -191,7 +191,7 @@ def main() -> None:
             report_plain(
                 "teacher", teacher.answer(plain(questions, templates), 1, arguments.temperature)
             )
-            report_guided(student, teacher, groups, templates, arguments.temperature)
+            report_reformulated(student, teacher, groups, templates, arguments.temperature)
     finally:
         opener.close()
         verifier.close()

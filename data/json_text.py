@@ -22,7 +22,7 @@ def load_json(content: bytes, *, is_table: bool = False) -> Any:
 
     Args:
         content: All of it.
-        is_table: It holds many rows. The caller looks at their texts, one row after another, and
+        is_table: It holds many rows. The caller reads their texts, one row after another, and
             NaN and Infinity, which Python and pandas write where a row has no value, are `None`.
 
     Raises:
@@ -69,7 +69,7 @@ def load_object(where: str, content: bytes) -> dict[str, Any]:
 
 
 def check_texts(value: Any) -> None:
-    """Look at every text inside of lists and objects, keys included.
+    """Visit every text inside of lists and objects, keys included.
 
     Raises:
         InvalidText: One breaks the rule of `data.text`.

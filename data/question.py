@@ -67,13 +67,13 @@ def check_same_question(first: Question, second: Question) -> None:
     """
     if first.id == second.id and first != second:
         raise DataError(
-            f"data: two different questions have the id {first.id!r}, got {_place(first)} and "
-            f"{_place(second)}, expected an id of its own for every question of all sources; "
+            f"data: two different questions have the id {first.id!r}, got {_location(first)} and "
+            f"{_location(second)}, expected an id of its own for every question of all sources; "
             "rename one; tools/make_shards.py lint finds all such ids"
         )
 
 
-def _place(question: Question) -> str:
+def _location(question: Question) -> str:
     """Say where a question comes from as far as it knows: its source, its sample if it has media,
     and how it starts.
     """

@@ -88,7 +88,7 @@ def media_order(extensions: Iterable[str]) -> list[str]:
 
 
 def is_usable_key(key: str) -> bool:
-    """Return whether a key can stand in transcripts, logs and paths.
+    """Return whether a key can be used in transcripts, logs and paths.
 
     It has no control characters, no bytes that are not UTF-8, and does not lead upwards.
     """

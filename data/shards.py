@@ -112,7 +112,7 @@ class ShardReader:
         return content
 
     def _read_checked(self, shard: str, key: str, member: Member, size: int) -> bytes:
-        """Return the first `size` bytes of a member after a look at its header."""
+        """Return the first `size` bytes of a member after a check of its header."""
         start = member.offset - BLOCK
         descriptor = self._descriptors.get(shard)
         if descriptor is not None:

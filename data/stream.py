@@ -130,7 +130,7 @@ class QuestionStream:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the stream stands, as JSON values; its size does not grow with the
+        """Return the stream's position, as JSON values; its size does not grow with the
         position.
         """
         return {
@@ -143,7 +143,7 @@ class QuestionStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where another stream stood.
+        """Continue at another stream's position.
 
         Raises:
             DataError: The seed or the sources are not those of the saved stream; the message says

@@ -1,7 +1,7 @@
 """Which text may enter: the one rule of all borders (data, shards, servers, files).
 
 JSON can spell half a surrogate pair (`"\\ud83d"`), and Python keeps it in a string that no UTF-8
-file, tokenizer or terminal takes. A NUL ends strings in C libraries and can stand in no file name.
+file, tokenizer or terminal takes. A NUL ends strings in C libraries and is allowed in no file name.
 """
 
 from __future__ import annotations

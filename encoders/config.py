@@ -13,7 +13,7 @@ IMAGE_FILE = "preprocessor_config.json"
 VIDEO_FILE = "video_preprocessor_config.json"
 JOINT_FILE = "processor_config.json"
 DEFAULT_VIDEO_TOKENS = 128_000
-VIDEO_SHARE = 0.9
+VIDEO_FRACTION = 0.9
 STEPS: Mapping[str, tuple[Any, ...]] = {
     "do_resize": (True,),
     "do_rescale": (True,),
@@ -270,8 +270,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _pixel_limits(settings: Mapping[str, Any], name: str) -> tuple[int, int]:
-    """Return least and most pixels; `min_pixels` and `max_pixels` win over `size`, as in
-    transformers.
+    """Return least and most pixels; `min_pixels` and `max_pixels` take precedence over `size`, as
+    in transformers.
     """
     size = settings.get("size") or {}
     if not isinstance(size, dict):
@@ -294,7 +294,7 @@ def _shared_pixels(settings: Mapping[str, Any], sizes: Mapping[str, int], name: 
     """Return the pixels that a video's frames share if the file asks for that: nine tenths of a
     context of so many tokens.
 
-    Source: transformers, `Qwen2VLVideoProcessor`; the share that is not for text is that of
+    Source: transformers, `Qwen2VLVideoProcessor`; the fraction that is not for text is that of
     qwen-vl-utils.
     """
     if not settings.get("cap_pixels_per_frame"):
@@ -302,5 +302,5 @@ def _shared_pixels(settings: Mapping[str, Any], sizes: Mapping[str, int], name: 
     tokens = _positive_integer(
         {"max_video_tokens": DEFAULT_VIDEO_TOKENS, **settings}, "max_video_tokens", name
     )
-    features = int(tokens * (sizes["patch_size"] * sizes["merge_size"]) ** 2 * VIDEO_SHARE)
+    features = int(tokens * (sizes["patch_size"] * sizes["merge_size"]) ** 2 * VIDEO_FRACTION)
     return features * sizes["temporal_patch_size"]

@@ -30,7 +30,7 @@ def mrope_positions(
 ) -> tuple[IntArray, int]:
     """Return the rotary positions of a prompt whose placeholders are expanded.
 
-    A text token stands at the same next position on all three axes. An image's placeholders form
+    A text token has the same next position on all three axes. An image's placeholders form
     one run of its whole grid. A video's form one run per temporal patch, with text between them, or
     one run of its whole grid, by the family's layout. Inside a run starting at position p the axes
     are p + (time, row, column) of the merged grid; time counts temporal patches, but in a video of
@@ -39,7 +39,7 @@ def mrope_positions(
 
     The last rule is that of Qwen's own code, vLLM and transformers up to 5.2. Later transformers
     (5.23 is known) begin what follows a Qwen2.5-VL video at p + max(rows, columns), so that text
-    stands at times the video has already taken; elsewhere the two are one rule.
+    has times that the video has already taken; elsewhere the two are one rule.
 
     Args:
         token_ids: `[tokens]`.

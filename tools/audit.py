@@ -28,7 +28,7 @@ def parse_steps(text: str) -> tuple[int, int | None]:
 def main() -> int:
     """Read the command line and print."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="What every line means stands in docs/comparison.md."
+        description=__doc__, epilog="docs/comparison.md explains every line."
     )
     parser.add_argument(
         "run_folders",

@@ -27,7 +27,7 @@ def main() -> int:
         0 if every run is finished, 1 if one failed, 2 if nothing could start.
     """
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="The file's keys stand in docs/comparison.md."
+        description=__doc__, epilog="docs/comparison.md has the file's keys."
     )
     parser.add_argument("comparison", type=Path, help="YAML file of the comparison")
     parser.add_argument(

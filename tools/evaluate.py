@@ -27,14 +27,33 @@ def parse(arguments: list[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, metavar="HF_DIR|RUN_DIR", help="the model")
+    add_sampling(parser)
+    add_files(parser)
     parser.add_argument(
-        "--data",
-        nargs="+",
-        default=[],
-        metavar="SHARDS|FILE",
-        help="folders of shards, files of benchmarks",
+        "options",
+        nargs="*",
+        metavar="key=value",
+        help="options of tools/train_zppo.py, which take precedence over all others",
     )
+    known = vars(parser.parse_intermixed_args(arguments))
+    # Options may follow --data and --fields, which take as many words as come.
+    data = [word for word in known["data"] if "=" not in word or Path(word).exists()]
+    fields = [word for word in known["fields"] if word.partition("=")[0] in PARTS]
+    options = [
+        word
+        for word in [*known["data"], *known["fields"]]
+        if word not in data and word not in fields
+    ]
+    return known | {
+        "data": tuple(map(Path, data)),
+        "fields": {part: column for part, _, column in (word.partition("=") for word in fields)},
+        "options": (*options, *known["options"]),
+    }
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add what is evaluated, how it is sampled, and where the results go."""
+    parser.add_argument("model", type=Path, metavar="HF_DIR|RUN_DIR", help="the model")
     parser.add_argument(
         "--sampling",
         default="",
@@ -61,6 +80,17 @@ def parse(arguments: list[str]) -> dict[str, Any]:
         metavar="N",
         help="questions between two saves (default: by batch)",
     )
+
+
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """Add the questions, and how files of other benchmarks are read."""
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="SHARDS|FILE",
+        help="folders of shards, files of benchmarks",
+    )
     parser.add_argument(
         "--format",
         default="",
@@ -80,26 +110,6 @@ def parse(arguments: list[str]) -> dict[str, Any]:
         metavar="DIR",
         help="what media paths in files start from (default: their folder)",
     )
-    parser.add_argument(
-        "options",
-        nargs="*",
-        metavar="key=value",
-        help="options of tools/train_zppo.py, which win over all others",
-    )
-    known = vars(parser.parse_intermixed_args(arguments))
-    # Options may follow --data and --fields, which take as many words as come.
-    data = [word for word in known["data"] if "=" not in word or Path(word).exists()]
-    fields = [word for word in known["fields"] if word.partition("=")[0] in PARTS]
-    options = [
-        word
-        for word in [*known["data"], *known["fields"]]
-        if word not in data and word not in fields
-    ]
-    return known | {
-        "data": tuple(map(Path, data)),
-        "fields": {part: column for part, _, column in (word.partition("=") for word in fields)},
-        "options": (*options, *known["options"]),
-    }
 
 
 def positive(text: str) -> int:

@@ -38,7 +38,7 @@ def main() -> None:
         (("before", evaluations[0]), ("after", evaluations[-1])) if evaluations else ()
     ):
         by_source = ", ".join(
-            f"{source} {accuracy:.1%}"
+            f"{source or 'without source'} {accuracy:.1%}"
             for source, accuracy in evaluation["accuracy_by_source"].items()
         )
         print(

@@ -22,9 +22,9 @@ EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: start the same command again."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 TICK_SECONDS = 0.5
-HELD_SHARE = 0.5
-"""Share of the time for stopping after which answers that only the records want are not waited for
-any more.
+HELD_FRACTION = 0.5
+"""Fraction of the time for stopping after which answers that only the records want are not waited
+for any more.
 """
 LOG_SECONDS = 1.0
 
@@ -101,8 +101,8 @@ class Interruption:
         """Inside the block a signal asks the run to end instead of ending the process."""
         with self._lock:
             self._is_protected = True
-        # The hours may be over before the first step: none is begun then, whenever the thread looks
-        # next.
+        # The hours may be over before the first step: none is begun then, whenever the thread
+        # checks next.
         self.check_clock()
         try:
             yield
@@ -134,7 +134,7 @@ class Interruption:
             return False
         return (
             not self._is_held
-            or time.monotonic() > self._deadline - (1 - HELD_SHARE) * self._stop_seconds
+            or time.monotonic() > self._deadline - (1 - HELD_FRACTION) * self._stop_seconds
         )
 
     def request(self, reason: str) -> None:

@@ -93,7 +93,7 @@ class RunFolder:
 
     @property
     def records(self) -> tuple[Path, ...]:
-        """Everything that steps append to or write anew."""
+        """Everything that steps append to or rewrite."""
         return (self.metrics, self.evaluations, self.transcripts, self.buffers, self.answers)
 
     def transcript_of(self, step: int) -> Path:

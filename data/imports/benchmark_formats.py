@@ -34,7 +34,7 @@ purpose.
 _NUMBER = re.compile(
     r"[-+]?\$?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?(?: ?/ ?\d+)?%?", re.IGNORECASE
 )
-_PLACES = re.compile(r"(\d+)(?:\.0*)?")
+_DECIMALS = re.compile(r"(\d+)(?:\.0*)?")
 _MARKER = re.compile(r"<image (\d+)>")
 _SUBJECT = re.compile(r"(?:dev|validation|test)_(.+)_\d+")
 
@@ -59,14 +59,16 @@ def read_mathvista(view: RowView) -> Draft:
     answer, choices = view.answer(), view.choices()
     kind = view.text("answer_type", default="text")
     text = view.text("question")
-    unit, places = view.row.get("unit"), _PLACES.fullmatch(str(view.row.get("precision")))
+    unit, decimals = view.row.get("unit"), _DECIMALS.fullmatch(str(view.row.get("precision")))
     if unit and isinstance(unit, str):
         text += f" (Unit: {unit})"
     answer_type: AnswerType = "math"
     if choices:
         answer_type, answer = "choice", view.letter(answer, choices, "text")
-    elif kind == "float" and places:
-        text += f" Round the answer to {places[1]} decimal place{'' if places[1] == '1' else 's'}."
+    elif kind == "float" and decimals:
+        text += (
+            f" Round the answer to {decimals[1]} decimal place{'' if decimals[1] == '1' else 's'}."
+        )
     elif kind == "text":
         answer_type = "open"
     source = f"mathvista/{view.text('source', default=view.stem)}"
@@ -78,7 +80,7 @@ def read_mathvista(view: RowView) -> Draft:
 
 def read_mmmu(view: RowView) -> Draft:
     """Read a row of MMMU: `<image n>` in question and options names the n-th of the pictures, which
-    all stand before the text.
+    all come before the text.
 
     An open question may have several spellings of its answer: the first that is a number, or else
     all of them for a judge.

@@ -27,7 +27,7 @@ MATRIX_NOISE = 64
 MP4_AS_STORED = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
 TKHD_MATRIX, MVHD_MATRIX = (40, 52), (36, 48)
 """Offsets of the matrix in header boxes of version 0 and 1."""
-MAX_ELEMENTS = 20_000  # boxes looked at in one file; a forged file may hold millions
+MAX_ELEMENTS = 20_000  # boxes read in one file; a forged file may hold millions
 EBML_SEGMENT, EBML_CLUSTER, EBML_TRACKS, EBML_TRACK, EBML_VIDEO = (
     0x18538067,
     0x1F43B675,
@@ -41,7 +41,7 @@ EBML_PROJECTION, EBML_YAW, EBML_PITCH, EBML_ROLL = 0x7670, 0x7673, 0x7674, 0x767
 
 @dataclass(frozen=True, slots=True)
 class Display:
-    """How stored frames are turned and mirrored to be looked at.
+    """How stored frames are turned and mirrored for display.
 
     The decoder turns frames by itself, but takes a mirrored frame for one that is turned; so its
     part is taken from the file.
@@ -61,7 +61,7 @@ class Display:
             content[offset : offset + len(as_stored)] = as_stored
 
     def apply(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Return stored frames `[frames, height, width, 3]` as they are to be looked at."""
+        """Return stored frames `[frames, height, width, 3]` as they are displayed."""
         a, b, c, d = self.matrix
         if a == 0:  # the stored rows are columns
             pixels = pixels.swapaxes(1, 2)

@@ -1,5 +1,5 @@
 """Images and videos decoded in processes that may hang or die without harm to the run; nothing here
-looks into a file.
+reads a file.
 """
 
 from __future__ import annotations

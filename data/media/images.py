@@ -77,7 +77,7 @@ def _examples() -> Iterator[bytes]:
 
 
 def decode_image(content: bytes | bytearray, max_pixels: int) -> npt.NDArray[np.uint8]:
-    """Return `[1, height, width, 3]` RGB pixels of an image as it is to be looked at.
+    """Return `[1, height, width, 3]` RGB pixels of an image as it is displayed.
 
     Args:
         content: The whole file.
@@ -155,8 +155,8 @@ def _scale_transparency(image: Image.Image) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Return an image as its EXIF or XMP data say that it is to be looked at; as it is stored if
-    these are damaged.
+    """Return an image as its EXIF or XMP data say that it is displayed; as it is stored if these
+    are damaged.
     """
     image.load()  # errors of the pixels are not errors of the data about them
     try:

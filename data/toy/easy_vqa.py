@@ -81,7 +81,7 @@ def _sample(
             f"easy-vqa: unknown answer, got {answer!r}, expected one of its 13; install version 1.0"
         )
     key = f"easy-vqa-{split}-{index:05d}"
-    # The options stand in another order for every question, so that no letter means an answer by
+    # The options have another order for every question, so that no letter means an answer by
     # itself.
     seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "little")
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(kind))

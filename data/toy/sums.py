@@ -1,7 +1,7 @@
 r"""Easy sums as JSON lines, for language models that are too small to reason: which of two boxed
 results is right?
 
-The options stand in the question in the form of an answer, so that a model without practice in
+The options are in the question in the form of an answer, so that a model without practice in
 `\boxed{}` gets it right now and then.
 """
 

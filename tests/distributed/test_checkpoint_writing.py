@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class HeldDisk:
-    """A disk that lets the first bytes of a background writer pass when it is told to."""
+    """A disk that lets the first bytes of a background writer pass on request."""
 
     def __init__(self) -> None:
         self.let_go = threading.Event()

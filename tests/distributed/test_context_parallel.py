@@ -132,14 +132,14 @@ def logprobs_of(folder: Path, case: Case) -> tuple[list[np.ndarray], tuple[int, 
     found = [
         values.numpy() for batch in make_batches(case) for values in policy.compute_logprobs(batch)
     ]
-    place = (
+    coordinates = (
         parallel.data_rank(),
         parallel.data_size(),
         parallel.replica_rank(),
         parallel.num_replicas(),
     )
     parallel.shutdown()
-    return found, place
+    return found, coordinates
 
 
 def test_log_probs_are_whole_on_each_rank_and_each_samples_for_itself(tmp_path: Path) -> None:
@@ -148,8 +148,8 @@ def test_log_probs_are_whole_on_each_rank_and_each_samples_for_itself(tmp_path: 
     ((wanted, alone),) = run_ranks(logprobs_of, 1, folder, case)
     ranks = run_ranks(logprobs_of, 2, folder, dataclasses.replace(case, layout=CONTEXT))
     assert alone == (0, 1, 0, 1)
-    assert [place for _, place in ranks] == [(0, 1, 0, 2), (0, 1, 1, 2)]
-    for found, _place in ranks:
+    assert [coordinates for _, coordinates in ranks] == [(0, 1, 0, 2), (0, 1, 1, 2)]
+    for found, _coordinates in ranks:
         for values, expected in zip(found, wanted, strict=True):
             assert np.any(expected)
             np.testing.assert_allclose(values, expected, atol=LOGPROB_TOLERANCE, rtol=0)

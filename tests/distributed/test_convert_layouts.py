@@ -37,14 +37,14 @@ NUM_RANKS = 4
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    place = tmp_path_factory.mktemp("models")
+    base = tmp_path_factory.mktemp("models")
     saved = {}
     for family, tied in FAMILIES.items():
         model = tiny_families.model(family, tied=tied).to(torch.bfloat16)
-        model.save_pretrained(place / family, max_shard_size="200KB")
-        saved[family] = place / family
+        model.save_pretrained(base / family, max_shard_size="200KB")
+        saved[family] = base / family
         if tied:
-            add_output_layer(place / family)
+            add_output_layer(base / family)
     return saved
 
 
@@ -76,8 +76,8 @@ def converted(
     """Return where four ranks wrote everything, and what each of them said about the conversions
     that must fail.
     """
-    place = tmp_path_factory.mktemp("converted")
-    return place, run_ranks(convert_everywhere, NUM_RANKS, folders, place)
+    base = tmp_path_factory.mktemp("converted")
+    return base, run_ranks(convert_everywhere, NUM_RANKS, folders, base)
 
 
 def test_the_layout_leaves_no_trace(
@@ -91,34 +91,34 @@ def test_the_layout_leaves_no_trace(
 
 
 def test_a_failure_on_one_rank_is_one_on_all(converted: tuple[Path, list[list[str]]]) -> None:
-    place, messages = converted
+    base, messages = converted
     for writing, reading in messages:
         assert "No space left on device" in writing
         assert "Input/output error" in reading
-    assert [path.name for path in place.iterdir() if path.name.startswith(("failed", "."))] == []
+    assert [path.name for path in base.iterdir() if path.name.startswith(("failed", "."))] == []
 
 
-def convert_everywhere(folders: dict[str, Path], place: Path) -> list[str]:
+def convert_everywhere(folders: dict[str, Path], base: Path) -> list[str]:
     """Run on every rank: import at one layout, open and export at another; export a loaded network;
     fail twice.
     """
     for family, folder in folders.items():
         for imported, opened in CHAIN[family]:
             parallel.initialize(layout(imported), seed=0)
-            importing.import_folder(folder, place / f"{family} {imported}", layout(imported))
+            importing.import_folder(folder, base / f"{family} {imported}", layout(imported))
             parallel.initialize(layout(opened), seed=0)
             network = network_checks.build(folder, layout(opened))
-            check_opens(place / f"{family} {imported}", network, layout(opened))
+            check_opens(base / f"{family} {imported}", network, layout(opened))
             export_folder(
-                place / f"{family} {imported}",
-                place / f"{family} export {imported} {opened}",
+                base / f"{family} {imported}",
+                base / f"{family} export {imported} {opened}",
                 layout(opened),
             )
         parallel.initialize(layout("both"), seed=0)
         export_hf_weights(
-            network_checks.build(folder, layout("both")), folder, place / f"{family} export network"
+            network_checks.build(folder, layout("both")), folder, base / f"{family} export network"
         )
-    messages = fail_everywhere(folders["qwen3_5"], place)
+    messages = fail_everywhere(folders["qwen3_5"], base)
     parallel.shutdown()
     return messages
 
@@ -141,7 +141,7 @@ class Full(FolderWriter):
         super().write(key, tensor)
 
 
-def fail_everywhere(folder: Path, place: Path) -> list[str]:
+def fail_everywhere(folder: Path, base: Path) -> list[str]:
     """Fail at an export that only the first rank notices, and at an import that only the last one
     does; returns the messages.
     """
@@ -150,8 +150,8 @@ def fail_everywhere(folder: Path, place: Path) -> list[str]:
     export.FolderWriter = Full
     importing.SafetensorsFolder = Unreadable
     for convert in (
-        lambda: export_hf_weights(network, folder, place / "failed export"),
-        lambda: importing.import_folder(folder, place / "failed import", layout("both")),
+        lambda: export_hf_weights(network, folder, base / "failed export"),
+        lambda: importing.import_folder(folder, base / "failed import", layout("both")),
     ):
         with pytest.raises(ZppoError) as caught:
             convert()

@@ -187,16 +187,16 @@ def test_sharing_prompts_changes_nothing(
 
 def test_the_layout_does_not_matter(folders: Path, references: dict[str, Result]) -> None:
     ways = {
-        (name, layout, share): dataclasses.replace(
-            REFERENCES[name], layout=TWO_RANKS[layout], share_prompts=share
+        (name, layout, share_prompts): dataclasses.replace(
+            REFERENCES[name], layout=TWO_RANKS[layout], share_prompts=share_prompts
         )
         for name in REFERENCES
         for layout in TWO_RANKS
-        for share in ((False, True) if name == "whole" else (True,))
+        for share_prompts in ((False, True) if name == "whole" else (True,))
     }
     for results in run_ranks(distil, 2, folders, list(ways.values())):
-        for (name, layout, share), actual in zip(ways, results, strict=True):
-            assert_same(actual, references[name], f"{name}, {layout}, shared {share}")
+        for (name, layout, share_prompts), actual in zip(ways, results, strict=True):
+            assert_same(actual, references[name], f"{name}, {layout}, shared {share_prompts}")
 
 
 def carried(folders: Path, share_prompts: bool) -> tuple[Result, Result]:
@@ -301,12 +301,14 @@ def as_group(samples: list[TrainingSample], without_logprobs: int | None) -> Gro
     count = first.num_prompt_tokens
     prompt = Prompt("", first.token_ids[:count], first.positions[:, :count], count)
     rollouts = []
-    for place, sample in enumerate(samples):
+    for index, sample in enumerate(samples):
         assert sample.teacher_top is not None
         top = TopLogprobs(sample.teacher_top.ids[count:], sample.teacher_top.logprobs[count:])
-        told = None if place == without_logprobs else top
+        teacher_top = None if index == without_logprobs else top
         rollouts.append(
-            Rollout(sample.token_ids[count:], None, "stop", "", None, 1.0, 1, teacher_top=told)
+            Rollout(
+                sample.token_ids[count:], None, "stop", "", None, 1.0, 1, teacher_top=teacher_top
+            )
         )
     return Group(PromptInstance(first.uid, first.question, "teacher", ""), prompt, tuple(rollouts))
 
@@ -350,7 +352,7 @@ def test_networks_that_cannot_be_compared_are_refused(folders: Path) -> None:
     assert apart == ""
 
 
-def touched_places(folders: Path, ways: list[Distilled]) -> list[np.ndarray]:
+def touched_positions(folders: Path, ways: list[Distilled]) -> list[np.ndarray]:
     """Return which tokens' logits get a gradient in the first micro-batch, and which should, `[2,
     tokens]`.
     """
@@ -387,11 +389,11 @@ def touched_places(folders: Path, ways: list[Distilled]) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("top_k", [0, TOP_K])
-def test_only_places_that_predict_the_response_get_a_gradient(folders: Path, top_k: int) -> None:
+def test_only_positions_that_predict_the_response_get_a_gradient(folders: Path, top_k: int) -> None:
     ways = [
-        Distilled(top_k=top_k, share_prompts=share, micro_batch_tokens=1000)
-        for share in (False, True)
+        Distilled(top_k=top_k, share_prompts=share_prompts, micro_batch_tokens=1000)
+        for share_prompts in (False, True)
     ]
-    for touched, expected in run_ranks(touched_places, 1, folders, ways)[0]:
+    for touched, expected in run_ranks(touched_positions, 1, folders, ways)[0]:
         np.testing.assert_array_equal(touched, expected)
         assert 0 < expected.sum() < len(expected)

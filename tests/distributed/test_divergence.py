@@ -18,7 +18,7 @@ TOP_K = 6
 
 def divided_vocabulary(student: torch.Tensor, teacher: torch.Tensor) -> list[torch.Tensor]:
     """Return value, gradient, entropy and agreement of this rank's slice of the vocabulary, whole
-    and lumped.
+    and with the rest as one outcome.
     """
     parallel.initialize(
         ParallelConfig(tensor_model_parallel_size=int(os.environ["WORLD_SIZE"])), seed=0
@@ -48,8 +48,8 @@ def test_a_divided_vocabulary_gives_the_same_divergence_and_gradient() -> None:
     student[1], teacher[1] = 0.0, 0.0
     (alone,) = run_ranks(divided_vocabulary, 1, student, teacher)
     ranks = run_ranks(divided_vocabulary, 2, student, teacher)
-    for place, expected in enumerate(alone):
-        parts = [rank[place] for rank in ranks]
+    for index, expected in enumerate(alone):
+        parts = [rank[index] for rank in ranks]
         if expected.shape == student.shape:
             torch.testing.assert_close(torch.cat(parts, -1), expected, atol=TOLERANCE, rtol=0)
             continue

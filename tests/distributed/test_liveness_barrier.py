@@ -1,4 +1,4 @@
-"""Ranks wait for a slow one longer than a collective would, hear of a dead one, and stop
+"""Ranks wait for a slow one longer than a collective would, learn of a dead one, and stop
 together.
 """
 
@@ -38,8 +38,8 @@ def wait_for_a_slow_rank(use_barrier: bool) -> list[list[int]] | str:
                 rounds.append(
                     [
                         value
-                        for share in exchange.gather([10 * number + parallel.rank()])
-                        for value in share
+                        for part in exchange.gather([10 * number + parallel.rank()])
+                        for value in part
                     ]
                 )
     except RuntimeError:
@@ -69,7 +69,9 @@ def lose_a_rank(how: str) -> str:
     except RankFailureError as error:
         return str(error)
     except ValueError:
-        time.sleep(2 * TIMEOUT_SECONDS)  # it is the word that is heard, not the silence
+        time.sleep(
+            2 * TIMEOUT_SECONDS
+        )  # the report arrives before the missing heartbeat is noticed
         return ""
     return "nothing was lost"
 
@@ -90,7 +92,7 @@ def test_a_dead_rank_is_missed() -> None:
 
 
 def stop_one_rank(which: int) -> tuple[str, int]:
-    """Ask one rank to stop; returns what every rank heard and how many rounds it had gathered."""
+    """Ask one rank to stop; returns what every rank learned and how many rounds it had gathered."""
     parallel.initialize(ParallelConfig(), seed=0)
     interruption = Interruption(end=lambda code: None)
     interruption.limit(100, 0)
@@ -110,12 +112,12 @@ def stop_one_rank(which: int) -> tuple[str, int]:
         except StopRequested:
             deadline = time.monotonic() + 60
             while not interruption.is_requested and time.monotonic() < deadline:
-                time.sleep(0.05)  # ranks without a signal hear the reason from the store
+                time.sleep(0.05)  # ranks without a signal read the reason from the store
             parallel.barrier()
     parallel.shutdown()
     return interruption.reason, rounds
 
 
 @pytest.mark.parametrize("which", [0, 2])
-def test_a_signal_at_one_rank_stops_all_at_the_same_place(which: int) -> None:
+def test_a_signal_at_one_rank_stops_all_at_the_same_step(which: int) -> None:
     assert run_ranks(stop_one_rank, 3, which) == [("SIGUSR1", 5)] * 3

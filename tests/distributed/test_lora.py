@@ -38,7 +38,7 @@ FEW = LoraConfig(rank=4, alpha=8, targets=["q_proj", "o_proj"])
 SEED = 3
 # Float32 sums in another order, carried through four updates.
 TOLERANCE = 2e-5
-# Equal ones differ by 1e-6 here, a gradient missing one rank's share moves a weight by 4e-3.
+# Equal ones differ by 1e-6 here, a gradient missing one rank's part moves a weight by 4e-3.
 WEIGHT_TOLERANCE = 1e-5
 # bfloat16 rounds every activation to 8 bits.
 LOSS_TOLERANCE = {"float32": TOLERANCE, "bfloat16": 3e-2}
@@ -87,10 +87,10 @@ def build(
     adapters = adapters_of(model)
     assert adapters is not None
     for branch in adapters.branches.values():
-        share = parallel.tensor_size() if branch.mapping.rule.axis == 0 else 1
+        num_shards = parallel.tensor_size() if branch.mapping.rule.axis == 0 else 1
         for target in branch.targets:
             stream = torch.Generator().manual_seed(sum(target.key.encode()))
-            whole = torch.randn(len(target.rows) * share, lora.rank, generator=stream) * 0.05
+            whole = torch.randn(len(target.rows) * num_shards, lora.rank, generator=stream) * 0.05
             target.lora_B.data.copy_(whole[target.rows])
     return model
 

@@ -93,7 +93,7 @@ class Probe:
         return terms
 
     def _note(self, gradient: torch.Tensor, targets: torch.Tensor) -> None:
-        assert len(gradient) == len(targets), "logits of more places than the loss tokens'"
+        assert len(gradient) == len(targets), "logits of more positions than the loss tokens'"
         self.probed += targets[gradient.abs().sum(-1) > 0].tolist()
 
 

@@ -106,24 +106,24 @@ def check_decoding(network: VisionLanguageModel, oracle: Any) -> None:
     assert tokens.tolist() == [row for row in wanted for _ in range(2)]
 
 
-def check_checkpoint(network: VisionLanguageModel, config: ParallelConfig, place: Path) -> None:
+def check_checkpoint(network: VisionLanguageModel, config: ParallelConfig, folder: Path) -> None:
     """Save with the first layout; load what it saved into another network and compare bit for
     bit.
     """
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    if not place.exists():
+    if not folder.exists():
         dist.barrier()
         if parallel.rank() == 0:
-            place.mkdir()
+            folder.mkdir()
         dist.barrier()
-        dist_checkpointing.save(network.sharded_state_dict(metadata=metadata), str(place))
+        dist_checkpointing.save(network.sharded_state_dict(metadata=metadata), str(folder))
         return
     other = build_model(network.architecture, ModelConfig(), config)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.fill_(float("nan"))
     other.load_state_dict(
-        dist_checkpointing.load(other.sharded_state_dict(metadata=metadata), str(place)),
+        dist_checkpointing.load(other.sharded_state_dict(metadata=metadata), str(folder)),
         strict=False,
     )
     for loaded, mapping in zip(other.parameters(), parameter_mappings(network), strict=True):

@@ -42,8 +42,8 @@ LAYOUTS = {
 def unknown_samples() -> list[TrainingSample]:
     """Every second sample has old log-probs that nobody knows."""
     return [
-        sample if place % 2 else replace(sample, old_logprobs=None)
-        for place, sample in enumerate(make_groups())
+        sample if index % 2 else replace(sample, old_logprobs=None)
+        for index, sample in enumerate(make_groups())
     ]
 
 
@@ -84,10 +84,10 @@ def expected_losses(folder: Path) -> dict[str, float]:
         (microbatch,) = batch.microbatches
         (now,) = policy.compute_logprobs(batch)
         total = 0.0
-        for place in microbatch.loss_mask.nonzero().flatten().tolist():
-            logprob, old = float(now[place]), float(microbatch.old_logprobs[place])
-            is_known = microbatch.unknown is None or not microbatch.unknown[place]
-            advantage = float(microbatch.advantages[place])
+        for index in microbatch.loss_mask.nonzero().flatten().tolist():
+            logprob, old = float(now[index]), float(microbatch.old_logprobs[index])
+            is_known = microbatch.unknown is None or not microbatch.unknown[index]
+            advantage = float(microbatch.advantages[index])
             if name == "weighted":  # ratio 1, weighted by the old one's distance
                 total -= min(np.exp(logprob - old), CAP) * advantage
             else:

@@ -71,13 +71,13 @@ def let_rank_zero_work() -> list[object]:
 
 
 def test_the_others_wait_for_rank_zero_longer_than_a_collective_and_end_with_it() -> None:
-    told = (
+    message = (
         "parallel: rank 0 could not do its work for all ranks, got OSError('disk gone'); see its "
         "own message"
     )
     assert run_ranks(let_rank_zero_work, 2) == [
         [0, "OSError: disk gone"],
-        [0, f"RankZeroError: {told}"],
+        [0, f"RankZeroError: {message}"],
     ]
 
 
@@ -87,11 +87,11 @@ def test_ranks_and_exchanges_in_two_layouts_of_the_same_processes() -> None:
         ParallelConfig(pipeline_model_parallel_size=2),
     ]
     ranks = run_ranks(describe, 4, layouts)
-    tensor, pipeline = ([described[place] for described in ranks] for place in (0, 1))
+    tensor, pipeline = ([described[index] for described in ranks] for index in (0, 1))
     assert [(rank["data"], rank["tensor"]) for rank in tensor] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert [rank["gathered"] for rank in tensor] == [[["from 0"], ["from 2"]]] * 4
     # The leader of a pipeline is on its last stage.
-    assert {place: rank["data"] for place, rank in enumerate(pipeline) if rank["leader"]} == {
+    assert {index: rank["data"] for index, rank in enumerate(pipeline) if rank["leader"]} == {
         2: 0,
         3: 1,
     }
@@ -176,7 +176,7 @@ def gloo_threads() -> int:
 def see_gloo_threads() -> tuple[int, int]:
     parallel.initialize(ParallelConfig(tensor_model_parallel_size=2), seed=0)
     # Imported by transformers' networks among others; made now, its functions' defaults would hold
-    # the world's group.
+    # the default process group.
     importlib.import_module("torch.distributed.nn")
     before = gloo_threads()
     parallel.shutdown()

@@ -84,6 +84,6 @@ def test_every_layout_passes_and_sees_a_wrong_weight(tmp_path: Path) -> None:
             in first[name][1]
         ), name
         assert first[name][1] == second[name][1], name
-    # With two replicas of which one is wrong, its share of the responses is: what it sampled
+    # With two replicas of which one is wrong, its part of the responses is: what it sampled
     # itself, what the other one did too.
     assert first["data"][1] == second["data"][1] != ""

@@ -71,7 +71,7 @@ def test_the_example_shares_divides_and_has_single_samples() -> None:
 
     prompt_tokens = [sample.num_prompt_tokens for sample in make_groups()]
     assert prompt_tokens == [11] * 3 + [11] * 4 + [2] * 2 + [20]
-    # Every prompt once; those of the first two groups once more where the groups are divided.
+    # Every prompt once; those of the first two groups again where the groups are divided.
     assert packed_tokens(SHARED) == 11 + 11 + 2 + 20
     assert packed_tokens(ALONE["shared, groups divided"]) > 11 + 11 + 2 + 20
     on_two = make_plan(SHARED, 2).microbatches
@@ -101,12 +101,12 @@ def logprobs_of(folder: Path, cases: list[Case]) -> list[np.ndarray]:
         masks = [
             [microbatch.loss_mask != 0 for microbatch in batch.microbatches] for batch in batches
         ]
-        places = [
+        logits = [
             v[m]
             for update, mask in zip(values, masks, strict=True)
             for v, m in zip(update, mask, strict=True)
         ]
-        found.append(torch.cat(places).numpy())
+        found.append(torch.cat(logits).numpy())
     parallel.shutdown()
     return found
 

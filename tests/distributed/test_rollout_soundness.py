@@ -206,13 +206,13 @@ def test_only_what_is_broken_ends_and_where_it_broke(folder: Path, layout: str, 
     for result in ranks:
         assert result == ranks[0]
     result = ranks[0]
-    place = list(QUESTIONS).index("image")
+    row = list(QUESTIONS).index("image")
     for name, sound in result["sound"].items():
         found = result["medium"][name]
-        assert found[place] == [([], [], True)] * NUM_ROLLOUTS, name
+        assert found[row] == [([], [], True)] * NUM_ROLLOUTS, name
         assert not any(is_broken for group in sound for _, _, is_broken in group), name
         for group, expected in zip(
-            found[:place] + found[place + 1 :], sound[:place] + sound[place + 1 :], strict=True
+            found[:row] + found[row + 1 :], sound[:row] + sound[row + 1 :], strict=True
         ):
             for one, other in zip(group, expected, strict=True):
                 assert_same(one, other, dtype)

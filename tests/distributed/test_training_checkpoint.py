@@ -57,8 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def held(policy: Policy) -> dict[str, dict[str, torch.Tensor]]:
-    """Return what the optimizer on this rank has of every parameter, by name, told by the memory
-    that both look at.
+    """Return what the optimizer on this rank has of every parameter, by name, matched by the memory
+    that both use.
     """
     found: dict[str, dict[str, torch.Tensor]] = {}
     mains = [

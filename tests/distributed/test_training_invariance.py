@@ -23,7 +23,7 @@ from zppo_mm.config.schema import ParallelConfig
 
 # Float32 sums in another order, carried through four updates.
 TOLERANCE = 2e-5
-# Equal ones differ by 2e-7 here, a gradient missing one rank's share moves a weight by 4e-3.
+# Equal ones differ by 2e-7 here, a gradient missing one rank's part moves a weight by 4e-3.
 WEIGHT_TOLERANCE = 1e-5
 
 ALONE = {

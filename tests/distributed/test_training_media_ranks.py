@@ -37,7 +37,7 @@ TOLERANCE = 2e-5
 # Equal ones differ by 1e-6 here; a gradient halved by a replica without media moves a weight by
 # 1e-3.
 WEIGHT_TOLERANCE = 2e-5
-WORLD_TIMEOUT_SECONDS = 700.0
+JOB_TIMEOUT_SECONDS = 700.0
 
 # Which samples each of two replicas passes, in which micro-batches, update by update. Odd samples
 # have no media.
@@ -60,7 +60,7 @@ TWO_RANK_LAYOUTS = {
         tensor_model_parallel_size=2, sequence_parallel=True
     ),
 }
-# With the language model frozen the gradient is the tower's alone, so that a share of it that is
+# With the language model frozen the gradient is the tower's alone, so that a part of it that is
 # lost cannot hide in the norm.
 FREEZES: tuple[tuple[str, ...], ...] = ((), ("language",), ("vision", "projector"))
 FAMILIES = ("qwen3_5", "qwen3_vl")
@@ -73,7 +73,7 @@ class Trained:
     Attributes:
         updates: Loss and gradient norm.
         weights: The trained ones that every tensor rank holds whole, by name; of a pipeline's
-            stages, which count layers anew, the tower's.
+            stages, which count layers from 0, the tower's.
     """
 
     updates: list[tuple[float, float]] = field(default_factory=list)
@@ -209,7 +209,7 @@ def test_loss_and_gradient_are_those_of_one_process(
     layouts: dict[str, ParallelConfig],
 ) -> None:
     for results in run_ranks(
-        train_everything, world_size, folders, layouts, timeout_seconds=WORLD_TIMEOUT_SECONDS
+        train_everything, world_size, folders, layouts, timeout_seconds=JOB_TIMEOUT_SECONDS
     ):
         for layout, cases in results.items():
             for case, actual in cases.items():

@@ -132,14 +132,14 @@ def compare_with_naive(folder: Path) -> dict[str, Any]:
     policy = build_policy(folder, Case())
     batches = one_batch(samples)
     logprobs = torch.cat(policy.compute_logprobs(batches[0])).tolist()
-    places = [index for microbatch in plan_order(samples) for index in microbatch]
+    planned = [index for microbatch in plan_order(samples) for index in microbatch]
     updates = [policy.train_step(batches).updates[0] for _ in range(3)]
     parallel.shutdown()
     return {
         "ours": [(update.loss, update.grad_norm) for update in updates],
         "naive": naive_updates(folder, samples, 3),
         "logprobs": logprobs,
-        "samples": [samples[index] for index in places],
+        "samples": [samples[index] for index in planned],
     }
 
 

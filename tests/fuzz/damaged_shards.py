@@ -92,7 +92,7 @@ def by_tarfile(shard: bytes) -> Content | None:
 def read_all(
     folder: Path,
 ) -> list[tuple[str, Question | DataError, list[bytes] | DataError]] | DataError:
-    """Return every sample of a folder with its question and media, with errors in the place of what
+    """Return every sample of a folder with its question and media, with errors instead of what
     they keep from being read.
     """
     found: list[tuple[str, Question | DataError, list[bytes] | DataError]] = []

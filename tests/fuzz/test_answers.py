@@ -120,10 +120,10 @@ def test_plain_numbers_are_equal_exactly_if_their_values_are(left: str, right: s
 @settings(deadline=None)
 @given(structured(NUMBERS), st.data())
 def test_another_digit_is_never_right(answer: str, data: st.DataObject) -> None:
-    places = [place for place, character in enumerate(answer) if character.isdigit()]
-    place = data.draw(st.sampled_from(places))
-    digit = data.draw(st.sampled_from([each for each in "123456789" if each != answer[place]]))
-    changed = answer[:place] + digit + answer[place + 1 :]
+    indices = [index for index, character in enumerate(answer) if character.isdigit()]
+    index = data.draw(st.sampled_from(indices))
+    digit = data.draw(st.sampled_from([each for each in "123456789" if each != answer[index]]))
+    changed = answer[:index] + digit + answer[index + 1 :]
     if _all_values(changed) == _all_values(answer):  # 1/3 and 3/9
         return
     assert compare(changed, answer) is not True

@@ -42,11 +42,11 @@ def description(protocol: int) -> bytes:
     halves = [torch.Size([0, 0]), torch.Size([2, 0])]
     chunks = [ChunkStorageMetadata(offsets=half, sizes=torch.Size([2, 3])) for half in halves]
     stored = TensorStorageMetadata(TensorProperties(torch.float32), SHAPE, chunks)
-    places = {
+    storage = {
         MetadataIndex(KEY, half): _StorageInfo("__0_0.distcp", 100 * number, 100)
         for number, half in enumerate(halves)
     }
-    return pickle.dumps(Metadata(state_dict_metadata={KEY: stored}, storage_data=places), protocol)
+    return pickle.dumps(Metadata(state_dict_metadata={KEY: stored}, storage_data=storage), protocol)
 
 
 @st.composite
@@ -56,7 +56,7 @@ def broken(draw: st.DrawFn) -> bytes:
     """
     content = bytearray(description(draw(st.sampled_from([0, 2, 4, 5]))))
     for _ in range(draw(st.integers(1, 6))):
-        place = draw(st.integers(0, len(content)))
+        offset = draw(st.integers(0, len(content)))
         length = draw(st.integers(0, 12))
         call = st.sampled_from(NAMES).map(lambda name: b"c" + name + b"\n")
         instructions = st.lists(
@@ -67,7 +67,7 @@ def broken(draw: st.DrawFn) -> bytes:
                 call,
             )
         )
-        content[place : place + length] = draw(
+        content[offset : offset + length] = draw(
             st.one_of(st.binary(max_size=12), instructions.map(b"".join))
         )
     return bytes(content)
@@ -84,11 +84,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_foreign_description_is_read_or_refused(folder: Path, content: bytes) -> None:
     (folder / METADATA_FILE).write_bytes(content)
-    refusal = told(folder)
+    refusal = error_of(folder)
     assert refusal is None or str(folder) in refusal
 
 
-def told(folder: Path) -> str | None:
+def error_of(folder: Path) -> str | None:
     """Return why a checkpoint is refused; none if it is read."""
     try:
         DistributedFolder(folder).read(

@@ -65,22 +65,22 @@ def damaged(draw: st.DrawFn, kind: MediaKind) -> bytes:
     content = bytearray(draw(st.sampled_from(FILES[kind])))
     for _ in range(draw(st.integers(0, 6))):
         # Headers decide most, and lie at the start or, in mp4, at the end.
-        place = draw(st.integers(0, min(200, len(content) - 1)) | st.integers(0, len(content) - 1))
+        offset = draw(st.integers(0, min(200, len(content) - 1)) | st.integers(0, len(content) - 1))
         match draw(st.sampled_from(("byte", "word", "cut", "repeat", "drop"))):
             case "byte":
-                content[place] = draw(st.integers(0, 255))
+                content[offset] = draw(st.integers(0, 255))
             case "word":
-                content[place : place + 4] = draw(
+                content[offset : offset + 4] = draw(
                     st.sampled_from(
                         (b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\xff\xff")
                     )
                 )
             case "cut":
-                del content[max(place, 16) :]
+                del content[max(offset, 16) :]
             case "repeat":
-                content[place:place] = content[place : place + draw(st.integers(1, 64))]
+                content[offset:offset] = content[offset : offset + draw(st.integers(1, 64))]
             case "drop":
-                del content[place : place + draw(st.integers(1, 8))]
+                del content[offset : offset + draw(st.integers(1, 8))]
         if not content:
             break
     return bytes(content)

@@ -71,7 +71,7 @@ def laid_out(draw: st.DrawFn) -> tuple[dict[str, Any], bytes]:
 
 @st.composite
 def forged(draw: st.DrawFn) -> bytes:
-    """Return a weight file, whole or changed in a few places."""
+    """Return a weight file, whole or changed in a few parts."""
     content, data = draw(laid_out())
     for _ in range(draw(st.integers(0, 2))):
         change_content(draw, content)
@@ -103,7 +103,7 @@ def forged(draw: st.DrawFn) -> bytes:
 
 
 def change_content(draw: st.DrawFn, content: dict[str, Any]) -> None:
-    """Put something odd into one place."""
+    """Put something odd into one field."""
     name = draw(st.sampled_from([*content, "__metadata__", "new"]))
     entry = content.get(name)
     if not isinstance(entry, dict) or draw(st.integers(0, 4)) == 0:
@@ -121,11 +121,11 @@ def change_content(draw: st.DrawFn, content: dict[str, Any]) -> None:
 
 def change_text(draw: st.DrawFn, text: str) -> str:
     """Change what JSON itself allows or forbids."""
-    place = draw(st.integers(0, len(text)))
+    offset = draw(st.integers(0, len(text)))
     kind = draw(st.sampled_from(["insert", "delete", "twice", "deep", "around", "escape"]))
     if kind == "insert":
         return (
-            text[:place]
+            text[:offset]
             + draw(
                 st.sampled_from(
                     [
@@ -145,14 +145,14 @@ def change_text(draw: st.DrawFn, text: str) -> str:
                     ]
                 )
             )
-            + text[place:]
+            + text[offset:]
         )
     if kind == "delete":
-        return text[:place] + text[place + 1 :]
+        return text[:offset] + text[offset + 1 :]
     if kind == "twice":
         return text[:-1] + ("," if len(text) > 2 else "") + text[1:]
     if kind == "deep":
-        return text[:place] + "[" * draw(st.sampled_from([3, 200, 5000])) + text[place:]
+        return text[:offset] + "[" * draw(st.sampled_from([3, 200, 5000])) + text[offset:]
     if kind == "around":
         return (
             draw(st.sampled_from([" ", "\n", "\ufeff", "[", ""]))
@@ -303,8 +303,8 @@ def test_an_index_opens_files_of_its_folder_alone(
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "indexed" / "folder"
     (folder / "sub").mkdir(parents=True, exist_ok=True)
-    for place in (folder, folder / "sub", folder.parent):
-        (place / "part.safetensors").write_bytes(
+    for parent in (folder, folder / "sub", folder.parent):
+        (parent / "part.safetensors").write_bytes(
             one('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"1234")
         )
     (folder / INDEX_NAME).write_text(json.dumps(index))

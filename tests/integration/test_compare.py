@@ -107,7 +107,7 @@ def test_a_killed_run_goes_on_and_the_end_is_the_same(folder: Path) -> None:
     assert (run / "evaluations" / f"step_{STEPS:06d}.jsonl").read_text() == whole
 
 
-def test_a_run_that_cannot_start_is_told_and_the_other_is_in_the_report(folder: Path) -> None:
+def test_a_run_that_cannot_start_is_named_and_the_other_is_in_the_report(folder: Path) -> None:
     done = compare(
         folder, "data.train=[{path: nowhere}]", f"output_dir={folder / 'broken'}", "methods=[grpo]"
     )

@@ -127,7 +127,7 @@ def test_an_interrupted_evaluation_goes_on_and_refuses_other_settings(
     words = ["--data", *shards, "--num-rollouts", "4", "--output", str(tmp_path), SHORT]
     whole = lines(alone[0] / "answers.jsonl")
     # What an evaluation leaves that was killed after its first chunk; a mark shows that these
-    # answers are not sampled anew.
+    # answers are not sampled again.
     (tmp_path / "settings.json").write_bytes((alone[0] / "settings.json").read_bytes())
     (tmp_path / "answers").mkdir()
     marked = [{**each, "prompt": "kept"} for each in whole[:5]]

@@ -52,7 +52,7 @@ def test_starts_that_fail_leave_no_folder(tmp_path: Path) -> None:
     hub = refused(out, "model.student=Qwen/Qwen3.5-0.8B")
     assert "model.student: no such folder, and nothing is downloaded" in hub
     assert not out.exists()
-    # Not seen by a look at names: the folder has been made by then, and is taken away.
+    # Found only after the names are checked: the folder has been made by then, and is taken away.
     assert "no chat template" in refused(out, f"model.student={broken_student(tmp_path)}")
     assert not out.exists()
     # Something of the user's own beside it stays.
@@ -63,7 +63,7 @@ def test_starts_that_fail_leave_no_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_a_port_in_use_and_a_place_that_cannot_be_written_are_said_in_one_line(
+def test_a_port_in_use_and_a_folder_that_cannot_be_written_are_said_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "file"
@@ -115,7 +115,7 @@ def test_damage_is_refused_every_time_and_no_record_is_lost(tmp_path: Path) -> N
     for _ in range(3):
         assert "no usable checkpoint" in refused(tmp_path)
         assert records(folder) == before
-    # Restored from a copy, or moved away: the run does not begin anew by itself.
+    # Restored from a copy, or moved away: the run does not start again by itself.
     for path in checkpoints:
         path.rename(path.with_name(f"{path.name}.broken"))
     assert (

@@ -187,7 +187,7 @@ def test_while_it_writes(whole: Path, tmp_path: Path, phase: str) -> None:
     wait_until(signs[phase], process)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=RUN_TIMEOUT_SECONDS)
-    # A tiny model may be exported, and the run at its end, before the signal is heard.
+    # A tiny model may be exported, and the run at its end, before the signal is handled.
     assert process.returncode == EXIT_CODE or phase == "export", output[-4000:]
     assert "Traceback" not in output
     assert_same(whole, run(tmp_path, "cut", *COMMON, *options))
@@ -212,7 +212,7 @@ def test_while_it_evaluates(tmp_path: Path, delay: float) -> None:
 
 
 def is_blocked(pid: int, number: signal.Signals) -> bool:
-    """Return whether a process has begun to hear a signal in its own way."""
+    """Return whether a process has installed its own handler of a signal."""
     (mask,) = re.findall(
         r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     )

@@ -68,7 +68,7 @@ def test_answers_differ_within_a_question_and_tokens_are_counted(url: str) -> No
     assert not [name for name in pool.counts if name.startswith("faults/")]
 
 
-def test_a_cut_answer_is_told_from_a_whole_one(url: str) -> None:
+def test_a_cut_answer_is_distinguished_from_a_whole_one(url: str) -> None:
     pool = EndpointPool([url], "smollm2", TeacherConfig())
     cut, whole = pool.submit(
         [ask("Tell me a story.", 1, 0.0, 8), ask("Say hello.", 1, 0.0, 200)], LONG

@@ -34,7 +34,7 @@ def test_the_gate_changes_nothing_but_its_own_file(tmp_path: Path) -> None:
     assert (report["step"], report["findings"], report["not_compared"]) == (0, [], "")
     assert "parity at step 0, float32" in (gated / "run.log").read_text()
     assert not (plain / "parity.jsonl").exists()
-    # Going on from the checkpoint compares once more, without the source.
+    # Going on from the checkpoint compares again, without the source.
     run(tmp_path, "gated", *OPTIONS, "train.train_iters=2")
     first, second = lines(gated / "parity.jsonl")
     assert first == report

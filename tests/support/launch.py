@@ -40,8 +40,8 @@ CLONE_ROOT = Path(__file__).resolve().parents[2]
 # there is a GPU.
 DEFAULT_TIMEOUT_SECONDS = 300.0
 GRACE_SECONDS = 20.0
-# The first makes `import megatron.core` possible everywhere and the world's group free of what
-# would keep it.
+# The first makes `import megatron.core` possible everywhere and the default process group free of
+# what would keep it.
 IMPORTED = ("zppo_mm.parallel.groups", "zppo_mm.run.build")
 PORTS = (20_000, 32_000)
 OUTPUT_TAIL_CHARACTERS = 6000

@@ -78,11 +78,11 @@ class TinyModel:
             output, logits = generated.sequences, torch.stack(generated.logits, 1)
         num_prompt = inputs["input_ids"].shape[1]
         choices, num_tokens = [], 0
-        rows = [(row, logits[place]) for place, row in enumerate(output[:, num_prompt:].tolist())]
+        rows = [(row, logits[index]) for index, row in enumerate(output[:, num_prompt:].tolist())]
         for row, scores in rows * (num_choices // len(output)):
-            end = next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
+            end = next((index + 1 for index, token in enumerate(row) if token in stops), len(row))
             num_tokens += end
-            told = (
+            reported = (
                 self.logprobs(row[:end], scores[:end], request["top_logprobs"])
                 if request.get("logprobs")
                 else None
@@ -91,35 +91,35 @@ class TinyModel:
                 (
                     self.encoder.decode(row[:end]),
                     "stop" if row[end - 1] in stops else "length",
-                    told,
+                    reported,
                 )
             )
         return choices, num_prompt, num_tokens
 
     def logprobs(self, ids: list[int], logits: torch.Tensor, k: int) -> dict[str, Any]:
-        """Return the log-probs of an answer's tokens and of the k most likely ones in their
-        places.
+        """Return the log-probs of an answer's tokens and of the k most likely ones at each
+        position.
         """
         logprobs = torch.log_softmax(logits.float(), -1)
 
-        def entry(place: int, token: int) -> dict[str, Any]:
+        def entry(index: int, token: int) -> dict[str, Any]:
             # The network has rows that its tokenizer has no token for.
             spelling = self.spellings.get(token, b"<unused>")
             text = spelling.decode("utf-8", errors="replace")
             return {
                 "token": text,
                 "bytes": list(spelling),
-                "logprob": float(logprobs[place, token]),
+                "logprob": float(logprobs[index, token]),
             }
 
         top = logprobs.topk(k).indices.tolist()
         return {
             "content": [
                 {
-                    **entry(place, token),
-                    "top_logprobs": [entry(place, other) for other in top[place]],
+                    **entry(index, token),
+                    "top_logprobs": [entry(index, other) for other in top[index]],
                 }
-                for place, token in enumerate(ids)
+                for index, token in enumerate(ids)
             ]
         }
 
@@ -244,10 +244,10 @@ class Handler(BaseHTTPRequestHandler):
                 {
                     "index": index,
                     "message": {"role": "assistant", "content": text},
-                    "logprobs": told,
+                    "logprobs": reported,
                     "finish_reason": reason,
                 }
-                for index, (text, reason, told) in enumerate(choices)
+                for index, (text, reason, reported) in enumerate(choices)
             ],
             "usage": {
                 "prompt_tokens": num_prompt,

@@ -42,14 +42,14 @@ def build(
 
 
 def gather_vocabulary(logits: torch.Tensor) -> torch.Tensor:
-    """Return `[tokens, vocabulary]` from every tensor rank's share."""
-    shares = [torch.empty_like(logits) for _ in range(parallel.tensor_size())]
-    dist.all_gather(shares, logits.detach().contiguous(), group=parallel.tensor_group())
-    return torch.cat(shares, -1)
+    """Return `[tokens, vocabulary]` from every tensor rank's shard."""
+    shards = [torch.empty_like(logits) for _ in range(parallel.tensor_size())]
+    dist.all_gather(shards, logits.detach().contiguous(), group=parallel.tensor_group())
+    return torch.cat(shards, -1)
 
 
 class _FromTensorRanks(torch.autograd.Function):
-    """Gathers the vocabulary; every rank computes the same loss, so each keeps its share of the
+    """Gathers the vocabulary; every rank computes the same loss, so each keeps its shard of the
     gradient.
     """
 
@@ -148,11 +148,11 @@ def gradient_differences(network: VisionLanguageModel, oracle: Any) -> dict[str,
         assert all(gradient is not None for gradient in wanted), mapping.keys
         assert mapping.parameter.grad is not None, mapping.name
         whole = fuse_tensors(wanted, mapping.rule, network.architecture)
-        share = cut(
+        shard = cut(
             whole, mapping, network.architecture, parallel.tensor_rank(), parallel.tensor_size()
         )
         result[mapping.name] = float(
-            (mapping.parameter.grad - share).abs().max() / whole.abs().max()
+            (mapping.parameter.grad - shard).abs().max() / whole.abs().max()
         )
     return result
 
@@ -244,7 +244,7 @@ def oracle_greedy(oracle: Any, part: tiny_qwen.Sequence, num_tokens: int) -> lis
 def _greedy_with_positions(
     oracle: Any, inputs: dict[str, torch.Tensor], next_position: int, num_tokens: int
 ) -> list[int]:
-    """Run the whole sequence anew for every token: `generate` continues only at positions that it
+    """Run the whole sequence again for every token: `generate` continues only at positions that it
     computed itself.
     """
     length = inputs["input_ids"].shape[1]

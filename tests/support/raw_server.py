@@ -50,7 +50,7 @@ class RawServer(socketserver.ThreadingTCPServer):
         return connection, address
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a client that has heard enough
+        pass  # a client that has read enough
 
 
 class Handler(socketserver.BaseRequestHandler):

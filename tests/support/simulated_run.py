@@ -45,7 +45,7 @@ class SimulatedEvaluation:
 
 
 def make_question(index: int, media: tuple[MediaRef, ...] = ()) -> Question:
-    digits = [(index * 7 + 3 * place) % 10 for place in range(2 + index % 4)]
+    digits = [(index * 7 + 3 * position) % 10 for position in range(2 + index % 4)]
     return Question(
         id=f"digits-video-train-{index:05d}",
         text="The video shows digits one after another. What is their sum?",
@@ -165,8 +165,8 @@ def policy_metrics(rng: np.random.Generator, progress: float) -> StepMetrics:
     metrics = StepMetrics()
     metrics.add("policy/loss", Mean(-0.02 + 0.02 * rng.normal()))
     metrics.add("policy/entropy", Mean(0.9 - 0.5 * progress + 0.03 * rng.normal()))
-    for name, share in (("low", 0.004), ("high", 0.009), ("dual", 0.0002)):
-        metrics.add(f"policy/clip_{name}", Mean(abs(share * (1 + 0.4 * rng.normal()))))
+    for name, fraction in (("low", 0.004), ("high", 0.009), ("dual", 0.0002)):
+        metrics.add(f"policy/clip_{name}", Mean(abs(fraction * (1 + 0.4 * rng.normal()))))
     metrics.add("policy/grad_norm", Mean(0.8 + 0.1 * rng.normal()))
     phases: Mapping[str, float] = {
         "plain_rollout": 3.2,

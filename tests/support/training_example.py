@@ -124,8 +124,8 @@ def make_groups() -> list[TrainingSample]:
         first = make_sample(f"group {number}", 0, prompt, responses[0], 1.5, image)
         count = first.num_prompt_tokens
         samples.append(first)
-        for place, response in enumerate(responses[1:], 1):
-            sample = make_sample(f"group {number}", place, prompt, response, -0.9 * place, image)
+        for index, response in enumerate(responses[1:], 1):
+            sample = make_sample(f"group {number}", index, prompt, response, -0.9 * index, image)
             token_ids = np.concatenate([first.token_ids[:count], sample.token_ids[count:]])
             samples.append(dataclasses.replace(sample, token_ids=token_ids))
     return samples

@@ -8,6 +8,7 @@ import numpy as np
 
 from data.question import MediaRef, Question
 from zppo_mm.experience import Group, GroupKind, Prompt, PromptInstance, Rollout
+from zppo_mm.teacher.teacher import CompressedTrace, Trace
 
 
 def question(question_id: str, choices: Sequence[str] = ()) -> Question:
@@ -46,3 +47,16 @@ def group(
     return Group(
         PromptInstance(f"{step}/{kind}/{question_id}", asked, kind, asked.text), prompt, rollouts
     )
+
+
+class CountingCompressor:
+    """Keeps the first line and remembers the calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[Trace]] = []
+
+    def compress(self, traces: Sequence[Trace], step: int) -> list[CompressedTrace]:
+        self.calls.append(list(traces))
+        return [
+            CompressedTrace(f"short {trace.text.splitlines()[0]}", "cut", 1) for trace in traces
+        ]

@@ -47,13 +47,13 @@ def test_hand_numbers_nonzero() -> None:
 
 
 @pytest.mark.parametrize("num_trivial", [0, 1, 3, 30])
-def test_all_is_nonzero_over_root_of_share(num_trivial: int) -> None:
+def test_all_is_nonzero_over_root_of_fraction(num_trivial: int) -> None:
     groups = [[1, 0, 0, 0], [1, 1, 1, 0], [0, 1, 0, 1]] + [[0, 0, 0, 0]] * num_trivial
-    share = 3 / (3 + num_trivial)
+    fraction = 3 / (3 + num_trivial)
     for everything, nonzero in zip(
         group_advantages(groups, "all"), group_advantages(groups, "nonzero"), strict=True
     ):
-        torch.testing.assert_close(everything, nonzero / math.sqrt(share), atol=ATOL, rtol=0)
+        torch.testing.assert_close(everything, nonzero / math.sqrt(fraction), atol=ATOL, rtol=0)
 
 
 rewards_lists = st.lists(

@@ -40,12 +40,12 @@ def test_files_and_dangling_links_give_way(tmp_path: Path) -> None:
     assert step_folders(tmp_path) == [tmp_path / "step_000002"]
 
 
-def test_a_place_that_is_not_there_now_is_no_beginning(tmp_path: Path) -> None:
+def test_a_folder_that_is_unavailable_is_no_beginning(tmp_path: Path) -> None:
     put_back(tmp_path / "nothing yet")
     (tmp_path / "link").symlink_to(tmp_path / "a disk that is not mounted")
     (tmp_path / "file").write_text("", encoding="utf-8")
-    for name, told in (("link", "a link that leads nowhere"), ("file", "a file")):
+    for name, found in (("link", "a link that leads nowhere"), ("file", "a file")):
         with pytest.raises(
-            CheckpointError, match=f"{name}: no folder, got {told}, expected the run's checkpoints"
+            CheckpointError, match=f"{name}: no folder, got {found}, expected the run's checkpoints"
         ):
             put_back(tmp_path / name)

@@ -188,16 +188,18 @@ def test_the_audit_agrees_with_the_metrics_of_the_run(tmp_path: Path) -> None:
     run, met = read_run(tmp_path), 0
     for row in run.metrics:
         found = audit_run(tmp_path, row["step"], row["step"])
-        for metric, share in (
+        for metric, fraction in (
             ("audit/bcq_right", found.bcq_right),
             ("audit/bcq_wrong", found.bcq_wrong),
             ("audit/ncq_listed", found.ncq_listed),
             ("accuracy/bcq", found.bcq_accuracy),
             ("accuracy/ncq", found.ncq_accuracy),
         ):
-            met += share.total > 0
-            assert (row.get(metric) is None) == (share.total == 0)
-            assert share.total == 0 or row[metric] == pytest.approx(share.count / share.total)
+            met += fraction.total > 0
+            assert (row.get(metric) is None) == (fraction.total == 0)
+            assert fraction.total == 0 or row[metric] == pytest.approx(
+                fraction.count / fraction.total
+            )
     assert met > NUM_STEPS
     whole = audit_run(tmp_path)
     assert whole.num_steps == NUM_STEPS

@@ -1,4 +1,4 @@
-"""Runs as processes: none twice, killed ones again, a failure is told and stops no other. The
+"""Runs as processes: none twice, killed ones again, a failure is reported and stops no other. The
 program is a short script, not a training.
 """
 

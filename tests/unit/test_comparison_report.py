@@ -22,7 +22,7 @@ from tests.support.simulated_comparison import (
     write_run,
 )
 from zppo_mm.comparison.accuracy import method_accuracy, parts_of
-from zppo_mm.comparison.figures import FIGURES, looks
+from zppo_mm.comparison.figures import FIGURES, styles_of
 from zppo_mm.comparison.launch import Failure
 from zppo_mm.comparison.measures import cost, fates, final_means
 from zppo_mm.comparison.plan import Plan
@@ -235,12 +235,12 @@ def test_methods_have_their_colors_and_variants_of_one_method_different_ones(
 ) -> None:
     variants = {f"zppo-{rounds}": {"method": "zppo"} for rounds in (1, 2)}
     methods = {"grpo": None, "grpo_replay": None, "zppo": None, **variants}
-    drawn = looks(read_results(make_plan(tmp_path, methods=methods, seeds=[0])))
-    assert [look.name for look in drawn.values()] == [
+    drawn = styles_of(read_results(make_plan(tmp_path, methods=methods, seeds=[0])))
+    assert [style.name for style in drawn.values()] == [
         *("GRPO", "GRPO + replay", "ZPPO"),
         *variants,
     ]
-    assert [look.linestyle for look in drawn.values()] == ["--", "-", "-", "-", "-"]
+    assert [style.linestyle for style in drawn.values()] == ["--", "-", "-", "-", "-"]
     assert drawn["grpo"].color == drawn["grpo_replay"].color == METHODS["grpo"].color
     assert len({drawn[label].color for label in ("grpo", "zppo", *variants)}) == 4
 
@@ -347,7 +347,7 @@ def test_two_sources_may_use_the_same_ids(tmp_path: Path) -> None:
     ]
 
 
-def test_scores_are_paired_by_question_not_by_place(tmp_path: Path) -> None:
+def test_scores_are_paired_by_question_not_by_index(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, seeds=[0])
     rng = np.random.default_rng(0)
     rewards = {f"text/{index}": (float(rng.random() < 0.5),) for index in range(40)}

@@ -148,7 +148,7 @@ def test_unfaithful_rewrites_are_retried_once_then_cut() -> None:
     assert len(teacher.asked) == 2
 
 
-def test_the_prompt_shows_question_trace_and_answer_inert() -> None:
+def test_the_prompt_shows_question_trace_and_answer_escaped() -> None:
     teacher = ScriptedTeacher(["ok \\boxed{42}"])
     TeacherCompressor(teacher, rule(), load_compression_template()).compress(
         [trace("<think>{answer} </q><|im_start|>\\boxed{42}")], 0

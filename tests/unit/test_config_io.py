@@ -36,7 +36,7 @@ def every_key(group: object, prefix: str = "") -> list[str]:
     return keys
 
 
-def test_embedded_preset_applies_only_without_a_file(tmp_path: Path) -> None:
+def test_bundled_preset_applies_only_without_a_file(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("seed: 3\n")
     assert load_config(None).train.num_new_questions == 16

@@ -227,7 +227,7 @@ def test_a_network_that_computes_something_else_is_found(source: Path, tmp_path:
 
 
 @pytest.mark.medium
-def test_the_exit_code_tells_a_difference(source: Path, tmp_path: Path) -> None:
+def test_the_exit_code_reports_a_difference(source: Path, tmp_path: Path) -> None:
     other = changed(source, tmp_path / "other", "model.language_model.norm.weight", 1.5)
     outcome = run_command("verify", [source, other], LAYOUT)
     parallel.initialize(LAYOUT, seed=0)

@@ -77,7 +77,7 @@ def writer(target: Path) -> FolderWriter:
     return FolderWriter(target, {"model.safetensors": header}, {"config.json": b"{}"})
 
 
-def test_a_tensor_that_does_not_fit_its_place_is_named(tmp_path: Path) -> None:
+def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError,
         match=(

@@ -127,7 +127,7 @@ def test_an_imported_folder_opens_as_a_runs_checkpoint_does(
 
 
 def run_folder(source: Path, folder: Path) -> dict[str, torch.Tensor]:
-    """Write what a run leaves after one step; returns its weights."""
+    """Write the output of a run after one step; returns its weights."""
     config = RunConfig(model=ModelConfig(student=str(source), params_dtype="float32"))
     network = build_model(load_architecture(source), config.model, LAYOUT)
     load_hf_weights(network, source)

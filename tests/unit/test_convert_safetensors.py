@@ -247,9 +247,9 @@ def split(folder: Path) -> tuple[str, str]:
     }
     for name, chosen in parts.items():
         save_file({key: tensors[key] for key in chosen}, folder / name, metadata={"format": "pt"})
-    places = {key: name for name, chosen in parts.items() for key in chosen}
+    weight_map = {key: name for name, chosen in parts.items() for key in chosen}
     (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {"total_size": 1}, "weight_map": places})
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
     )
     return keys[0], keys[1]
 

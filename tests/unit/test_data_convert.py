@@ -115,7 +115,7 @@ def test_lines_become_shards_and_bad_ones_are_counted(lines: Path, tmp_path: Pat
     assert lint([tmp_path / "out"], MediaOpener(MediaLimits())) == (19, [])
 
 
-def test_strict_and_the_share_stop_the_conversion(lines: Path, tmp_path: Path) -> None:
+def test_strict_and_the_fraction_stop_the_conversion(lines: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"questions\.jsonl:5 is bad \(bad_json\)"):
         convert_jsonl(lines, tmp_path / "a", health=SampleHealth(strict=True))
     with pytest.raises(DataError, match=r"too many bad samples, got 5 of 20"):
@@ -216,7 +216,7 @@ def test_easy_vqa_is_multiple_choice_among_answers_of_one_kind() -> None:
     ):  # over 3 standard deviations of a fair draw
         counts = [count for (choices, _), count in letters.items() if choices == size]
         assert len(counts) == size
-        assert max(counts) / (sum(counts) / size) - 1 < tolerance, "no letter tells the answer"
+        assert max(counts) / (sum(counts) / size) - 1 < tolerance, "no letter gives the answer away"
 
 
 def test_easy_vqa_shards_hold_the_packages_pictures(tmp_path: Path) -> None:

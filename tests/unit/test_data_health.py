@@ -39,7 +39,7 @@ def test_an_id_from_outside_is_written_so_that_every_log_and_file_takes_it(
     assert json.dumps(health.state_dict(), ensure_ascii=False).encode()
 
 
-def test_the_share_is_checked_from_twenty_samples_on() -> None:
+def test_the_fraction_is_checked_from_twenty_samples_on() -> None:
     health = SampleHealth(max_bad_fraction=0.1)
     health.good(16)
     for index in range(3):
@@ -54,7 +54,7 @@ def test_the_share_is_checked_from_twenty_samples_on() -> None:
         health.bad("s3", "r", "d")
 
 
-def test_the_share_is_checked_again_when_good_samples_make_it_twenty() -> None:
+def test_the_fraction_is_checked_again_when_good_samples_make_it_twenty() -> None:
     health = SampleHealth(max_bad_fraction=0.1)
     for index in range(4):
         health.bad(f"s{index}", "r", "d")
@@ -63,7 +63,7 @@ def test_the_share_is_checked_again_when_good_samples_make_it_twenty() -> None:
         health.good()
 
 
-def test_exactly_the_allowed_share_passes() -> None:
+def test_exactly_the_allowed_fraction_passes() -> None:
     health = SampleHealth(max_bad_fraction=0.05)
     health.good(19)
     health.bad("s", "r", "d")  # 1 of 20 is 0.05
@@ -95,7 +95,7 @@ def test_state_continues_and_stays_small() -> None:
     assert resumed.num_bad == MAX_LISTED + 50
 
 
-def test_a_share_must_be_one() -> None:
+def test_a_fraction_must_be_one() -> None:
     with pytest.raises(DataError, match="max_bad_fraction is not a fraction, got 5"):
         SampleHealth(max_bad_fraction=5)
 

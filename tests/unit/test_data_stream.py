@@ -80,7 +80,7 @@ def test_every_epoch_holds_every_sample_once_in_another_order(folders: list[Shar
 
 @settings(deadline=None, max_examples=40)
 @given(weights=st.lists(st.floats(0.01, 10), min_size=4, max_size=4), n=st.integers(1, 200))
-def test_sources_keep_their_shares(
+def test_sources_keep_their_fractions(
     folders: list[ShardFolder], weights: list[float], n: int
 ) -> None:
     counts = Counter(

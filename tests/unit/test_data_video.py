@@ -52,7 +52,7 @@ def encode(
 
 
 def grey_frames(count: int, width: int = 64, height: int = 48) -> list[np.ndarray]:
-    """Return frames that tell their number by their brightness, 10 per frame, and have a dark upper
+    """Return frames whose brightness is their number, 10 per frame, and have a dark upper
     half.
     """
     frames = [np.full((height, width, 3), 20 + 10 * index, np.uint8) for index in range(count)]

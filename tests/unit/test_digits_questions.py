@@ -25,7 +25,7 @@ from data.toy.digits_reasoning import flawed_solution, read_out, reasoning, solu
 
 NUM_DRAWN = 2000
 CHOICE_TOLERANCE = 0.04
-"""Four standard deviations of a share of 0.2 over 2000 draws."""
+"""Four standard deviations of a fraction of 0.2 over 2000 draws."""
 
 
 def drawn(split: Split, seed: int = 0, count: int = NUM_DRAWN) -> list[DigitProblem]:

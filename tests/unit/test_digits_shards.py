@@ -75,8 +75,8 @@ def test_digits_video_shows_every_digit_for_its_second() -> None:
         assert container.streams.video[0].codec_context.name == "h264"
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(frames) == len(tiles) * FRAMES_PER_DIGIT
-    for place, frame in enumerate(frames):
-        difference = np.abs(frame[:, :, 0].astype(int) - tiles[place // FRAMES_PER_DIGIT]).mean()
+    for index, frame in enumerate(frames):
+        difference = np.abs(frame[:, :, 0].astype(int) - tiles[index // FRAMES_PER_DIGIT]).mean()
         assert difference < CODEC_TOLERANCE
 
 
@@ -90,7 +90,7 @@ def test_digits_video_samples_two_frames_per_digit(tmp_path: Path) -> None:
             frames = opener.open_ref(question.media[0], folder.reader)
             level = _level(question.id)
             assert frames.pixels.shape == (2 * level, FRAME_PIXELS, FRAME_PIXELS, 3)
-            assert frames.timestamps == tuple(0.25 + 0.5 * place for place in range(2 * level))
+            assert frames.timestamps == tuple(0.25 + 0.5 * index for index in range(2 * level))
             pairs = frames.pixels.astype(int).reshape(level, 2, -1)
             assert np.abs(pairs[:, 0] - pairs[:, 1]).mean() < CODEC_TOLERANCE
     finally:

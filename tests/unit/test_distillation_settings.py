@@ -38,12 +38,12 @@ SERVED = ["teacher.endpoints=['http://127.0.0.1:9/v1']", "teacher.model=m"]
         (["method=off_distill", "teacher.num_ranks=1"], r"teacher.num_ranks: .* got 1, expected 0"),
     ],
 )
-def test_what_a_teacher_cannot_tell_is_refused(options: list[str], message: str) -> None:
+def test_what_a_teacher_cannot_return_is_refused(options: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(None, options)
 
 
-def test_what_it_can_tell_is_not() -> None:
+def test_what_it_can_return_is_not() -> None:
     assert (
         load_config(None, ["method=off_distill", *SERVED, "distill.top_k=20"]).distill.top_k == 20
     )

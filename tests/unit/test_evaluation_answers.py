@@ -25,13 +25,13 @@ def answered(
     """
     responses = tuple(
         Response(
-            f"t{place}",
+            f"t{row}",
             None if reward == 0 else "1",
             reward,
             "length" if reward == 0 else "stop",
-            place + 1,
+            row + 1,
         )
-        for place, reward in enumerate(rewards)
+        for row, reward in enumerate(rewards)
     )
     known = {"source": "s", "modality": "text", "answer_type": "math"} | fields
     return AnsweredQuestion(

@@ -15,7 +15,7 @@ INTERVAL_TOLERANCE = 0.06
 
 
 @pytest.mark.parametrize("num_responses", [1, 2, 5, 7])
-def test_pass_at_k_is_the_share_of_draws_with_a_right_one(num_responses: int) -> None:
+def test_pass_at_k_is_the_fraction_of_draws_with_a_right_one(num_responses: int) -> None:
     for num_correct in range(num_responses + 1):
         rewards = [1] * num_correct + [0] * (num_responses - num_correct)
         for k in range(1, num_responses + 1):

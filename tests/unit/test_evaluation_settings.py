@@ -86,7 +86,7 @@ def test_counts_below_one_are_refused(tool: ModuleType, capsys: pytest.CaptureFi
         assert "no count, got 0, expected 1 or more" in capsys.readouterr().err
 
 
-def test_a_folder_is_sampled_as_the_paper_does_unless_told_otherwise() -> None:
+def test_a_folder_is_sampled_as_the_paper_does_by_default() -> None:
     assert sampling_of(EvaluationRequest(model=STUDENT_DIR, data=SHARDS)) == SAMPLING["paper"]
     greedy = EvaluationRequest(model=STUDENT_DIR, data=SHARDS, sampling="greedy")
     assert sampling_of(greedy) == SAMPLING["greedy"] | {"rollout.max_response_tokens": 12288}

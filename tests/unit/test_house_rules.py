@@ -14,7 +14,7 @@ PACKAGES = ("data", "encoders", "zppo_mm")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_TYPICAL_FUNCTION_LINES = 40
-TYPICAL_SHARE = 0.9
+TYPICAL_FRACTION = 0.9
 FORBIDDEN_NAMES = {"utils", "misc", "helpers", "common", "util", "helper", *sys.stdlib_module_names}
 
 
@@ -57,9 +57,9 @@ def test_no_function_is_longer_than_the_limit() -> None:
 
 def test_nine_functions_in_ten_are_short() -> None:
     lengths = [lines for path in sources(*PACKAGES) for _, lines in functions(path)]
-    assert sum(length <= MAX_TYPICAL_FUNCTION_LINES for length in lengths) >= TYPICAL_SHARE * len(
-        lengths
-    )
+    assert sum(
+        length <= MAX_TYPICAL_FUNCTION_LINES for length in lengths
+    ) >= TYPICAL_FRACTION * len(lengths)
 
 
 def test_no_module_has_a_forbidden_name() -> None:

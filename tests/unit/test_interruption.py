@@ -1,4 +1,4 @@
-"""Signals: what is heard when, what ends at once, and what the run's own processes inherit."""
+"""Signals: what is handled when, what ends at once, and what the run's own processes inherit."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_first_signal_asks_and_the_second_ends() -> None:
 
 
 def test_what_a_launcher_passes_on_is_no_second_signal() -> None:
-    # A scheduler signals all processes; the launcher hears that too and passes it on.
+    # A scheduler signals all processes; the launcher receives it too and passes it on.
     for senders in ((SOMEBODY, PARENT), (PARENT, SOMEBODY)):
         interruption, ended = make()
         with interruption.protected():
@@ -143,7 +143,7 @@ def started_program() -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_a_process_hears_real_signals_and_its_children_are_left_alone(
+def test_a_process_handles_real_signals_and_its_children_are_left_alone(
     number: signal.Signals,
 ) -> None:
     with started_program() as process:

@@ -121,8 +121,8 @@ def mean_gap(network: VisionLanguageModel, ids: torch.Tensor) -> float:
     cache = DecodeCache(max_new_tokens=length)
     logits = [prefill(network, **packed(ids[:, :prompt]), cache=cache)]
     logits += [
-        decode(network, ids[:, place], torch.full((3, num), place), cache)
-        for place in range(prompt, length - 1)
+        decode(network, ids[:, position], torch.full((3, num), position), cache)
+        for position in range(prompt, length - 1)
     ]
     sampled = torch.log_softmax(torch.stack(logits, 1).float(), -1)
     trained = torch.log_softmax(network(**packed(ids)).view(num, length, -1).float(), -1)[
@@ -182,12 +182,12 @@ def test_an_export_says_what_merging_into_bfloat16_keeps(
         torch.equal(parameter, before[name]) for name, parameter in network.named_parameters()
     )
     (record,) = [record for record in caplog.records if "merged weights" in record.message]
-    told = re.match(
+    match = re.match(
         r"export: merged weights in bfloat16 keep (\S+)% of what the adapters add, with a relative "
         r"error of",
         record.message,
     )
-    assert told is not None
+    assert match is not None
     assert record.levelno == (logging.WARNING if most < 0.99 else logging.INFO)
     # The same number from the two folders and the adapters, linear by linear.
     source = load_file(folder / "model.safetensors")
@@ -200,7 +200,7 @@ def test_an_export_says_what_merging_into_bfloat16_keeps(
             (added * (merged[target.key].double() - source[target.key].double())).sum()
         )
         total += float(added.square().sum())
-    assert float(told[1]) / 100 == pytest.approx(overlap / total, abs=2e-3)
+    assert float(match[1]) / 100 == pytest.approx(overlap / total, abs=2e-3)
     assert least <= overlap / total <= most
 
 
@@ -218,13 +218,13 @@ def test_an_export_says_that_trained_weights_are_rounded(
         exported(folder, tmp_path / dtype, network)
         # The decay rates of the DeltaNet layers are float32 in any run.
         number = sum(parameter.dtype == torch.float32 for parameter in network.parameters())
-        told = re.search(
+        match = re.search(
             r"export: (\d+) trained tensors, the first \S+, are rounded from float32 to bfloat16",
             caplog.text,
         )
-        assert told is not None
-        assert int(told[1]) >= number, dtype
-        assert (int(told[1]) == number) == (dtype == "bfloat16")
+        assert match is not None
+        assert int(match[1]) >= number, dtype
+        assert (int(match[1]) == number) == (dtype == "bfloat16")
     caplog.clear()
     exported(folder, tmp_path / "adapted", adapted(folder, 0.3, "float32"))
     assert (

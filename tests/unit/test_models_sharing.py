@@ -1,5 +1,5 @@
-"""A prompt passed once for all its responses against one pass per response: logits, loss,
-gradients; layout and states behind it.
+"""Shared-prefix training against one pass per response: logits, loss, gradients; layout and states
+behind it.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def make_samples(groups: Groups) -> tuple[list[TrainingSample], SequenceMedia]:
             "",
             "math",
         )
-        for place, length in enumerate(lengths):
+        for index, length in enumerate(lengths):
             mask = np.repeat(np.array([0, 1], dtype=np.float32), [len(prompt.token_ids), length])
             positions = np.broadcast_to(prompt.next_position + np.arange(length), (3, length))
             samples.append(
@@ -116,14 +116,14 @@ def make_samples(groups: Groups) -> tuple[list[TrainingSample], SequenceMedia]:
                     old_logprobs=(mask * (-4.8 + 0.4 * draw.standard_normal(len(mask)))).astype(
                         np.float32
                     ),
-                    advantages=mask * np.float32(1.5 - place),
+                    advantages=mask * np.float32(1.5 - index),
                     grids=prompt.grids,
                 )
             )
     return samples, media
 
 
-def descend(
+def forward_backward(
     network: VisionLanguageModel, groups: Groups, share_prompts: bool
 ) -> tuple[torch.Tensor, float, dict[str, torch.Tensor]]:
     """Return the logits of the loss rows, the loss and the gradient of every parameter."""
@@ -153,8 +153,10 @@ def descend(
 
 def check_sharing(network: VisionLanguageModel, groups: Groups) -> None:
     """Hold the pass with shared prompts against the one without."""
-    logits, loss, gradients = descend(network, groups, share_prompts=True)
-    wanted_logits, wanted_loss, wanted_gradients = descend(network, groups, share_prompts=False)
+    logits, loss, gradients = forward_backward(network, groups, share_prompts=True)
+    wanted_logits, wanted_loss, wanted_gradients = forward_backward(
+        network, groups, share_prompts=False
+    )
     assert (logits - wanted_logits).abs().max() <= MAX_LOGIT_DIFFERENCE
     assert loss == pytest.approx(wanted_loss, rel=MAX_LOSS_DIFFERENCE)
     assert gradients.keys() == wanted_gradients.keys() == dict(network.named_parameters()).keys()
@@ -188,10 +190,13 @@ def test_other_families_share_too(tmp_path: Path, family: str, case: str) -> Non
     check_sharing(network_checks.build(folder, ParallelConfig()), CASES[case])
 
 
-@pytest.mark.parametrize(("asked", "shares"), [("auto", True), ("always", True), ("never", False)])
-def test_the_local_layers_share_unless_told_not_to(folder: Path, asked: str, shares: bool) -> None:
+@pytest.mark.parametrize(
+    ("asked", "is_shared"), [("auto", True), ("always", True), ("never", False)]
+)
+def test_the_local_layers_share_by_default(folder: Path, asked: str, is_shared: bool) -> None:
     assert (
-        make_policy(network_checks.build(folder, ParallelConfig()), asked).shares_prompts is shares
+        make_policy(network_checks.build(folder, ParallelConfig()), asked).shares_prompts
+        is is_shared
     )
 
 
@@ -236,8 +241,8 @@ def packs(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     """
     lengths = draw(st.lists(st.integers(1, 40), min_size=1, max_size=12))
     parents: list[int] = []
-    for place in range(len(lengths)):
-        roots = [root for root in range(place) if parents[root] < 0]
+    for index in range(len(lengths)):
+        roots = [root for root in range(index) if parents[root] < 0]
         parents.append(draw(st.sampled_from([-1, *roots])))
     return lengths, parents
 
@@ -253,10 +258,10 @@ def test_a_layout_holds_every_token_once_and_every_child_with_its_parent(
     packed = torch.randn(sum(lengths), 2)
     assert layout.join([bucket.unpad(bucket.pad(packed)) for bucket in buckets]).equal(packed)
     assert all(bucket.longest <= MAX_PADDING_RATIO * min(bucket.lengths) for bucket in buckets)
-    assert sorted(place for bucket in layout.buckets for place in bucket.sequences) == [
+    assert sorted(index for bucket in layout.buckets for index in bucket.sequences) == [
         i for i, p in enumerate(parents) if p < 0
     ]
-    rows = [place for bucket in layout.buckets if bucket.has_children for place in bucket.sequences]
+    rows = [index for bucket in layout.buckets if bucket.has_children for index in bucket.sequences]
     for branch in layout.branches:
         wanted = [parents[child] for child in branch.bucket.sequences]
         assert [rows[row] for row in branch.parent_rows.tolist()] == wanted
@@ -337,7 +342,7 @@ def test_a_convolution_goes_on_where_the_parent_ended(cut: int) -> None:
     )
 
 
-def test_the_places_that_predict_are_those_of_the_separate_sequences() -> None:
+def test_the_positions_that_predict_are_those_of_the_separate_sequences() -> None:
     samples, media = make_samples([([3], [2, 1]), ([4], [2])])
     shared = pack(samples, media=media, device=torch.device("cpu"), share_prompts=True)
     # Prompt 0-2, responses 3-4 and 5; then one sequence 6-11 whose response is 10-11.

@@ -26,7 +26,7 @@ from zppo_mm.parallel import megatron_cpu
 from zppo_mm.weights.mapping import known_language_keys, parameter_mappings, split_tensors
 
 TENSOR_SIZES = (1, 2, 4, 8)
-# Of those tried; bounded by the number of key heads.
+# Of those tried; bounded by the numbers of KV heads and linear key heads.
 LARGEST = {"Qwen3.5-0.8B": 2, "Qwen3.5-2B": 2, "Qwen3.5-4B": 4, "Qwen3.5-9B": 4, "Qwen3.5-27B": 4}
 LARGEST |= {"Qwen2.5-VL-3B": 2, "Qwen2.5-VL-7B": 4, "SmolLM2-135M": 1}
 

@@ -1,4 +1,4 @@
-"""megatron-core's versions differ in one module alone, and the network is built in one place."""
+"""megatron-core's versions differ in one module alone, and the network is built in one module."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def callers(name: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "place"),
+    ("name", "module"),
     [
         ("GPTModel", "zppo_mm/parallel/megatron_versions.py"),
         ("DistributedDataParallel", "zppo_mm/parallel/megatron_versions.py"),
@@ -103,5 +103,5 @@ def callers(name: str) -> set[str]:
     ],
 )
 @pytest.mark.medium
-def test_each_is_used_in_one_place(name: str, place: str) -> None:
-    assert callers(name) == {place}
+def test_each_is_used_in_one_module(name: str, module: str) -> None:
+    assert callers(name) == {module}

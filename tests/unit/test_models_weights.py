@@ -234,12 +234,12 @@ def changed(source: Path, **changes: Any) -> dict[str, Any]:
     raw = json.loads((source / "config.json").read_text())
     for key, value in changes.items():
         part, _, inner = key.partition("__")
-        place = {
+        target = {
             "text": raw["text_config"],
             "rope": raw["text_config"]["rope_parameters"],
             "vision": raw["vision_config"],
         }.get(part, raw)
-        place[inner or key] = value
+        target[inner or key] = value
     return raw
 
 

@@ -75,7 +75,7 @@ ATTACKS = sorted(attacks(Path("none")))
 
 
 def hidden_in(metadata: Metadata, attack: Any) -> Iterator[Any]:
-    """Yield an attack alone and at the places of a real description where anything fits."""
+    """Yield an attack alone and at every field of a real description where anything fits."""
     yield attack
     yield dataclasses.replace(metadata, planner_data=attack)
     yield dataclasses.replace(metadata, storage_meta=attack)
@@ -145,10 +145,10 @@ def test_what_is_no_description_is_named(tmp_path: Path, content: bytes) -> None
 
 def changed(metadata: Metadata, **values: Any) -> Metadata:
     """Return a description in which the first tensor lies elsewhere."""
-    (index, place), *_ = metadata.storage_data.items()
+    (index, stored), *_ = metadata.storage_data.items()
     return dataclasses.replace(
         metadata,
-        storage_data={**metadata.storage_data, index: dataclasses.replace(place, **values)},
+        storage_data={**metadata.storage_data, index: dataclasses.replace(stored, **values)},
     )
 
 
@@ -189,12 +189,12 @@ def test_objects_beside_the_tensors_are_not_opened(
     import_folder(source, folder, LAYOUT)
     (folder / "common.pt").write_bytes(hostile_bytes(marker))
     sound = read_metadata(folder / METADATA_FILE)
-    place = next(iter(sound.storage_data.values()))
+    stored = next(iter(sound.storage_data.values()))
     hostile = hostile_bytes(marker)
     (folder / "objects.distcp").write_bytes(hostile)
     objects = {
         index: dataclasses.replace(
-            place, relative_path="objects.distcp", offset=0, length=len(hostile)
+            stored, relative_path="objects.distcp", offset=0, length=len(hostile)
         )
         for index in sound.storage_data
         if "_extra_state" in index.fqn
@@ -205,7 +205,7 @@ def test_objects_beside_the_tensors_are_not_opened(
     )
     export_folder(folder, tmp_path / "back", LAYOUT)
     assert (tmp_path / "back" / "config.json").is_file()
-    # A hostile object in the place of a tensor.
+    # A hostile object instead of a tensor.
     tensors = {
         index: next(iter(objects.values()))
         for index in sound.storage_data

@@ -159,11 +159,11 @@ def test_a_weight_that_is_not_the_folders_is_found(
             r"text: the source checkpoint in transformers and the training forward pass disagree, "
             r"got a largest gap .* \(parity.max_gap\)"
         )
-        place = (
+        where = (
             r"; first at question '[\w/-]+', token \d+ of the response \(id \d+, '.*'\): log-prob "
             r"-\d+\.\d{5} by the source checkpoint"
         )
-        with pytest.raises(ParityError, match=said + place):
+        with pytest.raises(ParityError, match=said + where):
             check_parity(run, RunFolder(tmp_path), 0)
         assert len(record(tmp_path)["findings"]) >= 1
         # Engine and training share the wrong weight, so they agree; after a resume nothing is
@@ -184,8 +184,8 @@ def test_a_weight_that_is_not_the_folders_is_found(
 class ShiftedEngine:
     """Samples as the run does, but reports one log-prob of one question wrongly."""
 
-    def __init__(self, engine: MegatronEngine, question_id: str, place: int) -> None:
-        self._engine, self._question_id, self._place = engine, question_id, place
+    def __init__(self, engine: MegatronEngine, question_id: str, index: int) -> None:
+        self._engine, self._question_id, self._index = engine, question_id, index
         self.reported: Generation | None = None
 
     def generate(
@@ -194,7 +194,7 @@ class ShiftedEngine:
         results = self._engine.generate(requests, sampling)
         for request, group in zip(requests, results, strict=True):
             if str(request.seed_path[1]).endswith(self._question_id):
-                group[1].rollout_logprobs[self._place] -= SHIFT
+                group[1].rollout_logprobs[self._index] -= SHIFT
                 self.reported = group[1]
         return results
 
@@ -203,7 +203,7 @@ def test_a_wrong_logprob_of_the_engine_is_named(run: Run, tmp_path: Path) -> Non
     stream = build_stream(run.config, UncountedHealth())
     stream.load_state_dict(run.stream.state_dict())
     question = choose_questions(stream, run.feed, 3).questions["video"][1]
-    engine = ShiftedEngine(MegatronEngine(run.policy.model, run.config.seed), question.id, place=2)
+    engine = ShiftedEngine(MegatronEngine(run.policy.model, run.config.seed), question.id, index=2)
     sampler = GroupSampler(engine, run.encoder, run.verifier, ParallelExchange())
     with pytest.raises(ParityError) as caught:
         check_parity(with_sampler(run, sampler), RunFolder(tmp_path), 0)
@@ -302,8 +302,8 @@ def test_what_does_not_fit_or_load_is_not_compared(run: Run, tmp_path: Path) -> 
     cpu = torch.device("cpu")
     assert choose_device(1000, cpu) == (cpu, "")
     free = psutil.virtual_memory().available
-    place, why = choose_device(free, cpu)
-    assert place is None
+    device, why = choose_device(free, cpu)
+    assert device is None
     assert "GiB that are free" in why
     options = {"dtype": torch.float32, "temperature": 1.0, "device": cpu}
     broken = tmp_path / "broken"

@@ -17,8 +17,7 @@ import pytest
 from data.media.opening import Frames
 from data.question import MediaRef, Question
 from tests.support.tiny_folder import build_folder, build_tokenizer
-from tests.support.zone_builders import rollout
-from tests.unit.test_zone_reformulate import CountingCompressor
+from tests.support.zone_builders import CountingCompressor, rollout
 from zppo_mm.config.schema import ZoneConfig
 from zppo_mm.experience import Group, PromptInstance
 from zppo_mm.parallel.exchange import SingleProcess
@@ -137,7 +136,7 @@ def test_a_limit_costs_no_restart() -> None:
 
 
 def test_time_in_which_the_machine_does_other_things_does_not_count(pool: GradingPool) -> None:
-    """A worker that stands still for longer than the limit grades its answer all the same."""
+    """A worker that is stopped for longer than the limit grades its answer all the same."""
     pool.num_workers = 1
     assert pool.compare_all([("1+x", "x+1")]) == ["equal"]
     worker = pool._workers[0].process.pid

@@ -59,10 +59,10 @@ def risky_names() -> Iterator[tuple[str, str]]:
         for package in ("data", "encoders", "zppo_mm", "tools")
         for path in sorted((ROOT / package).rglob("*.py"))
     ):
-        place = str(path.relative_to(ROOT))
+        module = str(path.relative_to(ROOT))
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute | ast.Name) and (name := ast.unparse(node)) in RISKY:
-                yield place, name
+                yield module, name
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
                 for ending, (argument, value) in NEEDED.items():
@@ -70,7 +70,7 @@ def risky_names() -> Iterator[tuple[str, str]]:
                     if (name == ending or name.endswith(f".{ending}")) and given.get(
                         argument
                     ) != str(value):
-                        yield place, name
+                        yield module, name
 
 
 def test_nothing_in_the_packages_opens_files_in_a_way_that_could_run_code() -> None:

@@ -50,7 +50,7 @@ def test_bad_and_ungradable_questions_are_left_out_named_and_counted(
     assert "shard-000000.tar:000009: needs_judge" in caplog.text
 
 
-def test_a_share_is_the_same_for_the_same_seed_and_none_replaces_a_bad_one(
+def test_a_subset_is_the_same_for_the_same_seed_and_none_replaces_a_bad_one(
     folder: ShardFolder,
 ) -> None:
     first, again = (held_out_questions([folder, folder], 25, 3) for _ in range(2))

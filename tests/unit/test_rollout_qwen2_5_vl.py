@@ -186,9 +186,9 @@ def test_logits_of_a_question_equal_transformers(made: Made, kinds: tuple[str, .
     assert prompt.token_ids.tolist() == made.tokenizer.encode(expected)
     # An image of 2 x 3 takes three positions. Seven frames at two per second are patches at 0, 2, 4
     # and 6 steps: seven positions.
-    places = {"image": (6, 3), "video": (24, 7)}
+    sizes = {"image": (6, 3), "video": (24, 7)}
     assert prompt.next_position == len(prompt.token_ids) - sum(
-        places[kind][0] - places[kind][1] for kind in kinds
+        sizes[kind][0] - sizes[kind][1] for kind in kinds
     )
     inputs = oracle_inputs(made, prompt, kinds)
     network = network_checks.build(made.folder, ParallelConfig())

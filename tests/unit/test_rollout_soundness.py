@@ -1,5 +1,5 @@
 """When broken prompts are left out and when they end the run; what no engine and no grader may
-tell.
+return.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def test_a_batch_ends_a_sequence_for_which_nothing_was_drawn(
     batch = RolloutBatch([0] * len(responses), sampling, STOP + 1, torch.device("cpu"))
     left = list(range(len(responses)))
     for step in range(NUM_STEPS):
-        tokens = torch.tensor([responses[place][step] for place in left])
+        tokens = torch.tensor([responses[row][step] for row in left])
         batch.append(tokens, -tokens.clamp(min=0).float())
         if batch.num_active == 0:
             break
         if drops[step]:
             left = [left[index] for index in batch.drop_finished().tolist()]
     for response, generation in zip(responses, batch.generations(), strict=True):
-        ends = [place for place, token in enumerate(response) if token in (NO_TOKEN, *stops)]
+        ends = [position for position, token in enumerate(response) if token in (NO_TOKEN, *stops)]
         is_broken = bool(ends) and response[ends[0]] == NO_TOKEN
         length = NUM_STEPS if not ends else ends[0] if is_broken else ends[0] + 1
         assert generation.response_ids.tolist() == response[:length]
@@ -117,7 +117,7 @@ def test_calls_of_single_prompts_count_together_until_one_is_sound() -> None:
 
 
 @pytest.mark.parametrize("size", [10, 20, 50])
-def test_a_share_beyond_the_limit_ends_the_run(size: int) -> None:
+def test_a_fraction_beyond_the_limit_ends_the_run(size: int) -> None:
     """A modality of which everything is broken, three in ten prompts."""
     soundness = Soundness()
     soundness.note(good(100))
@@ -146,9 +146,9 @@ class Rewarding:
         return [Grade(None, self._reward) for _ in items]
 
 
-class Telling:
-    """An engine that tells one log-prob with the second token of the second rollout of every second
-    prompt.
+class Reporting:
+    """An engine that returns one log-prob with the second token of the second rollout of every
+    second prompt.
     """
 
     def __init__(self, logprob: float) -> None:
@@ -158,12 +158,12 @@ class Telling:
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams
     ) -> list[list[Generation]]:
         results = []
-        for place, item in enumerate(requests):
-            told = [np.full(3, -0.5, np.float32) for _ in range(item.num_rollouts)]
-            if place % 2:
-                told[1][1] = self._logprob
+        for row, item in enumerate(requests):
+            returned = [np.full(3, -0.5, np.float32) for _ in range(item.num_rollouts)]
+            if row % 2:
+                returned[1][1] = self._logprob
             results.append(
-                [Generation(np.array([65, 66, 0]), logprobs, "stop") for logprobs in told]
+                [Generation(np.array([65, 66, 0]), logprobs, "stop") for logprobs in returned]
             )
         return results
 
@@ -196,7 +196,7 @@ def instances(count: int) -> list[PromptInstance]:
 def test_log_probs_that_no_sound_network_gives_leave_the_group_out(
     encoder: PromptEncoder, logprob: float, is_sound: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sampler = GroupSampler(Telling(logprob), encoder, Rewarding(1.0), SingleProcess())
+    sampler = GroupSampler(Reporting(logprob), encoder, Rewarding(1.0), SingleProcess())
     groups = sampler.sample(instances(3), SAMPLING, 2, 1)
     assert [group.uid for group in groups] == (
         ["1/new/0", "1/new/1", "1/new/2"] if is_sound else ["1/new/0", "1/new/2"]
@@ -210,12 +210,12 @@ def test_log_probs_that_no_sound_network_gives_leave_the_group_out(
 def test_a_reward_that_is_not_finite_is_refused_by_name_and_not_taken_for_ungraded(
     encoder: PromptEncoder, reward: float
 ) -> None:
-    sampler = GroupSampler(Telling(0.0), encoder, Rewarding(reward), SingleProcess())
+    sampler = GroupSampler(Reporting(0.0), encoder, Rewarding(reward), SingleProcess())
     with pytest.raises(
         NotFiniteError,
         match=r"the grader gives 1/new/0 rewards that are not finite, got \[(nan|inf), ",
     ):
         sampler.sample(instances(2), SAMPLING, 2, 1)
-    ungraded = GroupSampler(Telling(0.0), encoder, Rewarding(None), SingleProcess())
+    ungraded = GroupSampler(Reporting(0.0), encoder, Rewarding(None), SingleProcess())
     assert ungraded.sample(instances(2), SAMPLING, 2, 1) == []
     assert dict(ungraded.failures) == {"ungraded": 2}

@@ -168,12 +168,12 @@ def test_forbidden_tokens_are_never_drawn(chosen: SamplingParams) -> None:
     ],
 )
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("places", [[0], [9], range(10), [2, 7]])
+@pytest.mark.parametrize("columns", [[0], [9], range(10), [2, 7]])
 def test_nothing_is_drawn_from_logits_that_are_not_finite(
-    dtype: torch.dtype, chosen: SamplingParams, wrong: float, places: Sequence[int]
+    dtype: torch.dtype, chosen: SamplingParams, wrong: float, columns: Sequence[int]
 ) -> None:
-    """The rows beside stay what they are, whatever the number and place of the wrong logits; one of
-    the places is forbidden.
+    """The rows beside stay what they are, whatever the number and position of the wrong logits; one
+    of the columns is forbidden.
     """
     logits = (torch.randn(4, 10, generator=torch.Generator().manual_seed(2)) * 3).to(dtype)
     uniforms, forbidden = (
@@ -183,7 +183,7 @@ def test_nothing_is_drawn_from_logits_that_are_not_finite(
     expected = choose_tokens(logits.float(), uniforms, chosen, forbidden=forbidden)
     poisoned = logits.clone()
     for row in (1, 3):
-        poisoned[row, list(places)] = wrong
+        poisoned[row, list(columns)] = wrong
     tokens, logprobs = choose_tokens(poisoned.float(), uniforms, chosen, forbidden=forbidden)
     assert tokens[[1, 3]].tolist() == [NO_TOKEN, NO_TOKEN]
     assert logprobs[[1, 3]].tolist() == [0.0, 0.0]

@@ -159,7 +159,7 @@ def test_stop_tokens_of_config_json_hold_where_generation_has_none(tmp_path: Pat
     ("template", "ends"),
     [
         # Llama 3, Llama 2, Gemma, Phi and templates that think before an answer, with the small
-        # tokenizer's tokens in the places of theirs.
+        # tokenizer's tokens instead of theirs.
         (
             "{% for m in messages %}<|im_start|>{{ m.role }}<|vision_end|>\n\n{{ m.content "
             "}}<|endoftext|>{% endfor %}",
@@ -257,7 +257,7 @@ def test_a_template_that_loses_the_question_is_refused(
         ChatFormat(folder_of(tmp_path, vision=False, template=template))
 
 
-def test_a_template_that_shows_no_media_is_told_of_at_once(
+def test_a_template_that_shows_no_media_is_refused_at_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     template = TEMPLATE.replace("'<|vision_start|><|' + part.type + '_pad|><|vision_end|>'", "''")

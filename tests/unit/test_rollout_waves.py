@@ -31,19 +31,19 @@ def test_waves_hold_every_rollout_once_within_the_limits(
     requests = [request(*size) for size in sizes]
     waves = plan_waves(requests, max_batch_size, max_tokens)
     planned = [
-        (share.request, share.first + offset)
+        (part.request, part.first + offset)
         for wave in waves
-        for share in wave
-        for offset in range(share.count)
+        for part in wave
+        for offset in range(part.count)
     ]
     assert sorted(planned) == [
         (index, rollout) for index, (_, count) in enumerate(sizes) for rollout in range(count)
     ]
     for wave in waves:
-        assert sum(share.count for share in wave) <= max_batch_size
-        assert len(wave) == 1 or sum(sizes[share.request][0] for share in wave) <= max_tokens
-    whole = [share for wave in waves for share in wave if sizes[share.request][1] <= max_batch_size]
-    assert all(share.count == sizes[share.request][1] for share in whole)
+        assert sum(part.count for part in wave) <= max_batch_size
+        assert len(wave) == 1 or sum(sizes[part.request][0] for part in wave) <= max_tokens
+    whole = [part for wave in waves for part in wave if sizes[part.request][1] <= max_batch_size]
+    assert all(part.count == sizes[part.request][1] for part in whole)
 
 
 @settings(max_examples=40, deadline=None)
@@ -63,18 +63,20 @@ def test_batch_keeps_each_sequence_up_to_its_stop(
     )
     left = list(range(len(responses)))
     for step in range(6):
-        tokens = torch.tensor([responses[place][step] for place in left])
+        tokens = torch.tensor([responses[row][step] for row in left])
         batch.append(tokens, -tokens.float())
-        assert batch.positions()[:, :].tolist() == [[100 * place + step for place in left]] * 3
-        for row, place in enumerate(left):
+        assert (
+            batch.positions()[:, :].tolist() == [[100 * sequence + step for sequence in left]] * 3
+        )
+        for row, sequence in enumerate(left):
             assert set(torch.nonzero(batch.seen[row]).squeeze(1).tolist()) == set(
-                responses[place][: step + 1]
+                responses[sequence][: step + 1]
             )
         if batch.num_active == 0:
             break
         if drops[step]:
             left = [left[index] for index in batch.drop_finished().tolist()]
-            assert all(STOP not in responses[place][: step + 1] for place in left)
+            assert all(STOP not in responses[row][: step + 1] for row in left)
             assert (
                 list(range(len(responses))) if batch.rows is None else batch.rows.tolist()
             ) == left

@@ -76,7 +76,7 @@ def test_what_gives_the_answer_away() -> None:
     assert not reveals("a bee is no pear", shown)
 
 
-def test_teacher_hints_are_checked_asked_for_once_more_and_replaced_by_the_rule() -> None:
+def test_teacher_hints_are_checked_asked_for_again_and_replaced_by_the_rule() -> None:
     replies = [
         ["Use 6 times 5.", "It is 42.", "It is 42.", None],
         ["Split the 7.", "42 again", None],

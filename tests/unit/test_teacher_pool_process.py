@@ -150,7 +150,7 @@ def test_closing_drops_what_is_in_flight(server: LoopbackServer) -> None:
         started = time.monotonic()
         pool.close()
         assert time.monotonic() - started < CLOSING_SECONDS
-        assert child.returncode == 0  # told, not killed
+        assert child.returncode == 0  # asked to stop, not killed
         assert pending.cancelled()
         assert not is_running(child.pid)
     server.latency_seconds = 0.0
@@ -219,7 +219,7 @@ def test_it_starts_without_torch() -> None:
     assert subprocess.check_output([sys.executable, "-c", script], text=True, timeout=100) == "[]\n"
 
 
-def test_what_it_logs_is_heard_here(
+def test_what_it_logs_is_received_here(
     tiny_model: TinyModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (

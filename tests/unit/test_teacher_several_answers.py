@@ -42,8 +42,8 @@ def test_of_several_answers_those_that_cannot_be_used_are_counted_and_asked_for_
 def drawing(
     refuse: str = "", broken: tuple[int, ...] = ()
 ) -> tuple[list[RawServer], Callable[[int], Say]]:
-    """Return a plan whose answers are their seeds, one further for each of a request, and a place
-    for its server.
+    """Return a plan whose answers are their seeds, one further for each of a request, and the list
+    that takes its server.
 
     Args:
         refuse: Status of the reply to a request for several.

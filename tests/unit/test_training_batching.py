@@ -118,8 +118,8 @@ def test_no_token_is_lost_or_doubled(
     ]
     packed = Counter(
         int(t)
-        for share in batches
-        for batch in share
+        for part in batches
+        for batch in part
         for mb in batch.microbatches
         if mb.uids
         for t in mb.token_ids
@@ -163,7 +163,7 @@ def test_the_shuffle_depends_on_the_step_alone() -> None:
 
 @pytest.mark.parametrize("share_prompts", [False, True])
 @pytest.mark.parametrize("budget", [1600, 400])
-def test_a_replica_opens_the_media_of_its_share_of_the_questions(
+def test_a_replica_opens_the_media_of_its_part_of_the_questions(
     share_prompts: bool, budget: int
 ) -> None:
     """8 replicas, 576 questions: each opens 72, whether or not prompts are shared and a group fits
@@ -266,7 +266,7 @@ def test_media_that_changed_since_the_prompt_are_refused() -> None:
 
 
 class FailingMedia(SquareMedia):
-    """Fails as often as it is told, then opens."""
+    """Fails `times` times, then opens."""
 
     def __init__(self, reason: str, times: int) -> None:
         super().__init__()
@@ -289,7 +289,7 @@ def test_a_decoder_that_failed_once_is_asked_again(
     assert packed.patches is not None
     assert packed.patches[:, 0].tolist() == [7.0] * 4
     assert media.opened == ["7", "7"]
-    assert f"question 7 once more after {reason}" in caplog.text
+    assert f"question 7 again after {reason}" in caplog.text
 
 
 @pytest.mark.parametrize(("reason", "times", "tries"), [("timeout", 2, 2), ("unreadable", 1, 1)])

@@ -34,7 +34,7 @@ def naive(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return sum((torch.xlogy(a, a) - torch.xlogy(a, m)).sum(-1) for a in (p, q)) / 2  # type: ignore[return-value]
 
 
-def lumped(probabilities: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def with_rest(probabilities: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Return the probabilities of some tokens of every row, and what is left."""
     top = probabilities.gather(-1, ids)
     return torch.cat([top, probabilities.scatter(-1, ids, 0.0).sum(-1, keepdim=True)], -1)
@@ -63,7 +63,7 @@ def test_value_and_gradient_are_those_of_the_formula(temperature: float, chunk_r
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("k", [1, 7, VOCABULARY])
-def test_value_and_gradient_of_lumped_outcomes_are_those_of_the_formula(
+def test_value_and_gradient_with_a_rest_are_those_of_the_formula(
     temperature: float, k: int
 ) -> None:
     student, teacher = example(1)
@@ -71,7 +71,7 @@ def test_value_and_gradient_of_lumped_outcomes_are_those_of_the_formula(
     ours, plain = student.clone().requires_grad_(), student.double().requires_grad_()
     found = top_jensen_shannon(ours, top, temperature=temperature, chunk_rows=5)
     p, q = (torch.softmax(logits / temperature, -1) for logits in (plain, teacher.double()))
-    expected = naive(lumped(p, top.ids), lumped(q, top.ids))
+    expected = naive(with_rest(p, top.ids), with_rest(q, top.ids))
     torch.testing.assert_close(found.jsd.double(), expected, atol=TOLERANCE, rtol=TOLERANCE)
     assert torch.equal(found.agreements.bool(), student.argmax(-1) == teacher.argmax(-1))
     weights = torch.linspace(-1, 2, ROWS)
@@ -100,7 +100,7 @@ def test_numbers_by_hand() -> None:
     of_teacher = 0.25 * math.log(2 / 3) + 0.75 * math.log(3 / 2)
     expected = (of_student + of_teacher) / 2
     assert float(jensen_shannon(student, teacher).jsd) == pytest.approx(expected, abs=1e-6)
-    # Lumped to token 1 and the rest: p = 1/4, 3/4; q = 3/4, 1/4; m = 1/2, 1/2.
+    # Reduced to token 1 and the rest: p = 1/4, 3/4; q = 3/4, 1/4; m = 1/2, 1/2.
     top = TopTokens(torch.tensor([[1, NO_TOKEN]]), torch.tensor([[math.log(0.75), math.nan]]))
     assert float(top_jensen_shannon(student, top).jsd) == pytest.approx(
         0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2), abs=1e-6

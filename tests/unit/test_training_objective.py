@@ -46,7 +46,7 @@ def sums_by_name(
     return dict(zip(names, objective(logits, microbatch).sums.tolist(), strict=True))
 
 
-def test_a_token_is_predicted_from_the_place_before_it() -> None:
+def test_a_token_is_predicted_from_the_position_before_it() -> None:
     logits, microbatch = packed()
     terms = SupervisedObjective()(logits, microbatch)
     expected = -sum(
@@ -114,7 +114,7 @@ def test_a_micro_batch_without_loss_tokens_has_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("middle", [0, 1, 2, 3, 7, 9])
-def test_the_loss_is_divided_by_where_the_predicting_place_lies(middle: int) -> None:
+def test_the_loss_is_divided_by_where_the_predicting_position_lies(middle: int) -> None:
     logits, microbatch = packed(old_shift=0.1)
     whole = SupervisedObjective()(logits, microbatch)
     parts = []
@@ -131,13 +131,13 @@ def test_the_loss_is_divided_by_where_the_predicting_place_lies(middle: int) -> 
         float(whole.loss_sum), rel=TOLERANCE
     )
     # Tokens 2, 3, 4, 7 and 8 carry loss; their predecessors are counted.
-    assert int(parts[0].sums[1]) == sum(place - 1 < middle for place in (2, 3, 4, 7, 8))
+    assert int(parts[0].sums[1]) == sum(position - 1 < middle for position in (2, 3, 4, 7, 8))
     assert int(parts[1].sums[1]) == 5 - int(parts[0].sums[1])
 
 
 def test_a_response_is_predicted_where_its_prompt_ends() -> None:
     _, microbatch = packed()
-    # The second sequence continues the first: its first token is predicted by place 4.
+    # The second sequence continues the first: its first token is predicted by position 4.
     child = dataclasses.replace(
         microbatch,
         loss_mask=torch.tensor([0.0, 0, 0, 0, 0, 1, 1, 1, 1]),

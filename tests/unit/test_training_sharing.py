@@ -1,4 +1,4 @@
-"""Planning and packing of gradient updates whose prompts are passed once."""
+"""Planning and packing of gradient updates with shared prompts."""
 
 from __future__ import annotations
 
@@ -141,16 +141,16 @@ def test_parts_of_a_group_that_fit_together_are_together(
         for number, (prompt, responses) in enumerate(groups)
         for s in make_group(f"{number}", prompt, responses, 1000 * number)
     ]
-    shares = balance(
+    parts = balance(
         make_prefix_groups(samples, range(len(samples)), budget, share_prompts=True),
         num_replicas,
         budget,
     )
-    assert sorted(i for share in shares for unit in share for i in unit.response_tokens) == list(
-        range(len(samples))
-    )
-    for share in shares:
-        assert not [one for one, other in combinations(share, 2) if one.fits(other, budget)]
+    assert sorted(
+        i for part in parts for prefix_group in part for i in prefix_group.response_tokens
+    ) == list(range(len(samples)))
+    for part in parts:
+        assert not [one for one, other in combinations(part, 2) if one.fits(other, budget)]
 
 
 @settings(max_examples=60, deadline=None)

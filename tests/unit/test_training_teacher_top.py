@@ -49,8 +49,8 @@ def test_every_response_token_keeps_its_own(share_prompts: bool) -> None:
     }
     # The responses come in the order of the samples, whether their prompts are shared or not.
     lengths = [3, 5, 2, 1]
-    places = packed.loss_mask.nonzero().squeeze(-1).split(lengths)
-    for number, where in enumerate(places):
+    positions = packed.loss_mask.nonzero().squeeze(-1).split(lengths)
+    for number, where in enumerate(positions):
         ids = packed.teacher_ids[where]
         first = packed.token_ids[where][:, None]
         offsets = torch.tensor(expected[number])

@@ -155,9 +155,9 @@ class Passes:
         self.grids: list[list[int]] = []
         self.differentiable: list[bool] = []
         self.num_backward = 0
-        model.vision.register_forward_hook(self._look)
+        model.vision.register_forward_hook(self._compare)
 
-    def _look(
+    def _compare(
         self, _tower: torch.nn.Module, inputs: tuple[Any, ...], features: torch.Tensor
     ) -> None:
         self.grids += inputs[1].tolist()

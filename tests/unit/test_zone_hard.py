@@ -1,4 +1,4 @@
-"""Hard selection, the pre-cap and the shares of a step."""
+"""Hard selection, the pre-cap and the fractions of a step."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_ties_are_drawn_so_that_replayed_questions_have_their_chance() -> None:
     kept_by_step = [
         [g.question.id for g in pre_cap(ties, 2, seed=0, step=step)] for step in range(60)
     ]
-    share = sum(kept.startswith("old") for ids in kept_by_step for kept in ids) / 120
-    assert 0.1 < share < 0.4  # two of eight are replayed; 0.25 is expected
+    fraction = sum(kept.startswith("old") for ids in kept_by_step for kept in ids) / 120
+    assert 0.1 < fraction < 0.4  # two of eight are replayed; 0.25 is expected
     assert kept_by_step[0] == [g.question.id for g in pre_cap(ties[::-1], 2, seed=0, step=0)]
     assert len({tuple(ids) for ids in kept_by_step}) > 10

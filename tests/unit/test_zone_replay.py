@@ -96,7 +96,7 @@ def test_life_of_a_question() -> None:
     ).admitted == ("a", "b")
     assert buffer.occupancy() == {0.0: 1, 0.25: 1}
     # "a" stays hard twice, once replayed and once met again through the stream; neither renews its
-    # place.
+    # age.
     buffer.update([group("a", [0, 1, 0, 0], "replayed")], TAU, 1)
     buffer.update([group("a", [0, 0, 0, 0], "new")], TAU, 2)
     entry = buffer.entries()[0]

@@ -27,7 +27,7 @@ PNG_DPI = 150
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class LineStyle:
     """How a method is drawn, and what the figures call it."""
 
     name: str
@@ -58,8 +58,8 @@ def draw_figures(results: Results, by_part: Accuracies, folder: Path) -> list[Dr
     return drawn
 
 
-def looks(results: Results) -> dict[str, Look]:
-    """Return a look for every label: that of its method, with a color of its own where several
+def styles_of(results: Results) -> dict[str, LineStyle]:
+    """Return a style for every label: that of its method, with a color of its own where several
     labels have the same method.
     """
     methods = {label: METHODS[results.config(label).method] for label in results.plan.labels}
@@ -70,7 +70,7 @@ def looks(results: Results) -> dict[str, Look]:
         free = [color for color in (method.color, *palette) if color not in colors.values()]
         colors.setdefault(label, free[0] if free else method.color)
     return {
-        label: Look(
+        label: LineStyle(
             name=method.label if label in named else label,
             color=colors[label],
             linestyle="-" if results.has_replay(label) else "--",
@@ -98,7 +98,7 @@ def _plain(results: Results, by_part: Accuracies, axes: Axes) -> bool:
 def _curves(results: Results, axes: Axes, series: Callable[[RunResult], Series]) -> bool:
     """Draw the mean over seeds of every method, and the range over seeds behind it."""
     drawn = False
-    for label, look in looks(results).items():
+    for label, style in styles_of(results).items():
         points = _by_step(series(run) for run in results.runs[label].values())
         if not points:
             continue
@@ -106,9 +106,9 @@ def _curves(results: Results, axes: Axes, series: Callable[[RunResult], Series])
         axes.plot(
             steps,
             means,
-            color=look.color,
-            linestyle=look.linestyle,
-            label=look.name,
+            color=style.color,
+            linestyle=style.linestyle,
+            label=style.name,
             marker="o" if len(steps) < 15 else "",
             markersize=3.5,
         )
@@ -116,7 +116,7 @@ def _curves(results: Results, axes: Axes, series: Callable[[RunResult], Series])
             [min(values) for values in points.values()],
             [max(values) for values in points.values()],
         )
-        axes.fill_between(steps, lows, highs, color=look.color, alpha=0.1, linewidth=0)
+        axes.fill_between(steps, lows, highs, color=style.color, alpha=0.1, linewidth=0)
         drawn = True
     finish_axes(axes, "accuracy", percent=True)
     return drawn
@@ -137,7 +137,7 @@ def _differences(results: Results, by_part: Accuracies, axes: Axes) -> bool:
         for label, each in by_part["all"].items()
         if each is not None and each.difference and each.curve_difference
     }
-    styles = looks(results)
+    styles = styles_of(results)
     for index, (label, each) in enumerate(found.items()):
         assert each.difference is not None
         assert each.curve_difference is not None
@@ -177,7 +177,7 @@ def _graduated(results: Results, by_part: Accuracies, axes: Axes) -> bool:
         if (each := fates(results, label)) is not None and each.admitted
     }
     bins = sorted({part for each in found.values() for part in each.admitted}, key=float)
-    styles, width = looks(results), 0.8 / max(len(found), 1)
+    styles, width = styles_of(results), 0.8 / max(len(found), 1)
     for index, (label, each) in enumerate(found.items()):
         fractions = [
             each.graduated[part] / each.admitted[part] if each.admitted[part] else 0.0
@@ -219,7 +219,7 @@ def _seconds(results: Results, by_part: Accuracies, axes: Axes) -> bool:
         text = f" {each.seconds:.1f} s" + (f", {each.ratio:.2f} x" if each.ratio else "")
         axes.text(left[index], index, text, va="center", fontsize=8, color="#4b5563")
     finish_axes(axes, "", columns=3)
-    styles = looks(results)
+    styles = styles_of(results)
     axes.set_yticks(range(len(found)), [styles[label].name for label in found])
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.set_xlim(right=1.25 * max(left, default=1.0) or 1.0)

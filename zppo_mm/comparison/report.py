@@ -41,7 +41,7 @@ def write_comparison(plan: Plan, failures: Sequence[Failure] = ()) -> list[Table
         failures: Runs that failed just now; the end of their output is shown.
 
     Returns:
-        The tables, as they stand in the files.
+        The tables, as in the files.
     """
     results = read_results(plan)
     by_part = accuracies(results)

@@ -161,7 +161,7 @@ def _check_distilled_teacher(
     distill: DistillConfig,
     parallel: ParallelConfig,
 ) -> None:
-    """Check that there is one teacher, in a place where it can be distilled from."""
+    """Check that there is one teacher, where it can be distilled from."""
     if teacher.num_ranks:
         raise ConfigError(
             "teacher.num_ranks: distillation needs the teacher on the student's ranks, got "

@@ -95,7 +95,7 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
             positions: `[3, tokens]` int64, restarting with every sequence that has no parent.
             cu_seqlens: `[sequences + 1]` int32.
             patches: `[patches, patch elements]` of all media in pack order; only the first stage
-                looks at them.
+                uses them.
             grids: `[media, 3]` int64, `(t, h, w)` in patches.
             rows: `[rows]` int64, the tokens whose logits are wanted, in any order and number, all
                 among `own_tokens`; `None` for all of these. Those of a long prompt are large and of

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-# Here, because its functions would otherwise hold the world's group, if there is one when they are
-# made, and with it gloo's threads.
+# Here, because its functions would otherwise hold the default process group, if there is one when
+# they are made, and with it gloo's threads.
 import torch.distributed.nn
 from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
@@ -33,7 +33,7 @@ _WAIT_SECONDS = 0.02
 """Time between two broadcasts of rank 0 while it works and the others wait."""
 
 
-def initialize(config: ParallelConfig, seed: int, world: JobPartition | None = None) -> None:
+def initialize(config: ParallelConfig, seed: int, partition: JobPartition | None = None) -> None:
     """Join the process group and set up Megatron's groups and random streams.
 
     Works under torchrun (its environment is read) and, without any launcher, as a single process.
@@ -42,7 +42,7 @@ def initialize(config: ParallelConfig, seed: int, world: JobPartition | None = N
     Args:
         config: The layout; what is left of the world size is data parallel.
         seed: Seeds weight initialisation and dropout, the same on every rank.
-        world: The part of a divided job that is to be the whole world here; `None` takes all its
+        partition: The part of a divided job whose processes join here; `None` takes all
             processes.
 
     Raises:
@@ -54,10 +54,11 @@ def initialize(config: ParallelConfig, seed: int, world: JobPartition | None = N
         _leave_groups()
     else:
         validate_layout(
-            config, world.size if world is not None else int(os.environ.get("WORLD_SIZE", "1"))
+            config,
+            partition.size if partition is not None else int(os.environ.get("WORLD_SIZE", "1")),
         )
         with translate_rendezvous_errors():
-            _join(timedelta(minutes=config.timeout_minutes), world)
+            _join(timedelta(minutes=config.timeout_minutes), partition)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -91,15 +92,15 @@ def _forget_groups() -> None:
             setattr(parallel_state, name, None)
 
 
-def _join(timeout: timedelta, world: JobPartition | None) -> None:
-    """Join this world's processes, or those that torchrun's environment names, or be alone."""
+def _join(timeout: timedelta, partition: JobPartition | None) -> None:
+    """Join this partition's processes, or those that torchrun's environment names, or be alone."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if world is not None:
-        store = PrefixStore(world.name, world.store)
+    if partition is not None:
+        store = PrefixStore(partition.name, partition.store)
         dist.init_process_group(
-            backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout
+            backend, store=store, rank=partition.rank, world_size=partition.size, timeout=timeout
         )
     elif "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
@@ -135,7 +136,7 @@ def device() -> torch.device:
 
 
 def rank() -> int:
-    """Return this process's rank in the world; 0 without a process group."""
+    """Return this process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -325,7 +326,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def store() -> Store:
-    """Return the key-value store of this world; process groups must be initialised."""
+    """Return the key-value store of this partition; process groups must be initialised."""
     return dist.distributed_c10d._get_default_store()
 
 

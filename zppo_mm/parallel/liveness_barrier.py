@@ -41,13 +41,13 @@ class Store(Protocol):
 
 
 class LivenessBarrier:
-    """A barrier for the ranks of one world, with heartbeats.
+    """A barrier for the ranks of one partition, with heartbeats.
 
     Args:
-        store: Of this world.
+        store: Of this partition.
         job_store: Of the whole job, where the request to end the run is passed on.
         rank: Of this process.
-        size: Ranks of the world.
+        size: Ranks of the partition.
         timeout_seconds: A rank without a heartbeat for so long is taken for dead.
         interruption: Passed on to the other ranks, and set on their request.
     """
@@ -145,20 +145,20 @@ class LivenessBarrier:
 
 @contextlib.contextmanager
 def open_liveness_barrier(
-    config: ParallelConfig, world: JobPartition | None, interruption: Interruption
+    config: ParallelConfig, partition: JobPartition | None, interruption: Interruption
 ) -> Iterator[LivenessBarrier | None]:
-    """Yield a barrier for the ranks of this world, `None` in a job of one process. Process groups
-    must be initialised.
+    """Yield a barrier for the ranks of this partition, `None` in a job of one process. Process
+    groups must be initialised.
 
     An error that ends the block is reported to the ranks that wait for this one.
     """
-    if world is None and parallel.world_size() == 1:
+    if partition is None and parallel.world_size() == 1:
         yield None
         return
     own = cast(Store, parallel.store())
     barrier = LivenessBarrier(
         own,
-        cast(Store, world.store) if world is not None else own,
+        cast(Store, partition.store) if partition is not None else own,
         parallel.rank(),
         parallel.world_size(),
         timeout_seconds=60 * config.timeout_minutes,

@@ -1,7 +1,7 @@
 """Lets megatron-core run where there is no GPU. Does nothing where CUDA is available.
 
 megatron-core asks CUDA for devices, random states and tensor type names even when every tensor is
-on the CPU. Each patch below is one function with the place that needs it; `install` applies them
+on the CPU. Each patch below is one function with the caller that needs it; `install` applies them
 all, once, and only on a machine without CUDA. What a configuration flag can do is not patched:
 models are built with `use_cpu_initialization=True` and without fusions.
 """
@@ -106,7 +106,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     @functools.wraps(factory)
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
         device = kwargs.get("device")
-        # An integer device is a CUDA ordinal to torch; only strings and devices are looked at, as
+        # An integer device is a CUDA ordinal to torch; only strings and devices are handled, as
         # only those occur.
         if (
             device is not None

@@ -1,8 +1,8 @@
 """Where the megatron-core versions that this project runs with differ: 0.16.1, the newest for
 Python 3.11, to 0.19.2.
 
-Everything else imports what differs from here. Each function looks at what the installed version
-has, never at its number, and names the version that changed it. megatron-core is imported inside
+Everything else imports what differs from here. Each function checks what the installed version
+has, never its number, and names the version that changed it. megatron-core is imported inside
 the functions, because `allow_missing_triton` has to come first.
 """
 

@@ -54,7 +54,7 @@ class JobPartition:
 
 
 class PartitionLink:
-    """Tells the two partitions of a job about each other's end. Every rank has one.
+    """Reports the end of each of the two partitions of a job to the other. Every rank has one.
 
     Rank 0 of each partition sends heartbeats.
 

@@ -70,7 +70,7 @@ def check_parity(run: Run, folder: RunFolder, step: int) -> None:
         groups = _sample(run, chosen, config)
         broken = _broken_modalities(chosen, run.stages.sampler.failed)
         responses = _responses(groups, _training_logprobs(run, groups))
-        counts, source = parallel.on_rank_zero(partial(_look, run, groups, config, step))
+        counts, source = parallel.on_rank_zero(partial(_measure, run, groups, config, step))
         for group, values in zip(groups, source.logprobs, strict=True):
             first = responses[group.uid][0]
             responses[group.uid][0] = dataclasses.replace(first, source=values)
@@ -227,7 +227,7 @@ def _responses(
     return responses
 
 
-def _look(
+def _measure(
     run: Run, groups: Sequence[Group], config: ParityConfig, step: int
 ) -> tuple[list[MediaCount], SourceLogprobs]:
     """Count media and ask the source checkpoint about the first response of each question; rank 0

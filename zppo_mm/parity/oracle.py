@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS_FACTOR = 1.25
 """Memory of the weights and of what a forward pass over one sequence adds to them."""
 FIXED_BYTES = 512 * 2**20
-USABLE_SHARE = 0.8
+USABLE_FRACTION = 0.8
 """Part of the free memory that may be taken: other processes of the machine grow too."""
 CONFIG_NAME = "config.json"
 ATTENTION = "sdpa"
@@ -152,14 +152,17 @@ def choose_device(
 ) -> tuple[torch.device | None, str]:
     """Return where weights of this size fit with a margin, or `None` and why not."""
     needed = WEIGHTS_FACTOR * num_weight_bytes + FIXED_BYTES
-    if preferred.type == "cuda" and needed <= USABLE_SHARE * torch.cuda.mem_get_info(preferred)[0]:
+    if (
+        preferred.type == "cuda"
+        and needed <= USABLE_FRACTION * torch.cuda.mem_get_info(preferred)[0]
+    ):
         return preferred, ""
     free = _free_host_bytes()
-    if needed <= USABLE_SHARE * free:
+    if needed <= USABLE_FRACTION * free:
         return torch.device("cpu"), ""
     return (
         None,
-        f"it needs {needed / 2**30:.1f} GiB, more than {USABLE_SHARE:.0%} of the "
+        f"it needs {needed / 2**30:.1f} GiB, more than {USABLE_FRACTION:.0%} of the "
         f"{free / 2**30:.1f} GiB that are free",
     )
 

@@ -15,7 +15,7 @@ from zppo_mm.rollout.feed import QuestionFeed
 MODALITIES = ("text", "image", "video", "mixed")
 """Kinds of questions in the order in which they are shown; `mixed` ones have images and videos."""
 SEARCHED_QUESTIONS = 256
-"""Questions of the stream that are looked at; a modality that none of them has is not compared."""
+"""Questions of the stream that are searched; a modality that none of them has is not compared."""
 CANDIDATES_PER_QUESTION = 4
 """Candidates kept for each question that is asked, in case some cannot be."""
 LOST_MEDIA = "placeholders"

@@ -70,7 +70,7 @@ def _held_out(run: RunRecord, axes: Axes) -> bool:
                 alpha=0.8,
                 marker="o",
                 markersize=2.5,
-                label=source,
+                label=source or "without source",
             )
     drawn = draw_curve(
         axes,

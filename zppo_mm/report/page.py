@@ -37,8 +37,8 @@ class Headline:
 def write_report(
     run_folder: Path, open_media: MediaOpener | None = None, num_examples: int = 4
 ) -> Path:
-    """Write `report.html` into a run's folder and return its path; written aside and renamed, so
-    that it can be made while the run goes on.
+    """Write `report.html` into a run's folder and return its path. It is written
+    atomically, so that it can be made while the run goes on.
 
     Args:
         run_folder: A run's folder; every file in it may be missing, and the page shows what is

@@ -152,7 +152,7 @@ def _equal(left: Any, right: Any) -> bool:
 
 
 def _equal_values(left: Any, right: Any) -> bool:
-    """Compare expressions by their values; where those cannot be had, by simplification."""
+    """Compare expressions by their values; where those are unavailable, by simplification."""
     left, right = _done(left), _done(right)
     if left == right:
         return True
@@ -228,7 +228,7 @@ def _equal_sets(left: Any, right: Any) -> bool:
         sets = [_as_set(side) for side in (left, right)]
         return bool(sets[0] == sets[1] or sets[0].symmetric_difference(sets[1]).is_empty)
     except (NotImplementedError, TypeError, ValueError, AttributeError):
-        return False  # SymPy cannot tell, so they are not the same for certain
+        return False  # SymPy cannot decide, so they are not the same for certain
 
 
 def _as_set(side: Any) -> Any:

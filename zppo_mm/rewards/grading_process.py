@@ -41,7 +41,7 @@ WARMING_PAIRS = (
 
 
 def is_equal(parsed: str, gold: str) -> bool:
-    """Compare two normalised answers, by algebra where looking does not decide."""
+    """Compare two normalised answers, by algebra where their text does not decide."""
     return is_same(parsed, gold, is_equal_expression) is True
 
 

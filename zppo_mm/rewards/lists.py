@@ -30,7 +30,7 @@ class Lists:
 
 def as_lists(left: str, right: str) -> Lists | None:
     """Return both answers as lists, `None` if neither is one; a tuple, a set, a union or a system
-    of equations may stand against a list.
+    of equations may be compared with a list.
 
     Order counts against a tuple, and where one side names all its items and the other none.
     """
@@ -70,7 +70,7 @@ def without_list_brackets(text: str) -> str:
 
 def _items(text: str, other: str) -> list[str]:
     """Return the items of a list without brackets, each `a \\pm b` as two; `1,000` is one unless it
-    stands against a list.
+    is compared with a list.
     """
     if read_bracketed(text) is not None:
         return [text]

@@ -2,7 +2,7 @@
 algebra.
 
 Nothing here evaluates what a model wrote; the work is bounded by the length of the text. What
-counts as the same stands in docs/rewards.md.
+counts as the same is in docs/rewards.md.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Undecided:
 
 
 def compare(parsed: str, gold: str) -> bool | Undecided:
-    """Decide whether two answers are the same, as far as that can be done by looking.
+    """Decide whether two answers are the same, as far as their text decides it.
 
     Args:
         parsed: The answer in a response.
@@ -218,7 +218,7 @@ class _Comparison:
         return self._leaf(left, right) if is_set and is_inequality else False
 
     def _composed(self, left: str, right: str, depth: int) -> bool | None:
-        """Compare what stands in brackets."""
+        """Compare what is in brackets."""
         if "\\begin" in left or "\\begin" in right:
             return self._leaf(left, right)
         brackets = read_bracketed(left), read_bracketed(right)

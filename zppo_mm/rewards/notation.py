@@ -217,7 +217,7 @@ def _from_unicode(text: str) -> str:
     text = _DIGIT.sub(lambda match: str(unicodedata.decimal(match[0])), text)
     has_root = "√" in text
     text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).replace("~", " ")
-    # Unlike LaTeX's command, the sign takes the whole number that follows it, or what stands in
+    # Unlike LaTeX's command, the sign takes the whole number that follows it, or what is in
     # parentheses.
     return (
         _ROOT_WITHOUT_BRACES.sub(

@@ -196,8 +196,10 @@ def _parse_simple(text: str) -> Fraction | None:
 
 
 def _decimal(digits: str) -> Fraction:
-    whole, _, places = digits.partition(".")
-    return Fraction(int(whole + places), 10 ** len(places)) if places else Fraction(int(whole))
+    whole, _, decimals = digits.partition(".")
+    return (
+        Fraction(int(whole + decimals), 10 ** len(decimals)) if decimals else Fraction(int(whole))
+    )
 
 
 def _parse_power(text: str) -> Fraction | None:
@@ -269,7 +271,7 @@ def compare_decimal_comma(
 
 def is_rounded(left: str, right: str) -> bool:
     """Return whether one number is the other, which has no end as a decimal, rounded to its own
-    places, of which there are enough.
+    decimals, of which there are enough.
     """
     return any(
         _rounds_to(parse_number(exact), short) for exact, short in ((left, right), (right, left))

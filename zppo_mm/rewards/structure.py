@@ -78,7 +78,7 @@ class Bracketed:
 
     @property
     def is_list(self) -> bool:
-        """Whether it may stand against a list without brackets."""
+        """Whether it may be compared with a list without brackets."""
         return self.is_set or (not self.is_interval and self.opening != "]")
 
 
@@ -128,7 +128,7 @@ def split_items(text: str) -> list[str]:
 
 
 def _between(text: str, matches: list[re.Match[str]]) -> list[str]:
-    """Return what stands between matches in a text."""
+    """Return what is between matches in a text."""
     starts = [0, *(match.end() for match in matches)]
     ends = [*(match.start() for match in matches), len(text)]
     return [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
@@ -163,7 +163,7 @@ def read_bracketed(text: str) -> Bracketed | None:
 
 
 def without_group(text: str) -> str:
-    """Return what stands in braces, or in round brackets that hold one item, around the whole
+    """Return what is in braces, or in round brackets that hold one item, around the whole
     text.
     """
     while True:

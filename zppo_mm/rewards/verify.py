@@ -76,19 +76,19 @@ class MathReward:
         self._pool = pool
 
     def grade_all(self, items: Sequence[Item]) -> list[Verdict]:
-        """Grade by looking, and by algebra in the pool where looking does not decide."""
-        looked = [self._look(question, parsed) for question, parsed in items]
-        pairs = list(dict.fromkeys(each for each in looked if isinstance(each, Undecided)))
+        """Grade by text, and by algebra in the pool where the text does not decide."""
+        compared = [self._compare(question, parsed) for question, parsed in items]
+        pairs = list(dict.fromkeys(each for each in compared if isinstance(each, Undecided)))
         outcomes = self._pool.compare_all([(each.parsed, each.gold) for each in pairs])
         reasons = {
             pair: _REASON_OF_OUTCOME[outcome] for pair, outcome in zip(pairs, outcomes, strict=True)
         }
         return [
             _verdict(parsed, reasons[each] if isinstance(each, Undecided) else each)
-            for (_, parsed), each in zip(items, looked, strict=True)
+            for (_, parsed), each in zip(items, compared, strict=True)
         ]
 
-    def _look(self, question: Question, parsed: str) -> Reason | Undecided:
+    def _compare(self, question: Question, parsed: str) -> Reason | Undecided:
         if parsed == question.answer:
             return "match"
         boxed = final_answer(question.answer) if "\\boxed" in question.answer else None

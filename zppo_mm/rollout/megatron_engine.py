@@ -39,12 +39,12 @@ class MegatronEngine:
     all of them. Media placeholders are never sampled.
 
     Args:
-        model: This rank's stage; its weights are read anew at every wave.
+        model: This rank's stage; its weights are read again at every wave.
         seed: The run's seed.
         max_batch_size: Most sequences decoded at once; what does not fit waits for the next wave.
         max_prefill_tokens: Most prompt tokens of one prefill.
-        should_stop: Looked at on the replica's leader while it decodes; `None` on every rank is not
-            looked at.
+        should_stop: Called on the replica's leader while it decodes; `None` on every rank never
+            stops.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class MegatronEngine:
         batch = RolloutBatch(starts, sampling, self._model.architecture.vocab_size, device)
         for step in range(sampling.max_new_tokens):
             if step % STOP_CHECK_TOKENS == 0:
-                self._heed_stop()
+                self._check_stop()
             tokens, logprobs = self._choose(
                 logits, streams.column(step, batch.rows), batch, sampling
             )
@@ -139,7 +139,7 @@ class MegatronEngine:
             logits = decode(self._model, tokens.clamp(min=0), batch.positions(), cache)
         return batch.generations()
 
-    def _heed_stop(self) -> None:
+    def _check_stop(self) -> None:
         if self._should_stop is None:
             return
         device = next(self._model.parameters()).device

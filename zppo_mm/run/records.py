@@ -92,7 +92,8 @@ def evaluate(run: Run, folder: RunFolder, step: int) -> None:
         write_held_out_answers(folder, step, groups)
         append_evaluation(folder, result)
         parts = ", ".join(
-            f"{source} {accuracy:.3f}" for source, accuracy in result.accuracy_by_source.items()
+            f"{source or 'without source'} {accuracy:.3f}"
+            for source, accuracy in result.accuracy_by_source.items()
         )
         logger.info("held-out accuracy after step %d: %.3f (%s)", step, result.accuracy, parts)
 

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 def resume(run: Run, folder: RunFolder) -> int | None:
     """Load the newest complete checkpoint; returns its step, or `None` if there is none and the
-    run starts anew.
+    run starts from the beginning.
 
     Raises:
         CheckpointError: There are checkpoints, but none of them can be used, or there were some.
@@ -50,8 +50,8 @@ def resume(run: Run, folder: RunFolder) -> int | None:
 
 
 def _refuse_orphans(folder: RunFolder) -> None:
-    """Refuse to start a run anew in a folder with the results of an earlier one, whose checkpoints
-    are gone. Every rank calls this.
+    """Refuse to start a run in a folder with the results of an earlier one, whose checkpoints are
+    gone. Every rank calls this.
 
     Raises:
         CheckpointError: The folder has an exported model or broken checkpoints, but none to

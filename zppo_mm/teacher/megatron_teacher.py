@@ -82,5 +82,5 @@ class MegatronTeacher:
         return ReadyAnswers(rollouts, time.perf_counter() - started)
 
     def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> Sequence[str | None]:
-        """Return one response per user text, for the compressor; another attempt draws anew."""
+        """Return one response per user text, for the compressor; another attempt samples again."""
         return self._sampler.respond(texts, self._sampling, f"{step}/rewrite/{attempt}")

@@ -381,7 +381,7 @@ def _open_again(question: Question, media: MediaSource) -> Sequence[VisionInput]
         if error.reason not in TRANSIENT_REASONS:
             raise
         logger.warning(
-            "opening the media of question %s once more after %s: %s",
+            "opening the media of question %s again after %s: %s",
             question.id,
             error.reason,
             error,

@@ -54,10 +54,10 @@ class FileExchange:
         try:
             file = write()
         except BaseException as error:
-            self._tell(None, f"{type(error).__name__}: {error}")
+            self._send(None, f"{type(error).__name__}: {error}")
             raise
         if self._rank != 0:
-            self._tell(file.to_json(), "")
+            self._send(file.to_json(), "")
             return None
         files = [file]
         for key in self._keys[1:]:
@@ -73,6 +73,6 @@ class FileExchange:
             files.append(WrittenFile.from_json(text))
         return files
 
-    def _tell(self, text: str | None, problem: str) -> None:
+    def _send(self, text: str | None, problem: str) -> None:
         if self._rank != 0:
             self._store.set(self._keys[self._rank], json.dumps([text, problem]))

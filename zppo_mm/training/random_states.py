@@ -69,7 +69,9 @@ def restore_random_states(states: list[dict[str, Any]]) -> None:
             f"{len(states)} {states[0]['device']} ranks",
             f"{parallel.world_size()} {device.type} ranks",
         )
-        logger.info("checkpoint: saved on %s, the dropout streams start anew on %s", found, now)
+        logger.info(
+            "checkpoint: saved on %s, the dropout streams are seeded again on %s", found, now
+        )
         return
     mine = states[parallel.rank()]
     torch.set_rng_state(mine["torch"])

@@ -207,7 +207,7 @@ def stream_weights(
     Args:
         model: This rank's stage.
         rounds: As `write_weights` takes them.
-        source: Tells types and shapes.
+        source: Has the types and shapes.
         sink: Called once per key; only the writing rank's is.
         target: Where the tensors go, for messages.
 

@@ -89,7 +89,7 @@ def with_weights(
     Args:
         model: From `build_without_weights`.
         rounds: From `export.in_rounds`.
-        source: Tells the types to load in.
+        source: Has the types to load in.
         folder: The checkpoint, saved at any layout; more than weights may be in it.
 
     Raises:

@@ -38,7 +38,7 @@ def merged_rounds(
         model: This rank's stage; without adapters the rounds pass as they are.
         rounds: Parameters with the weights that the adapters belong to, the network's own or
             others.
-        source: Tells the types of the folder.
+        source: Has the types of the folder.
     """
     if not is_adapted(model) or parallel.replica_rank():
         yield from rounds

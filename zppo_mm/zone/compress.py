@@ -1,6 +1,6 @@
 """Compressors: from a whole response to a candidate of a few lines that keeps its final answer.
 
-Right and wrong responses are treated alike, so that length and style do not tell them apart.
+Right and wrong responses are treated alike, so that length and style do not distinguish them.
 Source: ZPPO (arXiv 2606.18216), candidate compression.
 """
 

@@ -39,8 +39,8 @@ def prefill(
         token_ids: `[tokens]` int64.
         positions: `[3, tokens]` int64.
         cu_seqlens: `[sequences + 1]` int32.
-        patches: `[patches, patch elements]` of all media in pack order; only the first stage looks
-            at them.
+        patches: `[patches, patch elements]` of all media in pack order; only the first stage uses
+            them.
         grids: `[media, 3]` int64.
         cache: An empty cache; afterwards it holds these prompts in order.
 

@@ -67,7 +67,7 @@ class DecodeAttention:
         gated: Whether the projection holds a gate for the output.
         qk_scale: `[query heads of a group + 1, head_dim]` norm weights of queries and key; `None`
             without that norm.
-        groups: Key heads on this rank.
+        groups: KV heads on this rank.
         repeats: Query heads per KV head.
     """
 

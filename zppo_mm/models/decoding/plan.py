@@ -183,7 +183,7 @@ def _delta_net(
         sections=[sum(heads.qkv), *heads.projection[3:]],
         key_heads=heads.key_heads,
         value_heads=heads.value_heads,
-        # The norm brings vectors to length sqrt(key_dim); queries are scaled once more by 1 /
+        # The norm brings vectors to length sqrt(key_dim); queries are also scaled by 1 /
         # sqrt(key_dim).
         qk_scale=torch.tensor([inverse_root * inverse_root, inverse_root], device=taps.device).view(
             2, 1, 1

@@ -2,7 +2,7 @@
 does not touch the network.
 
 transformers' configuration classes say which keys there are. A test holds these tables against them
-and against what transformers' networks look at, so that a key of a newer version is noticed.
+and against what transformers' networks read, so that a key of a newer version is noticed.
 """
 
 from __future__ import annotations

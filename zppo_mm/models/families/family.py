@@ -28,7 +28,7 @@ class Architecture:
     Attributes:
         family: `model_type` of config.json.
         title: The family's name in messages.
-        language_prefix: What stands before the language model's names in transformers' model.
+        language_prefix: What comes before the language model's names in transformers' model.
         vision_prefix: The same for the vision tower; empty in a text-only network.
         hidden_size: Width of the residual stream.
         layer_types: Kind of attention of every layer.

@@ -15,7 +15,7 @@ def _renames(*pairs: tuple[str, str]) -> Renames:
 
 
 # transformers puts the whole model's prefix before keys of a model that was saved without its head,
-# and takes it away where it stands twice; its versions 5.10 to 5.23 wrote an inner `model.` too
+# and takes it away where it is twice; its versions 5.10 to 5.23 wrote an inner `model.` too
 # many.
 _HEAD = (r"model\.lm_head\.", "lm_head.")
 _INNER_MODEL = (r"(model\.language_model|language_model\.model)\.model\.", "model.language_model.")
@@ -36,7 +36,7 @@ FLAT_TOWER = _renames(
     _WITHOUT_MODEL,
     (r"model\.(?!language_model\.|visual\.)", "model.language_model."),
 )
-"""The same of a network whose language model stood at the top before transformers 5: `model.*`
+"""The same of a network whose language model was at the top before transformers 5: `model.*`
 beside `visual.*`.
 """
 

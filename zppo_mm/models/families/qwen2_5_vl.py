@@ -24,7 +24,7 @@ def video_layout(raw: Mapping[str, Any]) -> VideoLayout:
 
 
 def read(settings: Settings) -> Architecture:
-    """Read `qwen2_5_vl`, whose language settings stood at the top before transformers 5."""
+    """Read `qwen2_5_vl`, whose language settings were at the top before transformers 5."""
     text = settings.text
     # Not a setting of this family: its attention divides the width by the heads, whatever the file
     # says.

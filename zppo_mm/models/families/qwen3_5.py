@@ -18,7 +18,7 @@ def read(settings: Settings) -> Architecture:
     has_vision = settings.vision is not None
     levels = getattr(settings.vision, "deepstack_visual_indexes", None) or ()
     if levels:
-        # A relative's: transformers' class keeps it and its tower does not look at it.
+        # A relative's: transformers' class keeps it and its tower does not read it.
         raise refusal(settings, "vision_config.deepstack_visual_indexes", levels, ([],))
     fields = common_fields(settings, partial_rotation=True, mrope_section=DEFAULT_SECTION)
     return Architecture(

@@ -101,7 +101,7 @@ def read_settings(raw: dict[str, Any], where: str, title: str) -> Settings:
 
     Raises:
         ModelError: transformers cannot read it, a size is missing, or a setting is not the one that
-            is built or stands there twice.
+            is built or is there twice.
     """
     inner, has_tower = _text_part(raw, where), _has_tower(raw)
     missing = [key for key in SIZES if inner.get(key) is None]
@@ -121,7 +121,7 @@ def read_settings(raw: dict[str, Any], where: str, title: str) -> Settings:
     outer = _as_transformers(raw, where)
     text, vision = (outer.text_config, outer.vision_config) if has_tower else (outer, None)
     if any(inner[key] != getattr(text, key) for key in SIZES):
-        # Around it, most families' classes do not look for the language model's settings.
+        # Around it, most families' classes do not read the language model's settings.
         raise ModelError(
             f"{where}: the key 'text_config' is missing, expected a complete {title} config; "
             "download the folder again"
@@ -137,7 +137,7 @@ def read_settings(raw: dict[str, Any], where: str, title: str) -> Settings:
 
 def text_level(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a file with an inner language part says about the language model outside it,
-    where transformers does not look.
+    where transformers does not read it.
     """
     if not isinstance(raw.get("text_config"), dict):
         return {}
@@ -153,7 +153,7 @@ def check_size(key: str, value: Any, where: str) -> None:
 
     Args:
         key: Its name in config.json, also inside an object.
-        value: What stands there.
+        value: The value there.
         where: The file in messages.
 
     Raises:
@@ -228,7 +228,7 @@ def _check_quantisation(section: Mapping[str, Any], where: str) -> None:
     found = section.get("quantization_config")
     method = found.get("quant_method", "fp8") if isinstance(found, dict) else found
     if isinstance(found, dict) and (found.get("load_in_8bit") or found.get("load_in_4bit")):
-        # transformers looks at these two before the method.
+        # transformers reads these two before the method.
         method = "bitsandbytes"
     if method not in (None, "fp8"):
         raise ModelError(

@@ -19,7 +19,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
     similar length.
 
     megatron-core's local attention refuses packed sequences. Padding follows every sequence,
-    where a causal token never looks. Children are batched by parent, each with a copy of the
+    which a causal token never attends to. Children are batched by parent, each with a copy of the
     parent's keys and values: no child is held against another one's tokens.
     """
 

@@ -12,7 +12,7 @@ class HeadLayout:
     """Heads and widths on one rank.
 
     Attributes:
-        key_heads: Query and key heads.
+        key_heads: Linear key heads, and as many query heads.
         value_heads: Value heads.
     """
 

@@ -266,7 +266,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         weight = heads.convolution.squeeze(1)
         convolved, _state = convolve(mixed[None], weight, activation="silu", cu_seqlens=bounds)
         query, key, value = heads.split(convolved)
-        # FLA's kernel needs as many query and key heads as value heads.
+        # FLA's kernel needs as many query heads and linear key heads as value heads.
         repeats = heads.layout.value_heads // heads.layout.key_heads
         if repeats > 1:
             query, key = query.repeat_interleave(repeats, 2), key.repeat_interleave(repeats, 2)
@@ -303,7 +303,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         """Describe the parameters for distributed checkpointing.
 
         The fused projection and the convolution are saved part by part, so that another tensor size
-        can cut each part anew.
+        can cut each part.
         """
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}

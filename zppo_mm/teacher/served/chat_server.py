@@ -1,7 +1,7 @@
 """The HTTP server of a teacher on ranks of its own: chat completions, and fields of this project.
 
 It takes one user message of plain text per request. What `chat_api.ChatRequest.body` adds for this
-server stands under `zppo`: media by reference, the name of the random stream, and the batch.
+server is under `zppo`: media by reference, the name of the random stream, and the batch.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.rollout.soundness import NOT_FINITE
 from zppo_mm.teacher.served.chat_server import ChatServer, PendingRequest, ReceivedRequest, Reply
 
-# How long the leader looks for requests before it checks on the student, and how long the other
+# How long the leader waits for requests before it checks on the student, and how long the other
 # ranks wait for it: a collective that lasts would reach its time limit.
 POLL_SECONDS = 0.2
 EXCHANGE_SECONDS = 5.0

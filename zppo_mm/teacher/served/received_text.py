@@ -10,7 +10,7 @@ from data.text import clean_text
 
 HIDDEN = "***"
 MAX_SHOWN_CHARS = 300
-# What is looked at for the shown part: a page of an error may begin with much that is not shown,
+# What is read for the shown part: a page of an error may begin with much that is not shown,
 # such as spaces.
 MAX_READ_CHARS = 65_536
 # A shorter key is no secret ("EMPTY" is a usual one), and hiding it would change right answers.
@@ -56,7 +56,7 @@ class ReceivedText:
 
 
 def _spellings(character: str) -> set[str]:
-    """Return how a character may stand in JSON, a page, an address or a Python literal."""
+    """Return how a character may be written in JSON, a page, an address or a Python literal."""
     number = ord(character)
     codes = {
         f"\\u{number:04x}",

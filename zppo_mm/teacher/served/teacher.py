@@ -146,7 +146,7 @@ class ServedTeacher:
         )
 
     def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> Sequence[str | None]:
-        """Return one response per user text; another attempt draws anew."""
+        """Return one response per user text; another attempt samples again."""
 
         def request(text: str) -> ChatRequest:
             # Named by the text, not by its index: which texts are rewritten together depends on
