@@ -66,7 +66,7 @@ def describe_folder(hf_dir: Path) -> str:
         ),
         ("hidden, feed-forward", f"{architecture.hidden_size}, {architecture.ffn_hidden_size}"),
         (
-            "query heads, KV heads, width",
+            "heads, KV heads, width",
             f"{architecture.num_attention_heads}, {architecture.num_query_groups}, "
             f"{architecture.head_dim}",
         ),

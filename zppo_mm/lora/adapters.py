@@ -70,6 +70,7 @@ class LoraAdapters(nn.Module):
         self, model: VisionLanguageModel, mapping: Mapping, wanted: set[str], seed: int
     ) -> LoraBranch:
         rank, size, weight = parallel.tensor_rank(), parallel.tensor_size(), mapping.parameter
+        # Column-parallel linears cut rows (outputs), so B; row-parallel ones cut columns, so A.
         cuts_rows = mapping.rule.axis == 0
         num_rows, num_inputs = (
             weight.shape[0] * (size if cuts_rows else 1),
@@ -89,6 +90,7 @@ class LoraAdapters(nn.Module):
             mapping.keys, split_tensors(whole_rows, mapping.rule, self._architecture), strict=True
         ):
             if _is_target(key, wanted):
+                # `fused`: rows of this Hugging Face module in the whole Megatron weight.
                 rows = (row_here[fused] >= 0).nonzero().squeeze(1)
                 target = LoraTarget(key, weight, self.config.rank, rows, columns, num_inputs, seed)
                 targets.append(target)
@@ -132,6 +134,7 @@ class LoraAdapters(nn.Module):
             "tp_group": parallel.tensor_group(),
             "dp_cp_group": ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
         }
+        # Hugging Face's names and global layer numbers: the same keys for every pipeline layout.
         names = {id(module): name for name, module in self.named_modules()}
         result: ShardedStateDict = {}
         for branch in self.branches.values():
@@ -186,6 +189,7 @@ def add_lora(model: VisionLanguageModel, config: LoraConfig, seed: int) -> None:
             "are computed apart from their linear there, without its adapters; name the targets "
             "one by one and leave these out"
         )
+    # Before the optimizer and DDP are built: they take what requires a gradient.
     model.requires_grad_(False)
     for part in config.also_train:
         for parameter in model.parameters_of(part):

@@ -50,6 +50,7 @@ class LoraTarget(nn.Module):
         self.key = key
         self.rows = rows
         self.columns = columns
+        # Every rank draws the whole A and keeps its columns: the same adapters for every layout.
         whole = _initial_a(key, rank, num_inputs, seed)
         self.lora_A = nn.Parameter(whole[:, columns].to(weight.device, weight.dtype))
         self.lora_B = nn.Parameter(
@@ -88,6 +89,7 @@ class LoraBranch:
         self._sequence_parallel = sequence_parallel
         self._cuts_rows = mapping.rule.axis == 0
         self._mark_gradients()
+        # A hook, so that Megatron's linear, its fused norm and its communication stay as they are.
         linear.register_forward_hook(self._add_to_output)
 
     @torch.no_grad()
@@ -138,6 +140,7 @@ class LoraBranch:
             hidden = self._normalise(hidden)
         if self._config.dropout and self.linear.training:
             hidden = self._drop(hidden)
+        # All adapters of the fused linear at once, `[tokens, 1, sum of ranks]`.
         narrow = F.linear(hidden, self._stacked_a())
         # The tensor ranks communicate between A and B, where `[tokens, 1, sum of ranks]` is small.
         if self._cuts_rows:
@@ -168,6 +171,7 @@ class LoraBranch:
         each if they hold parts of it.
         """
         if parallel.tensor_size() > 1 and (self._sequence_parallel or not self._cuts_rows):
+            # Megatron's tracked stream differs between tensor ranks; the default one does not.
             with get_cuda_rng_tracker().fork():
                 return F.dropout(hidden, self._config.dropout)
         return F.dropout(hidden, self._config.dropout)
@@ -197,6 +201,7 @@ def _initial_a(key: str, rank: int, num_inputs: int, seed: int) -> torch.Tensor:
     """Return a whole A, `[rank, inputs]`: Kaiming-uniform as PEFT's, from a stream named by the
     key.
     """
+    # Named by the key, not drawn in turn: independent of layers, targets and pipeline stages.
     digest = hashlib.blake2b(f"{seed}/lora/{key}".encode(), digest_size=7).digest()
     stream = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     return torch.empty(rank, num_inputs).uniform_(

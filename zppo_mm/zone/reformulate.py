@@ -127,6 +127,7 @@ class Reformulator:
         self.compressor = compressor
         self.hints = hints
         self.student_ids = student_ids
+        # In the order of `REFORMULATED`, which is also that of the cap within a question.
         self.kinds = [kind for kind in REFORMULATED if kind in zone.kinds]
         forms = {RECIPES[kind.name].form for kind in self.kinds}
         assert hints is not None or "hint" not in forms, "hint prompts need a writer of hints"
@@ -159,6 +160,7 @@ class Reformulator:
         Source: ZPPO, Algorithm 1, steps 3 to 5.
         """
         limit = count_of_fraction(self.zone.rho_aug, num_new)
+        # The pre-cap sorts by accuracy, so what follows can walk through the questions in order.
         kept = pre_cap(_one_group_per_question(hard), limit, self.seed, step)
         plans, open_questions = self._certain(kept, answers, awaited, limit, step)
         return replace(
@@ -180,6 +182,7 @@ class Reformulator:
         question, so the number of prompts before a question has two bounds: `fewest`, the prompts
         that the earlier questions have now, and `most`, as if every awaited one had all kinds.
         """
+        # Prompts without the teacher, such as NCQ, depend on no answer.
         can_add = any(kind.uses_teacher for kind in self.kinds)
         order = {kind.name: index for index, kind in enumerate(self.kinds)}
         plans: list[_Plan] = []
@@ -198,6 +201,7 @@ class Reformulator:
                 num_before = order[plan.kind] if is_open else index
                 if most + num_before < limit:
                     plans.append(plan)
+            # Both count prompts before the next question; equal if nothing is awaited.
             fewest += len(own)
             most += len(self.kinds) if is_open else len(own)
         return plans, tuple(open_questions)
@@ -210,6 +214,7 @@ class Reformulator:
         plans = []
         for kind in self.kinds:
             recipe = RECIPES[kind.name]
+            # A stream per kind and question: what one prompt draws changes no other one.
             rng = generator(self.seed, recipe.stream, step, question.id)
             picks = tuple(recipe.pick(correct, wrong, rng))
             if picks:
@@ -224,6 +229,7 @@ class Reformulator:
         made again.
         """
         instances = {instance.uid: instance for instance in early.instances}
+        # An early prompt is already being answered, so it must stay as it is.
         new = [plan for plan in plans if plan.uid not in instances.keys() | early.failed]
         compressed = self._compressed(new, step)
         hints = self._hints(new, step)
@@ -255,6 +261,7 @@ class Reformulator:
         """Compress the candidates of all plans in one call; returns them by uid."""
         showing = [plan for plan in plans if plan.recipe.form == "candidates"]
         traces = [trace for plan in showing for trace in plan.traces]
+        # One flat list over all prompts, dealt out again by the number of picks of each.
         remaining = iter(self.compressor.compress(traces, step) if traces else ())
         return {plan.uid: [next(remaining) for _ in plan.picks] for plan in showing}
 
@@ -288,6 +295,7 @@ class Reformulator:
         """
         assert self.student_ids is not None
         ids = self.student_ids(plan.picks[0])
+        # The last token is left for the student, which otherwise would have nothing to sample.
         count = min(max(count_of_fraction(self.zone.prefix_fraction, len(ids)), 1), len(ids) - 1)
         question = plan.group.question
         text = plan.recipe.text(self.templates, question, ())

@@ -98,6 +98,7 @@ class DecodeCache:
             dtype: The network's.
         """
         assert not self.lengths, "a cache is filled by one prefill"
+        # On the host, once per prefill: which prompt is whose is bookkeeping in Python.
         lengths = cu_seqlens.diff().cpu()
         self.lengths, self.owners, self._dtype = lengths.tolist(), list(range(len(lengths))), dtype
         # Right-aligned: prompt i fills the last slots of row i of `[prompts, longest]`.
@@ -129,6 +130,8 @@ class DecodeCache:
             self.linear[layer] = LinearState(
                 ring, state.new_zeros((self.batch_size, *state.shape[1:]))
             )
+        # `sequences` is one bucket of the packed prefill; others fill the other rows. The last slot
+        # of the ring stays free for the first decoded token.
         rows = torch.tensor(sequences, device=inputs.device)
         self.linear[layer].inputs[rows, : inputs.shape[1]] = inputs
         self.linear[layer].state[rows] = state
@@ -148,6 +151,7 @@ class DecodeCache:
         loses_prompts, was_copied = len(kept) < len(self.lengths), self.is_copied
         self.owners = [new_index[owner] for owner in owners]
         self.lengths = [self.lengths[prompt] for prompt in kept]
+        # Recurrent states belong to a sequence: they follow `index` even if prompts are shared.
         for state in self.linear.values():
             state.inputs, state.state = (
                 state.inputs.index_select(0, index),
@@ -155,9 +159,11 @@ class DecodeCache:
             )
         if self.step:
             self._arrange(index.device)
+        # Prompts end at the last slot: without the longest one the first slots of all are empty.
         unused = slots - max(self.lengths)
         prompts, rows = (torch.tensor(numbers, device=index.device) for numbers in (kept, owners))
         for layer in self.attention.values():
+            # `own` is `[batch, groups, slots + max_new_tokens, head_dim]`; cut to what is filled.
             if was_copied:
                 layer.own = self._joined(
                     [_picked(layer.own, slice(unused, slots + self.step), index)]
@@ -165,6 +171,7 @@ class DecodeCache:
                 continue
             decoded = [] if layer.own is None else [_picked(layer.own, slice(self.step), index)]
             if self.is_copied:
+                # Sharing saves no time any more: each sequence gets a copy of its prompt.
                 decoded.insert(0, _picked(layer.prompt, slice(unused, slots), rows))
                 layer.prompt = None
             elif loses_prompts:
@@ -199,6 +206,7 @@ class DecodeCache:
         self.prompts = None
         self.mask = prompt_mask(self.lengths, slots + self.max_new_tokens, device, self._dtype)
         if self.mask is not None:
+            # From one row per prompt to one per sequence.
             self.mask = self.mask[torch.tensor(self.owners, device=device)]
 
     def _joined(self, parts: list[Pair]) -> Pair:
@@ -220,6 +228,7 @@ class DecodeCache:
         rows = packed.new_zeros((prompts * longest, *packed.shape[1:])).index_copy_(
             0, self._slots, packed
         )
+        # To `[prompts, groups, longest, head_dim]`, as the attention of the decoding loop reads it.
         return rows.view(prompts, longest, *packed.shape[1:]).transpose(1, 2).contiguous()
 
 

@@ -87,6 +87,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
             **shared,
         )
         self._build_own_parameters(config, size)
+        # FP8 is too coarse for beta and alpha.
         self.small_projections_apart = bool(config.fp8)
         self.out_proj = build_module(
             submodules.out_proj,
@@ -119,6 +120,8 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         )
         self.dt_bias = nn.Parameter(torch.ones(heads, dtype=dtype, device=device))
         self.A_log = nn.Parameter(torch.zeros(heads, dtype=torch.float32, device=device))
+        # Not built by Megatron's layers, so they are marked here: its gradient norm adds up split
+        # parameters over the tensor ranks.
         for parameter in (self.conv1d.weight, self.dt_bias, self.A_log):
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
             parameter.partition_dim = 0  # type: ignore[attr-defined]
@@ -153,6 +156,8 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         )
         if self.small_projections_apart:
             beta, alpha = self._small_projections(hidden_states)
+        # `mixed`: `[tokens, q + k + v channels]`; `gate`: `[tokens, value_heads * value_dim]`;
+        # `beta` and `alpha`: `[tokens, value_heads]`.
         heads, exchange = self._all_heads(), packed_seq_params.exchange
         if exchange is not None:
             # `[tokens / size, heads, dim]` to `[tokens, heads / size, dim]`; the gate stays, since
@@ -166,6 +171,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         mix = self._mix_padded if self.fused_kernels is None else self._mix_packed
         output = mix(heads, mixed, log_decay, beta, packed_seq_params)
         if exchange is not None:
+            # Back to all heads of this rank's tokens.
             output = exchange.to_tokens(output)
         gated = self.out_norm(output, gate.unflatten(-1, (self.heads.value_heads, -1)))
         result: tuple[torch.Tensor, torch.Tensor | None] = self.out_proj(
@@ -199,6 +205,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
             key_heads=self.heads.key_heads // size,
             value_heads=self.heads.value_heads // size,
         )
+        # The convolution is per channel, so each of query, key and value is cut by heads by itself.
         convolution = torch.cat(
             [exchange.own_heads(part) for part in torch.split(self.conv1d.weight, self.heads.qkv)]
         )
@@ -227,6 +234,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
             parts.append(bucket.unpad(output))
             if state is None:
                 continue
+            # The last taps - 1 inputs before the end of each sequence, not of the padding.
             context = last_inputs(inputs, bucket.lengths, heads.convolution.shape[-1] - 1)
             if cache is not None:
                 cache.store_linear(self.layer_number, bucket.sequences, context, state)
@@ -234,6 +242,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
                 contexts.append(context)
                 states.append(state)
         if layout.branches:
+            # In the order of the buckets, to which `parent_rows` refers.
             context_of, state_of = torch.cat(contexts), torch.cat(states)
         for branch in layout.branches:
             # A parent hands the same state to each child, so the gradients of all of them add up in
@@ -264,6 +273,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         convolve, rule = self.fused_kernels
         bounds = layout.cu_seqlens_q.long()
         weight = heads.convolution.squeeze(1)
+        # FLA takes a pack as a batch of one, `[1, tokens, channels]`, with the bounds beside it.
         convolved, _state = convolve(mixed[None], weight, activation="silu", cu_seqlens=bounds)
         query, key, value = heads.split(convolved)
         # FLA's kernel needs as many query heads and linear key heads as value heads.
@@ -283,6 +293,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         if layout.cache is not None:
             for bucket in layout.buckets:
                 inputs = last_inputs(bucket.pad(mixed), bucket.lengths, weight.shape[-1] - 1)
+                # `[sequences, value_heads, key_dim, value_dim]`, in the order of the pack.
                 layout.cache.store_linear(
                     self.layer_number, bucket.sequences, inputs, state[list(bucket.sequences)]
                 )

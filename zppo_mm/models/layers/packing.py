@@ -52,6 +52,7 @@ class Bucket:
         mine = packed if self.tokens is None else packed.index_select(0, self.tokens)
         rest = packed.shape[1:]
         if self.slots is not None:
+            # Flat `[sequences * longest, ...]`: one index_copy for all rows; its gradient gathers.
             empty = packed.new_zeros((len(self.lengths) * self.longest, *rest))
             mine = empty.index_copy(0, self.slots, mine)
         return mine.reshape(len(self.lengths), self.longest, *rest)
@@ -151,6 +152,7 @@ def build_layout(
             entry have none. A parent has no parent itself.
         exchange: Ulysses all-to-alls of the ranks that share the pack, if any do.
     """
+    # One copy to the host per pack: the layout is Python, and is built once for all layers.
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(bounds)]
     roots, children = _sort_out(lengths, parents or ())
@@ -162,6 +164,7 @@ def build_layout(
     ]
     device = cu_seqlens.device
     starts = torch.tensor(bounds[:-1])
+    # With a single part the pack itself is the batch, and nothing is gathered or put back.
     whole = len(groups) + len(sibling_groups) == 1
     with_children = set(children.values())
     buckets = tuple(
@@ -205,6 +208,8 @@ def _sort_out(lengths: list[int], parents: Sequence[int]) -> tuple[list[int], di
     """Return the sequences without a parent, and the parent of each of the others; empty sequences
     are left out.
     """
+    # One level only: a child starts from its parent's final state, which a bucket computes, and
+    # branches run after all buckets.
     children = {
         child: parent for child, parent in enumerate(parents) if parent >= 0 and lengths[child]
     }
@@ -222,6 +227,7 @@ def _alike(sequences: list[int], lengths: list[int]) -> list[list[int]]:
     """Divide sequences into groups of similar length, the longest first."""
     groups: list[list[int]] = []
     for sequence in sorted(sequences, key=lambda index: -lengths[index]):
+        # In descending order the first of a group is its longest, so it bounds the padding of all.
         if groups and lengths[groups[-1][0]] <= MAX_PADDING_RATIO * lengths[sequence]:
             groups[-1].append(sequence)
         else:
@@ -235,6 +241,7 @@ def _child_groups(
     """Divide a bucket's children by parent."""
     causal = torch.ones((bucket.longest, bucket.longest), dtype=torch.bool, device=device).tril()
     child_groups = []
+    # `groupby` needs siblings next to each other, as `build_layout` sorts them.
     for parent, members in groupby(bucket.sequences, key=children.__getitem__):
         # `[longest child, parent + longest child]`: every parent token, then the own past.
         mask = torch.cat([causal.new_ones((bucket.longest, lengths[parent])), causal], 1)
@@ -257,6 +264,7 @@ def _bucket(
     offsets = torch.arange(int(counts.sum())) - torch.repeat_interleave(
         counts.cumsum(0) - counts, counts
     )
+    # Both `[tokens of the bucket]`: where a token is in the padded batch, and where in the pack.
     slots = torch.repeat_interleave(torch.arange(len(lengths)) * longest, counts) + offsets
     tokens = torch.repeat_interleave(starts[sequences], counts) + offsets
     return Bucket(
