@@ -14,13 +14,7 @@ import torch
 from data.question import MediaRef
 from tests.support import tiny_families
 from tests.support.launch import run_ranks
-from tests.support.training_example import (
-    GRID,
-    TRAIN,
-    RandomMedia,
-    make_sample,
-    write_tiny_folder,
-)
+from tests.support.training_example import GRID, TRAIN, RandomMedia, make_sample, write_tiny_folder
 from zppo_mm.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig
 from zppo_mm.experience import TrainingSample
 from zppo_mm.models.families.architecture import load_architecture

@@ -16,13 +16,7 @@ from typing import Any
 import pytest
 import transformers
 
-from tests.support.config_oracle import (
-    FAMILIES,
-    WITH_TOWER,
-    YARN,
-    differs,
-    text_of,
-)
+from tests.support.config_oracle import FAMILIES, WITH_TOWER, YARN, differs, text_of
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families.architecture import load_architecture, parse_architecture
 from zppo_mm.models.families.config_keys import BUILT, FOREIGN, HARMLESS, READ, READ_OUTSIDE

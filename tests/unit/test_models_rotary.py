@@ -13,13 +13,7 @@ import pytest
 import transformers
 
 from tests.support import network_checks, tiny_families
-from tests.support.config_oracle import (
-    FAMILIES,
-    WITH_TOWER,
-    YARN,
-    differs,
-    text_of,
-)
+from tests.support.config_oracle import FAMILIES, WITH_TOWER, YARN, differs, text_of
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families import qwen2_5_vl, qwen3_5, qwen3_vl

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.config_oracle import (
-    WITH_TOWER,
-)
+from tests.support.config_oracle import WITH_TOWER
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families.architecture import parse_architecture
 

@@ -10,12 +10,7 @@ from pathlib import Path
 import pytest
 
 from data.question import MediaRef
-from tests.support.simulated_run import (
-    make_group,
-    make_question,
-    make_rollout,
-    simulate_run,
-)
+from tests.support.simulated_run import make_group, make_question, make_rollout, simulate_run
 from zppo_mm.experience import BufferUpdate, Candidate
 from zppo_mm.observability.transcripts import (
     discard_steps_after,

@@ -27,21 +27,12 @@ from zppo_mm.config.schema import ParallelConfig, RewardConfig, TeacherConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.parallel.failures import RankFailureError
-from zppo_mm.parallel.partition import (
-    DONE,
-    JobPartition,
-    PartitionLink,
-    PartitionName,
-    divide_job,
-)
+from zppo_mm.parallel.partition import DONE, JobPartition, PartitionLink, PartitionName, divide_job
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
-from zppo_mm.teacher.served.chat_server import (
-    CONNECTION_CHECK_SECONDS,
-    ChatServer,
-)
+from zppo_mm.teacher.served.chat_server import CONNECTION_CHECK_SECONDS, ChatServer
 from zppo_mm.teacher.served.judge import greedy_replies
 from zppo_mm.teacher.served.rank_server import NoGrader, RankServer
 from zppo_mm.teacher.served.servers import Servers

@@ -20,9 +20,7 @@ from torch import nn
 from zppo_mm.config.schema import LoraConfig
 from zppo_mm.models.adapted import DecodeAdapters
 from zppo_mm.parallel import groups as parallel
-from zppo_mm.weights.mapping import (
-    Mapping,
-)
+from zppo_mm.weights.mapping import Mapping
 
 
 class LoraTarget(nn.Module):

@@ -16,15 +16,7 @@ import signal
 from collections.abc import Mapping
 from typing import Any
 
-from data.worker_process import (
-    LENGTH,
-    READY,
-    Channel,
-    drop_output,
-    end_with,
-    limit_memory,
-    message,
-)
+from data.worker_process import LENGTH, READY, Channel, drop_output, end_with, limit_memory, message
 from zppo_mm.rewards.algebra import is_equal_expression
 from zppo_mm.rewards.mathematics import is_same
 

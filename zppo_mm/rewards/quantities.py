@@ -6,12 +6,7 @@ import re
 from decimal import ROUND_HALF_UP, Decimal, localcontext
 from fractions import Fraction
 
-from zppo_mm.rewards.units import (
-    canonical_unit,
-    is_like_product,
-    is_unmistakable,
-    split_currency,
-)
+from zppo_mm.rewards.units import canonical_unit, is_like_product, is_unmistakable, split_currency
 
 MAX_EXPONENT = 999
 MAX_POWER_BASE_DIGITS = 6

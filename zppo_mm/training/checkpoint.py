@@ -49,10 +49,7 @@ from zppo_mm.training.checkpoint_reading import (
 from zppo_mm.training.file_exchange import FileExchange
 from zppo_mm.training.manifest import DamagedCheckpointError, check_file, read_manifest
 from zppo_mm.training.policy import Policy
-from zppo_mm.training.random_states import (
-    gather_random_states,
-    restore_random_states,
-)
+from zppo_mm.training.random_states import gather_random_states, restore_random_states
 from zppo_mm.weights.distributed_folder import (
     on_every_rank,
     on_rank_0,

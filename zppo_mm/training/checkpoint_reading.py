@@ -11,17 +11,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from zppo_mm.errors import CheckpointError
-from zppo_mm.training.checkpoint_files import (
-    RANDOM_FILE,
-    SCHEDULE_FILE,
-    STATE_FILE,
-)
-from zppo_mm.training.random_states import (
-    read_random_states,
-)
-from zppo_mm.weights.distributed_folder import (
-    DistributedFolder,
-)
+from zppo_mm.training.checkpoint_files import RANDOM_FILE, SCHEDULE_FILE, STATE_FILE
+from zppo_mm.training.random_states import read_random_states
+from zppo_mm.weights.distributed_folder import DistributedFolder
 from zppo_mm.weights.tensor_shards import TensorShard
 
 
