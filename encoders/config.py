@@ -183,7 +183,7 @@ def _check_steps(settings: Mapping[str, Any], name: str) -> None:
 def _check_tower(folder: Path, sizes: Mapping[str, int], name: str) -> None:
     """Compare the patches with those that the folder's tower takes."""
     path = folder / "config.json"
-    vision = _read_object(path).get("vision_config") if path.is_file() else None
+    vision = read_json_object(path).get("vision_config") if path.is_file() else None
     if not isinstance(vision, dict):
         return
     for key, tower_key in (
@@ -212,7 +212,7 @@ def _rescale_factor(settings: Mapping[str, Any], name: str) -> float:
 def _has_settings(folder: Path, file_name: str, joint_key: str) -> bool:
     joint = folder / JOINT_FILE
     return (folder / file_name).is_file() or (
-        joint.is_file() and isinstance(_read_object(joint).get(joint_key), dict)
+        joint.is_file() and isinstance(read_json_object(joint).get(joint_key), dict)
     )
 
 
@@ -220,10 +220,10 @@ def _settings(folder: Path, file_name: str, joint_key: str) -> tuple[Mapping[str
     """Return one processor's settings and its name in error messages."""
     path = folder / file_name
     if path.is_file():
-        return _read_object(path), str(path)
+        return read_json_object(path), str(path)
     joint = folder / JOINT_FILE
     if joint.is_file():
-        inner = _read_object(joint).get(joint_key)
+        inner = read_json_object(joint).get(joint_key)
         if isinstance(inner, dict):
             return inner, f"{joint} ({joint_key})"
     raise ValueError(
@@ -232,7 +232,12 @@ def _settings(folder: Path, file_name: str, joint_key: str) -> tuple[Mapping[str
     )
 
 
-def _read_object(path: Path) -> Mapping[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file.
+
+    Raises:
+        ValueError: The file cannot be read, or holds something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

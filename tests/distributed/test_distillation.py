@@ -32,6 +32,8 @@ from tests.support.training_example import (
     Result,
     make_batches,
     make_plan,
+    naive_optimizer,
+    naive_update,
     write_tiny_folder,
 )
 from zppo_mm.algorithms.divergence import top_tokens
@@ -105,20 +107,9 @@ def naive_updates(
         )
 
     student, teacher = read(STUDENT), read(TEACHER)
-    language = [parameter for name, parameter in student.named_parameters() if "visual" not in name]
-    parts = [
-        (TRAIN.weight_decay, [p for p in language if p.ndim > 1]),
-        (0.0, [p for p in language if p.ndim <= 1]),
-    ]
-    optimizer = torch.optim.AdamW(
-        [{"params": parameters, "weight_decay": decay} for decay, parameters in parts],
-        lr=TRAIN.lr,
-        betas=(TRAIN.adam_beta1, TRAIN.adam_beta2),
-        eps=TRAIN.adam_eps,
-    )
+    optimizer, language = naive_optimizer(student)
     results = []
     for samples in updates:
-        optimizer.zero_grad()
         total = torch.zeros(())
         for sample in samples:
             ids = torch.from_numpy(sample.token_ids)[None]
@@ -126,11 +117,7 @@ def naive_updates(
             with torch.no_grad():
                 target = teacher(input_ids=ids).logits[0, :-1][before]
             total = total + naive_loss(student(input_ids=ids).logits[0, :-1][before], target, top_k)
-        loss = total / sum(sample.num_loss_tokens for sample in samples)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(language, TRAIN.clip_grad)
-        optimizer.step()
-        results.append((float(loss.detach()), float(norm)))
+        results.append(naive_update(optimizer, language, total, samples))
     return results
 
 

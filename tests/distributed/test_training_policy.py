@@ -21,6 +21,8 @@ from tests.support.training_example import (
     RandomMedia,
     build_policy,
     make_sample,
+    naive_optimizer,
+    naive_update,
     write_tiny_folder,
 )
 from zppo_mm.algorithms.logprobs import token_statistics
@@ -89,21 +91,9 @@ def naive_updates(
     model = Qwen3_5ForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
-    language = [parameter for name, parameter in model.named_parameters() if "visual" not in name]
-    decayed = [parameter for parameter in language if parameter.ndim > 1]
-    plain = [parameter for parameter in language if parameter.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": TRAIN.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ],
-        lr=TRAIN.lr,
-        betas=(TRAIN.adam_beta1, TRAIN.adam_beta2),
-        eps=TRAIN.adam_eps,
-    )
+    optimizer, language = naive_optimizer(model)
     results = []
     for _ in range(num_updates):
-        optimizer.zero_grad()
         total = torch.zeros(())
         for sample in samples:
             mask = torch.from_numpy(sample.loss_mask)[1:]
@@ -119,11 +109,7 @@ def naive_updates(
                 surrogate,
             )
             total = total - (bounded * mask).sum()
-        loss = total / sum(sample.num_loss_tokens for sample in samples)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(language, TRAIN.clip_grad)
-        optimizer.step()
-        results.append((float(loss.detach()), float(norm)))
+        results.append(naive_update(optimizer, language, total, samples))
     return results
 
 

@@ -12,7 +12,14 @@ import pytest
 
 from tests.support.fault_proxy import PASS, stand_between
 from tests.support.loopback_server import LoopbackServer
-from tests.support.running import RUN_TIMEOUT_SECONDS, lines, run, start, transcript
+from tests.support.running import (
+    RUN_TIMEOUT_SECONDS,
+    lines,
+    run,
+    start,
+    stopped_by_the_teacher,
+    transcript,
+)
 
 KEY = "sk-4f9a0c77d1e2b3a4"
 
@@ -141,10 +148,7 @@ def test_a_dead_teacher_stops_the_run_with_a_checkpoint_and_it_resumes(
         given = options(
             proxy.url, **common, **{"teacher.on_failure": "stop", "teacher.num_retries": 1}
         )
-        process = start(tmp_path, "cut", *given)
-        output, _ = process.communicate(timeout=RUN_TIMEOUT_SECONDS)
-        assert process.returncode == 1, output[-3000:]
-        assert "teacher: no answer to" in output
+        output = stopped_by_the_teacher(tmp_path, "cut", *given)
         assert "of step 2, got 'http_503" in output
         assert "Traceback" not in output
         assert os.listdir(tmp_path / "cut" / "checkpoints") == ["step_000001"]
@@ -199,10 +203,7 @@ def test_answers_that_no_prompt_waits_for_may_be_lost_without_losing_the_step(
         given = options(
             proxy.url, **common, **{"teacher.on_failure": "stop", "teacher.num_retries": 0}
         )
-        process = start(tmp_path, "cut", *given)
-        output, _ = process.communicate(timeout=RUN_TIMEOUT_SECONDS)
-    assert process.returncode == 1, output[-3000:]
-    assert "teacher: no answer to" in output
+        stopped_by_the_teacher(tmp_path, "cut", *given)
     (row,) = metrics(tmp_path / "cut")
     assert row["policy/updates"] > 0
     assert "step_000001" in os.listdir(tmp_path / "cut" / "checkpoints")

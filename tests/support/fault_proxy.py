@@ -15,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
+from tests.support.serving import serving
+
 PASS = "pass"
 FAULTS = (
     "reset",
@@ -156,10 +158,5 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def stand_between(upstream: str, plan: Callable[[int], str]) -> Iterator[FaultProxy]:
     """Run a proxy in a thread until the block ends."""
-    proxy = FaultProxy(upstream, plan)
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    try:
+    with serving(FaultProxy(upstream, plan)) as proxy:
         yield proxy
-    finally:
-        proxy.shutdown()
-        proxy.server_close()

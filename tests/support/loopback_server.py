@@ -26,6 +26,7 @@ from transformers import AutoModelForImageTextToText
 
 from data.media.opening import Frames, MediaLimits, MediaOpener
 from data.question import MediaRef, Question
+from tests.support.serving import serving
 from zppo_mm.rollout.prompt import PromptEncoder
 
 
@@ -274,11 +275,5 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serve(model: TinyModel, **options: Any) -> Iterator[LoopbackServer]:
     """Serve in a thread until the block ends."""
-    server = LoopbackServer(model, **options)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with serving(LoopbackServer(model, **options)) as server:
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()

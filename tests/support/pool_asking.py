@@ -1,4 +1,4 @@
-"""Asks a pool one question, for tests of servers that misbehave."""
+"""Asks a pool one question, for tests of servers that misbehave; a teacher behind a pool."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from typing import Any
 
 from tests.support.raw_server import completion, http, say
 from zppo_mm.config.schema import TeacherConfig
+from zppo_mm.parallel.exchange import SingleProcess
+from zppo_mm.rewards.verify import Verifier
+from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.teacher.served.chat_api import ChatRequest
 from zppo_mm.teacher.served.pool import EndpointPool
 from zppo_mm.teacher.served.servers import Outcome, RetryPolicy
+from zppo_mm.teacher.served.teacher import ServedTeacher
+from zppo_mm.teacher.served.tokens import TokenReader
+from zppo_mm.zone.prompts import load_templates
 
 KEY = "sk-0123456789abcdef"
 ASK = ChatRequest("What is 3 + 1?", 2, 1.0, 16, 0)
@@ -32,6 +38,26 @@ def ask(url: str, policy: RetryPolicy = PATIENT, **options: Any) -> tuple[Outcom
         return outcome, pool.counts
     finally:
         pool.close()
+
+
+def served_teacher(
+    pool: EndpointPool,
+    config: TeacherConfig,
+    verifier: Verifier,
+    encoder: PromptEncoder,
+    tokens: TokenReader | None = None,
+) -> ServedTeacher:
+    """Return the teacher of a run of one process, whose student has the encoder's tokenizer."""
+    return ServedTeacher(
+        pool,
+        config,
+        SingleProcess(),
+        verifier,
+        plain_text=load_templates().plain_text,
+        tokenize=lambda text: encoder.chat.tokenize([text]),
+        seed=0,
+        tokens=tokens,
+    )
 
 
 def texts(outcome: Outcome) -> list[str]:

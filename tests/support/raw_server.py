@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from tests.support.serving import serving
+
 Say = Callable[[socket.socket], None]
 
 
@@ -90,13 +92,8 @@ def serve_raw(
     plan: Callable[[int], Say], context: ssl.SSLContext | None = None
 ) -> Iterator[RawServer]:
     """Serve in a thread until the block ends."""
-    server = RawServer(plan, context)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with serving(RawServer(plan, context)) as server:
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def say(*parts: bytes) -> Say:

@@ -89,3 +89,25 @@ def buffer(folder: Path, step: int) -> dict[str, Any]:
         (folder / "buffer" / f"step_{step:06d}.json").read_text(encoding="utf-8")
     )
     return record
+
+
+def judged_step(folder: Path) -> dict[str, Any]:
+    """Return the metrics of a run of one step, whose judge is a tiny model: it graded everything,
+    but knows no JSON, so that all is wrong.
+    """
+    (row,) = lines(folder / "metrics.jsonl")
+    assert row["reward/judge_malformed"] == row["reward/judged"] > 0
+    assert (
+        row["rollout/ungraded"] == row["rollout/failed_groups"] == row["reward/judge_failures"] == 0
+    )
+    assert "data/skipped/needs_judge" not in row
+    return row
+
+
+def stopped_by_the_teacher(output_dir: Path, name: str, *options: str) -> str:
+    """Run until the lost teacher ends the run, and return its output."""
+    process = start(output_dir, name, *options)
+    output, _ = process.communicate(timeout=RUN_TIMEOUT_SECONDS)
+    assert process.returncode == 1, output[-3000:]
+    assert "teacher: no answer to" in output
+    return output

@@ -5,7 +5,6 @@ the public files.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from zppo_mm.observability.rollout_metrics import (
 )
 from zppo_mm.observability.sinks import append_evaluation, open_metrics_log
 from zppo_mm.observability.transcripts import write_buffer, write_transcript
+from zppo_mm.rollout.held_out import Evaluation
 from zppo_mm.run_folder import RunFolder
 from zppo_mm.zone.prompts import load_templates
 from zppo_mm.zone.replay import ReplayBuffer
@@ -30,18 +30,6 @@ from zppo_mm.zone.selection import Selected
 GROUP_SIZE = 8
 TAU = 0.5
 TEMPLATES = load_templates()
-
-
-@dataclass(frozen=True, slots=True)
-class SimulatedEvaluation:
-    """The fields of an evaluation that the report reads."""
-
-    step: int
-    accuracy: float
-    accuracy_by_source: dict[str, float]
-    num_questions: int
-    num_skipped: int
-    truncated: float
 
 
 def make_question(index: int, media: tuple[MediaRef, ...] = ()) -> Question:
@@ -248,4 +236,4 @@ def evaluate(folder: RunFolder, step: int, accuracy: float) -> None:
         "digits-text": accuracy + 0.08,
         "digits-video": accuracy - 0.04,
     }
-    append_evaluation(folder, SimulatedEvaluation(step, accuracy, by_source, 64, 0, 0.02))
+    append_evaluation(folder, Evaluation(step, accuracy, by_source, 64, 0, 0.02))

@@ -5,7 +5,7 @@ training tests share.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -228,3 +228,35 @@ def run_cases(folder: Path, cases: list[Case]) -> list[Result]:
     results = [run_case(folder, case) for case in cases]
     parallel.shutdown()
     return results
+
+
+def naive_optimizer(network: torch.nn.Module) -> tuple[torch.optim.AdamW, list[torch.nn.Parameter]]:
+    """Return PyTorch's AdamW with the settings of `TRAIN`, and the parameters that it updates:
+    those of the language model.
+    """
+    language = [value for name, value in network.named_parameters() if "visual" not in name]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in language if p.ndim > 1], "weight_decay": TRAIN.weight_decay},
+            {"params": [p for p in language if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=TRAIN.lr,
+        betas=(TRAIN.adam_beta1, TRAIN.adam_beta2),
+        eps=TRAIN.adam_eps,
+    )
+    return optimizer, language
+
+
+def naive_update(
+    optimizer: torch.optim.AdamW,
+    parameters: list[torch.nn.Parameter],
+    total: torch.Tensor,
+    samples: Sequence[TrainingSample],
+) -> tuple[float, float]:
+    """Take one step on the summed loss of samples; returns the mean loss and the gradient norm."""
+    loss = total / sum(sample.num_loss_tokens for sample in samples)
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, TRAIN.clip_grad)
+    optimizer.step()
+    return float(loss.detach()), float(norm)

@@ -56,7 +56,7 @@ PRIVATE_WORDS = (
     "last words?",
     "beginner",
     "lessons?",
-    "lumped",
+    "lump(?:s|ed|ing)?",
     "stretched",
     "key heads",
     "inert",

@@ -9,13 +9,12 @@ import torch
 
 from data.question import Question
 from tests.support.loopback_server import TinyModel, serve
+from tests.support.pool_asking import served_teacher
 from zppo_mm.bundled import TEACHER_DIR
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.experience import NO_TOKEN, Rollout
-from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.teacher.served.pool import EndpointPool
-from zppo_mm.teacher.served.teacher import ServedTeacher
 from zppo_mm.teacher.served.tokens import TokenReader
 from zppo_mm.zone.prompts import load_templates
 
@@ -33,16 +32,7 @@ def ask(
     config = TeacherConfig(model="tiny", num_rollouts=2, max_response_tokens=24)
     with serve(model) as server, Verifier() as verifier:
         pool = EndpointPool([server.url], "tiny", config)
-        teacher = ServedTeacher(
-            pool,
-            config,
-            SingleProcess(),
-            verifier,
-            plain_text=TEMPLATES.plain_text,
-            tokenize=lambda text: model.encoder.chat.tokenize([text]),
-            seed=0,
-            tokens=reader,
-        )
+        teacher = served_teacher(pool, config, verifier, model.encoder, tokens=reader)
         answers = teacher.submit(QUESTIONS, 1).wait()
         pool.close()
         return (

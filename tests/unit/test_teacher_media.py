@@ -22,17 +22,14 @@ from data.shard_writer import write_shards
 from data.shards import ShardFolder, ShardReader
 from data.toy.digits_shards import digit_samples
 from tests.support.loopback_server import LoopbackServer, TinyModel, serve
+from tests.support.pool_asking import served_teacher
 from zppo_mm.bundled import TEACHER_DIR
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.experience import Rollout
-from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.teacher.served.media import MessageWriter
 from zppo_mm.teacher.served.pool import EndpointPool
-from zppo_mm.teacher.served.teacher import ServedTeacher
-from zppo_mm.zone.prompts import load_templates
 
-TEMPLATES = load_templates()
 NUM_QUESTIONS = 6
 
 
@@ -130,17 +127,8 @@ def ask(
         **options,
     )
     pool = EndpointPool([server.url], "tiny", config, media=shards)
-    chat = server.model.encoder.chat
     with Verifier() as verifier:
-        teacher = ServedTeacher(
-            pool,
-            config,
-            SingleProcess(),
-            verifier,
-            plain_text=TEMPLATES.plain_text,
-            tokenize=lambda text: chat.tokenize([text]),
-            seed=0,
-        )
+        teacher = served_teacher(pool, config, verifier, server.model.encoder)
         answers = teacher.submit(questions, 1).wait()
     pool.close()
     assert list(answers) == [question.id for question in questions]

@@ -89,7 +89,7 @@ def top_jensen_shannon(
     """Return the divergence over the teacher's top tokens and one further outcome, in which both
     merge all other tokens into one outcome.
 
-    Lumping can only hide differences: this is a lower bound of the divergence over the whole
+    Merging can only hide differences: this is a lower bound of the divergence over the whole
     vocabulary, and equals it where every token is a top token.
 
     Args:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from encoders.config import read_json_object
 from zppo_mm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -126,14 +126,6 @@ def read_json(path: Path) -> Mapping[str, Any]:
         ConfigError: The file cannot be read, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{path}: not readable, got {error}, expected a JSON object; restore the file"
-        ) from error
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path}: wrong content, got {type(content).__name__}, expected a JSON object; restore "
-            "the file"
-        )
-    return content
+        return read_json_object(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

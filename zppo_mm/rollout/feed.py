@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from data.errors import DataError
 from data.health import SampleHealth
@@ -29,13 +29,14 @@ class Refusal:
     detail: str
 
 
+@dataclass(frozen=True, slots=True)
 class QuestionFeed:
     """Draws from the stream until enough questions are good.
 
     Each replica checks some of them and all get every verdict, so that all ranks take the same
     questions and count the same bad ones.
 
-    Args:
+    Attributes:
         stream: Where questions come from.
         encoder: Opens media and counts tokens.
         health: Counts good and bad samples; the stream's own.
@@ -45,24 +46,14 @@ class QuestionFeed:
         can_grade: Whether responses to a question can be graded; the same answer on every rank.
     """
 
-    def __init__(
-        self,
-        stream: QuestionStream,
-        encoder: PromptEncoder,
-        health: SampleHealth,
-        exchange: Exchange,
-        *,
-        plain_text: Callable[[Question], str],
-        max_prompt_tokens: int,
-        can_grade: Callable[[Question], bool] = lambda question: True,
-    ) -> None:
-        self._stream = stream
-        self._encoder = encoder
-        self._health = health
-        self._exchange = exchange
-        self._plain_text = plain_text
-        self._max_prompt_tokens = max_prompt_tokens
-        self._can_grade = can_grade
+    stream: QuestionStream
+    encoder: PromptEncoder
+    health: SampleHealth
+    exchange: Exchange
+    _: KW_ONLY
+    plain_text: Callable[[Question], str]
+    max_prompt_tokens: int
+    can_grade: Callable[[Question], bool] = lambda question: True
 
     def take(self, num_questions: int) -> list[Question]:
         """Return the next good questions, the same on every rank.
@@ -74,7 +65,7 @@ class QuestionFeed:
         good: list[Question] = []
         num_refused = 0  # since the last good one
         while len(good) < num_questions:
-            drawn = self._stream.take(num_questions - len(good))
+            drawn = self.stream.take(num_questions - len(good))
             refused = {refusal.index: refusal for refusal in self.refusals(drawn)}
             for index, question in enumerate(drawn):
                 refusal = refused.get(index)
@@ -82,14 +73,14 @@ class QuestionFeed:
                     good.append(question)
                     num_refused = 0
                 else:
-                    self._health.bad(question.id, refusal.reason, refusal.detail, was_good=True)
+                    self.health.bad(question.id, refusal.reason, refusal.detail, was_good=True)
                     num_refused += 1
                     self._check_refused(num_refused, refusal)
         return good
 
     def _check_refused(self, num_refused: int, last: Refusal) -> None:
         """Stop where data.max_bad_fraction lets every question be refused, for ever."""
-        if num_refused >= self._stream.num_samples:
+        if num_refused >= self.stream.num_samples:
             raise DataError(
                 f"QuestionFeed: no question of a whole epoch can be asked, got {num_refused} "
                 f"refused in a row, the last as {last.reason} ({last.detail}), expected a good "
@@ -101,21 +92,19 @@ class QuestionFeed:
         refusal, nothing is counted.
         """
         refusals = []
-        for index in range(self._exchange.replica, len(questions), self._exchange.num_replicas):
-            if not self._can_grade(questions[index]):
+        for index in range(self.exchange.replica, len(questions), self.exchange.num_replicas):
+            if not self.can_grade(questions[index]):
                 refusals.append(Refusal(index, NEEDS_JUDGE, NEEDS_JUDGE_DETAIL))
                 continue
             try:
-                prompt, _ = self._encoder.encode(
-                    self._plain_text(questions[index]), questions[index]
-                )
+                prompt, _ = self.encoder.encode(self.plain_text(questions[index]), questions[index])
             except PromptError as error:
                 refusals.append(Refusal(index, error.reason, str(error)))
                 continue
-            if len(prompt.token_ids) > self._max_prompt_tokens:
+            if len(prompt.token_ids) > self.max_prompt_tokens:
                 detail = (
                     f"{len(prompt.token_ids)} tokens, more than "
-                    f"data.max_prompt_tokens={self._max_prompt_tokens}"
+                    f"data.max_prompt_tokens={self.max_prompt_tokens}"
                 )
                 refusals.append(Refusal(index, TOO_LONG, detail))
-        return [refusal for replica in self._exchange.gather(refusals) for refusal in replica]
+        return [refusal for replica in self.exchange.gather(refusals) for refusal in replica]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 
@@ -19,10 +19,11 @@ from zppo_mm.training.policy import Policy, TrainMetrics
 from zppo_mm.training.samples import to_training_samples
 
 
+@dataclass(frozen=True, slots=True)
 class Learner:
     """Plans mini-batches, packs this rank's micro-batches and updates the policy.
 
-    Args:
+    Attributes:
         policy: What is trained.
         media: Opens the media of training samples on the first pipeline stage.
         config: Updates per step and size of a micro-batch.
@@ -31,22 +32,13 @@ class Learner:
         importance_cap: Largest importance weight; 0 weights nothing.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        media: MediaSource,
-        config: TrainConfig,
-        seed: int,
-        *,
-        temperature: float = 1.0,
-        importance_cap: float = 0.0,
-    ) -> None:
-        self.policy = policy
-        self._temperature = temperature
-        self._importance_cap = importance_cap
-        self._media = media
-        self._config = config
-        self._seed = seed
+    policy: Policy
+    media: MediaSource
+    config: TrainConfig
+    seed: int
+    _: KW_ONLY
+    temperature: float = 1.0
+    importance_cap: float = 0.0
 
     def learn(
         self,
@@ -80,10 +72,10 @@ class Learner:
                 ]
             plan = plan_batches(
                 samples,
-                num_minibatches=self._config.updates_per_step,
+                num_minibatches=self.config.updates_per_step,
                 num_replicas=parallel.data_size(),
-                micro_batch_tokens=self._config.micro_batch_tokens,
-                random=generator(self._seed, "minibatches", step),
+                micro_batch_tokens=self.config.micro_batch_tokens,
+                random=generator(self.seed, "minibatches", step),
                 skip_zero_advantage=objective.needs_advantages,
                 share_prompts=self.policy.shares_prompts,
             )
@@ -91,13 +83,13 @@ class Learner:
                 plan,
                 samples,
                 replica=parallel.data_rank(),
-                media=self._media if parallel.is_first_stage() else None,
+                media=self.media if parallel.is_first_stage() else None,
                 device=parallel.device(),
             )
-        if objective.needs_advantages and need_old_logprobs(samples, self._importance_cap):
+        if objective.needs_advantages and need_old_logprobs(samples, self.importance_cap):
             with metrics.phase("old_logprobs"):
                 batches = with_old_logprobs(
-                    self.policy, batches, self._temperature, self._importance_cap
+                    self.policy, batches, self.temperature, self.importance_cap
                 )
         with metrics.phase("update"):
             trained = self.policy.train_step(batches)

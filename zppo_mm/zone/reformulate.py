@@ -8,11 +8,11 @@ Source: ZPPO (arXiv 2606.18216), Algorithm 1, steps 3 to 5.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 from zppo_mm.config.schema import ZoneConfig
 from zppo_mm.experience import Candidate, Group, GroupKind, PromptInstance, Rollout
-from zppo_mm.methods import REFORMULATED
+from zppo_mm.methods import REFORMULATED, Kind
 from zppo_mm.randomness import generator
 from zppo_mm.teacher.teacher import CompressedTrace, Compressor, Hint, HintWriter, Trace
 from zppo_mm.zone.hard import count_of_fraction, pre_cap, select_hard
@@ -95,13 +95,14 @@ def composition(groups: Iterable[Group], answers: TeacherAnswers, tau: float) ->
     )
 
 
+@dataclass(frozen=True, slots=True)
 class Reformulator:
     """Makes reformulated prompts of hard groups.
 
     Every choice follows from the seed, the step and the question, so all ranks make the same
     prompts without communication.
 
-    Args:
+    Attributes:
         templates: The texts around question and candidates.
         zone: Which kinds are made, rho_aug, and the length of a prefix.
         seed: The run's seed.
@@ -111,27 +112,23 @@ class Reformulator:
             `prefix`.
     """
 
-    def __init__(
-        self,
-        templates: PromptTemplates,
-        zone: ZoneConfig,
-        seed: int,
-        compressor: Compressor,
-        *,
-        hints: HintWriter | None = None,
-        student_ids: Callable[[Rollout], Sequence[int]] | None = None,
-    ) -> None:
-        self.templates = templates
-        self.zone = zone
-        self.seed = seed
-        self.compressor = compressor
-        self.hints = hints
-        self.student_ids = student_ids
-        # In the order of `REFORMULATED`, which is also that of the cap within a question.
-        self.kinds = [kind for kind in REFORMULATED if kind in zone.kinds]
+    templates: PromptTemplates
+    zone: ZoneConfig
+    seed: int
+    compressor: Compressor
+    _: KW_ONLY
+    hints: HintWriter | None = None
+    student_ids: Callable[[Rollout], Sequence[int]] | None = None
+
+    def __post_init__(self) -> None:
         forms = {RECIPES[kind.name].form for kind in self.kinds}
-        assert hints is not None or "hint" not in forms, "hint prompts need a writer of hints"
-        assert student_ids is not None or "prefix" not in forms, "prefixes need a tokenizer"
+        assert self.hints is not None or "hint" not in forms, "hint prompts need a writer of hints"
+        assert self.student_ids is not None or "prefix" not in forms, "prefixes need a tokenizer"
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """What is made, in the order of the cap within a question."""
+        return [kind for kind in REFORMULATED if kind in self.zone.kinds]
 
     def reformulate(
         self,

@@ -5,7 +5,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 
@@ -41,10 +41,11 @@ class Selected:
     num_failed: int = 0
 
 
+@dataclass(frozen=True, slots=True)
 class Selection:
     """Chooses what is trained on; every rank chooses the same.
 
-    Args:
+    Attributes:
         zone: Whether a correct teacher rollout is injected, and whether sampling is dynamic.
         distill: Whose text is distilled on.
         seed: The run's seed.
@@ -54,27 +55,18 @@ class Selection:
         plain_text: Renders the original question with the closing format instruction.
     """
 
-    def __init__(
-        self,
-        zone: ZoneConfig,
-        distill: DistillConfig,
-        seed: int,
-        *,
-        student_ids: Callable[[Rollout], Sequence[int]],
-        adopt: Adopt,
-        plain_text: Callable[[Question], str],
-    ) -> None:
-        self._zone = zone
-        self._distill = distill
-        self._seed = seed
-        self._student_ids = student_ids
-        self._adopt = adopt
-        self._plain_text = plain_text
+    zone: ZoneConfig
+    distill: DistillConfig
+    seed: int
+    _: KW_ONLY
+    student_ids: Callable[[Rollout], Sequence[int]]
+    adopt: Adopt
+    plain_text: Callable[[Question], str]
 
     @property
     def needs_answers(self) -> bool:
         """Whether `choose` uses the teacher's answers."""
-        return self._zone.inject or self._distill.source == "teacher"
+        return self.zone.inject or self.distill.source == "teacher"
 
     def choose(
         self,
@@ -91,12 +83,12 @@ class Selection:
             answers: Teacher rollouts by question id.
             step: Rollout step.
         """
-        if self._distill.source == "teacher":
+        if self.distill.source == "teacher":
             return self._teacher_groups(questions, answers, step)
         chosen = list(groups)
-        if self._zone.inject:
+        if self.zone.inject:
             chosen = [self._injected(group, answers, step) for group in groups]
-        kept = with_signal(chosen) if self._zone.max_sampling_rounds > 1 else chosen
+        kept = with_signal(chosen) if self.zone.max_sampling_rounds > 1 else chosen
         return Selected(
             groups=tuple(kept),
             num_dropped_questions=len(
@@ -116,7 +108,7 @@ class Selection:
         }
         instances = [
             PromptInstance(
-                f"{step}/teacher/{question.id}", question, "teacher", self._plain_text(question)
+                f"{step}/teacher/{question.id}", question, "teacher", self.plain_text(question)
             )
             for question in solved.values()
         ]
@@ -124,7 +116,7 @@ class Selection:
             tuple(self._as_student(rollout) for rollout in correct_rollouts(answers[question_id]))
             for question_id in solved
         ]
-        groups = self._adopt(instances, rollouts) if instances else []
+        groups = self.adopt(instances, rollouts) if instances else []
         return Selected(tuple(groups), num_failed=len(instances) - len(groups))
 
     def _injected(self, group: Group, answers: TeacherAnswers, step: int) -> Group:
@@ -133,9 +125,9 @@ class Selection:
         """
         correct = correct_rollouts(answers.get(group.question.id, ()))
         wrong = [index for index, rollout in enumerate(group.rollouts) if not rollout.is_correct]
-        if not (select_hard([group], self._zone.tau) and correct and wrong):
+        if not (select_hard([group], self.zone.tau) and correct and wrong):
             return group
-        rng = generator(self._seed, "inject", step, group.uid)
+        rng = generator(self.seed, "inject", step, group.uid)
         rollouts = list(group.rollouts)
         rollouts[wrong[rng.integers(len(wrong))]] = self._as_student(
             correct[rng.integers(len(correct))]
@@ -154,7 +146,7 @@ class Selection:
         if rollout.teacher_top is not None:
             # Its log-probs belong to these very tokens, which are the student's already.
             return replace(rollout, author="teacher")
-        ids = np.asarray(self._student_ids(rollout), dtype=np.int64)
+        ids = np.asarray(self.student_ids(rollout), dtype=np.int64)
         return replace(rollout, response_ids=ids, rollout_logprobs=None, author="teacher")
 
 

@@ -59,7 +59,7 @@ class Architecture:
     family: str
     title: str
     language_prefix: str
-    vision_prefix: str
+    vision_prefix: str = ""
     foreign_prefix: str = ""
     vocab_size: int
     hidden_size: int
@@ -68,10 +68,10 @@ class Architecture:
     num_attention_heads: int
     num_query_groups: int
     head_dim: int
-    qk_norm: bool
-    qkv_bias: bool
-    output_gate: bool
-    zero_centered_norm: bool
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    output_gate: bool = False
+    zero_centered_norm: bool = False
     rotary_dim: int
     rotary_frequencies: tuple[float, ...]
     rotary_amplitude: float

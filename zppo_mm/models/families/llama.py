@@ -13,11 +13,6 @@ def read(settings: Settings) -> Architecture:
     return Architecture(
         **common_fields(settings),
         language_prefix="model.",
-        vision_prefix="",
-        qk_norm=False,
-        qkv_bias=False,
-        output_gate=False,
-        zero_centered_norm=False,
     )
 
 

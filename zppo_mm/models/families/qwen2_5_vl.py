@@ -36,10 +36,7 @@ def read(settings: Settings) -> Architecture:
         **fields,
         language_prefix="model.language_model.",
         vision_prefix="model.visual.",
-        qk_norm=False,
         qkv_bias=True,
-        output_gate=False,
-        zero_centered_norm=False,
         video_layout=video_layout(settings.raw),
     )
 

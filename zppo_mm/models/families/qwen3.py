@@ -11,11 +11,7 @@ def read(settings: Settings) -> Architecture:
     return Architecture(
         **common_fields(settings),
         language_prefix="model.",
-        vision_prefix="",
         qk_norm=True,
-        qkv_bias=False,
-        output_gate=False,
-        zero_centered_norm=False,
     )
 
 

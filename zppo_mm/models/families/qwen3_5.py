@@ -28,7 +28,6 @@ def read(settings: Settings) -> Architecture:
         vision_prefix="model.visual." if has_vision else "",
         foreign_prefix="" if has_vision else "model.visual.",
         qk_norm=True,
-        qkv_bias=False,
         output_gate=True,
         zero_centered_norm=True,
     )

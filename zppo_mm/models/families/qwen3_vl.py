@@ -19,9 +19,6 @@ def read(settings: Settings) -> Architecture:
         language_prefix="model.language_model.",
         vision_prefix="model.visual.",
         qk_norm=True,
-        qkv_bias=False,
-        output_gate=False,
-        zero_centered_norm=False,
         num_deepstack=len(settings.vision.deepstack_visual_indexes or ())
         if settings.vision is not None
         else 0,

@@ -46,10 +46,11 @@ class _Turn:
     exit_reason: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
 class RankServer:
     """Answers until the student has left.
 
-    Args:
+    Attributes:
         link: To the student's partition.
         server: Receives requests; `None` on all ranks but the leader.
         sampler: Of the teacher, without a grader.
@@ -58,21 +59,12 @@ class RankServer:
         release_memory: Called after every batch.
     """
 
-    def __init__(
-        self,
-        link: PartitionLink,
-        server: ChatServer | None,
-        sampler: GroupSampler,
-        sampling: SamplingParams,
-        exchange: Exchange,
-        release_memory: Callable[[], None],
-    ) -> None:
-        self._link = link
-        self._server = server
-        self._sampler = sampler
-        self._sampling = sampling
-        self._exchange = exchange
-        self._release_memory = release_memory
+    link: PartitionLink
+    server: ChatServer | None
+    sampler: GroupSampler
+    sampling: SamplingParams
+    exchange: Exchange
+    release_memory: Callable[[], None]
 
     def serve(self) -> str:
         """Answer batch after batch; every rank calls this. Returns why the student ended.
@@ -83,15 +75,15 @@ class RankServer:
         while True:
             turns: list[_Turn] = []
             batch: list[PendingRequest] = []
-            if self._server is not None:
-                turn, batch = self._next_turn(self._server)
+            if self.server is not None:
+                turn, batch = self._next_turn(self.server)
                 turns = [turn]
-            (turn,), *_ = self._exchange.gather(turns)
+            (turn,), *_ = self.exchange.gather(turns)
             if turn.exit_reason is not None:
                 return turn.exit_reason
             if turn.requests:
                 replies = self._answer(turn.requests)
-                self._release_memory()
+                self.release_memory()
                 for pending, reply in zip(batch, replies, strict=False):  # the leader has a batch
                     pending.reply.set_result(reply)
 
@@ -99,10 +91,10 @@ class RankServer:
         """Wait for something to do, but not longer than the other ranks should wait."""
         deadline = time.monotonic() + EXCHANGE_SECONDS
         while time.monotonic() < deadline:
-            exit_reason = self._link.exit_reason()
+            exit_reason = self.link.exit_reason()
             if exit_reason is not None:
                 return _Turn(exit_reason=exit_reason), []
-            if self._link.is_other_lost():
+            if self.link.is_other_lost():
                 raise RankFailureError(
                     "teacher: the student's ranks are gone, got no heartbeat within "
                     "parallel.timeout_minutes, expected one every few seconds; look at their "
@@ -117,19 +109,19 @@ class RankServer:
         """Answer requests of equal settings; all ranks get the same replies."""
         first = requests[0]
         sampling = replace(
-            self._sampling, temperature=first.temperature, max_new_tokens=first.max_tokens
+            self.sampling, temperature=first.temperature, max_new_tokens=first.max_tokens
         )
         kind, name = first.stream
         if kind == "respond":
-            texts = self._sampler.respond([each.text for each in requests], sampling, name)
+            texts = self.sampler.respond([each.text for each in requests], sampling, name)
             return [_refusal(NOT_FINITE) if text is None else _text_reply(text) for text in texts]
         instances = [_instance(request) for request in requests]
-        groups = self._sampler.sample(instances, sampling, first.num_choices, step=0)
+        groups = self.sampler.sample(instances, sampling, first.num_choices, step=0)
         by_uid = {group.instance.uid: group for group in groups}
         return [
             _group_reply(by_uid[instance.uid])
             if instance.uid in by_uid
-            else _refusal(self._sampler.failed[instance.uid])
+            else _refusal(self.sampler.failed[instance.uid])
             for instance in instances
         ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 
@@ -84,10 +84,11 @@ class PendingAnswers:
         ]
 
 
+@dataclass(frozen=True, slots=True)
 class ServedTeacher:
     """Answers hard questions and rewrites responses through servers. Implements `Teacher`.
 
-    Args:
+    Attributes:
         pool: The servers.
         config: Rollouts, lengths, and what a failure means.
         exchange: The replicas; the leader of each asks a part of the questions.
@@ -99,41 +100,29 @@ class ServedTeacher:
         ranks: The teacher's ranks, if the server is theirs.
     """
 
-    def __init__(
-        self,
-        pool: Servers,
-        config: TeacherConfig,
-        exchange: Exchange,
-        verifier: Grader,
-        *,
-        plain_text: Callable[[Question], str],
-        tokenize: Callable[[str], Sequence[int]],
-        seed: int,
-        tokens: TokenReader | None = None,
-        ranks: TeacherRanks | None = None,
-    ) -> None:
-        self._pool = pool
-        self._config = config
-        self._exchange = exchange
-        self._verifier = verifier
-        self._plain_text = plain_text
-        self._tokenize = tokenize
-        self._seed = seed
-        self._tokens = tokens
-        self._ranks = ranks
+    pool: Servers
+    config: TeacherConfig
+    exchange: Exchange
+    verifier: Grader
+    _: KW_ONLY
+    plain_text: Callable[[Question], str]
+    tokenize: Callable[[str], Sequence[int]]
+    seed: int
+    tokens: TokenReader | None = None
+    ranks: TeacherRanks | None = None
 
     def submit(self, questions: Sequence[Question], step: int) -> PendingAnswers:
         """Send this replica's part of the questions and return at once."""
 
         def request(question: Question) -> ChatRequest:
             made = self._request(
-                self._plain_text(question), self._config.num_rollouts, "teacher", step, question.id
+                self.plain_text(question), self.config.num_rollouts, "teacher", step, question.id
             )
             return replace(
                 made,
                 media=question.media,
                 stream=("rollout", f"{step}/teacher/{question.id}"),
-                top_logprobs=self._tokens.num_top if self._tokens is not None else 0,
+                top_logprobs=self.tokens.num_top if self.tokens is not None else 0,
             )
 
         return PendingAnswers(
@@ -189,16 +178,16 @@ class ServedTeacher:
         while not is_done:
             wait([future], timeout=EXCHANGE_SECONDS)
             is_done = self.have_all_answers(future)
-            if self._ranks is not None:
-                self._ranks.check()
-        local = read(self._own_indices(count), future.result()) if self._exchange.is_leader else []
-        results = {each.index: each for replica in self._exchange.gather(local) for each in replica}
+            if self.ranks is not None:
+                self.ranks.check()
+        local = read(self._own_indices(count), future.result()) if self.exchange.is_leader else []
+        results = {each.index: each for replica in self.exchange.gather(local) for each in replica}
         self._check_losses(list(results.values()), step)
         return [results[index] for index in range(count)]
 
     def have_all_answers(self, future: Future[list[Outcome]]) -> bool:
         """Return whether every replica has its answers."""
-        return all(done for replica in self._exchange.gather([future.done()]) for done in replica)
+        return all(done for replica in self.exchange.gather([future.done()]) for done in replica)
 
     def verified(
         self, answers: Sequence[tuple[Question, Sequence[Choice]]], step: int
@@ -207,10 +196,10 @@ class ServedTeacher:
 
         Only a teacher on ranks of its own gives `rollout_logprobs`.
         """
-        lost = sum(self._config.num_rollouts - len(choices) for _, choices in answers)
-        self._pool.counts["lost_rollouts"] += lost
+        lost = sum(self.config.num_rollouts - len(choices) for _, choices in answers)
+        self.pool.counts["lost_rollouts"] += lost
         verdicts = iter(
-            self._verifier.verify_all(
+            self.verifier.verify_all(
                 [(question, choice.text) for question, choices in answers for choice in choices]
             )
         )
@@ -224,19 +213,19 @@ class ServedTeacher:
                     if v.reward is not None
                 )
             )
-        if self._tokens is not None:
-            self._pool.counts["out_of_vocabulary_tokens"] = self._tokens.num_out_of_vocabulary
+        if self.tokens is not None:
+            self.pool.counts["out_of_vocabulary_tokens"] = self.tokens.num_out_of_vocabulary
         return rollouts
 
     def _rollout(self, choice: Choice, parsed: str | None, reward: float, step: int) -> Rollout:
-        read = self._tokens.read(choice) if self._tokens is not None else None
+        read = self.tokens.read(choice) if self.tokens is not None else None
         logprobs, top = None, None
         if choice.token_ids is not None:
             ids, logprobs = choice.token_ids
         elif read is not None:
             ids, top = read
         else:
-            ids = np.array(self._tokenize(choice.text), dtype=np.int64)
+            ids = np.array(self.tokenize(choice.text), dtype=np.int64)
         return Rollout(
             response_ids=ids,
             rollout_logprobs=logprobs,
@@ -251,15 +240,15 @@ class ServedTeacher:
     def _own_indices(self, count: int) -> range:
         """Return what this rank asks for: the part of its replica, if it is the leader."""
         return (
-            range(self._exchange.replica, count, self._exchange.num_replicas)
-            if self._exchange.is_leader
+            range(self.exchange.replica, count, self.exchange.num_replicas)
+            if self.exchange.is_leader
             else range(0)
         )
 
     def _request(self, text: str, num_choices: int, *path: str | int) -> ChatRequest:
-        seed = int(generator(self._seed, *path).integers(2**31))
+        seed = int(generator(self.seed, *path).integers(2**31))
         return ChatRequest(
-            text, num_choices, self._config.temperature, self._config.max_response_tokens, seed
+            text, num_choices, self.config.temperature, self.config.max_response_tokens, seed
         )
 
     def _submit(
@@ -269,11 +258,11 @@ class ServedTeacher:
             nothing: Future[list[Outcome]] = Future()
             nothing.set_result([])
             return nothing
-        retries = None if self._config.on_failure == "wait" else self._config.num_retries
-        return self._pool.submit(
+        retries = None if self.config.on_failure == "wait" else self.config.num_retries
+        return self.pool.submit(
             requests,
             RetryPolicy(
-                max_seconds=self._config.max_wait_seconds, num_retries=retries, is_urgent=is_urgent
+                max_seconds=self.config.max_wait_seconds, num_retries=retries, is_urgent=is_urgent
             ),
         )
 
@@ -297,7 +286,7 @@ class ServedTeacher:
             f"teacher: no answer to {len(lost)} of {len(results)} requests of step {step}, got "
             f"{lost[0].problem!r}"
         )
-        if self._config.on_failure != "ncq_only":
+        if self.config.on_failure != "ncq_only":
             raise TeacherLostError(
                 f"{what}, expected one within teacher.max_wait_seconds and teacher.num_retries; "
                 "fix the server and start the run again to resume, or set "
