@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from data.errors import DataError, MediaError, ReasonedError, SampleError, shown
+from data.errors import DataError, MediaError, ReasonedError, shown
 from data.question import MediaKind, MediaRef
 from data.shard_names import EXPECTED_SHARDS, list_shards
 from data.shards import ShardReader
@@ -104,11 +104,8 @@ def _sample_problems(
     where = f"{shard}:{shown(key)}"
     try:
         question = reader.question(shard, key)
-    except SampleError as error:
-        yield Problem(where, error.reason, str(error))
-        return
     except DataError as error:
-        yield Problem(where, BAD_SHARD, str(error))
+        yield _unreadable(where, error)
         return
     first = first_with_id.setdefault(question.id, where)
     if first != where:
@@ -123,16 +120,18 @@ def _sample_problems(
         yield from _media_problems(reader, reference, where, opener)
 
 
+def _unreadable(where: str, error: DataError) -> Problem:
+    reason = error.reason if isinstance(error, ReasonedError) else BAD_SHARD
+    return Problem(where, reason, str(error))
+
+
 def _media_problems(
     reader: ShardReader, reference: MediaRef, where: str, opener: OpensMedia
 ) -> Iterator[Problem]:
     try:
         content = opener.read_ref(reference, reader)
-    except ReasonedError as error:
-        yield Problem(where, error.reason, str(error))
-        return
     except DataError as error:
-        yield Problem(where, BAD_SHARD, str(error))
+        yield _unreadable(where, error)
         return
     try:
         opener.open(content, reference.kind)

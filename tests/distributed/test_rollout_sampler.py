@@ -124,13 +124,7 @@ def take_and_sample(folder: Path, shards: Path, tensor: int) -> dict[str, Any]:
     }
     half_blind = PromptEncoder(folder, open_media_on_rank_zero_only)
     sampler = GroupSampler(MegatronEngine(network, 0), half_blind, grader, exchange)
-    fourth = Question(
-        id="q4",
-        text="t",
-        media=(MediaRef("image", "s", "k4", "png"),),
-        answer="1",
-        answer_type="math",
-    )
+    fourth = Question("q4", "t", (MediaRef("image", "s", "k4", "png"),), "1", "math")
     alone = [PromptInstance("1/new/q4", fourth, "new", "t"), instances[0]]
     results["half_blind"] = [group.uid for group in sampler.sample(alone, sampling, 1, 1)]
     results["failures"] = dict(sampler.failures)

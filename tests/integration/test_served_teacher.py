@@ -42,6 +42,14 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return lines(folder / "metrics.jsonl")
 
 
+def hard_questions(groups: list[dict[str, Any]]) -> set[str]:
+    return {
+        group["question_id"]
+        for group in groups
+        if group["kind"] in ("new", "replayed") and group["accuracy"] < 0.5
+    }
+
+
 def test_two_ranks_ask_and_agree_and_the_key_is_nowhere(
     server: LoopbackServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,11 +76,7 @@ def test_two_ranks_ask_and_agree_and_the_key_is_nowhere(
     asked = 0
     for step, row in enumerate(metrics(folder), start=1):
         groups = transcript(folder, step)
-        hard = {
-            group["question_id"]
-            for group in groups
-            if group["kind"] in ("new", "replayed") and group["accuracy"] < 0.5
-        }
+        hard = hard_questions(groups)
         rewards = {
             group["question_id"]: group["teacher_rewards"]
             for group in groups
@@ -122,11 +126,7 @@ def test_without_answers_the_run_goes_on_with_ncq(server: LoopbackServer, tmp_pa
         folder = run(tmp_path, "run", *given)
     for step, row in enumerate(metrics(folder), start=1):
         groups = transcript(folder, step)
-        hard = {
-            group["question_id"]
-            for group in groups
-            if group["kind"] in ("new", "replayed") and group["accuracy"] < 0.5
-        }
+        hard = hard_questions(groups)
         assert row["teacher/failed_questions"] == len(hard) > 0
         assert row["teacher/lost_rollouts"] == 2 * len(hard)
         assert {group["kind"] for group in groups} <= {"new", "replayed", "ncq"}

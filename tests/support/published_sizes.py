@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.support.tiny_qwen import rope_parameters
+
 MEDIA_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
@@ -50,13 +52,7 @@ def _qwen3(*sizes: Any) -> dict[str, Any]:
 
 
 def _qwen3_5(*sizes: Any, value_heads: int, tower: tuple[int, int, int, int]) -> dict[str, Any]:
-    rope = {
-        "rope_type": "default",
-        "rope_theta": 1e7,
-        "partial_rotary_factor": 0.25,
-        "mrope_section": [11, 11, 10],
-        "mrope_interleaved": True,
-    }
+    rope = rope_parameters(1e7, 0.25, [11, 11, 10])
     text = _dense(*sizes, head_dim=256, rope_parameters=rope) | {
         "vocab_size": 248320,
         "full_attention_interval": 4,

@@ -27,13 +27,7 @@ TEMPLATE = """{%- for message in messages -%}
 {{- '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}"""
-ROPE = {
-    "rope_type": "default",
-    "rope_theta": 1e7,
-    "partial_rotary_factor": 0.25,
-    "mrope_section": [2, 1, 1],
-    "mrope_interleaved": True,
-}
+ROPE = tiny_qwen.rope_parameters(1e7, 0.25, [2, 1, 1])
 
 
 def build_tokenizer(folder: Path, template: str = TEMPLATE) -> PreTrainedTokenizerFast:

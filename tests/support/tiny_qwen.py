@@ -27,6 +27,17 @@ PATCH_ELEMENTS = 3 * TEMPORAL * PATCH * PATCH
 Grid = tuple[int, int, int]
 
 
+def rope_parameters(theta: float, fraction: float, section: list[int]) -> dict[str, Any]:
+    """Return Qwen3.5's rotary settings; `section` has the frequencies of each axis."""
+    return {
+        "rope_type": "default",
+        "rope_theta": theta,
+        "partial_rotary_factor": fraction,
+        "mrope_section": section,
+        "mrope_interleaved": True,
+    }
+
+
 def text_config(*, tied: bool = False, **changes: Any) -> dict[str, Any]:
     """Return a text config with four layers, the last of full attention, and grouped heads of both
     kinds.
@@ -47,13 +58,7 @@ def text_config(*, tied: bool = False, **changes: Any) -> dict[str, Any]:
         "max_position_embeddings": 512,
         "full_attention_interval": 2,
         "tie_word_embeddings": tied,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e4,
-            "partial_rotary_factor": 0.5,
-            "mrope_section": [3, 3, 2],
-            "mrope_interleaved": True,
-        },
+        "rope_parameters": rope_parameters(1e4, 0.5, [3, 3, 2]),
     }
     return config | changes
 

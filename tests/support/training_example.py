@@ -29,13 +29,7 @@ from zppo_mm.weights.mapping import load_hf_weights
 VOCABULARY = 128
 IMAGE, VIDEO, VISION_START, VISION_END = 120, 121, 122, 123
 GRID = (1, 4, 6)
-ROPE = {
-    "rope_type": "default",
-    "rope_theta": 1e4,
-    "partial_rotary_factor": 0.25,
-    "mrope_section": [2, 1, 1],
-    "mrope_interleaved": True,
-}
+ROPE = tiny_qwen.rope_parameters(1e4, 0.25, [2, 1, 1])
 PATCH_ELEMENTS = 3 * 2 * 4 * 4
 # An epsilon above the gradients' rounding: Adam divides a near-zero gradient by itself, which turns
 # rounding into whole steps.

@@ -65,7 +65,7 @@ def decoding_linears(network: VisionLanguageModel) -> dict[Any, Linear]:
     return found
 
 
-def share_of(added: torch.Tensor, wanted: torch.Tensor) -> float:
+def fraction_of(added: torch.Tensor, wanted: torch.Tensor) -> float:
     """Return how much of what is wanted was added, 1 for all of it, whatever rounding adds at
     random.
     """
@@ -159,6 +159,12 @@ def in_type(folder: Path, target: Path, dtype: torch.dtype) -> Path:
     return target
 
 
+def bfloat16_folder(tmp_path: Path) -> Path:
+    """Return the folder of a tiny network in bfloat16."""
+    whole = tiny_qwen.save(tiny_qwen.vision_language_model(), tmp_path / "float32")
+    return in_type(whole, tmp_path / "source", torch.bfloat16)
+
+
 def exported(folder: Path, target: Path, network: VisionLanguageModel) -> dict[str, torch.Tensor]:
     export_hf_weights(network, folder, target)
     with safe_open(target / "model.safetensors", "pt") as file:
@@ -169,11 +175,7 @@ def exported(folder: Path, target: Path, network: VisionLanguageModel) -> dict[s
 def test_an_export_says_what_merging_into_bfloat16_keeps(
     tmp_path: Path, size: float, least: float, most: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = in_type(
-        tiny_qwen.save(tiny_qwen.vision_language_model(), tmp_path / "float32"),
-        tmp_path / "source",
-        torch.bfloat16,
-    )
+    folder = bfloat16_folder(tmp_path)
     network = adapted(folder, size)
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     with caplog.at_level(logging.INFO):
@@ -207,11 +209,7 @@ def test_an_export_says_what_merging_into_bfloat16_keeps(
 def test_an_export_says_that_trained_weights_are_rounded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = in_type(
-        tiny_qwen.save(tiny_qwen.vision_language_model(), tmp_path / "float32"),
-        tmp_path / "source",
-        torch.bfloat16,
-    )
+    folder = bfloat16_folder(tmp_path)
     for dtype in ("bfloat16", "float32"):
         caplog.clear()
         network = network_checks.build(folder, ParallelConfig(), ModelConfig(params_dtype=dtype))
@@ -235,12 +233,8 @@ def test_an_export_says_that_trained_weights_are_rounded(
 def test_a_float32_folder_gets_small_adapters_whole_from_a_network_in_bfloat16(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rounded = in_type(
-        tiny_qwen.save(tiny_qwen.vision_language_model(), tmp_path / "float32"),
-        tmp_path / "bfloat16",
-        torch.bfloat16,
-    )
-    folder = in_type(rounded, tmp_path / "source", torch.float32)
+    rounded = bfloat16_folder(tmp_path)
+    folder = in_type(rounded, tmp_path / "back", torch.float32)
     network = adapted(folder, 1e-4)
     with caplog.at_level(logging.INFO):
         merged = exported(folder, tmp_path / "hf", network)
@@ -250,7 +244,7 @@ def test_a_float32_folder_gets_small_adapters_whole_from_a_network_in_bfloat16(
         added = (
             ALL.alpha / ALL.rank * target.lora_B.detach().double() @ target.lora_A.detach().double()
         )
-        assert share_of(merged[target.key] - source[target.key], added) == pytest.approx(
+        assert fraction_of(merged[target.key] - source[target.key], added) == pytest.approx(
             1.0, abs=1e-3
         ), target.key
     assert json.loads((tmp_path / "hf" / "config.json").read_text()) == json.loads(

@@ -196,25 +196,13 @@ def test_media_are_opened_once_while_cached(folder: Path) -> None:
 
 def test_bad_media_and_templates_are_refused(folder: Path, tmp_path: Path) -> None:
     encoder = PromptEncoder(folder, Media())
-    bad = Question(
-        id="q",
-        text="",
-        media=(MediaRef("image", "s.tar", "broken", "png"),),
-        answer="1",
-        answer_type="math",
-    )
+    bad = Question("q", "", (MediaRef("image", "s.tar", "broken", "png"),), "1", "math")
     with pytest.raises(
         PromptError, match=r"question q: image s.tar:broken.png: media: cannot decode"
     ) as caught:
         encoder.encode("x", bad)
     assert caught.value.reason == "unreadable"
-    lost = Question(
-        id="q",
-        text="",
-        media=(MediaRef("image", "s.tar", "lost", "png"),),
-        answer="1",
-        answer_type="math",
-    )
+    lost = Question("q", "", (MediaRef("image", "s.tar", "lost", "png"),), "1", "math")
     with pytest.raises(DataError, match="shard is gone") as stopped:
         encoder.encode("x", lost)
     assert not isinstance(stopped.value, PromptError)

@@ -1,4 +1,4 @@
-"""The Jensen-Shannon divergence and its gradient against the formula in float64; what lumping may
+"""The Jensen-Shannon divergence and its gradient against the formula in float64; what merging may
 and may not change.
 """
 
@@ -113,7 +113,7 @@ def test_numbers_by_hand() -> None:
     spread=st.sampled_from([0.01, 1.0, 5.0, 40.0]),
     k=st.integers(1, VOCABULARY),
 )
-def test_lumping_gives_a_lower_bound_that_grows_with_k_up_to_the_whole(
+def test_merging_gives_a_lower_bound_that_grows_with_k_up_to_the_whole(
     seed: int, spread: float, k: int
 ) -> None:
     student, teacher = example(seed, spread)
