@@ -16,6 +16,9 @@ from zppo_mm.experience import NO_TOKEN
 
 # Float32 against float64: sums over 101 entries of differences of log-probs of up to 30.
 TOLERANCE = 5e-6
+# The mass of the other tokens is what a float32 sum leaves of 1: wrong by up to 6e-8, however small
+# it is. 3e-5 was the most in 6,000 examples.
+REST_TOLERANCE = 1e-4
 ROWS, VOCABULARY = 23, 101
 
 
@@ -121,8 +124,8 @@ def test_merging_gives_a_lower_bound_that_grows_with_k_up_to_the_whole(
     fewer, more, every = (
         top_jensen_shannon(student, top_tokens(teacher, n)).jsd for n in (k, k + 1, VOCABULARY)
     )
-    assert (fewer <= more + TOLERANCE).all()
-    assert (more <= whole + TOLERANCE).all()
+    assert (fewer <= more + REST_TOLERANCE).all()
+    assert (more <= whole + REST_TOLERANCE).all()
     torch.testing.assert_close(every, whole, atol=TOLERANCE, rtol=0)
     assert (whole >= -TOLERANCE).all()
     assert (whole <= math.log(2) + TOLERANCE).all()
