@@ -1,5 +1,6 @@
-"""Audit the reformulated prompts of runs from their transcripts: `python tools/audit.py runs/demo
-[--steps 51-60]`.
+"""Count from transcripts whether candidates reveal which one is right.
+
+`python tools/audit.py runs/demo [--steps 51-60]`
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ def parse_steps(text: str) -> tuple[int, int | None]:
 def main() -> int:
     """Read the command line and print."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="What every line means stands in docs/comparison.md."
+        description=__doc__, epilog="docs/comparison.md explains every line."
     )
     parser.add_argument(
         "run_folders",
         type=Path,
         nargs="+",
         metavar="RUN_DIR",
-        help="a run's folder, such as runs/demo",
+        help="folder of a run, such as runs/demo",
     )
     parser.add_argument(
         "--steps",
         type=parse_steps,
         default=(0, None),
         metavar="A-B",
-        help="only these rollout steps",
+        help="rollout steps: A-B, A-, -B or A (default: all)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()

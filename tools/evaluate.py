@@ -16,10 +16,9 @@ from zppo_mm.observability.logs import quiet_libraries
 DESCRIPTION = """Sample responses to questions, grade them as in training, and write pass@1 and
 pass@k with every answer.
 
-The model is a Hugging Face folder or the folder of a finished run. A run without
---data is evaluated on its own held-out questions, by its own settings. Started
-again with the same settings, an interrupted evaluation goes on.
-docs/evaluation.md has the details."""
+The model is a Hugging Face folder or the folder of a finished run. Without --data
+a run is evaluated on its own held-out questions, with its own settings. The same
+command continues an interrupted evaluation. Details: docs/evaluation.md."""
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
@@ -33,7 +32,7 @@ def parse(arguments: list[str]) -> dict[str, Any]:
         nargs="+",
         default=[],
         metavar="SHARDS|FILE",
-        help="folders of shards, files of benchmarks",
+        help="folders of shards, or benchmark files",
     )
     parser.add_argument(
         "--sampling",
@@ -59,32 +58,32 @@ def parse(arguments: list[str]) -> dict[str, Any]:
         type=positive,
         default=0,
         metavar="N",
-        help="questions between two saves (default: by batch)",
+        help="questions between two saves (default: what fits the batch)",
     )
     parser.add_argument(
         "--format",
         default="",
         choices=[*FORMATS],
-        help="how to read files (default: by their columns)",
+        help="format of benchmark files (default: recognised by their columns)",
     )
     parser.add_argument(
         "--fields",
         nargs="+",
         default=[],
         metavar="PART=COLUMN",
-        help=f"columns of {', '.join(PARTS)} in files",
+        help=f"column of {', '.join(PARTS)} in benchmark files",
     )
     parser.add_argument(
         "--media-root",
         type=Path,
         metavar="DIR",
-        help="what media paths in files start from (default: their folder)",
+        help="folder that media paths are relative to (default: the file's)",
     )
     parser.add_argument(
         "options",
         nargs="*",
         metavar="key=value",
-        help="options of tools/train_zppo.py, which win over all others",
+        help="options of tools/train_zppo.py; they take precedence over all others",
     )
     known = vars(parser.parse_intermixed_args(arguments))
     # Options may follow --data and --fields, which take as many words as come.
