@@ -225,7 +225,7 @@ def test_real_clips_equal_another_decoder(opener: MediaOpener, name: str) -> Non
             nearest = int(away.argmin())
             if away[nearest] > TIMESTAMP_TOLERANCE_SECONDS:
                 continue
-            chosen.append(nearest)
+            chosen.append(index)
             reference = frame.to_ndarray(format="rgb24").astype(int)
             assert (
                 np.abs(frames.pixels[nearest] - reference).max() <= 1

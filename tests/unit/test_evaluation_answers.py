@@ -185,7 +185,7 @@ def test_answers_of_unknown_settings_and_damaged_ones_are_refused(tmp_path: Path
         (("caf", "\\ud83d"), "a line is not readable .*invalid text"),
         (
             ('"index": 0', '"index": "0"'),
-            r"a line has no index, got index '0', expected a whole number; remove the file",
+            r"a line has no index, got '0', expected a whole number; remove the file",
         ),
         (('"index": 0', '"index": 0, "index": 1'), "key 'index' is there twice"),
     ],

@@ -94,7 +94,7 @@ def test_a_cause_comes_before_what_follows_from_it() -> None:
         }
     )
     assert [text.split("learning: ")[1][:20] for text in texts] == [
-        "most responses meet ",
+        "most responses reach",
         "most responses have ",
         "all rewards of each ",
     ]

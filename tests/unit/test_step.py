@@ -116,7 +116,7 @@ class FakeTeacher:
     is_fast: bool = True
     is_lost: bool = False
 
-    def ask(self, questions: Sequence[Question], step: int) -> FakeAnswers:
+    def submit(self, questions: Sequence[Question], step: int) -> FakeAnswers:
         ids = [each.id for each in questions]
         self.events.append(f"ask {' '.join(ids)}")
         return FakeAnswers(self.events, ids, self.is_fast, self.is_lost)

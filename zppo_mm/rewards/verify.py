@@ -49,7 +49,7 @@ class Reward(Protocol):
     """Grades answers to questions of one answer type."""
 
     def grade_all(self, items: Sequence[Item]) -> Sequence[Verdict]:
-        """Return one verdict per item, in order; no two items are equal."""
+        """Return one verdict per item, in order."""
         ...
 
 
@@ -77,15 +77,15 @@ class MathReward:
 
     def grade_all(self, items: Sequence[Item]) -> list[Verdict]:
         """Grade by looking, and by algebra in the pool where looking does not decide."""
-        looked = [self._look(question, parsed) for question, parsed in items]
-        pairs = list(dict.fromkeys(each for each in looked if isinstance(each, Undecided)))
+        looked = {item: self._look(*item) for item in dict.fromkeys(items)}
+        pairs = list(dict.fromkeys(each for each in looked.values() if isinstance(each, Undecided)))
         outcomes = self._pool.compare_all([(each.parsed, each.gold) for each in pairs])
         reasons = {
             pair: _REASON_OF_OUTCOME[outcome] for pair, outcome in zip(pairs, outcomes, strict=True)
         }
         return [
-            _verdict(parsed, reasons[each] if isinstance(each, Undecided) else each)
-            for (_, parsed), each in zip(items, looked, strict=True)
+            _verdict(item[1], reasons[each] if isinstance(each, Undecided) else each)
+            for item, each in ((item, looked[item]) for item in items)
         ]
 
     def _look(self, question: Question, parsed: str) -> Reason | Undecided:
@@ -109,10 +109,8 @@ class ChoiceReward:
         Raises:
             DataError: If a reference answer names no option.
         """
-        return [
-            _verdict(parsed, "match" if matches_choice(parsed, question) else "mismatch")
-            for question, parsed in items
-        ]
+        matches = {item: matches_choice(item[1], item[0]) for item in dict.fromkeys(items)}
+        return [_verdict(item[1], "match" if matches[item] else "mismatch") for item in items]
 
 
 class JudgeReward:
@@ -202,7 +200,7 @@ class Verifier:
         return self.verify_all([(question, text)])[0]
 
     def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Verdict]:
-        """Grade (question, response text) pairs, in order; equal answers are graded once.
+        """Grade (question, response text) pairs, in order.
 
         Raises:
             ConfigError: If a question is `open` and there is no judge.
@@ -210,20 +208,18 @@ class Verifier:
             ValueError: If a reward is not in [0, 1].
         """
         self._check_types(items)
-        answers = [(question, final_answer(text)) for question, text in items]
-        of_type: dict[str, dict[Item, None]] = {}
-        for question, parsed in answers:
+        answers = [final_answer(text) for _, text in items]
+        of_type: dict[str, dict[int, Item]] = {}
+        for index, ((question, _), parsed) in enumerate(zip(items, answers, strict=True)):
             if parsed is not None:
-                of_type.setdefault(question.answer_type, {})[question, parsed] = None
-        verdicts: dict[Item, Verdict] = {}
+                of_type.setdefault(question.answer_type, {})[index] = question, parsed
+        verdicts = [_verdict(None, "not_boxed")] * len(items)
         for answer_type, asked in of_type.items():
-            graded = self.rewards[answer_type].grade_all(list(asked))
+            graded = self.rewards[answer_type].grade_all(list(asked.values()))
             _check_range(answer_type, graded)
-            verdicts.update(zip(asked, graded, strict=True))
-        return [
-            _verdict(None, "not_boxed") if parsed is None else verdicts[question, parsed]
-            for question, parsed in answers
-        ]
+            for index, verdict in zip(asked, graded, strict=True):
+                verdicts[index] = verdict
+        return verdicts
 
     def close(self) -> None:
         """End the worker processes."""

@@ -89,7 +89,7 @@ def _refuse_several(broken: Sequence[Sampled], num_prompts: int) -> None:
     )
     more = f"; and {len(first) - MAX_NAMED} more" if len(first) > MAX_NAMED else ""
     raise NotFiniteError(
-        f"sampling: the network is broken, got logits that are not finite for {len(first)} of the "
+        f"sampling: the network is broken, got logits that are not finite for {len(broken)} of the "
         f"last {num_prompts} prompts ({named}{more}), expected finite numbers; start again from an "
         "earlier checkpoint with a lower train.lr, or check the weights of the folder that the "
         "model came from"
