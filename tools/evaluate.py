@@ -21,8 +21,8 @@ a run is evaluated on its own held-out questions, with its own settings. The sam
 command continues an interrupted evaluation. Details: docs/evaluation.md."""
 
 
-def parse(arguments: list[str]) -> dict[str, Any]:
-    """Read the command line into the fields of an `EvaluationRequest`."""
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser of the tool's arguments."""
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -60,6 +60,18 @@ def parse(arguments: list[str]) -> dict[str, Any]:
         metavar="N",
         help="questions between two saves (default: what fits the batch)",
     )
+    add_table_options(parser)
+    parser.add_argument(
+        "options",
+        nargs="*",
+        metavar="key=value",
+        help="options of tools/train_zppo.py; they take precedence over all others",
+    )
+    return parser
+
+
+def add_table_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how benchmark files are read."""
     parser.add_argument(
         "--format",
         default="",
@@ -79,13 +91,11 @@ def parse(arguments: list[str]) -> dict[str, Any]:
         metavar="DIR",
         help="folder that media paths are relative to (default: the file's)",
     )
-    parser.add_argument(
-        "options",
-        nargs="*",
-        metavar="key=value",
-        help="options of tools/train_zppo.py; they take precedence over all others",
-    )
-    known = vars(parser.parse_intermixed_args(arguments))
+
+
+def parse(arguments: list[str]) -> dict[str, Any]:
+    """Read the command line into the fields of an `EvaluationRequest`."""
+    known = vars(command_line().parse_intermixed_args(arguments))
     # Options may follow --data and --fields, which take as many words as come.
     data = [word for word in known["data"] if "=" not in word or Path(word).exists()]
     fields = [word for word in known["fields"] if word.partition("=")[0] in PARTS]

@@ -44,7 +44,7 @@ def test_a_place_that_is_not_there_now_is_no_beginning(tmp_path: Path) -> None:
     put_back(tmp_path / "nothing yet")
     (tmp_path / "link").symlink_to(tmp_path / "a disk that is not mounted")
     (tmp_path / "file").write_text("", encoding="utf-8")
-    for name, told in (("link", "a link that leads nowhere"), ("file", "a file")):
+    for name, told in (("link", "a link without a target"), ("file", "a file")):
         with pytest.raises(
             CheckpointError, match=f"{name}: no folder, got {told}, expected the run's checkpoints"
         ):
