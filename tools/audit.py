@@ -1,5 +1,6 @@
-"""Audit the reformulated prompts of runs from their transcripts: `python tools/audit.py runs/demo
-[--steps 51-60]`.
+"""Count from transcripts whether candidates reveal which one is right.
+
+`python tools/audit.py runs/demo [--steps 51-60]`
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ def main() -> int:
         type=Path,
         nargs="+",
         metavar="RUN_DIR",
-        help="a run's folder, such as runs/demo",
+        help="folder of a run, such as runs/demo",
     )
     parser.add_argument(
         "--steps",
         type=parse_steps,
         default=(0, None),
         metavar="A-B",
-        help="only these rollout steps",
+        help="rollout steps: A-B, A-, -B or A (default: all)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()

@@ -27,13 +27,13 @@ def main() -> int:
         0 if every run is finished, 1 if one failed, 2 if nothing could start.
     """
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="docs/comparison.md has the file's keys."
+        description=__doc__, epilog="docs/comparison.md describes the keys of the file."
     )
     parser.add_argument("comparison", type=Path, help="YAML file of the comparison")
     parser.add_argument(
         "--report-only",
         action="store_true",
-        help="start nothing, only write the report of the runs that are there",
+        help="start no run; write the report of the finished ones",
     )
     parser.add_argument(
         "options",

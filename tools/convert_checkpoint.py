@@ -1,5 +1,6 @@
-"""Hugging Face folders to Megatron and back: `python tools/convert_checkpoint.py import HF_DIR
-MEGATRON_DIR`.
+"""Convert checkpoints between Hugging Face and Megatron folders, and check folders.
+
+`python tools/convert_checkpoint.py import HF_DIR MEGATRON_DIR`
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from zppo_mm.observability.logs import quiet_libraries
 COMMANDS = {
     "import": (
         ["HF_DIR", "MEGATRON_DIR"],
-        "write a Hugging Face folder as a Megatron checkpoint that opens at any layout; needs "
-        "memory for one tensor, no GPU",
+        "write a Hugging Face folder as a Megatron checkpoint that loads at any parallel layout; "
+        "needs memory for the largest tensor, no GPU",
     ),
     "export": (
         ["MEGATRON_DIR|RUN_DIR", "HF_DIR"],
@@ -31,7 +32,7 @@ COMMANDS = {
     ),
     "inspect": (
         ["HF_DIR"],
-        "show family, sizes, parameters, layouts that fit and memory per GPU; reads headers only",
+        "show family, sizes, parameters, possible layouts and memory per GPU; reads only headers",
     ),
 }
 
@@ -57,8 +58,8 @@ def parse(arguments: list[str]) -> tuple[str, list[Path], ParallelConfig]:
             )
         if name in ("import", "export"):
             text = (
-                "parallel.tensor_model_parallel_size=2 and the like; under torchrun with as many "
-                "processes"
+                "parallel layout, such as parallel.tensor_model_parallel_size=2, under torchrun "
+                "with as many processes"
             )
             command.add_argument("options", nargs="*", metavar="parallel.KEY=VALUE", help=text)
     known = vars(parser.parse_args(arguments))

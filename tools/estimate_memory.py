@@ -1,5 +1,6 @@
-"""GPU memory that a run's student needs, counted from its config.json alone: `python
-tools/estimate_memory.py --config run.yaml --student-ranks 48`.
+"""Estimate the GPU memory that the student of a run needs, from its config.json alone.
+
+`python tools/estimate_memory.py --config run.yaml --student-ranks 48`
 """
 
 from __future__ import annotations
@@ -18,9 +19,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument(
-        "--student-ranks", type=int, required=True, help="GPUs of the student, the teacher's apart"
+        "--student-ranks",
+        type=int,
+        required=True,
+        help="number of the student's GPUs, without those of the teacher",
     )
-    parser.add_argument("options", nargs="*", metavar="key=value", help="take precedence")
+    parser.add_argument(
+        "options",
+        nargs="*",
+        metavar="key=value",
+        help="options, which take precedence over the file",
+    )
     arguments = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # counting needs no GPU
     quiet_libraries()

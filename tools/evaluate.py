@@ -16,44 +16,24 @@ from zppo_mm.observability.logs import quiet_libraries
 DESCRIPTION = """Sample responses to questions, grade them as in training, and write pass@1 and
 pass@k with every answer.
 
-The model is a Hugging Face folder or the folder of a finished run. A run without
---data is evaluated on its own held-out questions, by its own settings. Started
-again with the same settings, an interrupted evaluation goes on.
-docs/evaluation.md has the details."""
+The model is a Hugging Face folder or the folder of a finished run. Without --data
+a run is evaluated on its own held-out questions, with its own settings. The same
+command continues an interrupted evaluation. Details: docs/evaluation.md."""
 
 
-def parse(arguments: list[str]) -> dict[str, Any]:
-    """Read the command line into the fields of an `EvaluationRequest`."""
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser of the tool's arguments."""
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_sampling(parser)
-    add_files(parser)
-    parser.add_argument(
-        "options",
-        nargs="*",
-        metavar="key=value",
-        help="options of tools/train_zppo.py, which take precedence over all others",
-    )
-    known = vars(parser.parse_intermixed_args(arguments))
-    # Options may follow --data and --fields, which take as many words as come.
-    data = [word for word in known["data"] if "=" not in word or Path(word).exists()]
-    fields = [word for word in known["fields"] if word.partition("=")[0] in PARTS]
-    options = [
-        word
-        for word in [*known["data"], *known["fields"]]
-        if word not in data and word not in fields
-    ]
-    return known | {
-        "data": tuple(map(Path, data)),
-        "fields": {part: column for part, _, column in (word.partition("=") for word in fields)},
-        "options": (*options, *known["options"]),
-    }
-
-
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add what is evaluated, how it is sampled, and where the results go."""
     parser.add_argument("model", type=Path, metavar="HF_DIR|RUN_DIR", help="the model")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="SHARDS|FILE",
+        help="folders of shards, or benchmark files",
+    )
     parser.add_argument(
         "--sampling",
         default="",
@@ -78,38 +58,57 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=0,
         metavar="N",
-        help="questions between two saves (default: by batch)",
+        help="questions between two saves (default: what fits the batch)",
     )
-
-
-def add_files(parser: argparse.ArgumentParser) -> None:
-    """Add the questions, and how files of other benchmarks are read."""
+    add_table_options(parser)
     parser.add_argument(
-        "--data",
-        nargs="+",
-        default=[],
-        metavar="SHARDS|FILE",
-        help="folders of shards, files of benchmarks",
+        "options",
+        nargs="*",
+        metavar="key=value",
+        help="options of tools/train_zppo.py; they take precedence over all others",
     )
+    return parser
+
+
+def add_table_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how benchmark files are read."""
     parser.add_argument(
         "--format",
         default="",
         choices=[*FORMATS],
-        help="how to read files (default: by their columns)",
+        help="format of benchmark files (default: recognised by their columns)",
     )
     parser.add_argument(
         "--fields",
         nargs="+",
         default=[],
         metavar="PART=COLUMN",
-        help=f"columns of {', '.join(PARTS)} in files",
+        help=f"column of {', '.join(PARTS)} in benchmark files",
     )
     parser.add_argument(
         "--media-root",
         type=Path,
         metavar="DIR",
-        help="what media paths in files start from (default: their folder)",
+        help="folder that media paths are relative to (default: the file's)",
     )
+
+
+def parse(arguments: list[str]) -> dict[str, Any]:
+    """Read the command line into the fields of an `EvaluationRequest`."""
+    known = vars(command_line().parse_intermixed_args(arguments))
+    # Options may follow --data and --fields, which take as many words as come.
+    data = [word for word in known["data"] if "=" not in word or Path(word).exists()]
+    fields = [word for word in known["fields"] if word.partition("=")[0] in PARTS]
+    options = [
+        word
+        for word in [*known["data"], *known["fields"]]
+        if word not in data and word not in fields
+    ]
+    return known | {
+        "data": tuple(map(Path, data)),
+        "fields": {part: column for part, _, column in (word.partition("=") for word in fields)},
+        "options": (*options, *known["options"]),
+    }
 
 
 def positive(text: str) -> int:

@@ -13,7 +13,7 @@ def main() -> None:
     """Read the command line and write the shards."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "out_dir", type=Path, help="folder for OUT_DIR/<modality>/<split>/shard-*.tar"
+        "out_dir", type=Path, help="shards are written to OUT_DIR/<modality>/<split>/"
     )
     parser.add_argument(
         "--modality",
@@ -34,7 +34,7 @@ def main() -> None:
         default=200,
         help="held-out questions per modality (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of all draws (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     arguments = parser.parse_args()
     for modality in arguments.modality:
         build_digit_shards(

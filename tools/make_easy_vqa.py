@@ -19,9 +19,9 @@ def main(argv: list[str]) -> int:
         nargs="?",
         default="datasets/easy_vqa",
         metavar="OUT_DIR",
-        help="folder (default %(default)s)",
+        help="folder of the shards (default: %(default)s)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace shards that lie there")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing shards")
     arguments = parser.parse_args(argv)
     try:
         counts = build_easy_vqa(arguments.out_dir, overwrite=arguments.overwrite)

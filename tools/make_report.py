@@ -1,4 +1,4 @@
-"""Make report.html again from a run's folder."""
+"""Write report.html of a run again, from the run's folder."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from zppo_mm.report.page import write_report
 def main() -> None:
     """Read the command line and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_folder", type=Path, help="a run's folder, such as runs/demo")
+    parser.add_argument("run_folder", type=Path, help="folder of a run, such as runs/demo")
     parser.add_argument(
-        "--examples", type=int, default=4, help="questions shown with their prompts and answers"
+        "--examples", type=int, default=4, help="number of questions shown (default: %(default)s)"
     )
     arguments = parser.parse_args()
     if not arguments.run_folder.is_dir():

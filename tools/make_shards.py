@@ -25,14 +25,16 @@ CONVERT_HELP = """Turn JSON lines and media files into webdataset shards with an
 
 Each line: {"id": …, "question": …, "answer": …, "answer_type": "math" | "choice" | "open",
 "choices": […], "source": …, "media": ["path", …]}.
-Choices, source, media and id may be left out; the answer to a choice question is
-its letter. docs/data.md has the details.
-Files of benchmarks: make_shards.py benchmark FILE OUT_DIR. To check shards:
-make_shards.py lint FOLDER (each has its own --help)."""
+Choices, source, media and id are optional. The answer to a choice question is the
+letter or text of an option. Details: docs/data.md.
+
+Other commands, each with its own --help:
+  make_shards.py benchmark FILE OUT_DIR   convert a benchmark file
+  make_shards.py lint FOLDER              check shards"""
 BENCHMARK_HELP = """Turn a benchmark's file (JSON, JSON lines, CSV, TSV, Parquet) and the media
 beside it into shards.
 
-Its format is recognised by its columns. docs/evaluation.md has what each format means."""
+The format is recognised by its columns. Details: docs/evaluation.md."""
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
@@ -41,25 +43,25 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-decode",
         action="store_true",
-        help="do not open images and videos, check the questions only",
+        help="check only the questions, without opening images and videos",
     )
     parser.add_argument(
         "--max-media-bytes",
         type=int,
         default=limits.max_bytes,
-        help="largest media file (default %(default)s)",
+        help="maximum bytes of a media file (default: %(default)s)",
     )
     parser.add_argument(
         "--max-media-pixels",
         type=int,
         default=limits.max_pixels,
-        help="most pixels of a frame (default %(default)s)",
+        help="maximum pixels of an image or frame (default: %(default)s)",
     )
     parser.add_argument(
         "--decode-timeout-seconds",
         type=float,
         default=limits.decode_timeout_seconds,
-        help="time for one file (default %(default)s)",
+        help="maximum time to decode one file (default: %(default)s)",
     )
 
 
@@ -109,19 +111,21 @@ def conversion_parser(prog: str, description: str, source: str) -> argparse.Argu
         type=float,
         default=0.05,
         metavar="FRACTION",
-        help="stop above this fraction of bad samples (default %(default)s)",
+        help="stop above this fraction of bad samples (default: %(default)s)",
     )
     parser.add_argument("--strict", action="store_true", help="stop at the first bad sample")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace shards that lie in OUT_DIR"
+        "--overwrite", action="store_true", help="replace existing shards in OUT_DIR"
     )
     parser.add_argument(
         "--media-root",
         metavar="DIR",
-        help="folder that paths of media start from and may not leave (default: the file's)",
+        help="folder that media paths are relative to and may not leave (default: the file's)",
     )
     parser.add_argument(
-        "--follow-links", action="store_true", help="let links below the media root lead out of it"
+        "--follow-links",
+        action="store_true",
+        help="allow links below the media root to lead out of it",
     )
     add_limits(parser)
     return parser
@@ -133,7 +137,7 @@ def add_format(parser: argparse.ArgumentParser) -> None:
         "--format",
         default="",
         choices=[*FORMATS],
-        help="how to read the file (default: by its columns)",
+        help="format of the file (default: recognised by its columns)",
     )
     parts = ", ".join(PARTS)
     parser.add_argument(
@@ -142,7 +146,7 @@ def add_format(parser: argparse.ArgumentParser) -> None:
         type=field,
         default=[],
         metavar="PART=COLUMN",
-        help=f"columns of {parts}",
+        help=f"column of {parts}",
     )
 
 
@@ -171,7 +175,7 @@ def run_lint(argv: list[str]) -> int:
         "folders",
         nargs="+",
         metavar="FOLDER",
-        help="folders of shards used in one run; ids must not repeat over them",
+        help="all shard folders of one run, so that repeated ids are found",
     )
     add_limits(parser)
     arguments = parser.parse_args(argv)
@@ -197,7 +201,7 @@ def run_convert(argv: list[str]) -> int:
         type=int,
         default=1000,
         metavar="N",
-        help="most samples of one shard (default %(default)s)",
+        help="maximum samples of one shard (default: %(default)s)",
     )
     arguments = parser.parse_args(argv)
     health = SampleHealth(arguments.max_bad_fraction, arguments.strict)

@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument(
         "--num-held-out", type=int, default=100, help="held-out questions (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of all draws (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     arguments = parser.parse_args()
     try:
         counts = write_sums(

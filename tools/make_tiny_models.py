@@ -13,7 +13,7 @@ from zppo_mm.bundled.recipes import RECIPES
 def main() -> None:
     """Read the command line and build the models one after another."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out_dir", type=Path, help="each model gets a folder of its name in it")
+    parser.add_argument("out_dir", type=Path, help="parent of the models' folders")
     parser.add_argument(
         "--model",
         choices=RECIPES,
@@ -21,9 +21,7 @@ def main() -> None:
         default=list(RECIPES),
         help="which models (default: all)",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of weights and questions (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     for name in arguments.model:

@@ -1,4 +1,4 @@
-"""Say where the pieces of a run lie and how its held-out accuracy changed."""
+"""List the files of a run and its held-out accuracy before and after training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PIECES = (
 def main() -> None:
     """Read the command line and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_folder", type=Path, help="a run's folder, such as runs/demo")
+    parser.add_argument("run_folder", type=Path, help="folder of a run, such as runs/demo")
     folder = parser.parse_args().run_folder
     if not folder.is_dir():
         sys.exit(

@@ -44,7 +44,7 @@ def test_a_folder_that_is_unavailable_is_no_beginning(tmp_path: Path) -> None:
     put_back(tmp_path / "nothing yet")
     (tmp_path / "link").symlink_to(tmp_path / "a disk that is not mounted")
     (tmp_path / "file").write_text("", encoding="utf-8")
-    for name, found in (("link", "a link that leads nowhere"), ("file", "a file")):
+    for name, found in (("link", "a link without a target"), ("file", "a file")):
         with pytest.raises(
             CheckpointError, match=f"{name}: no folder, got {found}, expected the run's checkpoints"
         ):

@@ -25,7 +25,8 @@ A test fails when it is stale.
 A run takes its keys from these sources.
 Later ones take precedence:
 
-1. the defaults below, which are the paper's;
+1. the defaults below: the paper's values, where it gives them
+   (exceptions: [differences from the paper](algorithm.md#differences-from-the-paper));
 2. the bundled preset `tiny`, if no file is given;
 3. the settings of the method;
 4. the YAML file (`--config`);
@@ -33,16 +34,15 @@ Later ones take precedence:
 
 An unknown key, a value of the wrong type or out of its range, and keys that contradict one another
 are errors.
-
-*Resume*: "yes" marks a key that may change when a run is resumed.
-Any other change of a key is refused.
+An empty *allowed* means every value of the type.
+*Resume* is "yes" for keys that may change when a run is resumed; a change of any other is an error.
 """
 _METHODS_HEAD = """## Methods
 
 `method` sets the keys of its row and turns the other switches of `zone` and `distill` off.
 Explicitly set keys take precedence, so that methods can be combined: `method=zppo zone.hint=true`.
-The third column says whether the method asks the teacher at all.
-(A teacher may also compress candidates, see `teacher.compressor`.)
+The third column says whether the method asks the teacher.
+With `teacher.compressor=teacher` the NCQ methods ask it too, to compress candidates.
 """
 _FIRST_ONLY = "Not for fallback teachers."
 

@@ -13,8 +13,7 @@ class EvaluationConfig:
 
     interval: int = key(
         20,
-        "Steps between evaluations. There is always one before and one after training. 0: no "
-        "others.",
+        "Steps between evaluations, besides those before and after training. 0: only those two.",
         at_least=0,
     )
     num_questions: int = key(
@@ -53,12 +52,12 @@ class ParityConfig:
     )
     max_kl: float = key(
         0.02,
-        "In lower precision: maximum KL divergence of a modality, in nats per token. Rounding "
-        "alone gives a real model 0.002, and up to 0.006 when estimated from a few dozen tokens.",
+        "In lower precision: maximum KL divergence of a modality, in nats per token. In bfloat16 "
+        "SmolLM2-135M has 0.002, and up to 0.006 when estimated from a few dozen tokens.",
         above=0,
     )
     compare_source: bool = key(
-        True, "Compare with the source checkpoint in transformers too, if it fits into memory."
+        True, "Also compare with the source checkpoint in transformers, if it fits into memory."
     )
     max_source_seconds: float = key(
         120.0, "Time limit of the comparison with the source checkpoint.", at_least=0
@@ -74,5 +73,5 @@ class ObservabilityConfig:
     progress_bar: bool = key(True, "Show a progress bar on rank 0.")
     report: bool = key(True, "Write report.html with every checkpoint.")
     report_examples: int = key(
-        4, "Questions shown in the report with their media and prompts.", at_least=0
+        4, "Number of questions shown in the report with media, prompts and responses.", at_least=0
     )

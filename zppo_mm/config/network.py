@@ -77,8 +77,8 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = key(1, "Number of pipeline stages.", at_least=1)
     context_parallel_size: int = key(
         1,
-        "Ranks over which the tokens of every packed sequence are sharded in training, for long "
-        "responses. Each of them samples as a replica of its own.",
+        "Ranks over which the tokens of every packed micro-batch are sharded in training, for long "
+        "responses. Each of them samples as a separate replica.",
         at_least=1,
     )
     sequence_parallel: bool = key(
@@ -89,13 +89,13 @@ class ParallelConfig:
     )
     overlap_grad_reduce: bool = key(False, "Overlap the gradient reduction with the backward pass.")
     timeout_minutes: float = key(
-        10.0, "Time after which a collective that waits for a lost rank fails.", above=0
+        10.0, "Time limit of collectives, after which a silent rank counts as lost.", above=0
     )
 
 
 @dataclass(kw_only=True)
 class LoraConfig:
-    """Low-rank adapters on the language model. With them its own weights are frozen."""
+    """Low-rank adapters on the language model."""
 
     rank: int = key(
         0,

@@ -52,24 +52,22 @@ class DataConfig:
     video_max_frames: int = key(
         64, "Maximum frames of one video. A longer video is sampled more sparsely.", at_least=1
     )
-    max_media_bytes: int = key(
-        256_000_000, "Size of the largest media file that is opened.", at_least=1
-    )
+    max_media_bytes: int = key(256_000_000, "Maximum bytes of a media file.", at_least=1)
     max_media_pixels: int = key(
         40_000_000,
-        "Maximum pixels (width x height) of an image or a video frame that is decoded.",
+        "Maximum pixels (width x height) of an image or a video frame.",
         at_least=1,
     )
     decode_timeout_seconds: float = key(
         30.0,
-        "Time after which a worker that decodes an image or a video is killed and the sample "
+        "Maximum time to decode one image or video. Then its worker is killed and the sample is "
         "skipped.",
         above=0,
         may_change_on_resume=True,
     )
     num_decode_workers: int = key(
         1,
-        "Decoding processes per rank. Each served teacher that is sent media has as many again.",
+        "Decoding processes per rank, and as many again for each served teacher.",
         at_least=1,
         may_change_on_resume=True,
     )
@@ -91,7 +89,7 @@ class RolloutConfig:
     num_rollouts: int = key(8, "Student rollouts per prompt (G_S).", at_least=2)
     max_response_tokens: int = key(12288, "Maximum length of a response.", at_least=1)
     temperature: float = key(
-        1.0, "Sampling temperature. The log-probs of the loss are taken at it too.", above=0
+        1.0, "Sampling temperature, also used for the log-probs of the loss.", above=0
     )
     top_p: float = key(1.0, "Nucleus sampling. 1: off.", above=0, at_most=1)
     top_k: int = key(0, "Top-k sampling. 0: off.", at_least=0)
@@ -105,27 +103,30 @@ class RolloutConfig:
 
 @dataclass(kw_only=True)
 class ZoneConfig:
-    """What is done about hard questions: what ZPPO adds to GRPO, and its baselines."""
+    """What ZPPO and its baselines add to GRPO for hard questions."""
 
     bcq: bool = key(
         True, "Ask hard questions again with one correct and one wrong candidate (BCQ)."
     )
     ncq: bool = key(True, "Ask hard questions again with the student's own wrong answers (NCQ).")
     hint: bool = key(
-        False, "Ask hard questions again with an answer-free hint from a correct teacher rollout."
+        False, "Ask hard questions again with a hint made from a correct teacher rollout."
     )
     prefix: bool = key(
-        False, "Let the student continue the beginning of a correct teacher rollout."
+        False, "Let the student continue the first tokens of a correct teacher rollout."
     )
     inject: bool = key(
         False, "Replace a wrong student rollout of a hard question by a correct teacher rollout."
     )
-    replay: bool = key(True, "Replay hard questions from the buffer until the student solves them.")
+    replay: bool = key(True, "Replay hard questions until the student solves them.")
     tau: float = key(
-        0.5, "A question is hard while its mean accuracy is below this.", at_least=0, at_most=1
+        0.5,
+        "A question is hard if the mean reward of its plain rollouts is below this.",
+        at_least=0,
+        at_most=1,
     )
     rho_replay: float = key(
-        0.25, "Replayed questions per step, as a fraction of new ones.", at_least=0
+        0.25, "Replayed questions per step, as a fraction of the new ones.", at_least=0
     )
     rho_aug: float = key(
         0.25,
@@ -173,16 +174,18 @@ class AlgorithmConfig:
         "groups.",
         choices=("none", "nonzero", "all"),
     )
-    clip_ratio_low: float = key(0.20, "Lower clip range of the ratio.", at_least=0, below=1)
-    clip_ratio_high: float = key(0.28, "Upper clip range of the ratio.", above=0)
+    clip_ratio_low: float = key(
+        0.20, "The ratio is clipped at 1 minus this (eps_low).", at_least=0, below=1
+    )
+    clip_ratio_high: float = key(0.28, "The ratio is clipped at 1 plus this (eps_high).", above=0)
     clip_ratio_c: float = key(
-        10.0, "Dual clip: bound of the ratio for negative advantages.", above=1
+        10.0, "Dual clip: upper bound of the ratio for negative advantages.", above=1
     )
     importance_cap: float = key(
         0.0,
-        "Truncated importance sampling: a token's loss is weighted by its probability under the "
-        "trained network divided by that of the sampler, at most this. Old log-probs are then "
-        "computed by the trained network. 0: off.",
+        "Truncated importance sampling: a token's loss is weighted by the ratio of its "
+        "probabilities under the trained network and under the sampler, at most this. The old "
+        "log-probs are then those of the trained network. 0: off.",
         at_least=0,
     )
 
@@ -195,14 +198,14 @@ class DistillConfig:
 
     source: str = key(
         "none",
-        "Whose text is distilled on: `none` (no distillation), `teacher` (its correct rollouts) or "
-        "`student` (its own rollouts).",
+        "Text on which to distill: `none` (no distillation), `teacher` (the teacher's correct "
+        "rollouts) or `student` (the student's rollouts).",
         choices=("none", "teacher", "student"),
     )
     top_k: int = key(
         0,
-        "Number of teacher log-probs used per token; all other tokens together are one more "
-        "outcome. 0: the whole distribution.",
+        "Number of teacher log-probs per token. All other tokens count as one outcome. 0: the "
+        "whole distribution.",
         at_least=0,
     )
 
@@ -221,8 +224,8 @@ class TrainConfig:
     )
     stop_within_seconds: float = key(
         300.0,
-        "Time to end with a checkpoint after SIGTERM, SIGINT (Ctrl-C), SIGUSR1 or `max_hours`. "
-        "Then the process exits.",
+        "Maximum time to write a checkpoint and exit after SIGTERM, SIGINT (Ctrl-C), SIGUSR1, "
+        "SIGHUP or `max_hours`.",
         above=0,
         may_change_on_resume=True,
     )
@@ -232,14 +235,14 @@ class TrainConfig:
     )
     micro_batch_tokens: int = key(
         16384,
-        "Maximum tokens of one forward pass. A longer sequence has a forward pass of its own.",
+        "Maximum tokens of a micro-batch. A longer sequence is a micro-batch by itself.",
         at_least=1,
         may_change_on_resume=True,
     )
     share_prompts: str = key(
         "auto",
-        "Shared-prefix training: the prompt of a group is computed once per forward pass instead "
-        "of once per rollout. `auto`: where the layers support it.",
+        "Shared-prefix training: the prompt of a group is computed once per micro-batch instead "
+        "of once per rollout. `auto`: if the layers support it.",
         choices=("auto", "always", "never"),
         may_change_on_resume=True,
     )
@@ -274,21 +277,19 @@ class RewardConfig:
 
     timeout_seconds: float = key(
         5.0,
-        "CPU time for grading one answer in a worker process. A rollout that exceeds it is left "
-        "out.",
+        "Maximum CPU time for grading one answer. A rollout that exceeds it is left out.",
         above=0,
     )
     budget_seconds: float = key(
         60.0,
-        "Maximum time for grading all answers of one call on a rank. Rollouts not graded by then "
-        "are left out.",
+        "Maximum time of one grading call on a rank. Rollouts not graded by then are left out.",
         above=0,
     )
     num_workers: int = key(2, "Grading processes per rank.", at_least=1)
     judge: bool = key(
         True,
         "Grade questions of answer type `open` by a language model: a served one, or the teacher "
-        "on its own ranks. Without it such questions are refused.",
+        "on its own ranks. Without a judge such questions are skipped.",
     )
     judge_endpoints: list[str] = key(
         [],
@@ -299,8 +300,7 @@ class RewardConfig:
     judge_max_tokens: int = key(512, "Maximum length of the judge's reply.", at_least=1)
     judge_max_wait_seconds: float = key(
         300.0,
-        "Time after which a rollout is left out because the judge does not reply, over all "
-        "attempts.",
+        "Maximum time for a reply of the judge, over all attempts. Then the rollout is left out.",
         above=0,
     )
     judge_template: str = key("", "File with the judge's prompt. Empty: the bundled one.")

@@ -25,8 +25,8 @@ class TeacherConfig:
     )
     num_ranks: int = key(
         0,
-        "The last ranks of the job, which run only the teacher. 0: the student's ranks run both "
-        "models in turn. Not with `endpoints`.",
+        "Number of ranks, the last of the job, that run only the teacher. 0: the student's ranks "
+        "run both models in turn. Not with `endpoints`.",
         at_least=0,
         may_change_on_resume=True,
     )
@@ -53,8 +53,8 @@ class TeacherConfig:
         "wait",
         "What to do if the teacher does not answer. `wait`: retry until `max_wait_seconds`, then "
         "stop with a checkpoint. `ncq_only`: after `num_retries`, continue without its answers. "
-        "`stop`: after `num_retries`, stop with a checkpoint. Teacher ranks that have ended stop "
-        "the run.",
+        "`stop`: after `num_retries`, stop with a checkpoint. If teacher ranks have ended, the run "
+        "stops in any case.",
         choices=("wait", "ncq_only", "stop"),
         may_change_on_resume=True,
     )
@@ -92,7 +92,7 @@ class TeacherConfig:
     )
     max_wait_seconds: float = key(
         3600.0,
-        "Time after which a question counts as not answered, over all attempts.",
+        "Maximum time for the answer to a question, over all attempts.",
         above=0,
         may_change_on_resume=True,
     )
@@ -121,7 +121,7 @@ class TeacherConfig:
     compressor: str = key(
         "rule",
         "How candidates are compressed and hints written. `rule`: lines of the response are "
-        "selected. `teacher`: the teacher rewrites the response.",
+        "selected. `teacher`: the teacher rewrites the response, as in the paper.",
         choices=("rule", "teacher"),
         first_teacher_only=True,
     )

@@ -27,7 +27,7 @@ TEMPLATE_FIELDS = ("question", "reference", "answer")
 COUNTED = ("judged", "judge_malformed", "judge_disagreements", "judge_failures")
 
 Complete = Callable[[Sequence[str]], Sequence[str | None]]
-"""From prompts to one greedy reply each; `None` where there is none."""
+"""From prompts to one greedy reply each; `None` if there was none."""
 
 
 class LlmJudge:

@@ -78,7 +78,7 @@ def put_back(folder: Path) -> None:
     if os.path.lexists(folder) and not folder.is_dir():
         raise CheckpointError(
             f"{folder}: no folder, got "
-            f"{'a link that leads nowhere' if folder.is_symlink() else 'a file'}, expected the "
+            f"{'a link without a target' if folder.is_symlink() else 'a file'}, expected the "
             "run's checkpoints; bring back the disk that they are on, or remove it to start again"
         )
     restore_replaced(folder, "step_*")

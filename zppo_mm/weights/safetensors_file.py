@@ -186,7 +186,7 @@ def _parse_json(text: bytes) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
             [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
-            raise ValueError(f"{name[:80]!r} stands twice")
+            raise ValueError(f"{name[:80]!r} occurs twice")
         return found
 
     if not text.startswith(b"{"):
