@@ -110,6 +110,7 @@ PROGRAM = """
 import logging, os, signal, subprocess, sys, time
 from zppo_mm.interruption import Interruption
 logging.basicConfig(format="%(message)s")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be inherited as ignored
 interruption = Interruption()
 interruption.listen()
 interruption.limit(60, 0)
@@ -149,7 +150,7 @@ def test_a_process_handles_real_signals_and_its_children_are_left_alone(
     with started_program() as process:
         assert process.stdout is not None
         inherited = process.stdout.readline()
-        assert all(f"<Signals.{each.name}" in inherited for each in SIGNALS)
+        assert all(f"<Signals.{each.name}" in inherited for each in SIGNALS), inherited
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
         assert process.stdout.readline() == f"asked {number.name}\n"
