@@ -7,17 +7,21 @@ import sys
 from pathlib import Path
 
 from zppo_mm.report.run_record import read_run
+from zppo_mm.run_folder import RunFolder
 
-PIECES = (
-    ("resolved configuration", "config.yaml"),
-    ("metrics", "metrics.jsonl"),
-    ("evaluations", "evaluation.jsonl"),
-    ("transcripts", "transcripts"),
-    ("replay buffer by step", "buffer"),
-    ("checkpoints", "checkpoints"),
-    ("trained student, Hugging Face format", "hf"),
-    ("report", "report.html"),
-)
+
+def described_files(folder: RunFolder) -> tuple[tuple[str, Path], ...]:
+    """Return what a run writes, and where."""
+    return (
+        ("resolved configuration", folder.config),
+        ("metrics", folder.metrics),
+        ("evaluations", folder.evaluations),
+        ("transcripts", folder.transcripts),
+        ("replay buffer by step", folder.buffers),
+        ("checkpoints", folder.checkpoints),
+        ("trained student, Hugging Face format", folder.hf),
+        ("report", folder.report),
+    )
 
 
 def main() -> None:
@@ -30,9 +34,9 @@ def main() -> None:
             f"show_run: no such folder, got {folder}, expected a run's folder; give the one under "
             "runs/"
         )
-    for name, piece in PIECES:
-        if (folder / piece).exists():
-            print(f"{name + ':':<38} {folder / piece}")
+    for name, path in described_files(RunFolder(folder)):
+        if path.exists():
+            print(f"{name + ':':<38} {path}")
     evaluations = read_run(folder).evaluations
     for label, evaluation in (
         (("before", evaluations[0]), ("after", evaluations[-1])) if evaluations else ()
