@@ -1,6 +1,4 @@
-"""Runs with the teacher on the last rank of the job: the same run as without, answers while the
-student samples, and a judge.
-"""
+"""Runs with the teacher on the last rank of the job: the same run as without, and a judge."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ def options(**changes: Any) -> list[str]:
     return [f"{name}={value}" for name, value in {**COMMON, **changes}.items()]
 
 
-def test_the_run_is_the_same_and_the_teacher_answers_meanwhile(tmp_path: Path) -> None:
+def test_the_run_is_the_same_as_with_the_teacher_inside(tmp_path: Path) -> None:
     inside = run(tmp_path, "inside", *options(), processes=2)
     # Small parts, so that the teacher is asked early in the plain phase and there is something left
     # to sample while it answers.
@@ -47,11 +45,6 @@ def test_the_run_is_the_same_and_the_teacher_answers_meanwhile(tmp_path: Path) -
     for row in lines(apart / "metrics.jsonl"):
         assert row["teacher/answer_seconds"] > 0
         assert row["teacher/failed_questions"] == row["teacher/lost_rollouts"] == 0
-    # The student waited for less time than the teacher took: it sampled in the rest.
-    rows = lines(apart / "metrics.jsonl")
-    assert sum(row["seconds/teacher"] for row in rows) < sum(
-        row["teacher/answer_seconds"] for row in rows
-    )
     log = (apart / "run.log").read_text()
     assert "trained model in" in log
     # Resumed without ranks for the teacher, the run goes on.
