@@ -17,7 +17,7 @@ from encoders.config import TIMESTAMPED, VideoLayout
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import NO_TOKEN
 from zppo_mm.models.families.table import FAMILIES
-from zppo_mm.rollout.chat_template import QUESTION, ChatTemplate, read_json
+from zppo_mm.rollout.chat_template import QUESTION, THINKING_SWITCH, ChatTemplate, read_json
 from zppo_mm.rollout.tokenizer import load_tokenizer, special_ids, token_bytes
 from zppo_mm.rollout.vocabulary import (
     GENERATION_FILE,
@@ -53,6 +53,9 @@ class ChatFormat:
     Args:
         hf_dir: Folder with tokenizer, chat template and config.json.
         template_kwargs: Variables of the chat template.
+
+    Attributes:
+        prefix: What comes between a prompt's text and the answer.
 
     Raises:
         ConfigError: No chat template or one that cannot render a question, no stop token, tokens
@@ -96,6 +99,7 @@ class ChatFormat:
             num_embedding_rows(config),
         )
         self._check_prompts(num_embedding_rows(config))
+        self.prefix = self._template.generation_prefix()
 
     def render(self, text: str, media: Sequence[MediaKind]) -> Rendered:
         """Render one user message, media first, and the start of the answer.
@@ -181,6 +185,11 @@ class ChatFormat:
             if one != another:
                 return f"{name} are {one} and {another}"
         return ""
+
+    @property
+    def can_switch_thinking(self) -> bool:
+        """Whether the chat template reads `enable_thinking`."""
+        return THINKING_SWITCH in self._template.variables
 
     @property
     def special_tokens(self) -> tuple[str, ...]:

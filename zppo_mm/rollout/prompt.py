@@ -20,9 +20,9 @@ from encoders.processor import VisionInput, process_image, process_video
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import IntArray, Prompt, Rollout
 from zppo_mm.rollout.chat import ChatFormat, Piece
+from zppo_mm.rollout.chat_template import THINK_CLOSE, THINK_OPEN
 
 DEFAULT_CACHE_BYTES = 512 * 1024 * 1024
-THINK_OPEN = "<think>"
 
 
 class PromptError(ReasonedError):
@@ -47,6 +47,9 @@ class PromptEncoder:
         chat_template_kwargs: Variables of the chat template, e.g. `{"enable_thinking": False}`.
         max_cached_bytes: Most bytes of patches kept.
 
+    Attributes:
+        chat: The model's chat format.
+
     Raises:
         ConfigError: The folder lacks a part or contradicts itself.
     """
@@ -59,7 +62,9 @@ class PromptEncoder:
         chat_template_kwargs: Mapping[str, object] | None = None,
         max_cached_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
-        self.chat = ChatFormat(hf_dir, chat_template_kwargs)
+        self.folder = Path(hf_dir)
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.chat = ChatFormat(hf_dir, self.chat_template_kwargs)
         try:
             self._processor = (
                 read_processor_config(hf_dir, self.chat.video_layout)
@@ -68,7 +73,6 @@ class PromptEncoder:
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self._prompt_opens_thought = self.chat.render("", []).text.rstrip().endswith(THINK_OPEN)
         self._open = media
         self._cache: OrderedDict[tuple[MediaRef, ...], tuple[VisionInput, ...]] = OrderedDict()
         self._max_cached_bytes = max_cached_bytes
@@ -182,11 +186,14 @@ class PromptEncoder:
         """Return the tokens that this model would have a response in that another one wrote.
 
         A response that opens its reasoning itself loses that tag where this model's prompts open it
-        already.
+        already. One whose own prompt opened it gets the tag where this model's prompts do not.
         """
         text = rollout.text
-        if self._prompt_opens_thought and text.lstrip().startswith(THINK_OPEN):
+        prompt_opens = self.chat.prefix.thinking == "opened"
+        if prompt_opens and text.lstrip().startswith(THINK_OPEN):
             text = text.lstrip().removeprefix(THINK_OPEN).removeprefix("\n")
+        elif not prompt_opens and THINK_CLOSE in text.partition(THINK_OPEN)[0]:
+            text = f"{THINK_OPEN}\n{text}"
         ids = self.chat.tokenize([text])
         return [*ids, self.stop_token_ids[0]] if rollout.finish_reason == "stop" else ids
 
