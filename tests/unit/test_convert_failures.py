@@ -180,13 +180,8 @@ def test_a_failing_round_fails_the_export(
         return real(file, data, position)
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(
-        ModelError,
-        match=(
-            r"No space left on device while writing the key model\.\S+: "
-            r".*back\.incomplete/model-0000"
-        ),
-    ):
+    message = r"No space left on device while writing the key model\.\S+: .*back\.incomplete/model-"
+    with pytest.raises(ModelError, match=message):
         export_hf_weights(network, source, tmp_path / "back")
     assert list(tmp_path.iterdir()) == []
 
