@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support import tiny_families, tiny_qwen
 from tests.support.published_sizes import PUBLISHED
+from tests.support.running import run_python
 from tests.support.tiny_fp8 import LINEARS, quantise
 from tests.support.tools import load_tool
 from zppo_mm.config.schema import ParallelConfig
@@ -104,25 +103,13 @@ def test_help_needs_no_torch() -> None:
         "'transformers', 'megatron'} & set(sys.modules)"
     )
     for arguments in (["--help"], ["import", "--help"]):
-        result = subprocess.run(
-            [sys.executable, "-c", code, str(TOOL), *arguments],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            check=True,
-        )
+        result = run_python("-c", code, str(TOOL), *arguments)
         assert "HF_DIR" in result.stdout or "inspect" in result.stdout
 
 
 @pytest.mark.medium
 def test_a_user_error_is_one_line(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, str(TOOL), "inspect", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
+    result = run_python(str(TOOL), "inspect", str(tmp_path))
     assert result.returncode == 1
     assert "config.json: the file is missing" in result.stderr
     assert "Traceback" not in result.stderr

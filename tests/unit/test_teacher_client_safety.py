@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import free_port
 from tests.support.pool_asking import ASK, GOOD, KEY, PATIENT, ask, faults, texts
 from tests.support.raw_server import Say, completion, http, say, serve_raw
+from tests.support.running import free_port
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.errors import ConfigError

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from tests.support.fault_proxy import FAULTS, PASS, FaultProxy, stand_between
-from tests.support.launch import free_port
 from tests.support.loopback_server import LoopbackServer, TinyModel, serve
+from tests.support.running import free_port
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.errors import ConfigError
