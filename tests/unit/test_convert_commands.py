@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from pathlib import Path
 from types import ModuleType
 
@@ -76,21 +74,6 @@ def test_the_command_line_is_read(tool: ModuleType) -> None:
 def test_other_options_are_refused(tool: ModuleType, option: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         tool.parse(["import", "a", "b", option])
-
-
-def test_the_documents_commands_are_accepted(tool: ModuleType) -> None:
-    found = []
-    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        for block in re.findall(
-            r"^```\w*\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-        ):
-            for words in (
-                shlex.split(line, comments=True)
-                for line in block.splitlines()
-                if "tools/convert_checkpoint.py" in line
-            ):
-                found.append(tool.parse(words[words.index("tools/convert_checkpoint.py") + 1 :])[0])
-    assert set(found) == set(tool.COMMANDS)
 
 
 def test_help_needs_no_torch() -> None:
