@@ -41,9 +41,9 @@ def metrics_log(run: Run, folder: RunFolder, done: int) -> Iterator[MetricsLog |
         yield None
         return
     config = run.config
-    warn_of_few_questions(config, run.stream.num_samples)
+    warn_of_few_questions(config.train.num_new_questions, run.stream.num_samples)
     sinks = open_metrics_log(config.observability, folder, config.train.train_iters, done)
-    log = MetricsLog((sinks, LearningWatch(config)))
+    log = MetricsLog((sinks, LearningWatch(config.rollout, config.distill)))
     try:
         yield log
     finally:
