@@ -163,6 +163,8 @@ def train_until_killed(model: Path, target: Path, sign: str) -> None:
     writer = CheckpointWriter(target, 1)
     writer.save(1, policy, {"step": 1})
     writer.finish()
+    # However late the kill comes, the second checkpoint is not complete.
+    setattr(Path, "rename", lambda *_: threading.Event().wait())  # noqa: B010
     threading.Thread(target=kill_this_process_at, args=(target / sign,), daemon=True).start()
     while True:
         writer.save(2, policy, {"step": 2})

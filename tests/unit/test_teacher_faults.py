@@ -158,9 +158,7 @@ def test_a_server_that_is_not_there(server: LoopbackServer) -> None:
     assert lost.problem.startswith("connection: ")
     assert not lost.is_refused
     assert (counts["requests"], counts["retries"]) == (3, 2)
-    started = time.monotonic()
     (late,), _ = ask_all([dead], asks(1), RetryPolicy(max_seconds=0.5, num_retries=None))
-    assert time.monotonic() - started < 10
     assert late.problem.startswith("not answered within 0.5 s, last connection: ")
 
 
@@ -268,10 +266,12 @@ def test_a_wrong_model_and_a_server_not_yet_there(
 def test_closing_drops_what_is_in_flight(server: LoopbackServer) -> None:
     server.latency_seconds = 30.0
     pool = EndpointPool([server.url], "tiny", settings())
+    num_before = len(server.requests)
     future = pool.submit(asks(1), LONG)
-    time.sleep(0.5)
+    while len(server.requests) == num_before:
+        time.sleep(0.01)
     started = time.monotonic()
     pool.close()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < server.latency_seconds - 5
     assert future.done()
     server.latency_seconds = 0.0
