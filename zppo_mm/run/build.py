@@ -115,19 +115,19 @@ def build_run(
     if ranks is not None:
         ranks.wait_until_ready()
     return Run(
-        config,
-        stages,
-        policy,
-        stream,
-        feed,
-        held_out,
-        evaluation_sampling(config.evaluation, config.rollout, encoder),
-        media,
-        verifier,
-        shared.encoders,
-        teachers,
-        _once(pool, judges, *teachers.pools),
-        judge,
+        config=config,
+        stages=stages,
+        policy=policy,
+        stream=stream,
+        feed=feed,
+        held_out=held_out,
+        evaluation_sampling=evaluation_sampling(config.evaluation, config.rollout, encoder),
+        media=media,
+        verifier=verifier,
+        encoders=shared.encoders,
+        teachers=teachers,
+        pools=_once(pool, judges, *teachers.pools),
+        judge=judge,
     )
 
 

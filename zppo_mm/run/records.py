@@ -139,14 +139,15 @@ def refresh_report(run: Run, folder: RunFolder) -> None:
 
 def _write_report(run: Run, folder: RunFolder) -> None:
     observability = run.config.observability
-    if parallel.rank() == 0 and observability.report:
-        try:
-            write_report(
-                folder.path, lambda ref: run.media.open(ref).pixels, observability.report_examples
-            )
-        except Exception:
-            # A page about the run must not end it; tools/make_report.py draws it again.
-            logger.exception("the report could not be written, the run goes on")
+    if not observability.report:
+        return
+    try:
+        write_report(
+            folder.path, lambda ref: run.media.open(ref).pixels, observability.report_examples
+        )
+    except Exception:
+        # A page about the run must not end it; tools/make_report.py draws it again.
+        logger.exception("the report could not be written, the run goes on")
 
 
 def export_student(run: Run, folder: RunFolder) -> None:
