@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import runpy
 import shlex
 import sys
 from collections.abc import Callable
@@ -95,15 +96,15 @@ def test_every_command_line_is_accepted(
     command: Command, users_own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    tool = load_tool(command.tool)
     words = [str(users_own / word) if word in USERS_OWN else word for word in command.arguments]
+    tool = load_tool(command.tool)
     if hasattr(tool, "parse"):
         tool.parse(words)
         return
     monkeypatch.setattr(sys, "argv", [command.tool, *words])
     stop_when_parsed(monkeypatch)
     with pytest.raises(ParsedError):
-        tool.main()
+        runpy.run_path(str(tool.__file__), run_name="__main__")
 
 
 def test_the_first_commands_of_the_readme_need_nothing_of_the_users() -> None:
