@@ -28,24 +28,28 @@ def parse(arguments: list[str]) -> tuple[RunConfig, int]:
     return load_config(known.config, known.options), known.student_ranks
 
 
-def main() -> int:
-    """Read the command line, count, print a table."""
+def estimate(config: RunConfig, num_student_ranks: int) -> str:
+    """Return the table of a run; imports what needs torch."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # counting needs no GPU
     quiet_libraries()
     from zppo_mm.conversion.memory import estimate_memory, format_estimate
     from zppo_mm.models.families.architecture import load_architecture
     from zppo_mm.parallel import groups
 
+    architecture = load_architecture(config.model.student)
+    groups.initialize(ParallelConfig(), seed=0)
+    table = format_estimate(estimate_memory(architecture, config, num_student_ranks))
+    groups.shutdown()
+    return table
+
+
+def main() -> int:
+    """Read the command line, count, print a table."""
     try:
-        config, num_student_ranks = parse(sys.argv[1:])
-        architecture = load_architecture(config.model.student)
-        groups.initialize(ParallelConfig(), seed=0)
-        estimate = estimate_memory(architecture, config, num_student_ranks)
-        groups.shutdown()
+        print(estimate(*parse(sys.argv[1:])))
     except ZppoError as error:
         print(f"estimate_memory: {error}", file=sys.stderr)
         return 1
-    print(format_estimate(estimate))
     return 0
 
 
