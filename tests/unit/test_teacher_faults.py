@@ -131,9 +131,9 @@ def test_a_thousand_faults_lose_no_rollout_and_count_none_twice(server: Loopback
     # Of a hundred requests four are let through, until a thousand were spoilt.
     kinds = [PASS if draw.random() < 0.04 else next(faults, PASS) for _ in range(2000)]
     with stand_between(server.url, lambda number: kinds[number]) as proxy:
-        proxy.stall_seconds, proxy.retry_after = 11.0, "0.01"
+        proxy.stall_seconds, proxy.retry_after = 31.0, "0.01"
         config = settings(
-            read_timeout_seconds=10.0, backoff_seconds=0.0, max_concurrency=8, num_retries=1000
+            read_timeout_seconds=30.0, backoff_seconds=0.0, max_concurrency=8, num_retries=1000
         )
         outcomes, counts = ask_all([proxy.url], asks(60, 2), config=config)
     assert [sorted(outcome.choices) for outcome in outcomes] == [[0, 1]] * 60

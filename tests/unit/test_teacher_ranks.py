@@ -322,8 +322,7 @@ def test_a_partition_with_heartbeats_is_not_lost(job: Job, monkeypatch: pytest.M
         now += 9.0
         assert not student.is_other_lost()
     teacher.leave()
-    now += 11.0
-    assert not student.is_other_lost()  # the last heartbeats are read now
+    assert not student.is_other_lost()
     now += 11.0
     assert student.is_other_lost()
 
