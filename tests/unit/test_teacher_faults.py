@@ -105,7 +105,8 @@ def test_a_server_without_n_is_asked_for_each_answer_with_a_seed_of_its_own(
 @pytest.mark.parametrize("fault", FAULTS)
 def test_one_fault_of_each_kind_is_survived_and_counted(server: LoopbackServer, fault: str) -> None:
     with stand_between(server.url, lambda number: fault if number == 0 else PASS) as proxy:
-        config = settings(read_timeout_seconds=0.3) if fault == "stall" else settings()
+        proxy.stall_seconds = 5.0
+        config = settings(read_timeout_seconds=3.0) if fault == "stall" else settings()
         server_is_slow = fault == "stall"
         retries = 20 if server_is_slow else 1
         (outcome,), counts = ask_all(
