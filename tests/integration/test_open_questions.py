@@ -99,8 +99,10 @@ def test_a_judge_without_verdicts_ends_the_run_before_the_update(
         run(tmp_path, "run", *options(server.url, shards))
     (row,) = lines(folder / "metrics.jsonl")
     assert (row["reward/judge_malformed"], row["reward/judge_failures"]) == (0, 0)
-    judged = [group for group in transcript(folder, 1) if group["answer_type"] == "open"]
-    assert {rollout["reward"] for group in judged for rollout in group["rollouts"]} == {1.0}
+    rewards = [
+        rollout["reward"] for group in transcript(folder, 1) for rollout in group["rollouts"]
+    ]
+    assert rewards.count(1.0) >= row["reward/judged"] > 0
 
 
 @pytest.mark.parametrize("openness", ["half", "all"])
