@@ -177,6 +177,7 @@ def _build_stages(
             config.seed,
             temperature=config.rollout.temperature,
             importance_cap=config.algorithm.importance_cap,
+            averages_questions=config.distill.source == "teacher",
         ),
         schedule=_plain_schedule(config.teacher, config.rollout, config.seed),
         interruption=interruption,

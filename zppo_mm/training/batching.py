@@ -8,6 +8,7 @@ makes this rank's tensors from it.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -161,7 +162,12 @@ def build_batches(
             partial(pack, each, media=media, device=device, share_prompts=plan.share_prompts)
             for each in packs
         ]
-        batches.append(Batch(LazyMicrobatches(makers), plan.num_loss_tokens[update]))
+        denominator = math.fsum(
+            sample.token_weight * sample.num_loss_tokens
+            for sample, owner in zip(samples, plan.minibatch_of, strict=True)
+            if owner == update
+        )
+        batches.append(Batch(LazyMicrobatches(makers), plan.num_loss_tokens[update], denominator))
     return batches
 
 
@@ -254,6 +260,7 @@ def pack(
         cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device),
         loss_mask=join("loss_mask", zeros, torch.float32),
         advantages=join("advantages", zeros, torch.float32),
+        token_weights=join("token_weights", zeros, torch.float32),
         patches=_open_patches(prompts, media, device) if media is not None and grids else None,
         grids=torch.tensor(grids, dtype=torch.int64, device=device) if grids else None,
         uids=tuple(dict.fromkeys(s.uid for s in samples)),
