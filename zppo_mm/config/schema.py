@@ -163,6 +163,11 @@ class ZoneConfig:
         """Whether any of them is made of teacher rollouts."""
         return any(kind.uses_teacher for kind in self.kinds)
 
+    @property
+    def asks_pre_capped(self) -> bool:
+        """Whether the teacher is asked only about the hard questions that the pre-cap keeps."""
+        return all(kind.asks_pre_capped for kind in self.kinds if kind.uses_teacher)
+
 
 @dataclass(kw_only=True)
 class AlgorithmConfig:
