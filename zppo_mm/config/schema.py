@@ -259,6 +259,12 @@ class TrainConfig:
     adam_beta2: float = key(0.999, "Beta 2 of AdamW.", at_least=0, below=1)
     adam_eps: float = key(1e-8, "Epsilon of AdamW.", above=0)
     weight_decay: float = key(0.1, "Weight decay of AdamW.", at_least=0)
+    optimizer_state_dtype: str = key(
+        "float32",
+        "Data type of AdamW's moments between updates. In `bfloat16` they take half the memory, "
+        "and the second moment stops following the gradients.",
+        choices=("float32", "bfloat16"),
+    )
     clip_grad: float = key(1.0, "Maximum gradient norm.", above=0)
     freeze: list[str] = key([], "Parts that are not trained.", choices=TRAINABLE_PARTS)
 
