@@ -166,7 +166,8 @@ class ZoneConfig:
     @property
     def asks_pre_capped(self) -> bool:
         """Whether the teacher is asked only about the hard questions that the pre-cap keeps."""
-        return all(kind.asks_pre_capped for kind in self.kinds if kind.uses_teacher)
+        asking = [kind for kind in self.kinds if kind.uses_teacher]
+        return bool(asking) and all(kind.asks_pre_capped for kind in asking)
 
 
 @dataclass(kw_only=True)
@@ -262,7 +263,7 @@ class TrainConfig:
     optimizer_state_dtype: str = key(
         "float32",
         "Data type of AdamW's moments between updates. In `bfloat16` they take half the memory, "
-        "and the second moment stops following the gradients.",
+        "but with the default beta 2 the second moment cannot fall.",
         choices=("float32", "bfloat16"),
     )
     clip_grad: float = key(1.0, "Maximum gradient norm.", above=0)
