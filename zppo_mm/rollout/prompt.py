@@ -14,12 +14,13 @@ import numpy as np
 from data.errors import MediaError, ReasonedError
 from data.media.opening import Frames
 from data.question import MediaRef, Question
-from encoders.config import read_processor_config
+from encoders.config import NO_OVERRIDES
 from encoders.positions import mrope_positions
 from encoders.processor import VisionInput, process_image, process_video
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import IntArray, Prompt, Rollout
 from zppo_mm.rollout.chat import ChatFormat, Piece
+from zppo_mm.rollout.processor import read_processor
 
 DEFAULT_CACHE_BYTES = 512 * 1024 * 1024
 THINK_OPEN = "<think>"
@@ -44,6 +45,7 @@ class PromptEncoder:
             sees, the processor settings.
         media: Opens a media reference to pixels; a MediaError makes the question unusable, any
             other error is the run's.
+        overrides: Processor settings that are not to be those of the folder.
         chat_template_kwargs: Variables of the chat template, e.g. `{"enable_thinking": False}`.
         max_cached_bytes: Most bytes of patches kept.
 
@@ -56,18 +58,12 @@ class PromptEncoder:
         hf_dir: str | Path,
         media: Callable[[MediaRef], Frames],
         *,
+        overrides: Mapping[str, int | float] = NO_OVERRIDES,
         chat_template_kwargs: Mapping[str, object] | None = None,
         max_cached_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         self.chat = ChatFormat(hf_dir, chat_template_kwargs)
-        try:
-            self._processor = (
-                read_processor_config(hf_dir, self.chat.video_layout)
-                if self.chat.takes_media
-                else None
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        self._processor = read_processor(hf_dir, overrides)
         self._prompt_opens_thought = self.chat.render("", []).text.rstrip().endswith(THINK_OPEN)
         self._open = media
         self._cache: OrderedDict[tuple[MediaRef, ...], tuple[VisionInput, ...]] = OrderedDict()

@@ -77,7 +77,8 @@ def build_run(
         ZppoError: A model, its layout or a template cannot be used.
         DataError: A data source cannot be used.
     """
-    media = MediaStore(media_limits(config.data))
+    folder = student_folder(config.model)
+    media = MediaStore(media_limits(config.data, folder))
     interruption = interruption or Interruption()
     exchange = ParallelExchange(barrier, interruption.is_due)
     ranks = TeacherRanks(link, exchange) if link is not None else None
@@ -91,7 +92,6 @@ def build_run(
     reward = config.reward
     verifier = Verifier(reward.timeout_seconds, reward.num_workers, judge, reward.budget_seconds)
     shared = Shared(config, media, verifier, exchange)
-    folder = student_folder(config.model)
     encoder = shared.encoder(folder)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     student = load_model(config.model, config.parallel, folder, trainable=True)
