@@ -17,7 +17,7 @@ CLIP_TOKENS = 128_000
 FRAME_TOKENS = 768
 """Tokens of a frame, if limits of pixels hold for a clip."""
 VIDEO_FRACTION = 0.9
-SAMPLING: Mapping[str, int | float] = {"fps": 2, "min_frames": 4, "max_frames": 768}
+SAMPLING_DEFAULTS: Mapping[str, int | float] = {"fps": 2, "min_frames": 4, "max_frames": 768}
 """Frame sampling of a folder that says nothing of it, as most published ones: what transformers'
 video processors have, and qwen-vl-utils where those take every frame.
 """
@@ -84,10 +84,10 @@ class ProcessorConfig:
     """
     video_frame_pixels: int | None = None
     """Most pixels of a frame, where limits are those of a whole video."""
-    video_frames_per_second: float = SAMPLING["fps"]
+    video_frames_per_second: float = SAMPLING_DEFAULTS["fps"]
     """Rate at which frames are sampled."""
-    video_min_frames: int = int(SAMPLING["min_frames"])
-    video_max_frames: int = int(SAMPLING["max_frames"])
+    video_min_frames: int = int(SAMPLING_DEFAULTS["min_frames"])
+    video_max_frames: int = int(SAMPLING_DEFAULTS["max_frames"])
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     rescale_factor: float = 1 / 255
@@ -128,8 +128,8 @@ def read_processor_config(
         if getattr(config, low) > getattr(config, high):
             raise ValueError(
                 f"{folder}: {low} is above {high}, got {getattr(config, low)} and "
-                f"{getattr(config, high)} by the folder's files and data.{low} or data.{high}, "
-                "expected at most the same; set the other key too"
+                f"{getattr(config, high)} from the folder's processor files and the keys of data, "
+                "expected at most the same; change one of them"
             )
     return config
 
@@ -292,7 +292,7 @@ def _sampling(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return the fields that say which frames are sampled."""
     given = {
         key: default if settings.get(key) is None else settings[key]
-        for key, default in SAMPLING.items()
+        for key, default in SAMPLING_DEFAULTS.items()
     }
     if settings.get("num_frames") is not None:
         raise ValueError(

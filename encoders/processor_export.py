@@ -3,86 +3,78 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from encoders.config import SAMPLING, ProcessorConfig
+from encoders.config import ProcessorConfig
 from encoders.processor_files import VIDEO_FILE, Settings, read_json_object, read_settings
 
 VIDEO_TYPE = "Qwen2VLVideoProcessor"
 """Of a folder without video settings of its own: those of the families whose videos are sized like
 images.
 """
+SAMPLING = {
+    "video_frames_per_second": "fps",
+    "video_min_frames": "min_frames",
+    "video_max_frames": "max_frames",
+}
+"""Fields of a `ProcessorConfig`, and what files call them."""
 IMAGE_TYPES = ("image_processor_type", "feature_extractor_type")
 
 
-def changed_files(folder: Path, config: ProcessorConfig) -> dict[str, bytes]:
-    """Return the files, by name, in which transformers reads these settings and not the folder's.
+def changed_files(folder: Path, own: ProcessorConfig, wanted: ProcessorConfig) -> dict[str, bytes]:
+    """Return the files, by name, in which transformers reads other settings than the folder's.
 
     Files that need no change are left out. All other settings of a changed file stay.
 
     Args:
         folder: With processor files.
-        config: Limits of pixels and sampling of frames; the rest is the folder's.
+        own: What they say.
+        wanted: The same with other limits of pixels or another sampling of frames.
 
     Raises:
         ValueError: A file cannot be read.
     """
-    image, video = read_settings(folder, config.video_limits_per_frame)
-    images = _with_pixels(image.content, config.image_min_pixels, config.image_max_pixels)
-    videos = _with_sampling(
-        _with_pixels(video.content, config.video_min_pixels, config.video_max_pixels), config
-    )
-    if video == image and (images != image.content or videos != video.content):
+    image, video = read_settings(folder, own.video_limits_per_frame)
+    images, videos = dict(image.content), dict(video.content)
+    if _differ(own, wanted, "image_min_pixels", "image_max_pixels"):
+        _set_pixels(images, wanted.image_min_pixels, wanted.image_max_pixels)
+    if _differ(own, wanted, "video_min_pixels", "video_max_pixels"):
+        _set_pixels(videos, wanted.video_min_pixels, wanted.video_max_pixels)
+    if _differ(own, wanted, *SAMPLING):
+        videos |= {key: getattr(wanted, name) for name, key in SAMPLING.items()}
+    if video == image and own != wanted:
         # A file of its own, so that images keep theirs.
-        kept = {key: value for key, value in videos.items() if key not in IMAGE_TYPES}
-        videos = {**kept, "video_processor_type": VIDEO_TYPE}
+        videos = {key: value for key, value in videos.items() if key not in IMAGE_TYPES}
+        videos["video_processor_type"] = VIDEO_TYPE
         video = Settings(VIDEO_FILE, "", {}, "")
     contents: dict[str, dict[str, Any]] = {}
-    for found, wanted in ((image, images), (video, videos)):
-        if wanted == found.content:
+    for found, changed in ((image, images), (video, videos)):
+        if changed == found.content:
             continue
         if found.entry:
             whole = contents.setdefault(found.file, read_json_object(folder / found.file))
-            whole[found.entry] = wanted
+            whole[found.entry] = changed
         else:
-            contents[found.file] = wanted
+            contents[found.file] = changed
     return {
         name: (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
         for name, content in contents.items()
     }
 
 
-def _with_pixels(settings: Mapping[str, Any], low: int, high: int) -> dict[str, Any]:
-    """Return settings with other limits, in every spelling that they have them in."""
-    changed = dict(settings)
+def _differ(own: ProcessorConfig, wanted: ProcessorConfig, *names: str) -> bool:
+    return any(getattr(own, name) != getattr(wanted, name) for name in names)
+
+
+def _set_pixels(settings: dict[str, Any], low: int, high: int) -> None:
+    """Set other limits, in every spelling that the settings have them in."""
     for old, new, value in (
         ("min_pixels", "shortest_edge", low),
         ("max_pixels", "longest_edge", high),
     ):
-        if settings.get(old) is not None:
-            changed[old] = value
-        size = changed.get("size") or {}
+        size = settings.get("size") or {}
         if settings.get(old) is None or size.get(new) is not None:
-            changed["size"] = {**size, new: value}
-    return changed
-
-
-def _with_sampling(settings: Mapping[str, Any], config: ProcessorConfig) -> dict[str, Any]:
-    """Return settings with another sampling; what says the same already stays out."""
-    changed = dict(settings)
-    for key, value in (
-        ("fps", config.video_frames_per_second),
-        ("min_frames", config.video_min_frames),
-        ("max_frames", config.video_max_frames),
-    ):
-        stated = settings.get(key)
-        if (SAMPLING[key] if stated is None else stated) != value:
-            changed[key] = value
-    if config.video_limits_per_frame and not settings.get("do_sample_frames"):
-        # Left to themselves these processors take every frame.
-        changed |= {"do_sample_frames": True, "fps": config.video_frames_per_second}
-    elif settings.get("do_sample_frames") is False:
-        changed["do_sample_frames"] = True
-    return changed
+            settings["size"] = {**size, new: value}
+        if settings.get(old) is not None:
+            settings[old] = value

@@ -53,8 +53,8 @@ class FrameSampling:
         """Return the indices of the chosen frames, ascending.
 
         Source: transformers, `sample_frames` of `Qwen3VLVideoProcessor` and
-        `Qwen2VLVideoProcessor`. The latter fails on a clip of fewer frames than a patch; here all
-        of them are taken.
+        `Qwen2VLVideoProcessor`. The latter fails where less than a patch can be taken; here as
+        many frames are taken as there are.
 
         Args:
             num_frames: Of the clip.
@@ -68,7 +68,7 @@ class FrameSampling:
         size = self.frames_per_patch
         most = min(self.max_frames, num_frames) // size * size
         count = int(min(max(wanted, self.min_frames), most) // size * size)
-        count = count or min(size, num_frames)
+        count = count or min(size, self.max_frames, num_frames)
         return [int(index * (num_frames / count)) for index in range(count)]
 
 

@@ -34,13 +34,13 @@ class Case:
         folder: Of the model.
         text: With a bare placeholder for every medium.
         images: Files.
-        videos: Files, and by how many quarters each is turned when it is shown.
+        videos: Files.
     """
 
     folder: Path
     text: str
     images: tuple[Path, ...] = ()
-    videos: tuple[tuple[Path, int], ...] = ()
+    videos: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,11 @@ class Processed:
 
     Attributes:
         values: Arrays and lists by name.
-        frames: Chosen frames of each video.
-        clips: Number of frames and rate of each video.
         refusal: Message of its error.
         is_exact: Whether pixels were resized by Pillow.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
-    frames: tuple[list[int], ...] = ()
-    clips: tuple[tuple[int, float], ...] = ()
     refusal: str = ""
     is_exact: bool = True
 
@@ -82,10 +78,12 @@ def _answer(case: Case, is_exact: bool) -> Processed:
     from transformers.video_utils import load_video
 
     processor = AutoProcessor.from_pretrained(case.folder)
+    # The processor of Qwen2.5-VL samples only if it is asked to, and at no rate of its own.
+    sampling = {"do_sample_frames": True, "fps": processor.video_processor.fps or 2}
     videos, metadata = [], []
-    for path, turns in case.videos:
+    for path in case.videos:
         frames, about = load_video(str(path), backend="decord")
-        videos.append(np.rot90(frames, turns, axes=(1, 2)).copy())
+        videos.append(frames)
         metadata.append({"total_num_frames": len(frames), "fps": about.fps})
     try:
         made = processor(
@@ -93,17 +91,12 @@ def _answer(case: Case, is_exact: bool) -> Processed:
             images=[Image.open(path) for path in case.images] or None,
             videos=videos or None,
             video_metadata=metadata or None,
-            return_metadata=True,
+            **sampling,
         )
     except (ValueError, ZeroDivisionError) as error:
-        return Processed(refusal=str(error))
-    chosen = made.pop("video_metadata", [])
-    return Processed(
-        {name: np.asarray(value) for name, value in made.items()},
-        tuple([int(index) for index in each.frames_indices] for each in chosen),
-        tuple((each["total_num_frames"], each["fps"]) for each in metadata),
-        is_exact=is_exact,
-    )
+        return Processed(refusal=str(error) or type(error).__name__)
+    values = {name: np.asarray(value) for name, value in made.items()}
+    return Processed(values, is_exact=is_exact)
 
 
 def _stand_in() -> None:

@@ -59,7 +59,7 @@ def test_keys_take_precedence_over_the_folder(tmp_path: Path) -> None:
     assert config == replace(read_processor_config(tmp_path), **overrides)
     with pytest.raises(
         ValueError,
-        match=r"image_min_pixels is above image_max_pixels, got 65536 and 100 .*set the other key",
+        match=r"image_min_pixels is above image_max_pixels, got 65536 and 100 .*change one",
     ):
         read_processor_config(tmp_path, overrides={"image_max_pixels": 100})
     with pytest.raises(ValueError, match="video_min_frames is above video_max_frames, got 4 and 3"):
@@ -71,11 +71,11 @@ def test_keys_take_precedence_over_the_folder(tmp_path: Path) -> None:
 def changed(folder: Path, layout: VideoLayout = TIMESTAMPED, **overrides: float) -> dict[str, Any]:
     """Return the changed files, written into the folder."""
     config = read_processor_config(folder, layout, overrides)
-    files = changed_files(folder, config)
+    files = changed_files(folder, read_processor_config(folder, layout), config)
     for name, content in files.items():
         (folder / name).write_bytes(content)
     assert read_processor_config(folder, layout) == config
-    assert changed_files(folder, config) == {}
+    assert changed_files(folder, config, config) == {}
     return {name: json.loads(content) for name, content in files.items()}
 
 
@@ -90,25 +90,23 @@ def test_only_what_differs_is_written(tmp_path: Path) -> None:
         | {"size": {"shortest_edge": 65536, "longest_edge": 70_000}}
     }
     assert changed(tmp_path, video_max_frames=20, video_frames_per_second=0.5) == {
-        "video_preprocessor_config.json": video | {"max_frames": 20, "fps": 0.5}
+        "video_preprocessor_config.json": video | {"fps": 0.5, "min_frames": 4, "max_frames": 20}
     }
 
 
 def test_the_joint_file_and_the_old_keys_are_changed_too(tmp_path: Path) -> None:
-    write_configs(tmp_path, do_sample_frames=False)
+    write_configs(tmp_path)
     image = json.loads((tmp_path / "preprocessor_config.json").read_text())
     video = json.loads((tmp_path / "video_preprocessor_config.json").read_text())
     old = image | {"min_pixels": 65536, "max_pixels": 80_000}
     joint = {"processor_class": "P", "image_processor": old, "video_processor": video}
     (tmp_path / "processor_config.json").write_text(json.dumps(joint))
-    # Frames are always sampled here.
-    sampled = video | {"do_sample_frames": True}
     assert changed(tmp_path, image_max_pixels=70_000) == {
         "processor_config.json": joint
         | {
             "image_processor": old
             | {"max_pixels": 70_000, "size": {"shortest_edge": 65536, "longest_edge": 70_000}},
-            "video_processor": sampled,
+            "video_processor": video,
         }
     }
 
@@ -127,9 +125,10 @@ def test_videos_get_a_file_where_they_had_that_of_images(tmp_path: Path) -> None
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(published))
     kept = {key: value for key, value in published.items() if key != "image_processor_type"}
     kind = {"video_processor_type": "Qwen2VLVideoProcessor"}
+    assert changed(tmp_path, ONE_RUN) == {}
     assert changed(tmp_path, ONE_RUN, image_max_pixels=20_000) == {
         "preprocessor_config.json": published | {"max_pixels": 20_000},
-        "video_preprocessor_config.json": kept | kind | {"do_sample_frames": True, "fps": 2},
+        "video_preprocessor_config.json": kept | kind,
     }
 
 

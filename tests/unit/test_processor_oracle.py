@@ -89,7 +89,7 @@ def joint(image: dict[str, Any], video: dict[str, Any]) -> dict[str, Any]:
 
 
 SAMPLED = {"fps": 4, "min_frames": 2, "max_frames": 12}
-OLD_VIDEO = OLD | {"video_processor_type": "Qwen2VLVideoProcessor", "do_sample_frames": True}
+OLD_VIDEO = OLD | {"video_processor_type": "Qwen2VLVideoProcessor"}
 LAYOUTS = {
     "qwen3_5": Layout("qwen3_5", two(IMAGES, VIDEOS), {}),
     "qwen3_5 keys": Layout("qwen3_5", two(IMAGES, VIDEOS), OVERRIDES),
@@ -125,7 +125,7 @@ class Media:
     """The files of a test by name."""
 
     images: dict[str, Path]
-    videos: dict[str, tuple[Path, int]]
+    videos: dict[str, Path]
 
 
 @pytest.fixture(scope="module")
@@ -146,17 +146,17 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Media:
     clear.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0, 0, 0, 200])
     images["clear palette"] = folder / "clear.png"
     clear.save(images["clear palette"], transparency=2)
-    videos = {name: (clip_file(name), 0) for name in CLIPS}
+    videos = {name: clip_file(name) for name in CLIPS}
     for count in NUM_FRAMES:
         path = folder / f"{count}.mp4"
         path.write_bytes(encode(noise(count)))
-        videos[f"{count} frames"] = path, 0
+        videos[f"{count} frames"] = path
     slow = folder / "slow.mp4"
     slow.write_bytes(encode(noise(30), rate=1))
-    videos["slow"] = slow, 0
+    videos["slow"] = slow
     turned = folder / "turned.mp4"
     turned.write_bytes(with_matrix(encode(noise(9)), b"tkhd", CLOCKWISE))
-    videos["turned"] = turned, 3  # quarters counterclockwise
+    videos["turned"] = turned
     return Media(images, videos)
 
 
@@ -188,7 +188,7 @@ class Asked:
 
 
 def open_media(media: Media, opener: MediaOpener, ref: MediaRef) -> Frames:
-    path = media.images[ref.key] if ref.kind == "image" else media.videos[ref.key][0]
+    path = media.images[ref.key] if ref.kind == "image" else media.videos[ref.key]
     return opener.open(path.read_bytes(), ref.kind)
 
 

@@ -58,8 +58,10 @@ def changed_processor_files(
     Raises:
         ConfigError: As `read_processor`.
     """
-    processor = read_processor(folder, overrides)
-    return {} if processor is None else changed_files(Path(folder), processor)
+    own, trained = read_processor(folder), read_processor(folder, overrides)
+    if own is None or trained is None:
+        return {}
+    return changed_files(Path(folder), own, trained)
 
 
 def frame_sampling(processor: ProcessorConfig | None) -> FrameSampling:
