@@ -64,6 +64,17 @@ def changed_processor_files(
     return changed_files(Path(folder), own, trained)
 
 
+def describe(processor: ProcessorConfig) -> str:
+    """Return the limits in words."""
+    return (
+        f"images of {processor.image_min_pixels} to {processor.image_max_pixels} pixels, "
+        f"{'frames' if processor.video_limits_per_frame else 'videos'} of "
+        f"{processor.video_min_pixels} to {processor.video_max_pixels} pixels, "
+        f"{processor.video_frames_per_second:g} frames per second, "
+        f"{processor.video_min_frames} to {processor.video_max_frames} frames"
+    )
+
+
 def frame_sampling(processor: ProcessorConfig | None) -> FrameSampling:
     """Return which frames of a video a model sees."""
     if processor is None:

@@ -32,6 +32,7 @@ from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.held_out import HeldOut, held_out_questions
+from zppo_mm.rollout.processor import describe
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.run.parts import Run
 from zppo_mm.run.shared import Shared, load_model, media_limits
@@ -107,6 +108,8 @@ def build_run(
     )
     policy = Policy(student, config.train, config.parallel, objective)
     log_part_sizes(student)
+    if encoder.processor is not None and parallel.rank() == 0:
+        logger.info("media: %s", describe(encoder.processor))
     stream = build_stream(config, SampleHealth(config.data.max_bad_fraction, config.data.strict))
     feed = _build_feed(config.data, stream, encoder, exchange, templates, verifier)
     stages = _build_stages(shared, policy, encoder, templates, teachers, feed, interruption)
