@@ -19,12 +19,15 @@ from data.imports.benchmarks import convert_benchmark
 from data.imports.convert import convert_jsonl
 from data.lint import lint
 from data.media.opening import MediaLimits, MediaOpener
+from data.media.sampling import FrameSampling
 from data.text import clean_text
 from zppo_mm.errors import ZppoError
 
 if TYPE_CHECKING:
     from zppo_mm.run.prompt_lengths import PromptLengths
 
+CHECKED_FRAMES = 64
+"""Of a video, evenly spread; how many a run takes is up to its model folder."""
 CONVERT_HELP = """Turn JSON lines and media files into webdataset shards with an index.
 
 Each line: {"id": …, "question": …, "answer": …, "answer_type": "math" | "choice" | "open",
@@ -78,6 +81,7 @@ def opener_of(arguments: argparse.Namespace) -> MediaOpener | None:
             max_bytes=arguments.max_media_bytes,
             max_pixels=arguments.max_media_pixels,
             decode_timeout_seconds=arguments.decode_timeout_seconds,
+            sampling=FrameSampling(max_frames=CHECKED_FRAMES),
         )
     )
 
