@@ -253,9 +253,9 @@ def write_folder(folder: Path, layout: Layout) -> None:
 def bare(encoder: PromptEncoder, kinds: list[MediaKind]) -> str:
     """Return the rendered prompt.
 
-    transformers from 5.0 on keeps the marks that a chat template has around a video besides those
-    of its temporal patches. Earlier versions, vLLM and the models' own training replace them, as
-    here; with a bare placeholder transformers does the same.
+    transformers 5.23 keeps the marks that a chat template has around a video besides those of its
+    temporal patches. Version 4 and vLLM replace them, as here; with a bare placeholder 5.23 does
+    the same.
     """
     text = encoder.chat.render("What is it?", kinds).text
     if encoder.chat.video_layout.timestamped:
