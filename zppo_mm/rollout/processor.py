@@ -58,7 +58,8 @@ def changed_processor_files(
     Raises:
         ConfigError: As `read_processor`.
     """
-    own, trained = read_processor(folder), read_processor(folder, overrides)
+    own = read_processor(folder) if overrides else None
+    trained = read_processor(folder, overrides) if overrides else None
     if own is None or trained is None:
         return {}
     return changed_files(Path(folder), own, trained)

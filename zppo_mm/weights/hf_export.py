@@ -52,7 +52,7 @@ def export_hf_weights(
 
     The folder has the source's weight files, keys and types, weights outside the network unchanged,
     and every other file byte for byte, unless another content is given. A quantised source gives a
-    folder that is not. It is written aside and renamed when complete; an older folder of that name
+    folder that is not. It has a temporary name until it is complete; an older folder of that name
     is replaced.
 
     Args:
