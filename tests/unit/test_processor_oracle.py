@@ -28,7 +28,10 @@ from zppo_mm.rollout.prompt import PromptEncoder
 pytestmark = pytest.mark.medium
 
 FLOAT_TOLERANCE = 1e-5  # transformers divides by the standard deviation in bytes, in another order
-TORCHVISION_BYTES = 2  # that resized bytes differ at most where torchvision resizes, not Pillow
+TORCHVISION_BYTES = 17
+"""That resized bytes differ at most where torchvision resizes, which unlike Pillow does not clip
+between its two passes: 2 in most cases, 16 in pictures of noise.
+"""
 PUBLISHED = {
     "patch_size": 16,
     "temporal_patch_size": 2,

@@ -38,7 +38,7 @@ class Evaluation:
     num_questions: int
     num_skipped: int
     truncated: float
-    num_too_long: int
+    num_too_long: int = 0
 
 
 @dataclass(frozen=True, slots=True)
