@@ -41,6 +41,8 @@ PAPER: dict[str, Any] = {
     "teacher.compression_max_lines": 5,
     "reward.judge_max_tokens": 512,
     "data.max_prompt_tokens": 4096,
+    "data.image_min_pixels": 256 * 32 * 32,
+    "data.image_max_pixels": 1280 * 32 * 32,
     "zone.tau": 0.5,
     "zone.rho_replay": 0.25,
     "zone.rho_aug": 0.25,

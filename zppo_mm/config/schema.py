@@ -46,11 +46,37 @@ class DataConfig:
         "Maximum length of a plain prompt. Longer questions are skipped and counted.",
         at_least=1,
     )
+    image_min_pixels: int = key(
+        0,
+        "Minimum pixels of an image. A smaller one is enlarged. 0: from the model folder.",
+        at_least=0,
+    )
+    image_max_pixels: int = key(
+        0,
+        "Maximum pixels of an image. A larger one is shrunk. 0: from the model folder.",
+        at_least=0,
+    )
+    video_max_pixels: int = key(
+        0,
+        "Maximum pixels of the sampled frames of a video together (of each frame with "
+        "Qwen2.5-VL). Larger frames are shrunk. 0: from the model folder.",
+        at_least=0,
+    )
     video_frames_per_second: float = key(
-        2.0, "Rate at which frames of a video are sampled.", above=0
+        0.0,
+        "Rate at which frames of a video are sampled. 0: from the model folder.",
+        at_least=0,
+    )
+    video_min_frames: int = key(
+        0,
+        "Minimum frames of a video that has as many. 0: from the model folder.",
+        at_least=0,
     )
     video_max_frames: int = key(
-        64, "Maximum frames of one video. A longer video is sampled more sparsely.", at_least=1
+        0,
+        "Maximum frames of one video. A longer video is sampled more sparsely. 0: from the model "
+        "folder.",
+        at_least=0,
     )
     max_media_bytes: int = key(256_000_000, "Maximum bytes of a media file.", at_least=1)
     max_media_pixels: int = key(
