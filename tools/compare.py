@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+import os.path
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -36,6 +38,11 @@ def main() -> int:
         help="start no run; write the report of the finished ones",
     )
     parser.add_argument(
+        "--commands",
+        action="store_true",
+        help="start no run; print the command of each, for a cluster that starts them itself",
+    )
+    parser.add_argument(
         "options",
         nargs="*",
         metavar="key=value",
@@ -50,6 +57,10 @@ def main() -> int:
     except ConfigError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
+    if arguments.commands:
+        for run in plan.runs:
+            print(shlex.join([os.path.relpath(TRAIN_TOOL), *run.arguments]))
+        return 0
     failures = [] if arguments.report_only else run_all(plan, TRAIN_TOOL)
     for table in write_comparison(plan, failures):
         print(f"\n{table.title}\n\n{markdown(table)}")

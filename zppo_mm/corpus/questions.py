@@ -60,7 +60,8 @@ def read_draft(view: RowView, recipe: CorpusRecipe, source: SourceSet) -> Draft:
         SampleError: A filter that needs no image drops it; the reason says which.
     """
     _check_pass_rate(view, source)
-    text = _text(view, "question")
+    asked = _text(view, "question")
+    text = _MARKER.sub(" ", asked).strip()
     if not text:
         raise _dropped(view, "no_question", "no question", "a text")
     answer = gold_answer(view)
@@ -81,9 +82,7 @@ def read_draft(view: RowView, recipe: CorpusRecipe, source: SourceSet) -> Draft:
             raise _dropped(
                 view, "other_answer_kind", f"answer kind {named!r:.40}", "one that is graded here"
             )
-    num_markers = text.count("<image>")
-    text = _MARKER.sub(" ", text).strip()
-    return _graded(text, answer, kind, num_markers)
+    return _graded(text, answer, kind, asked.count("<image>"))
 
 
 def gold_answer(view: RowView) -> str:
