@@ -126,6 +126,7 @@ def test_every_filter_is_counted_by_itself(tmp_path: Path) -> None:
     assert fates(report, "GameQA-140K") == {"other_subset": 1, "kept": 0}
     assert fates(report, "") == {"other_subset": 1, "kept": 0}
     assert fates(report, "FineVision-ai2d_merged") == {"merged": 1, "kept": 0}
+    assert report.empty_subsets == []
     assert sum(each.rows for each in report.subsets) == len(vero) + len(fine) + 1  # and tallyqa
     assert report.num_samples == len(questions) == 4 + 3 + 1
     assert {each.source for each in questions} == {"ai2d", "bmmr", "tallyqa"}
@@ -143,8 +144,15 @@ def test_the_report_adds_up_in_text_and_json(tmp_path: Path) -> None:
         *("set", "subset", "name", "rows", "merged", "no_answer", "over_cap", "kept"),
     ]
     assert rows[0].split() == ["vero", AI2D, "ai2d", "7", "1", "4", "2"]
+    assert "subsets without a sample: none\n" in (tmp_path / "out" / "corpus.txt").read_text()
     # 7 + 1 of tallyqa + 1 of BMMR + 1 merged; 2 + 1 + 1 kept.
     assert rows[-1].split() == ["all", "10", "1", "1", "4", "4"]
+
+
+def test_a_subset_without_a_sample_is_named(tmp_path: Path) -> None:
+    report, _ = draw(tmp_path, {FILE: [vero_row(1, answer="")]})
+    assert report.empty_subsets == ["ai2d"]
+    assert "subsets without a sample: ai2d\n" in report.text()
 
 
 def test_caps_are_filled_in_spite_of_dropped_images(tmp_path: Path) -> None:

@@ -88,7 +88,8 @@ def test_inline_options(text: str, stem: str | None, options: tuple[str, ...]) -
         ("x = 5, y = 3", None, "Solve", ("math", "x = 5, y = 3", 0)),
         ("New York City", None, "Where?", ("open", "New York City", 0)),
         ("It falls to the ground", None, "What?", ("open", "It falls to the ground", 0)),
-        ("A", "llm_judge", "Why? A) x B) y", ("open", "A", 0)),
+        ("A", "llm_judge", "Why? A) x B) y", ("choice", "A", 2)),
+        ("x", "llm_judge", "Why? A) x B) y", ("open", "x", 0)),
     ],
 )
 def test_how_an_answer_is_graded(

@@ -28,7 +28,7 @@ class PromptCheck:
 
     def __init__(self, config: RunConfig, min_image_side: int) -> None:
         self._opener = MediaOpener(media_limits(config.data))
-        self._encoder = PromptEncoder(student_folder(config.model), self._open, max_cached_bytes=0)
+        self._encoder = PromptEncoder(student_folder(config.model), self._open)
         self._templates = load_templates(config.zone.templates, self._encoder.chat.special_tokens)
         self._max_tokens = config.data.max_prompt_tokens
         self._min_side = min_image_side
@@ -46,6 +46,8 @@ class PromptCheck:
             "corpus", sample.key, content, (extension for extension, _ in sample.media)
         )
         self._media = dict(sample.media)
+        # Keys are those of rows, which repeat from file to file.
+        self._encoder.forget_media()
         prompt, _ = self._encoder.encode(self._templates.plain_text(question), question)
         if len(prompt.token_ids) > self._max_tokens:
             raise SampleError(

@@ -87,6 +87,14 @@ class CorpusReport:
         """Samples of the corpus."""
         return sum(each.kept for each in self.subsets)
 
+    @property
+    def empty_subsets(self) -> list[str]:
+        """Canonical names of which no sample was kept."""
+        kept = Counter[str]()
+        for each in self.subsets:
+            kept[each.canonical] += each.kept
+        return [name for tier in self.recipe.tiers for name in tier.subsets if not kept[name]]
+
     def text(self) -> str:
         """Return the tables: rows by subset and reason, and the samples by answer type."""
         reasons = sorted({reason for each in self.subsets for reason in each.dropped})
@@ -103,7 +111,11 @@ class CorpusReport:
             f"{name}: " + ", ".join(f"{kind} {count}" for kind, count in counts.items())
             for name, counts in self.answer_types.items()
         )
-        return f"{table}\n\nkept samples by answer type\n{types}\n"
+        empty = ", ".join(self.empty_subsets) or "none"
+        return (
+            f"{table}\n\nkept samples by answer type\n{types}\n\n"
+            f"subsets without a sample: {empty}\n"
+        )
 
 
 def write_report(folder: Path, report: CorpusReport) -> None:
