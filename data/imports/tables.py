@@ -219,14 +219,14 @@ def read_parquet(
         yield number, row if isinstance(row, SampleError) else _checked(path, number, row)
 
 
-def parquet_schema(path: Path) -> Schema:
-    """Return the columns of a Parquet file, from its end alone.
+def parquet_head(path: Path) -> tuple[Schema, int]:
+    """Return the columns of a Parquet file and the number of its rows, without reading these.
 
     Raises:
-        DataError: The file cannot be read.
+        DataError: The file cannot be read, or two columns have one name.
     """
     with _open_parquet(path) as file:
-        return file.schema_arrow
+        return file.schema_arrow, file.metadata.num_rows
 
 
 @contextmanager

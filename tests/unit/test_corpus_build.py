@@ -149,6 +149,12 @@ def test_the_report_adds_up_in_text_and_json(tmp_path: Path) -> None:
     assert rows[-1].split() == ["all", "10", "1", "1", "4", "4"]
 
 
+def test_folders_of_other_subsets_are_counted_without_being_read(tmp_path: Path) -> None:
+    other = [{"id": "1", "columns": "of their own"}, {"id": "2", "columns": "too"}]
+    report, _ = draw(tmp_path, {"captioning_IF-pixmo/train-0.parquet": other})
+    assert fates(report, "captioning_IF-pixmo") == {"other_subset": 2, "kept": 0}
+
+
 def test_a_subset_without_a_sample_is_named(tmp_path: Path) -> None:
     report, _ = draw(tmp_path, {FILE: [vero_row(1, answer="")]})
     assert report.empty_subsets == ["ai2d"]

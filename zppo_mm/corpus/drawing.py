@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from data.errors import DataError, SampleError
 from data.imports.row_view import RowView
-from data.imports.tables import Row, parquet_schema, read_parquet
+from data.imports.tables import Row, parquet_head, read_parquet
 from zppo_mm.corpus.questions import Draft, read_draft
 from zppo_mm.corpus.recipe import FROM_FOLDER, CorpusRecipe, SourceSet
 
@@ -48,18 +48,22 @@ class SourceFile:
         columns = {
             part: column for part, column in self.source.columns.used().items() if part in parts
         }
-        present = set(parquet_schema(self.path).names)
+        present = set(parquet_head(self.path)[0].names)
         heads = {
             column if column in present else column.split(".")[0] for column in columns.values()
         }
         for number, row in read_parquet(self.path, sorted(heads), numbers):
             yield number, row if isinstance(row, SampleError) else self._view(number, row, columns)
 
+    @property
+    def whole_subset(self) -> str | None:
+        """The set's own name of the subset of all rows, `None` if a column says it of each."""
+        return self.path.parent.name if self.source.columns.subset == FROM_FOLDER else None
+
     def subset(self, view: RowView) -> str:
         """Return the set's own name of a row's subset."""
-        if self.source.columns.subset == FROM_FOLDER:
-            return self.path.parent.name
-        return ", ".join(map(str, view.values("subset")))
+        whole = self.whole_subset
+        return ", ".join(map(str, view.values("subset"))) if whole is None else whole
 
     def _view(self, number: int, row: Row, columns: Mapping[str, str]) -> RowView:
         return RowView(f"{self.path}:{number}", number, self.path.stem, row, columns)
@@ -117,12 +121,21 @@ def list_files(recipe: CorpusRecipe, roots: Mapping[str, Path]) -> list[SourceFi
             )
         files += [SourceFile(source, root, path) for path in found]
     for file in files:
-        _check_columns(file)
+        if file.whole_subset is None or _refusal(recipe, file.source, file.whole_subset) is None:
+            _check_columns(file)
     return files
 
 
+def _refusal(recipe: CorpusRecipe, source: SourceSet, subset: str) -> str | None:
+    """Return the reason for which no row of a subset is taken, `None` if there is none."""
+    canonical = source.subsets.get(subset)
+    if canonical is None:
+        return "other_subset"
+    return None if recipe.set_of(canonical) == source.name else "merged"
+
+
 def _check_columns(file: SourceFile) -> None:
-    schema = parquet_schema(file.path)
+    schema, _ = parquet_head(file.path)
     missing = [
         f"{part} ({column})"
         for part, column in file.source.columns.used().items()
@@ -166,6 +179,8 @@ class Draw:
         self._recipe = recipe
         pools: dict[str, dict[bytes, Candidate]] = defaultdict(dict)
         for index, file in enumerate(files):
+            if self._leave_out(file, counts):
+                continue
             logger.info("corpus: reading the texts of %s/%s", file.source.name, file.name)
             for number, view in file.rows(_text_parts(file.source)):
                 self._add(pools, index, file, number, view, counts)
@@ -185,6 +200,17 @@ class Draw:
         """All candidates that were not taken."""
         return (candidate for waiting in self._waiting.values() for candidate in waiting)
 
+    def _leave_out(self, file: SourceFile, counts: Counts) -> bool:
+        """Count the rows of a file that is not read because its subset is not taken."""
+        subset = file.whole_subset
+        reason = None if subset is None else _refusal(self._recipe, file.source, subset)
+        if subset is None or reason is None:
+            return False
+        _, num_rows = parquet_head(file.path)
+        counts.rows[file.source.name, subset] += num_rows
+        counts.fates[file.source.name, subset, reason] += num_rows
+        return True
+
     def _add(
         self,
         pools: dict[str, dict[bytes, Candidate]],
@@ -201,23 +227,17 @@ class Draw:
         try:
             if isinstance(view, SampleError):
                 raise view
-            canonical, draft = self._draft(file, view, subset)
+            reason = _refusal(self._recipe, file.source, subset)
+            if reason is not None:
+                raise SampleError(reason, f"{view.where}: subset {subset!r} is not taken")
+            draft = read_draft(view, self._recipe, file.source)
         except SampleError as error:
             counts.fates[name, subset, error.reason] += 1
             return
         digest = _digest(self._recipe.seed, file, subset, view, draft)
         candidate = Candidate(digest, index, number, subset)
-        if pools[canonical].setdefault(digest, candidate) is not candidate:
+        if pools[file.source.subsets[subset]].setdefault(digest, candidate) is not candidate:
             counts.fates[name, subset, "duplicate"] += 1
-
-    def _draft(self, file: SourceFile, view: RowView, subset: str) -> tuple[str, Draft]:
-        canonical = file.source.subsets.get(subset)
-        if canonical is None:
-            raise SampleError("other_subset", f"{view.where}: subset {subset!r} is not taken")
-        first = self._recipe.set_of(canonical)
-        if first != file.source.name:
-            raise SampleError("merged", f"{view.where}: {canonical} is taken from {first}")
-        return canonical, read_draft(view, self._recipe, file.source)
 
 
 def _text_parts(source: SourceSet) -> list[str]:
