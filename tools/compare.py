@@ -13,13 +13,40 @@ import sys
 from pathlib import Path
 
 from zppo_mm.comparison.launch import run_all
-from zppo_mm.comparison.plan import load_plan
+from zppo_mm.comparison.plan import Plan, load_plan
 from zppo_mm.comparison.report import MARKDOWN_FILE, PAGE_FILE, write_comparison
 from zppo_mm.comparison.tables import markdown
+from zppo_mm.config.help import add_options
 from zppo_mm.errors import ConfigError
 from zppo_mm.observability.logs import configure_logging
 
 TRAIN_TOOL = Path(__file__).with_name("train_zppo.py")
+
+
+def parse(arguments: list[str]) -> tuple[Plan, str]:
+    """Read the command line: the comparison, and `run`, `report` or `commands`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="docs/comparison.md describes the keys of the file."
+    )
+    parser.add_argument("comparison", type=Path, help="YAML file of the comparison")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--report-only",
+        dest="mode",
+        action="store_const",
+        const="report",
+        help="start no run; write the report of the finished ones",
+    )
+    mode.add_argument(
+        "--commands",
+        dest="mode",
+        action="store_const",
+        const="commands",
+        help="start no run; print the command of each, for a cluster that starts them itself",
+    )
+    add_options(parser, "keys of the file, which they override, or options of all runs")
+    known = parser.parse_intermixed_args(arguments)
+    return load_plan(known.comparison, known.options), known.mode or "run"
 
 
 def main() -> int:
@@ -28,40 +55,19 @@ def main() -> int:
     Returns:
         0 if every run is finished, 1 if one failed, 2 if nothing could start.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog="docs/comparison.md describes the keys of the file."
-    )
-    parser.add_argument("comparison", type=Path, help="YAML file of the comparison")
-    parser.add_argument(
-        "--report-only",
-        action="store_true",
-        help="start no run; write the report of the finished ones",
-    )
-    parser.add_argument(
-        "--commands",
-        action="store_true",
-        help="start no run; print the command of each, for a cluster that starts them itself",
-    )
-    parser.add_argument(
-        "options",
-        nargs="*",
-        metavar="key=value",
-        help="keys of the file, or options of all runs; they take precedence over the file",
-    )
-    arguments = parser.parse_intermixed_args()
     configure_logging(None, rank=0)
     # Ended like by Ctrl-C, so that the runs end with it.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        plan = load_plan(arguments.comparison, arguments.options)
+        plan, mode = parse(sys.argv[1:])
     except ConfigError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
-    if arguments.commands:
+    if mode == "commands":
         for run in plan.runs:
             print(shlex.join([os.path.relpath(TRAIN_TOOL), *run.arguments]))
         return 0
-    failures = [] if arguments.report_only else run_all(plan, TRAIN_TOOL)
+    failures = run_all(plan, TRAIN_TOOL) if mode == "run" else []
     for table in write_comparison(plan, failures):
         print(f"\n{table.title}\n\n{markdown(table)}")
     print(f"\n{plan.folder / MARKDOWN_FILE}\n{plan.folder / PAGE_FILE}")
