@@ -251,7 +251,7 @@ def _sample(
     view.check_all_read(has_media=bool(draft.media))
     media = []
     for index, (kind, value) in enumerate(draft.media):
-        suffix, content = _load(view.where, folder, kind, value)
+        suffix, content = load_medium(view.where, folder, kind, value)
         media.append((suffix if len(draft.media) == 1 else f"{index}.{suffix}", content))
         folder.check_total(view.where, media)
     return ShardSample(
@@ -259,8 +259,13 @@ def _sample(
     )
 
 
-def _load(where: str, folder: MediaFolder, kind: MediaKind, value: Any) -> tuple[str, bytes]:
-    """Return ending and content of one medium; the ending of bytes comes from the bytes."""
+def load_medium(where: str, folder: MediaFolder, kind: MediaKind, value: Any) -> tuple[str, bytes]:
+    """Return ending and content of one medium; the ending of bytes comes from the bytes.
+
+    Raises:
+        SampleError: The value is no medium, or names a file that is not there.
+        MediaError: The bytes are of no known format, or too many.
+    """
     path = value.get("path") if isinstance(value, Mapping) else value
     content = value.get("bytes") if isinstance(value, Mapping) else value
     if isinstance(content, str):
