@@ -12,6 +12,7 @@ from data.media.opening import Frames, MediaOpener
 from data.question import MediaRef
 from data.sample import ShardSample, parse_question
 from zppo_mm.config.schema import RunConfig
+from zppo_mm.rollout.processor import processor_overrides
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.run.build import student_folder
 from zppo_mm.run.shared import media_limits
@@ -27,8 +28,14 @@ class PromptCheck:
     """
 
     def __init__(self, config: RunConfig, min_image_side: int) -> None:
-        self._opener = MediaOpener(media_limits(config.data))
-        self._encoder = PromptEncoder(student_folder(config.model), self._open)
+        folder = student_folder(config.model)
+        self._opener = MediaOpener(media_limits(config.data, folder))
+        self._encoder = PromptEncoder(
+            folder,
+            self._open,
+            overrides=processor_overrides(config.data),
+            chat_template_kwargs=config.model.chat_template_kwargs,
+        )
         self._templates = load_templates(config.zone.templates, self._encoder.chat.special_tokens)
         self._max_tokens = config.data.max_prompt_tokens
         self._min_side = min_image_side

@@ -202,6 +202,7 @@ def _answer(
         began = time.perf_counter()
         chunk = left[start : start + questions_per_chunk]
         answers = _answer_chunk(student, instances, chunk, num_rollouts)
+        student.judging.check()
         if parallel.rank() == 0:
             folder.add(answers)
             _log_progress(
