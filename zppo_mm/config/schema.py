@@ -149,8 +149,8 @@ class ZoneConfig:
     )
     templates: str = key(
         "",
-        "Folder with any of bcq.txt, ncq.txt, hint.txt, candidate.txt and closing.txt. Empty: the "
-        "bundled templates.",
+        "Folder with any of bcq.txt, ncq.txt, hint.txt, candidate.txt, closing.txt, compress.txt, "
+        "write_hint.txt and judge.txt. Empty: the bundled templates.",
     )
 
     @property
@@ -303,7 +303,10 @@ class RewardConfig:
         "Maximum time for a reply of the judge, over all attempts. Then the rollout is left out.",
         above=0,
     )
-    judge_template: str = key("", "File with the judge's prompt. Empty: the bundled one.")
+    judge_template: str = key(
+        "",
+        "File with the judge's prompt. Empty: judge.txt of `zone.templates`, or the bundled one.",
+    )
 
 
 @dataclass(kw_only=True)

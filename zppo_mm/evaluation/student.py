@@ -130,7 +130,7 @@ def describe_student(config: RunConfig, student: Student) -> dict[str, Any]:
     sampling = asdict(student.sampling)
     judged = {
         "model": config.reward.judge_model or config.teacher.model,
-        "template": config.reward.judge_template,
+        "template": config.reward.judge_template or config.zone.templates,
     }
     return {
         "model": str(student_folder(config.model)),

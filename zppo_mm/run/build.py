@@ -140,7 +140,7 @@ def _build_stages(
     interruption: Interruption,
 ) -> Stages:
     config = shared.config
-    compressor, hints = build_rewriters(config.teacher, encoder, teachers.rewrites)
+    compressor, hints = build_rewriters(config.teacher, encoder, teachers.rewrites, templates)
     sampler = shared.sampler(policy.model, encoder)
     return Stages(
         seed=config.seed,

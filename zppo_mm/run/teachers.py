@@ -29,8 +29,8 @@ from zppo_mm.teacher.served.teacher import ServedTeacher
 from zppo_mm.teacher.served.teacher_ranks import TeacherRanks
 from zppo_mm.teacher.served.tokens import TokenReader
 from zppo_mm.teacher.teacher import Compressor, HintWriter, Teacher
-from zppo_mm.zone.compress import RuleCompressor, TeacherCompressor, load_compression_template
-from zppo_mm.zone.hint import RuleHintWriter, TeacherHintWriter, load_hint_template
+from zppo_mm.zone.compress import RuleCompressor, TeacherCompressor
+from zppo_mm.zone.hint import RuleHintWriter, TeacherHintWriter
 from zppo_mm.zone.prompts import PromptTemplates
 
 # Of the time that the student's ranks wait for each other, what one of them may wait for a judge on
@@ -214,11 +214,14 @@ def build_judge(
         seconds = max(limit, reward.judge_max_wait_seconds)
         reward = replace(reward, judge_max_wait_seconds=seconds)
     complete = greedy_replies(pool, reward, config.teacher.num_retries, should_stop)
-    return LlmJudge(complete, load_judge_template(reward.judge_template))
+    return LlmJudge(complete, load_judge_template(reward.judge_template, config.zone.templates))
 
 
 def build_rewriters(
-    config: TeacherConfig, student: PromptEncoder, teacher: Teacher | None
+    config: TeacherConfig,
+    student: PromptEncoder,
+    teacher: Teacher | None,
+    templates: PromptTemplates,
 ) -> tuple[Compressor, HintWriter]:
     """Return who shortens candidates and who writes hints; both count in the student's tokens: the
     student reads them.
@@ -231,5 +234,5 @@ def build_rewriters(
     hints = RuleHintWriter(rule)
     if teacher is None:
         return rule, hints
-    by_teacher = TeacherHintWriter(teacher.rewrite, hints, load_hint_template())
-    return TeacherCompressor(teacher.rewrite, rule, load_compression_template()), by_teacher
+    by_teacher = TeacherHintWriter(teacher.rewrite, hints, templates.write_hint)
+    return TeacherCompressor(teacher.rewrite, rule, templates.compress), by_teacher
