@@ -33,8 +33,8 @@ _SENTENCES = (
     rf"{_STEPS}(?:,? and (?:then )?{_BOXED})?",
 )
 _LAST = re.compile(
-    r"(?<=[.?!:\n)])\s{0,9}"
-    rf"(?:please,? )?(?:{'|'.join(_SENTENCES)})\s*[.!]?\s{0, 9}\Z",
+    r"(?<=[.?!:\n)])\s*"
+    rf"(?:please,? )?(?:{'|'.join(_SENTENCES)})\s*[.!]?\Z",
     re.IGNORECASE,
 )
 # MathVista and others put it before the question.
@@ -47,7 +47,7 @@ def without_directives(text: str) -> str:
     """Return a question without the format directives that begin or end it; unchanged if nothing
     else is in it.
     """
-    left = _FIRST.sub("", text, count=1)
-    while match := _LAST.search(left, max(0, len(left.rstrip()) - MAX_DIRECTIVE_CHARS)):
+    left = _FIRST.sub("", text, count=1).rstrip()
+    while match := _LAST.search(left, max(0, len(left) - MAX_DIRECTIVE_CHARS)):
         left = left[: match.start()].rstrip()
-    return left if left.strip() else text
+    return left if left and left != text.rstrip() else text

@@ -22,7 +22,6 @@ QUESTION = "How many dogs are there?"
         "Please reason step by step, and put your final answer within \\boxed{}.",
         "Let's think step by step.",
         "Put your final answer in \\boxed{answer}",
-        "Think step by step. Give the final answer in \\boxed{}.",
     ],
 )
 @pytest.mark.parametrize("between", [" ", "\n", "\n\n"])
@@ -30,6 +29,11 @@ def test_a_directive_at_the_end_is_removed(directive: str, between: str) -> None
     assert without_directives(f"{QUESTION}{between}{directive}") == QUESTION
     assert without_directives(f"{directive} {QUESTION}") == f"{directive} {QUESTION}"
     assert without_directives(directive) == directive  # it would be an empty question
+
+
+def test_several_directives_are_removed() -> None:
+    directives = "Think step by step. Give the final answer in \\boxed{}."
+    assert without_directives(f"{QUESTION} {directives}") == QUESTION
 
 
 def test_a_hint_before_the_question_is_removed() -> None:
