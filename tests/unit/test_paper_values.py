@@ -39,7 +39,7 @@ COMPRESSION = (
     "Shorten the response below, which stands in <response> tags, to at most 5 lines, and write "
     "them in <summary> tags. Keep only its essential steps as they are, right or wrong, and its "
     "final answer. Leave out retries and abandoned attempts. Add nothing, correct nothing and "
-    "derive nothing anew. End with the final answer in \\boxed{}, if the response has one."
+    "derive nothing new. End with the final answer in \\boxed{}, if the response has one."
 )
 HINT_WRITING = (
     "The response below, which stands in <response> tags, is a correct solution of a problem. "
