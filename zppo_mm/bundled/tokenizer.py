@@ -33,7 +33,7 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 # As single tokens these keep sequences short; any other time stamp is spelled out.
-ADDED_TOKENS = ("<think>", "</think>", *(f"<{second}.2 seconds>" for second in range(LEVELS[-1])))
+ADDED_TOKENS = ("<think>", "</think>", *(f"<{second}.5 seconds>" for second in range(LEVELS[-1])))
 CORPUS_SEED = 0
 CORPUS_QUESTIONS = 3000
 # Digits stay single and words keep the space before them.
