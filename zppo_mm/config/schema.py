@@ -176,8 +176,8 @@ class ZoneConfig:
     )
     templates: str = key(
         "",
-        "Folder with any of bcq.txt, ncq.txt, hint.txt, candidate.txt and closing.txt. Empty: the "
-        "bundled templates.",
+        "Folder with any of bcq.txt, ncq.txt, hint.txt, candidate.txt, closing.txt, compress.txt, "
+        "write_hint.txt and judge.txt. Empty: the bundled templates.",
     )
 
     @property
@@ -350,7 +350,10 @@ class RewardConfig:
         "Maximum length of a response that the judge sees. Of a longer one it sees the end.",
         at_least=1,
     )
-    judge_template: str = key("", "File with the judge's prompt. Empty: the bundled one.")
+    judge_template: str = key(
+        "",
+        "File with the judge's prompt. Empty: judge.txt of `zone.templates`, or the bundled one.",
+    )
     max_malformed_fraction: float = key(
         0.25,
         "The run stops when more than this fraction of the judge's replies is malformed (checked "

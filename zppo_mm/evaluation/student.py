@@ -121,7 +121,7 @@ def describe_student(config: RunConfig, student: Student) -> dict[str, Any]:
     judged = {
         "mode": config.evaluation.judge,
         "model": config.reward.judge_model or config.teacher.model,
-        "template": config.reward.judge_template,
+        "template": config.reward.judge_template or config.zone.templates,
         "max_response_chars": config.reward.judge_max_response_chars,
     }
     return {

@@ -227,7 +227,8 @@ METRICS: Mapping[str, str] = {
     "teacher/tokens": "Tokens of the teacher's answers; rewriting and judging are not among them.",
     "teacher/solved": "Fraction of the questions that it was asked with a correct teacher rollout.",
     "teacher/compression_rejects": (
-        "Rewrites of candidates refused because they changed the final answer."
+        "Rewrites of candidates refused because they changed the final answer or had no complete "
+        "summary."
     ),
     "teacher/compression_cuts": "Candidates cut to the cap because no rewrite kept the answer.",
     "teacher/hint_rejects": "Hints refused because they gave the answer away.",

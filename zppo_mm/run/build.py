@@ -159,7 +159,7 @@ def _build_stages(
     check_judge: Callable[[], None],
 ) -> Stages:
     config = shared.config
-    compressor, hints = build_rewriters(config.teacher, encoder, teachers.rewrites)
+    compressor, hints = build_rewriters(config.teacher, encoder, teachers.rewrites, templates)
     return Stages(
         seed=config.seed,
         num_new_questions=config.train.num_new_questions,

@@ -24,8 +24,8 @@ from zppo_mm.teacher.served.teacher import ServedTeacher
 from zppo_mm.teacher.served.teacher_ranks import TeacherRanks
 from zppo_mm.teacher.served.tokens import TokenReader
 from zppo_mm.teacher.teacher import Compressor, HintWriter, Teacher
-from zppo_mm.zone.compress import RuleCompressor, TeacherCompressor, load_compression_template
-from zppo_mm.zone.hint import RuleHintWriter, TeacherHintWriter, load_hint_template
+from zppo_mm.zone.compress import RuleCompressor, TeacherCompressor
+from zppo_mm.zone.hint import RuleHintWriter, TeacherHintWriter
 from zppo_mm.zone.prompts import PromptTemplates
 
 logger = logging.getLogger(__name__)
@@ -181,7 +181,10 @@ def _token_reader(config: DistillConfig, student: PromptEncoder) -> TokenReader 
 
 
 def build_rewriters(
-    config: TeacherConfig, student: PromptEncoder, teacher: Teacher | None
+    config: TeacherConfig,
+    student: PromptEncoder,
+    teacher: Teacher | None,
+    templates: PromptTemplates,
 ) -> tuple[Compressor, HintWriter]:
     """Return who shortens candidates and who writes hints; both count in the student's tokens: the
     student reads them.
@@ -194,5 +197,5 @@ def build_rewriters(
     hints = RuleHintWriter(rule)
     if teacher is None:
         return rule, hints
-    by_teacher = TeacherHintWriter(teacher.rewrite, hints, load_hint_template())
-    return TeacherCompressor(teacher.rewrite, rule, load_compression_template()), by_teacher
+    by_teacher = TeacherHintWriter(teacher.rewrite, hints, templates.write_hint)
+    return TeacherCompressor(teacher.rewrite, rule, templates.compress), by_teacher
