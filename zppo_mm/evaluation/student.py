@@ -14,6 +14,7 @@ from zppo_mm.config.schema import RunConfig
 from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import SamplingParams
+from zppo_mm.rollout.processor import OVERRIDES
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.run.build import evaluation_sampling, student_folder
@@ -88,8 +89,8 @@ def build_student(config: RunConfig) -> Student:
     teachers = open_pool(config.teacher, exchange) if asks_teacher else None
     judging = build_judging(config, teachers, exchange, [mode])
     verifier = build_verifier(config.reward, judging.judge, mode)
-    shared = Shared(config, MediaStore(media_limits(config.data)), verifier, exchange)
     folder = student_folder(config.model)
+    shared = Shared(config, MediaStore(media_limits(config.data, folder)), verifier, exchange)
     encoder = shared.encoder(folder, config.model.chat_template_kwargs)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     log_generation_prefixes(shared.encoders, templates.closing)
@@ -113,15 +114,14 @@ def describe_student(config: RunConfig, student: Student) -> dict[str, Any]:
     media = (
         "max_media_bytes",
         "max_media_pixels",
-        "video_frames_per_second",
-        "video_max_frames",
         "decode_timeout_seconds",
+        *OVERRIDES,
     )
     sampling = asdict(student.sampling)
     judged = {
         "mode": config.evaluation.judge,
         "model": config.reward.judge_model or config.teacher.model,
-        "template": config.reward.judge_template,
+        "template": config.reward.judge_template or config.zone.templates,
         "max_response_chars": config.reward.judge_max_response_chars,
     }
     return {

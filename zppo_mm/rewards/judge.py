@@ -22,7 +22,9 @@ from zppo_mm.special_tokens import escape_special_tokens
 
 logger = logging.getLogger(__name__)
 
-BUNDLED_TEMPLATE = Path(__file__).parent / "templates" / "judge.txt"
+JUDGE_TEMPLATE = "judge.txt"
+"""Its name in a folder of templates."""
+BUNDLED_TEMPLATE = Path(__file__).parent / "templates" / JUDGE_TEMPLATE
 TEMPLATE_FIELDS = ("question", "response", "reference")
 LEFT_OUT = "[…] "
 MAX_SHOWN_CHARS = 200
@@ -133,14 +135,16 @@ def read_verdict(reply: str) -> bool | None:
     return verdicts.get(pairs[0][1])
 
 
-def load_judge_template(path: str = "") -> str:
-    """Read the judge's prompt; an empty path means the bundled one.
+def load_judge_template(path: str = "", folder: str = "") -> str:
+    """Read the judge's prompt; an empty path means `judge.txt` of the folder, or the bundled one.
 
     Raises:
         ConfigError: If the file is missing or lacks a field.
         DataError: If it is no valid text.
     """
-    file = Path(path) if path else BUNDLED_TEMPLATE
+    in_folder = Path(folder) / JUDGE_TEMPLATE
+    bundled = in_folder if folder and in_folder.is_file() else BUNDLED_TEMPLATE
+    file = Path(path) if path else bundled
     if not file.is_file():
         raise ConfigError(
             f"reward.judge_template: no such file, got {str(file)!r}, expected a text file; "

@@ -16,7 +16,7 @@ from jinja2 import Environment, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
-from encoders.config import read_json_object
+from encoders.processor_files import read_json_object
 from zppo_mm.errors import ConfigError
 
 logger = logging.getLogger(__name__)

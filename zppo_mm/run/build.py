@@ -34,6 +34,7 @@ from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.held_out import HeldOut, held_out_questions
+from zppo_mm.rollout.processor import describe
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.run.judging import build_judging, build_verifier
@@ -82,7 +83,8 @@ def build_run(
         ZppoError: A model, its layout or a template cannot be used.
         DataError: A data source cannot be used.
     """
-    media = MediaStore(media_limits(config.data))
+    folder = student_folder(config.model)
+    media = MediaStore(media_limits(config.data, folder))
     interruption = interruption or Interruption()
     exchange = ParallelExchange(barrier, interruption.is_due)
     ranks = TeacherRanks(link, exchange) if link is not None else None
@@ -91,7 +93,6 @@ def build_run(
     judging = build_judging(config, pool, exchange, modes, interruption.is_due)
     verifier = build_verifier(config.reward, judging.judge, config.reward.judge)
     shared = Shared(config, media, verifier, exchange)
-    folder = student_folder(config.model)
     encoder = shared.encoder(folder, config.model.chat_template_kwargs)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     student = load_model(config.model, config.parallel, folder, trainable=True)
@@ -107,6 +108,8 @@ def build_run(
     )
     policy = Policy(student, config.train, config.parallel, objective)
     log_part_sizes(student)
+    if encoder.processor is not None and parallel.rank() == 0:
+        logger.info("media: %s", describe(encoder.processor))
     stream = build_stream(config, SampleHealth(config.data.max_bad_fraction, config.data.strict))
     feed = _build_feed(config.data, stream, encoder, exchange, templates, verifier)
     sampler = shared.sampler(policy.model, encoder)
@@ -156,7 +159,7 @@ def _build_stages(
     check_judge: Callable[[], None],
 ) -> Stages:
     config = shared.config
-    compressor, hints = build_rewriters(config.teacher, encoder, teachers.rewrites)
+    compressor, hints = build_rewriters(config.teacher, encoder, teachers.rewrites, templates)
     return Stages(
         seed=config.seed,
         num_new_questions=config.train.num_new_questions,
@@ -192,6 +195,7 @@ def _build_stages(
             config.seed,
             temperature=config.rollout.temperature,
             importance_cap=config.algorithm.importance_cap,
+            averages_questions=config.distill.source == "teacher",
         ),
         schedule=_plain_schedule(config.teacher, config.rollout, config.seed),
         interruption=interruption,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from zppo_mm.config.schema import ParallelConfig, RewardConfig, RunConfig, TeacherConfig
 from zppo_mm.parallel.exchange import ParallelExchange
-from zppo_mm.rewards.judge import LlmJudge, load_judge_template
+from zppo_mm.rewards.judge import Complete, LlmJudge, load_judge_template
 from zppo_mm.rewards.malformed import MalformedCheck
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.teacher.served.connect import open_pool
@@ -52,7 +52,11 @@ def build_judging(
     """
     reward, teacher = config.reward, config.teacher
     pool = None if set(modes) == {"never"} else _judge_pool(reward, teacher, teachers, exchange)
-    judge = None if pool is None else _judge(reward, teacher, config.parallel, pool, should_stop)
+    judge = None
+    if pool is not None:
+        complete = _complete(reward, teacher, config.parallel, pool, should_stop)
+        template = load_judge_template(reward.judge_template, config.zone.templates)
+        judge = LlmJudge(complete, template, reward.judge_max_response_chars)
     urls = reward.judge_endpoints or teacher.endpoints
     server = f"the judge at {', '.join(urls)}" if urls else "the judge on the teacher's ranks"
     check = MalformedCheck(judge, server, reward.max_malformed_fraction, exchange.gather)
@@ -93,13 +97,13 @@ def _judge_pool(
     )
 
 
-def _judge(
+def _complete(
     reward: RewardConfig,
     teacher: TeacherConfig,
     parallel: ParallelConfig,
     pool: Servers,
     should_stop: Callable[[], bool],
-) -> LlmJudge:
+) -> Complete:
     if teacher.num_ranks and not reward.judge_endpoints:
         # Its requests may come behind a long answer of the teacher, and the other ranks of the
         # student wait for them.
@@ -107,6 +111,4 @@ def _judge(
         seconds = max(limit, reward.judge_max_wait_seconds)
         reward = replace(reward, judge_max_wait_seconds=seconds)
     variables = teacher.chat_template_kwargs if is_teacher(reward) else {}
-    complete = greedy_replies(pool, reward, teacher.num_retries, should_stop, variables)
-    template = load_judge_template(reward.judge_template)
-    return LlmJudge(complete, template, reward.judge_max_response_chars)
+    return greedy_replies(pool, reward, teacher.num_retries, should_stop, variables)

@@ -18,6 +18,7 @@ from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.rollout.chat_template import THINKING_SWITCH
 from zppo_mm.rollout.megatron_engine import MegatronEngine
+from zppo_mm.rollout.processor import frame_sampling, processor_overrides, read_processor
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import Grader, GroupSampler
 from zppo_mm.weights.mapping import load_hf_weights
@@ -37,7 +38,12 @@ class Shared:
         self, folder: Path, chat_template_kwargs: Mapping[str, object] | None = None
     ) -> PromptEncoder:
         """Return a prompt encoder whose opened media are dropped with the others'."""
-        encoder = PromptEncoder(folder, self.media.open, chat_template_kwargs=chat_template_kwargs)
+        encoder = PromptEncoder(
+            folder,
+            self.media.open,
+            overrides=processor_overrides(self.config.data),
+            chat_template_kwargs=chat_template_kwargs,
+        )
         self.encoders.append(encoder)
         return encoder
 
@@ -61,13 +67,12 @@ class Shared:
         return GroupSampler(engine, encoder, self.verifier, self.exchange)
 
 
-def media_limits(config: DataConfig) -> MediaLimits:
-    """Return what a run opens."""
+def media_limits(config: DataConfig, folder: Path) -> MediaLimits:
+    """Return what a run opens; of videos the frames that the model in the folder sees."""
     return MediaLimits(
         max_bytes=config.max_media_bytes,
         max_pixels=config.max_media_pixels,
-        frames_per_second=config.video_frames_per_second,
-        max_frames=config.video_max_frames,
+        sampling=frame_sampling(read_processor(folder, processor_overrides(config))),
         decode_timeout_seconds=config.decode_timeout_seconds,
         num_workers=config.num_decode_workers,
     )

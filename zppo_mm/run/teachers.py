@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,9 +24,11 @@ from zppo_mm.teacher.served.teacher import ServedTeacher
 from zppo_mm.teacher.served.teacher_ranks import TeacherRanks
 from zppo_mm.teacher.served.tokens import TokenReader
 from zppo_mm.teacher.teacher import Compressor, HintWriter, Teacher
-from zppo_mm.zone.compress import RuleCompressor, TeacherCompressor, load_compression_template
-from zppo_mm.zone.hint import RuleHintWriter, TeacherHintWriter, load_hint_template
+from zppo_mm.zone.compress import RuleCompressor, TeacherCompressor
+from zppo_mm.zone.hint import RuleHintWriter, TeacherHintWriter
 from zppo_mm.zone.prompts import PromptTemplates
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,11 @@ def build_teachers(
     rewrites = config.teacher.compressor == "teacher" and any(
         kind.is_rewritten for kind in zone.kinds
     )
+    if rewrites and not config.teacher.model:
+        logger.warning(
+            "teacher.compressor: the bundled teacher was not trained to rewrite responses, got "
+            "'teacher', expected 'rule' with it; set that, or name your teacher in teacher.model"
+        )
     distils = config.distill.source != "none"
     if not (answers or rewrites or distils):
         return Teachers(None, None, ranks=ranks)
@@ -173,7 +181,10 @@ def _token_reader(config: DistillConfig, student: PromptEncoder) -> TokenReader 
 
 
 def build_rewriters(
-    config: TeacherConfig, student: PromptEncoder, teacher: Teacher | None
+    config: TeacherConfig,
+    student: PromptEncoder,
+    teacher: Teacher | None,
+    templates: PromptTemplates,
 ) -> tuple[Compressor, HintWriter]:
     """Return who shortens candidates and who writes hints; both count in the student's tokens: the
     student reads them.
@@ -186,5 +197,5 @@ def build_rewriters(
     hints = RuleHintWriter(rule)
     if teacher is None:
         return rule, hints
-    by_teacher = TeacherHintWriter(teacher.rewrite, hints, load_hint_template())
-    return TeacherCompressor(teacher.rewrite, rule, load_compression_template()), by_teacher
+    by_teacher = TeacherHintWriter(teacher.rewrite, hints, templates.write_hint)
+    return TeacherCompressor(teacher.rewrite, rule, templates.compress), by_teacher
