@@ -24,6 +24,7 @@ from zppo_mm.stages.record import (
 )
 from zppo_mm.stages.round import (
     Round,
+    hard_groups,
     plain_instances,
     sample_plain,
     sample_reformulated,
@@ -31,7 +32,6 @@ from zppo_mm.stages.round import (
 )
 from zppo_mm.stages.stages import Stages
 from zppo_mm.teacher.pending_answers import PendingAnswers
-from zppo_mm.zone.hard import select_hard
 from zppo_mm.zone.selection import Selected
 
 
@@ -108,10 +108,8 @@ def sample_round(
         *plain_instances(stages, "new", new, step, len(earlier) * stages.num_new_questions),
         *plain_instances(stages, "replayed", replayed, step, 0),
     ]
-    groups = sample_plain(stages, plain, pending, step, metrics)
-    hard = [
-        group for group in select_hard(groups, stages.zone.tau) if group.question.id not in known
-    ]
+    groups = sample_plain(stages, plain, known, pending, step, metrics)
+    hard = hard_groups(stages, groups, known)
     reformulated, sampled = sample_reformulated(stages, hard, pending, step, metrics)
     return Round((*new, *replayed), (*groups, *sampled), pending, reformulated)
 

@@ -28,6 +28,7 @@ from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.parallel.partition import JobPartition, PartitionLink, divide_job
 from zppo_mm.rewards.verify import Verifier
+from zppo_mm.run.build import student_folder
 from zppo_mm.run.shared import Shared, media_limits
 from zppo_mm.run.teacher_job import link_to_teacher, serve_teacher
 from zppo_mm.run.teachers import load_teacher
@@ -89,7 +90,8 @@ def ask_both(num_ranks: int, sizes: Sequence[str], shards: Path) -> dict[str, An
     with link_to_teacher(config.parallel, partition) as link:
         assert link is not None
         parallel.initialize(config.parallel, config.seed, partition)
-        media, exchange = MediaStore(media_limits(config.data)), ParallelExchange()
+        media = MediaStore(media_limits(config.data, student_folder(config.model)))
+        exchange = ParallelExchange()
         with Verifier() as verifier:
             shared = Shared(config, media, verifier, exchange)
             model, encoder, sampling = load_teacher(shared, config.teacher, config.parallel)

@@ -80,6 +80,8 @@ PAPER: dict[str, Any] = {
     "teacher.compression_max_lines": 5,
     "reward.judge_max_tokens": 512,
     "data.max_prompt_tokens": 4096,
+    "data.image_min_pixels": 256 * 32 * 32,
+    "data.image_max_pixels": 1280 * 32 * 32,
     "zone.tau": 0.5,
     "zone.rho_replay": 0.25,
     "zone.rho_aug": 0.25,
@@ -251,6 +253,17 @@ def test_the_commands_of_the_comparison_are_those_of_its_runs(
         tool, *arguments = shlex.split(line)
         assert tool == "tools/train_zppo.py"
         assert load_tool("train_zppo").parse(arguments) == run.config
+
+
+def test_moments_in_bfloat16_are_float32_during_an_update_alone() -> None:
+    path = FOLDER / "0.8b.yaml"
+    exact = estimate_memory(student("0.8B"), load_config(path), STUDENT_RANKS)
+    config = load_config(path, ["train.optimizer_state_dtype=bfloat16"])
+    rounded = estimate_memory(student("0.8B"), config, STUDENT_RANKS)
+    # Two moments of 2 instead of 4 bytes, divided by 48 ranks.
+    saved = 4 * 852_985_920 // 48
+    assert (exact.optimizer - rounded.optimizer, exact.update, rounded.update) == (saved, 0, saved)
+    assert exact.peak - rounded.peak == saved
 
 
 def load_like(config: RunConfig, tensor: int) -> RunConfig:

@@ -46,11 +46,37 @@ class DataConfig:
         "Maximum length of a plain prompt. Longer questions are skipped and counted.",
         at_least=1,
     )
+    image_min_pixels: int = key(
+        0,
+        "Minimum pixels of an image. A smaller one is enlarged. 0: from the model folder.",
+        at_least=0,
+    )
+    image_max_pixels: int = key(
+        0,
+        "Maximum pixels of an image. A larger one is shrunk. 0: from the model folder.",
+        at_least=0,
+    )
+    video_max_pixels: int = key(
+        0,
+        "Maximum pixels of the sampled frames of a video together (of each frame with "
+        "Qwen2.5-VL). Larger frames are shrunk. 0: from the model folder.",
+        at_least=0,
+    )
     video_frames_per_second: float = key(
-        2.0, "Rate at which frames of a video are sampled.", above=0
+        0.0,
+        "Rate at which frames of a video are sampled. 0: from the model folder.",
+        at_least=0,
+    )
+    video_min_frames: int = key(
+        0,
+        "Minimum frames of a video that has as many. 0: from the model folder.",
+        at_least=0,
     )
     video_max_frames: int = key(
-        64, "Maximum frames of one video. A longer video is sampled more sparsely.", at_least=1
+        0,
+        "Maximum frames of one video. A longer video is sampled more sparsely. 0: from the model "
+        "folder.",
+        at_least=0,
     )
     max_media_bytes: int = key(256_000_000, "Maximum bytes of a media file.", at_least=1)
     max_media_pixels: int = key(
@@ -163,6 +189,12 @@ class ZoneConfig:
         """Whether any of them is made of teacher rollouts."""
         return any(kind.uses_teacher for kind in self.kinds)
 
+    @property
+    def asks_pre_capped(self) -> bool:
+        """Whether the teacher is asked only about the hard questions that the pre-cap keeps."""
+        asking = [kind for kind in self.kinds if kind.uses_teacher]
+        return bool(asking) and all(kind.asks_pre_capped for kind in asking)
+
 
 @dataclass(kw_only=True)
 class AlgorithmConfig:
@@ -254,6 +286,12 @@ class TrainConfig:
     adam_beta2: float = key(0.999, "Beta 2 of AdamW.", at_least=0, below=1)
     adam_eps: float = key(1e-8, "Epsilon of AdamW.", above=0)
     weight_decay: float = key(0.1, "Weight decay of AdamW.", at_least=0)
+    optimizer_state_dtype: str = key(
+        "float32",
+        "Data type of AdamW's moments between updates. In `bfloat16` they take half the memory, "
+        "but with the default beta 2 the second moment cannot fall.",
+        choices=("float32", "bfloat16"),
+    )
     clip_grad: float = key(1.0, "Maximum gradient norm.", above=0)
     freeze: list[str] = key([], "Parts that are not trained.", choices=TRAINABLE_PARTS)
 

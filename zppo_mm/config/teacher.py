@@ -119,10 +119,10 @@ class TeacherConfig:
     )
     fp8: str = key("", "As `model.fp8`, for the teacher alone. Empty: no FP8.", choices=FP8_FORMATS)
     compressor: str = key(
-        "rule",
-        "How candidates are compressed and hints written. `rule`: lines of the response are "
-        "selected. `teacher`: the teacher rewrites the response, as in the paper.",
-        choices=("rule", "teacher"),
+        "teacher",
+        "How candidates are compressed and hints written. `teacher`: the teacher rewrites the "
+        "response. `rule`: lines of the response are selected, for the bundled teacher.",
+        choices=("teacher", "rule"),
         first_teacher_only=True,
     )
     compression_max_tokens: int = key(

@@ -94,9 +94,7 @@ def evaluate_model(request: EvaluationRequest) -> Summary:
             batch = parallel.num_replicas() * config.rollout.max_batch_size
             size = request.questions_per_chunk or max(1, BATCHES_PER_CHUNK * batch // num_rollouts)
             _answer(student, questions.chosen, done, folder, num_rollouts, size)
-            summary = parallel.on_rank_zero(
-                lambda: _finish(folder, questions, settings, config.seed)
-            )
+            summary = parallel.on_rank_zero(lambda: _finish(folder, questions, settings, config))
         finally:
             student.close()
     parallel.shutdown()
@@ -271,10 +269,12 @@ def _version(package: str) -> str:
 
 
 def _finish(
-    folder: AnswerFolder, questions: Questions, settings: Mapping[str, Any], seed: int
+    folder: AnswerFolder, questions: Questions, settings: Mapping[str, Any], config: RunConfig
 ) -> Summary:
     answers = folder.read_complete(len(questions.chosen))
-    summary = summarise_answers(answers, questions.skipped, seed)
+    summary = summarise_answers(
+        answers, questions.skipped, config.seed, config.data.max_prompt_tokens
+    )
     versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
     listed = questions.listed + [
         [each.id, each.skipped, "see the log"] for each in answers if each.skipped

@@ -15,6 +15,7 @@ from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.rewards.judge import LlmJudge
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import SamplingParams
+from zppo_mm.rollout.processor import OVERRIDES
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.run.build import evaluation_sampling, student_folder
@@ -98,8 +99,8 @@ def build_student(config: RunConfig) -> Student:
         judge,
         config.reward.budget_seconds,
     )
-    shared = Shared(config, MediaStore(media_limits(config.data)), verifier, exchange)
     folder = student_folder(config.model)
+    shared = Shared(config, MediaStore(media_limits(config.data, folder)), verifier, exchange)
     encoder = shared.encoder(folder)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     model = load_model(config.model, config.parallel, folder, trainable=False)
@@ -123,9 +124,8 @@ def describe_student(config: RunConfig, student: Student) -> dict[str, Any]:
     media = (
         "max_media_bytes",
         "max_media_pixels",
-        "video_frames_per_second",
-        "video_max_frames",
         "decode_timeout_seconds",
+        *OVERRIDES,
     )
     sampling = asdict(student.sampling)
     judged = {

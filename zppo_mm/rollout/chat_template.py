@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from encoders.config import read_json_object
+from encoders.processor_files import read_json_object
 from zppo_mm.errors import ConfigError
 
 logger = logging.getLogger(__name__)

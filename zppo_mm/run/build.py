@@ -33,6 +33,7 @@ from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.held_out import HeldOut, held_out_questions
+from zppo_mm.rollout.processor import describe
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.run.parts import Run
 from zppo_mm.run.shared import Shared, load_model, media_limits
@@ -78,7 +79,8 @@ def build_run(
         ZppoError: A model, its layout or a template cannot be used.
         DataError: A data source cannot be used.
     """
-    media = MediaStore(media_limits(config.data))
+    folder = student_folder(config.model)
+    media = MediaStore(media_limits(config.data, folder))
     interruption = interruption or Interruption()
     exchange = ParallelExchange(barrier, interruption.is_due)
     ranks = TeacherRanks(link, exchange) if link is not None else None
@@ -92,7 +94,6 @@ def build_run(
     reward = config.reward
     verifier = Verifier(reward.timeout_seconds, reward.num_workers, judge, reward.budget_seconds)
     shared = Shared(config, media, verifier, exchange)
-    folder = student_folder(config.model)
     encoder = shared.encoder(folder)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     student = load_model(config.model, config.parallel, folder, trainable=True)
@@ -108,6 +109,8 @@ def build_run(
     )
     policy = Policy(student, config.train, config.parallel, objective)
     log_part_sizes(student)
+    if encoder.processor is not None and parallel.rank() == 0:
+        logger.info("media: %s", describe(encoder.processor))
     stream = build_stream(config, SampleHealth(config.data.max_bad_fraction, config.data.strict))
     feed = _build_feed(config.data, stream, encoder, exchange, templates, verifier)
     stages = _build_stages(shared, policy, encoder, templates, teachers, feed, interruption)
@@ -178,6 +181,7 @@ def _build_stages(
             config.seed,
             temperature=config.rollout.temperature,
             importance_cap=config.algorithm.importance_cap,
+            averages_questions=config.distill.source == "teacher",
         ),
         schedule=_plain_schedule(config.teacher, config.rollout, config.seed),
         interruption=interruption,

@@ -17,6 +17,7 @@ from zppo_mm.models.provider import build_model
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.rollout.megatron_engine import MegatronEngine
+from zppo_mm.rollout.processor import frame_sampling, processor_overrides, read_processor
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import Grader, GroupSampler
 from zppo_mm.weights.mapping import load_hf_weights
@@ -34,7 +35,8 @@ class Shared:
 
     def encoder(self, folder: Path) -> PromptEncoder:
         """Return a prompt encoder whose opened media are dropped with the others'."""
-        encoder = PromptEncoder(folder, self.media.open)
+        overrides = processor_overrides(self.config.data)
+        encoder = PromptEncoder(folder, self.media.open, overrides=overrides)
         self.encoders.append(encoder)
         return encoder
 
@@ -49,13 +51,12 @@ class Shared:
         return GroupSampler(engine, encoder, self.verifier, self.exchange)
 
 
-def media_limits(config: DataConfig) -> MediaLimits:
-    """Return what a run opens."""
+def media_limits(config: DataConfig, folder: Path) -> MediaLimits:
+    """Return what a run opens; of videos the frames that the model in the folder sees."""
     return MediaLimits(
         max_bytes=config.max_media_bytes,
         max_pixels=config.max_media_pixels,
-        frames_per_second=config.video_frames_per_second,
-        max_frames=config.video_max_frames,
+        sampling=frame_sampling(read_processor(folder, processor_overrides(config))),
         decode_timeout_seconds=config.decode_timeout_seconds,
         num_workers=config.num_decode_workers,
     )

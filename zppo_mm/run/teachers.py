@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,8 @@ from zppo_mm.teacher.teacher import Compressor, HintWriter, Teacher
 from zppo_mm.zone.compress import RuleCompressor, TeacherCompressor, load_compression_template
 from zppo_mm.zone.hint import RuleHintWriter, TeacherHintWriter, load_hint_template
 from zppo_mm.zone.prompts import PromptTemplates
+
+logger = logging.getLogger(__name__)
 
 # Of the time that the student's ranks wait for each other, what one of them may wait for a judge on
 # the teacher's ranks.
@@ -98,6 +101,11 @@ def build_teachers(
     rewrites = config.teacher.compressor == "teacher" and any(
         kind.is_rewritten for kind in zone.kinds
     )
+    if rewrites and not config.teacher.model:
+        logger.warning(
+            "teacher.compressor: the bundled teacher was not trained to rewrite responses, got "
+            "'teacher', expected 'rule' with it; set that, or name your teacher in teacher.model"
+        )
     distils = config.distill.source != "none"
     if not (answers or rewrites or distils):
         return Teachers(None, None, ranks=ranks)

@@ -93,7 +93,7 @@ class DistillationObjective:
         """Return the divergence, and how often both have the same most likely token."""
         indices, student = predicting_logits(logits, microbatch)
         found = self._divergence(student, indices, microbatch)
-        loss = found.jsd.sum()
+        loss = (found.jsd * microbatch.token_weights[indices]).sum()
         count = torch.tensor(float(len(indices)), device=loss.device)
         values = (loss, count, found.entropies.sum(), found.agreements.sum())
         return ObjectiveTerms(loss, torch.stack([value.detach().double() for value in values]))
