@@ -252,7 +252,9 @@ def run_benchmark(argv: list[str]) -> int:
         conversion = convert_benchmark(
             **options, format_name=arguments.format, fields=dict(arguments.fields)
         )
-    print(f"{health.num_good} samples read as {conversion.format}, {skipped(health)}")
+    stripped = conversion.num_without_directives
+    removed = f", format directives removed from {stripped} questions" if stripped else ""
+    print(f"{health.num_good} samples read as {conversion.format}, {skipped(health)}{removed}")
     return 0
 
 

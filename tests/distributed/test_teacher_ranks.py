@@ -49,7 +49,7 @@ def configuration(num_ranks: int, *options: str) -> RunConfig:
         "teacher.max_response_tokens=40",
         "teacher.num_rollouts=3",
         "rollout.max_batch_size=6",
-        "reward.judge_max_tokens=5",
+        "reward.judge_max_tokens=40",
     ]
     return load_config(None, [f"teacher.num_ranks={num_ranks}", *given, *options])
 
@@ -103,14 +103,18 @@ def ask_both(num_ranks: int, sizes: Sequence[str], shards: Path) -> dict[str, An
             asked, texts = questions(shards), [f"Say {number} in a box." for number in range(5)]
             pending = apart.submit(asked, 7)
             expected = inside.submit(asked, 7).wait()
-            greedy = replace(sampling, temperature=0.0, max_new_tokens=5)
+            greedy = replace(sampling, temperature=0.0, max_new_tokens=40)
             judge = greedy_replies(pool, config.reward, num_retries=0)
             results = {
                 "expected": plain(expected),
                 "rewrites": (inside.rewrite(texts, 7, 1), apart.rewrite(texts, 7, 1)),
                 # Every replica's leader asks for itself, at a time of its own.
                 "judge": (
-                    [text.strip() for text in sampler.respond(texts, greedy, "judge") if text],
+                    [
+                        text.rpartition("</think>")[2].partition("<think>")[0].strip()
+                        for text in sampler.respond(texts, greedy, "judge")
+                        if text
+                    ],
                     judge(texts) if exchange.is_leader else None,
                 ),
             }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zppo_mm.config.keys import key, section
+from zppo_mm.config.monitoring import JUDGE_MODES
 from zppo_mm.config.monitoring import EvaluationConfig as EvaluationConfig
 from zppo_mm.config.monitoring import ObservabilityConfig as ObservabilityConfig
 from zppo_mm.config.monitoring import ParityConfig as ParityConfig
@@ -175,8 +176,8 @@ class ZoneConfig:
     )
     templates: str = key(
         "",
-        "Folder with any of bcq.txt, ncq.txt, hint.txt, candidate.txt and closing.txt. Empty: the "
-        "bundled templates.",
+        "Folder with any of bcq.txt, ncq.txt, hint.txt, candidate.txt, closing.txt, compress.txt, "
+        "write_hint.txt and judge.txt. Empty: the bundled templates.",
     )
 
     @property
@@ -324,10 +325,13 @@ class RewardConfig:
         above=0,
     )
     num_workers: int = key(2, "Grading processes per rank.", at_least=1)
-    judge: bool = key(
-        True,
-        "Grade questions of answer type `open` by a language model: a served one, or the teacher "
-        "on its own ranks. Without a judge such questions are skipped.",
+    judge: str = key(
+        "open",
+        "What the judge decides, a language model behind a server or the teacher on its own ranks. "
+        "`open`: questions of answer type `open`. `fallback`: also what the rules do not call "
+        "right. `never`: nothing. Questions that nothing can grade are skipped.",
+        choices=JUDGE_MODES,
+        former_choices={"True": "open", "False": "never (and evaluation.judge: never)"},
     )
     judge_endpoints: list[str] = key(
         [],
@@ -341,7 +345,22 @@ class RewardConfig:
         "Maximum time for a reply of the judge, over all attempts. Then the rollout is left out.",
         above=0,
     )
-    judge_template: str = key("", "File with the judge's prompt. Empty: the bundled one.")
+    judge_max_response_chars: int = key(
+        16384,
+        "Maximum length of a response that the judge sees. Of a longer one it sees the end.",
+        at_least=1,
+    )
+    judge_template: str = key(
+        "",
+        "File with the judge's prompt. Empty: judge.txt of `zone.templates`, or the bundled one.",
+    )
+    max_malformed_fraction: float = key(
+        0.25,
+        "The run stops when more than this fraction of the judge's replies is malformed (checked "
+        "after 20 replies).",
+        at_least=0,
+        at_most=1,
+    )
 
 
 @dataclass(kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from zppo_mm.config.keys import key
 from zppo_mm.config.network import FP8_FORMATS, PARAMS_DTYPES, TRANSFORMER_IMPLS
@@ -16,6 +17,11 @@ class TeacherConfig:
         "",
         "Hugging Face folder of the teacher. Empty: the bundled tiny teacher. With `endpoints`: "
         "the name of the served model.",
+    )
+    chat_template_kwargs: dict[str, Any] = key(
+        {},
+        "As `model.chat_template_kwargs`, for the teacher. Sent to servers in the field of that "
+        "name, which vLLM and SGLang know.",
     )
     endpoints: list[str] = key(
         [],

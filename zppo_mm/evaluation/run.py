@@ -21,7 +21,7 @@ from typing import Any
 from data.atomic_files import new_folder
 from data.errors import DataError
 from data.health import SampleHealth
-from data.imports.benchmarks import convert_benchmark, read_conversion
+from data.imports.benchmarks import CONVERSION_VERSION, convert_benchmark, read_conversion
 from data.shards import ShardFolder
 from zppo_mm.bundled.questions import bundled_sources
 from zppo_mm.config.schema import RunConfig
@@ -162,6 +162,7 @@ def _converted(file: Path, request: EvaluationRequest, output_dir: Path) -> Path
         request.format,
         sorted(request.fields.items()),
         str(root.resolve()),
+        CONVERSION_VERSION,
     ]
     digest = hashlib.blake2b(json.dumps(made_from).encode(), digest_size=4).hexdigest()
     folder = output_dir / BENCHMARKS_FOLDER / f"{file.stem}-{digest}"
@@ -202,6 +203,7 @@ def _answer(
         began = time.perf_counter()
         chunk = left[start : start + questions_per_chunk]
         answers = _answer_chunk(student, instances, chunk, num_rollouts)
+        student.judging.check()
         if parallel.rank() == 0:
             folder.add(answers)
             _log_progress(

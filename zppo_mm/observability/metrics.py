@@ -163,7 +163,10 @@ METRICS: Mapping[str, str] = {
         "Answers of the step on which the grading library failed; they are left out "
         "(`rollout/ungraded`)."
     ),
-    "reward/judged": "Answers of open questions that the judge replied to.",
+    "reward/judged": "Responses that the judge replied to.",
+    "reward/judge_cut": (
+        "Responses of which the judge saw the end alone (`reward.judge_max_response_chars`)."
+    ),
     "reward/judge_malformed": (
         "Replies of the judge that were not its strict JSON; they count as wrong."
     ),
@@ -172,7 +175,7 @@ METRICS: Mapping[str, str] = {
         "decide."
     ),
     "reward/judge_failures": (
-        "Answers that the judge did not reply to; their rollouts are left out of accuracy, "
+        "Responses that the judge did not reply to; their rollouts are left out of accuracy, "
         "advantages and loss."
     ),
     "rollout/tokens": "Response tokens of the student, plain and reformulated prompts together.",
@@ -224,7 +227,8 @@ METRICS: Mapping[str, str] = {
     "teacher/tokens": "Tokens of the teacher's answers; rewriting and judging are not among them.",
     "teacher/solved": "Fraction of the questions that it was asked with a correct teacher rollout.",
     "teacher/compression_rejects": (
-        "Rewrites of candidates refused because they changed the final answer."
+        "Rewrites of candidates refused because they changed the final answer or had no complete "
+        "summary."
     ),
     "teacher/compression_cuts": "Candidates cut to the cap because no rewrite kept the answer.",
     "teacher/hint_rejects": "Hints refused because they gave the answer away.",

@@ -16,7 +16,7 @@ from data.question import MediaKind
 from encoders.config import TIMESTAMPED
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import NO_TOKEN
-from zppo_mm.rollout.chat_template import QUESTION, ChatTemplate, read_json
+from zppo_mm.rollout.chat_template import QUESTION, THINKING_SWITCH, ChatTemplate, read_json
 from zppo_mm.rollout.processor import find_video_layout
 from zppo_mm.rollout.tokenizer import load_tokenizer, special_ids, token_bytes
 from zppo_mm.rollout.vocabulary import (
@@ -53,6 +53,9 @@ class ChatFormat:
     Args:
         hf_dir: Folder with tokenizer, chat template and config.json.
         template_kwargs: Variables of the chat template.
+
+    Attributes:
+        prefix: What comes between a prompt's text and the answer.
 
     Raises:
         ConfigError: No chat template or one that cannot render a question, no stop token, tokens
@@ -98,6 +101,7 @@ class ChatFormat:
             num_embedding_rows(config),
         )
         self._check_prompts(num_embedding_rows(config))
+        self.prefix = self._template.generation_prefix()
 
     def render(self, text: str, media: Sequence[MediaKind]) -> Rendered:
         """Render one user message, media first, and the start of the answer.
@@ -183,6 +187,11 @@ class ChatFormat:
             if one != another:
                 return f"{name} are {one} and {another}"
         return ""
+
+    @property
+    def can_switch_thinking(self) -> bool:
+        """Whether the chat template reads `enable_thinking`."""
+        return THINKING_SWITCH in self._template.variables
 
     @property
     def special_tokens(self) -> tuple[str, ...]:

@@ -20,10 +20,10 @@ from encoders.processor import VisionInput, process_image, process_video
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import IntArray, Prompt, Rollout
 from zppo_mm.rollout.chat import ChatFormat, Piece
+from zppo_mm.rollout.chat_template import THINK_CLOSE, THINK_OPEN
 from zppo_mm.rollout.processor import read_processor
 
 DEFAULT_CACHE_BYTES = 512 * 1024 * 1024
-THINK_OPEN = "<think>"
 
 
 class PromptError(ReasonedError):
@@ -50,6 +50,7 @@ class PromptEncoder:
         max_cached_bytes: Most bytes of patches kept.
 
     Attributes:
+        chat: The model's chat format.
         processor: How media are processed; `None` for a model that takes none.
 
     Raises:
@@ -65,9 +66,10 @@ class PromptEncoder:
         chat_template_kwargs: Mapping[str, object] | None = None,
         max_cached_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
-        self.chat = ChatFormat(hf_dir, chat_template_kwargs)
+        self.folder = Path(hf_dir)
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.chat = ChatFormat(hf_dir, self.chat_template_kwargs)
         self.processor = read_processor(hf_dir, overrides)
-        self._prompt_opens_thought = self.chat.render("", []).text.rstrip().endswith(THINK_OPEN)
         self._open = media
         self._cache: OrderedDict[tuple[MediaRef, ...], tuple[VisionInput, ...]] = OrderedDict()
         self._max_cached_bytes = max_cached_bytes
@@ -181,11 +183,14 @@ class PromptEncoder:
         """Return the tokens that this model would have a response in that another one wrote.
 
         A response that opens its reasoning itself loses that tag where this model's prompts open it
-        already.
+        already. One whose own prompt opened it gets the tag where this model's prompts do not.
         """
         text = rollout.text
-        if self._prompt_opens_thought and text.lstrip().startswith(THINK_OPEN):
+        prompt_opens = self.chat.prefix.thinking == "opened"
+        if prompt_opens and text.lstrip().startswith(THINK_OPEN):
             text = text.lstrip().removeprefix(THINK_OPEN).removeprefix("\n")
+        elif not prompt_opens and THINK_CLOSE in text.partition(THINK_OPEN)[0]:
+            text = f"{THINK_OPEN}\n{text}"
         ids = self.chat.tokenize([text])
         return [*ids, self.stop_token_ids[0]] if rollout.finish_reason == "stop" else ids
 

@@ -31,7 +31,10 @@ class PromptLengths:
         self.media_limits = media_limits(config.data, folder)
         self._media: Mapping[MediaRef, Frames] = {}
         self._encoder = PromptEncoder(
-            folder, lambda ref: self._media[ref], overrides=processor_overrides(config.data)
+            folder,
+            lambda ref: self._media[ref],
+            overrides=processor_overrides(config.data),
+            chat_template_kwargs=config.model.chat_template_kwargs,
         )
         self._templates = load_templates(config.zone.templates, self._encoder.chat.special_tokens)
 

@@ -77,17 +77,22 @@ def evaluate_first(run: Run, folder: RunFolder, done: int | None) -> None:
 
 
 def evaluate(run: Run, folder: RunFolder, step: int) -> None:
-    """Evaluate on the held-out questions after a step, if there are any; every rank calls this."""
+    """Evaluate on the held-out questions after a step, if there are any; every rank calls this.
+
+    Raises:
+        JudgeError: On every rank, if the judge does not give verdicts.
+    """
     if not run.held_out:
         return
     groups = ask_held_out(
-        run.stages.sampler,
+        run.evaluation_sampler,
         run.held_out,
         run.templates.plain_text,
         run.evaluation_sampling,
         run.config.evaluation.num_rollouts,
         step,
     )
+    run.stages.check_judge()
     result = summarise(groups, run.held_out, step, run.config.data.max_prompt_tokens)
     if parallel.rank() == 0:
         write_held_out_answers(folder, step, groups)

@@ -122,6 +122,7 @@ def _serve(
             link,
             server,
             shared.sampler(model, encoder),
+            shared.sampler(model, shared.without_thinking(encoder)),
             sampling,
             exchange,
             lambda: release_memory(shared.encoders),

@@ -45,7 +45,8 @@ class Reformulation:
             that of the first one can whatever the other answers are. If empty, no prompt is
             missing.
         num_candidates: Candidates shown.
-        num_compression_rejects: Rewrites refused because they changed the answer.
+        num_compression_rejects: Rewrites refused because they changed the answer or had no
+            complete summary.
         num_compression_cuts: Candidates that were cut because there was no faithful rewrite.
         num_hint_rejects: Hints refused because they gave the answer away.
         num_hint_failures: Hint prompts that are missing because no hint could be made.
