@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zppo_mm.algorithms.logprobs import token_statistics
-from zppo_mm.algorithms.row_loss import logits_of, sum_over_rows
+from zppo_mm.algorithms.row_loss import OutputRows
 
 NUM_ROWS, HIDDEN, VOCABULARY = 37, 16, 53
 
@@ -29,8 +29,7 @@ class Loss:
         self.weights = torch.linspace(-1, 2, len(targets))
 
     def __call__(self, logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        every = torch.arange(len(logits))
-        logprobs, entropies = token_statistics(logits, every, self.targets[rows])
+        logprobs, entropies = token_statistics(logits, self.targets[rows])
         loss = (self.weights[rows] * logprobs + 0.1 * entropies).sum()
         return loss, torch.stack([entropies.detach().sum().double()])
 
@@ -45,10 +44,12 @@ def test_chunks_give_the_loss_and_gradient_of_all_rows(
     dtype: torch.dtype, tolerance: float, max_logits: int
 ) -> None:
     hidden, weight, targets = inputs(dtype)
-    loss, sums = sum_over_rows(hidden, weight, Loss(targets), max_logits)
+    loss, sums = OutputRows(hidden, weight, max_logits).sum(Loss(targets))
     (3 * loss).backward()
     whole_hidden, whole_weight, _ = inputs(dtype)
-    expected, expected_sums = Loss(targets)(logits_of(whole_hidden, whole_weight), slice(0, None))
+    expected, expected_sums = Loss(targets)(
+        OutputRows(whole_hidden, whole_weight).logits(slice(None)), slice(None)
+    )
     (3 * expected).backward()
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     assert sums.tolist() == pytest.approx(expected_sums.tolist(), rel=1e-6)
@@ -62,7 +63,7 @@ def test_chunks_give_the_loss_and_gradient_of_all_rows(
 
 def test_without_rows_the_gradients_are_zero() -> None:
     hidden, weight, targets = inputs(torch.float32)
-    loss, sums = sum_over_rows(hidden[:0], weight, Loss(targets[:0]))
+    loss, sums = OutputRows(hidden[:0], weight).sum(Loss(targets[:0]))
     loss.backward()
     assert (float(loss.detach()), sums.tolist()) == (0.0, [0.0])
     assert weight.grad is not None
@@ -74,17 +75,17 @@ def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
     hidden, weight, targets = inputs(torch.float32)
     named = {"hidden": hidden, "weight": weight}
     named[frozen].requires_grad_(False)
-    loss, _ = sum_over_rows(hidden, weight, Loss(targets), VOCABULARY)
+    loss, _ = OutputRows(hidden, weight, VOCABULARY).sum(Loss(targets))
     loss.backward()
     assert [name for name, tensor in named.items() if tensor.grad is None] == [frozen]
 
 
 def test_without_gradient_the_sums_are_the_same() -> None:
     hidden, weight, targets = inputs(torch.float32)
-    loss, sums = sum_over_rows(hidden, weight, Loss(targets), VOCABULARY)
+    loss, sums = OutputRows(hidden, weight, VOCABULARY).sum(Loss(targets))
     with torch.no_grad():
-        again, sums_again = sum_over_rows(hidden, weight, Loss(targets), VOCABULARY)
-    assert (float(again), sums_again.tolist()) == (float(loss), sums.tolist())
+        again, sums_again = OutputRows(hidden, weight, VOCABULARY).sum(Loss(targets))
+    assert (float(again), sums_again.tolist()) == (float(loss.detach()), sums.tolist())
     assert not again.requires_grad
 
 
@@ -105,6 +106,6 @@ class LargestTensor(TorchDispatchMode):
 def test_no_tensor_holds_the_logits_of_all_rows(dtype: torch.dtype) -> None:
     hidden, weight, targets = inputs(dtype)
     with LargestTensor() as found:
-        sum_over_rows(hidden, weight, Loss(targets), 4 * VOCABULARY)[0].backward()
+        OutputRows(hidden, weight, 4 * VOCABULARY).sum(Loss(targets))[0].backward()
     # The gradient of the weight is the largest; logits of all rows would be 37 x 53.
     assert found.elements == VOCABULARY * HIDDEN < NUM_ROWS * VOCABULARY
