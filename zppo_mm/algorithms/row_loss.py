@@ -13,8 +13,8 @@ from torch.nn.functional import linear
 
 from zppo_mm.algorithms.logprobs import row_chunks
 
-MAX_CHUNK_LOGITS = 1 << 26
-"""Logits of a chunk at most, 256 MiB in float32: enough rows for an efficient matrix product."""
+MAX_CHUNK_LOGITS = 1 << 25
+"""Logits of a chunk at most, 128 MiB in float32; 135 rows of Qwen3.5's vocabulary."""
 
 RowLoss: TypeAlias = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 """From the logits `[chunk, vocab / tp]` float32 of some rows, and which rows those are, to their
@@ -58,7 +58,7 @@ class OutputRows:
         """Return the loss of all rows, with gradient to hidden states and weight, and the sums.
 
         The gradient is computed in the forward pass, while a chunk's logits are there, so the
-        backward pass needs no second product with the weight. Beside two chunks of logits this
+        backward pass needs no second product with the weight. Beside a few chunks of logits this
         takes one gradient of `hidden` and one of `weight`, the latter in float32.
 
         Source: fused linear losses of the Liger kernels (Hsu et al., 2024, arXiv 2410.10989).
@@ -91,7 +91,11 @@ class _Sum(torch.autograd.Function):
             if hidden_gradient is not None:
                 torch.mm(gradient, weight, out=hidden_gradient[chunk])
             if weight_gradient is not None:
-                weight_gradient += gradient.T @ hidden[chunk]
+                # By parts, because a product as large as the weight would be another gradient.
+                for part in row_chunks(
+                    len(weight), max(1, rows.max_chunk_logits // hidden.shape[1])
+                ):
+                    weight_gradient[part] += gradient[:, part].T @ hidden[chunk]
         # Cast at once: what is kept until the backward pass is as large as the weight.
         kept = weight_gradient.to(weight.dtype) if weight_gradient is not None else None
         ctx.save_for_backward(hidden_gradient, kept)
