@@ -23,13 +23,11 @@ from sampling import random_model
 from transformers import Qwen3_5ForConditionalGeneration
 
 from zppo_mm.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
-from zppo_mm.models.families.architecture import load_architecture
-from zppo_mm.models.provider import build_model
 from zppo_mm.parallel import groups as parallel
+from zppo_mm.run.shared import load_model
 from zppo_mm.training import checkpoint
 from zppo_mm.training.objective import PolicyObjective
 from zppo_mm.training.policy import Policy
-from zppo_mm.weights.mapping import load_hf_weights
 
 
 def write_model(folder: Path, width: int) -> None:
@@ -69,10 +67,7 @@ def with_moments(policy: Policy) -> Policy:
 
 def measure(folder: Path, layout: ParallelConfig, dtype: str) -> dict[str, float]:
     """Return megabytes and seconds of a save and a load on this rank."""
-    model = build_model(
-        load_architecture(folder / "model"), ModelConfig(params_dtype=dtype), layout
-    )
-    load_hf_weights(model, folder / "model")
+    model = load_model(ModelConfig(params_dtype=dtype), layout, folder / "model", trainable=True)
     objective = PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group())
     policy = with_moments(Policy(model, TrainConfig(), layout, objective))
     saved, seconds = peak_of(

@@ -155,21 +155,13 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, nargs="+", default=[1, 2], help="threads per process (default 1 2)"
     )
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="processes per side (default %(default)s)"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=4, help="counted steps per process (default %(default)s)"
-    )
-    parser.add_argument(
-        "--micro-batch-tokens", type=int, default=2048, help="of zppo_mm (default %(default)s)"
-    )
-    parser.add_argument(
-        "--trl-sequences",
-        type=int,
-        default=16,
-        help="of one forward pass of TRL (default %(default)s)",
-    )
+    for name, default, meaning in (
+        ("--rounds", 3, "processes per side"),
+        ("--steps", 4, "counted steps per process"),
+        ("--micro-batch-tokens", 2048, "of zppo_mm"),
+        ("--trl-sequences", 16, "of one forward pass of TRL"),
+    ):
+        parser.add_argument(name, type=int, default=default, help=f"{meaning} (default {default})")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

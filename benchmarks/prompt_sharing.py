@@ -31,13 +31,11 @@ from encoders.positions import mrope_positions
 from encoders.processor import VisionInput
 from zppo_mm.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
 from zppo_mm.experience import Batch, TrainingSample
-from zppo_mm.models.families.architecture import load_architecture
-from zppo_mm.models.provider import build_model
 from zppo_mm.parallel import groups as parallel
+from zppo_mm.run.shared import load_model
 from zppo_mm.training.batching import build_batches, plan_batches
 from zppo_mm.training.objective import PolicyObjective
 from zppo_mm.training.policy import Policy
-from zppo_mm.weights.mapping import load_hf_weights
 
 NUM_ROLLOUTS = 8
 MICRO_BATCH_TOKENS = 4096
@@ -153,12 +151,8 @@ class Side:
 def build_side(folder: Path, case: Case, share_prompts: bool) -> Side:
     """Return a policy of its own and its update."""
     layout = ParallelConfig()
-    model = build_model(
-        load_architecture(folder),
-        ModelConfig(params_dtype="float32", transformer_impl="local"),
-        layout,
-    )
-    load_hf_weights(model, folder)
+    options = ModelConfig(params_dtype="float32", transformer_impl="local")
+    model = load_model(options, layout, folder, trainable=True)
     train = TrainConfig(share_prompts="always" if share_prompts else "never")
     policy = Policy(model, train, layout, PolicyObjective(AlgorithmConfig(), temperature=1.0))
     videos = RandomVideos()

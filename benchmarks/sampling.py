@@ -29,11 +29,10 @@ from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.experience import Prompt
 from zppo_mm.models.families.architecture import load_architecture
-from zppo_mm.models.provider import build_model
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.rollout.engine import GenerationRequest, SamplingParams
 from zppo_mm.rollout.megatron_engine import MegatronEngine
-from zppo_mm.weights.mapping import load_hf_weights
+from zppo_mm.run.shared import load_model
 
 SEED = 0
 SHORTEST_PROMPT, LONGEST_PROMPT = 64, 128
@@ -121,14 +120,8 @@ def engine_side(folder: Path, prompts: list[np.ndarray], arguments: argparse.Nam
     """Return the Megatron engine on one process."""
     layout = ParallelConfig()
     parallel.initialize(layout, SEED)
-    architecture = load_architecture(folder)
-    network = build_model(
-        architecture,
-        ModelConfig(params_dtype="float32", transformer_impl="local"),
-        layout,
-        trainable=False,
-    )
-    load_hf_weights(network, folder)
+    options = ModelConfig(params_dtype="float32", transformer_impl="local")
+    network = load_model(options, layout, folder, trainable=False)
     engine = MegatronEngine(network, SEED, max_batch_size=arguments.prompts * arguments.rollouts)
     requests = [
         GenerationRequest(
@@ -193,21 +186,14 @@ def main() -> None:
     parser.add_argument(
         "--model", type=Path, help="Hugging Face folder; a random network if not given"
     )
-    parser.add_argument(
-        "--prompts", type=int, default=16, help="different prompts (default %(default)s)"
-    )
-    parser.add_argument(
-        "--rollouts", type=int, default=8, help="responses per prompt (default %(default)s)"
-    )
-    parser.add_argument(
-        "--new-tokens", type=int, default=128, help="tokens per response (default %(default)s)"
-    )
-    parser.add_argument(
-        "--threads", type=int, default=1, help="threads of the process (default %(default)s)"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="measured runs per side (default %(default)s)"
-    )
+    for name, default, meaning in (
+        ("--prompts", 16, "different prompts"),
+        ("--rollouts", 8, "responses per prompt"),
+        ("--new-tokens", 128, "tokens per response"),
+        ("--threads", 1, "threads of the process"),
+        ("--rounds", 3, "measured runs per side"),
+    ):
+        parser.add_argument(name, type=int, default=default, help=f"{meaning} (default {default})")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as temporary:

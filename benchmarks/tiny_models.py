@@ -22,8 +22,6 @@ from data.toy.digits_shards import build_digit_shards
 from zppo_mm.bundled import STUDENT_DIR, TEACHER_DIR
 from zppo_mm.config.schema import ModelConfig, ParallelConfig, ZoneConfig
 from zppo_mm.experience import Group, PromptInstance
-from zppo_mm.models.families.architecture import load_architecture
-from zppo_mm.models.provider import build_model
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.rewards.verify import Verifier
@@ -31,7 +29,7 @@ from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.megatron_engine import MegatronEngine
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
-from zppo_mm.weights.mapping import load_hf_weights
+from zppo_mm.run.shared import load_model
 from zppo_mm.zone.compress import RuleCompressor
 from zppo_mm.zone.hard import select_hard
 from zppo_mm.zone.prompts import PromptTemplates, load_templates
@@ -55,10 +53,7 @@ class Model:
         self, folder: Path, opener: MediaOpener, reader: ShardReader, verifier: Verifier
     ) -> None:
         self.encoder = PromptEncoder(folder, lambda reference: opener.open_ref(reference, reader))
-        model = build_model(
-            load_architecture(folder), ModelConfig(), ParallelConfig(), trainable=False
-        )
-        load_hf_weights(model, folder)
+        model = load_model(ModelConfig(), ParallelConfig(), folder, trainable=False)
         self.sampler = GroupSampler(
             MegatronEngine(model, 0, BATCH), self.encoder, verifier, ParallelExchange()
         )

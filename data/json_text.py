@@ -39,9 +39,8 @@ def load_json(content: bytes, *, is_table: bool = False) -> Any:
         raise ValueError("nested too deeply") from error
     if text.count("[") + text.count("{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
         raise ValueError(f"nested too deeply, expected at most {MAX_DEPTH} levels")
-    if (
-        not is_table and "\\u" in text
-    ):  # nothing else spells what UTF-8 and JSON's own rules do not let through
+    # Nothing else spells what UTF-8 and JSON's own rules do not let through.
+    if not is_table and "\\u" in text:
         check_texts(value)
     return value
 

@@ -58,9 +58,8 @@ def check_markers(where: str, texts: Sequence[str], media: Sequence[MediaRef]) -
         have = sum(reference.kind == kind for reference in media)
         found = [match[2] for text in texts for match in _MARKER.finditer(text) if match[1] == kind]
         bare = found.count("")
-        highest = max(
-            (max(int(number), 1) for number in found if number), default=0
-        )  # some count from 0
+        # Some count from 0.
+        highest = max((max(int(number), 1) for number in found if number), default=0)
         if (bare and bare != have) or highest > have:
             got = (
                 f"got {bare} times <{kind}>" if bare and bare != have else f"got <{kind} {highest}>"

@@ -11,21 +11,18 @@ import sys
 from pathlib import Path
 
 from zppo_mm.comparison.launch import run_all
-from zppo_mm.comparison.plan import load_plan
+from zppo_mm.comparison.plan import Plan, load_plan
 from zppo_mm.comparison.report import MARKDOWN_FILE, PAGE_FILE, write_comparison
 from zppo_mm.comparison.tables import markdown
+from zppo_mm.config.help import add_options
 from zppo_mm.errors import ConfigError
 from zppo_mm.observability.logs import configure_logging
 
 TRAIN_TOOL = Path(__file__).with_name("train_zppo.py")
 
 
-def main() -> int:
-    """Run what is missing, write the report and print its tables.
-
-    Returns:
-        0 if every run is finished, 1 if one failed, 2 if nothing could start.
-    """
+def parse(arguments: list[str]) -> tuple[Plan, bool]:
+    """Read the command line: the comparison, and whether runs are started."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog="docs/comparison.md describes the keys of the file."
     )
@@ -35,22 +32,26 @@ def main() -> int:
         action="store_true",
         help="start no run; write the report of the finished ones",
     )
-    parser.add_argument(
-        "options",
-        nargs="*",
-        metavar="key=value",
-        help="keys of the file, or options of all runs; they take precedence over the file",
-    )
-    arguments = parser.parse_intermixed_args()
+    add_options(parser, "keys of the file, which they override, or options of all runs")
+    known = parser.parse_intermixed_args(arguments)
+    return load_plan(known.comparison, known.options), not known.report_only
+
+
+def main() -> int:
+    """Run what is missing, write the report and print its tables.
+
+    Returns:
+        0 if every run is finished, 1 if one failed, 2 if nothing could start.
+    """
     configure_logging(None, rank=0)
     # Ended like by Ctrl-C, so that the runs end with it.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        plan = load_plan(arguments.comparison, arguments.options)
+        plan, starts_runs = parse(sys.argv[1:])
     except ConfigError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
-    failures = [] if arguments.report_only else run_all(plan, TRAIN_TOOL)
+    failures = run_all(plan, TRAIN_TOOL) if starts_runs else []
     for table in write_comparison(plan, failures):
         print(f"\n{table.title}\n\n{markdown(table)}")
     print(f"\n{plan.folder / MARKDOWN_FILE}\n{plan.folder / PAGE_FILE}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.imports.benchmark_formats import FORMATS, PARTS
+from zppo_mm.config.help import add_options
 from zppo_mm.observability.logs import quiet_libraries
 
 DESCRIPTION = """Sample responses to questions, grade them as in training, and write pass@1 and
@@ -61,12 +62,7 @@ def command_line() -> argparse.ArgumentParser:
         help="questions between two saves (default: what fits the batch)",
     )
     add_table_options(parser)
-    parser.add_argument(
-        "options",
-        nargs="*",
-        metavar="key=value",
-        help="options of tools/train_zppo.py; they take precedence over all others",
-    )
+    add_options(parser, "options of tools/train_zppo.py; they take precedence over all others")
     return parser
 
 

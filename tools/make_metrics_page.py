@@ -14,10 +14,9 @@ Every name that a line of `metrics.jsonl` can have, and what it means.
 A mean over nothing is left out; a value that is not finite is `null`.
 TensorBoard and Weights & Biases show the same names.
 
-This page is printed from `METRICS` in `zppo_mm/observability/metrics.py`:
-```
-python tools/make_metrics_page.py > docs/metrics.md
-```
+This page is printed from `METRICS` in `zppo_mm/observability/metrics.py` by
+`python tools/make_metrics_page.py > docs/metrics.md`.
+A test fails when it is stale.
 """
 
 

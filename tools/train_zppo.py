@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from zppo_mm.config.help import describe_methods, describe_options
+from zppo_mm.config.help import add_options, describe_methods, describe_options
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ConfigError
@@ -29,12 +29,7 @@ def parse(arguments: list[str]) -> RunConfig:
     parser.add_argument("--modality", help="bundled questions to use: text, image, video, mixed")
     parser.add_argument("--method", help="one of the methods below")
     parser.add_argument("--name", help="name of the run's folder under output_dir")
-    parser.add_argument(
-        "options",
-        nargs="*",
-        metavar="key=value",
-        help="options, which take precedence over the file",
-    )
+    add_options(parser)
     known = parser.parse_intermixed_args(arguments)
     named = [
         f"{key}={getattr(known, key)}"

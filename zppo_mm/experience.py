@@ -7,7 +7,7 @@ module does not import torch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
+Advantages = Mapping[str, FloatArray]
+"""Per group uid `[rollouts]`."""
 FinishReason = Literal["stop", "length"]
 NO_TOKEN = -1
 """Stands where a token could be and none is; no token has this id."""

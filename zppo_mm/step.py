@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from zppo_mm.algorithms.advantages import group_advantages
-from zppo_mm.experience import FloatArray, Group
+from zppo_mm.experience import Advantages, Group
 from zppo_mm.observability.metrics import StepMetrics
 from zppo_mm.stages.record import (
     StepRecord,
@@ -142,7 +142,7 @@ def needs_another_round(stages: Stages, rounds: Sequence[Round], selected: Selec
     return num_useful < stages.num_new_questions
 
 
-def advantages_by_uid(groups: Sequence[Group], normalization: str) -> dict[str, FloatArray]:
+def advantages_by_uid(groups: Sequence[Group], normalization: str) -> Advantages:
     """Return one advantage per rollout, by group uid."""
     rewards = [[rollout.reward for rollout in group.rollouts] for group in groups]
     values = group_advantages(rewards, normalization) if groups else []

@@ -118,9 +118,8 @@ class MediaFolder:
         return Path(found) if Path(found).is_relative_to(root) else None
 
     def _plain_file(self, where: str, shown: str, path: Path) -> bytes:
-        self._check(
-            where, shown, path.stat()
-        )  # before it is opened: a FIFO waits, and some devices do something
+        # Before it is opened: a FIFO waits, and some devices do something.
+        self._check(where, shown, path.stat())
         with open(
             os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb"
         ) as file:

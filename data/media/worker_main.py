@@ -34,9 +34,8 @@ class MediaServer:
             import decord
 
             decord.logging.set_level(decord.logging.QUIET)
-        except (
-            Exception
-        ) as error:  # a broken native library raises OSError, an older NumPy AttributeError
+        except Exception as error:
+            # A broken native library raises OSError, an older NumPy AttributeError.
             self._no_decoder = message(error)
 
     def check(self) -> None:
@@ -69,12 +68,10 @@ class MediaServer:
                 "reason": "oversized",
                 "detail": "decoding it needs more memory than the worker may take; shrink it",
             }, b""
-        except (
-            Exception
-        ) as error:  # the decoder raises its own types, StopIteration and bare assertions
-            detail = re.sub(
-                r"\[\d\d:\d\d:\d\d\] \S+: ", "", message(error)
-            )  # without clock times and source files
+        except Exception as error:
+            # The decoder raises its own types, StopIteration and bare assertions, and says when and
+            # in which source file.
+            detail = re.sub(r"\[\d\d:\d\d:\d\d\] \S+: ", "", message(error))
             return {
                 "reason": "unreadable",
                 "detail": f"unreadable: {detail}; convert or remove the file",

@@ -163,10 +163,23 @@ def train_until_killed(model: Path, target: Path, sign: str) -> None:
     writer = CheckpointWriter(target, 1)
     writer.save(1, policy, {"step": 1})
     writer.finish()
+    hold_before_complete(2)
     threading.Thread(target=kill_this_process_at, args=(target / sign,), daemon=True).start()
     while True:
         writer.save(2, policy, {"step": 2})
         policy.train_step(batches)
+
+
+def hold_before_complete(step: int) -> None:
+    """Keep a checkpoint from being complete, however late its process is killed."""
+    rename = Path.rename
+
+    def hold(path: Path, target: Path) -> Path:
+        if path.name == f".step_{step:06d}.partial":
+            threading.Event().wait()
+        return rename(path, target)
+
+    Path.rename = hold  # type: ignore[assignment, method-assign]
 
 
 def kill_this_process_at(sign: Path) -> None:

@@ -18,9 +18,9 @@ from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.parallel.failures import RankFailureError
 from zppo_mm.parallel.liveness_barrier import open_liveness_barrier
 
-TIMEOUT_SECONDS = 3.0
+TIMEOUT_SECONDS = 5.0
 LAYOUT = ParallelConfig(timeout_minutes=TIMEOUT_SECONDS / 60)
-SLOW_SECONDS = 2.5 * TIMEOUT_SECONDS
+SLOW_SECONDS = 1.5 * TIMEOUT_SECONDS
 
 
 def wait_for_a_slow_rank(use_barrier: bool) -> list[list[int]] | str:

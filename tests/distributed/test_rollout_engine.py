@@ -19,6 +19,7 @@ from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model as build_network
 from zppo_mm.parallel import groups as parallel
+from zppo_mm.parity.oracle import SourceInput, model_inputs
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.megatron_engine import MegatronEngine
 from zppo_mm.rollout.prompt import PromptEncoder
@@ -143,36 +144,20 @@ def transformers_greedy(folder: Path, name: str) -> list[int]:
     model = Qwen3_5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     encoder = PromptEncoder(folder, open_media)
     item = request(encoder, name, 1)
-    ids = torch.from_numpy(item.prompt.token_ids)[None]
-    image, video = ids == encoder.chat.image_token_id, ids == encoder.chat.video_token_id
-    inputs: dict[str, torch.Tensor] = {
-        "input_ids": ids,
-        "mm_token_type_ids": image.int() + 2 * video.int(),
-    }
-    for kind, pixels, grid in (
-        ("image", "pixel_values", "image_grid_thw"),
-        ("video", "pixel_values_videos", "video_grid_thw"),
-    ):
-        media = [entry for entry in item.vision if entry.kind == kind]
-        if media:
-            inputs[pixels] = torch.from_numpy(np.concatenate([entry.patches for entry in media]))
-            inputs[grid] = torch.tensor([entry.grid for entry in media])
+    source = SourceInput(item.prompt.token_ids, item.prompt.positions, 0, item.vision)
     placeholders = [encoder.chat.image_token_id, encoder.chat.video_token_id]
     output = model.generate(
-        **inputs,
-        attention_mask=torch.ones_like(ids),
+        **model_inputs(model.config, source),
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         suppress_tokens=placeholders,
     )
-    return output[0, ids.shape[1] :].tolist()
+    return output[0, len(item.prompt.token_ids) :].tolist()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    build_model(path)
-    return path
+    return build_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

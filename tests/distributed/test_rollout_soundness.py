@@ -36,6 +36,7 @@ from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.megatron_engine import MegatronEngine
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
+from zppo_mm.teacher.served.rank_server import NoGrader
 from zppo_mm.weights.mapping import load_hf_weights
 
 pytestmark = pytest.mark.timeout(700)  # a start of two ranks takes a minute on a busy machine
@@ -143,7 +144,7 @@ def break_output(
     if network.post_process and parallel.tensor_rank() == parallel.tensor_size() - 1:
         network.language_model.output_layer.weight[3] = torch.inf
     sampler, other = (
-        GroupSampler(engine, encoder, AllWrong(), ParallelExchange()) for _ in range(2)
+        GroupSampler(engine, encoder, NoGrader(), ParallelExchange()) for _ in range(2)
     )
     sampling = params(encoder, 1.0)
     instances = [
@@ -163,24 +164,9 @@ def question(name: str, *kinds: str) -> Question:
     return Question(id=name, text=name, media=media, answer="1", answer_type="math")
 
 
-@dataclasses.dataclass(frozen=True)
-class Grade:
-    parsed: str | None = None
-    reward: float = 0.0
-
-
-class AllWrong:
-    """Grades everything wrong."""
-
-    def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Grade]:
-        return [Grade() for _ in items]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    build_model(path, tie_word_embeddings=False)
-    return path
+    return build_model(tmp_path_factory.mktemp("model"), tie_word_embeddings=False)
 
 
 def assert_same(
@@ -251,7 +237,7 @@ def sample_on_replicas(folder: Path) -> dict[str, Any]:
     instances = [
         PromptInstance(f"q{n}", question(f"q{n}", "image"), "new", f"text {n}") for n in range(12)
     ]
-    sampler = GroupSampler(PoisonedMedia(engine, {"q5"}), encoder, AllWrong(), ParallelExchange())
+    sampler = GroupSampler(PoisonedMedia(engine, {"q5"}), encoder, NoGrader(), ParallelExchange())
     groups = [group.uid for group in sampler.sample(instances, sampling, 2, 1)]
     failed = (dict(sampler.failures), dict(sampler.failed))
     if parallel.rank() == 1:

@@ -5,15 +5,13 @@ one goes on.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.running import CLONE, RUN_TIMEOUT_SECONDS, SMALL, lines
+from tests.support.running import CLONE, SMALL, lines, run_python
 
 METHODS = ("grpo_replay", "zppo")
 STEPS = 2
@@ -36,16 +34,7 @@ def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         "output_dir": str(folder / "out"),
     }
     path.write_text(json.dumps(content))
-    command = [sys.executable, str(CLONE / "tools" / "compare.py"), str(path), *SMALL, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CLONE)}
-    return subprocess.run(
-        command,
-        cwd=CLONE,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=RUN_TIMEOUT_SECONDS,
-    )
+    return run_python(str(CLONE / "tools" / "compare.py"), str(path), *SMALL, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -118,18 +107,9 @@ def test_a_run_that_cannot_start_is_named_and_the_other_is_in_the_report(folder:
 
 
 def test_the_audit_reads_the_runs(folder: Path) -> None:
-    command = [
-        sys.executable,
-        str(CLONE / "tools" / "audit.py"),
-        str(folder / "out" / "zppo-seed0"),
-        "--json",
-        "--steps",
-        f"1-{STEPS}",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(CLONE)}
-    found = json.loads(
-        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    )
-    (audit,) = found.values()
+    tool, run = str(CLONE / "tools" / "audit.py"), str(folder / "out" / "zppo-seed0")
+    done = run_python(tool, run, "--json", "--steps", f"1-{STEPS}")
+    assert done.returncode == 0, done.stderr
+    (audit,) = json.loads(done.stdout).values()
     assert audit["num_steps"] == STEPS
     assert audit["ncq_listed"]["total"] > 0

@@ -5,9 +5,6 @@ nothing, the numbers of a run.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from data.shards import ShardFolder
 from data.toy.digits_shards import build_digit_shards, digit_samples
 from tests.support.fault_proxy import PASS, stand_between
 from tests.support.loopback_server import TinyModel, serve
-from tests.support.running import CLONE, RUN_TIMEOUT_SECONDS, lines, run
+from tests.support.running import CLONE, launcher, lines, run, run_python
 from zppo_mm.bundled import TEACHER_DIR
 
 STUDENT = CLONE / "zppo_mm" / "bundled" / "student"
@@ -38,24 +35,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def evaluate(*arguments: str, processes: int = 1, cwd: Path = CLONE) -> tuple[int, str]:
     """Return exit code and output of one evaluation."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        if processes > 1
-        else []
-    )
-    command = [sys.executable, *launcher, str(CLONE / "tools" / "evaluate.py"), *arguments]
-    paths = os.pathsep.join(filter(None, (str(CLONE), os.environ.get("PYTHONPATH", ""))))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(
-        command,
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=RUN_TIMEOUT_SECONDS,
-    )
-    return done.returncode, done.stdout
+    tool = str(CLONE / "tools" / "evaluate.py")
+    done = run_python(*launcher(processes), tool, *arguments, cwd=cwd)
+    return done.returncode, done.stdout + done.stderr
 
 
 def results(output: Path) -> dict[str, Any]:

@@ -21,9 +21,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import pickle
-import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -35,7 +33,8 @@ from unittest import mock
 
 import torch
 
-CLONE_ROOT = Path(__file__).resolve().parents[2]
+from tests.support.running import CLONE, free_port
+
 # Importing alone takes half a minute on a loaded two-core machine: once, or in every rank where
 # there is a GPU.
 DEFAULT_TIMEOUT_SECONDS = 300.0
@@ -43,23 +42,11 @@ GRACE_SECONDS = 20.0
 # The first makes `import megatron.core` possible everywhere and the default process group free of
 # what would keep it.
 IMPORTED = ("zppo_mm.parallel.groups", "zppo_mm.run.build")
-PORTS = (20_000, 32_000)
 OUTPUT_TAIL_CHARACTERS = 6000
 
 
 class RanksFailedError(AssertionError):
     """A rank ended with an error, or not at all."""
-
-
-def free_port() -> int:
-    """Return a TCP port that is free now, from below those that the system hands out: a connection
-    could take one of them meanwhile.
-    """
-    while True:
-        port = random.SystemRandom().randrange(*PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -71,7 +58,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": world_size,
         "MASTER_PORT": port,
     }
-    path = os.pathsep.join(filter(None, [str(CLONE_ROOT), os.environ.get("PYTHONPATH", "")]))
+    path = os.pathsep.join(filter(None, [str(CLONE), os.environ.get("PYTHONPATH", "")]))
     fixed = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return {**os.environ, **fixed, **{name: str(value) for name, value in names.items()}}
 
@@ -202,7 +189,7 @@ def _run_rank(task: Path, rank: int, environment: dict[str, str]) -> None:
         os.dup2(log, stream.fileno())
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(CLONE_ROOT)
+    os.chdir(CLONE)
     torch.set_num_threads(1)
     parallel = importlib.import_module(IMPORTED[0])
     path, module_name, function_name, arguments = pickle.loads(task.read_bytes())

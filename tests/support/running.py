@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -14,6 +16,7 @@ CLONE = Path(__file__).resolve().parents[2]
 # A run of a few steps takes well under a minute on an idle core; a loaded machine gets a wide
 # margin.
 RUN_TIMEOUT_SECONDS = 280
+PORTS = (20_000, 32_000)
 
 SMALL = (
     "train.num_new_questions=8",
@@ -29,35 +32,49 @@ SMALL = (
 """Options that make a step small but let it have replayed questions and reformulated prompts."""
 
 
+def free_port() -> int:
+    """Return a TCP port that is free now, from below those that the system hands out: a connection
+    could take one of them meanwhile.
+    """
+    while True:
+        port = random.SystemRandom().randrange(*PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a program that imports this clone and uses one thread."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CLONE)}
+
+
+def launcher(processes: int) -> list[str]:
+    """Return the words that stand before a script to run it in several processes."""
+    if processes == 1:
+        return []
+    count, port = ("--nproc-per-node", str(processes)), ("--master-port", str(free_port()))
+    return ["-m", "torch.distributed.run", *count, *port]
+
+
+def run_python(*words: str, cwd: Path = CLONE) -> subprocess.CompletedProcess[str]:
+    """Run Python to its end, whatever its exit code, and return what it said."""
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=RUN_TIMEOUT_SECONDS,
+    )
+
+
 def start(output_dir: Path, name: str, *options: str, processes: int = 1) -> subprocess.Popen[str]:
     """Start a run of small steps; `output_dir/name` is its folder."""
-    tool = [
-        str(CLONE / "tools" / "train_zppo.py"),
-        f"output_dir={output_dir}",
-        f"name={name}",
-        *SMALL,
-        *options,
-    ]
-    if processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        launcher = [
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(processes),
-            "--master-port",
-            str(port),
-        ]
-    else:
-        launcher = []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CLONE)}
-    command = [sys.executable, *launcher, *tool]
+    tool = [str(CLONE / "tools" / "train_zppo.py"), f"output_dir={output_dir}", f"name={name}"]
     return subprocess.Popen(
-        command,
+        [sys.executable, *launcher(processes), *tool, *SMALL, *options],
         cwd=CLONE,
-        env=environment,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

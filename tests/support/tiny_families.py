@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,27 +74,23 @@ def folder(family: str, path: Path, *, tied: bool = False) -> tuple[Path, Any]:
     return tiny_qwen.save(oracle, path), oracle
 
 
-def _qwen3(tied: bool) -> Any:
-    rope = {"rope_type": "default", "rope_theta": 1e4}
-    return transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(**DENSE, tie_word_embeddings=tied, rope_parameters=rope)
-    )
+# The bounds of the RoPE scaling fall among the few frequencies of this small head: some stay, some
+# slow down, one is between.
+_LLAMA_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e3,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
-def _llama(tied: bool) -> Any:
-    # The bounds of the RoPE scaling fall among the few frequencies of this small head: some stay,
-    # some slow down, one is between.
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 1e3,
-        "factor": 4.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**DENSE, tie_word_embeddings=tied, rope_parameters=rope)
+def _text_model(name: str, rope: dict[str, Any], tied: bool) -> Any:
+    config = getattr(transformers, f"{name}Config")(
+        **DENSE, tie_word_embeddings=tied, rope_parameters={**rope}
     )
+    return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
 def _qwen3_vl(tied: bool) -> Any:
@@ -128,7 +126,12 @@ def _qwen2_5_vl(tied: bool) -> Any:
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
-_BUILDERS = {"qwen3": _qwen3, "llama": _llama, "qwen3_vl": _qwen3_vl, "qwen2_5_vl": _qwen2_5_vl}
+_BUILDERS: dict[str, Callable[[bool], Any]] = {
+    "qwen3": partial(_text_model, "Qwen3", {"rope_type": "default", "rope_theta": 1e4}),
+    "llama": partial(_text_model, "Llama", _LLAMA_ROPE),
+    "qwen3_vl": _qwen3_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
+}
 
 
 def sequences(family: str, kind: str) -> list[tiny_qwen.Sequence]:

@@ -87,9 +87,9 @@ def build_folder(
     return tokenizer
 
 
-def build_model(folder: Path, seed: int = 0, **text_changes: Any) -> None:
-    """Write everything with random weights: a network of every kind of layer, whose logits differ
-    clearly between tokens.
+def build_model(folder: Path, seed: int = 0, **text_changes: Any) -> Path:
+    """Write everything with random weights and return the folder: a network of every kind of layer,
+    whose logits differ clearly between tokens.
     """
     import torch
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
@@ -121,3 +121,4 @@ def build_model(folder: Path, seed: int = 0, **text_changes: Any) -> None:
     )["eos_token_id"]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
+    return folder

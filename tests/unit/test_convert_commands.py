@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support import tiny_families, tiny_qwen
 from tests.support.published_sizes import PUBLISHED
+from tests.support.running import run_python
 from tests.support.tiny_fp8 import LINEARS, quantise
 from tests.support.tools import load_tool
 from zppo_mm.config.schema import ParallelConfig
@@ -79,21 +76,6 @@ def test_other_options_are_refused(tool: ModuleType, option: str, message: str) 
         tool.parse(["import", "a", "b", option])
 
 
-def test_the_documents_commands_are_accepted(tool: ModuleType) -> None:
-    found = []
-    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        for block in re.findall(
-            r"^```\w*\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-        ):
-            for words in (
-                shlex.split(line, comments=True)
-                for line in block.splitlines()
-                if "tools/convert_checkpoint.py" in line
-            ):
-                found.append(tool.parse(words[words.index("tools/convert_checkpoint.py") + 1 :])[0])
-    assert set(found) == set(tool.COMMANDS)
-
-
 def test_help_needs_no_torch() -> None:
     code = (
         "import runpy, sys\nsys.argv = sys.argv[1:]\ntry:\n runpy.run_path(sys.argv[0], "
@@ -104,25 +86,13 @@ def test_help_needs_no_torch() -> None:
         "'transformers', 'megatron'} & set(sys.modules)"
     )
     for arguments in (["--help"], ["import", "--help"]):
-        result = subprocess.run(
-            [sys.executable, "-c", code, str(TOOL), *arguments],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            check=True,
-        )
+        result = run_python("-c", code, str(TOOL), *arguments)
         assert "HF_DIR" in result.stdout or "inspect" in result.stdout
 
 
 @pytest.mark.medium
 def test_a_user_error_is_one_line(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, str(TOOL), "inspect", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
+    result = run_python(str(TOOL), "inspect", str(tmp_path))
     assert result.returncode == 1
     assert "config.json: the file is missing" in result.stderr
     assert "Traceback" not in result.stderr

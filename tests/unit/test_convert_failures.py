@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 
 from tests.support import network_checks, tiny_qwen
 from tests.support.conversion_checks import LAYOUT, content, left_whole, released
+from tests.support.running import run_python
 from zppo_mm.conversion.exporting import export_folder
 from zppo_mm.conversion.importing import import_folder
 from zppo_mm.errors import CheckpointError, ModelError
@@ -108,15 +108,7 @@ def limited(largest_file: int, *arguments: str) -> subprocess.CompletedProcess[s
         "* 2); sys.argv = sys.argv[1:]; "
     )
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", code, str(TOOL), *arguments]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=200,
-    )
+    return run_python("-c", code, str(TOOL), *arguments)
 
 
 @pytest.mark.medium
@@ -148,14 +140,8 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(
 ) -> None:
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "earlier").write_text("export")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-c", script, str(source), str(tmp_path / "target")],
-        env=environment,
-        cwd=ROOT,
-        timeout=200,
-    )
-    assert result.returncode == -signal.SIGKILL
+    result = run_python("-c", script, str(source), str(tmp_path / "target"))
+    assert result.returncode == -signal.SIGKILL, result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["target", "target.incomplete"]
     assert content(tmp_path / "target") == {"earlier": b"export"}
     assert left_whole(tmp_path) == []
@@ -180,13 +166,8 @@ def test_a_failing_round_fails_the_export(
         return real(file, data, position)
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(
-        ModelError,
-        match=(
-            r"No space left on device while writing the key model\.\S+: "
-            r".*back\.incomplete/model-0000"
-        ),
-    ):
+    message = r"No space left on device while writing the key model\.\S+: .*back\.incomplete/model-"
+    with pytest.raises(ModelError, match=message):
         export_hf_weights(network, source, tmp_path / "back")
     assert list(tmp_path.iterdir()) == []
 

@@ -193,12 +193,10 @@ def damage(folder: Path, change: Any) -> None:
 def test_an_fp8_weight_without_factors_is_named(quantised: Path) -> None:
     key = "model.layers.1.self_attn.q_proj.weight"
     damage(quantised, lambda tensors: tensors.pop(f"{key}_scale_inv"))
-    with pytest.raises(
-        ModelError,
-        match=(
-            rf"model\.safetensors: the FP8 weight {key} has no factors, got no key {key}_scale_inv"
-        ),
-    ):
+    message = (
+        rf"model\.safetensors: the FP8 weight {key} has no factors, got no key {key}_scale_inv"
+    )
+    with pytest.raises(ModelError, match=message):
         SafetensorsFolder(quantised)
 
 
@@ -343,13 +341,8 @@ def test_a_single_file_beside_the_files_of_an_index_is_refused(quantised: Path) 
     # transformers loads the single file, and an export would copy it unchanged beside the trained
     # weights.
     (quantised / "model.safetensors").write_bytes(single)
-    with pytest.raises(
-        ModelError,
-        match=(
-            r"there are two sets of weights, got model\.safetensors, .* and "
-            r"model\.safetensors\.index\.json"
-        ),
-    ):
+    message = r"two sets of weights, got model\.safetensors, .* and model\.safetensors\.index\.json"
+    with pytest.raises(ModelError, match=message):
         SafetensorsFolder(quantised)
     index = quantised / "model.safetensors.index.json"
     index.write_text(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from importlib.metadata import distribution
@@ -21,6 +20,7 @@ from data.shard_writer import write_shards
 from data.shards import ShardFolder
 from data.tar_index import sidecar_path
 from data.toy.easy_vqa import ANSWER_KINDS, easy_vqa_samples
+from tests.support.running import run_python
 from tests.support.shard_samples import png, sample
 
 MAKE_SHARDS = Path(__file__).parents[2] / "tools" / "make_shards.py"
@@ -46,15 +46,7 @@ def good(index: int, **fields: object) -> dict[str, object]:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(MAKE_SHARDS), *map(str, arguments)]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        cwd=MAKE_SHARDS.parents[1],
-    )
+    return run_python(str(MAKE_SHARDS), *map(str, arguments))
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from data.errors import MediaError
 from data.media.decoder import WORKER_MODULE, FrameLimits, MediaDecoder, WorkerLimits
 from data.media.opening import MediaLimits, MediaOpener
 from data.worker import KillableWorker, WorkerDied, WorkerNotStarted
+from tests.support.running import run_python
 from tests.support.shard_samples import png
 
 LIMITS = WorkerLimits(memory_bytes=8 << 30, timeout_seconds=60)
@@ -184,7 +185,5 @@ opener = MediaOpener(MediaLimits(worker_memory_bytes={8 << 30}))
 print(opener.open(bytes.fromhex({png().hex()!r}), "image").pixels.shape)
 opener.close()
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
+    done = run_python("-c", program)
     assert done.stdout == "(1, 6, 8, 3)\n", done.stderr

@@ -63,6 +63,7 @@ PRIVATE_WORDS = (
     "neutralised?",
     "guided",
     "broods?",
+    "once more",
     "is descended",
     "embedded (?:models?|preset)",
     "swap tokens",
@@ -89,7 +90,6 @@ PRIVATE_WORDS_OF_CODE = (
     "told",
     "tells",
     "anew",
-    "once more",
     "(?:could|can|cannot) be had",
 )
 # The last one names a random stream, on which the bundled models depend.

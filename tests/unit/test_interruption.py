@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,22 @@ from zppo_mm.interruption import EXIT_CODE, SIGNALS, Interruption
 ROOT = Path(__file__).parents[2]
 SOMEBODY, PARENT = 7, os.getppid()
 PROGRAM_SECONDS = 60
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("zppo_mm.interruption.time", clock)
+    return clock
 
 
 def make(stop_seconds: float = 100.0, max_hours: float = 0.0) -> tuple[Interruption, list[int]]:
@@ -67,21 +82,22 @@ def test_after_the_end_signals_are_ignored() -> None:
     assert ended == []
 
 
-def test_the_time_for_ending_is_bounded() -> None:
-    interruption, ended = make(stop_seconds=0.05)
+def test_the_time_for_ending_is_bounded(clock: Clock) -> None:
+    interruption, ended = make(stop_seconds=5.0)
     with interruption.protected():
         interruption.check_clock()
         interruption.request("SIGTERM")
+        clock.now += 4.9
         interruption.check_clock()
         assert ended == []
-        time.sleep(0.06)
+        clock.now += 0.2
         interruption.check_clock()
     assert ended == [EXIT_CODE]
 
 
-def test_hours_count_once_there_is_a_step_to_be_saved() -> None:
-    interruption, ended = make(max_hours=0.01 / 3600)
-    time.sleep(0.02)
+def test_hours_count_once_there_is_a_step_to_be_saved(clock: Clock) -> None:
+    interruption, ended = make(max_hours=2.0)
+    clock.now += 7201.0
     interruption.check_clock()
     assert not interruption.is_requested
     with interruption.protected():
@@ -94,15 +110,17 @@ def test_hours_count_once_there_is_a_step_to_be_saved() -> None:
     assert ended == []
 
 
-def test_what_is_held_is_due_only_when_most_of_the_time_is_over() -> None:
-    interruption, _ = make(stop_seconds=0.2)
+def test_what_is_held_is_due_only_when_most_of_the_time_is_over(
+    clock: Clock,
+) -> None:
+    interruption, _ = make(stop_seconds=20.0)
     with interruption.protected():
         assert not interruption.is_due()
         interruption.request("SIGTERM")
         assert interruption.is_due()
         with interruption.held():
             assert not interruption.is_due()
-            time.sleep(0.12)  # more than half of it
+            clock.now += 12.0  # more than half of it
             assert interruption.is_due()
 
 

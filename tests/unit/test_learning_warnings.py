@@ -28,7 +28,7 @@ def said(
     changes: Mapping[str, float | None], watch: LearningWatch | None = None, steps: int = NUM_STEPS
 ) -> list[str]:
     """Return what is said over some equal steps; `None` takes a metric away."""
-    watch = watch or LearningWatch(CONFIG)
+    watch = watch or LearningWatch(CONFIG.rollout, CONFIG.distill)
     values = {name: value for name, value in {**GOOD, **changes}.items() if value is not None}
     return [text for _ in range(steps) for text in watch.find_new(values)]
 
@@ -75,7 +75,7 @@ def test_a_run_that_learns_says_nothing() -> None:
 def test_each_cause_is_named_with_its_key_once(
     changes: dict[str, float | None], named: str
 ) -> None:
-    watch = LearningWatch(CONFIG)
+    watch = LearningWatch(CONFIG.rollout, CONFIG.distill)
     assert said(changes, watch, NUM_STEPS - 1) == []
     (text,) = said(changes, watch, 5)
     with pytest.raises(AssertionError, match=named):
@@ -103,14 +103,12 @@ def test_a_cause_comes_before_what_follows_from_it() -> None:
 
 def test_distillation_does_not_need_different_rewards() -> None:
     config = load_config(None, ["method=on_distill"])
-    assert (
-        said({"advantage/nontrivial_groups": 0.0, "accuracy/plain": 0.0}, LearningWatch(config))
-        == []
-    )
+    watch = LearningWatch(config.rollout, config.distill)
+    assert said({"advantage/nontrivial_groups": 0.0, "accuracy/plain": 0.0}, watch) == []
 
 
 def test_a_watch_is_a_sink(caplog: pytest.LogCaptureFixture) -> None:
-    watch = LearningWatch(CONFIG)
+    watch = LearningWatch(CONFIG.rollout, CONFIG.distill)
     with caplog.at_level(logging.WARNING):
         for step in range(NUM_STEPS):
             watch.write(step, {**GOOD, "policy/lr": 0.0})
@@ -120,8 +118,8 @@ def test_a_watch_is_a_sink(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_fewer_questions_than_a_step_takes(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        warn_of_few_questions(CONFIG, CONFIG.train.num_new_questions)
+        warn_of_few_questions(CONFIG.train.num_new_questions, CONFIG.train.num_new_questions)
         assert caplog.records == []
-        warn_of_few_questions(CONFIG, CONFIG.train.num_new_questions - 1)
+        warn_of_few_questions(CONFIG.train.num_new_questions, CONFIG.train.num_new_questions - 1)
     assert "data.train" in caplog.text
     assert f"train.num_new_questions={CONFIG.train.num_new_questions}" in caplog.text

@@ -13,116 +13,76 @@ from zppo_mm.config.load import load_config
 from zppo_mm.errors import ConfigError, ZppoError
 from zppo_mm.run.model_paths import check_model_path, check_model_paths
 
-
-def touch(path: Path, content: str = "{}") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content, encoding="utf-8")
-
-
-def file_with_weights(root: Path) -> Path:
-    touch(root / "model.safetensors")
-    return root / "model.safetensors"
-
-
-def finished_run(root: Path) -> Path:
-    for name in ("config.yaml", "hf/config.json"):
-        touch(root / "run" / name)
-    return root / "run"
-
-
-def unfinished_run(root: Path) -> Path:
-    touch(root / "run" / "config.yaml")
-    return root / "run"
-
-
-def checkpoint_of_a_run(root: Path) -> Path:
-    touch(root / "run" / "checkpoints" / "step_000004" / "manifest.json")
-    return root / "run" / "checkpoints" / "step_000004"
-
-
-def megatron(root: Path) -> Path:
-    touch(root / "megatron" / ".metadata")
-    return root / "megatron"
-
-
-def old_megatron(root: Path) -> Path:
-    touch(root / "megatron" / "iter_0000010" / "mp_rank_00" / "model_optim_rng.pt")
-    return root / "megatron"
-
-
-def hub_cache(root: Path) -> Path:
-    touch(root / "models--a--b" / "snapshots" / "0af3" / "config.json")
-    return root / "models--a--b"
-
-
-def one_above(root: Path) -> Path:
-    touch(root / "models" / "student" / "config.json")
-    return root / "models"
-
-
-def adapters(root: Path) -> Path:
-    touch(root / "adapter" / "adapter_config.json")
-    return root / "adapter"
-
-
-def pickled_weights(root: Path) -> Path:
-    touch(root / "model" / "config.json")
-    touch(root / "model" / "pytorch_model.bin")
-    return root / "model"
-
-
-def without_weights(root: Path) -> Path:
-    touch(root / "model" / "config.json")
-    return root / "model"
-
-
-def without_tokenizer(root: Path) -> Path:
-    for name in ("config.json", "model.safetensors"):
-        touch(root / "model" / name)
-    return root / "model"
-
-
-def empty(root: Path) -> Path:
-    (root / "empty").mkdir()
-    return root / "empty"
+RUN_CONVERSION = "convert_checkpoint.py export {root}/run HF_DIR"
+MEGATRON_CONVERSION = "convert_checkpoint.py export {root}/megatron HF_DIR"
 
 
 @pytest.mark.parametrize(
-    ("make", "found", "advice"),
+    ("files", "given", "found", "advice"),
     [
-        (file_with_weights, "a file", "give its folder, {root}"),
-        (finished_run, "the folder of a run", "give its exported model, {root}/run/hf"),
+        (["model.safetensors"], "model.safetensors", "a file", "give its folder, {root}"),
         (
-            unfinished_run,
-            "the folder of a run that is not finished",
-            "convert_checkpoint.py export {root}/run HF_DIR",
+            ["run/config.yaml", "run/hf/config.json"],
+            "run",
+            "the folder of a run",
+            "give its exported model, {root}/run/hf",
         ),
+        (["run/config.yaml"], "run", "the folder of a run that is not finished", RUN_CONVERSION),
         (
-            checkpoint_of_a_run,
+            ["run/checkpoints/step_000004/manifest.json"],
+            "run/checkpoints/step_000004",
             "a checkpoint of a run",
-            "convert_checkpoint.py export {root}/run HF_DIR",
+            RUN_CONVERSION,
         ),
-        (megatron, "a Megatron folder", "convert_checkpoint.py export {root}/megatron HF_DIR"),
-        (old_megatron, "a Megatron folder", "convert_checkpoint.py export {root}/megatron HF_DIR"),
+        (["megatron/.metadata"], "megatron", "a Megatron folder", MEGATRON_CONVERSION),
         (
-            hub_cache,
+            ["megatron/iter_0000010/mp_rank_00/model_optim_rng.pt"],
+            "megatron",
+            "a Megatron folder",
+            MEGATRON_CONVERSION,
+        ),
+        (
+            ["models--a--b/snapshots/0af3/config.json"],
+            "models--a--b",
             "a folder without config.json",
             "give {root}/models--a--b/snapshots/0af3, which has one",
         ),
-        (one_above, "a folder without config.json", "give {root}/models/student, which has one"),
-        (adapters, "adapters without their model", "give the folder of the merged model"),
         (
-            pickled_weights,
+            ["models/student/config.json"],
+            "models",
+            "a folder without config.json",
+            "give {root}/models/student, which has one",
+        ),
+        (
+            ["adapter/adapter_config.json"],
+            "adapter",
+            "adapters without their model",
+            "give the folder of the merged model",
+        ),
+        (
+            ["model/config.json", "model/pytorch_model.bin"],
+            "model",
             "a folder with weights that are not read here (pytorch_model.bin)",
             "model.safetensors",
         ),
-        (without_weights, "a folder with no weights", "model.safetensors"),
-        (without_tokenizer, "a folder without a tokenizer", "copy the model's tokenizer.json"),
-        (empty, "a folder without config.json", "correct the path"),
+        (["model/config.json"], "model", "a folder with no weights", "model.safetensors"),
+        (
+            ["model/config.json", "model/model.safetensors"],
+            "model",
+            "a folder without a tokenizer",
+            "copy the model's tokenizer.json",
+        ),
+        ([], "", "a folder without config.json", "correct the path"),
     ],
 )
-def test_what_is_there_but_no_model(make: object, found: str, advice: str, tmp_path: Path) -> None:
-    path = make(tmp_path)  # type: ignore[operator]
+def test_what_is_there_but_no_model(
+    files: list[str], given: str, found: str, advice: str, tmp_path: Path
+) -> None:
+    for name in files:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}", encoding="utf-8")
+    path = tmp_path / given
     with pytest.raises(ConfigError) as raised:
         check_model_path("teacher.model", str(path), "teacher.endpoints")
     text = str(raised.value)

@@ -55,6 +55,7 @@ def keys_that_are_looked_at(module: Any) -> set[str]:
 
 # What the code asks a configuration for besides settings of a network: how it is run, and ways to
 # its parts.
+Raws = dict[str, dict[str, Any]]
 NO_SETTINGS = {
     "_attn_implementation",
     "get_text_config",
@@ -98,7 +99,7 @@ def test_no_key_has_two_fates() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.medium
 def test_a_key_that_is_left_out_has_the_value_that_transformers_gives_it(
-    raws: dict[str, dict[str, Any]], family: str, tmp_path: Path
+    raws: Raws, family: str, tmp_path: Path
 ) -> None:
     equal = []
     for key in text_of(raws[family]):
@@ -168,7 +169,7 @@ OTHER_VALUES: dict[str, Any] = {
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.medium
 def test_a_setting_is_computed_as_transformers_does_or_refused_by_name(
-    raws: dict[str, dict[str, Any]], family: str, tmp_path: Path
+    raws: Raws, family: str, tmp_path: Path
 ) -> None:
     for key, value in OTHER_VALUES.items():
         raw = copy.deepcopy(raws[family])
@@ -181,9 +182,7 @@ def test_a_setting_is_computed_as_transformers_does_or_refused_by_name(
     ("key", "value"),
     [(key, value) for key, value in OTHER_VALUES.items() if key in BUILT or key in FOREIGN],
 )
-def test_a_setting_that_is_not_built_is_refused(
-    raws: dict[str, dict[str, Any]], key: str, value: Any
-) -> None:
+def test_a_setting_that_is_not_built_is_refused(raws: Raws, key: str, value: Any) -> None:
     raw = copy.deepcopy(raws["llama"])
     raw[key] = value
     with pytest.raises(ModelError, match=rf"config\.json: {key} is .*got "):
@@ -191,7 +190,7 @@ def test_a_setting_that_is_not_built_is_refused(
 
 
 def test_a_key_of_a_newer_transformers_is_refused_unless_it_has_its_default(
-    raws: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    raws: Raws, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(BUILT, "mlp_bias")
     raw = copy.deepcopy(raws["llama"])
@@ -204,9 +203,7 @@ def test_a_key_of_a_newer_transformers_is_refused_unless_it_has_its_default(
 
 
 @pytest.mark.parametrize("family", WITH_TOWER)
-def test_settings_around_the_language_part_are_not_dropped(
-    raws: dict[str, dict[str, Any]], family: str
-) -> None:
+def test_settings_around_the_language_part_are_not_dropped(raws: Raws, family: str) -> None:
     raw = raws[family]
     text = text_of(raw)
     same = {
@@ -228,7 +225,7 @@ def test_settings_around_the_language_part_are_not_dropped(
 
 
 def test_a_language_part_is_looked_for_where_transformers_does(
-    raws: dict[str, dict[str, Any]],
+    raws: Raws,
 ) -> None:
     for family in WITH_TOWER:
         raw = copy.deepcopy(raws[family])
@@ -245,9 +242,7 @@ def test_a_language_part_is_looked_for_where_transformers_does(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_quantisation_that_is_not_read_is_refused(
-    raws: dict[str, dict[str, Any]], family: str
-) -> None:
+def test_a_quantisation_that_is_not_read_is_refused(raws: Raws, family: str) -> None:
     for section in (
         {},
         {"quantization_config": None},
@@ -273,7 +268,7 @@ def test_a_quantisation_that_is_not_read_is_refused(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_value_of_another_kind_ends_in_no_traceback(
-    raws: dict[str, dict[str, Any]], family: str, tmp_path: Path
+    raws: Raws, family: str, tmp_path: Path
 ) -> None:
     for section in (raws[family], text_of(raws[family])):
         for key in section:
@@ -310,7 +305,7 @@ def test_a_value_of_another_kind_ends_in_no_traceback(
     ],
 )
 def test_numbers_that_describe_no_network_are_refused_before_it_is_built(
-    raws: dict[str, dict[str, Any]], family: str, change: dict[str, Any], message: str
+    raws: Raws, family: str, change: dict[str, Any], message: str
 ) -> None:
     raw = copy.deepcopy(raws[family])
     (key, value), *_ = change.items()
@@ -324,7 +319,7 @@ def test_numbers_that_describe_no_network_are_refused_before_it_is_built(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_that_transformers_would_take_from_elsewhere_are_refused(
-    raws: dict[str, dict[str, Any]], family: str
+    raws: Raws, family: str
 ) -> None:
     with pytest.raises(
         ModelError, match=r"transformers_weights is not supported, got 'other\.safetensors'"

@@ -164,12 +164,10 @@ def test_spellings_may_be_mixed_but_no_key_stands_in_two(
     assert is_exported_alike(oracle, folder)
     key, tensor = next(two for one, two in pairs if one[0] != two[0])
     folder = write(oracle, {**usual, key: tensor.clone()}, tmp_path / "twice")
-    with pytest.raises(
-        ModelError,
-        match=(
-            r"model\.safetensors: the key .* is there in two spellings, got .* and .*, expected one"
-        ),
-    ):
+    message = (
+        r"model\.safetensors: the key .* is there in two spellings, got .* and .*, expected one"
+    )
+    with pytest.raises(ModelError, match=message):
         SafetensorsFolder(folder)
 
 

@@ -156,13 +156,8 @@ def test_parts_may_train_beside_the_adapters(folder: Path, tmp_path: Path) -> No
     assert {
         id(parameter) for parameter in network.parameters() if parameter.requires_grad
     } == projector | own
-    with pytest.raises(
-        ModelError,
-        match=(
-            r"not what was trained, got lora.also_train=\['projector'\], expected none; use the "
-            r"merged"
-        ),
-    ):
+    message = r"not what was trained, got lora.also_train=\['projector'\], .*; use the merged"
+    with pytest.raises(ModelError, match=message):
         export_adapter(network, folder, tmp_path / "adapter")
 
 

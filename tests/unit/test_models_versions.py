@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import logging
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support import network_checks, tiny_qwen
+from tests.support.running import run_python
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.training.optimizer import wrap_model
@@ -29,13 +28,7 @@ def _one_rank() -> Iterator[None]:
 
 @pytest.mark.medium
 def test_the_network_imports_without_triton() -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TRITON],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_python("-c", WITHOUT_TRITON)
     assert result.returncode == 0, result.stderr
 
 

@@ -69,22 +69,13 @@ def test_as_many_rows_as_ids_are_enough_and_one_less_is_named(tmp_path: Path) ->
     change(folder / "config.json", text_config={"vocab_size": NUM_IDS + 50})
     ChatFormat(folder)
     change(folder / "config.json", text_config={"vocab_size": NUM_IDS - 1})
-    with pytest.raises(
-        ConfigError,
-        match=(
-            rf"tokens beyond the embedding, got '</think>' \({NUM_IDS - 1}\), expected ids below "
-            rf"{NUM_IDS - 1}"
-        ),
-    ):
+    last = NUM_IDS - 1
+    message = rf"beyond the embedding, got '</think>' \({last}\), expected ids below {last}"
+    with pytest.raises(ConfigError, match=message):
         ChatFormat(folder)
     change(folder / "config.json", text_config={"vocab_size": 100})
-    with pytest.raises(
-        ConfigError,
-        match=(
-            r"got '.*' \(100\), .* and 16\d more, expected ids below 100, the vocab_size of "
-            r"config\.json"
-        ),
-    ):
+    message = r"\(100\), .* and 16\d more, expected ids below 100, the vocab_size of config\.json"
+    with pytest.raises(ConfigError, match=message):
         ChatFormat(folder)
 
 
@@ -318,13 +309,10 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     for content in ("{}", "{", json.dumps({"version": "1.0", "model": {"type": "Nothing"}})):
         (folder / "tokenizer.json").write_text(content)
-        with pytest.raises(
-            ConfigError,
-            match=(
-                r"the tokenizer cannot be loaded, got .*, expected files of a Hugging Face "
-                r"tokenizer"
-            ),
-        ):
+        message = (
+            r"the tokenizer cannot be loaded, got .*, expected files of a Hugging Face tokenizer"
+        )
+        with pytest.raises(ConfigError, match=message):
             ChatFormat(folder)
 
 

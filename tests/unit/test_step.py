@@ -24,7 +24,7 @@ from tests.support.shard_samples import sample
 from tests.support.tiny_folder import build_folder
 from tests.support.zone_builders import question, rollout
 from zppo_mm.config.schema import DistillConfig, ZoneConfig
-from zppo_mm.experience import FloatArray, Group, Prompt, PromptInstance, Rollout
+from zppo_mm.experience import Advantages, Group, Prompt, PromptInstance, Rollout
 from zppo_mm.observability.metrics import StepMetrics
 from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rollout.engine import SamplingParams
@@ -128,14 +128,10 @@ class FakeTeacher:
 @dataclass
 class FakeLearner:
     events: list[str]
-    advantages: Mapping[str, FloatArray] = field(default_factory=dict)
+    advantages: Advantages = field(default_factory=dict)
 
     def learn(
-        self,
-        groups: Sequence[Group],
-        advantages: Mapping[str, FloatArray],
-        step: int,
-        metrics: StepMetrics,
+        self, groups: Sequence[Group], advantages: Advantages, step: int, metrics: StepMetrics
     ) -> dict[str, tuple[int, ...]]:
         self.events.append(
             "learn " + " ".join(f"{each.kind}:{each.question.id}" for each in groups)

@@ -6,14 +6,15 @@ import logging
 import socket
 import ssl
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.support.launch import free_port
 from tests.support.pool_asking import ASK, GOOD, KEY, PATIENT, ask, faults, texts
 from tests.support.raw_server import Say, completion, http, say, serve_raw
+from tests.support.running import free_port
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.errors import ConfigError
@@ -149,9 +150,11 @@ def test_an_environment_without_a_usable_client_is_an_error_with_its_cause(
 
 @pytest.mark.medium
 def test_what_the_student_waits_for_does_not_queue_behind_answers() -> None:
+    go = threading.Event()
+
     def plan(number: int) -> Say:
         def slow(connection: socket.socket) -> None:
-            time.sleep(5.0)
+            go.wait()
             GOOD(connection)
 
         return slow if number < 4 else GOOD
@@ -162,9 +165,10 @@ def test_what_the_student_waits_for_does_not_queue_behind_answers() -> None:
         while len(server.requests) < 4:
             time.sleep(0.01)
         (urgent,) = pool.submit(
-            [ASK], RetryPolicy(max_seconds=4.0, num_retries=0, is_urgent=True)
+            [ASK], RetryPolicy(max_seconds=60.0, num_retries=0, is_urgent=True)
         ).result(timeout=60)
         assert texts(urgent) == ["3", "4"]
         assert not answers.done()
+        go.set()
         assert all(texts(outcome) == ["3", "4"] for outcome in answers.result(timeout=60))
         pool.close()

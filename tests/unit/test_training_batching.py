@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from data.errors import DataError, MediaError
 from data.question import MediaRef, Question
 from encoders.processor import VisionInput
+from tests.support.training_plans import LAYOUTS, Layout, SquareMedia, plan
 from zppo_mm.experience import TrainingSample
 from zppo_mm.randomness import generator
-from zppo_mm.training.batching import BatchPlan, build_batches, pack, plan_batches
+from zppo_mm.training.batching import build_batches, pack, plan_batches
 
 CPU = torch.device("cpu")
 
@@ -43,21 +44,6 @@ def make_sample(
     )
 
 
-class SquareMedia:
-    """Every image is four patches that hold the number of its question's id."""
-
-    def __init__(self, grid: tuple[int, int, int] = (1, 2, 2)) -> None:
-        self.grid = grid
-        self.opened: list[str] = []
-
-    def vision_inputs(self, question: Question) -> list[VisionInput]:
-        self.opened.append(question.id)
-        return [
-            VisionInput("image", np.full((4, 3), float(question.id), dtype=np.float32), self.grid)
-            for _ in question.media
-        ]
-
-
 @st.composite
 def steps(draw: st.DrawFn) -> list[TrainingSample]:
     groups = draw(
@@ -77,29 +63,11 @@ def steps(draw: st.DrawFn) -> list[TrainingSample]:
     ]
 
 
-def plan(
-    samples: list[TrainingSample], num_minibatches: int = 2, num_replicas: int = 2, budget: int = 60
-) -> BatchPlan:
-    return plan_batches(
-        samples,
-        num_minibatches=num_minibatches,
-        num_replicas=num_replicas,
-        micro_batch_tokens=budget,
-        random=generator(0, "minibatches", 3),
-    )
-
-
 @settings(max_examples=60, deadline=None)
-@given(
-    samples=steps(),
-    num_minibatches=st.integers(1, 5),
-    num_replicas=st.integers(1, 4),
-    budget=st.integers(1, 120),
-)
-def test_no_token_is_lost_or_doubled(
-    samples: list[TrainingSample], num_minibatches: int, num_replicas: int, budget: int
-) -> None:
-    made = plan(samples, num_minibatches, num_replicas, budget)
+@given(samples=steps(), layout=LAYOUTS)
+def test_no_token_is_lost_or_doubled(samples: list[TrainingSample], layout: Layout) -> None:
+    _, num_replicas, budget = layout
+    made = plan(samples, *layout)
     assert len(made.minibatch_of) == len(samples)
     for update, replicas in enumerate(made.microbatches):
         members = [i for i, owner in enumerate(made.minibatch_of) if owner == update]
@@ -151,14 +119,7 @@ def test_the_shuffle_depends_on_the_step_alone() -> None:
     samples = [make_sample(f"{group}", 2, 2) for group in range(16)]
     assert plan(samples) == plan(samples)
     assert plan(samples).minibatch_of == plan(samples, num_replicas=4, budget=5).minibatch_of
-    other = plan_batches(
-        samples,
-        num_minibatches=2,
-        num_replicas=2,
-        micro_batch_tokens=60,
-        random=generator(0, "minibatches", 4),
-    )
-    assert plan(samples).minibatch_of != other.minibatch_of
+    assert plan(samples).minibatch_of != plan(samples, step=4).minibatch_of
 
 
 @pytest.mark.parametrize("share_prompts", [False, True])
@@ -177,14 +138,7 @@ def test_a_replica_opens_the_media_of_its_part_of_the_questions(
             make_sample(str(question), prompt, 1 + int(lengths.lognormal(3.2, 1.0)))
             for _ in range(8)
         ]
-    made = plan_batches(
-        samples,
-        num_minibatches=4,
-        num_replicas=8,
-        micro_batch_tokens=budget,
-        random=generator(0, "minibatches", 3),
-        share_prompts=share_prompts,
-    )
+    made = plan(samples, 4, 8, budget, share_prompts=share_prompts)
     for replica in range(8):
         packs = [members for update in made.microbatches for members in update[replica]]
         opened = {samples[index].uid for members in packs for index in members}

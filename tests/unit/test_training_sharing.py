@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.question import MediaRef, Question
-from encoders.processor import VisionInput
+from tests.support.training_plans import LAYOUTS, Layout, SquareMedia, plan
 from zppo_mm.experience import Microbatch, TrainingSample
-from zppo_mm.randomness import generator
-from zppo_mm.training.batching import BatchPlan, build_batches, pack, plan_batches
+from zppo_mm.training.batching import build_batches, pack
 from zppo_mm.training.prefix_groups import balance, make_prefix_groups
 
 CPU = torch.device("cpu")
@@ -67,23 +66,6 @@ def steps(draw: st.DrawFn) -> list[TrainingSample]:
     return samples
 
 
-def plan(
-    samples: list[TrainingSample],
-    num_minibatches: int,
-    num_replicas: int,
-    budget: int,
-    share_prompts: bool = True,
-) -> BatchPlan:
-    return plan_batches(
-        samples,
-        num_minibatches=num_minibatches,
-        num_replicas=num_replicas,
-        micro_batch_tokens=budget,
-        random=generator(0, "minibatches", 3),
-        share_prompts=share_prompts,
-    )
-
-
 def unique_tokens(samples: list[TrainingSample], pack_of: tuple[int, ...]) -> int:
     """Return the tokens of a micro-batch with every prompt counted once."""
     prompts = {samples[i].uid: samples[i].num_prompt_tokens for i in pack_of}
@@ -91,17 +73,11 @@ def unique_tokens(samples: list[TrainingSample], pack_of: tuple[int, ...]) -> in
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    samples=steps(),
-    num_minibatches=st.integers(1, 4),
-    num_replicas=st.integers(1, 4),
-    budget=st.integers(1, 200),
-)
-def test_plans_are_complete_small_enough_and_balanced(
-    samples: list[TrainingSample], num_minibatches: int, num_replicas: int, budget: int
-) -> None:
-    made = plan(samples, num_minibatches, num_replicas, budget)
-    apart = plan(samples, num_minibatches, num_replicas, budget, share_prompts=False)
+@given(samples=steps(), layout=LAYOUTS)
+def test_plans_are_whole_small_and_balanced(samples: list[TrainingSample], layout: Layout) -> None:
+    budget = layout[-1]
+    made = plan(samples, *layout, share_prompts=True)
+    apart = plan(samples, *layout)
     assert (made.minibatch_of, made.num_loss_tokens, made.num_skipped) == (
         apart.minibatch_of,
         apart.num_loss_tokens,
@@ -158,7 +134,7 @@ def test_parts_of_a_group_that_fit_together_are_together(
 def test_packs_hold_every_response_once_and_every_prompt_once_a_pack(
     samples: list[TrainingSample], num_replicas: int, budget: int
 ) -> None:
-    made = plan(samples, 2, num_replicas, budget)
+    made = plan(samples, 2, num_replicas, budget, share_prompts=True)
     needed = [sample for sample in samples if np.any(sample.advantages)]
     responses: Counter[int] = Counter()
     for replica in range(num_replicas):
@@ -209,7 +185,7 @@ def test_groups_are_kept_whole_where_replicas_can_be_balanced_with_them() -> Non
         for number in range(8)
         for sample in make_group(f"{number}", 50, [10] * 8, 1000 * number)
     ]
-    (replicas,) = plan(samples, 1, 4, 130).microbatches
+    (replicas,) = plan(samples, 1, 4, 130, share_prompts=True).microbatches
     # A group has 50 + 8 * 10 tokens; a micro-batch has room for one.
     groups = sorted(members for replica in replicas for members in replica)
     assert groups == [tuple(range(start, start + 8)) for start in range(0, 64, 8)]
@@ -218,7 +194,7 @@ def test_groups_are_kept_whole_where_replicas_can_be_balanced_with_them() -> Non
 
 def test_a_group_is_divided_over_replicas_that_have_no_other() -> None:
     samples = make_group("0", 40, [10] * 8)
-    (replicas,) = plan(samples, 1, 2, 1000).microbatches
+    (replicas,) = plan(samples, 1, 2, 1000, share_prompts=True).microbatches
     # Together 40 + 80 tokens; as 40 + 40 on each, the replicas do not differ.
     assert [[len(members) for members in replica] for replica in replicas] == [[4], [4]]
     assert sorted(i for replica in replicas for members in replica for i in members) == list(
@@ -228,7 +204,7 @@ def test_a_group_is_divided_over_replicas_that_have_no_other() -> None:
 
 def test_a_group_longer_than_a_micro_batch_is_divided() -> None:
     samples = make_group("0", 40, [30, 20, 20, 10, 10])
-    (((first, second),),) = plan(samples, 1, 1, 90).microbatches
+    (((first, second),),) = plan(samples, 1, 1, 90, share_prompts=True).microbatches
     # 40 + 30 + 20 and 40 + 20 + 10 + 10.
     assert sorted([unique_tokens(samples, first), unique_tokens(samples, second)]) == [80, 90]
 
@@ -249,26 +225,12 @@ def test_packing_lays_a_shared_prompt_once() -> None:
     assert alone.cu_seqlens.tolist() == [0, 4, 7]
 
 
-class CountedMedia:
-    """Every image is four patches that hold the number of its question's id."""
-
-    def __init__(self) -> None:
-        self.opened: list[str] = []
-
-    def vision_inputs(self, question: Question) -> list[VisionInput]:
-        self.opened.append(question.id)
-        return [
-            VisionInput("image", np.full((4, 3), float(question.id), dtype=np.float32), (1, 2, 2))
-            for _ in question.media
-        ]
-
-
 def test_media_are_opened_once_for_all_rollouts_of_a_micro_batch() -> None:
     samples = [
         *make_group("1", 4, [3, 3, 3], 0, num_images=2),
         *make_group("2", 4, [3], 1000, num_images=1),
     ]
-    media = CountedMedia()
+    media = SquareMedia()
     packed = pack(samples, media=media, device=CPU, share_prompts=True)
     assert media.opened == ["1", "2"]
     assert packed.patches is not None

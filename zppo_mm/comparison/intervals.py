@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +17,6 @@ FloatArray = npt.NDArray[np.float64]
 NUM_DRAWS = 10_000
 BOOTSTRAP_SEED = 0
 TAILS = (0.025, 0.975)
-NORMAL_97_5 = 1.959964
-"""The 97.5 % quantile of the standard normal distribution."""
 _BLOCK_COUNTS = 4_000_000
 """Question counts that are held at once."""
 
@@ -83,7 +82,7 @@ def fraction_interval(count: int, total: int) -> Estimate | None:
     """
     if not total:
         return None
-    fraction, z = count / total, NORMAL_97_5
+    fraction, z = count / total, NormalDist().inv_cdf(TAILS[1])
     centre = (fraction + z * z / (2 * total)) / (1 + z * z / total)
     half = (
         z

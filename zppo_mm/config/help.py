@@ -5,6 +5,7 @@ prints.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -45,6 +46,13 @@ The third column says whether the method asks the teacher.
 With `teacher.compressor=teacher` the NCQ methods ask it too, to compress candidates.
 """
 _FIRST_ONLY = "Not for fallback teachers."
+
+
+def add_options(
+    parser: argparse.ArgumentParser, meaning: str = "options, which take precedence over the file"
+) -> None:
+    """Add the `key=value` words of a tool's command line."""
+    parser.add_argument("options", nargs="*", metavar="key=value", help=meaning)
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,9 +112,7 @@ def _read_yaml(path: Path, origin: str) -> _Layer:
     try:
         content = OmegaConf.load(path)
     except OSError as error:
-        raise ConfigError(
-            f"{origin}: cannot be read ({error.strerror}); check the path given to --config"
-        ) from error
+        raise ConfigError(f"{origin}: cannot be read ({error.strerror}); check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise ConfigError(f"{origin}: not valid YAML: {error}; correct the file") from error
     if not isinstance(content, DictConfig):

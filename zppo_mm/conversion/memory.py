@@ -85,17 +85,19 @@ def estimate_memory(
     parameters = _fullest_rank(architecture, tensor, pipeline)
     # The context ranks hold the same weights and share the optimizer state too.
     sharded_over = num_student_ranks // model_ranks if layout.use_distributed_optimizer else 1
+    longest = longest_prompt(config) + config.rollout.max_response_tokens
+    pack = max(config.train.micro_batch_tokens, longest) // layout.context_parallel_size
     loss_tokens = max(config.train.micro_batch_tokens, config.rollout.max_response_tokens)
     return MemoryEstimate(
         weights=parameters * WEIGHT_BYTES,
         gradients=parameters * GRADIENT_BYTES,
         optimizer=parameters * OPTIMIZER_BYTES // sharded_over,
-        activations=_activations(architecture, config),
+        activations=_activations(architecture, layout, config.model.recompute, pack),
         logits=loss_tokens
         // layout.context_parallel_size
         * (architecture.vocab_size // tensor)
         * LOGIT_BYTES,
-        cache=config.rollout.max_batch_size * _cache_of_a_sequence(architecture, config),
+        cache=config.rollout.max_batch_size * _cache_of_a_sequence(architecture, layout, longest),
     )
 
 
@@ -125,16 +127,15 @@ def _fullest_rank(architecture: Architecture, tensor: int, pipeline: int) -> int
     )
 
 
-def _activations(architecture: Architecture, config: RunConfig) -> int:
-    """Return the bytes that the backward pass keeps of the longest pack.
+def _activations(
+    architecture: Architecture, layout: ParallelConfig, recompute: str, tokens: int
+) -> int:
+    """Return the bytes that the backward pass keeps of a rank's part of the longest pack.
 
     With full recomputation those are the input of every layer and the inside of one; without, the
     inside of every layer.
     """
-    layout = config.parallel
     tensor = layout.tensor_model_parallel_size
-    longest = longest_prompt(config) + config.rollout.max_response_tokens
-    tokens = max(config.train.micro_batch_tokens, longest) // layout.context_parallel_size
     split = tensor if layout.sequence_parallel else 1
     attention = (2 * architecture.num_attention_heads + 2 * architecture.num_query_groups) * (
         architecture.head_dim
@@ -147,18 +148,16 @@ def _activations(architecture: Architecture, config: RunConfig) -> int:
     width = 4 * architecture.hidden_size // split
     width += (max(attention, delta) + 3 * architecture.ffn_hidden_size) // tensor
     layers = architecture.num_layers // layout.pipeline_model_parallel_size
-    if config.model.recompute == "full":
+    if recompute == "full":
         elements = layers * architecture.hidden_size // split + width
     else:
         elements = layers * width
     return tokens * elements * WEIGHT_BYTES
 
 
-def _cache_of_a_sequence(architecture: Architecture, config: RunConfig) -> int:
+def _cache_of_a_sequence(architecture: Architecture, layout: ParallelConfig, slots: int) -> int:
     """Return the bytes that decoding keeps of one sequence, its prompt copied as on a GPU."""
-    layout = config.parallel
     tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    slots = longest_prompt(config) + config.rollout.max_response_tokens
     attention = architecture.layer_types.count("full_attention") // pipeline
     delta = architecture.layer_types.count("linear_attention") // pipeline
     keys_and_values = 2 * architecture.num_query_groups // tensor * architecture.head_dim

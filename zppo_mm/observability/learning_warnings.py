@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from zppo_mm.config.schema import RunConfig
+from zppo_mm.config.schema import DistillConfig, RolloutConfig
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,9 @@ class Finding:
 class LearningWatch:
     """Checks the metrics of every step, and warns. Implements `MetricsSink`."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self._config = config
+    def __init__(self, rollout: RolloutConfig, distill: DistillConfig) -> None:
+        self._rollout = rollout
+        self._distill = distill
         self._recent: list[Mapping[str, float]] = []
         self._known: set[str] = set()
 
@@ -53,18 +54,22 @@ class LearningWatch:
         self._recent = [*self._recent, values][-NUM_STEPS:]
         if len(self._recent) < NUM_STEPS:
             return []
-        findings = find_causes(self._config, self._recent)
+        findings = find_causes(self._rollout, self._distill, self._recent)
         fresh = [finding.text for finding in findings if finding.name not in self._known]
         self._known = {finding.name for finding in findings}
         return fresh
 
 
-def find_causes(config: RunConfig, steps: Sequence[Mapping[str, float]]) -> list[Finding]:
+def find_causes(
+    rollout: RolloutConfig, distill: DistillConfig, steps: Sequence[Mapping[str, float]]
+) -> list[Finding]:
     """Return what keeps a run from learning in every one of these steps; a cause comes before what
     follows from it.
     """
     where = f"in the last {len(steps)} steps"
-    findings = [*_bad_answers(config, steps, where), *_equal_rewards(config, steps, where)]
+    findings = _bad_answers(rollout, steps, where)
+    if distill.source == "none":
+        findings += _equal_rewards(rollout, steps, where)
     if all(
         step.get("policy/updates") == 0 and step.get("policy/skipped_updates", 0) > 0
         for step in steps
@@ -85,20 +90,20 @@ def find_causes(config: RunConfig, steps: Sequence[Mapping[str, float]]) -> list
     return findings
 
 
-def warn_of_few_questions(config: RunConfig, num_samples: int) -> None:
+def warn_of_few_questions(num_new_questions: int, num_samples: int) -> None:
     """Warn if a step asks more questions than there are, so that it asks some twice."""
-    if num_samples < config.train.num_new_questions:
+    if num_samples < num_new_questions:
         logger.warning(
             "learning: fewer questions than a step takes, got %d in data.train, expected at least "
             "train.num_new_questions=%d: some come twice in a step; give more data or lower that "
             "key",
             num_samples,
-            config.train.num_new_questions,
+            num_new_questions,
         )
 
 
 def _bad_answers(
-    config: RunConfig, steps: Sequence[Mapping[str, float]], where: str
+    rollout: RolloutConfig, steps: Sequence[Mapping[str, float]], where: str
 ) -> list[Finding]:
     findings = []
     truncated, unparsed = _least(steps, "response/truncated"), _least(steps, "response/unparsed")
@@ -108,7 +113,7 @@ def _bad_answers(
                 "truncated",
                 f"learning: most responses reach the length limit, got at least {truncated:.0%} "
                 f"{where}, expected few; raise rollout.max_response_tokens (now "
-                f"{config.rollout.max_response_tokens}), or look in transcripts/ whether the model "
+                f"{rollout.max_response_tokens}), or look in transcripts/ whether the model "
                 "ever ends its answers (stop tokens in its generation_config.json, its chat "
                 "template)",
             )
@@ -137,9 +142,9 @@ def _bad_answers(
 
 
 def _equal_rewards(
-    config: RunConfig, steps: Sequence[Mapping[str, float]], where: str
+    rollout: RolloutConfig, steps: Sequence[Mapping[str, float]], where: str
 ) -> list[Finding]:
-    if config.distill.source != "none" or _most(steps, "advantage/nontrivial_groups") > 0:
+    if _most(steps, "advantage/nontrivial_groups") > 0:
         return []
     accuracy = _most(steps, "accuracy/plain")
     if accuracy == 0:
@@ -153,7 +158,7 @@ def _equal_rewards(
     else:
         advice = (
             "the responses to a question are all alike: raise rollout.temperature (now "
-            f"{config.rollout.temperature:g})"
+            f"{rollout.temperature:g})"
         )
     return [
         Finding(

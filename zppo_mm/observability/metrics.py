@@ -102,8 +102,8 @@ METRICS: Mapping[str, str] = {
         "Questions graduated since the start, by accuracy at admission in percent."
     ),
     "buffer/evicted/*": "Questions evicted since the start, by accuracy at admission in percent.",
-    "buffer/graduated_visits/*": "Questions graduated since the start, by number of replay visits.",
-    "buffer/evicted_visits/*": "Questions evicted since the start, by number of replay visits.",
+    "buffer/graduated_visits/*": "Questions graduated since the start, by number of visits.",
+    "buffer/evicted_visits/*": "Questions evicted since the start, by number of visits.",
     "data/samples": "Samples read by the stream.",
     "data/skipped/*": "Samples skipped, by reason.",
     "distill/agreement": (

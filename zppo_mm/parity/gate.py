@@ -190,9 +190,8 @@ def _training_logprobs(run: Run, groups: Sequence[Group]) -> list[FloatArray]:
         Batch(microbatches, batch.num_loss_tokens), config.rollout.temperature
     )
     mine: list[tuple[int, FloatArray]] = []
-    members = plan.microbatches[0][parallel.data_rank()] or (
-        (),
-    )  # a replica without samples passes a sequence without loss
+    # A replica without samples passes a sequence without loss.
+    members = plan.microbatches[0][parallel.data_rank()] or ((),)
     for indices, microbatch, logprobs in zip(members, microbatches, values, strict=True):
         carries_loss = microbatch.loss_mask != 0
         drawn = [samples[index].token_ids[-samples[index].num_loss_tokens :] for index in indices]

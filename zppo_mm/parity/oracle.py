@@ -261,7 +261,7 @@ def _quiet_transformers() -> Iterator[None]:
 def _response_logprobs(model: Any, item: SourceInput, temperature: float) -> FloatArray:
     """Return the log-probs of a response, `[response]`."""
     inputs = {
-        name: value.to(model.device) for name, value in _model_inputs(model.config, item).items()
+        name: value.to(model.device) for name, value in model_inputs(model.config, item).items()
     }
     # Without the cache, nothing is carried over to the next sequence.
     output = model(**inputs, use_cache=False, logits_to_keep=item.num_response_tokens + 1)
@@ -271,7 +271,7 @@ def _response_logprobs(model: Any, item: SourceInput, temperature: float) -> Flo
     return values
 
 
-def _model_inputs(config: Any, item: SourceInput) -> dict[str, torch.Tensor]:
+def model_inputs(config: Any, item: SourceInput) -> dict[str, torch.Tensor]:
     """Return the arguments of transformers' model for one sequence.
 
     transformers computes the positions itself, so that ours are checked too, except where its own

@@ -8,6 +8,7 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import jinja2
 
@@ -21,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 TEMPLATES_FOLDER = Path(__file__).parent
 TEMPLATE_FILE = "page.html.jinja"
-NORMAL_95 = 1.96
-"""Half width of a 95 % interval in standard errors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +130,8 @@ def _held_out_headline(run: RunRecord) -> list[Headline]:
     questions = last.get("num_questions") or 0
     note = f"{questions} questions"
     if questions:
-        half_width = NORMAL_95 * math.sqrt(last["accuracy"] * (1 - last["accuracy"]) / questions)
+        error = math.sqrt(last["accuracy"] * (1 - last["accuracy"]) / questions)
+        half_width = NormalDist().inv_cdf(0.975) * error
         note += f", ± {100 * half_width:.1f} points at 95 %"
     if len(run.evaluations) == 1:
         return [

@@ -34,9 +34,8 @@ def without_marks(text: str) -> tuple[str, frozenset[str]]:
     if not _MARKED.search(text):
         return text, frozenset()
     if "\\circ" in text and _ANGLE_FUNCTION.search(text):
-        text = _DEGREES_OF_ANGLE.sub(
-            r"(\\frac{\1\\pi}{180})", text
-        )  # an angle in degrees is no number there
+        # An angle in degrees is no number there.
+        text = _DEGREES_OF_ANGLE.sub(r"(\\frac{\1\\pi}{180})", text)
     text = _TEMPERATURE.sub(rf"\1 \2{UPRIGHT}", text)
     marks = frozenset(
         name

@@ -19,12 +19,11 @@ from zppo_mm.rewards.notation import normalise
 from zppo_mm.rewards.quantities import (
     compare_decimal_comma,
     is_rounded,
-    letter_behind_number,
     parse_in_base,
     parse_number,
     parse_ratio,
     split_unit,
-    without_doubtful_unit,
+    split_units,
 )
 from zppo_mm.rewards.structure import (
     LIST_SIGNS,
@@ -263,19 +262,7 @@ class _Comparison:
         bases = parse_in_base(left), parse_in_base(right)
         if bases != (None, None):
             return bases[0] == bases[1]
-        (left_body, left_unit), (right_body, right_unit) = split_unit(left), split_unit(right)
-        if left_unit and not right_unit:
-            touching = letter_behind_number(right)
-            if touching is not None and left_unit == touching[1]:
-                right_body, right_unit = touching
-            else:
-                left_body, left_unit = without_doubtful_unit(left)
-        elif right_unit and not left_unit:
-            touching = letter_behind_number(left)
-            if touching is not None and right_unit == touching[1]:
-                left_body, left_unit = touching
-            else:
-                right_body, right_unit = without_doubtful_unit(right)
+        (left_body, left_unit), (right_body, right_unit) = split_units(left, right)
         if left_unit and right_unit and left_unit != right_unit:
             return False
         if squeeze(left_body) == squeeze(right_body):

@@ -134,7 +134,24 @@ def split_unit(text: str) -> tuple[str, str]:
     return body, unit
 
 
-def without_doubtful_unit(text: str) -> tuple[str, str]:
+def split_units(left: str, right: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Return body and unit of two quantities that are compared.
+
+    Letters that touch a number are a unit if the other side has the same unit. A unit that may be a
+    symbol counts only if the other side has one too.
+    """
+    texts, sides = (left, right), [split_unit(left), split_unit(right)]
+    for one, other in ((0, 1), (1, 0)):
+        if sides[one][1] and not sides[other][1]:
+            touching = _letter_behind_number(texts[other])
+            if touching is not None and touching[1] == sides[one][1]:
+                sides[other] = touching
+            else:
+                sides[one] = _without_doubtful_unit(texts[one])
+    return sides[0], sides[1]
+
+
+def _without_doubtful_unit(text: str) -> tuple[str, str]:
     """Return body and unit as `split_unit`, without a unit that may be a symbol: `3 V`. Behind a
     power of ten it is none.
     """
@@ -144,7 +161,7 @@ def without_doubtful_unit(text: str) -> tuple[str, str]:
     return (body, unit) if is_clear else (text, "")
 
 
-def letter_behind_number(text: str) -> tuple[str, str] | None:
+def _letter_behind_number(text: str) -> tuple[str, str] | None:
     """Return the number and the unit of `5m`, which may be a product as well; else `None`."""
     match = _QUANTITY.fullmatch(text)
     if match is None or not _touches(match) or parse_number(match[1]) is None:

@@ -124,9 +124,8 @@ def canonical_unit(text: str, free_words: bool) -> str | None:
     if not powers or len(words) > 4:
         return None
     if len(words) == len(powers) and all(power == 1 for power in powers.values()):
-        return " ".join(word.lower() for word in words).removesuffix(
-            "s"
-        )  # "red apples" is no product
+        # "red apples" is no product.
+        return " ".join(word.lower() for word in words).removesuffix("s")
     return _joined(powers)
 
 

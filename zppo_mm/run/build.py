@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from data.health import SampleHealth
@@ -114,19 +115,19 @@ def build_run(
     if ranks is not None:
         ranks.wait_until_ready()
     return Run(
-        config,
-        stages,
-        policy,
-        stream,
-        feed,
-        held_out,
-        evaluation_sampling(config.evaluation, config.rollout, encoder),
-        media,
-        verifier,
-        shared.encoders,
-        teachers,
-        _once(pool, judges, *teachers.pools),
-        judge,
+        config=config,
+        stages=stages,
+        policy=policy,
+        stream=stream,
+        feed=feed,
+        held_out=held_out,
+        evaluation_sampling=evaluation_sampling(config.evaluation, config.rollout, encoder),
+        media=media,
+        verifier=verifier,
+        encoders=shared.encoders,
+        teachers=teachers,
+        pools=_once(pool, judges, *teachers.pools),
+        judge=judge,
     )
 
 
@@ -289,13 +290,12 @@ def training_sampling(rollout: RolloutConfig, encoder: PromptEncoder) -> Samplin
 def evaluation_sampling(
     evaluation: EvaluationConfig, rollout: RolloutConfig, encoder: PromptEncoder
 ) -> SamplingParams:
-    """Return how evaluations sample."""
-    return SamplingParams(
+    """Return how evaluations sample: responses end as in training."""
+    return replace(
+        training_sampling(rollout, encoder),
         temperature=evaluation.temperature,
         top_p=evaluation.top_p,
         top_k=evaluation.top_k,
         min_p=evaluation.min_p,
         presence_penalty=evaluation.presence_penalty,
-        max_new_tokens=rollout.max_response_tokens,
-        stop_token_ids=encoder.stop_token_ids,
     )

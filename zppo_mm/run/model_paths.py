@@ -46,8 +46,8 @@ def check_model_paths(model: ModelConfig, teachers: Sequence[TeacherConfig]) -> 
     check_model_path("model.student", model.student)
     for index, teacher in enumerate(teachers, -1):
         where = "teacher" if index < 0 else f"fallback_teachers[{index}]"
-        first_only = "teacher.endpoints" if index < 0 else f"{where}.endpoints"
-        check_model_path(f"{where}.model", teacher.model, None if teacher.endpoints else first_only)
+        endpoints = None if teacher.endpoints else f"{where}.endpoints"
+        check_model_path(f"{where}.model", teacher.model, endpoints)
 
 
 def check_model_path(key: str, value: str, endpoints: str | None = "") -> None:
@@ -87,18 +87,14 @@ def _describe(path: Path) -> tuple[str, str] | None:
     try:
         if not path.exists():
             return _describe_missing(path)
-        if path.is_dir() and (path / "config.json").is_file():
+        if not path.is_dir():
+            return "a file", f"give its folder, {path.parent}, if that has a config.json"
+        if (path / "config.json").is_file():
             return _describe_incomplete(path)
-        return (
-            _describe_other(path)
-            if path.is_dir()
-            else ("a file", f"give its folder, {path.parent}, if that has a config.json")
-        )
+        return _describe_other(path)
     except (OSError, ValueError) as error:
-        return (
-            f"cannot be read ({getattr(error, 'strerror', error)})",
-            "correct its permissions or the path",
-        )
+        cause = getattr(error, "strerror", error)
+        return f"cannot be read ({cause})", "correct its permissions or the path"
 
 
 def _describe_missing(path: Path) -> tuple[str, str]:

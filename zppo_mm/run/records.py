@@ -41,9 +41,9 @@ def metrics_log(run: Run, folder: RunFolder, done: int) -> Iterator[MetricsLog |
         yield None
         return
     config = run.config
-    warn_of_few_questions(config, run.stream.num_samples)
+    warn_of_few_questions(config.train.num_new_questions, run.stream.num_samples)
     sinks = open_metrics_log(config.observability, folder, config.train.train_iters, done)
-    log = MetricsLog((sinks, LearningWatch(config)))
+    log = MetricsLog((sinks, LearningWatch(config.rollout, config.distill)))
     try:
         yield log
     finally:
@@ -139,14 +139,15 @@ def refresh_report(run: Run, folder: RunFolder) -> None:
 
 def _write_report(run: Run, folder: RunFolder) -> None:
     observability = run.config.observability
-    if parallel.rank() == 0 and observability.report:
-        try:
-            write_report(
-                folder.path, lambda ref: run.media.open(ref).pixels, observability.report_examples
-            )
-        except Exception:
-            # A page about the run must not end it; tools/make_report.py draws it again.
-            logger.exception("the report could not be written, the run goes on")
+    if not observability.report:
+        return
+    try:
+        write_report(
+            folder.path, lambda ref: run.media.open(ref).pixels, observability.report_examples
+        )
+    except Exception:
+        # A page about the run must not end it; tools/make_report.py draws it again.
+        logger.exception("the report could not be written, the run goes on")
 
 
 def export_student(run: Run, folder: RunFolder) -> None:

@@ -81,11 +81,8 @@ def check_same_run(config: RunConfig, saved: dict[str, Any], folder: RunFolder) 
         CheckpointError: A key that would change what the earlier steps mean is different.
     """
     # A checkpoint that is older than a key was made with its default.
-    before, now, default = (
-        flat_keys(saved),
-        flat_keys(asdict(config)),
-        flat_keys(asdict(RunConfig())),
-    )
+    before, now = flat_keys(saved), flat_keys(asdict(config))
+    default = flat_keys(asdict(RunConfig()))
     changed = {
         key: (old, value)
         for key, value in now.items()
@@ -100,6 +97,6 @@ def check_same_run(config: RunConfig, saved: dict[str, Any], folder: RunFolder) 
             f"{folder}: the configuration is not the one of the checkpoint: {listed}; resume with "
             "the old values, or give the new run another name"
         )
-    for key, (old, new) in changed.items():
-        if parallel.rank() == 0:
+    if parallel.rank() == 0:
+        for key, (old, new) in changed.items():
             logger.warning("resumed with %s=%r, was %r", key, new, old)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zppo_mm.experience import BufferUpdate, FloatArray, Group
+from zppo_mm.experience import Advantages, BufferUpdate, Group
 from zppo_mm.observability.metrics import Max, StepMetrics, Sum
 from zppo_mm.observability.rollout_metrics import (
     buffer_metrics,
@@ -41,7 +41,7 @@ class StepRecord:
 
     step: int
     groups: tuple[Group, ...]
-    advantages: dict[str, FloatArray]
+    advantages: Advantages
     minibatches: dict[str, tuple[int, ...]]
     teacher_rewards: dict[str, tuple[float, ...]]
     buffer: BufferUpdate
@@ -88,7 +88,7 @@ def teacher_rewards(rounds: Sequence[Round]) -> dict[str, tuple[float, ...]]:
 def measure_step(
     rounds: Sequence[Round],
     selected: Selected,
-    advantages: Mapping[str, FloatArray],
+    advantages: Advantages,
     replay: ReplayBuffer,
     tau: float,
     metrics: StepMetrics,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from data.question import Question
 from zppo_mm.config.schema import DistillConfig, ZoneConfig
-from zppo_mm.experience import FloatArray, Group
+from zppo_mm.experience import Advantages, Group
 from zppo_mm.interruption import Interruption
 from zppo_mm.observability.metrics import StepMetrics
 from zppo_mm.rollout.engine import SamplingParams
@@ -32,11 +32,7 @@ class Learner(Protocol):
     """Updates the policy; `zppo_mm.training.learner.Learner` is one."""
 
     def learn(
-        self,
-        groups: Sequence[Group],
-        advantages: Mapping[str, FloatArray],
-        step: int,
-        metrics: StepMetrics,
+        self, groups: Sequence[Group], advantages: Advantages, step: int, metrics: StepMetrics
     ) -> dict[str, tuple[int, ...]]:
         """Make the updates of a step; returns per group uid which update used each rollout."""
         ...

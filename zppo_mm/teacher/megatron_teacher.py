@@ -29,37 +29,25 @@ class ReadyAnswers:
         return self.rollouts
 
 
+@dataclass(slots=True)
 class MegatronTeacher:
     """Answers hard questions with its own weights, tokenizer and processor. Implements `Teacher`.
 
     Attributes:
         model: Its network, frozen.
+        sampler: Samples and verifies with its engine and prompt encoder.
+        sampling: Its temperature, limits and stop tokens.
+        num_rollouts: Rollouts per question (G_T).
+        plain_text: Renders the original question with the closing format instruction.
         num_ungraded: Its rollouts that could not be graded so far, the same on every rank.
     """
 
-    def __init__(
-        self,
-        model: VisionLanguageModel,
-        sampler: GroupSampler,
-        sampling: SamplingParams,
-        num_rollouts: int,
-        plain_text: Callable[[Question], str],
-    ) -> None:
-        """Wrap a sampler whose engine holds the teacher's weights.
-
-        Args:
-            model: The teacher's network.
-            sampler: Samples and verifies with the teacher's engine and prompt encoder.
-            sampling: Temperature, limits and stop tokens of the teacher.
-            num_rollouts: Rollouts per question (G_T).
-            plain_text: Renders the original question with the closing format instruction.
-        """
-        self.model = model
-        self._sampler = sampler
-        self._sampling = sampling
-        self._num_rollouts = num_rollouts
-        self._plain_text = plain_text
-        self.num_ungraded = 0
+    model: VisionLanguageModel
+    sampler: GroupSampler
+    sampling: SamplingParams
+    num_rollouts: int
+    plain_text: Callable[[Question], str]
+    num_ungraded: int = 0
 
     def submit(self, questions: Sequence[Question], step: int) -> ReadyAnswers:
         """Sample fresh, verified rollouts per question at once: the ranks that ask are the
@@ -71,11 +59,11 @@ class MegatronTeacher:
                 uid=f"{step}/teacher/{question.id}",
                 question=question,
                 kind="new",
-                text=self._plain_text(question),
+                text=self.plain_text(question),
             )
             for question in questions
         ]
-        groups = self._sampler.sample(instances, self._sampling, self._num_rollouts, step)
+        groups = self.sampler.sample(instances, self.sampling, self.num_rollouts, step)
         self.num_ungraded += sum(len(group.ungraded) for group in groups)
         by_question = {group.question.id: group.rollouts for group in groups}
         rollouts = {question.id: by_question.get(question.id, ()) for question in questions}
@@ -83,4 +71,4 @@ class MegatronTeacher:
 
     def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> Sequence[str | None]:
         """Return one response per user text, for the compressor; another attempt samples again."""
-        return self._sampler.respond(texts, self._sampling, f"{step}/rewrite/{attempt}")
+        return self.sampler.respond(texts, self.sampling, f"{step}/rewrite/{attempt}")

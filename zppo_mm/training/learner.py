@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 
 from zppo_mm.config.schema import TrainConfig
-from zppo_mm.experience import FloatArray, Group, MediaSource, TrainingSample
+from zppo_mm.experience import Advantages, Group, MediaSource, TrainingSample
 from zppo_mm.observability.metrics import Max, Mean, StepMetrics, Sum
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.randomness import generator
@@ -41,11 +41,7 @@ class Learner:
     importance_cap: float = 0.0
 
     def learn(
-        self,
-        groups: Sequence[Group],
-        advantages: Mapping[str, FloatArray],
-        step: int,
-        metrics: StepMetrics,
+        self, groups: Sequence[Group], advantages: Advantages, step: int, metrics: StepMetrics
     ) -> dict[str, tuple[int, ...]]:
         """Make the I updates of a step.
 

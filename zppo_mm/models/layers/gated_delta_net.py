@@ -30,7 +30,7 @@ from zppo_mm.models.layers.causal_convolution import causal_convolution, last_in
 from zppo_mm.models.layers.delta_heads import HeadLayout, MixingHeads
 from zppo_mm.models.layers.delta_rule import chosen_kernels, chunk_gated_delta_rule
 from zppo_mm.models.layers.norm import GatedRMSNorm, apply_keeping_float32, parameter_device
-from zppo_mm.models.layers.packing import PackedLayout
+from zppo_mm.models.layers.packing import Bucket, PackedLayout
 from zppo_mm.models.layers.ulysses import UlyssesExchange
 from zppo_mm.parallel.megatron_versions import split_sharded_tensor
 
@@ -41,6 +41,24 @@ class GatedDeltaNetSubmodules:
 
     in_proj: ModuleSpec | type
     out_proj: ModuleSpec | type
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What is mixed.
+
+    Attributes:
+        channels: `[..., q + k + v channels]` before the convolution.
+        log_decay: `[..., value_heads]` float32, as `beta`: the gates of the recurrence.
+    """
+
+    channels: torch.Tensor
+    log_decay: torch.Tensor
+    beta: torch.Tensor
+
+    def pad(self, bucket: Bucket) -> _Inputs:
+        """Return those of a bucket's sequences, `[sequences, tokens, ...]`."""
+        return _Inputs(*map(bucket.pad, (self.channels, self.log_decay, self.beta)))
 
 
 class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
@@ -138,18 +156,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         packed_seq_params: PackedLayout,
         **_: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Mix tokens of each sequence.
-
-        Args:
-            hidden_states: `[tokens, 1, hidden]`; part of the tokens under sequence or context
-                parallelism.
-            attention_mask: Unused.
-            packed_seq_params: Bounds of the sequences in the whole pack, and the cache that a
-                prefill fills.
-
-        Returns:
-            Output like `hidden_states`, and no bias.
-        """
+        """Mix tokens of each sequence, as `PackedSelfAttention.forward`."""
         projected, _bias = self.in_proj(hidden_states)
         mixed, gate, beta, alpha = projected.squeeze(1).split(
             [sum(self.heads.qkv), *self.heads.projection[3:]], dim=-1
@@ -169,7 +176,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         beta = beta.float().sigmoid()
         log_decay = -heads.decay.exp() * F.softplus(alpha.float() + heads.decay_bias.float())
         mix = self._mix_padded if self.fused_kernels is None else self._mix_packed
-        output = mix(heads, mixed, log_decay, beta, packed_seq_params)
+        output = mix(heads, _Inputs(mixed, log_decay, beta), packed_seq_params)
         if exchange is not None:
             # Back to all heads of this rank's tokens.
             output = exchange.to_tokens(output)
@@ -214,12 +221,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         )
 
     def _mix_padded(
-        self,
-        heads: MixingHeads,
-        mixed: torch.Tensor,
-        log_decay: torch.Tensor,
-        beta: torch.Tensor,
-        layout: PackedLayout,
+        self, heads: MixingHeads, inputs: _Inputs, layout: PackedLayout
     ) -> torch.Tensor:
         """Run convolution and delta rule on padded batches; `[tokens, value_heads, value_dim]`."""
         cache = layout.cache
@@ -227,15 +229,13 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         for bucket in layout.buckets:
             # Only a cache and children need the state after the last token.
             wanted = cache is not None or bucket.has_children
-            inputs = bucket.pad(mixed)
-            output, state = _mix_batch(
-                heads, inputs, bucket.pad(log_decay), bucket.pad(beta), final_state=wanted
-            )
+            padded = inputs.pad(bucket)
+            output, state = _mix_batch(heads, padded, final_state=wanted)
             parts.append(bucket.unpad(output))
             if state is None:
                 continue
             # The last taps - 1 inputs before the end of each sequence, not of the padding.
-            context = last_inputs(inputs, bucket.lengths, heads.convolution.shape[-1] - 1)
+            context = last_inputs(padded.channels, bucket.lengths, heads.convolution.shape[-1] - 1)
             if cache is not None:
                 cache.store_linear(self.layer_number, bucket.sequences, context, state)
             if bucket.has_children:
@@ -250,20 +250,12 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
             context, state = (
                 left.index_select(0, branch.parent_rows) for left in (context_of, state_of)
             )
-            inputs = branch.bucket.pad(mixed)
-            output, _state = _mix_batch(
-                heads, inputs, branch.bucket.pad(log_decay), branch.bucket.pad(beta), context, state
-            )
+            output, _state = _mix_batch(heads, inputs.pad(branch.bucket), context, state)
             parts.append(branch.bucket.unpad(output))
         return layout.join(parts)
 
     def _mix_packed(
-        self,
-        heads: MixingHeads,
-        mixed: torch.Tensor,
-        log_decay: torch.Tensor,
-        beta: torch.Tensor,
-        layout: PackedLayout,
+        self, heads: MixingHeads, inputs: _Inputs, layout: PackedLayout
     ) -> torch.Tensor:
         """Run convolution and delta rule with FLA's kernels, which know packing; `[tokens,
         value_heads, value_dim]`.
@@ -274,7 +266,9 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         bounds = layout.cu_seqlens_q.long()
         weight = heads.convolution.squeeze(1)
         # FLA takes a pack as a batch of one, `[1, tokens, channels]`, with the bounds beside it.
-        convolved, _state = convolve(mixed[None], weight, activation="silu", cu_seqlens=bounds)
+        convolved, _state = convolve(
+            inputs.channels[None], weight, activation="silu", cu_seqlens=bounds
+        )
         query, key, value = heads.split(convolved)
         # FLA's kernel needs as many query heads and linear key heads as value heads.
         repeats = heads.layout.value_heads // heads.layout.key_heads
@@ -284,18 +278,19 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
             query,
             key,
             value,
-            g=log_decay[None],
-            beta=beta[None].to(value.dtype),
+            g=inputs.log_decay[None],
+            beta=inputs.beta[None].to(value.dtype),
             output_final_state=layout.cache is not None,
             use_qk_l2norm_in_kernel=True,
             cu_seqlens=bounds,
         )
         if layout.cache is not None:
             for bucket in layout.buckets:
-                inputs = last_inputs(bucket.pad(mixed), bucket.lengths, weight.shape[-1] - 1)
+                channels = bucket.pad(inputs.channels)
+                context = last_inputs(channels, bucket.lengths, weight.shape[-1] - 1)
                 # `[sequences, value_heads, key_dim, value_dim]`, in the order of the pack.
                 layout.cache.store_linear(
-                    self.layer_number, bucket.sequences, inputs, state[list(bucket.sequences)]
+                    self.layer_number, bucket.sequences, context, state[list(bucket.sequences)]
                 )
         return cast(torch.Tensor, output)[0].float()
 
@@ -342,9 +337,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
 
 def _mix_batch(
     heads: MixingHeads,
-    inputs: torch.Tensor,
-    log_decay: torch.Tensor,
-    beta: torch.Tensor,
+    inputs: _Inputs,
     context: torch.Tensor | None = None,
     state: torch.Tensor | None = None,
     final_state: bool = False,
@@ -352,5 +345,7 @@ def _mix_batch(
     """Run convolution and delta rule on one padded batch, from the start or from what parents
     left.
     """
-    query, key, value = heads.split(causal_convolution(inputs, heads.convolution, context))
-    return chunk_gated_delta_rule(query, key, value, log_decay, beta, final_state, state)
+    query, key, value = heads.split(causal_convolution(inputs.channels, heads.convolution, context))
+    return chunk_gated_delta_rule(
+        query, key, value, inputs.log_decay, inputs.beta, final_state, state
+    )

@@ -106,11 +106,8 @@ def _probe(pool: Servers) -> list[tuple[str, str, str]]:
             for url, fault in pool.probe().result().items()
             if fault is not None
         ]
-    except (
-        ConfigError,
-        RuntimeError,
-        OSError,
-    ) as error:  # sent to the other ranks, which wait for the probe
+    except (ConfigError, RuntimeError, OSError) as error:
+        # Sent to the other ranks, which wait for the probe.
         return [("", "client" if isinstance(error, ConfigError) else "client_process", str(error))]
 
 

@@ -81,23 +81,15 @@ class Endpoint:
             raise
         except (TimeoutError, httpx2.TimeoutException) as error:
             raise Fault("timeout", f"{self.url}: {type(error).__name__} {error}".strip()) from error
-        except (
-            Exception
-        ) as error:  # the libraries beneath raise what they like at what a server may send
+        except Exception as error:
+            # The libraries beneath raise what they like at what a server may send.
             raise Fault(_kind(error), f"{self.url}: {type(error).__name__}: {error}") from error
         if status != httpx2.codes.OK:
-            where = (
-                f" to {received.shown(headers['location'])}"
-                if 300 <= status < 400 and "location" in headers
-                else ""
-            )
+            is_redirect = 300 <= status < 400 and "location" in headers
+            where = f" to {received.shown(headers['location'])}" if is_redirect else ""
             detail = f"{self.url}: HTTP {status}{where}: {received.shown(content)}"
-            raise Fault(
-                f"http_{status}",
-                detail,
-                retry_after(headers.get("retry-after")),
-                status in REFUSALS,
-            )
+            pause = retry_after(headers.get("retry-after"))
+            raise Fault(f"http_{status}", detail, pause, status in REFUSALS)
         return parse_reply(
             content,
             num_choices,

@@ -290,9 +290,8 @@ class EndpointPool:
         """Return whether a fault settles a request, which has had so many faults of each kind."""
         seen = kinds[fault.kind]
         if fault.is_refusal:
-            return seen >= min(
-                2, len(self._endpoints)
-            )  # one of several servers may be set up otherwise
+            # One of several servers may be set up otherwise.
+            return seen >= min(2, len(self._endpoints))
         if num_choices > 1 and fault.kind in ONE_EACH:  # once may be chance
             return seen >= 2 and sum(kinds.values()) == seen
         if fault.is_of_model and seen > self._config.num_retries:

@@ -42,7 +42,7 @@ class _Result:
 
 
 @dataclass(slots=True)
-class PendingAnswers:
+class ServedAnswers:
     """Answers on their way. Implements `Answers`."""
 
     teacher: ServedTeacher
@@ -73,12 +73,11 @@ class PendingAnswers:
         return [
             _Result(
                 index,
-                graded,
-                None,
-                len(outcome.choices),
-                outcome.problem,
-                outcome.is_refused,
-                outcome.seconds,
+                rollouts=graded,
+                num_answers=len(outcome.choices),
+                problem=outcome.problem,
+                is_refused=outcome.is_refused,
+                seconds=outcome.seconds,
             )
             for index, outcome, graded in zip(indices, outcomes, rollouts, strict=True)
         ]
@@ -111,7 +110,7 @@ class ServedTeacher:
     tokens: TokenReader | None = None
     ranks: TeacherRanks | None = None
 
-    def submit(self, questions: Sequence[Question], step: int) -> PendingAnswers:
+    def submit(self, questions: Sequence[Question], step: int) -> ServedAnswers:
         """Send this replica's part of the questions and return at once."""
 
         def request(question: Question) -> ChatRequest:
@@ -125,14 +124,8 @@ class ServedTeacher:
                 top_logprobs=self.tokens.num_top if self.tokens is not None else 0,
             )
 
-        return PendingAnswers(
-            self,
-            questions,
-            step,
-            self._submit(
-                [request(questions[index]) for index in self._own_indices(len(questions))]
-            ),
-        )
+        own = [request(questions[index]) for index in self._own_indices(len(questions))]
+        return ServedAnswers(self, questions, step, self._submit(own))
 
     def rewrite(self, texts: Sequence[str], step: int, attempt: int) -> Sequence[str | None]:
         """Return one response per user text; another attempt samples again."""
@@ -147,18 +140,16 @@ class ServedTeacher:
             return [
                 _Result(
                     index,
-                    (),
-                    next((choice.content for choice in out.answers()), None),
-                    len(out.choices),
-                    out.problem,
-                    out.is_refused,
+                    text=next((choice.content for choice in outcome.answers()), None),
+                    num_answers=len(outcome.choices),
+                    problem=outcome.problem,
+                    is_refused=outcome.is_refused,
                 )
-                for index, out in zip(indices, outcomes, strict=True)
+                for index, outcome in zip(indices, outcomes, strict=True)
             ]
 
-        future = self._submit(
-            [request(texts[index]) for index in self._own_indices(len(texts))], is_urgent=True
-        )
+        own = [request(texts[index]) for index in self._own_indices(len(texts))]
+        future = self._submit(own, is_urgent=True)
         return [result.text for result in self.collect(future, len(texts), read, step)]
 
     def collect(
@@ -259,12 +250,10 @@ class ServedTeacher:
             nothing.set_result([])
             return nothing
         retries = None if self.config.on_failure == "wait" else self.config.num_retries
-        return self.pool.submit(
-            requests,
-            RetryPolicy(
-                max_seconds=self.config.max_wait_seconds, num_retries=retries, is_urgent=is_urgent
-            ),
+        policy = RetryPolicy(
+            max_seconds=self.config.max_wait_seconds, num_retries=retries, is_urgent=is_urgent
         )
+        return self.pool.submit(requests, policy)
 
     def _check_losses(self, results: Sequence[_Result], step: int) -> None:
         """Log what was not answered, and stop on every rank alike if the run is not to go on
