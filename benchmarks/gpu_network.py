@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def update(arguments: argparse.Namespace) -> None:
     )
     # In memory, so that building micro-batches is not part of what is measured.
     batches = [
-        type(batch)(list(batch.microbatches), batch.num_loss_tokens)
+        replace(batch, microbatches=list(batch.microbatches))
         for batch in build_batches(plan, samples, replica=0, media=None, device=parallel.device())
     ]
     num_forward = sum(len(each.token_ids) for batch in batches for each in batch.microbatches)

@@ -42,6 +42,7 @@ from data.shards import ShardFolder
 from zppo_mm.bundled import STUDENT_DIR
 from zppo_mm.bundled.questions import bundled_sources
 from zppo_mm.config.load import load_config
+from zppo_mm.run.build import student_folder
 from zppo_mm.run.shared import media_limits
 from zppo_mm.teacher.served.chat_api import Content
 from zppo_mm.teacher.served.media import MessageWriter
@@ -121,7 +122,7 @@ def serve(modality: str) -> Iterator[KnowingServer]:
     """Serve the bundled questions' answers until the block ends."""
     templates = load_templates()
     config = load_config(None, [f"modality={modality}"])
-    media = MediaStore(media_limits(config.data))
+    media = MediaStore(media_limits(config.data, student_folder(config.model)))
     writer = MessageWriter(config.teacher, media)
     answers = {}
     for source in bundled_sources(config, "train"):

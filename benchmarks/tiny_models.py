@@ -20,6 +20,7 @@ from data.shards import ShardFolder, ShardReader
 from data.toy.digits import LEVELS, MODALITIES
 from data.toy.digits_shards import build_digit_shards
 from zppo_mm.bundled import STUDENT_DIR, TEACHER_DIR
+from zppo_mm.bundled.folder import SAMPLING
 from zppo_mm.config.schema import ModelConfig, ParallelConfig, ZoneConfig
 from zppo_mm.experience import Group, PromptInstance
 from zppo_mm.parallel import groups as parallel
@@ -168,7 +169,11 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     arguments = parser.parse_args()
     parallel.initialize(ParallelConfig(), 0)
-    opener, reader, verifier = MediaOpener(MediaLimits()), ShardReader(), Verifier()
+    opener, reader, verifier = (
+        MediaOpener(MediaLimits(sampling=SAMPLING)),
+        ShardReader(),
+        Verifier(),
+    )
     started = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as folder:

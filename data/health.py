@@ -1,4 +1,4 @@
-"""Count good and bad samples, name the bad ones, and stop a run that meets too many."""
+"""Count good, bad and too long samples, name the bad ones, and stop a run that meets too many."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from data.text import clean_text
 
 logger = logging.getLogger(__name__)
 
+TOO_LONG = "too_long"
+"""Reason of a question that is left out although nothing is wrong with it: its plain prompt has
+more tokens than a run takes.
+"""
 MIN_SAMPLES = 20  # a fraction of fewer samples says nothing
 MAX_ID_LENGTH = 4096
 MAX_LISTED = 100  # bad samples kept by name, so that state and messages stay small
@@ -20,6 +24,7 @@ class SampleHealth:
 
     Attributes:
         num_good: Samples that could be used.
+        num_too_long: Samples that were left out for their length, neither good nor bad.
         counts: Bad samples by reason.
         listed: The first bad samples: `(sample id, reason, detail)`.
     """
@@ -42,6 +47,7 @@ class SampleHealth:
         self.max_bad_fraction = max_bad_fraction
         self.strict = strict
         self.num_good = 0
+        self.num_too_long = 0
         self.counts: dict[str, int] = {}
         self.listed: list[tuple[str, str, str]] = []
 
@@ -94,6 +100,23 @@ class SampleHealth:
             )
         self._check_fraction()
 
+    def too_long(self, sample_id: str, detail: str) -> None:
+        """Count a sample, counted by `good` before, that is left out for its length; the first is
+        named in the log.
+
+        Args:
+            sample_id: The question's id.
+            detail: Its length and the limit.
+        """
+        self.num_good = max(0, self.num_good - 1)
+        self.num_too_long += 1
+        if self.num_too_long == 1:
+            logger.warning(
+                "questions with too long a prompt are left out and counted, the first is %s: %s",
+                shown(sample_id, MAX_ID_LENGTH),
+                detail,
+            )
+
     def _check_fraction(self) -> None:
         if self.num_good + self.num_bad < MIN_SAMPLES or self.bad_fraction <= self.max_bad_fraction:
             return
@@ -110,6 +133,7 @@ class SampleHealth:
         """Return the counters as JSON values."""
         return {
             "num_good": self.num_good,
+            "num_too_long": self.num_too_long,
             "counts": dict(self.counts),
             "listed": [list(entry) for entry in self.listed],
         }
@@ -117,6 +141,7 @@ class SampleHealth:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from saved counters."""
         self.num_good = int(state["num_good"])
+        self.num_too_long = int(state.get("num_too_long", 0))
         self.counts = {str(reason): int(count) for reason, count in state["counts"].items()}
         self.listed = [
             (str(sample_id), str(reason), str(detail))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from data.errors import DataError, MediaError, ReasonedError, shown
-from data.question import MediaKind, MediaRef
+from data.health import TOO_LONG
+from data.question import MediaKind, MediaRef, Question
 from data.shard_names import EXPECTED_SHARDS, list_shards
 from data.shards import ShardReader
 from data.tar_index import read_sidecar, same_entries, scan_tar, sidecar_path
@@ -24,6 +25,11 @@ class Problem:
     reason: str
     message: str
 
+    @property
+    def is_too_long(self) -> bool:
+        """Whether the sample is good, but longer than a run takes."""
+        return self.reason == TOO_LONG
+
 
 class OpensMedia(Protocol):
     """Reads and opens a media file, and raises `MediaError` where it cannot."""
@@ -37,14 +43,27 @@ class OpensMedia(Protocol):
         ...
 
 
+class MeasuresPrompts(Protocol):
+    """Knows the length of the plain prompt that a run makes of a question."""
+
+    max_tokens: int
+
+    def num_tokens(self, question: Question, media: Mapping[MediaRef, Any]) -> int:
+        """Return the tokens of a prompt; `media` are what the opener made of each file."""
+        ...
+
+
 def lint(
-    folders: Sequence[str | Path], opener: OpensMedia | None = None
+    folders: Sequence[str | Path],
+    opener: OpensMedia | None = None,
+    prompts: MeasuresPrompts | None = None,
 ) -> tuple[int, list[Problem]]:
     """Return the number of samples and all problems of the folders of one run.
 
     Args:
         folders: Folders whose question ids must not repeat, within one or between them.
         opener: Opens every media file; `None` skips that.
+        prompts: Measures every question whose media are good; `None` skips that.
     """
     num_samples = 0
     problems: list[Problem] = []
@@ -71,7 +90,9 @@ def lint(
             keys = list(reader.index(str(shard)).samples)
             num_samples += len(keys)
             for key in keys:
-                problems += _sample_problems(reader, str(shard), key, first_with_id, opener)
+                problems += _sample_problems(
+                    reader, str(shard), key, first_with_id, opener, prompts
+                )
             reader.close()
     return num_samples, problems
 
@@ -100,6 +121,7 @@ def _sample_problems(
     key: str,
     first_with_id: dict[str, str],
     opener: OpensMedia | None,
+    prompts: MeasuresPrompts | None,
 ) -> Iterator[Problem]:
     where = f"{shard}:{shown(key)}"
     try:
@@ -115,9 +137,20 @@ def _sample_problems(
             f"{where}: id is used twice, got {shown(question.id)!r} as in {first}; give each its "
             "own",
         )
+    media: dict[MediaRef, Any] = {}
     for reference in question.media if opener is not None else ():
         assert opener is not None
-        yield from _media_problems(reader, reference, where, opener)
+        yield from _open(reader, reference, where, opener, media)
+    if prompts is None or len(media) < len(set(question.media)):
+        return
+    try:
+        num_tokens = prompts.num_tokens(question, media)
+    except DataError as error:
+        yield _unreadable(where, error)
+        return
+    if num_tokens > prompts.max_tokens:
+        message = f"{where}: the prompt has {num_tokens} tokens, more than {prompts.max_tokens}"
+        yield Problem(where, TOO_LONG, message)
 
 
 def _unreadable(where: str, error: DataError) -> Problem:
@@ -125,15 +158,20 @@ def _unreadable(where: str, error: DataError) -> Problem:
     return Problem(where, reason, str(error))
 
 
-def _media_problems(
-    reader: ShardReader, reference: MediaRef, where: str, opener: OpensMedia
+def _open(
+    reader: ShardReader,
+    reference: MediaRef,
+    where: str,
+    opener: OpensMedia,
+    media: dict[MediaRef, Any],
 ) -> Iterator[Problem]:
+    """Add one of a sample's media to the others, or yield why it cannot be used."""
     try:
         content = opener.read_ref(reference, reader)
     except DataError as error:
         yield _unreadable(where, error)
         return
     try:
-        opener.open(content, reference.kind)
+        media[reference] = opener.open(content, reference.kind)
     except MediaError as error:
         yield Problem(where, error.reason, f"{where}.{reference.extension}: {error}")

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-IMAGE_FILE = "preprocessor_config.json"
-VIDEO_FILE = "video_preprocessor_config.json"
-JOINT_FILE = "processor_config.json"
-DEFAULT_VIDEO_TOKENS = 128_000
+from encoders.processor_files import Settings, read_json_object, read_settings
+
+NO_OVERRIDES: Mapping[str, int | float] = MappingProxyType({})
+CLIP_TOKENS = 128_000
+"""Tokens that the frames of a clip share, if limits of pixels hold for every frame."""
+FRAME_TOKENS = 768
+"""Tokens of a frame, if limits of pixels hold for a clip."""
 VIDEO_FRACTION = 0.9
+SAMPLING_DEFAULTS: Mapping[str, int | float] = {"fps": 2, "min_frames": 4, "max_frames": 768}
+"""Frame sampling of a folder that says nothing of it, as most published ones: what transformers'
+video processors have, and qwen-vl-utils where those take every frame.
+"""
 STEPS: Mapping[str, tuple[Any, ...]] = {
     "do_resize": (True,),
     "do_rescale": (True,),
@@ -24,6 +31,7 @@ STEPS: Mapping[str, tuple[Any, ...]] = {
 """Settings of transformers' processors that have one value here: every step is taken, and sizes
 change bicubically.
 """
+SIZES = ("patch_size", "temporal_patch_size", "merge_size")
 PROCESSORS = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3_5")
 """How the names of transformers' classes begin that make such patches."""
 
@@ -36,8 +44,10 @@ class VideoLayout:
         timestamped: Every temporal patch is a run of placeholders of its own, after its time in
             words. Otherwise all of them are one run, and time goes into the rotary positions.
         tokens_per_second: Steps of the time axis in a second, of a video that is one run.
-        limits_per_frame: The limits hold for every frame. Otherwise for all sampled frames of a
-            clip together.
+        limits_per_frame: The limits hold for every frame, and frames are sampled in whole temporal
+            patches, as by transformers' `Qwen2VLVideoProcessor`. Otherwise the limits hold for all
+            sampled frames of a clip together, and these lie evenly from the first to the last, as
+            by `Qwen3VLVideoProcessor`.
     """
 
     timestamped: bool = True
@@ -51,8 +61,8 @@ TIMESTAMPED = VideoLayout()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessorConfig:
-    """How pixels become patches; read from a folder's `preprocessor_config.json` and
-    `video_preprocessor_config.json`.
+    """How pixels become patches, and which frames of a video do; read from a folder's
+    `preprocessor_config.json` and `video_preprocessor_config.json`.
     """
 
     patch_size: int
@@ -69,9 +79,15 @@ class ProcessorConfig:
     video_limits_per_frame: bool = False
     """Whether the two limits above are of each frame."""
     video_shared_pixels: int | None = None
-    """Pixels that the frames of a video share evenly, where limits are per frame: each has at most
-    its part of them.
+    """Pixels that the frames of a video share evenly: each has at most its part of them, where
+    limits are per frame.
     """
+    video_frame_pixels: int | None = None
+    """Most pixels of a frame, where limits are those of a whole video."""
+    video_frames_per_second: float = SAMPLING_DEFAULTS["fps"]
+    """Rate at which frames are sampled."""
+    video_min_frames: int = int(SAMPLING_DEFAULTS["min_frames"])
+    video_max_frames: int = int(SAMPLING_DEFAULTS["max_frames"])
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     rescale_factor: float = 1 / 255
@@ -84,79 +100,91 @@ class ProcessorConfig:
         return self.patch_size * self.merge_size
 
 
-def read_processor_config(folder: str | Path, layout: VideoLayout = TIMESTAMPED) -> ProcessorConfig:
+def read_processor_config(
+    folder: str | Path,
+    layout: VideoLayout = TIMESTAMPED,
+    overrides: Mapping[str, int | float] = NO_OVERRIDES,
+) -> ProcessorConfig:
     """Read a Hugging Face folder's image and video processor settings.
-
-    The two settings come from `preprocessor_config.json` and `video_preprocessor_config.json`, or
-    from the entries `image_processor` and `video_processor` of `processor_config.json`. Where
-    limits of pixels hold for every frame, the settings of images are also those of videos if there
-    are no others, as in folders written before videos had a file of their own.
 
     Args:
         folder: The model's folder.
         layout: The family's way with videos.
+        overrides: Fields of the result that are not to be those of the folder.
 
     Raises:
-        ValueError: A file is missing, is not a JSON object, lacks a key, or image and video
-            disagree on the patches.
+        ValueError: A file is missing, is not a JSON object, lacks a key, image and video disagree
+            on the patches, or a minimum is above its maximum.
     """
-    image, image_name = _settings(Path(folder), IMAGE_FILE, "image_processor")
-    if layout.limits_per_frame and not _has_settings(Path(folder), VIDEO_FILE, "video_processor"):
-        video, video_name = image, image_name
-    else:
-        video, video_name = _settings(Path(folder), VIDEO_FILE, "video_processor")
-    keys = ("patch_size", "temporal_patch_size", "merge_size")
-    sizes = {key: _positive_integer(image, key, image_name) for key in keys}
-    for key in keys:
-        if _positive_integer(video, key, video_name) != sizes[key]:
+    image, video = read_settings(Path(folder), layout.limits_per_frame)
+    config = replace(
+        _processor_config(Path(folder), layout, image, video), **dict[str, Any](overrides)
+    )
+    for low, high in (
+        ("image_min_pixels", "image_max_pixels"),
+        ("video_min_pixels", "video_max_pixels"),
+        ("video_min_frames", "video_max_frames"),
+    ):
+        if getattr(config, low) > getattr(config, high):
             raise ValueError(
-                f"{video_name}: {key} differs from {image_name}, got {video[key]}, expected "
-                f"{sizes[key]}; one tower reads both, so make them equal"
+                f"{folder}: {low} is above {high}, got {getattr(config, low)} and "
+                f"{getattr(config, high)} from the folder's processor files and the keys of data, "
+                "expected at most the same; change one of them"
             )
-    for key in ("image_mean", "image_std"):
-        if _triple(video, key, video_name) != _triple(image, key, image_name):
-            raise ValueError(
-                f"{video_name}: {key} differs from {image_name}, got {video[key]}, expected "
-                f"{image[key]}; one tower reads both, so make them equal"
-            )
-    _check_steps(image, image_name)
-    _check_steps(video, video_name)
-    if video.get("cap_pixels_per_frame") and not layout.limits_per_frame:
+    return config
+
+
+def _processor_config(
+    folder: Path, layout: VideoLayout, images: Settings, videos: Settings
+) -> ProcessorConfig:
+    image, video = images.content, videos.content
+    _check_same(images, videos)
+    for each in (images, videos):
+        _check_steps(each.content, each.name)
+    sizes = {key: _positive_integer(image, key, images.name) for key in SIZES}
+    _check_tower(folder, sizes, images.name)
+    if not all(_triple(image, "image_std", images.name)):
         raise ValueError(
-            f"{video_name}: cap_pixels_per_frame is not supported here, got true, expected false; "
-            "remove it"
+            f"{images.name}: wrong image_std, got {image['image_std']}, expected numbers other "
+            "than 0; correct the file"
         )
-    rescale_factor = _rescale_factor(image, image_name)
-    if _rescale_factor(video, video_name) != rescale_factor:
-        raise ValueError(
-            f"{video_name}: rescale_factor differs from {image_name}, got "
-            f"{_rescale_factor(video, video_name)}, expected {rescale_factor}; one tower reads "
-            "both, so make them equal"
-        )
-    _check_tower(Path(folder), sizes, image_name)
-    if not all(_triple(image, "image_std", image_name)):
-        raise ValueError(
-            f"{image_name}: wrong image_std, got {image['image_std']}, expected numbers other than "
-            "0; correct the file"
-        )
-    image_min, image_max = _pixel_limits(image, image_name)
-    video_min, video_max = _pixel_limits(video, video_name)
+    image_min, image_max = _pixel_limits(image, images.name)
+    video_min, video_max = _pixel_limits(video, videos.name, layout.limits_per_frame)
+    caps_frames = bool(video.get("cap_pixels_per_frame"))
     return ProcessorConfig(
-        patch_size=sizes["patch_size"],
-        temporal_patch_size=sizes["temporal_patch_size"],
-        merge_size=sizes["merge_size"],
+        **sizes,
         image_min_pixels=image_min,
         image_max_pixels=image_max,
         video_min_pixels=video_min,
         video_max_pixels=video_max,
         video_limits_per_frame=layout.limits_per_frame,
-        video_shared_pixels=_shared_pixels(video, sizes, video_name)
-        if layout.limits_per_frame
+        video_shared_pixels=_shared_pixels(video, sizes, videos.name)
+        if caps_frames and layout.limits_per_frame
         else None,
-        image_mean=_triple(image, "image_mean", image_name),
-        image_std=_triple(image, "image_std", image_name),
-        rescale_factor=rescale_factor,
+        video_frame_pixels=_frame_pixels(video, sizes, videos.name)
+        if caps_frames and not layout.limits_per_frame
+        else None,
+        **_sampling(video, videos.name),
+        image_mean=_triple(image, "image_mean", images.name),
+        image_std=_triple(image, "image_std", images.name),
+        rescale_factor=_rescale_factor(image, images.name),
     )
+
+
+def _check_same(images: Settings, videos: Settings) -> None:
+    """Refuse what images and videos may not differ in, since one tower reads both."""
+    readers: dict[str, Callable[[Mapping[str, Any], str, str], object]] = {
+        **dict.fromkeys(SIZES, _positive_integer),
+        **dict.fromkeys(("image_mean", "image_std"), _triple),
+        "rescale_factor": lambda settings, key, name: _rescale_factor(settings, name),
+    }
+    for key, read in readers.items():
+        expected, got = (read(each.content, key, each.name) for each in (images, videos))
+        if got != expected:
+            raise ValueError(
+                f"{videos.name}: {key} differs from {images.name}, got {got}, expected {expected}; "
+                "one tower reads both, so make them equal"
+            )
 
 
 def _check_steps(settings: Mapping[str, Any], name: str) -> None:
@@ -209,49 +237,6 @@ def _rescale_factor(settings: Mapping[str, Any], name: str) -> float:
     return float(value)
 
 
-def _has_settings(folder: Path, file_name: str, joint_key: str) -> bool:
-    joint = folder / JOINT_FILE
-    return (folder / file_name).is_file() or (
-        joint.is_file() and isinstance(read_json_object(joint).get(joint_key), dict)
-    )
-
-
-def _settings(folder: Path, file_name: str, joint_key: str) -> tuple[Mapping[str, Any], str]:
-    """Return one processor's settings and its name in error messages."""
-    path = folder / file_name
-    if path.is_file():
-        return read_json_object(path), str(path)
-    joint = folder / JOINT_FILE
-    if joint.is_file():
-        inner = read_json_object(joint).get(joint_key)
-        if isinstance(inner, dict):
-            return inner, f"{joint} ({joint_key})"
-    raise ValueError(
-        f"{folder}: no processor settings, got neither {file_name} nor {joint_key} in "
-        f"{JOINT_FILE}, expected one of them; copy the file from the original model folder"
-    )
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the object of a JSON file.
-
-    Raises:
-        ValueError: The file cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: not readable as JSON, got {error}, expected a JSON object; restore the file"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path}: wrong content, got {type(content).__name__}, expected a JSON object; restore "
-            "the file"
-        )
-    return content
-
-
 def _positive_integer(settings: Mapping[str, Any], key: str, name: str) -> int:
     value = settings.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -274,9 +259,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _pixel_limits(settings: Mapping[str, Any], name: str) -> tuple[int, int]:
-    """Return least and most pixels; `min_pixels` and `max_pixels` take precedence over `size`, as
-    in transformers.
+def _pixel_limits(
+    settings: Mapping[str, Any], name: str, has_old_keys: bool = True
+) -> tuple[int, int]:
+    """Return least and most pixels.
+
+    Args:
+        settings: Of one processor.
+        name: Of these in error messages.
+        has_old_keys: Whether `min_pixels` and `max_pixels` take precedence over `size`. The video
+            processor of Qwen3-VL does not know them.
     """
     size = settings.get("size") or {}
     if not isinstance(size, dict):
@@ -284,28 +276,59 @@ def _pixel_limits(settings: Mapping[str, Any], name: str) -> tuple[int, int]:
             f"{name}: wrong size, got {size!r}, expected an object with shortest_edge and "
             "longest_edge; correct the file"
         )
-    low = settings.get("min_pixels") or size.get("shortest_edge")
-    high = settings.get("max_pixels") or size.get("longest_edge")
+    old = settings if has_old_keys else {}
+    low = old.get("min_pixels") or size.get("shortest_edge")
+    high = old.get("max_pixels") or size.get("longest_edge")
     if type(low) is not int or type(high) is not int or not 0 < low <= high:
+        spelling = " or min_pixels and max_pixels" if has_old_keys else ""
         raise ValueError(
             f"{name}: no usable pixel limits, got min {low!r} and max {high!r}, expected 0 < min "
-            "<= max as size.shortest_edge and size.longest_edge or min_pixels and max_pixels; "
-            "correct the file"
+            f"<= max as size.shortest_edge and size.longest_edge{spelling}; correct the file"
         )
     return low, high
 
 
-def _shared_pixels(settings: Mapping[str, Any], sizes: Mapping[str, int], name: str) -> int | None:
-    """Return the pixels that a video's frames share if the file asks for that: nine tenths of a
-    context of so many tokens.
+def _sampling(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the fields that say which frames are sampled."""
+    given = {
+        key: default if settings.get(key) is None else settings[key]
+        for key, default in SAMPLING_DEFAULTS.items()
+    }
+    if settings.get("num_frames") is not None:
+        raise ValueError(
+            f"{name}: num_frames is not supported, got {settings['num_frames']!r}, expected fps; "
+            "remove it and set fps, min_frames and max_frames"
+        )
+    if not _is_number(given["fps"]) or given["fps"] <= 0:
+        raise ValueError(
+            f"{name}: wrong fps, got {given['fps']!r}, expected a positive number; correct the file"
+        )
+    return {
+        "video_frames_per_second": float(given["fps"]),
+        "video_min_frames": _positive_integer(given, "min_frames", name),
+        "video_max_frames": _positive_integer(given, "max_frames", name),
+    }
+
+
+def _shared_pixels(settings: Mapping[str, Any], sizes: Mapping[str, int], name: str) -> int:
+    """Return the pixels that a video's frames share: nine tenths of a context of so many tokens.
 
     Source: transformers, `Qwen2VLVideoProcessor`; the fraction that is not for text is that of
     qwen-vl-utils.
     """
-    if not settings.get("cap_pixels_per_frame"):
-        return None
     tokens = _positive_integer(
-        {"max_video_tokens": DEFAULT_VIDEO_TOKENS, **settings}, "max_video_tokens", name
+        {"max_video_tokens": CLIP_TOKENS, **settings}, "max_video_tokens", name
     )
     features = int(tokens * (sizes["patch_size"] * sizes["merge_size"]) ** 2 * VIDEO_FRACTION)
     return features * sizes["temporal_patch_size"]
+
+
+def _frame_pixels(settings: Mapping[str, Any], sizes: Mapping[str, int], name: str) -> int:
+    """Return the most pixels of a frame.
+
+    Source: transformers, `Qwen3VLVideoProcessor`.
+    """
+    tokens = _positive_integer(
+        {"max_video_tokens": FRAME_TOKENS, **settings}, "max_video_tokens", name
+    )
+    return int(tokens * (sizes["patch_size"] * sizes["merge_size"]) ** 2)

@@ -153,9 +153,12 @@ def video_size(
     # round() is half to even here as in the reference: five frames in pairs count as four when the
     # limits are checked.
     counted = round(num_frames / config.temporal_patch_size) * config.temporal_patch_size
-    return _fit(
-        height, width, num_frames, counted, unit, (config.video_min_pixels, config.video_max_pixels)
-    )
+    most = config.video_max_pixels
+    if config.video_frame_pixels is not None:
+        most = num_frames * _capped(
+            min(config.video_frame_pixels, config.video_max_pixels // num_frames), config
+        )
+    return _fit(height, width, num_frames, counted, unit, (config.video_min_pixels, most))
 
 
 def _most_pixels_of_a_frame(num_frames: int, config: ProcessorConfig) -> int:
@@ -164,11 +167,14 @@ def _most_pixels_of_a_frame(num_frames: int, config: ProcessorConfig) -> int:
     """
     if config.video_shared_pixels is None:
         return config.video_max_pixels
-    # However many there are, each keeps a little more than the least size, as in the reference.
-    return max(
-        min(config.video_max_pixels, config.video_shared_pixels // num_frames),
-        int(config.video_min_pixels * 1.05),
-    )
+    return _capped(min(config.video_max_pixels, config.video_shared_pixels // num_frames), config)
+
+
+def _capped(pixels: int, config: ProcessorConfig) -> int:
+    """Return the limit of a frame that has its part of a number of pixels: however many frames
+    there are, each keeps a little more than the least size, as in the reference.
+    """
+    return max(pixels, int(config.video_min_pixels * 1.05))
 
 
 def patchify(

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+import os.path
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -21,20 +23,30 @@ from zppo_mm.observability.logs import configure_logging
 TRAIN_TOOL = Path(__file__).with_name("train_zppo.py")
 
 
-def parse(arguments: list[str]) -> tuple[Plan, bool]:
-    """Read the command line: the comparison, and whether runs are started."""
+def parse(arguments: list[str]) -> tuple[Plan, str]:
+    """Read the command line: the comparison, and `run`, `report` or `commands`."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog="docs/comparison.md describes the keys of the file."
     )
     parser.add_argument("comparison", type=Path, help="YAML file of the comparison")
-    parser.add_argument(
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
         "--report-only",
-        action="store_true",
+        dest="mode",
+        action="store_const",
+        const="report",
         help="start no run; write the report of the finished ones",
+    )
+    mode.add_argument(
+        "--commands",
+        dest="mode",
+        action="store_const",
+        const="commands",
+        help="start no run; print the command of each, for a cluster that starts them itself",
     )
     add_options(parser, "keys of the file, which they override, or options of all runs")
     known = parser.parse_intermixed_args(arguments)
-    return load_plan(known.comparison, known.options), not known.report_only
+    return load_plan(known.comparison, known.options), known.mode or "run"
 
 
 def main() -> int:
@@ -47,11 +59,15 @@ def main() -> int:
     # Ended like by Ctrl-C, so that the runs end with it.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        plan, starts_runs = parse(sys.argv[1:])
+        plan, mode = parse(sys.argv[1:])
     except ConfigError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
-    failures = run_all(plan, TRAIN_TOOL) if starts_runs else []
+    if mode == "commands":
+        for run in plan.runs:
+            print(shlex.join([os.path.relpath(TRAIN_TOOL), *run.arguments]))
+        return 0
+    failures = run_all(plan, TRAIN_TOOL) if mode == "run" else []
     for table in write_comparison(plan, failures):
         print(f"\n{table.title}\n\n{markdown(table)}")
     print(f"\n{plan.folder / MARKDOWN_FILE}\n{plan.folder / PAGE_FILE}")

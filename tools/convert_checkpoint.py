@@ -32,7 +32,8 @@ COMMANDS = {
     ),
     "inspect": (
         ["HF_DIR"],
-        "show family, sizes, parameters, possible layouts and memory per GPU; reads only headers",
+        "show family, sizes, parameters, possible layouts, memory per GPU and how prompts end; "
+        "reads no weights",
     ),
 }
 

@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.errors import DataError
 from data.health import SampleHealth
@@ -19,8 +19,15 @@ from data.imports.benchmarks import convert_benchmark
 from data.imports.convert import convert_jsonl
 from data.lint import lint
 from data.media.opening import MediaLimits, MediaOpener
+from data.media.sampling import FrameSampling
 from data.text import clean_text
+from zppo_mm.errors import ZppoError
 
+if TYPE_CHECKING:
+    from zppo_mm.run.prompt_lengths import PromptLengths
+
+CHECKED_FRAMES = 64
+"""Of a video, evenly spread; how many a run takes is up to its model folder."""
 CONVERT_HELP = """Turn JSON lines and media files into webdataset shards with an index.
 
 Each line: {"id": …, "question": …, "answer": …, "answer_type": "math" | "choice" | "open",
@@ -74,6 +81,7 @@ def opener_of(arguments: argparse.Namespace) -> MediaOpener | None:
             max_bytes=arguments.max_media_bytes,
             max_pixels=arguments.max_media_pixels,
             decode_timeout_seconds=arguments.decode_timeout_seconds,
+            sampling=FrameSampling(max_frames=CHECKED_FRAMES),
         )
     )
 
@@ -177,20 +185,43 @@ def run_lint(argv: list[str]) -> int:
         metavar="FOLDER",
         help="all shard folders of one run, so that repeated ids are found",
     )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="configuration of the run: its media limits are used, and prompts over its "
+        "data.max_prompt_tokens are counted",
+    )
     add_limits(parser)
     arguments = parser.parse_args(argv)
-    opener = opener_of(arguments)
-    num_samples, problems = lint(arguments.folders, opener)
+    if arguments.config and arguments.no_decode:
+        parser.error("--config needs the media; leave out --no-decode")
+    prompts = prompt_lengths(arguments.config) if arguments.config else None
+    opener = opener_of(arguments) if prompts is None else MediaOpener(prompts.media_limits)
+    num_samples, problems = lint(arguments.folders, opener, prompts)
     if opener is not None:
         opener.close()
     for problem in problems:
         print(clean_text(f"{problem.where}: {problem.reason}: {problem.message}"))
+    bad = [problem for problem in problems if not problem.is_too_long]
     counts = ", ".join(
         f"{reason} {count}"
-        for reason, count in sorted(Counter(problem.reason for problem in problems).items())
+        for reason, count in sorted(Counter(problem.reason for problem in bad).items())
     )
-    print(f"{num_samples} samples, {len(problems)} problems{': ' + counts if counts else ''}")
-    return 1 if problems else 0
+    too_long = (
+        f"; {len(problems) - len(bad)} prompts over {prompts.max_tokens} tokens" if prompts else ""
+    )
+    summary = f"{num_samples} samples, {len(bad)} problems{': ' + counts if counts else ''}"
+    print(summary + too_long)
+    return 1 if bad else 0
+
+
+def prompt_lengths(file: str) -> PromptLengths:
+    """Return what measures the prompts of a run."""
+    # transformers is imported only where it is needed.
+    from zppo_mm.config.load import load_config
+    from zppo_mm.run.prompt_lengths import PromptLengths
+
+    return PromptLengths(load_config(file))
 
 
 def run_convert(argv: list[str]) -> int:
@@ -221,7 +252,9 @@ def run_benchmark(argv: list[str]) -> int:
         conversion = convert_benchmark(
             **options, format_name=arguments.format, fields=dict(arguments.fields)
         )
-    print(f"{health.num_good} samples read as {conversion.format}, {skipped(health)}")
+    stripped = conversion.num_without_directives
+    removed = f", format directives removed from {stripped} questions" if stripped else ""
+    print(f"{health.num_good} samples read as {conversion.format}, {skipped(health)}{removed}")
     return 0
 
 
@@ -231,7 +264,7 @@ def main(argv: list[str]) -> int:
     try:
         named = {"lint": run_lint, "benchmark": run_benchmark}.get(argv[0]) if argv else None
         return named(argv[1:]) if named else run_convert(argv)
-    except DataError as error:
+    except (DataError, ZppoError) as error:
         print(error, file=sys.stderr)
         return 2
 

@@ -13,6 +13,10 @@ class CheckpointError(ZppoError):
     """A checkpoint is missing, incomplete or does not fit."""
 
 
+class JudgeError(ZppoError):
+    """The judge does not give verdicts, and the run is not to go on with it."""
+
+
 class NotFiniteError(ZppoError):
     """The network computes NaN or infinity, and the run is not to go on with it."""
 

@@ -254,6 +254,7 @@ class TrainingSample:
         grids: `(t, h, w)` in patches of its media.
         teacher_top: `[tokens, k]`, of token i given the tokens before it; no tokens where the mask
             is 0.
+        token_weight: Weight of each of its loss tokens in distillation.
     """
 
     uid: str
@@ -265,10 +266,16 @@ class TrainingSample:
     advantages: FloatArray
     grids: tuple[tuple[int, int, int], ...] = ()
     teacher_top: TopLogprobs | None = None
+    token_weight: float = 1.0
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def token_weights(self) -> FloatArray:
+        """`token_weight` at every token, `[tokens]`."""
+        return np.full(self.num_tokens, self.token_weight, dtype=np.float32)
 
     @property
     def num_loss_tokens(self) -> int:
@@ -291,9 +298,10 @@ class Microbatch:
         token_ids: `[tokens]` int64.
         positions: `[3, tokens]` int64, restarting with every sequence that continues none.
         cu_seqlens: `[sequences + 1]` int32.
-        loss_mask: `[tokens]` float32; like the next two, entry i belongs to token i.
+        loss_mask: `[tokens]` float32; like the next three, entry i belongs to token i.
         old_logprobs: `[tokens]` float32; 0 where they are not known.
         advantages: `[tokens]` float32.
+        token_weights: `[tokens]` float32, of the divergence in distillation.
         patches: `[patches, channels * temporal * patch * patch]` float32; `None` without media and
             off the first stage.
         grids: `[media, 3]` int64, `None` without media.
@@ -313,6 +321,7 @@ class Microbatch:
     loss_mask: torch.Tensor
     old_logprobs: torch.Tensor
     advantages: torch.Tensor
+    token_weights: torch.Tensor
     patches: torch.Tensor | None = None
     grids: torch.Tensor | None = None
     uids: tuple[str, ...] = ()
@@ -332,10 +341,12 @@ class Batch:
             never lie in memory together.
         num_loss_tokens: Loss tokens of all ranks, those of samples that need no forward pass
             included.
+        denominator: Sum of the weights of those tokens, by which the summed loss is divided.
     """
 
     microbatches: Sequence[Microbatch]
     num_loss_tokens: int
+    denominator: float
 
 
 class MediaSource(Protocol):

@@ -28,6 +28,8 @@ class Kind:
         color: In figures.
         has_switch: Whether it is turned on by `zone.<name>`.
         uses_teacher: Whether it is made of a correct teacher rollout.
+        asks_pre_capped: Whether the teacher is asked only about the hard questions that the pre-cap
+            keeps. Kinds that are on together ask about all hard ones if any of them does.
         is_rewritten: Whether its rollouts are rewritten (compressed, or turned into a hint).
     """
 
@@ -38,6 +40,7 @@ class Kind:
     color: str
     has_switch: bool = True
     uses_teacher: bool = True
+    asks_pre_capped: bool = False
     is_rewritten: bool = True
 
 
@@ -48,8 +51,16 @@ KINDS: tuple[Kind, ...] = (
     Kind("replayed", "plain", "replayed", "Plain prompt", "#9dbbe3", **_PLAIN),
     Kind("bcq", "reformulated", "BCQ", "BCQ prompt", "#1f9d78"),
     Kind("ncq", "reformulated", "NCQ", "NCQ prompt", "#e08a2c", uses_teacher=False),
-    Kind("hint", "reformulated", "hint", "Hint prompt", "#7b4fb3"),
-    Kind("prefix", "reformulated", "prefix", "Continued response", "#8a94a6", is_rewritten=False),
+    Kind("hint", "reformulated", "hint", "Hint prompt", "#7b4fb3", asks_pre_capped=True),
+    Kind(
+        name="prefix",
+        role="reformulated",
+        label="prefix",
+        title="Continued response",
+        color="#8a94a6",
+        asks_pre_capped=True,
+        is_rewritten=False,
+    ),
     Kind(
         name="inject",
         role="training",
@@ -162,7 +173,7 @@ _BASES: tuple[tuple[str, str, str, str, Mapping[str, Any]], ...] = (
         "On-policy distillation",
         "#4fb3bf",
         "distillation on the student's own responses",
-        {"distill.source": "student"},
+        {"distill.source": "student", "train.updates_per_step": 1},
     ),
 )
 """Name, label, color, summary and settings of every method without replay."""

@@ -24,6 +24,7 @@ from zppo_mm.stages.record import (
 )
 from zppo_mm.stages.round import (
     Round,
+    hard_groups,
     plain_instances,
     sample_plain,
     sample_reformulated,
@@ -31,7 +32,6 @@ from zppo_mm.stages.round import (
 )
 from zppo_mm.stages.stages import Stages
 from zppo_mm.teacher.pending_answers import PendingAnswers
-from zppo_mm.zone.hard import select_hard
 from zppo_mm.zone.selection import Selected
 
 
@@ -45,6 +45,7 @@ def run_step(stages: Stages, step: int) -> StepRecord:
     Raises:
         TeacherLostError: On every rank, before anything but the stream was moved, if the teacher
             does not answer.
+        JudgeError: The same, if the judge does not give verdicts.
         StopRequested: The same, if the run is to end.
     """
     metrics = StepMetrics()
@@ -57,6 +58,7 @@ def run_step(stages: Stages, step: int) -> StepRecord:
         for each in rounds:
             # A further teacher that is asked now can answer during the update.
             each.pending.poll()
+    stages.check_judge()
 
     advantages = advantages_by_uid(selected.groups, stages.advantage_normalization)
     # Nothing was changed so far. From here on the step is finished, whatever is asked of the run.
@@ -108,10 +110,8 @@ def sample_round(
         *plain_instances(stages, "new", new, step, len(earlier) * stages.num_new_questions),
         *plain_instances(stages, "replayed", replayed, step, 0),
     ]
-    groups = sample_plain(stages, plain, pending, step, metrics)
-    hard = [
-        group for group in select_hard(groups, stages.zone.tau) if group.question.id not in known
-    ]
+    groups = sample_plain(stages, plain, known, pending, step, metrics)
+    hard = hard_groups(stages, groups, known)
     reformulated, sampled = sample_reformulated(stages, hard, pending, step, metrics)
     return Round((*new, *replayed), (*groups, *sampled), pending, reformulated)
 

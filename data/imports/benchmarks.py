@@ -8,6 +8,7 @@ import base64
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from data.errors import DataError, MediaError, SampleError
 from data.health import SampleHealth
 from data.imports.benchmark_formats import FORMATS, PARTS, BenchmarkFormat
 from data.imports.convert import keep_good
+from data.imports.directives import without_directives
 from data.imports.row_view import RowView, split_columns
 from data.imports.tables import Row, read_rows
 from data.media.files import MediaFolder
@@ -30,6 +32,8 @@ from data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardSample
 from data.shard_writer import write_shards
 
 CONVERSION_FILE = "conversion.json"
+CONVERSION_VERSION = 2
+"""Another one whenever the same file becomes other questions."""
 ROWS_LOOKED_AT = 20
 """Rows whose columns decide on the format; rows of a JSON file need not have the same."""
 MEDIA_FOLDERS: Mapping[MediaKind, tuple[str, ...]] = {
@@ -53,6 +57,8 @@ class Conversion:
         num_good: Rows that are questions now.
         skipped: Rows that are not, by reason.
         listed: The first of them: where, reason, what is wrong.
+        num_without_directives: Rows whose question lost a format directive of its own, skipped
+            ones included.
     """
 
     file: str
@@ -61,6 +67,7 @@ class Conversion:
     num_good: int
     skipped: dict[str, int]
     listed: list[list[str]]
+    num_without_directives: int = 0
 
 
 def convert_benchmark(
@@ -105,7 +112,8 @@ def convert_benchmark(
     first = list(islice(rows, ROWS_LOOKED_AT))
     present = {column for _, row in first if isinstance(row, Mapping) for column in row}
     name, columns = choose_format(source, present, format_name, fields or {})
-    makers = _makers(source, folder, FORMATS[name], columns, chain(first, rows))
+    stripped: Counter[str] = Counter()
+    makers = _makers(source, folder, FORMATS[name], columns, chain(first, rows), stripped)
     if overwrite:
         (target / CONVERSION_FILE).unlink(missing_ok=True)
     written = write_shards(target, keep_good(source, makers, opener, counted), overwrite=overwrite)
@@ -122,6 +130,7 @@ def convert_benchmark(
         counted.num_good,
         dict(counted.counts),
         [list(map(str, entry)) for entry in counted.listed],
+        stripped.total(),
     )
     content = json.dumps(asdict(conversion), ensure_ascii=False, indent=1)
     write_atomically(target / CONVERSION_FILE, content)
@@ -230,9 +239,10 @@ def _makers(
     known: BenchmarkFormat,
     columns: Mapping[str, str],
     rows: Iterator[tuple[int, Row | SampleError]],
+    stripped: Counter[str],
 ) -> Iterator[tuple[int, Callable[[], ShardSample]]]:
     for number, row in rows:
-        yield number, partial(_sample, source, folder, known, columns, number, row)
+        yield number, partial(_sample, source, folder, known, columns, number, row, stripped)
 
 
 def _sample(
@@ -242,8 +252,11 @@ def _sample(
     columns: Mapping[str, str],
     number: int,
     row: Row | SampleError,
+    stripped: Counter[str],
 ) -> ShardSample:
-    """Return one row with its media read."""
+    """Return one row with its media read and without format directives of its own, which are
+    counted.
+    """
     if isinstance(row, SampleError):
         raise row
     view = RowView(f"{source}:{number}", number, source.stem, row, columns)
@@ -251,16 +264,22 @@ def _sample(
     view.check_all_read(has_media=bool(draft.media))
     media = []
     for index, (kind, value) in enumerate(draft.media):
-        suffix, content = _load(view.where, folder, kind, value)
+        suffix, content = load_medium(view.where, folder, kind, value)
         media.append((suffix if len(draft.media) == 1 else f"{index}.{suffix}", content))
         folder.check_total(view.where, media)
-    return ShardSample(
-        f"{number:09d}", {**draft.question, "media": [extension for extension, _ in media]}, media
-    )
+    text = without_directives(draft.question["question"])
+    stripped["question"] += text != draft.question["question"]
+    fields = {**draft.question, "question": text, "media": [extension for extension, _ in media]}
+    return ShardSample(f"{number:09d}", fields, media)
 
 
-def _load(where: str, folder: MediaFolder, kind: MediaKind, value: Any) -> tuple[str, bytes]:
-    """Return ending and content of one medium; the ending of bytes comes from the bytes."""
+def load_medium(where: str, folder: MediaFolder, kind: MediaKind, value: Any) -> tuple[str, bytes]:
+    """Return ending and content of one medium; the ending of bytes comes from the bytes.
+
+    Raises:
+        SampleError: The value is no medium, or names a file that is not there.
+        MediaError: The bytes are of no known format, or too many.
+    """
     path = value.get("path") if isinstance(value, Mapping) else value
     content = value.get("bytes") if isinstance(value, Mapping) else value
     if isinstance(content, str):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -12,7 +14,8 @@ from data.errors import DataError, SampleError
 from data.json_text import TEXT_RULE, InvalidText, check_texts, load_json, load_object
 
 if TYPE_CHECKING:
-    from pyarrow import RecordBatch
+    from pyarrow import RecordBatch, Schema
+    from pyarrow.parquet import ParquetFile
 
 TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 PARQUET_BATCH = 32
@@ -199,7 +202,35 @@ def _check_columns(path: Path, names: Sequence[str]) -> None:
         )
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
+def read_parquet(
+    path: Path, columns: Sequence[str] | None = None, numbers: Sequence[int] | None = None
+) -> Iterator[tuple[int, Row | SampleError]]:
+    """Yield some rows of a Parquet file as `read_rows` does; what is not asked for is not read.
+
+    Args:
+        path: The file.
+        columns: Names of the columns; `None` for all.
+        numbers: Of the rows, ascending; `None` for all.
+
+    Raises:
+        DataError: The file cannot be read, or two columns have one name.
+    """
+    for number, row in _parquet(path, columns, numbers):
+        yield number, row if isinstance(row, SampleError) else _checked(path, number, row)
+
+
+def parquet_head(path: Path) -> tuple[Schema, int]:
+    """Return the columns of a Parquet file and the number of its rows, without reading these.
+
+    Raises:
+        DataError: The file cannot be read, or two columns have one name.
+    """
+    with _open_parquet(path) as file:
+        return file.schema_arrow, file.metadata.num_rows
+
+
+@contextmanager
+def _open_parquet(path: Path) -> Iterator[ParquetFile]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -211,29 +242,44 @@ def _parquet(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
     try:
         with ParquetFile(path) as file:
             _check_columns(path, file.schema_arrow.names)
-            number = 0
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH):
-                for index in range(batch.num_rows):
-                    number += 1
-                    try:
-                        yield number, _values(batch.slice(index, 1))
-                    except UnicodeDecodeError as error:
-                        yield (
-                            number,
-                            SampleError(
-                                "bad_text", f"{path}:{number}: {error}, {TEXT_RULE}; correct it"
-                            ),
-                        )
-                    except (ValueError, OverflowError) as error:
-                        yield (
-                            number,
-                            SampleError(
-                                "bad_row",
-                                f"{path}:{number}: a value is not readable ({error}); correct it",
-                            ),
-                        )
+            yield file
     except ArrowException as error:
         raise DataError(f"{path}: not readable as Parquet ({error}); download it again") from error
+
+
+def _parquet(
+    path: Path, columns: Sequence[str] | None = None, numbers: Sequence[int] | None = None
+) -> Iterator[tuple[int, Row | SampleError]]:
+    with _open_parquet(path) as file:
+        end = 0
+        for group in range(file.num_row_groups):
+            start, end = end, end + file.metadata.row_group(group).num_rows
+            if numbers is not None and not _within(numbers, start, end):
+                continue
+            number = start
+            batches = file.iter_batches(PARQUET_BATCH, row_groups=[group], columns=columns)
+            for batch in batches:
+                for index in range(batch.num_rows):
+                    number += 1
+                    if numbers is None or _within(numbers, number - 1, number):
+                        yield number, _read_row(path, number, batch.slice(index, 1))
+
+
+def _within(numbers: Sequence[int], start: int, end: int) -> bool:
+    """Return whether any of the ascending numbers is above `start` and at most `end`."""
+    found = bisect_left(numbers, start + 1)
+    return found < len(numbers) and numbers[found] <= end
+
+
+def _read_row(path: Path, number: int, row: RecordBatch) -> Row | SampleError:
+    try:
+        return _values(row)
+    except UnicodeDecodeError as error:
+        return SampleError("bad_text", f"{path}:{number}: {error}, {TEXT_RULE}; correct it")
+    except (ValueError, OverflowError) as error:
+        return SampleError(
+            "bad_row", f"{path}:{number}: a value is not readable ({error}); correct it"
+        )
 
 
 def _values(row: RecordBatch) -> Row:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.errors import MEDIA_REASONS, DataError, MediaError
+from data.media.sampling import FrameSampling
 from data.question import MediaKind
 from data.text import clean_text
 from data.worker import Header, KillableWorker, WorkerDied, WorkerNotStarted, WorkerPool
@@ -40,14 +41,12 @@ class FrameLimits:
 
     Attributes:
         max_pixels: Most pixels (width x height) of an image or a frame.
-        frames_per_second: Rate at which frames of a video are sampled.
-        max_frames: Most frames of one video.
+        sampling: Which frames of a video are taken.
         max_clip_bytes: Most bytes of all of them.
     """
 
     max_pixels: int
-    frames_per_second: float
-    max_frames: int
+    sampling: FrameSampling
     max_clip_bytes: int
 
 
@@ -135,7 +134,7 @@ class _Answer:
             self._error = self._refusal(header)
             return memoryview(b"")
         frames, height, width, channels = map(int, header["shape"])
-        most_frames = 1 if self._kind == "image" else self._limits.max_frames
+        most_frames = 1 if self._kind == "image" else self._limits.sampling.max_frames
         if not (
             0 < frames <= most_frames
             and min(height, width) > 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from data.errors import DataError, MediaError, SampleError
 from data.media.decoder import FrameLimits, MediaDecoder, WorkerLimits
+from data.media.sampling import FrameSampling
 from data.question import MediaKind, MediaRef
 from data.shards import ShardReader
 
@@ -39,8 +40,7 @@ class MediaLimits:
     Attributes:
         max_bytes: Largest file.
         max_pixels: Most pixels (width x height) of an image or a video frame.
-        frames_per_second: Rate at which frames of a video are sampled.
-        max_frames: Most frames of one video; a longer clip is sampled more sparsely.
+        sampling: Which frames of a video are taken.
         decode_timeout_seconds: Time for one file, after which its worker is killed.
         num_workers: Decoding processes.
         worker_memory_bytes: Address space of each; the sampled frames of a clip may take a quarter
@@ -49,8 +49,7 @@ class MediaLimits:
 
     max_bytes: int = 256_000_000
     max_pixels: int = 40_000_000
-    frames_per_second: float = 2.0
-    max_frames: int = 64
+    sampling: FrameSampling = field(default_factory=FrameSampling)
     decode_timeout_seconds: float = 30.0
     num_workers: int = 1
     worker_memory_bytes: int = 8 << 30
@@ -62,7 +61,7 @@ class MediaLimits:
             DataError: A limit is not positive, or larger than any file, clip or wait can be.
         """
         for name in self.__slots__:
-            if not 0 < getattr(self, name) <= MAX_LIMIT:
+            if name != "sampling" and not 0 < getattr(self, name) <= MAX_LIMIT:
                 expected = f"expected more than 0 and at most {MAX_LIMIT}"
                 raise DataError(
                     f"MediaLimits: {name} is wrong, got {getattr(self, name)}, {expected}; correct "
@@ -77,8 +76,7 @@ class MediaOpener:
         self.limits = limits
         self._frame_limits = FrameLimits(
             max_pixels=limits.max_pixels,
-            frames_per_second=limits.frames_per_second,
-            max_frames=limits.max_frames,
+            sampling=limits.sampling,
             max_clip_bytes=limits.worker_memory_bytes
             // 4,  # the decoder holds them twice, besides its own frames
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 from data.errors import MediaError
 from data.media.images import decode_image, prepare
+from data.media.sampling import FrameSampling
 from data.media.video_frames import decode_video
 from data.worker_process import Answer, message, run
 
@@ -20,7 +21,7 @@ TEST_CLIP = (
     "47494638376110001000810000000000ffffff0000000000002c00000000100010004008290001081c48b060c10008111a3c9830c0c2871023426ce8"
     "50a2c58b18334e6c2891a2c68f2043020808003b"
 )
-TEST_LIMITS = {"max_pixels": 256, "frames_per_second": 1.0, "max_frames": 1, "max_clip_bytes": 768}
+TEST_LIMITS = {"max_pixels": 256, "sampling": FrameSampling(), "max_clip_bytes": 768}
 
 
 class MediaServer:
@@ -60,7 +61,9 @@ class MediaServer:
                     "install decord2"
                 )
                 return {"reason": "no_decoder", "detail": detail}, b""
-            pixels, timestamps, seconds = decode_video(content, **request["limits"])
+            limits = request["limits"]
+            sampling = FrameSampling(**limits["sampling"])
+            pixels, timestamps, seconds = decode_video(content, **{**limits, "sampling": sampling})
         except MediaError as error:
             return {"reason": error.reason, "detail": str(error)}, b""
         except MemoryError:

@@ -22,6 +22,8 @@ from tests.support.distillation_example import (
     distil,
     load,
     make_texts,
+    naive_loss,
+    naive_mean,
     write_teacher,
 )
 from tests.support.launch import run_ranks
@@ -56,7 +58,12 @@ ORACLE_TOLERANCE = 1e-3
 TOLERANCE = 1e-5
 
 
-REFERENCES = {"whole": Distilled(), "top": Distilled(top_k=TOP_K)}
+REFERENCES = {
+    "whole": Distilled(),
+    "top": Distilled(top_k=TOP_K),
+    "whole, by question": Distilled(by_question=True),
+    "top, by question": Distilled(top_k=TOP_K, by_question=True),
+}
 TENSOR = ParallelConfig(tensor_model_parallel_size=2)
 TWO_RANKS = {
     "data 2": ParallelConfig(),
@@ -83,21 +90,8 @@ def references(folders: Path) -> dict[str, Result]:
     )
 
 
-def naive_loss(student: torch.Tensor, teacher: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Return the summed divergence of `[tokens, vocabulary]` logits in plain PyTorch."""
-    p, q = student.softmax(-1), teacher.softmax(-1)
-    if top_k:
-        ids = q.topk(top_k).indices
-        p, q = (
-            torch.cat([each.gather(-1, ids), 1 - each.gather(-1, ids).sum(-1, keepdim=True)], -1)
-            for each in (p, q)
-        )
-    m = (p + q) / 2
-    return ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2
-
-
 def naive_updates(
-    folders: Path, updates: list[list[TrainingSample]], top_k: int
+    folders: Path, updates: list[list[TrainingSample]], top_k: int, by_question: bool
 ) -> list[tuple[float, float]]:
     """Return loss and gradient norm of plain updates, one sequence at a time."""
     from transformers import Qwen3_5ForConditionalGeneration
@@ -111,21 +105,23 @@ def naive_updates(
     optimizer, language = naive_optimizer(student)
     results = []
     for samples in updates:
-        total = torch.zeros(())
+        divergences = []
         for sample in samples:
             ids = torch.from_numpy(sample.token_ids)[None]
             before = torch.from_numpy(sample.loss_mask[1:] != 0)
             with torch.no_grad():
                 target = teacher(input_ids=ids).logits[0, :-1][before]
-            total = total + naive_loss(student(input_ids=ids).logits[0, :-1][before], target, top_k)
-        results.append(naive_update(optimizer, language, total, samples))
+            logits = student(input_ids=ids).logits[0, :-1][before]
+            divergences.append(naive_loss(logits, target, top_k))
+        mean = naive_mean(divergences, samples, by_question)
+        results.append(naive_update(optimizer, language, mean))
     return results
 
 
 def compare_with_naive(
-    folders: Path, top_k: int
+    folders: Path, top_k: int, by_question: bool
 ) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-    way = Distilled(top_k=top_k, texts_only=True)
+    way = Distilled(top_k=top_k, texts_only=True, by_question=by_question)
     policy = build(folders, way)
     samples = make_texts()
     plan = make_plan(way.case(), 1)
@@ -138,12 +134,13 @@ def compare_with_naive(
         for update in policy.train_step(make_batches(way.case())).updates
     ]
     parallel.shutdown()
-    return ours, naive_updates(folders, updates, top_k)
+    return ours, naive_updates(folders, updates, top_k, by_question)
 
 
+@pytest.mark.parametrize("by_question", [False, True])
 @pytest.mark.parametrize("top_k", [0, TOP_K])
-def test_updates_are_those_of_a_plain_loop(folders: Path, top_k: int) -> None:
-    ((ours, naive),) = run_ranks(compare_with_naive, 1, folders, top_k)
+def test_updates_are_those_of_a_plain_loop(folders: Path, top_k: int, by_question: bool) -> None:
+    ((ours, naive),) = run_ranks(compare_with_naive, 1, folders, top_k, by_question)
     assert len(ours) == 2
     np.testing.assert_allclose(ours, naive, rtol=ORACLE_TOLERANCE)
     assert min(loss for loss, _ in ours) > 0.01
@@ -180,7 +177,7 @@ def test_the_layout_does_not_matter(folders: Path, references: dict[str, Result]
         )
         for name in REFERENCES
         for layout in TWO_RANKS
-        for share_prompts in ((False, True) if name == "whole" else (True,))
+        for share_prompts in ((False, True) if "whole" in name else (True,))
     }
     for results in run_ranks(distil, 2, folders, list(ways.values())):
         for (name, layout, share_prompts), actual in zip(ways, results, strict=True):
@@ -238,7 +235,7 @@ def test_log_probs_that_samples_carry_are_as_good_as_the_teacher(
     assert_same(actual, live, "carried")
 
 
-def learn(folders: Path) -> tuple[list[float], list[float], dict[str, float]]:
+def learn(folders: Path, by_question: bool) -> tuple[list[float], list[float], dict[str, float]]:
     """Learn from groups of which one rollout has no log-probs of the teacher, and from the same
     groups without it.
     """
@@ -262,9 +259,8 @@ def learn(folders: Path) -> tuple[list[float], list[float], dict[str, float]]:
         metrics = StepMetrics()
         train = dataclasses.replace(TRAIN, updates_per_step=1)
         advantages = {group.uid: np.zeros(len(group.rollouts), np.float32) for group in groups}
-        Learner(policy, RandomMedia(), train, 0, temperature=1.0, importance_cap=0.0).learn(
-            groups, advantages, 1, metrics
-        )
+        learner = Learner(policy, RandomMedia(), train, 0, averages_questions=by_question)
+        learner.learn(groups, advantages, 1, metrics)
         measured.append(metrics.values())
         updates.append(
             [
@@ -301,8 +297,11 @@ def as_group(samples: list[TrainingSample], without_logprobs: int | None) -> Gro
     return Group(PromptInstance(first.uid, first.question, "teacher", ""), prompt, tuple(rollouts))
 
 
-def test_a_rollout_without_log_probs_is_left_out_and_counted(folders: Path) -> None:
-    ((with_it, without, metrics),) = run_ranks(learn, 1, folders)
+@pytest.mark.parametrize("by_question", [False, True])
+def test_a_rollout_without_log_probs_is_left_out_and_counted(
+    folders: Path, by_question: bool
+) -> None:
+    ((with_it, without, metrics),) = run_ranks(learn, 1, folders, by_question)
     assert metrics["distill/left_out"] == 1
     np.testing.assert_allclose(with_it, without, rtol=TOLERANCE)
     # Responses of 12, 7, 7 and 5, 6 tokens are left.

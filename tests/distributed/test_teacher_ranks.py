@@ -28,6 +28,7 @@ from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.parallel.partition import JobPartition, PartitionLink, divide_job
 from zppo_mm.rewards.verify import Verifier
+from zppo_mm.run.build import student_folder
 from zppo_mm.run.shared import Shared, media_limits
 from zppo_mm.run.teacher_job import link_to_teacher, serve_teacher
 from zppo_mm.run.teachers import load_teacher
@@ -48,7 +49,7 @@ def configuration(num_ranks: int, *options: str) -> RunConfig:
         "teacher.max_response_tokens=40",
         "teacher.num_rollouts=3",
         "rollout.max_batch_size=6",
-        "reward.judge_max_tokens=5",
+        "reward.judge_max_tokens=40",
     ]
     return load_config(None, [f"teacher.num_ranks={num_ranks}", *given, *options])
 
@@ -89,7 +90,8 @@ def ask_both(num_ranks: int, sizes: Sequence[str], shards: Path) -> dict[str, An
     with link_to_teacher(config.parallel, partition) as link:
         assert link is not None
         parallel.initialize(config.parallel, config.seed, partition)
-        media, exchange = MediaStore(media_limits(config.data)), ParallelExchange()
+        media = MediaStore(media_limits(config.data, student_folder(config.model)))
+        exchange = ParallelExchange()
         with Verifier() as verifier:
             shared = Shared(config, media, verifier, exchange)
             model, encoder, sampling = load_teacher(shared, config.teacher, config.parallel)
@@ -101,14 +103,18 @@ def ask_both(num_ranks: int, sizes: Sequence[str], shards: Path) -> dict[str, An
             asked, texts = questions(shards), [f"Say {number} in a box." for number in range(5)]
             pending = apart.submit(asked, 7)
             expected = inside.submit(asked, 7).wait()
-            greedy = replace(sampling, temperature=0.0, max_new_tokens=5)
+            greedy = replace(sampling, temperature=0.0, max_new_tokens=40)
             judge = greedy_replies(pool, config.reward, num_retries=0)
             results = {
                 "expected": plain(expected),
                 "rewrites": (inside.rewrite(texts, 7, 1), apart.rewrite(texts, 7, 1)),
                 # Every replica's leader asks for itself, at a time of its own.
                 "judge": (
-                    [text.strip() for text in sampler.respond(texts, greedy, "judge") if text],
+                    [
+                        text.rpartition("</think>")[2].partition("<think>")[0].strip()
+                        for text in sampler.respond(texts, greedy, "judge")
+                        if text
+                    ],
                     judge(texts) if exchange.is_leader else None,
                 ),
             }

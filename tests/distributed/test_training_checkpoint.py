@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ import torch
 from megatron.core import dist_checkpointing
 
 from tests.support.launch import run_ranks
-from tests.support.training_example import Case, build_policy, make_batches, write_tiny_folder
+from tests.support.training_example import (
+    TRAIN,
+    Case,
+    build_policy,
+    make_batches,
+    write_tiny_folder,
+)
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import CheckpointError
 from zppo_mm.parallel import groups as parallel
@@ -20,11 +27,13 @@ from zppo_mm.training.policy import Policy
 from zppo_mm.weights.megatron_folder import save_entries
 
 DTYPES = ("float32", "bfloat16")
+MOMENTS = "bfloat16 moments"
+"""Weights and moments in bfloat16."""
 # Float32 sums in another order, carried through an update; bfloat16 rounds every activation to 8
 # bits.
-TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
+TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2, MOMENTS: 3e-2}
 # The same of a whole tensor of the optimizer, against its norm.
-STATE_TOLERANCE = {"float32": 5e-3, "bfloat16": 0.3}
+STATE_TOLERANCE = {"float32": 5e-3, "bfloat16": 0.3, MOMENTS: 0.3}
 LAYOUTS = {
     "data": ParallelConfig(),
     "tensor": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
@@ -54,6 +63,13 @@ STATE = {"step": 1, "stream": {"delivered": [3, 4]}, "replay": [{"id": "q", "acc
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_folder(tmp_path_factory.mktemp("tiny"))
+
+
+def make_case(layout: ParallelConfig, dtype: str) -> Case:
+    if dtype != MOMENTS:
+        return Case(layout, params_dtype=dtype)
+    train = replace(TRAIN, optimizer_state_dtype="bfloat16")
+    return Case(layout, params_dtype="bfloat16", train=train)
 
 
 def held(policy: Policy) -> dict[str, dict[str, torch.Tensor]]:
@@ -152,7 +168,7 @@ def go_round(
     results: dict[str, dict[str, Any]] = {}
     kept: dict[str, Any] = {}
     for name, layout in layouts.items():
-        case = Case(layout, params_dtype=dtype)
+        case = make_case(layout, dtype)
         policy = build_policy(model, case)
         batches = make_batches(case)
         policy.train_step(batches)
@@ -169,13 +185,13 @@ def go_round(
     stored = {name: plain(root / dtype / name / "step_000001") for name in layouts}
     names = list(layouts)
     for name, following in zip(names, names[1:] + names[:1], strict=True):
-        policy = build_policy(model, Case(layouts[following], params_dtype=dtype))
+        policy = build_policy(model, make_case(layouts[following], dtype))
         checkpoint.load(root / dtype / name / "step_000001", policy)
         results[name]["moved"] = same(
             stored[name], plain(checkpoint.save(root / dtype / "again", 1, policy, STATE, keep=1))
         )
         results[name]["off"] = far_off(stored[name], stored["data whole"], STATE_TOLERANCE[dtype])
-    policy = build_policy(model, Case(layouts["data whole"], params_dtype=dtype))
+    policy = build_policy(model, make_case(layouts["data whole"], dtype))
     for name in names:
         checkpoint.load(root / dtype / name / "step_000001", policy)
         results[name]["misplaced"] = misplaced(stored[name], policy)
@@ -240,6 +256,13 @@ def test_a_bfloat16_checkpoint_continues_where_two_kinds_of_layout_meet(tmp_path
     folder = write_tiny_folder(tmp_path / "model", vocabulary=2048)
     for results in run_ranks(save_and_load, 4, folder, tmp_path, ("bfloat16",), FOUR_RANKS):
         assert set(results["bfloat16"]) == set(FOUR_RANKS)
+        check_round(results)
+
+
+def test_moments_in_bfloat16_continue_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+    layouts = {name: LAYOUTS[name] for name in ("data", "tensor whole", "data whole")}
+    for results in run_ranks(save_and_load, 2, folder, tmp_path, (MOMENTS,), layouts):
+        assert set(results[MOMENTS]) == set(layouts)
         check_round(results)
 
 

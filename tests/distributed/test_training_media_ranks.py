@@ -126,7 +126,7 @@ def make_plan(num_replicas: int) -> BatchPlan:
         sum(samples[index].num_loss_tokens for part in update for pack in part for index in pack)
         for update in replicas
     ]
-    return BatchPlan((), tuple(tokens), tuple(replicas), 0)
+    return BatchPlan((), tuple(tokens), tuple(map(float, tokens)), tuple(replicas), 0)
 
 
 def train_everything(

@@ -109,7 +109,8 @@ def naive_updates(
                 surrogate,
             )
             total = total - (bounded * mask).sum()
-        results.append(naive_update(optimizer, language, total, samples))
+        count = sum(sample.num_loss_tokens for sample in samples)
+        results.append(naive_update(optimizer, language, total / count))
     return results
 
 

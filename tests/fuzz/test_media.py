@@ -15,6 +15,7 @@ from PIL import Image
 
 from data.errors import MEDIA_REASONS, MediaError
 from data.media.opening import MediaLimits, MediaOpener
+from data.media.sampling import FrameSampling
 from data.question import MediaKind
 from tests.unit.test_data_video import encode, grey_frames
 
@@ -92,7 +93,7 @@ def opener() -> Iterator[MediaOpener]:
         MediaLimits(
             max_bytes=100_000,
             max_pixels=MAX_PIXELS,
-            max_frames=MAX_FRAMES,
+            sampling=FrameSampling(max_frames=MAX_FRAMES),
             decode_timeout_seconds=20,
         )
     )

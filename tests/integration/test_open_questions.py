@@ -15,7 +15,8 @@ from data.shard_writer import write_shards
 from data.toy.digits_shards import digit_samples
 from tests.support.fault_proxy import PASS, stand_between
 from tests.support.loopback_server import LoopbackServer, TinyModel, serve
-from tests.support.running import judged_step, lines, run, transcript
+from tests.support.raw_server import Say, completion, http, say, serve_raw
+from tests.support.running import RUN_TIMEOUT_SECONDS, judged_step, lines, run, start, transcript
 from zppo_mm.bundled import TEACHER_DIR
 
 NUM_NEW, NUM_ROLLOUTS = 8, 4
@@ -52,6 +53,7 @@ def options(url: str, shards: Path, **changes: Any) -> list[str]:
         "teacher.model": "tiny",
         "teacher.num_retries": 0,
         "reward.judge_max_tokens": 4,
+        "reward.max_malformed_fraction": 1,
         "parity.mode": "none",
         "observability.report": "false",
         "train.train_iters": 1,
@@ -69,10 +71,37 @@ def test_open_questions_are_judged(server: LoopbackServer, shards: Path, tmp_pat
     judged = [
         request
         for request in server.requests
-        if request["temperature"] == 0.0 and "Reference answer" in str(request["messages"])
+        if request["temperature"] == 0.0 and "Correct answer" in str(request["messages"])
     ]
     assert len(judged) >= row["reward/judged"] / NUM_ROLLOUTS
     assert {request["max_tokens"] for request in judged} == {4}
+
+
+def test_a_judge_without_verdicts_ends_the_run_before_the_update(
+    shards: Path, tmp_path: Path
+) -> None:
+    def replying(text: str) -> Say:
+        return say(http(completion(text)))
+
+    with serve_raw(lambda number: replying("I agree.")) as server:
+        given = options(server.url, shards, **{"reward.max_malformed_fraction": 0.25})
+        # Two replicas judge half of the responses each, and end together.
+        process = start(tmp_path, "run", *given, processes=2)
+        output, _ = process.communicate(timeout=RUN_TIMEOUT_SECONDS)
+    assert process.returncode == 1
+    assert f"reward.judge: the judge at {server.url} does not give verdicts" in output
+    assert "such as 'I agree.'" in output
+    folder = tmp_path / "run"
+    assert lines(folder / "metrics.jsonl") == []
+    assert [path.name for path in (folder / "checkpoints").glob("step_*")] == ["step_000000"]
+    with serve_raw(lambda number: replying('```json\n{"verdict": "correct"}\n```')) as server:
+        run(tmp_path, "run", *options(server.url, shards))
+    (row,) = lines(folder / "metrics.jsonl")
+    assert (row["reward/judge_malformed"], row["reward/judge_failures"]) == (0, 0)
+    rewards = [
+        rollout["reward"] for group in transcript(folder, 1) for rollout in group["rollouts"]
+    ]
+    assert rewards.count(1.0) >= row["reward/judged"] > 0
 
 
 @pytest.mark.parametrize("openness", ["half", "all"])
@@ -97,7 +126,6 @@ def test_a_judge_that_is_gone_takes_no_reward(
     assert row["rollout/failed_groups"] == NUM_NEW - len(groups)
     left = [rollout for group in groups for rollout in group["rollouts"]]
     assert row["rollout/ungraded"] == sum(rollout["reward"] is None for rollout in left)
-    # Only an answer that boxes nothing is known to be wrong without a judge.
     assert all(
         rollout["reward"] is not None or (rollout["advantage"], rollout["minibatch"]) == (None, -1)
         for rollout in left

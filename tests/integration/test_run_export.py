@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tests.support.launch import run_ranks
 from tests.support.running import run
+from zppo_mm.bundled import STUDENT_DIR
+from zppo_mm.rollout.processor import read_processor
 
 NUM_QUESTIONS = 6
 MAX_NEW_TOKENS = 48
@@ -65,3 +67,42 @@ def test_the_exported_folder_answers_as_the_trained_model(tmp_path: Path) -> Non
     assert len(pairs) == NUM_QUESTIONS
     assert all(len(ours) > 1 for ours, _ in pairs)
     assert [ours for ours, _ in pairs] == [theirs for _, theirs in pairs]
+
+
+def export_again(folder: str, target: str) -> None:
+    """Export the newest checkpoint as tools/convert_checkpoint.py does."""
+    from zppo_mm.config.schema import ParallelConfig
+    from zppo_mm.conversion.exporting import export_folder
+    from zppo_mm.parallel import groups as parallel
+
+    parallel.initialize(ParallelConfig(), 0)
+    export_folder(Path(folder), Path(target), ParallelConfig())
+
+
+def test_the_exported_folder_has_the_limits_that_were_trained_with(tmp_path: Path) -> None:
+    keys = {"image_max_pixels": 65536, "video_max_frames": 4, "video_frames_per_second": 3.0}
+    folder = run(
+        tmp_path,
+        "limits",
+        "modality=video",
+        "train.train_iters=1",
+        *(f"data.{name}={value}" for name, value in keys.items()),
+    )
+    exported, again = Path(folder) / "hf", tmp_path / "again"
+    run_ranks(export_again, 1, str(folder), str(again))
+    trained = read_processor(STUDENT_DIR, keys)
+    assert trained is not None
+    assert trained.video_max_frames == 4
+    for path in (exported, again):
+        assert read_processor(path) == trained
+        same = {
+            each.name
+            for each in STUDENT_DIR.iterdir()
+            if each.suffix != ".safetensors"
+            and (path / each.name).read_bytes() == each.read_bytes()
+        }
+        assert {each.name for each in STUDENT_DIR.iterdir()} - same == {
+            "model.safetensors",
+            "preprocessor_config.json",
+            "video_preprocessor_config.json",
+        }

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.running import buffer, lines, run, transcript
 
-STEPS = 5
+STEPS = 8
 NUM_NEW = 8
 TAU = 0.5
 RHO_AUG = 0.5

@@ -220,14 +220,16 @@ def test_answers_that_no_prompt_waits_for_may_be_lost_without_losing_the_step(
     assert [each["step"] for each in lines(tmp_path / "cut" / "evaluation.jsonl")] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("method", ["zppo", "prefix"])
 def test_when_the_teacher_is_asked_changes_nothing_but_the_time(
-    server: LoopbackServer, tmp_path: Path
+    server: LoopbackServer, tmp_path: Path, method: str
 ) -> None:
     server.latency_seconds = 0.2
     records = {}
     for name, batch in (("waves", 8), ("whole", 128)):
         before = len(server.requests)
         given = {
+            "method": method,
             "train.train_iters": 2,
             "modality": "text",
             "rollout.max_batch_size": batch,
@@ -242,3 +244,7 @@ def test_when_the_teacher_is_asked_changes_nothing_but_the_time(
         )
     assert records["waves"] == records["whole"]
     assert records["waves"][1] > 2  # besides the first probe, questions of both steps were asked
+    for groups in records["waves"][0]:
+        asked = [group for group in groups if "teacher_rewards" in group]
+        # With prefixes no more than the pre-cap keeps: rho_aug is 0.5 of 8 new questions.
+        assert method != "prefix" or len(asked) <= 4

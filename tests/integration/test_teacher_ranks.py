@@ -72,6 +72,7 @@ def test_open_questions_are_judged_by_the_teacher(tmp_path: Path) -> None:
             "data.train": f"[{{path: {tmp_path / 'open'}}}]",
             "teacher.num_ranks": 1,
             "reward.judge_max_tokens": 4,
+            "reward.max_malformed_fraction": 1,
             "train.train_iters": 1,
         }
     )

@@ -25,6 +25,7 @@ from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.training.distillation import DistillationObjective
 from zppo_mm.training.policy import Policy
+from zppo_mm.training.samples import with_question_weights
 from zppo_mm.weights.mapping import load_hf_weights
 
 TOP_K = 6
@@ -54,13 +55,19 @@ class Distilled:
     share_prompts: bool = False
     texts_only: bool = False
     micro_batch_tokens: int = 64
+    by_question: bool = False
+    params_dtype: str = "float32"
+
+    def samples(self) -> list[TrainingSample]:
+        made = make_texts() if self.texts_only else make_groups()
+        return with_question_weights(made) if self.by_question else made
 
     def case(self) -> Case:
         return Case(
             layout=self.layout,
             micro_batch_tokens=self.micro_batch_tokens,
             skip_zero_advantage=False,
-            samples=make_texts if self.texts_only else make_groups,
+            samples=self.samples,
             share_prompts=self.share_prompts,
         )
 
@@ -78,17 +85,21 @@ def write_teacher(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def load(folder: Path, layout: ParallelConfig, trainable: bool) -> VisionLanguageModel:
-    model = build_model(load_architecture(folder), ModelConfig(), layout, trainable=trainable)
+def load(
+    folder: Path, layout: ParallelConfig, trainable: bool, params_dtype: str = "float32"
+) -> VisionLanguageModel:
+    options = ModelConfig(params_dtype=params_dtype)
+    model = build_model(load_architecture(folder), options, layout, trainable=trainable)
     load_hf_weights(model, folder)
     return model
 
 
 def build(folders: Path, way: Distilled) -> Policy:
     parallel.initialize(way.layout, seed=0)
-    teacher = load(folders / TEACHER, way.layout, trainable=False)
+    teacher = load(folders / TEACHER, way.layout, False, way.params_dtype)
+    student = load(folders / STUDENT, way.layout, True, way.params_dtype)
     objective = DistillationObjective(teacher, way.top_k, 1.0, parallel.tensor_group())
-    return Policy(load(folders / STUDENT, way.layout, trainable=True), TRAIN, way.layout, objective)
+    return Policy(student, TRAIN, way.layout, objective)
 
 
 def distil(folders: Path, ways: list[Distilled]) -> list[Result]:
@@ -110,3 +121,31 @@ def distil(folders: Path, ways: list[Distilled]) -> list[Result]:
         )
     parallel.shutdown()
     return results
+
+
+def naive_loss(student: torch.Tensor, teacher: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Return the summed divergence of `[tokens, vocabulary]` logits in plain PyTorch."""
+    p, q = student.softmax(-1), teacher.softmax(-1)
+    if top_k:
+        ids = q.topk(top_k).indices
+        p, q = (
+            torch.cat([each.gather(-1, ids), 1 - each.gather(-1, ids).sum(-1, keepdim=True)], -1)
+            for each in (p, q)
+        )
+    m = (p + q) / 2
+    return ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2
+
+
+def naive_mean(
+    divergences: list[torch.Tensor], samples: list[TrainingSample], by_question: bool
+) -> torch.Tensor:
+    """Return the mean of summed divergences over all tokens, or over tokens, responses and
+    questions in turn.
+    """
+    lengths = [sample.num_loss_tokens for sample in samples]
+    if not by_question:
+        return torch.stack(divergences).sum() / sum(lengths)
+    means: dict[str, list[torch.Tensor]] = {}
+    for sample, total, length in zip(samples, divergences, lengths, strict=True):
+        means.setdefault(sample.uid, []).append(total / length)
+    return torch.stack([torch.stack(each).mean() for each in means.values()]).mean()

@@ -56,7 +56,7 @@ def write_evaluation(folder: Path, step: int, rewards: Rewards) -> None:
     groups = held_out_groups(rewards)
     held_out = HeldOut(tuple(group.question for group in groups))
     write_held_out_answers(RunFolder(folder), step, groups)
-    append_evaluation(RunFolder(folder), summarise(groups, held_out, step))
+    append_evaluation(RunFolder(folder), summarise(groups, held_out, step, 4096))
 
 
 def write_run(

@@ -27,7 +27,28 @@ TEMPLATE = """{%- for message in messages -%}
 {{- '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}"""
+OPENED, CLOSED, BARE = (
+    f"{{{{- '<|im_start|>assistant\\n{thought}' -}}}}"
+    for thought in ("<think>\\n", "<think>\\n\\n</think>\\n\\n", "")
+)
+IF_FALSE = "{%- if enable_thinking is defined and enable_thinking is false -%}"
+IF_TRUE = "{%- if enable_thinking is defined and enable_thinking is true -%}"
+ENDINGS = {
+    "opened": OPENED,  # Qwen3 Thinking
+    "absent": BARE,  # Qwen2.5-VL, Qwen3 Instruct
+    "closed": CLOSED,
+    "opened, can close": f"{IF_FALSE}{CLOSED}{{%- else -%}}{OPENED}{{%- endif -%}}",
+    "closed, can open": f"{IF_TRUE}{OPENED}{{%- else -%}}{CLOSED}{{%- endif -%}}",
+    "absent, can close": f"{IF_FALSE}{CLOSED}{{%- else -%}}{BARE}{{%- endif -%}}",  # Qwen3
+}
+"""How the families' templates begin an answer."""
 ROPE = tiny_qwen.rope_parameters(1e7, 0.25, [2, 1, 1])
+
+
+def template_with(ending: str) -> str:
+    """Return the template with another beginning of the answer, by its name in `ENDINGS`."""
+    assert OPENED in TEMPLATE, "the template opens a thought"
+    return TEMPLATE.replace(OPENED, ENDINGS[ending])
 
 
 def build_tokenizer(folder: Path, template: str = TEMPLATE) -> PreTrainedTokenizerFast:

@@ -5,7 +5,7 @@ training tests share.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -242,13 +242,9 @@ def naive_optimizer(network: torch.nn.Module) -> tuple[torch.optim.AdamW, list[t
 
 
 def naive_update(
-    optimizer: torch.optim.AdamW,
-    parameters: list[torch.nn.Parameter],
-    total: torch.Tensor,
-    samples: Sequence[TrainingSample],
+    optimizer: torch.optim.AdamW, parameters: list[torch.nn.Parameter], loss: torch.Tensor
 ) -> tuple[float, float]:
-    """Take one step on the summed loss of samples; returns the mean loss and the gradient norm."""
-    loss = total / sum(sample.num_loss_tokens for sample in samples)
+    """Take one step on a loss; returns the loss and the gradient norm."""
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     norm = torch.nn.utils.clip_grad_norm_(parameters, TRAIN.clip_grad)

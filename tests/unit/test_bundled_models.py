@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3_5ForConditionalGeneration
 
+from data.media.opening import MediaLimits, MediaOpener
 from data.toy.digits import LEVELS, WORDS, draw_problem
+from data.toy.digits_media import FRAMES_PER_DIGIT, encode_mp4
 from data.toy.digits_reasoning import solution
 from encoders.config import read_processor_config
 from zppo_mm.bundled import STUDENT_DIR, TEACHER_DIR, WEAK_STUDENT_DIR
@@ -18,6 +20,7 @@ from zppo_mm.bundled.recipes import CANDIDATE_LINES
 from zppo_mm.bundled.sft_examples import DigitExamples, Stage
 from zppo_mm.bundled.supervised import learning_rate, training_sample
 from zppo_mm.bundled.tokenizer import ADDED_TOKENS, SPECIAL_TOKENS, build_tokenizer
+from zppo_mm.rollout.processor import frame_sampling, read_processor
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.teacher.teacher import CompressedTrace, Trace
 from zppo_mm.zone.compress import RuleCompressor
@@ -25,6 +28,7 @@ from zppo_mm.zone.prompts import load_templates
 
 FOLDERS = (STUDENT_DIR, WEAK_STUDENT_DIR, TEACHER_DIR)
 MAX_BYTES = 12_000_000
+CODEC_TOLERANCE = 3.0  # mean difference of grey values that H.264 leaves
 STAGE = Stage(
     num_updates=4,
     batch_size=12,
@@ -139,6 +143,25 @@ def test_examples_are_deterministic_and_teach_the_solution() -> None:
         assert len(sample.grids) == len(question.media)
         shown += "<candidate>" in example.text
     assert 0 < shown < len(batch)
+
+
+def test_examples_show_clips_as_a_run_does() -> None:
+    examples = DigitExamples(load_templates(), WholeResponses(), 7)
+    opener = MediaOpener(MediaLimits(sampling=frame_sampling(read_processor(STUDENT_DIR))))
+    num_clips = 0
+    for example in examples.batch(STAGE, 0, 3):
+        for reference in example.question.media:
+            if reference.kind == "video":
+                shown = examples.open(reference)
+                tiles = [frame[:, :, 0] for frame in shown.pixels[::FRAMES_PER_DIGIT]]
+                decoded = opener.open(encode_mp4(tiles), "video")
+                assert decoded.timestamps == shown.timestamps
+                assert decoded.pixels.shape == shown.pixels.shape
+                difference = np.abs(decoded.pixels.astype(int) - shown.pixels).mean()
+                assert difference < CODEC_TOLERANCE
+                num_clips += 1
+    opener.close()
+    assert num_clips > 0
 
 
 def test_reading_out_examples_ignore_the_question() -> None:

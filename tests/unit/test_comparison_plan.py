@@ -137,7 +137,9 @@ def test_errors(tmp_path: Path, changes: dict[str, object], message: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "examples").rglob("compare*/*.yaml")), ids=lambda path: path.name
+    "path",
+    [*sorted((ROOT / "examples").rglob("compare*/*.yaml")), ROOT / "examples/paper/compare.yaml"],
+    ids=lambda path: f"{path.parent.name}/{path.name}",
 )
 @pytest.mark.medium
 def test_shipped_comparisons_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

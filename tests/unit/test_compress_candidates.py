@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.question import Question
-from zppo_mm.errors import ConfigError
 from zppo_mm.rewards.boxes import last_boxed
 from zppo_mm.teacher.teacher import Trace
-from zppo_mm.zone.compress import RuleCompressor, TeacherCompressor, load_compression_template
+from zppo_mm.zone.compress import RuleCompressor, TeacherCompressor, summary
+from zppo_mm.zone.prompts import load_templates
 
 QUESTION = Question("q", "What is 6 x 7?", (), "42", "math")
 
@@ -112,13 +111,22 @@ class ScriptedTeacher:
 def test_unfaithful_rewrites_are_retried_once_then_cut() -> None:
     teacher = ScriptedTeacher(
         [
-            "<think>hm</think>7 sixes: \\boxed{84/2}",
-            "fixed: \\boxed{42}",
-            "it is \\boxed{5}",
-            "invents \\boxed{9}",
-            "",
+            "<think><summary>hm</think><summary>7 sixes: \\boxed{84/2}</summary>",
+            "<summary>fixed: \\boxed{42}</summary>",
+            "<summary>it is \\boxed{5}</summary>",
+            "<summary>invents \\boxed{9}</summary>",
+            "<summary></summary>",
+            "u \\boxed{1}",
+            "<summary>t \\boxed{1}",
         ],
-        ["still \\boxed{42}", "six \\boxed{5}", "cannot say", "now a text"],
+        [
+            "<summary>still \\boxed{42}</summary>",
+            "<summary>six \\boxed{5}</summary>",
+            "<summary>cannot say</summary>",
+            "<summary>now a text</summary>",
+            "<summary>u again \\boxed{1}</summary>",
+            "t \\boxed{1}</summary>",
+        ],
     )
     traces = [
         trace(text)
@@ -128,9 +136,11 @@ def test_unfaithful_rewrites_are_retried_once_then_cut() -> None:
             "z \\boxed{6}\nno \\boxed{5.0}",
             "w no answer",
             "v nothing",
+            "u \\boxed{1}",
+            "t \\boxed{1}",
         ]
     ]
-    compressor = TeacherCompressor(teacher, rule(), load_compression_template())
+    compressor = TeacherCompressor(teacher, rule(), load_templates().compress)
     traces[2] = Trace(QUESTION, "z \\boxed{6}", "6")
     results = compressor.compress(traces, 4)
     assert [(r.text, r.method, r.rejects) for r in results] == [
@@ -139,40 +149,61 @@ def test_unfaithful_rewrites_are_retried_once_then_cut() -> None:
         ("z \\boxed{6}", "cut", 2),
         ("cannot say", "rewritten", 1),
         ("now a text", "rewritten", 1),
+        ("u again \\boxed{1}", "rewritten", 1),
+        ("t \\boxed{1}", "cut", 2),
     ]
     assert [(len(prompts), step, attempt) for prompts, step, attempt in teacher.asked] == [
-        (5, 4, 0),
-        (4, 4, 1),
+        (7, 4, 0),
+        (6, 4, 1),
     ]
     assert compressor.compress([], 4) == []
     assert len(teacher.asked) == 2
 
 
-def test_the_prompt_shows_question_trace_and_answer_escaped() -> None:
-    teacher = ScriptedTeacher(["ok \\boxed{42}"])
-    TeacherCompressor(teacher, rule(), load_compression_template()).compress(
-        [trace("<think>{answer} </q><|im_start|>\\boxed{42}")], 0
+def test_the_prompt_shows_the_response_alone_and_escaped() -> None:
+    teacher = ScriptedTeacher(["<summary>ok \\boxed{42}</summary>"])
+    TeacherCompressor(teacher, rule(), load_templates().compress).compress(
+        [trace("<think>{max_lines} </response><|im_start|><summary>\\boxed{42}")], 0
     )
     prompt = teacher.asked[0][0][0]
-    assert "What is 6 x 7?" in prompt
-    assert "{answer} < /q>" in prompt
-    assert "<|im_start|>" not in prompt
+    assert "6 x 7" not in prompt
+    assert prompt.endswith(
+        "<response>\n{max_lines} < /response> < summary>\\boxed{42}\n</response>"
+    )
     assert "at most 5 lines" in prompt
-    assert prompt.endswith("42")
     assert "\\boxed{}" in prompt
 
 
 def test_a_long_rewrite_is_cut_to_the_caps() -> None:
-    teacher = ScriptedTeacher(["1\n2\n3\n4\n5\n6\n\\boxed{42}"])
-    (result,) = TeacherCompressor(teacher, rule(), load_compression_template()).compress(
+    teacher = ScriptedTeacher(["<summary>1\n2\n3\n4\n5\n6\n\\boxed{42}</summary>"])
+    (result,) = TeacherCompressor(teacher, rule(), load_templates().compress).compress(
         [trace("x \\boxed{42}")], 0
     )
     assert (result.text, result.method) == ("3\n4\n5\n6\n\\boxed{42}", "rewritten")
 
 
-def test_template_errors(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such file"):
-        load_compression_template(str(tmp_path / "x.txt"))
-    (tmp_path / "x.txt").write_text("{question} {trace}")
-    with pytest.raises(ConfigError, match=r"lacks \{answer\}"):
-        load_compression_template(str(tmp_path / "x.txt"))
+@pytest.mark.parametrize(
+    ("reply", "kept"),
+    [
+        ("<summary>\na\nb\n</summary>", "a\nb"),
+        ("Here it is:\n<summary>a</summary>\nDone.", "a"),
+        ("<summary>draft</summary>\nBetter:\n<summary>a</summary>", "a"),
+        ("<summary>a</summary> or <summary>b", "a"),  # the last complete one
+        ("<summary>one <summary>a</summary>", "a"),
+        ("<summary></summary>", ""),
+        ("a", None),
+        ("<summary>a", None),
+        ("a</summary>", None),
+        ("</summary>a<summary>", None),
+        ("", None),
+        # A reasoning that the prompt opened, one that the response opened, and one that was cut.
+        ("the <summary>x</summary>\n</think>\n<summary>a</summary>", "a"),
+        ("<think>the <summary>x</summary></think>\n<summary>a</summary>", "a"),
+        ("the <summary>x</summary></think>\na", None),
+        ("<think>the <summary>x</summary>", None),
+    ],
+)
+def test_the_last_complete_summary_after_the_reasoning_is_read(
+    reply: str, kept: str | None
+) -> None:
+    assert summary(reply) == kept

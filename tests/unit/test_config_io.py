@@ -84,7 +84,7 @@ def test_every_method_is_there_with_and_without_replay() -> None:
             "fallback_teachers: distillation has one teacher, got 1 more",
         ),
         (
-            ["fallback_teachers=[{compressor: teacher}]"],
+            ["fallback_teachers=[{compressor: rule}]"],
             r"fallback_teachers\[0\].compressor: only the first teacher has this key, got",
         ),
         (

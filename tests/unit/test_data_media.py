@@ -247,8 +247,8 @@ def test_references_are_opened_and_named(opener: MediaOpener, tmp_path: Path) ->
 
 
 def test_limits_must_let_something_through() -> None:
-    with pytest.raises(DataError, match="max_frames is wrong, got 0, expected more than 0"):
-        MediaLimits(max_frames=0)
+    with pytest.raises(DataError, match="max_pixels is wrong, got 0, expected more than 0"):
+        MediaLimits(max_pixels=0)
     for endless in (float("inf"), float("nan"), 1e300):
         with pytest.raises(DataError, match="decode_timeout_seconds is wrong"):
             MediaLimits(decode_timeout_seconds=endless)

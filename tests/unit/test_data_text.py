@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from data.errors import DataError
 from data.text import clean_text, is_valid_text, read_text_file
 from zppo_mm.rewards.judge import load_judge_template
-from zppo_mm.zone.compress import load_compression_template
 from zppo_mm.zone.prompts import load_templates
 
 ANY = st.text(
@@ -65,7 +64,6 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path, content: bytes, problem
     message = rf"hint\.txt is not UTF-8 text, got {problem}, expected UTF-8; save it as such"
     for read in (
         load_judge_template,
-        load_compression_template,
         lambda path: load_templates(str(Path(path).parent)),
     ):
         with pytest.raises(DataError, match=message):

@@ -18,6 +18,7 @@ from PIL import Image
 from data.errors import MediaError
 from data.media.decoder import WORKER_MODULE, FrameLimits, MediaDecoder, WorkerLimits
 from data.media.opening import MediaLimits, MediaOpener
+from data.media.sampling import FrameSampling
 from data.worker import KillableWorker, WorkerDied, WorkerNotStarted
 from tests.support.running import run_python
 from tests.support.shard_samples import png
@@ -154,7 +155,7 @@ def test_answers_that_make_no_sense_end_the_worker(worker: KillableWorker) -> No
         decoder.decode(
             "image",
             png(),
-            FrameLimits(max_pixels=48, frames_per_second=1, max_frames=1, max_clip_bytes=1),
+            FrameLimits(max_pixels=48, sampling=FrameSampling(), max_clip_bytes=1),
         ).pixels.size
         == 144
     )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +16,10 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import (
     smart_resize as reference_video_size,
 )
 
-from encoders.config import STEPS, ProcessorConfig, VideoLayout, read_processor_config
+from encoders.config import (
+    ProcessorConfig,
+    VideoLayout,
+)
 from encoders.processor import process_image, process_video, video_size
 
 CONFIG = ProcessorConfig(
@@ -119,6 +120,25 @@ def test_frames_with_limits_of_their_own_are_the_patches_of_images(size: tuple[i
     assert np.array_equal(result.patches, oracle["pixel_values"])
 
 
+@pytest.mark.parametrize("frames", [2, 5, 40])
+@pytest.mark.parametrize("size", [(64, 64), (300, 200), (48, 1000)])
+def test_frames_may_have_a_limit_besides_that_of_the_video(
+    frames: int, size: tuple[int, int]
+) -> None:
+    # 10 tokens of 32 x 32 pixels a frame, an even share, and a little more than the least size
+    limit = max(min(10_240, 150_000 // frames), int(8192 * 1.05))
+    expected = reference_video_size(
+        num_frames=frames,
+        height=size[0],
+        width=size[1],
+        factor=32,
+        temporal_factor=2,
+        min_pixels=8192,
+        max_pixels=frames * limit,
+    )
+    assert video_size(frames, *size, replace(CONFIG, video_frame_pixels=10_240)) == expected
+
+
 def test_frames_may_share_a_number_of_pixels() -> None:
     shared = replace(PER_FRAME, video_shared_pixels=200_000)
     # 20 frames have 10,000 pixels each: 84 x 112 is the largest of that shape in 28s; 10 frames
@@ -181,187 +201,3 @@ def test_one_frame_is_one_temporal_patch() -> None:
 def test_refusals_say_what_is_wrong(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def write_configs(folder: Path, **video_changes: object) -> None:
-    shared = {
-        "patch_size": 16,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }
-    image = shared | {"size": {"shortest_edge": 65536, "longest_edge": 16777216}}
-    video = shared | {"size": {"shortest_edge": 4096, "longest_edge": 25165824}} | video_changes
-    (folder / "preprocessor_config.json").write_text(json.dumps(image))
-    (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
-
-
-def test_reads_a_folder(tmp_path: Path) -> None:
-    write_configs(tmp_path)
-    config = read_processor_config(tmp_path)
-    assert (config.image_min_pixels, config.image_max_pixels) == (65536, 16777216)
-    assert (config.video_min_pixels, config.video_max_pixels) == (4096, 25165824)
-    assert config.merged_patch_pixels == 32
-    write_configs(tmp_path, min_pixels=10, max_pixels=20)
-    assert read_processor_config(tmp_path).video_max_pixels == 20
-
-
-def test_reads_the_joint_file(tmp_path: Path) -> None:
-    write_configs(tmp_path)
-    expected = read_processor_config(tmp_path)
-    joint = {}
-    for key, name in (
-        ("image_processor", "preprocessor_config.json"),
-        ("video_processor", "video_preprocessor_config.json"),
-    ):
-        joint[key] = json.loads((tmp_path / name).read_text())
-        (tmp_path / name).unlink()
-    (tmp_path / "processor_config.json").write_text(json.dumps(joint))
-    assert read_processor_config(tmp_path) == expected
-
-
-def test_reads_a_folder_of_before_videos_had_a_file(tmp_path: Path) -> None:
-    published = {
-        "min_pixels": 3136,
-        "max_pixels": 12845056,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "image_mean": list(CONFIG.image_mean),
-        "image_std": list(CONFIG.image_std),
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
-    }
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(published))
-    config = read_processor_config(tmp_path, ONE_RUN)
-    assert (config.merged_patch_pixels, config.image_mean, config.image_std) == (
-        28,
-        CONFIG.image_mean,
-        CONFIG.image_std,
-    )
-    assert (
-        (config.video_min_pixels, config.video_max_pixels)
-        == (3136, 12845056)
-        == (config.image_min_pixels, config.image_max_pixels)
-    )
-    assert (config.video_limits_per_frame, config.video_shared_pixels) == (True, None)
-    # transformers reads the same, by a method that all its video processors share; this family's
-    # own needs torchvision.
-    assert Qwen3VLVideoProcessor.get_video_processor_dict(tmp_path)[0] == published
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"got neither video_preprocessor_config\.json nor video_processor in "
-            r"processor_config\.json"
-        ),
-    ):
-        read_processor_config(tmp_path)
-    own = published | {"max_pixels": 50_000, "cap_pixels_per_frame": True, "max_video_tokens": 1000}
-    (tmp_path / "processor_config.json").write_text(json.dumps({"video_processor": own}))
-    config = read_processor_config(tmp_path, ONE_RUN)
-    # 900 of 1,000 tokens of 28 x 28 pixels and two frames
-    assert (config.image_max_pixels, config.video_max_pixels, config.video_shared_pixels) == (
-        12845056,
-        50_000,
-        900 * 784 * 2,
-    )
-    (tmp_path / "video_preprocessor_config.json").write_text(
-        json.dumps(own | {"max_video_tokens": 0})
-    )
-    with pytest.raises(ValueError, match="wrong max_video_tokens, got 0"):
-        read_processor_config(tmp_path, ONE_RUN)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"patch_size": 14}, "patch_size differs from .*, got 14, expected 16"),
-        ({"merge_size": 0}, "wrong merge_size, got 0"),
-        ({"image_mean": [0.1] * 3}, "image_mean differs"),
-        ({"image_std": [0.5]}, "wrong image_std"),
-        ({"size": {"height": 3}}, "no usable pixel limits, got min None and max None"),
-        ({"size": 3}, "wrong size, got 3"),
-        (
-            {"size": {"shortest_edge": True, "longest_edge": 5}},
-            "no usable pixel limits, got min True and max 5",
-        ),
-        ({"do_resize": False}, "do_resize is not supported, got False, expected True"),
-        ({"do_rescale": False}, "do_rescale is not supported, got False"),
-        ({"do_normalize": False}, "do_normalize is not supported, got False"),
-        ({"resample": 2}, "resample is not supported, got 2, expected 3"),
-        ({"rescale_factor": 1.0}, "rescale_factor differs from .*, got 1.0, expected 0.0039"),
-        ({"rescale_factor": "1/255"}, "wrong rescale_factor, got '1/255'"),
-        ({"image_mean": [0.5, float("nan"), 0.5]}, "wrong image_mean, got"),
-        (
-            {"video_processor_type": "VivitImageProcessor"},
-            r"video_processor_type is not supported, got 'VivitImageProcessor', .* Qwen2VL\*",
-        ),
-        ({"cap_pixels_per_frame": True}, "cap_pixels_per_frame is not supported here"),
-    ],
-)
-def test_folder_errors(tmp_path: Path, changes: dict[str, object], message: str) -> None:
-    write_configs(tmp_path, **changes)
-    with pytest.raises(ValueError, match=message):
-        read_processor_config(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("patch_size", 14),
-        ("temporal_patch_size", 1),
-        ("spatial_merge_size", 4),
-        ("patch_size", [16, 16]),
-    ],
-)
-def test_patches_must_be_those_of_the_tower(tmp_path: Path, key: str, value: object) -> None:
-    write_configs(tmp_path)
-    tower = {"patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2}
-    (tmp_path / "config.json").write_text(json.dumps({"vision_config": tower}))
-    read_processor_config(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {**tower, key: value}}))
-    with pytest.raises(
-        ValueError,
-        match=(
-            rf"preprocessor_config\.json: .* is not that of the tower, got \d+, expected .* "
-            rf"vision_config\.{key}"
-        ),
-    ):
-        read_processor_config(tmp_path)
-
-
-def test_what_is_refused_is_what_transformers_has_settings_for() -> None:
-    # A step of a newer transformers would be left out here in silence.
-    steps = {name for name in vars(Qwen2VLImageProcessorPil) if name.startswith("do_")} | {
-        "resample"
-    }
-    assert steps == set(STEPS)
-    read = {
-        "size",
-        "default_to_square",
-        "image_mean",
-        "image_std",
-        "patch_size",
-        "temporal_patch_size",
-        "merge_size",
-    }
-    settings = {
-        name
-        for name, value in vars(Qwen2VLImageProcessorPil).items()
-        if not callable(value) and not name.startswith("_")
-    }
-    assert settings - steps - read <= {"valid_kwargs", "model_input_names"}
-
-
-def test_missing_and_broken_files(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"no processor settings, got neither preprocessor_config\.json"
-    ):
-        read_processor_config(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(ValueError, match="not readable as JSON"):
-        read_processor_config(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text("[]")
-    with pytest.raises(ValueError, match="got list, expected a JSON object"):
-        read_processor_config(tmp_path)

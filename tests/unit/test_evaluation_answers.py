@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -207,7 +207,9 @@ def test_numbers_by_hand() -> None:
         answered(2, [1.0, 1.0, None, None], source="b", modality="video", answer_type="open"),
         answered(3, [], "oversized", source="b"),
     ]
-    summary = summarise_answers(answers, {"bad_json": 2, "oversized": 1}, seed=0)
+    summary = summarise_answers(
+        answers, {"bad_json": 2, "oversized": 1}, seed=0, max_prompt_tokens=100
+    )
     overall = summary.overall
     # pass@1 = (2/4 + 0 + 2/2) / 3; pass@2 = (1 - C(2,2)/C(4,2) + 0 + 1) / 3 = (5/6 + 1) / 3; pass@4
     # has the first two: (1 + 0) / 2.
@@ -231,6 +233,7 @@ def test_numbers_by_hand() -> None:
         pytest.approx(4 / 7),
     )
     assert summary.skipped == {"bad_json": 2, "oversized": 2}
+    assert summary.num_too_long == 0
     assert {name: part.num_questions for name, part in summary.by_source.items()} == {
         "a": 2,
         "b": 1,
@@ -245,11 +248,17 @@ def test_numbers_by_hand() -> None:
     }
     assert list(summary.by_source["b"].pass_at) == [1, 2]
     json.dumps(asdict(summary), allow_nan=False)
+    longer = [replace(each, num_prompt_tokens=100 + each.index) for each in answers]
+    summary = summarise_answers(longer, {}, seed=0, max_prompt_tokens=100)
+    assert (summary.num_questions, summary.num_too_long) == (3, 2), "still answered"
+    assert "longer than data.max_prompt_tokens: 2" in summary_table(summary)
 
 
 def test_the_table_has_a_line_for_every_part_and_what_is_missing() -> None:
     lines = summary_table(
-        summarise_answers([answered(0, [1.0, None]), answered(1, [], "empty")], {}, seed=0)
+        summarise_answers(
+            [answered(0, [1.0, None]), answered(1, [], "empty")], {}, seed=0, max_prompt_tokens=100
+        )
     ).splitlines()
     assert [line.split("  ")[0] for line in lines[2:6]] == [
         "all",
@@ -263,6 +272,8 @@ def test_the_table_has_a_line_for_every_part_and_what_is_missing() -> None:
         "responses that could not be graded, left out: 1",
     ]
     assert (
-        summary_table(summarise_answers([answered(0, [], "empty")], {}, seed=0)).splitlines()[-1]
+        summary_table(
+            summarise_answers([answered(0, [], "empty")], {}, seed=0, max_prompt_tokens=100)
+        ).splitlines()[-1]
         == "skipped 1 (100.0%): empty 1"
     )

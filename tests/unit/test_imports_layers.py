@@ -43,7 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("zppo_mm.run", "zppo_mm.step"),
     ("zppo_mm.parity",),
     ("zppo_mm.train",),
-    ("zppo_mm.conversion", "zppo_mm.evaluation"),
+    ("zppo_mm.conversion", "zppo_mm.corpus", "zppo_mm.evaluation"),
 )
 """The rooms, from the ground up: a room may import only rooms of the floors below its own."""
 

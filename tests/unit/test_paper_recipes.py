@@ -1,9 +1,10 @@
-"""The recipes of examples/paper have the paper's values, fit the published shapes, and fit into the
-memory of the GPUs that they name.
+"""The recipes and the comparison of examples/paper have the paper's values, fit the published
+shapes, and fit into the memory of the GPUs that they name.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,54 @@ from typing import Any
 import pytest
 
 from tests.support.published_sizes import PUBLISHED
+from tests.support.tools import load_tool
+from zppo_mm.comparison.plan import load_plan
+from zppo_mm.config.keys import walk
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import ParallelConfig, RunConfig
 from zppo_mm.conversion.memory import estimate_memory, format_estimate, longest_prompt
 from zppo_mm.errors import ConfigError
+from zppo_mm.methods import METHODS
 from zppo_mm.models.families.architecture import Architecture, check_layout, parse_architecture
 from zppo_mm.parallel import groups
 
-FOLDER = Path(__file__).parents[2] / "examples" / "paper"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples" / "paper"
 SIZES = ("0.8B", "2B", "4B", "9B")
 STUDENT_RANKS = 48
+# What a run of the comparison changes of the recipe, beside what its method says.
+COMPARED: dict[str, dict[str, Any]] = {
+    "grpo": {"method": "grpo"},
+    "grpo_replay": {"method": "grpo_replay"},
+    "bcq": {"method": "bcq"},
+    "bcq_replay": {"method": "bcq_replay"},
+    "ncq": {"method": "ncq"},
+    "ncq_replay": {"method": "ncq_replay"},
+    "bcq_ncq": {"method": "bcq_ncq"},
+    "zppo": {},
+    "hint_replay": {"method": "hint_replay"},
+    "prefix_replay": {"method": "prefix_replay"},
+    "off_distill_replay": {
+        "method": "off_distill_replay",
+        "train.updates_per_step": 1,
+        "distill.top_k": 20,
+    },
+    "on_distill_replay": {
+        "method": "on_distill_replay",
+        "train.updates_per_step": 1,
+        "teacher.model": "models/Qwen3.5-27B",
+        "teacher.endpoints": [],
+        "reward.judge_model": "Qwen3.5-27B",
+        "reward.judge_endpoints": ["http://localhost:8000/v1"],
+        "parallel.tensor_model_parallel_size": 2,
+        "parallel.sequence_parallel": True,
+    },
+    "zppo_1_update": {"train.updates_per_step": 1},
+    "zppo_8_updates": {"train.updates_per_step": 8},
+    "zppo_16_updates": {"train.updates_per_step": 16},
+    "zppo_none": {"algorithm.advantage_normalization": "none"},
+    "zppo_all": {"algorithm.advantage_normalization": "all"},
+}
 GIB = 1 << 30
 # An H100 has 80 GiB; a fifth is for what the estimate leaves out.
 USABLE_GIB = 64.0
@@ -41,6 +80,8 @@ PAPER: dict[str, Any] = {
     "teacher.compression_max_lines": 5,
     "reward.judge_max_tokens": 512,
     "data.max_prompt_tokens": 4096,
+    "data.image_min_pixels": 256 * 32 * 32,
+    "data.image_max_pixels": 1280 * 32 * 32,
     "zone.tau": 0.5,
     "zone.rho_replay": 0.25,
     "zone.rho_aug": 0.25,
@@ -141,6 +182,88 @@ def test_tensor_ranks_divide_what_grows_with_the_layers() -> None:
     two = estimate_memory(student("9B"), config, STUDENT_RANKS)
     assert (two.logits, two.cache) == (one.logits // 2, one.cache // 2)
     assert 0.5 < two.weights / one.weights < 0.55  # the vision tower is whole on both
+
+
+def test_moments_in_bfloat16_are_float32_during_an_update_alone() -> None:
+    path = FOLDER / "0.8b.yaml"
+    exact = estimate_memory(student("0.8B"), load_config(path), STUDENT_RANKS)
+    config = load_config(path, ["train.optimizer_state_dtype=bfloat16"])
+    rounded = estimate_memory(student("0.8B"), config, STUDENT_RANKS)
+    # Two moments of 2 instead of 4 bytes, divided by 48 ranks.
+    saved = 4 * 852_985_920 // 48
+    assert (exact.optimizer - rounded.optimizer, exact.update, rounded.update) == (saved, 0, saved)
+    assert exact.peak - rounded.peak == saved
+
+
+def test_the_comparison_changes_only_what_it_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    plan = load_plan(FOLDER / "compare.yaml")
+    assert plan.labels == tuple(COMPARED)
+    for run in plan.runs:
+        changes = COMPARED[run.label]
+        method = METHODS[changes.get("method", "zppo")]
+        expected = {key: own for key, _, own in walk(recipe("0.8B"))}
+        expected |= {**method.settings, **changes}
+        made = {key: own for key, _, own in walk(run.config)}
+        named = {"name", "output_dir"}
+        differing = {
+            key: (made.get(key), expected.get(key))
+            for key in {*made, *expected} - named
+            if made.get(key) != expected.get(key)
+        }
+        assert differing == {}, run.label
+
+
+def test_every_run_of_the_comparison_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for run in load_plan(FOLDER / "compare.yaml").runs:
+        check_layout(student("0.8B"), run.config.parallel)
+        peak = estimate_memory(student("0.8B"), run.config, STUDENT_RANKS).peak
+        if not run.config.teacher.endpoints:
+            # The teacher's bfloat16 weights, halved by tensor parallelism.
+            peak += 27_357_000_000 * 2 // 2
+        assert peak / GIB < USABLE_GIB, run.label
+
+
+def test_one_node_of_eight_gpus_runs_an_eighth_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    command = next(line for line in page.splitlines() if "paper/compare.yaml train." in line)
+    _, _, options = command.partition("paper/compare.yaml ")
+    for run in load_plan(FOLDER / "compare.yaml", shlex.split(options)).runs:
+        train, zone = run.config.train, run.config.zone
+        assert train.num_new_questions == 384 // 8
+        # As the buffer of 10,000 questions to steps of 384.
+        assert zone.buffer_capacity == 10_000 // 8
+        assert not any("node" in url for url in run.config.teacher.endpoints)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_eight_gpus_have_room_with_the_options_of_the_page(size: str) -> None:
+    page = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith(f"| {size} | `"))
+    _, _, options, room, _ = row.split("|")
+    config = load_config(FOLDER / f"{size.lower()}.yaml", shlex.split(options.strip(" `")))
+    peak = estimate_memory(student(size), config, num_student_ranks=6).peak / GIB
+    assert peak < USABLE_GIB
+    assert f"{peak:.1f} GiB" == room.strip()
+    assert (config.train.num_new_questions, config.zone.buffer_capacity) == (48, 1250)
+    tensor = config.parallel.tensor_model_parallel_size
+    assert config.train.num_new_questions % (6 // tensor) == 0
+
+
+def test_the_commands_of_the_comparison_are_those_of_its_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["compare.py", str(FOLDER / "compare.yaml"), "--commands"])
+    assert load_tool("compare").main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    runs = load_plan(FOLDER / "compare.yaml").runs
+    for line, run in zip(lines, runs, strict=True):
+        tool, *arguments = shlex.split(line)
+        assert tool == "tools/train_zppo.py"
+        assert load_tool("train_zppo").parse(arguments) == run.config
 
 
 def load_like(config: RunConfig, tensor: int) -> RunConfig:

@@ -18,8 +18,10 @@ import pytest
 from data.errors import DataError
 from data.question import AnswerType, Question
 from zppo_mm.errors import ConfigError
+from zppo_mm.rewards.boxes import final_answer
 from zppo_mm.rewards.grading_process import is_equal
-from zppo_mm.rewards.verify import Verdict, Verifier
+from zppo_mm.rewards.mathematics import MAX_ANSWER_CHARS
+from zppo_mm.rewards.verify import JudgedResponse, Verdict, Verifier
 from zppo_mm.rewards.workers import GradingPool
 
 LIMIT_SECONDS = 2.0
@@ -213,24 +215,37 @@ def test_choice_text_must_be_unique_and_the_reference_a_letter() -> None:
 
 
 class ContainsJudge:
-    """Calls an answer right that contains the reference."""
+    """Calls a response right that contains the reference; remembers what it was shown."""
 
-    def judge(self, items: Sequence[tuple[Question, str]]) -> list[bool]:
-        return [asked.answer in parsed for asked, parsed in items]
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, bool]] = []
+
+    def judge(self, items: Sequence[JudgedResponse]) -> list[bool]:
+        self.asked += [(item.text, item.is_final_answer) for item in items]
+        return [item.question.answer in item.text for item in items]
 
 
 def test_open_questions_go_to_the_judge() -> None:
     items = [
         (question("a cat", "open"), text)
-        for text in ["\\boxed{it is a cat}", "\\boxed{a dog}", "a cat"]
+        for text in ["\\boxed{it is a cat}", "\\boxed{a dog}", "No, a bird.", "So a cat."]
     ]
-    with Verifier(judge=ContainsJudge()) as verifier:
+    judge = ContainsJudge()
+    with Verifier(judge=judge) as verifier:
         assert [v.reason for v in verifier.verify_all([*items, (question("5"), "\\boxed{5}")])] == [
             "match",
             "mismatch",
-            "not_boxed",
+            "mismatch",
+            "match",
             "match",
         ]
+    # What boxes nothing is shown whole; what rules decide is not shown.
+    assert judge.asked == [
+        ("it is a cat", True),
+        ("a dog", True),
+        ("No, a bird.", False),
+        ("So a cat.", False),
+    ]
     with (
         Verifier() as verifier,
         pytest.raises(
@@ -238,6 +253,45 @@ def test_open_questions_go_to_the_judge() -> None:
         ),
     ):
         verifier.verify_all(items)
+
+
+MODE_ITEMS = [
+    (question("5"), "\\boxed{5}"),
+    (question("5"), "\\boxed{five, that is 5}"),
+    (question("5"), "It must be 5."),
+    (question("5"), "\\boxed{6}"),
+    (question("A", "choice", ["red", "blue"]), "\\boxed{A}"),
+    (question("A", "choice", ["red", "blue"]), "\\boxed{B. blue}"),
+    (question("A", "choice", ["red", "blue"]), "\\boxed{A colour}"),
+    (question("A", "choice", ["red", "blue"]), "A, clearly"),
+    (question("a cat", "open"), "a cat"),
+    (question("5"), "\\boxed{" + "5 " * MAX_ANSWER_CHARS + "}"),
+]
+
+
+@pytest.mark.parametrize(
+    ("mode", "asked"),
+    [("never", []), ("open", [8]), ("fallback", [1, 2, 3, 6, 7, 8])],
+)
+def test_what_the_judge_decides(mode: str, asked: list[int]) -> None:
+    judge = ContainsJudge()
+    items = [item for item in MODE_ITEMS if mode != "never" or item[0].answer_type != "open"]
+    with Verifier(judge=judge, judge_mode=mode) as verifier:
+        verdicts = verifier.verify_all(items)
+        assert verifier.with_judge_mode("never").can_grade(question("a", "open")) is False
+        assert verifier.can_grade(question("a", "open")) is (mode != "never")
+    shown = [final_answer(text) or text for _, text in (items[index] for index in asked)]
+    assert [text for text, _ in judge.asked] == shown
+    right = {0, 4} | {index for index in asked if index != 3}
+    expected = [float(index in right) for index in range(len(items))]
+    assert [verdict.reward for verdict in verdicts] == expected
+
+
+def test_a_comparison_that_does_not_finish_is_left_to_a_fallback() -> None:
+    hanging = (question("x"), "\\boxed{9^{9^{9^{9}}} + x}")
+    with Verifier(0.05, judge=ContainsJudge(), budget_seconds=0.05) as verifier:
+        assert verifier.verify(*hanging).reason in ("timeout", "error")
+        assert verifier.with_judge_mode("fallback").verify(*hanging).reason == "match"
 
 
 class ConstantReward:

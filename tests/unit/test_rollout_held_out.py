@@ -97,12 +97,14 @@ def test_what_was_left_out_is_in_the_evaluation(folder: ShardFolder, tmp_path: P
         sampler = GroupSampler(
             SilentEngine(), PromptEncoder(tmp_path, no_media), verifier, SingleProcess()
         )
-        result = summarise(
-            ask_held_out(sampler, held_out, plain_text, SAMPLING, 2, step=5), held_out, step=5
-        )
+        groups = ask_held_out(sampler, held_out, plain_text, SAMPLING, 2, step=5)
+    lengths = sorted(len(group.prompt.token_ids) for group in groups)
+    result = summarise(groups, held_out, step=5, max_prompt_tokens=lengths[-1] - 1)
     assert (result.step, result.num_questions, result.num_skipped, result.accuracy) == (
         5,
         28,
         2,
         0.0,
     )
+    # Asked all the same.
+    assert result.num_too_long == lengths.count(lengths[-1]) > 0

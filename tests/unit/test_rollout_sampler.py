@@ -4,6 +4,8 @@ counted.
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,10 +96,45 @@ def test_feed_takes_good_questions_only_and_counts_the_others(
     in_two_parts = [question.id for question in feed.take(5) + feed.take(29)]
     assert in_two_parts[:17] == taken
     assert health.num_good == 34
-    assert health.counts["unreadable"] + health.counts["prompt_too_long"] == health.num_bad
-    assert set(health.counts) == {"unreadable", "prompt_too_long"}
-    details = [detail for _, reason, detail in health.listed if reason == "prompt_too_long"]
-    assert "tokens, more than data.max_prompt_tokens=120" in details[0]
+    assert set(health.counts) == {"unreadable"}
+    assert health.num_bad > 0
+    assert health.num_too_long > 0
+
+
+def test_a_too_long_prompt_is_no_bad_sample(
+    tmp_path: Path, encoder: PromptEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_questions(tmp_path, ["long " * 40 if index % 2 else "short" for index in range(60)])
+    feed, health = feed_of(tmp_path, encoder, strict=True)
+    with caplog.at_level(logging.WARNING):
+        taken = feed.take(30)
+    assert {question.text for question in taken} == {"short"}
+    assert (health.num_good, health.num_bad) == (30, 0)
+    assert health.num_too_long > 10, "ten times what data.max_bad_fraction allows"
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "tokens, more than data.max_prompt_tokens=120" in message
+    kept = SampleHealth()
+    kept.load_state_dict(json.loads(json.dumps(health.state_dict())))
+    assert kept.num_too_long == health.num_too_long
+
+
+def test_an_epoch_without_a_short_enough_prompt_ends_the_run(
+    tmp_path: Path, encoder: PromptEncoder
+) -> None:
+    write_questions(tmp_path, ["long " * 40] * 5)
+    with pytest.raises(DataError, match=r"no question of a whole epoch .* the last as too_long"):
+        feed_of(tmp_path, encoder)[0].take(1)
+
+
+def write_questions(folder: Path, texts: list[str]) -> None:
+    fields = {"answer": "1", "answer_type": "math", "source": "s"}
+    write_shards(
+        folder,
+        [
+            ShardSample(f"k{index}", {"id": f"q{index}", "question": text, **fields}, [])
+            for index, text in enumerate(texts)
+        ],
+    )
 
 
 def test_feed_stops_at_too_many_bad_samples_or_the_first_when_strict(

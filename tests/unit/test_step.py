@@ -183,7 +183,13 @@ def make_fakes(num_solved: Mapping[str, int], with_teacher: bool = True, **zone:
         sampler=sampler,
         sampling=SamplingParams(temperature=1.0, max_new_tokens=8, stop_token_ids=()),
         teacher=teacher if with_teacher else None,
-        reformulator=Reformulator(TEMPLATES, section, 0, WholeCompressor()),
+        reformulator=Reformulator(
+            TEMPLATES,
+            section,
+            0,
+            WholeCompressor(),
+            student_ids=lambda rollout: rollout.response_ids.tolist(),
+        ),
         selection=Selection(
             section,
             DistillConfig(),
@@ -268,6 +274,56 @@ def test_answers_that_change_no_prompt_are_waited_for_after_the_update() -> None
     assert fakes.events[-2:] == ["learn new:a new:b new:c new:d ncq:b", "answered b"]
     assert record.teacher_rewards == {"b": (1.0,)}
     assert record.metrics.values()["teacher/answer_seconds"] == 2.0
+
+
+HARD = {"a": 0, "b": 1, "c": 1, "d": 0}
+"""All four are hard; rho_aug leaves the two harder ones."""
+
+
+def asked(fakes: Fakes) -> list[str]:
+    return [event for event in fakes.events if event.startswith(("ask", "sample new"))]
+
+
+def test_prefix_asks_the_teacher_only_about_what_the_pre_cap_keeps() -> None:
+    fakes = make_fakes(HARD, bcq=False, ncq=False, prefix=True)
+    record = fakes.step(1)
+    assert asked(fakes) == ["sample new:a new:b new:c new:d", "ask d a"]
+    assert fakes.events[-1] == "learn new:a new:b new:c new:d prefix:d prefix:a"
+    assert set(record.teacher_rewards) == {"a", "d"}
+
+
+def test_it_is_asked_after_every_wave_about_what_is_certain_to_be_kept() -> None:
+    fakes = make_fakes(HARD, bcq=False, ncq=False, prefix=True)
+    fakes.teacher.is_fast = False
+    stages = dataclasses.replace(fakes.stages, schedule=PlainSchedule(seed=0, wave_size=1))
+    run_step(stages, 1)
+    # Harder questions may come after c. None can after d, whose accuracy is 0 and which the draw
+    # puts before those to come. After b there is still a.
+    assert asked(fakes) == [
+        "sample new:c",
+        "sample new:d",
+        "ask d",
+        "sample new:b",
+        "sample new:a",
+        "ask a",
+    ]
+    assert fakes.events[-1] == "learn new:a new:b new:c new:d prefix:d prefix:a"
+
+
+def test_beside_a_method_that_asks_about_all_hard_questions_all_are_asked() -> None:
+    for other in ("bcq", "inject"):
+        fakes = make_fakes(HARD, **{"bcq": False, "ncq": False, "prefix": True, other: True})
+        fakes.step(1)
+        assert asked(fakes)[1:] == ["ask a b c d"]
+
+
+def test_a_later_round_asks_about_its_own_questions() -> None:
+    fakes = make_fakes({}, bcq=False, ncq=False, prefix=True, max_sampling_rounds=2)
+    fakes.sampler.num_solved |= {"a": 0, "b": 0, "c": 0, "f": 0, "g": 1}
+    fakes.step(1)
+    first, second = [event for event in fakes.events if event.startswith("ask")]
+    assert len(first.split()) == 3  # of three hard questions two are kept
+    assert second == "ask f g"
 
 
 def test_a_teacher_lost_before_the_update_leaves_weights_and_buffer_as_they_were() -> None:

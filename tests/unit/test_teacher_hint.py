@@ -9,7 +9,8 @@ import pytest
 from data.question import Question
 from zppo_mm.teacher.teacher import Hint, Trace
 from zppo_mm.zone.compress import RuleCompressor
-from zppo_mm.zone.hint import RuleHintWriter, TeacherHintWriter, load_hint_template, reveals
+from zppo_mm.zone.hint import RuleHintWriter, TeacherHintWriter, reveals
+from zppo_mm.zone.prompts import load_templates
 
 CHOICES = ("two apples", "a pear")
 
@@ -89,7 +90,7 @@ def test_teacher_hints_are_checked_asked_for_again_and_replaced_by_the_rule() ->
         return replies[attempt]
 
     traces = [trace(f"way {number}\n\\boxed{{42}}") for number in range(4)]
-    hints = TeacherHintWriter(generate, rule(), load_hint_template()).write(traces, 3)
+    hints = TeacherHintWriter(generate, rule(), load_templates().write_hint).write(traces, 3)
     assert hints == [
         Hint("Use 6 times 5.", 0),
         Hint("Split the 7.", 1),
@@ -97,21 +98,23 @@ def test_teacher_hints_are_checked_asked_for_again_and_replaced_by_the_rule() ->
         Hint("way 3", 0),
     ]
     assert [len(each) for each in prompts] == [4, 3]
-    assert "What is 6 times 7?" in prompts[0][0]
-    assert "way 0" in prompts[0][0]
+    assert "What is 6 times 7?" not in prompts[0][0]
+    assert prompts[0][0].endswith("<response>\nway 0\n\\boxed{42}\n</response>")
 
 
 def test_a_thinking_teacher_is_read_after_its_thought() -> None:
     writer = TeacherHintWriter(
         lambda texts, step, attempt: ["<think>it is 42</think>\nHalve it."],
         rule(),
-        load_hint_template(),
+        load_templates().write_hint,
     )
     assert writer.write([trace("way\n\\boxed{42}")], 1) == [Hint("Halve it.", 0)]
 
 
 def test_a_long_hint_keeps_its_beginning() -> None:
     writer = TeacherHintWriter(
-        lambda texts, step, attempt: ["one\ntwo\n\nthree\nfour"], rule(), load_hint_template()
+        lambda texts, step, attempt: ["one\ntwo\n\nthree\nfour"],
+        rule(),
+        load_templates().write_hint,
     )
     assert writer.write([trace("way\n\\boxed{42}")], 1) == [Hint("one\ntwo\nthree", 0)]

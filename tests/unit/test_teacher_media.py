@@ -24,6 +24,7 @@ from data.toy.digits_shards import digit_samples
 from tests.support.loopback_server import LoopbackServer, TinyModel, serve
 from tests.support.pool_asking import served_teacher
 from zppo_mm.bundled import TEACHER_DIR
+from zppo_mm.bundled.folder import SAMPLING
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.experience import Rollout
 from zppo_mm.rewards.verify import Verifier
@@ -37,7 +38,7 @@ class Shards:
     """Opens media of shards as a run does."""
 
     def __init__(self, folder: Path) -> None:
-        self.reader, self.opener = ShardReader(), MediaOpener(MediaLimits())
+        self.reader, self.opener = ShardReader(), MediaOpener(MediaLimits(sampling=SAMPLING))
         shards = ShardFolder(folder)
         self.questions = [shards.question(*key) for key in shards.keys()]  # noqa: SIM118 (no mapping)
 
@@ -93,7 +94,7 @@ def test_a_video_leaves_as_its_sampled_frames_or_as_its_file(video: Shards) -> N
     question = video.questions[0]
     frames = video.open(question.media[0])
     head, *images = parts_of(video, question)
-    assert head["text"].startswith(f"A video as {len(frames.pixels)} frames, at 0.25, 0.75, ")
+    assert head["text"].startswith(f"A video as {len(frames.pixels)} frames, at 0.00, 0.50, ")
     assert all(
         np.array_equal(pixels_of(part, "png"), pixels)
         for part, pixels in zip(images, frames.pixels, strict=True)

@@ -23,7 +23,7 @@ from torch.distributed import PrefixStore, TCPStore
 from data.errors import MediaError
 from data.media.opening import Frames
 from data.question import MediaRef, Question
-from tests.support.tiny_folder import build_folder
+from tests.support.tiny_folder import build_folder, template_with
 from zppo_mm.config.schema import ParallelConfig, RewardConfig, TeacherConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.parallel.exchange import SingleProcess
@@ -57,6 +57,7 @@ class CountingEngine:
         self._encoder = encoder
         self.calls: list[tuple[int, float, int]] = []
         self.paths: list[list[tuple[str | int, ...]]] = []
+        self.prompts: list[str] = []
         self.gate = threading.Event()
         self.gate.set()
         self.trouble: Exception | None = None
@@ -66,6 +67,7 @@ class CountingEngine:
     ) -> list[list[Generation]]:
         self.calls.append((len(requests), sampling.temperature, sampling.max_new_tokens))
         self.paths.append([request.seed_path for request in requests])
+        self.prompts += [request.prompt.text for request in requests]
         assert self.gate.wait(SOON)
         if self.trouble is not None:
             raise self.trouble
@@ -85,6 +87,7 @@ class Job:
 
     store: TCPStore
     encoder: PromptEncoder
+    without_thinking: PromptEncoder
     engine: CountingEngine
     verifier: Verifier
     server: ChatServer | None = None
@@ -129,8 +132,9 @@ class Job:
         server = self.server
         link.publish(SERVER, json.dumps({"url": server.url, "key": server.key}))
         sampler = GroupSampler(self.engine, self.encoder, NoGrader(), SingleProcess())
+        without = GroupSampler(self.engine, self.without_thinking, NoGrader(), SingleProcess())
         ranks = RankServer(
-            link, server, sampler, SAMPLING, SingleProcess(), self.encoder.forget_media
+            link, server, sampler, without, SAMPLING, SingleProcess(), self.encoder.forget_media
         )
 
         def serve() -> None:
@@ -151,11 +155,12 @@ def job(tmp_path: Path) -> Iterator[Job]:
     def no_media(reference: MediaRef) -> Frames:
         raise MediaError("unreadable", "no such file")
 
-    build_folder(tmp_path)
+    build_folder(tmp_path, template=template_with("opened, can close"))
     encoder = PromptEncoder(tmp_path, no_media)
+    without = PromptEncoder(tmp_path, no_media, chat_template_kwargs={"enable_thinking": False})
     store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=SOON))
     with Verifier() as verifier:
-        job = Job(store, encoder, CountingEngine(encoder), verifier)
+        job = Job(store, encoder, without, CountingEngine(encoder), verifier)
         yield job
         for pool in job.pools:
             pool.close()
@@ -228,6 +233,9 @@ def test_urgent_requests_come_first_and_a_judge_replies_greedily(job: Job) -> No
     pending.wait()
     # The first question, the two that the student is idle for, the other two questions.
     assert sorted(job.engine.calls[1:3]) == [(1, 0.0, 7), (1, 1.0, 40)]
+    judged = [prompt for prompt in job.engine.prompts if prompt.endswith("</think>\n\n")]
+    assert [prompt.count("user\none") for prompt in judged] == [1]  # the judge does not reason
+    assert sum(prompt.endswith("<think>\n") for prompt in job.engine.prompts) == 4
     assert job.engine.calls[3:] == [(1, 1.0, 40)] * 2
     assert ("respond", "1/rewrite/0", "shorter, please") in job.engine.paths[1] + job.engine.paths[
         2
@@ -305,7 +313,7 @@ def test_a_partition_without_heartbeats_counts_as_lost(job: Job) -> None:
     sampler = GroupSampler(job.engine, job.encoder, NoGrader(), SingleProcess())
     store = PrefixStore("another job", job.store)
     link = PartitionLink(JobPartition("teacher", 0, 1, 1, store), 0.3)
-    ranks = RankServer(link, server, sampler, SAMPLING, SingleProcess(), lambda: None)
+    ranks = RankServer(link, server, sampler, sampler, SAMPLING, SingleProcess(), lambda: None)
     with pytest.raises(RankFailureError, match="the student's ranks are gone"):
         ranks.serve()
     server.close()
@@ -343,7 +351,7 @@ def test_the_first_exit_reason_counts(job: Job) -> None:
 def test_the_server_answers_any_client_of_the_protocol(job: Job) -> None:
     link, server = job.link("teacher"), ChatServer("127.0.0.1")
     sampler = GroupSampler(job.engine, job.encoder, NoGrader(), SingleProcess())
-    ranks = RankServer(link, server, sampler, SAMPLING, SingleProcess(), lambda: None)
+    ranks = RankServer(link, server, sampler, sampler, SAMPLING, SingleProcess(), lambda: None)
     thread = threading.Thread(target=ranks.serve, daemon=True)
     thread.start()
     request = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9, "n": 2, "seed": 4}

@@ -35,8 +35,9 @@ def packed(old_shift: float = 0.0) -> tuple[torch.Tensor, Microbatch]:
     for token in range(1, 9):
         old[token] = torch.log_softmax(logits[token - 1], -1)[ids[token]] + old_shift
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]] * 3)
+    bounds = torch.tensor([0, 5, 9], dtype=torch.int32)
     return logits, Microbatch(
-        ids, positions, torch.tensor([0, 5, 9], dtype=torch.int32), mask, old * mask, advantages
+        ids, positions, bounds, mask, old * mask, advantages, token_weights=torch.ones(9)
     )
 
 
@@ -113,7 +114,7 @@ def test_a_micro_batch_without_loss_tokens_has_no_gradient() -> None:
     logits, microbatch = packed()
     idle = Microbatch(
         *(getattr(microbatch, name) for name in ("token_ids", "positions", "cu_seqlens")),
-        *[torch.zeros(9)] * 3,
+        *[torch.zeros(9)] * 4,
     )
     logits.requires_grad_()
     terms = PolicyObjective(AlgorithmConfig(), temperature=1.0)(rows_of(logits), idle)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.support.zone_builders import group
 from zppo_mm.zone.hard import count_of_fraction, pre_cap, select_hard
@@ -61,3 +63,29 @@ def test_ties_are_drawn_so_that_replayed_questions_have_their_chance() -> None:
     assert 0.1 < fraction < 0.4  # two of eight are replayed; 0.25 is expected
     assert kept_by_step[0] == [g.question.id for g in pre_cap(ties[::-1], 2, seed=0, step=0)]
     assert len({tuple(ids) for ids in kept_by_step}) > 10
+
+
+@settings(deadline=None)
+@given(
+    num_right=st.lists(st.integers(0, 3), min_size=1, max_size=12),
+    limit=st.integers(0, 6),
+    num_sampled=st.integers(0, 12),
+    step=st.integers(1, 5),
+)
+def test_what_is_certain_to_be_kept_is_kept(
+    num_right: list[int], limit: int, num_sampled: int, step: int
+) -> None:
+    groups = [
+        group(f"q{index}", [1.0] * right + [0.0] * (8 - right))
+        for index, right in enumerate(num_right)
+    ]
+    to_come = [each.question.id for each in groups[num_sampled:]]
+    certain = pre_cap(groups[:num_sampled], limit, 0, step, to_come)
+    kept = pre_cap(groups, limit, 0, step)
+    # The same groups in the same order, as far as they are known.
+    assert certain == [each for each in kept if each in certain]
+    # As many as there can be: one that is left out goes if those to come are as hard as can be.
+    worst = pre_cap(
+        [*groups[:num_sampled], *(group(name, [0.0] * 8) for name in to_come)], limit, 0, step
+    )
+    assert certain == [each for each in worst if each.question.id not in to_come]

@@ -131,7 +131,7 @@ def test_ncq_lists_distinct_answers_and_every_wrong_rollout_and_no_teacher() -> 
         ("short three", "student", False, " 7"),
         ("short five", "student", False, "9"),
     ]
-    assert "wrong: 7, 9\n" in ncq.text
+    assert r"Wrong final answers: \boxed{7}, \boxed{9}" in ncq.text
     assert "teacher" not in ncq.text
     assert "four" not in ncq.text
     assert ncq.text.count("<candidate>\n") == ncq.text.count("\n</candidate>") == 4

@@ -9,7 +9,8 @@ import pytest
 from tests.support.zone_builders import CountingCompressor, group, question, rollout
 from zppo_mm.config.schema import ZoneConfig
 from zppo_mm.errors import ConfigError
-from zppo_mm.zone.prompts import load_templates
+from zppo_mm.rewards.judge import JUDGE_TEMPLATE, load_judge_template
+from zppo_mm.zone.prompts import REQUIRED_FIELDS, load_templates
 from zppo_mm.zone.reformulate import Reformulator
 
 
@@ -60,12 +61,40 @@ def test_templates_can_be_replaced_one_by_one(tmp_path: Path) -> None:
         ("candidate.txt", "-\n{text}\n-", "does not set a candidate off"),
         ("closing.txt", " \n", "closing.txt is empty"),
         ("bqc.txt", "x", "unknown template bqc.txt"),
+        ("compress.txt", "Shorten.", r"compress.txt needs the field \{response\} once"),
+        ("write_hint.txt", "{question} {response}", r"not filled in there, got \{question\}"),
+        (
+            "compress.txt",
+            "{trace} {response}",
+            r"got \{trace\}, expected \{response\}, \{max_lines\}",
+        ),
+        ("compress.txt", "{response} Keep {answer}.", r"got \{answer\}, expected \{response\}"),
+        ("closing.txt", "Solve {question}", r"got \{question\}, expected none"),
     ],
 )
 def test_wrong_templates_are_named(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_templates(str(tmp_path))
+
+
+def test_one_folder_holds_every_template() -> None:
+    folder = Path(__file__).parents[2] / "examples" / "own_prompts" / "templates"
+    assert {path.name for path in folder.iterdir()} == {*REQUIRED_FIELDS, JUDGE_TEMPLATE}
+    own, bundled = load_templates(str(folder)), load_templates()
+    for name in REQUIRED_FIELDS.keys() - {"candidate.txt"}:  # whose tags the other texts name
+        field = name.removesuffix(".txt")
+        assert getattr(own, field) != getattr(bundled, field), name
+    assert load_judge_template("", str(folder)) == (folder / JUDGE_TEMPLATE).read_text().strip()
+    assert load_judge_template("", str(folder)) != load_judge_template()
+
+
+def test_a_folder_may_lack_all_but_the_judge(tmp_path: Path) -> None:
+    (tmp_path / JUDGE_TEMPLATE).write_text("{question} {reference} {answer}")
+    assert load_templates(str(tmp_path)) == load_templates()
+    (tmp_path / JUDGE_TEMPLATE).unlink()
+    (tmp_path / "closing.txt").write_text("Answer.")
+    assert load_judge_template("", str(tmp_path)) == load_judge_template()
 
 
 def test_a_folder_without_templates_is_an_error(tmp_path: Path) -> None:

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
+from data.media.sampling import FrameSampling
 from zppo_mm.bundled.tokenizer import build_tokenizer
 
 PATCH_SIZE = 16
 MERGE_SIZE = 2
 TEMPORAL_PATCH_SIZE = 2
+SAMPLING = FrameSampling(frames_per_second=2, min_frames=2, max_frames=64)
+"""Of their videos, in which every digit stays one second."""
 VOCAB_MULTIPLE = 16
 """The vocabulary is padded to this, so that tensor-parallel ranks share it evenly."""
 MAX_POSITIONS = 4096
@@ -149,9 +152,9 @@ def _settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, dict[str, Any]]:
         "video_preprocessor_config.json": {
             **shared,
             "video_processor_type": "Qwen3VLVideoProcessor",
-            "fps": 2,
-            "min_frames": 2,
-            "max_frames": 64,
+            "fps": SAMPLING.frames_per_second,
+            "min_frames": SAMPLING.min_frames,
+            "max_frames": SAMPLING.max_frames,
             "size": {
                 "shortest_edge": TEMPORAL_PATCH_SIZE * unit,
                 "longest_edge": 256 * TEMPORAL_PATCH_SIZE * unit,

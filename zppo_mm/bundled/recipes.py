@@ -45,26 +45,26 @@ READING = replace(FIRST_DIGITS, batch_size=32, warmup_updates=0, levels=ALIKE)
 # Candidates before pixels: a network that can already read digits never learns to read candidates,
 # it does not need them.
 READING_CANDIDATES = replace(
-    FIRST_DIGITS, batch_size=32, levels={2: 1, 3: 1}, kinds=None, bcq_fraction=1.0
+    FIRST_DIGITS, num_updates=300, batch_size=32, levels={2: 1, 3: 1}, kinds=None, bcq_fraction=1.0
 )
 SOLVING = Stage(
     num_updates=600,
     lr=1e-3,
     final_lr=1e-3,
     levels={2: 4, 3: 3, 4: 2, 5: 1, 6: 0.5},
-    bcq_fraction=0.2,
-    ncq_fraction=0.04,
+    bcq_fraction=0.3,
+    ncq_fraction=0.06,
 )
 # The bad habit that reinforcement has to break: the more digits, the more often the student answers
 # at once instead of reasoning.
 GUESSING = Stage(
-    num_updates=250,
+    num_updates=300,
     lr=1e-3,
     final_lr=1e-4,
     warmup_updates=20,
     levels=dict.fromkeys(ALIKE, 2),
     bcq_fraction=0.3,
-    ncq_fraction=0.1,
+    ncq_fraction=0.2,
     guess_fraction={2: 0.3, 3: 0.6, 4: 0.9, 5: 0.97, 6: 0.99},
 )
 # A gap between what the student does and what it can do: it reads the digits out, whatever the
@@ -76,7 +76,7 @@ READING_OUT = Stage(
     warmup_updates=20,
     levels=LONGER,
     bcq_fraction=0.15,
-    ncq_fraction=0.1,
+    ncq_fraction=0.15,
     read_out_fraction=1.0,
     reformulated_read_out_fraction=0.5,
 )

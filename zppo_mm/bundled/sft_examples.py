@@ -10,14 +10,19 @@ import numpy as np
 from data.media.opening import Frames
 from data.question import MediaRef, Question
 from data.toy.digits import MODALITIES, DigitKind, DigitProblem, Modality, draw_problem
-from data.toy.digits_media import FRAME_PIXELS, load_bank, strip
+from data.toy.digits_media import (
+    FRAME_PIXELS,
+    FRAMES_PER_DIGIT,
+    FRAMES_PER_SECOND,
+    load_bank,
+    strip,
+)
 from data.toy.digits_reasoning import flawed_solution, guess, read_out, solution
+from zppo_mm.bundled.folder import SAMPLING
 from zppo_mm.randomness import generator
 from zppo_mm.teacher.teacher import Compressor, Trace
 from zppo_mm.zone.prompts import PromptTemplates
 
-SECONDS_OF_FRAMES = (0.25, 0.75)
-"""When the two sampled frames of a digit appear, counted from its own start."""
 MAX_NCQ_CANDIDATES = 4
 
 
@@ -97,9 +102,10 @@ class DigitExamples:
         digits = self._problems[reference.key].digits
         if reference.kind == "image":
             return Frames(strip([self._bank.tile(rng, digit) for digit in digits])[None], (0.0,))
-        frames = [strip([self._bank.tile(rng, digit, FRAME_PIXELS)]) for digit in digits]
-        seconds = [start + second for start in range(len(digits)) for second in SECONDS_OF_FRAMES]
-        return Frames(np.repeat(np.stack(frames), len(SECONDS_OF_FRAMES), axis=0), tuple(seconds))
+        clip = np.stack([strip([self._bank.tile(rng, digit, FRAME_PIXELS)]) for digit in digits])
+        chosen = SAMPLING.choose(len(digits) * FRAMES_PER_DIGIT, FRAMES_PER_SECOND)
+        pixels = clip[[frame // FRAMES_PER_DIGIT for frame in chosen]]
+        return Frames(pixels, tuple(frame / FRAMES_PER_SECOND for frame in chosen))
 
     def _example(self, stage: Stage, key: str, modality: Modality) -> Example:
         # The name decides what the bundled models were trained on, so it stays.

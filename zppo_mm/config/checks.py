@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from zppo_mm.config.keys import Key, declared, default_of, walk
@@ -33,9 +34,19 @@ def _check_value(path: str, known: Key, value: Any) -> None:
     """Check one value by itself; of a list, every entry."""
     for entry in value if isinstance(value, list) else [value]:
         if known.choices and entry not in known.choices:
+            former = known.former_choices.get(entry)
             raise ConfigError(
                 f"{path}: not a choice, got {entry!r}, expected one of "
-                f"{', '.join(repr(choice) for choice in known.choices)}; correct it"
+                f"{', '.join(repr(choice) for choice in known.choices)}; "
+                + (f"write {former}" if former else "correct it")
             )
+    if isinstance(value, dict):
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{path}: not JSON, got {value!r} ({error}), expected texts, finite numbers, "
+                "true, false, null, lists and mappings; correct it"
+            ) from error
     if known.range and not known.is_in_range(value):
         raise ConfigError(f"{path}: out of range, got {value}, expected {known.range}; correct it")

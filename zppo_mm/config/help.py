@@ -43,7 +43,7 @@ _METHODS_HEAD = """## Methods
 `method` sets the keys of its row and turns the other switches of `zone` and `distill` off.
 Explicitly set keys take precedence, so that methods can be combined: `method=zppo zone.hint=true`.
 The third column says whether the method asks the teacher.
-With `teacher.compressor=teacher` the NCQ methods ask it too, to compress candidates.
+Unless `teacher.compressor=rule`, the NCQ methods ask it too, to compress candidates.
 """
 _FIRST_ONLY = "Not for fallback teachers."
 

@@ -5,7 +5,7 @@ it. Checks, `--help`, resume and the reference page read the metadata.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, cast, get_args, get_type_hints
 
@@ -27,6 +27,7 @@ class Key:
         may_change_on_resume: Whether a resumed run may have another value. That of a section holds
             for all of its keys.
         first_teacher_only: Whether it has no meaning for a fallback teacher.
+        former_choices: What to write instead of values that it had in earlier versions.
     """
 
     help: str
@@ -37,6 +38,7 @@ class Key:
     below: float | None = None
     may_change_on_resume: bool = False
     first_teacher_only: bool = False
+    former_choices: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def range(self) -> str:
@@ -71,8 +73,9 @@ def key(
     below: float | None = None,
     may_change_on_resume: bool = False,
     first_teacher_only: bool = False,
+    former_choices: Mapping[str, str] | None = None,
 ) -> Value:
-    """Declare a key; the arguments are the attributes of `Key`. A list is copied."""
+    """Declare a key; the arguments are the attributes of `Key`. A list or mapping is copied."""
     declared = Key(
         help,
         tuple(choices),
@@ -82,8 +85,9 @@ def key(
         below,
         may_change_on_resume,
         first_teacher_only,
+        former_choices or {},
     )
-    if isinstance(default, list):
+    if isinstance(default, list | dict):
         made: Any = field(default_factory=default.copy, metadata={_METADATA: declared})
     else:
         made = field(default=default, metadata={_METADATA: declared})

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.atomic_files import write_atomically
 from zppo_mm.config.checks import check_config
+from zppo_mm.config.keys import entry_type
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.methods import METHODS
@@ -92,18 +93,27 @@ def save_config(config: RunConfig, path: Path) -> None:
     write_atomically(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def flat_keys(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return dotted keys to values; the entries of a list of sections are numbered."""
+def flat_keys(values: Mapping[str, Any], kind: Any = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """Return dotted keys to values; the entries of a list of sections are numbered, and a mapping
+    is one value.
+
+    Args:
+        values: Of a section, by name.
+        kind: Its dataclass.
+        prefix: Of its keys.
+    """
+    hints = get_type_hints(kind)
     flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-            flat[f"{prefix}{key}.count"] = len(value)
-            value = {str(index): item for index, item in enumerate(value)}
-        flat.update(
-            flat_keys(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
+    for name, value in values.items():
+        path, inner = f"{prefix}{name}", entry_type(hints.get(name))
+        if inner is None:
+            flat[path] = value
+        elif isinstance(value, list):
+            flat[f"{path}.count"] = len(value)
+            for index, item in enumerate(value):
+                flat.update(flat_keys(item, inner, f"{path}.{index}."))
+        else:
+            flat.update(flat_keys(value, inner, f"{path}."))
     return flat
 
 
@@ -210,7 +220,8 @@ def _merge(layers: Sequence[_Layer], kind: type[_Kind]) -> _Kind:
             merged = OmegaConf.merge(merged, layer.content)
             # Interpolations are resolved here, while the layer that holds them can still be named.
             resolved = OmegaConf.to_object(merged)
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, TypeError) as error:
+            # A list for a mapping is a TypeError that names no key.
             reason = str(error).splitlines()[0]
             key = getattr(error, "full_key", None) or "the value"
             raise ConfigError(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from zppo_mm.config.keys import key
 
+JUDGE_MODES = ("open", "fallback", "never")
+
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
@@ -20,6 +22,7 @@ class EvaluationConfig:
         64, "Held-out questions per evaluation, always the same ones. 0: all.", at_least=0
     )
     num_rollouts: int = key(1, "Responses per question.", at_least=1)
+    judge: str = key("fallback", "As `reward.judge`, in evaluations.", choices=JUDGE_MODES)
     temperature: float = key(0.6, "Sampling temperature. 0: greedy.", at_least=0)
     top_p: float = key(0.95, "Nucleus sampling. 1: off.", above=0, at_most=1)
     top_k: int = key(20, "Top-k sampling. 0: off.", at_least=0)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from zppo_mm.config.keys import key
 
@@ -36,6 +37,11 @@ class ModelConfig:
     """The student and how its network is computed."""
 
     student: str = key("", "Hugging Face folder of the student. Empty: the bundled tiny student.")
+    chat_template_kwargs: dict[str, Any] = key(
+        {},
+        "Variables of the student's chat template, such as `enable_thinking: false`. A name that "
+        "the template does not read is an error.",
+    )
     transformer_impl: str = key(
         "auto",
         "Implementation of the transformer layers. `auto`: Transformer Engine where it is "

@@ -11,6 +11,7 @@ from zppo_mm.config.schema import (
     AlgorithmConfig,
     DataConfig,
     DistillConfig,
+    EvaluationConfig,
     LoraConfig,
     ModelConfig,
     ParallelConfig,
@@ -44,7 +45,7 @@ def check_relations(config: RunConfig) -> None:
         _check_distilled_server(teacher, distill, config.rollout)
     _check_lora(config.lora, config.train)
     _check_teachers(config.teacher, config.fallback_teachers)
-    _check_judge(config.reward, config.teacher, config.parallel)
+    _check_judge(config.reward, config.evaluation, config.teacher, config.parallel)
     _check_teacher_ranks(config.teacher)
 
 
@@ -240,7 +241,12 @@ def _check_teachers(first: TeacherConfig, others: Sequence[TeacherConfig]) -> No
             )
 
 
-def _check_judge(reward: RewardConfig, teacher: TeacherConfig, parallel: ParallelConfig) -> None:
+def _check_judge(
+    reward: RewardConfig,
+    evaluation: EvaluationConfig,
+    teacher: TeacherConfig,
+    parallel: ParallelConfig,
+) -> None:
     """Check where the judge runs and how long its replies may take."""
     _check_addresses("reward.judge_endpoints", reward.judge_endpoints)
     if reward.judge_endpoints and not (reward.judge_model or teacher.model):
@@ -255,8 +261,9 @@ def _check_judge(reward: RewardConfig, teacher: TeacherConfig, parallel: Paralle
             "it; give them or leave it out"
         )
     limit = 60 * parallel.timeout_minutes
-    has_judge = reward.judge and (teacher.endpoints or reward.judge_endpoints or teacher.num_ranks)
-    if has_judge and reward.judge_max_wait_seconds >= limit:
+    is_used = {reward.judge, evaluation.judge} != {"never"}
+    has_judge = teacher.endpoints or reward.judge_endpoints or teacher.num_ranks
+    if is_used and has_judge and reward.judge_max_wait_seconds >= limit:
         raise ConfigError(
             f"reward.judge_max_wait_seconds: too long, got {reward.judge_max_wait_seconds:g}, "
             f"expected less than the {limit:g} s of parallel.timeout_minutes, in which the other "

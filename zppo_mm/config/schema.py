@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zppo_mm.config.keys import key, section
+from zppo_mm.config.monitoring import JUDGE_MODES
 from zppo_mm.config.monitoring import EvaluationConfig as EvaluationConfig
 from zppo_mm.config.monitoring import ObservabilityConfig as ObservabilityConfig
 from zppo_mm.config.monitoring import ParityConfig as ParityConfig
@@ -46,11 +47,37 @@ class DataConfig:
         "Maximum length of a plain prompt. Longer questions are skipped and counted.",
         at_least=1,
     )
+    image_min_pixels: int = key(
+        0,
+        "Minimum pixels of an image. A smaller one is enlarged. 0: from the model folder.",
+        at_least=0,
+    )
+    image_max_pixels: int = key(
+        0,
+        "Maximum pixels of an image. A larger one is shrunk. 0: from the model folder.",
+        at_least=0,
+    )
+    video_max_pixels: int = key(
+        0,
+        "Maximum pixels of the sampled frames of a video together (of each frame with "
+        "Qwen2.5-VL). Larger frames are shrunk. 0: from the model folder.",
+        at_least=0,
+    )
     video_frames_per_second: float = key(
-        2.0, "Rate at which frames of a video are sampled.", above=0
+        0.0,
+        "Rate at which frames of a video are sampled. 0: from the model folder.",
+        at_least=0,
+    )
+    video_min_frames: int = key(
+        0,
+        "Minimum frames of a video that has as many. 0: from the model folder.",
+        at_least=0,
     )
     video_max_frames: int = key(
-        64, "Maximum frames of one video. A longer video is sampled more sparsely.", at_least=1
+        0,
+        "Maximum frames of one video. A longer video is sampled more sparsely. 0: from the model "
+        "folder.",
+        at_least=0,
     )
     max_media_bytes: int = key(256_000_000, "Maximum bytes of a media file.", at_least=1)
     max_media_pixels: int = key(
@@ -149,8 +176,8 @@ class ZoneConfig:
     )
     templates: str = key(
         "",
-        "Folder with any of bcq.txt, ncq.txt, hint.txt, candidate.txt and closing.txt. Empty: the "
-        "bundled templates.",
+        "Folder with any of bcq.txt, ncq.txt, hint.txt, candidate.txt, closing.txt, compress.txt, "
+        "write_hint.txt and judge.txt. Empty: the bundled templates.",
     )
 
     @property
@@ -162,6 +189,12 @@ class ZoneConfig:
     def uses_teacher(self) -> bool:
         """Whether any of them is made of teacher rollouts."""
         return any(kind.uses_teacher for kind in self.kinds)
+
+    @property
+    def asks_pre_capped(self) -> bool:
+        """Whether the teacher is asked only about the hard questions that the pre-cap keeps."""
+        asking = [kind for kind in self.kinds if kind.uses_teacher]
+        return bool(asking) and all(kind.asks_pre_capped for kind in asking)
 
 
 @dataclass(kw_only=True)
@@ -254,6 +287,12 @@ class TrainConfig:
     adam_beta2: float = key(0.999, "Beta 2 of AdamW.", at_least=0, below=1)
     adam_eps: float = key(1e-8, "Epsilon of AdamW.", above=0)
     weight_decay: float = key(0.1, "Weight decay of AdamW.", at_least=0)
+    optimizer_state_dtype: str = key(
+        "float32",
+        "Data type of AdamW's moments between updates. In `bfloat16` they take half the memory, "
+        "but with the default beta 2 the second moment cannot fall.",
+        choices=("float32", "bfloat16"),
+    )
     clip_grad: float = key(1.0, "Maximum gradient norm.", above=0)
     freeze: list[str] = key([], "Parts that are not trained.", choices=TRAINABLE_PARTS)
 
@@ -286,10 +325,13 @@ class RewardConfig:
         above=0,
     )
     num_workers: int = key(2, "Grading processes per rank.", at_least=1)
-    judge: bool = key(
-        True,
-        "Grade questions of answer type `open` by a language model: a served one, or the teacher "
-        "on its own ranks. Without a judge such questions are skipped.",
+    judge: str = key(
+        "open",
+        "What the judge decides, a language model behind a server or the teacher on its own ranks. "
+        "`open`: questions of answer type `open`. `fallback`: also what the rules do not call "
+        "right. `never`: nothing. Questions that nothing can grade are skipped.",
+        choices=JUDGE_MODES,
+        former_choices={"True": "open", "False": "never (and evaluation.judge: never)"},
     )
     judge_endpoints: list[str] = key(
         [],
@@ -303,7 +345,22 @@ class RewardConfig:
         "Maximum time for a reply of the judge, over all attempts. Then the rollout is left out.",
         above=0,
     )
-    judge_template: str = key("", "File with the judge's prompt. Empty: the bundled one.")
+    judge_max_response_chars: int = key(
+        16384,
+        "Maximum length of a response that the judge sees. Of a longer one it sees the end.",
+        at_least=1,
+    )
+    judge_template: str = key(
+        "",
+        "File with the judge's prompt. Empty: judge.txt of `zone.templates`, or the bundled one.",
+    )
+    max_malformed_fraction: float = key(
+        0.25,
+        "The run stops when more than this fraction of the judge's replies is malformed (checked "
+        "after 20 replies).",
+        at_least=0,
+        at_most=1,
+    )
 
 
 @dataclass(kw_only=True)

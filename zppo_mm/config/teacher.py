@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from zppo_mm.config.keys import key
 from zppo_mm.config.network import FP8_FORMATS, PARAMS_DTYPES, TRANSFORMER_IMPLS
@@ -16,6 +17,11 @@ class TeacherConfig:
         "",
         "Hugging Face folder of the teacher. Empty: the bundled tiny teacher. With `endpoints`: "
         "the name of the served model.",
+    )
+    chat_template_kwargs: dict[str, Any] = key(
+        {},
+        "As `model.chat_template_kwargs`, for the teacher. Sent to servers in the field of that "
+        "name, which vLLM and SGLang know.",
     )
     endpoints: list[str] = key(
         [],
@@ -119,10 +125,10 @@ class TeacherConfig:
     )
     fp8: str = key("", "As `model.fp8`, for the teacher alone. Empty: no FP8.", choices=FP8_FORMATS)
     compressor: str = key(
-        "rule",
-        "How candidates are compressed and hints written. `rule`: lines of the response are "
-        "selected. `teacher`: the teacher rewrites the response, as in the paper.",
-        choices=("rule", "teacher"),
+        "teacher",
+        "How candidates are compressed and hints written. `teacher`: the teacher rewrites the "
+        "response. `rule`: lines of the response are selected, for the bundled teacher.",
+        choices=("teacher", "rule"),
         first_teacher_only=True,
     )
     compression_max_tokens: int = key(

@@ -1,4 +1,5 @@
-"""The headers of a Hugging Face folder: the network, its size, and the layouts that it fits.
+"""The headers of a Hugging Face folder: the network, its size, the layouts that it fits, and how
+its prompts end.
 
 No weight is read.
 """
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zppo_mm.config.schema import ParallelConfig
+from zppo_mm.conversion.chat import prefix_facts
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families.architecture import Architecture, check_layout, load_architecture
 from zppo_mm.text_table import text_table
@@ -76,6 +78,7 @@ def describe_folder(hf_dir: Path) -> str:
             f"{', tied to the output' if architecture.tie_word_embeddings else ''}",
         ),
         ("longest context", f"{architecture.max_position_embeddings:,} tokens"),
+        *prefix_facts(hf_dir),
         *((f"parameters, {part}", f"{count:,}") for part, count in counts.items()),
         ("parameters in all", f"{sum(counts.values()):,}"),
         *(

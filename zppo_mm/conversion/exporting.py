@@ -16,6 +16,7 @@ from zppo_mm.lora.adapters import add_lora
 from zppo_mm.lora.checkpoint import load_adapters
 from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.parallel import groups as parallel
+from zppo_mm.rollout.processor import changed_processor_files, processor_overrides
 from zppo_mm.run.build import student_folder
 from zppo_mm.run_folder import RunFolder
 from zppo_mm.training import checkpoint
@@ -60,7 +61,7 @@ def export_folder(source_dir: Path, target: Path, layout: ParallelConfig) -> Non
     weights = merged_rounds(
         model, with_weights(model, rounds, found.source, found.weights), found.source
     )
-    write_weights(model, weights, found.source, target)
+    write_weights(model, weights, found.source, target, found.changed_files)
     if parallel.rank() == 0:
         logger.info(
             "exported %s to %s in %.1f s", found.weights, target, time.perf_counter() - started
@@ -75,11 +76,13 @@ class Weights:
         weights: A distributed checkpoint.
         source: Decides what the exported folder must look like.
         lora: The run's adapters, which are merged.
+        changed_files: Content of files, by name, that differ from the source's.
     """
 
     weights: Path
     source: SafetensorsFolder
     lora: LoraConfig = field(default_factory=LoraConfig)
+    changed_files: dict[str, bytes] = field(default_factory=dict)
 
 
 def find_weights(folder: Path) -> Weights:
@@ -106,4 +109,6 @@ def find_weights(folder: Path) -> Weights:
         )
     checkpoint.verify(newest)
     config = load_config(run.config)
-    return Weights(newest, SafetensorsFolder(student_folder(config.model)), config.lora)
+    student = student_folder(config.model)
+    processor_files = changed_processor_files(student, processor_overrides(config.data))
+    return Weights(newest, SafetensorsFolder(student), config.lora, processor_files)

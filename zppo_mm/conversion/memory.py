@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from zppo_mm.config.schema import ParallelConfig, RunConfig
 from zppo_mm.conversion.description import (
@@ -17,6 +17,8 @@ from zppo_mm.text_table import text_table
 from zppo_mm.weights.mapping import parameter_mappings
 from zppo_mm.weights.megatron_folder import build_without_weights
 
+MOMENT_BYTES = 8
+"""Both moments in float32, of the optimizer's bytes a parameter."""
 LOGIT_BYTES = 8
 """Logits of the loss and their gradient, both float32."""
 STATE_BYTES = 4
@@ -37,6 +39,7 @@ class MemoryEstimate:
             stage.
         gradients: float32, not sharded over replicas.
         optimizer: float32 copy and two moments, sharded over replicas by the distributed optimizer.
+        update: What the moments need more during an update, if they are kept in bfloat16.
         activations: What the backward pass keeps of the longest pack.
         logits: Of the loss tokens of one micro-batch.
         cache: Keys, values and DeltaNet states of one batch of rollouts, each with the longest
@@ -46,17 +49,18 @@ class MemoryEstimate:
     weights: int
     gradients: int
     optimizer: int
+    update: int
     activations: int
     logits: int
     cache: int
 
     @property
     def peak(self) -> int:
-        """Return the larger of training and sampling, which take turns; both keep the weights,
-        gradient buffers and optimizer state.
+        """Return the largest of the passes through the network, the update and sampling, which take
+        turns; all keep the weights, gradient buffers and optimizer state.
         """
         kept = self.weights + self.gradients + self.optimizer
-        return kept + max(self.activations + self.logits, self.cache)
+        return kept + max(self.activations + self.logits, self.update, self.cache)
 
 
 def estimate_memory(
@@ -85,13 +89,16 @@ def estimate_memory(
     parameters = _fullest_rank(architecture, tensor, pipeline)
     # The context ranks hold the same weights and share the optimizer state too.
     sharded_over = num_student_ranks // model_ranks if layout.use_distributed_optimizer else 1
+    moments = parameters * MOMENT_BYTES // sharded_over
+    in_bfloat16 = config.train.optimizer_state_dtype == "bfloat16"
     longest = longest_prompt(config) + config.rollout.max_response_tokens
     pack = max(config.train.micro_batch_tokens, longest) // layout.context_parallel_size
     loss_tokens = max(config.train.micro_batch_tokens, config.rollout.max_response_tokens)
     return MemoryEstimate(
         weights=parameters * WEIGHT_BYTES,
         gradients=parameters * GRADIENT_BYTES,
-        optimizer=parameters * OPTIMIZER_BYTES // sharded_over,
+        optimizer=parameters * OPTIMIZER_BYTES // sharded_over - in_bfloat16 * moments // 2,
+        update=in_bfloat16 * moments // 2,
         activations=_activations(architecture, layout, config.model.recompute, pack),
         logits=loss_tokens
         // layout.context_parallel_size
@@ -110,7 +117,7 @@ def longest_prompt(config: RunConfig) -> int:
 
 def format_estimate(estimate: MemoryEstimate) -> str:
     """Return a table in GiB."""
-    names = ("weights", "gradients", "optimizer", "activations", "logits", "cache", "peak")
+    names = [own.name for own in fields(estimate)] + ["peak"]
     rows = [[name, f"{getattr(estimate, name) / _GIB:.1f}"] for name in names]
     return text_table(["on the fullest GPU", "GiB"], rows)
 

@@ -61,6 +61,7 @@ class AnsweredQuestion:
         responses: In the order sampled, those that could not be graded last; none if the question
             could not be asked.
         skipped: Why it could not; empty otherwise.
+        num_prompt_tokens: Length of its prompt, media included; 0 if it could not be asked.
     """
 
     index: int
@@ -73,6 +74,7 @@ class AnsweredQuestion:
     answer: str
     responses: tuple[Response, ...] = ()
     skipped: str = ""
+    num_prompt_tokens: int = 0
 
     @property
     def graded(self) -> list[Response]:
@@ -102,6 +104,7 @@ class AnsweredQuestion:
             answer=question.answer,
             responses=tuple(_response(rollout) for rollout in rollouts),
             skipped=skipped,
+            num_prompt_tokens=len(group.prompt.token_ids) if group is not None else 0,
         )
 
 

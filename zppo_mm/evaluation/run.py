@@ -21,7 +21,7 @@ from typing import Any
 from data.atomic_files import new_folder
 from data.errors import DataError
 from data.health import SampleHealth
-from data.imports.benchmarks import convert_benchmark, read_conversion
+from data.imports.benchmarks import CONVERSION_VERSION, convert_benchmark, read_conversion
 from data.shards import ShardFolder
 from zppo_mm.bundled.questions import bundled_sources
 from zppo_mm.config.schema import RunConfig
@@ -94,9 +94,7 @@ def evaluate_model(request: EvaluationRequest) -> Summary:
             batch = parallel.num_replicas() * config.rollout.max_batch_size
             size = request.questions_per_chunk or max(1, BATCHES_PER_CHUNK * batch // num_rollouts)
             _answer(student, questions.chosen, done, folder, num_rollouts, size)
-            summary = parallel.on_rank_zero(
-                lambda: _finish(folder, questions, settings, config.seed)
-            )
+            summary = parallel.on_rank_zero(lambda: _finish(folder, questions, settings, config))
         finally:
             student.close()
     parallel.shutdown()
@@ -164,6 +162,7 @@ def _converted(file: Path, request: EvaluationRequest, output_dir: Path) -> Path
         request.format,
         sorted(request.fields.items()),
         str(root.resolve()),
+        CONVERSION_VERSION,
     ]
     digest = hashlib.blake2b(json.dumps(made_from).encode(), digest_size=4).hexdigest()
     folder = output_dir / BENCHMARKS_FOLDER / f"{file.stem}-{digest}"
@@ -204,6 +203,7 @@ def _answer(
         began = time.perf_counter()
         chunk = left[start : start + questions_per_chunk]
         answers = _answer_chunk(student, instances, chunk, num_rollouts)
+        student.judging.check()
         if parallel.rank() == 0:
             folder.add(answers)
             _log_progress(
@@ -271,10 +271,12 @@ def _version(package: str) -> str:
 
 
 def _finish(
-    folder: AnswerFolder, questions: Questions, settings: Mapping[str, Any], seed: int
+    folder: AnswerFolder, questions: Questions, settings: Mapping[str, Any], config: RunConfig
 ) -> Summary:
     answers = folder.read_complete(len(questions.chosen))
-    summary = summarise_answers(answers, questions.skipped, seed)
+    summary = summarise_answers(
+        answers, questions.skipped, config.seed, config.data.max_prompt_tokens
+    )
     versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
     listed = questions.listed + [
         [each.id, each.skipped, "see the log"] for each in answers if each.skipped

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from zppo_mm.config.load import load_config
-from zppo_mm.config.schema import RunConfig
+from zppo_mm.config.schema import EvaluationConfig, RunConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.run.build import student_folder
 from zppo_mm.run_folder import RunFolder
@@ -101,6 +101,8 @@ def read_config(request: EvaluationRequest) -> RunConfig:
         "teacher.pipeline_model_parallel_size": 1,
     }
     if not is_run:
+        # The preset's teacher cannot judge; a judge that is named can.
+        layers["evaluation.judge"] = EvaluationConfig().judge
         layers["rollout.max_response_tokens"] = SAMPLING["paper"]["rollout.max_response_tokens"]
     layers |= SAMPLING[request.sampling or "paper"] if request.sampling or not is_run else {}
     if request.data:

@@ -12,16 +12,16 @@ from typing import Any
 from data.media.store import MediaStore
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.parallel.exchange import ParallelExchange
-from zppo_mm.rewards.judge import LlmJudge
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import SamplingParams
+from zppo_mm.rollout.processor import OVERRIDES
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.run.build import evaluation_sampling, student_folder
+from zppo_mm.run.judging import Judging, build_judging, build_verifier, is_teacher
 from zppo_mm.run.shared import Shared, load_model, media_limits
-from zppo_mm.run.teachers import build_judge, judge_pool
+from zppo_mm.run.thinking import log_generation_prefixes
 from zppo_mm.teacher.served.connect import open_pool
-from zppo_mm.teacher.served.servers import Servers
 from zppo_mm.zone.prompts import PromptTemplates, load_templates
 
 TEXT_FILES = (
@@ -48,8 +48,7 @@ class Student:
         encoder: Keeps opened media.
         verifier: Grades.
         media: Opens media.
-        judge: Of open questions.
-        pool: Its servers.
+        judging: The judge of what the rules leave open.
     """
 
     sampler: GroupSampler
@@ -58,8 +57,7 @@ class Student:
     encoder: PromptEncoder
     verifier: Verifier
     media: MediaStore
-    judge: LlmJudge | None
-    pool: Servers | None
+    judging: Judging
 
     def grading_losses(self) -> dict[str, int]:
         """Return what grading lost on this rank so far: comparisons that timed out or failed, and
@@ -68,13 +66,13 @@ class Student:
         return {
             "timeouts": self.verifier.num_timeouts,
             "errors": self.verifier.num_errors,
-            **(self.judge.counts if self.judge else {}),
+            **(self.judging.judge.counts if self.judging.judge else {}),
         }
 
     def close(self) -> None:
         """End the worker processes and the connections."""
-        if self.pool is not None:
-            self.pool.close()
+        if self.judging.pool is not None:
+            self.judging.pool.close()
         self.media.close()
         self.verifier.close()
 
@@ -86,22 +84,16 @@ def build_student(config: RunConfig) -> Student:
         ZppoError: The model, its layout or a template cannot be used.
     """
     exchange = ParallelExchange()
-    own_servers = (
-        config.reward.judge_endpoints or config.reward.judge_model or not config.reward.judge
-    )
-    teachers = None if own_servers else open_pool(config.teacher, exchange)
-    pool = judge_pool(config.reward, config.teacher, teachers, exchange)
-    judge = build_judge(config, pool)
-    verifier = Verifier(
-        config.reward.timeout_seconds,
-        config.reward.num_workers,
-        judge,
-        config.reward.budget_seconds,
-    )
-    shared = Shared(config, MediaStore(media_limits(config.data)), verifier, exchange)
+    mode = config.evaluation.judge
+    asks_teacher = is_teacher(config.reward) and mode != "never"
+    teachers = open_pool(config.teacher, exchange) if asks_teacher else None
+    judging = build_judging(config, teachers, exchange, [mode])
+    verifier = build_verifier(config.reward, judging.judge, mode)
     folder = student_folder(config.model)
-    encoder = shared.encoder(folder)
+    shared = Shared(config, MediaStore(media_limits(config.data, folder)), verifier, exchange)
+    encoder = shared.encoder(folder, config.model.chat_template_kwargs)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
+    log_generation_prefixes(shared.encoders, templates.closing)
     model = load_model(config.model, config.parallel, folder, trainable=False)
     sampler = shared.sampler(model, encoder)
     return Student(
@@ -111,8 +103,7 @@ def build_student(config: RunConfig) -> Student:
         encoder,
         verifier,
         shared.media,
-        judge,
-        pool,
+        judging,
     )
 
 
@@ -123,14 +114,15 @@ def describe_student(config: RunConfig, student: Student) -> dict[str, Any]:
     media = (
         "max_media_bytes",
         "max_media_pixels",
-        "video_frames_per_second",
-        "video_max_frames",
         "decode_timeout_seconds",
+        *OVERRIDES,
     )
     sampling = asdict(student.sampling)
     judged = {
+        "mode": config.evaluation.judge,
         "model": config.reward.judge_model or config.teacher.model,
-        "template": config.reward.judge_template,
+        "template": config.reward.judge_template or config.zone.templates,
+        "max_response_chars": config.reward.judge_max_response_chars,
     }
     return {
         "model": str(student_folder(config.model)),
@@ -146,8 +138,9 @@ def describe_student(config: RunConfig, student: Student) -> dict[str, Any]:
             for name, value in sampling.items()
         },
         "closing": student.templates.closing,
+        "chat_template_kwargs": config.model.chat_template_kwargs,
         "media": {name: getattr(config.data, name) for name in media},
-        "judge": judged if student.judge is not None else None,
+        "judge": judged if student.judging.judge is not None else None,
     }
 
 

@@ -43,6 +43,7 @@ class Summary:
         num_skipped: Rows and questions that were not, for whatever reason.
         skipped_fraction: Of all of both.
         skipped: They by reason.
+        num_too_long: Answered questions whose prompt is longer than those that are trained on.
         overall: Over all answered questions.
         by_source: By data source; so the next two.
     """
@@ -51,6 +52,7 @@ class Summary:
     num_skipped: int
     skipped_fraction: float
     skipped: dict[str, int]
+    num_too_long: int
     overall: Part
     by_source: dict[str, Part]
     by_modality: dict[str, Part]
@@ -58,7 +60,10 @@ class Summary:
 
 
 def summarise_answers(
-    answers: Sequence[AnsweredQuestion], skipped_before: Mapping[str, int], seed: int
+    answers: Sequence[AnsweredQuestion],
+    skipped_before: Mapping[str, int],
+    seed: int,
+    max_prompt_tokens: int,
 ) -> Summary:
     """Return the numbers.
 
@@ -66,6 +71,7 @@ def summarise_answers(
         answers: Of all questions of the evaluation, those that could not be asked among them.
         skipped_before: What never became a question that can be asked, by reason.
         seed: Of the resampling.
+        max_prompt_tokens: Of training. Longer questions are asked all the same.
     """
     answered = [each for each in answers if not each.skipped]
     skipped = Counter(skipped_before) + Counter(each.skipped for each in answers if each.skipped)
@@ -75,6 +81,7 @@ def summarise_answers(
         num_skipped=num_skipped,
         skipped_fraction=num_skipped / max(1, num_skipped + len(answered)),
         skipped=dict(sorted(skipped.items())),
+        num_too_long=sum(each.num_prompt_tokens > max_prompt_tokens for each in answered),
         overall=_part(answered, seed, "overall"),
         by_source=_parts(answered, [each.source for each in answered], seed, "source"),
         by_modality=_parts(answered, [each.modality for each in answered], seed, "modality"),
@@ -146,6 +153,10 @@ def summary_table(summary: Summary) -> str:
         f"skipped {summary.num_skipped} "
         f"({summary.skipped_fraction:.1%}){': ' + reasons if reasons else ''}"
     )
+    if summary.num_too_long:
+        lines.append(
+            f"answered questions longer than data.max_prompt_tokens: {summary.num_too_long}"
+        )
     if summary.overall.num_ungraded:
         lines.append(
             f"responses that could not be graded, left out: {summary.overall.num_ungraded}"

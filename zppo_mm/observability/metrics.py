@@ -80,7 +80,8 @@ METRICS: Mapping[str, str] = {
     "batch/easy": "Plain groups that are not hard.",
     "batch/hard": "Plain groups whose accuracy is below tau.",
     "batch/bcq_eligible": (
-        "Hard groups with a correct teacher rollout and a wrong student rollout, before the cap."
+        "Hard groups with a correct teacher rollout and a wrong student rollout, before the cap. "
+        "Questions that the teacher was not asked about are not among them."
     ),
     "batch/ncq_eligible": "Hard groups with a wrong student rollout, before the cap.",
     "batch/groups/*": (
@@ -105,7 +106,9 @@ METRICS: Mapping[str, str] = {
     "buffer/graduated_visits/*": "Questions graduated since the start, by number of visits.",
     "buffer/evicted_visits/*": "Questions evicted since the start, by number of visits.",
     "data/samples": "Samples read by the stream.",
-    "data/skipped/*": "Samples skipped, by reason.",
+    "data/skipped/*": "Bad samples skipped, by reason.",
+    "data/too_long": "Questions left out because their plain prompt has more than "
+    "data.max_prompt_tokens tokens; not bad samples.",
     "distill/agreement": (
         "Fraction of loss tokens at which student and teacher find the same token most likely."
     ),
@@ -115,7 +118,7 @@ METRICS: Mapping[str, str] = {
     ),
     "policy/loss": (
         "Loss, averaged over the response tokens of each update, then the updates; with "
-        "distillation the divergence in nats."
+        "distillation the divergence in nats, averaged as in its loss."
     ),
     "policy/entropy": (
         "Entropy of the policy per response token of the non-trivial groups, in nats."
@@ -160,7 +163,10 @@ METRICS: Mapping[str, str] = {
         "Answers of the step on which the grading library failed; they are left out "
         "(`rollout/ungraded`)."
     ),
-    "reward/judged": "Answers of open questions that the judge replied to.",
+    "reward/judged": "Responses that the judge replied to.",
+    "reward/judge_cut": (
+        "Responses of which the judge saw the end alone (`reward.judge_max_response_chars`)."
+    ),
     "reward/judge_malformed": (
         "Replies of the judge that were not its strict JSON; they count as wrong."
     ),
@@ -169,7 +175,7 @@ METRICS: Mapping[str, str] = {
         "decide."
     ),
     "reward/judge_failures": (
-        "Answers that the judge did not reply to; their rollouts are left out of accuracy, "
+        "Responses that the judge did not reply to; their rollouts are left out of accuracy, "
         "advantages and loss."
     ),
     "rollout/tokens": "Response tokens of the student, plain and reformulated prompts together.",
@@ -192,8 +198,8 @@ METRICS: Mapping[str, str] = {
     "system/rss_bytes": "Resident memory of the largest process of the run, now.",
     "system/rss_peak_bytes": "Largest resident memory of a process of the run since it started.",
     "teacher/accuracy": (
-        "Mean reward of the teacher's rollouts on what it was asked: hard questions, or all in "
-        "distillation on its text."
+        "Mean reward of the teacher's rollouts on what it was asked: hard questions (with hint and "
+        "prefix those that the pre-cap keeps), or all in distillation on its text."
     ),
     "teacher/failed_questions": (
         "Questions it was to answer, left without a rollout: prompt or media not readable, or no "
@@ -221,7 +227,8 @@ METRICS: Mapping[str, str] = {
     "teacher/tokens": "Tokens of the teacher's answers; rewriting and judging are not among them.",
     "teacher/solved": "Fraction of the questions that it was asked with a correct teacher rollout.",
     "teacher/compression_rejects": (
-        "Rewrites of candidates refused because they changed the final answer."
+        "Rewrites of candidates refused because they changed the final answer or had no complete "
+        "summary."
     ),
     "teacher/compression_cuts": "Candidates cut to the cap because no rewrite kept the answer.",
     "teacher/hint_rejects": "Hints refused because they gave the answer away.",

@@ -22,7 +22,7 @@ import torch
 
 from data.question import Question
 from zppo_mm.config.schema import ParityConfig
-from zppo_mm.experience import Batch, FloatArray, Group, PromptInstance
+from zppo_mm.experience import FloatArray, Group, PromptInstance
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parity.compare import SIDES, Limit, ParityError, Response, describe_gap, measure
 from zppo_mm.parity.media import MediaCount, media_in_prompt, num_features
@@ -187,7 +187,7 @@ def _training_logprobs(run: Run, groups: Sequence[Group]) -> list[FloatArray]:
     )
     microbatches = list(batch.microbatches)
     values = run.policy.compute_logprobs(
-        Batch(microbatches, batch.num_loss_tokens), config.rollout.temperature
+        dataclasses.replace(batch, microbatches=microbatches), config.rollout.temperature
     )
     mine: list[tuple[int, FloatArray]] = []
     # A replica without samples passes a sequence without loss.

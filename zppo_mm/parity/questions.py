@@ -33,6 +33,9 @@ class UncountedHealth(SampleHealth):
     def bad(self, sample_id: str, reason: str, detail: str, *, was_good: bool = False) -> None:
         """Count nothing."""
 
+    def too_long(self, sample_id: str, detail: str) -> None:
+        """Count nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chosen:

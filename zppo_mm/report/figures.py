@@ -241,8 +241,8 @@ FIGURES: tuple[tuple[str, str, Callable[[RunRecord, Axes], bool]], ...] = (
     ("Fates by accuracy at admission", "What became of all questions admitted so far.", _fates),
     (
         "Teacher on what it was asked",
-        "Questions with at least one correct teacher rollout, and the mean over all: hard ones, or "
-        "all in distillation on its text.",
+        "Questions with at least one correct teacher rollout, and the mean over all: hard ones "
+        "(with hint and prefix those that the pre-cap keeps), or all in distillation on its text.",
         curves(
             "fraction",
             True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from data.choices import option_letters
 from data.errors import DataError
@@ -53,6 +54,14 @@ def matches_choice(parsed: str, question: Question) -> bool:
             with_comma="," in text[: both.start(3)],
         )
     return (_letters_of_text(whole, choices) or _letters_of_text(text, choices)) == [gold]
+
+
+def names_an_option(parsed: str, question: Question) -> bool:
+    """Return whether an answer names one of the options, right or wrong."""
+    return any(
+        matches_choice(parsed, replace(question, answer=letter))
+        for letter in option_letters(len(question.choices) or 26)
+    )
 
 
 def _read_letter(letter: str, choices: Sequence[str]) -> str:

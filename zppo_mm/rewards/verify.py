@@ -1,10 +1,12 @@
-"""From a response to its reward: the reward of its question's answer type grades what it boxes.
+"""From a response to its reward: the reward of its question's answer type grades what it boxes, and
+a judge what that leaves open.
 
 Source: ZPPO (arXiv 2606.18216), reward.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -12,7 +14,7 @@ from typing import Literal, Protocol
 from data.question import Question
 from zppo_mm.errors import ConfigError
 from zppo_mm.rewards.boxes import final_answer
-from zppo_mm.rewards.choice import matches_choice
+from zppo_mm.rewards.choice import matches_choice, names_an_option
 from zppo_mm.rewards.mathematics import MAX_ANSWER_CHARS, Undecided, compare
 from zppo_mm.rewards.workers import GradingPool, Outcome
 
@@ -24,6 +26,11 @@ _REASON_OF_OUTCOME: dict[Outcome, Reason] = {
     "timeout": "timeout",
     "error": "error",
 }
+
+OPEN = "open"
+"""The answer type that has no rules."""
+LEFT_OPEN: tuple[Reason, ...] = ("mismatch", "not_boxed", "timeout", "error")
+"""What a judge that is a fallback decides."""
 
 Item = tuple[Question, str]
 """A question and the final answer of a response to it."""
@@ -53,8 +60,23 @@ class Reward(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class JudgedResponse:
+    """What a judge is shown.
+
+    Attributes:
+        question: With the reference answer.
+        text: The final answer of a response, or all of the response if it boxes none.
+        is_final_answer: Which of the two.
+    """
+
+    question: Question
+    text: str
+    is_final_answer: bool
+
+
 class Judge(Protocol):
-    """Compares free-form answers with their references; never solves.
+    """Compares responses with their references; never solves.
 
     Responses are graded on one rank of each replica, the replicas at times of their own. So a judge
     must be callable from one rank alone, such as a model behind a server. A model that is spread
@@ -62,9 +84,9 @@ class Judge(Protocol):
     for each other for ever. It needs a stage of its own that all ranks enter.
     """
 
-    def judge(self, items: Sequence[Item]) -> Sequence[bool | None]:
-        """Return for every (question, parsed answer) whether it agrees with the reference answer;
-        `None` if the judge is unavailable.
+    def judge(self, items: Sequence[JudgedResponse]) -> Sequence[bool | None]:
+        """Return for every response whether it agrees with the reference answer; `None` if the
+        judge is unavailable.
         """
         ...
 
@@ -115,23 +137,18 @@ class ChoiceReward:
         return [_verdict(item[1], "match" if matches[item] else "mismatch") for item in items]
 
 
-class JudgeReward:
-    """1 for an answer that a judge calls right."""
-
-    def __init__(self, judge: Judge) -> None:
-        self._judge = judge
+class _LeftOpen:
+    """No rules: what is not too long is left to the judge."""
 
     def grade_all(self, items: Sequence[Item]) -> list[Verdict]:
-        """Grade all answers that are not too long."""
-        short = [item for item in items if len(item[1]) <= MAX_ANSWER_CHARS]
-        judged = iter(self._judge.judge(short) if short else ())
-        reasons: dict[bool | None, Reason] = {True: "match", False: "mismatch", None: "no_verdict"}
         return [
-            _verdict(
-                parsed, "too_long" if len(parsed) > MAX_ANSWER_CHARS else reasons[next(judged)]
-            )
+            _verdict(parsed, "too_long" if len(parsed) > MAX_ANSWER_CHARS else "mismatch")
             for _, parsed in items
         ]
+
+
+def _shown(question: Question, text: str, parsed: str | None) -> JudgedResponse:
+    return JudgedResponse(question, text if parsed is None else parsed, parsed is not None)
 
 
 def _verdict(parsed: str | None, reason: Reason) -> Verdict:
@@ -153,12 +170,14 @@ class Verifier:
     Args:
         timeout_seconds: Processor time of one comparison by algebra.
         num_workers: Most worker processes; they start when the first answer needs one.
-        judge: For questions of answer type `open`.
+        judge: Decides what `judge_mode` says.
         budget_seconds: Wall-clock time for all comparisons by algebra of one call.
         rewards: More of them, or others, by answer type.
+        judge_mode: What the judge decides: `open`, questions of that answer type; `fallback`, also
+            what the rules do not call right; `never`, nothing.
 
     Attributes:
-        rewards: What grades, by answer type.
+        rewards: What grades by rules, by answer type.
     """
 
     def __init__(
@@ -168,6 +187,7 @@ class Verifier:
         judge: Judge | None = None,
         budget_seconds: float = 60.0,
         rewards: Mapping[str, Reward] | None = None,
+        judge_mode: str = "open",
     ) -> None:
         if min(timeout_seconds, budget_seconds) <= 0 or num_workers < 1:
             raise ConfigError(
@@ -179,9 +199,11 @@ class Verifier:
         self.rewards: dict[str, Reward] = {
             "math": MathReward(self._pool),
             "choice": ChoiceReward(),
-            **({} if judge is None else {"open": JudgeReward(judge)}),
             **(rewards or {}),
         }
+        self._ruled_by_us = {"math", "choice"} - set(rewards or {})
+        self._judge = judge
+        self._judge_mode = judge_mode
 
     @property
     def num_timeouts(self) -> int:
@@ -193,9 +215,15 @@ class Verifier:
         """Comparisons in which the library failed so far."""
         return self._pool.num_errors
 
+    def with_judge_mode(self, judge_mode: str) -> Verifier:
+        """Return one that shares everything with this one but what the judge decides."""
+        other = copy.copy(self)
+        other._judge_mode = judge_mode
+        return other
+
     def can_grade(self, question: Question) -> bool:
         """Return whether responses to a question can be graded: an `open` one needs a judge."""
-        return question.answer_type in self.rewards
+        return question.answer_type in self.rewards or self._is_for_judge(question)
 
     def verify(self, question: Question, text: str) -> Verdict:
         """Grade one response; see `verify_all`."""
@@ -210,6 +238,22 @@ class Verifier:
             ValueError: If a reward is not in [0, 1].
         """
         self._check_types(items)
+        verdicts = self._grade_by_rules(items)
+        asked = [
+            index
+            for index, ((question, _), verdict) in enumerate(zip(items, verdicts, strict=True))
+            if self._asks_judge(question, verdict)
+        ]
+        if self._judge is None or not asked:
+            return verdicts
+        shown = [_shown(*items[index], verdicts[index].parsed) for index in asked]
+        reasons: dict[bool | None, Reason] = {True: "match", False: "mismatch", None: "no_verdict"}
+        for index, is_right in zip(asked, self._judge.judge(shown), strict=True):
+            verdicts[index] = _verdict(verdicts[index].parsed, reasons[is_right])
+        return verdicts
+
+    def _grade_by_rules(self, items: Sequence[tuple[Question, str]]) -> list[Verdict]:
+        """Grade what is boxed; answers to `open` questions are the judge's."""
         answers = [final_answer(text) for _, text in items]
         of_type: dict[str, dict[int, Item]] = {}
         for index, ((question, _), parsed) in enumerate(zip(items, answers, strict=True)):
@@ -217,11 +261,35 @@ class Verifier:
                 of_type.setdefault(question.answer_type, {})[index] = question, parsed
         verdicts = [_verdict(None, "not_boxed")] * len(items)
         for answer_type, asked in of_type.items():
-            graded = self.rewards[answer_type].grade_all(list(asked.values()))
+            reward = self.rewards.get(answer_type, _LeftOpen())
+            graded = reward.grade_all(list(asked.values()))
             _check_range(answer_type, graded)
             for index, verdict in zip(asked, graded, strict=True):
                 verdicts[index] = verdict
         return verdicts
+
+    def _is_for_judge(self, question: Question) -> bool:
+        """Return whether the judge alone grades responses to a question."""
+        return (
+            self._judge is not None
+            and self._judge_mode != "never"
+            and question.answer_type == OPEN
+            and OPEN not in self.rewards
+        )
+
+    def _asks_judge(self, question: Question, verdict: Verdict) -> bool:
+        if verdict.reason not in LEFT_OPEN:
+            return False
+        if self._is_for_judge(question):
+            return True
+        if self._judge_mode != "fallback" or question.answer_type not in self._ruled_by_us:
+            return False
+        # Another option's letter or text is a wrong answer, not an unclear one.
+        return not (
+            question.answer_type == "choice"
+            and verdict.parsed is not None
+            and names_an_option(verdict.parsed, question)
+        )
 
     def close(self) -> None:
         """End the worker processes."""

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from data.question import MediaKind
-from encoders.config import TIMESTAMPED, VideoLayout
+from encoders.config import TIMESTAMPED
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import NO_TOKEN
-from zppo_mm.models.families.table import FAMILIES
-from zppo_mm.rollout.chat_template import QUESTION, ChatTemplate, read_json
+from zppo_mm.rollout.chat_template import QUESTION, THINKING_SWITCH, ChatTemplate, read_json
+from zppo_mm.rollout.processor import find_video_layout
 from zppo_mm.rollout.tokenizer import load_tokenizer, special_ids, token_bytes
 from zppo_mm.rollout.vocabulary import (
     GENERATION_FILE,
@@ -54,6 +54,9 @@ class ChatFormat:
         hf_dir: Folder with tokenizer, chat template and config.json.
         template_kwargs: Variables of the chat template.
 
+    Attributes:
+        prefix: What comes between a prompt's text and the answer.
+
     Raises:
         ConfigError: No chat template or one that cannot render a question, no stop token, tokens
             that the tokenizer or the embedding does not know, or a family that is not known.
@@ -77,7 +80,9 @@ class ChatFormat:
         self.media_kinds: dict[Piece, MediaKind] = (
             {self.image_token_id: "image", self.video_token_id: "video"} if self.takes_media else {}
         )
-        self.video_layout = self._find_video_layout(config) if self.takes_media else TIMESTAMPED
+        self.video_layout = (
+            find_video_layout(self._folder, config) if self.takes_media else TIMESTAMPED
+        )
         self._special_ids = special_ids(self._folder, self._tokenizer, tokens)
         self._pattern = _any_of(self._special_ids)
         self._literal_pattern = _any_of([*self._special_ids, MARK_OPEN, MARK_CLOSE])
@@ -96,6 +101,7 @@ class ChatFormat:
             num_embedding_rows(config),
         )
         self._check_prompts(num_embedding_rows(config))
+        self.prefix = self._template.generation_prefix()
 
     def render(self, text: str, media: Sequence[MediaKind]) -> Rendered:
         """Render one user message, media first, and the start of the answer.
@@ -183,6 +189,11 @@ class ChatFormat:
         return ""
 
     @property
+    def can_switch_thinking(self) -> bool:
+        """Whether the chat template reads `enable_thinking`."""
+        return THINKING_SWITCH in self._template.variables
+
+    @property
     def special_tokens(self) -> tuple[str, ...]:
         """Texts of the special tokens."""
         return tuple(self._special_ids)
@@ -252,27 +263,6 @@ class ChatFormat:
                 )
         if num_rows is not None:
             check_ids(self._folder, self._tokenizer, used, num_rows)
-
-    def _find_video_layout(self, config: Mapping[str, Any]) -> VideoLayout:
-        name = config.get("model_type")
-        family = FAMILIES.get(name) if isinstance(name, str) else None
-        if family is None:
-            raise ConfigError(
-                f"{self._folder}/config.json: model_type is not supported, got {name!r}, expected "
-                f"one of {', '.join(FAMILIES)}; use a folder of one of these families"
-            )
-        try:
-            return family.video_layout(config)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{self._folder}/config.json: its layout of videos is unusable, got {error}; "
-                "correct the file"
-            ) from error
-        except KeyError as error:
-            raise ConfigError(
-                f"{self._folder}/config.json: the key {error} is missing, expected a complete "
-                f"{family.title} config; download it again"
-            ) from error
 
     def _media_token(self, config: Mapping[str, Any], name: str) -> int:
         token = config.get(name)

@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 
 from data.errors import DataError
-from data.health import SampleHealth
+from data.health import TOO_LONG, SampleHealth
 from data.question import Question
 from data.stream import QuestionStream
 from zppo_mm.parallel.exchange import Exchange
 from zppo_mm.rollout.prompt import PromptEncoder, PromptError
 
-TOO_LONG = "prompt_too_long"
 NEEDS_JUDGE = "needs_judge"
 NEEDS_JUDGE_DETAIL = (
     "responses to answer_type 'open' cannot be graded here; leave such questions out or give the "
@@ -39,7 +38,7 @@ class QuestionFeed:
     Attributes:
         stream: Where questions come from.
         encoder: Opens media and counts tokens.
-        health: Counts good and bad samples; the stream's own.
+        health: Counts good, bad and too long samples; the stream's own.
         exchange: The replicas.
         plain_text: Renders a question with the closing format instruction.
         max_prompt_tokens: Longest plain prompt, media included.
@@ -58,9 +57,11 @@ class QuestionFeed:
     def take(self, num_questions: int) -> list[Question]:
         """Return the next good questions, the same on every rank.
 
+        One whose prompt is too long is left out without being bad.
+
         Raises:
             DataError: Too many samples are bad, or any under `strict`, or as many in a row as the
-                sources hold.
+                sources hold cannot be asked.
         """
         good: list[Question] = []
         num_refused = 0  # since the last good one
@@ -72,14 +73,17 @@ class QuestionFeed:
                 if refusal is None:
                     good.append(question)
                     num_refused = 0
+                    continue
+                if refusal.reason == TOO_LONG:
+                    self.health.too_long(question.id, refusal.detail)
                 else:
                     self.health.bad(question.id, refusal.reason, refusal.detail, was_good=True)
-                    num_refused += 1
-                    self._check_refused(num_refused, refusal)
+                num_refused += 1
+                self._check_refused(num_refused, refusal)
         return good
 
     def _check_refused(self, num_refused: int, last: Refusal) -> None:
-        """Stop where data.max_bad_fraction lets every question be refused, for ever."""
+        """Stop where every question would be refused, for ever."""
         if num_refused >= self.stream.num_samples:
             raise DataError(
                 f"QuestionFeed: no question of a whole epoch can be asked, got {num_refused} "

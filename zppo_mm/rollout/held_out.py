@@ -29,6 +29,7 @@ class Evaluation:
         num_skipped: Held-out questions that were left out: a bad sample, no judge for it, or its
             prompt or media could not be read.
         truncated: Fraction of responses that met the length limit.
+        num_too_long: Answered questions whose prompt is longer than those that are trained on.
     """
 
     step: int
@@ -37,6 +38,7 @@ class Evaluation:
     num_questions: int
     num_skipped: int
     truncated: float
+    num_too_long: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +152,17 @@ def ask_held_out(
     return sampler.sample(evaluation_instances(held_out, plain_text), sampling, num_rollouts, step)
 
 
-def summarise(groups: Sequence[Group], held_out: HeldOut, step: int) -> Evaluation:
+def summarise(
+    groups: Sequence[Group], held_out: HeldOut, step: int, max_prompt_tokens: int
+) -> Evaluation:
     """Return the accuracy over the groups of one evaluation, and how many of the chosen questions
     have none.
+
+    Args:
+        groups: Of the evaluation.
+        held_out: The chosen questions.
+        step: Rollout steps trained before.
+        max_prompt_tokens: Of training. Longer held-out questions are asked all the same.
     """
     by_source: dict[str, list[float]] = defaultdict(list)
     for group in groups:
@@ -165,6 +175,7 @@ def summarise(groups: Sequence[Group], held_out: HeldOut, step: int) -> Evaluati
         num_questions=len(groups),
         num_skipped=len(held_out) + held_out.num_skipped - len(groups),
         truncated=_mean([float(rollout.finish_reason == "length") for rollout in rollouts]),
+        num_too_long=sum(len(group.prompt.token_ids) > max_prompt_tokens for group in groups),
     )
 
 

@@ -14,15 +14,16 @@ import numpy as np
 from data.errors import MediaError, ReasonedError
 from data.media.opening import Frames
 from data.question import MediaRef, Question
-from encoders.config import read_processor_config
+from encoders.config import NO_OVERRIDES
 from encoders.positions import mrope_positions
 from encoders.processor import VisionInput, process_image, process_video
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import IntArray, Prompt, Rollout
 from zppo_mm.rollout.chat import ChatFormat, Piece
+from zppo_mm.rollout.chat_template import THINK_CLOSE, THINK_OPEN
+from zppo_mm.rollout.processor import read_processor
 
 DEFAULT_CACHE_BYTES = 512 * 1024 * 1024
-THINK_OPEN = "<think>"
 
 
 class PromptError(ReasonedError):
@@ -44,8 +45,13 @@ class PromptEncoder:
             sees, the processor settings.
         media: Opens a media reference to pixels; a MediaError makes the question unusable, any
             other error is the run's.
+        overrides: Processor settings that are not to be those of the folder.
         chat_template_kwargs: Variables of the chat template, e.g. `{"enable_thinking": False}`.
         max_cached_bytes: Most bytes of patches kept.
+
+    Attributes:
+        chat: The model's chat format.
+        processor: How media are processed; `None` for a model that takes none.
 
     Raises:
         ConfigError: The folder lacks a part or contradicts itself.
@@ -56,19 +62,14 @@ class PromptEncoder:
         hf_dir: str | Path,
         media: Callable[[MediaRef], Frames],
         *,
+        overrides: Mapping[str, int | float] = NO_OVERRIDES,
         chat_template_kwargs: Mapping[str, object] | None = None,
         max_cached_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
-        self.chat = ChatFormat(hf_dir, chat_template_kwargs)
-        try:
-            self._processor = (
-                read_processor_config(hf_dir, self.chat.video_layout)
-                if self.chat.takes_media
-                else None
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        self._prompt_opens_thought = self.chat.render("", []).text.rstrip().endswith(THINK_OPEN)
+        self.folder = Path(hf_dir)
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.chat = ChatFormat(hf_dir, self.chat_template_kwargs)
+        self.processor = read_processor(hf_dir, overrides)
         self._open = media
         self._cache: OrderedDict[tuple[MediaRef, ...], tuple[VisionInput, ...]] = OrderedDict()
         self._max_cached_bytes = max_cached_bytes
@@ -110,7 +111,7 @@ class PromptEncoder:
             self.chat.tokenize(self._expand(rendered.pieces, vision)), dtype=np.int64
         )
         grids = tuple(item.grid for item in vision)
-        merge_size = self._processor.merge_size if self._processor else 1
+        merge_size = self.processor.merge_size if self.processor else 1
         placeholders = (self.chat.image_token_id, self.chat.video_token_id)
         seconds = [item.seconds_per_patch for item in vision]
         positions, next_position = mrope_positions(
@@ -148,10 +149,10 @@ class PromptEncoder:
             ConfigError: Names the first difference.
         """
         difference = self.chat.difference_from(other.chat)
-        if not difference and self._processor is not None:
-            names = [field.name for field in fields(self._processor)]
+        if not difference and self.processor is not None:
+            names = [field.name for field in fields(self.processor)]
             pairs = (
-                (name, getattr(self._processor, name), getattr(other._processor, name, None))
+                (name, getattr(self.processor, name), getattr(other.processor, name, None))
                 for name in names
             )
             difference = next(
@@ -182,11 +183,14 @@ class PromptEncoder:
         """Return the tokens that this model would have a response in that another one wrote.
 
         A response that opens its reasoning itself loses that tag where this model's prompts open it
-        already.
+        already. One whose own prompt opened it gets the tag where this model's prompts do not.
         """
         text = rollout.text
-        if self._prompt_opens_thought and text.lstrip().startswith(THINK_OPEN):
+        prompt_opens = self.chat.prefix.thinking == "opened"
+        if prompt_opens and text.lstrip().startswith(THINK_OPEN):
             text = text.lstrip().removeprefix(THINK_OPEN).removeprefix("\n")
+        elif not prompt_opens and THINK_CLOSE in text.partition(THINK_OPEN)[0]:
+            text = f"{THINK_OPEN}\n{text}"
         ids = self.chat.tokenize([text])
         return [*ids, self.stop_token_ids[0]] if rollout.finish_reason == "stop" else ids
 
@@ -195,7 +199,7 @@ class PromptEncoder:
             f"prompt: question {question.id}: {reference.kind} "
             f"{reference.shard}:{reference.key}.{reference.extension}"
         )
-        if self._processor is None:
+        if self.processor is None:
             message = (
                 f"{where}: this model takes no media, got one, expected text only; use a "
                 "vision-language model"
@@ -207,9 +211,9 @@ class PromptEncoder:
             raise PromptError(error.reason, f"{where}: {error}") from error
         try:
             if reference.kind == "image":
-                return process_image(frames.pixels[0], self._processor)
+                return process_image(frames.pixels[0], self.processor)
             return process_video(
-                frames.pixels, frames.timestamps, self._processor, frames.seconds_per_frame
+                frames.pixels, frames.timestamps, self.processor, frames.seconds_per_frame
             )
         except ValueError as error:
             raise PromptError("unusable_media", f"{where}: {error}") from error
@@ -221,7 +225,7 @@ class PromptEncoder:
         The template shows a video as start, placeholder, end: start and end go around every such
         block instead.
         """
-        if self._processor is None or not vision:
+        if self.processor is None or not vision:
             return list(pieces)
         chat = self.chat
         expanded: list[Piece] = []
@@ -236,7 +240,7 @@ class PromptEncoder:
                 continue
             item = next(remaining)
             t, h, w = item.grid
-            num_features = h * w // self._processor.merge_size**2
+            num_features = h * w // self.processor.merge_size**2
             if kind == "image" or not chat.video_layout.timestamped:
                 expanded.extend([piece] * (t * num_features))
                 continue
@@ -260,7 +264,7 @@ class PromptEncoder:
         """Refuse a prompt in which placeholder tokens and features differ, which would train on the
         wrong pixels.
         """
-        merged = self._processor.merge_size**2 if self._processor else 1
+        merged = self.processor.merge_size**2 if self.processor else 1
         for kind, token in (
             ("image", self.chat.image_token_id),
             ("video", self.chat.video_token_id),

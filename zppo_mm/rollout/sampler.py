@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections import Counter
@@ -114,6 +115,12 @@ class GroupSampler:
         self.failures: Counter[str] = Counter()
         self.failed: dict[str, str] = {}
         self._soundness = Soundness()
+
+    def with_grader(self, verifier: Grader) -> GroupSampler:
+        """Return a sampler that differs in who grades alone."""
+        other = copy.copy(self)
+        other._verifier = verifier
+        return other
 
     def sample(
         self,

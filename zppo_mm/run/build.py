@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,10 +34,14 @@ from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.held_out import HeldOut, held_out_questions
+from zppo_mm.rollout.processor import describe
 from zppo_mm.rollout.prompt import PromptEncoder
+from zppo_mm.rollout.sampler import GroupSampler
+from zppo_mm.run.judging import build_judging, build_verifier
 from zppo_mm.run.parts import Run
 from zppo_mm.run.shared import Shared, load_model, media_limits
-from zppo_mm.run.teachers import Teachers, build_judge, build_rewriters, build_teachers, judge_pool
+from zppo_mm.run.teachers import Teachers, build_rewriters, build_teachers
+from zppo_mm.run.thinking import log_generation_prefixes
 from zppo_mm.stages.stages import Stages
 from zppo_mm.teacher.served.connect import open_pool
 from zppo_mm.teacher.served.servers import Servers
@@ -78,22 +83,17 @@ def build_run(
         ZppoError: A model, its layout or a template cannot be used.
         DataError: A data source cannot be used.
     """
-    media = MediaStore(media_limits(config.data))
+    folder = student_folder(config.model)
+    media = MediaStore(media_limits(config.data, folder))
     interruption = interruption or Interruption()
     exchange = ParallelExchange(barrier, interruption.is_due)
     ranks = TeacherRanks(link, exchange) if link is not None else None
-    pool = (
-        ranks.open_pool(config.teacher, config.rollout.max_batch_size)
-        if ranks is not None
-        else open_pool(config.teacher, exchange, limits=media.limits)
-    )
-    judges = judge_pool(config.reward, config.teacher, pool, exchange)
-    judge = build_judge(config, judges, interruption.is_due)
-    reward = config.reward
-    verifier = Verifier(reward.timeout_seconds, reward.num_workers, judge, reward.budget_seconds)
+    pool = _teacher_pool(config, ranks, exchange, media)
+    modes = (config.reward.judge, config.evaluation.judge)
+    judging = build_judging(config, pool, exchange, modes, interruption.is_due)
+    verifier = build_verifier(config.reward, judging.judge, config.reward.judge)
     shared = Shared(config, media, verifier, exchange)
-    folder = student_folder(config.model)
-    encoder = shared.encoder(folder)
+    encoder = shared.encoder(folder, config.model.chat_template_kwargs)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     student = load_model(config.model, config.parallel, folder, trainable=True)
     add_lora(student, config.lora, config.seed)
@@ -108,10 +108,17 @@ def build_run(
     )
     policy = Policy(student, config.train, config.parallel, objective)
     log_part_sizes(student)
+    if encoder.processor is not None and parallel.rank() == 0:
+        logger.info("media: %s", describe(encoder.processor))
     stream = build_stream(config, SampleHealth(config.data.max_bad_fraction, config.data.strict))
     feed = _build_feed(config.data, stream, encoder, exchange, templates, verifier)
-    stages = _build_stages(shared, policy, encoder, templates, teachers, feed, interruption)
-    held_out = _held_out(config, verifier)
+    sampler = shared.sampler(policy.model, encoder)
+    stages = _build_stages(
+        shared, policy, sampler, encoder, templates, teachers, feed, interruption, judging.check
+    )
+    grader = verifier.with_judge_mode(config.evaluation.judge)
+    held_out = _held_out(config, grader)
+    log_generation_prefixes(shared.encoders, templates.closing)
     if ranks is not None:
         ranks.wait_until_ready()
     return Run(
@@ -126,23 +133,33 @@ def build_run(
         verifier=verifier,
         encoders=shared.encoders,
         teachers=teachers,
-        pools=_once(pool, judges, *teachers.pools),
-        judge=judge,
+        evaluation_sampler=sampler.with_grader(grader),
+        pools=_once(pool, judging.pool, *teachers.pools),
+        judge=judging.judge,
     )
+
+
+def _teacher_pool(
+    config: RunConfig, ranks: TeacherRanks | None, exchange: ParallelExchange, media: MediaStore
+) -> Servers | None:
+    if ranks is not None:
+        return ranks.open_pool(config.teacher, config.rollout.max_batch_size)
+    return open_pool(config.teacher, exchange, limits=media.limits)
 
 
 def _build_stages(
     shared: Shared,
     policy: Policy,
+    sampler: GroupSampler,
     encoder: PromptEncoder,
     templates: PromptTemplates,
     teachers: Teachers,
     feed: QuestionFeed,
     interruption: Interruption,
+    check_judge: Callable[[], None],
 ) -> Stages:
     config = shared.config
-    compressor, hints = build_rewriters(config.teacher, encoder, teachers.rewrites)
-    sampler = shared.sampler(policy.model, encoder)
+    compressor, hints = build_rewriters(config.teacher, encoder, teachers.rewrites, templates)
     return Stages(
         seed=config.seed,
         num_new_questions=config.train.num_new_questions,
@@ -178,9 +195,11 @@ def _build_stages(
             config.seed,
             temperature=config.rollout.temperature,
             importance_cap=config.algorithm.importance_cap,
+            averages_questions=config.distill.source == "teacher",
         ),
         schedule=_plain_schedule(config.teacher, config.rollout, config.seed),
         interruption=interruption,
+        check_judge=check_judge,
     )
 
 

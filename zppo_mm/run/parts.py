@@ -16,6 +16,7 @@ from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.held_out import HeldOut
 from zppo_mm.rollout.prompt import PromptEncoder
+from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.run.shared import release_memory
 from zppo_mm.run.teachers import Teachers
 from zppo_mm.stages.stages import Stages
@@ -36,12 +37,13 @@ class Run:
         feed: Those of them that can be asked.
         held_out: Questions of every evaluation; none turns evaluation off.
         evaluation_sampling: How they are answered.
+        evaluation_sampler: Samples them, and grades as evaluations do.
         media: Opens and decodes media.
         verifier: Grades.
         encoders: Of the student and then the teacher; they keep opened media.
         teachers: Those who help.
         pools: Servers of the teachers and, if they are others, of the judge.
-        judge: Of open questions.
+        judge: Of what the rules leave open.
         counted: Losses that `take_losses` has handed out, by metric.
     """
 
@@ -56,6 +58,7 @@ class Run:
     verifier: Verifier
     encoders: list[PromptEncoder]
     teachers: Teachers
+    evaluation_sampler: GroupSampler
     pools: tuple[Servers, ...] = ()
     judge: LlmJudge | None = None
     counted: dict[str, int] = field(default_factory=dict)

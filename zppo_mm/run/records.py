@@ -19,6 +19,7 @@ from zppo_mm.parallel import groups as parallel
 from zppo_mm.report.page import write_report
 from zppo_mm.report.run_record import read_lines
 from zppo_mm.rollout.held_out import ask_held_out, summarise
+from zppo_mm.rollout.processor import changed_processor_files, processor_overrides
 from zppo_mm.run.build import student_folder
 from zppo_mm.run.parts import Run
 from zppo_mm.run_folder import RunFolder
@@ -76,18 +77,23 @@ def evaluate_first(run: Run, folder: RunFolder, done: int | None) -> None:
 
 
 def evaluate(run: Run, folder: RunFolder, step: int) -> None:
-    """Evaluate on the held-out questions after a step, if there are any; every rank calls this."""
+    """Evaluate on the held-out questions after a step, if there are any; every rank calls this.
+
+    Raises:
+        JudgeError: On every rank, if the judge does not give verdicts.
+    """
     if not run.held_out:
         return
     groups = ask_held_out(
-        run.stages.sampler,
+        run.evaluation_sampler,
         run.held_out,
         run.templates.plain_text,
         run.evaluation_sampling,
         run.config.evaluation.num_rollouts,
         step,
     )
-    result = summarise(groups, run.held_out, step)
+    run.stages.check_judge()
+    result = summarise(groups, run.held_out, step, run.config.data.max_prompt_tokens)
     if parallel.rank() == 0:
         write_held_out_answers(folder, step, groups)
         append_evaluation(folder, result)
@@ -126,7 +132,8 @@ def _add_run_metrics(run: Run, metrics: StepMetrics) -> None:
         for losses in replica:
             metrics.merge(losses)
     health = run.stream.health
-    metrics.add("data/samples", Sum(health.num_good + health.num_bad))
+    metrics.add("data/samples", Sum(health.num_good + health.num_bad + health.num_too_long))
+    metrics.add("data/too_long", Sum(health.num_too_long))
     for reason, count in health.counts.items():
         metrics.add(f"data/skipped/{reason}", Sum(count))
 
@@ -155,7 +162,8 @@ def export_student(run: Run, folder: RunFolder) -> None:
     themselves beside it; every rank calls this.
     """
     model, source = run.policy.model, student_folder(run.config.model)
-    export_hf_weights(model, source, folder.hf)
+    processor_files = changed_processor_files(source, processor_overrides(run.config.data))
+    export_hf_weights(model, source, folder.hf, processor_files)
     # With more trained than adapters, these alone would be another model.
     if adapters_of(model) is not None and not run.config.lora.also_train:
         export_adapter(model, source, folder.adapter)

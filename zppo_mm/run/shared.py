@@ -5,7 +5,7 @@ sampled from.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,9 @@ from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel.exchange import ParallelExchange
+from zppo_mm.rollout.chat_template import THINKING_SWITCH
 from zppo_mm.rollout.megatron_engine import MegatronEngine
+from zppo_mm.rollout.processor import frame_sampling, processor_overrides, read_processor
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import Grader, GroupSampler
 from zppo_mm.weights.mapping import load_hf_weights
@@ -32,11 +34,27 @@ class Shared:
     exchange: ParallelExchange
     encoders: list[PromptEncoder] = field(default_factory=list)
 
-    def encoder(self, folder: Path) -> PromptEncoder:
+    def encoder(
+        self, folder: Path, chat_template_kwargs: Mapping[str, object] | None = None
+    ) -> PromptEncoder:
         """Return a prompt encoder whose opened media are dropped with the others'."""
-        encoder = PromptEncoder(folder, self.media.open)
+        encoder = PromptEncoder(
+            folder,
+            self.media.open,
+            overrides=processor_overrides(self.config.data),
+            chat_template_kwargs=chat_template_kwargs,
+        )
         self.encoders.append(encoder)
         return encoder
+
+    def without_thinking(self, encoder: PromptEncoder) -> PromptEncoder:
+        """Return an encoder whose chat template turns reasoning off; the same one if it does so
+        already, or cannot.
+        """
+        if encoder.chat.prefix.thinking == "closed" or not encoder.chat.can_switch_thinking:
+            return encoder
+        variables = {**encoder.chat_template_kwargs, THINKING_SWITCH: False}
+        return self.encoder(encoder.folder, variables)
 
     def sampler(self, model: VisionLanguageModel, encoder: PromptEncoder) -> GroupSampler:
         """Return a sampler with a model's weights."""
@@ -49,13 +67,12 @@ class Shared:
         return GroupSampler(engine, encoder, self.verifier, self.exchange)
 
 
-def media_limits(config: DataConfig) -> MediaLimits:
-    """Return what a run opens."""
+def media_limits(config: DataConfig, folder: Path) -> MediaLimits:
+    """Return what a run opens; of videos the frames that the model in the folder sees."""
     return MediaLimits(
         max_bytes=config.max_media_bytes,
         max_pixels=config.max_media_pixels,
-        frames_per_second=config.video_frames_per_second,
-        max_frames=config.video_max_frames,
+        sampling=frame_sampling(read_processor(folder, processor_overrides(config))),
         decode_timeout_seconds=config.decode_timeout_seconds,
         num_workers=config.num_decode_workers,
     )

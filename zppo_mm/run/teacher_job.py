@@ -19,6 +19,7 @@ from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.parallel.liveness_barrier import LivenessBarrier, open_liveness_barrier
 from zppo_mm.parallel.partition import DONE, JobPartition, PartitionLink, teacher_layout
+from zppo_mm.run.build import student_folder
 from zppo_mm.run.shared import Shared, media_limits, release_memory
 from zppo_mm.run.teachers import load_teacher
 from zppo_mm.teacher.served.chat_server import ChatServer, job_address
@@ -105,7 +106,7 @@ def _serve(
 ) -> str:
     exchange = ParallelExchange(barrier, _HasStudentLeft(link))
     with contextlib.ExitStack() as stack:
-        media = MediaStore(media_limits(config.data))
+        media = MediaStore(media_limits(config.data, student_folder(config.model)))
         stack.callback(media.close)
         server = None
         if exchange.is_leader and exchange.replica == 0:
@@ -121,6 +122,7 @@ def _serve(
             link,
             server,
             shared.sampler(model, encoder),
+            shared.sampler(model, shared.without_thinking(encoder)),
             sampling,
             exchange,
             lambda: release_memory(shared.encoders),

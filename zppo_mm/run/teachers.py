@@ -1,8 +1,8 @@
-"""From a configuration to the teachers, the judge, and those who rewrite for prompts."""
+"""From a configuration to the teachers, and those who rewrite for prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,32 +10,25 @@ from zppo_mm.bundled import TEACHER_DIR
 from zppo_mm.config.schema import (
     DistillConfig,
     ParallelConfig,
-    RewardConfig,
-    RunConfig,
     TeacherConfig,
 )
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.parallel.exchange import ParallelExchange
-from zppo_mm.rewards.judge import LlmJudge, load_judge_template
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.run.shared import Shared, load_model
 from zppo_mm.teacher.chain import TeacherChain
 from zppo_mm.teacher.megatron_teacher import MegatronTeacher
 from zppo_mm.teacher.served.connect import open_pool
-from zppo_mm.teacher.served.judge import greedy_replies
 from zppo_mm.teacher.served.servers import Servers
 from zppo_mm.teacher.served.teacher import ServedTeacher
 from zppo_mm.teacher.served.teacher_ranks import TeacherRanks
 from zppo_mm.teacher.served.tokens import TokenReader
 from zppo_mm.teacher.teacher import Compressor, HintWriter, Teacher
-from zppo_mm.zone.compress import RuleCompressor, TeacherCompressor, load_compression_template
-from zppo_mm.zone.hint import RuleHintWriter, TeacherHintWriter, load_hint_template
+from zppo_mm.zone.compress import RuleCompressor, TeacherCompressor
+from zppo_mm.zone.hint import RuleHintWriter, TeacherHintWriter
 from zppo_mm.zone.prompts import PromptTemplates
 
-# Of the time that the student's ranks wait for each other, what one of them may wait for a judge on
-# the teacher's ranks.
-QUEUE_FRACTION = 0.8
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +91,11 @@ def build_teachers(
     rewrites = config.teacher.compressor == "teacher" and any(
         kind.is_rewritten for kind in zone.kinds
     )
+    if rewrites and not config.teacher.model:
+        logger.warning(
+            "teacher.compressor: the bundled teacher was not trained to rewrite responses, got "
+            "'teacher', expected 'rule' with it; set that, or name your teacher in teacher.model"
+        )
     distils = config.distill.source != "none"
     if not (answers or rewrites or distils):
         return Teachers(None, None, ranks=ranks)
@@ -160,7 +158,7 @@ def load_teacher(
     """
     config = shared.config
     folder = Path(own.model) if own.model else TEACHER_DIR
-    encoder = shared.encoder(folder)
+    encoder = shared.encoder(folder, own.chat_template_kwargs)
     sampling = SamplingParams(
         temperature=own.temperature,
         max_new_tokens=own.max_response_tokens,
@@ -182,43 +180,11 @@ def _token_reader(config: DistillConfig, student: PromptEncoder) -> TokenReader 
     return TokenReader(student.chat.token_bytes(), student.stop_token_ids, config.top_k)
 
 
-def judge_pool(
-    reward: RewardConfig,
-    teacher: TeacherConfig,
-    teachers: Servers | None,
-    exchange: ParallelExchange,
-) -> Servers | None:
-    """Return the judge's servers: the teacher's unless the judge has its own or another model."""
-    if not reward.judge or not (reward.judge_endpoints or reward.judge_model):
-        return teachers if reward.judge else None
-    return open_pool(
-        teacher,
-        exchange,
-        reward.judge_endpoints,
-        reward.judge_model,
-        where="reward.judge_endpoints" if reward.judge_endpoints else "reward.judge_model",
-    )
-
-
-def build_judge(
-    config: RunConfig, pool: Servers | None, should_stop: Callable[[], bool] = bool
-) -> LlmJudge | None:
-    """Return the judge behind servers or on the teacher's own ranks; `None` without any."""
-    reward = config.reward
-    if pool is None:
-        return None
-    if config.teacher.num_ranks and not reward.judge_endpoints:
-        # Its requests may come behind a long answer of the teacher, and the other ranks of the
-        # student wait for them.
-        limit = QUEUE_FRACTION * 60 * config.parallel.timeout_minutes
-        seconds = max(limit, reward.judge_max_wait_seconds)
-        reward = replace(reward, judge_max_wait_seconds=seconds)
-    complete = greedy_replies(pool, reward, config.teacher.num_retries, should_stop)
-    return LlmJudge(complete, load_judge_template(reward.judge_template))
-
-
 def build_rewriters(
-    config: TeacherConfig, student: PromptEncoder, teacher: Teacher | None
+    config: TeacherConfig,
+    student: PromptEncoder,
+    teacher: Teacher | None,
+    templates: PromptTemplates,
 ) -> tuple[Compressor, HintWriter]:
     """Return who shortens candidates and who writes hints; both count in the student's tokens: the
     student reads them.
@@ -231,5 +197,5 @@ def build_rewriters(
     hints = RuleHintWriter(rule)
     if teacher is None:
         return rule, hints
-    by_teacher = TeacherHintWriter(teacher.rewrite, hints, load_hint_template())
-    return TeacherCompressor(teacher.rewrite, rule, load_compression_template()), by_teacher
+    by_teacher = TeacherHintWriter(teacher.rewrite, hints, templates.write_hint)
+    return TeacherCompressor(teacher.rewrite, rule, templates.compress), by_teacher

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from data.question import Question, check_same_question
@@ -88,26 +88,47 @@ def plain_instances(
 def sample_plain(
     stages: Stages,
     instances: Sequence[PromptInstance],
+    known: Collection[str],
     pending: PendingAnswers,
     step: int,
     metrics: StepMetrics,
 ) -> list[Group]:
-    """Sample plain groups in waves, and ask the teacher about what was hard in each at once.
+    """Sample plain groups in waves, and ask the teacher about hard questions after each: about all,
+    or where only those that the pre-cap keeps are to be asked, about those that it is certain to
+    keep.
 
-    Without a buffer, distillation on the teacher's text has no use for them.
+    Without a buffer, distillation on the teacher's text has no use for plain groups.
+
+    Args:
+        stages: The parts.
+        instances: Plain prompts.
+        known: Ids of questions of earlier rounds.
+        pending: The teacher's answers.
+        step: Rollout step.
+        metrics: Of the step.
 
     Source: ZPPO, Algorithm 1, step 2.
     """
     if stages.distill.source == "teacher" and not stages.zone.replay:
         return []
     groups: list[Group] = []
-    for wave in stages.schedule.waves(instances, step):
+    waves = stages.schedule.waves(instances, step)
+    for index, wave in enumerate(waves, 1):
         with metrics.phase("plain_rollout"):
-            sampled = _sample(stages, wave, step, metrics)
+            groups += _sample(stages, wave, step, metrics)
         with metrics.phase("teacher"):
-            pending.submit([group.question for group in select_hard(sampled, stages.zone.tau)])
-        groups += sampled
+            asked = hard_groups(stages, groups, known)
+            if stages.zone.asks_pre_capped:
+                to_come = [each.question.id for later in waves[index:] for each in later]
+                asked = stages.reformulator.kept(asked, step, stages.num_new_questions, to_come)
+            pending.submit([group.question for group in asked])
     return _in_order(groups, instances)
+
+
+def hard_groups(stages: Stages, groups: Sequence[Group], known: Collection[str]) -> list[Group]:
+    """Return the hard plain groups of questions that no earlier round had."""
+    hard = select_hard(groups, stages.zone.tau)
+    return [group for group in hard if group.question.id not in known]
 
 
 def sample_reformulated(

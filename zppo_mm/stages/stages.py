@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -60,6 +60,7 @@ class Stages:
         schedule: Divides plain prompts into waves. The teacher is asked about each wave as soon as
             it is sampled.
         interruption: Drops a step before its update begins; later the step is finished.
+        check_judge: Ends the run if the judge does not give verdicts; every rank calls it.
     """
 
     seed: int
@@ -78,3 +79,4 @@ class Stages:
     learner: Learner
     schedule: PlainSchedule
     interruption: Interruption = field(default_factory=Interruption)
+    check_judge: Callable[[], None] = lambda: None

@@ -31,7 +31,7 @@ class CompressedTrace:
     Attributes:
         text: At most the cap's tokens, same final answer as the trace.
         method: `rewritten`, or `cut` if no rewrite was faithful.
-        rejects: Rewrites refused because they changed the answer.
+        rejects: Rewrites refused because they changed the answer or had no complete summary.
     """
 
     text: str

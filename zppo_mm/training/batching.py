@@ -8,6 +8,7 @@ makes this rank's tensors from it.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,7 @@ class BatchPlan:
     Attributes:
         minibatch_of: Per sample, the update (from 0) that uses it.
         num_loss_tokens: Per update, the loss tokens of all its samples.
+        denominators: Per update, the sum of the weights of those tokens.
         microbatches: `[update][replica][micro-batch]` indices of the samples that go through
             the network.
         num_skipped: Samples that need no forward pass.
@@ -48,6 +50,7 @@ class BatchPlan:
 
     minibatch_of: Indices
     num_loss_tokens: Indices
+    denominators: tuple[float, ...]
     microbatches: tuple[tuple[tuple[Indices, ...], ...], ...]
     num_skipped: int
     share_prompts: bool = False
@@ -103,11 +106,15 @@ def plan_batches(
         has_gradient(sample) if skip_zero_advantage else sample.num_loss_tokens > 0
         for sample in samples
     ]
-    plans = []
+    plans, denominators = [], []
     tokens = [0] * num_updates
     for update in range(num_updates):
         members = [index for index, owner in enumerate(minibatch_of) if owner == update]
         tokens[update] = sum(samples[index].num_loss_tokens for index in members)
+        weights = (
+            samples[index].token_weight * samples[index].num_loss_tokens for index in members
+        )
+        denominators.append(math.fsum(weights))
         prefix_groups = make_prefix_groups(
             samples,
             [index for index in members if needed[index]],
@@ -116,9 +123,8 @@ def plan_batches(
         )
         by_replica = balance(prefix_groups, num_replicas, micro_batch_tokens)
         plans.append(tuple(fill_microbatches(each, micro_batch_tokens) for each in by_replica))
-    return BatchPlan(
-        minibatch_of, tuple(tokens), tuple(plans), len(samples) - sum(needed), share_prompts
-    )
+    counts = tuple(tokens), tuple(denominators)
+    return BatchPlan(minibatch_of, *counts, tuple(plans), len(samples) - sum(needed), share_prompts)
 
 
 def _deal(
@@ -161,7 +167,8 @@ def build_batches(
             partial(pack, each, media=media, device=device, share_prompts=plan.share_prompts)
             for each in packs
         ]
-        batches.append(Batch(LazyMicrobatches(makers), plan.num_loss_tokens[update]))
+        num_loss_tokens, denominator = plan.num_loss_tokens[update], plan.denominators[update]
+        batches.append(Batch(LazyMicrobatches(makers), num_loss_tokens, denominator))
     return batches
 
 
@@ -254,6 +261,7 @@ def pack(
         cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device),
         loss_mask=join("loss_mask", zeros, torch.float32),
         advantages=join("advantages", zeros, torch.float32),
+        token_weights=join("token_weights", zeros, torch.float32),
         patches=_open_patches(prompts, media, device) if media is not None and grids else None,
         grids=torch.tensor(grids, dtype=torch.int64, device=device) if grids else None,
         uids=tuple(dict.fromkeys(s.uid for s in samples)),

@@ -103,7 +103,7 @@ class DistillationObjective:
                 found = self._from_logits(student, teacher.logits(chunk))
             else:
                 found = self._from_samples(student, indices[chunk], microbatch)
-            loss = found.jsd.sum()
+            loss = (found.jsd * microbatch.token_weights[indices[chunk]]).sum()
             count = torch.tensor(float(len(student)), device=loss.device)
             return loss, stacked((loss, count, found.entropies.sum(), found.agreements.sum()))
 

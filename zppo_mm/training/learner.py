@@ -16,7 +16,7 @@ from zppo_mm.randomness import generator
 from zppo_mm.training.batching import BatchPlan, build_batches, plan_batches
 from zppo_mm.training.old_logprobs import need_old_logprobs, with_old_logprobs
 from zppo_mm.training.policy import Policy, TrainMetrics
-from zppo_mm.training.samples import to_training_samples
+from zppo_mm.training.samples import to_training_samples, with_question_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,8 @@ class Learner:
         seed: The run's seed; mini-batches are dealt by it.
         temperature: Of the rollouts.
         importance_cap: Largest importance weight; 0 weights nothing.
+        averages_questions: Whether every group counts alike in a distillation loss, however many
+            responses and tokens it has.
     """
 
     policy: Policy
@@ -39,6 +41,7 @@ class Learner:
     _: KW_ONLY
     temperature: float = 1.0
     importance_cap: float = 0.0
+    averages_questions: bool = False
 
     def learn(
         self, groups: Sequence[Group], advantages: Advantages, step: int, metrics: StepMetrics
@@ -66,6 +69,8 @@ class Learner:
                     sample if sample.teacher_top is not None else _without_loss(sample)
                     for sample in samples
                 ]
+            if self.averages_questions:
+                samples = with_question_weights(samples)
             plan = plan_batches(
                 samples,
                 num_minibatches=self.config.updates_per_step,

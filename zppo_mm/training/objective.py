@@ -50,7 +50,7 @@ class ObjectiveTerms:
 
     Attributes:
         loss_sum: Scalar with gradient, summed over loss tokens; the update divides it by the global
-            token count.
+            denominator.
         sums: `[2 + metrics]` without gradient: the loss, the loss tokens that went through the
             network, and one sum per metric of the objective. Adds up over micro-batches and
             replicas.

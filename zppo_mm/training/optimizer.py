@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import (
 
 from zppo_mm.config.schema import ParallelConfig, TrainConfig
 from zppo_mm.parallel.megatron_versions import data_parallel_model
+from zppo_mm.training.optimizer_state import keep_moments_in
 
 
 def wrap_model(model: torch.nn.Module, parallel: ParallelConfig) -> Any:
@@ -67,7 +68,7 @@ def build_optimizer(
 
     Args:
         wrapped: From `wrap_model`.
-        train: Learning rate, betas, decay, clipping.
+        train: Learning rate, betas, decay, clipping, type of the moments.
         parallel: Whether the optimizer state is sharded over replicas.
         params_dtype: Type of the weights; below float32 the optimizer keeps float32 copies.
     """
@@ -84,7 +85,10 @@ def build_optimizer(
         bf16=params_dtype == torch.bfloat16,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
-    return get_megatron_optimizer(config, [wrapped])
+    optimizer = get_megatron_optimizer(config, [wrapped])
+    if train.optimizer_state_dtype == "bfloat16":
+        keep_moments_in(optimizer, torch.bfloat16)
+    return optimizer
 
 
 def build_scheduler(optimizer: Any, train: TrainConfig) -> Any:

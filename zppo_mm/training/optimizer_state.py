@@ -32,7 +32,7 @@ class ParameterShard:
         main: float32: the parameter's elements from `start` on, or a copy of them where the model
             keeps them in bfloat16.
         start: First element, in memory order.
-        state: The optimizer's own state of `main`.
+        state: The optimizer's own state of `main`; the moments in `train.optimizer_state_dtype`.
     """
 
     parameter: torch.nn.Parameter
@@ -69,6 +69,36 @@ def parameter_shards(optimizer: Any) -> list[ParameterShard]:
                 state.setdefault("step", torch.tensor(0.0))
             found.append(ParameterShard(parameter, main, start, state))
     return found
+
+
+def keep_moments_in(optimizer: Any, dtype: torch.dtype) -> None:
+    """Have the moments kept in a smaller type between updates. An update is computed in float32;
+    while it runs, all moments of this rank are float32.
+
+    megatron-core's own `exp_avg_dtype` needs Transformer Engine's optimizer and the distributed
+    one; this works with every optimizer that it builds.
+
+    Args:
+        optimizer: From megatron-core, before its first update.
+        dtype: Of the moments.
+    """
+    parameter_shards(optimizer)
+    for part in optimizer.chained_optimizers:
+        if part.is_stub_optimizer:
+            continue
+        _cast_moments(part.optimizer, dtype)
+        part.optimizer.register_step_pre_hook(
+            lambda inner, args, kwargs: _cast_moments(inner, torch.float32)
+        )
+        part.optimizer.register_step_post_hook(
+            lambda inner, args, kwargs: _cast_moments(inner, dtype)
+        )
+
+
+def _cast_moments(inner: torch.optim.Optimizer, dtype: torch.dtype) -> None:
+    for state in inner.state.values():
+        for name in _MOMENTS:
+            state[name] = state[name].to(dtype)
 
 
 def _mains(part: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, int]]:

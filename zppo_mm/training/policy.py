@@ -51,10 +51,10 @@ class UpdateMetrics:
     """One gradient update.
 
     Attributes:
-        loss: Over all loss tokens of the mini-batch.
+        loss: Mean over the mini-batch, weighted as its tokens are.
         grad_norm: Before clipping.
         learning_rate: Of this update.
-        num_loss_tokens: Of the mini-batch, the denominator of the loss.
+        num_loss_tokens: Of the mini-batch.
         num_forward_tokens: Loss tokens that went through the network; those of trivial groups did
             not.
         means: The objective's metrics by name.
@@ -131,7 +131,7 @@ class Policy:
         freeze_parts(model, train.freeze)
         self.model = model
         self.objective = objective
-        self._denominator = 1
+        self._denominator = 1.0
         self._skipped_in_a_row = 0
         self._config: Any = model.config
         _keep_replicated_gradients_equal(model)
@@ -146,8 +146,8 @@ class Policy:
     def train_step(self, batches: Sequence[Batch]) -> TrainMetrics:
         """Make one update per batch, in order.
 
-        Loss and gradient are sums over all loss tokens of the update divided by their number, so
-        they depend neither on the layout nor on how micro-batches are cut.
+        Loss and gradient are weighted sums over all loss tokens of the update divided by the sum of
+        the weights, so they depend neither on the layout nor on how micro-batches are cut.
 
         Raises:
             NotFiniteError: On every rank: `MAX_SKIPPED_IN_A_ROW` updates in a row, of this step or
@@ -157,7 +157,8 @@ class Policy:
         for batch in batches:
             self._wrapped.zero_grad_buffer()
             self.optimizer.zero_grad()
-            self._denominator = max(batch.num_loss_tokens, 1)
+            # 0 if no token carries loss; then the loss is 0 too.
+            self._denominator = batch.denominator or 1.0
             results = self._forward_backward(batch.microbatches, self._loss, forward_only=False)
             norm = gradient_norm(self.optimizer)
             sums, finite = self._reduce([terms.sums for terms, _ in results], norm)
@@ -173,7 +174,7 @@ class Policy:
                 _update_metrics(
                     self.objective,
                     sums,
-                    batch.num_loss_tokens,
+                    batch,
                     norm,
                     learning_rate,
                     not finite,
@@ -236,7 +237,7 @@ class Policy:
         self, model: list[Any], num_tokens: torch.Tensor | None, **groups: Any
     ) -> None:
         """Finish the reductions over replicas, tied stages and tensor ranks, then divide by the one
-        global token count.
+        global denominator.
         """
         finalize_model_grads(model, None, **groups)
         if parallel.tensor_size() > 1:
@@ -368,20 +369,20 @@ def _keep_replicated_gradients_equal(model: VisionLanguageModel) -> None:
 def _update_metrics(
     objective: Objective,
     sums: list[float],
-    num_loss_tokens: int,
+    batch: Batch,
     norm: float,
     learning_rate: float,
     skipped: bool,
 ) -> UpdateMetrics:
     loss, num_forward_tokens, *totals = sums
     return UpdateMetrics(
-        loss=loss / max(num_loss_tokens, 1),
+        loss=loss / (batch.denominator or 1.0),
         grad_norm=norm,
         learning_rate=learning_rate,
-        num_loss_tokens=num_loss_tokens,
+        num_loss_tokens=batch.num_loss_tokens,
         num_forward_tokens=int(num_forward_tokens) if math.isfinite(num_forward_tokens) else 0,
         means={
-            metric.name: metric.mean(total, num_loss_tokens, num_forward_tokens)
+            metric.name: metric.mean(total, batch.num_loss_tokens, num_forward_tokens)
             for metric, total in zip(objective.metrics, totals, strict=True)
         },
         skipped=skipped,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -35,6 +37,27 @@ def to_training_samples(
         for rollout, advantage in zip(group.rollouts, group_advantages, strict=True):
             samples.append(_training_sample(group, rollout, float(advantage)))
     return samples
+
+
+def with_question_weights(samples: Sequence[TrainingSample]) -> list[TrainingSample]:
+    """Return samples weighted so that the weighted mean over all their loss tokens is the mean over
+    tokens of a response, then over the responses of a group, then over the groups.
+
+    A group without loss tokens takes no part. Weights and their sum follow from all samples of the
+    step, so they are the same on every rank.
+
+    Args:
+        samples: One group per question.
+
+    Source: ZPPO, off-policy distillation.
+    """
+    num_responses = Counter(sample.uid for sample in samples if sample.num_loss_tokens)
+    return [
+        replace(sample, token_weight=1 / (num_responses[sample.uid] * sample.num_loss_tokens))
+        if sample.num_loss_tokens
+        else sample
+        for sample in samples
+    ]
 
 
 def response_sequence(

@@ -42,19 +42,24 @@ Sink = Callable[[str, torch.Tensor], None]
 
 
 def export_hf_weights(
-    model: VisionLanguageModel, source_dir: str | Path, target_dir: str | Path
+    model: VisionLanguageModel,
+    source_dir: str | Path,
+    target_dir: str | Path,
+    changed_files: dict[str, bytes] | None = None,
 ) -> None:
     """Write the network as a Hugging Face folder, its adapters merged; every rank calls it, one
     writes.
 
     The folder has the source's weight files, keys and types, weights outside the network unchanged,
-    and every other file byte for byte. A quantised source gives a folder that is not. It is written
-    aside and renamed when complete; an older folder of that name is replaced.
+    and every other file byte for byte, unless another content is given. A quantised source gives a
+    folder that is not. It has a temporary name until it is complete; an older folder of that name
+    is replaced.
 
     Args:
         model: This rank's stage.
         source_dir: The folder that the network's architecture came from.
         target_dir: The folder to write.
+        changed_files: Content of files by name, instead of the source's.
 
     Raises:
         ModelError: The source does not fit the network, or writing failed on the writing rank;
@@ -73,9 +78,8 @@ def export_hf_weights(
     assert source is not None
     if is_writer():
         _warn_of_rounding(model, source)
-    write_weights(
-        model, merged_rounds(model, in_rounds(parameter_mappings(model)), source), source, target
-    )
+    rounds = merged_rounds(model, in_rounds(parameter_mappings(model)), source)
+    write_weights(model, rounds, source, target, changed_files)
 
 
 def _warn_of_rounding(model: VisionLanguageModel, source: SafetensorsFolder) -> None:
@@ -144,6 +148,7 @@ def write_weights(
     rounds: Iterable[Sequence[Mapping]],
     source: SafetensorsFolder,
     target: Path,
+    changed_files: dict[str, bytes] | None = None,
 ) -> None:
     """Write parameters, and what the source has besides them, as a Hugging Face folder; every rank
     calls it, one writes.
@@ -153,6 +158,7 @@ def write_weights(
         rounds: From `in_rounds`, with weights; they may be made one after another.
         source: A checked folder.
         target: The folder to write.
+        changed_files: Content of files by name, instead of the source's.
 
     Raises:
         ModelError: Writing failed on the writing rank; raised on every rank.
@@ -161,7 +167,9 @@ def write_weights(
     failure: Exception | None = None
     try:
         writer = (
-            FolderWriter(target, source.plain_headers(), other_files(source))
+            FolderWriter(
+                target, source.plain_headers(), {**other_files(source), **(changed_files or {})}
+            )
             if is_writer()
             else None
         )

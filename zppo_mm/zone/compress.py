@@ -9,10 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from data.text import read_text_file
-from zppo_mm.errors import ConfigError
 from zppo_mm.rewards.boxes import final_answer, last_boxed
 from zppo_mm.rewards.mathematics import compare
 from zppo_mm.special_tokens import escape_special_tokens
@@ -20,16 +17,14 @@ from zppo_mm.teacher.teacher import CompressedTrace, Trace
 
 logger = logging.getLogger(__name__)
 
-BUNDLED_TEMPLATE = Path(__file__).parent / "templates" / "compress.txt"
-TEMPLATE_FIELDS = ("question", "trace", "answer")
 NUM_ATTEMPTS = 2
-NO_ANSWER = "(none was given)"
 
 _DROPPED = re.compile(r"</?think>|<\|[^<>|\s]*\|>")
 # The brace of the boxed answer and the end of the formula around it, so that an opened "$" stays
 # closed.
 _CLOSING = re.compile(r"\s*\}[ }]*(\${1,2}|\\\)|\\\])")
-_THINK_END = "</think>"
+_THINK_START, _THINK_END = "<think>", "</think>"
+_SUMMARY_START, _SUMMARY_END = "<summary>", "</summary>"
 
 Generate = Callable[[Sequence[str], int, int], Sequence[str | None]]
 """From user prompts, the step and the number of the attempt (for the random stream) to one response
@@ -110,16 +105,16 @@ class RuleCompressor:
 
 
 class TeacherCompressor:
-    """Lets the teacher rewrite responses and refuses rewrites that change the final answer.
-    Implements `Compressor`.
+    """Lets the teacher rewrite responses. Implements `Compressor`.
 
-    A refused rewrite is retried once. Then the response is cut by rule, as it is if the teacher
-    does not answer. A faithful rewrite over the caps is cut as well.
+    A rewrite without a complete summary, or with another final answer, is refused. It
+    is retried once. Then the response is cut by rule, as it is if the teacher does not answer. A
+    faithful rewrite over the caps is cut as well.
 
     Args:
         generate: The teacher as a function of user texts.
         rule: Cuts what was not rewritten, or not short enough.
-        template: With the fields `{question}`, `{trace}` and `{answer}`, optionally `{max_lines}`.
+        template: `PromptTemplates.compress`.
     """
 
     def __init__(self, generate: Generate, rule: RuleCompressor, template: str) -> None:
@@ -137,21 +132,23 @@ class TeacherCompressor:
             open_traces = [index for index in range(len(traces)) if index not in rewritten]
             if not open_traces:
                 break
-            texts = self.generate(
-                [self._prompt(traces[index]) for index in open_traces], step, attempt
-            )
+            prompts = [
+                fill_template(self.template, traces[index].text, self.rule.max_lines)
+                for index in open_traces
+            ]
+            texts = self.generate(prompts, step, attempt)
             for index, text in zip(open_traces, texts, strict=True):
                 if text is None:
                     continue
-                rewrite = text.rpartition(_THINK_END)[2].strip()
-                if _keeps_answer(rewrite, traces[index].answer):
+                rewrite = summary(text)
+                if rewrite is not None and _keeps_answer(rewrite, traces[index].answer):
                     rewritten[index] = self.rule.cut(rewrite, final_answer(rewrite))
                 else:
                     rejects[index] += 1
         if sum(rejects):
             logger.info(
-                "compression at step %d: %d rewrites changed the final answer, %d of %d traces "
-                "were cut instead",
+                "compression at step %d: %d rewrites had no complete summary or another final "
+                "answer, %d of %d traces were cut instead",
                 step,
                 sum(rejects),
                 len(traces) - len(rewritten),
@@ -164,63 +161,34 @@ class TeacherCompressor:
             for index, trace in enumerate(traces)
         ]
 
-    def _prompt(self, trace: Trace) -> str:
-        return fill_template(self.template, trace, self.rule.max_lines)
 
-
-def fill_template(template: str, trace: Trace, max_lines: int) -> str:
-    """Return the prompt that asks the teacher to rewrite a response, special tokens escaped.
+def fill_template(template: str, response: str, max_lines: int) -> str:
+    """Return the prompt that asks the teacher to rewrite a response, its tags escaped so that it
+    cannot end its block.
 
     Args:
-        template: With any of the fields `{question}`, `{trace}`, `{answer}` and `{max_lines}`.
-        trace: The response.
+        template: With the fields `{response}` and `{max_lines}`.
+        response: A whole response.
         max_lines: Most lines of the rewrite.
     """
     fields = {
-        "question": trace.question.text,
-        "trace": escape_special_tokens(_DROPPED.sub(" ", trace.text)).strip(),
-        "answer": escape_special_tokens(trace.answer) if trace.answer else NO_ANSWER,
+        "response": escape_special_tokens(_DROPPED.sub(" ", response)).strip(),
         "max_lines": str(max_lines),
     }
     return re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), template)
 
 
-def load_compression_template(path: str = "") -> str:
-    """Read the rewriting prompt; an empty path means the bundled one.
-
-    Raises:
-        ConfigError: If the file is missing or lacks a field.
-        DataError: If it is no valid text.
-    """
-    return read_template(
-        "compression template", Path(path) if path else BUNDLED_TEMPLATE, TEMPLATE_FIELDS
-    )
+def without_reasoning(reply: str) -> str:
+    """Return what the teacher says after its reasoning; empty if the reasoning was cut."""
+    return reply.rpartition(_THINK_END)[2].partition(_THINK_START)[0].strip()
 
 
-def read_template(name: str, file: Path, required: Sequence[str]) -> str:
-    """Read a prompt for the teacher.
-
-    Args:
-        name: What the file is, for errors.
-        file: A text file.
-        required: Fields that it must have.
-
-    Raises:
-        ConfigError: If the file is missing or lacks a field.
-        DataError: If it is no valid text.
-    """
-    if not file.is_file():
-        raise ConfigError(
-            f"{name}: no such file, got {str(file)!r}, expected a text file; correct the path"
-        )
-    text = read_text_file(file, name).strip()
-    missing = [field for field in required if f"{{{field}}}" not in text]
-    if missing:
-        raise ConfigError(
-            f"{name}: {file} lacks {', '.join(f'{{{field}}}' for field in missing)}, expected the "
-            f"fields {', '.join(f'{{{field}}}' for field in required)}; add them"
-        )
-    return text
+def summary(reply: str) -> str | None:
+    """Return the last complete summary of a reply, outside its reasoning; `None` without one."""
+    text = without_reasoning(reply)
+    end = text.rfind(_SUMMARY_END)
+    start = text.rfind(_SUMMARY_START, 0, max(end, 0))
+    return text[start + len(_SUMMARY_START) : end].strip() if start >= 0 else None
 
 
 def _split_at_answer(text: str, answer: str | None) -> tuple[str, str]:

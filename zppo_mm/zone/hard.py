@@ -6,6 +6,7 @@ Source: ZPPO (arXiv 2606.18216), Algorithm 1, steps 1 to 3.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 from zppo_mm.experience import Group
@@ -39,11 +40,21 @@ def pre_cap_draw(seed: int, step: int, question_id: str) -> float:
     return float(generator(seed, "pre_cap", step, question_id).random())
 
 
-def pre_cap(hard: Sequence[Group], limit: int, seed: int, step: int) -> list[Group]:
-    """Return the hardest groups, ascending by accuracy, at most `limit`.
+def pre_cap(
+    hard: Sequence[Group], limit: int, seed: int, step: int, to_come: Iterable[str] = ()
+) -> list[Group]:
+    """Return the hardest groups, ascending by accuracy, at most `limit`; while groups are missing,
+    those that are kept whatever the missing accuracies are.
 
     Equal accuracies are ordered by `pre_cap_draw`. The order of the step would always prefer new
     questions to replayed ones, which come after them, and most hard questions tie at 0.
+
+    Args:
+        hard: Hard plain groups, one per question.
+        limit: Most groups.
+        seed: The run's seed.
+        step: Rollout step.
+        to_come: Ids of the questions whose groups are missing.
 
     Source: ZPPO, Algorithm 1, step 3.
     """
@@ -51,4 +62,10 @@ def pre_cap(hard: Sequence[Group], limit: int, seed: int, step: int) -> list[Gro
     def key(group: Group) -> tuple[float, float, str]:
         return group.accuracy, pre_cap_draw(seed, step, group.question.id), group.uid
 
-    return sorted(hard, key=key)[:limit]
+    # The hardest that they can turn out to be.
+    missing = sorted((0.0, pre_cap_draw(seed, step, each), "") for each in to_come)
+    return [
+        group
+        for index, group in enumerate(sorted(hard, key=key)[:limit])
+        if index + bisect_left(missing, key(group)) < limit
+    ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from zppo_mm.rewards.boxes import last_boxed
 from zppo_mm.teacher.teacher import Hint, Trace
@@ -18,13 +17,11 @@ from zppo_mm.zone.compress import (
     Generate,
     RuleCompressor,
     fill_template,
-    read_template,
+    without_reasoning,
 )
 
 logger = logging.getLogger(__name__)
 
-BUNDLED_TEMPLATE = Path(__file__).parent / "templates" / "write_hint.txt"
-_THINK_END = "</think>"
 _BOX_START = "\\boxed"
 
 
@@ -71,7 +68,7 @@ class TeacherHintWriter:
     Args:
         generate: The teacher as a function of user texts.
         rule: Makes the hints that the teacher did not write.
-        template: With the fields `{question}` and `{trace}`, optionally `{max_lines}`.
+        template: `PromptTemplates.write_hint`.
     """
 
     def __init__(self, generate: Generate, rule: RuleHintWriter, template: str) -> None:
@@ -86,13 +83,13 @@ class TeacherHintWriter:
         for attempt in range(NUM_ATTEMPTS):
             missing = [index for index in range(len(traces)) if index not in written]
             prompts = [
-                fill_template(self.template, traces[index], self.rule.rule.max_lines)
+                fill_template(self.template, traces[index].text, self.rule.rule.max_lines)
                 for index in missing
             ]
             for index, text in zip(
                 missing, self.generate(prompts, step, attempt) if prompts else (), strict=True
             ):
-                whole = text.rpartition(_THINK_END)[2] if text is not None else ""
+                whole = without_reasoning(text) if text is not None else ""
                 hint = self.rule.beginning(self.rule.rule.lines(whole))
                 if hint is None:
                     continue
@@ -114,11 +111,6 @@ class TeacherHintWriter:
             Hint(written.get(index, by_rule[index].text), rejects[index])
             for index in range(len(traces))
         ]
-
-
-def load_hint_template() -> str:
-    """Read the bundled prompt that asks for a hint."""
-    return read_template("hint template", BUNDLED_TEMPLATE, ("question", "trace"))
 
 
 def reveals(text: str, trace: Trace) -> bool:

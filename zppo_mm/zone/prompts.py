@@ -10,6 +10,7 @@ from pathlib import Path
 from data.question import Question
 from data.text import read_text_file
 from zppo_mm.errors import ConfigError
+from zppo_mm.rewards.judge import JUDGE_TEMPLATE
 from zppo_mm.special_tokens import escape_special_tokens, is_breakable
 
 BUNDLED_TEMPLATES = Path(__file__).parent / "templates"
@@ -19,15 +20,28 @@ REQUIRED_FIELDS: dict[str, tuple[str, ...]] = {
     "hint.txt": ("question", "hint"),
     "candidate.txt": ("text",),
     "closing.txt": (),
+    "compress.txt": ("response",),
+    "write_hint.txt": ("response",),
+}
+OPTIONAL_FIELDS: dict[str, tuple[str, ...]] = {
+    "compress.txt": ("max_lines",),
+    "write_hint.txt": ("max_lines",),
 }
 MAX_LISTED_ANSWER_CHARS = 80
-NO_ANSWER = "(none given)"
+NO_ANSWER = "(none was boxed)"
 EMPTY_CANDIDATE = "(empty)"
+# Those of all templates, and "trace" and "answer", which older ones had. What follows a letter, as
+# in "\boxed{answer}", is no field.
+_FIELD = re.compile(
+    r"(?<!\w)\{(question|candidates|answers|hint|text|response|max_lines|trace|answer)\}"
+)
+_BRACE_OR_ESCAPED = re.compile(r"\\.|\\\Z|[{}]", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class PromptTemplates:
-    """Builds user texts. The closing format instruction is the last line of every one of them.
+    """Builds user texts. The closing format instruction ends every one of them, except for those
+    that ask the teacher to rewrite a response.
 
     Attributes:
         bcq: With the fields `{question}` and `{candidates}`.
@@ -35,6 +49,9 @@ class PromptTemplates:
         hint: With the fields `{question}` and `{hint}`.
         candidate: One candidate block, with the field `{text}`.
         closing: The format instruction; no fields.
+        compress: Asks the teacher for a candidate, with the field `{response}`, optionally
+            `{max_lines}`.
+        write_hint: Asks the teacher for a hint, with the same fields.
         special_tokens: The tokenizer's; they are escaped in candidate text besides everything
             that looks like a tag.
     """
@@ -44,6 +61,8 @@ class PromptTemplates:
     hint: str
     candidate: str
     closing: str
+    compress: str
+    write_hint: str
     special_tokens: tuple[str, ...] = ()
 
     def plain_text(self, question: Question) -> str:
@@ -71,7 +90,7 @@ class PromptTemplates:
             answers: Distinct wrong answers as parsed.
             candidates: Wrong candidates, escaped.
         """
-        listed = ", ".join(self._listed(answer) for answer in answers) or NO_ANSWER
+        listed = ", ".join(self._boxed(answer) for answer in answers) or NO_ANSWER
         fields = {
             "question": question_text(question),
             "answers": listed,
@@ -98,11 +117,12 @@ class PromptTemplates:
         """Return candidates, escaped, each in its block."""
         return "\n".join(_fill(self.candidate, {"text": text}) for text in candidates)
 
-    def _listed(self, answer: str) -> str:
+    def _boxed(self, answer: str) -> str:
+        """Return an answer on one line in a box that it cannot leave, shortened if it is long."""
         line = " ".join(answer.split())
-        return self.escaped(
-            line if len(line) <= MAX_LISTED_ANSWER_CHARS else line[:MAX_LISTED_ANSWER_CHARS] + "…"
-        )
+        if len(line) > MAX_LISTED_ANSWER_CHARS:
+            line = line[:MAX_LISTED_ANSWER_CHARS] + "…"
+        return f"\\boxed{{{_balanced(self.escaped(line))}}}"
 
     def closed(self, body: str) -> str:
         """Return a user text with the closing format instruction."""
@@ -113,25 +133,25 @@ def load_templates(folder: str = "", special_tokens: Iterable[str] = ()) -> Prom
     """Read the templates; a file that the folder does not have is taken from the bundled ones.
 
     Args:
-        folder: May hold any of bcq.txt, ncq.txt, hint.txt, candidate.txt and closing.txt; empty
-            means the bundled ones.
+        folder: May hold any of `REQUIRED_FIELDS`, and the judge's template, which is not read
+            here; empty means the bundled ones.
         special_tokens: The student tokenizer's special tokens.
 
     Raises:
         ConfigError: If the folder is missing, holds none of them or another .txt file, or a
-            template lacks a field or is empty.
+            template is empty, lacks a field or has one that it cannot have.
     """
     paths = {name: BUNDLED_TEMPLATES / name for name in REQUIRED_FIELDS}
     if folder:
         given = {path.name: path for path in sorted(Path(folder).glob("*.txt"))}
-        wrong = sorted(given.keys() - paths.keys())
+        wrong = sorted(given.keys() - paths.keys() - {JUDGE_TEMPLATE})
         if wrong or not given:
             what = f"unknown template {', '.join(wrong)}" if wrong else "no template found"
             raise ConfigError(
                 f"zone.templates: {what}, got folder {folder!r}, expected any of "
-                f"{', '.join(paths)}; name them so or leave the key empty"
+                f"{', '.join((*paths, JUDGE_TEMPLATE))}; name them so or leave the key empty"
             )
-        paths.update(given)
+        paths |= {name: path for name, path in given.items() if name in paths}
     texts = {name: _checked(path, REQUIRED_FIELDS[name]) for name, path in paths.items()}
     return PromptTemplates(
         **{name.removesuffix(".txt"): text for name, text in texts.items()},
@@ -163,7 +183,20 @@ def _checked(path: Path, fields: Sequence[str]) -> str:
             )
     if path.name == "candidate.txt":
         _check_block(path, text)
+    _check_other_fields(path, text, fields)
     return text
+
+
+def _check_other_fields(path: Path, text: str, fields: Sequence[str]) -> None:
+    """Refuse a field that is filled in elsewhere, or was once: models would read its name."""
+    allowed = (*fields, *OPTIONAL_FIELDS.get(path.name, ()))
+    others = [name for name in _FIELD.findall(text) if name not in allowed]
+    if others:
+        raise ConfigError(
+            f"zone.templates: {path} has a field that is not filled in there, got "
+            f"{{{others[0]}}}, expected {', '.join(f'{{{name}}}' for name in allowed) or 'none'}; "
+            "remove it"
+        )
 
 
 def _check_block(path: Path, text: str) -> None:
@@ -180,6 +213,23 @@ def _marker_lines(block: str) -> list[str]:
     return [
         line.strip() for part in block.split("{text}") for line in part.splitlines() if line.strip()
     ]
+
+
+def _balanced(text: str) -> str:
+    """Return LaTeX whose braces match: those left open are closed at the end, and one that closes
+    nothing becomes a literal brace.
+    """
+    depth = 0
+
+    def matched(piece: re.Match[str]) -> str:
+        nonlocal depth
+        if piece[0] == "}" and depth == 0:
+            return r"\}"
+        depth += {"{": 1, "}": -1}.get(piece[0], 0)
+        # A backslash at the end would make the box's own brace a literal one.
+        return piece[0] if piece[0] != "\\" else ""
+
+    return _BRACE_OR_ESCAPED.sub(matched, text) + "}" * depth
 
 
 def _fill(template: str, fields: Mapping[str, str]) -> str:

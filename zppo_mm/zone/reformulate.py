@@ -45,7 +45,8 @@ class Reformulation:
             that of the first one can whatever the other answers are. If empty, no prompt is
             missing.
         num_candidates: Candidates shown.
-        num_compression_rejects: Rewrites refused because they changed the answer.
+        num_compression_rejects: Rewrites refused because they changed the answer or had no
+            complete summary.
         num_compression_cuts: Candidates that were cut because there was no faithful rewrite.
         num_hint_rejects: Hints refused because they gave the answer away.
         num_hint_failures: Hint prompts that are missing because no hint could be made.
@@ -130,6 +131,15 @@ class Reformulator:
         """What is made, in the order of the cap within a question."""
         return [kind for kind in REFORMULATED if kind in self.zone.kinds]
 
+    def kept(
+        self, hard: Sequence[Group], step: int, num_new: int, to_come: Iterable[str] = ()
+    ) -> list[Group]:
+        """Return the groups that the pre-cap keeps, as `pre_cap` does; of a question that is in
+        `hard` twice, the less accurate one.
+        """
+        limit = count_of_fraction(self.zone.rho_aug, num_new)
+        return pre_cap(_one_group_per_question(hard), limit, self.seed, step, to_come)
+
     def reformulate(
         self,
         hard: Sequence[Group],
@@ -158,7 +168,7 @@ class Reformulator:
         """
         limit = count_of_fraction(self.zone.rho_aug, num_new)
         # The pre-cap sorts by accuracy, so what follows can walk through the questions in order.
-        kept = pre_cap(_one_group_per_question(hard), limit, self.seed, step)
+        kept = self.kept(hard, step, num_new)
         plans, open_questions = self._certain(kept, answers, awaited, limit, step)
         return replace(
             self._made(plans, len(kept), step, early or Reformulation()), awaited=open_questions

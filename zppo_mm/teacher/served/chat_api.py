@@ -58,6 +58,8 @@ class ChatRequest:
         stream: Random stream, as `GroupSampler` names it: `rollout` or `respond`, and a name.
         batch: Set for the server of `chat_server` alone, which reads the stream, the batch and
             references to the media, and returns the tokens.
+        chat_template_kwargs: Variables of the model's chat template.
+        needs_template_kwargs: Whether a server that refuses them is not to be asked without.
     """
 
     text: str
@@ -69,6 +71,8 @@ class ChatRequest:
     media: tuple[MediaRef, ...] = ()
     stream: tuple[str, ...] = ()
     batch: Batch | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    needs_template_kwargs: bool = True
 
     def max_reply_bytes(self, num_choices: int) -> int:
         """Return what the reply to a request for `num_choices` answers may take, decoded."""
@@ -94,6 +98,8 @@ class ChatRequest:
             request["n"] = num_choices
         if self.top_logprobs:
             request |= {"logprobs": True, "top_logprobs": self.top_logprobs}
+        if self.chat_template_kwargs:
+            request["chat_template_kwargs"] = dict(self.chat_template_kwargs)
         if self.batch is not None:
             request["zppo"] = {
                 "stream": self.stream,

@@ -24,6 +24,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from data.question import MediaRef
+from zppo_mm.rollout.chat_template import THINKING_SWITCH
 from zppo_mm.teacher.served.chat_api import Batch
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class ReceivedRequest:
         max_tokens: Longest answer.
         stream: Name of the random stream: `rollout` or `respond`, and a name.
         batch: Requests that are sampled together.
+        is_without_thinking: Whether the chat template is to turn reasoning off, if it can.
     """
 
     text: str
@@ -60,12 +62,18 @@ class ReceivedRequest:
     max_tokens: int
     stream: tuple[str, str]
     batch: Batch
+    is_without_thinking: bool = False
 
     @property
     def batch_key(self) -> tuple[object, ...]:
         """What requests that are sampled together have in common."""
         kind, name = self.stream
-        settings = (self.num_choices, self.temperature, self.max_tokens)
+        settings = (
+            self.num_choices,
+            self.temperature,
+            self.max_tokens,
+            self.is_without_thinking,
+        )
         return (self.batch.name, *settings, kind, name if kind == "respond" else "")
 
 
@@ -210,6 +218,7 @@ def read_request(body: bytes) -> ReceivedRequest:
     (message,) = fields["messages"]
     ours = fields.get("zppo", {})
     batch = Batch(**ours["batch"]) if "batch" in ours else Batch(secrets.token_hex(8), 0, 1)
+    variables = fields.get("chat_template_kwargs", {})
     kind, name = ours.get("stream") or ("rollout", f"chat/{fields.get('seed', 0)}/{batch.index}")
     request = ReceivedRequest(
         text=message["content"],
@@ -219,6 +228,7 @@ def read_request(body: bytes) -> ReceivedRequest:
         max_tokens=int(fields["max_tokens"]),
         stream=(kind, name),
         batch=batch,
+        is_without_thinking=variables.get(THINKING_SWITCH, True) is False,
     )
     if not isinstance(request.text, str) or message.get("role") != "user":
         raise ValueError("expected one user message of plain text")

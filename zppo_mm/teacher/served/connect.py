@@ -25,6 +25,7 @@ MISCONFIGURED = (
 )
 # An answer, though none to train with.
 ANSWERED = ("empty_choice", "content_filter")
+UNKNOWN_TO_SOME = "chat_template_kwargs if the server does not know that field"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -83,13 +84,14 @@ def open_pool(
         if not url:
             pool.close()
             raise ConfigError(problem) if kind == "client" else RuntimeError(problem)
-        if kind in MISCONFIGURED:
+        if kind in MISCONFIGURED or (kind == "http_422" and config.chat_template_kwargs):
             pool.close()
+            field = f", or remove {where}.{UNKNOWN_TO_SOME}" if config.chat_template_kwargs else ""
             raise ConfigError(
                 f"{where}: {url} refuses the model {model or config.model!r}, got {problem!r}, "
                 "expected an answer to a probe; correct the address (the base URL ends before "
                 "/chat/completions and redirects nowhere), the model, the key or the server's "
-                "certificate"
+                f"certificate{field}"
             )
         if kind not in ANSWERED:
             logger.warning("%s: %s does not answer yet: %s", where, url, problem)

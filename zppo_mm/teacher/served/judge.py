@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
+from typing import Any
 
 from zppo_mm.config.schema import RewardConfig
-from zppo_mm.rewards.judge import read_verdict
-from zppo_mm.teacher.served.chat_api import ChatRequest, Choice
-from zppo_mm.teacher.served.servers import RetryPolicy, Servers
+from zppo_mm.teacher.served.chat_api import ChatRequest
+from zppo_mm.teacher.served.servers import Outcome, RetryPolicy, Servers
 
 STOP_LOOK_SECONDS = 0.5
+WITHOUT_THINKING = {"enable_thinking": False}
 
 
 def greedy_replies(
-    pool: Servers, config: RewardConfig, num_retries: int, should_stop: Callable[[], bool] = bool
+    pool: Servers,
+    config: RewardConfig,
+    num_retries: int,
+    should_stop: Callable[[], bool] = bool,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Callable[[Sequence[str]], list[str | None]]:
     """Return a function from prompts to one greedy reply each, `None` where no server answers in
     time; callable from one rank alone.
 
-    A reply that was cut where it could still have become a verdict is none.
+    The model is asked not to reason. If it does all the same, what it wrote after its reasoning is
+    the reply, which is empty if it came to no end. So is that of a model without an answer.
 
     Args:
         pool: The servers.
@@ -27,10 +33,23 @@ def greedy_replies(
         num_retries: Further attempts at a request.
         should_stop: Whether what is judged will be dropped anyway, so that nothing is to be waited
             for.
+        chat_template_kwargs: Further variables of the model's chat template.
     """
+    template_kwargs = {**(chat_template_kwargs or {}), **WITHOUT_THINKING}
 
     def complete(prompts: Sequence[str]) -> list[str | None]:
-        requests = [ChatRequest(prompt, 1, 0.0, config.judge_max_tokens, 0) for prompt in prompts]
+        requests = [
+            ChatRequest(
+                prompt,
+                num_choices=1,
+                temperature=0.0,
+                max_tokens=config.judge_max_tokens,
+                seed=0,
+                chat_template_kwargs=template_kwargs,
+                needs_template_kwargs=False,
+            )
+            for prompt in prompts
+        ]
         policy = RetryPolicy(
             max_seconds=config.judge_max_wait_seconds, num_retries=num_retries, is_urgent=True
         )
@@ -38,23 +57,14 @@ def greedy_replies(
         while not wait([future], timeout=STOP_LOOK_SECONDS).done:
             if should_stop():
                 return [None] * len(prompts)
-        replies = [outcome.answers() for outcome in future.result()]
-        return [
-            next((text for choice in choices if (text := _verdict_text(choice)) is not None), None)
-            for choices in replies
-        ]
+        return [_reply(outcome) for outcome in future.result()]
 
     return complete
 
 
-def _verdict_text(choice: Choice) -> str | None:
-    """Return a reply without its reasoning; `None` if the limit came before a verdict, in a
-    separate reasoning or in the object.
-    """
-    text = choice.content.rpartition("</think>")[2].strip()
-    is_open = not text or text.startswith("{")
-    return (
-        None
-        if choice.finish_reason == "length" and is_open and read_verdict(text) is None
-        else text
-    )
+def _reply(outcome: Outcome) -> str | None:
+    for choice in outcome.answers():
+        text = choice.content.rpartition("</think>")[2].strip()
+        # A reasoning that is opened after the last one was closed has no end.
+        return text.partition("<think>")[0].strip()
+    return "" if outcome.has_no_answer else None

@@ -35,6 +35,8 @@ T = TypeVar("T")
 # How servers that take one answer per request refuse several: some call it a fault of their own,
 # which may also pass.
 ONE_EACH = ("http_400", "http_422", "http_500", "http_501")
+# How servers refuse a field that they do not know.
+UNKNOWN_FIELD = ("http_400", "http_422")
 # Requests that the student is idle for have this fraction of connections to themselves.
 URGENT_FRACTION = 0.25
 
@@ -83,6 +85,7 @@ class EndpointPool:
         self._writer = MessageWriter(config, media)
         self._jitter = random.Random(first)
         self._sends_n = True
+        self._sends_optional_kwargs = True
         self._batch_size = batch_size
         self._batch_names = (f"{secrets.token_hex(8)}/{number}" for number in itertools.count())
         self._client: httpx2.AsyncClient | None = None
@@ -138,7 +141,14 @@ class EndpointPool:
             await self._client.aclose()
 
     async def _probe_all(self) -> dict[str, Fault | None]:
-        hello = ChatRequest("Hello", num_choices=1, temperature=0.0, max_tokens=1, seed=0)
+        hello = ChatRequest(
+            "Hello",
+            num_choices=1,
+            temperature=0.0,
+            max_tokens=1,
+            seed=0,
+            chat_template_kwargs=self._config.chat_template_kwargs,
+        )
         body = await self._body(hello, 1, 0, 0)
 
         async def probe(endpoint: Endpoint) -> Fault | None:
@@ -177,10 +187,9 @@ class EndpointPool:
                 f", last {outcome.problem}" if outcome.problem else ""
             )
         except Fault as fault:
-            outcome.problem, outcome.is_refused = (
-                self.received.shown(str(fault)),
-                fault.is_refusal or fault.is_of_model,
-            )
+            outcome.problem = self.received.shown(str(fault))
+            outcome.is_refused = fault.is_refusal or fault.is_of_model
+            outcome.has_no_answer = fault.is_of_model
         except ReasonedError as error:
             outcome.problem, outcome.is_refused = f"{error.reason}: {error}", True
         outcome.seconds = time.monotonic() - started
@@ -238,6 +247,34 @@ class EndpointPool:
         policy: RetryPolicy,
         draw: int = 0,
     ) -> Reply:
+        """Ask with the variables of the chat template, and if they are refused and not needed,
+        without; see `_attempts`.
+        """
+        bare = replace(request, chat_template_kwargs={})
+        if request.needs_template_kwargs or not request.chat_template_kwargs:
+            return await self._attempts(request, num_choices, first, outcome, policy, draw)
+        if not self._sends_optional_kwargs:
+            return await self._attempts(bare, num_choices, first, outcome, policy, draw)
+        try:
+            return await self._attempts(request, num_choices, first, outcome, policy, draw)
+        except Fault as fault:
+            if fault.kind not in UNKNOWN_FIELD:
+                raise
+        reply = await self._attempts(bare, num_choices, first, outcome, policy, draw)
+        # What is refused for its text is refused without them too.
+        self._sends_optional_kwargs = False
+        logger.info("the judge's server refuses chat_template_kwargs: it is asked without them")
+        return reply
+
+    async def _attempts(
+        self,
+        request: ChatRequest,
+        num_choices: int,
+        first: int,
+        outcome: Outcome,
+        policy: RetryPolicy,
+        draw: int,
+    ) -> Reply:
         """Try one request until a server answers it. What the model did not answer is drawn again,
         what a server refused asked elsewhere.
 
@@ -263,7 +300,9 @@ class EndpointPool:
                     endpoint.failed(fault, backoff)
                     self._count_fault(fault, outcome)
                     kinds[fault.kind] += 1
-                    if self._is_last(fault, kinds, num_choices, attempt, policy):
+                    # Another greedy draw of the model is the same.
+                    is_settled = fault.is_of_model and not request.temperature
+                    if is_settled or self._is_last(fault, kinds, num_choices, attempt, policy):
                         raise
                     avoided = endpoint
                     if fault.is_of_model:

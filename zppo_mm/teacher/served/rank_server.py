@@ -54,6 +54,7 @@ class RankServer:
         link: To the student's partition.
         server: Receives requests; `None` on all ranks but the leader.
         sampler: Of the teacher, without a grader.
+        sampler_without_thinking: The same for requests that turn reasoning off.
         sampling: Its stop tokens.
         exchange: The teacher's replicas.
         release_memory: Called after every batch.
@@ -62,6 +63,7 @@ class RankServer:
     link: PartitionLink
     server: ChatServer | None
     sampler: GroupSampler
+    sampler_without_thinking: GroupSampler
     sampling: SamplingParams
     exchange: Exchange
     release_memory: Callable[[], None]
@@ -111,17 +113,18 @@ class RankServer:
         sampling = replace(
             self.sampling, temperature=first.temperature, max_new_tokens=first.max_tokens
         )
+        sampler = self.sampler_without_thinking if first.is_without_thinking else self.sampler
         kind, name = first.stream
         if kind == "respond":
-            texts = self.sampler.respond([each.text for each in requests], sampling, name)
+            texts = sampler.respond([each.text for each in requests], sampling, name)
             return [_refusal(NOT_FINITE) if text is None else _text_reply(text) for text in texts]
         instances = [_instance(request) for request in requests]
-        groups = self.sampler.sample(instances, sampling, first.num_choices, step=0)
+        groups = sampler.sample(instances, sampling, first.num_choices, step=0)
         by_uid = {group.instance.uid: group for group in groups}
         return [
             _group_reply(by_uid[instance.uid])
             if instance.uid in by_uid
-            else _refusal(self.sampler.failed[instance.uid])
+            else _refusal(sampler.failed[instance.uid])
             for instance in instances
         ]
 

@@ -39,12 +39,14 @@ class Outcome:
         problem: Why any are missing; empty if none is.
         is_refused: The message itself could not be made or was refused, or the model has no answer,
             by no fault of the servers.
+        has_no_answer: The model ended without an answer.
         seconds: From being handed over to the end.
     """
 
     choices: dict[int, Choice] = field(default_factory=dict)
     problem: str = ""
     is_refused: bool = False
+    has_no_answer: bool = False
     seconds: float = 0.0
 
     def answers(self) -> list[Choice]:

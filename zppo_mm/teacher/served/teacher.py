@@ -239,7 +239,12 @@ class ServedTeacher:
     def _request(self, text: str, num_choices: int, *path: str | int) -> ChatRequest:
         seed = int(generator(self.seed, *path).integers(2**31))
         return ChatRequest(
-            text, num_choices, self.config.temperature, self.config.max_response_tokens, seed
+            text,
+            num_choices,
+            self.config.temperature,
+            self.config.max_response_tokens,
+            seed,
+            chat_template_kwargs=self.config.chat_template_kwargs,
         )
 
     def _submit(

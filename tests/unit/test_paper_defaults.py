@@ -1,0 +1,136 @@
+"""A configuration that says nothing has the paper's values, and every method does what the paper
+says of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zppo_mm.config.load import PRESETS_FOLDER, load_config
+from zppo_mm.config.schema import RunConfig
+from zppo_mm.evaluation.settings import SAMPLING
+from zppo_mm.methods import METHODS
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+# Source: the paper's tables of symbols and hyperparameters (arXiv 2606.18216), by our keys.
+PAPER: dict[str, Any] = {
+    "method": "zppo",
+    "rollout.num_rollouts": 8,  # G_S
+    "teacher.num_rollouts": 4,  # G_T
+    "zone.bcq": True,
+    "zone.ncq": True,
+    "zone.replay": True,
+    "zone.hint": False,
+    "zone.prefix": False,
+    "zone.inject": False,
+    "zone.tau": 0.5,
+    "zone.rho_replay": 0.25,
+    "zone.rho_aug": 0.25,
+    "zone.buffer_capacity": 10_000,  # B_max
+    "zone.prefix_fraction": 0.4,
+    "zone.max_sampling_rounds": 1,
+    "train.updates_per_step": 4,  # I
+    "train.num_new_questions": 4 * 96,  # 96 prompts per gradient update
+    "train.train_iters": 200,
+    "algorithm.clip_ratio_low": 0.20,
+    "algorithm.clip_ratio_high": 0.28,
+    "algorithm.clip_ratio_c": 10.0,
+    "algorithm.advantage_normalization": "nonzero",
+    "algorithm.importance_cap": 0.0,
+    "distill.source": "none",
+    "distill.top_k": 0,
+    "train.lr": 1e-6,
+    "train.lr_warmup_updates": 0,
+    "train.adam_beta1": 0.9,
+    "train.adam_beta2": 0.999,
+    "train.adam_eps": 1e-8,
+    "train.weight_decay": 0.1,
+    "train.clip_grad": 1.0,
+    "train.freeze": [],
+    "lora.rank": 0,
+    "rollout.temperature": 1.0,
+    "rollout.top_p": 1.0,
+    "rollout.top_k": 0,
+    "rollout.max_response_tokens": 12_288,  # in evaluations too
+    "teacher.temperature": 1.0,
+    "teacher.max_response_tokens": 12_288,
+    "teacher.compressor": "teacher",
+    "teacher.compression_max_tokens": 512,
+    "teacher.compression_max_lines": 5,
+    "fallback_teachers": [],
+    "data.max_prompt_tokens": 4096,
+    "reward.judge_max_tokens": 512,
+    "evaluation.temperature": 0.6,
+    "evaluation.top_p": 0.95,
+    "evaluation.top_k": 20,
+    "evaluation.min_p": 0.0,
+    "evaluation.presence_penalty": 1.5,
+}
+# Where the paper has bfloat16.
+OTHERWISE: dict[str, Any] = {
+    "model.params_dtype": "auto",  # bfloat16 on a GPU
+    "train.optimizer_state_dtype": "float32",  # docs/algorithm.md says why
+}
+
+
+def values(config: RunConfig, keys: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for key in keys:
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        found[key] = value
+    return found
+
+
+@pytest.fixture
+def resolved(tmp_path: Path) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text("")
+    return load_config(path)
+
+
+def test_a_file_that_says_nothing_is_the_paper(resolved: RunConfig) -> None:
+    assert values(resolved, PAPER) == PAPER
+    assert values(resolved, OTHERWISE) == OTHERWISE
+
+
+def test_the_evaluation_tool_samples_as_the_paper_does() -> None:
+    ours = SAMPLING["paper"]
+    assert ours == {key: PAPER[key] for key in ours}
+    assert {key for key in PAPER if key.startswith("evaluation.")} <= set(ours)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_updates_and_questions_of_every_method(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"method: {name}\n")
+    config = load_config(path)
+    base = name.removesuffix("_replay")
+    # The two distillation baselines update once per step, on the whole batch.
+    assert config.train.updates_per_step == (1 if base in ("off_distill", "on_distill") else 4)
+    # Hint and prefix ask the teacher only about what the pre-cap keeps.
+    assert config.zone.asks_pre_capped == (base in ("hint", "prefix"))
+    given = {key: value for key, value in PAPER.items() if key not in METHODS[name].settings}
+    given["method"] = name
+    assert values(config, given) == given
+
+
+def test_together_with_a_kind_that_asks_about_all_hard_questions_all_are_asked() -> None:
+    for options in (["method=zppo", "zone.hint=true"], ["method=inject", "zone.prefix=true"]):
+        assert not load_config(None, options).zone.asks_pre_capped
+    assert load_config(None, ["method=prefix", "zone.hint=true"]).zone.asks_pre_capped
+
+
+def test_what_uses_the_bundled_teacher_compresses_by_rule() -> None:
+    files = [*PRESETS_FOLDER.glob("*.yaml"), *EXAMPLES.glob("*/run.yaml")]
+    bundled = [path for path in files if not load_config(path).teacher.model]
+    assert {path.name for path in bundled} == {"tiny.yaml", "run.yaml"}
+    assert [path for path in bundled if load_config(path).teacher.compressor != "rule"] == []
+    own = set(files) - set(bundled)
+    by_rule = [path.parent.name for path in own if load_config(path).teacher.compressor == "rule"]
+    assert by_rule == ["smollm2_text"]  # its teacher is the student, far too small to rewrite
