@@ -139,6 +139,7 @@ def test_the_recipe_has_the_papers_values_and_says_them(size: str) -> None:
     text = (FOLDER / f"{size.lower()}.yaml").read_text(encoding="utf-8")
     assert [key for key in PAPER if f"{key.split('.')[-1]}: " not in text] == []
     assert config.teacher.endpoints
+    assert config.model.chat_template_kwargs == {"enable_thinking": True}
     assert config.model.student.endswith(f"Qwen3.5-{size}")
 
 
