@@ -175,9 +175,7 @@ class ZoneConfig:
         10_000, "Maximum number of questions in the replay buffer (B_max).", at_least=1
     )
     templates: str = key(
-        "",
-        "Folder with any of bcq.txt, ncq.txt, hint.txt, candidate.txt, closing.txt, compress.txt, "
-        "write_hint.txt and judge.txt. Empty: the bundled templates.",
+        "", "Folder of prompts in place of the bundled ones: examples/own_prompts."
     )
 
     @property
@@ -350,10 +348,7 @@ class RewardConfig:
         "Maximum length of a response that the judge sees. Of a longer one it sees the end.",
         at_least=1,
     )
-    judge_template: str = key(
-        "",
-        "File with the judge's prompt. Empty: judge.txt of `zone.templates`, or the bundled one.",
-    )
+    judge_template: str = key("", "File with the judge's prompt. Empty: that of `zone.templates`.")
     max_malformed_fraction: float = key(
         0.25,
         "The run stops when more than this fraction of the judge's replies is malformed (checked "
