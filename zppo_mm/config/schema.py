@@ -132,9 +132,7 @@ class RolloutConfig:
 class ZoneConfig:
     """What ZPPO and its baselines add to GRPO for hard questions."""
 
-    bcq: bool = key(
-        True, "Ask hard questions again with one correct and one wrong candidate (BCQ)."
-    )
+    bcq: bool = key(True, "Ask hard questions again with a correct and a wrong candidate (BCQ).")
     ncq: bool = key(True, "Ask hard questions again with the student's own wrong answers (NCQ).")
     hint: bool = key(
         False, "Ask hard questions again with a hint made from a correct teacher rollout."
