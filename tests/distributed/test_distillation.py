@@ -39,6 +39,7 @@ from tests.support.training_example import (
     write_tiny_folder,
 )
 from zppo_mm.algorithms.divergence import top_tokens
+from zppo_mm.algorithms.row_loss import OutputRows
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import Group, Prompt, PromptInstance, Rollout, TopLogprobs, TrainingSample
@@ -339,7 +340,7 @@ def test_networks_that_cannot_be_compared_are_refused(folders: Path) -> None:
 
 
 def touched_positions(folders: Path, ways: list[Distilled]) -> list[np.ndarray]:
-    """Return which tokens' logits get a gradient in the first micro-batch, and which should, `[2,
+    """Return which tokens' outputs get a gradient in the first micro-batch, and which should, `[2,
     tokens]`.
     """
     found = []
@@ -353,11 +354,12 @@ def touched_positions(folders: Path, ways: list[Distilled]) -> list[np.ndarray]:
             microbatch.patches,
             microbatch.grids,
         )
-        logits = policy.model(*inputs, parents=microbatch.parents)
-        logits.retain_grad()
-        policy.objective(logits, microbatch).loss_sum.backward()
-        assert logits.grad is not None
-        touched = (logits.grad.abs().sum(-1) > 0).numpy()
+        hidden = policy.model(*inputs, parents=microbatch.parents, output_layer=False)
+        hidden.retain_grad()
+        rows = OutputRows(hidden, policy.model.output_weight())
+        policy.objective(rows, microbatch).loss_sum.backward()
+        assert hidden.grad is not None
+        touched = (hidden.grad.abs().sum(-1) > 0).numpy()
         expected = np.zeros_like(touched)
         for sequence, parent in enumerate(
             microbatch.parents or [-1] * (len(microbatch.cu_seqlens) - 1)

@@ -16,6 +16,7 @@ import torch
 from data.sample import ShardSample
 from data.shard_writer import write_shards
 from tests.support.launch import run_ranks
+from zppo_mm.algorithms.row_loss import OutputRows
 from zppo_mm.config.load import load_config
 from zppo_mm.experience import Microbatch
 from zppo_mm.methods import METHODS
@@ -84,16 +85,16 @@ class Probe:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._objective, name)
 
-    def __call__(self, logits: torch.Tensor, microbatch: Microbatch) -> ObjectiveTerms:
+    def __call__(self, rows: OutputRows, microbatch: Microbatch) -> ObjectiveTerms:
         if predicting_rows(microbatch) is not None:
             targets = microbatch.token_ids[microbatch.loss_mask.nonzero().squeeze(-1)]
             self.targets += targets.tolist()
-            logits.register_hook(lambda gradient: self._note(gradient, targets))
-        terms: ObjectiveTerms = self._objective(logits, microbatch)
+            rows.hidden.register_hook(lambda gradient: self._note(gradient, targets))
+        terms: ObjectiveTerms = self._objective(rows, microbatch)
         return terms
 
     def _note(self, gradient: torch.Tensor, targets: torch.Tensor) -> None:
-        assert len(gradient) == len(targets), "logits of more positions than the loss tokens'"
+        assert len(gradient) == len(targets), "more positions than the loss tokens'"
         self.probed += targets[gradient.abs().sum(-1) > 0].tolist()
 
 

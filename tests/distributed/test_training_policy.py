@@ -289,7 +289,7 @@ def statistics_of_a_slice() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     logits, rows, targets = whole_logits()
     mine = logits.chunk(2, dim=1)[parallel.tensor_rank()].clone().requires_grad_()
     logprobs, entropies = token_statistics(
-        mine, rows, targets, parallel.tensor_group(), temperature=0.8, chunk_rows=4
+        mine[rows], targets, parallel.tensor_group(), temperature=0.8, chunk_rows=4
     )
     (logprobs * targets + 3 * entropies).sum().backward()
     parallel.shutdown()

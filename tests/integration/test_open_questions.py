@@ -52,6 +52,7 @@ def options(url: str, shards: Path, **changes: Any) -> list[str]:
         "teacher.endpoints": f"[{url}]",
         "teacher.model": "tiny",
         "teacher.num_retries": 0,
+        "evaluation.judge": "open",
         "reward.judge_max_tokens": 4,
         "reward.max_malformed_fraction": 1,
         "parity.mode": "none",
@@ -92,16 +93,24 @@ def test_a_judge_without_verdicts_ends_the_run_before_the_update(
     assert f"reward.judge: the judge at {server.url} does not give verdicts" in output
     assert "such as 'I agree.'" in output
     folder = tmp_path / "run"
-    assert lines(folder / "metrics.jsonl") == []
+    assert not (folder / "metrics.jsonl").exists()
     assert [path.name for path in (folder / "checkpoints").glob("step_*")] == ["step_000000"]
     with serve_raw(lambda number: replying('```json\n{"verdict": "correct"}\n```')) as server:
         run(tmp_path, "run", *options(server.url, shards))
     (row,) = lines(folder / "metrics.jsonl")
     assert (row["reward/judge_malformed"], row["reward/judge_failures"]) == (0, 0)
+    open_ids = {
+        sample.question["id"]
+        for index, sample in enumerate(digit_samples("text", "train", 40, 0))
+        if index % 2 == 0
+    }
     rewards = [
-        rollout["reward"] for group in transcript(folder, 1) for rollout in group["rollouts"]
+        rollout["reward"]
+        for group in transcript(folder, 1)
+        for rollout in group["rollouts"]
+        if group["question_id"] in open_ids
     ]
-    assert rewards.count(1.0) >= row["reward/judged"] > 0
+    assert rewards == [1.0] * len(rewards) != []
 
 
 @pytest.mark.parametrize("openness", ["half", "all"])

@@ -111,7 +111,7 @@ def test_every_filter_is_counted_by_itself(tmp_path: Path) -> None:
         "truncated": 1,
         "unsupported_container": 1,
         "missing_media": 3,
-        "long_prompt": 1,
+        "too_long": 1,
         "duplicate": 1,
         "kept": 4,
     }
@@ -294,7 +294,7 @@ def test_a_prompt_is_measured_with_its_images(tmp_path: Path) -> None:
     fits, _ = draw(tmp_path, row, out="fits", max_prompt_tokens=exact)
     longer, _ = draw(tmp_path, row, out="longer", max_prompt_tokens=exact - 1)
     assert fates(fits, AI2D) == {"kept": 1}
-    assert fates(longer, AI2D) == {"long_prompt": 1, "kept": 0}
+    assert fates(longer, AI2D) == {"too_long": 1, "kept": 0}
 
 
 def vero_question(number: int) -> str:

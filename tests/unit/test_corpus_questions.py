@@ -78,6 +78,8 @@ def test_inline_options(text: str, stem: str | None, options: tuple[str, ...]) -
         ("B. blue", None, "Which? A) red B) blue", ("choice", "B", 2)),
         ("B", None, "Which? A) red B) blue", ("choice", "B", 2)),
         ("B", "numeric", "Which? A) red B) blue", ("choice", "B", 2)),
+        # An instruction about the form of the answer does not belong to the last option.
+        ("B", None, "Which?\nA) red\nB) blue\nAnswer with the option letter.", ("choice", "B", 2)),
         # A letter whose options are in the picture is compared as it is.
         ("B.", None, "Which?", ("math", "B", 0)),
         ("D", None, "Which? A) red B) blue", ("math", "D", 0)),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from data.question import MediaRef, Question
 from encoders.processor import VisionInput
 from tests.support import network_checks, tiny_families, tiny_qwen
+from zppo_mm.algorithms.row_loss import OutputRows
 from zppo_mm.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import TrainingSample
@@ -132,7 +133,7 @@ def forward_backward(
     shared = any(len(lengths) > 1 for _, lengths in groups)
     assert (microbatch.parents is not None) == (share_prompts and shared)
     network.zero_grad()
-    logits = network(
+    hidden = network(
         microbatch.token_ids,
         microbatch.positions,
         microbatch.cu_seqlens,
@@ -140,15 +141,17 @@ def forward_backward(
         microbatch.grids,
         rows=predicting_rows(microbatch),
         parents=microbatch.parents,
+        output_layer=False,
     )
-    terms = PolicyObjective(AlgorithmConfig(), temperature=1.0)(logits, microbatch)
+    rows = OutputRows(hidden, network.output_weight())
+    terms = PolicyObjective(AlgorithmConfig(), temperature=1.0)(rows, microbatch)
     terms.loss_sum.backward()  # type: ignore[no-untyped-call]
     gradients = {
         name: parameter.grad.clone()
         for name, parameter in network.named_parameters()
         if parameter.grad is not None
     }
-    return logits.detach(), float(terms.loss_sum.detach()), gradients
+    return rows.logits(slice(None)).detach(), float(terms.loss_sum.detach()), gradients
 
 
 def check_sharing(network: VisionLanguageModel, groups: Groups) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from zppo_mm.algorithms.row_loss import OutputRows
 from zppo_mm.config.schema import AlgorithmConfig
 from zppo_mm.experience import Microbatch
 from zppo_mm.training.objective import (
@@ -40,16 +41,21 @@ def packed(old_shift: float = 0.0) -> tuple[torch.Tensor, Microbatch]:
     )
 
 
+def rows_of(logits: torch.Tensor) -> OutputRows:
+    """Return rows whose hidden states are their logits."""
+    return OutputRows(logits, torch.eye(VOCABULARY), max_chunk_logits=2 * VOCABULARY)
+
+
 def sums_by_name(
     objective: PolicyObjective, logits: torch.Tensor, microbatch: Microbatch
 ) -> dict[str, float]:
     names = ("loss", "num_tokens", *(metric.name for metric in objective.metrics))
-    return dict(zip(names, objective(logits, microbatch).sums.tolist(), strict=True))
+    return dict(zip(names, objective(rows_of(logits), microbatch).sums.tolist(), strict=True))
 
 
 def test_a_token_is_predicted_from_the_position_before_it() -> None:
     logits, microbatch = packed()
-    terms = SupervisedObjective()(logits, microbatch)
+    terms = SupervisedObjective()(rows_of(logits), microbatch)
     expected = -sum(
         float(torch.log_softmax(logits[i - 1], -1)[microbatch.token_ids[i]])
         for i in (2, 3, 4, 7, 8)
@@ -61,7 +67,7 @@ def test_a_token_is_predicted_from_the_position_before_it() -> None:
 def test_no_prediction_crosses_into_the_next_sequence() -> None:
     logits, microbatch = packed()
     logits.requires_grad_()
-    SupervisedObjective()(logits, microbatch).loss_sum.backward()
+    SupervisedObjective()(rows_of(logits), microbatch).loss_sum.backward()
     assert logits.grad is not None
     touched = logits.grad.abs().sum(-1) > 0
     # Responses are tokens 2-4 and 7-8, so logits 1-3 and 6-7 matter; 4 and 8 end their sequences.
@@ -74,7 +80,10 @@ def test_the_predicting_rows_alone_give_the_same_terms() -> None:
     assert rows is not None
     assert rows.tolist() == [1, 2, 3, 6, 7]
     objective = PolicyObjective(AlgorithmConfig(), temperature=1.0)
-    assert torch.equal(objective(logits[rows], microbatch).sums, objective(logits, microbatch).sums)
+    assert torch.equal(
+        objective(rows_of(logits[rows]), microbatch).sums,
+        objective(rows_of(logits), microbatch).sums,
+    )
 
 
 def test_on_policy_tokens_have_ratio_one() -> None:
@@ -108,7 +117,7 @@ def test_a_micro_batch_without_loss_tokens_has_no_gradient() -> None:
         *[torch.zeros(9)] * 4,
     )
     logits.requires_grad_()
-    terms = PolicyObjective(AlgorithmConfig(), temperature=1.0)(logits, idle)
+    terms = PolicyObjective(AlgorithmConfig(), temperature=1.0)(rows_of(logits), idle)
     terms.loss_sum.backward()
     assert terms.sums.tolist() == [0.0] * (2 + len(PolicyObjective.metrics))
     assert torch.equal(logits.grad, torch.zeros_like(logits))
@@ -117,7 +126,7 @@ def test_a_micro_batch_without_loss_tokens_has_no_gradient() -> None:
 @pytest.mark.parametrize("middle", [0, 1, 2, 3, 7, 9])
 def test_the_loss_is_divided_by_where_the_predicting_position_lies(middle: int) -> None:
     logits, microbatch = packed(old_shift=0.1)
-    whole = SupervisedObjective()(logits, microbatch)
+    whole = SupervisedObjective()(rows_of(logits), microbatch)
     parts = []
     for own in (slice(0, middle), slice(middle, 9)):
         mine = with_loss_predicted_by(microbatch, own)
@@ -125,7 +134,7 @@ def test_the_loss_is_divided_by_where_the_predicting_position_lies(middle: int) 
         # A part that predicts nothing gives the logits of its own tokens, whatever their number.
         parts.append(
             SupervisedObjective()(
-                logits[own] if rows is None else logits[own][rows - own.start], mine
+                rows_of(logits[own] if rows is None else logits[own][rows - own.start]), mine
             )
         )
     assert sum(float(part.loss_sum) for part in parts) == pytest.approx(

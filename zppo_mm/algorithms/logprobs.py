@@ -23,13 +23,12 @@ class TokenStatistics(NamedTuple):
 
 def token_statistics(
     logits: torch.Tensor,
-    rows: torch.Tensor,
     targets: torch.Tensor,
     group: dist.ProcessGroup | None = None,
     temperature: float = 1.0,
     chunk_rows: int = DEFAULT_CHUNK_ROWS,
 ) -> TokenStatistics:
-    """Return the log-prob of a target and the entropy for some rows of the logits, without ever
+    """Return the log-prob of a target and the entropy of every row of the logits, without ever
     gathering the vocabulary.
 
     Two all-reduces, of one and of three numbers per row. Work memory is a few chunks of
@@ -37,8 +36,7 @@ def token_statistics(
     keeping it.
 
     Args:
-        logits: `[tokens, vocab / tp]`, this rank's slice of the vocabulary; left unchanged.
-        rows: `[rows]` int64 into `tokens`, each at most once.
+        logits: `[rows, vocab / tp]`, this rank's slice of the vocabulary; left unchanged.
         targets: `[rows]` int64, ids over the whole vocabulary.
         group: Ranks that share the vocabulary, in its order; `None` if it is whole.
         temperature: Divides the logits.
@@ -55,7 +53,7 @@ def token_statistics(
     if group is not None and dist.get_world_size(group) == 1:
         group = None
     statistics = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
-        logits, rows, targets, group, temperature, chunk_rows
+        logits, targets, group, temperature, chunk_rows
     )
     return TokenStatistics(*statistics)
 
@@ -71,21 +69,20 @@ class _TokenStatistics(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: torch.Tensor,
-        rows: torch.Tensor,
         targets: torch.Tensor,
         group: dist.ProcessGroup | None,
         temperature: float,
         chunk_rows: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         local = _local_targets(targets, logits.shape[1], group)
-        largest = logits.new_empty(len(rows), dtype=torch.float32)
+        largest = logits.new_empty(len(logits), dtype=torch.float32)
         if group is not None:
-            for chunk in row_chunks(len(rows), chunk_rows):
-                largest[chunk] = logits[rows[chunk]].amax(-1).float() / temperature
+            for chunk in row_chunks(len(logits), chunk_rows):
+                largest[chunk] = logits[chunk].amax(-1).float() / temperature
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        sums = logits.new_zeros((3, len(rows)), dtype=torch.float32)
-        for chunk in row_chunks(len(rows), chunk_rows):
-            shifted = _scaled(logits, rows[chunk], temperature)
+        sums = logits.new_zeros((3, len(logits)), dtype=torch.float32)
+        for chunk in row_chunks(len(logits), chunk_rows):
+            shifted = _scaled(logits[chunk], temperature)
             if group is None:
                 largest[chunk] = shifted.amax(-1)
             shifted.sub_(largest[chunk, None])
@@ -100,9 +97,7 @@ class _TokenStatistics(torch.autograd.Function):
         log_partition = sums[0].log()
         logprobs = sums[2] - log_partition
         entropies = log_partition - sums[1] / sums[0]
-        ctx.save_for_backward(
-            logits, rows, local.mine, local.columns, log_partition + largest, entropies
-        )
+        ctx.save_for_backward(logits, local.mine, local.columns, log_partition + largest, entropies)
         ctx.set_materialize_grads(False)
         ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
         return logprobs, entropies
@@ -110,14 +105,14 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, *gradients: torch.Tensor | None
-    ) -> tuple[torch.Tensor, None, None, None, None, None]:
+    ) -> tuple[torch.Tensor, None, None, None, None]:
         logprob_gradient, entropy_gradient = gradients
-        logits, rows, mine, index, log_partition, entropies = ctx.saved_tensors
+        logits, mine, index, log_partition, entropies = ctx.saved_tensors
         if logprob_gradient is None:
             logprob_gradient = torch.zeros_like(log_partition)
-        result = torch.zeros_like(logits)
-        for chunk in row_chunks(len(rows), ctx.chunk_rows):
-            log_p = _scaled(logits, rows[chunk], ctx.temperature).sub_(log_partition[chunk, None])
+        result = torch.empty_like(logits)
+        for chunk in row_chunks(len(logits), ctx.chunk_rows):
+            log_p = _scaled(logits[chunk], ctx.temperature).sub_(log_partition[chunk, None])
             if entropy_gradient is None:
                 gradient = log_p.exp_().mul_(logprob_gradient[chunk, None].neg())
             else:
@@ -128,14 +123,13 @@ class _TokenStatistics(torch.autograd.Function):
             gradient.scatter_add_(-1, index[chunk][:, None], ones)
             if ctx.temperature != 1.0:
                 gradient.div_(ctx.temperature)
-            result[rows[chunk]] = gradient.to(result.dtype)
-        return result, None, None, None, None, None
+            result[chunk] = gradient.to(result.dtype)
+        return result, None, None, None, None
 
 
-def _scaled(logits: torch.Tensor, rows: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return a float32 copy of some rows, divided by the temperature."""
-    copy = logits[rows].float()
-    return copy if temperature == 1.0 else copy.div_(temperature)
+def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return a float32 copy, divided by the temperature."""
+    return logits.to(torch.float32, copy=True).div_(temperature)
 
 
 class _LocalTargets(NamedTuple):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zppo_mm.config.keys import key
-
-JUDGE_MODES = ("open", "fallback", "never")
+from zppo_mm.config.reward import JUDGE_MODES
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zppo_mm.config.keys import key, section
-from zppo_mm.config.monitoring import JUDGE_MODES
 from zppo_mm.config.monitoring import EvaluationConfig as EvaluationConfig
 from zppo_mm.config.monitoring import ObservabilityConfig as ObservabilityConfig
 from zppo_mm.config.monitoring import ParityConfig as ParityConfig
@@ -18,6 +17,7 @@ from zppo_mm.config.network import TRAINABLE_PARTS
 from zppo_mm.config.network import LoraConfig as LoraConfig
 from zppo_mm.config.network import ModelConfig as ModelConfig
 from zppo_mm.config.network import ParallelConfig as ParallelConfig
+from zppo_mm.config.reward import RewardConfig as RewardConfig
 from zppo_mm.config.teacher import TeacherConfig as TeacherConfig
 from zppo_mm.methods import METHODS, SWITCHED, Kind
 
@@ -304,56 +304,6 @@ class CheckpointConfig:
         2, "Checkpoints kept. Older ones are removed when a newer one is complete.", at_least=1
     )
     resume: bool = key(True, "Continue from the newest complete checkpoint of the run's folder.")
-
-
-@dataclass(kw_only=True)
-class RewardConfig:
-    """Grading."""
-
-    timeout_seconds: float = key(
-        5.0,
-        "Maximum CPU time for grading one answer. A rollout that exceeds it is left out.",
-        above=0,
-    )
-    budget_seconds: float = key(
-        60.0,
-        "Maximum time of one grading call on a rank. Rollouts not graded by then are left out.",
-        above=0,
-    )
-    num_workers: int = key(2, "Grading processes per rank.", at_least=1)
-    judge: str = key(
-        "open",
-        "What the judge decides, a language model behind a server or the teacher on its own ranks. "
-        "`open`: questions of answer type `open`. `fallback`: also what the rules do not call "
-        "right. `never`: nothing. Questions that nothing can grade are skipped.",
-        choices=JUDGE_MODES,
-        former_choices={"True": "open", "False": "never (and evaluation.judge: never)"},
-    )
-    judge_endpoints: list[str] = key(
-        [],
-        "Base URLs of the judge's servers. Empty: `teacher.endpoints`. API key, timeouts and "
-        "concurrency are the teacher's.",
-    )
-    judge_model: str = key("", "Name of the judge's model. Empty: `teacher.model`.")
-    judge_max_tokens: int = key(512, "Maximum length of the judge's reply.", at_least=1)
-    judge_max_wait_seconds: float = key(
-        300.0,
-        "Maximum time for a reply of the judge, over all attempts. Then the rollout is left out.",
-        above=0,
-    )
-    judge_max_response_chars: int = key(
-        16384,
-        "Maximum length of a response that the judge sees. Of a longer one it sees the end.",
-        at_least=1,
-    )
-    judge_template: str = key("", "File with the judge's prompt. Empty: that of `zone.templates`.")
-    max_malformed_fraction: float = key(
-        0.25,
-        "The run stops when more than this fraction of the judge's replies is malformed (checked "
-        "after 20 replies).",
-        at_least=0,
-        at_most=1,
-    )
 
 
 @dataclass(kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from zppo_mm.algorithms.row_loss import MAX_CHUNK_LOGITS
 from zppo_mm.config.schema import ParallelConfig, RunConfig
 from zppo_mm.conversion.description import (
     GRADIENT_BYTES,
@@ -19,8 +20,10 @@ from zppo_mm.weights.megatron_folder import build_without_weights
 
 MOMENT_BYTES = 8
 """Both moments in float32, of the optimizer's bytes a parameter."""
-LOGIT_BYTES = 8
-"""Logits of the loss and their gradient, both float32."""
+CHUNK_LOGIT_BYTES = 16
+"""Of a logit in a chunk: in bfloat16, in float32, scaled, and both gradients."""
+OUTPUT_WEIGHT_BYTES = 6
+"""Gradient of the output layer's weight, in float32 and rounded to bfloat16."""
 STATE_BYTES = 4
 """DeltaNet states are float32."""
 _GIB = 1 << 30
@@ -41,7 +44,8 @@ class MemoryEstimate:
         optimizer: float32 copy and two moments, sharded over replicas by the distributed optimizer.
         update: What the moments need more during an update, if they are kept in bfloat16.
         activations: What the backward pass keeps of the longest pack.
-        logits: Of the loss tokens of one micro-batch.
+        output: Of the output layer in training: a chunk of logits, the gradient of the weight, and
+            the loss tokens' hidden states with their gradient.
         cache: Keys, values and DeltaNet states of one batch of rollouts, each with the longest
             prompt and response.
     """
@@ -51,7 +55,7 @@ class MemoryEstimate:
     optimizer: int
     update: int
     activations: int
-    logits: int
+    output: int
     cache: int
 
     @property
@@ -60,7 +64,7 @@ class MemoryEstimate:
         turns; all keep the weights, gradient buffers and optimizer state.
         """
         kept = self.weights + self.gradients + self.optimizer
-        return kept + max(self.activations + self.logits, self.update, self.cache)
+        return kept + max(self.activations + self.output, self.update, self.cache)
 
 
 def estimate_memory(
@@ -100,10 +104,9 @@ def estimate_memory(
         optimizer=parameters * OPTIMIZER_BYTES // sharded_over - in_bfloat16 * moments // 2,
         update=in_bfloat16 * moments // 2,
         activations=_activations(architecture, layout, config.model.recompute, pack),
-        logits=loss_tokens
-        // layout.context_parallel_size
-        * (architecture.vocab_size // tensor)
-        * LOGIT_BYTES,
+        output=MAX_CHUNK_LOGITS * CHUNK_LOGIT_BYTES
+        + architecture.vocab_size // tensor * architecture.hidden_size * OUTPUT_WEIGHT_BYTES
+        + loss_tokens // layout.context_parallel_size * architecture.hidden_size * 2 * WEIGHT_BYTES,
         cache=config.rollout.max_batch_size * _cache_of_a_sequence(architecture, layout, longest),
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from data.choices import named_options
 from data.errors import SampleError
+from data.imports.directives import without_directives
 from data.imports.row_view import RowView
 from data.question import AnswerType
 from data.sample import MAX_CHOICES
@@ -61,7 +62,7 @@ def read_draft(view: RowView, recipe: CorpusRecipe, source: SourceSet) -> Draft:
     """
     _check_pass_rate(view, source)
     asked = _text(view, "question")
-    text = _MARKER.sub(" ", asked).strip()
+    text = without_directives(_MARKER.sub(" ", asked).strip())
     if not text:
         raise _dropped(view, "no_question", "no question", "a text")
     answer = gold_answer(view)

@@ -8,11 +8,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
+from torch.nn.functional import linear
 
 from encoders.fusion import fuse, placeholder_indices
 from encoders.tower import VisionTower
@@ -86,6 +91,7 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         grids: torch.Tensor | None = None,
         rows: torch.Tensor | None = None,
         parents: Sequence[int] | None = None,
+        output_layer: bool = True,
     ) -> torch.Tensor:
         """Run packed sequences through this stage. Context ranks are given the same pack, and each
         returns its own tokens.
@@ -97,16 +103,18 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
             patches: `[patches, patch elements]` of all media in pack order; only the first stage
                 uses them.
             grids: `[media, 3]` int64, `(t, h, w)` in patches.
-            rows: `[rows]` int64, the tokens whose logits are wanted, in any order and number, all
-                among `own_tokens`; `None` for all of these. Those of a long prompt are large and of
-                no use.
+            rows: `[rows]` int64, the tokens whose output is wanted, in any order and number, all
+                among `own_tokens`; `None` for all of these.
             parents: Per sequence the one that it continues, -1 for none; `None` if none does. Only
                 where `shares_prompts`.
+            output_layer: Whether the last stage goes on to the logits. Those of many tokens are
+                large; `output_weight` makes them from the hidden states in chunks.
 
         Returns:
-            On the last stage logits `[tokens or rows, vocabulary / tensor size]` float32, else
-            hidden states `[tokens, 1, hidden]` (part of the tokens under sequence or context
-            parallelism).
+            On the last stage logits `[tokens or rows, vocabulary / tensor size]` float32, or
+            without the output layer normalised hidden states `[tokens or rows, hidden]`, the same
+            on all tensor ranks. On other stages hidden states `[tokens, 1, hidden]` (part of the
+            tokens under sequence or context parallelism).
 
         Raises:
             ValueError: The media do not fit the placeholder tokens.
@@ -118,15 +126,20 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         hidden = self.run_stage(token_ids, positions, layout, patches, grids)
         if not self.post_process:
             return hidden
-        if rows is None:
-            return self.logits(hidden)[: own.stop - own.start]
-        rows = rows - own.start
-        # Under sequence parallelism the output layer itself brings the tokens together.
-        return (
-            self.logits(hidden)[rows]
+        # From here on tensor ranks work on all tokens and their own slice of the vocabulary; their
+        # gradients of the hidden states are summed.
+        group = self.language_model.pg_collection.tp
+        hidden = (
+            gather_from_sequence_parallel_region(hidden, group=group)
             if self.config.sequence_parallel
-            else self.logits(hidden.index_select(0, rows))
+            else copy_to_tensor_model_parallel_region(hidden, group=group)
+        ).squeeze(1)
+        hidden = (
+            hidden[: own.stop - own.start]
+            if rows is None
+            else hidden.index_select(0, rows - own.start)
         )
+        return linear(hidden, self.output_weight()).float() if output_layer else hidden
 
     def run_stage(
         self,
@@ -239,17 +252,13 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
             torch.Tensor, tower(blank, torch.tensor([[1, size, size]], device=weight.device))
         )
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits `[tokens, vocabulary / tensor size]` of normalised hidden states
-        `[tokens, 1, hidden]`; last stage only.
+    def output_weight(self) -> torch.Tensor:
+        """Return the weight of the output layer, `[vocabulary / tensor size, hidden]`; last stage
+        only.
         """
-        weight = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else None
-        )
-        logits, _bias = self.language_model.output_layer(hidden, weight=weight)
-        return cast(torch.Tensor, logits).squeeze(1).float()
+        if self.share_embeddings_and_output_weights:
+            return cast(torch.Tensor, self.shared_embedding_or_output_weight())
+        return cast(torch.Tensor, self.language_model.output_layer.weight)
 
     def pad_tokens(
         self, token_ids: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor

@@ -14,14 +14,16 @@ from zppo_mm.algorithms.divergence import (
     top_jensen_shannon,
     top_tokens,
 )
+from zppo_mm.algorithms.row_loss import OutputRows
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import Microbatch
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.training.objective import (
     ObjectiveTerms,
     PerForwardToken,
-    predicting_logits,
+    loss_rows,
     predicting_rows,
+    stacked,
 )
 
 
@@ -89,42 +91,52 @@ class DistillationObjective:
         """Whether samples must carry the teacher's log-probs."""
         return self._teacher is None
 
-    def __call__(self, logits: torch.Tensor, microbatch: Microbatch) -> ObjectiveTerms:
+    def __call__(self, rows: OutputRows, microbatch: Microbatch) -> ObjectiveTerms:
         """Return the divergence, and how often both have the same most likely token."""
-        indices, student = predicting_logits(logits, microbatch)
-        found = self._divergence(student, indices, microbatch)
-        loss = (found.jsd * microbatch.token_weights[indices]).sum()
-        count = torch.tensor(float(len(indices)), device=loss.device)
-        values = (loss, count, found.entropies.sum(), found.agreements.sum())
-        return ObjectiveTerms(loss, torch.stack([value.detach().double() for value in values]))
+        indices, rows = loss_rows(rows, microbatch)
+        teacher = None
+        if self._teacher is not None and len(indices):
+            teacher = teacher_rows(self._teacher, microbatch)
 
-    def _divergence(
-        self, student: torch.Tensor, indices: torch.Tensor, microbatch: Microbatch
-    ) -> Divergence:
-        if not len(indices):
-            return jensen_shannon(student, student, None)
-        if self._teacher is None:
-            assert microbatch.teacher_ids is not None, (
-                "samples with loss carry the teacher's log-probs"
-            )
-            assert microbatch.teacher_logprobs is not None, "ids and log-probs come together"
-            carried = TopTokens(
-                microbatch.teacher_ids[indices], microbatch.teacher_logprobs[indices]
-            )
-            return top_jensen_shannon(student, carried, self._group, self._temperature)
-        teacher = teacher_logits(self._teacher, microbatch)
+        def terms(student: torch.Tensor, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            if teacher is not None:
+                found = self._from_logits(student, teacher.logits(chunk))
+            else:
+                found = self._from_samples(student, indices[chunk], microbatch)
+            loss = (found.jsd * microbatch.token_weights[indices[chunk]]).sum()
+            count = torch.tensor(float(len(student)), device=loss.device)
+            return loss, stacked((loss, count, found.entropies.sum(), found.agreements.sum()))
+
+        return ObjectiveTerms(*rows.sum(terms))
+
+    def _from_logits(self, student: torch.Tensor, teacher: torch.Tensor) -> Divergence:
         if not self._top_k:
             return jensen_shannon(student, teacher, self._group, self._temperature)
         top = top_tokens(teacher, self._top_k, self._group, self._temperature)
         return top_jensen_shannon(student, top, self._group, self._temperature)
 
+    def _from_samples(
+        self, student: torch.Tensor, tokens: torch.Tensor, microbatch: Microbatch
+    ) -> Divergence:
+        if not len(tokens):
+            return jensen_shannon(student, student, None)
+        assert microbatch.teacher_ids is not None, "samples with loss carry the teacher's log-probs"
+        assert microbatch.teacher_logprobs is not None, "ids and log-probs come together"
+        carried = TopTokens(microbatch.teacher_ids[tokens], microbatch.teacher_logprobs[tokens])
+        return top_jensen_shannon(student, carried, self._group, self._temperature)
+
 
 @torch.no_grad()
-def teacher_logits(teacher: VisionLanguageModel, microbatch: Microbatch) -> torch.Tensor:
-    """Return the teacher's logits that predict the loss tokens, `[loss tokens, vocab / tp]`."""
+def teacher_rows(teacher: VisionLanguageModel, microbatch: Microbatch) -> OutputRows:
+    """Return the teacher's rows that predict the loss tokens."""
     media = (microbatch.patches, microbatch.grids)
     wanted = {"rows": predicting_rows(microbatch), "parents": microbatch.parents}
-    logits: torch.Tensor = teacher(
-        microbatch.token_ids, microbatch.positions, microbatch.cu_seqlens, *media, **wanted
+    hidden = teacher(
+        microbatch.token_ids,
+        microbatch.positions,
+        microbatch.cu_seqlens,
+        *media,
+        **wanted,
+        output_layer=False,
     )
-    return logits
+    return loss_rows(OutputRows(hidden, teacher.output_weight()), microbatch)[1]

@@ -1,15 +1,17 @@
-"""Training objectives: from the logits of a micro-batch to its loss, summed over tokens."""
+"""Training objectives: from the output of a micro-batch to its loss, summed over tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from zppo_mm.algorithms.logprobs import TokenStatistics, token_statistics
+from zppo_mm.algorithms.logprobs import token_statistics
 from zppo_mm.algorithms.losses import policy_loss, supervised_loss
+from zppo_mm.algorithms.row_loss import OutputRows
 from zppo_mm.config.schema import AlgorithmConfig
 from zppo_mm.experience import Microbatch
 from zppo_mm.observability.metrics import Mean
@@ -78,10 +80,8 @@ class Objective(Protocol):
         """Whether samples must carry the teacher's log-probs."""
         ...
 
-    def __call__(self, logits: torch.Tensor, microbatch: Microbatch) -> ObjectiveTerms:
-        """Return the terms from `[tokens, vocab / tp]` logits, or from the predicting rows
-        alone.
-        """
+    def __call__(self, rows: OutputRows, microbatch: Microbatch) -> ObjectiveTerms:
+        """Return the terms from the rows of all tokens, or of the predicting ones alone."""
         ...
 
 
@@ -129,46 +129,21 @@ def with_loss_predicted_by(microbatch: Microbatch, tokens: slice) -> Microbatch:
     return replace(microbatch, loss_mask=loss_mask)
 
 
-def predicting_logits(
-    logits: torch.Tensor, microbatch: Microbatch
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the indices of the loss tokens, `[loss tokens]`, and the logits that predict them,
-    `[loss tokens, vocab / tp]`.
+def loss_rows(rows: OutputRows, microbatch: Microbatch) -> tuple[torch.Tensor, OutputRows]:
+    """Return the indices of the loss tokens, `[loss tokens]`, and the rows that predict them.
 
     Args:
-        logits: `[tokens, vocab / tp]`, or `[loss tokens, vocab / tp]` of the predicting rows alone;
-            of any tokens where none has loss.
+        rows: Of all tokens, or of the predicting ones alone; of any where none has loss.
         microbatch: The packed sequences they were computed from.
     """
     indices = microbatch.loss_mask.nonzero().squeeze(-1)
     if not len(indices):
-        logits = logits[:0]
+        rows = rows.select(slice(0, 0))
     # The first token carries no loss: there are always fewer predicting rows than tokens.
-    elif len(logits) == len(microbatch.token_ids):
-        logits = logits.index_select(0, _predictors(microbatch, indices))
-    assert len(logits) == len(indices), "logits of all tokens or of the predicting rows"
-    return indices, logits
-
-
-def loss_token_statistics(
-    logits: torch.Tensor,
-    microbatch: Microbatch,
-    group: dist.ProcessGroup | None,
-    temperature: float,
-) -> tuple[torch.Tensor, TokenStatistics]:
-    """Return the indices of the loss tokens, `[loss tokens]`, and their log-probs and entropies.
-
-    Args:
-        logits: As in `predicting_logits`.
-        microbatch: The packed sequences they were computed from.
-        group: Ranks that share the vocabulary.
-        temperature: Of the log-probs.
-    """
-    indices, logits = predicting_logits(logits, microbatch)
-    rows = torch.arange(len(indices), device=indices.device)
-    return indices, token_statistics(
-        logits, rows, microbatch.token_ids[indices], group, temperature
-    )
+    elif len(rows) == len(microbatch.token_ids):
+        rows = rows.select(_predictors(microbatch, indices))
+    assert len(rows) == len(indices), "rows of all tokens or of the predicting ones"
+    return indices, rows
 
 
 class PolicyObjective:
@@ -200,41 +175,46 @@ class PolicyObjective:
         self._temperature = temperature
         self._group = group
 
-    def __call__(self, logits: torch.Tensor, microbatch: Microbatch) -> ObjectiveTerms:
+    def __call__(self, rows: OutputRows, microbatch: Microbatch) -> ObjectiveTerms:
         """Return the negative surrogate and how far the policy has moved from the one that
         sampled.
         """
         assert microbatch.unknown is None, (
             "old log-probs that are not known are computed before the update"
         )
-        indices, statistics = loss_token_statistics(
-            logits, microbatch, self._group, self._temperature
-        )
-        importance = microbatch.importance[indices] if microbatch.importance is not None else None
-        terms = policy_loss(
-            statistics.logprobs,
-            microbatch.old_logprobs[indices],
-            microbatch.advantages[indices],
-            microbatch.loss_mask[indices],
-            self._config.clip_ratio_low,
-            self._config.clip_ratio_high,
-            self._config.clip_ratio_c,
-            importance,
-        )
-        values = (
-            terms.loss_sum,
-            terms.num_tokens,
-            terms.num_clipped_low,
-            terms.num_clipped_high,
-            terms.num_dual_clipped,
-            terms.ratio_sum,
-            terms.kl_sum,
-            statistics.entropies.sum(),
-            importance.sum() if importance is not None else terms.num_tokens,
-        )
-        return ObjectiveTerms(
-            terms.loss_sum, torch.stack([value.detach().double() for value in values])
-        )
+        indices, rows = loss_rows(rows, microbatch)
+
+        def terms(logits: torch.Tensor, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            tokens = indices[chunk]
+            statistics = token_statistics(
+                logits, microbatch.token_ids[tokens], self._group, self._temperature
+            )
+            weights = microbatch.importance
+            importance = weights[tokens] if weights is not None else None
+            found = policy_loss(
+                statistics.logprobs,
+                microbatch.old_logprobs[tokens],
+                microbatch.advantages[tokens],
+                microbatch.loss_mask[tokens],
+                self._config.clip_ratio_low,
+                self._config.clip_ratio_high,
+                self._config.clip_ratio_c,
+                importance,
+            )
+            values = (
+                found.loss_sum,
+                found.num_tokens,
+                found.num_clipped_low,
+                found.num_clipped_high,
+                found.num_dual_clipped,
+                found.ratio_sum,
+                found.kl_sum,
+                statistics.entropies.sum(),
+                importance.sum() if importance is not None else found.num_tokens,
+            )
+            return found.loss_sum, stacked(values)
+
+        return ObjectiveTerms(*rows.sum(terms))
 
 
 class SupervisedObjective:
@@ -248,16 +228,20 @@ class SupervisedObjective:
         """Keep the ranks that share the vocabulary."""
         self._group = group
 
-    def __call__(self, logits: torch.Tensor, microbatch: Microbatch) -> ObjectiveTerms:
+    def __call__(self, rows: OutputRows, microbatch: Microbatch) -> ObjectiveTerms:
         """Return the negative log-likelihood."""
-        indices, statistics = loss_token_statistics(
-            logits, microbatch, self._group, temperature=1.0
-        )
-        loss = supervised_loss(statistics.logprobs, microbatch.loss_mask[indices])
-        count = torch.tensor(float(len(indices)), device=loss.device)
-        return ObjectiveTerms(
-            loss,
-            torch.stack(
-                [value.detach().double() for value in (loss, count, statistics.entropies.sum())]
-            ),
-        )
+        indices, rows = loss_rows(rows, microbatch)
+        targets, mask = microbatch.token_ids[indices], microbatch.loss_mask[indices]
+
+        def terms(logits: torch.Tensor, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            statistics = token_statistics(logits, targets[chunk], self._group)
+            loss = supervised_loss(statistics.logprobs, mask[chunk])
+            values = (loss, mask[chunk].sum(), statistics.entropies.sum())
+            return loss, stacked(values)
+
+        return ObjectiveTerms(*rows.sum(terms))
+
+
+def stacked(values: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the sums of a chunk as one float64 tensor without gradient."""
+    return torch.stack([value.detach().double() for value in values])

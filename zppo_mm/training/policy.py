@@ -14,6 +14,8 @@ import torch.distributed as dist
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from zppo_mm.algorithms.logprobs import token_statistics
+from zppo_mm.algorithms.row_loss import OutputRows
 from zppo_mm.config.schema import ParallelConfig, TrainConfig
 from zppo_mm.errors import ConfigError, NotFiniteError
 from zppo_mm.experience import Batch, Microbatch
@@ -24,7 +26,7 @@ from zppo_mm.parallel import groups as parallel
 from zppo_mm.training.objective import (
     Objective,
     ObjectiveTerms,
-    loss_token_statistics,
+    loss_rows,
     predicting_rows,
     with_loss_predicted_by,
 )
@@ -195,7 +197,12 @@ class Policy:
             media = (microbatch.patches, microbatch.grids)
             wanted = {"rows": predicting_rows(microbatch), "parents": microbatch.parents}
             output = model(
-                microbatch.token_ids, microbatch.positions, microbatch.cu_seqlens, *media, **wanted
+                microbatch.token_ids,
+                microbatch.positions,
+                microbatch.cu_seqlens,
+                *media,
+                **wanted,
+                output_layer=False,
             )
             return output, partial(collect, microbatch)
 
@@ -215,11 +222,11 @@ class Policy:
         )
 
     def _loss(
-        self, microbatch: Microbatch, logits: torch.Tensor
+        self, microbatch: Microbatch, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        terms = self.objective(logits, microbatch)
+        terms = self.objective(OutputRows(hidden, self.model.output_weight()), microbatch)
         # The schedule only adds up this count; the denominator is the batch's.
-        uncounted = torch.zeros((), dtype=torch.int, device=logits.device)
+        uncounted = torch.zeros((), dtype=torch.int, device=hidden.device)
         return (
             terms.loss_sum,
             uncounted,
@@ -308,13 +315,15 @@ class Policy:
         """
 
         def collect(
-            microbatch: Microbatch, logits: torch.Tensor, non_loss_data: bool = True
+            microbatch: Microbatch, hidden: torch.Tensor, non_loss_data: bool = True
         ) -> torch.Tensor:
-            indices, statistics = loss_token_statistics(
-                logits, microbatch, parallel.tensor_group(), temperature
-            )
+            indices, rows = loss_rows(OutputRows(hidden, self.model.output_weight()), microbatch)
             result = torch.zeros_like(microbatch.old_logprobs)
-            result[indices] = statistics.logprobs
+            for chunk in rows.chunks():
+                targets = microbatch.token_ids[indices[chunk]]
+                result[indices[chunk]] = token_statistics(
+                    rows.logits(chunk), targets, parallel.tensor_group(), temperature
+                ).logprobs
             return result
 
         self.model.eval()

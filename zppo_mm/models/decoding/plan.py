@@ -178,9 +178,7 @@ def build_plan(model: VisionLanguageModel) -> DecodePlan:
     final_norm, output_weight = None, None
     if model.post_process:
         final_norm = reader.norm(language.decoder.final_layernorm)
-        output_weight = language.output_layer.weight
-        if model.share_embeddings_and_output_weights:
-            output_weight = model.shared_embedding_or_output_weight()
+        output_weight = model.output_weight()
     return DecodePlan(
         tuple(reader.layer(layer) for layer in language.decoder.layers),
         final_norm,

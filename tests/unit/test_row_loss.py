@@ -1,0 +1,111 @@
+"""Losses by chunks of rows against the logits of all rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from zppo_mm.algorithms.logprobs import token_statistics
+from zppo_mm.algorithms.row_loss import OutputRows
+
+NUM_ROWS, HIDDEN, VOCABULARY = 37, 16, 53
+
+
+def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(NUM_ROWS, HIDDEN, generator=random).to(dtype).requires_grad_()
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=random).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(VOCABULARY, (NUM_ROWS,), generator=random)
+
+
+class Loss:
+    """Weighted log-probs and entropies, and the sum of the entropies."""
+
+    def __init__(self, targets: torch.Tensor) -> None:
+        self.targets = targets
+        self.weights = torch.linspace(-1, 2, len(targets))
+
+    def __call__(self, logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, entropies = token_statistics(logits, self.targets[rows])
+        loss = (self.weights[rows] * logprobs + 0.1 * entropies).sum()
+        return loss, torch.stack([entropies.detach().sum().double()])
+
+
+@pytest.mark.parametrize("max_logits", [1, VOCABULARY * 8, 1 << 26])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    # A gradient of the weight sums over 37 rows; bfloat16 has 8 bits, and each chunk is rounded.
+    [(torch.float32, 1e-5), (torch.bfloat16, 2**-6)],
+)
+def test_chunks_give_the_loss_and_gradient_of_all_rows(
+    dtype: torch.dtype, tolerance: float, max_logits: int
+) -> None:
+    hidden, weight, targets = inputs(dtype)
+    loss, sums = OutputRows(hidden, weight, max_logits).sum(Loss(targets))
+    (3 * loss).backward()
+    whole_hidden, whole_weight, _ = inputs(dtype)
+    expected, expected_sums = Loss(targets)(
+        OutputRows(whole_hidden, whole_weight).logits(slice(None)), slice(None)
+    )
+    (3 * expected).backward()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert sums.tolist() == pytest.approx(expected_sums.tolist(), rel=1e-6)
+    for ours, theirs in ((hidden.grad, whole_hidden.grad), (weight.grad, whole_weight.grad)):
+        assert ours is not None
+        assert theirs is not None
+        assert ours.dtype == dtype
+        scale = float(theirs.float().abs().max())
+        assert float((ours.float() - theirs.float()).abs().max()) <= tolerance * scale
+
+
+def test_without_rows_the_gradients_are_zero() -> None:
+    hidden, weight, targets = inputs(torch.float32)
+    loss, sums = OutputRows(hidden[:0], weight).sum(Loss(targets[:0]))
+    loss.backward()
+    assert (float(loss.detach()), sums.tolist()) == (0.0, [0.0])
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+    hidden, weight, targets = inputs(torch.float32)
+    named = {"hidden": hidden, "weight": weight}
+    named[frozen].requires_grad_(False)
+    loss, _ = OutputRows(hidden, weight, VOCABULARY).sum(Loss(targets))
+    loss.backward()
+    assert [name for name, tensor in named.items() if tensor.grad is None] == [frozen]
+
+
+def test_without_gradient_the_sums_are_the_same() -> None:
+    hidden, weight, targets = inputs(torch.float32)
+    loss, sums = OutputRows(hidden, weight, VOCABULARY).sum(Loss(targets))
+    with torch.no_grad():
+        again, sums_again = OutputRows(hidden, weight, VOCABULARY).sum(Loss(targets))
+    assert (float(again), sums_again.tolist()) == (float(loss.detach()), sums.tolist())
+    assert not again.requires_grad
+
+
+class LargestTensor(TorchDispatchMode):
+    """Keeps the number of elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tensor_holds_the_logits_of_all_rows(dtype: torch.dtype) -> None:
+    hidden, weight, targets = inputs(dtype)
+    with LargestTensor() as found:
+        OutputRows(hidden, weight, 4 * VOCABULARY).sum(Loss(targets))[0].backward()
+    # The gradient of the weight is the largest; logits of all rows would be 37 x 53.
+    assert found.elements == VOCABULARY * HIDDEN < NUM_ROWS * VOCABULARY
