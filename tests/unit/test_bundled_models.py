@@ -65,7 +65,7 @@ def test_bundled_tokenizer_round_trip(tokenizer: PreTrainedTokenizerFast) -> Non
         "What is the sum of the digits three one?\n",
         "Grüße, 漢字 🙂\n\t x  y",
         "<think>3+7=10</think>\\boxed{10}",
-        "<0.5 seconds>",
+        "<0.2 seconds>",
     ):
         assert tokenizer.decode(tokenizer.encode(text), clean_up_tokenization_spaces=False) == text
 

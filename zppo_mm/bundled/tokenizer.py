@@ -32,8 +32,9 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# As single tokens these keep sequences short; any other time stamp is spelled out.
-ADDED_TOKENS = ("<think>", "</think>", *(f"<{second}.5 seconds>" for second in range(LEVELS[-1])))
+# As single tokens these keep sequences short; any other time stamp is spelled out. Those of the
+# digit clips are the means of two frames, 0 and 0.5 s after the digit's start.
+ADDED_TOKENS = ("<think>", "</think>", *(f"<{second}.2 seconds>" for second in range(LEVELS[-1])))
 CORPUS_SEED = 0
 CORPUS_QUESTIONS = 3000
 # Digits stay single and words keep the space before them.

@@ -132,9 +132,7 @@ class RolloutConfig:
 class ZoneConfig:
     """What ZPPO and its baselines add to GRPO for hard questions."""
 
-    bcq: bool = key(
-        True, "Ask hard questions again with one correct and one wrong candidate (BCQ)."
-    )
+    bcq: bool = key(True, "Ask hard questions again with a correct and a wrong candidate (BCQ).")
     ncq: bool = key(True, "Ask hard questions again with the student's own wrong answers (NCQ).")
     hint: bool = key(
         False, "Ask hard questions again with a hint made from a correct teacher rollout."
@@ -175,9 +173,7 @@ class ZoneConfig:
         10_000, "Maximum number of questions in the replay buffer (B_max).", at_least=1
     )
     templates: str = key(
-        "",
-        "Folder with any of bcq.txt, ncq.txt, hint.txt, candidate.txt, closing.txt, compress.txt, "
-        "write_hint.txt and judge.txt. Empty: the bundled templates.",
+        "", "Folder of prompts in place of the bundled ones: examples/own_prompts."
     )
 
     @property
