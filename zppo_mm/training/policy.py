@@ -27,7 +27,7 @@ from zppo_mm.training.objective import (
     Objective,
     ObjectiveTerms,
     loss_rows,
-    predicting_rows,
+    predicting_hidden,
     with_loss_predicted_by,
 )
 from zppo_mm.training.optimizer import (
@@ -194,17 +194,7 @@ class Policy:
             microbatch = with_loss_predicted_by(
                 microbatch, self.model.own_tokens(len(microbatch.token_ids))
             )
-            media = (microbatch.patches, microbatch.grids)
-            wanted = {"rows": predicting_rows(microbatch), "parents": microbatch.parents}
-            output = model(
-                microbatch.token_ids,
-                microbatch.positions,
-                microbatch.cu_seqlens,
-                *media,
-                **wanted,
-                output_layer=False,
-            )
-            return output, partial(collect, microbatch)
+            return predicting_hidden(model, microbatch), partial(collect, microbatch)
 
         return cast(
             "list[Any]",
