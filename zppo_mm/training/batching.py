@@ -28,7 +28,7 @@ class BatchPlan:
     Attributes:
         minibatch_of: Per sample, the update (from 0) that uses it.
         num_loss_tokens: Per update, the loss tokens of all its samples.
-        denominators: Per update, the sum of the weights of those tokens.
+        denominators: Per update, the sum of the weights of those tokens; 1 without any.
         microbatches: `[update][replica][micro-batch]` indices of the samples that go through
             the network.
         num_skipped: Samples that need no forward pass.
@@ -99,7 +99,8 @@ def plan_batches(
         members = [index for index, owner in enumerate(minibatch_of) if owner == update]
         own = [samples[index] for index in members]
         num_loss_tokens.append(sum(sample.num_loss_tokens for sample in own))
-        denominators.append(math.fsum(each.token_weight * each.num_loss_tokens for each in own))
+        weights = [sample.token_weight * sample.num_loss_tokens for sample in own]
+        denominators.append(math.fsum(weights) or 1.0)
         prefix_groups = make_prefix_groups(
             samples,
             [index for index in members if needed[index]],

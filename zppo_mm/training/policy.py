@@ -157,8 +157,7 @@ class Policy:
         for batch in batches:
             self._wrapped.zero_grad_buffer()
             self.optimizer.zero_grad()
-            # 0 if no token carries loss; then the loss is 0 too.
-            self._denominator = batch.denominator or 1.0
+            self._denominator = batch.denominator
             results = self._forward_backward(batch.microbatches, self._loss, forward_only=False)
             norm = gradient_norm(self.optimizer)
             sums, finite = self._reduce([terms.sums for terms, _ in results], norm)
@@ -366,7 +365,7 @@ def _update_metrics(
 ) -> UpdateMetrics:
     loss, num_forward_tokens, *totals = sums
     return UpdateMetrics(
-        loss=loss / (batch.denominator or 1.0),
+        loss=loss / batch.denominator,
         grad_norm=norm,
         learning_rate=learning_rate,
         num_loss_tokens=batch.num_loss_tokens,

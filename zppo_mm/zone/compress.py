@@ -10,10 +10,11 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 
+from zppo_mm.reasoning import without_reasoning
 from zppo_mm.rewards.boxes import final_answer, last_boxed
 from zppo_mm.rewards.mathematics import compare
 from zppo_mm.teacher.teacher import CompressedTrace, Trace
-from zppo_mm.zone.rewriting import MARKS, Generate, TeacherRewriter, without_reasoning
+from zppo_mm.zone.rewriting import MARKS, Generate, TeacherRewriter
 
 logger = logging.getLogger(__name__)
 

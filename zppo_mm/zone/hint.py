@@ -10,10 +10,11 @@ import logging
 import re
 from collections.abc import Sequence
 
+from zppo_mm.reasoning import without_reasoning
 from zppo_mm.rewards.boxes import last_boxed
 from zppo_mm.teacher.teacher import Hint, Trace
 from zppo_mm.zone.compress import RuleCompressor
-from zppo_mm.zone.rewriting import Generate, TeacherRewriter, without_reasoning
+from zppo_mm.zone.rewriting import Generate, TeacherRewriter
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ from zppo_mm.teacher.teacher import Trace
 NUM_ATTEMPTS = 2
 MARKS = re.compile(r"</?think>|<\|[^<>|\s]*\|>")
 """Tags of reasoning and special tokens, which a rewriter is not shown."""
-_THINK_START, _THINK_END = "<think>", "</think>"
 
 Generate = Callable[[Sequence[str], int, int], Sequence[str | None]]
 """From user prompts, the step and the number of the attempt (for the random stream) to one response
@@ -88,8 +87,3 @@ def fill_template(template: str, response: str, max_lines: int) -> str:
         "max_lines": str(max_lines),
     }
     return re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), template)
-
-
-def without_reasoning(reply: str) -> str:
-    """Return what the teacher says after its reasoning; empty if the reasoning was cut."""
-    return reply.rpartition(_THINK_END)[2].partition(_THINK_START)[0].strip()
