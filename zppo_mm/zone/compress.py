@@ -99,9 +99,9 @@ class RuleCompressor:
 class TeacherCompressor:
     """Lets the teacher rewrite responses. Implements `Compressor`.
 
-    A rewrite without a complete summary, or with another final answer, is refused. It is asked for
-    once more. Then the response is cut by rule, as it is if the teacher does not answer. A faithful
-    rewrite over the caps is cut as well.
+    A rewrite without a complete summary, or with another final answer, is refused and retried once.
+    Then the response is cut by rule, as it is if the teacher does not answer. A faithful rewrite
+    over the caps is cut as well.
 
     Args:
         generate: The teacher as a function of user texts.

@@ -81,12 +81,11 @@ class TeacherHintWriter:
             accepts=lambda text, trace: not reveals(text, trace),
         )
         if sum(rejects):
-            by_rule_count = len(traces) - len(written)
             logger.info(
                 "hints at step %d: %d gave the answer away, %d of %d by rule",
                 step,
                 sum(rejects),
-                by_rule_count,
+                len(traces) - len(written),
                 len(traces),
             )
         by_rule = self._rule.write(traces, step)

@@ -65,6 +65,7 @@ def greedy_replies(
 
 
 def _reply(outcome: Outcome) -> str | None:
-    for choice in outcome.answers():
-        return without_reasoning(choice.content)
+    answers = outcome.answers()
+    if answers:
+        return without_reasoning(answers[0].content)
     return "" if outcome.has_no_answer else None
