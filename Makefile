@@ -18,6 +18,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # One thread per process: tests and the demo start several processes, and spinning OpenMP threads starve each other.
 RUN_ENV := OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1
+# A worker takes whole files: their fixtures are made once.
+WORKERS ?= 2
+IN_WORKERS = -n $(WORKERS) --dist loadfile
 
 .PHONY: install demo compare-demo test test-quick fuzz test-latest check test-gpu tiny-models bench
 .DELETE_ON_ERROR:
@@ -42,12 +45,14 @@ demo: install
 compare-demo: install
 	$(RUN_ENV) $(BIN)/python tools/compare.py examples/compare_digits/compare.yaml $(COMPARE_OPTIONS)
 
+# Tests that start ranks use the cores themselves, so they run one by one.
 test: install
-	$(RUN_ENV) $(BIN)/python -m pytest
+	$(RUN_ENV) $(BIN)/python -m pytest $(IN_WORKERS) tests/unit tests/fuzz
+	$(RUN_ENV) $(BIN)/python -m pytest tests/distributed tests/integration
 
 # For everyday work: the unit tests that take about a second at most, and a run on two ranks.
 test-quick: install
-	$(RUN_ENV) $(BIN)/python -m pytest -m 'not gpu and not slow and not medium' --durations=5 \
+	$(RUN_ENV) $(BIN)/python -m pytest $(IN_WORKERS) -m 'not gpu and not slow and not medium' --durations=5 \
 		tests/unit tests/integration/test_run_record.py
 
 # New examples at every border where foreign bytes enter; what fails becomes an @example.
