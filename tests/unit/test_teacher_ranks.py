@@ -228,7 +228,8 @@ def test_urgent_requests_come_first_and_a_judge_replies_greedily(job: Job) -> No
         eventually(lambda: job.num_queued() == 4)  # those two beside two questions
         assert not pending.is_ready()
         job.engine.gate.set()
-        assert rewrites.result(SOON) == ["so </think> \\boxed{0}"]
+        # The prompt opened the thought.
+        assert rewrites.result(SOON) == ["<think>\nso </think> \\boxed{0}"]
         assert verdicts.result(SOON) == ["\\boxed{0}"]
     pending.wait()
     # The first question, the two that the student is idle for, the other two questions.

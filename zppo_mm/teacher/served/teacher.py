@@ -14,6 +14,7 @@ from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.experience import Rollout
 from zppo_mm.parallel.exchange import Exchange
 from zppo_mm.randomness import generator
+from zppo_mm.reasoning import THINK_CLOSE
 from zppo_mm.rollout.sampler import Grader
 from zppo_mm.teacher.served.chat_api import ChatRequest, Choice
 from zppo_mm.teacher.served.servers import Outcome, RetryPolicy, Servers
@@ -293,5 +294,5 @@ def _rewritten(choice: Choice) -> str:
     """Return what a rewrite says. One that was cut may be a reasoning that the prompt opened, with
     drafts in it, of which a server shows no tag: it says nothing.
     """
-    is_whole = choice.finish_reason == "stop" or "</think>" in choice.text
+    is_whole = choice.finish_reason == "stop" or THINK_CLOSE in choice.text
     return choice.content if is_whole else ""
