@@ -61,9 +61,7 @@ TIMESTAMPED = VideoLayout()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessorConfig:
-    """How pixels become patches, and which frames of a video do; read from a folder's
-    `preprocessor_config.json` and `video_preprocessor_config.json`.
-    """
+    """How pixels become patches, and which frames of a video do, by a folder's processor files."""
 
     patch_size: int
     """Side of a square patch in pixels."""
@@ -161,7 +159,7 @@ def _processor_config(
         video_shared_pixels=_shared_pixels(video, sizes, videos.name)
         if caps_frames and layout.limits_per_frame
         else None,
-        video_frame_pixels=_frame_pixels(video, sizes, videos.name)
+        video_frame_pixels=_max_pixels(video, FRAME_TOKENS, sizes, videos.name)
         if caps_frames and not layout.limits_per_frame
         else None,
         **_sampling(video, videos.name),
@@ -316,19 +314,17 @@ def _shared_pixels(settings: Mapping[str, Any], sizes: Mapping[str, int], name: 
     Source: transformers, `Qwen2VLVideoProcessor`; the fraction that is not for text is that of
     qwen-vl-utils.
     """
-    tokens = _positive_integer(
-        {"max_video_tokens": CLIP_TOKENS, **settings}, "max_video_tokens", name
-    )
-    features = int(tokens * (sizes["patch_size"] * sizes["merge_size"]) ** 2 * VIDEO_FRACTION)
-    return features * sizes["temporal_patch_size"]
+    pixels = _max_pixels(settings, CLIP_TOKENS, sizes, name)
+    return int(pixels * VIDEO_FRACTION) * sizes["temporal_patch_size"]
 
 
-def _frame_pixels(settings: Mapping[str, Any], sizes: Mapping[str, int], name: str) -> int:
-    """Return the most pixels of a frame.
+def _max_pixels(
+    settings: Mapping[str, Any], default_tokens: int, sizes: Mapping[str, int], name: str
+) -> int:
+    """Return the pixels of as many tokens as a frame of a clip, or all frames, may have.
 
-    Source: transformers, `Qwen3VLVideoProcessor`.
+    Source: transformers, `Qwen3VLVideoProcessor` for a frame.
     """
-    tokens = _positive_integer(
-        {"max_video_tokens": FRAME_TOKENS, **settings}, "max_video_tokens", name
-    )
-    return int(tokens * (sizes["patch_size"] * sizes["merge_size"]) ** 2)
+    key = "max_video_tokens"
+    tokens = _positive_integer({key: default_tokens, **settings}, key, name)
+    return tokens * (sizes["patch_size"] * sizes["merge_size"]) ** 2

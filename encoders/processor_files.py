@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-IMAGE_FILE = "preprocessor_config.json"
 VIDEO_FILE = "video_preprocessor_config.json"
 JOINT_FILE = "processor_config.json"
-IMAGE_ENTRY = "image_processor"
-VIDEO_ENTRY = "video_processor"
+_IMAGES = ("preprocessor_config.json", "image_processor")
+_VIDEOS = (VIDEO_FILE, "video_processor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +45,12 @@ def read_settings(folder: Path, videos_are_images: bool) -> tuple[Settings, Sett
     Raises:
         ValueError: A file is missing or not a JSON object.
     """
-    image = _find(folder, IMAGE_FILE, IMAGE_ENTRY)
-    if image is None:
-        raise _missing(folder, IMAGE_FILE, IMAGE_ENTRY)
-    video = _find(folder, VIDEO_FILE, VIDEO_ENTRY) or (image if videos_are_images else None)
-    if video is None:
-        raise _missing(folder, VIDEO_FILE, VIDEO_ENTRY)
-    return image, video
+    image = _find(folder, *_IMAGES)
+    return image, _find(folder, *_VIDEOS, image if videos_are_images else None)
 
 
-def _find(folder: Path, file_name: str, entry: str) -> Settings | None:
+def _find(folder: Path, file_name: str, entry: str, others: Settings | None = None) -> Settings:
+    """Return the settings of an entry of the joint file, or of a file, or else some others."""
     joint = folder / JOINT_FILE
     if joint.is_file():
         inner = read_json_object(joint).get(entry)
@@ -64,11 +59,9 @@ def _find(folder: Path, file_name: str, entry: str) -> Settings | None:
     path = folder / file_name
     if path.is_file():
         return Settings(file_name, "", read_json_object(path), str(path))
-    return None
-
-
-def _missing(folder: Path, file_name: str, entry: str) -> ValueError:
-    return ValueError(
+    if others is not None:
+        return others
+    raise ValueError(
         f"{folder}: no processor settings, got neither {file_name} nor {entry} in {JOINT_FILE}, "
         "expected one of them; copy the file from the original model folder"
     )

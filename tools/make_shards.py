@@ -52,24 +52,18 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check only the questions, without opening images and videos",
     )
-    parser.add_argument(
-        "--max-media-bytes",
-        type=int,
-        default=limits.max_bytes,
-        help="maximum bytes of a media file (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-media-pixels",
-        type=int,
-        default=limits.max_pixels,
-        help="maximum pixels of an image or frame (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--decode-timeout-seconds",
-        type=float,
-        default=limits.decode_timeout_seconds,
-        help="maximum time to decode one file (default: %(default)s)",
-    )
+    for option, default, meaning in (
+        ("--max-media-bytes", limits.max_bytes, "maximum bytes of a media file"),
+        ("--max-media-pixels", limits.max_pixels, "maximum pixels of an image or frame"),
+        (
+            "--decode-timeout-seconds",
+            limits.decode_timeout_seconds,
+            "maximum time to decode one file",
+        ),
+    ):
+        parser.add_argument(
+            option, type=type(default), default=default, help=f"{meaning} (default: %(default)s)"
+        )
 
 
 def opener_of(arguments: argparse.Namespace) -> MediaOpener | None:

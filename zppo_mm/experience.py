@@ -341,7 +341,8 @@ class Batch:
             never lie in memory together.
         num_loss_tokens: Loss tokens of all ranks, those of samples that need no forward pass
             included.
-        denominator: Sum of the weights of those tokens, by which the summed loss is divided.
+        denominator: Sum of the weights of those tokens, by which the summed loss is divided; 1
+            without any.
     """
 
     microbatches: Sequence[Microbatch]

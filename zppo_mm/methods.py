@@ -41,43 +41,30 @@ class Kind:
     has_switch: bool = True
     uses_teacher: bool = True
     asks_pre_capped: bool = False
-    is_rewritten: bool = True
+    is_rewritten: bool = False
 
 
-_PLAIN: Mapping[str, Any] = {"has_switch": False, "uses_teacher": False, "is_rewritten": False}
+_PLAIN: Mapping[str, Any] = {"has_switch": False, "uses_teacher": False}
 
 KINDS: tuple[Kind, ...] = (
     Kind("new", "plain", "new", "Plain prompt", "#3b6fb6", **_PLAIN),
     Kind("replayed", "plain", "replayed", "Plain prompt", "#9dbbe3", **_PLAIN),
-    Kind("bcq", "reformulated", "BCQ", "BCQ prompt", "#1f9d78"),
-    Kind("ncq", "reformulated", "NCQ", "NCQ prompt", "#e08a2c", uses_teacher=False),
-    Kind("hint", "reformulated", "hint", "Hint prompt", "#7b4fb3", asks_pre_capped=True),
+    Kind("bcq", "reformulated", "BCQ", "BCQ prompt", "#1f9d78", is_rewritten=True),
     Kind(
-        name="prefix",
-        role="reformulated",
-        label="prefix",
-        title="Continued response",
-        color="#8a94a6",
+        "ncq", "reformulated", "NCQ", "NCQ prompt", "#e08a2c", uses_teacher=False, is_rewritten=True
+    ),
+    Kind(
+        "hint",
+        "reformulated",
+        "hint",
+        "Hint prompt",
+        "#7b4fb3",
         asks_pre_capped=True,
-        is_rewritten=False,
+        is_rewritten=True,
     ),
-    Kind(
-        name="inject",
-        role="training",
-        label="inject",
-        title="Plain prompt with a teacher's response",
-        color="#8c564b",
-        is_rewritten=False,
-    ),
-    Kind(
-        name="teacher",
-        role="training",
-        label="teacher",
-        title="Teacher's responses",
-        color="#b79cd8",
-        has_switch=False,
-        is_rewritten=False,
-    ),
+    Kind("prefix", "reformulated", "prefix", "Continued response", "#8a94a6", asks_pre_capped=True),
+    Kind("inject", "training", "inject", "Plain prompt with a teacher's response", "#8c564b"),
+    Kind("teacher", "training", "teacher", "Teacher's responses", "#b79cd8", has_switch=False),
 )
 """All kinds. The reformulated prompts of one question come in this order."""
 

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, islice
@@ -262,24 +262,37 @@ def _sample(
     view = RowView(f"{source}:{number}", number, source.stem, row, columns)
     draft = known.read(view)
     view.check_all_read(has_media=bool(draft.media))
-    media = []
-    for index, (kind, value) in enumerate(draft.media):
-        suffix, content = load_medium(view.where, folder, kind, value)
-        media.append((suffix if len(draft.media) == 1 else f"{index}.{suffix}", content))
-        folder.check_total(view.where, media)
+    media = load_media(view.where, folder, draft.media)
     text = without_directives(draft.question["question"])
     stripped["question"] += text != draft.question["question"]
     fields = {**draft.question, "question": text, "media": [extension for extension, _ in media]}
     return ShardSample(f"{number:09d}", fields, media)
 
 
-def load_medium(where: str, folder: MediaFolder, kind: MediaKind, value: Any) -> tuple[str, bytes]:
-    """Return ending and content of one medium; the ending of bytes comes from the bytes.
+def load_media(
+    where: str, folder: MediaFolder, values: Sequence[tuple[MediaKind, Any]]
+) -> list[tuple[str, bytes]]:
+    """Return extension and content of the media of a row, in order.
+
+    Args:
+        where: The row, for messages.
+        folder: Where named files are.
+        values: Of each medium its bytes, or the name of its file.
 
     Raises:
-        SampleError: The value is no medium, or names a file that is not there.
+        SampleError: A value is no medium, or names a file that is not there.
         MediaError: The bytes are of no known format, or too many.
     """
+    media: list[tuple[str, bytes]] = []
+    for index, (kind, value) in enumerate(values):
+        suffix, content = _load(where, folder, kind, value)
+        media.append((suffix if len(values) == 1 else f"{index}.{suffix}", content))
+        folder.check_total(where, media)
+    return media
+
+
+def _load(where: str, folder: MediaFolder, kind: MediaKind, value: Any) -> tuple[str, bytes]:
+    """Return ending and content of one medium; the ending of bytes comes from the bytes."""
     path = value.get("path") if isinstance(value, Mapping) else value
     content = value.get("bytes") if isinstance(value, Mapping) else value
     if isinstance(content, str):

@@ -17,14 +17,15 @@ from tests.support.distillation_example import (
     STUDENT,
     TEACHER,
     TOP_K,
+    TWO_RANKS,
     Distilled,
     build,
     distil,
     load,
+    make_folders,
     make_texts,
     naive_loss,
     naive_mean,
-    write_teacher,
 )
 from tests.support.launch import run_ranks
 from tests.support.training_example import (
@@ -36,7 +37,6 @@ from tests.support.training_example import (
     make_plan,
     naive_optimizer,
     naive_update,
-    write_tiny_folder,
 )
 from zppo_mm.algorithms.divergence import top_tokens
 from zppo_mm.algorithms.row_loss import OutputRows
@@ -64,22 +64,12 @@ REFERENCES = {
     "whole, by question": Distilled(by_question=True),
     "top, by question": Distilled(top_k=TOP_K, by_question=True),
 }
-TENSOR = ParallelConfig(tensor_model_parallel_size=2)
-TWO_RANKS = {
-    "data 2": ParallelConfig(),
-    "tensor 2": TENSOR,
-    "tensor 2, sequence parallel": dataclasses.replace(TENSOR, sequence_parallel=True),
-    "context 2": ParallelConfig(context_parallel_size=2),
-}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a student, and a teacher whose network is another."""
-    root = tmp_path_factory.mktemp("models")
-    write_tiny_folder(root / STUDENT)
-    write_teacher(root / TEACHER)
-    return root
+    return make_folders(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -7,36 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.distillation_example import (
-    STUDENT,
-    TEACHER,
-    TOP_K,
-    Distilled,
-    distil,
-    write_teacher,
-)
+from tests.support.distillation_example import TOP_K, TWO_RANKS, Distilled, distil, make_folders
 from tests.support.launch import run_ranks
-from tests.support.training_example import Result, write_tiny_folder
-from zppo_mm.config.schema import ParallelConfig
+from tests.support.training_example import Result
 
 # bfloat16 rounds every activation to 8 bits, in another order where sequences are packed otherwise.
 BFLOAT16_TOLERANCE = 2e-2
 # The same, against a network in float32.
 PRECISION_TOLERANCE = 5e-2
 
-LAYOUTS = {
-    "data 2": ParallelConfig(),
-    "tensor 2": ParallelConfig(tensor_model_parallel_size=2),
-    "context 2": ParallelConfig(context_parallel_size=2),
-}
+LAYOUTS = {name: TWO_RANKS[name] for name in ("data 2", "tensor 2", "context 2")}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    write_tiny_folder(root / STUDENT)
-    write_teacher(root / TEACHER)
-    return root
+    return make_folders(tmp_path_factory.mktemp("models"))
 
 
 def first_updates(result: Result) -> list[tuple[float, float]]:

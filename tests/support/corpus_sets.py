@@ -20,6 +20,7 @@ from zppo_mm.corpus.report import CorpusReport
 
 RECIPE = Path(__file__).parents[2] / "examples" / "paper" / "zppo_77k.yaml"
 AI2D, TALLYQA = "stem-ai2d_merged", "counting_grounding_search-tallyqa"
+AI2D_FILE = f"{AI2D}/train-0.parquet"
 SUBSETS = {"ai2d": 1, "bmmr": 1, "tallyqa": 2}
 """Tier by canonical name; ai2d is in both sets."""
 

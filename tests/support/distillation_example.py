@@ -29,12 +29,22 @@ from zppo_mm.training.samples import with_question_weights
 from zppo_mm.weights.mapping import load_hf_weights
 
 TOP_K = 6
-
-
 NUM_STEPS = 2
-
-
 STUDENT, TEACHER = "student", "teacher"
+_TENSOR = ParallelConfig(tensor_model_parallel_size=2)
+TWO_RANKS = {
+    "data 2": ParallelConfig(),
+    "tensor 2": _TENSOR,
+    "tensor 2, sequence parallel": dataclasses.replace(_TENSOR, sequence_parallel=True),
+    "context 2": ParallelConfig(context_parallel_size=2),
+}
+
+
+def make_folders(root: Path) -> Path:
+    """Write a student, and a teacher whose network is another, below a folder; return it."""
+    write_tiny_folder(root / STUDENT)
+    write_teacher(root / TEACHER)
+    return root
 
 
 def make_texts() -> list[TrainingSample]:

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.support import tiny_qwen
+from tests.support.processor_settings import patch_settings
 from zppo_mm.bundled.tokenizer import SPECIAL_TOKENS
 
 ORDINARY = ["<think>", "</think>"]
@@ -89,18 +90,11 @@ def build_folder(
             "vision_config": tiny_qwen.vision_config(),
             **{key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()},
         }
-        shared = {
-            "patch_size": 4,
-            "temporal_patch_size": 2,
-            "merge_size": 2,
-            "image_mean": [0.5] * 3,
-            "image_std": [0.5] * 3,
-        }
         for name, low in (
             ("preprocessor_config.json", 64),
             ("video_preprocessor_config.json", 128),
         ):
-            settings = shared | {"size": {"shortest_edge": low, "longest_edge": 4096}}
+            settings = patch_settings(4) | {"size": {"shortest_edge": low, "longest_edge": 4096}}
             (folder / name).write_text(json.dumps(settings))
     (folder / "config.json").write_text(json.dumps(config))
     stops = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]

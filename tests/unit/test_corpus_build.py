@@ -17,6 +17,7 @@ from data.question import Question
 from data.shards import ShardFolder
 from tests.support.corpus_sets import (
     AI2D,
+    AI2D_FILE,
     RECIPE,
     TALLYQA,
     draw,
@@ -33,8 +34,6 @@ from zppo_mm.corpus.recipe import load_recipe
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.run.build import student_folder
 from zppo_mm.zone.prompts import load_templates
-
-FILE = f"{AI2D}/train-0.parquet"
 
 
 def picture(width: int, height: int) -> dict[str, Any]:
@@ -101,7 +100,7 @@ def test_every_filter_is_counted_by_itself(tmp_path: Path) -> None:
         mmfinereason_row(13, source=None),
         mmfinereason_row(14, source="FineVision-ai2d_merged"),
     ]
-    report, questions = draw(tmp_path, {FILE: vero}, {"data/train-0.parquet": fine})
+    report, questions = draw(tmp_path, {AI2D_FILE: vero}, {"data/train-0.parquet": fine})
     assert fates(report, AI2D) == {
         "long_answer": 1,
         "no_answer": 1,
@@ -134,7 +133,7 @@ def test_every_filter_is_counted_by_itself(tmp_path: Path) -> None:
 
 def test_the_report_adds_up_in_text_and_json(tmp_path: Path) -> None:
     vero = [vero_row(number) for number in range(6)] + [vero_row(7, answer="")]
-    report, _ = draw(tmp_path, {FILE: vero}, recipe=small_recipe(caps=(2, 1)))
+    report, _ = draw(tmp_path, {AI2D_FILE: vero}, recipe=small_recipe(caps=(2, 1)))
     written = json.loads((tmp_path / "out" / "corpus.json").read_text())
     assert written == json.loads(json.dumps(asdict(report)))
     for each in written["subsets"]:
@@ -156,7 +155,7 @@ def test_folders_of_other_subsets_are_counted_without_being_read(tmp_path: Path)
 
 
 def test_a_subset_without_a_sample_is_named(tmp_path: Path) -> None:
-    report, _ = draw(tmp_path, {FILE: [vero_row(1, answer="")]})
+    report, _ = draw(tmp_path, {AI2D_FILE: [vero_row(1, answer="")]})
     assert report.empty_subsets == ["ai2d"]
     assert "subsets without a sample: ai2d\n" in report.text()
 
@@ -166,7 +165,7 @@ def test_caps_are_filled_in_spite_of_dropped_images(tmp_path: Path) -> None:
         vero_row(number, image=picture(50, 50) if number % 2 else picture(120, 120))
         for number in range(40)
     ]
-    report, questions = draw(tmp_path, {FILE: rows}, recipe=small_recipe(caps=(15, 1)))
+    report, questions = draw(tmp_path, {AI2D_FILE: rows}, recipe=small_recipe(caps=(15, 1)))
     found = fates(report, AI2D)
     assert found["kept"] == 15
     assert found["kept"] + found["small_image"] + found["over_cap"] == 40
@@ -177,21 +176,21 @@ def test_caps_are_filled_in_spite_of_dropped_images(tmp_path: Path) -> None:
 def test_the_draw_depends_on_the_samples_and_the_seed_alone(tmp_path: Path) -> None:
     rows = [vero_row(number) for number in range(60)]
     recipe = small_recipe(caps=(10, 1))
-    one, first = draw(tmp_path, {FILE: rows}, recipe=recipe, out="one")
+    one, first = draw(tmp_path, {AI2D_FILE: rows}, recipe=recipe, out="one")
     parts = {f"{AI2D}/train-{name}.parquet": rows[at::3][::-1] for at, name in enumerate("zya")}
     _, second = draw(tmp_path, parts, recipe=recipe, out="two")
     assert content(first) == content(second)
     assert len(content(first)) == one.num_samples == 10 + 1 + 1
-    _, other = draw(tmp_path, {FILE: rows}, recipe=replace(recipe, seed=1), out="three")
+    _, other = draw(tmp_path, {AI2D_FILE: rows}, recipe=replace(recipe, seed=1), out="three")
     assert {each.text for each in first} != {each.text for each in other}
-    draw(tmp_path, {FILE: rows}, recipe=recipe, out="again")
+    draw(tmp_path, {AI2D_FILE: rows}, recipe=recipe, out="again")
     shards = [(tmp_path / name / "shard-000000.tar").read_bytes() for name in ("one", "again")]
     assert shards[0] == shards[1]
 
 
 def test_every_sample_is_as_likely_as_another(tmp_path: Path) -> None:
     """Over 30 seeds each of 12 rows is drawn about 30 * 4 / 12 = 10 times."""
-    roots = write_sets(tmp_path, {FILE: [vero_row(number) for number in range(12)]}, {})
+    roots = write_sets(tmp_path, {AI2D_FILE: [vero_row(number) for number in range(12)]}, {})
     config = student_config(tmp_path)
     drawn = np.zeros(12)
     for seed in range(30):
@@ -209,7 +208,7 @@ def test_every_sample_is_as_likely_as_another(tmp_path: Path) -> None:
 
 def test_rows_of_one_id_and_different_questions_are_both_kept(tmp_path: Path) -> None:
     rows = [vero_row(1), vero_row(1, question="<image>Another question?"), vero_row(1, id=None)]
-    report, questions = draw(tmp_path, {FILE: rows})
+    report, questions = draw(tmp_path, {AI2D_FILE: rows})
     assert fates(report, AI2D) == {"kept": 3}
     assert len({each.id for each in questions}) == len(questions)
 
@@ -225,7 +224,7 @@ def test_hostile_text_is_text(tmp_path: Path) -> None:
     rows = [vero_row(number, question=text) for number, text in enumerate(texts)]
     rows += [vero_row(9, id="../../etc\n\x1b[31m"), vero_row(10, answer="\\boxed{" * 50)]
     fine = [mmfinereason_row(1, source="\x1b[2Jevil\nname")]
-    report, questions = draw(tmp_path, {FILE: rows}, {"data/train-0.parquet": fine})
+    report, questions = draw(tmp_path, {AI2D_FILE: rows}, {"data/train-0.parquet": fine})
     assert fates(report, AI2D)["missing_media"] == 1  # the text calls for a video
     assert fates(report, AI2D)["kept"] == len(rows) - 1
     assert "\x1b" not in report.text()
@@ -244,7 +243,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pair = [{**vero_row(30, question="<image> and <image>: the sum?"), **two}]
     draw(
         folder,
-        {FILE: vero, f"{TALLYQA}/train-0.parquet": pair},
+        {AI2D_FILE: vero, f"{TALLYQA}/train-0.parquet": pair},
         {"data/train-0.parquet": fine},
     )
     return folder
@@ -284,7 +283,7 @@ def test_nothing_of_the_reasoning_is_written(corpus: Path) -> None:
 def test_a_prompt_is_measured_with_its_images(tmp_path: Path) -> None:
     # 128 x 128 pixels are at most 4,096 after scaling: 64 x 64, patches of 4, merged 2 x 2, which
     # makes 64 tokens beside those of the text.
-    row = {FILE: [vero_row(1, image=picture(128, 128))]}
+    row = {AI2D_FILE: [vero_row(1, image=picture(128, 128))]}
     media = MediaStore(MediaLimits())
     encoder = PromptEncoder(student_folder(student_config(tmp_path).model), media.open)
     text = load_templates().plain_text(Question("q", vero_question(1), (), "1", "math"))

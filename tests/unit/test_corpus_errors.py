@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from data.errors import DataError
 from data.shards import ShardFolder
 from tests.support.corpus_sets import (
-    AI2D,
+    AI2D_FILE,
     RECIPE,
     draw,
     mmfinereason_row,
@@ -25,8 +25,6 @@ from tests.support.tools import load_tool
 from zppo_mm.corpus.build import build_corpus
 from zppo_mm.corpus.recipe import load_recipe
 from zppo_mm.errors import ConfigError
-
-FILE = f"{AI2D}/train-0.parquet"
 
 
 @pytest.mark.parametrize(
@@ -61,7 +59,7 @@ def test_names_that_are_not_there(tmp_path: Path, change: dict[str, Any], messag
 def test_a_missing_inner_column_is_named(tmp_path: Path) -> None:
     row = vero_row(1)
     del row["extra_info"]["reward_type"]
-    roots = write_sets(tmp_path, {FILE: [row]}, {})
+    roots = write_sets(tmp_path, {AI2D_FILE: [row]}, {})
     with pytest.raises(DataError, match=r"got none for answer_kind \(extra_info.reward_type\)"):
         build_corpus(small_recipe(), roots, tmp_path / "out", student_config(tmp_path))
 
@@ -76,8 +74,8 @@ def test_folders_must_be_those_of_the_sets(tmp_path: Path) -> None:
 
 
 def test_shards_that_are_there_are_not_lost(tmp_path: Path) -> None:
-    _, before = draw(tmp_path, {FILE: [vero_row(1)]})
-    roots = write_sets(tmp_path, {FILE: [vero_row(2)]}, {})
+    _, before = draw(tmp_path, {AI2D_FILE: [vero_row(1)]})
+    roots = write_sets(tmp_path, {AI2D_FILE: [vero_row(2)]}, {})
     config, out = student_config(tmp_path), tmp_path / "out"
     with pytest.raises(DataError, match="has shards already"):
         build_corpus(small_recipe(), roots, out, config)
@@ -130,7 +128,7 @@ def test_a_recipe_that_cannot_be_right(
 
 
 def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    roots = write_sets(tmp_path, {FILE: [vero_row(1)]}, {})
+    roots = write_sets(tmp_path, {AI2D_FILE: [vero_row(1)]}, {})
     config = student_config(tmp_path)
     run = tmp_path / "run.yaml"
     run.write_text(f"model: {{student: '{config.model.student}'}}\n")

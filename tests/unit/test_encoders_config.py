@@ -13,20 +13,13 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 
 from encoders.config import STEPS, TIMESTAMPED, VideoLayout, read_processor_config
 from encoders.processor_export import changed_files
+from tests.support.processor_settings import CLIP_MEAN, CLIP_STD, QWEN2_5_VL, patch_settings
 
 ONE_RUN = VideoLayout(timestamped=False, tokens_per_second=2.0, limits_per_frame=True)
-CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
 
 def write_configs(folder: Path, **video_changes: object) -> None:
-    shared = {
-        "patch_size": 16,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }
+    shared = patch_settings(16)
     image = shared | {"size": {"shortest_edge": 65536, "longest_edge": 16777216}}
     video = shared | {"size": {"shortest_edge": 4096, "longest_edge": 25165824}} | video_changes
     (folder / "preprocessor_config.json").write_text(json.dumps(image))
@@ -112,22 +105,12 @@ def test_the_joint_file_and_the_old_keys_are_changed_too(tmp_path: Path) -> None
 
 
 def test_videos_get_a_file_where_they_had_that_of_images(tmp_path: Path) -> None:
-    published = {
-        "min_pixels": 3136,
-        "max_pixels": 12845056,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-        "image_processor_type": "Qwen2VLImageProcessor",
-    }
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(published))
-    kept = {key: value for key, value in published.items() if key != "image_processor_type"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(QWEN2_5_VL))
+    kept = {key: value for key, value in QWEN2_5_VL.items() if key != "image_processor_type"}
     kind = {"video_processor_type": "Qwen2VLVideoProcessor"}
     assert changed(tmp_path, ONE_RUN) == {}
     assert changed(tmp_path, ONE_RUN, image_max_pixels=20_000) == {
-        "preprocessor_config.json": published | {"max_pixels": 20_000},
+        "preprocessor_config.json": QWEN2_5_VL | {"max_pixels": 20_000},
         "video_preprocessor_config.json": kept | kind,
     }
 
@@ -147,23 +130,12 @@ def test_reads_the_joint_file(tmp_path: Path) -> None:
 
 
 def test_reads_a_folder_of_before_videos_had_a_file(tmp_path: Path) -> None:
-    published = {
-        "min_pixels": 3136,
-        "max_pixels": 12845056,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD,
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
-    }
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(published))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(QWEN2_5_VL))
     config = read_processor_config(tmp_path, ONE_RUN)
     assert (config.merged_patch_pixels, config.image_mean, config.image_std) == (
         28,
-        tuple(CLIP_MEAN),
-        tuple(CLIP_STD),
+        CLIP_MEAN,
+        CLIP_STD,
     )
     assert (
         (config.video_min_pixels, config.video_max_pixels)
@@ -173,7 +145,7 @@ def test_reads_a_folder_of_before_videos_had_a_file(tmp_path: Path) -> None:
     assert (config.video_limits_per_frame, config.video_shared_pixels) == (True, None)
     # transformers reads the same, by a method that all its video processors share; this family's
     # own needs torchvision.
-    assert Qwen3VLVideoProcessor.get_video_processor_dict(tmp_path)[0] == published
+    assert Qwen3VLVideoProcessor.get_video_processor_dict(tmp_path)[0] == QWEN2_5_VL
     with pytest.raises(
         ValueError,
         match=(
@@ -182,7 +154,11 @@ def test_reads_a_folder_of_before_videos_had_a_file(tmp_path: Path) -> None:
         ),
     ):
         read_processor_config(tmp_path)
-    own = published | {"max_pixels": 50_000, "cap_pixels_per_frame": True, "max_video_tokens": 1000}
+    own = QWEN2_5_VL | {
+        "max_pixels": 50_000,
+        "cap_pixels_per_frame": True,
+        "max_video_tokens": 1000,
+    }
     (tmp_path / "processor_config.json").write_text(json.dumps({"video_processor": own}))
     config = read_processor_config(tmp_path, ONE_RUN)
     # 900 of 1,000 tokens of 28 x 28 pixels and two frames

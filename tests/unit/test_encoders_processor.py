@@ -21,6 +21,7 @@ from encoders.config import (
     VideoLayout,
 )
 from encoders.processor import process_image, process_video, video_size
+from tests.support.processor_settings import CLIP_MEAN, CLIP_STD
 
 CONFIG = ProcessorConfig(
     patch_size=16,
@@ -30,8 +31,8 @@ CONFIG = ProcessorConfig(
     image_max_pixels=40_000,
     video_min_pixels=8192,
     video_max_pixels=150_000,
-    image_mean=(0.48145466, 0.4578275, 0.40821073),
-    image_std=(0.26862954, 0.26130258, 0.27577711),
+    image_mean=CLIP_MEAN,
+    image_std=CLIP_STD,
 )
 ONE_RUN = VideoLayout(timestamped=False, tokens_per_second=2.0, limits_per_frame=True)
 PER_FRAME = replace(
@@ -41,6 +42,19 @@ PER_FRAME = replace(
     video_max_pixels=20_000,
     video_limits_per_frame=True,
 )
+
+
+def expected_video_size(frames: int, size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
+    height, width = reference_video_size(
+        num_frames=frames,
+        height=size[0],
+        width=size[1],
+        factor=32,
+        temporal_factor=2,
+        min_pixels=8192,
+        max_pixels=max_pixels,
+    )
+    return height, width
 
 
 def random_pixels(*shape: int) -> np.ndarray:
@@ -66,16 +80,7 @@ def test_image_equals_transformers_bit_for_bit(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("frames", [2, 3, 5, 8, 21])
 @pytest.mark.parametrize("size", [(64, 64), (17, 60), (300, 200), (48, 1000)])
 def test_video_size_equals_transformers(frames: int, size: tuple[int, int]) -> None:
-    expected = reference_video_size(
-        num_frames=frames,
-        height=size[0],
-        width=size[1],
-        factor=32,
-        temporal_factor=2,
-        min_pixels=8192,
-        max_pixels=150_000,
-    )
-    assert video_size(frames, *size, CONFIG) == expected
+    assert video_size(frames, *size, CONFIG) == expected_video_size(frames, size, 150_000)
 
 
 def test_video_patches_equal_transformers_on_frames_that_need_no_resizing() -> None:
@@ -127,15 +132,7 @@ def test_frames_may_have_a_limit_besides_that_of_the_video(
 ) -> None:
     # 10 tokens of 32 x 32 pixels a frame, an even share, and a little more than the least size
     limit = max(min(10_240, 150_000 // frames), int(8192 * 1.05))
-    expected = reference_video_size(
-        num_frames=frames,
-        height=size[0],
-        width=size[1],
-        factor=32,
-        temporal_factor=2,
-        min_pixels=8192,
-        max_pixels=frames * limit,
-    )
+    expected = expected_video_size(frames, size, frames * limit)
     assert video_size(frames, *size, replace(CONFIG, video_frame_pixels=10_240)) == expected
 
 

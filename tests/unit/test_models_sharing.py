@@ -24,8 +24,8 @@ from zppo_mm.models.layers import delta_rule
 from zppo_mm.models.layers.causal_convolution import causal_convolution, last_inputs
 from zppo_mm.models.layers.packing import MAX_PADDING_RATIO, build_layout
 from zppo_mm.models.vision_language import VisionLanguageModel
-from zppo_mm.training.batching import pack
 from zppo_mm.training.objective import PolicyObjective, predicting_rows
+from zppo_mm.training.packing import pack
 from zppo_mm.training.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_rank")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.paper_values import HYPERPARAMETERS
 from tests.support.published_sizes import PUBLISHED
 from tests.support.tools import load_tool
 from zppo_mm.comparison.plan import load_plan
@@ -68,49 +69,12 @@ GIB = 1 << 30
 USABLE_GIB = 64.0
 
 # Source: the paper's tables of hyperparameters (arXiv 2606.18216), by our keys.
-PAPER: dict[str, Any] = {
-    "method": "zppo",
-    "rollout.num_rollouts": 8,
-    "rollout.max_response_tokens": 12288,
-    "rollout.temperature": 1.0,
-    "rollout.top_p": 1.0,
-    "rollout.top_k": 0,
-    "teacher.num_rollouts": 4,
-    "teacher.temperature": 1.0,
-    "teacher.max_response_tokens": 12288,
-    "teacher.compressor": "teacher",
-    "teacher.compression_max_tokens": 512,
-    "teacher.compression_max_lines": 5,
+PAPER: dict[str, Any] = HYPERPARAMETERS | {
     "reward.judge": "open",
-    "reward.judge_max_tokens": 512,
     "evaluation.judge": "fallback",
-    "data.max_prompt_tokens": 4096,
     "data.image_min_pixels": 256 * 32 * 32,
     "data.image_max_pixels": 1280 * 32 * 32,
-    "zone.tau": 0.5,
-    "zone.rho_replay": 0.25,
-    "zone.rho_aug": 0.25,
-    "zone.buffer_capacity": 10_000,
-    "algorithm.advantage_normalization": "nonzero",
-    "algorithm.clip_ratio_low": 0.20,
-    "algorithm.clip_ratio_high": 0.28,
-    "algorithm.clip_ratio_c": 10.0,
-    "train.train_iters": 200,
-    "train.num_new_questions": 4 * 96,
-    "train.updates_per_step": 4,
-    "train.lr": 1e-6,
-    "train.lr_warmup_updates": 0,
-    "train.adam_beta1": 0.9,
-    "train.adam_beta2": 0.999,
-    "train.adam_eps": 1e-8,
-    "train.weight_decay": 0.1,
-    "train.clip_grad": 1.0,
     "model.params_dtype": "bfloat16",
-    "evaluation.temperature": 0.6,
-    "evaluation.top_p": 0.95,
-    "evaluation.top_k": 20,
-    "evaluation.min_p": 0.0,
-    "evaluation.presence_penalty": 1.5,
 }
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from data.media.opening import Frames, MediaLimits, MediaOpener
 from data.question import MediaKind, MediaRef, Question
 from tests.support.processor_oracle import Case, Processed, ask_transformers
+from tests.support.processor_settings import QWEN2_5_VL, patch_settings
 from tests.support.tiny_folder import build_folder
 from tests.unit.test_data_orientation import with_matrix
 from tests.unit.test_data_video import clip_file, encode
@@ -32,14 +33,7 @@ TORCHVISION_BYTES = 17
 """That resized bytes differ at most where torchvision resizes, which unlike Pillow does not clip
 between its two passes: 2 in most cases, 16 in pictures of noise.
 """
-PUBLISHED = {
-    "patch_size": 16,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "processor_class": "Qwen3VLProcessor",
-}
+PUBLISHED = patch_settings(16) | {"processor_class": "Qwen3VLProcessor"}
 IMAGES = PUBLISHED | {
     "size": {"shortest_edge": 9216, "longest_edge": 40_960},
     "image_processor_type": "Qwen2VLImageProcessorFast",
@@ -48,18 +42,7 @@ VIDEOS = PUBLISHED | {
     "size": {"shortest_edge": 8192, "longest_edge": 100_000},
     "video_processor_type": "Qwen3VLVideoProcessor",
 }
-OLD = {
-    "min_pixels": 3136,
-    "max_pixels": 20_000,
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "image_processor_type": "Qwen2VLImageProcessor",
-    "processor_class": "Qwen2_5_VLProcessor",
-}
-"""Qwen2.5-VL's files, from before videos had one of their own."""
+OLD = QWEN2_5_VL | {"max_pixels": 20_000}
 OVERRIDES = {
     "image_min_pixels": 20_000,
     "image_max_pixels": 60_000,

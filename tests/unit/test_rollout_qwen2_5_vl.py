@@ -20,6 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data.media.opening import Frames
 from data.question import MediaRef, Question
 from tests.support import network_checks, tiny_qwen
+from tests.support.processor_settings import CLIP_MEAN, CLIP_STD, patch_settings
 from tests.support.tiny_folder import TEMPLATE, build_tokenizer
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ConfigError
@@ -33,15 +34,8 @@ TEXT_TEMPLATE = (
     "endfor -%}"
 )
 SECONDS_PER_FRAME = 0.5
-PROCESSOR: dict[str, Any] = {
-    "min_pixels": 3136,
-    "max_pixels": 12845056,
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
+PIXELS = {"min_pixels": 3136, "max_pixels": 12845056}
+PROCESSOR: dict[str, Any] = PIXELS | patch_settings(14, CLIP_MEAN, CLIP_STD)
 VISION = {
     "depth": 2,
     "hidden_size": 32,

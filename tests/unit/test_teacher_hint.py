@@ -8,7 +8,7 @@ import pytest
 
 from data.question import Question
 from zppo_mm.teacher.teacher import Hint, Trace
-from zppo_mm.zone.compress import RuleCompressor
+from zppo_mm.zone.compress import Generate, RuleCompressor
 from zppo_mm.zone.hint import RuleHintWriter, TeacherHintWriter, reveals
 from zppo_mm.zone.prompts import load_templates
 
@@ -31,6 +31,10 @@ def trace(
 
 def rule(max_tokens: int = 40, max_lines: int = 3) -> RuleHintWriter:
     return RuleHintWriter(RuleCompressor(lambda text: len(text.split()), max_tokens, max_lines))
+
+
+def asking(generate: Generate) -> TeacherHintWriter:
+    return TeacherHintWriter(generate, rule(), load_templates().write_hint)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +94,7 @@ def test_teacher_hints_are_checked_asked_for_again_and_replaced_by_the_rule() ->
         return replies[attempt]
 
     traces = [trace(f"way {number}\n\\boxed{{42}}") for number in range(4)]
-    hints = TeacherHintWriter(generate, rule(), load_templates().write_hint).write(traces, 3)
+    hints = asking(generate).write(traces, 3)
     assert hints == [
         Hint("Use 6 times 5.", 0),
         Hint("Split the 7.", 1),
@@ -103,18 +107,10 @@ def test_teacher_hints_are_checked_asked_for_again_and_replaced_by_the_rule() ->
 
 
 def test_a_thinking_teacher_is_read_after_its_thought() -> None:
-    writer = TeacherHintWriter(
-        lambda texts, step, attempt: ["<think>it is 42</think>\nHalve it."],
-        rule(),
-        load_templates().write_hint,
-    )
+    writer = asking(lambda texts, step, attempt: ["<think>it is 42</think>\nHalve it."])
     assert writer.write([trace("way\n\\boxed{42}")], 1) == [Hint("Halve it.", 0)]
 
 
 def test_a_long_hint_keeps_its_beginning() -> None:
-    writer = TeacherHintWriter(
-        lambda texts, step, attempt: ["one\ntwo\n\nthree\nfour"],
-        rule(),
-        load_templates().write_hint,
-    )
+    writer = asking(lambda texts, step, attempt: ["one\ntwo\n\nthree\nfour"])
     assert writer.write([trace("way\n\\boxed{42}")], 1) == [Hint("one\ntwo\nthree", 0)]

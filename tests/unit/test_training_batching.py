@@ -16,7 +16,8 @@ from encoders.processor import VisionInput
 from tests.support.training_plans import LAYOUTS, Layout, SquareMedia, plan
 from zppo_mm.experience import TrainingSample
 from zppo_mm.randomness import generator
-from zppo_mm.training.batching import build_batches, pack, plan_batches
+from zppo_mm.training.batching import build_batches, plan_batches
+from zppo_mm.training.packing import pack
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from data.question import MediaRef, Question
 from tests.support.training_plans import LAYOUTS, Layout, SquareMedia, plan
 from zppo_mm.experience import Microbatch, TrainingSample
-from zppo_mm.training.batching import build_batches, pack
+from zppo_mm.training.batching import build_batches
+from zppo_mm.training.packing import pack
 from zppo_mm.training.prefix_groups import balance, make_prefix_groups
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import torch
 
 from data.question import Question
 from zppo_mm.experience import NO_TOKEN, Group, Prompt, PromptInstance, Rollout, TopLogprobs
-from zppo_mm.training.batching import pack
+from zppo_mm.training.packing import pack
 from zppo_mm.training.samples import to_training_samples
 
 CPU = torch.device("cpu")

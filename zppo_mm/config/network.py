@@ -114,12 +114,8 @@ class LoraConfig:
         0.0, "Dropout probability of the adapters' inputs in training.", at_least=0, below=1
     )
     targets: list[str] = key(
-        ["all"],
-        "Linear layers with adapters.",
-        choices=("all", *LORA_TARGETS),
+        ["all"], "Linear layers with adapters.", choices=("all", *LORA_TARGETS)
     )
     also_train: list[str] = key(
-        [],
-        "Parts that are trained in full beside the adapters.",
-        choices=("vision", "projector"),
+        [], "Parts that are trained in full beside the adapters.", choices=("vision", "projector")
     )

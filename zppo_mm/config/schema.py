@@ -7,6 +7,7 @@ quick.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from zppo_mm.config.keys import key, section
 from zppo_mm.config.monitoring import EvaluationConfig as EvaluationConfig
@@ -21,6 +22,8 @@ from zppo_mm.config.reward import RewardConfig as RewardConfig
 from zppo_mm.config.teacher import TeacherConfig as TeacherConfig
 from zppo_mm.methods import METHODS, SWITCHED, Kind
 
+Number = TypeVar("Number", int, float)
+
 
 @dataclass(kw_only=True)
 class SourceConfig:
@@ -28,6 +31,11 @@ class SourceConfig:
 
     path: str = key("", "Folder with `*.tar` shards, relative to the working directory.")
     weight: float = key(1.0, "Sampling weight of this source in the stream.", above=0)
+
+
+def _from_folder(off: Number, meaning: str) -> Number:
+    """Declare a setting of media that the model's folder has too."""
+    return key(off, f"{meaning} 0: from the model folder.", at_least=0)
 
 
 @dataclass(kw_only=True)
@@ -47,43 +55,25 @@ class DataConfig:
         "Maximum length of a plain prompt. Longer questions are skipped and counted.",
         at_least=1,
     )
-    image_min_pixels: int = key(
-        0,
-        "Minimum pixels of an image. A smaller one is enlarged. 0: from the model folder.",
-        at_least=0,
+    image_min_pixels: int = _from_folder(
+        0, "Minimum pixels of an image. A smaller one is enlarged."
     )
-    image_max_pixels: int = key(
-        0,
-        "Maximum pixels of an image. A larger one is shrunk. 0: from the model folder.",
-        at_least=0,
-    )
-    video_max_pixels: int = key(
+    image_max_pixels: int = _from_folder(0, "Maximum pixels of an image. A larger one is shrunk.")
+    video_max_pixels: int = _from_folder(
         0,
         "Maximum pixels of the sampled frames of a video together (of each frame with "
-        "Qwen2.5-VL). Larger frames are shrunk. 0: from the model folder.",
-        at_least=0,
+        "Qwen2.5-VL). Larger frames are shrunk.",
     )
-    video_frames_per_second: float = key(
-        0.0,
-        "Rate at which frames of a video are sampled. 0: from the model folder.",
-        at_least=0,
+    video_frames_per_second: float = _from_folder(
+        0.0, "Rate at which frames of a video are sampled."
     )
-    video_min_frames: int = key(
-        0,
-        "Minimum frames of a video that has as many. 0: from the model folder.",
-        at_least=0,
-    )
-    video_max_frames: int = key(
-        0,
-        "Maximum frames of one video. A longer video is sampled more sparsely. 0: from the model "
-        "folder.",
-        at_least=0,
+    video_min_frames: int = _from_folder(0, "Minimum frames of a video that has as many.")
+    video_max_frames: int = _from_folder(
+        0, "Maximum frames of one video. A longer video is sampled more sparsely."
     )
     max_media_bytes: int = key(256_000_000, "Maximum bytes of a media file.", at_least=1)
     max_media_pixels: int = key(
-        40_000_000,
-        "Maximum pixels (width x height) of an image or a video frame.",
-        at_least=1,
+        40_000_000, "Maximum pixels (width x height) of an image or a video frame.", at_least=1
     )
     decode_timeout_seconds: float = key(
         30.0,
@@ -317,9 +307,7 @@ class RunConfig:
     )
     output_dir: str = key("runs", "Folder of the run folders.", may_change_on_resume=True)
     modality: str = key(
-        "mixed",
-        "Which bundled questions to use.",
-        choices=("text", "image", "video", "mixed"),
+        "mixed", "Which bundled questions to use.", choices=("text", "image", "video", "mixed")
     )
     method: str = key(
         "zppo",

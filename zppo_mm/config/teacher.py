@@ -116,9 +116,7 @@ class TeacherConfig:
     temperature: float = key(1.0, "Sampling temperature of the teacher.", at_least=0)
     max_response_tokens: int = key(12288, "Maximum length of a teacher response.", at_least=1)
     transformer_impl: str = key(
-        "",
-        "As `model.transformer_impl`. Empty: the student's.",
-        choices=("", *TRANSFORMER_IMPLS),
+        "", "As `model.transformer_impl`. Empty: the student's.", choices=("", *TRANSFORMER_IMPLS)
     )
     params_dtype: str = key(
         "", "As `model.params_dtype`. Empty: the student's.", choices=("", *PARAMS_DTYPES)

@@ -28,8 +28,10 @@ WEIGHT_BYTES = 2
 """bfloat16."""
 GRADIENT_BYTES = 4
 """Gradients are summed in float32."""
-OPTIMIZER_BYTES = 12
-"""A float32 copy of the weight and Adam's two averages."""
+MOMENT_BYTES = 8
+"""Adam's two averages in float32."""
+OPTIMIZER_BYTES = 4 + MOMENT_BYTES
+"""They and a float32 copy of the weight."""
 _GIB = 1 << 30
 
 

@@ -8,6 +8,7 @@ from zppo_mm.algorithms.row_loss import MAX_CHUNK_LOGITS
 from zppo_mm.config.schema import ParallelConfig, RunConfig
 from zppo_mm.conversion.description import (
     GRADIENT_BYTES,
+    MOMENT_BYTES,
     OPTIMIZER_BYTES,
     WEIGHT_BYTES,
     fitting_layouts,
@@ -18,8 +19,6 @@ from zppo_mm.text_table import text_table
 from zppo_mm.weights.mapping import parameter_mappings
 from zppo_mm.weights.megatron_folder import build_without_weights
 
-MOMENT_BYTES = 8
-"""Both moments in float32, of the optimizer's bytes a parameter."""
 CHUNK_LOGIT_BYTES = 16
 """Of a logit in a chunk: in bfloat16, in float32, scaled, and both gradients."""
 OUTPUT_WEIGHT_BYTES = 6

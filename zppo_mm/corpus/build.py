@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError, ReasonedError, SampleError
-from data.imports.benchmarks import load_medium
+from data.imports.benchmarks import load_media
 from data.imports.row_view import RowView
 from data.media.files import MediaFolder
 from data.sample import ShardSample
 from data.shard_writer import write_shards
 from zppo_mm.config.schema import RunConfig
-from zppo_mm.corpus.drawing import Candidate, Counts, Draw, SourceFile, list_files
+from zppo_mm.corpus.drawing import KEPT, Candidate, Counts, Draw
 from zppo_mm.corpus.prompts import PromptCheck
 from zppo_mm.corpus.questions import read_draft
 from zppo_mm.corpus.recipe import CorpusRecipe
-from zppo_mm.corpus.report import KEPT, CorpusReport, remove_report, write_report
+from zppo_mm.corpus.report import CorpusReport, remove_report, write_report
+from zppo_mm.corpus.source_files import SourceFile, list_files
 
 logger = logging.getLogger(__name__)
 
@@ -143,11 +144,7 @@ class _Builder:
                 f"{draft.num_markers or 'at least one'}",
             )
         folder = MediaFolder(file.root, self.max_media_bytes)
-        media: list[tuple[str, bytes]] = []
-        for index, (kind, value) in enumerate(images):
-            suffix, content = load_medium(view.where, folder, kind, value)
-            media.append((suffix if len(images) == 1 else f"{index}.{suffix}", content))
-            folder.check_total(view.where, media)
+        media = load_media(view.where, folder, images)
         canonical = file.source.subsets[candidate.subset]
         fields = {
             "id": f"{canonical}/{candidate.digest.hex()}",

@@ -9,13 +9,11 @@ from pathlib import Path
 
 from data.atomic_files import write_atomically
 from data.errors import shown
-from zppo_mm.corpus.drawing import Counts
+from zppo_mm.corpus.drawing import KEPT, Counts
 from zppo_mm.corpus.recipe import CorpusRecipe
 from zppo_mm.text_table import text_table
 
-REPORT_JSON = "corpus.json"
-REPORT_TEXT = "corpus.txt"
-KEPT = "kept"
+REPORT_TEXT, REPORT_JSON = "corpus.txt", "corpus.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from zppo_mm.errors import JudgeError
 from zppo_mm.rewards.judge import LlmJudge
 
 MIN_JUDGED = 20
-"""Judgements before their share says anything: with 3 % malformed, one in 10,000 checks of so few
+"""Judgements before their share says anything: with 3 % malformed, one in 50,000 checks of so few
 would see more than a quarter.
 """
 

@@ -18,12 +18,12 @@ from jinja2.parser import Parser
 
 from encoders.processor_files import read_json_object
 from zppo_mm.errors import ConfigError
+from zppo_mm.reasoning import THINK_CLOSE, THINK_OPEN
 
 logger = logging.getLogger(__name__)
 
 QUESTION, ANSWER = "zppoquestion", "zppoanswer"
 """Texts that no template has and none changes."""
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 THINKING_SWITCH = "enable_thinking"
 """Variable by which the families' templates turn reasoning on and off."""
 RENDERED = frozenset(

@@ -19,8 +19,8 @@ from encoders.positions import mrope_positions
 from encoders.processor import VisionInput, process_image, process_video
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import IntArray, Prompt, Rollout
+from zppo_mm.reasoning import THINK_CLOSE, THINK_OPEN
 from zppo_mm.rollout.chat import ChatFormat, Piece
-from zppo_mm.rollout.chat_template import THINK_CLOSE, THINK_OPEN
 from zppo_mm.rollout.processor import read_processor
 
 DEFAULT_CACHE_BYTES = 512 * 1024 * 1024

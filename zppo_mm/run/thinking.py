@@ -7,7 +7,8 @@ import logging
 from collections.abc import Sequence
 
 from zppo_mm.parallel import groups as parallel
-from zppo_mm.rollout.chat_template import THINK_OPEN, THINKING_SWITCH
+from zppo_mm.reasoning import THINK_OPEN
+from zppo_mm.rollout.chat_template import THINKING_SWITCH
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.text_table import text_table
 

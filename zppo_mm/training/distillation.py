@@ -22,7 +22,7 @@ from zppo_mm.training.objective import (
     ObjectiveTerms,
     PerForwardToken,
     loss_rows,
-    predicting_rows,
+    predicting_hidden,
     stacked,
 )
 
@@ -129,14 +129,5 @@ class DistillationObjective:
 @torch.no_grad()
 def teacher_rows(teacher: VisionLanguageModel, microbatch: Microbatch) -> OutputRows:
     """Return the teacher's rows that predict the loss tokens."""
-    media = (microbatch.patches, microbatch.grids)
-    wanted = {"rows": predicting_rows(microbatch), "parents": microbatch.parents}
-    hidden = teacher(
-        microbatch.token_ids,
-        microbatch.positions,
-        microbatch.cu_seqlens,
-        *media,
-        **wanted,
-        output_layer=False,
-    )
+    hidden = predicting_hidden(teacher, microbatch)
     return loss_rows(OutputRows(hidden, teacher.output_weight()), microbatch)[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -108,6 +108,17 @@ def _predictors(microbatch: Microbatch, indices: torch.Tensor) -> torch.Tensor:
     before = torch.arange(-1, len(microbatch.token_ids) - 1, device=indices.device)
     before[bounds[children]] = bounds[parents[children] + 1] - 1
     return before[indices]
+
+
+def predicting_hidden(model: Any, microbatch: Microbatch) -> torch.Tensor:
+    """Pass a micro-batch through a rank's stage of a network, for the rows that predict a loss
+    token; see `VisionLanguageModel.forward`.
+    """
+    tokens = (microbatch.token_ids, microbatch.positions, microbatch.cu_seqlens)
+    media = (microbatch.patches, microbatch.grids)
+    wanted = {"rows": predicting_rows(microbatch), "parents": microbatch.parents}
+    hidden: torch.Tensor = model(*tokens, *media, **wanted, output_layer=False)
+    return hidden
 
 
 def with_loss_predicted_by(microbatch: Microbatch, tokens: slice) -> Microbatch:

@@ -27,7 +27,7 @@ from zppo_mm.training.objective import (
     Objective,
     ObjectiveTerms,
     loss_rows,
-    predicting_rows,
+    predicting_hidden,
     with_loss_predicted_by,
 )
 from zppo_mm.training.optimizer import (
@@ -157,8 +157,7 @@ class Policy:
         for batch in batches:
             self._wrapped.zero_grad_buffer()
             self.optimizer.zero_grad()
-            # 0 if no token carries loss; then the loss is 0 too.
-            self._denominator = batch.denominator or 1.0
+            self._denominator = batch.denominator
             results = self._forward_backward(batch.microbatches, self._loss, forward_only=False)
             norm = gradient_norm(self.optimizer)
             sums, finite = self._reduce([terms.sums for terms, _ in results], norm)
@@ -194,17 +193,7 @@ class Policy:
             microbatch = with_loss_predicted_by(
                 microbatch, self.model.own_tokens(len(microbatch.token_ids))
             )
-            media = (microbatch.patches, microbatch.grids)
-            wanted = {"rows": predicting_rows(microbatch), "parents": microbatch.parents}
-            output = model(
-                microbatch.token_ids,
-                microbatch.positions,
-                microbatch.cu_seqlens,
-                *media,
-                **wanted,
-                output_layer=False,
-            )
-            return output, partial(collect, microbatch)
+            return predicting_hidden(model, microbatch), partial(collect, microbatch)
 
         return cast(
             "list[Any]",
@@ -376,7 +365,7 @@ def _update_metrics(
 ) -> UpdateMetrics:
     loss, num_forward_tokens, *totals = sums
     return UpdateMetrics(
-        loss=loss / (batch.denominator or 1.0),
+        loss=loss / batch.denominator,
         grad_norm=norm,
         learning_rate=learning_rate,
         num_loss_tokens=batch.num_loss_tokens,

@@ -10,26 +10,18 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 
+from zppo_mm.reasoning import without_reasoning
 from zppo_mm.rewards.boxes import final_answer, last_boxed
 from zppo_mm.rewards.mathematics import compare
-from zppo_mm.special_tokens import escape_special_tokens
 from zppo_mm.teacher.teacher import CompressedTrace, Trace
+from zppo_mm.zone.rewriting import MARKS, Generate, TeacherRewriter
 
 logger = logging.getLogger(__name__)
 
-NUM_ATTEMPTS = 2
-
-_DROPPED = re.compile(r"</?think>|<\|[^<>|\s]*\|>")
 # The brace of the boxed answer and the end of the formula around it, so that an opened "$" stays
 # closed.
 _CLOSING = re.compile(r"\s*\}[ }]*(\${1,2}|\\\)|\\\])")
-_THINK_START, _THINK_END = "<think>", "</think>"
 _SUMMARY_START, _SUMMARY_END = "<summary>", "</summary>"
-
-Generate = Callable[[Sequence[str], int, int], Sequence[str | None]]
-"""From user prompts, the step and the number of the attempt (for the random stream) to one response
-each; `None` where there was none.
-"""
 
 
 class RuleCompressor:
@@ -61,7 +53,7 @@ class RuleCompressor:
             text: A whole response.
             answer: Its parsed answer; `None` keeps the end of the text and boxes nothing.
         """
-        body, boxed = _split_at_answer(_DROPPED.sub(" ", text), answer)
+        body, boxed = _split_at_answer(MARKS.sub(" ", text), answer)
         lines = _lines(body)
         # An answer at the end of a line belongs to that line. On a line of its own it counts as
         # one of the lines.
@@ -80,7 +72,7 @@ class RuleCompressor:
 
     def lines(self, text: str) -> list[str]:
         """Return the lines of a text without thinking tags, special tokens and extra spaces."""
-        return _lines(_DROPPED.sub(" ", text))
+        return _lines(MARKS.sub(" ", text))
 
     def _tail(self, line: str, boxed: str) -> str:
         """Return the longest end of a line within the cap, cut between words where the answer
@@ -107,9 +99,9 @@ class RuleCompressor:
 class TeacherCompressor:
     """Lets the teacher rewrite responses. Implements `Compressor`.
 
-    A rewrite without a complete summary, or with another final answer, is refused. It
-    is retried once. Then the response is cut by rule, as it is if the teacher does not answer. A
-    faithful rewrite over the caps is cut as well.
+    A rewrite without a complete summary, or with another final answer, is refused and retried once.
+    Then the response is cut by rule, as it is if the teacher does not answer. A faithful rewrite
+    over the caps is cut as well.
 
     Args:
         generate: The teacher as a function of user texts.
@@ -118,33 +110,18 @@ class TeacherCompressor:
     """
 
     def __init__(self, generate: Generate, rule: RuleCompressor, template: str) -> None:
-        self.generate = generate
-        self.rule = rule
-        self.template = template
+        self._rewriter = TeacherRewriter(generate, template, rule.max_lines)
+        self._rule = rule
 
     def compress(self, traces: Sequence[Trace], step: int) -> list[CompressedTrace]:
-        """Return one compressed trace per trace; each attempt is one call for all traces that still
-        need it.
-        """
-        rewritten: dict[int, str] = {}
-        rejects = [0] * len(traces)
-        for attempt in range(NUM_ATTEMPTS):
-            open_traces = [index for index in range(len(traces)) if index not in rewritten]
-            if not open_traces:
-                break
-            prompts = [
-                fill_template(self.template, traces[index].text, self.rule.max_lines)
-                for index in open_traces
-            ]
-            texts = self.generate(prompts, step, attempt)
-            for index, text in zip(open_traces, texts, strict=True):
-                if text is None:
-                    continue
-                rewrite = summary(text)
-                if rewrite is not None and _keeps_answer(rewrite, traces[index].answer):
-                    rewritten[index] = self.rule.cut(rewrite, final_answer(rewrite))
-                else:
-                    rejects[index] += 1
+        """Return one compressed trace per trace."""
+        rewritten, rejects = self._rewriter.rewrite(
+            traces,
+            step,
+            # No summary is no faithful one, and counted like those.
+            read=lambda reply: summary(reply) or "",
+            accepts=lambda text, trace: _keeps_answer(text, trace.answer),
+        )
         if sum(rejects):
             logger.info(
                 "compression at step %d: %d rewrites had no complete summary or another final "
@@ -155,32 +132,15 @@ class TeacherCompressor:
                 len(traces),
             )
         return [
-            CompressedTrace(rewritten[index], "rewritten", rejects[index])
+            CompressedTrace(
+                self._rule.cut(rewritten[index], final_answer(rewritten[index])),
+                "rewritten",
+                rejects[index],
+            )
             if index in rewritten
-            else CompressedTrace(self.rule.cut(trace.text, trace.answer), "cut", rejects[index])
+            else CompressedTrace(self._rule.cut(trace.text, trace.answer), "cut", rejects[index])
             for index, trace in enumerate(traces)
         ]
-
-
-def fill_template(template: str, response: str, max_lines: int) -> str:
-    """Return the prompt that asks the teacher to rewrite a response, its tags escaped so that it
-    cannot end its block.
-
-    Args:
-        template: With the fields `{response}` and `{max_lines}`.
-        response: A whole response.
-        max_lines: Most lines of the rewrite.
-    """
-    fields = {
-        "response": escape_special_tokens(_DROPPED.sub(" ", response)).strip(),
-        "max_lines": str(max_lines),
-    }
-    return re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), template)
-
-
-def without_reasoning(reply: str) -> str:
-    """Return what the teacher says after its reasoning; empty if the reasoning was cut."""
-    return reply.rpartition(_THINK_END)[2].partition(_THINK_START)[0].strip()
 
 
 def summary(reply: str) -> str | None:
@@ -197,7 +157,7 @@ def _split_at_answer(text: str, answer: str | None) -> tuple[str, str]:
     """
     if answer is None:
         return text.rstrip(), ""
-    boxed = f"\\boxed{{{' '.join(_DROPPED.sub(' ', answer).split())}}}"
+    boxed = f"\\boxed{{{' '.join(MARKS.sub(' ', answer).split())}}}"
     found = last_boxed(text)
     if found is None:
         return text, boxed

@@ -10,15 +10,11 @@ import logging
 import re
 from collections.abc import Sequence
 
+from zppo_mm.reasoning import without_reasoning
 from zppo_mm.rewards.boxes import last_boxed
 from zppo_mm.teacher.teacher import Hint, Trace
-from zppo_mm.zone.compress import (
-    NUM_ATTEMPTS,
-    Generate,
-    RuleCompressor,
-    fill_template,
-    without_reasoning,
-)
+from zppo_mm.zone.compress import RuleCompressor
+from zppo_mm.zone.rewriting import Generate, TeacherRewriter
 
 logger = logging.getLogger(__name__)
 
@@ -72,45 +68,37 @@ class TeacherHintWriter:
     """
 
     def __init__(self, generate: Generate, rule: RuleHintWriter, template: str) -> None:
-        self.generate = generate
-        self.rule = rule
-        self.template = template
+        self._rewriter = TeacherRewriter(generate, template, rule.rule.max_lines)
+        self._rule = rule
 
     def write(self, traces: Sequence[Trace], step: int) -> list[Hint]:
-        """Return one hint per trace; each attempt is one call for all traces that still need it."""
-        written: dict[int, str] = {}
-        rejects = [0] * len(traces)
-        for attempt in range(NUM_ATTEMPTS):
-            missing = [index for index in range(len(traces)) if index not in written]
-            prompts = [
-                fill_template(self.template, traces[index].text, self.rule.rule.max_lines)
-                for index in missing
-            ]
-            for index, text in zip(
-                missing, self.generate(prompts, step, attempt) if prompts else (), strict=True
-            ):
-                whole = without_reasoning(text) if text is not None else ""
-                hint = self.rule.beginning(self.rule.rule.lines(whole))
-                if hint is None:
-                    continue
-                if reveals(whole, traces[index]):
-                    rejects[index] += 1
-                else:
-                    written[index] = hint
+        """Return one hint per trace."""
+        written, rejects = self._rewriter.rewrite(
+            traces,
+            step,
+            read=lambda reply: text if self._beginning(text := without_reasoning(reply)) else None,
+            # The whole of it, lest a cut hides that the teacher did not do as it was asked.
+            accepts=lambda text, trace: not reveals(text, trace),
+        )
         if sum(rejects):
-            by_rule_count = len(traces) - len(written)
             logger.info(
                 "hints at step %d: %d gave the answer away, %d of %d by rule",
                 step,
                 sum(rejects),
-                by_rule_count,
+                len(traces) - len(written),
                 len(traces),
             )
-        by_rule = self.rule.write(traces, step)
+        by_rule = self._rule.write(traces, step)
         return [
-            Hint(written.get(index, by_rule[index].text), rejects[index])
+            Hint(
+                self._beginning(written[index]) if index in written else by_rule[index].text,
+                rejects[index],
+            )
             for index in range(len(traces))
         ]
+
+    def _beginning(self, text: str) -> str | None:
+        return self._rule.beginning(self._rule.rule.lines(text))
 
 
 def reveals(text: str, trace: Trace) -> bool:

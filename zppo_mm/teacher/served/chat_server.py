@@ -68,13 +68,9 @@ class ReceivedRequest:
     def batch_key(self) -> tuple[object, ...]:
         """What requests that are sampled together have in common."""
         kind, name = self.stream
-        settings = (
-            self.num_choices,
-            self.temperature,
-            self.max_tokens,
-            self.is_without_thinking,
-        )
-        return (self.batch.name, *settings, kind, name if kind == "respond" else "")
+        limits = (self.num_choices, self.temperature, self.max_tokens)
+        stream = (kind, name if kind == "respond" else "")
+        return (self.batch.name, *limits, self.is_without_thinking, *stream)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,11 +7,13 @@ from concurrent.futures import wait
 from typing import Any
 
 from zppo_mm.config.schema import RewardConfig
+from zppo_mm.reasoning import without_reasoning
+from zppo_mm.rollout.chat_template import THINKING_SWITCH
 from zppo_mm.teacher.served.chat_api import ChatRequest
 from zppo_mm.teacher.served.servers import Outcome, RetryPolicy, Servers
 
 STOP_LOOK_SECONDS = 0.5
-WITHOUT_THINKING = {"enable_thinking": False}
+WITHOUT_THINKING = {THINKING_SWITCH: False}
 
 
 def greedy_replies(
@@ -63,8 +65,7 @@ def greedy_replies(
 
 
 def _reply(outcome: Outcome) -> str | None:
-    for choice in outcome.answers():
-        text = choice.content.rpartition("</think>")[2].strip()
-        # A reasoning that is opened after the last one was closed has no end.
-        return text.partition("<think>")[0].strip()
+    answers = outcome.answers()
+    if answers:
+        return without_reasoning(answers[0].content)
     return "" if outcome.has_no_answer else None

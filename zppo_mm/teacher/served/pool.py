@@ -250,17 +250,17 @@ class EndpointPool:
         """Ask with the variables of the chat template, and if they are refused and not needed,
         without; see `_attempts`.
         """
+        how = (num_choices, first, outcome, policy, draw)
         bare = replace(request, chat_template_kwargs={})
-        if request.needs_template_kwargs or not request.chat_template_kwargs:
-            return await self._attempts(request, num_choices, first, outcome, policy, draw)
-        if not self._sends_optional_kwargs:
-            return await self._attempts(bare, num_choices, first, outcome, policy, draw)
+        is_bare_enough = bool(request.chat_template_kwargs) and not request.needs_template_kwargs
+        if is_bare_enough and not self._sends_optional_kwargs:
+            return await self._attempts(bare, *how)
         try:
-            return await self._attempts(request, num_choices, first, outcome, policy, draw)
+            return await self._attempts(request, *how)
         except Fault as fault:
-            if fault.kind not in UNKNOWN_FIELD:
+            if not is_bare_enough or fault.kind not in UNKNOWN_FIELD:
                 raise
-        reply = await self._attempts(bare, num_choices, first, outcome, policy, draw)
+        reply = await self._attempts(bare, *how)
         # What is refused for its text is refused without them too.
         self._sends_optional_kwargs = False
         logger.info("the judge's server refuses chat_template_kwargs: it is asked without them")
