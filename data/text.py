@@ -37,22 +37,27 @@ def clean_text(text: str) -> str:
 
 
 def read_text_file(path: Path, where: str) -> str:
-    """Return what a text file holds, without a byte-order mark.
+    """Return what a text file holds, without a byte-order mark, its lines ended by "\\n" alone.
 
     Args:
         path: The file.
         where: What it is, for the error.
 
     Raises:
-        DataError: It is not valid text.
+        DataError: It cannot be read, or is not valid text.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(
+            f"{where}: {path} cannot be read, got {error.strerror}, expected a text file; correct "
+            "the path"
+        ) from error
     except UnicodeDecodeError as error:
         problem = f"byte {error.object[error.start]:#04x} at {error.start}"
     else:
         if is_valid_text(text):
-            return text
+            return text.replace("\r\n", "\n").replace("\r", "\n")
         problem = "a NUL"
     raise DataError(
         f"{where}: {path} is not UTF-8 text, got {problem}, expected UTF-8; save it as such"

@@ -112,7 +112,7 @@ def read_processor_config(
 
     Raises:
         ValueError: A file is missing, is not a JSON object, lacks a key, image and video disagree
-            on the patches, or a minimum is above its maximum.
+            on the patches, a minimum is above its maximum, or an override allows less than a patch.
     """
     image, video = read_settings(Path(folder), layout.limits_per_frame)
     config = replace(
@@ -129,6 +129,12 @@ def read_processor_config(
                 f"{getattr(config, high)} from the folder's processor files and the keys of data, "
                 "expected at most the same; change one of them"
             )
+    if "video_max_frames" in overrides and config.video_max_frames < config.temporal_patch_size:
+        raise ValueError(
+            f"{folder}: video_max_frames is less than a temporal patch, got "
+            f"{config.video_max_frames} from the keys of data, expected at least "
+            f"{config.temporal_patch_size}; transformers could show no video to the exported model"
+        )
     return config
 
 

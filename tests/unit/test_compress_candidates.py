@@ -40,6 +40,7 @@ def rule(max_tokens: int = 20, max_lines: int = 5) -> RuleCompressor:
             "try \\boxed{1}\nno: \\boxed{\\frac{1}{2}}",
         ),
         ("\\boxed{4\n2}", "\\boxed{4 2}"),
+        ("so $x = \\boxed{42\\ }$.", "so $x = \\boxed{42}$"),
         ("no answer here\n\nat all", "no answer here\nat all"),
         ("it stops in \\boxed{4", "it stops in \\boxed{4"),
         ("", ""),
@@ -190,6 +191,7 @@ def test_a_long_rewrite_is_cut_to_the_caps() -> None:
         ("<summary>draft</summary>\nBetter:\n<summary>a</summary>", "a"),
         ("<summary>a</summary> or <summary>b", "a"),  # the last complete one
         ("<summary>one <summary>a</summary>", "a"),
+        ("<summary>one <summary>a</summary></summary>", "a"),
         ("<summary></summary>", ""),
         ("a", None),
         ("<summary>a", None),

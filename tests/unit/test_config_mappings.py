@@ -41,6 +41,7 @@ def test_a_mapping_comes_from_a_file_and_options(tmp_path: Path) -> None:
         ("{1: true}", "has the wrong type"),
         ("{a: .nan}", rf"{KEY}: not JSON, got {{'a': nan}}"),
         ("{a: [{b: .inf}]}", rf"{KEY}: not JSON"),
+        ("{enable_thinking: 'false'}", rf"{KEY}.enable_thinking: neither true nor false"),
     ],
 )
 def test_what_is_no_mapping_of_json_values_is_refused(value: str, message: str) -> None:

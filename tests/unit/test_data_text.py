@@ -70,7 +70,13 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path, content: bytes, problem
             read(str(file))
 
 
-def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
+def test_neither_a_byte_order_mark_nor_the_way_that_lines_end_is_text(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
-    file.write_bytes(b"\xef\xbb\xbf\xc3\xa9\n")
-    assert read_text_file(file, "here") == "\u00e9\n"
+    file.write_bytes(b"\xef\xbb\xbf\xc3\xa9\r\n\r\nb\rc\n")
+    assert read_text_file(file, "here") == "\u00e9\n\nb\nc\n"
+
+
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bcq.txt").mkdir()
+    with pytest.raises(DataError, match=r"bcq\.txt cannot be read, got Is a directory"):
+        load_templates(str(tmp_path))

@@ -57,6 +57,8 @@ def test_keys_take_precedence_over_the_folder(tmp_path: Path) -> None:
         read_processor_config(tmp_path, overrides={"image_max_pixels": 100})
     with pytest.raises(ValueError, match="video_min_frames is above video_max_frames, got 4 and 3"):
         read_processor_config(tmp_path, overrides={"video_max_frames": 3})
+    with pytest.raises(ValueError, match="video_max_frames is less than a temporal patch, got 1"):
+        read_processor_config(tmp_path, overrides={"video_min_frames": 1, "video_max_frames": 1})
     with pytest.raises(ValueError, match="video_min_pixels is above video_max_pixels"):
         read_processor_config(tmp_path, overrides={"video_max_pixels": 4095})
 

@@ -77,6 +77,8 @@ def answered(question: Question, text: str) -> JudgedResponse:
         '{"verdict" : "\\u0063orrect"}',
         '```json\n{"verdict": "correct"}\n```',
         ' ```\n{"verdict":\n"correct"}\n  ``` \n',
+        '```JSON\r\n{"verdict": "correct"}\r\n```\r\n',
+        '```{"verdict": "correct"}```',
     ],
 )
 def test_a_strict_reply_is_read(reply: str) -> None:

@@ -106,6 +106,8 @@ def test_algebra_decides_the_rest(verifier: Verifier) -> None:
         ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
         ("\\boxed {\n 3 }", "3"),
         ("\\boxed{\\boxed{5}}", "5"),
+        ("\\boxed{5\\ }", "5"),
+        ("\\boxed{5\\\\ }", "5\\\\"),
         ("\\boxed{\\left\\{1\\right.}", "\\left\\{1\\right."),
         ("\\boxed{1} and \\boxed{2", None),
         ("\\boxed{}", None),

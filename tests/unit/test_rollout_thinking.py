@@ -4,7 +4,9 @@ closed or absent.
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +14,23 @@ import pytest
 
 from data.media.opening import Frames
 from data.question import MediaRef
+from tests.support.pool_asking import served_teacher
+from tests.support.raw_server import http, say, serve_raw
 from tests.support.tiny_folder import ENDINGS, TEMPLATE, build_folder, template_with
+from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.conversion.chat import prefix_facts
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import Rollout
+from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rewards.boxes import final_answer
+from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.chat import ChatFormat
+from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.prompt import PromptEncoder
+from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.run.thinking import contradiction, log_generation_prefixes, prefix_table
-from zppo_mm.zone.compress import RuleCompressor
+from zppo_mm.teacher.served.pool import EndpointPool
+from zppo_mm.zone.compress import RuleCompressor, summary
 from zppo_mm.zone.prompts import load_templates
 
 CLOSING = load_templates().closing
@@ -172,3 +182,52 @@ def test_a_response_without_its_opening_tag_is_read_as_one_with_it(tmp_path: Pat
 
 def test_the_template_of_these_tests_is_one_of_the_forms() -> None:
     assert template_with("opened") == TEMPLATE
+
+
+class OneReply:
+    """Answers every request with the same text."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids = np.array(ids)
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingParams
+    ) -> list[list[Generation]]:
+        logprobs = np.zeros(len(self.ids), np.float32)
+        return [[Generation(self.ids, logprobs, "length")] for _ in requests]
+
+
+@pytest.mark.parametrize(("ending", "kept"), [("opened", None), ("absent", "a draft")])
+def test_a_reasoning_that_the_prompt_opened_and_the_limit_cut_is_no_rewrite(
+    tmp_path: Path, ending: str, kept: str | None
+) -> None:
+    chosen = encoder(tmp_path, ending)
+    engine = OneReply(chosen.chat.tokenize(["So <summary>a draft</summary>, or"]))
+    sampler = GroupSampler(engine, chosen, Verifier(), SingleProcess())
+    sampling = SamplingParams(temperature=0.0, max_new_tokens=64, stop_token_ids=(0,))
+    (reply,) = sampler.respond(["Shorten it."], sampling, "name")
+    assert reply is not None
+    assert summary(reply) == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "finish_reason", "kept"),
+    [
+        ("So <summary>a draft</summary>, or", "length", None),
+        ("So <summary>a draft</summary>, or\n</think>\n<summary>a</summary>", "length", "a"),
+        ("<summary>a</summary>", "stop", "a"),
+    ],
+)
+def test_a_server_that_shows_no_tag_of_a_cut_reasoning_gives_no_rewrite(
+    tmp_path: Path, text: str, finish_reason: str, kept: str | None
+) -> None:
+    made = {"index": 0, "message": {"content": text}, "finish_reason": finish_reason}
+    body = json.dumps({"choices": [made]}).encode()
+    config = TeacherConfig(model="tiny")
+    with serve_raw(lambda number: say(http(body))) as server:
+        pool = EndpointPool([server.url], "tiny", config)
+        teacher = served_teacher(pool, config, Verifier(), encoder(tmp_path, "absent"))
+        (reply,) = teacher.rewrite(["Shorten it."], 1, 0)
+        pool.close()
+    assert reply is not None
+    assert summary(reply) == kept

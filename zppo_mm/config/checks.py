@@ -41,6 +41,13 @@ def _check_value(path: str, known: Key, value: Any) -> None:
                 + (f"write {former}" if former else "correct it")
             )
     if isinstance(value, dict):
+        thinking = value.get("enable_thinking", True)
+        if not isinstance(thinking, bool):
+            # Templates compare it with false, or take any text for true.
+            raise ConfigError(
+                f"{path}.enable_thinking: neither true nor false, got {thinking!r}, expected one "
+                "of them without quotes; correct it"
+            )
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:

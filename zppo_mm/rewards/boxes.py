@@ -26,7 +26,7 @@ def last_boxed(text: str) -> str | None:
     end = text.find("}", brace.end())
     if end >= 0 and ("{" in text[brace.end() : end] or "\\" in text[brace.end() : end]):
         end = closing_brace(text, brace.end() - 1)
-    return text[brace.end() : end].strip() or None if end > 0 else None
+    return _content(text[brace.end() : end]) or None if end > 0 else None
 
 
 def final_answer(text: str) -> str | None:
@@ -51,6 +51,16 @@ def final_answer(text: str) -> str | None:
         between = _LAYOUT.sub(lambda match: f" {match[1] or ''} ", text[end + 1 : following])
         if not _JOINT.fullmatch(" ".join(between.split())):
             break
-        boxes.append(text[brace.end() : end].strip())
+        boxes.append(_content(text[brace.end() : end]))
         following = start
     return ", ".join(dict.fromkeys(box for box in reversed(boxes) if box))
+
+
+def _content(inside: str) -> str:
+    r"""Return what is between the braces of a box, without space around it.
+
+    A control space ("\ ") at the end goes whole: its backslash alone would escape a closing brace.
+    """
+    text = inside.strip()
+    backslashes = len(text) - len(text.rstrip("\\"))
+    return text[:-1].rstrip() if backslashes % 2 else text

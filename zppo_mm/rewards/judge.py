@@ -31,7 +31,7 @@ MAX_SHOWN_CHARS = 200
 
 COUNTED = ("judged", "judge_malformed", "judge_disagreements", "judge_failures", "judge_cut")
 
-_FENCE = re.compile(r"\s*```(?:json)?[ \t]*\n(.*)\n[ \t]*```\s*", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"\s*```\s*(?:json)?(.*)```\s*", re.DOTALL | re.IGNORECASE)
 
 Complete = Callable[[Sequence[str]], Sequence[str | None]]
 """From prompts to one greedy reply each; `None` if there was none."""

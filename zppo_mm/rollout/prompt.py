@@ -179,6 +179,13 @@ class PromptEncoder:
         """Return the text of a response without the special tokens at its end."""
         return self.chat.decode([int(token) for token in ids])
 
+    def decode_whole(self, ids: Sequence[int] | IntArray) -> str:
+        """Return as `decode`, after the `<think>` that this model's prompts open: without it, a
+        reasoning that was cut would look like an answer.
+        """
+        text = self.decode(ids)
+        return f"{THINK_OPEN}\n{text}" if self.chat.prefix.thinking == "opened" else text
+
     def response_ids(self, rollout: Rollout) -> list[int]:
         """Return the tokens that this model would have a response in that another one wrote.
 

@@ -210,8 +210,8 @@ class GroupSampler:
         return self._groups(instances, collected)
 
     def respond(self, texts: Sequence[str], params: SamplingParams, name: str) -> list[str | None]:
-        """Return one response per user text, without media and without a grade; the same on every
-        rank.
+        """Return one response per user text, without media and without a grade, from the `<think>`
+        on that its prompt may have opened; the same on every rank.
 
         A response is `None` if the network computes logits that are not finite.
 
@@ -237,7 +237,7 @@ class GroupSampler:
             generations = self._engine.generate(requests, params)
         replies = self._exchange.gather(
             [
-                (self._encoder.decode(group[0].response_ids), self._break(group))
+                (self._encoder.decode_whole(group[0].response_ids), self._break(group))
                 for group in generations
             ]
         )

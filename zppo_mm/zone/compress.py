@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # The brace of the boxed answer and the end of the formula around it, so that an opened "$" stays
 # closed.
-_CLOSING = re.compile(r"\s*\}[ }]*(\${1,2}|\\\)|\\\])")
+_CLOSING = re.compile(r"(?:\\\s)?\s*\}[ }]*(\${1,2}|\\\)|\\\])")
 _SUMMARY_START, _SUMMARY_END = "<summary>", "</summary>"
 
 
@@ -146,9 +146,9 @@ class TeacherCompressor:
 def summary(reply: str) -> str | None:
     """Return the last complete summary of a reply, outside its reasoning; `None` without one."""
     text = without_reasoning(reply)
-    end = text.rfind(_SUMMARY_END)
-    start = text.rfind(_SUMMARY_START, 0, max(end, 0))
-    return text[start + len(_SUMMARY_START) : end].strip() if start >= 0 else None
+    start = text.rfind(_SUMMARY_START, 0, max(text.rfind(_SUMMARY_END), 0))
+    inside = text[start + len(_SUMMARY_START) :].partition(_SUMMARY_END)[0]
+    return inside.strip() if start >= 0 else None
 
 
 def _split_at_answer(text: str, answer: str | None) -> tuple[str, str]:

@@ -140,7 +140,7 @@ class ServedTeacher:
             return [
                 _Result(
                     index,
-                    text=next((choice.content for choice in outcome.answers()), None),
+                    text=next(map(_rewritten, outcome.answers()), None),
                     num_answers=len(outcome.choices),
                     problem=outcome.problem,
                     is_refused=outcome.is_refused,
@@ -287,3 +287,11 @@ class ServedTeacher:
                 "teacher.on_failure=ncq_only to go on without it"
             )
         logger.warning("%s; the run goes on without", what)
+
+
+def _rewritten(choice: Choice) -> str:
+    """Return what a rewrite says. One that was cut may be a reasoning that the prompt opened, with
+    drafts in it, of which a server shows no tag: it says nothing.
+    """
+    is_whole = choice.finish_reason == "stop" or "</think>" in choice.text
+    return choice.content if is_whole else ""
