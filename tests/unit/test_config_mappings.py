@@ -28,6 +28,8 @@ def test_a_mapping_comes_from_a_file_and_options(tmp_path: Path) -> None:
     assert config.fallback_teachers[0].chat_template_kwargs == {"enable_thinking": False}
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
+    assert load_config(path, [f"{KEY}={{}}"]).model.chat_template_kwargs == {}
+    assert load_config(path, [f"{KEY}={{}}", f"{KEY}.a=1"]).model.chat_template_kwargs == {"a": 1}
 
 
 @pytest.mark.parametrize(

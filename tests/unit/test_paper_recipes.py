@@ -4,6 +4,7 @@ shapes, and fit into the memory of the GPUs that they name.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "paper"
 SIZES = ("0.8B", "2B", "4B", "9B")
 STUDENT_RANKS = 48
+# More than the bundled prompts have around a question or a response.
+INSTRUCTION_TOKENS = 512
 # What a run of the comparison changes of the recipe, beside what its method says.
 COMPARED: dict[str, dict[str, Any]] = {
     "grpo": {"method": "grpo"},
@@ -246,3 +249,16 @@ def load_like(config: RunConfig, tensor: int) -> RunConfig:
 def test_a_layout_that_does_not_divide_the_ranks_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"does not divide the student's ranks.*47 ranks"):
         estimate_memory(student("9B"), recipe("9B"), 47)
+
+
+@pytest.mark.parametrize("page", ["docs/paper.md", "docs/teachers.md", "examples/paper/README.md"])
+def test_the_served_context_holds_the_longest_request(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    contexts = re.findall(r"--(?:max-model-len|context-length) (\d+)", text)
+    assert contexts
+    for size in SIZES:
+        config = recipe(size)
+        # The teacher rewrites a whole response, and may reason as long as where it answers.
+        longest = max(config.data.max_prompt_tokens, config.rollout.max_response_tokens)
+        needed = longest + config.teacher.max_response_tokens + INSTRUCTION_TOKENS
+        assert min(map(int, contexts)) >= needed

@@ -194,6 +194,20 @@ def _unknown_keys(content: Any, kind: Any, prefix: str) -> Iterator[tuple[str, l
             yield f"{prefix}{key}", [f"{prefix}{name}" for name in hints]
 
 
+def _emptied(content: Any, kind: Any, prefix: str) -> Iterator[str]:
+    """Yield the dotted keys of mappings that are no sections and that a layer sets to `{}`; a merge
+    would keep what they held.
+    """
+    if not isinstance(content, dict):
+        return
+    hints = get_type_hints(kind)
+    for name, value in content.items():
+        if is_dataclass(hints[name]):
+            yield from _emptied(value, hints[name], f"{prefix}{name}.")
+        elif value == {}:
+            yield f"{prefix}{name}"
+
+
 def _all_keys(kind: Any, prefix: str) -> Iterator[str]:
     """Yield every dotted key that can be set."""
     hints = get_type_hints(kind)
@@ -218,6 +232,9 @@ def _merge(layers: Sequence[_Layer], kind: type[_Kind]) -> _Kind:
     for layer in layers:
         try:
             merged = OmegaConf.merge(merged, layer.content)
+            content = OmegaConf.to_container(layer.content, resolve=False)
+            for key in _emptied(content, kind, ""):
+                OmegaConf.update(merged, key, {}, merge=False)
             # Interpolations are resolved here, while the layer that holds them can still be named.
             resolved = OmegaConf.to_object(merged)
         except (OmegaConfBaseException, TypeError) as error:
