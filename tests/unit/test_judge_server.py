@@ -188,24 +188,6 @@ def test_the_limit_is_on_the_judgements_since_the_last_check() -> None:
         check()
 
 
-def test_a_judge_that_never_replies_ends_the_run() -> None:
-    with serve_raw(lambda number: choice(RIGHT, "abort")) as server:
-        judge, pool = judge_at(server)
-        check = check_of(judge)
-        ask(judge, *(f"cat {number}" for number in range(MIN_JUDGED - 1)))
-        check()  # one answer too few to say anything
-        ask(judge, "the last cat")
-        pool.close()
-    with pytest.raises(JudgeError, match=r"does not reply, got no reply about 20 answers"):
-        check()
-
-
-def test_a_judge_that_replies_now_and_then_is_kept() -> None:
-    judge = some_judge()
-    judge.counts.update({"judged": 1, "judge_failures": 100})
-    check_of(judge)()
-
-
 def test_every_rank_ends_by_what_all_have_judged() -> None:
     judges = [some_judge(), some_judge()]
     judged(judges[0], 20, 0)

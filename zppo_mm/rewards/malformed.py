@@ -1,4 +1,4 @@
-"""When the judge gives no verdicts: a run that grades all wrong, or nothing, is not to go on."""
+"""When the judge's replies are no verdicts: a run that grades everything wrong is not to go on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from zppo_mm.errors import JudgeError
 from zppo_mm.rewards.judge import LlmJudge
 
 MIN_JUDGED = 20
-"""Answers for the judge before their share says anything: with 3 % malformed, one in 50,000 checks
-of so few would see more than a quarter.
+"""Judgements before their share says anything: with 3 % malformed, one in 50,000 checks of so few
+would see more than a quarter.
 """
 
 
@@ -20,7 +20,6 @@ class JudgedCount:
 
     num_judged: int
     num_malformed: int
-    num_failures: int
     example: str
 
 
@@ -45,38 +44,23 @@ class MalformedCheck:
         self._server = server
         self._max_fraction = max_fraction
         self._gather = gather
-        self._seen = (0, 0, 0)
+        self._seen = (0, 0)
 
     def __call__(self) -> None:
         """Check the judgements since the last check that had enough of them; every rank calls this.
 
         Raises:
-            JudgeError: On every rank, if too many of them are malformed, or no reply has come.
+            JudgeError: On every rank, if too many of them are malformed.
         """
         if self._judge is None:
             return
-        judged, malformed, failures = now = (
-            self._judge.counts["judged"],
-            self._judge.counts["judge_malformed"],
-            self._judge.counts["judge_failures"],
-        )
+        now = (self._judge.counts["judged"], self._judge.counts["judge_malformed"])
         local = JudgedCount(
-            judged - self._seen[0],
-            malformed - self._seen[1],
-            failures - self._seen[2],
-            self._judge.malformed_example,
+            now[0] - self._seen[0], now[1] - self._seen[1], self._judge.malformed_example
         )
         counts = [count for replica in self._gather([local]) for count in replica]
         num_judged = sum(count.num_judged for count in counts)
         num_malformed = sum(count.num_malformed for count in counts)
-        num_failures = sum(count.num_failures for count in counts)
-        if not num_judged and num_failures >= MIN_JUDGED:
-            raise JudgeError(
-                f"reward.judge: {self._server} does not reply, got no reply about {num_failures} "
-                "answers, expected verdicts; the warnings before say why: repair the server, give "
-                "another judge (reward.judge_endpoints, reward.judge_model), or set reward.judge "
-                "to 'never'"
-            )
         if num_judged < MIN_JUDGED:
             return
         self._seen = now
