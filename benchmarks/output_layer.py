@@ -3,7 +3,7 @@
     python benchmarks/output_layer.py [--tokens 4096] [--vocabulary 248320] [--hidden 1024]
 
 Forward and backward pass from hidden states to the gradients of hidden states and weight, each way
-in a process of its own. The memory is how far the process's peak rises above what it had before.
+in a process of its own. The memory is how far the process's peak lies above what it held before.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import resource
 import time
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from zppo_mm.algorithms.logprobs import token_statistics
@@ -42,7 +43,7 @@ def measure(size: tuple[int, int, int], dtype: torch.dtype, max_chunk_logits: in
         found = token_statistics(logits, targets[rows])
         return -found.logprobs.sum(), found.entropies.detach().sum().double()
 
-    before, began = _peak(), time.process_time()
+    before, began = psutil.Process().memory_info().rss / 2**20, time.process_time()
     rows = OutputRows(hidden, weight, max_chunk_logits)
     if max_chunk_logits:
         loss, _ = rows.sum(row_loss)
