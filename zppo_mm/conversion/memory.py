@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from encoders.tower_memory import tower_activations
 from zppo_mm.algorithms.row_loss import MAX_CHUNK_LOGITS
 from zppo_mm.config.schema import ParallelConfig, RunConfig
 from zppo_mm.conversion.description import (
@@ -15,6 +16,7 @@ from zppo_mm.conversion.description import (
 )
 from zppo_mm.errors import ConfigError
 from zppo_mm.models.families.architecture import Architecture
+from zppo_mm.models.provider import recomputes_vision
 from zppo_mm.text_table import text_table
 from zppo_mm.weights.mapping import parameter_mappings
 from zppo_mm.weights.megatron_folder import build_without_weights
@@ -32,9 +34,8 @@ _GIB = 1 << 30
 class MemoryEstimate:
     """Bytes on the fullest GPU of the student, by what they hold.
 
-    Not counted: temporaries of single kernels, the vision tower's activations, logits and prefill
-    while sampling, communication buffers, the CUDA context, and fragmentation. A fifth of the GPU
-    should stay free for them.
+    Not counted: temporaries of single kernels, logits and prefill while sampling, communication
+    buffers, the CUDA context, and fragmentation. A fifth of the GPU should stay free for them.
 
     Attributes:
         weights: bfloat16, tensor and pipeline parallel; the vision tower is whole on the first
@@ -43,6 +44,7 @@ class MemoryEstimate:
         optimizer: float32 copy and two moments, sharded over replicas by the distributed optimizer.
         update: What the moments need more during an update, if they are kept in bfloat16.
         activations: What the backward pass keeps of the longest pack.
+        vision: The same of the vision tower, of a micro-batch or a prompt full of media.
         output: Of the output layer in training: a chunk of logits, the gradient of the weight, and
             the loss tokens' hidden states with their gradient.
         cache: Keys, values and DeltaNet states of one batch of rollouts, each with the longest
@@ -54,6 +56,7 @@ class MemoryEstimate:
     optimizer: int
     update: int
     activations: int
+    vision: int
     output: int
     cache: int
 
@@ -63,7 +66,7 @@ class MemoryEstimate:
         turns; all keep the weights, gradient buffers and optimizer state.
         """
         kept = self.weights + self.gradients + self.optimizer
-        return kept + max(self.activations + self.output, self.update, self.cache)
+        return kept + max(self.activations + self.vision + self.output, self.update, self.cache)
 
 
 def estimate_memory(
@@ -103,6 +106,7 @@ def estimate_memory(
         optimizer=parameters * OPTIMIZER_BYTES // sharded_over - in_bfloat16 * moments // 2,
         update=in_bfloat16 * moments // 2,
         activations=_activations(architecture, layout, config.model.recompute, pack),
+        vision=_vision_activations(architecture, config),
         output=MAX_CHUNK_LOGITS * CHUNK_LOGIT_BYTES
         + architecture.vocab_size // tensor * architecture.hidden_size * OUTPUT_WEIGHT_BYTES
         + loss_tokens // layout.context_parallel_size * architecture.hidden_size * 2 * WEIGHT_BYTES,
@@ -162,6 +166,16 @@ def _activations(
     else:
         elements = layers * width
     return tokens * elements * WEIGHT_BYTES
+
+
+def _vision_activations(architecture: Architecture, config: RunConfig) -> int:
+    """Return the bytes that the backward pass of the tower keeps at the most."""
+    if architecture.vision is None or "vision" in config.train.freeze:
+        return 0
+    of_a_prompt = config.data.max_prompt_tokens * architecture.spatial_merge_size**2
+    patches = max(config.train.micro_batch_patches, of_a_prompt)
+    kept = tower_activations(architecture.family, architecture.vision)
+    return patches * kept.peak(recomputes_vision(config.model))
 
 
 def _cache_of_a_sequence(architecture: Architecture, layout: ParallelConfig, slots: int) -> int:
