@@ -186,6 +186,8 @@ class NodeCache:
             else:
                 yield descriptor
         finally:
+            # Closing is not enough: an array that is mapped from here holds the file open.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
     def _is_claim(self, part: int, key: str) -> bool:

@@ -103,8 +103,11 @@ def test_many_threads_make_it_once(cache: NodeCache) -> None:
 
 
 def waiting_for(cache: NodeCache, key: str, make: Callable[[], Stored]) -> tuple[list[object], ...]:
-    """Ask for a key in a thread while this one makes it; returns what each of them got."""
+    """Ask for a key in a thread while this one makes it, and keeps it; returns what each of them
+    got.
+    """
     results: list[object] = []
+    kept: list[Stored] = []
 
     def ask() -> None:
         try:
@@ -112,7 +115,7 @@ def waiting_for(cache: NodeCache, key: str, make: Callable[[], Stored]) -> tuple
         except ReasonedError as error:
             results.append((error.reason, str(error)))
 
-    thread = threading.Thread(target=ask)
+    thread = threading.Thread(target=ask, daemon=True)
 
     def make_while_asked() -> Stored:
         thread.start()
@@ -122,10 +125,12 @@ def waiting_for(cache: NodeCache, key: str, make: Callable[[], Stored]) -> tuple
 
     own: list[object] = []
     try:
-        own.append(float(cache.get(key, make_while_asked)[1][0]))
+        kept.append(cache.get(key, make_while_asked))
+        own.append(float(kept[0][1][0]))
     except DataError as error:
         own.append(str(error))
-    thread.join()
+    thread.join(START_SECONDS)
+    assert not thread.is_alive(), "the lock is held as long as the array"
     return own, results
 
 
@@ -147,7 +152,9 @@ def test_who_waits_gets_the_array_or_its_failure(cache: NodeCache) -> None:
     def break_down() -> Stored:
         raise DataError("the shard is gone")
 
-    assert waiting_for(cache, "good", lambda: stored(1.0)) == ([1.0], [1.0])
+    for count in (1, MAPPED_BYTES):
+        made = partial(stored, 1.0, count)
+        assert waiting_for(cache, f"good{count}", made) == ([1.0], [1.0])
     # Who asked at that time fails with it; who asks later tries again.
     assert waiting_for(cache, "bad", fail) == (["too slow"], [("timeout", "too slow")])
     assert cache.get("bad", lambda: stored(3.0))[1][0] == 3.0
@@ -157,7 +164,7 @@ def test_who_waits_gets_the_array_or_its_failure(cache: NodeCache) -> None:
     cache.max_bytes = 10
     assert waiting_for(cache, "big", lambda: stored(1.0)) == ([1.0], [2.0])
     assert cache.counts["not_kept"] == 2
-    assert files(cache) == {"good", "bad", "broken"}
+    assert files(cache) == {"good1", f"good{MAPPED_BYTES}", "bad", "broken"}
 
 
 DYING = """
