@@ -4,9 +4,10 @@ resumable at once.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,9 +89,18 @@ class QuestionStream:
         Raises:
             DataError: Too many bad samples, or a whole epoch of a source without a good one.
         """
-        return [self._next() for _ in range(n)]
+        return [self._next(self.health) for _ in range(n)]
 
-    def _next(self) -> Question:
+    def look_ahead(self) -> Callable[[int], list[Question]]:
+        """Return what gives the next questions from here on without moving the stream, counting or
+        naming a bad sample; may be called in another thread, once.
+        """
+        ahead = copy.copy(self)
+        ahead._delivered, ahead._positions = list(self._delivered), list(self._positions)
+        ahead._orders = list(self._orders)
+        return lambda n: [ahead._next(None) for _ in range(n)]
+
+    def _next(self, health: SampleHealth | None) -> Question:
         num_taken = sum(self._delivered) + 1
         lag = [
             fraction * num_taken - count
@@ -103,9 +113,11 @@ class QuestionStream:
             try:
                 question = folder.question(shard, key)
             except SampleError as error:
-                self.health.bad(f"{shard}:{key}", error.reason, str(error))
+                if health is not None:
+                    health.bad(f"{shard}:{key}", error.reason, str(error))
                 continue
-            self.health.good()
+            if health is not None:
+                health.good()
             self._delivered[source] += 1
             return question
         raise DataError(

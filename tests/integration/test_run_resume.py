@@ -35,7 +35,8 @@ def test_kill_and_resume(tmp_path: Path, killed_at: int, modality: str, dtype: s
         f"train.train_iters={STEPS}",
         "checkpoint.interval=2",
     )
-    whole = run(tmp_path, "whole", *options)
+    # Neither shared nor prefetched media change what a run computes.
+    whole = run(tmp_path, "whole", "data.media_cache_bytes=0", *options)
     process = start(tmp_path, "killed", *options)
     kill_when(
         tmp_path / "killed" / "transcripts" / f"step_{killed_at:06d}.jsonl", process, process.pid

@@ -63,7 +63,10 @@ def test_resumed_sequence_equals_the_uninterrupted_one(
     first = QuestionStream(sources, seed)
     assert ids(first, before) == whole[:before]
     state = json.loads(json.dumps(first.state_dict()))
+    look_ahead = first.look_ahead()
     first.take(3)
+    assert [question.id for question in look_ahead(after)] == whole[before:]
+    assert first.state_dict() != state
     resumed = QuestionStream(sources, seed)
     resumed.load_state_dict(state)
     assert ids(resumed, after) == whole[before:]
@@ -164,6 +167,10 @@ def test_bad_samples_are_skipped_counted_and_skipped_again_after_a_resume(tmp_pa
     resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
     assert resumed.health.counts == stream.health.counts
     assert ids(resumed, 40) == ids(stream, 40)
+    state = json.dumps(stream.state_dict())
+    ahead = stream.look_ahead()(40)
+    assert json.dumps(stream.state_dict()) == state
+    assert [question.id for question in ahead] == ids(stream, 40)
     with pytest.raises(
         DataError, match=r"too many bad samples, got \d of \d+ .*expected at most 5.0%"
     ):

@@ -88,6 +88,20 @@ class DataConfig:
         at_least=1,
         may_change_on_resume=True,
     )
+    media_cache_bytes: int = key(
+        8 << 30,
+        "Maximum bytes of opened media that the ranks of one machine share in its memory "
+        "(/dev/shm), in which each is opened once. No more than half of what is free there is "
+        "taken. 0: each rank opens what it needs, and nothing is prefetched.",
+        at_least=0,
+        may_change_on_resume=True,
+    )
+    prefetch_media: bool = key(
+        True,
+        "Open the media of the next step's new questions while a step runs, as far as "
+        "`media_cache_bytes` has room beside those of the step.",
+        may_change_on_resume=True,
+    )
     max_bad_fraction: float = key(
         0.05,
         "The run stops when more than this fraction of the samples is bad (checked after 20 "

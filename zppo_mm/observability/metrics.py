@@ -116,6 +116,14 @@ METRICS: Mapping[str, str] = {
         "Rollouts not distilled from: no log-probs of the teacher in the student's tokens, or "
         "impossible ones."
     ),
+    "media/opened": "Images and videos decoded and patchified, over all ranks.",
+    "media/prefetched": "Those of them that were opened while the step before ran.",
+    "media/found": "Images and videos that a rank needed and found opened on its machine.",
+    "media/not_kept": (
+        "Images and videos opened although the machine had no room to keep them: they are opened "
+        "again by every rank that needs them."
+    ),
+    "media/cached_bytes": "Opened media kept in memory, on the machine that keeps the most.",
     "policy/loss": (
         "Loss, averaged over the response tokens of each update, then the updates; with "
         "distillation the divergence in nats, averaged as in its loss."

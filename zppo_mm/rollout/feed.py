@@ -10,6 +10,7 @@ from data.health import TOO_LONG, SampleHealth
 from data.question import Question
 from data.stream import QuestionStream
 from zppo_mm.parallel.exchange import Exchange
+from zppo_mm.rollout.prefetch import MediaPrefetch
 from zppo_mm.rollout.prompt import PromptEncoder, PromptError
 
 NEEDS_JUDGE = "needs_judge"
@@ -43,6 +44,8 @@ class QuestionFeed:
         plain_text: Renders a question with the closing format instruction.
         max_prompt_tokens: Longest plain prompt, media included.
         can_grade: Whether responses to a question can be graded; the same answer on every rank.
+        prefetch: Opens the media of the next questions meanwhile; `None` leaves them to the next
+            call.
     """
 
     stream: QuestionStream
@@ -53,6 +56,7 @@ class QuestionFeed:
     plain_text: Callable[[Question], str]
     max_prompt_tokens: int
     can_grade: Callable[[Question], bool] = lambda question: True
+    prefetch: MediaPrefetch | None = None
 
     def take(self, num_questions: int) -> list[Question]:
         """Return the next good questions, the same on every rank.
@@ -80,7 +84,20 @@ class QuestionFeed:
                     self.health.bad(question.id, refusal.reason, refusal.detail, was_good=True)
                 num_refused += 1
                 self._check_refused(num_refused, refusal)
+        self._prefetch(num_questions)
         return good
+
+    def _prefetch(self, num_questions: int) -> None:
+        """Open what the next call is likely to take on this replica."""
+        if self.prefetch is None:
+            return
+        look_ahead = self.stream.look_ahead()
+        mine = slice(self.exchange.replica, num_questions, self.exchange.num_replicas)
+        self.prefetch.start(
+            lambda: [
+                question for question in look_ahead(num_questions)[mine] if self.can_grade(question)
+            ]
+        )
 
     def _check_refused(self, num_refused: int, last: Refusal) -> None:
         """Stop where every question would be refused, for ever."""

@@ -4,41 +4,30 @@ back from ids to text.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
-from data.errors import MediaError, ReasonedError
+from data.media.node_cache import NodeCache
 from data.media.opening import Frames
 from data.question import MediaRef, Question
 from encoders.config import NO_OVERRIDES
 from encoders.positions import mrope_positions
-from encoders.processor import VisionInput, process_image, process_video
+from encoders.processor import VisionInput
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import IntArray, Prompt, Rollout
 from zppo_mm.reasoning import THINK_CLOSE, THINK_OPEN
 from zppo_mm.rollout.chat import ChatFormat, Piece
+from zppo_mm.rollout.opened_media import DEFAULT_CACHE_BYTES, OpenedMedia
+from zppo_mm.rollout.opened_media import PromptError as PromptError
 from zppo_mm.rollout.processor import read_processor
-
-DEFAULT_CACHE_BYTES = 512 * 1024 * 1024
-
-
-class PromptError(ReasonedError):
-    """A question cannot be turned into a prompt; its reason is `unusable_media`, `placeholders`, or
-    the media opener's own.
-    """
 
 
 class PromptEncoder:
     """Turns questions into prompts for one model; also the `MediaSource` that training opens media
     with.
-
-    A question's media are opened and processed once and kept while they are among the most recently
-    used ones, so that a group, its BCQ and NCQ prompts and its training samples in the same step
-    share the work.
 
     Args:
         hf_dir: Folder with the tokenizer, its chat template, config.json and, for a model that
@@ -47,11 +36,13 @@ class PromptEncoder:
             other error is the run's.
         overrides: Processor settings that are not to be those of the folder.
         chat_template_kwargs: Variables of the chat template, e.g. `{"enable_thinking": False}`.
-        max_cached_bytes: Most bytes of patches kept.
+        max_cached_bytes: Most bytes of patches that this encoder keeps.
+        cache: Where the processes of this machine keep them; `None` shares nothing.
 
     Attributes:
         chat: The model's chat format.
         processor: How media are processed; `None` for a model that takes none.
+        media: Opened ones.
 
     Raises:
         ConfigError: The folder lacks a part or contradicts itself.
@@ -65,15 +56,13 @@ class PromptEncoder:
         overrides: Mapping[str, int | float] = NO_OVERRIDES,
         chat_template_kwargs: Mapping[str, object] | None = None,
         max_cached_bytes: int = DEFAULT_CACHE_BYTES,
+        cache: NodeCache | None = None,
     ) -> None:
         self.folder = Path(hf_dir)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.chat = ChatFormat(hf_dir, self.chat_template_kwargs)
         self.processor = read_processor(hf_dir, overrides)
-        self._open = media
-        self._cache: OrderedDict[tuple[MediaRef, ...], tuple[VisionInput, ...]] = OrderedDict()
-        self._max_cached_bytes = max_cached_bytes
-        self._cached_bytes = 0
+        self.media = OpenedMedia(media, self.processor, max_cached_bytes, cache)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -126,17 +115,7 @@ class PromptEncoder:
         Raises:
             PromptError: A medium cannot be opened or processed, or the model takes none.
         """
-        if not question.media:
-            return ()
-        if question.media in self._cache:
-            self._cache.move_to_end(question.media)
-            return self._cache[question.media]
-        inputs = tuple(self._process(reference, question) for reference in question.media)
-        self._cache[question.media] = inputs
-        self._cached_bytes += _num_bytes(inputs)
-        while self._cached_bytes > self._max_cached_bytes and len(self._cache) > 1:
-            self._cached_bytes -= _num_bytes(self._cache.popitem(last=False)[1])
-        return inputs
+        return self.media.of(question)
 
     def check_same_inputs(self, other: PromptEncoder, where: str) -> None:
         """Check that another model reads this one's tokens and patches as this one does.
@@ -171,9 +150,8 @@ class PromptEncoder:
             )
 
     def forget_media(self) -> None:
-        """Drop the kept media; they are opened again when they are asked for."""
-        self._cache.clear()
-        self._cached_bytes = 0
+        """Drop the media that this encoder keeps; see `OpenedMedia.forget`."""
+        self.media.forget()
 
     def decode(self, ids: Sequence[int] | IntArray) -> str:
         """Return the text of a response without the special tokens at its end."""
@@ -200,30 +178,6 @@ class PromptEncoder:
             text = f"{THINK_OPEN}\n{text}"
         ids = self.chat.tokenize([text])
         return [*ids, self.stop_token_ids[0]] if rollout.finish_reason == "stop" else ids
-
-    def _process(self, reference: MediaRef, question: Question) -> VisionInput:
-        where = (
-            f"prompt: question {question.id}: {reference.kind} "
-            f"{reference.shard}:{reference.key}.{reference.extension}"
-        )
-        if self.processor is None:
-            message = (
-                f"{where}: this model takes no media, got one, expected text only; use a "
-                "vision-language model"
-            )
-            raise PromptError("unusable_media", message)
-        try:
-            frames = self._open(reference)
-        except MediaError as error:
-            raise PromptError(error.reason, f"{where}: {error}") from error
-        try:
-            if reference.kind == "image":
-                return process_image(frames.pixels[0], self.processor)
-            return process_video(
-                frames.pixels, frames.timestamps, self.processor, frames.seconds_per_frame
-            )
-        except ValueError as error:
-            raise PromptError("unusable_media", f"{where}: {error}") from error
 
     def _expand(self, pieces: Sequence[Piece], vision: Sequence[VisionInput]) -> list[Piece]:
         """Repeat each placeholder once per feature; where the family wants timestamps, a video
@@ -287,7 +241,3 @@ class PromptEncoder:
                     f"tokens, expected {expected}; check the chat template and the tokenizer's "
                     "special tokens",
                 )
-
-
-def _num_bytes(inputs: Sequence[VisionInput]) -> int:
-    return sum(item.patches.nbytes for item in inputs)

@@ -15,7 +15,6 @@ from zppo_mm.bundled import STUDENT_DIR
 from zppo_mm.bundled.questions import bundled_sources
 from zppo_mm.config.schema import (
     AlgorithmConfig,
-    DataConfig,
     DistillConfig,
     EvaluationConfig,
     ModelConfig,
@@ -34,12 +33,13 @@ from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.held_out import HeldOut, held_out_questions
+from zppo_mm.rollout.prefetch import MediaPrefetch
 from zppo_mm.rollout.processor import describe
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.run.judging import build_judging, build_verifier
 from zppo_mm.run.parts import Run
-from zppo_mm.run.shared import Shared, load_model, media_limits
+from zppo_mm.run.shared import Shared, load_model, media_limits, open_media_cache
 from zppo_mm.run.teachers import Teachers, build_rewriters, build_teachers
 from zppo_mm.run.thinking import log_generation_prefixes
 from zppo_mm.stages.stages import Stages
@@ -92,7 +92,7 @@ def build_run(
     modes = (config.reward.judge, config.evaluation.judge)
     judging = build_judging(config, pool, exchange, modes, interruption.is_due)
     verifier = build_verifier(config.reward, judging.judge, config.reward.judge)
-    shared = Shared(config, media, verifier, exchange)
+    shared = Shared(config, media, verifier, exchange, open_media_cache(config.data))
     encoder = shared.encoder(folder, config.model.chat_template_kwargs)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     student = load_model(config.model, config.parallel, folder, trainable=True)
@@ -111,13 +111,12 @@ def build_run(
     if encoder.processor is not None and parallel.rank() == 0:
         logger.info("media: %s", describe(encoder.processor))
     stream = build_stream(config, SampleHealth(config.data.max_bad_fraction, config.data.strict))
-    feed = _build_feed(config.data, stream, encoder, exchange, templates, verifier)
+    feed = _build_feed(shared, stream, encoder, templates, verifier)
     sampler = shared.sampler(policy.model, encoder)
     stages = _build_stages(
         shared, policy, sampler, encoder, templates, teachers, feed, interruption, judging.check
     )
     grader = verifier.with_judge_mode(config.evaluation.judge)
-    held_out = _held_out(config, grader)
     log_generation_prefixes(shared.encoders, templates.closing)
     if ranks is not None:
         ranks.wait_until_ready()
@@ -127,9 +126,10 @@ def build_run(
         policy=policy,
         stream=stream,
         feed=feed,
-        held_out=held_out,
+        held_out=_held_out(config, grader),
         evaluation_sampling=evaluation_sampling(config.evaluation, config.rollout, encoder),
         media=media,
+        cache=shared.cache,
         verifier=verifier,
         encoders=shared.encoders,
         teachers=teachers,
@@ -204,21 +204,25 @@ def _build_stages(
 
 
 def _build_feed(
-    data: DataConfig,
+    shared: Shared,
     stream: QuestionStream,
     encoder: PromptEncoder,
-    exchange: ParallelExchange,
     templates: PromptTemplates,
     verifier: Verifier,
 ) -> QuestionFeed:
+    data = shared.config.data
+    prefetches = data.prefetch_media and shared.cache is not None
     return QuestionFeed(
         stream,
         encoder,
         stream.health,
-        exchange,
+        shared.exchange,
         plain_text=templates.plain_text,
         max_prompt_tokens=data.max_prompt_tokens,
         can_grade=verifier.can_grade,
+        prefetch=MediaPrefetch(encoder.media.prefetch, data.num_decode_workers)
+        if prefetches
+        else None,
     )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from data.media.node_cache import NodeCache
 from data.media.store import MediaStore
 from data.stream import QuestionStream
 from zppo_mm.config.schema import RunConfig
-from zppo_mm.observability.metrics import StepMetrics, Sum
+from zppo_mm.observability.metrics import Max, StepMetrics, Sum
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.rewards.judge import LlmJudge
 from zppo_mm.rewards.verify import Verifier
@@ -39,6 +40,7 @@ class Run:
         evaluation_sampling: How they are answered.
         evaluation_sampler: Samples them, and grades as evaluations do.
         media: Opens and decodes media.
+        cache: Opened media that the ranks of this machine share.
         verifier: Grades.
         encoders: Of the student and then the teacher; they keep opened media.
         teachers: Those who help.
@@ -55,6 +57,7 @@ class Run:
     held_out: HeldOut
     evaluation_sampling: SamplingParams
     media: MediaStore
+    cache: NodeCache | None
     verifier: Verifier
     encoders: list[PromptEncoder]
     teachers: Teachers
@@ -114,13 +117,28 @@ class Run:
             self.counted[name] = count
         return metrics
 
+    def take_media_counts(self) -> StepMetrics:
+        """Return how this rank came by opened media since the last call."""
+        metrics = StepMetrics()
+        if self.cache is None:
+            return metrics
+        for name, count in dict(self.cache.counts).items():
+            metrics.add(f"media/{name}", Sum(count - self.counted.get(f"media/{name}", 0)))
+            self.counted[f"media/{name}"] = count
+        metrics.add("media/cached_bytes", Max(self.cache.num_bytes()))
+        return metrics
+
     def release_memory(self) -> None:
         """Drop the opened media of a step, which the next one does not ask for again."""
-        release_memory(self.encoders)
+        release_memory(self.encoders, self.cache)
 
     def close(self) -> None:
         """End the worker processes and the connections."""
         for pool in self.pools:
             pool.close()
+        if self.feed.prefetch is not None:
+            self.feed.prefetch.close()
         self.media.close()
+        if self.cache is not None:
+            self.cache.close()
         self.verifier.close()

@@ -126,8 +126,10 @@ def record_step(
 
 def _add_run_metrics(run: Run, metrics: StepMetrics) -> None:
     """Add what all ranks measured beside the step: memory, grading, servers, bad samples."""
-    for memory in parallel.gather_from_ranks(process_memory()):
-        metrics.merge(memory)
+    of_rank = process_memory()
+    of_rank.merge(run.take_media_counts())
+    for measured in parallel.gather_from_ranks(of_rank):
+        metrics.merge(measured)
     for replica in parallel.gather_from_replicas([run.take_losses()]):
         for losses in replica:
             metrics.merge(losses)

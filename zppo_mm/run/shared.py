@@ -5,16 +5,20 @@ sampled from.
 from __future__ import annotations
 
 import ctypes
+import logging
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.media.node_cache import NodeCache
 from data.media.opening import MediaLimits
 from data.media.store import MediaStore
 from zppo_mm.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig
 from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model
 from zppo_mm.models.vision_language import VisionLanguageModel
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.rollout.chat_template import THINKING_SWITCH
 from zppo_mm.rollout.megatron_engine import MegatronEngine
@@ -22,6 +26,8 @@ from zppo_mm.rollout.processor import frame_sampling, processor_overrides, read_
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import Grader, GroupSampler
 from zppo_mm.weights.mapping import load_hf_weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +38,7 @@ class Shared:
     media: MediaStore
     verifier: Grader
     exchange: ParallelExchange
+    cache: NodeCache | None = None
     encoders: list[PromptEncoder] = field(default_factory=list)
 
     def encoder(
@@ -43,6 +50,7 @@ class Shared:
             self.media.open,
             overrides=processor_overrides(self.config.data),
             chat_template_kwargs=chat_template_kwargs,
+            cache=self.cache,
         )
         self.encoders.append(encoder)
         return encoder
@@ -78,14 +86,33 @@ def media_limits(config: DataConfig, folder: Path) -> MediaLimits:
     )
 
 
-def release_memory(encoders: Sequence[PromptEncoder]) -> None:
-    """Drop the encoders' opened media, and give freed memory back to the system.
+def open_media_cache(config: DataConfig) -> NodeCache | None:
+    """Return what the ranks of a machine share; every rank of the partition calls this."""
+    name = parallel.on_rank_zero(lambda: secrets.token_hex(8))
+    if not config.media_cache_bytes:
+        return None
+    try:
+        return NodeCache(name, config.media_cache_bytes)
+    except OSError as error:
+        logger.warning(
+            "opened media are not shared between the ranks of this machine, got %s, expected room "
+            "in shared memory; correct it, or set data.media_cache_bytes=0",
+            error,
+        )
+        return None
+
+
+def release_memory(encoders: Sequence[PromptEncoder], cache: NodeCache | None = None) -> None:
+    """Drop the encoders' opened media at the end of a step, and give freed memory back to the
+    system.
 
     glibc keeps what tensors of ever new sizes have freed, so that resident memory creeps up over a
     run although nothing is held.
     """
     for encoder in encoders:
         encoder.forget_media()
+    if cache is not None:
+        cache.next_step()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

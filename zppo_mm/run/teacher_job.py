@@ -20,7 +20,7 @@ from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.parallel.liveness_barrier import LivenessBarrier, open_liveness_barrier
 from zppo_mm.parallel.partition import DONE, JobPartition, PartitionLink, teacher_layout
 from zppo_mm.run.build import student_folder
-from zppo_mm.run.shared import Shared, media_limits, release_memory
+from zppo_mm.run.shared import Shared, media_limits, open_media_cache, release_memory
 from zppo_mm.run.teachers import load_teacher
 from zppo_mm.teacher.served.chat_server import ChatServer, job_address
 from zppo_mm.teacher.served.rank_server import NoGrader, RankServer
@@ -113,7 +113,10 @@ def _serve(
             server = ChatServer(job_address())
             stack.callback(server.close)
             link.publish(SERVER, json.dumps({"url": server.url, "key": server.key}))
-        shared = Shared(config, media, NoGrader(), exchange)
+        cache = open_media_cache(config.data)
+        if cache is not None:
+            stack.callback(cache.close)
+        shared = Shared(config, media, NoGrader(), exchange, cache)
         layout = teacher_layout(config.teacher, config.parallel)
         model, encoder, sampling = load_teacher(shared, config.teacher, layout)
         if server is not None:
@@ -125,7 +128,7 @@ def _serve(
             shared.sampler(model, shared.without_thinking(encoder)),
             sampling,
             exchange,
-            lambda: release_memory(shared.encoders),
+            lambda: release_memory(shared.encoders, cache),
         )
         # A signal is passed on to the student, which decides when to end.
         with interruption.protected():
