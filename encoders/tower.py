@@ -14,6 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 from encoders.balance import GatherFeatures, SumGradients, assign_media
+from encoders.torch_kernels import import_on_torch
 
 _MODELS = {
     "qwen3_5": ("qwen3_5", "Qwen3_5VisionConfig", "Qwen3_5VisionModel"),
@@ -55,7 +56,7 @@ class VisionTower(nn.Module):
     ) -> None:
         super().__init__()
         package, config_name, model_name = _MODELS[family]
-        models = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
+        models = import_on_torch(f"transformers.models.{package}.modeling_{package}")
         configs = importlib.import_module(f"transformers.models.{package}.configuration_{package}")
         config = getattr(configs, config_name)(**dict(vision_config))
         self.merge_size = int(config.spatial_merge_size)
