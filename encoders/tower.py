@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from encoders.balance import GatherFeatures, SumGradients, assign_media
+from encoders.torch_kernels import import_on_torch
 
 _MODELS = {
     "qwen3_5": ("qwen3_5", "Qwen3_5VisionConfig", "Qwen3_5VisionModel"),
@@ -72,7 +73,7 @@ class VisionTower(nn.Module):
     ) -> None:
         super().__init__()
         package, _, model_name = _MODELS[family]
-        models = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
+        models = import_on_torch(f"transformers.models.{package}.modeling_{package}")
         config = complete_config(family, vision_config)
         self.merge_size = int(config.spatial_merge_size)
         self.out_hidden_size = int(config.out_hidden_size)

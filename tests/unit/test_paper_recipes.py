@@ -185,6 +185,19 @@ def test_moments_in_bfloat16_are_float32_during_an_update_alone() -> None:
     assert exact.peak - rounded.peak == saved
 
 
+def test_an_offloaded_optimizer_makes_room_for_the_cache() -> None:
+    path = FOLDER / "9b.yaml"
+    kept = estimate_memory(student("9B"), load_config(path), STUDENT_RANKS)
+    config = load_config(path, ["parallel.offload_optimizer=true"])
+    away = estimate_memory(student("9B"), config, STUDENT_RANKS)
+    assert away.offloaded == away.gradients + away.optimizer > kept.offloaded == 0
+    # While sampling there are only the weights and the cache; an update needs what it did.
+    update = kept.activations + kept.output
+    resident = kept.weights + kept.gradients + kept.optimizer
+    assert away.peak == max(resident + update, kept.weights + kept.cache)
+    assert kept.peak == resident + max(update, kept.cache)
+
+
 def test_the_comparison_changes_only_what_it_compares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     plan = load_plan(FOLDER / "compare.yaml")

@@ -101,6 +101,13 @@ class ParallelConfig:
         True, "Shard the optimizer state over the data-parallel ranks."
     )
     overlap_grad_reduce: bool = key(False, "Overlap the gradient reduction with the backward pass.")
+    offload_optimizer: bool = key(
+        False,
+        "Keep the optimizer state in pinned host memory, and free the gradient buffers, except "
+        "during updates and while a checkpoint is copied. The GPU then has their memory for "
+        "sampling.",
+        may_change_on_resume=True,
+    )
     timeout_minutes: float = key(
         10.0, "Time limit of collectives, after which a silent rank counts as lost.", above=0
     )

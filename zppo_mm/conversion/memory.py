@@ -49,6 +49,8 @@ class MemoryEstimate:
             the loss tokens' hidden states with their gradient.
         cache: Keys, values and DeltaNet states of one batch of rollouts, each with the longest
             prompt and response.
+        offloaded: Of the gradients and the optimizer state, what is not on the GPU while sampling;
+            the state is in host memory then.
     """
 
     weights: int
@@ -59,14 +61,17 @@ class MemoryEstimate:
     vision: int
     output: int
     cache: int
+    offloaded: int = 0
 
     @property
     def peak(self) -> int:
         """Return the largest of the passes through the network, the update and sampling, which take
-        turns; all keep the weights, gradient buffers and optimizer state.
+        turns; all keep the weights, gradient buffers and optimizer state, but for sampling what is
+        offloaded.
         """
         kept = self.weights + self.gradients + self.optimizer
-        return kept + max(self.activations + self.vision + self.output, self.update, self.cache)
+        passes = self.activations + self.vision + self.output
+        return kept + max(passes, self.update, self.cache - self.offloaded)
 
 
 def estimate_memory(
@@ -100,10 +105,12 @@ def estimate_memory(
     longest = longest_prompt(config) + config.rollout.max_response_tokens
     pack = max(config.train.micro_batch_tokens, longest) // layout.context_parallel_size
     loss_tokens = max(config.train.micro_batch_tokens, config.rollout.max_response_tokens)
+    gradients = parameters * GRADIENT_BYTES
+    optimizer = parameters * OPTIMIZER_BYTES // sharded_over - in_bfloat16 * moments // 2
     return MemoryEstimate(
         weights=parameters * WEIGHT_BYTES,
-        gradients=parameters * GRADIENT_BYTES,
-        optimizer=parameters * OPTIMIZER_BYTES // sharded_over - in_bfloat16 * moments // 2,
+        gradients=gradients,
+        optimizer=optimizer,
         update=in_bfloat16 * moments // 2,
         activations=_activations(architecture, layout, config.model.recompute, pack),
         vision=_vision_activations(architecture, config),
@@ -111,6 +118,7 @@ def estimate_memory(
         + architecture.vocab_size // tensor * architecture.hidden_size * OUTPUT_WEIGHT_BYTES
         + loss_tokens // layout.context_parallel_size * architecture.hidden_size * 2 * WEIGHT_BYTES,
         cache=config.rollout.max_batch_size * _cache_of_a_sequence(architecture, layout, longest),
+        offloaded=layout.offload_optimizer * (gradients + optimizer),
     )
 
 

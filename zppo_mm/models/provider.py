@@ -14,8 +14,12 @@ from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.errors import ConfigError, ModelError
 from zppo_mm.models.adapted import is_adapted
 from zppo_mm.models.families.architecture import Architecture, check_layout
+from zppo_mm.models.fp8_shapes import check_fp8_shapes
+from zppo_mm.models.fusions import Fusions, choose_fusions
 from zppo_mm.models.specs import Implementation, block_submodules, choose_implementation
 from zppo_mm.models.vision_language import VisionLanguageModel
+from zppo_mm.parallel import groups
+from zppo_mm.parallel.gpu_packages import find_gpu_packages
 
 _PARTS = ("vision", "projector", "language")
 
@@ -52,7 +56,9 @@ def build_model(
     _check_groups(asked)
     implementation = choose_implementation(model)
     _check_context(parallel, implementation)
-    config = transformer_config(architecture, model, parallel, implementation)
+    check_fp8_shapes(architecture, model, parallel)
+    fusions = choose_fusions(find_gpu_packages(), groups.device(), implementation, trainable)
+    config = transformer_config(architecture, model, parallel, implementation, fusions)
     network = VisionLanguageModel(
         architecture,
         config,
@@ -115,8 +121,10 @@ def transformer_config(
     model: ModelConfig,
     parallel: ParallelConfig,
     implementation: Implementation,
+    fusions: Fusions,
 ) -> TransformerConfig:
-    """Translate the network and the layout into megatron-core's configuration.
+    """Translate the network, the layout and the choice of kernels into megatron-core's
+    configuration.
 
     Raises:
         ConfigError: `params_dtype` or `recompute` has an unknown value.
@@ -140,14 +148,7 @@ def transformer_config(
         "moe_token_dispatcher_type": "alltoall",
         "use_cpu_initialization": not torch.cuda.is_available(),
         "perform_initialization": False,
-        # Each of these needs Apex, Transformer Engine or a compiler; what is not fused is the same
-        # on every machine.
-        "gradient_accumulation_fusion": False,
-        "masked_softmax_fusion": False,
-        "bias_dropout_fusion": False,
-        "bias_activation_fusion": False,
-        "apply_rope_fusion": False,
-        "persist_layer_norm": False,
+        **fusions.options(),
     }
     if model.fp8:
         options["fp8_recipe"] = model.fp8_recipe

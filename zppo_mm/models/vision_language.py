@@ -23,6 +23,7 @@ from encoders.fusion import fuse, placeholder_indices
 from encoders.tower import VisionTower
 from zppo_mm.errors import ModelError
 from zppo_mm.models.families.architecture import Architecture
+from zppo_mm.models.fp8_shapes import fp8_multiple
 from zppo_mm.models.layers.deepstack import spread_features
 from zppo_mm.models.layers.delta_rule import chosen_kernels
 from zppo_mm.models.layers.packing import PackedLayout, build_layout
@@ -32,8 +33,6 @@ from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.megatron_versions import gpt_model
 
 _MERGERS = ("model.merger.", "model.deepstack_merger_list.")
-FP8_TOKEN_MULTIPLE = 16
-"""FP8 matrix products need the number of tokens on a rank to be a multiple of this."""
 
 
 class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
@@ -294,7 +293,8 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         multiple: int = self.config.context_parallel_size
         if self.config.sequence_parallel:
             multiple *= self.config.tensor_model_parallel_size
-        return multiple * FP8_TOKEN_MULTIPLE if self.config.fp8 else multiple
+        # The tokens of a rank are one of the sizes of every matrix product.
+        return multiple * fp8_multiple(self.config.fp8_recipe) if self.config.fp8 else multiple
 
     def _exchange(self) -> UlyssesExchange | None:
         size = self.config.context_parallel_size

@@ -49,6 +49,9 @@ def initialize(config: ParallelConfig, seed: int, partition: JobPartition | None
         ConfigError: The number of processes does not fit the layout.
     """
     megatron_cpu.install()
+    # cuDNN would compute convolutions in float32 with 10 bits of mantissa, unlike all other
+    # products of float32.
+    torch.backends.cudnn.allow_tf32 = False
     if dist.is_initialized():
         validate_layout(config, dist.get_world_size())
         _leave_groups()

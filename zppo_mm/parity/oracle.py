@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from encoders.processor import VisionInput
+from encoders.torch_kernels import without_kernel_packages
 from zppo_mm.errors import ModelError
 from zppo_mm.experience import FloatArray, IntArray
 from zppo_mm.models.families.table import FAMILIES
@@ -204,13 +205,14 @@ def open_model(folder: Path, dtype: torch.dtype, *, has_vision: bool) -> tuple[A
                 link = Path(name, file)
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to((folder / file).resolve())
-        found: tuple[Any, dict[str, Any]] = kind.from_pretrained(
-            name,
-            dtype=dtype,
-            attn_implementation=ATTENTION,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+        with without_kernel_packages():
+            found: tuple[Any, dict[str, Any]] = kind.from_pretrained(
+                name,
+                dtype=dtype,
+                attn_implementation=ATTENTION,
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
     return found
 
 

@@ -24,6 +24,7 @@ from zppo_mm.config.schema import (
 )
 from zppo_mm.interruption import Interruption
 from zppo_mm.lora.adapters import add_lora
+from zppo_mm.models.fusions import log_packages
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import ParallelExchange
@@ -107,7 +108,7 @@ def build_run(
         config.train.share_prompts,
     )
     policy = Policy(student, config.train, config.parallel, objective)
-    log_part_sizes(student, config.train.optimizer_state_dtype)
+    _log_network(student, config.train.optimizer_state_dtype)
     if encoder.processor is not None and parallel.rank() == 0:
         logger.info("media: %s", describe(encoder.processor))
     stream = build_stream(config, SampleHealth(config.data.max_bad_fraction, config.data.strict))
@@ -137,6 +138,11 @@ def build_run(
         pools=_once(pool, judging.pool, *teachers.pools),
         judge=judging.judge,
     )
+
+
+def _log_network(student: VisionLanguageModel, moments_dtype: str) -> None:
+    log_part_sizes(student, moments_dtype)
+    log_packages(student)
 
 
 def _teacher_pool(

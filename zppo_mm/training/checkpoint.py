@@ -111,11 +111,13 @@ class CheckpointWriter:
             SCHEDULE_FILE: json.dumps(_schedule(policy), indent=1).encode(),
             RANDOM_FILE: gather_random_states(),
         }
-        chunks, metadata = plan_writes(_chunks(policy))
-        # Training changes the memory that the shards are views of.
-        copies = [
-            replace(chunk, content=partial(_same, _host_copy(chunk.content()))) for chunk in chunks
-        ]
+        with policy.optimizer_on_device():
+            chunks, metadata = plan_writes(_chunks(policy))
+            # Training changes the memory that the shards are views of.
+            copies = [
+                replace(chunk, content=partial(_same, _host_copy(chunk.content())))
+                for chunk in chunks
+            ]
         name = parallel.broadcast_object(f"checkpoint/{uuid.uuid4().hex}")
         exchange = FileExchange(parallel.store(), name, parallel.rank(), parallel.world_size())
 
@@ -255,9 +257,10 @@ def load(
     entries = save_entries(policy.model)
     found = optimizer_state.parameter_shards(policy.optimizer)
     weights = [shard for entry in entries.values() for shard in shards_of(entry)]
-    states = optimizer_state.shards(entries, found)
-    wanted = set().union(*parallel.gather_from_ranks({shard.key for shard in weights + states}))
-    with torch.no_grad():
+    with torch.no_grad(), policy.optimizer_on_device():
+        states = optimizer_state.shards(entries, found)
+        keys = {shard.key for shard in weights + states}
+        wanted = set().union(*parallel.gather_from_ranks(keys))
         readers = choose_readers(weights)
         on_every_rank(
             path, partial(read_tensors, path, wanted, [*shards_to_read(weights, readers), *states])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -37,6 +38,7 @@ from zppo_mm.training.optimizer import (
     gradient_norm,
     wrap_model,
 )
+from zppo_mm.training.optimizer_offload import OptimizerOffload
 
 logger = logging.getLogger(__name__)
 MAX_UIDS_NAMED = 8
@@ -141,7 +143,16 @@ class Policy:
             self._config.no_sync_func = self._wrapped.no_sync
         self.optimizer = build_optimizer(self._wrapped, train, layout, self._config.params_dtype)
         self.scheduler = build_scheduler(self.optimizer, train)
+        self._offload = (
+            OptimizerOffload(self._wrapped, self.optimizer) if layout.offload_optimizer else None
+        )
         model.train()
+
+    def optimizer_on_device(self) -> AbstractContextManager[None]:
+        """Return a block that has the optimizer state and the gradient buffers on the device, where
+        they are offloaded outside of it.
+        """
+        return self._offload.on_device() if self._offload is not None else nullcontext()
 
     def train_step(self, batches: Sequence[Batch]) -> TrainMetrics:
         """Make one update per batch, in order.
@@ -153,33 +164,25 @@ class Policy:
             NotFiniteError: On every rank: `MAX_SKIPPED_IN_A_ROW` updates in a row, of this step or
                 of those before, had to be skipped.
         """
-        updates = []
-        for batch in batches:
-            self._wrapped.zero_grad_buffer()
-            self.optimizer.zero_grad()
-            self._denominator = batch.denominator
-            results = self._forward_backward(batch.microbatches, self._loss, forward_only=False)
-            norm = gradient_norm(self.optimizer)
-            sums, finite = self._reduce([terms.sums for terms, _ in results], norm)
-            learning_rate = float(self.optimizer.param_groups[0]["lr"])
-            if finite:
-                clip_and_step(self.optimizer, norm)
-                self.scheduler.step(increment=1)
-                self._skipped_in_a_row = 0
-            else:
-                self._report_skip(results)
-                self._count_skip()
-            updates.append(
-                _update_metrics(
-                    self.objective,
-                    sums,
-                    batch,
-                    norm,
-                    learning_rate,
-                    not finite,
-                )
-            )
-        return TrainMetrics(tuple(updates))
+        with self.optimizer_on_device():
+            return TrainMetrics(tuple([self._update(batch) for batch in batches]))
+
+    def _update(self, batch: Batch) -> UpdateMetrics:
+        self._wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._denominator = batch.denominator
+        results = self._forward_backward(batch.microbatches, self._loss, forward_only=False)
+        norm = gradient_norm(self.optimizer)
+        sums, finite = self._reduce([terms.sums for terms, _ in results], norm)
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        if finite:
+            clip_and_step(self.optimizer, norm)
+            self.scheduler.step(increment=1)
+            self._skipped_in_a_row = 0
+        else:
+            self._report_skip(results)
+            self._count_skip()
+        return _update_metrics(self.objective, sums, batch, norm, learning_rate, not finite)
 
     def _forward_backward(
         self, microbatches: Sequence[Microbatch], collect: Any, forward_only: bool

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
+from packaging.version import Version
 
+from zppo_mm.errors import ConfigError
 from zppo_mm.models.layers.norm import parameter_device
 
 MAX_CHUNK_TOKENS = 32
@@ -17,6 +21,9 @@ number.
 """
 NORM_EPSILON = 1e-6
 """Added to the squared length of queries and keys, as the fused kernels do."""
+_CONVOLUTION_MODULES = ("fla.modules.causal_conv1d", "fla.modules.convolution")
+"""Of flash-linear-attention from 0.6 on, and before."""
+_RULE_MODULE = "fla.ops.gated_delta_rule"
 
 
 def unit_length(vectors: torch.Tensor) -> torch.Tensor:
@@ -151,23 +158,58 @@ def chosen_kernels(
 ) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     """Return FLA's kernels if a network of this configuration uses them, which none in float32
     does: FLA's rule refuses that.
+
+    Raises:
+        ConfigError: FLA's gradients are wrong on this GPU with this triton.
     """
-    return (
-        fused_kernels()
-        if parameter_device(config).type == "cuda" and config.params_dtype != torch.float32
-        else None
-    )
+    if parameter_device(config).type != "cuda" or config.params_dtype == torch.float32:
+        return None
+    kernels = fused_kernels()
+    if kernels is not None:
+        check_versions(
+            version("flash-linear-attention"),
+            version("triton"),
+            torch.cuda.get_device_capability(),
+        )
+    return kernels
 
 
 def fused_kernels() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     """Return FLA's convolution and delta rule, `None` where it is not installed or does not
     load.
     """
-    try:
-        from fla.modules.convolution import causal_conv1d
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as rule
-    except Exception:
-        # FLA imports triton and may fail in more ways than ImportError on a machine that it does
-        # not suit.
-        return None
-    return causal_conv1d, rule
+    for module in _CONVOLUTION_MODULES:
+        try:
+            convolution = importlib.import_module(module).causal_conv1d
+            return convolution, importlib.import_module(_RULE_MODULE).chunk_gated_delta_rule
+        except Exception:
+            # FLA imports triton and may fail in more ways than ImportError on a machine that it
+            # does not suit.
+            continue
+    return None
+
+
+def check_versions(fla: str, triton: str, capability: tuple[int, int]) -> None:
+    """Refuse FLA with a triton that compiles its backward pass to wrong gradients.
+
+    FLA 0.5 and 0.6 raise in the backward pass there, 0.4.2 computes. It is refused before anything
+    is sampled.
+
+    Args:
+        fla: Version of flash-linear-attention.
+        triton: Version of triton.
+        capability: CUDA compute capability of the GPU.
+
+    Raises:
+        ConfigError: They are such a pair, on a Hopper GPU.
+
+    Source: flash-linear-attention, issue 640.
+    """
+    wrong = Version("3.4") <= Version(triton) < Version("3.7.1")
+    if capability[0] == 9 and wrong and Version(fla) <= Version("0.6.0"):
+        raise ConfigError(
+            f"flash-linear-attention: its gradients are wrong on this GPU, got version {fla} with "
+            f"triton {triton} on compute capability {capability[0]}.{capability[1]}, expected "
+            "triton 3.7.1 or newer, or older than 3.4; install another triton, or uninstall "
+            "flash-linear-attention and fla-core: torch then computes these layers"
+        )

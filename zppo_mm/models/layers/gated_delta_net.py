@@ -4,6 +4,7 @@ over heads.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -93,11 +94,19 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
             key_dim=config.linear_key_head_dim,
             value_dim=config.linear_value_head_dim,
         )
-        shared = {"config": config, "bias": False, "is_expert": False, "tp_group": self.tp_group}
+        # FP8 is too coarse for beta and alpha.
+        self.small_projections_apart = bool(config.fp8)
+        projection_config = copy.copy(config)
+        if self.small_projections_apart:
+            # Their rows get a gradient from outside the layer too. Its fused accumulation would
+            # have the gradient buffer ignore that.
+            projection_config.gradient_accumulation_fusion = False
+        shared = {"bias": False, "is_expert": False, "tp_group": self.tp_group}
         self.in_proj = build_module(
             submodules.in_proj,
             config.hidden_size,
             sum(self.heads.projection) * size,
+            config=projection_config,
             init_method=config.init_method,
             gather_output=False,
             skip_bias_add=False,
@@ -105,12 +114,11 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
             **shared,
         )
         self._build_own_parameters(config, size)
-        # FP8 is too coarse for beta and alpha.
-        self.small_projections_apart = bool(config.fp8)
         self.out_proj = build_module(
             submodules.out_proj,
             self.heads.value_heads * self.heads.value_dim * size,
             config.hidden_size,
+            config=config,
             init_method=config.output_layer_init_method,
             input_is_parallel=True,
             skip_bias_add=True,
@@ -263,7 +271,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         assert self.fused_kernels is not None
         assert not layout.branches, "the fused kernels are not given initial states"
         convolve, rule = self.fused_kernels
-        bounds = layout.cu_seqlens_q.long()
+        bounds = layout.long_bounds
         weight = heads.convolution.squeeze(1)
         # FLA takes a pack as a batch of one, `[1, tokens, channels]`, with the bounds beside it.
         convolved, _state = convolve(

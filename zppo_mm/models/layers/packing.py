@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby, pairwise
 
 import torch
@@ -116,6 +117,14 @@ class PackedLayout(PackedSeqParams):  # type: ignore[misc]
     order: torch.Tensor | None = None
     cache: DecodeCache | None = field(default=None)
     exchange: UlyssesExchange | None = field(default=None)
+
+    @cached_property
+    def long_bounds(self) -> torch.Tensor:
+        """The bounds of the sequences as int64, one tensor for all layers: flash-linear-attention
+        keeps what it derives from them for as long as it is given the same object.
+        """
+        bounds: torch.Tensor = self.cu_seqlens_q.long()
+        return bounds
 
     def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """Turn one `[tokens of the bucket, ...]` per bucket, then per branch, into `[tokens of the
