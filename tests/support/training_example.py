@@ -16,8 +16,15 @@ import torch
 from data.question import MediaRef, Question
 from encoders.processor import VisionInput
 from tests.support import tiny_qwen
-from zppo_mm.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
+from zppo_mm.config.schema import (
+    AlgorithmConfig,
+    LoraConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from zppo_mm.experience import Batch, TrainingSample
+from zppo_mm.lora.adapters import add_lora
 from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model
 from zppo_mm.parallel import groups as parallel
@@ -151,6 +158,7 @@ class Case:
     share_prompts: bool = False
     params_dtype: str = "float32"
     recompute_vision: str = "auto"
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
 
 def make_plan(case: Case, num_replicas: int) -> BatchPlan:
@@ -181,6 +189,7 @@ def build_policy(folder: Path, case: Case) -> Policy:
     options = ModelConfig(params_dtype=case.params_dtype, recompute_vision=case.recompute_vision)
     model = build_model(load_architecture(folder), options, case.layout)
     load_hf_weights(model, folder)
+    add_lora(model, case.lora, seed=0)
     return Policy(
         model,
         case.train,
