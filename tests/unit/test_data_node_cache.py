@@ -181,16 +181,17 @@ def make():
     return {}, np.ones(3)
 write = os.pwrite
 def half(descriptor, content, offset):
-    if offset == 0:  # the mark that it is complete
+    is_mark, is_array = offset == 0, offset > array_file.PREFIX.size
+    if is_mark and sys.argv[2] == "marking" or is_array and sys.argv[2] == "writing":
         os.kill(os.getpid(), signal.SIGKILL)
     return write(descriptor, content, offset)
-if sys.argv[2] == "writing":
+if sys.argv[2] != "making":
     array_file.os.pwrite = half
 cache.get("lost", make)
 """
 
 
-@pytest.mark.parametrize("moment", ["making", "writing"])
+@pytest.mark.parametrize("moment", ["making", "writing", "marking"])
 def test_a_killed_process_leaves_no_lock_and_no_half_array(tmp_path: Path, moment: str) -> None:
     cache = NodeCache("run", GENEROUS, tmp_path)
     died = subprocess.run([sys.executable, "-c", DYING, tmp_path, moment], timeout=START_SECONDS)
