@@ -4,7 +4,9 @@ token by token, in a batch that others join as rows become free.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate, count
 
 import numpy as np
@@ -46,9 +48,6 @@ class MegatronEngine:
         cache_bytes: Most memory of the decoding cache on each GPU. What finds no room waits; if
             running sequences find none, the youngest are computed again later.
         slots_per_block: Tokens of a block of the cache.
-
-    Attributes:
-        num_preempted: Sequences that had to be computed again so far.
     """
 
     def __init__(
@@ -68,7 +67,6 @@ class MegatronEngine:
         self._max_prefill_tokens = max_prefill_tokens
         self._should_stop = should_stop
         self._cache_bytes = cache_bytes
-        self.num_preempted = 0
         # A response that holds a media placeholder has no features for it: training on it would
         # have to invent them.
         architecture = model.architecture
@@ -133,12 +131,17 @@ class MegatronEngine:
             cache.max_rows, sampling, self._model.architecture.vocab_size, self._device
         )
 
+        preempted: Counter[tuple[int, int]] = Counter()
+
         def step(logits: torch.Tensor | None, first: int) -> None:
             """Draw a token of the rows from `first` on; those that end leave the batch."""
             ended = batch.append(*self._choose(logits, batch, first, sampling), first)
             for row in ended:
                 request, rollout = batch.names[row]
-                results[request][rollout] = batch.generation(row, sampling.stop_token_ids)
+                results[request][rollout] = replace(
+                    batch.generation(row, sampling.stop_token_ids),
+                    num_preemptions=preempted[request, rollout],
+                )
             batch.release(ended, cache)
 
         for number in count():
@@ -153,7 +156,7 @@ class MegatronEngine:
                     return
                 continue
             while cache.num_missing_blocks > 0:
-                self._preempt(batch, cache, queue)
+                preempted[_preempt(batch, cache, queue)] += 1
             tokens, positions = batch.last_tokens(), batch.positions()
             step(decode(self._model, tokens, positions, cache), 0)
 
@@ -199,16 +202,6 @@ class MegatronEngine:
             return None
         sizes = torch.tensor([len(each.rollouts) for each in taken], device=self._device)
         return logits.repeat_interleave(sizes, 0)
-
-    def _preempt(self, batch: RolloutBatch, cache: DecodeCache, queue: AdmissionQueue) -> None:
-        """Let the youngest row wait until there is room for it again; the draws of its tokens are
-        kept, its cache is not.
-        """
-        row = batch.youngest()
-        request, rollout = batch.names[row]
-        queue.put_back(Candidate(request, (rollout,), *batch.response(row)))
-        batch.release(np.array([row]), cache)
-        self.num_preempted += 1
 
     def _check_stop(self) -> None:
         if self._should_stop is None:
@@ -279,3 +272,14 @@ class MegatronEngine:
         # Both are exact in float64, so that one message carries them.
         message = replica.broadcast_from_leader(torch.stack([tokens.double(), logprobs.double()]))
         return message[0].long(), message[1].float()
+
+
+def _preempt(batch: RolloutBatch, cache: DecodeCache, queue: AdmissionQueue) -> tuple[int, int]:
+    """Let the youngest row wait until there is room for it again, and return its name; the draws of
+    its tokens are kept, its cache is not.
+    """
+    row = batch.youngest()
+    name = batch.names[row]
+    queue.put_back(Candidate(name[0], name[1:], *batch.response(row)))
+    batch.release(np.array([row]), cache)
+    return name
