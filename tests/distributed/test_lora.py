@@ -132,7 +132,7 @@ def sampling_gap(model: VisionLanguageModel) -> float:
     """
     part = tiny_qwen.make_sequence(0, [6, ("image", (1, 4, 6)), 5])
     count, prompt, vocabulary = 6, len(part.token_ids), model.architecture.vocab_size
-    cache = DecodeCache(max_new_tokens=count)
+    cache = DecodeCache(num_blocks=4, max_rows=1)
     logits = network_checks.share_logits(
         prefill(model, **tiny_qwen.pack([part]), cache=cache), 1, vocabulary
     )

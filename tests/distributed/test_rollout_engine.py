@@ -16,6 +16,7 @@ from data.question import MediaRef, Question
 from tests.support.launch import run_ranks
 from tests.support.tiny_folder import build_model
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
+from zppo_mm.models.decoding.cache_size import CacheSize
 from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model as build_network
 from zppo_mm.parallel import groups as parallel
@@ -31,6 +32,7 @@ SEED = 11
 # relies on.
 LOGPROB_TOLERANCE = 1e-4
 NEW_TOKENS = 24
+SMALL_BLOCK, SPARE_BLOCKS, MAX_ROWS = 4, 6, 12
 QUESTIONS = {
     "text": ("the sum of 1 and 2?", ()),
     "image": ("what is it?", ("image",)),
@@ -97,6 +99,7 @@ def sample_everything(folder: Path, tensor: int, pipeline: int) -> dict[str, Any
         "filtered": engine.generate(
             everything, params(encoder, 0.8, top_k=20, top_p=0.9, presence_penalty=1.5)
         ),
+        "crowded": crowded(network, everything).generate(everything, early),
         "still_training": network.training,
     }
     if tensor * pipeline == 1:
@@ -112,6 +115,20 @@ def sample_everything(folder: Path, tensor: int, pipeline: int) -> dict[str, Any
         results["nothing"] = engine.generate([], early)
     parallel.shutdown()
     return results
+
+
+def crowded(network: Any, requests: list[GenerationRequest]) -> MegatronEngine:
+    """Return an engine whose cache has room for one of the longest sequences and little more."""
+    size = CacheSize.of(network.architecture, *parallel_sizes(network), 4, SMALL_BLOCK)
+    longest = max(len(each.prompt.token_ids) for each in requests)
+    num_blocks = size.blocks_of(longest) + size.blocks_of(NEW_TOKENS) + SPARE_BLOCKS
+    budget = size.num_bytes(num_blocks, MAX_ROWS)
+    return MegatronEngine(network, SEED, MAX_ROWS, cache_bytes=budget, slots_per_block=SMALL_BLOCK)
+
+
+def parallel_sizes(network: Any) -> tuple[int, int]:
+    config = network.config
+    return config.tensor_model_parallel_size, config.pipeline_model_parallel_size
 
 
 @torch.no_grad()
@@ -187,6 +204,17 @@ def test_draws_do_not_depend_on_the_batch(single: dict[str, Any]) -> None:
     assert len({tuple(response) for group in together for response in group}) > len(together)
 
 
+def test_sequences_that_make_room_for_others_are_sampled_the_same(single: dict[str, Any]) -> None:
+    crowded = single["crowded"]
+    assert tokens(crowded) == tokens(single["sampled"])
+    assert sum(each.num_preemptions for group in crowded for each in group) > 0
+    assert not any(each.num_preemptions for group in single["sampled"] for each in group)
+    for group, expected in zip(crowded, single["sampled"], strict=True):
+        for generation, other in zip(group, expected, strict=True):
+            difference = np.abs(generation.rollout_logprobs - other.rollout_logprobs)
+            assert difference.max() <= LOGPROB_TOLERANCE
+
+
 def test_responses_end_as_asked(folder: Path, single: dict[str, Any]) -> None:
     stops = set(params(PromptEncoder(folder, open_media), 1.0, stop_early=True).stop_token_ids)
     reasons = set()
@@ -211,7 +239,7 @@ def test_other_layouts_sample_the_same(
     folder: Path, single: dict[str, Any], tensor: int, pipeline: int
 ) -> None:
     for results in run_ranks(sample_everything, tensor * pipeline, folder, tensor, pipeline):
-        for name in ("greedy", "sampled", "alone", "filtered"):
+        for name in ("greedy", "sampled", "alone", "filtered", "crowded"):
             assert tokens(results[name]) == tokens(single[name]), name
         for group, expected in zip(results["sampled"], single["sampled"], strict=True):
             for generation, other in zip(group, expected, strict=True):

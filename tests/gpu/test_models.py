@@ -78,7 +78,7 @@ def check_decoding(network: VisionLanguageModel, tolerance: float) -> None:
     tokens.
     """
     parts = [tiny_qwen.make_sequence(seed, [length]) for seed, length in enumerate((12, 30))]
-    cache = DecodeCache(max_new_tokens=2)
+    cache = DecodeCache(num_blocks=4, max_rows=2)
     prompts = [
         tiny_qwen.Sequence(
             part.token_ids[:-2],

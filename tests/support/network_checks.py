@@ -19,7 +19,7 @@ from tests.support import tiny_families, tiny_qwen
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.models.decoding.decode import decode, prefill
 from zppo_mm.models.families.architecture import load_architecture
-from zppo_mm.models.layers.cache import DecodeCache
+from zppo_mm.models.layers.cache import Admission, DecodeCache
 from zppo_mm.models.provider import build_model
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel import groups as parallel
@@ -199,14 +199,17 @@ def greedy(
         Tokens `[sequences * repeats, num_tokens]` and the logits that chose them, `[sequences *
         repeats, num_tokens, vocabulary]`.
     """
-    cache = DecodeCache(max_new_tokens=num_tokens)
+    cache = DecodeCache(num_blocks=64, max_rows=32)
     pack = tiny_qwen.pack(parts)
     vocabulary = network.architecture.vocab_size
-    logits = share_logits(prefill(network, **pack, cache=cache), len(parts), vocabulary)
+    admissions = [
+        Admission(number, len(part.token_ids), repeats) for number, part in enumerate(parts)
+    ]
+    logits = share_logits(
+        prefill(network, **pack, cache=cache, admissions=admissions), len(parts), vocabulary
+    )
     index = torch.arange(len(parts)).repeat_interleave(repeats)
-    if repeats > 1:
-        cache.select(index)
-        logits = logits[index]
+    logits = logits[index]
     positions = torch.tensor([part.next_position for part in parts])[index]
     tokens, chosen = [], []
     for step in range(num_tokens):

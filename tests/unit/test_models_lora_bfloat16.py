@@ -118,7 +118,7 @@ def mean_gap(network: VisionLanguageModel, ids: torch.Tensor) -> float:
     the training forward pass.
     """
     (num, length), prompt = ids.shape, 4
-    cache = DecodeCache(max_new_tokens=length)
+    cache = DecodeCache(num_blocks=2 * num, max_rows=num)
     logits = [prefill(network, **packed(ids[:, :prompt]), cache=cache)]
     logits += [
         decode(network, ids[:, position], torch.full((3, num), position), cache)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,8 +14,8 @@ from tests.support.network_checks import MAX_LOGIT_DIFFERENCE, check_training
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.errors import ConfigError, ModelError
 from zppo_mm.models.decoding.decode import decode, prefill
-from zppo_mm.models.layers import delta_rule, shared_attention
-from zppo_mm.models.layers.cache import DecodeCache
+from zppo_mm.models.layers import delta_rule
+from zppo_mm.models.layers.cache import Admission, DecodeCache
 from zppo_mm.models.layers.gated_delta_net import GatedDeltaNet
 from zppo_mm.models.layers.packing import MAX_PADDING_RATIO, build_layout
 from zppo_mm.models.provider import freeze_parts
@@ -112,13 +112,7 @@ def test_greedy_tokens_equal_transformers(
     ]
 
 
-@pytest.mark.parametrize(
-    "min_saved_slots", [-math.inf, math.inf], ids=["prompts shared", "prompts copied"]
-)
-def test_decoding_gives_the_logprobs_of_the_training_forward(
-    network: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch, min_saved_slots: float
-) -> None:
-    monkeypatch.setattr(shared_attention, "MIN_SAVED_SLOTS", min_saved_slots)
+def test_decoding_gives_the_logprobs_of_the_training_forward(network: VisionLanguageModel) -> None:
     parts = [tiny_qwen.sequences(kind)[0] for kind in KINDS]
     tokens, logits = network_checks.greedy(network, parts, NUM_NEW_TOKENS, repeats=2)
     longer = [
@@ -135,44 +129,41 @@ def test_decoding_gives_the_logprobs_of_the_training_forward(
         ).abs().max() <= MAX_LOGIT_DIFFERENCE
 
 
-@pytest.mark.parametrize(
-    "copied_from",
-    [0, 1, 3, 9],
-    ids=["copied", "copied at the first selection", "copied at the second", "shared"],
-)
-def test_selection_reorders_repeats_and_drops_sequences_while_decoding(
-    network: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch, copied_from: int
-) -> None:
-    parts = [tiny_qwen.make_sequence(seed, [length]) for seed, length in enumerate((7, 30, 12))]
-    alone = [network_checks.greedy(network, [part], 6)[0][0] for part in parts]
-    cache = DecodeCache(max_new_tokens=6)
-    prefill(network, **tiny_qwen.pack(parts), cache=cache)
-    rows = torch.tensor([0, 1, 2])
-    for step in range(5):
-        monkeypatch.setattr(
-            shared_attention, "MIN_SAVED_SLOTS", math.inf if step >= copied_from else -math.inf
-        )
+def test_rows_leave_and_come_while_others_are_decoded(network: VisionLanguageModel) -> None:
+    """Against each sequence alone; the convolution's ring stands at another slot for latecomers."""
+    parts = [tiny_qwen.make_sequence(seed, [length]) for seed, length in enumerate((7, 30, 12, 9))]
+    alone = [network_checks.greedy(network, [part], NUM_NEW_TOKENS)[0][0] for part in parts]
+    cache = DecodeCache(num_blocks=40, max_rows=5, slots_per_block=4)
+    rows: list[list[int]] = []  # which part, and its tokens so far
+
+    def fill(index: int, resumed: int, num_rows: int) -> None:
+        part = extended(parts[index], alone[index][:resumed])
+        admission = Admission(index, len(parts[index].token_ids), num_rows)
+        logits = prefill(network, **tiny_qwen.pack([part]), cache=cache, admissions=[admission])
+        assert logits[0, : tiny_qwen.IMAGE].argmax() == alone[index][resumed]
+        rows.extend([index, resumed + 1] for _ in range(num_rows))
+
+    fill(0, 0, 2)
+    for step in range(9):
         if step == 1:
-            rows = torch.tensor([2, 0, 2, 1])
-            cache.select(rows)
-        if step == 3:
-            # The longest prompt goes, and with it the empty slots before the others.
-            cache.select(torch.tensor([2, 1]))
-            rows = rows[[2, 1]]
-            assert cache.lengths == [7, 12]
-            assert all(
-                state.own[0].shape[2] == 12 + 6
-                if cache.is_copied
-                else state.prompt[0].shape[2] == 12
-                for state in cache.attention.values()
-            )
-        token_ids = torch.stack([alone[row][step] for row in rows])
-        positions = torch.tensor([len(parts[row].token_ids) + step for row in rows])
+            fill(1, 0, 2)
+        if step in (3, 5):
+            gone = np.array([0, 1] if step == 3 else [1])
+            moves = cache.release(gone)
+            for target, source in zip(moves.targets, moves.sources, strict=True):
+                rows[target] = rows[source]
+            del rows[len(rows) - len(gone) :]
+            fill(2, 0, 2) if step == 3 else fill(3, 5, 1)
+        if step == 6:
+            fill(1, 2, 1)  # beside a row of the same prompt
+        token_ids = torch.stack([alone[index][count - 1] for index, count in rows])
+        positions = torch.tensor([len(parts[index].token_ids) + count - 1 for index, count in rows])
         logits = decode(network, token_ids, positions.expand(3, -1), cache)
-        assert cache.is_copied == (step >= copied_from)
         assert logits[:, : tiny_qwen.IMAGE].argmax(-1).tolist() == [
-            int(alone[row][step + 1]) for row in rows
+            int(alone[index][count]) for index, count in rows
         ]
+        for row in rows:
+            row[1] += 1
 
 
 def test_padding_stays_below_the_bound_and_undoes_itself() -> None:
@@ -231,7 +222,8 @@ def test_bfloat16_keeps_decay_rates_and_their_norm_in_float32(
     logits.sum().backward()
     assert logits.dtype == torch.float32
     assert (
-        prefill(cast, **pack, cache=DecodeCache(1)) - logits[pack["cu_seqlens"][1:].long() - 1]
+        prefill(cast, **pack, cache=DecodeCache(num_blocks=16, max_rows=8))
+        - logits[pack["cu_seqlens"][1:].long() - 1]
     ).abs().max() < 0.1
 
 

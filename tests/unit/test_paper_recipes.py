@@ -19,11 +19,12 @@ from zppo_mm.comparison.plan import load_plan
 from zppo_mm.config.keys import walk
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import ParallelConfig, RunConfig
-from zppo_mm.conversion.memory import estimate_memory, format_estimate, longest_prompt
+from zppo_mm.conversion.memory import estimate_memory, format_estimate
 from zppo_mm.errors import ConfigError
 from zppo_mm.methods import METHODS
 from zppo_mm.models.families.architecture import Architecture, check_layout, parse_architecture
 from zppo_mm.parallel import groups
+from zppo_mm.run.shared import longest_prompt
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "paper"
@@ -140,7 +141,13 @@ def test_the_estimate_by_hand() -> None:
     # heads of 128 x 128 in 4 bytes; 128 sequences.
     assert longest_prompt(recipe("0.8B")) == 4096 + 8 * 512
     slots = 4096 + 4096 + 12288
-    assert estimate.cache == 128 * (6 * slots * 2 * 2 * 256 * 2 + 18 * 16 * 128 * 128 * 4)
+    # The rollouts of 16 prompts. The convolution keeps 4 inputs of 3 x 16 x 128 in 2 bytes.
+    states = 18 * (16 * 128 * 128 * 4 + 4 * 3 * 16 * 128 * 2)
+    keys = 6 * 2 * 2 * 256 * 2
+    config = load_config(FOLDER / "0.8b.yaml", ["rollout.cache_memory_gib=64"])
+    unbounded = estimate_memory(student("0.8B"), config, STUDENT_RANKS)
+    assert unbounded.cache == (16 * 8192 + 128 * 12288) * keys + 128 * states
+    assert estimate.cache == 16 * GIB < unbounded.cache
     # Inputs of 24 layers of 1,024, and the inside of one: 4 x 1,024 + 2 x (16 + 16) x 128 of
     # DeltaNet (more than attention's (16 + 4) x 256) + 3 x 3,584.
     inside = 4 * 1024 + max(20 * 256, 8192) + 3 * 3584
@@ -167,7 +174,7 @@ def test_the_tower_costs_what_is_trained_of_the_largest_micro_batch_or_prompt() 
 def test_tensor_ranks_divide_what_grows_with_the_layers() -> None:
     config = recipe("9B")
     one = estimate_memory(student("9B"), load_like(config, 1), STUDENT_RANKS)
-    two = estimate_memory(student("9B"), config, STUDENT_RANKS)
+    two = estimate_memory(student("9B"), load_like(config, 2), STUDENT_RANKS)
     weight_gradient = 248320 * 4096 * 6
     assert one.output - two.output == weight_gradient // 2
     assert two.cache == one.cache // 2
@@ -272,7 +279,12 @@ def test_the_commands_of_the_comparison_are_those_of_its_runs(
 def load_like(config: RunConfig, tensor: int) -> RunConfig:
     return load_config(
         FOLDER / f"{config.name.removeprefix('paper-')}.yaml",
-        [f"parallel.tensor_model_parallel_size={tensor}", "parallel.sequence_parallel=false"],
+        [
+            f"parallel.tensor_model_parallel_size={tensor}",
+            "parallel.sequence_parallel=false",
+            # More than either takes.
+            "rollout.cache_memory_gib=200",
+        ],
     )
 
 

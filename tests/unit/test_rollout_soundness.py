@@ -10,59 +10,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data.media.opening import Frames
 from data.question import MediaRef, Question
 from tests.support.tiny_folder import build_folder
 from zppo_mm.errors import NotFiniteError
-from zppo_mm.experience import NO_TOKEN, PromptInstance
+from zppo_mm.experience import PromptInstance
 from zppo_mm.parallel.exchange import SingleProcess
-from zppo_mm.rollout.batch import RolloutBatch
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.rollout.soundness import Sampled, Soundness
 
-STOP = 5
-NUM_STEPS = 6
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8, stop_token_ids=(0,))
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.lists(st.sampled_from([NO_TOKEN, 0, 1, STOP]), min_size=NUM_STEPS, max_size=NUM_STEPS),
-        min_size=1,
-        max_size=6,
-    ),
-    st.lists(st.booleans(), min_size=NUM_STEPS, max_size=NUM_STEPS),
-    st.sampled_from([(STOP,), ()]),
-)
-def test_a_batch_ends_a_sequence_for_which_nothing_was_drawn(
-    responses: list[list[int]], drops: list[bool], stops: tuple[int, ...]
-) -> None:
-    sampling = SamplingParams(
-        temperature=1.0, max_new_tokens=NUM_STEPS, stop_token_ids=stops, presence_penalty=1.0
-    )
-    batch = RolloutBatch([0] * len(responses), sampling, STOP + 1, torch.device("cpu"))
-    left = list(range(len(responses)))
-    for step in range(NUM_STEPS):
-        tokens = torch.tensor([responses[row][step] for row in left])
-        batch.append(tokens, -tokens.clamp(min=0).float())
-        if batch.num_active == 0:
-            break
-        if drops[step]:
-            left = [left[index] for index in batch.drop_finished().tolist()]
-    for response, generation in zip(responses, batch.generations(), strict=True):
-        ends = [position for position, token in enumerate(response) if token in (NO_TOKEN, *stops)]
-        is_broken = bool(ends) and response[ends[0]] == NO_TOKEN
-        length = NUM_STEPS if not ends else ends[0] if is_broken else ends[0] + 1
-        assert generation.response_ids.tolist() == response[:length]
-        assert generation.is_broken == is_broken
-        assert generation.num_sound_tokens == (length if is_broken else None)
 
 
 def good(count: int, first: int = 0) -> list[Sampled]:

@@ -65,6 +65,7 @@ class FakeSampler:
     events: list[str]
     num_solved: dict[str, int]
     failed: dict[str, str] = field(default_factory=dict)
+    num_preemptions: int = 0
 
     def sample(
         self,

@@ -130,6 +130,14 @@ class RolloutConfig:
         at_least=1,
         may_change_on_resume=True,
     )
+    cache_memory_gib: float = key(
+        16.0,
+        "Maximum memory of the decoding cache on each GPU (or of each process on CPU), in GiB. "
+        "Where it is used up, sequences wait, and the youngest are computed again later "
+        "(`rollout/preempted`).",
+        above=0,
+        may_change_on_resume=True,
+    )
 
 
 @dataclass(kw_only=True)

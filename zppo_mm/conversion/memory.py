@@ -15,8 +15,10 @@ from zppo_mm.conversion.description import (
     fitting_layouts,
 )
 from zppo_mm.errors import ConfigError
+from zppo_mm.models.decoding.cache_size import GIB, CacheSize
 from zppo_mm.models.families.architecture import Architecture
 from zppo_mm.models.provider import recomputes_vision
+from zppo_mm.run.shared import longest_prompt
 from zppo_mm.text_table import text_table
 from zppo_mm.weights.mapping import parameter_mappings
 from zppo_mm.weights.megatron_folder import build_without_weights
@@ -25,9 +27,6 @@ CHUNK_LOGIT_BYTES = 16
 """Of a logit in a chunk: in bfloat16, in float32, scaled, and both gradients."""
 OUTPUT_WEIGHT_BYTES = 6
 """Gradient of the output layer's weight, in float32 and rounded to bfloat16."""
-STATE_BYTES = 4
-"""DeltaNet states are float32."""
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +46,8 @@ class MemoryEstimate:
         vision: The same of the vision tower, of a micro-batch or a prompt full of media.
         output: Of the output layer in training: a chunk of logits, the gradient of the weight, and
             the loss tokens' hidden states with their gradient.
-        cache: Keys, values and DeltaNet states of one batch of rollouts, each with the longest
-            prompt and response.
+        cache: Keys, values and DeltaNet states of one batch of rollouts with the longest prompts
+            and responses, at most `rollout.cache_memory_gib`.
         offloaded: Of the gradients and the optimizer state, what is not on the GPU while sampling;
             the state is in host memory then.
     """
@@ -117,22 +116,15 @@ def estimate_memory(
         output=MAX_CHUNK_LOGITS * CHUNK_LOGIT_BYTES
         + architecture.vocab_size // tensor * architecture.hidden_size * OUTPUT_WEIGHT_BYTES
         + loss_tokens // layout.context_parallel_size * architecture.hidden_size * 2 * WEIGHT_BYTES,
-        cache=config.rollout.max_batch_size * _cache_of_a_sequence(architecture, layout, longest),
+        cache=_cache(architecture, config),
         offloaded=layout.offload_optimizer * (gradients + optimizer),
     )
-
-
-def longest_prompt(config: RunConfig) -> int:
-    """Return the tokens of the longest prompt: a plain one and the candidates that it may show."""
-    zone = config.zone
-    shown = max(2 * zone.bcq, config.rollout.num_rollouts * zone.ncq, int(zone.hint))
-    return config.data.max_prompt_tokens + shown * config.teacher.compression_max_tokens
 
 
 def format_estimate(estimate: MemoryEstimate) -> str:
     """Return a table in GiB."""
     names = [own.name for own in fields(estimate)] + ["peak"]
-    rows = [[name, f"{getattr(estimate, name) / _GIB:.1f}"] for name in names]
+    rows = [[name, f"{getattr(estimate, name) / GIB:.1f}"] for name in names]
     return text_table(["on the fullest GPU", "GiB"], rows)
 
 
@@ -186,12 +178,18 @@ def _vision_activations(architecture: Architecture, config: RunConfig) -> int:
     return patches * kept.peak(recomputes_vision(config.model))
 
 
-def _cache_of_a_sequence(architecture: Architecture, layout: ParallelConfig, slots: int) -> int:
-    """Return the bytes that decoding keeps of one sequence, its prompt copied as on a GPU."""
-    tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    attention = architecture.layer_types.count("full_attention") // pipeline
-    delta = architecture.layer_types.count("linear_attention") // pipeline
-    keys_and_values = 2 * architecture.num_query_groups // tensor * architecture.head_dim
-    state = architecture.linear_num_value_heads // tensor * architecture.linear_key_head_dim
-    state *= architecture.linear_value_head_dim
-    return attention * slots * keys_and_values * WEIGHT_BYTES + delta * state * STATE_BYTES
+def _cache(architecture: Architecture, config: RunConfig) -> int:
+    """Return the bytes of the decoding cache: of full rows with the longest prompts and responses,
+    prompts shared by their rollouts, within the budget.
+    """
+    rollout, layout = config.rollout, config.parallel
+    size = CacheSize.of(
+        architecture,
+        layout.tensor_model_parallel_size,
+        layout.pipeline_model_parallel_size,
+        WEIGHT_BYTES,
+    )
+    rows = rollout.max_batch_size
+    num_blocks = rows * size.blocks_of(rollout.max_response_tokens)
+    num_blocks += -(-rows // rollout.num_rollouts) * size.blocks_of(longest_prompt(config))
+    return min(int(rollout.cache_memory_gib * GIB), size.num_bytes(num_blocks, rows))

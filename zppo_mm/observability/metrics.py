@@ -187,6 +187,10 @@ METRICS: Mapping[str, str] = {
         "advantages and loss."
     ),
     "rollout/tokens": "Response tokens of the student, plain and reformulated prompts together.",
+    "rollout/preempted": (
+        "How often a sequence had to leave the batch because the decoding cache was full "
+        "(`rollout.cache_memory_gib`), to be computed again later."
+    ),
     "rollout/ungraded": (
         "Rollouts in the groups of the step that were left out because they could not be graded."
     ),

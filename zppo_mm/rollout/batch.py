@@ -1,4 +1,4 @@
-"""What the decoding loop knows of its sequences besides the network's caches."""
+"""What the decoding loop knows of its rows besides the network's caches."""
 
 from __future__ import annotations
 
@@ -8,141 +8,207 @@ import numpy as np
 import torch
 
 from zppo_mm.experience import NO_TOKEN, FloatArray, IntArray
+from zppo_mm.models.layers.blocks import Moves
+from zppo_mm.models.layers.cache import DecodeCache
 from zppo_mm.rollout.engine import Generation, SamplingParams
 
 UNIFORM_BLOCK = 256
-"""Uniform numbers drawn at once per sequence; a generator gives the same numbers in one draw or in
+"""Uniform numbers drawn at once per row; a generator gives the same numbers in one draw or in
 several.
 """
 
 
 class UniformStreams:
-    """One uniform number per sequence and step, each sequence from its own generator.
+    """One uniform number per row and token, each row from its own generator.
 
     Args:
-        generators: One per sequence, in the order of the wave.
+        max_rows: Most rows.
     """
 
-    def __init__(self, generators: Sequence[np.random.Generator]) -> None:
-        self._generators = generators
-        self._block = torch.empty(0)
-        self._start = -UNIFORM_BLOCK
+    def __init__(self, max_rows: int) -> None:
+        self._generators: list[np.random.Generator] = []
+        self._block = np.zeros((max_rows, UNIFORM_BLOCK))
 
-    def column(self, step: int, rows: torch.Tensor | None) -> torch.Tensor:
-        """Return the float64 numbers of a step, `[batch]`, for the sequences that are left; steps
-        come in order.
+    def add(self, stream: np.random.Generator, num_drawn: int) -> None:
+        """Add a row whose stream has given so many numbers already."""
+        self._generators.append(stream)
+        # `numbers` draws the block itself where one begins.
+        for _ in range(-(-num_drawn // UNIFORM_BLOCK)):
+            self._block[len(self._generators) - 1] = stream.random(UNIFORM_BLOCK)
+
+    def numbers(self, first: int, lengths: IntArray) -> torch.Tensor:
+        """Return the float64 numbers of the next tokens, `[rows]`.
+
+        Args:
+            first: The first of these rows; all that follow it are meant.
+            lengths: `[rows]` tokens drawn so far.
         """
-        if step >= self._start + UNIFORM_BLOCK:
-            self._start += UNIFORM_BLOCK
-            self._block = torch.from_numpy(
-                np.stack([stream.random(UNIFORM_BLOCK) for stream in self._generators], axis=1)
-            )
-        column = self._block[step - self._start]
-        return column if rows is None else column.index_select(0, rows)
+        indices = lengths % UNIFORM_BLOCK
+        for row in np.flatnonzero(indices == 0) + first:
+            self._block[row] = self._generators[row].random(UNIFORM_BLOCK)
+        rows = np.arange(first, first + len(lengths))
+        return torch.from_numpy(self._block[rows, indices])
+
+    def move(self, moves: Moves, num_left: int) -> None:
+        """Renumber the rows."""
+        self._block[moves.targets] = self._block[moves.sources]
+        for target, source in zip(moves.targets, moves.sources, strict=True):
+            self._generators[target] = self._generators[source]
+        del self._generators[num_left:]
 
 
 class RolloutBatch:
-    """Responses so far, and which sequences are still being decoded.
+    """Responses so far of the rows that are being decoded.
 
     Args:
-        start_positions: Position of each sequence's first response token.
+        max_rows: Most rows.
         sampling: Length limit, stop tokens and presence penalty.
         vocab_size: Size of the vocabulary.
         device: The network's.
 
     Attributes:
-        rows: Indices in the wave of the sequences left in the batch, on the CPU; `None` while none
-            was dropped.
-        seen: `[batch, vocabulary]` tokens already in the response; `None` without a presence
-            penalty.
+        names: Of every row, request and rollout.
+        streams: Random numbers of the rows.
     """
 
     def __init__(
-        self,
-        start_positions: Sequence[int],
-        sampling: SamplingParams,
-        vocab_size: int,
-        device: torch.device,
+        self, max_rows: int, sampling: SamplingParams, vocab_size: int, device: torch.device
     ) -> None:
-        total = len(start_positions)
         self.device = device
-        self.rows: torch.Tensor | None = None
-        self.seen = (
-            torch.zeros((total, vocab_size), dtype=torch.bool, device=device)
-            if sampling.presence_penalty
-            else None
-        )
-        self._positions = torch.tensor(start_positions, device=device)
-        # Where nothing could be drawn, a sequence ends as well.
+        self.names: list[tuple[int, int]] = []
+        self.streams = UniformStreams(max_rows)
+        self._max_new_tokens = sampling.max_new_tokens
+        # Where nothing could be drawn, a response ends as well.
         self._ends = torch.tensor(
             [*sampling.stop_token_ids, NO_TOKEN], dtype=torch.int64, device=device
         )
-        self._ended = torch.zeros(total, dtype=torch.bool, device=device)
-        self._steps: list[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]] = []
-        self._lengths = np.zeros(total, dtype=np.int64)
-        self._has_ended = np.zeros(total, dtype=bool)
-        self.num_active = total
+        shape = (max_rows, sampling.max_new_tokens)
+        self._tokens = torch.empty(shape, dtype=torch.int64, device=device)
+        self._logprobs = torch.empty(shape, dtype=torch.float32, device=device)
+        self._starts = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._columns = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._rows = torch.arange(max_rows, device=device)
+        self._lengths = np.zeros(max_rows, np.int64)
+        self._ages = np.zeros(max_rows, np.int64)
+        self._num_added = 0
+        self._seen = (
+            torch.zeros((max_rows, vocab_size), dtype=torch.bool, device=device)
+            if sampling.presence_penalty
+            else None
+        )
 
-    @property
-    def size(self) -> int:
-        """Sequences in the batch, ended ones included until they are dropped."""
-        return len(self._positions)
+    def __len__(self) -> int:
+        return len(self.names)
 
-    def append(self, tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
-        """Add one token to every sequence; to those that ended before, one that is not kept.
+    def add(
+        self,
+        name: tuple[int, int],
+        start_position: int,
+        stream: np.random.Generator,
+        response_ids: IntArray,
+        rollout_logprobs: FloatArray,
+    ) -> None:
+        """Add a row.
 
         Args:
-            tokens: `[batch]` int64, `NO_TOKEN` where nothing could be drawn.
-            logprobs: `[batch]` float32.
+            name: Request and rollout.
+            start_position: Position of the first response token.
+            stream: Of this rollout, from its beginning.
+            response_ids: What it has sampled before.
+            rollout_logprobs: Like `response_ids`.
         """
-        self._steps.append((self.rows, tokens, logprobs))
-        if self.seen is not None:
-            self.seen.scatter_(1, tokens.clamp(min=0)[:, None], True)
-        ends = torch.isin(tokens, self._ends) & ~self._ended
-        # One transfer per step shows the host which sequences ended.
-        ended_now = torch.nonzero(ends).squeeze(1).cpu()
-        if len(ended_now):
-            self._ended |= ends
-            indices = ended_now if self.rows is None else self.rows[ended_now]
-            self._lengths[indices.numpy()] = len(self._steps)
-            self._has_ended[indices.numpy()] = True
-            self.num_active -= len(ended_now)
+        row, length = len(self.names), len(response_ids)
+        self.names.append(name)
+        self.streams.add(stream, length)
+        self._starts[row], self._columns[row], self._lengths[row] = start_position, length, length
+        self._ages[row] = self._num_added
+        self._num_added += 1
+        tokens = torch.from_numpy(response_ids).to(self.device)
+        self._tokens[row, :length] = tokens
+        self._logprobs[row, :length] = torch.from_numpy(rollout_logprobs).to(self.device)
+        if self._seen is not None:
+            self._seen[row] = False
+            self._seen[row, tokens] = True
 
-    def drop_finished(self) -> torch.Tensor:
-        """Keep only sequences that have not ended; returns their indices in the batch so far,
-        `[kept]`.
+    def uniforms(self, first: int) -> torch.Tensor:
+        """Return the random numbers of the next tokens of the rows from `first` on, `[rows]`."""
+        return self.streams.numbers(first, self._lengths[first : len(self)])
+
+    def seen(self, first: int) -> torch.Tensor | None:
+        """Return `[rows, vocabulary]` tokens already in the responses of the rows from `first` on;
+        `None` without a presence penalty.
         """
-        kept = torch.nonzero(~self._ended).squeeze(1)
-        on_host = kept.cpu()
-        self.rows = on_host if self.rows is None else self.rows[on_host]
-        self._positions = self._positions[kept]
-        self._ended = self._ended[kept]
-        self.seen = self.seen[kept] if self.seen is not None else None
-        return kept
+        return None if self._seen is None else self._seen[first : len(self)]
+
+    def append(self, tokens: torch.Tensor, logprobs: torch.Tensor, first: int) -> IntArray:
+        """Add one token to the rows from `first` on; returns those whose response has ended.
+
+        Args:
+            tokens: `[rows]` int64, `NO_TOKEN` where nothing could be drawn.
+            logprobs: `[rows]` float32.
+            first: The first of these rows.
+        """
+        rows = slice(first, len(self))
+        at = self._rows[rows], self._columns[rows]
+        self._tokens[at], self._logprobs[at] = tokens, logprobs
+        self._columns[rows] += 1
+        self._lengths[rows] += 1
+        if self._seen is not None:
+            self._seen[rows].scatter_(1, tokens.clamp(min=0)[:, None], True)
+        # One transfer per step shows the host which rows ended.
+        stopped = torch.nonzero(torch.isin(tokens, self._ends)).squeeze(1).cpu().numpy()
+        full = np.flatnonzero(self._lengths[rows] == self._max_new_tokens)
+        return np.union1d(stopped, full) + first
+
+    def last_tokens(self) -> torch.Tensor:
+        """Return the token that each row got last, `[rows]`."""
+        return self._tokens[self._rows[: len(self)], self._columns[: len(self)] - 1]
 
     def positions(self) -> torch.Tensor:
-        """Return the `[3, batch]` positions of the tokens appended last: text after the prompt, the
+        """Return the `[3, rows]` positions of the tokens appended last: text after the prompt, the
         same on all axes.
         """
-        return (self._positions + (len(self._steps) - 1)).expand(3, -1)
+        rows = slice(len(self))
+        return (self._starts[rows] + self._columns[rows] - 1).expand(3, -1)
 
-    def generations(self) -> list[Generation]:
-        """Return every sequence's response, in the order of the wave."""
-        num_steps, total = len(self._steps), len(self._lengths)
-        tokens: IntArray = np.zeros((num_steps, total), dtype=np.int64)
-        logprobs: FloatArray = np.zeros((num_steps, total), dtype=np.float32)
-        for step, (rows, step_tokens, step_logprobs) in enumerate(self._steps):
-            indices = slice(None) if rows is None else rows.numpy()
-            tokens[step, indices] = step_tokens.cpu().numpy()
-            logprobs[step, indices] = step_logprobs.cpu().numpy()
-        lengths = np.where(self._has_ended, self._lengths, num_steps)
-        broken = ((tokens == NO_TOKEN) & (np.arange(num_steps)[:, None] == lengths - 1)).any(0)
-        return [
-            Generation(
-                tokens[:length, index].copy(),
-                logprobs[:length, index].copy(),
-                "stop" if self._has_ended[index] else "length",
-                is_broken=bool(broken[index]),
-            )
-            for index, length in enumerate((lengths - broken).tolist())
-        ]
+    def youngest(self) -> int:
+        """Return the row that was added last."""
+        return int(self._ages[: len(self)].argmax())
+
+    def response(self, row: int) -> tuple[IntArray, FloatArray]:
+        """Return a row's tokens and log-probs so far, `[response]` each."""
+        length = self._lengths[row]
+        return (
+            self._tokens[row, :length].cpu().numpy().copy(),
+            self._logprobs[row, :length].cpu().numpy().copy(),
+        )
+
+    def generation(self, row: int, stop_token_ids: Sequence[int]) -> Generation:
+        """Return the response of a row that has ended."""
+        tokens, logprobs = self.response(row)
+        if tokens[-1] == NO_TOKEN:
+            return Generation(tokens[:-1].copy(), logprobs[:-1].copy(), "stop", is_broken=True)
+        return Generation(tokens, logprobs, "stop" if tokens[-1] in stop_token_ids else "length")
+
+    def release(self, rows: IntArray, cache: DecodeCache) -> None:
+        """Drop these rows, all different, from the batch and its cache; in both, the last rows take
+        their numbers.
+        """
+        if not len(rows):
+            return
+        moves = cache.release(rows)
+        num_left = len(self) - len(rows)
+        self.streams.move(moves, num_left)
+        for target, source in zip(moves.targets, moves.sources, strict=True):
+            self.names[target] = self.names[source]
+        del self.names[num_left:]
+        for numbers in (self._lengths, self._ages):
+            numbers[moves.targets] = numbers[moves.sources]
+        if not moves:
+            return
+        to, of = (
+            torch.from_numpy(index).to(self.device) for index in (moves.targets, moves.sources)
+        )
+        for held in (self._tokens, self._logprobs, self._starts, self._columns, self._seen):
+            if held is not None:
+                held[to] = held[of]

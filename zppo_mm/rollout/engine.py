@@ -63,12 +63,14 @@ class Generation:
     Attributes:
         is_broken: Whether the logits after these tokens were not finite, so that nothing could be
             drawn from them; the finish reason means nothing then.
+        num_preemptions: How often it had to make room for others and was computed again.
     """
 
     response_ids: IntArray
     rollout_logprobs: FloatArray
     finish_reason: FinishReason
     is_broken: bool = False
+    num_preemptions: int = 0
 
     @property
     def num_sound_tokens(self) -> int | None:

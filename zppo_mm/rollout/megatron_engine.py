@@ -1,50 +1,53 @@
 """Sampling with the policy's own Megatron network: one prefill per prompt, then all its rollouts
-token by token.
+token by token, in a batch that others join as rows become free.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from dataclasses import replace
+from itertools import accumulate, count
 
 import numpy as np
 import torch
 
 from encoders.processor import VisionInput
 from zppo_mm.interruption import StopRequested
+from zppo_mm.models.decoding.cache_size import GIB, CacheSize
 from zppo_mm.models.decoding.decode import decode, prefill
-from zppo_mm.models.layers.cache import DecodeCache
+from zppo_mm.models.layers.cache import SLOTS_PER_BLOCK, Admission, DecodeCache
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel import replica
 from zppo_mm.randomness import generator
-from zppo_mm.rollout.batch import RolloutBatch, UniformStreams
+from zppo_mm.rollout.admission import AdmissionQueue, Candidate
+from zppo_mm.rollout.batch import RolloutBatch
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.token_choice import choose_tokens
-from zppo_mm.rollout.waves import RequestPart, plan_waves
 
 DEFAULT_PREFILL_TOKENS = 65_536
-COMPACTION_FRACTION = 0.25
-"""Finished sequences leave the batch when they are this fraction of it. Moving the caches costs up
-to about a decoding step.
-"""
-STOP_CHECK_TOKENS = 16
-"""Tokens decoded between two checks whether to stop."""
+DEFAULT_CACHE_BYTES = 16 * GIB
+STOP_CHECK_STEPS = 16
+"""Steps between two checks whether to stop."""
 
 
 class MegatronEngine:
-    """Implements `RolloutEngine` on prefill and decode of the network.
+    """Implements `RolloutEngine` on prefill and decode of the network, with continuous batching.
 
     Every rank of a replica calls `generate` with the same requests; the leader's tokens count on
     all of them. Media placeholders are never sampled.
 
     Args:
-        model: This rank's stage; its weights are read again at every wave.
+        model: This rank's stage; its weights are read again at every call.
         seed: The run's seed.
-        max_batch_size: Most sequences decoded at once; what does not fit waits for the next wave.
+        max_batch_size: Most sequences decoded at once; the others wait.
         max_prefill_tokens: Most prompt tokens of one prefill.
         should_stop: Called on the replica's leader while it decodes; `None` on every rank never
             stops.
+        cache_bytes: Most memory of the decoding cache on each GPU. What finds no room waits; if
+            running sequences find none, the youngest are computed again later.
+        slots_per_block: Tokens of a block of the cache.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class MegatronEngine:
         max_batch_size: int = 128,
         max_prefill_tokens: int = DEFAULT_PREFILL_TOKENS,
         should_stop: Callable[[], bool] | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        slots_per_block: int = SLOTS_PER_BLOCK,
     ) -> None:
         assert max_batch_size > 0, "at least one sequence at a time"
         self._model = model
@@ -61,6 +66,7 @@ class MegatronEngine:
         self._max_batch_size = max_batch_size
         self._max_prefill_tokens = max_prefill_tokens
         self._should_stop = should_stop
+        self._cache_bytes = cache_bytes
         # A response that holds a media placeholder has no features for it: training on it would
         # have to invent them.
         architecture = model.architecture
@@ -69,10 +75,27 @@ class MegatronEngine:
             if architecture.has_vision
             else []
         )
-        device = next(model.parameters()).device
+        self._device = next(model.parameters()).device
         self._placeholders = (
-            torch.tensor(placeholders, dtype=torch.int64, device=device) if placeholders else None
+            torch.tensor(placeholders, dtype=torch.int64, device=self._device)
+            if placeholders
+            else None
         )
+        self._cache_size = CacheSize.of(
+            architecture,
+            model.config.tensor_model_parallel_size,
+            model.config.pipeline_model_parallel_size,
+            model.config.params_dtype.itemsize,
+            slots_per_block,
+        )
+
+    def check_longest(self, prompt_tokens: int, new_tokens: int) -> None:
+        """Check that the cache has room for a prompt and a response of these lengths.
+
+        Raises:
+            ConfigError: It has not.
+        """
+        self._cache_size.check(self._cache_bytes, self._max_batch_size, prompt_tokens, new_tokens)
 
     @torch.inference_mode()
     def generate(
@@ -82,117 +105,181 @@ class MegatronEngine:
 
         Raises:
             StopRequested: On every rank of the replica, if its leader is to stop.
+            ConfigError: A request does not fit the cache by itself.
         """
         results: list[dict[int, Generation]] = [{} for _ in requests]
-        training = self._model.training
-        self._model.eval()
-        try:
-            for wave in plan_waves(requests, self._max_batch_size, self._max_prefill_tokens):
-                generations = iter(self._run_wave(requests, wave, sampling))
-                for part in wave:
-                    for rollout in range(part.first, part.first + part.count):
-                        results[part.request][rollout] = next(generations)
-        finally:
-            self._model.train(training)
+        queue = AdmissionQueue(requests, self._max_batch_size, self._max_prefill_tokens)
+        if queue:
+            training = self._model.training
+            self._model.eval()
+            try:
+                self._decode_all(requests, sampling, queue, results)
+            finally:
+                self._model.train(training)
         return [[group[rollout] for rollout in sorted(group)] for group in results]
 
-    def _run_wave(
+    def _decode_all(
         self,
         requests: Sequence[GenerationRequest],
-        wave: Sequence[RequestPart],
         sampling: SamplingParams,
-    ) -> list[Generation]:
-        """Prefill the wave's prompts and decode until every rollout has ended."""
-        device = next(self._model.parameters()).device
-        cache = DecodeCache(max_new_tokens=max(sampling.max_new_tokens - 1, 0))
-        logits = self._prefill([requests[part.request] for part in wave], cache, device)
-        counts = torch.tensor([part.count for part in wave])
-        rows = torch.repeat_interleave(torch.arange(len(wave)), counts).to(device)
-        cache.select(rows)
-        logits = logits.index_select(0, rows) if logits is not None else None
-        starts = [
-            requests[part.request].prompt.next_position for part in wave for _ in range(part.count)
-        ]
-        streams = UniformStreams(
-            [
-                generator(self._seed, *requests[part.request].seed_path, rollout)
-                for part in wave
-                for rollout in range(part.first, part.first + part.count)
-            ]
+        queue: AdmissionQueue,
+        results: list[dict[int, Generation]],
+    ) -> None:
+        """Decode until every rollout has ended; rows that become free go to those that wait."""
+        cache = self._open_cache(requests, sampling)
+        batch = RolloutBatch(
+            cache.max_rows, sampling, self._model.architecture.vocab_size, self._device
         )
-        batch = RolloutBatch(starts, sampling, self._model.architecture.vocab_size, device)
-        for step in range(sampling.max_new_tokens):
-            if step % STOP_CHECK_TOKENS == 0:
+
+        preempted: Counter[tuple[int, int]] = Counter()
+
+        def step(logits: torch.Tensor | None, first: int) -> None:
+            """Draw a token of the rows from `first` on; those that end leave the batch."""
+            ended = batch.append(*self._choose(logits, batch, first, sampling), first)
+            for row in ended:
+                request, rollout = batch.names[row]
+                results[request][rollout] = replace(
+                    batch.generation(row, sampling.stop_token_ids),
+                    num_preemptions=preempted[request, rollout],
+                )
+            batch.release(ended, cache)
+
+        for number in count():
+            if number % STOP_CHECK_STEPS == 0:
                 self._check_stop()
-            tokens, logprobs = self._choose(
-                logits, streams.column(step, batch.rows), batch, sampling
-            )
-            batch.append(tokens, logprobs)
-            if batch.num_active == 0 or step + 1 == sampling.max_new_tokens:
-                break
-            if batch.num_active <= (1 - COMPACTION_FRACTION) * batch.size:
-                kept = batch.drop_finished()
-                cache.select(kept)
-                tokens = tokens.index_select(0, kept)
-            # A sequence that nothing could be drawn for goes along until it is dropped, with any
-            # token.
-            logits = decode(self._model, tokens.clamp(min=0), batch.positions(), cache)
-        return batch.generations()
+            taken = queue.take(cache)
+            if taken:
+                first = len(batch)
+                step(self._admit(requests, taken, batch, cache), first)
+            if not batch:
+                if not queue:
+                    return
+                continue
+            while cache.num_missing_blocks > 0:
+                preempted[_preempt(batch, cache, queue)] += 1
+            tokens, positions = batch.last_tokens(), batch.positions()
+            step(decode(self._model, tokens, positions, cache), 0)
+
+    def _open_cache(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingParams
+    ) -> DecodeCache:
+        """Return a cache within the budget, no larger than what these requests can fill."""
+        prompts = [len(request.prompt.token_ids) for request in requests]
+        rows = min(self._max_batch_size, sum(request.num_rollouts for request in requests))
+        # Tokens that are decoded last are not kept.
+        new_tokens = max(sampling.max_new_tokens - 1, 0)
+        size = self._cache_size
+        size.check(self._cache_bytes, rows, max(prompts), new_tokens)
+        most = rows * size.blocks_of(new_tokens) + min(
+            sum(map(size.blocks_of, prompts)), rows * size.blocks_of(max(prompts))
+        )
+        fitting = size.num_blocks(self._cache_bytes, rows)
+        num_blocks = most if fitting is None else min(most, fitting)
+        return DecodeCache(num_blocks, rows, size.slots_per_block)
+
+    def _admit(
+        self,
+        requests: Sequence[GenerationRequest],
+        taken: Sequence[Candidate],
+        batch: RolloutBatch,
+        cache: DecodeCache,
+    ) -> torch.Tensor | None:
+        """Prefill prompts, and what preempted rollouts had sampled; returns the next-token logits
+        of the new rows, this rank's part of the vocabulary, on the last stage.
+        """
+        logits = self._prefill(requests, taken, cache)
+        for each in taken:
+            request = requests[each.request]
+            for rollout in each.rollouts:
+                batch.add(
+                    (each.request, rollout),
+                    request.prompt.next_position,
+                    generator(self._seed, *request.seed_path, rollout),
+                    each.response_ids,
+                    each.rollout_logprobs,
+                )
+        if logits is None:
+            return None
+        sizes = torch.tensor([len(each.rollouts) for each in taken], device=self._device)
+        return logits.repeat_interleave(sizes, 0)
 
     def _check_stop(self) -> None:
         if self._should_stop is None:
             return
-        device = next(self._model.parameters()).device
         if replica.broadcast_from_leader(
-            torch.tensor([self._should_stop()], dtype=torch.uint8, device=device)
+            torch.tensor([self._should_stop()], dtype=torch.uint8, device=self._device)
         ).item():
             raise StopRequested
 
     def _prefill(
-        self, requests: Sequence[GenerationRequest], cache: DecodeCache, device: torch.device
+        self,
+        requests: Sequence[GenerationRequest],
+        taken: Sequence[Candidate],
+        cache: DecodeCache,
     ) -> torch.Tensor | None:
-        """Return the prompts' next-token logits, this rank's part of the vocabulary, on the last
-        stage.
+        """Return the next-token logits of each candidate, this rank's part of the vocabulary, on
+        the last stage.
         """
-        prompts = [request.prompt for request in requests]
-        token_ids = torch.from_numpy(np.concatenate([prompt.token_ids for prompt in prompts])).to(
-            device
-        )
-        positions = torch.from_numpy(
-            np.concatenate([prompt.positions for prompt in prompts], axis=1)
-        ).to(device)
-        bounds = torch.tensor(
-            [0, *accumulate(len(prompt.token_ids) for prompt in prompts)],
-            dtype=torch.int32,
-            device=device,
-        )
+        chosen = [requests[each.request] for each in taken]
+        ids, positions = [], []
+        for request, each in zip(chosen, taken, strict=True):
+            # Text after the prompt: the same position on all axes.
+            after = request.prompt.next_position + np.arange(len(each.response_ids))
+            ids += [request.prompt.token_ids, each.response_ids]
+            positions += [request.prompt.positions, np.tile(after, (3, 1))]
+        lengths = [
+            len(request.prompt.token_ids) + len(each.response_ids)
+            for request, each in zip(chosen, taken, strict=True)
+        ]
         patches = grids = None
-        vision: list[VisionInput] = [item for request in requests for item in request.vision]
+        vision: list[VisionInput] = [item for request in chosen for item in request.vision]
         if vision and parallel.is_first_stage():
-            patches = torch.from_numpy(np.concatenate([item.patches for item in vision])).to(device)
-            grids = torch.tensor([item.grid for item in vision], device=device)
-        return prefill(self._model, token_ids, positions, bounds, patches, grids, cache)
+            patches = torch.from_numpy(np.concatenate([item.patches for item in vision])).to(
+                self._device
+            )
+            grids = torch.tensor([item.grid for item in vision], device=self._device)
+        return prefill(
+            self._model,
+            torch.from_numpy(np.concatenate(ids)).to(self._device),
+            torch.from_numpy(np.concatenate(positions, axis=1)).to(self._device),
+            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=self._device),
+            patches,
+            grids,
+            cache,
+            [
+                Admission(each.request, len(request.prompt.token_ids), len(each.rollouts))
+                for request, each in zip(chosen, taken, strict=True)
+            ],
+        )
 
     def _choose(
-        self,
-        logits: torch.Tensor | None,
-        uniforms: torch.Tensor,
-        batch: RolloutBatch,
-        sampling: SamplingParams,
+        self, logits: torch.Tensor | None, batch: RolloutBatch, first: int, sampling: SamplingParams
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw on the last stage and broadcast in the replica; int64 tokens and float32 log-probs,
-        each `[batch]`.
+        """Draw for the rows from `first` on, on the last stage, and broadcast in the replica; int64
+        tokens and float32 log-probs, each `[rows]`.
         """
+        uniforms = batch.uniforms(first)
         if logits is not None:
             whole = replica.gather_vocabulary(logits)
             tokens, logprobs = choose_tokens(
-                whole, uniforms.to(whole.device), sampling, batch.seen, self._placeholders
+                whole, uniforms.to(whole.device), sampling, batch.seen(first), self._placeholders
             )
         else:
-            tokens = torch.empty(batch.size, dtype=torch.int64, device=batch.device)
-            logprobs = torch.empty(batch.size, dtype=torch.float32, device=batch.device)
+            tokens = torch.empty(len(uniforms), dtype=torch.int64, device=self._device)
+            logprobs = torch.empty(len(uniforms), dtype=torch.float32, device=self._device)
         if parallel.model_group().size() == 1:
             return tokens, logprobs
         # Both are exact in float64, so that one message carries them.
         message = replica.broadcast_from_leader(torch.stack([tokens.double(), logprobs.double()]))
         return message[0].long(), message[1].float()
+
+
+def _preempt(batch: RolloutBatch, cache: DecodeCache, queue: AdmissionQueue) -> tuple[int, int]:
+    """Let the youngest row wait until there is room for it again, and return its name; the draws of
+    its tokens are kept, its cache is not.
+    """
+    row = batch.youngest()
+    name = batch.names[row]
+    queue.put_back(Candidate(name[0], name[1:], *batch.response(row)))
+    batch.release(np.array([row]), cache)
+    return name

@@ -8,13 +8,12 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Protocol
 
 from data.question import Question
 from encoders.processor import VisionInput
-from zppo_mm.errors import NotFiniteError
 from zppo_mm.experience import Group, Prompt, PromptInstance, Rollout
 from zppo_mm.interruption import StopRequested
 from zppo_mm.methods import PLAIN_KINDS
@@ -22,7 +21,7 @@ from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import Exchange
 from zppo_mm.rollout.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
 from zppo_mm.rollout.prompt import PromptEncoder, PromptError
-from zppo_mm.rollout.soundness import NOT_FINITE, Sampled, Soundness, first_break
+from zppo_mm.rollout.soundness import NOT_FINITE, Sampled, Soundness, check_rewards, first_break
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +69,7 @@ class _Outcome:
     ungraded: tuple[Rollout, ...] = ()
     reason: str = ""
     detail: str = ""
+    num_preemptions: int = 0
 
 
 class Sampler(Protocol):
@@ -78,6 +78,11 @@ class Sampler(Protocol):
     @property
     def failed(self) -> Mapping[str, str]:
         """Instances of the last call without a group: reasons by uid."""
+        ...
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often a rollout of the last call had to be computed again."""
         ...
 
     def sample(
@@ -103,6 +108,7 @@ class GroupSampler:
     Attributes:
         failures: Prompts without a group so far, by reason.
         failed: Those of the last call: reasons by uid.
+        num_preemptions: How often a rollout of the last call had to be computed again.
     """
 
     def __init__(
@@ -114,6 +120,7 @@ class GroupSampler:
         self._exchange = exchange
         self.failures: Counter[str] = Counter()
         self.failed: dict[str, str] = {}
+        self.num_preemptions = 0
         self._soundness = Soundness()
 
     def with_grader(self, verifier: Grader) -> GroupSampler:
@@ -166,12 +173,15 @@ class GroupSampler:
             ]
             unsound = {outcome.index for outcome in broken}
             sound = [(item, group) for item, group in pairs if item.index not in unsound]
-            outcomes = [*failed, *broken, *self._grade(instances, sound, step)]
-        collected = {
-            outcome.index: outcome
-            for replica in self._exchange.gather(outcomes)
-            for outcome in replica
-        }
+            preemptions = {
+                item.index: sum(each.num_preemptions for each in group) for item, group in pairs
+            }
+            outcomes = [
+                replace(each, num_preemptions=preemptions.get(each.index, 0))
+                for each in (*failed, *broken, *self._grade(instances, sound, step))
+            ]
+        collected = self._collect(outcomes)
+        self.num_preemptions = sum(each.num_preemptions for each in collected.values())
         # All ranks know all that broke, and so come to the same end.
         self._soundness.note(
             [
@@ -202,12 +212,13 @@ class GroupSampler:
             *failed,
             *(_Outcome(item.index, item.prompt, rollouts[item.index]) for item in encoded),
         ]
-        collected = {
-            outcome.index: outcome
-            for replica in self._exchange.gather(outcomes)
-            for outcome in replica
-        }
+        collected = self._collect(outcomes)
         return self._groups(instances, collected)
+
+    def _collect(self, outcomes: Sequence[_Outcome]) -> dict[int, _Outcome]:
+        """Return the outcomes of all replicas by index."""
+        replicas = self._exchange.gather(outcomes)
+        return {outcome.index: outcome for replica in replicas for outcome in replica}
 
     def respond(self, texts: Sequence[str], params: SamplingParams, name: str) -> list[str | None]:
         """Return one response per user text, without media and without a grade, from the `<think>`
@@ -353,7 +364,7 @@ class GroupSampler:
                     "no group for %s: %s: %s", instance.uid, outcome.reason, outcome.detail
                 )
             else:
-                _check_rewards(instance, outcome.rollouts)
+                check_rewards(instance.uid, [rollout.reward for rollout in outcome.rollouts])
                 groups.append(Group(instance, outcome.prompt, outcome.rollouts, outcome.ungraded))
         return groups
 
@@ -375,16 +386,6 @@ def split_instances(instances: Sequence[PromptInstance], num_replicas: int) -> l
     reformulated.sort(key=lambda index: (-len(instances[index].text), index))
     order = [*plain, *reformulated]
     return [sorted(order[replica::num_replicas]) for replica in range(num_replicas)]
-
-
-def _check_rewards(instance: PromptInstance, rollouts: Sequence[Rollout]) -> None:
-    rewards = [rollout.reward for rollout in rollouts]
-    if not all(map(math.isfinite, rewards)):
-        raise NotFiniteError(
-            f"sampling: the grader gives {instance.uid} rewards that are not finite, got "
-            f"{rewards}, expected numbers, or none where a response could not be graded; correct "
-            "the reward"
-        )
 
 
 def _rollout(generation: Generation, text: str, verdict: Verdict, step: int) -> Rollout:

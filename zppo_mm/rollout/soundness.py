@@ -4,6 +4,7 @@ counted, or the end of the run.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,3 +95,16 @@ def _refuse_several(broken: Sequence[Sampled], num_prompts: int) -> None:
         "earlier checkpoint with a lower train.lr, or check the weights of the folder that the "
         "model came from"
     )
+
+
+def check_rewards(uid: str, rewards: Sequence[float]) -> None:
+    """Check the rewards that a group's rollouts got.
+
+    Raises:
+        NotFiniteError: One is not finite.
+    """
+    if not all(map(math.isfinite, rewards)):
+        raise NotFiniteError(
+            f"sampling: the grader gives {uid} rewards that are not finite, got {rewards}, "
+            "expected numbers, or none where a response could not be graded; correct the reward"
+        )

@@ -113,7 +113,7 @@ def build_run(
         logger.info("media: %s", describe(encoder.processor))
     stream = build_stream(config, SampleHealth(config.data.max_bad_fraction, config.data.strict))
     feed = _build_feed(shared, stream, encoder, templates, verifier)
-    sampler = shared.sampler(policy.model, encoder)
+    sampler = shared.sampler(policy.model, encoder, config.rollout.max_response_tokens)
     stages = _build_stages(
         shared, policy, sampler, encoder, templates, teachers, feed, interruption, judging.check
     )

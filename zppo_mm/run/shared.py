@@ -15,6 +15,7 @@ from data.media.node_cache import NodeCache
 from data.media.opening import MediaLimits
 from data.media.store import MediaStore
 from zppo_mm.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig
+from zppo_mm.models.decoding.cache_size import GIB
 from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model
 from zppo_mm.models.vision_language import VisionLanguageModel
@@ -64,15 +65,31 @@ class Shared:
         variables = {**encoder.chat_template_kwargs, THINKING_SWITCH: False}
         return self.encoder(encoder.folder, variables)
 
-    def sampler(self, model: VisionLanguageModel, encoder: PromptEncoder) -> GroupSampler:
-        """Return a sampler with a model's weights."""
+    def sampler(
+        self, model: VisionLanguageModel, encoder: PromptEncoder, max_response_tokens: int
+    ) -> GroupSampler:
+        """Return a sampler with a model's weights.
+
+        Raises:
+            ConfigError: The decoding cache has no room for the longest prompt and response.
+        """
+        rollout = self.config.rollout
         engine = MegatronEngine(
             model,
             self.config.seed,
-            self.config.rollout.max_batch_size,
+            rollout.max_batch_size,
             should_stop=self.exchange.should_stop,
+            cache_bytes=int(rollout.cache_memory_gib * GIB),
         )
+        engine.check_longest(longest_prompt(self.config), max_response_tokens)
         return GroupSampler(engine, encoder, self.verifier, self.exchange)
+
+
+def longest_prompt(config: RunConfig) -> int:
+    """Return the tokens of the longest prompt: a plain one and the candidates that it may show."""
+    zone = config.zone
+    shown = max(2 * zone.bcq, config.rollout.num_rollouts * zone.ncq, int(zone.hint))
+    return config.data.max_prompt_tokens + shown * config.teacher.compression_max_tokens
 
 
 def media_limits(config: DataConfig, folder: Path) -> MediaLimits:

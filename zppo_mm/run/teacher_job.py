@@ -124,8 +124,8 @@ def _serve(
         ranks = RankServer(
             link,
             server,
-            shared.sampler(model, encoder),
-            shared.sampler(model, shared.without_thinking(encoder)),
+            shared.sampler(model, encoder, sampling.max_new_tokens),
+            shared.sampler(model, shared.without_thinking(encoder), sampling.max_new_tokens),
             sampling,
             exchange,
             lambda: release_memory(shared.encoders, cache),

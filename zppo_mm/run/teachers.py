@@ -139,7 +139,7 @@ def _build_teacher(
     model, encoder, sampling = load_teacher(shared, own, config.parallel)
     if config.distill.source != "none":
         student.check_same_inputs(encoder, "distill.source")
-    sampler = shared.sampler(model, encoder)
+    sampler = shared.sampler(model, encoder, own.max_response_tokens)
     return MegatronTeacher(model, sampler, sampling, own.num_rollouts, templates.plain_text)
 
 

@@ -173,6 +173,7 @@ def _sample(
     """Generate and verify; count the instances without a group."""
     groups = stages.sampler.sample(instances, stages.sampling, stages.num_rollouts, step)
     metrics.add("rollout/failed_groups", Sum(len(instances) - len(groups)))
+    metrics.add("rollout/preempted", Sum(stages.sampler.num_preemptions))
     metrics.add(
         "rollout/not_finite_groups",
         Sum(sum(reason == NOT_FINITE for reason in stages.sampler.failed.values())),

@@ -2,10 +2,12 @@
 
 At one token per sequence the time goes into calls, not arithmetic: megatron-core's modules would
 make several hundred small ones per layer. This loop reads the same parameters and makes about
-forty, some more where prompts are shared.
+fifty.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from zppo_mm.models.decoding.plan import DecodePlan, build_plan
-from zppo_mm.models.layers.cache import DecodeCache
+from zppo_mm.models.layers.cache import Admission, DecodeCache
 from zppo_mm.models.layers.packing import build_layout
 from zppo_mm.models.vision_language import VisionLanguageModel
 
@@ -30,6 +32,7 @@ def prefill(
     patches: torch.Tensor | None,
     grids: torch.Tensor | None,
     cache: DecodeCache,
+    admissions: Sequence[Admission] | None = None,
 ) -> torch.Tensor | None:
     """Run packed prompts and keep keys, values and DeltaNet states; every rank of a replica calls
     it.
@@ -42,20 +45,26 @@ def prefill(
         patches: `[patches, patch elements]` of all media in pack order; only the first stage uses
             them.
         grids: `[media, 3]` int64.
-        cache: An empty cache; afterwards it holds these prompts in order.
+        cache: Afterwards it holds their rows too.
+        admissions: Per sequence, what of it is prompt and how many rows go on from it; by default
+            all of it, and one.
 
     Returns:
-        Float32 logits of each prompt's next token, `[sequences, vocabulary / tensor size]`, on the
-        last stage; `None` on the others.
+        Float32 logits of each sequence's next token, `[sequences, vocabulary / tensor size]`, on
+        the last stage; `None` on the others.
     """
-    num_sequences = len(cu_seqlens) - 1
     last = cu_seqlens[1:].long() - 1
+    if admissions is None:
+        # No two of them share their blocks.
+        admissions = [Admission(object(), length) for length in cu_seqlens.diff().tolist()]
     training = model.training
     model.eval()
     token_ids, positions, cu_seqlens = model.pad_tokens(token_ids, positions, cu_seqlens)
     layout = build_layout(cu_seqlens, cache)
-    cache.begin(cu_seqlens, model.config.params_dtype)
-    cache.plan = plan = build_plan(model)
+    cache.begin(cu_seqlens, admissions, model.config.params_dtype)
+    if cache.plan is None:
+        cache.plan = build_plan(model)
+    plan: DecodePlan = cache.plan
     if not model.pre_process:
         shards = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
         model.set_input_tensor(
@@ -67,8 +76,6 @@ def prefill(
         )
     hidden = model.run_stage(token_ids, positions, layout, patches, grids)
     model.train(training)
-    if len(cu_seqlens) - 1 > num_sequences:
-        cache.select(torch.arange(num_sequences, device=token_ids.device))
     if not model.post_process:
         _send(hidden)
         return None
@@ -94,9 +101,8 @@ def decode(
         last stage; `None` on the others.
     """
     assert len(token_ids) == cache.batch_size, "one token per sequence of the cache"
-    assert cache.step < cache.max_new_tokens, "the cache has room for max_new_tokens"
     plan: DecodePlan = cache.plan
-    cache.reserve(token_ids.device)
+    cache.extend(token_ids.device)
     if model.pre_process:
         hidden = model.language_model.embedding.word_embeddings(token_ids[None]).squeeze(0)
     else:

@@ -11,9 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from zppo_mm.models.adapted import DecodeAdapters
-from zppo_mm.models.layers.cache import AttentionState, DecodeCache, LinearState
+from zppo_mm.models.layers.cache import DecodeCache, LinearState
 from zppo_mm.models.layers.delta_rule import NORM_EPSILON
-from zppo_mm.models.layers.shared_attention import attend
+from zppo_mm.models.layers.paged_attention import attend
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class DecodeAttention:
         self, hidden: torch.Tensor, rotary: RotaryStep, cache: DecodeCache
     ) -> torch.Tensor:
         batch, heads, dim = len(hidden), self.repeats, self.head_dim
-        state: AttentionState = cache.attention[self.number]
+        keys, values = cache.attention[self.number]
         sections = [heads, heads, 1, 1] if self.gated else [heads, 1, 1]
         projected = self.qkv(hidden).view(batch, self.groups, sum(sections), dim)
         query, *gate, key, value = torch.split(projected, sections, 2)
@@ -95,22 +95,14 @@ class DecodeAttention:
                 hidden.dtype
             )
         both = rotary(both)
-        assert state.own is not None, "reserve comes first"
-        slot = cache.own_slots
-        for slots, newest in zip(state.own, (both[:, :, heads], value[:, :, 0]), strict=True):
-            slots[:, :, slot] = newest
-        keys, values = (slots[:, :, : slot + 1] for slots in state.own)
-        if state.prompt is not None and cache.prompts is not None:
-            mixed = attend(both[:, :, :heads], state.prompt, (keys, values), cache.prompts)
-        else:
-            mask = (
-                None
-                if cache.mask is None
-                else cache.mask[..., : slot + 1].expand(-1, self.groups, heads, -1)
-            )
-            # The queries of one group take the axis where a kernel expects the tokens of one head,
-            # so keys are never repeated.
-            mixed = F.scaled_dot_product_attention(both[:, :, :heads], keys, values, attn_mask=mask)
+        assert cache.tail is not None
+        assert cache.reads is not None
+        assert cache.empty is not None
+        blocks, slots = cache.tail
+        keys[blocks, :, slots], values[blocks, :, slots] = both[:, :, heads], value[:, :, 0]
+        # The queries of one group take the axis where a kernel expects the tokens of one head, so
+        # keys are never repeated.
+        mixed = attend(both[:, :, :heads], keys, values, cache.empty, cache.reads)
         if self.gated:
             mixed = mixed * gate[0].sigmoid()
         return self.projection(mixed.reshape(batch, -1))
@@ -148,9 +140,10 @@ class DecodeDeltaNet:
         memory: LinearState = cache.linear[self.number]
         inputs, gate, beta, alpha = torch.split(self.in_proj(hidden), self.sections, 1)
         newest = (cache.step + len(self.taps) - 1) % len(self.taps)
-        memory.inputs[:, newest] = inputs
-        mixed = F.silu((memory.inputs * self.taps[newest]).sum(1)).float()
-        key_dim, value_dim = memory.state.shape[2:]
+        ring, state = memory.inputs[:batch], memory.state[:batch]
+        ring[:, newest] = inputs
+        mixed = F.silu((ring * self.taps[newest]).sum(1)).float()
+        key_dim, value_dim = state.shape[2:]
         width = self.key_heads * key_dim
         both = mixed[:, : 2 * width].view(batch, 2, self.key_heads, key_dim)
         both = F.rms_norm(both, (key_dim,), None, NORM_EPSILON / key_dim) * self.qk_scale
@@ -159,7 +152,7 @@ class DecodeDeltaNet:
         value = mixed[:, 2 * width :].reshape(batch * heads, 1, value_dim)
         decay = (F.softplus(alpha.float() + self.dt_bias) * self.decay_rate).exp_().view(-1, 1, 1)
         output = _delta_step(
-            memory.state.view(batch * heads, key_dim, value_dim),
+            state.view(batch * heads, key_dim, value_dim),
             both.transpose(1, 2).reshape(batch * heads, 2, key_dim),
             value,
             decay,

@@ -1,35 +1,40 @@
-"""The decoding cache of every sequence: rotated keys, values, and the states of the DeltaNet
+"""The decoding cache of a batch: rotated keys and values in blocks, and the states of the DeltaNet
 layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
-from zppo_mm.models.layers.shared_attention import PromptGroups, is_worth_sharing, prompt_mask
+from zppo_mm.experience import IntArray
+from zppo_mm.models.layers.blocks import BlockTable, Moves
+from zppo_mm.models.layers.paged_attention import BlockReads, PromptReads
 
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values."""
+SLOTS_PER_BLOCK = 128
+"""Tokens of a block. Half a block is wasted per sequence, against what a read of many small ones
+costs (benchmarks/decode_attention.py).
+"""
 
 
-@dataclass(slots=True)
-class AttentionState:
-    """Keys and values of one attention layer.
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """One sequence of a prefill, and the rows of the batch that go on from it.
 
     Attributes:
-        prompt: Those of the prompts, each `[prompts, groups, slots, head_dim]`; a prompt ends at
-            the last slot. `None` once copied.
-        own: Those of each sequence alone, each `[batch, groups, slots, head_dim]`: what was
-            decoded, after a copy of the prompt if prompts are copied. `None` before decoding
-            begins.
+        prompt: Names the prompt: rows of the same one share its blocks.
+        num_prompt_tokens: Tokens of it at the start of the sequence; the tokens after them belong
+            to the row alone.
+        num_rows: 1 if there are such tokens.
     """
 
-    prompt: Pair | None
-    own: Pair | None = None
+    prompt: Hashable
+    num_prompt_tokens: int
+    num_rows: int = 1
 
 
 @dataclass(slots=True)
@@ -37,201 +42,302 @@ class LinearState:
     """State of one DeltaNet layer.
 
     Attributes:
-        inputs: `[batch, taps, channels]` last inputs of the convolution, a ring; the next one goes
+        inputs: `[rows, taps, channels]` last inputs of the convolution, a ring; the next one goes
             to the slot of the cache's step.
-        state: `[batch, value_heads, key_dim, value_dim]` float32.
+        state: `[rows, value_heads, key_dim, value_dim]` float32.
     """
 
     inputs: torch.Tensor
     state: torch.Tensor
 
 
+_Piece = tuple[int, int, IntArray]
+"""First token in the pack, number of tokens, and their blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Filling:
+    """Where a prefill puts its tokens.
+
+    Attributes:
+        tokens: `[kept]` tokens of the pack that are kept.
+        blocks: `[kept]` the block of each.
+        slots: `[kept]` the slot of each in its block.
+        new_blocks: Blocks that hold nothing else.
+        rows: Of every sequence the rows that go on from it.
+    """
+
+    tokens: torch.Tensor
+    blocks: torch.Tensor
+    slots: torch.Tensor
+    new_blocks: torch.Tensor
+    rows: list[range]
+
+
 @dataclass(slots=True)
 class DecodeCache:
     """State of a batch of sequences on this pipeline stage.
 
-    Sequences after the same prompt share its keys and values as long as that saves time; then each
-    gets a copy. Prompts are aligned at their ends: the tokens of one decoding step all go to the
-    same slot, so writing is one copy and only the empty slots before short prompts are masked.
+    Sequences are rows. They come by a prefill, take blocks as they grow, and leave at any time,
+    the last rows then take their numbers. Blocks of prompts are shared by their rows. Blocks of the
+    rows fill the cache from its first block on, those of prompts from its last one.
 
     Attributes:
-        max_new_tokens: Tokens that will be decoded at most, over all calls.
-        lengths: Tokens of every prompt; empty before the prefill.
-        owners: The prompt of every sequence.
+        num_blocks: Most blocks in use at once.
+        max_rows: Most rows at once.
+        slots_per_block: Tokens of a block.
         step: Tokens decoded so far.
-        is_copied: Whether each sequence has a copy of its prompt among its own slots.
-        prompts: Which sequences share which prompt, unless prompts are copied.
-        mask: `[batch, 1, 1, slots]` if prompts are copied, 0 where a sequence has a token and minus
-            infinity before its start; `None` if all are equally long.
-        attention: Per attention layer, by its global number.
+        attention: Per attention layer, by its global number, keys and values `[2, blocks, groups,
+            slots, head_dim]`.
         linear: Per DeltaNet layer, by its global number.
-        plan: Weights in the form of the decoding loop, set by the prefill.
+        plan: Weights in the form of the decoding loop, set by the first prefill.
+        empty: `[blocks, slots]` minus infinity at slots without a token, else 0.
+        reads: Which rows read which blocks in this step.
+        tail: `[rows]` blocks and `[rows]` slots of the token that this step decodes.
     """
 
-    max_new_tokens: int
-    lengths: list[int] = field(default_factory=list)
-    owners: list[int] = field(default_factory=list)
+    num_blocks: int
+    max_rows: int
+    slots_per_block: int = SLOTS_PER_BLOCK
     step: int = 0
-    prompts: PromptGroups | None = None
-    mask: torch.Tensor | None = None
-    attention: dict[int, AttentionState] = field(default_factory=dict)
+    attention: dict[int, torch.Tensor] = field(default_factory=dict)
     linear: dict[int, LinearState] = field(default_factory=dict)
     plan: Any = None
-    is_copied: bool = False
-    _dtype: torch.dtype = torch.float32
-    _slots: torch.Tensor | None = None
+    empty: torch.Tensor | None = None
+    reads: BlockReads | None = None
+    tail: tuple[torch.Tensor, torch.Tensor] | None = None
+    _own: BlockTable = field(default_factory=BlockTable)
+    _prompts: BlockTable = field(default_factory=BlockTable)
+    _names: list[Hashable] = field(default_factory=list)
+    _prompt_lengths: list[int] = field(default_factory=list)
+    _prompt_of: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    _lengths: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    _filling: _Filling | None = None
+    _prompt_reads: PromptReads | None = None
 
     @property
     def batch_size(self) -> int:
-        return len(self.owners)
+        return len(self._lengths)
 
     @property
-    def own_slots(self) -> int:
-        """Slots that each sequence has for itself and that are used."""
-        return self.step + (max(self.lengths) if self.is_copied else 0)
+    def num_free_blocks(self) -> int:
+        return self.num_blocks - self._own.num_blocks - self._prompts.num_blocks
 
-    def begin(self, cu_seqlens: torch.Tensor, dtype: torch.dtype) -> None:
-        """Make room for packed prompts, one sequence after each.
+    @property
+    def num_missing_blocks(self) -> int:
+        """Blocks that the next token of every row needs beyond those that are free; 0 or less if
+        it can be decoded.
+        """
+        full = self._own.counts * self.slots_per_block == self._lengths
+        return int(full.sum()) - self.num_free_blocks
+
+    def blocks_of(self, num_tokens: int) -> int:
+        """Return the blocks that hold so many tokens."""
+        return -(-num_tokens // self.slots_per_block)
+
+    def holds(self, prompt: Hashable) -> bool:
+        """Return whether rows of this prompt are in the batch."""
+        return prompt in self._names
+
+    def begin(
+        self, cu_seqlens: torch.Tensor, admissions: Sequence[Admission], dtype: torch.dtype
+    ) -> None:
+        """Make room for the sequences of a prefill; their rows follow those that are there, in
+        order.
 
         Args:
-            cu_seqlens: `[sequences + 1]`.
+            cu_seqlens: `[sequences + 1]`; sequences beyond the admissions are not kept.
+            admissions: One per sequence.
             dtype: The network's.
         """
-        assert not self.lengths, "a cache is filled by one prefill"
-        # On the host, once per prefill: which prompt is whose is bookkeeping in Python.
-        lengths = cu_seqlens.diff().cpu()
-        self.lengths, self.owners, self._dtype = lengths.tolist(), list(range(len(lengths))), dtype
-        # Right-aligned: prompt i fills the last slots of row i of `[prompts, longest]`.
-        ends = (torch.arange(len(lengths)) + 1) * max(self.lengths)
-        self._slots = (
-            torch.arange(int(lengths.sum()))
-            + torch.repeat_interleave(ends - lengths.cumsum(0), lengths)
-        ).to(cu_seqlens.device)
+        # On the host, once per prefill: where each token goes is bookkeeping in Python.
+        bounds, device = cu_seqlens.tolist(), cu_seqlens.device
+        first_row, pieces, rows = self.batch_size, [], []
+        for start, end, admission in zip(bounds, bounds[1:], admissions, strict=False):
+            pieces += self._add_rows(admission, start, end)
+            rows.append(range(first_row, first_row + admission.num_rows))
+            first_row += admission.num_rows
+        assert self.num_free_blocks >= 0, "the blocks of a cache are counted before a prefill"
+        assert self.batch_size <= self.max_rows, "the rows of a cache are counted before a prefill"
+        self._reads_changed(of_prompts=True)
+        counts = [np.arange(num_tokens) for _, num_tokens, _ in pieces]
+        tokens, blocks, slots, new_blocks = (
+            torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts])).to(device)
+            for parts in (
+                [first + count for (first, _, _), count in zip(pieces, counts, strict=True)],
+                [
+                    held[count // self.slots_per_block]
+                    for (_, _, held), count in zip(pieces, counts, strict=True)
+                ],
+                [count % self.slots_per_block for count in counts],
+                [held for _, _, held in pieces],
+            )
+        )
+        self._filling = _Filling(tokens, blocks, slots, new_blocks, rows)
+        if self.empty is None:
+            self.empty = torch.empty(
+                (self.num_blocks, self.slots_per_block), dtype=dtype, device=device
+            )
+        self.empty[new_blocks] = float("-inf")
+        self.empty[blocks, slots] = 0
+
+    def _add_rows(self, admission: Admission, start: int, end: int) -> list[_Piece]:
+        """Add the rows of one sequence, tokens `start` to `end` of the pack; returns which of its
+        tokens go to which blocks.
+        """
+        num_prompt = admission.num_prompt_tokens
+        num_own, pieces = end - start - num_prompt, []
+        assert num_own >= 0, "a sequence begins with its prompt"
+        assert num_own == 0 or admission.num_rows == 1, "only one row has tokens of its own"
+        if not self.holds(admission.prompt):
+            blocks = self._prompts.add(self.blocks_of(num_prompt))
+            self._names.append(admission.prompt)
+            self._prompt_lengths.append(num_prompt)
+            pieces.append((start, num_prompt, self.num_blocks - 1 - blocks))
+        for _ in range(admission.num_rows):
+            pieces.append((end - num_own, num_own, self._own.add(self.blocks_of(num_own))))
+        prompt = self._names.index(admission.prompt)
+        self._prompt_of = np.append(self._prompt_of, [prompt] * admission.num_rows)
+        self._lengths = np.append(self._lengths, [num_own] * admission.num_rows)
+        return pieces
 
     def store_attention(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Keep a layer's keys and values of packed prompts, each `[tokens, groups, head_dim]`."""
-        self.attention[layer] = AttentionState((self._aligned(key), self._aligned(value)))
+        """Keep a layer's keys and values of packed sequences, each `[tokens, groups, head_dim]`."""
+        to = self._filling
+        assert to is not None, "begin comes first"
+        if layer not in self.attention:
+            # Not filled: the system gives memory to what is written only.
+            self.attention[layer] = key.new_empty(
+                (2, self.num_blocks, key.shape[1], self.slots_per_block, key.shape[2])
+            )
+        # As in `_clear`.
+        self.attention[layer][:, to.new_blocks] = 0
+        for held, new in zip(self.attention[layer], (key, value), strict=True):
+            held[to.blocks, :, to.slots] = new[to.tokens]
 
     def store_linear(
         self, layer: int, sequences: Sequence[int], inputs: torch.Tensor, state: torch.Tensor
     ) -> None:
-        """Keep a DeltaNet layer's state after some of the prompts.
+        """Keep a DeltaNet layer's state after some of the sequences.
 
         Args:
             layer: Global number.
-            sequences: Indices of the prompts in the batch.
+            sequences: Indices of them in the pack.
             inputs: `[sequences, taps - 1, channels]` last inputs of the convolution.
             state: `[sequences, value_heads, key_dim, value_dim]`.
         """
+        assert self._filling is not None, "begin comes first"
+        taps = inputs.shape[1] + 1
         if layer not in self.linear:
             # One slot more than the context, so that a step writes its input and then reads all
             # taps from the ring.
-            ring = inputs.new_zeros((self.batch_size, inputs.shape[1] + 1, inputs.shape[2]))
             self.linear[layer] = LinearState(
-                ring, state.new_zeros((self.batch_size, *state.shape[1:]))
+                inputs.new_zeros((self.max_rows, taps, inputs.shape[2])),
+                state.new_zeros((self.max_rows, *state.shape[1:])),
             )
-        # `sequences` is one bucket of the packed prefill; others fill the other rows. The last slot
-        # of the ring stays free for the first decoded token.
-        rows = torch.tensor(sequences, device=inputs.device)
-        self.linear[layer].inputs[rows, : inputs.shape[1]] = inputs
-        self.linear[layer].state[rows] = state
+        pairs = [
+            (row, source)
+            for source, sequence in enumerate(sequences)
+            if sequence < len(self._filling.rows)
+            for row in self._filling.rows[sequence]
+        ]
+        if not pairs:
+            return
+        rows, sources = torch.tensor(pairs, device=inputs.device).unbind(1)
+        # The newest input stands before the slot of the next one, which is the step's.
+        ring = torch.nn.functional.pad(inputs, (0, 0, 0, 1)).roll(self.step, 1)
+        self.linear[layer].inputs[rows] = ring[sources]
+        self.linear[layer].state[rows] = state[sources]
 
-    def select(self, index: torch.Tensor) -> None:
-        """Keep the sequences that `index` names, in its order; an index may come several times or
-        not at all.
-
-        Prompts that lose all their sequences are forgotten.
-
-        Args:
-            index: `[new batch]` int64 on the network's device, at least one.
+    def release(self, rows: IntArray) -> Moves:
+        """Drop these rows, all different, and prompts that are left without any; returns how the
+        rows that stay are numbered then.
         """
-        slots, owners = max(self.lengths), [self.owners[row] for row in index.tolist()]
-        kept = sorted(set(owners))
-        new_index = {prompt: row for row, prompt in enumerate(kept)}
-        loses_prompts, was_copied = len(kept) < len(self.lengths), self.is_copied
-        self.owners = [new_index[owner] for owner in owners]
-        self.lengths = [self.lengths[prompt] for prompt in kept]
-        # Recurrent states belong to a sequence: they follow `index` even if prompts are shared.
+        of_rows, own = self._own.remove(rows)
+        for held in (self._prompt_of, self._lengths):
+            held[of_rows.targets] = held[of_rows.sources]
+        self._prompt_of, self._lengths = (
+            held[: self._own.num_owners] for held in (self._prompt_of, self._lengths)
+        )
+        unused = np.setdiff1d(np.arange(len(self._names)), self._prompt_of)
+        of_prompts, shared = self._prompts.remove(unused)
+        for target, source in zip(of_prompts.targets, of_prompts.sources, strict=True):
+            self._names[target] = self._names[source]
+            self._prompt_lengths[target] = self._prompt_lengths[source]
+            self._prompt_of[self._prompt_of == source] = target
+        del self._names[self._prompts.num_owners :]
+        del self._prompt_lengths[self._prompts.num_owners :]
+        self._reads_changed(of_prompts=True)
+        last = self.num_blocks - 1
+        self._move_blocks(
+            np.concatenate([own.targets, last - shared.targets]),
+            np.concatenate([own.sources, last - shared.sources]),
+        )
         for state in self.linear.values():
-            state.inputs, state.state = (
-                state.inputs.index_select(0, index),
-                state.state.index_select(0, index),
-            )
-        if self.step:
-            self._arrange(index.device)
-        # Prompts end at the last slot: without the longest one the first slots of all are empty.
-        unused = slots - max(self.lengths)
-        prompts, rows = (torch.tensor(numbers, device=index.device) for numbers in (kept, owners))
-        for layer in self.attention.values():
-            # `own` is `[batch, groups, slots + max_new_tokens, head_dim]`; cut to what is filled.
-            if was_copied:
-                layer.own = self._joined(
-                    [_picked(layer.own, slice(unused, slots + self.step), index)]
+            if of_rows:
+                targets, sources = (
+                    torch.from_numpy(index).to(state.state.device)
+                    for index in (of_rows.targets, of_rows.sources)
                 )
-                continue
-            decoded = [] if layer.own is None else [_picked(layer.own, slice(self.step), index)]
-            if self.is_copied:
-                # Sharing saves no time any more: each sequence gets a copy of its prompt.
-                decoded.insert(0, _picked(layer.prompt, slice(unused, slots), rows))
-                layer.prompt = None
-            elif loses_prompts:
-                layer.prompt = _picked(layer.prompt, slice(unused, slots), prompts)
-            layer.own = self._joined(decoded) if decoded else None
+                state.inputs[targets] = state.inputs[sources]
+                state.state[targets] = state.state[sources]
+        return of_rows
 
-    def reserve(self, device: torch.device) -> None:
-        """Make room for the tokens to be decoded, before the first of them.
+    def _move_blocks(self, targets: IntArray, sources: IntArray) -> None:
+        if not len(targets) or self.empty is None:
+            return
+        to, of = (torch.from_numpy(index).to(self.empty.device) for index in (targets, sources))
+        self.empty[to] = self.empty[of]
+        for blocks in self.attention.values():
+            blocks[:, to] = blocks[:, of]
+
+    def extend(self, device: torch.device) -> None:
+        """Make room for the next token of every row, which every layer then writes at `tail`.
 
         Args:
             device: The network's.
         """
-        if self.step:
-            return
-        self._arrange(device)
-        rows = torch.tensor(self.owners, device=device)
-        for layer in self.attention.values():
-            layer.own = self._joined(
-                [_picked(layer.prompt, slice(None if self.is_copied else 0), rows)]
+        assert self.num_missing_blocks <= 0, "the blocks of a cache are counted before a step"
+        full = np.flatnonzero(self._own.counts * self.slots_per_block == self._lengths)
+        if len(full):
+            self._reads_changed(of_prompts=False)
+            self._clear(torch.from_numpy(self._own.extend(full)).to(device))
+        self._lengths += 1
+        if self.reads is None or self.tail is None:
+            self.reads = self._arrange(device)
+            last = self._own.table[np.arange(self.batch_size), self._own.counts - 1]
+            self.tail = (
+                torch.from_numpy(last).to(device),
+                torch.from_numpy((self._lengths - 1) % self.slots_per_block).to(device),
             )
-            layer.prompt = None if self.is_copied else layer.prompt
+        else:
+            self.tail[1].add_(1)
+        self.reads.slots = min(self.slots_per_block, int(self._lengths.max()))
+        if self.empty is not None:
+            self.empty[self.tail] = 0
 
-    def _arrange(self, device: torch.device) -> None:
-        """Set which sequences share which prompt, or that each has a copy because sharing does not
-        save time; copies stay copies.
+    def _arrange(self, device: torch.device) -> BlockReads:
+        if self._prompt_reads is None:
+            self._prompt_reads = PromptReads.build(
+                self._prompts,
+                self._prompt_of,
+                next((held.shape[2] for held in self.attention.values()), 1),
+                min(self.slots_per_block, max(self._prompt_lengths)),
+                device,
+            )
+        first = self.num_blocks - self._prompts.num_blocks
+        return BlockReads.build(self._own, self._prompt_reads, first)
+
+    def _reads_changed(self, of_prompts: bool) -> None:
+        self.reads = self.tail = None
+        if of_prompts:
+            self._prompt_reads = None
+
+    def _clear(self, blocks: torch.Tensor) -> None:
+        """Empty new blocks: slots without a token count for nothing, but what is in them has to be
+        finite.
         """
-        slots = max(self.lengths)
-        self.is_copied = self.is_copied or not is_worth_sharing(self.owners, slots, device)
-        if not self.is_copied:
-            self.prompts = PromptGroups.build(self.owners, self.lengths, device, self._dtype)
-            return
-        self.prompts = None
-        self.mask = prompt_mask(self.lengths, slots + self.max_new_tokens, device, self._dtype)
-        if self.mask is not None:
-            # From one row per prompt to one per sequence.
-            self.mask = self.mask[torch.tensor(self.owners, device=device)]
-
-    def _joined(self, parts: list[Pair]) -> Pair:
-        """Return buffers that begin with the slots of all parts and have room for what is left to
-        be decoded.
-        """
-        capacity = self.max_new_tokens + (max(self.lengths) if self.is_copied else 0)
-        # Room for all steps at once: growing by `cat` would copy the cache at every token.
-        both = []
-        for tensors in zip(*parts, strict=True):
-            joined = tensors[0].new_empty((*tensors[0].shape[:2], capacity, tensors[0].shape[3]))
-            torch.cat(tensors, 2, out=joined[:, :, : sum(tensor.shape[2] for tensor in tensors)])
-            both.append(joined)
-        return both[0], both[1]
-
-    def _aligned(self, packed: torch.Tensor) -> torch.Tensor:
-        assert self._slots is not None, "begin comes first"
-        prompts, longest = len(self.lengths), max(self.lengths)
-        rows = packed.new_zeros((prompts * longest, *packed.shape[1:])).index_copy_(
-            0, self._slots, packed
-        )
-        # To `[prompts, groups, longest, head_dim]`, as the attention of the decoding loop reads it.
-        return rows.view(prompts, longest, *packed.shape[1:]).transpose(1, 2).contiguous()
-
-
-def _picked(pair: Pair | None, slots: slice, rows: torch.Tensor) -> Pair:
-    assert pair is not None
-    return pair[0][:, :, slots].index_select(0, rows), pair[1][:, :, slots].index_select(0, rows)
+        for held in self.attention.values():
+            held[:, blocks] = 0
+        if self.empty is not None:
+            self.empty[blocks] = float("-inf")
