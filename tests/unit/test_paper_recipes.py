@@ -19,11 +19,11 @@ from zppo_mm.comparison.plan import load_plan
 from zppo_mm.config.keys import walk
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import ParallelConfig, RunConfig
-from zppo_mm.conversion.memory import estimate_memory, format_estimate, longest_prompt
 from zppo_mm.errors import ConfigError
 from zppo_mm.methods import METHODS
 from zppo_mm.models.families.architecture import Architecture, check_layout, parse_architecture
 from zppo_mm.parallel import groups
+from zppo_mm.planning.memory import estimate_memory, format_estimate, longest_prompt
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "paper"
@@ -137,14 +137,22 @@ def test_the_estimate_by_hand() -> None:
     assert estimate.output == 2**25 * 16 + 248320 * 1024 * 6 + 16384 * 1024 * 2 * 2
     # 4,096 plain tokens and 8 wrong rollouts of 512; then 12,288 of the response. 6 attention
     # layers keep 2 heads of 256 for keys and for values in 2 bytes, 18 DeltaNet layers keep 16
-    # heads of 128 x 128 in 4 bytes; 128 sequences.
+    # heads of 128 x 128 in 4 bytes and 4 inputs of 3 x 2,048 channels in 2; 128 sequences.
     assert longest_prompt(recipe("0.8B")) == 4096 + 8 * 512
     slots = 4096 + 4096 + 12288
-    assert estimate.cache == 128 * (6 * slots * 2 * 2 * 256 * 2 + 18 * 16 * 128 * 128 * 4)
-    # Inputs of 24 layers of 1,024, and the inside of one: 4 x 1,024 + 2 x (16 + 16) x 128 of
-    # DeltaNet (more than attention's (16 + 4) x 256) + 3 x 3,584.
-    inside = 4 * 1024 + max(20 * 256, 8192) + 3 * 3584
-    assert estimate.activations == slots * (24 * 1024 + inside) * 2
+    states = 16 * 128 * 128 * 4 + 4 * 6144 * 2
+    assert estimate.cache == 128 * (6 * slots * 2 * 2 * 256 * 2 + 18 * states)
+    # The delta rule in float32: queries and keys before and after normalisation, 6 x 32 + 3 numbers
+    # a head, both sides of the triangular system (values and keys), the writes, keys and queries of
+    # the scan, and a state of 128 x 128 a head for 32 tokens.
+    rule = 4 * 2048 + 16 * 195 + 2 * 4096 + 2048 + 2 * 2048 + 16 * 128 * 128 // 32
+    # Around it: the convolution's inputs and outputs, three gates, the output in 2 bytes, and 5
+    # tensors of the gated norm in 4.
+    delta = 2 * 6144 * 2 + 3 * 16 * 4 + 2048 * 2 + 5 * 2048 * 4 + rule * 4
+    # Two norms: two tensors in 4 bytes, one in 2, a factor. The MLP: 5 x 3,584 in 2.
+    inside = 2 * (1024 * 10 + 4) + delta + 5 * 3584 * 2
+    # Inputs of 24 layers of 1,024; the rotary table; the last norm.
+    assert estimate.activations == slots * (24 * 1024 * 2 + 2 * 64 * 4 + 8 * 1024 + inside)
 
 
 def test_tensor_ranks_divide_what_grows_with_the_layers() -> None:
