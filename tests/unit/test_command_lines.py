@@ -83,7 +83,7 @@ def test_the_documents_show_commands() -> None:
     assert training.count("README.md") >= 4
     others = {"docs/tutorial.md", "examples/digits_video/README.md", "examples/easy_vqa/README.md"}
     assert others <= set(training)
-    tools = {"audit", "compare", "convert_checkpoint", "estimate_memory", "evaluate", "make_shards"}
+    tools = {"audit", "compare", "convert_checkpoint", "evaluate", "make_shards", "plan_run"}
     assert tools <= {command.tool for command in commands()}
     conversions = {each.arguments[0] for each in commands() if each.tool == "convert_checkpoint"}
     assert conversions == set(load_tool("convert_checkpoint").COMMANDS)

@@ -45,6 +45,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("zppo_mm.parity",),
     ("zppo_mm.train",),
     ("zppo_mm.conversion", "zppo_mm.corpus", "zppo_mm.evaluation"),
+    ("zppo_mm.planning",),
 )
 """The rooms, from the ground up: a room may import only rooms of the floors below its own."""
 

@@ -19,11 +19,11 @@ from zppo_mm.comparison.plan import load_plan
 from zppo_mm.config.keys import walk
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import ParallelConfig, RunConfig
-from zppo_mm.conversion.memory import estimate_memory, format_estimate
 from zppo_mm.errors import ConfigError
 from zppo_mm.methods import METHODS
 from zppo_mm.models.families.architecture import Architecture, check_layout, parse_architecture
 from zppo_mm.parallel import groups
+from zppo_mm.planning.memory import estimate_memory, format_estimate
 from zppo_mm.run.shared import longest_prompt
 
 ROOT = Path(__file__).parents[2]
@@ -138,20 +138,27 @@ def test_the_estimate_by_hand() -> None:
     assert estimate.output == 2**25 * 16 + 248320 * 1024 * 6 + 16384 * 1024 * 2 * 2
     # 4,096 plain tokens and 8 wrong rollouts of 512; then 12,288 of the response. 6 attention
     # layers keep 2 heads of 256 for keys and for values in 2 bytes, 18 DeltaNet layers keep 16
-    # heads of 128 x 128 in 4 bytes; 128 sequences.
+    # heads of 128 x 128 in 4 bytes and 4 inputs of 3 x 2,048 channels in 2; 128 sequences.
     assert longest_prompt(recipe("0.8B")) == 4096 + 8 * 512
     slots = 4096 + 4096 + 12288
-    # The rollouts of 16 prompts. The convolution keeps 4 inputs of 3 x 16 x 128 in 2 bytes.
+    # The rollouts of 16 prompts share these.
     states = 18 * (16 * 128 * 128 * 4 + 4 * 3 * 16 * 128 * 2)
     keys = 6 * 2 * 2 * 256 * 2
     config = load_config(FOLDER / "0.8b.yaml", ["rollout.cache_memory_gib=64"])
     unbounded = estimate_memory(student("0.8B"), config, STUDENT_RANKS)
     assert unbounded.cache == (16 * 8192 + 128 * 12288) * keys + 128 * states
     assert estimate.cache == 16 * GIB < unbounded.cache
-    # Inputs of 24 layers of 1,024, and the inside of one: 4 x 1,024 + 2 x (16 + 16) x 128 of
-    # DeltaNet (more than attention's (16 + 4) x 256) + 3 x 3,584.
-    inside = 4 * 1024 + max(20 * 256, 8192) + 3 * 3584
-    assert estimate.activations == slots * (24 * 1024 + inside) * 2
+    # The delta rule in float32: queries and keys before and after normalisation, 6 x 32 + 3 numbers
+    # a head, both sides of the triangular system (values and keys), the writes, keys and queries of
+    # the scan, and a state of 128 x 128 a head for 32 tokens.
+    rule = 4 * 2048 + 16 * 195 + 2 * 4096 + 2048 + 2 * 2048 + 16 * 128 * 128 // 32
+    # Around it: the convolution's inputs and outputs, three gates, the output in 2 bytes, and 5
+    # tensors of the gated norm in 4.
+    delta = 2 * 6144 * 2 + 3 * 16 * 4 + 2048 * 2 + 5 * 2048 * 4 + rule * 4
+    # Two norms: two tensors in 4 bytes, one in 2, a factor. The MLP: 5 x 3,584 in 2.
+    inside = 2 * (1024 * 10 + 4) + delta + 5 * 3584 * 2
+    # Inputs of 24 layers of 1,024; the rotary table; the last norm.
+    assert estimate.activations == slots * (24 * 1024 * 2 + 2 * 64 * 4 + 8 * 1024 + inside)
     # 4 patches for each of 4,096 tokens. Inputs of 12 blocks of 768 and the inside of one: 11
     # vectors of 768, 2 of 3,072, denominators of 12 heads; then pixels, 4 vectors, rotary tables.
     per_patch = 12 * 2 * 768 + 2 * (11 * 768 + 2 * 3072) + 4 * 12

@@ -30,6 +30,20 @@ def check_config(config: RunConfig) -> None:
     check_relations(config)
 
 
+def check_values(values: Any, where: str) -> None:
+    """Check the values of a dataclass other than a run's by what is declared of them.
+
+    Args:
+        values: Whose fields are declared by `key` and `section`.
+        where: Its file, in the message.
+
+    Raises:
+        ConfigError: A string that is no choice, or a number out of its range.
+    """
+    for path, own, value in walk(values):
+        _check_value(f"{where}: {path}", declared(own), value)
+
+
 def _check_value(path: str, known: Key, value: Any) -> None:
     """Check one value by itself; of a list, every entry."""
     for entry in value if isinstance(value, list) else [value]:

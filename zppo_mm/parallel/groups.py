@@ -333,6 +333,11 @@ def store() -> Store:
     return dist.distributed_c10d._get_default_store()
 
 
+def sum_over_ranks(tensor: torch.Tensor) -> None:
+    """Add up a tensor over all ranks, in place."""
+    dist.all_reduce(tensor)
+
+
 def barrier() -> None:
     """Wait until every rank has arrived; returns at once without a process group."""
     if dist.is_initialized():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from encoders.tower_memory import tower_activations
+from encoders.tower_memory import VALUE_BYTES, tower_activations
 from zppo_mm.algorithms.row_loss import MAX_CHUNK_LOGITS
 from zppo_mm.config.schema import ParallelConfig, RunConfig
 from zppo_mm.conversion.description import (
@@ -12,12 +12,20 @@ from zppo_mm.conversion.description import (
     MOMENT_BYTES,
     OPTIMIZER_BYTES,
     WEIGHT_BYTES,
+    LayoutMemory,
     fitting_layouts,
 )
 from zppo_mm.errors import ConfigError
 from zppo_mm.models.decoding.cache_size import GIB, CacheSize
 from zppo_mm.models.families.architecture import Architecture
 from zppo_mm.models.provider import recomputes_vision
+from zppo_mm.planning.activations import (
+    FLOAT32,
+    Precision,
+    boundary_bytes,
+    layer_bytes,
+    shards_of_hidden,
+)
 from zppo_mm.run.shared import longest_prompt
 from zppo_mm.text_table import text_table
 from zppo_mm.weights.mapping import parameter_mappings
@@ -33,8 +41,9 @@ OUTPUT_WEIGHT_BYTES = 6
 class MemoryEstimate:
     """Bytes on the fullest GPU of the student, by what they hold.
 
-    Not counted: temporaries of single kernels, logits and prefill while sampling, communication
-    buffers, the CUDA context, and fragmentation. A fifth of the GPU should stay free for them.
+    Not counted: temporaries of single kernels, gradients of activations, logits and prefill while
+    sampling, communication buffers, the CUDA context, and fragmentation. A fifth of the GPU should
+    stay free for them.
 
     Attributes:
         weights: bfloat16, tensor and pipeline parallel; the vision tower is whole on the first
@@ -42,7 +51,7 @@ class MemoryEstimate:
         gradients: float32, not sharded over replicas.
         optimizer: float32 copy and two moments, sharded over replicas by the distributed optimizer.
         update: What the moments need more during an update, if they are kept in bfloat16.
-        activations: What the backward pass keeps of the longest pack.
+        activations: What the backward pass keeps of the longest pack in the language model.
         vision: The same of the vision tower, of a micro-batch or a prompt full of media.
         output: Of the output layer in training: a chunk of logits, the gradient of the weight, and
             the loss tokens' hidden states with their gradient.
@@ -50,6 +59,7 @@ class MemoryEstimate:
             and responses, at most `rollout.cache_memory_gib`.
         offloaded: Of the gradients and the optimizer state, what is not on the GPU while sampling;
             the state is in host memory then.
+        teacher: Weights of a teacher on the student's ranks.
     """
 
     weights: int
@@ -61,6 +71,7 @@ class MemoryEstimate:
     output: int
     cache: int
     offloaded: int = 0
+    teacher: int = 0
 
     @property
     def peak(self) -> int:
@@ -68,55 +79,68 @@ class MemoryEstimate:
         turns; all keep the weights, gradient buffers and optimizer state, but for sampling what is
         offloaded.
         """
-        kept = self.weights + self.gradients + self.optimizer
+        kept = self.weights + self.gradients + self.optimizer + self.teacher
         passes = self.activations + self.vision + self.output
         return kept + max(passes, self.update, self.cache - self.offloaded)
 
 
+def rank_parameters(architecture: Architecture) -> list[LayoutMemory]:
+    """Return the tensor and pipeline sizes that the network can be split into, with the parameters
+    of the fullest rank; process groups of one rank must be initialised.
+    """
+    mappings = list(parameter_mappings(build_without_weights(architecture, ParallelConfig())))
+    return fitting_layouts(architecture, mappings)
+
+
 def estimate_memory(
-    architecture: Architecture, config: RunConfig, num_student_ranks: int
+    architecture: Architecture,
+    config: RunConfig,
+    num_student_ranks: int,
+    splits: list[LayoutMemory] | None = None,
+    precision: Precision | None = None,
 ) -> MemoryEstimate:
-    """Count the memory of a full-parameter run in bfloat16; process groups of one rank must be
-    initialised.
+    """Count the memory of a full-parameter run in bfloat16.
 
     Args:
         architecture: Of the student.
         config: The run.
         num_student_ranks: GPUs of the student.
+        splits: From `rank_parameters`, which is called if they are not given.
+        precision: How the network is computed; in bfloat16 with plain torch if not given.
 
     Raises:
         ConfigError: The network does not fit the layout, or the layout the ranks.
     """
-    layout = config.parallel
-    tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    model_ranks = tensor * pipeline
+    layout, precision = config.parallel, precision or Precision()
+    model_ranks = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
     if num_student_ranks % (model_ranks * layout.context_parallel_size):
         raise ConfigError(
-            f"parallel: does not divide the student's ranks, got tensor {tensor} x pipeline "
-            f"{pipeline} x context {layout.context_parallel_size} for {num_student_ranks} ranks, "
-            "expected a divisor; change the sizes or the number of GPUs"
+            "parallel: does not divide the student's ranks, got tensor "
+            f"{layout.tensor_model_parallel_size} x pipeline {layout.pipeline_model_parallel_size}"
+            f" x context {layout.context_parallel_size} for {num_student_ranks} ranks, expected a "
+            "divisor; change the sizes or the number of GPUs"
         )
-    parameters = _fullest_rank(architecture, tensor, pipeline)
+    parameters = _fullest_rank(splits or rank_parameters(architecture), layout)
     # The context ranks hold the same weights and share the optimizer state too.
     sharded_over = num_student_ranks // model_ranks if layout.use_distributed_optimizer else 1
     moments = parameters * MOMENT_BYTES // sharded_over
     in_bfloat16 = config.train.optimizer_state_dtype == "bfloat16"
+    # In float32 the optimizer's copy is the weights themselves.
+    state = OPTIMIZER_BYTES if precision.element < FLOAT32 else MOMENT_BYTES
     longest = longest_prompt(config) + config.rollout.max_response_tokens
     pack = max(config.train.micro_batch_tokens, longest) // layout.context_parallel_size
     loss_tokens = max(config.train.micro_batch_tokens, config.rollout.max_response_tokens)
     gradients = parameters * GRADIENT_BYTES
-    optimizer = parameters * OPTIMIZER_BYTES // sharded_over - in_bfloat16 * moments // 2
+    optimizer = parameters * state // sharded_over - in_bfloat16 * moments // 2
     return MemoryEstimate(
-        weights=parameters * WEIGHT_BYTES,
+        weights=parameters * precision.element,
         gradients=gradients,
         optimizer=optimizer,
         update=in_bfloat16 * moments // 2,
-        activations=_activations(architecture, layout, config.model.recompute, pack),
-        vision=_vision_activations(architecture, config),
-        output=MAX_CHUNK_LOGITS * CHUNK_LOGIT_BYTES
-        + architecture.vocab_size // tensor * architecture.hidden_size * OUTPUT_WEIGHT_BYTES
-        + loss_tokens // layout.context_parallel_size * architecture.hidden_size * 2 * WEIGHT_BYTES,
-        cache=_cache(architecture, config),
+        activations=activations(architecture, layout, config.model.recompute, pack, precision),
+        vision=vision_activations(architecture, config, precision),
+        output=_output(architecture, layout, loss_tokens),
+        cache=cache_bytes(architecture, config, precision),
         offloaded=layout.offload_optimizer * (gradients + optimizer),
     )
 
@@ -128,57 +152,56 @@ def format_estimate(estimate: MemoryEstimate) -> str:
     return text_table(["on the fullest GPU", "GiB"], rows)
 
 
-def _fullest_rank(architecture: Architecture, tensor: int, pipeline: int) -> int:
+def _fullest_rank(splits: list[LayoutMemory], layout: ParallelConfig) -> int:
     """Return the parameters of the fullest rank."""
-    mappings = list(parameter_mappings(build_without_weights(architecture, ParallelConfig())))
-    for layout in fitting_layouts(architecture, mappings):
-        if (layout.tensor, layout.pipeline) == (tensor, pipeline):
-            return layout.num_parameters
+    asked = (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size)
+    for split in splits:
+        if (split.tensor, split.pipeline) == asked:
+            return split.num_parameters
     raise ConfigError(
-        f"parallel: the network does not fit this layout, got tensor {tensor} x pipeline "
-        f"{pipeline}, expected one that tools/convert_checkpoint.py inspect lists; change the sizes"
+        f"parallel: the network does not fit this layout, got tensor {asked[0]} x pipeline "
+        f"{asked[1]}, expected one that tools/convert_checkpoint.py inspect lists; change the sizes"
     )
 
 
-def _activations(
-    architecture: Architecture, layout: ParallelConfig, recompute: str, tokens: int
+def activations(
+    architecture: Architecture,
+    layout: ParallelConfig,
+    recompute: str,
+    tokens: int,
+    precision: Precision,
 ) -> int:
-    """Return the bytes that the backward pass keeps of a rank's part of the longest pack.
+    """Return the bytes that the backward pass keeps of a rank's part of a pack.
 
-    With full recomputation those are the input of every layer and the inside of one; without, the
-    inside of every layer.
+    With full recomputation those are the input of every layer and the inside of the largest one;
+    without, the inside of every layer. The first pipeline stage has as many micro-batches under
+    way as there are stages.
     """
-    tensor = layout.tensor_model_parallel_size
-    split = tensor if layout.sequence_parallel else 1
-    attention = (2 * architecture.num_attention_heads + 2 * architecture.num_query_groups) * (
-        architecture.head_dim
-    )
-    delta = 2 * (
-        architecture.linear_num_key_heads * architecture.linear_key_head_dim
-        + architecture.linear_num_value_heads * architecture.linear_value_head_dim
-    )
-    # Inputs and outputs of the two norms; projections; gate, up and product of the MLP.
-    width = 4 * architecture.hidden_size // split
-    width += (max(attention, delta) + 3 * architecture.ffn_hidden_size) // tensor
-    layers = architecture.num_layers // layout.pipeline_model_parallel_size
+    pipeline = layout.pipeline_model_parallel_size
+    stage = architecture.layer_types[: architecture.num_layers // pipeline]
+    inside = [layer_bytes(architecture, kind, layout, precision) for kind in stage]
+    # The last norm, whose result is counted with the output layer.
+    around = 2 * FLOAT32 * architecture.hidden_size / shards_of_hidden(layout)
     if recompute == "full":
-        elements = layers * architecture.hidden_size // split + width
-    else:
-        elements = layers * width
-    return tokens * elements * WEIGHT_BYTES
+        kept = len(stage) * boundary_bytes(architecture, layout, precision)
+        table = 2 * architecture.rotary_dim * FLOAT32
+        return int(tokens * (pipeline * (kept + table + around) + max(inside, default=0)))
+    return int(tokens * pipeline * (sum(inside) + around))
 
 
-def _vision_activations(architecture: Architecture, config: RunConfig) -> int:
+def vision_activations(architecture: Architecture, config: RunConfig, precision: Precision) -> int:
     """Return the bytes that the backward pass of the tower keeps at the most."""
     if architecture.vision is None or "vision" in config.train.freeze:
         return 0
     of_a_prompt = config.data.max_prompt_tokens * architecture.spatial_merge_size**2
     patches = max(config.train.micro_batch_patches, of_a_prompt)
     kept = tower_activations(architecture.family, architecture.vision)
-    return patches * kept.peak(recomputes_vision(config.model))
+    # Nearly all of it is in the network's type.
+    size = kept.peak(recomputes_vision(config.model)) * precision.element // VALUE_BYTES
+    return patches * size
 
 
-def _cache(architecture: Architecture, config: RunConfig) -> int:
+def cache_bytes(architecture: Architecture, config: RunConfig, precision: Precision) -> int:
     """Return the bytes of the decoding cache: of full rows with the longest prompts and responses,
     prompts shared by their rollouts, within the budget.
     """
@@ -187,9 +210,21 @@ def _cache(architecture: Architecture, config: RunConfig) -> int:
         architecture,
         layout.tensor_model_parallel_size,
         layout.pipeline_model_parallel_size,
-        WEIGHT_BYTES,
+        precision.element,
     )
     rows = rollout.max_batch_size
     num_blocks = rows * size.blocks_of(rollout.max_response_tokens)
     num_blocks += -(-rows // rollout.num_rollouts) * size.blocks_of(longest_prompt(config))
     return min(int(rollout.cache_memory_gib * GIB), size.num_bytes(num_blocks, rows))
+
+
+def _output(architecture: Architecture, layout: ParallelConfig, loss_tokens: int) -> int:
+    """Return the bytes of the output layer and the loss."""
+    hidden = architecture.hidden_size
+    rows = architecture.vocab_size // layout.tensor_model_parallel_size
+    tokens = loss_tokens // layout.context_parallel_size
+    return (
+        MAX_CHUNK_LOGITS * CHUNK_LOGIT_BYTES
+        + rows * hidden * OUTPUT_WEIGHT_BYTES
+        + tokens * hidden * 2 * WEIGHT_BYTES
+    )
