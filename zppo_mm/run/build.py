@@ -108,7 +108,7 @@ def build_run(
         config.train.share_prompts,
     )
     policy = Policy(student, config.train, config.parallel, objective)
-    _log_network(student)
+    _log_network(student, config.train.optimizer_state_dtype)
     if encoder.processor is not None and parallel.rank() == 0:
         logger.info("media: %s", describe(encoder.processor))
     stream = build_stream(config, SampleHealth(config.data.max_bad_fraction, config.data.strict))
@@ -140,8 +140,8 @@ def build_run(
     )
 
 
-def _log_network(student: VisionLanguageModel) -> None:
-    log_part_sizes(student)
+def _log_network(student: VisionLanguageModel, moments_dtype: str) -> None:
+    log_part_sizes(student, moments_dtype)
     log_packages(student)
 
 
