@@ -25,6 +25,7 @@ from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.models.families.architecture import parse_architecture
 from zppo_mm.models.provider import build_model
 from zppo_mm.parallel import groups as parallel
+from zppo_mm.training.optimizer import wrap_model
 from zppo_mm.weights.initial_weights import initialize_weights
 
 WARM_UP, REPEATS = 3, 10
@@ -39,6 +40,8 @@ def measure(raw: dict, model: ModelConfig, tokens: int) -> tuple[float, float, t
     torch.cuda.reset_peak_memory_stats()
     network = build_model(parse_architecture(raw), model, ParallelConfig())
     initialize_weights(network, seed=0)
+    # Weight gradients go into buffers, as in training.
+    wrapped = wrap_model(network, ParallelConfig())
     ids = torch.randint(
         0, raw["vocab_size"], (tokens,), generator=torch.Generator().manual_seed(0)
     ).cuda()
@@ -48,10 +51,10 @@ def measure(raw: dict, model: ModelConfig, tokens: int) -> tuple[float, float, t
     rows = torch.arange(0, tokens, 16).cuda()
     times = []
     for _ in range(WARM_UP + REPEATS):
-        network.zero_grad()
+        wrapped.zero_grad_buffer()
         torch.cuda.synchronize()
         start = time.perf_counter()
-        logits = network(ids, positions, bounds, rows=rows)
+        logits = wrapped(ids, positions, bounds, rows=rows)
         logits.log_softmax(-1)[:, 0].mean().backward()
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)

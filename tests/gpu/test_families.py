@@ -1,4 +1,5 @@
-"""Every family on a GPU: local layers in float32 against transformers, Transformer Engine in
+"""Every family on a GPU: logits and gradients of local layers in float32 against transformers on
+the CPU, Transformer Engine in
 bfloat16 against the local float32 ones.
 """
 
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import network_checks, tiny_families, tiny_qwen
+from tests.support import gpu_checks, network_checks, tiny_families, tiny_qwen
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.models.specs import transformer_engine_provider
 from zppo_mm.models.vision_language import VisionLanguageModel
@@ -21,8 +22,6 @@ pytestmark = [
 ]
 
 CASES = [(family, kind) for family, kinds in tiny_families.KINDS.items() for kind in kinds]
-# Float32 sums in another order on another device, without TF32.
-MAX_FLOAT32_DIFFERENCE = 1e-3
 # Mean divergence per token of whole distributions, in nats: a few layers in bfloat16 on logits of
 # scale 3 move log-probs by about 0.03.
 MAX_BFLOAT16_KL = 5e-3
@@ -30,12 +29,8 @@ MAX_BFLOAT16_KL = 5e-3
 
 def log_probs(network: VisionLanguageModel, parts: list[tiny_qwen.Sequence]) -> torch.Tensor:
     """Return `[tokens, vocabulary]` float32."""
-    pack = {
-        name: None if tensor is None else tensor.cuda()
-        for name, tensor in tiny_qwen.pack(parts).items()
-    }
     with torch.no_grad():
-        return network(**pack).float().log_softmax(-1)
+        return network(**gpu_checks.on_device(tiny_qwen.pack(parts))).float().log_softmax(-1)
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
@@ -43,13 +38,12 @@ def test_implementations_agree(family: str, kind: str, tmp_path: Path) -> None:
     folder, oracle = tiny_families.folder(family, tmp_path)
     parts = tiny_families.sequences(family, kind)
     exact = ModelConfig(transformer_impl="local", params_dtype="float32")
-    local = log_probs(network_checks.build(folder, ParallelConfig(), exact), parts)
-    with torch.no_grad():
-        wanted = tiny_qwen.oracle_logits(oracle, parts).log_softmax(-1)
-    assert (local.cpu() - wanted).abs().max() <= MAX_FLOAT32_DIFFERENCE
+    network = network_checks.build(folder, ParallelConfig(), exact)
+    gpu_checks.check(gpu_checks.differences(network, oracle, kind), "float32")
     if transformer_engine_provider() is None:
         pytest.skip("needs Transformer Engine for the rest")
     half = ModelConfig(transformer_impl="transformer_engine", params_dtype="bfloat16")
     fused = log_probs(network_checks.build(folder, ParallelConfig(), half), parts)
+    local = log_probs(network, parts)
     divergence = (local.exp() * (local - fused)).sum(-1)
     assert divergence.mean() <= MAX_BFLOAT16_KL

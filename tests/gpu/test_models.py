@@ -1,5 +1,5 @@
 """The network on a GPU: local layers, Transformer Engine's and FLA's kernels against transformers
-in float32 on the CPU.
+in float32 on the CPU: logits, gradients, decoding.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import network_checks, tiny_qwen
+from tests.support import gpu_checks, network_checks, tiny_qwen
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.models.decoding.decode import decode, prefill
 from zppo_mm.models.layers.cache import DecodeCache
@@ -24,53 +24,13 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 
-# Heads of the size that fused kernels are made for.
-SIZES = {
-    "hidden_size": 128,
-    "head_dim": 64,
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 1e4,
-        "partial_rotary_factor": 0.5,
-        "mrope_section": [6, 5, 5],
-        "mrope_interleaved": True,
-    },
-}
-# Float32 sums in another order on another device, without TF32.
-MAX_FLOAT32_DIFFERENCE = 1e-3
-# Four layers in bfloat16, on logits of scale 3: mean and maximum.
-MEAN_BFLOAT16_DIFFERENCE = 0.05
-MAX_BFLOAT16_DIFFERENCE = 0.5
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_qwen.save(
-        tiny_qwen.vision_language_model(tied=True, **SIZES), tmp_path_factory.mktemp("gpu")
+        tiny_qwen.vision_language_model(tied=True, **gpu_checks.SIZES),
+        tmp_path_factory.mktemp("gpu"),
     )
-
-
-def on_gpu(pack: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
-    return {name: None if tensor is None else tensor.cuda() for name, tensor in pack.items()}
-
-
-def differences(network: VisionLanguageModel) -> tuple[float, float]:
-    """Return mean and largest difference of the logits from the oracle's, and check that a backward
-    pass reaches every parameter.
-    """
-    oracle = tiny_qwen.vision_language_model(tied=True, **SIZES)
-    parts = [part for kind in tiny_qwen.SEQUENCES for part in tiny_qwen.sequences(kind)]
-    logits = network(**on_gpu(tiny_qwen.pack(parts)))
-    logits.log_softmax(-1)[:, 0].sum().backward()
-    assert all(
-        parameter.grad is not None and parameter.grad.isfinite().all()
-        for parameter in network.parameters()
-    )
-    with torch.no_grad():
-        difference = (logits.cpu() - tiny_qwen.oracle_logits(oracle, parts)).abs()
-    return float(difference.mean()), float(difference.max())
 
 
 def check_decoding(network: VisionLanguageModel, tolerance: float) -> None:
@@ -90,38 +50,37 @@ def check_decoding(network: VisionLanguageModel, tolerance: float) -> None:
         )
         for part in parts
     ]
-    found = [prefill(network, **on_gpu(tiny_qwen.pack(prompts)), cache=cache)]
+    found = [prefill(network, **gpu_checks.on_device(tiny_qwen.pack(prompts)), cache=cache)]
     for step in (-2, -1):
         token_ids = torch.stack([part.token_ids[step] for part in parts]).cuda()
         positions = torch.stack([part.positions[:, step] for part in parts], 1).cuda()
         found.append(decode(network, token_ids, positions, cache))
     with torch.no_grad():
-        whole = network(**on_gpu(tiny_qwen.pack(parts)))
+        whole = network(**gpu_checks.on_device(tiny_qwen.pack(parts)))
     ends = torch.tensor([len(part.token_ids) for part in parts]).cumsum(0)
     for step, logits in enumerate(found):
         assert (whole[(ends - 3 + step).cuda()] - logits).abs().max() <= tolerance
 
 
-def test_local_layers_in_float32(folder: Path) -> None:
-    network = network_checks.build(
-        folder, ParallelConfig(), ModelConfig(transformer_impl="local", params_dtype="float32")
-    )
-    assert differences(network)[1] <= MAX_FLOAT32_DIFFERENCE
-    check_decoding(network, MAX_FLOAT32_DIFFERENCE)
+def differences(network: VisionLanguageModel) -> gpu_checks.Differences:
+    oracle = tiny_qwen.vision_language_model(tied=True, **gpu_checks.SIZES)
+    return gpu_checks.differences(network, oracle, "mixed")
 
 
-def test_local_layers_in_bfloat16(folder: Path) -> None:
-    network = network_checks.build(
-        folder, ParallelConfig(), ModelConfig(transformer_impl="local", params_dtype="bfloat16")
-    )
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_local_layers(folder: Path, dtype: str) -> None:
+    model = ModelConfig(transformer_impl="local", params_dtype=dtype)
+    network = network_checks.build(folder, ParallelConfig(), model)
     layers = [module for module in network.modules() if isinstance(module, GatedDeltaNet)]
-    assert all(
-        (layer.fused_kernels is not None) == (fused_kernels() is not None) for layer in layers
+    uses_kernels = dtype == "bfloat16" and fused_kernels() is not None
+    assert all((layer.fused_kernels is not None) == uses_kernels for layer in layers)
+    gpu_checks.check(differences(network), dtype)
+    check_decoding(
+        network,
+        gpu_checks.MAX_FLOAT32_DIFFERENCE
+        if dtype == "float32"
+        else gpu_checks.MAX_BFLOAT16_DIFFERENCE,
     )
-    mean, largest = differences(network)
-    assert mean <= MEAN_BFLOAT16_DIFFERENCE
-    assert largest <= MAX_BFLOAT16_DIFFERENCE
-    check_decoding(network, MAX_BFLOAT16_DIFFERENCE)
 
 
 @pytest.mark.skipif(transformer_engine_provider() is None, reason="needs Transformer Engine")
@@ -132,10 +91,7 @@ def test_transformer_engine_layers(folder: Path, fp8: str) -> None:
         ParallelConfig(),
         ModelConfig(transformer_impl="transformer_engine", params_dtype="bfloat16", fp8=fp8),
     )
-    mean, largest = differences(network)
     # FP8 keeps 2 or 3 bits of mantissa where bfloat16 keeps 7.
-    factor = 4 if fp8 else 1
-    assert mean <= factor * MEAN_BFLOAT16_DIFFERENCE
-    assert largest <= factor * MAX_BFLOAT16_DIFFERENCE
+    gpu_checks.check(differences(network), "bfloat16", factor=4 if fp8 else 1)
     if not fp8:
-        check_decoding(network, MAX_BFLOAT16_DIFFERENCE)
+        check_decoding(network, gpu_checks.MAX_BFLOAT16_DIFFERENCE)

@@ -1,4 +1,6 @@
-"""One bf16 update on a GPU, against the same update in float32, and its checkpoint."""
+"""Training on a GPU: a bf16 update against the same in float32, its checkpoint, a whole run, and
+what offloading frees.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support import gpu_checks
 from tests.support.launch import run_ranks
 from tests.support.training_example import (
     TRAIN,
@@ -21,6 +24,7 @@ from zppo_mm.models.provider import build_model
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.training import checkpoint
 from zppo_mm.training.objective import PolicyObjective
+from zppo_mm.training.optimizer_state import parameter_shards
 from zppo_mm.training.policy import Policy
 from zppo_mm.weights.mapping import load_hf_weights
 
@@ -85,3 +89,33 @@ def test_the_default_trains_on_the_gpu(tmp_path: Path) -> None:
     )
     assert where == "cuda"
     assert second < first
+
+
+def test_a_bfloat16_run_saves_resumes_and_exports(tmp_path: Path) -> None:
+    gpu_checks.run_in_bfloat16(tmp_path)
+
+
+def offloaded_bytes(folder: Path) -> tuple[int, int]:
+    """Return how much device memory an update's block takes, and what the state and the buffers
+    are.
+    """
+    policy = build_policy(folder, Case(ParallelConfig(offload_optimizer=True)))
+    policy.train_step(make_batches(Case()))
+    before = torch.cuda.memory_allocated()
+    with policy.optimizer_on_device():
+        taken = torch.cuda.memory_allocated() - before
+        state = sum(
+            tensor.nbytes
+            for shard in parameter_shards(policy.optimizer)
+            for tensor in shard.tensors().values()
+        )
+    gradients = sum(parameter.main_grad.nbytes for parameter in policy.model.parameters())
+    parallel.shutdown()
+    return taken, state + gradients
+
+
+def test_an_offloaded_optimizer_leaves_the_gpu(tmp_path: Path) -> None:
+    folder = write_tiny_folder(tmp_path / "hf")
+    ((taken, held),) = run_ranks(offloaded_bytes, 1, folder)
+    # Gradient buffers are padded.
+    assert held <= taken

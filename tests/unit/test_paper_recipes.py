@@ -212,6 +212,25 @@ def test_an_offloaded_optimizer_makes_room_for_the_cache() -> None:
     assert kept.peak == resident + max(update, kept.cache)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "resident", "offloaded", "host"),
+    [(1, 70.6, 18.8, 14.1), (2, 44.4, 9.9, 14.8), (4, 32.3, 5.4, 16.2)],
+)
+def test_what_the_9b_keeps_on_8_gpus_while_sampling(
+    tensor: int, resident: float, offloaded: float, host: float
+) -> None:
+    """The table of docs/measurements.md, in GB."""
+    options = [
+        f"parallel.tensor_model_parallel_size={tensor}",
+        f"parallel.sequence_parallel={str(tensor > 1).lower()}",
+        "parallel.offload_optimizer=true",
+    ]
+    found = estimate_memory(student("9B"), load_config(FOLDER / "9b.yaml", options), 8)
+    kept = found.weights + found.gradients + found.optimizer
+    sizes = (kept, kept - found.offloaded, found.optimizer)
+    assert tuple(round(size / 1e9, 1) for size in sizes) == (resident, offloaded, host)
+
+
 def test_the_comparison_changes_only_what_it_compares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     plan = load_plan(FOLDER / "compare.yaml")

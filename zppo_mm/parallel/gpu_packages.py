@@ -9,7 +9,10 @@ from importlib import metadata
 
 import torch
 
-_REPLACING_TORCH = ("transformer_engine", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
+_REPLACING_TORCH = (
+    *("transformer_engine", "transformer_engine_torch"),
+    *("apex", "amp_C", "fused_weight_gradient_mlp_cuda"),
+)
 """What megatron-core takes instead of torch's own as soon as it can be imported."""
 
 

@@ -195,7 +195,7 @@ def refusal(settings: Settings, key: str, value: Any, allowed: Collection[Any]) 
 
 
 def _has_tower(raw: Mapping[str, Any]) -> bool:
-    return "vision_config" in CONFIG_MAPPING[raw["model_type"]].sub_configs_defaults
+    return "vision_config" in CONFIG_MAPPING[raw["model_type"]].sub_configs
 
 
 def _text_part(raw: dict[str, Any], where: str) -> dict[str, Any]:
