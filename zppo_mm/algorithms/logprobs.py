@@ -9,7 +9,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-DEFAULT_CHUNK_ROWS = 256
+MAX_CHUNK_ROWS = 256
+MAX_CHUNK_LOGITS_CPU = 1 << 21
+"""Logits of a chunk at most on a CPU, 8 MiB in float32: from 32 MiB on glibc gives every tensor new
+pages, which take as long to clear as the softmax.
+"""
 NO_WEIGHT = -1e4
 """Bound of log-weights from below: its exponential is 0 in float32, and 0 times it is 0."""
 
@@ -26,7 +30,7 @@ def token_statistics(
     targets: torch.Tensor,
     group: dist.ProcessGroup | None = None,
     temperature: float = 1.0,
-    chunk_rows: int = DEFAULT_CHUNK_ROWS,
+    chunk_rows: int | None = None,
 ) -> TokenStatistics:
     """Return the log-prob of a target and the entropy of every row of the logits, without ever
     gathering the vocabulary.
@@ -40,7 +44,7 @@ def token_statistics(
         targets: `[rows]` int64, ids over the whole vocabulary.
         group: Ranks that share the vocabulary, in its order; `None` if it is whole.
         temperature: Divides the logits.
-        chunk_rows: Rows handled at a time.
+        chunk_rows: Rows handled at a time; by default what is quick on this device.
 
     Raises:
         ValueError: The temperature is not positive.
@@ -53,9 +57,15 @@ def token_statistics(
     if group is not None and dist.get_world_size(group) == 1:
         group = None
     statistics = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
-        logits, targets, group, temperature, chunk_rows
+        logits, targets, group, temperature, chunk_rows or _chunk_rows(logits)
     )
     return TokenStatistics(*statistics)
+
+
+def _chunk_rows(logits: torch.Tensor) -> int:
+    if logits.device.type != "cpu":
+        return MAX_CHUNK_ROWS
+    return max(1, min(MAX_CHUNK_ROWS, MAX_CHUNK_LOGITS_CPU // logits.shape[1]))
 
 
 class _TokenStatistics(torch.autograd.Function):

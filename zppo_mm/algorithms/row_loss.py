@@ -91,11 +91,7 @@ class _Sum(torch.autograd.Function):
             if hidden_gradient is not None:
                 torch.mm(gradient, weight, out=hidden_gradient[chunk])
             if weight_gradient is not None:
-                # By parts, because a product as large as the weight would be another gradient.
-                for part in row_chunks(
-                    len(weight), max(1, rows.max_chunk_logits // hidden.shape[1])
-                ):
-                    weight_gradient[part] += gradient[:, part].T @ hidden[chunk]
+                _add_product(weight_gradient, gradient, hidden[chunk], rows.max_chunk_logits)
         # Cast at once: what is kept until the backward pass is as large as the weight.
         kept = weight_gradient.to(weight.dtype) if weight_gradient is not None else None
         ctx.save_for_backward(hidden_gradient, kept)
@@ -112,3 +108,17 @@ class _Sum(torch.autograd.Function):
             for kept in ctx.saved_tensors
         )
         return hidden, weight, None, None
+
+
+def _add_product(
+    total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor, max_elements: int
+) -> None:
+    """Add `gradient.T @ hidden` to a float32 `total`."""
+    if hidden.dtype == total.dtype:
+        # In one call: a product that is added apart takes two more passes over a gradient as large
+        # as the weight, a fifth of the time on a CPU.
+        total.addmm_(gradient.T, hidden)
+        return
+    # By parts, because a product as large as the weight would be another gradient.
+    for part in row_chunks(len(total), max(1, max_elements // hidden.shape[1])):
+        total[part] += gradient[:, part].T @ hidden

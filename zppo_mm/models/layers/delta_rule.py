@@ -94,11 +94,8 @@ def chunk_gated_delta_rule(
     since_start = decay.exp()[..., None]
     # What each token writes depends on what the tokens before it wrote: one triangular system per
     # chunk.
-    writes = torch.linalg.solve_triangular(
-        key_products * between * beta,
-        torch.cat([value, key * since_start], -1) * beta,
-        upper=False,
-        unitriangular=True,
+    writes = _UnitLowerSolve.apply(  # type: ignore[no-untyped-call]
+        key_products * between * beta, torch.cat([value, key * since_start], -1) * beta
     )
     values, state_keys = writes.split([value_dim, key.shape[-1]], -1)
     output, state = _scan_chunks(
@@ -106,6 +103,31 @@ def chunk_gated_delta_rule(
     )
     output = output.flatten(2, 3).transpose(1, 2)
     return (output[:, :length] if padding else output), state
+
+
+class _UnitLowerSolve(torch.autograd.Function):
+    """Solves with a lower triangular matrix whose diagonal is 1; what else is on or above the
+    diagonal is not read.
+
+    Through the inverse: its columns are few beside those of the right side, and both passes then
+    are batched products, which on a CPU run several times as fast as batched solving.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, lower: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+        inverse = torch.linalg.solve_triangular(
+            lower, identity.expand_as(lower), upper=False, unitriangular=True
+        )
+        result: torch.Tensor = inverse @ right
+        ctx.save_for_backward(inverse, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        inverse, result = ctx.saved_tensors
+        of_right = inverse.transpose(-1, -2) @ gradients[0]
+        return (of_right @ result.transpose(-1, -2)).neg_().tril_(-1), of_right
 
 
 def _chunks(tensor: torch.Tensor, num_chunks: int, padding: int) -> torch.Tensor:
