@@ -197,13 +197,13 @@ def fill(sizes: Mapping[int, tuple[int, ...]], limits: tuple[int, ...]) -> list[
         limits: Room of a bin for each of these; what is larger is alone in one.
     """
 
-    def share(index: int) -> float:
+    def fraction(index: int) -> float:
         """Return how much of a bin it takes, by what it takes most of."""
         return max(size / max(limit, 1) for size, limit in zip(sizes[index], limits, strict=True))
 
     bins: list[list[int]] = []
     rooms: list[tuple[int, ...]] = []
-    for index in sorted(sizes, key=lambda i: (-share(i), i)):
+    for index in sorted(sizes, key=lambda i: (-fraction(i), i)):
         for number, room in enumerate(rooms):
             left = tuple(map(sub, room, sizes[index]))
             if min(left) >= 0:
