@@ -141,6 +141,14 @@ def test_the_next_questions_are_open_before_they_are_drawn(
     prefetch.close()
 
 
+def test_models_that_process_media_differently_share_none(folder: Path, cache: NodeCache) -> None:
+    larger = {"image_min_pixels": 4096}
+    for overrides, grid in (({}, (1, 4, 4)), (larger, (1, 16, 16)), ({}, (1, 4, 4))):
+        encoder = PromptEncoder(folder, Media(), overrides=overrides, cache=cache)
+        assert encoder.vision_inputs(question("k1"))[0].grid == grid
+    assert cache.counts == {"opened": 2, "found": 1}
+
+
 def question(name: str) -> Question:
     return Question(name, "", (MediaRef("image", "s.tar", name, "png"),), "1", "math")
 
