@@ -108,7 +108,7 @@ def test_questions_states_and_patches_do_not_depend_on_it(
     encoder = PromptEncoder(folder, media, cache=cache)
     prefetch = MediaPrefetch(encoder.media.prefetch, num_threads)
     feed = feed_of(shards, encoder, prefetch)
-    for count in (3, 3, 3, 5, 3, 9):
+    for count in (3, 3, 5, 5, 5, 5):
         assert take(feed, count) == take(plain, count)
         if waits:
             prefetch.wait()
