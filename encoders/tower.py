@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from encoders.balance import GatherFeatures, SumGradients, assign_media
 
@@ -29,11 +31,23 @@ config.json.
 """
 
 
+def complete_config(family: str, vision_config: Mapping[str, Any]) -> Any:
+    """Return transformers' config of a tower, with what its family says where the folder is silent.
+
+    Args:
+        family: `model_type` of the folder's config.json.
+        vision_config: The `vision_config` object of the folder's config.json.
+    """
+    package, config_name, _ = _MODELS[family]
+    configs = importlib.import_module(f"transformers.models.{package}.configuration_{package}")
+    return getattr(configs, config_name)(**dict(vision_config))
+
+
 class VisionTower(nn.Module):
     """The vision tower of a family.
 
     Its parameters are those of the Hugging Face module under `model.`; what a checkpoint calls
-    `visual.NAME` is `model.NAME` here.
+    `visual.NAME` is `model.NAME` here. Without a trainable parameter it computes without a graph.
 
     Attributes:
         num_levels: Vectors per feature: the one that replaces a placeholder's embedding, then those
@@ -44,6 +58,8 @@ class VisionTower(nn.Module):
         vision_config: The `vision_config` object of the folder's config.json.
         dtype: Of the parameters; the rotary frequencies stay in float32.
         attn_implementation: Attention kernel by transformers' name.
+        recompute: Keep only the input of every block for the backward pass, and compute its inside
+            again there. Only in training mode.
     """
 
     def __init__(
@@ -52,12 +68,12 @@ class VisionTower(nn.Module):
         vision_config: Mapping[str, Any],
         dtype: torch.dtype = torch.float32,
         attn_implementation: str = "sdpa",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
-        package, config_name, model_name = _MODELS[family]
+        package, _, model_name = _MODELS[family]
         models = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
-        configs = importlib.import_module(f"transformers.models.{package}.configuration_{package}")
-        config = getattr(configs, config_name)(**dict(vision_config))
+        config = complete_config(family, vision_config)
         self.merge_size = int(config.spatial_merge_size)
         self.out_hidden_size = int(config.out_hidden_size)
         self.num_levels = 1 + len(getattr(config, "deepstack_visual_indexes", None) or ())
@@ -65,6 +81,8 @@ class VisionTower(nn.Module):
             config, attn_implementation=attn_implementation
         )
         self.to(dtype)
+        if recompute:
+            _recompute_blocks(self.model)
 
     def forward(
         self,
@@ -95,9 +113,11 @@ class VisionTower(nn.Module):
                 f"{sum(counts)} for grids {grids.tolist()}; process each image and video with the "
                 "processor of this package"
             )
-        if balance_group is not None and balance_group.size() > 1:
-            return self._forward_balanced(patches, grids, counts, balance_group)
-        return self._levels(self.model(patches, grid_thw=grids))
+        trained = any(parameter.requires_grad for parameter in self.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            if balance_group is not None and balance_group.size() > 1:
+                return self._forward_balanced(patches, grids, counts, balance_group)
+            return self._levels(self.model(patches, grid_thw=grids))
 
     def _levels(self, output: Any) -> torch.Tensor:
         """Return all vectors of every feature from what the Hugging Face module gives, `[features,
@@ -164,3 +184,17 @@ class VisionTower(nn.Module):
             if current.dtype != value.dtype:
                 current.data = value.to(current.device)
         return self
+
+
+def _recompute_blocks(model: Any) -> None:
+    """Let transformers compute every block of a tower again in the backward pass.
+
+    The other variant of `checkpoint` would take the gradients of the module's own parameters, also
+    where `functional_call` put others in their place.
+    """
+    for block in model.blocks:
+        block.gradient_checkpointing = True
+        # Nothing in a tower is random.
+        block._gradient_checkpointing_func = partial(
+            checkpoint, use_reentrant=False, preserve_rng_state=False
+        )

@@ -26,6 +26,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--gpu", default="H100-80GB", help="H100-80GB, H200-141GB or a YAML file of rates"
     )
     parser.add_argument("--workload", type=Path, help="YAML file of assumed lengths and pass rates")
+    parser.add_argument(
+        "--teacher-gpus", type=int, nargs="+", help="GPUs of a node for the teacher (default 1 2 4)"
+    )
     parser.add_argument("--shown", type=int, default=10, help="layouts of the tables")
     parser.add_argument(
         "--calibrate", type=Path, metavar="FILE", help="measure the rates here and write them"
@@ -44,6 +47,7 @@ def plan(known: argparse.Namespace) -> str:
     from zppo_mm.config.schema import ParallelConfig
     from zppo_mm.models.families.architecture import load_architecture
     from zppo_mm.parallel import groups
+    from zppo_mm.planning.layouts import TEACHER_GPUS
     from zppo_mm.planning.machine import load_machine
     from zppo_mm.planning.plan import format_plan, make_plan
     from zppo_mm.planning.workload import load_workload
@@ -51,7 +55,8 @@ def plan(known: argparse.Namespace) -> str:
     machine, workload = load_machine(known.gpu), load_workload(known.workload)
     architecture = load_architecture(config.model.student)
     groups.initialize(ParallelConfig(), seed=0)
-    made = make_plan(architecture, config, known.gpus, machine, workload)
+    gpus = known.teacher_gpus or TEACHER_GPUS
+    made = make_plan(architecture, config, known.gpus, machine, workload, gpus)
     groups.shutdown()
     return format_plan(made, config.train.train_iters, known.shown)
 

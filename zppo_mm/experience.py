@@ -6,6 +6,7 @@ module does not import torch.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -276,6 +277,11 @@ class TrainingSample:
     def token_weights(self) -> FloatArray:
         """`token_weight` at every token, `[tokens]`."""
         return np.full(self.num_tokens, self.token_weight, dtype=np.float32)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of all its media."""
+        return sum(math.prod(grid) for grid in self.grids)
 
     @property
     def num_loss_tokens(self) -> int:

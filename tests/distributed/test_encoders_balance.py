@@ -14,10 +14,14 @@ from tests.support.launch import run_ranks
 TOLERANCE = 1e-5  # float32, the same sums in another order
 
 
-def largest_difference(grids: list[list[int]], frozen: bool) -> tuple[float, float]:
-    """Return how far features and gradients of the shared tower are from the replicated one's."""
+def largest_difference(
+    grids: list[list[int]], frozen: bool, recompute: bool
+) -> tuple[float, float]:
+    """Return how far features and gradients of the shared tower, perhaps with recomputed blocks,
+    are from the replicated one's without.
+    """
     torch.manual_seed(0)
-    tower = VisionTower("qwen3_5", tiny_qwen.vision_config())
+    tower = VisionTower("qwen3_5", tiny_qwen.vision_config(), recompute=recompute)
     for name, parameter in tower.named_parameters():
         parameter.requires_grad_(not (frozen and "merger" not in name))
     counts = torch.tensor(grids).prod(dim=1)
@@ -26,6 +30,8 @@ def largest_difference(grids: list[list[int]], frozen: bool) -> tuple[float, flo
     results = []
     for group in (None, dist.group.WORLD):
         tower.zero_grad()
+        # Nothing is recomputed outside training mode.
+        tower.train(group is not None)
         features = tower(patches, torch.tensor(grids), group)
         (features * upstream).sum().backward()
         results.append((features.detach(), [p.grad for p in tower.parameters() if p.requires_grad]))
@@ -44,7 +50,11 @@ def compare_all() -> list[tuple[float, float]]:
         ([[1, 4, 4]], False),
         ([[1, 4, 6], [2, 4, 4]], True),
     ]
-    return [largest_difference(grids, frozen) for grids, frozen in cases]
+    return [
+        largest_difference(grids, frozen, recompute)
+        for grids, frozen in cases
+        for recompute in (False, True)
+    ]
 
 
 def test_shared_work_gives_the_same_features_and_gradients() -> None:

@@ -4,6 +4,7 @@ trivial samples.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from tests.support.launch import run_ranks
 from tests.support.training_example import (
+    TRAIN,
     Case,
     Result,
     make_plan,
@@ -26,11 +28,18 @@ TOLERANCE = 2e-5
 # Equal ones differ by 2e-7 here, a gradient missing one rank's part moves a weight by 4e-3.
 WEIGHT_TOLERANCE = 1e-5
 
+# One update with two images of 24 patches, which tensor ranks share.
+TWO_MEDIA = Case(train=dataclasses.replace(TRAIN, updates_per_step=1), micro_batch_tokens=1000)
+MEDIA_APART = dataclasses.replace(TWO_MEDIA, micro_batch_patches=24, recompute_vision="full")
+
 ALONE = {
     "reference": Case(),
     "one sample per micro-batch": Case(micro_batch_tokens=1),
     "one micro-batch": Case(micro_batch_tokens=1000),
     "trivial samples passed": Case(skip_zero_advantage=False),
+    "two media": TWO_MEDIA,
+    "media apart": MEDIA_APART,
+    "tower recomputed": dataclasses.replace(TWO_MEDIA, recompute_vision="full"),
 }
 TWO_RANKS = {
     "data 2": Case(),
@@ -39,6 +48,12 @@ TWO_RANKS = {
     "tensor 2": Case(ParallelConfig(tensor_model_parallel_size=2)),
     "tensor 2, sequence parallel": Case(
         ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    ),
+    "tensor 2, tower recomputed": dataclasses.replace(
+        ALONE["tower recomputed"], layout=ParallelConfig(tensor_model_parallel_size=2)
+    ),
+    "data 2, overlapped, media apart": dataclasses.replace(
+        MEDIA_APART, layout=ParallelConfig(overlap_grad_reduce=True)
     ),
     "context 2": Case(ParallelConfig(context_parallel_size=2)),
     "context 2, whole optimizer": Case(
@@ -136,4 +151,18 @@ def test_the_layout_does_not_matter(
     ranks = run_ranks(run_cases, world_size, folder, list(cases.values()))
     for results in ranks:
         for name, actual in zip(cases, results, strict=True):
-            assert_same(actual, alone["reference"], name)
+            one_update = cases[name].train.updates_per_step == 1
+            assert_same(actual, alone["two media" if one_update else "reference"], name)
+
+
+def test_media_apart_and_recomputed_give_the_same_update(alone: dict[str, Result]) -> None:
+    names = ("two media", "media apart", "tower recomputed")
+    packs = [len(make_plan(ALONE[name], 1).microbatches[0][0]) for name in names]
+    assert packs == [1, 2, 1]
+    reference, apart, recomputed = (alone[name] for name in names)
+    assert reference.metrics[0].updates[0].grad_norm > 0.01
+    assert_same(apart, reference, "media apart")
+    # The same operations in the same order: equal to the last bit.
+    assert recomputed.metrics[-1].loss == reference.metrics[-1].loss
+    for name, weights in reference.whole_weights.items():
+        assert torch.equal(recomputed.whole_weights[name], weights), name

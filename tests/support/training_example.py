@@ -5,6 +5,7 @@ training tests share.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,12 +151,14 @@ class Case:
 
     layout: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     micro_batch_tokens: int = 64
+    micro_batch_patches: int = sys.maxsize
     skip_zero_advantage: bool = True
     train: TrainConfig = dataclasses.field(default_factory=lambda: TRAIN)
     samples: Callable[[], list[TrainingSample]] = make_samples
     share_prompts: bool = False
     params_dtype: str = "float32"
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    recompute_vision: str = "auto"
 
 
 def make_plan(case: Case, num_replicas: int) -> BatchPlan:
@@ -165,6 +168,7 @@ def make_plan(case: Case, num_replicas: int) -> BatchPlan:
         num_replicas=num_replicas,
         micro_batch_tokens=case.micro_batch_tokens,
         random=generator(0, "minibatches", 0),
+        micro_batch_patches=case.micro_batch_patches,
         skip_zero_advantage=case.skip_zero_advantage,
         share_prompts=case.share_prompts,
     )
@@ -182,9 +186,8 @@ def make_batches(case: Case) -> list[Batch]:
 def build_policy(folder: Path, case: Case) -> Policy:
     """Set the layout, load the folder and wrap it."""
     parallel.initialize(case.layout, seed=0)
-    model = build_model(
-        load_architecture(folder), ModelConfig(params_dtype=case.params_dtype), case.layout
-    )
+    options = ModelConfig(params_dtype=case.params_dtype, recompute_vision=case.recompute_vision)
+    model = build_model(load_architecture(folder), options, case.layout)
     load_hf_weights(model, folder)
     add_lora(model, case.lora, seed=0)
     return Policy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,8 @@ from zppo_mm.randomness import generator
 from zppo_mm.training.batching import BatchPlan, plan_batches
 
 Layout = tuple[int, int, int]
+PATCHES = st.integers(1, 20)
+"""Patches per micro-batch, for images of four."""
 LAYOUTS = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 200))
 """Mini-batches, replicas, and tokens per micro-batch, often too few for one sample."""
 
@@ -24,6 +27,7 @@ def plan(
     num_replicas: int = 2,
     budget: int = 60,
     *,
+    patches: int = sys.maxsize,
     share_prompts: bool = False,
     step: int = 3,
 ) -> BatchPlan:
@@ -34,6 +38,7 @@ def plan(
         num_replicas=num_replicas,
         micro_batch_tokens=budget,
         random=generator(0, "minibatches", step),
+        micro_batch_patches=patches,
         share_prompts=share_prompts,
     )
 

@@ -360,6 +360,7 @@ def test_a_layout_other_than_the_process_groups_is_refused(source: Path) -> None
         ({"transformer_impl": "apex"}, "model.transformer_impl: unknown value, got 'apex'"),
         ({"params_dtype": "float16"}, "model.params_dtype: unknown value, got 'float16'"),
         ({"recompute": "some"}, "model.recompute: unknown value, got 'some'"),
+        ({"recompute_vision": "some"}, "model.recompute_vision: unknown value, got 'some'"),
     ],
 )
 def test_unknown_model_settings_are_refused(

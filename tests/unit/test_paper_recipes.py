@@ -153,6 +153,23 @@ def test_the_estimate_by_hand() -> None:
     inside = 2 * (1024 * 10 + 4) + delta + 5 * 3584 * 2
     # Inputs of 24 layers of 1,024; the rotary table; the last norm.
     assert estimate.activations == slots * (24 * 1024 * 2 + 2 * 64 * 4 + 8 * 1024 + inside)
+    # 4 patches for each of 4,096 tokens. Inputs of 12 blocks of 768 and the inside of one: 11
+    # vectors of 768, 2 of 3,072, denominators of 12 heads; then pixels, 4 vectors, rotary tables.
+    per_patch = 12 * 2 * 768 + 2 * (11 * 768 + 2 * 3072) + 4 * 12
+    per_patch += 2 * (16 * 16 * 2 * 3 + 4 * 768) + 2 * 4 * 64
+    assert estimate.vision == 4 * 4096 * per_patch
+
+
+def test_the_tower_costs_what_is_trained_of_the_largest_micro_batch_or_prompt() -> None:
+    def vision(*options: str) -> int:
+        config = load_config(FOLDER / "9b.yaml", list(options))
+        return estimate_memory(student("9B"), config, STUDENT_RANKS).vision
+
+    assert vision("train.micro_batch_patches=1") == vision()
+    assert vision("train.micro_batch_patches=32768") == 2 * vision()
+    assert vision("data.max_prompt_tokens=8192") == 2 * vision()
+    assert vision("model.recompute_vision=none") > 9 * vision()
+    assert vision("train.freeze=[vision]") == 0
 
 
 def test_tensor_ranks_divide_what_grows_with_the_layers() -> None:

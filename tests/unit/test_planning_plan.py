@@ -112,7 +112,7 @@ def test_the_same_plan_twice() -> None:
 
 
 def test_methods_without_a_teacher_use_all_gpus() -> None:
-    made = plan("2B", 8, "H100-80GB", "method=grpo", "teacher.compressor=rule")
+    made = plan("2B", 8, "H100-80GB", "method=grpo", "reward.judge=never")
     assert {each.candidate.placement.kind for each in made.layouts} == {"none"}
     assert {each.candidate.num_student_ranks for each in made.layouts} == {8}
     assert made.layouts[0].seconds.reformulated == made.layouts[0].seconds.teacher == 0

@@ -99,6 +99,18 @@ def test_the_cap_keeps_both_prompts_of_the_hardest() -> None:
     assert (step.num_bcq, step.num_ncq) == (0, 96)
 
 
+@pytest.mark.parametrize(
+    ("method", "has_teacher", "num_reformulated"),
+    [("grpo", False, 0), ("ncq", False, 96), ("bcq", True, 96), ("hint_replay", True, 96)],
+)
+def test_methods_ask_for_what_they_show(
+    method: str, has_teacher: bool, num_reformulated: int
+) -> None:
+    step = source(f"method={method}", teacher_pass_rate=1.0, pass_rate=0.1).step(0)
+    assert len(step.reformulated) == num_reformulated
+    assert (len(step.hard) > 0) == has_teacher == (step.teacher_tokens.size > 0)
+
+
 def test_the_buffer_keeps_the_newest() -> None:
     questions = source("zone.buffer_capacity=100", pass_rate=0.02)
     for number in range(3):

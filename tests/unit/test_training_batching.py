@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data.errors import DataError, MediaError
 from data.question import MediaRef, Question
 from encoders.processor import VisionInput
-from tests.support.training_plans import LAYOUTS, Layout, SquareMedia, plan
+from tests.support.training_plans import LAYOUTS, PATCHES, Layout, SquareMedia, plan
 from zppo_mm.experience import TrainingSample
 from zppo_mm.randomness import generator
 from zppo_mm.training.batching import build_batches, plan_batches
@@ -50,7 +50,7 @@ def steps(draw: st.DrawFn) -> list[TrainingSample]:
     groups = draw(
         st.lists(
             st.lists(
-                st.tuples(st.integers(1, 30), st.integers(0, 40), st.booleans()),
+                st.tuples(st.integers(1, 30), st.integers(0, 40), st.booleans(), st.integers(0, 3)),
                 min_size=1,
                 max_size=5,
             ),
@@ -58,17 +58,19 @@ def steps(draw: st.DrawFn) -> list[TrainingSample]:
         )
     )
     return [
-        make_sample(f"{number}", prompt, response, advantage=float(counts), first_id=1000 * number)
+        make_sample(f"{number}", prompt, response, float(counts), num_images, 1000 * number)
         for number, group in enumerate(groups)
-        for prompt, response, counts in group
+        for prompt, response, counts, num_images in group
     ]
 
 
 @settings(max_examples=60, deadline=None)
-@given(samples=steps(), layout=LAYOUTS)
-def test_no_token_is_lost_or_doubled(samples: list[TrainingSample], layout: Layout) -> None:
+@given(samples=steps(), layout=LAYOUTS, patches=PATCHES)
+def test_no_token_is_lost_or_doubled(
+    samples: list[TrainingSample], layout: Layout, patches: int
+) -> None:
     _, num_replicas, budget = layout
-    made = plan(samples, *layout)
+    made = plan(samples, *layout, patches=patches)
     assert len(made.minibatch_of) == len(samples)
     for update, replicas in enumerate(made.microbatches):
         members = [i for i, owner in enumerate(made.minibatch_of) if owner == update]
@@ -76,7 +78,9 @@ def test_no_token_is_lost_or_doubled(samples: list[TrainingSample], layout: Layo
         passed = [i for replica in replicas for microbatch in replica for i in microbatch]
         assert sorted(passed) == [i for i in members if np.any(samples[i].advantages != 0)]
         for microbatch in (m for replica in replicas for m in replica):
-            assert len(microbatch) == 1 or sum(samples[i].num_tokens for i in microbatch) <= budget
+            own = [samples[i] for i in microbatch]
+            assert len(own) == 1 or sum(sample.num_tokens for sample in own) <= budget
+            assert len(own) == 1 or sum(sample.num_patches for sample in own) <= patches
         totals = [
             sum(samples[i].num_tokens for microbatch in replica for i in microbatch)
             for replica in replicas
@@ -164,6 +168,24 @@ def test_trivial_samples_count_but_are_not_passed() -> None:
     )
     assert full.microbatches == ((((0, 1),),),)
     assert full.num_loss_tokens == (12,)
+
+
+def test_a_micro_batch_ends_at_its_patches() -> None:
+    # Images of four patches: 12, 8, 4, 4 and none. The longest sample comes first, and each goes
+    # into the first micro-batch that has room for its tokens and its patches.
+    shapes = [(9, 3), (8, 2), (7, 1), (6, 1), (5, 0)]
+    samples = [
+        make_sample(str(number), prompt, 1, num_images=images)
+        for number, (prompt, images) in enumerate(shapes)
+    ]
+    ((found,),) = plan(samples, 1, 1, 60, patches=8).microbatches
+    # 12 are too many and alone; 8 and none; 4 + 4.
+    assert found == ((0,), (1, 4), (2, 3))
+    ((unlimited,),) = plan(samples, 1, 1, 60).microbatches
+    assert unlimited == ((0, 1, 2, 3, 4),)
+    # Where tokens end it first: 10 + 9, 8 + 7 + 6.
+    ((by_tokens,),) = plan(samples, 1, 1, 21, patches=100).microbatches
+    assert by_tokens == ((0, 1), (2, 3, 4))
 
 
 def test_packing_lays_sequences_end_to_end() -> None:

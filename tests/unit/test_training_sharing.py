@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.question import MediaRef, Question
-from tests.support.training_plans import LAYOUTS, Layout, SquareMedia, plan
+from tests.support.training_plans import LAYOUTS, PATCHES, Layout, SquareMedia, plan
 from zppo_mm.experience import Microbatch, TrainingSample
 from zppo_mm.training.batching import build_batches
 from zppo_mm.training.packing import pack
 from zppo_mm.training.prefix_groups import balance, make_prefix_groups
 
 CPU = torch.device("cpu")
-Shape = tuple[int, list[tuple[int, bool]]]
+Shape = tuple[int, list[tuple[int, bool]], int]
 
 
 def make_group(
@@ -55,12 +55,16 @@ def steps(draw: st.DrawFn) -> list[TrainingSample]:
     response = st.tuples(st.integers(1, 40), st.sampled_from([True, True, False]))
     groups: list[Shape] = draw(
         st.lists(
-            st.tuples(st.integers(1, 60), st.lists(response, min_size=1, max_size=8)), max_size=9
+            st.tuples(
+                st.integers(1, 60), st.lists(response, min_size=1, max_size=8), st.integers(0, 3)
+            ),
+            max_size=9,
         )
     )
     samples = []
-    for number, (prompt, responses) in enumerate(groups):
-        made = make_group(f"{number}", prompt, [length for length, _ in responses], 1000 * number)
+    for number, (prompt, responses, num_images) in enumerate(groups):
+        lengths = [length for length, _ in responses]
+        made = make_group(f"{number}", prompt, lengths, 1000 * number, num_images)
         for sample, (_, counts) in zip(made, responses, strict=True):
             sample.advantages[:] *= counts
         samples += made
@@ -73,12 +77,20 @@ def unique_tokens(samples: list[TrainingSample], pack_of: tuple[int, ...]) -> in
     return sum(prompts.values()) + sum(samples[i].num_loss_tokens for i in pack_of)
 
 
+def unique_patches(samples: list[TrainingSample], pack_of: tuple[int, ...]) -> list[int]:
+    """Return the patches of every prompt of a micro-batch that has any."""
+    prompts = {samples[i].uid: samples[i].num_patches for i in pack_of}
+    return [count for count in prompts.values() if count]
+
+
 @settings(max_examples=150, deadline=None)
-@given(samples=steps(), layout=LAYOUTS)
-def test_plans_are_whole_small_and_balanced(samples: list[TrainingSample], layout: Layout) -> None:
+@given(samples=steps(), layout=LAYOUTS, patches=PATCHES)
+def test_plans_are_whole_small_and_balanced(
+    samples: list[TrainingSample], layout: Layout, patches: int
+) -> None:
     budget = layout[-1]
-    made = plan(samples, *layout, share_prompts=True)
-    apart = plan(samples, *layout)
+    made = plan(samples, *layout, patches=patches, share_prompts=True)
+    apart = plan(samples, *layout, patches=patches)
     assert (made.minibatch_of, made.num_loss_tokens, made.num_skipped) == (
         apart.minibatch_of,
         apart.num_loss_tokens,
@@ -93,6 +105,8 @@ def test_plans_are_whole_small_and_balanced(samples: list[TrainingSample], layou
         ]
         for members in (m for replica in replicas for m in replica):
             assert len(members) == 1 or unique_tokens(samples, members) <= budget
+            media = unique_patches(samples, members)
+            assert len(media) <= 1 or sum(media) <= patches
         totals = [
             sum(unique_tokens(samples, members) for members in replica) for replica in replicas
         ]
@@ -208,6 +222,19 @@ def test_a_group_longer_than_a_micro_batch_is_divided() -> None:
     (((first, second),),) = plan(samples, 1, 1, 90, share_prompts=True).microbatches
     # 40 + 30 + 20 and 40 + 20 + 10 + 10.
     assert sorted([unique_tokens(samples, first), unique_tokens(samples, second)]) == [80, 90]
+
+
+def test_a_shared_prompt_takes_room_for_its_patches_once() -> None:
+    samples = [
+        sample
+        for number, num_images in enumerate((2, 1, 3))
+        for sample in make_group(f"{number}", 4, [3, 2], 1000 * number, num_images)
+    ]
+    # Images of four patches: 8 + 4 fit; 12 is a micro-batch by itself, also where 8 are allowed.
+    ((found,),) = plan(samples, 1, 1, 1000, patches=12, share_prompts=True).microbatches
+    assert found == ((0, 1, 2, 3), (4, 5))
+    ((found,),) = plan(samples, 1, 1, 1000, patches=8, share_prompts=True).microbatches
+    assert found == ((0, 1), (2, 3), (4, 5))
 
 
 def test_packing_lays_a_shared_prompt_once() -> None:

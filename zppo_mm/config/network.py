@@ -71,6 +71,13 @@ class ModelConfig:
         choices=("none", "selective", "full"),
         may_change_on_resume=True,
     )
+    recompute_vision: str = key(
+        "auto",
+        "Activation recomputation in the blocks of the vision tower. `auto`: full if `recompute` "
+        "is full.",
+        choices=("auto", "none", "full"),
+        may_change_on_resume=True,
+    )
 
 
 @dataclass(kw_only=True)

@@ -258,6 +258,14 @@ class TrainConfig:
         at_least=1,
         may_change_on_resume=True,
     )
+    micro_batch_patches: int = key(
+        16384,
+        "Maximum patches of images and videos in a micro-batch, which bounds the memory of the "
+        "vision tower; four patches are one token of Qwen's networks. A prompt with more is a "
+        "micro-batch by itself.",
+        at_least=1,
+        may_change_on_resume=True,
+    )
     share_prompts: str = key(
         "auto",
         "Shared-prefix training: the prompt of a group is computed once per micro-batch instead "

@@ -59,11 +59,27 @@ def build_model(
         block_submodules(architecture, config, implementation),
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
+        recompute_vision=recomputes_vision(model),
     )
     if not trainable:
         network.requires_grad_(False)
         network.eval()
     return network
+
+
+def recomputes_vision(model: ModelConfig) -> bool:
+    """Return whether the activations of the vision tower's blocks are recomputed.
+
+    Raises:
+        ConfigError: `recompute_vision` has an unknown value.
+    """
+    values = {"auto": model.recompute == "full", "none": False, "full": True}
+    if model.recompute_vision not in values:
+        raise ConfigError(
+            f"model.recompute_vision: unknown value, got {model.recompute_vision!r}, expected "
+            f"{', '.join(values)}; choose one of them"
+        )
+    return values[model.recompute_vision]
 
 
 def freeze_parts(model: VisionLanguageModel, parts: list[str]) -> None:

@@ -45,6 +45,7 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         submodules: What this stage's layers are built from.
         pre_process: Whether this is the first stage.
         post_process: Whether this is the last stage.
+        recompute_vision: Whether the tower's blocks are computed again in the backward pass.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         submodules: TransformerBlockSubmodules,
         pre_process: bool,
         post_process: bool,
+        recompute_vision: bool = False,
     ) -> None:
         super().__init__(config=config)
         self.architecture = architecture
@@ -77,7 +79,10 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         self.vision: VisionTower | None = None
         if pre_process and architecture.vision is not None:
             self.vision = VisionTower(
-                architecture.family, architecture.vision, dtype=config.params_dtype
+                architecture.family,
+                architecture.vision,
+                dtype=config.params_dtype,
+                recompute=recompute_vision,
             )
             if not config.use_cpu_initialization:
                 self.vision.cuda()

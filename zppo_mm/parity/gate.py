@@ -178,6 +178,7 @@ def _training_logprobs(run: Run, groups: Sequence[Group]) -> list[FloatArray]:
         num_replicas=parallel.data_size(),
         micro_batch_tokens=config.train.micro_batch_tokens,
         random=generator(config.seed, "parity"),
+        micro_batch_patches=config.train.micro_batch_patches,
         skip_zero_advantage=False,
         share_prompts=run.policy.shares_prompts,
     )

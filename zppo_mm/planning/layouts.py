@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -14,6 +14,7 @@ from zppo_mm.planning.activations import Precision
 from zppo_mm.planning.machine import MachineRates
 from zppo_mm.planning.memory import MemoryEstimate, estimate_memory
 from zppo_mm.planning.workload import Workload
+from zppo_mm.zone.hard import count_of_fraction
 
 CONTEXT_SIZES = (1, 2, 4)
 MICRO_BATCH_TOKENS = (8192, 16384, 32768)
@@ -82,6 +83,7 @@ def candidates(
     machine: MachineRates,
     workload: Workload,
     splits: list[LayoutMemory],
+    teacher_gpus: Sequence[int] = TEACHER_GPUS,
 ) -> list[Candidate]:
     """Return every layout that could be asked for, with its memory or the reason against it.
 
@@ -92,9 +94,10 @@ def candidates(
         machine: Memory and size of a node.
         workload: Size of the teacher.
         splits: From `rank_parameters`.
+        teacher_gpus: Of a node, that a teacher of its own may have.
     """
     found = []
-    for placement, parallel, tokens in _choices(config, num_gpus, machine):
+    for placement, parallel, tokens in _choices(config, num_gpus, machine, teacher_gpus):
         per_node = min(machine.gpus_per_node, num_gpus)
         num_nodes = -(-num_gpus // per_node)
         candidate = Candidate(
@@ -115,11 +118,11 @@ def candidates(
 
 
 def _choices(
-    config: RunConfig, num_gpus: int, machine: MachineRates
+    config: RunConfig, num_gpus: int, machine: MachineRates, teacher_gpus: Sequence[int]
 ) -> Iterator[tuple[Placement, ParallelConfig, int]]:
     own = config.parallel
     for placement, tensor, pipeline, context, sequence, tokens in product(
-        _placements(config, min(machine.gpus_per_node, num_gpus)),
+        _placements(config, min(machine.gpus_per_node, num_gpus), teacher_gpus),
         sorted({*SIZES, own.tensor_model_parallel_size}),
         sorted({*SIZES, own.pipeline_model_parallel_size}),
         sorted({*CONTEXT_SIZES, own.context_parallel_size}),
@@ -138,12 +141,15 @@ def _choices(
         yield placement, layout, tokens
 
 
-def _placements(config: RunConfig, gpus_per_node: int) -> list[Placement]:
-    zone = config.zone
+def _placements(
+    config: RunConfig, gpus_per_node: int, teacher_gpus: Sequence[int]
+) -> list[Placement]:
+    zone, reward = config.zone, config.reward
+    judges = reward.judge != "never" and config.teacher.endpoints and not reward.judge_endpoints
     compresses = zone.ncq and config.teacher.compressor == "teacher"
-    if not (zone.uses_teacher or compresses or config.distill.source != "none"):
+    if not (zone.uses_teacher or compresses or config.distill.source != "none" or judges):
         return [Placement("none")]
-    apart = [gpus for gpus in TEACHER_GPUS if gpus < gpus_per_node]
+    apart = [gpus for gpus in teacher_gpus if gpus < gpus_per_node]
     if config.teacher.endpoints:
         return [Placement("served", gpus) for gpus in apart]
     return [Placement("in turn"), *(Placement("ranks", gpus) for gpus in apart)]
@@ -179,9 +185,9 @@ def fitted(
 ) -> Candidate:
     """Return the candidate with as many rollouts at once as fit into memory, or refused."""
     config, usable = candidate.config, machine.memory_gib * machine.usable_fraction * _GIB
-    per_replica = -(
-        -config.train.num_new_questions * config.rollout.num_rollouts // candidate.num_samplers
-    )
+    prompts = config.train.num_new_questions
+    prompts += count_of_fraction(config.zone.rho_replay, prompts) * config.zone.replay
+    per_replica = -(-prompts // candidate.num_samplers) * config.rollout.num_rollouts
     sizes = [size for size in MAX_BATCH_SIZES if size < per_replica]
     for size in [min(per_replica, MAX_BATCH_SIZES[0]), *sizes]:
         smaller = replace(config, rollout=replace(config.rollout, max_batch_size=size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from encoders.tower_memory import VALUE_BYTES, tower_activations
 from zppo_mm.algorithms.row_loss import MAX_CHUNK_LOGITS
 from zppo_mm.config.schema import ParallelConfig, RunConfig
 from zppo_mm.conversion.description import (
@@ -16,6 +17,7 @@ from zppo_mm.conversion.description import (
 )
 from zppo_mm.errors import ConfigError
 from zppo_mm.models.families.architecture import Architecture
+from zppo_mm.models.provider import recomputes_vision
 from zppo_mm.planning.activations import (
     FLOAT32,
     Precision,
@@ -38,9 +40,9 @@ _GIB = 1 << 30
 class MemoryEstimate:
     """Bytes on the fullest GPU of the student, by what they hold.
 
-    Not counted: temporaries of single kernels, gradients of activations, the vision tower's
-    activations, logits and prefill while sampling, communication buffers, the CUDA context, and
-    fragmentation. A fifth of the GPU should stay free for them.
+    Not counted: temporaries of single kernels, gradients of activations, logits and prefill while
+    sampling, communication buffers, the CUDA context, and fragmentation. A fifth of the GPU should
+    stay free for them.
 
     Attributes:
         weights: bfloat16, tensor and pipeline parallel; the vision tower is whole on the first
@@ -49,6 +51,7 @@ class MemoryEstimate:
         optimizer: float32 copy and two moments, sharded over replicas by the distributed optimizer.
         update: What the moments need more during an update, if they are kept in bfloat16.
         activations: What the backward pass keeps of the longest pack in the language model.
+        vision: The same of the vision tower, of a micro-batch or a prompt full of media.
         output: Of the output layer in training: a chunk of logits, the gradient of the weight, and
             the loss tokens' hidden states with their gradient.
         cache: Keys, values and DeltaNet states of one batch of rollouts, each with the longest
@@ -61,6 +64,7 @@ class MemoryEstimate:
     optimizer: int
     update: int
     activations: int
+    vision: int
     output: int
     cache: int
     teacher: int = 0
@@ -71,7 +75,7 @@ class MemoryEstimate:
         turns; all keep the weights, gradient buffers and optimizer state.
         """
         kept = self.weights + self.gradients + self.optimizer + self.teacher
-        return kept + max(self.activations + self.output, self.update, self.cache)
+        return kept + max(self.activations + self.vision + self.output, self.update, self.cache)
 
 
 def rank_parameters(architecture: Architecture) -> list[LayoutMemory]:
@@ -126,6 +130,7 @@ def estimate_memory(
         optimizer=parameters * state // sharded_over - in_bfloat16 * moments // 2,
         update=in_bfloat16 * moments // 2,
         activations=activations(architecture, layout, config.model.recompute, pack, precision),
+        vision=vision_activations(architecture, config, precision),
         output=_output(architecture, layout, loss_tokens),
         cache=config.rollout.max_batch_size
         * cache_of_a_sequence(architecture, layout, longest, precision),
@@ -181,6 +186,18 @@ def activations(
         table = 2 * architecture.rotary_dim * FLOAT32
         return int(tokens * (pipeline * (kept + table + around) + max(inside, default=0)))
     return int(tokens * pipeline * (sum(inside) + around))
+
+
+def vision_activations(architecture: Architecture, config: RunConfig, precision: Precision) -> int:
+    """Return the bytes that the backward pass of the tower keeps at the most."""
+    if architecture.vision is None or "vision" in config.train.freeze:
+        return 0
+    of_a_prompt = config.data.max_prompt_tokens * architecture.spatial_merge_size**2
+    patches = max(config.train.micro_batch_patches, of_a_prompt)
+    kept = tower_activations(architecture.family, architecture.vision)
+    # Nearly all of it is in the network's type.
+    size = kept.peak(recomputes_vision(config.model)) * precision.element // VALUE_BYTES
+    return patches * size
 
 
 def _output(architecture: Architecture, layout: ParallelConfig, loss_tokens: int) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.models.families.architecture import Architecture
-from zppo_mm.planning.layouts import Candidate, candidates
+from zppo_mm.planning.layouts import TEACHER_GPUS, Candidate, candidates
 from zppo_mm.planning.machine import MachineRates
 from zppo_mm.planning.memory import MemoryEstimate, rank_parameters
 from zppo_mm.planning.step_time import Simulator, StepSeconds
@@ -47,8 +48,17 @@ def make_plan(
     num_gpus: int,
     machine: MachineRates,
     workload: Workload,
+    teacher_gpus: Sequence[int] = TEACHER_GPUS,
 ) -> Plan:
     """Count and simulate every layout; process groups of one rank must be initialised.
+
+    Args:
+        architecture: Of the student.
+        config: The run.
+        num_gpus: Of the whole job.
+        machine: Its rates.
+        workload: What is assumed.
+        teacher_gpus: Of a node, that a teacher of its own may have.
 
     Raises:
         ConfigError: There are fewer GPUs than one, or more than a node but no whole nodes.
@@ -61,7 +71,7 @@ def make_plan(
     splits = rank_parameters(architecture)
     parameters = {(split.tensor, split.pipeline): split.num_parameters for split in splits}
     simulator = Simulator.of(architecture, config, machine, workload)
-    found = candidates(architecture, config, num_gpus, machine, workload, splits)
+    found = candidates(architecture, config, num_gpus, machine, workload, splits, teacher_gpus)
     planned = []
     for candidate in found:
         if candidate.refusal:

@@ -33,7 +33,10 @@ class Groups:
 
     def with_signal(self) -> Groups:
         """Return those that are neither all right nor all wrong."""
-        chosen = (self.num_right > 0) & (self.num_right < self.responses.shape[1])
+        return self.part((self.num_right > 0) & (self.num_right < self.responses.shape[1]))
+
+    def part(self, chosen: slice | npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> Groups:
+        """Return some of them."""
         return Groups(self.prompts[chosen], self.responses[chosen], self.num_right[chosen])
 
     def joined(self, other: Groups) -> Groups:
@@ -50,9 +53,10 @@ class SimulatedStep:
     """What a step samples.
 
     Attributes:
-        plain: New questions, then replayed ones.
+        plain: In the order in which they are sampled, that of the pre-cap's draw.
         reformulated: BCQ and NCQ prompts, or a hint or prefix in their place.
-        hard: `[hard]` indices of plain groups.
+        hard: `[hard]` indices of plain groups that the teacher is asked about, ascending.
+        is_awaited: `[hard]` whether the pre-cap keeps the group, so that its answer is waited for.
         teacher_tokens: `[hard, teacher rollouts]` tokens of the teacher's answers.
         num_bcq: Of the reformulated.
         num_ncq: Of the reformulated.
@@ -62,6 +66,7 @@ class SimulatedStep:
     plain: Groups
     reformulated: Groups
     hard: Lengths
+    is_awaited: npt.NDArray[np.bool_]
     teacher_tokens: Lengths
     num_bcq: int
     num_ncq: int
@@ -96,22 +101,26 @@ class QuestionSource:
         plain = self._groups(random, rates, 0)
         is_hard = plain.num_right < zone.tau * self.config.rollout.num_rollouts
         self._refresh(rates, is_hard, replayed, num_new)
-        hard = np.flatnonzero(is_hard)
-        order = hard[np.lexsort((random.random(len(hard)), plain.num_right[hard]))]
-        kept = order[: count_of_fraction(zone.rho_aug, num_new)]
+        # Sampled in the order of the draw that decides among those of one accuracy.
+        order = random.permutation(len(plain))
+        plain, rates = plain.part(order), rates[order]
+        hard = np.flatnonzero(is_hard[order])
+        kept = hard[np.argsort(plain.num_right[hard], kind="stable")]
+        kept = kept[: count_of_fraction(zone.rho_aug, num_new)]
         shown, num_bcq = self._reformulated(random, plain, kept)
         reformulated = self._groups(random, rates[[index for index, _ in shown]], shown)
-        asked = kept if zone.asks_pre_capped else hard
         teacher = self.config.teacher
+        asked = np.sort(kept) if zone.asks_pre_capped else hard[: len(hard) * zone.uses_teacher]
         answers = self.workload.teacher.lengths.draw(
             random,
-            len(asked) * teacher.num_rollouts * zone.uses_teacher,
+            len(asked) * teacher.num_rollouts,
             teacher.max_response_tokens,
         ).reshape(-1, teacher.num_rollouts)
         return SimulatedStep(
             plain=plain,
             reformulated=reformulated,
             hard=asked,
+            is_awaited=np.isin(asked, kept),
             teacher_tokens=answers,
             num_bcq=num_bcq,
             num_ncq=len(shown) - num_bcq,

@@ -10,6 +10,7 @@ import numpy as np
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.conversion.description import OPTIMIZER_BYTES
 from zppo_mm.models.families.architecture import Architecture
+from zppo_mm.models.provider import recomputes_vision
 from zppo_mm.planning.decoding import decode_seconds, serve_seconds
 from zppo_mm.planning.layouts import Candidate
 from zppo_mm.planning.machine import MachineRates
@@ -129,14 +130,14 @@ class Simulator:
             rollout = candidate.config.rollout
             size = max(1, rollout.max_batch_size // rollout.num_rollouts) * candidate.num_samplers
         bounds = [*range(0, len(groups), max(size, 1)), len(groups)]
-        return [_part(groups, slice(*pair)) for pair in pairwise(bounds)]
+        return [groups.part(slice(*pair)) for pair in pairwise(bounds)]
 
     def _sample(self, candidate: Candidate, groups: Groups) -> float:
         """Return the seconds until the slowest replica has sampled its groups."""
         step = decode_step(self.architecture, candidate.config.parallel, self.machine)
         slowest = 0.0
         for first in range(min(candidate.num_samplers, len(groups))):
-            own = _part(groups, slice(first, None, candidate.num_samplers))
+            own = groups.part(slice(first, None, candidate.num_samplers))
             seconds = self._prefill(candidate, own) + decode_seconds(
                 own.responses.ravel().tolist(),
                 np.repeat(own.prompts, own.responses.shape[1]).tolist(),
@@ -179,12 +180,11 @@ class Simulator:
         waves_of = np.searchsorted(bounds, step.hard, side="right")
         if candidate.placement.kind == "in turn":
             waves_of = np.full(len(step.hard), len(ends) - 1)
-        order = np.argsort(waves_of, kind="stable")
-        arrivals = np.repeat(np.array(ends)[waves_of[order]], step.teacher_tokens.shape[1])
-        tokens = step.teacher_tokens[order].ravel()
-        services = assumed.latency_seconds + tokens * token
-        answered = serve_seconds(arrivals.tolist(), services.tolist(), at_once)
-        start = max([plain, *answered])
+        arrivals = np.repeat(np.array(ends)[waves_of], step.teacher_tokens.shape[1])
+        services = assumed.latency_seconds + step.teacher_tokens.ravel() * token
+        answered = np.array(serve_seconds(arrivals.tolist(), services.tolist(), at_once))
+        awaited = answered[np.repeat(step.is_awaited, step.teacher_tokens.shape[1])]
+        start = max(plain, float(awaited.max(initial=0.0)))
         rewrite = assumed.latency_seconds + self.workload.rewrite_tokens * token
         return max(
             [
@@ -218,7 +218,7 @@ class Simulator:
         train, machine = candidate.config.train, self.machine
         per_update = -(-len(groups) // train.updates_per_step)
         passes = sum(
-            self._pass(candidate, _part(groups, slice(first, first + per_update)))
+            self._pass(candidate, groups.part(slice(first, first + per_update)))
             for first in range(0, len(groups), max(per_update, 1))
         )
         reduced = self._collective(candidate, num_parameters * GRADIENT_BYTES)
@@ -244,7 +244,7 @@ class Simulator:
         # No group is divided where the replicas differ by less than a sample.
         longest = int((groups.responses.max(1) + groups.prompts).max(initial=0))
         mean = float(sizes.sum()) / candidate.num_replicas
-        heaviest = _part(groups, np.array(replicas[int(totals.argmax())], dtype=np.int64))
+        heaviest = groups.part(np.array(replicas[int(totals.argmax())], dtype=np.int64))
         excess = min(float(totals.max()), mean + longest / 2) / max(float(totals.max()), 1.0)
         return self._replica_pass(candidate, heaviest, copies) * excess
 
@@ -257,8 +257,8 @@ class Simulator:
         tokens = float(groups.responses.sum() + copies * groups.prompts.sum())
         # Samples that share a prompt are shorter by it.
         scale = tokens / float(samples.sum())
-        lengths = {index: int(size * scale) for index, size in enumerate(samples.tolist())}
-        packs = len(fill(lengths, config.train.micro_batch_tokens))
+        lengths = {index: (int(size * scale),) for index, size in enumerate(samples.tolist())}
+        packs = len(fill(lengths, (config.train.micro_batch_tokens,)))
         context = float((samples.astype(float) ** 2).sum() / samples.sum() / 2)
         work = train_work(self.architecture, layout, config.model.recompute, tokens, context)
         stages, context_size = layout.pipeline_model_parallel_size, layout.context_parallel_size
@@ -267,7 +267,10 @@ class Simulator:
         rows = float(groups.responses.sum())
         others = 3 * output_flops(self.architecture, rows) / context_size
         media = self.workload.media_per_question * len(groups)
-        others += 3 * copies * tower_flops(self.architecture, self._patches(groups), max(media, 1))
+        tower_passes = (4 if recomputes_vision(config.model) else 3) * copies
+        others += tower_passes * tower_flops(
+            self.architecture, self._patches(groups), max(media, 1)
+        )
         others /= layout.tensor_model_parallel_size
         work = work + Work(others, 0.0, layers)
         # Stages wait for the first micro-batch to come and for the last to go.
@@ -297,7 +300,3 @@ class Simulator:
         inside = candidate.num_nodes == 1
         bandwidth = machine.node_bandwidth if inside else machine.network_bandwidth
         return machine.message_seconds + size * (ranks - 1) / ranks / bandwidth
-
-
-def _part(groups: Groups, chosen: slice | np.ndarray[tuple[int], np.dtype[np.int64]]) -> Groups:
-    return Groups(groups.prompts[chosen], groups.responses[chosen], groups.num_right[chosen])

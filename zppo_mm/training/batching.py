@@ -8,6 +8,7 @@ makes this rank's tensors from it.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +57,7 @@ def plan_batches(
     num_replicas: int,
     micro_batch_tokens: int,
     random: np.random.Generator,
+    micro_batch_patches: int = sys.maxsize,
     skip_zero_advantage: bool = True,
     share_prompts: bool = False,
 ) -> BatchPlan:
@@ -81,6 +83,8 @@ def plan_batches(
         num_replicas: Data-parallel size.
         micro_batch_tokens: Most tokens of a micro-batch; a longer sample has one to itself.
         random: Shuffles the groups.
+        micro_batch_patches: Most patches of a micro-batch, those of a shared prompt counted once;
+            a prompt with more has one to itself.
         skip_zero_advantage: `False` keeps every sample with loss tokens, for objectives that do
             not use advantages.
         share_prompts: Shared-prefix training: one copy of a group's prompt per micro-batch; all
@@ -108,7 +112,12 @@ def plan_batches(
             share_prompts,
         )
         by_replica = balance(prefix_groups, num_replicas, micro_batch_tokens)
-        plans.append(tuple(fill_microbatches(each, micro_batch_tokens) for each in by_replica))
+        plans.append(
+            tuple(
+                fill_microbatches(each, micro_batch_tokens, micro_batch_patches)
+                for each in by_replica
+            )
+        )
     return BatchPlan(
         minibatch_of,
         num_loss_tokens=tuple(num_loss_tokens),

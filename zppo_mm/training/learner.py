@@ -77,6 +77,7 @@ class Learner:
                 num_replicas=parallel.data_size(),
                 micro_batch_tokens=self.config.micro_batch_tokens,
                 random=generator(self.seed, "minibatches", step),
+                micro_batch_patches=self.config.micro_batch_patches,
                 skip_zero_advantage=objective.needs_advantages,
                 share_prompts=self.policy.shares_prompts,
             )

@@ -4,8 +4,9 @@ their balance over replicas and their bins, the micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import sub
 
 from zppo_mm.experience import TrainingSample
 
@@ -21,12 +22,14 @@ class PrefixGroup:
         owner: What the samples have in common: their uid, or the sample itself where prompts are
             not shared.
         prompt_tokens: Of the one prompt.
+        num_patches: Of the prompt's media.
         response_tokens: By sample index.
     """
 
     uid: str
     owner: str | int
     prompt_tokens: int
+    num_patches: int
     response_tokens: dict[int, int]
 
     @property
@@ -41,11 +44,8 @@ class PrefixGroup:
 
     def keep(self, indices: Iterable[int]) -> PrefixGroup:
         """Return the prefix group with some of its samples."""
-        return PrefixGroup(
-            self.uid,
-            self.owner,
-            self.prompt_tokens,
-            {index: self.response_tokens[index] for index in indices},
+        return replace(
+            self, response_tokens={index: self.response_tokens[index] for index in indices}
         )
 
     def fits(self, other: PrefixGroup, max_tokens: int) -> bool:
@@ -57,9 +57,7 @@ class PrefixGroup:
 
     def join(self, other: PrefixGroup) -> PrefixGroup:
         """Return one prefix group of the two."""
-        return PrefixGroup(
-            self.uid, self.owner, self.prompt_tokens, self.response_tokens | other.response_tokens
-        )
+        return replace(self, response_tokens=self.response_tokens | other.response_tokens)
 
 
 def make_prefix_groups(
@@ -79,12 +77,17 @@ def make_prefix_groups(
         sample = samples[index]
         owner = sample.uid if share_prompts else index
         response = {index: sample.num_tokens - sample.num_prompt_tokens}
-        alone = PrefixGroup(sample.uid, owner, sample.num_prompt_tokens, response)
+        alone = PrefixGroup(
+            sample.uid, owner, sample.num_prompt_tokens, sample.num_patches, response
+        )
         prefix_groups[owner] = prefix_groups[owner].join(alone) if owner in prefix_groups else alone
     return [
         prefix_group.keep(bin)
         for prefix_group in prefix_groups.values()
-        for bin in fill(prefix_group.response_tokens, max_tokens - prefix_group.prompt_tokens)
+        for bin in fill(
+            {index: (length,) for index, length in prefix_group.response_tokens.items()},
+            (max_tokens - prefix_group.prompt_tokens,),
+        )
     ]
 
 
@@ -161,11 +164,18 @@ def _add(replica: list[PrefixGroup], prefix_group: PrefixGroup, max_tokens: int)
     replica.append(prefix_group)
 
 
-def fill_microbatches(prefix_groups: Sequence[PrefixGroup], max_tokens: int) -> tuple[Indices, ...]:
-    """Return the sample indices of few micro-batches that together hold the prefix groups."""
+def fill_microbatches(
+    prefix_groups: Sequence[PrefixGroup], max_tokens: int, max_patches: int
+) -> tuple[Indices, ...]:
+    """Return the sample indices of few micro-batches that together hold the prefix groups, each
+    within both limits or with one prefix group.
+    """
     bins = fill(
-        {number: prefix_group.num_tokens for number, prefix_group in enumerate(prefix_groups)},
-        max_tokens,
+        {
+            number: (prefix_group.num_tokens, prefix_group.num_patches)
+            for number, prefix_group in enumerate(prefix_groups)
+        },
+        (max_tokens, max_patches),
     )
     # In sample order, the rollouts of a group are adjacent and share their media in the source's
     # cache.
@@ -179,22 +189,23 @@ def fill_microbatches(prefix_groups: Sequence[PrefixGroup], max_tokens: int) -> 
     )
 
 
-def fill(lengths: dict[int, int], max_tokens: int) -> list[list[int]]:
+def fill(sizes: Mapping[int, tuple[int, ...]], limits: tuple[int, ...]) -> list[list[int]]:
     """Pack things into few bins: the longest first, always into the first that has room.
 
     Args:
-        lengths: Tokens by index.
-        max_tokens: Room of a bin; what is longer is alone in one.
+        sizes: By index, the tokens and whatever else is limited.
+        limits: Room of a bin for each of these; what is larger is alone in one.
     """
     bins: list[list[int]] = []
-    rooms: list[int] = []
-    for index in sorted(lengths, key=lambda i: (-lengths[i], i)):
+    rooms: list[tuple[int, ...]] = []
+    for index in sorted(sizes, key=lambda i: (-sizes[i][0], i)):
         for number, room in enumerate(rooms):
-            if lengths[index] <= room:
+            left = tuple(map(sub, room, sizes[index]))
+            if min(left) >= 0:
                 bins[number].append(index)
-                rooms[number] -= lengths[index]
+                rooms[number] = left
                 break
         else:
             bins.append([index])
-            rooms.append(max_tokens - lengths[index])
+            rooms.append(tuple(map(sub, limits, sizes[index])))
     return bins
