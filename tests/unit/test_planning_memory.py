@@ -4,13 +4,14 @@ tensors that autograd keeps, and the decoding cache of real networks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.support.kept_tensors import kept_by_backward, size_of
 from tests.support.published_sizes import PUBLISHED
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import AlgorithmConfig, ParallelConfig, RunConfig
@@ -25,8 +26,8 @@ from zppo_mm.training.objective import PolicyObjective
 from zppo_mm.training.policy import Policy
 from zppo_mm.weights.initial_weights import initialize_weights
 
-# What the issue asks for; counted tensor by tensor, most cases differ by less than 3 %.
-TOLERANCE = 0.10
+# Indices, statistics of the norms and the remainder of the last chunk are left out.
+TOLERANCE = 0.05
 BYTES = {"bfloat16": 2, "float32": 4}
 TOKENS = 256
 
@@ -73,32 +74,6 @@ def build(architecture: Architecture, config: RunConfig) -> Any:
     return model
 
 
-def size_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Return the bytes of the storages, each once."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
-    }
-    return sum(storages.values())
-
-
-def kept_by_backward(model: Any, lengths: tuple[int, ...]) -> int:
-    """Return the bytes that autograd keeps of a pack beside the parameters."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: list[torch.Tensor] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in parameters:
-            kept.append(tensor)
-        return tensor
-
-    tokens = sum(lengths)
-    positions = torch.cat([torch.arange(length) for length in lengths]).expand(3, -1)
-    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(torch.arange(tokens) % 4000, positions, bounds, output_layer=False)
-    return size_of(kept)
-
-
 def inside_of_a_layer(architecture: Architecture, tokens: int, precision: Precision) -> int:
     """Return what the largest layer keeps."""
     layout = ParallelConfig()
@@ -112,7 +87,7 @@ def inside_of_a_layer(architecture: Architecture, tokens: int, precision: Precis
 def test_activations_are_what_autograd_keeps(name: str, dtype: str, recompute: str) -> None:
     architecture, config = NETWORKS[name], run_config(recompute, dtype)
     model = build(architecture, config)
-    held = kept_by_backward(model, (TOKENS,))
+    held = kept_by_backward(model, TOKENS)
     counted = activations(architecture, config.parallel, recompute, TOKENS, Precision(BYTES[dtype]))
     if recompute == "full":
         # The inside of one layer is there while it is computed again, after the forward pass.
@@ -172,7 +147,7 @@ def test_a_hundred_million_parameters() -> None:
     model = build(architecture, config)
     assert 0.9e8 < sum(parameter.numel() for parameter in model.parameters()) < 1.2e8
     counted = activations(architecture, config.parallel, "none", TOKENS, Precision())
-    assert counted == pytest.approx(kept_by_backward(model, (TOKENS,)), rel=TOLERANCE)
+    assert counted == pytest.approx(kept_by_backward(model, TOKENS), rel=TOLERANCE)
 
 
 def test_more_of_anything_never_takes_less() -> None:

@@ -88,7 +88,8 @@ def test_more_gpus_are_not_slower_and_larger_students_not_faster() -> None:
 
 
 def test_a_slower_teacher_is_waited_for() -> None:
-    config = load_config(RECIPES / "2b.yaml", [*FEWER])
+    # Without rewrites, which would be further requests.
+    config = load_config(RECIPES / "2b.yaml", [*FEWER, "teacher.compressor=rule"])
     workload = replace(load_workload(None), num_steps=2)
     slow = replace(workload, teacher=replace(workload.teacher, latency_seconds=1000.0))
     machine = load_machine("H100-80GB")
@@ -96,8 +97,7 @@ def test_a_slower_teacher_is_waited_for() -> None:
         make_plan(student("2B"), config, 8, machine, each).layouts[0].seconds
         for each in (workload, slow)
     )
-    # Answers, then rewrites: two requests one after the other, at the least.
-    assert late.teacher > quick.teacher + 1000
+    assert late.teacher > quick.teacher + 900
     assert late.update == quick.update
 
 

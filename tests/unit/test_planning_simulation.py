@@ -46,6 +46,8 @@ def test_a_step_takes_what_its_batch_and_cache_ask_for() -> None:
 def test_requests_wait_for_a_place() -> None:
     # Two places: until 5 and 3; the third begins at 3, the last at 5, as it comes at 4.
     assert serve_seconds([0, 0, 0, 4], [5, 3, 10, 1], 2) == [5, 3, 13, 6]
+    # The only one is free from 1 to 9.
+    assert serve_seconds([0, 9], [1, 1], 1) == [1, 10]
     assert serve_seconds([], [], 2) == []
 
 
