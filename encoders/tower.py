@@ -47,7 +47,7 @@ class VisionTower(nn.Module):
     """The vision tower of a family.
 
     Its parameters are those of the Hugging Face module under `model.`; what a checkpoint calls
-    `visual.NAME` is `model.NAME` here. Without a trainable parameter it computes without a graph.
+    `visual.NAME` is `model.NAME` here.
 
     Attributes:
         num_levels: Vectors per feature: the one that replaces a placeholder's embedding, then those
@@ -113,11 +113,9 @@ class VisionTower(nn.Module):
                 f"{sum(counts)} for grids {grids.tolist()}; process each image and video with the "
                 "processor of this package"
             )
-        trained = any(parameter.requires_grad for parameter in self.parameters())
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            if balance_group is not None and balance_group.size() > 1:
-                return self._forward_balanced(patches, grids, counts, balance_group)
-            return self._levels(self.model(patches, grid_thw=grids))
+        if balance_group is not None and balance_group.size() > 1:
+            return self._forward_balanced(patches, grids, counts, balance_group)
+        return self._levels(self.model(patches, grid_thw=grids))
 
     def _levels(self, output: Any) -> torch.Tensor:
         """Return all vectors of every feature from what the Hugging Face module gives, `[features,

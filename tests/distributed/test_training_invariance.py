@@ -21,7 +21,7 @@ from tests.support.training_example import (
     run_cases,
     write_tiny_folder,
 )
-from zppo_mm.config.schema import ParallelConfig
+from zppo_mm.config.schema import LoraConfig, ParallelConfig
 
 # Float32 sums in another order, carried through four updates.
 TOLERANCE = 2e-5
@@ -31,6 +31,7 @@ WEIGHT_TOLERANCE = 1e-5
 # One update with two images of 24 patches, which tensor ranks share.
 TWO_MEDIA = Case(train=dataclasses.replace(TRAIN, updates_per_step=1), micro_batch_tokens=1000)
 MEDIA_APART = dataclasses.replace(TWO_MEDIA, micro_batch_patches=24, recompute_vision="full")
+ADAPTERS = dataclasses.replace(TWO_MEDIA, lora=LoraConfig(rank=4, also_train=["vision"]))
 
 ALONE = {
     "reference": Case(),
@@ -40,6 +41,8 @@ ALONE = {
     "two media": TWO_MEDIA,
     "media apart": MEDIA_APART,
     "tower recomputed": dataclasses.replace(TWO_MEDIA, recompute_vision="full"),
+    "adapters": ADAPTERS,
+    "adapters, tower recomputed": dataclasses.replace(ADAPTERS, recompute_vision="full"),
 }
 TWO_RANKS = {
     "data 2": Case(),
@@ -162,7 +165,9 @@ def test_media_apart_and_recomputed_give_the_same_update(alone: dict[str, Result
     reference, apart, recomputed = (alone[name] for name in names)
     assert reference.metrics[0].updates[0].grad_norm > 0.01
     assert_same(apart, reference, "media apart")
-    # The same operations in the same order: equal to the last bit.
-    assert recomputed.metrics[-1].loss == reference.metrics[-1].loss
-    for name, weights in reference.whole_weights.items():
-        assert torch.equal(recomputed.whole_weights[name], weights), name
+    adapters = (alone["adapters"], alone["adapters, tower recomputed"])
+    for kept, again in ((reference, recomputed), adapters):
+        # The same operations in the same order: equal to the last bit.
+        assert again.metrics[-1].loss == kept.metrics[-1].loss
+        for name, weights in kept.whole_weights.items():
+            assert torch.equal(again.whole_weights[name], weights), name

@@ -157,8 +157,8 @@ class Case:
     samples: Callable[[], list[TrainingSample]] = make_samples
     share_prompts: bool = False
     params_dtype: str = "float32"
-    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     recompute_vision: str = "auto"
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
 
 def make_plan(case: Case, num_replicas: int) -> BatchPlan:

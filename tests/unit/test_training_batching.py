@@ -171,8 +171,8 @@ def test_trivial_samples_count_but_are_not_passed() -> None:
 
 
 def test_a_micro_batch_ends_at_its_patches() -> None:
-    # Images of four patches: 12, 8, 4, 4 and none. The longest sample comes first, and each goes
-    # into the first micro-batch that has room for its tokens and its patches.
+    # Images of four patches: 12, 8, 4, 4 and none. What takes most of a micro-batch comes first,
+    # and each goes into the first one that has room for its tokens and its patches.
     shapes = [(9, 3), (8, 2), (7, 1), (6, 1), (5, 0)]
     samples = [
         make_sample(str(number), prompt, 1, num_images=images)

@@ -190,15 +190,20 @@ def fill_microbatches(
 
 
 def fill(sizes: Mapping[int, tuple[int, ...]], limits: tuple[int, ...]) -> list[list[int]]:
-    """Pack things into few bins: the longest first, always into the first that has room.
+    """Pack things into few bins: the largest first, always into the first that has room.
 
     Args:
         sizes: By index, the tokens and whatever else is limited.
         limits: Room of a bin for each of these; what is larger is alone in one.
     """
+
+    def fraction(index: int) -> float:
+        """Return how much of a bin it takes, by what it takes most of."""
+        return max(size / max(limit, 1) for size, limit in zip(sizes[index], limits, strict=True))
+
     bins: list[list[int]] = []
     rooms: list[tuple[int, ...]] = []
-    for index in sorted(sizes, key=lambda i: (-sizes[i][0], i)):
+    for index in sorted(sizes, key=lambda i: (-fraction(i), i)):
         for number, room in enumerate(rooms):
             left = tuple(map(sub, room, sizes[index]))
             if min(left) >= 0:
