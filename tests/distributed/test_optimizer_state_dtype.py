@@ -17,17 +17,18 @@ from tests.support.training_example import (
     make_batches,
     write_tiny_folder,
 )
-from zppo_mm.config.schema import ParallelConfig
+from zppo_mm.config.schema import LoraConfig, ParallelConfig
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.training.optimizer_state import parameter_shards
 from zppo_mm.training.policy import Policy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NUM_UPDATES = 3
-LAYOUTS = {
-    "sharded": ParallelConfig(),
-    "whole": ParallelConfig(use_distributed_optimizer=False),
-    "tensor": ParallelConfig(tensor_model_parallel_size=2),
+CASES = {
+    "sharded": Case(),
+    "whole": Case(ParallelConfig(use_distributed_optimizer=False)),
+    "tensor": Case(ParallelConfig(tensor_model_parallel_size=2)),
+    "adapters": Case(lora=LoraConfig(rank=4)),
 }
 
 
@@ -38,11 +39,11 @@ def round_moments(policy: Policy) -> None:
 
 
 def train(
-    folder: Path, layout: ParallelConfig, params_dtype: str, state_dtype: str, by_hand: bool
+    folder: Path, case: Case, params_dtype: str, state_dtype: str, by_hand: bool
 ) -> tuple[list[torch.Tensor], set[torch.dtype]]:
     """Make some updates; returns this rank's weights and the types of its moments."""
     settings = replace(TRAIN, updates_per_step=1, optimizer_state_dtype=state_dtype)
-    case = Case(layout, train=settings, params_dtype=params_dtype)
+    case = replace(case, train=settings, params_dtype=params_dtype)
     policy = build_policy(folder, case)
     batches = make_batches(case)
     for _ in range(NUM_UPDATES):
@@ -56,15 +57,15 @@ def train(
 
 
 def compare(folder: Path) -> dict[tuple[str, str], tuple[bool, bool, set[torch.dtype]]]:
-    """Return by type of the weights and layout whether kept moments do what rounding by hand does,
+    """Return by type of the weights and case whether kept moments do what rounding by hand does,
     whether they change anything, and their types.
     """
     found = {}
     for params_dtype in ("float32", "bfloat16"):
-        for name, layout in LAYOUTS.items():
-            kept, types = train(folder, layout, params_dtype, "bfloat16", False)
-            rounded, _ = train(folder, layout, params_dtype, "float32", True)
-            exact, _ = train(folder, layout, params_dtype, "float32", False)
+        for name, case in CASES.items():
+            kept, types = train(folder, case, params_dtype, "bfloat16", False)
+            rounded, _ = train(folder, case, params_dtype, "float32", True)
+            exact, _ = train(folder, case, params_dtype, "float32", False)
             found[params_dtype, name] = (
                 all(map(torch.equal, kept, rounded)),
                 all(map(torch.equal, kept, exact)),
@@ -80,5 +81,5 @@ def test_updates_are_those_of_float32_on_rounded_moments(tmp_path: Path) -> None
         assert found == {
             (params_dtype, name): (True, False, {torch.bfloat16})
             for params_dtype in ("float32", "bfloat16")
-            for name in LAYOUTS
+            for name in CASES
         }

@@ -15,8 +15,15 @@ import torch
 from data.question import MediaRef, Question
 from encoders.processor import VisionInput
 from tests.support import tiny_qwen
-from zppo_mm.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
+from zppo_mm.config.schema import (
+    AlgorithmConfig,
+    LoraConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from zppo_mm.experience import Batch, TrainingSample
+from zppo_mm.lora.adapters import add_lora
 from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model
 from zppo_mm.parallel import groups as parallel
@@ -148,6 +155,7 @@ class Case:
     samples: Callable[[], list[TrainingSample]] = make_samples
     share_prompts: bool = False
     params_dtype: str = "float32"
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
 
 def make_plan(case: Case, num_replicas: int) -> BatchPlan:
@@ -178,6 +186,7 @@ def build_policy(folder: Path, case: Case) -> Policy:
         load_architecture(folder), ModelConfig(params_dtype=case.params_dtype), case.layout
     )
     load_hf_weights(model, folder)
+    add_lora(model, case.lora, seed=0)
     return Policy(
         model,
         case.train,

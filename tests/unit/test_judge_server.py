@@ -58,6 +58,7 @@ def bodies(server: RawServer) -> list[dict[str, Any]]:
         (choice(f"<think></think>```\n{RIGHT}\n```"), False),
         (choice(RIGHT, reasoning_content="Is it wrong? No."), False),
         (choice(RIGHT, reasoning="Is it wrong? No."), False),
+        (choice(RIGHT, reasoning_content=["Is it wrong?", "No."]), False),
         (choice(RIGHT, "length"), False),  # complete all the same
         (choice('{"verdict": "corr', "length"), True),
         (choice(f"<think>\nI would say {RIGHT}", "length"), True),

@@ -188,6 +188,18 @@ def test_templates(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("{question} {response}")
     with pytest.raises(ConfigError, match=r"lacks \{reference\}"):
         load_judge_template(str(tmp_path / "short.txt"))
+    (tmp_path / "other.txt").write_text("{question} {response} {reference} {answer}")
+    with pytest.raises(ConfigError, match=r"has the unknown \{answer\}, expected"):
+        load_judge_template(str(tmp_path / "other.txt"))
+
+
+@pytest.mark.parametrize(
+    "more", [r"\frac{a}{b}", r"\boxed{answer}", '{"verdict": "correct"}', "{}"]
+)
+def test_braces_that_are_no_field_stay(tmp_path: Path, more: str) -> None:
+    text = "问题{question}{options} {response} {reference} " + more
+    (tmp_path / "judge.txt").write_text(text)
+    assert load_judge_template(str(tmp_path / "judge.txt")) == text
 
 
 class TokenEngine:

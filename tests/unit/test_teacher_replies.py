@@ -136,6 +136,21 @@ def test_separate_reasoning_is_put_back(name: str) -> None:
     assert tagged.text == "<think>\n2 + 2\n</think>\n\n4"
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["2 ", "+ 2"],
+        [{"type": "text", "text": "2 "}, {"text": "+ 2"}],
+        [{"type": "thinking", "thinking": "2 + 2"}],
+        [{"type": "reasoning_text", "text": "2 + 2"}, {"type": "signature", "signature": "x"}],
+        [{"type": "thinking", "thinking": [{"type": "text", "text": "2 + 2"}]}],
+    ],
+)
+def test_a_reasoning_in_parts_is_one_text(parts: list[object]) -> None:
+    (read,) = parse_reply(reply(choice("4", reasoning_content=parts)), 1).choices
+    assert read.text == "<think>\n2 + 2\n</think>\n\n4"
+
+
 @pytest.mark.parametrize("content", [None, ""])
 @pytest.mark.parametrize("reason", ["length", "stop"])
 def test_a_reasoning_that_nothing_follows_is_not_closed(content: str | None, reason: str) -> None:

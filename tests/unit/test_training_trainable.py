@@ -45,13 +45,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(
-    folder: Path, freeze: tuple[str, ...], lora: LoraConfig, dtype: str = "float32"
+    folder: Path,
+    freeze: tuple[str, ...],
+    lora: LoraConfig,
+    dtype: str = "float32",
+    moments_dtype: str = "float32",
 ) -> Policy:
     layout = ParallelConfig()
     model = build_model(load_architecture(folder), ModelConfig(params_dtype=dtype), layout)
     load_hf_weights(model, folder)
     add_lora(model, lora, seed=0)
-    train = dataclasses.replace(TRAIN, freeze=list(freeze))
+    train = dataclasses.replace(TRAIN, freeze=list(freeze), optimizer_state_dtype=moments_dtype)
     return Policy(
         model, train, layout, PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group())
     )
@@ -129,6 +133,13 @@ def test_a_coarser_network_has_float32_copies_of_what_trains(folder: Path) -> No
     sizes = part_sizes(policy.model)["lora"]
     assert sizes.weight_bytes == 2 * sizes.parameters
     assert sizes.optimizer_bytes == 12 * sizes.parameters == state_bytes(policy)
+
+
+def test_moments_in_bfloat16_take_half(folder: Path) -> None:
+    policy = build(folder, (), LoraConfig(rank=2), "bfloat16", "bfloat16")
+    policy.train_step(make_batches(Case()))
+    sizes = part_sizes(policy.model, "bfloat16")["lora"]
+    assert sizes.optimizer_bytes == 8 * sizes.parameters == state_bytes(policy)
 
 
 def test_log_probs_for_comparison_drop_nothing(folder: Path) -> None:

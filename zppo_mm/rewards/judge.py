@@ -31,6 +31,8 @@ MAX_SHOWN_CHARS = 200
 
 COUNTED = ("judged", "judge_malformed", "judge_disagreements", "judge_failures", "judge_cut")
 
+# What follows a letter, as in LaTeX's "\frac{a}", is no field.
+_OTHER_FIELD = re.compile(r"(?<![A-Za-z}])\{(?!(?:question|response|reference|options)\})\w+\}")
 _FENCE = re.compile(r"\s*```\s*(?:json)?(.*)```\s*", re.DOTALL | re.IGNORECASE)
 
 Complete = Callable[[Sequence[str]], Sequence[str | None]]
@@ -139,7 +141,7 @@ def load_judge_template(path: str = "", folder: str = "") -> str:
     """Read the judge's prompt; an empty path means `judge.txt` of the folder, or the bundled one.
 
     Raises:
-        ConfigError: If the file is missing or lacks a field.
+        ConfigError: If the file is missing, lacks a field or has another.
         DataError: If it is no valid text.
     """
     in_folder = Path(folder) / JUDGE_TEMPLATE
@@ -152,10 +154,12 @@ def load_judge_template(path: str = "", folder: str = "") -> str:
         )
     text = read_text_file(file, "reward.judge_template").strip()
     missing = [f"{{{name}}}" for name in TEMPLATE_FIELDS if f"{{{name}}}" not in text]
-    if missing:
+    others = [match.group() for match in _OTHER_FIELD.finditer(text)]
+    if missing or others:
+        what = f"lacks {', '.join(missing)}" if missing else f"has the unknown {', '.join(others)}"
         raise ConfigError(
-            f"reward.judge_template: {file} lacks {', '.join(missing)}, expected the fields "
-            f"{', '.join(f'{{{name}}}' for name in TEMPLATE_FIELDS)}; put them where their texts "
-            "belong"
+            f"reward.judge_template: {file} {what}, expected the fields "
+            f"{', '.join(f'{{{name}}}' for name in TEMPLATE_FIELDS)} and optionally {{options}}; "
+            "put them where their texts belong, and no others"
         )
     return text

@@ -107,7 +107,7 @@ def build_run(
         config.train.share_prompts,
     )
     policy = Policy(student, config.train, config.parallel, objective)
-    log_part_sizes(student)
+    log_part_sizes(student, config.train.optimizer_state_dtype)
     if encoder.processor is not None and parallel.rank() == 0:
         logger.info("media: %s", describe(encoder.processor))
     stream = build_stream(config, SampleHealth(config.data.max_bad_fraction, config.data.strict))

@@ -19,8 +19,9 @@ from zppo_mm.text_table import text_table
 from zppo_mm.weights.mapping import parameter_mappings
 
 logger = logging.getLogger(__name__)
-_MOMENT_BYTES = 4
-"""Of one value of AdamW's state, which is float32."""
+_MOMENT_BYTES = {"float32": 4, "bfloat16": 2}
+_MASTER_BYTES = 4
+"""Of the float32 copy of a weight that is coarser."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +49,13 @@ class PartSize:
         )
 
 
-def part_sizes(model: VisionLanguageModel) -> dict[str, PartSize]:
+def part_sizes(model: VisionLanguageModel, moments_dtype: str = "float32") -> dict[str, PartSize]:
     """Return the sizes of the parts that the network has, the same on every rank; every rank calls
     this.
 
     Args:
         model: This rank's stage, wrapped: its trainable parameters have gradient buffers.
+        moments_dtype: `train.optimizer_state_dtype`.
     """
     names = ("vision", "projector", "language") if model.architecture.has_vision else ("language",)
     parts = {part: list(model.parameters_of(part)) for part in names}
@@ -66,16 +68,19 @@ def part_sizes(model: VisionLanguageModel) -> dict[str, PartSize]:
         if mapping.copied_from_embedding
     }
     mine = {
-        part: _size(parameter for parameter in own if id(parameter) not in copies)
+        part: _size(
+            [parameter for parameter in own if id(parameter) not in copies],
+            _MOMENT_BYTES[moments_dtype],
+        )
         for part, own in parts.items()
     }
     gathered = parallel.gather_from_ranks(mine if parallel.replica_rank() == 0 else {})
     return {part: sum((sizes[part] for sizes in gathered if sizes), PartSize()) for part in parts}
 
 
-def log_part_sizes(model: VisionLanguageModel) -> None:
+def log_part_sizes(model: VisionLanguageModel, moments_dtype: str) -> None:
     """Write the table to rank 0's log; every rank calls this."""
-    sizes = part_sizes(model)
+    sizes = part_sizes(model, moments_dtype)
     if parallel.rank() == 0:
         logger.info("what trains:\n%s", table(sizes))
 
@@ -91,7 +96,7 @@ def table(sizes: dict[str, PartSize]) -> str:
     return text_table(["", "parameters", "trainable", "weights", "gradients", "optimizer"], rows)
 
 
-def _size(parameters: Iterable[nn.Parameter]) -> PartSize:
+def _size(parameters: Iterable[nn.Parameter], moment_bytes: int) -> PartSize:
     """Add up this rank's shards, and on tensor rank 0 the replicated parameters."""
     total = PartSize()
     for parameter in parameters:
@@ -99,7 +104,7 @@ def _size(parameters: Iterable[nn.Parameter]) -> PartSize:
             continue
         count, trainable = parameter.numel(), parameter.numel() if parameter.requires_grad else 0
         gradient = cast(Any, parameter).main_grad.element_size() if trainable else 0
-        state = _MOMENT_BYTES * (2 if parameter.dtype == torch.float32 else 3)
+        state = 2 * moment_bytes + (0 if parameter.dtype == torch.float32 else _MASTER_BYTES)
         total += PartSize(
             count,
             trainable,

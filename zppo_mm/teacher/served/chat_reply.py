@@ -110,7 +110,7 @@ def _choice(
     """Return an answer, or why it is none."""
     message = _checked(choice["message"], dict)
     content, thought, refusal = _texts(message.get("content"))
-    reasoning = _texts(message.get("reasoning_content") or message.get("reasoning"))[0] or thought
+    reasoning = _reasoning(message.get("reasoning_content") or message.get("reasoning")) or thought
     reason = choice.get("finish_reason")
     named = reason.lower() if isinstance(reason, str) else ""
     ended = f"finish_reason {received.shown(repr(reason))}"
@@ -175,6 +175,17 @@ def _texts(content: Any) -> tuple[str, str, str]:
         else:
             raise ValueError(f"a part of type {kind!r}")
     return "".join(texts), "".join(reasonings), "".join(refusals)
+
+
+def _reasoning(content: Any) -> str:
+    """Return a reasoning of its own field, whatever its parts are called; empty for none."""
+    if not isinstance(content, list):
+        return _checked(content, str) if content is not None else ""
+    parts = [
+        part if isinstance(part, str) else part.get("thinking") or part.get("text") or ""
+        for part in content
+    ]
+    return "".join(map(_reasoning, parts))
 
 
 def _count(value: Any) -> int:
