@@ -1,6 +1,7 @@
 """Steps of zppo_mm for `grpo_step.py`, which starts this in a process of its own.
 
-python benchmarks/grpo_step_ours.py FOLDER NUM_STEPS MICRO_BATCH_TOKENS SHARE_PROMPTS RESULT
+python benchmarks/grpo_step_ours.py FOLDER FAMILY DTYPE NUM_STEPS MICRO_BATCH_TOKENS \
+    SHARE_PROMPTS RESULT
 """
 
 from __future__ import annotations
@@ -61,16 +62,17 @@ class TimedEngine(MegatronEngine):
 
 
 def build(
-    folder: Path, micro_batch_tokens: int, share_prompts: str
+    folder: Path, family: str, dtype: str, micro_batch_tokens: int, share_prompts: str
 ) -> tuple[Run, Stages, TimedEngine]:
     """Return a GRPO run of one update per step whose responses never end early."""
+    student = folder / family
     config = load_config(
         None,
         [
             "method=grpo",
             f"output_dir={folder / 'runs'}",
-            f"model.student={folder / 'qwen3_5'}",
-            "model.params_dtype=float32",
+            f"model.student={student}",
+            f"model.params_dtype={dtype}",
             f"data.train=[{{path: {folder / 'shards'}}}]",
             "train.num_new_questions=8",
             "train.updates_per_step=1",
@@ -85,7 +87,7 @@ def build(
     parallel.initialize(config.parallel, config.seed)
     run = build_run(config)
     engine = TimedEngine(run.policy.model, config.seed, config.rollout.max_batch_size)
-    encoder = PromptEncoder(folder / "qwen3_5", run.media.open)
+    encoder = PromptEncoder(student, run.media.open)
     sampler = GroupSampler(engine, encoder, AlternatingGrader(run.verifier), ParallelExchange())
     stages = replace(
         run.stages, sampler=sampler, sampling=replace(run.stages.sampling, stop_token_ids=())
@@ -111,9 +113,9 @@ def check_work(record: StepRecord) -> int:
 
 def main() -> None:
     """Run the steps and write one record per step."""
-    folder, num_steps, micro_batch_tokens = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    share_prompts, result = sys.argv[4], Path(sys.argv[5])
-    run, stages, engine = build(folder, micro_batch_tokens, share_prompts)
+    folder, family, dtype, share_prompts = Path(sys.argv[1]), *sys.argv[2:4], sys.argv[6]
+    num_steps, micro_batch_tokens, result = int(sys.argv[4]), int(sys.argv[5]), Path(sys.argv[7])
+    run, stages, engine = build(folder, family, dtype, micro_batch_tokens, share_prompts)
     steps = []
     for step in range(1, num_steps + 1):
         engine.seconds = 0.0

@@ -1,7 +1,7 @@
 """Steps of TRL's GRPOTrainer for `grpo_step.py`, which starts this with the Python that has TRL.
 Needs nothing of this project.
 
-python benchmarks/grpo_step_trl.py FOLDER FAMILY NUM_STEPS SEQUENCES_PER_FORWARD RESULT
+python benchmarks/grpo_step_trl.py FOLDER FAMILY DTYPE NUM_STEPS SEQUENCES_PER_FORWARD RESULT
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -86,16 +87,16 @@ def arguments(folder: str, num_steps: int, sequences: int, num_prompts: int) -> 
 
 def main() -> None:
     """Run the steps and write one record per step."""
-    folder, family, num_steps, sequences, result = (
+    folder, family, dtype, num_steps, sequences, result = (
         Path(sys.argv[1]),
-        sys.argv[2],
-        int(sys.argv[3]),
+        *sys.argv[2:4],
         int(sys.argv[4]),
-        Path(sys.argv[5]),
+        int(sys.argv[5]),
+        Path(sys.argv[6]),
     )
     prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
     rows = [{"prompt": [{"role": "user", "content": text}]} for text in prompts] * num_steps
-    model = AutoModelForCausalLM.from_pretrained(folder / family)
+    model = AutoModelForCausalLM.from_pretrained(folder / family, dtype=dtype)
     clock = Clock(model)
     with tempfile.TemporaryDirectory() as temporary:
         trainer = GRPOTrainer(
@@ -106,6 +107,7 @@ def main() -> None:
             processing_class=AutoTokenizer.from_pretrained(folder / family),
             callbacks=[clock],
         )
+        assert next(model.parameters()).dtype == getattr(torch, dtype)
         trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     before = 0
