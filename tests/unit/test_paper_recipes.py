@@ -206,7 +206,7 @@ def test_an_offloaded_optimizer_makes_room_for_the_cache() -> None:
     away = estimate_memory(student("9B"), config, STUDENT_RANKS)
     assert away.offloaded == away.gradients + away.optimizer > kept.offloaded == 0
     # While sampling there are only the weights and the cache; an update needs what it did.
-    update = kept.activations + kept.output
+    update = kept.activations + kept.vision + kept.output
     resident = kept.weights + kept.gradients + kept.optimizer
     assert away.peak == max(resident + update, kept.weights + kept.cache)
     assert kept.peak == resident + max(update, kept.cache)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from zppo_mm.config.schema import ParallelConfig, RunConfig
 from zppo_mm.conversion.description import SIZES, LayoutMemory
 from zppo_mm.errors import ZppoError
+from zppo_mm.models.decoding.cache_size import GIB
 from zppo_mm.models.families.architecture import Architecture, check_layout
 from zppo_mm.planning.activations import Precision
 from zppo_mm.planning.machine import MachineRates
@@ -22,7 +25,6 @@ MAX_BATCH_SIZES = (256, 192, 128, 96, 64, 48, 32, 24, 16, 8)
 """Rollouts at once; the largest that fits is taken."""
 TEACHER_GPUS = (1, 2, 4)
 """Of a node, for a teacher that has GPUs of its own."""
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,26 +185,34 @@ def fitted(
     workload: Workload,
     splits: list[LayoutMemory],
 ) -> Candidate:
-    """Return the candidate with as many rollouts at once as fit into memory, or refused."""
-    config, usable = candidate.config, machine.memory_gib * machine.usable_fraction * _GIB
+    """Return the candidate with as many rollouts at once as fit into memory at their longest, so
+    that none is preempted, and a cache for them; or refused.
+    """
+    config, usable = candidate.config, machine.memory_gib * machine.usable_fraction * GIB
     prompts = config.train.num_new_questions
     prompts += count_of_fraction(config.zone.rho_replay, prompts) * config.zone.replay
     per_replica = -(-prompts // candidate.num_samplers) * config.rollout.num_rollouts
     sizes = [size for size in MAX_BATCH_SIZES if size < per_replica]
     for size in [min(per_replica, MAX_BATCH_SIZES[0]), *sizes]:
-        smaller = replace(config, rollout=replace(config.rollout, max_batch_size=size))
+        smaller = _with_rollout(config, max_batch_size=size, cache_memory_gib=math.inf)
         memory = counted(
             architecture, replace(candidate, config=smaller), machine, workload, splits
         )
         if memory.peak <= usable:
+            budget = math.ceil(10 * memory.cache / GIB) / 10
+            smaller = _with_rollout(smaller, cache_memory_gib=budget)
             return replace(candidate, config=smaller, memory=memory)
     return replace(
         candidate,
         config=smaller,
         memory=memory,
-        refusal=f"{memory.peak / _GIB:.1f} GiB with {size} rollouts at once, of "
-        f"{usable / _GIB:.1f} usable: {_largest(memory)}",
+        refusal=f"{memory.peak / GIB:.1f} GiB with {size} rollouts at once, of "
+        f"{usable / GIB:.1f} usable: {_largest(memory)}",
     )
+
+
+def _with_rollout(config: RunConfig, **changes: Any) -> RunConfig:
+    return replace(config, rollout=replace(config.rollout, **changes))
 
 
 def counted(
@@ -228,4 +238,4 @@ def _largest(memory: MemoryEstimate) -> str:
     """Return the three largest parts."""
     names = [name for name in memory.__slots__ if getattr(memory, name)]
     names.sort(key=lambda name: -getattr(memory, name))
-    return ", ".join(f"{name} {getattr(memory, name) / _GIB:.1f}" for name in names[:3])
+    return ", ".join(f"{name} {getattr(memory, name) / GIB:.1f}" for name in names[:3])

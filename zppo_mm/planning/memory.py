@@ -215,7 +215,7 @@ def cache_bytes(architecture: Architecture, config: RunConfig, precision: Precis
     rows = rollout.max_batch_size
     num_blocks = rows * size.blocks_of(rollout.max_response_tokens)
     num_blocks += -(-rows // rollout.num_rollouts) * size.blocks_of(longest_prompt(config))
-    return min(int(rollout.cache_memory_gib * GIB), size.num_bytes(num_blocks, rows))
+    return int(min(rollout.cache_memory_gib * GIB, size.num_bytes(num_blocks, rows)))
 
 
 def _output(architecture: Architecture, layout: ParallelConfig, loss_tokens: int) -> int:

@@ -132,6 +132,7 @@ def options(candidate: Candidate) -> str:
         )
     ]
     words.append(f"rollout.max_batch_size={config.rollout.max_batch_size}")
+    words.append(f"rollout.cache_memory_gib={config.rollout.cache_memory_gib}")
     words.append(f"train.micro_batch_tokens={config.train.micro_batch_tokens}")
     if candidate.placement.kind == "ranks":
         ranks = candidate.placement.gpus_per_node * candidate.num_nodes
