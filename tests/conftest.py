@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # First, because it makes `import megatron.core` possible everywhere, and test modules import that
 # before the project.
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 # The same examples every time, so that a test that passes on a commit passes on it everywhere. New
 # ones are searched for with `pytest --hypothesis-profile=search`; what it finds becomes an
-# @example.
-settings.register_profile("repeatable", derandomize=True)
-settings.register_profile("search", derandomize=False)
+# @example. No time limits: a busy machine is no fault.
+NO_CLOCK = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("repeatable", NO_CLOCK, derandomize=True)
+settings.register_profile("search", NO_CLOCK, derandomize=False)
 # `make fuzz`: as many new examples as a test under tests/fuzz takes in minutes.
-settings.register_profile("fuzz", derandomize=False, max_examples=20_000, deadline=None)
+settings.register_profile("fuzz", NO_CLOCK, derandomize=False, max_examples=20_000)
 settings.load_profile("repeatable")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -81,7 +81,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(content=st.one_of(broken(), st.binary(max_size=200)))
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_foreign_description_is_read_or_refused(folder: Path, content: bytes) -> None:
     (folder / METADATA_FILE).write_bytes(content)
     refusal = error_of(folder)

@@ -250,7 +250,7 @@ def packs(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     return lengths, parents
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(made=packs())
 def test_a_layout_holds_every_token_once_and_every_child_with_its_parent(
     made: tuple[list[int], list[int]],

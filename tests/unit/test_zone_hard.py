@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.zone_builders import group
@@ -65,7 +65,6 @@ def test_ties_are_drawn_so_that_replayed_questions_have_their_chance() -> None:
     assert len({tuple(ids) for ids in kept_by_step}) > 10
 
 
-@settings(deadline=None)
 @given(
     num_right=st.lists(st.integers(0, 3), min_size=1, max_size=12),
     limit=st.integers(0, 6),
