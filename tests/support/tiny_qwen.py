@@ -59,6 +59,8 @@ def text_config(*, tied: bool = False, **changes: Any) -> dict[str, Any]:
         "full_attention_interval": 2,
         "tie_word_embeddings": tied,
         "rope_parameters": rope_parameters(1e4, 0.5, [3, 3, 2]),
+        # transformers 5.17 writes this beside the others, and without it another value.
+        "partial_rotary_factor": 0.5,
     }
     return config | changes
 
