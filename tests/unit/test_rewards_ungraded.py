@@ -31,8 +31,8 @@ from zppo_mm.zone.reformulate import Reformulator
 
 HANGING = "9^{9^{9^9}}+x"
 LIMIT_SECONDS = 1.0
-# To its end the burst would take minutes; a first try of all its answers takes a second or two.
-BUDGET_SECONDS, BURST, BURST_LIMIT_SECONDS = 20.0, 12, 60.0
+# To its end the burst would take minutes; a first try of all its answers takes half a second.
+BUDGET_SECONDS, BURST, BURST_LIMIT_SECONDS = 20.0, 6, 60.0
 # Killing workers, and the scheduler of a loaded machine.
 MARGIN_SECONDS = 30.0
 TEXTS = ["so \\boxed{1+x}", f"so \\boxed{{{HANGING}}}", "so \\boxed{2+x}", "so \\boxed{3+x}"]
