@@ -43,9 +43,9 @@ from zppo_mm.run.parts import Run
 from zppo_mm.run.shared import (
     Shared,
     load_model,
-    longest_prompt,
     media_limits,
     open_media_cache,
+    student_limits,
 )
 from zppo_mm.run.teachers import Teachers, build_rewriters, build_teachers
 from zppo_mm.run.thinking import log_generation_prefixes
@@ -119,9 +119,7 @@ def build_run(
         logger.info("media: %s", describe(encoder.processor))
     stream = build_stream(config, SampleHealth(config.data.max_bad_fraction, config.data.strict))
     feed = _build_feed(shared, stream, encoder, templates, verifier)
-    sampler = shared.sampler(
-        policy.model, encoder, longest_prompt(config), config.rollout.max_response_tokens
-    )
+    sampler = shared.sampler(policy.model, encoder, *student_limits(config))
     stages = _build_stages(
         shared, policy, sampler, encoder, templates, teachers, feed, interruption, judging.check
     )

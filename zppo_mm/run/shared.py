@@ -96,6 +96,11 @@ class Shared:
         return GroupSampler(engine, encoder, self.verifier, self.exchange)
 
 
+def student_limits(config: RunConfig) -> tuple[int, int]:
+    """Return the tokens of the student's longest prompt and response."""
+    return longest_prompt(config), config.rollout.max_response_tokens
+
+
 def longest_prompt(config: RunConfig) -> int:
     """Return the tokens of the student's longest prompt: a plain one, and the candidates that it
     may show or the beginning of a response that it may continue.
