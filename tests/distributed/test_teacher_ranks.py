@@ -29,7 +29,7 @@ from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.parallel.partition import JobPartition, PartitionLink, divide_job
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.run.build import student_folder
-from zppo_mm.run.shared import Shared, media_limits
+from zppo_mm.run.shared import Shared, longest_teacher_prompt, media_limits
 from zppo_mm.run.teacher_job import link_to_teacher, serve_teacher
 from zppo_mm.run.teachers import load_teacher
 from zppo_mm.teacher.megatron_teacher import MegatronTeacher
@@ -95,7 +95,9 @@ def ask_both(num_ranks: int, sizes: Sequence[str], shards: Path) -> dict[str, An
         with Verifier() as verifier:
             shared = Shared(config, media, verifier, exchange)
             model, encoder, sampling = load_teacher(shared, config.teacher, config.parallel)
-            sampler, plain_text = shared.sampler(model, encoder), load_templates().plain_text
+            limits = longest_teacher_prompt(config), sampling.max_new_tokens
+            sampler = shared.sampler(model, encoder, *limits)
+            plain_text = load_templates().plain_text
             inside = MegatronTeacher(
                 model, sampler, sampling, config.teacher.num_rollouts, plain_text
             )

@@ -45,6 +45,24 @@ def test_the_cache_holds_what_is_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("new_tokens", [1, 2])
+def test_a_prompt_with_room_for_its_rollouts_is_computed_once(
+    tmp_path: Path, new_tokens: int
+) -> None:
+    folder = tiny_qwen.save(tiny_qwen.vision_language_model(), tmp_path)
+    network = network_checks.build(folder, ParallelConfig())
+    prefills: list[int] = []
+    # Steps of one token do not pass through it.
+    network.language_model.decoder.register_forward_hook(lambda *_: prefills.append(1))
+    ids = np.arange(1, 21)
+    request = GenerationRequest(Prompt("", ids, np.tile(ids, (3, 1)), 21), (), 8, ("x",))
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=new_tokens, stop_token_ids=())
+    (group,) = MegatronEngine(network, 0, 8).generate([request], sampling)
+    assert [len(each.response_ids) for each in group] == [new_tokens] * 8
+    assert len(prefills) == 1
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_a_sequence_that_never_fits_is_an_error(tmp_path: Path) -> None:
     folder = tiny_qwen.save(tiny_qwen.vision_language_model(), tmp_path)
     network = network_checks.build(folder, ParallelConfig())

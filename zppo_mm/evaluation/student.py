@@ -95,7 +95,9 @@ def build_student(config: RunConfig) -> Student:
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     log_generation_prefixes(shared.encoders, templates.closing)
     model = load_model(config.model, config.parallel, folder, trainable=False)
-    sampler = shared.sampler(model, encoder, config.rollout.max_response_tokens)
+    sampler = shared.sampler(
+        model, encoder, config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    )
     return Student(
         sampler,
         evaluation_sampling(config.evaluation, config.rollout, encoder),

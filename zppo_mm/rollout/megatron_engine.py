@@ -166,8 +166,8 @@ class MegatronEngine:
         """Return a cache within the budget, no larger than what these requests can fill."""
         prompts = [len(request.prompt.token_ids) for request in requests]
         rows = min(self._max_batch_size, sum(request.num_rollouts for request in requests))
-        # Tokens that are decoded last are not kept.
-        new_tokens = max(sampling.max_new_tokens - 1, 0)
+        # The token that is decoded last is not kept, but rows join only where one finds room.
+        new_tokens = max(sampling.max_new_tokens - 1, 1)
         size = self._cache_size
         size.check(self._cache_bytes, rows, max(prompts), new_tokens)
         most = rows * size.blocks_of(new_tokens) + min(

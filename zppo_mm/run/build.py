@@ -40,7 +40,13 @@ from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.run.judging import build_judging, build_verifier
 from zppo_mm.run.parts import Run
-from zppo_mm.run.shared import Shared, load_model, media_limits, open_media_cache
+from zppo_mm.run.shared import (
+    Shared,
+    load_model,
+    media_limits,
+    open_media_cache,
+    student_limits,
+)
 from zppo_mm.run.teachers import Teachers, build_rewriters, build_teachers
 from zppo_mm.run.thinking import log_generation_prefixes
 from zppo_mm.stages.stages import Stages
@@ -113,7 +119,7 @@ def build_run(
         logger.info("media: %s", describe(encoder.processor))
     stream = build_stream(config, SampleHealth(config.data.max_bad_fraction, config.data.strict))
     feed = _build_feed(shared, stream, encoder, templates, verifier)
-    sampler = shared.sampler(policy.model, encoder, config.rollout.max_response_tokens)
+    sampler = shared.sampler(policy.model, encoder, *student_limits(config))
     stages = _build_stages(
         shared, policy, sampler, encoder, templates, teachers, feed, interruption, judging.check
     )

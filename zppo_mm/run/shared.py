@@ -27,6 +27,7 @@ from zppo_mm.rollout.processor import frame_sampling, processor_overrides, read_
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import Grader, GroupSampler
 from zppo_mm.weights.mapping import load_hf_weights
+from zppo_mm.zone.hard import count_of_fraction
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +67,19 @@ class Shared:
         return self.encoder(encoder.folder, variables)
 
     def sampler(
-        self, model: VisionLanguageModel, encoder: PromptEncoder, max_response_tokens: int
+        self,
+        model: VisionLanguageModel,
+        encoder: PromptEncoder,
+        max_prompt_tokens: int,
+        max_response_tokens: int,
     ) -> GroupSampler:
         """Return a sampler with a model's weights.
+
+        Args:
+            model: The network.
+            encoder: Of the same model.
+            max_prompt_tokens: Of the longest prompt that it is given.
+            max_response_tokens: Of the longest response.
 
         Raises:
             ConfigError: The decoding cache has no room for the longest prompt and response.
@@ -81,15 +92,41 @@ class Shared:
             should_stop=self.exchange.should_stop,
             cache_bytes=int(rollout.cache_memory_gib * GIB),
         )
-        engine.check_longest(longest_prompt(self.config), max_response_tokens)
+        engine.check_longest(max_prompt_tokens, max_response_tokens)
         return GroupSampler(engine, encoder, self.verifier, self.exchange)
 
 
+def student_limits(config: RunConfig) -> tuple[int, int]:
+    """Return the tokens of the student's longest prompt and response."""
+    return longest_prompt(config), config.rollout.max_response_tokens
+
+
 def longest_prompt(config: RunConfig) -> int:
-    """Return the tokens of the longest prompt: a plain one and the candidates that it may show."""
+    """Return the tokens of the student's longest prompt: a plain one, and the candidates that it
+    may show or the beginning of a response that it may continue.
+    """
     zone = config.zone
     shown = max(2 * zone.bcq, config.rollout.num_rollouts * zone.ncq, int(zone.hint))
-    return config.data.max_prompt_tokens + shown * config.teacher.compression_max_tokens
+    continued = zone.prefix * count_of_fraction(zone.prefix_fraction, _longest_answer(config))
+    return config.data.max_prompt_tokens + max(
+        shown * config.teacher.compression_max_tokens, continued
+    )
+
+
+def longest_teacher_prompt(config: RunConfig) -> int:
+    """Return the tokens of the first teacher's longest prompt: a plain one, or a response that it
+    rewrites.
+    """
+    lengths = [config.data.max_prompt_tokens]
+    kinds = config.zone.kinds
+    if config.teacher.compressor == "teacher" and any(kind.is_rewritten for kind in kinds):
+        lengths += [config.rollout.max_response_tokens, _longest_answer(config)]
+    return max(lengths)
+
+
+def _longest_answer(config: RunConfig) -> int:
+    """Return the tokens of the longest response of any teacher."""
+    return max(each.max_response_tokens for each in (config.teacher, *config.fallback_teachers))
 
 
 def media_limits(config: DataConfig, folder: Path) -> MediaLimits:

@@ -20,7 +20,13 @@ from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.parallel.liveness_barrier import LivenessBarrier, open_liveness_barrier
 from zppo_mm.parallel.partition import DONE, JobPartition, PartitionLink, teacher_layout
 from zppo_mm.run.build import student_folder
-from zppo_mm.run.shared import Shared, media_limits, open_media_cache, release_memory
+from zppo_mm.run.shared import (
+    Shared,
+    longest_teacher_prompt,
+    media_limits,
+    open_media_cache,
+    release_memory,
+)
 from zppo_mm.run.teachers import load_teacher
 from zppo_mm.teacher.served.chat_server import ChatServer, job_address
 from zppo_mm.teacher.served.rank_server import NoGrader, RankServer
@@ -119,13 +125,14 @@ def _serve(
         shared = Shared(config, media, NoGrader(), exchange, cache)
         layout = teacher_layout(config.teacher, config.parallel)
         model, encoder, sampling = load_teacher(shared, config.teacher, layout)
+        limits = longest_teacher_prompt(config), sampling.max_new_tokens
         if server is not None:
             link.publish(READY, "")
         ranks = RankServer(
             link,
             server,
-            shared.sampler(model, encoder, sampling.max_new_tokens),
-            shared.sampler(model, shared.without_thinking(encoder), sampling.max_new_tokens),
+            shared.sampler(model, encoder, *limits),
+            shared.sampler(model, shared.without_thinking(encoder), *limits),
             sampling,
             exchange,
             lambda: release_memory(shared.encoders, cache),

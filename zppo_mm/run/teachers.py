@@ -15,7 +15,7 @@ from zppo_mm.config.schema import (
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.prompt import PromptEncoder
-from zppo_mm.run.shared import Shared, load_model
+from zppo_mm.run.shared import Shared, load_model, longest_teacher_prompt
 from zppo_mm.teacher.chain import TeacherChain
 from zppo_mm.teacher.megatron_teacher import MegatronTeacher
 from zppo_mm.teacher.served.connect import open_pool
@@ -139,7 +139,9 @@ def _build_teacher(
     model, encoder, sampling = load_teacher(shared, own, config.parallel)
     if config.distill.source != "none":
         student.check_same_inputs(encoder, "distill.source")
-    sampler = shared.sampler(model, encoder, own.max_response_tokens)
+    sampler = shared.sampler(
+        model, encoder, longest_teacher_prompt(config), own.max_response_tokens
+    )
     return MegatronTeacher(model, sampler, sampling, own.num_rollouts, templates.plain_text)
 
 
