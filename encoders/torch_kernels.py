@@ -19,17 +19,16 @@ def without_kernel_packages() -> Iterator[None]:
     tensors too, on which they fail. They are also less exact than what a network is compared with
     should be.
     """
-    hidden = {name: sys.modules.get(name) for name in _KERNEL_PACKAGES}
-    for name in hidden:
+    # A module may be `None` already: so somebody else keeps it from being found.
+    before = {name: sys.modules[name] for name in _KERNEL_PACKAGES if name in sys.modules}
+    for name in _KERNEL_PACKAGES:
         sys.modules[name] = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        for name, module in hidden.items():
-            if module is None:
-                sys.modules.pop(name, None)
-            else:
-                sys.modules[name] = module
+        for name in _KERNEL_PACKAGES:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
 
 
 def import_on_torch(name: str) -> ModuleType:

@@ -21,7 +21,7 @@ from pathlib import Path
 from data.errors import ReasonedError
 from data.media import array_file
 from data.media.array_file import Stored
-from data.media.node_folder import ALIVE, LOCK, NodeFolder, default_root, locked
+from data.media.node_folder import ALIVE, LOCK, NodeFolder, default_root, locked, unlock_and_close
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +115,10 @@ class NodeCache:
         Returns:
             Whether there was room.
         """
-        if (self._folder.path / key).exists():
-            return True
+        with self._finished(key) as descriptor:
+            if descriptor is not None:
+                self._asked(descriptor, self._step + 1)
+                return True
         with self._claimed(key, wait=False) as part:
             if part is None or not self._is_claim(part, key):
                 return True
@@ -155,17 +157,31 @@ class NodeCache:
         return self._folder.path / f"{key}{PART}"
 
     def _find(self, key: str) -> Stored | None:
+        with self._finished(key) as descriptor:
+            if descriptor is None:
+                return None
+            self._asked(descriptor, self._step)
+            return array_file.read(descriptor)
+
+    @contextmanager
+    def _finished(self, key: str) -> Iterator[int | None]:
+        """Open the file of a key; yields its descriptor, `None` if there is none."""
         try:
             descriptor = os.open(self._folder.path / key, os.O_RDONLY)
         except OSError:
-            return None
+            yield None
+            return
         try:
-            if os.fstat(descriptor).st_mtime < self._step:
-                # For the processes of this run a file's time is a number of steps.
-                os.utime(descriptor, (self._step, self._step))
-            return array_file.read(descriptor)
+            yield descriptor
         finally:
             os.close(descriptor)
+
+    def _asked(self, descriptor: int, step: int) -> None:
+        """Note that a step asks for a file, unless this one already does; for the processes of this
+        run a file's time is a number of steps.
+        """
+        if os.fstat(descriptor).st_mtime < self._step:
+            os.utime(descriptor, (step, step))
 
     @contextmanager
     def _claimed(self, key: str, *, wait: bool = True) -> Iterator[int | None]:
@@ -187,8 +203,7 @@ class NodeCache:
                 yield descriptor
         finally:
             # Closing is not enough: an array that is mapped from here holds the file open.
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-            os.close(descriptor)
+            unlock_and_close(descriptor)
 
     def _is_claim(self, part: int, key: str) -> bool:
         """Return whether this process is to make what is missing, now that it holds the lock: the
@@ -246,13 +261,18 @@ class NodeCache:
 
     def _warn(self, error: OSError) -> None:
         """Say once why something cannot be kept; `counts` says how often."""
-        if not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "opened media cannot be kept for the other processes, got %s; give the machine "
-                "more shared memory (docker run --shm-size) or lower data.media_cache_bytes",
-                error,
-            )
+        if self._has_warned:
+            return
+        self._has_warned = True
+        advice = (
+            "let nothing clear its folder during the run (RemoveIPC of systemd does at logout)"
+            if isinstance(error, FileNotFoundError)
+            else "give the machine more shared memory (docker run --shm-size) or lower "
+            "data.media_cache_bytes"
+        )
+        logger.warning(
+            "opened media cannot be kept for the other processes, got %s; %s", error, advice
+        )
 
     def _reserve(self, part: int, size: int, ahead: bool) -> bool:
         """Give a file its size, after others have made way if need be."""

@@ -4,6 +4,7 @@ is.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -63,9 +64,12 @@ class NodeFolder:
         """Let go of the folder; the last process removes it."""
         if self._alive is None:
             return
-        with locked(self._base / LOCK):
-            os.close(self._alive)
-            self._alive = None
+        alive, self._alive = self._alive, None
+        with contextlib.ExitStack() as held:
+            # Where somebody removed the folders of all runs there is nothing to lock or remove.
+            with contextlib.suppress(FileNotFoundError):
+                held.enter_context(locked(self._base / LOCK))
+            unlock_and_close(alive)
             _remove_if_dead(self.path)
 
 
@@ -77,7 +81,13 @@ def locked(path: Path) -> Iterator[int]:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor
     finally:
-        os.close(descriptor)
+        unlock_and_close(descriptor)
+
+
+def unlock_and_close(descriptor: int) -> None:
+    """Give a lock back; closing alone would leave it to processes that were forked meanwhile."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def _remove_if_dead(folder: Path) -> None:
@@ -94,4 +104,4 @@ def _remove_if_dead(folder: Path) -> None:
     else:
         shutil.rmtree(folder, ignore_errors=True)
     finally:
-        os.close(descriptor)
+        unlock_and_close(descriptor)

@@ -4,6 +4,7 @@ checkpoint and resumed run as without it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,13 @@ import pytest
 import torch
 
 from tests.support.launch import run_ranks
-from tests.support.training_example import TRAIN, Case, make_batches, write_tiny_folder
+from tests.support.training_example import (
+    TRAIN,
+    Case,
+    build_policy,
+    make_batches,
+    write_tiny_folder,
+)
 from zppo_mm.config.schema import AlgorithmConfig, LoraConfig, ModelConfig, ParallelConfig
 from zppo_mm.lora.adapters import add_lora
 from zppo_mm.models.families.architecture import load_architecture
@@ -125,3 +132,29 @@ def test_offloading_changes_nothing_but_where_the_state_is(tmp_path: Path) -> No
                 "something to offload": True,
             }, name
         assert set(found) == set(CASES)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("params_dtype", ["float32", "bfloat16"])
+def test_what_fails_an_update_is_what_is_raised(tmp_path: Path, params_dtype: str) -> None:
+    """An optimizer that fails leaves moments in the type of the update, not of the state."""
+    layout = ParallelConfig(offload_optimizer=True)
+    case = Case(layout, params_dtype=params_dtype, train=HALF)
+    policy = build_policy(write_tiny_folder(tmp_path), case)
+    batches = make_batches(case)
+    policy.train_step(batches)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("no room for the update")
+
+    (inner,) = {id(part.optimizer): part.optimizer for part in _chained(policy)}.values()
+    hook = inner.register_step_pre_hook(fail)
+    with pytest.raises(MemoryError, match="no room for the update"):
+        policy.train_step(batches)
+    assert bytes_held(policy)[1] == 0
+    hook.remove()
+    assert math.isfinite(policy.train_step(batches).loss)
+
+
+def _chained(policy: Policy) -> list[Any]:
+    return [part for part in policy.optimizer.chained_optimizers if not part.is_stub_optimizer]

@@ -4,9 +4,11 @@ them, and never more than the limit.
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +23,7 @@ import pytest
 from data.errors import DataError, MediaError, ReasonedError
 from data.media.array_file import MAPPED_BYTES, Stored
 from data.media.node_cache import NodeCache
-from data.media.node_folder import NodeFolder
+from data.media.node_folder import NodeFolder, locked
 
 GENEROUS = 1 << 30
 START_SECONDS = 120.0  # of a process on a busy machine
@@ -323,6 +325,54 @@ def test_a_folder_that_somebody_removed_costs_the_sharing_alone(cache: NodeCache
     assert cache.prefetch("next", never)
     assert cache.num_bytes() == 0
     assert cache.counts["not_kept"] == 1
+
+
+def test_a_folder_that_was_removed_with_all_others_is_left_in_peace(
+    cache: NodeCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    # systemd does so when a user logs out.
+    cache.get("key", lambda: stored(1.0))
+    shutil.rmtree(cache._folder.path.parent)
+    assert cache.get("key", lambda: stored(2.0))[1][0] == 2.0
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "RemoveIPC" in message
+    cache.close()
+    assert not cache._folder.path.parent.exists()
+
+
+def test_a_forked_process_holds_no_lock(tmp_path: Path) -> None:
+    cache = NodeCache("run", GENEROUS, tmp_path)
+    lock = cache._folder.path / "lock"
+    reading, writing = os.pipe()
+    with locked(lock):
+        child = os.fork()
+        if child == 0:  # lives until the test is done
+            os.close(writing)
+            os.read(reading, 1)
+            os._exit(0)
+    try:
+        descriptor = os.open(lock, os.O_RDWR)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+        cache.close()
+        assert not cache._folder.path.exists()
+    finally:
+        os.close(writing)
+        os.waitpid(child, 0)
+        os.close(reading)
+
+
+def test_prefetch_keeps_what_was_opened_long_ago(cache: NodeCache) -> None:
+    for name in ("a", "b", "c"):
+        cache.get(name, lambda: stored(1.0))
+    cache.next_step()
+    cache.max_bytes = 4 * 528
+    assert cache.prefetch("a", never)
+    assert cache.prefetch("new0", lambda: stored(1.0))
+    assert cache.prefetch("new1", lambda: stored(1.0))
+    assert {"a", "new0", "new1"} <= files(cache)
+    cache.next_step()
+    cache.get("a", never)
 
 
 def test_no_more_than_half_of_the_free_memory_is_taken(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
@@ -51,3 +53,13 @@ def test_compiled_functions_run_eagerly() -> None:
     plain(torch.zeros(1))
     # A compiled function runs its Python body once, while it is traced.
     assert len(seen) == 2
+
+
+def test_factories_can_be_pickled_and_scripted() -> None:
+    megatron_cpu.install()
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.zeros(2)
+
+    assert pickle.loads(pickle.dumps(torch.zeros)) is torch.zeros
+    assert torch.jit.script(plain)(torch.ones(2)).tolist() == [1, 1]

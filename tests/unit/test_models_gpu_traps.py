@@ -102,6 +102,19 @@ def test_without_the_package_there_are_no_kernels() -> None:
         assert fused_kernels() is None
 
 
+@pytest.mark.parametrize("before", ["found", "hidden", "missing"])
+def test_packages_are_found_afterwards_as_before(
+    before: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "fla", raising=False)
+    if before != "missing":
+        monkeypatch.setitem(sys.modules, "fla", sys if before == "found" else None)
+    expected = dict(sys.modules)
+    with without_kernel_packages(), without_kernel_packages():
+        assert sys.modules["fla"] is None
+    assert sys.modules == expected
+
+
 def convolve(
     inputs: torch.Tensor, weight: torch.Tensor, activation: str, cu_seqlens: torch.Tensor
 ) -> tuple[torch.Tensor, None]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.jit._builtins as torch_builtins
 import torch.utils._device as torch_device
 
 _CPU = torch.device("cpu")
@@ -98,8 +99,15 @@ def _patch_factories() -> None:
     # would ignore the real ones, and models that transformers loads later would silently keep
     # uninitialised rotary tables.
     torch_device._device_constructors()
+    builtins: Any = torch_builtins
     for name in _FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+        factory = getattr(torch, name)
+        patched = _on_cpu(factory)
+        # TorchScript knows torch's functions by their identity, pickle by their place.
+        if (operator := builtins._find_builtin(factory)) is not None:
+            builtins._register_builtin(patched, operator)
+        patched.__module__, patched.__qualname__ = torch.__name__, name
+        setattr(torch, name, patched)
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

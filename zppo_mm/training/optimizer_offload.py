@@ -48,6 +48,10 @@ class OptimizerOffload:
         for position, storage in enumerate(storages):
             if position == len(self._host):
                 self._host.append(_host_memory(storage))
+            elif self._host[position].nbytes != storage.nbytes():
+                # An update that failed has left moments in float32, and its error is the one to
+                # see.
+                self._host[position] = _host_memory(storage)
             self._host[position].copy_(_bytes_of(storage), non_blocking=True)
         torch.cuda.synchronize()  # what is still being copied must not be freed
         self._away = storages
@@ -65,9 +69,7 @@ class OptimizerOffload:
             _bytes_of(storage).zero_()
 
     def _storages(self) -> list[torch.UntypedStorage]:
-        """Return the memory of the state, each once, always in the same order and of the same
-        sizes.
-        """
+        """Return the memory of the state, each once, always in the same order."""
         tensors = [
             tensor
             for shard in parameter_shards(self._optimizer)
