@@ -56,8 +56,10 @@ def plan(known: argparse.Namespace) -> str:
     architecture = load_architecture(config.model.student)
     groups.initialize(ParallelConfig(), seed=0)
     gpus = known.teacher_gpus or TEACHER_GPUS
-    made = make_plan(architecture, config, known.gpus, machine, workload, gpus)
-    groups.shutdown()
+    try:
+        made = make_plan(architecture, config, known.gpus, machine, workload, gpus)
+    finally:
+        groups.leave()
     return format_plan(made, config.train.train_iters, known.shown)
 
 

@@ -42,6 +42,9 @@ def run_command(name: str, folders: list[Path], layout: ParallelConfig) -> Outco
     except ZppoError as error:
         # Every rank has the same error; one reports it.
         return Outcome(f"convert_checkpoint: {error}" if parallel.rank() == 0 else "", 1)
+    finally:
+        # After an error too, or the process could be aborted at its end, with another exit code.
+        parallel.leave()
     return outcome
 
 

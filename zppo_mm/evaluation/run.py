@@ -112,6 +112,9 @@ def run_evaluation(request: EvaluationRequest) -> tuple[int, str]:
     except (ZppoError, DataError) as error:
         logger.error("%s", error)
         return 1, ""
+    finally:
+        # After an error too, or the process could be aborted at its end, with another exit code.
+        parallel.leave()
     return 0, summary_table(summary) if os.environ.get("RANK", "0") == "0" else ""
 
 
