@@ -101,6 +101,19 @@ def network_settings(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
     }
 
 
+def write_question_shards(folder: Path) -> None:
+    """Write the questions as shards."""
+    fields = ("id", "answer", "answer_type", "source")
+    samples = [
+        ShardSample(
+            question.id,
+            {"question": question.text, **{name: getattr(question, name) for name in fields}},
+        )
+        for question in questions()
+    ]
+    write_shards(folder, samples)
+
+
 def main() -> None:
     """Write everything."""
     folder = Path(sys.argv[1])
@@ -120,15 +133,7 @@ def main() -> None:
         model.float().save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         print(f"{name}: {model.num_parameters():,} parameters")
-    fields = ("id", "answer", "answer_type", "source")
-    samples = [
-        ShardSample(
-            question.id,
-            {"question": question.text, **{name: getattr(question, name) for name in fields}},
-        )
-        for question in questions()
-    ]
-    write_shards(folder / "shards", samples)
+    write_question_shards(folder / "shards")
     (folder / "prompts.json").write_text(json.dumps(user_texts()), encoding="utf-8")
 
 

@@ -28,11 +28,9 @@ from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from benchmarks.grpo_step_material import (
     build_tokenizer,
     network_settings,
-    questions,
+    write_question_shards,
 )
 from benchmarks.grpo_step_ours import RESPONSE_TOKENS, build, check_work
-from data.sample import ShardSample
-from data.shard_writer import write_shards
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.planning.layouts import Candidate, Placement
 from zppo_mm.planning.machine import load_machine
@@ -73,15 +71,7 @@ def write_material(folder: Path, width: int, num_layers: int) -> None:
     model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(num_hidden_layers=num_layers, **settings))
     model.float().save_pretrained(folder / "qwen3_5")
     tokenizer.save_pretrained(folder / "qwen3_5")
-    fields = ("id", "answer", "answer_type", "source")
-    samples = [
-        ShardSample(
-            question.id,
-            {"question": question.text, **{name: getattr(question, name) for name in fields}},
-        )
-        for question in questions()
-    ]
-    write_shards(folder / "shards", samples)
+    write_question_shards(folder / "shards")
 
 
 def compare(folder: Path, rates: str, num_steps: int) -> tuple[Measured, StepSeconds]:

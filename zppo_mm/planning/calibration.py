@@ -23,6 +23,7 @@ from data.media.images import decode_image
 from encoders.config import ProcessorConfig
 from encoders.processor import process_image
 from zppo_mm.config.schema import ParallelConfig
+from zppo_mm.models.decoding.cache_size import GIB
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.planning.machine import MachineRates, PassRates
 from zppo_mm.planning.measured import (
@@ -36,7 +37,6 @@ from zppo_mm.planning.measured import (
 IMAGE_SIDE = 1120
 """Pixels; its square is the paper's largest image."""
 _REDUCED = 1 << 24
-_GIB = 1 << 30
 _PROCESSOR = ProcessorConfig(
     patch_size=16,
     temporal_patch_size=2,
@@ -159,8 +159,8 @@ def write_rates(rates: MachineRates, path: Path) -> str:
 
 def _memory() -> float:
     if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory / _GIB
-    return psutil.virtual_memory().total / _GIB
+        return torch.cuda.get_device_properties(0).total_memory / GIB
+    return psutil.virtual_memory().total / GIB
 
 
 def _matmul_flops(dtype: str, size: int) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ConfigError
+from zppo_mm.models.decoding.cache_size import GIB
 from zppo_mm.models.families.architecture import Architecture
 from zppo_mm.planning.layouts import TEACHER_GPUS, Candidate, candidates
 from zppo_mm.planning.machine import MachineRates
@@ -16,7 +17,6 @@ from zppo_mm.planning.step_time import Simulator, StepSeconds
 from zppo_mm.planning.workload import Workload
 from zppo_mm.text_table import text_table
 
-_GIB = 1 << 30
 HOUR = 3600
 _NAMES = ("tp", "pp", "cp", "dp", "sp", "pack", "rollouts", "teacher")
 
@@ -159,13 +159,13 @@ def _cells(candidate: Candidate) -> list[str]:
 
 def _peak(candidate: Candidate) -> float:
     assert candidate.memory is not None
-    return candidate.memory.peak / _GIB
+    return candidate.memory.peak / GIB
 
 
 def _sizes(candidate: Candidate) -> list[float]:
     assert candidate.memory is not None
     names = [own.name for own in fields(MemoryEstimate)]
-    return [*(getattr(candidate.memory, name) / _GIB for name in names), _peak(candidate)]
+    return [*(getattr(candidate.memory, name) / GIB for name in names), _peak(candidate)]
 
 
 def _refused_table(plan: Plan, num_shown: int) -> str:
