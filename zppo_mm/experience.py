@@ -127,6 +127,19 @@ class TopLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Consecutive tokens of a response that the same weights drew.
+
+    Attributes:
+        version: Rollout step that samples with these weights when it is on-policy.
+        num_tokens: Tokens drawn with them.
+    """
+
+    version: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Rollout:
     """One sampled and verified response.
 
@@ -141,10 +154,11 @@ class Rollout:
         parsed: Final answer (content of the last `\\boxed{}`), `None` if nothing was boxed.
         reward: In [0, 1]; NaN in `Group.ungraded`, so that nothing can be computed with it by
             mistake.
-        policy_version: Rollout step whose weights sampled it.
+        policy_version: Rollout step whose weights sampled it, or its first tokens.
         author: Who wrote it; a teacher's rollout is in a group only where the method trains on
             teacher text.
         teacher_top: `[response, k]`, if the teacher returned its log-probs with its answer.
+        versions: Which weights drew its tokens, in order, if they were not all the same.
     """
 
     response_ids: IntArray
@@ -156,6 +170,7 @@ class Rollout:
     policy_version: int
     author: Literal["teacher", "student"] = "student"
     teacher_top: TopLogprobs | None = None
+    versions: tuple[VersionSpan, ...] = ()
 
     @property
     def is_correct(self) -> bool:

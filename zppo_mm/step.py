@@ -14,6 +14,8 @@ import numpy as np
 from zppo_mm.algorithms.advantages import group_advantages
 from zppo_mm.experience import Advantages, Group
 from zppo_mm.observability.metrics import StepMetrics
+from zppo_mm.stages.ahead import complete_step, start_next, sync_weights
+from zppo_mm.stages.overlap import Ahead
 from zppo_mm.stages.record import (
     StepRecord,
     all_answers,
@@ -25,10 +27,11 @@ from zppo_mm.stages.record import (
 from zppo_mm.stages.round import (
     Round,
     hard_groups,
-    plain_instances,
+    plain_prompts,
     sample_plain,
     sample_reformulated,
     take_questions,
+    update_buffer,
 )
 from zppo_mm.stages.stages import Stages
 from zppo_mm.teacher.pending_answers import PendingAnswers
@@ -49,7 +52,8 @@ def run_step(stages: Stages, step: int) -> StepRecord:
         StopRequested: The same, if the run is to end.
     """
     metrics = StepMetrics()
-    rounds = [sample_round(stages, (), step, metrics)]
+    ahead = sync_weights(stages, step, metrics)
+    rounds = [sample_round(stages, (), step, metrics, ahead)]
     selected = select_groups(stages, rounds, step, metrics)
     while needs_another_round(stages, rounds, selected):
         rounds.append(sample_round(stages, rounds, step, metrics))
@@ -59,18 +63,15 @@ def run_step(stages: Stages, step: int) -> StepRecord:
             # A further teacher that is asked now can answer during the update.
             each.pending.poll()
     stages.check_judge()
+    start_next(stages, rounds, step, metrics)
 
     advantages = advantages_by_uid(selected.groups, stages.advantage_normalization)
     # Nothing was changed so far. From here on the step is finished, whatever is asked of the run.
     with stages.interruption.held():
         minibatches = stages.learner.learn(selected.groups, advantages, step, metrics)
-        # Without replay nothing is hard enough to be admitted.
-        buffer = stages.replay.update(
-            [group for each in rounds for group in each.groups],
-            stages.zone.tau if stages.zone.replay else 0.0,
-            step,
-        )
+        buffer = update_buffer(stages.replay, stages.zone, rounds, step)
         teacher_lost = drain_answers(rounds, metrics)
+        complete_step(stages, rounds, step, metrics)
 
     measure_step(rounds, selected, advantages, stages.replay, stages.zone.tau, metrics)
     return StepRecord(
@@ -86,7 +87,11 @@ def run_step(stages: Stages, step: int) -> StepRecord:
 
 
 def sample_round(
-    stages: Stages, earlier: Sequence[Round], step: int, metrics: StepMetrics
+    stages: Stages,
+    earlier: Sequence[Round],
+    step: int,
+    metrics: StepMetrics,
+    ahead: Ahead | None = None,
 ) -> Round:
     """Take questions, sample plain groups, reformulate hard questions and sample again.
 
@@ -98,19 +103,20 @@ def sample_round(
         earlier: Rounds of the step so far.
         step: Rollout step.
         metrics: Of the step.
+        ahead: The plain part of the round, if it was started before the step.
     """
     with metrics.phase("data"):
-        new, replayed = take_questions(stages, earlier, step)
+        new, replayed = (
+            take_questions(stages, earlier, step) if ahead is None else (ahead.new, ahead.replayed)
+        )
     known = {question.id for each in earlier for question in each.questions}
     pending = PendingAnswers(stages.teacher, step, known)
     if stages.distill.source == "teacher":
         with metrics.phase("teacher"):
             pending.submit([*new, *replayed])
-    plain = [
-        *plain_instances(stages, "new", new, step, len(earlier) * stages.num_new_questions),
-        *plain_instances(stages, "replayed", replayed, step, 0),
-    ]
-    groups = sample_plain(stages, plain, known, pending, step, metrics)
+    first = len(earlier) * stages.num_new_questions
+    plain = plain_prompts(stages, new, replayed, step, first)
+    groups = sample_plain(stages, plain, known, pending, step, metrics, ahead)
     hard = hard_groups(stages, groups, known)
     reformulated, sampled = sample_reformulated(stages, hard, pending, step, metrics)
     return Round((*new, *replayed), (*groups, *sampled), pending, reformulated)

@@ -79,6 +79,16 @@ def test_every_method_is_there_with_and_without_replay() -> None:
         ),
         (["method=off_distill", "zone.max_sampling_rounds=2"], "distillation uses no rewards"),
         (["method=off_distill", "algorithm.importance_cap=2"], "distillation uses no rewards"),
+        (["rollout.partial_rollouts=true"], "nothing is under way when the weights change"),
+        (["rollout.max_staleness=1"], "the network cannot sample while it trains"),
+        (
+            ["rollout.max_staleness=1", "rollout.engine=vllm", "method=on_distill"],
+            "distillation corrects nothing for rollouts of earlier weights, got 1 .*'student'",
+        ),
+        (
+            ["rollout.max_staleness=1", "rollout.engine=vllm"],
+            "rollouts of earlier weights need importance weights",
+        ),
         (
             ["method=on_distill", "fallback_teachers=[{model: x}]"],
             "fallback_teachers: distillation has one teacher, got 1 more",

@@ -34,7 +34,7 @@ GROUP_KEYS = [
     "rollouts",
 ]
 RESPONSE_KEYS = ["text", "parsed", "reward", "num_tokens", "finish_reason"]
-ROLLOUT_KEYS = [*RESPONSE_KEYS, "advantage", "minibatch", "author"]
+ROLLOUT_KEYS = [*RESPONSE_KEYS, "advantage", "minibatch", "author", "policy_version"]
 
 
 def test_format_of_a_group(tmp_path: Path) -> None:
@@ -83,6 +83,7 @@ def test_format_of_a_group(tmp_path: Path) -> None:
         "finish_reason": "length",
         "minibatch": -1,
         "author": "student",
+        "policy_version": 1,
     }
 
 

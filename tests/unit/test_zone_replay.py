@@ -119,6 +119,16 @@ def test_life_of_a_question() -> None:
     assert (buffer.fates.evicted_by_accuracy, buffer.fates.evicted_by_visits) == ({0.0: 1}, {2: 1})
 
 
+def test_a_copy_lives_by_itself() -> None:
+    buffer = ReplayBuffer(4)
+    buffer.update([group("a", [0, 0]), group("b", [0, 0])], 0.5, 1)
+    before, copied = buffer.state_dict(), buffer.copy()
+    assert copied.state_dict() == before
+    copied.update([group("a", [1, 1]), group("c", [0, 0])], 0.5, 2)
+    assert copied.content() == ["b", "c"]
+    assert buffer.state_dict() == before
+
+
 def test_two_groups_of_one_question_count_together() -> None:
     buffer = ReplayBuffer(4)
     buffer.update([group("a", [0, 0])], TAU, 0)

@@ -47,6 +47,7 @@ def check_relations(config: RunConfig) -> None:
     _check_teachers(config.teacher, config.fallback_teachers)
     _check_judge(config.reward, config.evaluation, config.teacher, config.parallel)
     _check_teacher_ranks(config.teacher)
+    _check_overlap(config.rollout, config.algorithm, distill)
 
 
 def _check_name(name: str) -> None:
@@ -205,6 +206,39 @@ def _check_distilled_server(
             "rollout.temperature: a server's log-probs are those of temperature 1, got "
             f"{rollout.temperature:g} with teacher.endpoints and distillation, expected 1; "
             "set it, or run the teacher in this process"
+        )
+
+
+def _check_overlap(
+    rollout: RolloutConfig, algorithm: AlgorithmConfig, distill: DistillConfig
+) -> None:
+    """Check that rollouts by earlier weights have an engine that samples them meanwhile, and a
+    correction.
+    """
+    if rollout.partial_rollouts and not rollout.max_staleness:
+        raise ConfigError(
+            "rollout.partial_rollouts: nothing is under way when the weights change, got true with "
+            "rollout.max_staleness=0, expected 1 with it; set one of them"
+        )
+    if not rollout.max_staleness:
+        return
+    if rollout.engine == "megatron":
+        raise ConfigError(
+            "rollout.max_staleness: the network cannot sample while it trains, got "
+            f"{rollout.max_staleness} with rollout.engine=megatron, expected 0; set it, or let "
+            "servers sample (rollout.engine=vllm)"
+        )
+    if distill.source != "none":
+        raise ConfigError(
+            "rollout.max_staleness: distillation corrects nothing for rollouts of earlier weights, "
+            f"got {rollout.max_staleness} with distill.source={distill.source!r}, expected 0; set "
+            "it"
+        )
+    if not algorithm.importance_cap:
+        raise ConfigError(
+            "rollout.max_staleness: rollouts of earlier weights need importance weights, got "
+            f"{rollout.max_staleness} with algorithm.importance_cap=0, expected a cap such as 2; "
+            "set it, or max_staleness to 0"
         )
 
 

@@ -57,3 +57,8 @@ class RolloutConfig:
         at_least=0,
         at_most=1,
     )
+    partial_rollouts: bool = key(
+        False,
+        "Whether rollouts that are under way when the servers get new weights go on with these, so "
+        "that nothing waits for the longest of them (with `max_staleness: 1`).",
+    )

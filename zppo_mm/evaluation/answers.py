@@ -17,7 +17,7 @@ from data.json_text import load_json
 from data.question import MediaRef, Question
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import Group, PromptInstance, Rollout, is_correct
-from zppo_mm.rollout.sampler import UNGRADED
+from zppo_mm.rollout.grading import UNGRADED
 from zppo_mm.rollout.soundness import NO_ROOM
 
 ANSWERS_FILE = "answers.jsonl"

@@ -191,6 +191,17 @@ METRICS: Mapping[str, str] = {
         "How often a sequence had to leave the batch because the decoding cache was full "
         "(`rollout.cache_memory_gib`), to be computed again later."
     ),
+    "rollout/staleness": (
+        "Steps by which the weights that sampled were behind those of the step, averaged over the "
+        "student's tokens; with `rollout.max_staleness` alone, as the next two."
+    ),
+    "rollout/wait_seconds": (
+        "Seconds that rank 0 waited for plain rollouts which the step before had started."
+    ),
+    "rollout/overlapped": (
+        "Fraction of the time from starting those rollouts to having them in which rank 0 did "
+        "other things."
+    ),
     "rollout/ungraded": (
         "Rollouts in the groups of the step that were left out because they could not be graded."
     ),
@@ -208,7 +219,8 @@ METRICS: Mapping[str, str] = {
     ),
     "seconds/*": (
         "Seconds of one phase (data, plain_rollout, teacher, reformulated_rollout, old_logprobs, "
-        "update, evaluation, …)."
+        "update, evaluation, weight_sync, …). Rollouts that the step before started count with the "
+        "time that they were waited for."
     ),
     "seconds/step": "Seconds of the whole step.",
     "system/rss_bytes": "Resident memory of the largest process of the run, now.",

@@ -137,11 +137,14 @@ def _rollout_record(rollout: Rollout, advantage: float | None, minibatch: int) -
     """Return one rollout; one without an advantage was not trained on, and one without a reward was
     not graded.
     """
-    own = {
+    own: dict[str, Any] = {
         "advantage": None if advantage is None else float(advantage),
         "minibatch": int(minibatch),
         "author": rollout.author,
+        "policy_version": rollout.policy_version,
     }
+    if rollout.versions:
+        own["versions"] = [[span.version, span.num_tokens] for span in rollout.versions]
     return {**_response_record(rollout), **own}
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from encoders.processor import VisionInput
 from zppo_mm.experience import FinishReason, FloatArray, IntArray, Prompt
+from zppo_mm.experience import VersionSpan as VersionSpan
 
 MAX_LOGPROB = 1e-4
 """Largest log-prob of a token, above 0 by what the rounding of a softmax may add."""
@@ -54,19 +55,6 @@ class GenerationRequest:
     vision: tuple[VisionInput, ...]
     num_rollouts: int
     seed_path: tuple[str | int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class VersionSpan:
-    """Consecutive tokens of a response that the same weights drew.
-
-    Attributes:
-        version: Rollout step that samples with these weights when it is on-policy.
-        num_tokens: Tokens drawn with them.
-    """
-
-    version: int
-    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +108,12 @@ class PendingGenerations(Protocol):
     """Continuations that are being sampled."""
 
     def wait(self) -> list[list[Generation]]:
-        """Return what `RolloutEngine.generate` returns; every rank of the replica calls this."""
+        """Return what `RolloutEngine.generate` returns; every rank of the replica calls this.
+
+        Raises:
+            StopRequested: On every rank of the replica, if the run is to end; what is under way is
+                lost then.
+        """
         ...
 
     def cancel(self) -> None:
@@ -128,6 +121,7 @@ class PendingGenerations(Protocol):
         ...
 
 
+@runtime_checkable
 class ServedEngine(RolloutEngine, Protocol):
     """Samples elsewhere, with weights that it is sent, while the ranks do other things."""
 
@@ -149,3 +143,30 @@ class ServedEngine(RolloutEngine, Protocol):
     def close(self) -> None:
         """End what the engine has started."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationsOnDemand:
+    """Continuations by an engine that samples on the caller's ranks, as soon as they are waited
+    for.
+    """
+
+    engine: RolloutEngine
+    requests: Sequence[GenerationRequest]
+    sampling: SamplingParams
+
+    def wait(self) -> list[list[Generation]]:
+        """Sample."""
+        return self.engine.generate(self.requests, self.sampling)
+
+    def cancel(self) -> None:
+        """Do nothing: nothing is under way."""
+
+
+def start_generations(
+    engine: RolloutEngine, requests: Sequence[GenerationRequest], sampling: SamplingParams
+) -> PendingGenerations:
+    """Start what `generate` does, if the engine samples elsewhere; else prepare it."""
+    if isinstance(engine, ServedEngine):
+        return engine.start(requests, sampling)
+    return GenerationsOnDemand(engine, requests, sampling)

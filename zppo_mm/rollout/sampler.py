@@ -4,72 +4,31 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import compress
+from dataclasses import replace
 from typing import Protocol
 
 from data.question import Question
-from encoders.processor import VisionInput
 from zppo_mm.experience import Group, Prompt, PromptInstance, Rollout
 from zppo_mm.interruption import StopRequested
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import Exchange
-from zppo_mm.rollout.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
+from zppo_mm.rollout.engine import (
+    Generation,
+    GenerationRequest,
+    RolloutEngine,
+    SamplingParams,
+    start_generations,
+)
+from zppo_mm.rollout.grading import UNGRADED, Encoded, Grader, Outcome, grade
+from zppo_mm.rollout.pending_groups import PendingGroups
 from zppo_mm.rollout.prompt import PromptEncoder, PromptError
 from zppo_mm.rollout.replica_shares import split_instances
 from zppo_mm.rollout.soundness import NOT_FINITE, Fault, Sampled, Soundness, check_rewards, fault_of
 
 logger = logging.getLogger(__name__)
-
-UNGRADED = "ungraded"
-
-
-class Verdict(Protocol):
-    """The grade of a response."""
-
-    @property
-    def parsed(self) -> str | None:
-        """Final answer, `None` if there is none."""
-        ...
-
-    @property
-    def reward(self) -> float | None:
-        """0 or 1; `None` if it could not be graded."""
-        ...
-
-
-class Grader(Protocol):
-    """Grades responses; `zppo_mm.rewards.verify.Verifier` is one."""
-
-    def verify_all(self, items: Sequence[tuple[Question, str]]) -> Sequence[Verdict]:
-        """Return one verdict per question and response text, in order."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    """An instance of this replica, by its index in the whole list."""
-
-    index: int
-    prompt: Prompt
-    vision: tuple[VisionInput, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """A replica's result for one instance: its group's parts, or why there is none."""
-
-    index: int
-    prompt: Prompt | None = None
-    rollouts: tuple[Rollout, ...] = ()
-    ungraded: tuple[Rollout, ...] = ()
-    reason: str = ""
-    detail: str = ""
-    num_preemptions: int = 0
 
 
 class Sampler(Protocol):
@@ -152,6 +111,26 @@ class GroupSampler:
         Raises:
             NotFiniteError: On every rank: the network is broken, or a reward is not finite.
         """
+        return self.finish(self.start(instances, params, num_rollouts, step))
+
+    def start(
+        self,
+        instances: Sequence[PromptInstance],
+        params: SamplingParams,
+        num_rollouts: int,
+        version: int,
+        saved: Mapping[str, Sequence[Generation]] | None = None,
+    ) -> PendingGroups:
+        """Start what `sample` does; an engine that samples on these ranks does so in `finish`.
+
+        Args:
+            instances: The same list on every rank.
+            params: How tokens are drawn.
+            num_rollouts: Rollouts per instance.
+            version: Rollout step whose weights the engine has.
+            saved: Continuations that are there already, by uid; the same on every rank.
+        """
+        saved = saved or {}
         mine = split_instances(instances, self._exchange.num_replicas)[self._exchange.replica]
         encoded, failed = self._encode(instances, mine)
         requests = [
@@ -159,28 +138,34 @@ class GroupSampler:
                 item.prompt, item.vision, num_rollouts, ("rollout", instances[item.index].uid)
             )
             for item in encoded
+            if instances[item.index].uid not in saved
         ]
         # An engine is called even with nothing to do: its ranks may have collectives in it.
         with self._stopping_together():
-            generations = self._engine.generate(requests, params)
-        outcomes = failed
+            generations = start_generations(self._engine, requests, params)
+        # The media are the engine's from here on.
+        encoded = [replace(item, vision=()) for item in encoded]
+        return PendingGroups(instances, encoded, failed, params, version, generations, saved)
+
+    def wait(self, pending: Sequence[PendingGroups]) -> None:
+        """Wait until everything that was started is sampled, so that `finish` need not.
+
+        Raises:
+            StopRequested: On every rank, if any of them is to stop; what is under way is lost.
+        """
+        with self._stopping_together():
+            for each in pending:
+                each.wait()
+        self._exchange.gather([])
+
+    def finish(self, pending: PendingGroups) -> list[Group]:
+        """Return the groups of what was started, as `sample` does."""
+        instances = pending.instances
+        with self._stopping_together():
+            generations = pending.wait()
+        outcomes: Sequence[Outcome] = pending.failed
         if self._exchange.is_leader:
-            pairs = list(zip(encoded, generations, strict=True))
-            faults = (self._fault(item.prompt, group, params) for item, group in pairs)
-            broken = [
-                _Outcome(item.index, reason=fault.reason, detail=fault.detail)
-                for (item, _), fault in zip(pairs, faults, strict=True)
-                if fault.reason
-            ]
-            unsound = {outcome.index for outcome in broken}
-            sound = [(item, group) for item, group in pairs if item.index not in unsound]
-            preemptions = {
-                item.index: sum(each.num_preemptions for each in group) for item, group in pairs
-            }
-            outcomes = [
-                replace(each, num_preemptions=preemptions.get(each.index, 0))
-                for each in (*failed, *broken, *self._grade(instances, sound, step))
-            ]
+            outcomes = self._outcomes(pending, generations)
         collected = self._collect(outcomes)
         self.num_preemptions = sum(each.num_preemptions for each in collected.values())
         # All ranks know all that broke, and so come to the same end.
@@ -195,6 +180,30 @@ class GroupSampler:
             ]
         )
         return self._groups(instances, collected)
+
+    def _outcomes(
+        self, pending: PendingGroups, generations: Sequence[Sequence[Generation]]
+    ) -> list[Outcome]:
+        """Return what became of this replica's instances, graded."""
+        pairs = list(zip(pending.encoded, generations, strict=True))
+        faults = (self._fault(item.prompt, group, pending.params) for item, group in pairs)
+        broken = [
+            Outcome(item.index, reason=fault.reason, detail=fault.detail)
+            for (item, _), fault in zip(pairs, faults, strict=True)
+            if fault.reason
+        ]
+        unsound = {outcome.index for outcome in broken}
+        sound = [(item, group) for item, group in pairs if item.index not in unsound]
+        preemptions = {
+            item.index: sum(each.num_preemptions for each in group) for item, group in pairs
+        }
+        graded = grade(
+            self._verifier, self._encoder.decode, pending.instances, sound, pending.version
+        )
+        return [
+            replace(each, num_preemptions=preemptions.get(each.index, 0))
+            for each in (*pending.failed, *broken, *graded)
+        ]
 
     def adopt(
         self, instances: Sequence[PromptInstance], rollouts: Sequence[tuple[Rollout, ...]]
@@ -211,12 +220,12 @@ class GroupSampler:
         encoded, failed = self._encode(instances, mine)
         outcomes = [
             *failed,
-            *(_Outcome(item.index, item.prompt, rollouts[item.index]) for item in encoded),
+            *(Outcome(item.index, item.prompt, rollouts[item.index]) for item in encoded),
         ]
         collected = self._collect(outcomes)
         return self._groups(instances, collected)
 
-    def _collect(self, outcomes: Sequence[_Outcome]) -> dict[int, _Outcome]:
+    def _collect(self, outcomes: Sequence[Outcome]) -> dict[int, Outcome]:
         """Return the outcomes of all replicas by index."""
         replicas = self._exchange.gather(outcomes)
         return {outcome.index: outcome for replica in replicas for outcome in replica}
@@ -292,22 +301,22 @@ class GroupSampler:
 
     def _encode(
         self, instances: Sequence[PromptInstance], mine: Sequence[int]
-    ) -> tuple[list[_Encoded], list[_Outcome]]:
+    ) -> tuple[list[Encoded], list[Outcome]]:
         """Encode this replica's instances; what fails on one of its ranks is left out on all,
         or they would sample different lists.
         """
-        encoded: list[_Encoded] = []
-        failed: list[_Outcome] = []
+        encoded: list[Encoded] = []
+        failed: list[Outcome] = []
         for index in mine:
             try:
                 prompt, vision = self._encoder.encode(
                     instances[index].text, instances[index].question
                 )
             except PromptError as error:
-                failed.append(_Outcome(index, reason=error.reason, detail=str(error)))
+                failed.append(Outcome(index, reason=error.reason, detail=str(error)))
             else:
                 encoded.append(
-                    _Encoded(index, prompt.continued(instances[index].response_prefix), vision)
+                    Encoded(index, prompt.continued(instances[index].response_prefix), vision)
                 )
         known = {
             outcome.index: outcome
@@ -318,56 +327,8 @@ class GroupSampler:
             known[index] for index in sorted(known)
         ]
 
-    def _grade(
-        self,
-        instances: Sequence[PromptInstance],
-        pairs: Sequence[tuple[_Encoded, Sequence[Generation]]],
-        step: int,
-    ) -> list[_Outcome]:
-        """Decode and verify all responses in one batch."""
-        texts = [
-            [
-                self._encoder.decode(
-                    [*instances[item.index].response_prefix, *generation.response_ids]
-                )
-                for generation in group
-            ]
-            for item, group in pairs
-        ]
-        items = [
-            (instances[item.index].question, text)
-            for (item, _), group in zip(pairs, texts, strict=True)
-            for text in group
-        ]
-        verdicts = iter(self._verifier.verify_all(items))
-        outcomes = []
-        for (item, group), group_texts in zip(pairs, texts, strict=True):
-            verdicts_of_group = [next(verdicts) for _ in group]
-            rollouts = [
-                _rollout(generation, text, verdict, step)
-                for generation, text, verdict in zip(
-                    group, group_texts, verdicts_of_group, strict=True
-                )
-            ]
-            has_reward = [verdict.reward is not None for verdict in verdicts_of_group]
-            graded = tuple(compress(rollouts, has_reward))
-            ungraded = tuple(
-                rollout
-                for rollout, is_graded in zip(rollouts, has_reward, strict=True)
-                if not is_graded
-            )
-            if graded:
-                outcomes.append(_Outcome(item.index, item.prompt, graded, ungraded))
-            else:
-                outcomes.append(
-                    _Outcome(
-                        item.index, reason=UNGRADED, detail="none of its rollouts could be graded"
-                    )
-                )
-        return outcomes
-
     def _groups(
-        self, instances: Sequence[PromptInstance], outcomes: dict[int, _Outcome]
+        self, instances: Sequence[PromptInstance], outcomes: dict[int, Outcome]
     ) -> list[Group]:
         """Make groups of the results of all replicas."""
         groups = []
@@ -380,15 +341,3 @@ class GroupSampler:
                 check_rewards(instance.uid, [rollout.reward for rollout in outcome.rollouts])
                 groups.append(Group(instance, outcome.prompt, outcome.rollouts, outcome.ungraded))
         return groups
-
-
-def _rollout(generation: Generation, text: str, verdict: Verdict, step: int) -> Rollout:
-    return Rollout(
-        response_ids=generation.response_ids,
-        rollout_logprobs=generation.rollout_logprobs,
-        finish_reason=generation.finish_reason,
-        text=text,
-        parsed=verdict.parsed,
-        reward=math.nan if verdict.reward is None else float(verdict.reward),
-        policy_version=step,
-    )

@@ -27,7 +27,7 @@ from zppo_mm.lora.adapters import add_lora
 from zppo_mm.models.fusions import log_packages
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel import groups as parallel
-from zppo_mm.parallel.exchange import ParallelExchange
+from zppo_mm.parallel.exchange import Exchange, ParallelExchange
 from zppo_mm.parallel.liveness_barrier import LivenessBarrier
 from zppo_mm.parallel.partition import PartitionLink
 from zppo_mm.rewards.verify import Verifier
@@ -49,6 +49,7 @@ from zppo_mm.run.shared import (
 )
 from zppo_mm.run.teachers import Teachers, build_rewriters, build_teachers
 from zppo_mm.run.thinking import log_generation_prefixes
+from zppo_mm.stages.overlap import Overlap
 from zppo_mm.stages.stages import Stages
 from zppo_mm.teacher.served.connect import open_pool
 from zppo_mm.teacher.served.servers import Servers
@@ -212,7 +213,23 @@ def _build_stages(
         schedule=_plain_schedule(config.teacher, config.rollout, config.seed),
         interruption=interruption,
         check_judge=check_judge,
+        overlap=build_overlap(config, sampler, feed.stream, shared.exchange, interruption),
     )
+
+
+def build_overlap(
+    config: RunConfig,
+    sampler: GroupSampler,
+    stream: QuestionStream,
+    exchange: Exchange,
+    interruption: Interruption,
+) -> Overlap | None:
+    """Return what starts the plain rollouts of the next step; `None` in an on-policy run."""
+    rollout = config.rollout
+    if not rollout.max_staleness:
+        return None
+    last_step = config.train.train_iters
+    return Overlap(sampler, stream, exchange, interruption, last_step, rollout.partial_rollouts)
 
 
 def _build_feed(

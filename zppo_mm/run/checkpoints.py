@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from zppo_mm.errors import JudgeError
+from zppo_mm.errors import JudgeError, RolloutServersLostError
 from zppo_mm.interruption import RunStopped, StopRequested
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.run.parts import Run
@@ -38,14 +39,17 @@ class RunCheckpoints:
             step: Complete steps.
             wait: Return when it is complete.
         """
-        run = self._run
+        run, overlap = self._run, self._run.stages.overlap
         state = {
             "step": step,
             "config": asdict(run.config),
-            "stream": run.stream.state_dict(),
+            "stream": run.position(),
             "replay": run.stages.replay.state_dict(),
         }
-        self._writer.save(step, run.policy, state)
+        own_files: dict[str, bytes] = {}
+        if overlap is not None:
+            state["ahead"], own_files = overlap.state()
+        self._writer.save(step, run.policy, state, own_files)
         if wait:
             self._writer.finish()
 
@@ -77,23 +81,29 @@ class RunCheckpoints:
 
     @contextmanager
     def restoring_stream(self, step: int) -> Iterator[None]:
-        """Run a step in the block. One that is dropped has moved nothing but the stream, which is
-        put back, so that a resumed run takes the same questions.
+        """Run a step in the block. One that is dropped has moved nothing but the stream and what it
+        started for the next step; both are put back, so that a resumed run takes the same
+        questions.
 
         Raises:
             TeacherLostError: On every rank, with a checkpoint, if the teacher does not answer.
             JudgeError: The same, if the judge does not give verdicts.
+            RolloutServersLostError: The same, if the servers that sample do not answer.
             RunStopped: On every rank, with a checkpoint, if the run is to end.
         """
-        stream = self._run.stream
-        position = stream.state_dict()
+        position = self._run.position()
         try:
             yield
-        except (TeacherLostError, JudgeError):
-            stream.load_state_dict(position)
+        except (TeacherLostError, JudgeError, RolloutServersLostError):
+            self._put_back(position)
             self.save_if_missing(step - 1)
             raise
         except StopRequested:
-            stream.load_state_dict(position)
+            self._put_back(position)
             self.stop_if_requested(step - 1)
             raise AssertionError("a step is dropped because the run is to end") from None
+
+    def _put_back(self, position: dict[str, Any]) -> None:
+        self._run.stream.load_state_dict(position)
+        if self._run.stages.overlap is not None:
+            self._run.stages.overlap.drop_following()

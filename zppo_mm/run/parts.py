@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from data.media.node_cache import NodeCache
 from data.media.store import MediaStore
@@ -75,6 +76,13 @@ class Run:
     def encoder(self) -> PromptEncoder:
         """The student's."""
         return self.encoders[0]
+
+    def position(self) -> dict[str, Any]:
+        """Return the stream's position before the questions of the next step that is not complete,
+        as JSON values.
+        """
+        overlap = self.stages.overlap
+        return self.stream.state_dict() if overlap is None else overlap.position()
 
     def check_teacher(self) -> None:
         """Check that a teacher on ranks of its own still runs.

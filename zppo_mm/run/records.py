@@ -84,6 +84,8 @@ def evaluate(run: Run, folder: RunFolder, step: int) -> None:
     """
     if not run.held_out:
         return
+    # Of the step that would sample next.
+    run.stages.update_weights(step + 1)
     groups = ask_held_out(
         run.evaluation_sampler,
         run.held_out,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from zppo_mm.config.keys import may_change_on_resume
@@ -14,6 +15,8 @@ from zppo_mm.parallel import groups as parallel
 from zppo_mm.run.parts import Run
 from zppo_mm.run_folder import RunFolder
 from zppo_mm.training import checkpoint
+from zppo_mm.training.checkpoint_files import folder_of_step
+from zppo_mm.weights.distributed_folder import on_every_rank
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +48,23 @@ def resume(run: Run, folder: RunFolder) -> int | None:
         run.stream.load_state_dict(state["stream"])
         run.stages.replay.load_state_dict(state["replay"])
         step = int(state["step"])
+    _restore_overlap(run, state.get("ahead"), folder_of_step(checkpoints, step))
     logger.info("resumed %s after step %d", folder, step)
     return step
+
+
+def _restore_overlap(run: Run, ahead: dict[str, Any] | None, path: Path) -> None:
+    """Take up the rollouts that a checkpoint keeps of the next step, if it has any and the run
+    overlaps steps.
+    """
+    overlap = run.stages.overlap
+    if overlap is not None and ahead is not None:
+
+        def restore() -> None:
+            with checkpoint.translate_value_errors(path):
+                overlap.restore(ahead, path)
+
+        on_every_rank(path, restore)
 
 
 def _refuse_orphans(folder: RunFolder) -> None:

@@ -22,10 +22,11 @@ from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.rollout.chat_template import THINKING_SWITCH
+from zppo_mm.rollout.grading import Grader
 from zppo_mm.rollout.megatron_engine import MegatronEngine
 from zppo_mm.rollout.processor import frame_sampling, processor_overrides, read_processor
 from zppo_mm.rollout.prompt import PromptEncoder
-from zppo_mm.rollout.sampler import Grader, GroupSampler
+from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.weights.mapping import load_hf_weights
 from zppo_mm.zone.hard import count_of_fraction
 

@@ -6,14 +6,18 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from data.question import Question, check_same_question
-from zppo_mm.experience import Group, GroupKind, PromptInstance
+from zppo_mm.config.schema import ZoneConfig
+from zppo_mm.experience import BufferUpdate, Group, GroupKind, PromptInstance
 from zppo_mm.observability.metrics import StepMetrics, Sum
 from zppo_mm.randomness import generator
+from zppo_mm.rollout.pending_groups import PendingGroups
 from zppo_mm.rollout.soundness import NO_ROOM, NOT_FINITE
+from zppo_mm.stages.overlap import Ahead
 from zppo_mm.stages.stages import Stages
 from zppo_mm.teacher.pending_answers import PendingAnswers
 from zppo_mm.zone.hard import count_of_fraction, select_hard
 from zppo_mm.zone.reformulate import Reformulation
+from zppo_mm.zone.replay import ReplayBuffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,25 @@ def take_questions(
     return new, replayed
 
 
+def plain_prompts(
+    stages: Stages, new: Sequence[Question], replayed: Sequence[Question], step: int, first: int
+) -> list[PromptInstance]:
+    """Return the plain prompts of a round, new ones from the index `first` on."""
+    return [
+        *plain_instances(stages, "new", new, step, first),
+        *plain_instances(stages, "replayed", replayed, step, 0),
+    ]
+
+
+def update_buffer(
+    replay: ReplayBuffer, zone: ZoneConfig, rounds: Sequence[Round], step: int
+) -> BufferUpdate:
+    """Update the replay buffer by the plain groups of a step. Source: ZPPO, Algorithm 1, step 6."""
+    groups = [group for each in rounds for group in each.groups]
+    # Without replay nothing is hard enough to be admitted.
+    return replay.update(groups, zone.tau if zone.replay else 0.0, step)
+
+
 def plain_instances(
     stages: Stages, kind: GroupKind, questions: Sequence[Question], step: int, first: int
 ) -> list[PromptInstance]:
@@ -92,6 +115,7 @@ def sample_plain(
     pending: PendingAnswers,
     step: int,
     metrics: StepMetrics,
+    ahead: Ahead | None = None,
 ) -> list[Group]:
     """Sample plain groups in waves, and ask the teacher about hard questions after each: about all,
     or where only those that the pre-cap keeps are to be asked, about those that it is certain to
@@ -106,6 +130,7 @@ def sample_plain(
         pending: The teacher's answers.
         step: Rollout step.
         metrics: Of the step.
+        ahead: The same prompts, if they were started before the step.
 
     Source: ZPPO, Algorithm 1, step 2.
     """
@@ -113,9 +138,10 @@ def sample_plain(
         return []
     groups: list[Group] = []
     waves = stages.schedule.waves(instances, step)
-    for index, wave in enumerate(waves, 1):
+    started = [None] * len(waves) if ahead is None else ahead.waves
+    for index, (wave, pending_groups) in enumerate(zip(waves, started, strict=True), 1):
         with metrics.phase("plain_rollout"):
-            groups += _sample(stages, wave, step, metrics)
+            groups += _sample(stages, wave, step, metrics, pending_groups)
         with metrics.phase("teacher"):
             asked = hard_groups(stages, groups, known)
             if stages.zone.asks_pre_capped:
@@ -168,10 +194,18 @@ def sample_reformulated(
 
 
 def _sample(
-    stages: Stages, instances: Sequence[PromptInstance], step: int, metrics: StepMetrics
+    stages: Stages,
+    instances: Sequence[PromptInstance],
+    step: int,
+    metrics: StepMetrics,
+    started: PendingGroups | None = None,
 ) -> list[Group]:
     """Generate and verify; count the instances without a group."""
-    groups = stages.sampler.sample(instances, stages.sampling, stages.num_rollouts, step)
+    if started is None:
+        groups = stages.sampler.sample(instances, stages.sampling, stages.num_rollouts, step)
+    else:
+        assert stages.overlap is not None
+        groups = stages.overlap.finish(started)
     metrics.add("rollout/failed_groups", Sum(len(instances) - len(groups)))
     metrics.add("rollout/preempted", Sum(stages.sampler.num_preemptions))
     reasons = list(stages.sampler.failed.values())

@@ -13,6 +13,7 @@ from zppo_mm.interruption import Interruption
 from zppo_mm.observability.metrics import StepMetrics
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.sampler import Sampler
+from zppo_mm.stages.overlap import Overlap
 from zppo_mm.teacher.teacher import Teacher
 from zppo_mm.zone.plain_schedule import PlainSchedule
 from zppo_mm.zone.reformulate import Reformulator
@@ -61,6 +62,10 @@ class Stages:
             it is sampled.
         interruption: Drops a step before its update begins; later the step is finished.
         check_judge: Ends the run if the judge does not give verdicts; every rank calls it.
+        update_weights: Gives an engine that samples elsewhere the trained weights, as those of a
+            rollout step; every rank calls it.
+        overlap: Starts the plain rollouts of the next step before the update; `None` samples them
+            in their own step.
     """
 
     seed: int
@@ -80,3 +85,5 @@ class Stages:
     schedule: PlainSchedule
     interruption: Interruption = field(default_factory=Interruption)
     check_judge: Callable[[], None] = lambda: None
+    update_weights: Callable[[int], None] = lambda version: None
+    overlap: Overlap | None = None

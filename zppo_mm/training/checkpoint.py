@@ -15,7 +15,7 @@ import logging
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,6 +34,7 @@ from zppo_mm.training.checkpoint_files import (
     RANDOM_FILE,
     SCHEDULE_FILE,
     STATE_FILE,
+    folder_of_step,
     make_empty,
     publish,
     put_back,
@@ -51,6 +52,7 @@ from zppo_mm.training.manifest import DamagedCheckpointError, check_file, read_m
 from zppo_mm.training.policy import Policy
 from zppo_mm.training.random_states import gather_random_states, restore_random_states
 from zppo_mm.weights.distributed_folder import (
+    WrittenFile,
     on_every_rank,
     on_rank_0,
     plan_writes,
@@ -87,13 +89,20 @@ class CheckpointWriter:
         self._folder, self._keep, self._on_complete = folder, keep, on_complete
         self._pending: tuple[int, Path, Future[None]] | None = None
 
-    def save(self, step: int, policy: Policy, state: dict[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        policy: Policy,
+        state: dict[str, Any],
+        own_files: Mapping[str, bytes] | None = None,
+    ) -> Path:
         """Finish the save before, copy what is to be saved, and begin to write it.
 
         Args:
             step: Rollout steps done.
             policy: Weights, optimizer and schedule.
             state: Everything else that a resumed run needs, as JSON values, the same on every rank.
+            own_files: Further files of this rank, by names that no other rank has.
 
         Returns:
             Where the checkpoint will be.
@@ -103,7 +112,7 @@ class CheckpointWriter:
                 as they were.
         """
         self.finish()
-        target = self._folder / f"step_{step:06d}"
+        target = folder_of_step(self._folder, step)
         partial_folder = self._folder / f".{target.name}.partial"
         on_rank_0(partial_folder, partial(make_empty, partial_folder))
         small_files = {
@@ -121,8 +130,13 @@ class CheckpointWriter:
         name = parallel.broadcast_object(f"checkpoint/{uuid.uuid4().hex}")
         exchange = FileExchange(parallel.store(), name, parallel.rank(), parallel.world_size())
 
+        def write_own() -> WrittenFile:
+            for name, content in (own_files or {}).items():
+                (partial_folder / name).write_bytes(content)
+            return write_chunks(copies, partial_folder)
+
         def write() -> None:
-            files = exchange.of_all(lambda: write_chunks(copies, partial_folder))
+            files = exchange.of_all(write_own)
             if files is not None:
                 write_description(partial_folder, metadata, files)
                 for name, content in small_files.items():

@@ -17,6 +17,11 @@ RANDOM_FILE = "random.pt"
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
 
 
+def folder_of_step(folder: Path, step: int) -> Path:
+    """Return where the checkpoint after a step is, among those of a run."""
+    return folder / f"step_{step:06d}"
+
+
 def step_folders(folder: Path) -> list[Path]:
     """Return the completed checkpoints, oldest first."""
     if not folder.is_dir():

@@ -6,6 +6,7 @@ Algorithm 1, steps 1 and 6.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -65,6 +66,12 @@ class ReplayBuffer:
 
     def __contains__(self, question_id: str) -> bool:
         return question_id in self._entries
+
+    def copy(self) -> ReplayBuffer:
+        """Return a buffer with the same content, which can be updated by itself."""
+        other = copy.copy(self)
+        other._entries, other.fates = dict(self._entries), copy.deepcopy(self.fates)
+        return other
 
     def content(self) -> list[str]:
         """Return the question ids, oldest admission first."""

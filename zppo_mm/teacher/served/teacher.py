@@ -15,7 +15,7 @@ from zppo_mm.experience import Rollout
 from zppo_mm.parallel.exchange import Exchange
 from zppo_mm.randomness import generator
 from zppo_mm.reasoning import THINK_CLOSE
-from zppo_mm.rollout.sampler import Grader
+from zppo_mm.rollout.grading import Grader
 from zppo_mm.teacher.served.chat_api import ChatRequest, Choice
 from zppo_mm.teacher.served.servers import Outcome, RetryPolicy, Servers
 from zppo_mm.teacher.served.teacher_ranks import TeacherRanks
