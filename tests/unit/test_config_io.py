@@ -80,6 +80,22 @@ def test_every_method_is_there_with_and_without_replay() -> None:
         (["method=off_distill", "zone.max_sampling_rounds=2"], "distillation uses no rewards"),
         (["method=off_distill", "algorithm.importance_cap=2"], "distillation uses no rewards"),
         (
+            ["method=on_distill", "algorithm.rejection_bound=1.1"],
+            "distillation uses no rewards.*algorithm.rejection_bound, expected",
+        ),
+        (
+            ["algorithm.importance_level=none", "algorithm.importance_cap=2"],
+            "algorithm.importance_cap: nothing is weighted, got 2 with .*'none'",
+        ),
+        (
+            ["algorithm.rejection_bound=1"],
+            "algorithm.rejection_bound: would reject every response, got 1, expected 0 or more",
+        ),
+        (
+            ["algorithm.rejection_token_bound=0.5"],
+            "algorithm.rejection_token_bound: would reject every response, got 0.5",
+        ),
+        (
             ["method=on_distill", "fallback_teachers=[{model: x}]"],
             "fallback_teachers: distillation has one teacher, got 1 more",
         ),
