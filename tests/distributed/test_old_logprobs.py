@@ -37,6 +37,8 @@ BOUND, TOKEN_BOUND = 1.25, 4.0
 STEP = 3
 # Two passes over the same tokens in float32, packed differently by another layout.
 TOLERANCE = 2e-5
+# The largest difference of a log-prob of this network in bfloat16 is 1.6e-3.
+COARSE_TOLERANCE = 5e-3
 ONE_UPDATE = replace(TRAIN, updates_per_step=1)
 LAYOUTS = {
     "data 2": ParallelConfig(),
@@ -52,6 +54,7 @@ CORRECTIONS = {
     ),
     "geometric": MismatchCorrection(level="geometric", cap=1.01),
     "rejection alone": MismatchCorrection(rejection_bound=BOUND),
+    "bfloat16": MismatchCorrection(cap=CAP),
 }
 # Loss, gradient norm, means of the update, and what the step measures.
 Update = tuple[float, float, dict[str, float | None], dict[str, float]]
@@ -86,7 +89,10 @@ def first_updates(folder: Path, layout: ParallelConfig) -> dict[str, Update]:
     results = {}
     for name, correction in CORRECTIONS.items():
         samples = lambda name=name: samples_of(name)  # noqa: E731
-        case = Case(layout, train=ONE_UPDATE, samples=samples, share_prompts=True)
+        dtype = "bfloat16" if name == "bfloat16" else "float32"
+        case = Case(
+            layout, train=ONE_UPDATE, samples=samples, share_prompts=True, params_dtype=dtype
+        )
         policy = build_policy(folder, case)
         batches, metrics = recomputed(policy, case, correction)
         (update,) = policy.train_step(batches).updates
@@ -162,6 +168,10 @@ def naive(name: str, trained: list[list[float]]) -> tuple[float, dict[str, Any]]
     return total / sum(sample.num_loss_tokens for sample in samples), measured
 
 
+def tolerance_of(name: str) -> float:
+    return COARSE_TOLERANCE if name == "bfloat16" else TOLERANCE
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("tiny"))
@@ -177,9 +187,9 @@ def test_losses_and_measurements_are_the_formulas(folder: Path, alone: dict[str,
     (trained,) = run_ranks(trained_logprobs, 1, folder)
     for name, (loss, _, means, measured) in alone.items():
         expected_loss, expected = naive(name, trained)
-        assert loss == pytest.approx(expected_loss, abs=TOLERANCE), name
+        assert loss == pytest.approx(expected_loss, abs=tolerance_of(name)), name
         found = {key: measured[key] for key in expected}
-        assert found == pytest.approx(expected, rel=1e-4), name
+        assert found == pytest.approx(expected, rel=1e-4, abs=tolerance_of(name)), name
         if CORRECTIONS[name].cap:
             assert means["policy/ratio"] == pytest.approx(1.0, abs=TOLERANCE)
             assert 0 < measured["mismatch/truncated"] < 1
@@ -195,10 +205,11 @@ def test_losses_and_measurements_are_the_formulas(folder: Path, alone: dict[str,
 def test_any_layout_gives_the_same(folder: Path, alone: dict[str, Update], layout: str) -> None:
     for rank in run_ranks(first_updates, 2, folder, LAYOUTS[layout]):
         for name, (loss, norm, means, measured) in rank.items():
-            assert loss == pytest.approx(alone[name][0], abs=TOLERANCE)
-            assert norm == pytest.approx(alone[name][1], rel=1e-4)
-            assert means == pytest.approx(alone[name][2], abs=TOLERANCE)
-            assert measured == pytest.approx(alone[name][3], abs=TOLERANCE)
+            tolerance = tolerance_of(name)
+            assert loss == pytest.approx(alone[name][0], abs=tolerance)
+            assert norm == pytest.approx(alone[name][1], rel=max(tolerance, 1e-4))
+            assert means == pytest.approx(alone[name][2], abs=tolerance)
+            assert measured == pytest.approx(alone[name][3], abs=tolerance)
 
 
 def test_needed_only_where_something_is_unknown_or_corrected() -> None:

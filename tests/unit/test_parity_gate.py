@@ -171,7 +171,7 @@ def test_a_weight_that_is_not_the_folders_is_found(
         assert all(row["rollout"]["max"] <= LARGEST_GAP for row in record(tmp_path)["modalities"])
         check_parity(run, RunFolder(tmp_path / "later"), 4)
         assert record(tmp_path / "later")["not_compared"].startswith(
-            "the run goes on from a checkpoint"
+            "the weights have been trained"
         )
         check_parity(with_options(run, mode="warn"), RunFolder(tmp_path / "warned"), 0)
         assert "the training forward pass disagree" in caplog.text
@@ -323,4 +323,9 @@ def test_what_does_not_fit_or_load_is_not_compared(run: Run, tmp_path: Path) -> 
 def test_the_limit_follows_the_precision() -> None:
     config = ParityConfig(max_gap=0.1, max_kl=0.2)
     assert limit_for(config, torch.float32) == Limit("parity.max_gap", 0.1, of_divergence=False)
-    assert limit_for(config, torch.bfloat16) == Limit("parity.max_kl", 0.2, of_divergence=True)
+    coarse = Limit("parity.max_kl", 0.2, of_divergence=True)
+    assert limit_for(config, torch.bfloat16) == coarse
+    # A sampler of lower precision than the network's, which the source checkpoint has too.
+    served = dataclasses.replace(config, sampler_dtype="bfloat16")
+    assert limit_for(served, torch.float32, "rollout") == coarse
+    assert limit_for(served, torch.float32) == limit_for(config, torch.float32)
