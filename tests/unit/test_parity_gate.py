@@ -21,6 +21,7 @@ import torch
 
 from data.errors import MediaError
 from data.health import SampleHealth
+from data.media.node_cache import NodeCache
 from data.media.opening import Frames
 from data.question import MediaRef, Question
 from zppo_mm.config.load import load_config
@@ -122,14 +123,27 @@ class SlowVerifier(Verifier):
         return super().verify_all(items)
 
 
+class SteppedCache(NodeCache):
+    """Counts the steps that it is told of."""
+
+    num_steps = 0
+
+    def next_step(self) -> None:
+        self.num_steps += 1
+        super().next_step()
+
+
 @pytest.mark.medium
 def test_the_run_does_not_notice(run: Run, tmp_path: Path) -> None:
     stream, states = run.stream.state_dict(), random_states()
     slow, engine = SlowVerifier(), MegatronEngine(run.policy.model, run.config.seed)
     sampler = GroupSampler(engine, run.encoder, slow, ParallelExchange())
-    slowed = dataclasses.replace(with_sampler(run, sampler), verifier=slow, counted={})
+    cache = SteppedCache(tmp_path.name, 1 << 20)
+    slowed = dataclasses.replace(with_sampler(run, sampler), verifier=slow, counted={}, cache=cache)
     check_parity(slowed, RunFolder(tmp_path), 0)
     slow.close()
+    cache.close()
+    assert cache.num_steps == 0
     assert run.stream.state_dict() == stream
     assert random_states() == states
     assert slow.num_timeouts == 1
