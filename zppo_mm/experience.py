@@ -271,6 +271,8 @@ class TrainingSample:
         teacher_top: `[tokens, k]`, of token i given the tokens before it; no tokens where the mask
             is 0.
         token_weight: Weight of each of its loss tokens in distillation.
+        policy_version: Rollout step whose weights sampled it.
+        importance: `[tokens]` weights of the loss; `None` if they are all 1.
     """
 
     uid: str
@@ -283,6 +285,8 @@ class TrainingSample:
     grids: tuple[tuple[int, int, int], ...] = ()
     teacher_top: TopLogprobs | None = None
     token_weight: float = 1.0
+    policy_version: int = 0
+    importance: FloatArray | None = None
 
     @property
     def num_tokens(self) -> int:

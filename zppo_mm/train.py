@@ -13,7 +13,8 @@ from zppo_mm.interruption import Interruption, StopRequested
 from zppo_mm.observability.logs import configure_logging
 from zppo_mm.observability.sinks import MetricsLog
 from zppo_mm.parallel.partition import divide_job
-from zppo_mm.parity.gate import check_parity
+from zppo_mm.parity.compare import ParityError
+from zppo_mm.parity.gate import check_parity, is_parity_due
 from zppo_mm.run.checkpoints import RunCheckpoints
 from zppo_mm.run.model_paths import check_model_paths
 from zppo_mm.run.parts import Run
@@ -116,16 +117,17 @@ def finish_step(
     checkpoints: RunCheckpoints,
     log: MetricsLog | None,
 ) -> None:
-    """Evaluate, record, save and report as they come due after a step.
+    """Evaluate, record, check parity, save and report as they come due after a step.
 
     Raises:
+        ParityError: On every rank, with a checkpoint, if sampling and training disagree.
         TeacherLostError: On every rank, with a checkpoint, if the step is the last that the teacher
             answered in.
         JudgeError: The same, if the judge does not give verdicts in the evaluation.
     """
     config, step = run.config, record.step
     train_iters = config.train.train_iters
-    end: TeacherLostError | JudgeError | None = record.teacher_lost
+    end: TeacherLostError | JudgeError | ParityError | None = record.teacher_lost
     if is_evaluation_due(config.evaluation, train_iters, step) and end is None:
         # The step is complete; an evaluation that is dropped is made up for when the run goes on.
         with record.metrics.phase("evaluation"), suppress(StopRequested):
@@ -135,6 +137,12 @@ def finish_step(
                 end = error
     run.release_memory()
     record_step(run, folder, record, time.perf_counter() - started, log)
+    if is_parity_due(config.parity, train_iters, step) and end is None:
+        with suppress(StopRequested):
+            try:
+                check_parity(run, folder, step)
+            except ParityError as error:
+                end = error
     is_last = step == train_iters or end is not None
     is_due = step == train_iters or step % config.checkpoint.interval == 0
     checkpoints.poll()

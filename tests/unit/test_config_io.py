@@ -86,8 +86,24 @@ def test_every_method_is_there_with_and_without_replay() -> None:
             "distillation corrects nothing for rollouts of earlier weights, got 1 .*'student'",
         ),
         (
-            ["rollout.max_staleness=1", "rollout.engine=vllm"],
+            ["rollout.max_staleness=1", "rollout.engine=vllm", "algorithm.importance_level=none"],
             "rollouts of earlier weights need importance weights",
+        ),
+        (
+            ["method=on_distill", "algorithm.rejection_bound=1.1"],
+            "distillation uses no rewards.*algorithm.rejection_bound, expected",
+        ),
+        (
+            ["algorithm.importance_level=none", "algorithm.importance_cap=2"],
+            "algorithm.importance_cap: nothing is weighted, got 2 with .*'none'",
+        ),
+        (
+            ["algorithm.rejection_bound=1"],
+            "algorithm.rejection_bound: would reject every response, got 1, expected 0 or more",
+        ),
+        (
+            ["algorithm.rejection_token_bound=0.5"],
+            "algorithm.rejection_token_bound: would reject every response, got 0.5",
         ),
         (
             ["method=on_distill", "fallback_teachers=[{model: x}]"],

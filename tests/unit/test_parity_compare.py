@@ -162,7 +162,7 @@ def test_the_record_is_a_line_of_json_and_a_table(tmp_path: Path) -> None:
         count_modality("text", 1, [], Gap(9, math.nan, 1e-7, 0.0), None),
         count_modality("image", 2, counts, Gap(20, 2e-6, 1e-7, 0.0), Gap(10, 3e-6, 2e-7, 0.0)),
     )
-    record = ParityRecord(0, "float32", EXACT, 1.25, rows, "too large", ("something",))
+    record = ParityRecord(0, "float32", EXACT, COARSE, 1.25, rows, "too large", ("something",))
     write_record(RunFolder(tmp_path), record)
     [line] = (tmp_path / "parity.jsonl").read_text().splitlines()
     written = json.loads(line)
@@ -176,7 +176,16 @@ def test_the_record_is_a_line_of_json_and_a_table(tmp_path: Path) -> None:
         ["something"],
         "too large",
     )
+    assert written["rollout_limit"] == {
+        "key": "parity.max_kl",
+        "value": 0.05,
+        "of_divergence": True,
+    }
     shown = parity_table(record).splitlines()
+    assert shown[0] == (
+        "parity at step 0, float32, limit 0.05 nats for a divergence (sampling) and 0.001 nats for "
+        "a gap of any token (source), 1.2 s"
+    )
     assert shown[4].split() == [
         "image",
         "2",

@@ -21,6 +21,7 @@ import torch
 
 from data.errors import MediaError
 from data.health import SampleHealth
+from data.media.node_cache import NodeCache
 from data.media.opening import Frames
 from data.question import MediaRef, Question
 from zppo_mm.config.load import load_config
@@ -122,14 +123,27 @@ class SlowVerifier(Verifier):
         return super().verify_all(items)
 
 
+class SteppedCache(NodeCache):
+    """Counts the steps that it is told of."""
+
+    num_steps = 0
+
+    def next_step(self) -> None:
+        self.num_steps += 1
+        super().next_step()
+
+
 @pytest.mark.medium
 def test_the_run_does_not_notice(run: Run, tmp_path: Path) -> None:
     stream, states = run.stream.state_dict(), random_states()
     slow, engine = SlowVerifier(), MegatronEngine(run.policy.model, run.config.seed)
     sampler = GroupSampler(engine, run.encoder, slow, ParallelExchange())
-    slowed = dataclasses.replace(with_sampler(run, sampler), verifier=slow, counted={})
+    cache = SteppedCache(tmp_path.name, 1 << 20)
+    slowed = dataclasses.replace(with_sampler(run, sampler), verifier=slow, counted={}, cache=cache)
     check_parity(slowed, RunFolder(tmp_path), 0)
     slow.close()
+    cache.close()
+    assert cache.num_steps == 0
     assert run.stream.state_dict() == stream
     assert random_states() == states
     assert slow.num_timeouts == 1
@@ -171,7 +185,7 @@ def test_a_weight_that_is_not_the_folders_is_found(
         assert all(row["rollout"]["max"] <= LARGEST_GAP for row in record(tmp_path)["modalities"])
         check_parity(run, RunFolder(tmp_path / "later"), 4)
         assert record(tmp_path / "later")["not_compared"].startswith(
-            "the run goes on from a checkpoint"
+            "the weights have been trained"
         )
         check_parity(with_options(run, mode="warn"), RunFolder(tmp_path / "warned"), 0)
         assert "the training forward pass disagree" in caplog.text
@@ -323,4 +337,9 @@ def test_what_does_not_fit_or_load_is_not_compared(run: Run, tmp_path: Path) -> 
 def test_the_limit_follows_the_precision() -> None:
     config = ParityConfig(max_gap=0.1, max_kl=0.2)
     assert limit_for(config, torch.float32) == Limit("parity.max_gap", 0.1, of_divergence=False)
-    assert limit_for(config, torch.bfloat16) == Limit("parity.max_kl", 0.2, of_divergence=True)
+    coarse = Limit("parity.max_kl", 0.2, of_divergence=True)
+    assert limit_for(config, torch.bfloat16) == coarse
+    # A sampler of lower precision than the network's, which the source checkpoint has too.
+    served = dataclasses.replace(config, sampler_dtype="bfloat16")
+    assert limit_for(served, torch.float32, "rollout") == coarse
+    assert limit_for(served, torch.float32) == limit_for(config, torch.float32)

@@ -38,12 +38,20 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True)
 class ParityConfig:
-    """Comparison of sampling, training and the source checkpoint before the first update."""
+    """Comparison of sampling, training and the source checkpoint before the first update, and of
+    sampling and training later.
+    """
 
     mode: str = key(
         "stop",
         "On a disagreement, `stop` ends the run and `warn` logs it. `none` compares nothing.",
         choices=("stop", "warn", "none"),  # not `off`, which YAML reads as false
+    )
+    interval: int = key(
+        0,
+        "Steps between comparisons of sampling and training, besides that at the start. A later "
+        "disagreement ends the run with a checkpoint. 0: only at the start.",
+        at_least=0,
     )
     num_questions: int = key(
         3, "Questions of each modality in the data (text, image, video, mixed).", at_least=1
@@ -57,6 +65,13 @@ class ParityConfig:
         "In lower precision: maximum KL divergence of a modality, in nats per token. In bfloat16 "
         "SmolLM2-135M has 0.002, and up to 0.006 when estimated from a few dozen tokens.",
         above=0,
+    )
+    sampler_dtype: str = key(
+        "auto",
+        "Precision in which the servers of `rollout.engine=vllm` compute. If it is lower than "
+        "float32, `max_kl` limits the difference between sampling and training, also of a network "
+        "in float32. `auto`: that of the network.",
+        choices=("auto", "float32", "bfloat16", "float16", "fp8"),
     )
     compare_source: bool = key(
         True, "Also compare with the source checkpoint in transformers, if it fits into memory."

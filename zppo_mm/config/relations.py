@@ -35,6 +35,7 @@ def check_relations(config: RunConfig) -> None:
     _check_name(config.name)
     _check_sources(config.data)
     _check_training(config.train, config.lora)
+    _check_mismatch(config.algorithm)
     _check_layout(config.parallel, config.model, config.train)
     distill, teacher, others = config.distill, config.teacher, config.fallback_teachers
     if distill.source == "none":
@@ -82,6 +83,23 @@ def _check_training(train: TrainConfig, lora: LoraConfig) -> None:
             f"train.freeze: nothing is left to train, got {train.freeze}, expected at most two of "
             f"{', '.join(TRAINABLE_PARTS)}; shorten the list"
         )
+
+
+def _check_mismatch(algorithm: AlgorithmConfig) -> None:
+    """Check the correction of a sampler that computes other log-probs than the trained network."""
+    if algorithm.importance_level == "none" and algorithm.importance_cap:
+        raise ConfigError(
+            "algorithm.importance_cap: nothing is weighted, got "
+            f"{algorithm.importance_cap:g} with algorithm.importance_level='none', expected 0; "
+            "choose a level (token, sequence or geometric) or remove it"
+        )
+    for name in ("rejection_bound", "rejection_token_bound"):
+        bound = getattr(algorithm, name)
+        if 0 < bound <= 1:
+            raise ConfigError(
+                f"algorithm.{name}: would reject every response, got {bound:g}, expected 0 or "
+                "more than 1, such as 1.01 for a geometric mean and 10000 for a token; correct it"
+            )
 
 
 def _check_layout(parallel: ParallelConfig, model: ModelConfig, train: TrainConfig) -> None:
@@ -144,12 +162,14 @@ def _check_distillation(
             f"{distill.source!r} with {_switches(zone.kinds[:1])}=true, expected one of the "
             "two; set the zone's key to false, or distill.source=none"
         )
-    if zone.max_sampling_rounds > 1 or algorithm.importance_cap:
+    corrections = ("importance_cap", "rejection_bound", "rejection_token_bound")
+    corrected = [name for name in corrections if getattr(algorithm, name)]
+    if zone.max_sampling_rounds > 1 or corrected:
         raise ConfigError(
             "distill.source: distillation uses no rewards and no old log-probs, got "
-            f"{distill.source!r} with zone.max_sampling_rounds={zone.max_sampling_rounds} "
-            f"and algorithm.importance_cap={algorithm.importance_cap:g}, expected 1 and 0; "
-            "remove those keys"
+            f"{distill.source!r} with zone.max_sampling_rounds={zone.max_sampling_rounds} and "
+            f"{', '.join(f'algorithm.{name}' for name in corrected) or 'no correction'}, expected "
+            "1 and none; remove those keys"
         )
 
 
@@ -234,11 +254,12 @@ def _check_overlap(
             f"got {rollout.max_staleness} with distill.source={distill.source!r}, expected 0; set "
             "it"
         )
-    if not algorithm.importance_cap:
+    if not algorithm.largest_weight(rollout.engine):
         raise ConfigError(
             "rollout.max_staleness: rollouts of earlier weights need importance weights, got "
-            f"{rollout.max_staleness} with algorithm.importance_cap=0, expected a cap such as 2; "
-            "set it, or max_staleness to 0"
+            f"{rollout.max_staleness} with algorithm.importance_level="
+            f"{algorithm.importance_level!r}, expected another level with it; choose one, or set "
+            "max_staleness to 0"
         )
 
 

@@ -24,6 +24,10 @@ from zppo_mm.config.teacher import TeacherConfig as TeacherConfig
 from zppo_mm.methods import METHODS, SWITCHED, Kind
 
 Number = TypeVar("Number", int, float)
+SERVED_IMPORTANCE_CAP = 2.0
+"""Cap of importance weights, unless another is set, where another network than the trained one
+samples; that of verl and TRL.
+"""
 
 
 @dataclass(kw_only=True)
@@ -196,13 +200,37 @@ class AlgorithmConfig:
     clip_ratio_c: float = key(
         10.0, "Dual clip: upper bound of the ratio for negative advantages.", above=1
     )
+    importance_level: str = key(
+        "token",
+        "Importance sampling: a token's loss is weighted by the ratio of probabilities under the "
+        "trained network and under the sampler: that of the `token`, the product over its response "
+        "(`sequence`), or their geometric mean (`geometric`). The old log-probs are then those of "
+        "the trained network. `none`: off.",
+        choices=("token", "sequence", "geometric", "none"),
+    )
     importance_cap: float = key(
         0.0,
-        "Truncated importance sampling: a token's loss is weighted by the ratio of its "
-        "probabilities under the trained network and under the sampler, at most this. The old "
-        "log-probs are then those of the trained network. 0: off.",
+        "Largest importance weight (truncated importance sampling). 0: 2 with "
+        "`rollout.engine=vllm`; off with `megatron`, whose log-probs are the trained network's.",
         at_least=0,
     )
+    rejection_bound: float = key(
+        0.0,
+        "A response has no part in the loss if the geometric mean of its tokens' ratios, as in "
+        "`importance_level`, is above this or below its inverse (`mismatch/rejected`). 0: off.",
+        at_least=0,
+    )
+    rejection_token_bound: float = key(
+        0.0,
+        "The same if the ratio of any token is above this or below its inverse. 0: off.",
+        at_least=0,
+    )
+
+    def largest_weight(self, engine: str) -> float:
+        """Return the cap of importance weights with a sampling engine; 0 weights nothing."""
+        if self.importance_level == "none":
+            return 0.0
+        return self.importance_cap or SERVED_IMPORTANCE_CAP * (engine != "megatron")
 
 
 @dataclass(kw_only=True)

@@ -124,6 +124,31 @@ METRICS: Mapping[str, str] = {
         "again by every rank that needs them."
     ),
     "media/cached_bytes": "Opened media kept in memory, on the machine that keeps the most.",
+    "mismatch/gap": (
+        "Mean absolute difference of a response token's log-probs by the sampler and by the policy "
+        "before the step's updates, in nats. Like all of `mismatch/*` where old log-probs are "
+        "recomputed (`seconds/old_logprobs`), over the non-trivial groups."
+    ),
+    "mismatch/gap_max": "Largest such difference.",
+    "mismatch/kl": (
+        "Estimated divergence of that policy from the sampler per response token, in nats."
+    ),
+    "mismatch/truncated": (
+        "Fraction of response tokens whose importance weight was cut to the cap "
+        "(`algorithm.importance_cap`)."
+    ),
+    "mismatch/rejected": (
+        "Responses without a part in the loss, because sampler and policy are too far apart "
+        "(`algorithm.rejection_bound`, `algorithm.rejection_token_bound`)."
+    ),
+    "mismatch/rejected_fraction": "Fraction of responses that were rejected so.",
+    **{
+        f"mismatch/{name}/*": (
+            f"`mismatch/{name}` by modality (text, image, video, mixed); `stale`: of responses "
+            "that weights of an earlier step sampled."
+        )
+        for name in ("gap", "gap_max", "kl", "truncated", "rejected_fraction")
+    },
     "policy/loss": (
         "Loss, averaged over the response tokens of each update, then the updates; with "
         "distillation the divergence in nats, averaged as in its loss."
@@ -135,7 +160,7 @@ METRICS: Mapping[str, str] = {
     "policy/clip_high": "Fraction of response tokens clipped at the upper bound of the ratio.",
     "policy/clip_dual": "Fraction of response tokens held by the dual clip.",
     "policy/ratio": (
-        "Mean ratio of a response token's probability to the old one (with importance_cap the "
+        "Mean ratio of a response token's probability to the old one (with importance weights the "
         "policy's before the step)."
     ),
     "policy/kl_old": (
@@ -143,8 +168,8 @@ METRICS: Mapping[str, str] = {
         "in nats."
     ),
     "policy/importance": (
-        "Mean importance weight per response token of the non-trivial groups; 1 without the "
-        "correction."
+        "Mean importance weight per response token of the non-trivial groups; 0 of a rejected "
+        "response, 1 without a correction."
     ),
     "policy/grad_norm": "Gradient norm before clipping, averaged over the updates.",
     "policy/grad_norm_max": "Largest gradient norm before clipping.",

@@ -1,5 +1,5 @@
-"""Before the first update: does the run sample, train and start from one and the same network, and
-does it see its media?
+"""Does the run sample, train and start from one and the same network, and does it see its media?
+Asked before the first update, and later of sampling and training.
 
 The training forward pass is compared with the engine, on the run's own layout and precision, and
 with the source checkpoint in transformers. Nothing of the run is moved: the questions come from a
@@ -24,7 +24,7 @@ from data.question import Question
 from zppo_mm.config.schema import ParityConfig
 from zppo_mm.experience import FloatArray, Group, PromptInstance
 from zppo_mm.parallel import groups as parallel
-from zppo_mm.parity.compare import SIDES, Limit, ParityError, Response, describe_gap, measure
+from zppo_mm.parity.compare import SIDES, Limit, ParityError, Response, Side, describe_gap, measure
 from zppo_mm.parity.media import MediaCount, media_in_prompt, num_features
 from zppo_mm.parity.oracle import SourceInput, SourceLogprobs, source_logprobs
 from zppo_mm.parity.questions import Chosen, UncountedHealth, choose_questions
@@ -33,8 +33,10 @@ from zppo_mm.randomness import generator
 from zppo_mm.rollout.soundness import NOT_FINITE
 from zppo_mm.run.build import build_stream, student_folder
 from zppo_mm.run.parts import Run
+from zppo_mm.run.shared import release_memory
 from zppo_mm.run_folder import RunFolder
 from zppo_mm.training.batching import build_batches, plan_batches
+from zppo_mm.training.old_logprobs import response_logprobs
 from zppo_mm.training.samples import response_sequence, to_training_samples
 
 logger = logging.getLogger(__name__)
@@ -43,15 +45,15 @@ NUM_ROLLOUTS = 2
 """Responses per question: more than one, so that they share a prompt in the engine's caches as they
 do in training.
 """
-RESUMED = "the run goes on from a checkpoint, whose weights are no longer the folder's"
+TRAINED = "the weights have been trained and are no longer the folder's"
 
 
 def check_parity(run: Run, folder: RunFolder, step: int) -> None:
     """Compare, write `parity.jsonl` and the log, and stop the run if something disagrees; every
     rank calls this.
 
-    After a resume the source checkpoint is left out, because the weights are trained; the layout
-    may be another one than before, so sampling and training are compared again.
+    After the first step the source checkpoint is left out, because the weights are trained. After a
+    resume the layout may be another one than before, so sampling and training are compared again.
 
     Args:
         run: The run, nothing of which is moved.
@@ -67,15 +69,16 @@ def check_parity(run: Run, folder: RunFolder, step: int) -> None:
     started = time.perf_counter()
     with _random_states_kept():
         chosen = _choose(run, config.num_questions)
-        groups = _sample(run, chosen, config)
+        groups = _sample(run, chosen, config, step + 1)
         broken = _broken_modalities(chosen, run.stages.sampler.failed)
         responses = _responses(groups, _training_logprobs(run, groups))
         counts, source = parallel.on_rank_zero(partial(_measure, run, groups, config, step))
         for group, values in zip(groups, source.logprobs, strict=True):
             first = responses[group.uid][0]
             responses[group.uid][0] = dataclasses.replace(first, source=values)
-        run.release_memory()
-        run.take_losses()  # what grading the gate's responses lost is no part of the first step
+        # Not the run's: its cache of opened media counts the steps.
+        release_memory(run.encoders)
+        run.take_losses()  # what grading the gate's responses lost is no part of the next step
     record = _judge(
         run,
         chosen,
@@ -93,11 +96,22 @@ def check_parity(run: Run, folder: RunFolder, step: int) -> None:
     _conclude(record, chosen, config.mode)
 
 
-def limit_for(config: ParityConfig, dtype: torch.dtype) -> Limit:
+def is_parity_due(config: ParityConfig, train_iters: int, step: int) -> bool:
+    """Return whether sampling and training are compared after a step that is not the last."""
+    return step < train_iters and bool(config.interval) and step % config.interval == 0
+
+
+def limit_for(config: ParityConfig, dtype: torch.dtype, side: Side = "source") -> Limit:
     """Return the limit of a precision: for every token in float32, for a modality's divergence in
     anything coarser.
+
+    Args:
+        config: The limits, and the precision of a sampler that has its own.
+        dtype: Of the network.
+        side: What the training forward pass is compared with.
     """
-    if dtype == torch.float32:
+    samples_exactly = side == "source" or config.sampler_dtype in ("auto", "float32")
+    if dtype == torch.float32 and samples_exactly:
         return Limit("parity.max_gap", config.max_gap, of_divergence=False)
     return Limit("parity.max_kl", config.max_kl, of_divergence=True)
 
@@ -123,9 +137,9 @@ def _choose(run: Run, num_questions: int) -> Chosen:
     return choose_questions(stream, run.feed, num_questions)
 
 
-def _sample(run: Run, chosen: Chosen, config: ParityConfig) -> list[Group]:
-    """Sample short responses as in training; a first question of every modality comes before any
-    second one.
+def _sample(run: Run, chosen: Chosen, config: ParityConfig, version: int) -> list[Group]:
+    """Sample short responses as in training, with the weights of a step; a first question of every
+    modality comes before any second one.
     """
     asked = [
         (index, question)
@@ -138,7 +152,7 @@ def _sample(run: Run, chosen: Chosen, config: ParityConfig) -> list[Group]:
     ]
     longest = min(config.max_response_tokens, run.stages.sampling.max_new_tokens)
     sampling = dataclasses.replace(run.stages.sampling, max_new_tokens=longest)
-    return run.stages.sampler.sample(instances, sampling, NUM_ROLLOUTS, step=0)
+    return run.stages.sampler.sample(instances, sampling, NUM_ROLLOUTS, version)
 
 
 def _broken_modalities(chosen: Chosen, failed: Mapping[str, str]) -> list[str]:
@@ -183,29 +197,12 @@ def _training_logprobs(run: Run, groups: Sequence[Group]) -> list[FloatArray]:
         share_prompts=run.policy.shares_prompts,
     )
     media = run.encoder if parallel.is_first_stage() else None
-    [batch] = build_batches(
+    batches = build_batches(
         plan, samples, replica=parallel.data_rank(), media=media, device=parallel.device()
     )
-    microbatches = list(batch.microbatches)
-    values = run.policy.compute_logprobs(
-        dataclasses.replace(batch, microbatches=microbatches), config.rollout.temperature
-    )
-    mine: list[tuple[int, FloatArray]] = []
-    # A replica without samples passes a sequence without loss.
-    members = plan.microbatches[0][parallel.data_rank()] or ((),)
-    for indices, microbatch, logprobs in zip(members, microbatches, values, strict=True):
-        carries_loss = microbatch.loss_mask != 0
-        drawn = [samples[index].token_ids[-samples[index].num_loss_tokens :] for index in indices]
-        assert microbatch.token_ids[carries_loss].tolist() == [
-            int(token) for ids in drawn for token in ids
-        ], "responses lie in their order"
-        spoken = logprobs[carries_loss].cpu().numpy()
-        ends = np.cumsum([samples[index].num_loss_tokens for index in indices])
-        mine += [
-            (index, spoken[end - samples[index].num_loss_tokens : end])
-            for index, end in zip(indices, ends.tolist(), strict=True)
-        ]
-    everything = dict(item for replica in parallel.gather_from_replicas(mine) for item in replica)
+    mine = response_logprobs(run.policy, plan, samples, batches, config.rollout.temperature)
+    replicas = parallel.gather_from_replicas(list(mine.items()))
+    everything = dict(item for replica in replicas for item in replica)
     return [everything[index] for index in range(len(samples))]
 
 
@@ -254,7 +251,7 @@ def _measure(
         token_ids, positions, _ = response_sequence(prompt, response_ids)
         inputs.append(SourceInput(token_ids, positions, len(response_ids), vision))
     if step or not config.compare_source:
-        why_not = RESUMED if step else "parity.compare_source=false"
+        why_not = TRAINED if step else "parity.compare_source=false"
         return counts, SourceLogprobs((None,) * len(inputs), why_not)
     source = source_logprobs(
         student_folder(run.config.model),
@@ -276,21 +273,30 @@ def _judge(
     step: int,
 ) -> ParityRecord:
     """Hold everything against its limit; what is lost comes first, because it explains gaps."""
-    limit = limit_for(run.config.parity, run.policy.model.config.params_dtype)
+    network_dtype = run.policy.model.config.params_dtype
+    limits = {side: limit_for(run.config.parity, network_dtype, side) for side in SIDES}
     findings = [*chosen.lost, *(count.describe() for count in counts if not count.agrees)]
     rows = []
     for name, questions in chosen.questions.items():
         mine = [response for response in responses if response.modality == name]
         gaps = {side: measure(mine, side) for side in SIDES}
         for side, gap in gaps.items():
-            if gap is not None and gap.exceeds(limit):
-                findings.append(describe_gap(mine, side, gap, limit, run.encoder.decode))
+            if gap is not None and gap.exceeds(limits[side]):
+                findings.append(describe_gap(mine, side, gap, limits[side], run.encoder.decode))
         own_counts = [count for count in counts if count.modality == name]
         rows.append(
             count_modality(name, len(questions), own_counts, gaps["rollout"], gaps["source"])
         )
-    dtype = str(run.policy.model.config.params_dtype).removeprefix("torch.")
-    return ParityRecord(step, dtype, limit, 0.0, tuple(rows), not_compared, tuple(findings))
+    return ParityRecord(
+        step=step,
+        dtype=str(network_dtype).removeprefix("torch."),
+        limit=limits["source"],
+        rollout_limit=limits["rollout"],
+        seconds=0.0,
+        modalities=tuple(rows),
+        not_compared=not_compared,
+        findings=tuple(findings),
+    )
 
 
 def _conclude(record: ParityRecord, chosen: Chosen, mode: str) -> None:

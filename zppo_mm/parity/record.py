@@ -47,7 +47,9 @@ class ParityRecord:
     Attributes:
         step: Steps trained before it; 0 before the first.
         dtype: Of the run's network.
-        limit: How far apart log-probs may be.
+        limit: How far the log-probs of the source checkpoint may be from the training forward
+            pass's.
+        rollout_limit: The same of the engine's.
         seconds: How long it took.
         modalities: Results.
         not_compared: Why the source checkpoint was not compared, or not with all responses; empty
@@ -58,6 +60,7 @@ class ParityRecord:
     step: int
     dtype: str
     limit: Limit
+    rollout_limit: Limit
     seconds: float
     modalities: tuple[ModalityParity, ...]
     not_compared: str
@@ -91,7 +94,6 @@ def write_record(folder: RunFolder, record: ParityRecord) -> None:
 
 def parity_table(record: ParityRecord) -> str:
     """Return the record as lines of text."""
-    what = "a divergence" if record.limit.of_divergence else "a gap of any token"
     head = [
         "modality",
         "questions",
@@ -110,13 +112,24 @@ def parity_table(record: ParityRecord) -> str:
         gaps = (_cell(row.rollout), _cell(row.source))
         rows.append([row.modality, *map(str, counts), *gaps, str(num_tokens)])
     lines = [
-        f"parity at step {record.step}, {record.dtype}, limit {record.limit.value:g} nats for "
-        f"{what}, {record.seconds:.1f} s",
+        f"parity at step {record.step}, {record.dtype}, limit {_limits(record)}, "
+        f"{record.seconds:.1f} s",
         text_table(head, rows),
     ]
     if record.not_compared:
         lines.append(f"source checkpoint not compared: {record.not_compared}")
     return "\n".join(lines)
+
+
+def _limits(record: ParityRecord) -> str:
+    if record.limit == record.rollout_limit:
+        return _limit(record.limit)
+    return f"{_limit(record.rollout_limit)} (sampling) and {_limit(record.limit)} (source)"
+
+
+def _limit(limit: Limit) -> str:
+    what = "a divergence" if limit.of_divergence else "a gap of any token"
+    return f"{limit.value:g} nats for {what}"
 
 
 def _cell(gap: Gap | None) -> str:

@@ -6,11 +6,13 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from data.health import SampleHealth
 from data.media.store import MediaStore
 from data.shards import ShardFolder
 from data.stream import QuestionStream
+from zppo_mm.algorithms.importance import Level, MismatchCorrection
 from zppo_mm.bundled import STUDENT_DIR
 from zppo_mm.bundled.questions import bundled_sources
 from zppo_mm.config.schema import (
@@ -207,7 +209,7 @@ def _build_stages(
             config.train,
             config.seed,
             temperature=config.rollout.temperature,
-            importance_cap=config.algorithm.importance_cap,
+            correction=_correction(config),
             averages_questions=config.distill.source == "teacher",
         ),
         schedule=_plain_schedule(config.teacher, config.rollout, config.seed),
@@ -230,6 +232,17 @@ def build_overlap(
         return None
     last_step = config.train.train_iters
     return Overlap(sampler, stream, exchange, interruption, last_step, rollout.partial_rollouts)
+
+
+def _correction(config: RunConfig) -> MismatchCorrection:
+    """Return what is done about the difference between sampler and trained network."""
+    algorithm = config.algorithm
+    return MismatchCorrection(
+        level=cast(Level, algorithm.importance_level),
+        cap=algorithm.largest_weight(config.rollout.engine),
+        rejection_bound=algorithm.rejection_bound,
+        rejection_token_bound=algorithm.rejection_token_bound,
+    )
 
 
 def _build_feed(

@@ -5,16 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 
 import numpy as np
 
+from zppo_mm.algorithms.importance import NO_CORRECTION, MismatchCorrection
 from zppo_mm.config.schema import TrainConfig
 from zppo_mm.experience import Advantages, Group, MediaSource, TrainingSample
 from zppo_mm.observability.metrics import Max, Mean, StepMetrics, Sum
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.randomness import generator
 from zppo_mm.training.batching import BatchPlan, build_batches, plan_batches
-from zppo_mm.training.old_logprobs import need_old_logprobs, with_old_logprobs
+from zppo_mm.training.old_logprobs import (
+    need_old_logprobs,
+    response_logprobs,
+    with_old_logprobs,
+)
 from zppo_mm.training.policy import Policy, TrainMetrics
 from zppo_mm.training.samples import to_training_samples, with_question_weights
 
@@ -29,7 +35,7 @@ class Learner:
         config: Updates per step and size of a micro-batch.
         seed: The run's seed; mini-batches are dealt by it.
         temperature: Of the rollouts.
-        importance_cap: Largest importance weight; 0 weights nothing.
+        correction: What is done about a sampler that computes other log-probs than the policy.
         averages_questions: Whether every group counts alike in a distillation loss, however many
             responses and tokens it has.
     """
@@ -40,7 +46,7 @@ class Learner:
     seed: int
     _: KW_ONLY
     temperature: float = 1.0
-    importance_cap: float = 0.0
+    correction: MismatchCorrection = NO_CORRECTION
     averages_questions: bool = False
 
     def learn(
@@ -81,18 +87,19 @@ class Learner:
                 skip_zero_advantage=objective.needs_advantages,
                 share_prompts=self.policy.shares_prompts,
             )
-            batches = build_batches(
+            build = partial(
+                build_batches,
                 plan,
-                samples,
                 replica=parallel.data_rank(),
                 media=self.media if parallel.is_first_stage() else None,
                 device=parallel.device(),
             )
-        if objective.needs_advantages and need_old_logprobs(samples, self.importance_cap):
+            batches = build(samples)
+        if objective.needs_advantages and need_old_logprobs(samples, self.correction):
             with metrics.phase("old_logprobs"):
-                batches = with_old_logprobs(
-                    self.policy, batches, self.temperature, self.importance_cap
-                )
+                logprobs = response_logprobs(self.policy, plan, samples, batches, self.temperature)
+                samples = with_old_logprobs(samples, logprobs, self.correction, step, metrics)
+                batches = build(samples)
         with metrics.phase("update"):
             trained = self.policy.train_step(batches)
         _measure(trained, metrics)

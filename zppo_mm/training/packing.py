@@ -95,6 +95,7 @@ def pack(
         if len(prompts) < len(segments)
         else None,
         **_join_old_logprobs(segments, padding, device),
+        **_join_importance(segments, padding, device),
         **_join_teacher_top(segments, padding, device),
     )
 
@@ -116,6 +117,23 @@ def _join_old_logprobs(
     if any(part.any() for part in unknown):
         fields["unknown"] = torch.from_numpy(np.concatenate(unknown)).to(device)
     return fields
+
+
+def _join_importance(
+    segments: Sequence[_Segment], padding: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return the field of importance weights; nothing if no sample has them."""
+    weights = [segment.sample.importance for segment in segments]
+    if all(each is None for each in weights):
+        return {}
+    parts = [
+        np.ones_like(segment.sample.loss_mask[segment.tokens])
+        if each is None
+        else each[segment.tokens]
+        for segment, each in zip(segments, weights, strict=True)
+    ]
+    joined = np.concatenate([*parts, np.ones(padding, dtype=np.float32)])
+    return {"importance": torch.from_numpy(joined).to(device, torch.float32)}
 
 
 def _join_teacher_top(

@@ -95,6 +95,7 @@ def _training_sample(group: Group, rollout: Rollout, advantage: float) -> Traini
         advantages=mask * np.float32(advantage),
         grids=group.prompt.grids,
         teacher_top=_after_prompt(rollout.teacher_top, len(before)),
+        policy_version=rollout.policy_version,
     )
 
 
