@@ -21,5 +21,9 @@ class NotFiniteError(ZppoError):
     """The network computes NaN or infinity, and the run is not to go on with it."""
 
 
+class RolloutServersLostError(ZppoError):
+    """No server samples any more, and the run is not to go on without."""
+
+
 class ModelError(ZppoError):
     """A model folder, weight or layout is not usable."""
