@@ -11,8 +11,8 @@ from data.media.opening import MediaLimits
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.parallel.exchange import Exchange
-from zppo_mm.teacher.served.client_process import PoolProcess
-from zppo_mm.teacher.served.messages import PoolSettings
+from zppo_mm.serving.client_process import PoolProcess
+from zppo_mm.teacher.served.pool_settings import PoolSettings
 from zppo_mm.teacher.served.servers import Servers
 
 logger = logging.getLogger(__name__)
