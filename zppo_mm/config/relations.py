@@ -36,6 +36,7 @@ def check_relations(config: RunConfig) -> None:
     _check_sources(config.data)
     _check_training(config.train, config.lora)
     _check_layout(config.parallel, config.model, config.train)
+    _check_servers(config.rollout)
     distill, teacher, others = config.distill, config.teacher, config.fallback_teachers
     if distill.source == "none":
         _check_policy_gradient(config.zone, distill, others)
@@ -131,6 +132,20 @@ def _check_policy_gradient(
             "a method that uses no teacher rollouts, expected one of "
             f"{_switches(kind for kind in SWITCHED if kind.uses_teacher)}; remove them or "
             "change the method"
+        )
+
+
+def _check_servers(rollout: RolloutConfig) -> None:
+    """Check the servers that the run starts."""
+    if rollout.server_devices and len(rollout.server_devices) != rollout.servers:
+        raise ConfigError(
+            f"rollout.server_devices: one entry per server, got {len(rollout.server_devices)} for "
+            f"rollout.servers={rollout.servers}, expected as many; change one of them"
+        )
+    if not any(rollout.server_command[:1]):
+        raise ConfigError(
+            f"rollout.server_command: no command, got {rollout.server_command}, expected its words "
+            "one by one, such as [vllm, serve, '{model}']; correct the list"
         )
 
 
