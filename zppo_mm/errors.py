@@ -17,12 +17,12 @@ class JudgeError(ZppoError):
     """The judge does not give verdicts, and the run is not to go on with it."""
 
 
-class RolloutServersLostError(ZppoError):
-    """The servers that sample do not answer, or do not take the weights."""
-
-
 class NotFiniteError(ZppoError):
     """The network computes NaN or infinity, and the run is not to go on with it."""
+
+
+class RolloutServersLostError(ZppoError):
+    """No server samples any more, and the run is not to go on without."""
 
 
 class ModelError(ZppoError):

@@ -37,6 +37,11 @@ class RunFolder:
         return self.path / "run.log"
 
     @property
+    def servers(self) -> Path:
+        """One log per server that the run starts."""
+        return self.path / "servers"
+
+    @property
     def metrics(self) -> Path:
         """One line per step."""
         return self.path / "metrics.jsonl"
@@ -107,6 +112,10 @@ class RunFolder:
     def answers_of(self, step: int) -> Path:
         """Return the answers of the evaluation after a step."""
         return self.answers / f"step_{step:06d}.jsonl"
+
+    def server_log(self, index: int) -> Path:
+        """Return the log of a server, which all its starts append to."""
+        return self.servers / f"server_{index}.log"
 
     def earlier_records(self) -> Iterator[Path]:
         """Yield the folders that take the records of earlier starts, by number."""

@@ -49,6 +49,7 @@ def run_step(stages: Stages, step: int) -> StepRecord:
         TeacherLostError: On every rank, before anything but the stream was moved, if the teacher
             does not answer.
         JudgeError: The same, if the judge does not give verdicts.
+        RolloutServersLostError: The same, if no server samples any more.
         StopRequested: The same, if the run is to end.
     """
     metrics = StepMetrics()

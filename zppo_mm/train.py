@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from zppo_mm.config.schema import RunConfig
-from zppo_mm.errors import JudgeError
+from zppo_mm.errors import JudgeError, RolloutServersLostError, ZppoError
 from zppo_mm.interruption import Interruption, StopRequested
 from zppo_mm.observability.logs import configure_logging
 from zppo_mm.observability.sinks import MetricsLog
@@ -34,7 +34,6 @@ from zppo_mm.run.teacher_job import link_to_teacher, serve_teacher
 from zppo_mm.run_folder import RunFolder
 from zppo_mm.stages.record import StepRecord
 from zppo_mm.step import run_step
-from zppo_mm.teacher.teacher import TeacherLostError
 
 
 def folder_of(config: RunConfig) -> RunFolder:
@@ -88,6 +87,7 @@ def train_steps(run: Run, folder: RunFolder) -> None:
         RunStopped: On every rank, with a checkpoint of the last complete step.
         TeacherLostError: The same, if the teacher does not answer.
         JudgeError: The same, if the judge does not give verdicts.
+        RolloutServersLostError: The same, if no server samples any more.
     """
     train_iters, interruption = run.config.train.train_iters, run.stages.interruption
     interruption.steps_done = resumed = resume(run, folder)
@@ -124,16 +124,17 @@ def finish_step(
         TeacherLostError: On every rank, with a checkpoint, if the step is the last that the teacher
             answered in.
         JudgeError: The same, if the judge does not give verdicts in the evaluation.
+        RolloutServersLostError: The same, if no server samples any more in the evaluation.
     """
     config, step = run.config, record.step
     train_iters = config.train.train_iters
-    end: TeacherLostError | JudgeError | ParityError | None = record.teacher_lost
+    end: ZppoError | None = record.teacher_lost
     if is_evaluation_due(config.evaluation, train_iters, step) and end is None:
         # The step is complete; an evaluation that is dropped is made up for when the run goes on.
         with record.metrics.phase("evaluation"), suppress(StopRequested):
             try:
                 evaluate(run, folder, step)
-            except JudgeError as error:
+            except (JudgeError, RolloutServersLostError) as error:
                 end = error
     run.release_memory()
     record_step(run, folder, record, time.perf_counter() - started, log)
@@ -141,7 +142,7 @@ def finish_step(
         with suppress(StopRequested):
             try:
                 check_parity(run, folder, step)
-            except ParityError as error:
+            except (ParityError, RolloutServersLostError) as error:
                 end = error
     is_last = step == train_iters or end is not None
     is_due = step == train_iters or step % config.checkpoint.interval == 0

@@ -20,12 +20,14 @@ from data.text import is_valid_text
 from tests.support.raw_server import RawServer, completion, http, say, serve_raw
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.rewards.judge import read_verdict
-from zppo_mm.teacher.served.chat_api import ChatRequest, Choice, Fault, Reply
+from zppo_mm.serving.endpoint import MAX_PAUSE_SECONDS, retry_after
+from zppo_mm.serving.fault import Fault
+from zppo_mm.serving.received_text import MAX_SHOWN_CHARS, ReceivedText
+from zppo_mm.serving.servers import RetryPolicy
+from zppo_mm.teacher.served.chat_api import ChatRequest, Choice, Reply
 from zppo_mm.teacher.served.chat_reply import MAX_SPELLING_BYTES, parse_reply
-from zppo_mm.teacher.served.endpoint import MAX_PAUSE_SECONDS, retry_after
 from zppo_mm.teacher.served.pool import EndpointPool
-from zppo_mm.teacher.served.received_text import MAX_SHOWN_CHARS, ReceivedText
-from zppo_mm.teacher.served.servers import Outcome, RetryPolicy
+from zppo_mm.teacher.served.servers import Outcome
 
 KEY = "sk-0/9<fuzz-key>"
 KINDS = {"bad_reply", "empty_choice", "unfinished", "content_filter"}

@@ -20,10 +20,10 @@ from tests.support.fault_proxy import FAULTS, PASS, stand_between
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.parallel.exchange import SingleProcess
+from zppo_mm.serving.servers import RetryPolicy
 from zppo_mm.teacher.served.chat_api import ChatRequest
 from zppo_mm.teacher.served.connect import open_pool
 from zppo_mm.teacher.served.pool import EndpointPool
-from zppo_mm.teacher.served.servers import RetryPolicy
 from zppo_mm.teacher.served.tokens import TokenReader
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

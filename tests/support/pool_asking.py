@@ -11,9 +11,10 @@ from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.prompt import PromptEncoder
+from zppo_mm.serving.servers import RetryPolicy
 from zppo_mm.teacher.served.chat_api import ChatRequest
 from zppo_mm.teacher.served.pool import EndpointPool
-from zppo_mm.teacher.served.servers import Outcome, RetryPolicy
+from zppo_mm.teacher.served.servers import Outcome
 from zppo_mm.teacher.served.teacher import ServedTeacher
 from zppo_mm.teacher.served.tokens import TokenReader
 from zppo_mm.zone.prompts import load_templates

@@ -17,6 +17,8 @@ from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.methods import METHODS
 
+OVERLAP = ("rollout.max_staleness=1", "rollout.engine=vllm", "rollout.servers=1")
+
 """Importing torch alone takes several seconds; the help measures 0.2 s, the rest is room for a busy
 machine.
 """
@@ -82,11 +84,11 @@ def test_every_method_is_there_with_and_without_replay() -> None:
         (["rollout.partial_rollouts=true"], "nothing is under way when the weights change"),
         (["rollout.max_staleness=1"], "the network cannot sample while it trains"),
         (
-            ["rollout.max_staleness=1", "rollout.engine=vllm", "method=on_distill"],
+            [*OVERLAP, "method=on_distill"],
             "distillation corrects nothing for rollouts of earlier weights, got 1 .*'student'",
         ),
         (
-            ["rollout.max_staleness=1", "rollout.engine=vllm", "algorithm.importance_level=none"],
+            [*OVERLAP, "algorithm.importance_level=none"],
             "rollouts of earlier weights need importance weights",
         ),
         (

@@ -11,12 +11,10 @@ ROOT = Path(__file__).parents[2]
 
 # What may use them: a restricted unpickler, templates of our own, and pipes to our own processes.
 ALLOWED = {
-    ("zppo_mm/teacher/served/client_main.py", "pickle.loads"),
-    ("zppo_mm/teacher/served/client_process.py", "pickle.loads"),
+    ("zppo_mm/serving/client_main.py", "pickle.loads"),
+    ("zppo_mm/serving/client_process.py", "pickle.loads"),
     ("zppo_mm/weights/checkpoint_metadata.py", "pickle._Unpickler"),
     ("zppo_mm/report/page.py", "jinja2.Environment"),
-    ("zppo_mm/teacher/served/client_main.py", "pickle.loads"),
-    ("zppo_mm/teacher/served/client_process.py", "pickle.loads"),
 }
 
 

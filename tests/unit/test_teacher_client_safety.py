@@ -19,9 +19,9 @@ from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.parallel.exchange import SingleProcess
+from zppo_mm.serving.servers import RetryPolicy
 from zppo_mm.teacher.served.connect import open_pool
 from zppo_mm.teacher.served.pool import EndpointPool
-from zppo_mm.teacher.served.servers import RetryPolicy
 
 pytestmark = pytest.mark.timeout(120)
 

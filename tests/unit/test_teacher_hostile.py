@@ -17,8 +17,8 @@ from tests.support.pool_asking import GOOD, ask, faults, reply_with, texts
 from tests.support.raw_server import completion, http, say, say_forever, serve_raw
 from zppo_mm.config.load import load_config
 from zppo_mm.parallel.exchange import SingleProcess
+from zppo_mm.serving.servers import RetryPolicy
 from zppo_mm.teacher.served.connect import open_pool
-from zppo_mm.teacher.served.servers import RetryPolicy
 
 pytestmark = pytest.mark.timeout(120)
 # No behaviour may cost more memory than a few replies of the largest size that is read.
@@ -188,7 +188,7 @@ def test_what_is_only_strange_is_used_or_asked_for_again(name: str) -> None:
 def test_no_server_decides_how_long_it_is_left_alone(
     value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zppo_mm.teacher.served.endpoint.MAX_PAUSE_SECONDS", 0.5)
+    monkeypatch.setattr("zppo_mm.serving.endpoint.MAX_PAUSE_SECONDS", 0.5)
     busy = say(http(PAGE, f"Retry-After: {value}", status="429 Busy"))
     with serve_raw(lambda number: busy if number == 0 else GOOD) as server:
         outcome, counts = ask(server.url)

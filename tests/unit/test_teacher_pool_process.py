@@ -26,11 +26,11 @@ from data.shards import ShardFolder
 from data.toy.digits_shards import digit_samples
 from tests.support.loopback_server import LoopbackServer, TinyModel, serve
 from zppo_mm.config.schema import TeacherConfig
+from zppo_mm.serving.client_process import PoolProcess
+from zppo_mm.serving.servers import RetryPolicy
 from zppo_mm.teacher.served.chat_api import ChatRequest
-from zppo_mm.teacher.served.client_process import PoolProcess
-from zppo_mm.teacher.served.messages import PoolSettings
 from zppo_mm.teacher.served.pool import EndpointPool
-from zppo_mm.teacher.served.servers import RetryPolicy
+from zppo_mm.teacher.served.pool_settings import PoolSettings
 
 LONG = RetryPolicy(max_seconds=200.0, num_retries=None)
 CONFIG = TeacherConfig(backoff_seconds=0.01)
@@ -144,7 +144,7 @@ def test_signals_to_all_processes_of_a_run_do_not_end_it(
 def test_closing_drops_what_is_in_flight(
     server: LoopbackServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zppo_mm.teacher.served.client_process.CLOSING_SECONDS", 60.0)
+    monkeypatch.setattr("zppo_mm.serving.client_process.CLOSING_SECONDS", 60.0)
     server.latency_seconds = 30.0
     with process(server.url) as pool:
         num_before = len(server.requests)
@@ -164,11 +164,11 @@ def test_it_ends_with_the_process_that_started_it(server: LoopbackServer) -> Non
     script = f"""
 import os
 from zppo_mm.config.schema import TeacherConfig
-from zppo_mm.teacher.served.messages import PoolSettings
-from zppo_mm.teacher.served.client_process import PoolProcess
+from zppo_mm.teacher.served.pool_settings import PoolSettings
+from zppo_mm.serving.client_process import PoolProcess
 pool = PoolProcess(PoolSettings(urls=({server.url!r},), model="tiny", config=TeacherConfig()))
 from zppo_mm.teacher.served.chat_api import ChatRequest
-from zppo_mm.teacher.served.servers import RetryPolicy
+from zppo_mm.serving.servers import RetryPolicy
 pool.submit([ChatRequest("Hi", 1, 0.0, 4, 0)], RetryPolicy(max_seconds=100.0, num_retries=None))
 import time; time.sleep(3)
 print(vars(pool)["_worker"].process.pid, flush=True)
@@ -199,7 +199,7 @@ def test_what_it_cannot_send_ends_it(
     """A result that cannot be sent must not leave its holder waiting."""
     (tmp_path / "client_without_pickle.py").write_text(
         """
-from zppo_mm.teacher.served import client_main
+from zppo_mm.serving import client_main
 class Unsendable(Exception):
     def __reduce__(self):
         raise TypeError("no pickle")
@@ -208,7 +208,7 @@ client_main.main()
 """
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("zppo_mm.teacher.served.client_process._MODULE", "client_without_pickle")
+    monkeypatch.setattr("zppo_mm.serving.client_process._MODULE", "client_without_pickle")
     with process(server.url) as pool:
         (outcome,) = pool.submit(asks(1), LONG).result(timeout=100)
     assert "exit status 1" in outcome.problem
@@ -216,8 +216,8 @@ client_main.main()
 
 def test_it_starts_without_torch() -> None:
     script = (
-        "import sys, zppo_mm.teacher.served.client_main; print(sorted({'torch', 'transformers', "
-        "'megatron'} & set(sys.modules)))"
+        "import sys, zppo_mm.serving.client_main, zppo_mm.teacher.served.pool_settings; "
+        "print(sorted({'torch', 'transformers', 'megatron'} & set(sys.modules)))"
     )
     assert subprocess.check_output([sys.executable, "-c", script], text=True, timeout=100) == "[]\n"
 
@@ -237,7 +237,7 @@ def test_what_it_logs_is_received_here(
 def test_a_process_that_does_not_start_is_an_error_with_its_cause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("zppo_mm.teacher.served.client_process._MODULE", "zppo_mm.no_such_module")
+    monkeypatch.setattr("zppo_mm.serving.client_process._MODULE", "zppo_mm.no_such_module")
     with (
         process("http://127.0.0.1:9/v1") as pool,
         pytest.raises(RuntimeError, match="ended with exit status 1"),
@@ -248,7 +248,7 @@ def test_a_process_that_does_not_start_is_an_error_with_its_cause(
 def test_one_that_hangs_is_ended_and_what_it_was_asked_is_counted(
     server: LoopbackServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zppo_mm.teacher.served.client_process.OVERDUE_SECONDS", 5.0)
+    monkeypatch.setattr("zppo_mm.serving.client_process.OVERDUE_SECONDS", 5.0)
     with process(server.url) as pool:
         pool.submit(asks(1), LONG).result(timeout=200)
         first = pid(pool)

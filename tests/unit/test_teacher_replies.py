@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from zppo_mm.config.schema import TeacherConfig
-from zppo_mm.teacher.served.chat_api import ChatRequest, Choice, Fault
+from zppo_mm.serving.endpoint import retry_after
+from zppo_mm.serving.fault import Fault
+from zppo_mm.serving.received_text import MAX_READ_CHARS, ReceivedText
+from zppo_mm.teacher.served.chat_api import ChatRequest, Choice
 from zppo_mm.teacher.served.chat_reply import parse_reply
-from zppo_mm.teacher.served.endpoint import retry_after
 from zppo_mm.teacher.served.media import MessageWriter
-from zppo_mm.teacher.served.received_text import MAX_READ_CHARS, ReceivedText
 
 A, B = (Choice(text, "stop", text) for text in "ab")
 

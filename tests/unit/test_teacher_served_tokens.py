@@ -15,7 +15,8 @@ import pytest
 from zppo_mm.bundled import STUDENT_DIR
 from zppo_mm.experience import NO_TOKEN
 from zppo_mm.rollout.chat import ChatFormat
-from zppo_mm.teacher.served.chat_api import ChatRequest, Choice, Fault, ServedToken
+from zppo_mm.serving.fault import Fault
+from zppo_mm.teacher.served.chat_api import ChatRequest, Choice, ServedToken
 from zppo_mm.teacher.served.chat_reply import parse_reply
 from zppo_mm.teacher.served.tokens import TokenReader
 

@@ -12,9 +12,9 @@ import pytest
 from tests.support.pool_asking import GOOD, PATIENT, ask, faults, reply_with, texts
 from tests.support.raw_server import RawServer, Say, completion, http, say, serve_raw
 from zppo_mm.config.schema import TeacherConfig
+from zppo_mm.serving.servers import RetryPolicy
 from zppo_mm.teacher.served.chat_api import ChatRequest
 from zppo_mm.teacher.served.pool import EndpointPool
-from zppo_mm.teacher.served.servers import RetryPolicy
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from urllib.parse import urlsplit
 
+from zppo_mm.config.addresses import check_addresses
 from zppo_mm.config.network import TRAINABLE_PARTS
+from zppo_mm.config.rollout_relations import check_rollout
 from zppo_mm.config.schema import (
     AlgorithmConfig,
     DataConfig,
@@ -48,7 +49,7 @@ def check_relations(config: RunConfig) -> None:
     _check_teachers(config.teacher, config.fallback_teachers)
     _check_judge(config.reward, config.evaluation, config.teacher, config.parallel)
     _check_teacher_ranks(config.teacher)
-    _check_overlap(config.rollout, config.algorithm, distill)
+    check_rollout(config.rollout, config.algorithm, distill)
 
 
 def _check_name(name: str) -> None:
@@ -229,40 +230,6 @@ def _check_distilled_server(
         )
 
 
-def _check_overlap(
-    rollout: RolloutConfig, algorithm: AlgorithmConfig, distill: DistillConfig
-) -> None:
-    """Check that rollouts by earlier weights have an engine that samples them meanwhile, and a
-    correction.
-    """
-    if rollout.partial_rollouts and not rollout.max_staleness:
-        raise ConfigError(
-            "rollout.partial_rollouts: nothing is under way when the weights change, got true with "
-            "rollout.max_staleness=0, expected 1 with it; set one of them"
-        )
-    if not rollout.max_staleness:
-        return
-    if rollout.engine == "megatron":
-        raise ConfigError(
-            "rollout.max_staleness: the network cannot sample while it trains, got "
-            f"{rollout.max_staleness} with rollout.engine=megatron, expected 0; set it, or let "
-            "servers sample (rollout.engine=vllm)"
-        )
-    if distill.source != "none":
-        raise ConfigError(
-            "rollout.max_staleness: distillation corrects nothing for rollouts of earlier weights, "
-            f"got {rollout.max_staleness} with distill.source={distill.source!r}, expected 0; set "
-            "it"
-        )
-    if not algorithm.largest_weight(rollout.engine):
-        raise ConfigError(
-            "rollout.max_staleness: rollouts of earlier weights need importance weights, got "
-            f"{rollout.max_staleness} with algorithm.importance_level="
-            f"{algorithm.importance_level!r}, expected another level with it; choose one, or set "
-            "max_staleness to 0"
-        )
-
-
 def _check_lora(lora: LoraConfig, train: TrainConfig) -> None:
     """Check what has adapters and what trains beside them."""
     if not lora.targets or ("all" in lora.targets and len(lora.targets) > 1):
@@ -303,7 +270,7 @@ def _check_judge(
     parallel: ParallelConfig,
 ) -> None:
     """Check where the judge runs and how long its replies may take."""
-    _check_addresses("reward.judge_endpoints", reward.judge_endpoints)
+    check_addresses("reward.judge_endpoints", reward.judge_endpoints)
     if reward.judge_endpoints and not (reward.judge_model or teacher.model):
         raise ConfigError(
             "reward.judge_model: missing, got judge_endpoints without a model, expected its served "
@@ -328,7 +295,7 @@ def _check_judge(
 
 def _check_teacher(where: str, teacher: TeacherConfig) -> None:
     """Check where one teacher runs."""
-    _check_addresses(f"{where}.endpoints", teacher.endpoints)
+    check_addresses(f"{where}.endpoints", teacher.endpoints)
     if teacher.endpoints and not teacher.model:
         raise ConfigError(
             f"{where}.model: missing, got endpoints without a model, expected the name under which "
@@ -362,27 +329,4 @@ def _check_teacher_ranks(teacher: TeacherConfig) -> None:
             f"teacher.num_ranks: cannot be split into tensor {sizes[0]} x pipeline {sizes[1]}, got "
             f"{teacher.num_ranks}, expected a multiple of {math.prod(sizes)}; change it or the "
             "teacher's sizes"
-        )
-
-
-def _check_addresses(key: str, urls: Sequence[str]) -> None:
-    """Check a list of base URLs. Messages never repeat a URL, because it may contain a key."""
-    for index, url in enumerate(urls):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(
-                f"{key}[{index}]: not an address, got {parts.scheme or 'no scheme'!r} and host "
-                f"{parts.hostname or 'none'!r}, expected a base URL such as http://host:8000/v1; "
-                "correct it"
-            )
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ConfigError(
-                f"{key}[{index}]: holds more than an address, got a name, a password or a query "
-                f"for host {parts.hostname!r}, expected scheme, host and path alone; give the key "
-                "by the environment variable that teacher.api_key_env names"
-            )
-    if len(set(urls)) < len(urls):
-        raise ConfigError(
-            f"{key}: an address is listed twice, expected each once; raise "
-            "teacher.max_concurrency instead"
         )

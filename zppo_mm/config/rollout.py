@@ -50,6 +50,44 @@ class RolloutConfig:
         at_least=0,
         may_change_on_resume=True,
     )
+    server_command: list[str] = key(
+        ["vllm", "serve", "{model}"],
+        "Command of a server, one word per entry, with {model}, {port} and {index} for the "
+        "student's folder, the port, and the number of the server from 0. The options that the "
+        "run needs are appended; one that stands here is not.",
+        may_change_on_resume=True,
+    )
+    server_devices: list[str] = key(
+        [],
+        "CUDA_VISIBLE_DEVICES of each server, such as ['6', '7']. Empty: that of the run.",
+        may_change_on_resume=True,
+    )
+    server_start_seconds: float = key(
+        900.0,
+        "Maximum time from a server's start to its first answer.",
+        above=0,
+        may_change_on_resume=True,
+    )
+    max_server_restarts: int = key(
+        5,
+        "How often in a row a server may fail and be started again, or asked again if it is one of "
+        "`endpoints`, before it is given up. Without servers the run stops with a checkpoint.",
+        at_least=0,
+        may_change_on_resume=True,
+    )
+    sync_folder: str = key(
+        "",
+        "Where the weights are written for the servers, in a folder of its own that is removed at "
+        "the end. Empty: the shared memory of the machine. With servers on other machines: a "
+        "folder that all of them have under the same path. There must be room for two copies.",
+        may_change_on_resume=True,
+    )
+    sync_timeout_seconds: float = key(
+        600.0,
+        "Maximum time for a server to load the weights.",
+        above=0,
+        may_change_on_resume=True,
+    )
     max_staleness: int = key(
         0,
         "Steps by which the weights that sample plain prompts may be behind those that are "
@@ -61,4 +99,31 @@ class RolloutConfig:
         False,
         "Whether rollouts that are under way when the servers get new weights go on with these, so "
         "that nothing waits for the longest of them (with `max_staleness: 1`).",
+    )
+    api_key_env: str = key(
+        "",
+        "Environment variable that holds the API key of the servers of `endpoints`. Empty: no key "
+        "is sent.",
+        may_change_on_resume=True,
+    )
+    max_concurrency: int = key(
+        64,
+        "Maximum number of prompts that one server continues at once, over all ranks, each "
+        "`num_rollouts` times. Every replica has at least one.",
+        at_least=1,
+        may_change_on_resume=True,
+    )
+    request_timeout_seconds: float = key(
+        1800.0,
+        "Timeout for the continuations of one prompt. A server sends nothing until all of them "
+        "are complete.",
+        above=0,
+        may_change_on_resume=True,
+    )
+    max_wait_seconds: float = key(
+        7200.0,
+        "Maximum time for the continuations of a prompt, over all attempts and with the time that "
+        "it waits for others; then the run stops with a checkpoint.",
+        above=0,
+        may_change_on_resume=True,
     )

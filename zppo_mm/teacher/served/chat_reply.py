@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from zppo_mm.experience import FinishReason, FloatArray, IntArray
-from zppo_mm.teacher.served.chat_api import Choice, Fault, Reply, ServedToken
-from zppo_mm.teacher.served.received_text import ReceivedText
+from zppo_mm.serving.fault import Fault
+from zppo_mm.serving.received_text import ReceivedText
+from zppo_mm.teacher.served.chat_api import Choice, Reply, ServedToken
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,9 @@ from typing import Any
 from zppo_mm.config.schema import RewardConfig
 from zppo_mm.reasoning import without_reasoning
 from zppo_mm.rollout.chat_template import THINKING_SWITCH
+from zppo_mm.serving.servers import RetryPolicy
 from zppo_mm.teacher.served.chat_api import ChatRequest
-from zppo_mm.teacher.served.servers import Outcome, RetryPolicy, Servers
+from zppo_mm.teacher.served.servers import Outcome, Servers
 
 STOP_LOOK_SECONDS = 0.5
 WITHOUT_THINKING = {THINKING_SWITCH: False}

@@ -1,5 +1,5 @@
-"""Several servers of one model: least outstanding first, bounded concurrency, retries with back-off
-and jitter, in a thread of its own.
+"""Servers of chat completions: several answers by one request where a server gives them, fields
+that it refuses left out.
 """
 
 from __future__ import annotations
@@ -7,41 +7,100 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import random
 import secrets
-import threading
-import time
-from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
-from dataclasses import replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
 
-import httpx2
-
-from data.errors import ReasonedError
 from data.text import clean_text
 from zppo_mm.config.schema import TeacherConfig
-from zppo_mm.teacher.served.chat_api import Batch, ChatRequest, Fault, Reply
-from zppo_mm.teacher.served.endpoint import MAX_PAUSE_SECONDS, Endpoint, open_client
+from zppo_mm.serving.fault import Fault
+from zppo_mm.serving.pool import ServerPool
+from zppo_mm.serving.received_text import ReceivedText
+from zppo_mm.serving.servers import PROBE_SECONDS, RetryPolicy
+from zppo_mm.teacher.served.chat_api import Batch, ChatRequest, Reply
+from zppo_mm.teacher.served.chat_reply import parse_reply
 from zppo_mm.teacher.served.media import Media, MessageWriter
-from zppo_mm.teacher.served.received_text import ReceivedText
-from zppo_mm.teacher.served.servers import PROBE_SECONDS, Outcome, RetryPolicy
+from zppo_mm.teacher.served.servers import Outcome
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+COMPLETIONS_PATH = "/chat/completions"
 # How servers that take one answer per request refuse several: some call it a fault of their own,
 # which may also pass.
 ONE_EACH = ("http_400", "http_422", "http_500", "http_501")
 # How servers refuse a field that they do not know.
 UNKNOWN_FIELD = ("http_400", "http_422")
-# Requests that the student is idle for have this fraction of connections to themselves.
-URGENT_FRACTION = 0.25
 
 
-class EndpointPool:
+@dataclass(frozen=True, slots=True)
+class ChatCall:
+    """A chat request for some of its answers. Implements `Call`.
+
+    Attributes:
+        request: The message.
+        num_choices: Answers asked for.
+        first: Of them, by its index among the wanted ones.
+        model: The served model's name.
+        writer: Makes the message.
+        received: Makes the reply's texts fit to be kept and shown.
+    """
+
+    request: ChatRequest
+    num_choices: int
+    first: int
+    model: str
+    writer: MessageWriter
+    received: ReceivedText
+    path = COMPLETIONS_PATH
+
+    @property
+    def max_reply_bytes(self) -> int:
+        """Longest reply, decoded."""
+        return self.request.max_reply_bytes(self.num_choices)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether another draw of the model is the same."""
+        return not self.request.temperature
+
+    async def body(self, draw: int) -> bytes:
+        """Return the request; opening media takes time and would hold up the other requests of the
+        loop.
+        """
+        if self.request.media:
+            return await asyncio.to_thread(self._write, draw)
+        return self._write(draw)
+
+    def read(self, content: bytes) -> Reply:
+        """Return the answers of a reply."""
+        return parse_reply(
+            content,
+            self.num_choices,
+            self.request.top_logprobs,
+            self.received,
+            has_token_ids=self.request.batch is not None,
+        )
+
+    def is_settled_by(self, fault: Fault, kinds: Mapping[str, int]) -> bool:
+        """Return whether servers that give one answer each have refused several."""
+        if self.num_choices == 1 or fault.kind not in ONE_EACH:
+            return False
+        seen = kinds[fault.kind]
+        return seen >= 2 and sum(kinds.values()) == seen  # once may be chance
+
+    def _write(self, draw: int) -> bytes:
+        request = self.request
+        # A teacher on ranks of its own opens media, and escapes special tokens, as the student.
+        content = (
+            self.writer.content(request.text, request.media)
+            if request.batch is None
+            else clean_text(request.text)
+        )
+        return request.body(self.model, content, self.num_choices, self.first, draw)
+
+
+class EndpointPool(ServerPool):
     """Asks servers for answers in a thread of its own. Implements `Servers`.
 
     Args:
@@ -56,9 +115,6 @@ class EndpointPool:
         media: Opens the media of messages; `None` if none has any.
         batch_size: Messages that are sampled together, if the server is that of a teacher on ranks
             of its own; 0 for any other.
-
-    Attributes:
-        received: Makes what the servers send fit to be kept and shown.
     """
 
     def __init__(
@@ -73,24 +129,16 @@ class EndpointPool:
         media: Media | None = None,
         batch_size: int = 0,
     ) -> None:
-        self.counts: Counter[str] = Counter()
+        super().__init__(
+            urls, config, api_key, who="teacher", max_concurrency=max_concurrency, first=first
+        )
         self._model = model
         self._config = config
-        self._api_key = api_key
-        self.received = ReceivedText(api_key)
-        self._max_concurrency = max_concurrency or config.max_concurrency
-        self._endpoints = [
-            Endpoint(url) for url in [*urls[first % len(urls) :], *urls[: first % len(urls)]]
-        ]
         self._writer = MessageWriter(config, media)
-        self._jitter = random.Random(first)
         self._sends_n = True
         self._sends_optional_kwargs = True
         self._batch_size = batch_size
         self._batch_names = (f"{secrets.token_hex(8)}/{number}" for number in itertools.count())
-        self._client: httpx2.AsyncClient | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._freed = asyncio.Event()
 
     def submit(self, requests: Sequence[ChatRequest], policy: RetryPolicy) -> Future[list[Outcome]]:
         """Start asking; the future has one outcome per request, in order, and no fault of a server
@@ -106,13 +154,6 @@ class EndpointPool:
         """
         return self._start(self._probe_all())
 
-    def close(self) -> None:
-        """Drop what is in flight and end the thread."""
-        loop, self._loop = self._loop, None
-        if loop is not None:
-            asyncio.run_coroutine_threadsafe(self._shut_down(), loop).result()
-            loop.call_soon_threadsafe(loop.stop)
-
     def _batched(self, requests: Sequence[ChatRequest], is_urgent: bool) -> list[ChatRequest]:
         batched: list[ChatRequest] = []
         for start in range(0, len(requests), self._batch_size):
@@ -124,22 +165,6 @@ class EndpointPool:
             ]
         return batched
 
-    def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(
-                target=self._loop.run_forever, name="teacher endpoints", daemon=True
-            ).start()
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    async def _shut_down(self) -> None:
-        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        if self._client is not None:
-            await self._client.aclose()
-
     async def _probe_all(self) -> dict[str, Fault | None]:
         hello = ChatRequest(
             "Hello",
@@ -149,50 +174,31 @@ class EndpointPool:
             seed=0,
             chat_template_kwargs=self._config.chat_template_kwargs,
         )
-        body = await self._body(hello, 1, 0, 0)
+        call = self._call(hello, 1, 0)
+        replies = await self._ask_each(
+            call.path, await call.body(0), call.max_reply_bytes, PROBE_SECONDS
+        )
 
-        async def probe(endpoint: Endpoint) -> Fault | None:
+        def problem(reply: bytes | Fault) -> Fault | None:
+            if isinstance(reply, Fault):
+                return reply
             try:
-                await endpoint.complete(
-                    self._connections(), body, hello, 1, PROBE_SECONDS, self.received
-                )
+                call.read(reply)
             except Fault as fault:
                 return Fault(fault.kind, self.received.shown(fault.detail))
             return None
 
-        return dict(
-            zip(
-                (e.url for e in self._endpoints),
-                await asyncio.gather(*map(probe, self._endpoints)),
-                strict=True,
-            )
-        )
+        return {url: problem(reply) for url, reply in replies.items()}
 
-    def _connections(self) -> httpx2.AsyncClient:
-        if self._client is None:
-            self._client = open_client(self._config, self._api_key)
-        return self._client
+    def _call(self, request: ChatRequest, num_choices: int, first: int) -> ChatCall:
+        return ChatCall(request, num_choices, first, self._model, self._writer, self.received)
 
     async def _all(self, requests: Sequence[ChatRequest], policy: RetryPolicy) -> list[Outcome]:
         return list(await asyncio.gather(*(self._outcome(request, policy) for request in requests)))
 
     async def _outcome(self, request: ChatRequest, policy: RetryPolicy) -> Outcome:
-        outcome, started = Outcome(), time.monotonic()
-        try:
-            async with asyncio.timeout(policy.max_seconds):
-                await self._collect(request, outcome, policy)
-            outcome.problem = ""
-        except TimeoutError:
-            outcome.problem = f"not answered within {policy.max_seconds:g} s" + (
-                f", last {outcome.problem}" if outcome.problem else ""
-            )
-        except Fault as fault:
-            outcome.problem = self.received.shown(str(fault))
-            outcome.is_refused = fault.is_refusal or fault.is_of_model
-            outcome.has_no_answer = fault.is_of_model
-        except ReasonedError as error:
-            outcome.problem, outcome.is_refused = f"{error.reason}: {error}", True
-        outcome.seconds = time.monotonic() - started
+        outcome = Outcome()
+        await self._settle(outcome, self._collect(request, outcome, policy), policy)
         return outcome
 
     async def _collect(self, request: ChatRequest, outcome: Outcome, policy: RetryPolicy) -> None:
@@ -250,23 +256,23 @@ class EndpointPool:
         """Ask with the variables of the chat template, and if they are refused and not needed,
         without; see `_attempts`.
         """
-        how = (num_choices, first, outcome, policy, draw)
+        asked = (num_choices, first, outcome, policy, draw)
         bare = replace(request, chat_template_kwargs={})
         is_bare_enough = bool(request.chat_template_kwargs) and not request.needs_template_kwargs
         if is_bare_enough and not self._sends_optional_kwargs:
-            return await self._attempts(bare, *how)
+            return await self._reply(bare, *asked)
         try:
-            return await self._attempts(request, *how)
+            return await self._reply(request, *asked)
         except Fault as fault:
             if not is_bare_enough or fault.kind not in UNKNOWN_FIELD:
                 raise
-        reply = await self._attempts(bare, *how)
+        reply = await self._reply(bare, *asked)
         # What is refused for its text is refused without them too.
         self._sends_optional_kwargs = False
         logger.info("the judge's server refuses chat_template_kwargs: it is asked without them")
         return reply
 
-    async def _attempts(
+    async def _reply(
         self,
         request: ChatRequest,
         num_choices: int,
@@ -275,118 +281,10 @@ class EndpointPool:
         policy: RetryPolicy,
         draw: int,
     ) -> Reply:
-        """Try one request until a server answers it. What the model did not answer is drawn again,
-        what a server refused asked elsewhere.
-
-        Raises:
-            Fault: The last one, when the retries are used up or the message is refused.
-            ReasonedError: The message cannot be made.
-        """
-        body = b""
-        avoided: Endpoint | None = None
-        attempt = 0
-        kinds: Counter[str] = Counter()
-        while True:
-            async with self._slot(avoided, policy.is_urgent) as endpoint:
-                body = body or await self._body(request, num_choices, first, draw)
-                self.counts["requests"] += 1
-                try:
-                    limit = self._config.request_timeout_seconds
-                    reply = await endpoint.complete(
-                        self._connections(), body, request, num_choices, limit, self.received
-                    )
-                except Fault as fault:
-                    backoff = self._backoff_seconds(attempt)
-                    endpoint.failed(fault, backoff)
-                    self._count_fault(fault, outcome)
-                    kinds[fault.kind] += 1
-                    # Another greedy draw of the model is the same.
-                    is_settled = fault.is_of_model and not request.temperature
-                    if is_settled or self._is_last(fault, kinds, num_choices, attempt, policy):
-                        raise
-                    avoided = endpoint
-                    if fault.is_of_model:
-                        draw, body = draw + 1, b""
-                else:
-                    self.counts["prompt_tokens"] += reply.prompt_tokens
-                    self.counts["completion_tokens"] += reply.completion_tokens
-                    self.counts.update(
-                        {f"faults/{kind}": count for kind, count in reply.dropped.items()}
-                    )
-                    return reply
-            self.counts["retries"] += 1
-            attempt += 1
-            await asyncio.sleep(backoff)
-
-    def _is_last(
-        self,
-        fault: Fault,
-        kinds: Mapping[str, int],
-        num_choices: int,
-        attempt: int,
-        policy: RetryPolicy,
-    ) -> bool:
-        """Return whether a fault settles a request, which has had so many faults of each kind."""
-        seen = kinds[fault.kind]
-        if fault.is_refusal:
-            # One of several servers may be set up otherwise.
-            return seen >= min(2, len(self._endpoints))
-        if num_choices > 1 and fault.kind in ONE_EACH:  # once may be chance
-            return seen >= 2 and sum(kinds.values()) == seen
-        if fault.is_of_model and seen > self._config.num_retries:
-            return True
-        return policy.num_retries is not None and attempt >= policy.num_retries
-
-    async def _body(self, request: ChatRequest, num_choices: int, first: int, draw: int) -> bytes:
-        def write() -> bytes:
-            # A teacher on ranks of its own opens media, and escapes special tokens, as the student.
-            content = (
-                self._writer.content(request.text, request.media)
-                if request.batch is None
-                else clean_text(request.text)
-            )
-            return request.body(self._model, content, num_choices, first, draw)
-
-        # Opening media takes time and would hold up the other requests of the loop.
-        return await asyncio.to_thread(write) if request.media else write()
-
-    @asynccontextmanager
-    async def _slot(self, avoided: Endpoint | None, is_urgent: bool) -> AsyncIterator[Endpoint]:
-        """Wait for room at a server that is not paused; the one that just failed comes last."""
-        extra = max(1, int(URGENT_FRACTION * self._max_concurrency)) if is_urgent else 0
-        while True:
-            now = time.monotonic()
-            free = [
-                endpoint
-                for endpoint in self._endpoints
-                if endpoint.outstanding < self._max_concurrency + extra
-            ]
-            awake = [endpoint for endpoint in free if endpoint.paused_until <= now]
-            if awake:
-                break
-            self._freed.clear()
-            pause = min((endpoint.paused_until - now for endpoint in free), default=None)
-            try:
-                async with asyncio.timeout(pause):
-                    await self._freed.wait()
-            except TimeoutError:
-                continue
-        chosen = min(awake, key=lambda endpoint: (endpoint is avoided, endpoint.outstanding))
-        chosen.outstanding += 1
-        try:
-            yield chosen
-        finally:
-            chosen.outstanding -= 1
-            self._freed.set()
-
-    def _backoff_seconds(self, attempt: int) -> float:
-        """Double the pause with every attempt; half of it is drawn, so that many requests do not
-        come back together.
-        """
-        longest = min(MAX_PAUSE_SECONDS, self._config.backoff_seconds * 2.0 ** min(attempt, 30))
-        return longest * self._jitter.uniform(0.5, 1.0)
-
-    def _count_fault(self, fault: Fault, outcome: Outcome) -> None:
-        self.counts[f"faults/{fault.kind}"] += 1
-        outcome.problem = self.received.shown(str(fault))
-        logger.debug("teacher endpoint: %s", outcome.problem)
+        """Try one request until a server answers it; see `_attempts`."""
+        call = self._call(request, num_choices, first)
+        reply = await self._attempts(call, outcome, policy, draw)
+        self.counts["prompt_tokens"] += reply.prompt_tokens
+        self.counts["completion_tokens"] += reply.completion_tokens
+        self.counts.update({f"faults/{kind}": count for kind, count in reply.dropped.items()})
+        return reply

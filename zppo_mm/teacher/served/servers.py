@@ -8,46 +8,20 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from zppo_mm.teacher.served.chat_api import ChatRequest, Choice, Fault
-
-# Time for the answer to a probe.
-PROBE_SECONDS = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RetryPolicy:
-    """Limits of a request's attempts.
-
-    Attributes:
-        max_seconds: Time for all attempts together, from when the question is handed over.
-        num_retries: Further attempts of one request; `None` means as many as the time allows.
-        is_urgent: The student is idle until it is answered: it does not queue behind answers that
-            nobody waits for yet.
-    """
-
-    max_seconds: float
-    num_retries: int | None
-    is_urgent: bool = False
+from zppo_mm.serving.fault import Fault
+from zppo_mm.serving.servers import RequestOutcome, RetryPolicy
+from zppo_mm.teacher.served.chat_api import ChatRequest, Choice
 
 
 @dataclass(slots=True)
-class Outcome:
+class Outcome(RequestOutcome):
     """What came of one `ChatRequest`.
 
     Attributes:
         choices: By their index among the wanted answers; some or all may be missing.
-        problem: Why any are missing; empty if none is.
-        is_refused: The message itself could not be made or was refused, or the model has no answer,
-            by no fault of the servers.
-        has_no_answer: The model ended without an answer.
-        seconds: From being handed over to the end.
     """
 
     choices: dict[int, Choice] = field(default_factory=dict)
-    problem: str = ""
-    is_refused: bool = False
-    has_no_answer: bool = False
-    seconds: float = 0.0
 
     def answers(self) -> list[Choice]:
         """Return the answers that came, in the order of their indices."""

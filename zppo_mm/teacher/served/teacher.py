@@ -16,8 +16,9 @@ from zppo_mm.parallel.exchange import Exchange
 from zppo_mm.randomness import generator
 from zppo_mm.reasoning import THINK_CLOSE
 from zppo_mm.rollout.grading import Grader
+from zppo_mm.serving.servers import RetryPolicy
 from zppo_mm.teacher.served.chat_api import ChatRequest, Choice
-from zppo_mm.teacher.served.servers import Outcome, RetryPolicy, Servers
+from zppo_mm.teacher.served.servers import Outcome, Servers
 from zppo_mm.teacher.served.teacher_ranks import TeacherRanks
 from zppo_mm.teacher.served.tokens import TokenReader
 from zppo_mm.teacher.teacher import TeacherLostError

@@ -10,9 +10,10 @@ from dataclasses import replace
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.parallel.exchange import Exchange
 from zppo_mm.parallel.partition import PartitionLink
-from zppo_mm.teacher.served.client_process import PoolProcess
-from zppo_mm.teacher.served.messages import PoolSettings
-from zppo_mm.teacher.served.servers import RetryPolicy, Servers
+from zppo_mm.serving.client_process import PoolProcess
+from zppo_mm.serving.servers import RetryPolicy
+from zppo_mm.teacher.served.pool_settings import PoolSettings
+from zppo_mm.teacher.served.servers import Servers
 from zppo_mm.teacher.teacher import TeacherLostError
 
 POLL_SECONDS = 0.05

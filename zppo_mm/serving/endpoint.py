@@ -1,4 +1,4 @@
-"""One server: a POST with time-outs, its faults by kind, and how busy it is."""
+"""One server: a request with time-outs, its faults by kind, and how busy it is."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx2
 
-from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.errors import ConfigError
-from zppo_mm.teacher.served.chat_api import ChatRequest, Fault, Reply
-from zppo_mm.teacher.served.chat_reply import parse_reply
-from zppo_mm.teacher.served.received_text import ReceivedText
+from zppo_mm.serving.fault import Fault
+from zppo_mm.serving.received_text import ReceivedText
+from zppo_mm.serving.servers import ConnectionLimits
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +26,6 @@ logger = logging.getLogger(__name__)
 REFUSALS = (400, 413, 415, 422)
 # The server, not the message, cannot serve now: others are asked meanwhile.
 BUSY_STATUSES = (429, 502, 503, 504)
-COMPLETIONS_PATH = "/chat/completions"
 # Longest pause before a further attempt, whether the server asks for one or not.
 MAX_PAUSE_SECONDS = 60.0
 MAX_ERROR_BYTES = 65_536
@@ -50,33 +48,32 @@ class Endpoint:
         self.outstanding = 0
         self.paused_until = 0.0
 
-    async def complete(
+    async def ask(
         self,
         client: httpx2.AsyncClient,
-        body: bytes,
-        request: ChatRequest,
-        num_choices: int,
+        path: str,
+        body: bytes | None,
+        *,
+        max_bytes: int,
         timeout_seconds: float,
         received: ReceivedText,
-    ) -> Reply:
-        """Post one request and read the whole reply.
+    ) -> bytes:
+        """Make one request and return the body of the reply, read whole.
 
         Args:
             client: The connections.
-            body: Of the request, for `num_choices` answers.
-            request: Bounds the reply.
-            num_choices: Answers asked for.
+            path: Behind the base URL.
+            body: Of a POST, JSON; `None` makes it a GET.
+            max_bytes: Longest body of a reply, decoded.
             timeout_seconds: For all of it.
-            received: Makes the reply's texts fit to be kept and shown.
+            received: Makes the reply's texts fit to be shown.
 
         Raises:
-            Fault: Anything that keeps a usable reply from coming.
+            Fault: Anything that keeps a reply from coming.
         """
         try:
             async with asyncio.timeout(timeout_seconds):
-                status, headers, content = await self._post(
-                    client, body, request.max_reply_bytes(num_choices)
-                )
+                status, headers, content = await self._exchange(client, path, body, max_bytes)
         except Fault:
             raise
         except (TimeoutError, httpx2.TimeoutException) as error:
@@ -90,24 +87,19 @@ class Endpoint:
             detail = f"{self.url}: HTTP {status}{where}: {received.shown(content)}"
             pause = retry_after(headers.get("retry-after"))
             raise Fault(f"http_{status}", detail, pause, status in REFUSALS)
-        return parse_reply(
-            content,
-            num_choices,
-            request.top_logprobs,
-            received,
-            has_token_ids=request.batch is not None,
-        )
+        return content
 
-    async def _post(
-        self, client: httpx2.AsyncClient, body: bytes, max_bytes: int
+    async def _exchange(
+        self, client: httpx2.AsyncClient, path: str, body: bytes | None, max_bytes: int
     ) -> tuple[int, httpx2.Headers, bytes]:
         """Return status, headers and body of the reply; of an error's body the beginning."""
         headers = {
             "Content-Type": "application/json",
             "Accept-Encoding": ", ".join(CONTENT_CODINGS),
         }
+        method = "GET" if body is None else "POST"
         async with client.stream(
-            "POST", self.url + COMPLETIONS_PATH, content=body, headers=headers
+            method, self.url + path, content=body, headers=headers
         ) as response:
             is_answer = response.status_code == httpx2.codes.OK
             codings = response.headers.get_list("content-encoding", split_commas=True)
@@ -176,7 +168,7 @@ def retry_after(value: str | None) -> float | None:
     return None if math.isnan(seconds) else min(max(0.0, seconds), MAX_PAUSE_SECONDS)
 
 
-def open_client(config: TeacherConfig, api_key: str) -> httpx2.AsyncClient:
+def open_client(limits: ConnectionLimits, api_key: str, who: str) -> httpx2.AsyncClient:
     """Return the way to all servers; the key is in its headers, which never show it.
 
     Every request has a connection of its own and no cookies: nothing of a reply can pass for the
@@ -184,13 +176,18 @@ def open_client(config: TeacherConfig, api_key: str) -> httpx2.AsyncClient:
     elsewhere. The environment's proxies are used for https alone, where they see neither key nor
     questions.
 
+    Args:
+        limits: Time-outs.
+        api_key: Sent as a bearer token; empty sends none.
+        who: Whose servers they are, for messages.
+
     Raises:
         ConfigError: The environment names proxies or certificates that cannot be used.
     """
     timeout = httpx2.Timeout(
-        connect=config.connect_timeout_seconds,
-        read=config.read_timeout_seconds,
-        write=config.read_timeout_seconds,
+        connect=limits.connect_timeout_seconds,
+        read=limits.read_timeout_seconds,
+        write=limits.read_timeout_seconds,
         pool=None,
     )
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -205,7 +202,7 @@ def open_client(config: TeacherConfig, api_key: str) -> httpx2.AsyncClient:
         )
     except (httpx2.InvalidURL, ValueError, ImportError, OSError) as error:
         raise ConfigError(
-            f"teacher: no client for its servers, got {type(error).__name__}: {error}, expected "
+            f"{who}: no client for its servers, got {type(error).__name__}: {error}, expected "
             "usable proxies and certificates; correct HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and "
             "SSL_CERT_DIR"
         ) from error

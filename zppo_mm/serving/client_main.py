@@ -1,4 +1,4 @@
-"""The process that speaks with a teacher's servers; `client_process` starts it and speaks with it.
+"""The process that speaks with servers; `client_process` starts it and speaks with it.
 
 Messages, frames and replies are made and read here, so that this work does not take turns with
 sampling in one interpreter. What is exchanged is pickled; both ends are ours. It ends when the
@@ -19,12 +19,9 @@ from logging.handlers import QueueHandler
 from typing import Any
 
 from data.errors import DataError
-from data.media.store import MediaStore
 from data.worker_process import Channel
 from zppo_mm.errors import ZppoError
-from zppo_mm.teacher.served.messages import Done, PoolSettings, Work
-from zppo_mm.teacher.served.pool import EndpointPool
-from zppo_mm.teacher.served.received_text import ReceivedText
+from zppo_mm.serving.messages import Done, Pool, PoolSettings, Work
 
 LOGGED = ("zppo_mm", "data")
 
@@ -39,13 +36,14 @@ class _LogSender(QueueHandler):
 class _Results:
     """Asks the pool and sends what comes of it, and what it counted since the last result."""
 
-    def __init__(self, channel: Channel, pool: EndpointPool) -> None:
+    def __init__(self, channel: Channel, pool: Pool[Any, Any], who: str) -> None:
         self._channel = channel
         self._pool = pool
+        self._who = who
         self._lock = threading.Lock()
         self._counted: Counter[str] = Counter()
 
-    def start(self, number: int, work: Work) -> None:
+    def start(self, number: int, work: Work[Any]) -> None:
         """Start a piece of work whose result is to be sent."""
         pool = self._pool
         future: Future[Any] = (
@@ -61,21 +59,20 @@ class _Results:
             with self._lock:
                 counts = Counter(dict(self._pool.counts))
                 news, self._counted = counts - self._counted, counts
-            done = _done(future, news, self._pool.received)
+            done = self._done(future, news)
             self._channel.send({"number": number}, pickle.dumps(done))
         except Exception:
             traceback.print_exc()
             os._exit(1)
 
-
-def _done(future: Future[Any], counts: Counter[str], received: ReceivedText) -> Done:
-    try:
-        return Done(future.result(), None, counts)
-    except (ZppoError, DataError) as known:
-        return Done(None, known, counts)
-    except Exception:  # a fault of ours is reported where it can end the run
-        problem = f"teacher endpoints: {received.kept(traceback.format_exc())}"
-        return Done(None, RuntimeError(problem), counts)
+    def _done(self, future: Future[Any], counts: Counter[str]) -> Done:
+        try:
+            return Done(future.result(), None, counts)
+        except (ZppoError, DataError) as known:
+            return Done(None, known, counts)
+        except Exception:  # a fault of ours is reported where it can end the run
+            trace = self._pool.received.kept(traceback.format_exc())
+            return Done(None, RuntimeError(f"{self._who} endpoints: {trace}"), counts)
 
 
 def main() -> None:
@@ -85,31 +82,20 @@ def main() -> None:
     received = channel.receive()
     if received is None:
         return
+    level: int
+    settings: PoolSettings[Any, Any]
     level, settings = pickle.loads(received[1])
     for name in LOGGED:
         logging.getLogger(name).setLevel(level)
         logging.getLogger(name).addHandler(_LogSender(channel))  # type: ignore[arg-type]
         logging.getLogger(name).propagate = False
-    results = _Results(channel, _pool(settings))
+    results = _Results(channel, settings.open_pool(), settings.who)
     channel.send({"number": received[0]["number"]})
     while (received := channel.receive()) is not None:
         results.start(received[0]["number"], pickle.loads(received[1]))
     # Nobody is left to send anything to: requests and decodings in flight are not waited for, and
     # decoders end with their sockets.
     os._exit(0)
-
-
-def _pool(settings: PoolSettings) -> EndpointPool:
-    return EndpointPool(
-        settings.urls,
-        settings.model,
-        settings.config,
-        settings.api_key,
-        max_concurrency=settings.max_concurrency,
-        first=settings.first,
-        media=MediaStore(settings.limits) if settings.limits is not None else None,
-        batch_size=settings.batch_size,
-    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,229 @@
+"""One vLLM server, made to load weights and to prove that it has them; by rank 0."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+
+from zppo_mm.rollout.served.vllm_worker.zppo_vllm_worker import METHOD
+from zppo_mm.rollout.served.weight_files import WeightFile
+
+HEALTH_SECONDS = 10.0
+SHORT_SECONDS = 60.0
+"""For what a server does at once."""
+MAX_REPLY_BYTES = 1 << 26
+MAX_SHOWN = 300
+GAPS = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.25}
+"""Largest difference of the log-probs of greedy tokens by what is computed in: measured are 5e-6 in
+float32 and up to 0.07 in bfloat16.
+"""
+
+
+class ServerFaultError(Exception):
+    """A server did not do what it was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A prompt and its greedy continuation by the trained network.
+
+    Attributes:
+        prompt_ids: Longer than a block of a prefix cache.
+        response_ids: The tokens.
+        logprobs: Theirs.
+        placeholders: Tokens that the trainer never takes, and a server may.
+        dtype: In which the trainer computes.
+    """
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    placeholders: frozenset[int]
+    dtype: str
+
+    def difference(self, tokens: list[int], logprobs: list[float], dtype: str) -> str:
+        """Return in what a server's greedy continuation differs; empty if it is the same network.
+
+        Another token is the same network's if both were about equally likely; what comes after it
+        cannot be compared.
+
+        Args:
+            tokens: The server's.
+            logprobs: Theirs.
+            dtype: In which it computes.
+        """
+        gap = max(GAPS.get(self.dtype, 0.0), GAPS.get(dtype, GAPS["bfloat16"]))
+        if len(tokens) != len(self.response_ids) or len(logprobs) != len(tokens):
+            return f"{len(tokens)} tokens, expected {len(self.response_ids)}"
+        pairs = zip(tokens, logprobs, self.response_ids, self.logprobs, strict=True)
+        for index, (token, logprob, own_token, own_logprob) in enumerate(pairs):
+            if token in self.placeholders and logprob > own_logprob - gap:
+                return ""
+            if not abs(logprob - own_logprob) <= gap:
+                return (
+                    f"token {token} with log-prob {logprob:.4f} at position {index}, expected "
+                    f"{own_token} with {own_logprob:.4f} or another within {gap:g}"
+                )
+            if token != own_token:
+                return ""
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedWeights:
+    """What a server is to have, and how that is proven.
+
+    Attributes:
+        file: The weights.
+        version: The text that a server puts beside every token.
+        probe: Their network's.
+    """
+
+    file: WeightFile
+    version: str
+    probe: Probe
+
+
+class ServerControl:
+    """The routes of one server that need `VLLM_SERVER_DEV_MODE=1`.
+
+    Args:
+        url: Base URL.
+        load_seconds: Most time for loading the weights.
+        api_key: Sent as a bearer token; empty sends none.
+    """
+
+    def __init__(self, url: str, load_seconds: float, api_key: str = "") -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._load_seconds = load_seconds
+        # Proxies of the environment are for other addresses.
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._client = httpx2.Client(base_url=self.url, headers=headers, trust_env=False)
+
+    def is_healthy(self) -> bool:
+        """Return whether the server answers and its engine lives."""
+        try:
+            return self._client.get("/health", timeout=HEALTH_SECONDS).status_code == 200
+        except httpx2.HTTPError:
+            return False
+
+    def load(self, weights: PublishedWeights) -> None:
+        """Have the server load weights, while its requests wait, and prove that it has them.
+
+        Requests that it was working on go on with the new weights, and it says so in their answers.
+
+        Raises:
+            ServerFaultError: Anything went wrong. The server may have weights of both versions.
+        """
+        self._post("/pause?mode=keep&clear_cache=true")
+        dtype = self._load_file(weights.file)
+        # What was computed of a prompt or a medium with the weights before.
+        done = self._post("/reset_prefix_cache?reset_running_requests=true")
+        if not isinstance(done, dict) or done.get("success") is not True:
+            raise ServerFaultError(f"{self.url}: the prefix cache was not reset, got {done}")
+        self._post("/reset_encoder_cache")
+        self._post("/update_weight_version", {"new_version": weights.version})
+        self._post("/resume")
+        self._prove(weights, dtype)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _load_file(self, file: WeightFile) -> str:
+        """Have every worker load the file and compare checksums; returns the server's type."""
+        call = {"method": METHOD, "kwargs": {"path": str(file.path)}}
+        reply = self._post("/collective_rpc", call, self._load_seconds)
+        results = reply.get("results") if isinstance(reply, dict) else None
+        if not isinstance(results, list) or not results:
+            raise ServerFaultError(f"{self.url}: no worker answered, got {str(reply)[:MAX_SHOWN]}")
+        for result in results:
+            if not isinstance(result, dict) or "error" in result:
+                raise ServerFaultError(
+                    f"{self.url}: a worker could not load {file.path}, got "
+                    f"{str(result)[:MAX_SHOWN]}"
+                )
+            _check_sums(self.url, result.get("checksums"), file.checksums)
+        return str(results[0].get("dtype"))
+
+    def _prove(self, weights: PublishedWeights, dtype: str) -> None:
+        """Compare the server's greedy continuation with the trainer's."""
+        probe = weights.probe
+        body = {
+            "token_ids": list(probe.prompt_ids),
+            "sampling_params": {
+                "n": 1,
+                "temperature": 0.0,
+                "max_tokens": len(probe.response_ids),
+                "ignore_eos": True,
+                "logprobs": 0,
+                "detokenize": False,
+            },
+            "stream": False,
+        }
+        reply = self._post("/inference/v1/generate", body)
+        try:
+            choice = reply["choices"][0]
+            tokens = [int(token) for token in choice["token_ids"]]
+            logprobs = [float(each["logprob"]) for each in choice["logprobs"]["content"]]
+            versions = {span["version"] for span in choice["weight_versions"]}
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise ServerFaultError(
+                f"{self.url}: no greedy tokens, got {str(reply)[:MAX_SHOWN]}"
+            ) from error
+        if versions != {weights.version}:
+            raise ServerFaultError(
+                f"{self.url}: other weights, got {sorted(versions)}, expected {weights.version!r}"
+            )
+        difference = probe.difference(tokens, logprobs, dtype)
+        if difference:
+            raise ServerFaultError(
+                f"{self.url}: its greedy text is not the trained network's, got {difference}"
+            )
+
+    def _post(
+        self, path: str, body: Mapping[str, Any] | None = None, seconds: float = SHORT_SECONDS
+    ) -> Any:
+        """Post a request; returns the JSON of the reply, `None` if it has no body."""
+        try:
+            with self._client.stream("POST", path, json=body, timeout=seconds) as response:
+                content = b"".join(_bounded(response))
+        except httpx2.HTTPError as error:
+            raise ServerFaultError(
+                f"{self.url}{path}: no reply, got {type(error).__name__}: {error}"
+            ) from error
+        if response.status_code != 200:
+            raise ServerFaultError(
+                f"{self.url}{path}: HTTP {response.status_code}, got "
+                f"{content[:MAX_SHOWN].decode(errors='replace')}"
+            )
+        try:
+            return json.loads(content) if content else None
+        except ValueError as error:
+            raise ServerFaultError(f"{self.url}{path}: no JSON, got {content[:80]!r}") from error
+
+
+def _bounded(response: httpx2.Response) -> Any:
+    """Yield the pieces of a reply up to a bound."""
+    size = 0
+    for piece in response.iter_bytes():
+        size += len(piece)
+        if size > MAX_REPLY_BYTES:
+            raise ServerFaultError(f"{response.url}: a reply of more than {MAX_REPLY_BYTES} bytes")
+        yield piece
+
+
+def _check_sums(url: str, found: Any, expected: Mapping[str, str]) -> None:
+    if found == dict(expected):
+        return
+    sums = found if isinstance(found, dict) else {}
+    wrong = sorted(key for key in {*sums, *expected} if sums.get(key) != expected.get(key))
+    raise ServerFaultError(
+        f"{url}: other weights were loaded than were sent, got the checksum "
+        f"{sums.get(wrong[0]) if wrong else found} for {wrong[0] if wrong else 'all'}, expected "
+        f"{expected.get(wrong[0]) if wrong else len(expected)} ({len(wrong)} differ)"
+    )
