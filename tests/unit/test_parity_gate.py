@@ -124,7 +124,7 @@ class SlowVerifier(Verifier):
 
 
 class SteppedCache(NodeCache):
-    """Counts the steps that it is told of."""
+    """Counts the steps that go by."""
 
     num_steps = 0
 
