@@ -48,6 +48,7 @@ def check_relations(config: RunConfig) -> None:
     _check_teachers(config.teacher, config.fallback_teachers)
     _check_judge(config.reward, config.evaluation, config.teacher, config.parallel)
     _check_teacher_ranks(config.teacher)
+    _check_engine(config.rollout)
 
 
 def _check_name(name: str) -> None:
@@ -325,7 +326,36 @@ def _check_teacher_ranks(teacher: TeacherConfig) -> None:
         )
 
 
-def _check_addresses(key: str, urls: Sequence[str]) -> None:
+def _check_engine(rollout: RolloutConfig) -> None:
+    """Check where the student samples."""
+    _check_addresses("rollout.endpoints", rollout.endpoints, "rollout")
+    if rollout.api_key_env and not rollout.api_key_env.isidentifier():
+        raise ConfigError(
+            "rollout.api_key_env: not a name, expected the name of an environment variable, never "
+            "the key itself; put the key there"
+        )
+    has_servers = bool(rollout.endpoints or rollout.servers)
+    if rollout.engine == "megatron" and has_servers:
+        raise ConfigError(
+            "rollout.engine: servers without a use, got 'megatron' with rollout.endpoints or "
+            "rollout.servers, expected 'vllm' with them; set it, or remove the servers"
+        )
+    if rollout.engine == "megatron":
+        return
+    if not has_servers:
+        raise ConfigError(
+            "rollout.endpoints: no servers, got none with rollout.engine='vllm', expected "
+            "addresses of servers that run, or rollout.servers above 0; give one of them"
+        )
+    if rollout.top_p < 1 or rollout.top_k:
+        raise ConfigError(
+            "rollout.top_p, rollout.top_k: servers give log-probs of what these leave of a "
+            f"distribution, got {rollout.top_p:g} and {rollout.top_k} with rollout.engine='vllm', "
+            "expected 1 and 0; set them, or rollout.engine=megatron"
+        )
+
+
+def _check_addresses(key: str, urls: Sequence[str], section: str = "teacher") -> None:
     """Check a list of base URLs. Messages never repeat a URL, because it may contain a key."""
     for index, url in enumerate(urls):
         parts = urlsplit(url)
@@ -339,10 +369,10 @@ def _check_addresses(key: str, urls: Sequence[str]) -> None:
             raise ConfigError(
                 f"{key}[{index}]: holds more than an address, got a name, a password or a query "
                 f"for host {parts.hostname!r}, expected scheme, host and path alone; give the key "
-                "by the environment variable that teacher.api_key_env names"
+                f"by the environment variable that {section}.api_key_env names"
             )
     if len(set(urls)) < len(urls):
         raise ConfigError(
             f"{key}: an address is listed twice, expected each once; raise "
-            "teacher.max_concurrency instead"
+            f"{section}.max_concurrency instead"
         )

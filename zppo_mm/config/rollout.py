@@ -95,3 +95,30 @@ class RolloutConfig:
         at_least=0,
         at_most=1,
     )
+    api_key_env: str = key(
+        "",
+        "Environment variable that holds the API key of the servers of `endpoints`. Empty: no key "
+        "is sent.",
+        may_change_on_resume=True,
+    )
+    max_concurrency: int = key(
+        64,
+        "Maximum number of prompts that one server continues at once, over all ranks, each "
+        "`num_rollouts` times. Every replica has at least one.",
+        at_least=1,
+        may_change_on_resume=True,
+    )
+    request_timeout_seconds: float = key(
+        1800.0,
+        "Timeout for the continuations of one prompt. A server sends nothing until all of them "
+        "are complete.",
+        above=0,
+        may_change_on_resume=True,
+    )
+    max_wait_seconds: float = key(
+        7200.0,
+        "Maximum time for the continuations of a prompt, over all attempts and with the time that "
+        "it waits for others; then the run stops with a checkpoint.",
+        above=0,
+        may_change_on_resume=True,
+    )

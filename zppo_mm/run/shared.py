@@ -66,18 +66,13 @@ class Shared:
         variables = {**encoder.chat_template_kwargs, THINKING_SWITCH: False}
         return self.encoder(encoder.folder, variables)
 
-    def sampler(
-        self,
-        model: VisionLanguageModel,
-        encoder: PromptEncoder,
-        max_prompt_tokens: int,
-        max_response_tokens: int,
-    ) -> GroupSampler:
-        """Return a sampler with a model's weights.
+    def engine(
+        self, model: VisionLanguageModel, max_prompt_tokens: int, max_response_tokens: int
+    ) -> MegatronEngine:
+        """Return an engine with a model's weights.
 
         Args:
             model: The network.
-            encoder: Of the same model.
             max_prompt_tokens: Of the longest prompt that it is given.
             max_response_tokens: Of the longest response.
 
@@ -93,6 +88,17 @@ class Shared:
             cache_bytes=int(rollout.cache_memory_gib * GIB),
         )
         engine.check_longest(max_prompt_tokens, max_response_tokens)
+        return engine
+
+    def sampler(
+        self,
+        model: VisionLanguageModel,
+        encoder: PromptEncoder,
+        max_prompt_tokens: int,
+        max_response_tokens: int,
+    ) -> GroupSampler:
+        """Return a sampler with a model's weights; see `engine`."""
+        engine = self.engine(model, max_prompt_tokens, max_response_tokens)
         return GroupSampler(engine, encoder, self.verifier, self.exchange)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
@@ -11,6 +10,7 @@ from data.media.opening import MediaLimits
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.parallel.exchange import Exchange
+from zppo_mm.serving.api_key import read_key
 from zppo_mm.serving.client_process import PoolProcess
 from zppo_mm.teacher.served.pool_settings import PoolSettings
 from zppo_mm.teacher.served.servers import Servers
@@ -111,24 +111,3 @@ def _probe(pool: Servers) -> list[tuple[str, str, str]]:
     except (ConfigError, RuntimeError, OSError) as error:
         # Sent to the other ranks, which wait for the probe.
         return [("", "client" if isinstance(error, ConfigError) else "client_process", str(error))]
-
-
-def read_key(variable: str) -> str:
-    """Return the key in an environment variable; empty for an empty name.
-
-    Raises:
-        ConfigError: The variable is not set, or holds what no header can.
-    """
-    key = os.environ.get(variable, "") if variable else ""
-    if variable and not key:
-        raise ConfigError(
-            f"teacher.api_key_env: the environment has no {variable}, got none, expected the "
-            "servers' key there; set it on every rank"
-        )
-    if not all("!" <= character <= "~" for character in key):
-        raise ConfigError(
-            f"teacher.api_key_env: the key in {variable} has a space, a line end or a character "
-            "beyond ASCII (not shown), expected printable ASCII; a file read into the variable "
-            "often leaves a line end"
-        )
-    return key
