@@ -61,6 +61,13 @@ def command_line() -> argparse.ArgumentParser:
         metavar="N",
         help="questions between two saves (default: what fits the batch)",
     )
+    parser.add_argument(
+        "--engine",
+        default="megatron",
+        choices=["megatron", "vllm"],
+        help="what samples; vllm: servers of this model, rollout.endpoints=[URL,…] (default: "
+        "megatron)",
+    )
     add_table_options(parser)
     add_options(parser, "options of tools/train_zppo.py; they take precedence over all others")
     return parser

@@ -46,9 +46,12 @@ def run_step(stages: Stages, step: int) -> StepRecord:
         TeacherLostError: On every rank, before anything but the stream was moved, if the teacher
             does not answer.
         JudgeError: The same, if the judge does not give verdicts.
+        RolloutServersLostError: The same, if no server samples any more.
         StopRequested: The same, if the run is to end.
     """
     metrics = StepMetrics()
+    with metrics.phase("weight_sync"):
+        stages.update_weights(step)
     rounds = [sample_round(stages, (), step, metrics)]
     selected = select_groups(stages, rounds, step, metrics)
     while needs_another_round(stages, rounds, selected):

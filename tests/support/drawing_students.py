@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,18 +85,15 @@ class TransformersStudent:
 
     def __init__(self, folder: Path) -> None:
         # Here, because few tests need them.
-        from zppo_mm.rollout.prompt import PromptEncoder
-
-        self.folder = folder
-        self.encoder = PromptEncoder(folder, _no_media)
-        self.network = self._open(folder)
-
-    @staticmethod
-    def _open(folder: Path) -> Any:
         import torch
         from transformers import AutoModelForImageTextToText
 
-        return AutoModelForImageTextToText.from_pretrained(str(folder), dtype=torch.float32).eval()
+        from zppo_mm.rollout.prompt import PromptEncoder
+
+        self.encoder = PromptEncoder(folder, _no_media)
+        self.network: Any = AutoModelForImageTextToText.from_pretrained(
+            str(folder), dtype=torch.float32
+        ).eval()
 
     def draw(self, asked: Asked) -> list[tuple[list[int], Logits]]:
         import torch
@@ -115,7 +110,7 @@ class TransformersStudent:
             top_k=None if greedy else sampling["top_k"],
             top_p=None if greedy else sampling["top_p"],
             min_p=None if greedy else sampling["min_p"] or None,
-            eos_token_id=list(sampling["stop_token_ids"]),
+            eos_token_id=list(sampling["stop_token_ids"]) or None,
             pad_token_id=0,
             suppress_tokens=list(asked.bias) or None,
             output_logits=True,
@@ -165,15 +160,11 @@ class TransformersStudent:
 
         from zppo_mm.rollout.served.vllm_worker.zppo_vllm_worker import checksum
 
-        sums = {name: checksum(tensor) for name, tensor in load_file(path).items()}
-        with tempfile.TemporaryDirectory() as name:
-            for file in self.folder.iterdir():
-                if file.suffix == ".json":
-                    shutil.copyfile(file, Path(name) / file.name)
-            (Path(name) / "model.safetensors.index.json").unlink(missing_ok=True)
-            (Path(name) / "model.safetensors").symlink_to(path.absolute())
-            self.network = self._open(Path(name))
-        return sums
+        tensors = load_file(path)
+        found = self.network.load_state_dict(tensors, strict=False)
+        assert set(found.missing_keys) <= {"lm_head.weight"}, found.missing_keys
+        assert not found.unexpected_keys
+        return {name: checksum(tensor) for name, tensor in tensors.items()}
 
 
 def _no_media(reference: Any) -> Any:

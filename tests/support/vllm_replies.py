@@ -28,8 +28,8 @@ def media_of(features: Any) -> Mapping[str, list[tuple[int, dict[str, Any]]]]:
         return {}
     return {
         name: [
-            (place["offset"], {key: each["data"] for key, each in unpack(item).items()})
-            for place, item in zip(
+            (span["offset"], {key: each["data"] for key, each in unpack(item).items()})
+            for span, item in zip(
                 features["mm_placeholders"][name], features["kwargs_data"][name], strict=True
             )
         ]

@@ -24,6 +24,16 @@ from tests.support.serving import serving
 from tests.support.vllm_replies import PASS, choice, media_of, spoil
 
 GENERATE = "/inference/v1/generate"
+DEFAULTS = {
+    "n": 1,
+    "seed": 0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "stop_token_ids": (),
+}
+"""Of the sampling parameters that are read here, as vLLM has them."""
 UNSYNCED = "default"
 """What vLLM calls the weights that it was started with."""
 
@@ -78,7 +88,7 @@ class FakeVllm(ThreadingHTTPServer):
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return the reply to a request for continuations."""
-        sampling = request["sampling_params"]
+        sampling = {**DEFAULTS, **request["sampling_params"]}
         asked = Asked(request["token_ids"], media_of(request.get("features")), sampling)
         self.is_open.wait()
         with self.network_lock:
@@ -155,10 +165,10 @@ class Handler(BaseHTTPRequestHandler):
         if fault not in (PASS, "half_body"):
             reply = spoil(fault, reply, request)
         time.sleep(max(0.0, started + server.latency_seconds - time.monotonic()))
-        self.send_bytes(200, json.dumps(reply).encode(), half=fault == "half_body")
         if fault == PASS:
             with server.lock:
                 server.delivered.append((number, version, tokens))
+        self.send_bytes(200, json.dumps(reply).encode(), half=fault == "half_body")
 
     def send(self, status: int, content: Any) -> None:
         self.send_bytes(status, json.dumps(content).encode())

@@ -73,13 +73,14 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-class Told:
-    """Tells servers the version of weights that they have already. Implements `WeightSender`."""
+class Relabelled:
+    """Gives servers the version of weights that they have already. Implements `WeightSender`."""
 
     def __init__(self, *servers: FakeVllm) -> None:
         self.servers = servers
         self.pushed: list[int] = []
         self.is_closed = False
+        self.counts = {"bytes": 0.0}
 
     def push(self, version: int) -> None:
         self.pushed.append(version)
@@ -97,11 +98,12 @@ def engine_of(
     policy: RetryPolicy = PATIENT,
     pool: GenerateServers | None = None,
     model: ServedModel = TABLE_MODEL,
+    limits: Limits = LIMITS,
     **options: Any,
 ) -> Iterator[VllmEngine]:
     """Yield an engine whose servers have the weights of version 1."""
-    pool = pool or GeneratePool([server.url for server in servers], LIMITS)
-    weights = weights or Told(*servers)
+    pool = pool or GeneratePool([server.url for server in servers], limits)
+    weights = weights or Relabelled(*servers)
     engine = VllmEngine(pool, model, SingleProcess(), policy, weights, **options)
     engine.update_weights(1)
     try:
@@ -217,7 +219,9 @@ def test_500_faults_lose_and_double_no_rollout(monkeypatch: pytest.MonkeyPatch) 
     with (
         serve_vllm(TableStudent(), plan) as one,
         serve_vllm(TableStudent(), plan) as two,
-        engine_of(pool=GeneratePool([one.url, two.url], MANY), weights=Told(one, two)) as engine,
+        engine_of(
+            pool=GeneratePool([one.url, two.url], MANY), weights=Relabelled(one, two)
+        ) as engine,
     ):
         arrived: list[list[list[int]]] = []
         requests: list[GenerationRequest] = []
@@ -251,14 +255,14 @@ def test_a_server_with_other_weights_is_left_alone_until_it_has_them(
     with (
         serve_vllm(TableStudent()) as one,
         serve_vllm(TableStudent()) as two,
-        engine_of(one, two, weights=Told(one)) as engine,
+        engine_of(one, two, weights=Relabelled(one)) as engine,
     ):
         groups = engine.generate(table_requests(8), SAMPLING)
         assert {span.version for group in groups for each in group for span in each.versions} == {1}
         assert engine.counts["faults/other_weights"] == len(two.requests) > 0
         assert len(one.delivered) == 8
         # The next weights go to both.
-        both = Told(one, two)
+        both = Relabelled(one, two)
         vars(engine)["_weights"] = both
         engine.update_weights(2)
         engine.update_weights(2)
@@ -375,7 +379,7 @@ def test_it_ends_what_it_was_given() -> None:
         def close(self) -> None:
             self.is_closed = True
 
-    servers, weights = Servers(), Told()
+    servers, weights = Servers(), Relabelled()
     with engine_of(pool=servers, weights=weights):
         pass
     assert servers.is_closed

@@ -50,6 +50,8 @@ class EvaluationRequest:
         format: How files of benchmarks are read; empty means by their columns.
         fields: Columns of these files by part of a question.
         media_root: What media paths in these files start from; `None` means the folder of each.
+        engine: What samples: `megatron`, this process, or `vllm`, servers of this very model at
+            `rollout.endpoints`.
         options: `key.sub=value`, which take precedence over all of the above.
     """
 
@@ -62,6 +64,7 @@ class EvaluationRequest:
     format: str = ""
     fields: Mapping[str, str] = field(default_factory=dict)
     media_root: Path | None = None
+    engine: str = "megatron"
     options: tuple[str, ...] = ()
 
 
@@ -100,6 +103,13 @@ def read_config(request: EvaluationRequest) -> RunConfig:
         "teacher.tensor_model_parallel_size": 1,
         "teacher.pipeline_model_parallel_size": 1,
     }
+    # The servers of a run that trains have its present weights.
+    layers |= {
+        "rollout.engine": request.engine,
+        "rollout.endpoints": [],
+        "rollout.servers": 0,
+        "rollout.max_staleness": 0,
+    }
     if not is_run:
         # The preset's teacher cannot judge; a judge that is named can.
         layers["evaluation.judge"] = EvaluationConfig().judge
@@ -112,6 +122,11 @@ def read_config(request: EvaluationRequest) -> RunConfig:
     # JSON is YAML, in which a path may look like a number.
     options = [*(f"{key}={json.dumps(value)}" for key, value in layers.items()), *request.options]
     config = load_config(run.config if is_run else None, options)
+    if config.rollout.servers:
+        raise ConfigError(
+            f"rollout.servers: an evaluation starts no servers, got {config.rollout.servers}, "
+            "expected 0; start one of the model (vllm serve) and name it in rollout.endpoints"
+        )
     if student_folder(config.model) != folder:
         raise ConfigError(
             f"model.student: another model than the one to evaluate, got {config.model.student!r}, "

@@ -11,14 +11,17 @@ from typing import Any
 
 from data.media.store import MediaStore
 from zppo_mm.config.schema import RunConfig
+from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.processor import OVERRIDES
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
+from zppo_mm.rollout.served.engine import VllmEngine
 from zppo_mm.run.build import evaluation_sampling, student_folder
 from zppo_mm.run.judging import Judging, build_judging, build_verifier, is_teacher
+from zppo_mm.run.served_engine import vllm_engine
 from zppo_mm.run.shared import Shared, load_model, media_limits
 from zppo_mm.run.thinking import log_generation_prefixes
 from zppo_mm.teacher.served.connect import open_pool
@@ -49,6 +52,7 @@ class Student:
         verifier: Grades.
         media: Opens media.
         judging: The judge of what the rules leave open.
+        engine: Asks servers of the model; `None` if this process runs it.
     """
 
     sampler: GroupSampler
@@ -58,6 +62,7 @@ class Student:
     verifier: Verifier
     media: MediaStore
     judging: Judging
+    engine: VllmEngine | None = None
 
     def grading_losses(self) -> dict[str, int]:
         """Return what grading lost on this rank so far: comparisons that timed out or failed, and
@@ -71,6 +76,8 @@ class Student:
 
     def close(self) -> None:
         """End the worker processes and the connections."""
+        if self.engine is not None:
+            self.engine.close()
         if self.judging.pool is not None:
             self.judging.pool.close()
         self.media.close()
@@ -78,7 +85,8 @@ class Student:
 
 
 def build_student(config: RunConfig) -> Student:
-    """Load the configuration's student for sampling alone; process groups must be initialised.
+    """Load the configuration's student for sampling alone, or point to its servers; process groups
+    must be initialised.
 
     Raises:
         ZppoError: The model, its layout or a template cannot be used.
@@ -94,10 +102,21 @@ def build_student(config: RunConfig) -> Student:
     encoder = shared.encoder(folder, config.model.chat_template_kwargs)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     log_generation_prefixes(shared.encoders, templates.closing)
-    model = load_model(config.model, config.parallel, folder, trainable=False)
-    sampler = shared.sampler(
-        model, encoder, config.data.max_prompt_tokens, config.rollout.max_response_tokens
-    )
+    engine: VllmEngine | None = None
+    if config.rollout.engine == "vllm":
+        engine = vllm_engine(
+            config.rollout,
+            load_architecture(folder),
+            encoder,
+            exchange,
+            config.rollout.endpoints,
+            config.seed,
+        )
+        sampler = GroupSampler(engine, encoder, verifier, exchange)
+    else:
+        model = load_model(config.model, config.parallel, folder, trainable=False)
+        lengths = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+        sampler = shared.sampler(model, encoder, *lengths)
     return Student(
         sampler,
         evaluation_sampling(config.evaluation, config.rollout, encoder),
@@ -106,6 +125,7 @@ def build_student(config: RunConfig) -> Student:
         verifier,
         shared.media,
         judging,
+        engine,
     )
 
 
@@ -143,6 +163,8 @@ def describe_student(config: RunConfig, student: Student) -> dict[str, Any]:
         "chat_template_kwargs": config.model.chat_template_kwargs,
         "media": {name: getattr(config.data, name) for name in media},
         "judge": judged if student.judging.judge is not None else None,
+        # Other engines draw other responses; earlier evaluations had one alone.
+        **({"engine": config.rollout.engine} if student.engine is not None else {}),
     }
 
 

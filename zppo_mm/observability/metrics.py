@@ -202,6 +202,22 @@ METRICS: Mapping[str, str] = {
         "Groups left out because the network computed logits that are not finite for one of their "
         "rollouts."
     ),
+    "rollout/requests": (
+        "Requests for continuations to servers, further attempts included; with "
+        "`rollout.engine: vllm` alone, as the next five."
+    ),
+    "rollout/retries": "Further attempts at requests that failed.",
+    "rollout/faults/*": (
+        "Failed attempts by kind: connection, cut_off, timeout, http_<status>, bad_reply (not what "
+        "was asked for), unfinished (neither a stop token nor the limit), other_weights, "
+        "client_process."
+    ),
+    "rollout/stale_groups": (
+        "Groups that were dropped and sampled again because other weights than the step's drew "
+        "them."
+    ),
+    "rollout/prompt_tokens": "Prompt tokens of the answered requests.",
+    "rollout/completion_tokens": "Tokens of their continuations.",
     "seconds/*": (
         "Seconds of one phase (data, plain_rollout, teacher, reformulated_rollout, old_logprobs, "
         "update, evaluation, …)."
@@ -257,6 +273,13 @@ METRICS: Mapping[str, str] = {
     "throughput/tokens_per_second": (
         "Response tokens of the step per second of the step, over all ranks."
     ),
+    "weight_sync/bytes": (
+        "Bytes of weights written for servers; with `rollout.engine: vllm` alone, as the next "
+        "three. `seconds/weight_sync` has the time of the step's own."
+    ),
+    "weight_sync/seconds": "Seconds that the ranks waited until servers had the weights.",
+    "weight_sync/failures": "Failures of servers: dead, silent, or without the weights.",
+    "weight_sync/restarts": "Servers that the run started again.",
 }
 """Every name that `metrics.jsonl` can have; `*` stands for one last part."""
 

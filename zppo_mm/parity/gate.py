@@ -66,6 +66,7 @@ def check_parity(run: Run, folder: RunFolder, step: int) -> None:
         return
     started = time.perf_counter()
     with _random_states_kept():
+        run.stages.update_weights(step + 1)
         chosen = _choose(run, config.num_questions)
         groups = _sample(run, chosen, config)
         broken = _broken_modalities(chosen, run.stages.sampler.failed)

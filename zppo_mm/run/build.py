@@ -14,8 +14,6 @@ from data.stream import QuestionStream
 from zppo_mm.bundled import STUDENT_DIR
 from zppo_mm.bundled.questions import bundled_sources
 from zppo_mm.config.schema import (
-    AlgorithmConfig,
-    DistillConfig,
     EvaluationConfig,
     ModelConfig,
     RolloutConfig,
@@ -40,6 +38,7 @@ from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.run.judging import build_judging, build_verifier
 from zppo_mm.run.parts import Run
+from zppo_mm.run.served_engine import open_served_engine
 from zppo_mm.run.shared import (
     Shared,
     load_model,
@@ -49,6 +48,7 @@ from zppo_mm.run.shared import (
 )
 from zppo_mm.run.teachers import Teachers, build_rewriters, build_teachers
 from zppo_mm.run.thinking import log_generation_prefixes
+from zppo_mm.run_folder import RunFolder
 from zppo_mm.stages.stages import Stages
 from zppo_mm.teacher.served.connect import open_pool
 from zppo_mm.teacher.served.servers import Servers
@@ -77,6 +77,7 @@ def build_run(
     link: PartitionLink | None = None,
     barrier: LivenessBarrier | None = None,
     interruption: Interruption | None = None,
+    run_folder: RunFolder | None = None,
 ) -> Run:
     """Build the parts of a run; process groups must be initialised.
 
@@ -85,6 +86,7 @@ def build_run(
         link: To a teacher on ranks of its own, which is waited for.
         barrier: Where ranks wait for one another; `None` waits in collectives.
         interruption: Ends the run before its last step; `None` is nothing that could.
+        run_folder: Takes the logs of servers that the run starts; `None` is the present folder.
 
     Raises:
         ZppoError: A model, its layout or a template cannot be used.
@@ -105,24 +107,19 @@ def build_run(
     student = load_model(config.model, config.parallel, folder, trainable=True)
     add_lora(student, config.lora, config.seed)
     teachers = build_teachers(shared, pool, templates, encoder, ranks)
-    objective = _build_objective(
-        config.algorithm,
-        config.distill,
-        config.rollout.temperature,
-        student,
-        teachers.network,
-        config.train.share_prompts,
-    )
+    objective = _build_objective(config, student, teachers.network)
     policy = Policy(student, config.train, config.parallel, objective)
-    _log_network(student, config.train.optimizer_state_dtype)
-    if encoder.processor is not None and parallel.rank() == 0:
-        logger.info("media: %s", describe(encoder.processor))
+    _log_network(student, config.train.optimizer_state_dtype, encoder)
     stream = build_stream(config, SampleHealth(config.data.max_bad_fraction, config.data.strict))
     feed = _build_feed(shared, stream, encoder, templates, verifier)
-    sampler = shared.sampler(policy.model, encoder, *student_limits(config))
+    engine = open_served_engine(shared, policy.model, folder, encoder, run_folder)
+    own = engine or shared.engine(policy.model, *student_limits(config))
+    sampler = GroupSampler(own, encoder, verifier, exchange)
     stages = _build_stages(
         shared, policy, sampler, encoder, templates, teachers, feed, interruption, judging.check
     )
+    if engine is not None:
+        stages = replace(stages, update_weights=engine.update_weights)
     grader = verifier.with_judge_mode(config.evaluation.judge)
     log_generation_prefixes(shared.encoders, templates.closing)
     if ranks is not None:
@@ -143,12 +140,15 @@ def build_run(
         evaluation_sampler=sampler.with_grader(grader),
         pools=_once(pool, judging.pool, *teachers.pools),
         judge=judging.judge,
+        engine=engine,
     )
 
 
-def _log_network(student: VisionLanguageModel, moments_dtype: str) -> None:
+def _log_network(student: VisionLanguageModel, moments_dtype: str, encoder: PromptEncoder) -> None:
     log_part_sizes(student, moments_dtype)
     log_packages(student)
+    if encoder.processor is not None and parallel.rank() == 0:
+        logger.info("media: %s", describe(encoder.processor))
 
 
 def _teacher_pool(
@@ -244,22 +244,17 @@ def _once(*pools: Servers | None) -> tuple[Servers, ...]:
 
 
 def _build_objective(
-    algorithm: AlgorithmConfig,
-    distill: DistillConfig,
-    temperature: float,
-    student: VisionLanguageModel,
-    teacher: VisionLanguageModel | None,
-    share_prompts: str,
+    config: RunConfig, student: VisionLanguageModel, teacher: VisionLanguageModel | None
 ) -> Objective:
     """Return the training objective; a teacher without a network here returns its log-probs with
     its answers.
     """
-    group = parallel.tensor_group()
-    if distill.source == "none":
-        return PolicyObjective(algorithm, temperature, group)
+    group, temperature = parallel.tensor_group(), config.rollout.temperature
+    if config.distill.source == "none":
+        return PolicyObjective(config.algorithm, temperature, group)
     if teacher is not None:
-        check_networks(student, teacher, share_prompts)
-    return DistillationObjective(teacher, distill.top_k, temperature, group)
+        check_networks(student, teacher, config.train.share_prompts)
+    return DistillationObjective(teacher, config.distill.top_k, temperature, group)
 
 
 def build_stream(config: RunConfig, health: SampleHealth) -> QuestionStream:

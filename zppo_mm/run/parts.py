@@ -18,6 +18,7 @@ from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.held_out import HeldOut
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
+from zppo_mm.rollout.served.engine import VllmEngine
 from zppo_mm.run.shared import release_memory
 from zppo_mm.run.teachers import Teachers
 from zppo_mm.stages.stages import Stages
@@ -46,7 +47,9 @@ class Run:
         teachers: Those who help.
         pools: Servers of the teachers and, if they are others, of the judge.
         judge: Of what the rules leave open.
+        engine: Samples elsewhere; `None` if the trained network does.
         counted: Losses that `take_losses` has handed out, by metric.
+        sent: What `take_weight_counts` has handed out.
     """
 
     config: RunConfig
@@ -64,7 +67,9 @@ class Run:
     evaluation_sampler: GroupSampler
     pools: tuple[Servers, ...] = ()
     judge: LlmJudge | None = None
+    engine: VllmEngine | None = None
     counted: dict[str, int] = field(default_factory=dict)
+    sent: dict[str, float] = field(default_factory=dict)
 
     @property
     def templates(self) -> PromptTemplates:
@@ -102,6 +107,8 @@ class Run:
                 for name, count in (self.judge.counts if self.judge else Counter[str]()).items()
             }
         )
+        if self.engine is not None:
+            counts.update({f"rollout/{name}": n for name, n in self.engine.counts.items()})
         for pool in self.pools:
             counts.update({f"teacher/{name}": count for name, count in dict(pool.counts).items()})
         # Every rank knows of these, and what the replicas count is added up.
@@ -115,6 +122,14 @@ class Run:
         for name, count in counts.items():
             metrics.add(name, Sum(count - self.counted.get(name, 0)))
             self.counted[name] = count
+        return metrics
+
+    def take_weight_counts(self) -> StepMetrics:
+        """Return what this rank sent of weights since the last call."""
+        metrics = StepMetrics()
+        for name, count in (self.engine.weight_counts if self.engine else {}).items():
+            metrics.add(f"weight_sync/{name}", Sum(count - self.sent.get(name, 0.0)))
+            self.sent[name] = count
         return metrics
 
     def take_media_counts(self) -> StepMetrics:
@@ -133,7 +148,9 @@ class Run:
         release_memory(self.encoders, self.cache)
 
     def close(self) -> None:
-        """End the worker processes and the connections."""
+        """End the worker processes, the connections and the servers that the run started."""
+        if self.engine is not None:
+            self.engine.close()
         for pool in self.pools:
             pool.close()
         if self.feed.prefetch is not None:

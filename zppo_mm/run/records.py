@@ -81,9 +81,11 @@ def evaluate(run: Run, folder: RunFolder, step: int) -> None:
 
     Raises:
         JudgeError: On every rank, if the judge does not give verdicts.
+        RolloutServersLostError: On every rank, if no server samples any more.
     """
     if not run.held_out:
         return
+    run.stages.update_weights(step + 1)
     groups = ask_held_out(
         run.evaluation_sampler,
         run.held_out,
@@ -128,6 +130,7 @@ def _add_run_metrics(run: Run, metrics: StepMetrics) -> None:
     """Add what all ranks measured beside the step: memory, grading, servers, bad samples."""
     of_rank = process_memory()
     of_rank.merge(run.take_media_counts())
+    of_rank.merge(run.take_weight_counts())
     for measured in parallel.gather_from_ranks(of_rank):
         metrics.merge(measured)
     for replica in parallel.gather_from_replicas([run.take_losses()]):

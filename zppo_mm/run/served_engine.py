@@ -1,22 +1,73 @@
-"""From the configuration to the engine that asks vLLM servers."""
+"""From the configuration to the engine that asks vLLM servers, which the run may have started."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from zppo_mm.config.rollout import RolloutConfig
 from zppo_mm.models.families.architecture import Architecture
+from zppo_mm.models.vision_language import VisionLanguageModel
+from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.served.engine import ServedModel, VllmEngine, WeightSender
 from zppo_mm.rollout.served.features import MediaReading
+from zppo_mm.rollout.served.opening import ServedStudent, open_weight_sync
 from zppo_mm.rollout.served.pool import GeneratePoolSettings, Limits
+from zppo_mm.run.shared import Shared, student_limits
+from zppo_mm.run_folder import RunFolder
 from zppo_mm.serving.api_key import read_key
 from zppo_mm.serving.client_process import PoolProcess
 from zppo_mm.serving.servers import RetryPolicy
 
 CONNECT_SECONDS = 10.0
 BACKOFF_SECONDS = 1.0
+KEY_NAME = "rollout.api_key_env"
+
+
+def open_served_engine(
+    shared: Shared,
+    student: VisionLanguageModel,
+    folder: Path,
+    encoder: PromptEncoder,
+    run_folder: RunFolder | None,
+) -> VllmEngine | None:
+    """Start the servers that the run is to start, and return the engine that asks all of them;
+    `None` if the trained network samples. Every rank calls this.
+
+    Args:
+        shared: The configuration and the replicas.
+        student: This rank's stage of the trained network.
+        folder: That the student starts from.
+        encoder: Of the same model.
+        run_folder: For the servers' logs; `None` is the present folder.
+
+    Raises:
+        ConfigError: On every rank, if the servers' key, command or folders cannot be used.
+        ModelError: The same, if the student's folder cannot be served.
+    """
+    config = shared.config
+    if config.rollout.engine != "vllm":
+        return None
+    key = read_key(config.rollout.api_key_env, KEY_NAME)
+    reference = shared.engine(student, *student_limits(config))
+    served = ServedStudent(folder, sum(student_limits(config)), student, reference)
+    should_stop = shared.exchange.should_stop
+    logs = run_folder or RunFolder(Path())
+    weights = open_weight_sync(config.rollout, served, logs, should_stop, key)
+    urls = parallel.broadcast_object(weights.servers.urls if weights.servers is not None else None)
+    assert urls is not None, "rank 0 has the servers"
+    return vllm_engine(
+        config.rollout,
+        student.architecture,
+        encoder,
+        shared.exchange,
+        urls,
+        config.seed,
+        weights,
+        weights.run,
+    )
 
 
 def vllm_engine(
@@ -56,7 +107,7 @@ def vllm_engine(
         GeneratePoolSettings(
             urls=tuple(url.rstrip("/").removesuffix("/v1") for url in urls),
             limits=limits,
-            api_key=read_key(config.api_key_env, "rollout.api_key_env"),
+            api_key=read_key(config.api_key_env, KEY_NAME),
             first=exchange.replica,
         )
     )

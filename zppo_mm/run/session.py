@@ -46,7 +46,7 @@ def open_run(
         open_liveness_barrier(config.parallel, partition, interruption) as barrier,
         claimed(folder),
     ):
-        run = build_run(config, link, barrier, interruption)
+        run = build_run(config, link, barrier, interruption, folder)
         try:
             yield run
         except RunStopped as error:

@@ -61,6 +61,8 @@ class Stages:
             it is sampled.
         interruption: Drops a step before its update begins; later the step is finished.
         check_judge: Ends the run if the judge does not give verdicts; every rank calls it.
+        update_weights: Gives an engine that samples elsewhere the trained weights, as those of a
+            rollout step; every rank calls it.
     """
 
     seed: int
@@ -80,3 +82,4 @@ class Stages:
     schedule: PlainSchedule
     interruption: Interruption = field(default_factory=Interruption)
     check_judge: Callable[[], None] = lambda: None
+    update_weights: Callable[[int], None] = lambda version: None

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +17,7 @@ from zppo_mm.parallel.exchange import Exchange, never
 from zppo_mm.randomness import generator
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.served.features import MediaReading, place_media
+from zppo_mm.rollout.served.replies import OTHER_WEIGHTS
 from zppo_mm.rollout.served.requests import ServedRequest
 from zppo_mm.rollout.served.results import GenerateOutcome
 from zppo_mm.serving.fault import Fault
@@ -58,6 +59,11 @@ class GenerateServers(Protocol):
 
 class WeightSender(Protocol):
     """Sends the trained network's weights to all servers; `WeightSync` is one."""
+
+    @property
+    def counts(self) -> Mapping[str, float]:
+        """What was sent so far, on the rank that sends it."""
+        ...
 
     def push(self, version: int) -> None:
         """Send the present weights; every rank of every replica calls this."""
@@ -131,9 +137,19 @@ class VllmEngine:
         self._version: int | None = None
 
     @property
-    def counts(self) -> Counter[str]:
-        """Requests, retries, faults by kind and tokens of this rank so far."""
-        return Counter(dict(self._servers.counts))
+    def counts(self) -> Mapping[str, int]:
+        """Requests, retries, faults by kind and tokens of this rank so far, under the names of the
+        metrics without `rollout/`.
+        """
+        counted = dict(self._servers.counts)
+        return {**counted, "stale_groups": counted.get(f"faults/{OTHER_WEIGHTS}", 0)}
+
+    @property
+    def weight_counts(self) -> Mapping[str, float]:
+        """What was sent of weights so far, on the rank that sends them, under the names of the
+        metrics without `weight_sync/`.
+        """
+        return self._weights.counts if self._weights is not None else {}
 
     def generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams
@@ -261,7 +277,7 @@ class ServedGenerations:
 
 @dataclass(frozen=True, slots=True)
 class _Losses:
-    """What a replica tells the others: its prompts, and why some were not continued."""
+    """What a replica sends the others: its prompts, and why some were not continued."""
 
     num_prompts: int
     problems: tuple[str, ...]

@@ -43,7 +43,7 @@ class MediaItem:
     """An image, a video or a temporal patch of one, and the run of placeholders that it fills.
 
     Attributes:
-        modality: `image` or `video`, as the server is told.
+        modality: `image` or `video`, as the server is asked for it.
         pixels: `[patches, channels * temporal_patch_size * patch_size * patch_size]`, 0 to 255.
         grid: `(t, h, w)` in patches.
         seconds_per_patch: From one temporal patch of a video to the next.
@@ -85,8 +85,8 @@ def place_media(
         assert len(run) == length, "every feature has its placeholder"
         assert run[-1] - run[0] == length - 1, "one run per medium"
         pixels = pixels_of(each.patches, reading.processor)
-        place = (int(run[0]), length)
-        items.append(MediaItem(each.kind, pixels, each.grid, each.seconds_per_patch, *place))
+        span = (int(run[0]), length)
+        items.append(MediaItem(each.kind, pixels, each.grid, each.seconds_per_patch, *span))
         first += length
     assert first == len(at), "every placeholder has its feature"
     assert all(one.offset + one.length <= two.offset for one, two in pairwise(items))
@@ -128,7 +128,7 @@ def pixels_of(
 
 
 def features(items: Collection[MediaItem]) -> Mapping[str, Any]:
-    """Return the JSON object that tells a server of media."""
+    """Return the JSON object with which a server gets media."""
     modalities = sorted({item.modality for item in items})
     by_modality = {
         modality: [item for item in items if item.modality == modality] for modality in modalities

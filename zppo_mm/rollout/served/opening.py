@@ -58,6 +58,7 @@ def open_weight_sync(
     student: ServedStudent,
     folder: RunFolder,
     should_stop: Callable[[], bool] = never,
+    api_key: str = "",
 ) -> WeightSync:
     """Start the servers on rank 0; every rank calls it. It returns before they answer.
 
@@ -66,6 +67,7 @@ def open_weight_sync(
         student: What they sample with.
         folder: The run's, for the servers' logs.
         should_stop: Whether the run is to end, as far as this rank knows.
+        api_key: The servers'; empty sends none.
 
     Raises:
         ConfigError: A server's command or the folder of the weights cannot be used; raised on
@@ -76,7 +78,7 @@ def open_weight_sync(
     if parallel.rank() == 0:
         try:
             files = _weights_folder(config.sync_folder)
-            servers = _open_servers(config, student, folder)
+            servers = _open_servers(config, student, folder, api_key)
         except ConfigError as error:
             problem = str(error)
     problem = parallel.broadcast_object(problem)
@@ -113,7 +115,7 @@ def _weights_folder(configured: str) -> NodeFolder:
 
 
 def _open_servers(
-    config: RolloutConfig, student: ServedStudent, folder: RunFolder
+    config: RolloutConfig, student: ServedStudent, folder: RunFolder, api_key: str
 ) -> RolloutServers:
     limits = SupervisionLimits(
         start_seconds=config.server_start_seconds, max_faults=config.max_server_restarts
@@ -146,7 +148,7 @@ def _open_servers(
             )
         )
         logger.info("rollout server %d: %s, log %s", index, urls[-1], folder.server_log(index))
-    controls = [ServerControl(url, config.sync_timeout_seconds) for url in urls]
+    controls = [ServerControl(url, config.sync_timeout_seconds, api_key) for url in urls]
     return RolloutServers(controls, limits, starts)
 
 

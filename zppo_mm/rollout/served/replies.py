@@ -18,6 +18,8 @@ from zppo_mm.serving.received_text import ReceivedText
 NOT_A_NUMBER = -9999.0
 """What vLLM sends for a log-prob that is NaN or minus infinity."""
 ENDED = ("stop", "length")
+OTHER_WEIGHTS = "other_weights"
+"""Kind of the fault that other weights than the step's drew a continuation."""
 PAUSE_SECONDS = 1.0
 """For a server that has other weights: it may be about to get them."""
 
@@ -168,7 +170,7 @@ def _spans(listed: Any, length: int, expected: Expected) -> tuple[VersionSpan, .
 
 
 def version_text(run: str, version: int) -> str:
-    """Return what a server is told to call the weights of a step."""
+    """Return the name of a step's weights at a server."""
     return f"{run}/{version}"
 
 
@@ -177,7 +179,7 @@ def _version(text: Any, expected: Expected) -> int:
     version = int(number) if name == expected.run and number.isdecimal() else -1
     if version not in expected.versions:
         raise Fault(
-            "other_weights",
+            OTHER_WEIGHTS,
             f"drawn with weights {text[:80]!r}, expected {expected.run}/{expected.versions}",
             retry_after_seconds=PAUSE_SECONDS,
         )
