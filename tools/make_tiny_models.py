@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from zppo_mm.bundled.build import build_tiny_model
-from zppo_mm.bundled.recipes import RECIPES
+from zppo_mm.bundled.recipes import MADE, RECIPES
 
 
 def main() -> None:
@@ -16,16 +16,16 @@ def main() -> None:
     parser.add_argument("out_dir", type=Path, help="parent of the models' folders")
     parser.add_argument(
         "--model",
-        choices=RECIPES,
+        choices=MADE,
         nargs="+",
         default=list(RECIPES),
-        help="which models (default: all)",
+        help="which models (default: the bundled ones)",
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     for name in arguments.model:
-        build_tiny_model(RECIPES[name], arguments.out_dir / name, arguments.seed)
+        build_tiny_model(MADE[name], arguments.out_dir / name, arguments.seed)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ student's tokenizer and processor.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 import transformers
 
 from tests.support import tiny_qwen
+from tests.support.running import CLONE
 from zppo_mm.bundled import STUDENT_DIR
 
 _SHARED_FILES = (
@@ -103,3 +105,11 @@ def student(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path
     for each in _SHARED_FILES:
         shutil.copyfile(STUDENT_DIR / each, folder / each)
     return folder
+
+
+def vllm_command() -> list[str]:
+    """Return the words that start vLLM on a CPU, from the environment of `make vllm-env`."""
+    program = Path(os.environ.get("VLLM", CLONE / ".venv-vllm" / "bin" / "vllm"))
+    assert program.is_file(), f"{program}: no vLLM, expected that of `make vllm-env`; run it"
+    # Nothing is compiled, and no medium is invented to measure memory with: both take long.
+    return [str(program), "serve", "{model}", "--enforce-eager", "--skip-mm-profiling"]

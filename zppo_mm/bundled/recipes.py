@@ -115,3 +115,11 @@ RECIPES: Mapping[str, Recipe] = {
         ((FIRST_DIGITS, READING, TEACHING), (POLISHING,)),
     ),
 }
+VLLM_STUDENT = Recipe(
+    # The widths of heads that vLLM's kernels for CPUs have.
+    replace(SIZE, linear_num_heads=2, linear_key_head_dim=64, linear_value_head_dim=64),
+    ((FIRST_DIGITS, READING, replace(SOLVING, num_updates=300)),),
+)
+"""Of `examples/vllm_rollouts`, made there: it reads digits, and solves some questions."""
+MADE: Mapping[str, Recipe] = {**RECIPES, "vllm_student": VLLM_STUDENT}
+"""All that `tools/make_tiny_models.py` can make."""

@@ -93,7 +93,7 @@ class ServerControl:
 
     Args:
         url: Base URL.
-        load_seconds: Most time for loading the weights.
+        load_seconds: Most time for loading the weights, and for the proof.
         api_key: Sent as a bearer token; empty sends none.
     """
 
@@ -165,7 +165,8 @@ class ServerControl:
             },
             "stream": False,
         }
-        reply = self._post("/inference/v1/generate", body)
+        # It may queue behind requests that go on.
+        reply = self._post("/inference/v1/generate", body, self._load_seconds)
         try:
             choice = reply["choices"][0]
             tokens = [int(token) for token in choice["token_ids"]]

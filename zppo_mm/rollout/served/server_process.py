@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from zppo_mm.rollout.served.vllm_worker import zppo_vllm_worker
 
 CLOSING_SECONDS = server_keeper.GRACE_SECONDS + 5.0
 MIN_BATCHED_TOKENS = 8192
+_PORTS = range(20_000, 32_000)
 _LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCHER_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 """What a launcher sets for the ranks of the run, and a server would take for its own."""
@@ -135,9 +137,14 @@ class ServerProcess:
 
 
 def free_ports(host: str, number: int) -> list[int]:
-    """Return ports that nothing listens at now."""
+    """Return ports that nothing listens at now, from below those that the system gives to outgoing
+    connections: one of these could take a port while its server is started again.
+    """
     with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind((host, 0))
-        return [int(each.getsockname()[1]) for each in sockets]
+        ports: list[int] = []
+        while len(ports) < number:
+            candidate = held.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                candidate.bind((host, secrets.choice(_PORTS)))
+                ports.append(int(candidate.getsockname()[1]))
+        return ports
