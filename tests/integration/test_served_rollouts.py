@@ -4,7 +4,9 @@ the middle of a step, all of them are lost.
 
 from __future__ import annotations
 
+import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from tests.support.running import CLONE, RUN_TIMEOUT_SECONDS, lines, run_python,
 from tests.support.vllm_replies import PASS
 from tests.support.vllm_server import FakeVllm, serve_vllm
 from zppo_mm.bundled import STUDENT_DIR
+from zppo_mm.interruption import EXIT_CODE
 
 pytestmark = [pytest.mark.medium, pytest.mark.timeout(3 * RUN_TIMEOUT_SECONDS)]
 # The parity gate and the first evaluation come before the first step.
@@ -115,6 +118,38 @@ def test_without_servers_the_run_ends_with_a_checkpoint_and_goes_on_with_others(
     assert process.returncode == 0, output[-6000:]
     assert [row["step"] for row in lines(folder / "metrics.jsonl")] == [1, 2]
     assert {version.rpartition("/")[2] for _, version, _ in server.delivered} == {"2", "3"}
+
+
+def test_plain_rollouts_of_the_next_step_are_sampled_while_one_trains(tmp_path: Path) -> None:
+    """A signal in the second step: the rollouts of the third are in the checkpoint."""
+    overlap = {
+        "modality": "text",
+        "parity.mode": "none",
+        "rollout.max_staleness": 1,
+        "train.train_iters": 3,
+        "checkpoint.interval": 10,
+    }
+    folder = tmp_path / "run"
+    with serve_vllm(student()) as server:
+        process = start(tmp_path, "run", *options(server, **overlap))
+        while not (folder / "transcripts" / "step_000001.jsonl").exists():
+            assert process.poll() is None, process.communicate()[0][-6000:]
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=RUN_TIMEOUT_SECONDS)
+        assert process.returncode == EXIT_CODE, output[-6000:]
+        (checkpoint,) = (folder / "checkpoints").iterdir()
+        assert (checkpoint / "ahead_00000.npz").exists()
+        process = start(tmp_path, "run", *options(server, **overlap))
+        output, _ = process.communicate(timeout=RUN_TIMEOUT_SECONDS)
+        assert process.returncode == 0, output[-6000:]
+    for step in (1, 2, 3):
+        for group in transcript(folder, step):
+            expected = step - (step > 1 and group["kind"] in ("new", "replayed"))
+            assert {each["policy_version"] for each in group["rollouts"]} == {expected}
+    rows = lines(folder / "metrics.jsonl")
+    assert [row["rollout/staleness"] > 0 for row in rows] == [False, True, True]
+    assert all(row["rollout/stale_groups"] == row["rollout/failed_groups"] == 0 for row in rows)
 
 
 def test_an_evaluation_by_a_server_gives_the_same_greedy_answers(tmp_path: Path) -> None:
