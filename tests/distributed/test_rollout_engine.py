@@ -40,6 +40,7 @@ QUESTIONS = {
     "mixed": ("compare", ("image", "video", "image")),
     "short": ("x", ()),
 }
+TOO_LONG = "and again " * 60
 
 
 def open_media(reference: MediaRef) -> Frames:
@@ -50,7 +51,7 @@ def open_media(reference: MediaRef) -> Frames:
 
 
 def request(encoder: PromptEncoder, name: str, num_rollouts: int) -> GenerationRequest:
-    text, kinds = QUESTIONS[name]
+    text, kinds = QUESTIONS.get(name, (name, ()))
     media = tuple(
         MediaRef(kind, "s.tar", "k" * (index + 1), "x") for index, kind in enumerate(kinds)
     )
@@ -100,6 +101,9 @@ def sample_everything(folder: Path, tensor: int, pipeline: int) -> dict[str, Any
             everything, params(encoder, 0.8, top_k=20, top_p=0.9, presence_penalty=1.5)
         ),
         "crowded": crowded(network, everything).generate(everything, early),
+        "no_room": crowded(network, everything).generate(
+            [request(encoder, TOO_LONG, 3), *everything[1:2]], early
+        ),
         "still_training": network.training,
     }
     if tensor * pipeline == 1:
@@ -215,6 +219,10 @@ def test_sequences_that_make_room_for_others_are_sampled_the_same(single: dict[s
             assert difference.max() <= LOGPROB_TOLERANCE
 
 
+def test_a_prompt_without_room_is_refused_alone(single: dict[str, Any]) -> None:
+    assert tokens(single["no_room"]) == [[], tokens(single["sampled"])[1]]
+
+
 def test_responses_end_as_asked(folder: Path, single: dict[str, Any]) -> None:
     stops = set(params(PromptEncoder(folder, open_media), 1.0, stop_early=True).stop_token_ids)
     reasons = set()
@@ -239,7 +247,7 @@ def test_other_layouts_sample_the_same(
     folder: Path, single: dict[str, Any], tensor: int, pipeline: int
 ) -> None:
     for results in run_ranks(sample_everything, tensor * pipeline, folder, tensor, pipeline):
-        for name in ("greedy", "sampled", "alone", "filtered", "crowded"):
+        for name in ("greedy", "sampled", "alone", "filtered", "crowded", "no_room"):
             assert tokens(results[name]) == tokens(single[name]), name
         for group, expected in zip(results["sampled"], single["sampled"], strict=True):
             for generation, other in zip(group, expected, strict=True):

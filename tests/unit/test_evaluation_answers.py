@@ -72,13 +72,14 @@ def test_what_no_judge_graded_is_asked_again_and_its_new_answers_win(tmp_path: P
         answered(1, [1.0, None]),
         answered(2, [], "ungraded"),
         answered(3, [], "truncated"),
+        answered(4, [], "no_room"),
     ]
     folder.add(answers)
     folder.finish(folder.read(), {})
     assert folder.open(SETTINGS) == [0, 3]
     again = [answered(1, [1.0, 1.0]), answered(2, [0.0])]
     folder.add(again)
-    assert folder.read() == [answers[0], *again, answers[3]]
+    assert folder.read() == [answers[0], *again, *answers[3:]]
 
 
 def test_a_chunk_of_a_second_start_takes_no_answers_of_the_first_away(tmp_path: Path) -> None:

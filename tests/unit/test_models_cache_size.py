@@ -44,6 +44,11 @@ def test_the_cache_holds_what_is_counted(tmp_path: Path) -> None:
     assert size.num_blocks(held - 1, 5) == 8
 
 
+def text_request(length: int) -> GenerationRequest:
+    ids = np.ones(length, np.int64)
+    return GenerationRequest(Prompt("", ids, np.tile(ids, (3, 1)), length), (), 1, ("x",))
+
+
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("new_tokens", [1, 2])
 def test_a_prompt_with_room_for_its_rollouts_is_computed_once(
@@ -63,7 +68,7 @@ def test_a_prompt_with_room_for_its_rollouts_is_computed_once(
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_a_sequence_that_never_fits_is_an_error(tmp_path: Path) -> None:
+def test_a_sequence_that_never_fits_is_refused_alone(tmp_path: Path) -> None:
     folder = tiny_qwen.save(tiny_qwen.vision_language_model(), tmp_path)
     network = network_checks.build(folder, ParallelConfig())
     size = CacheSize.of(network.architecture, 1, 1, 4)
@@ -72,11 +77,15 @@ def test_a_sequence_that_never_fits_is_an_error(tmp_path: Path) -> None:
     message = r"cache_memory_gib: too little for one sequence.* a prompt of 129 and a response of"
     with pytest.raises(ConfigError, match=message):
         engine.check_longest(129, 256)
-    ids = np.ones(129, np.int64)
-    request = GenerationRequest(Prompt("", ids, np.tile(ids, (3, 1)), 129), (), 1, ("x",))
-    sampling = SamplingParams(temperature=1.0, max_new_tokens=258, stop_token_ids=())
-    with pytest.raises(ConfigError, match=message):
-        engine.generate([request], sampling)
+    # The last token of a response is not kept: 257 take two blocks.
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=257, stop_token_ids=())
+    short, long = (text_request(length) for length in (128, 129))
+    (alone,) = engine.generate([short], sampling)
+    (first, none, last) = engine.generate([short, long, short], sampling)
+    assert none == []
+    for group in (first, last):
+        assert group[0].response_ids.tolist() == alone[0].response_ids.tolist()
+    assert engine.generate([long], sampling) == [[]]
 
 
 def test_the_stage_with_least_room_decides() -> None:

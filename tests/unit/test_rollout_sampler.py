@@ -30,7 +30,8 @@ from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.prompt import PromptEncoder
-from zppo_mm.rollout.sampler import GroupSampler, split_instances
+from zppo_mm.rollout.replica_shares import split_instances
+from zppo_mm.rollout.sampler import GroupSampler
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8, stop_token_ids=(0,))
 
@@ -321,6 +322,39 @@ def test_adopted_rollouts_get_this_models_prompts_and_failures_are_counted(
     assert adopted[0].prompt.token_ids.tolist() == sampled.prompt.token_ids.tolist()
     assert dict(sampler.failures) == {"unreadable": 1}
     assert len(engine.requests) == 1  # nothing was generated
+
+
+class Narrow(EchoEngine):
+    """Has no room for more than some tokens."""
+
+    def __init__(self, max_prompt_tokens: int) -> None:
+        super().__init__()
+        self._max_prompt_tokens = max_prompt_tokens
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingParams
+    ) -> list[list[Generation]]:
+        fitting = [len(each.prompt.token_ids) <= self._max_prompt_tokens for each in requests]
+        groups = super().generate(requests, sampling)
+        return [group if fits else [] for group, fits in zip(groups, fitting, strict=True)]
+
+
+def test_a_prompt_without_room_fails_alone_and_is_counted(
+    encoder: PromptEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    sampler = GroupSampler(Narrow(200), encoder, FirstLetterGrader(), SingleProcess())
+    instances = [instance(0), instance(1, kind="bcq", text="long " * 50), instance(2)]
+    groups = sampler.sample(instances, SAMPLING, 2, 1)
+    assert [group.uid for group in groups] == ["1/new/0", "1/new/2"]
+    assert sampler.failed == {"1/bcq/1": "no_room"}
+    assert "left out 1/bcq/1: no_room: the prompt does not fit the decoding cache" in caplog.text
+    first, none, last = sampler.respond(["a", "long " * 50, "b"], SAMPLING, "rewrite")
+    assert first == last == encoder.decode_whole([65, 0])
+    assert none is None
+    assert sampler.failed == {"rewrite/1": "no_room"}
+    assert dict(sampler.failures) == {"no_room": 2}
+    # Refused prompts say nothing about the network, however many.
+    assert sampler.respond(["long " * 50] * 30, SAMPLING, "rewrite") == [None] * 30
 
 
 def test_sampler_calls_the_engine_even_for_nothing(encoder: PromptEncoder) -> None:

@@ -162,7 +162,7 @@ def test_log_probs_that_no_sound_network_gives_leave_the_group_out(
         ["1/new/0", "1/new/1", "1/new/2"] if is_sound else ["1/new/0", "1/new/2"]
     )
     assert dict(sampler.failures) == ({} if is_sound else {"not_finite": 1})
-    where = "no group for 1/new/1: not_finite: rollout 1, token 1 of the response, drawn on rank 0"
+    where = "left out 1/new/1: not_finite: rollout 1, token 1 of the response, drawn on rank 0"
     assert (where in caplog.text) is not is_sound
 
 

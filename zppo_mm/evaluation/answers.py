@@ -18,6 +18,7 @@ from data.question import MediaRef, Question
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import Group, PromptInstance, Rollout, is_correct
 from zppo_mm.rollout.sampler import UNGRADED
+from zppo_mm.rollout.soundness import NO_ROOM
 
 ANSWERS_FILE = "answers.jsonl"
 RESULTS_FILE = "results.json"
@@ -126,8 +127,8 @@ class AnswerFolder:
         self.folder = folder
 
     def open(self, settings: Mapping[str, Any]) -> list[int]:
-        """Return the indices of the questions that need no asking any more; those left ungraded are
-        asked again.
+        """Return the indices of the questions that need no asking any more; those left ungraded,
+        or without room, are asked again.
 
         Args:
             settings: All that the answers depend on, as JSON values.
@@ -150,7 +151,7 @@ class AnswerFolder:
         return [
             each.index
             for each in self.read()
-            if each.skipped != UNGRADED and len(each.graded) == len(each.responses)
+            if each.skipped not in (UNGRADED, NO_ROOM) and len(each.graded) == len(each.responses)
         ]
 
     def add(self, answers: Sequence[AnsweredQuestion]) -> None:

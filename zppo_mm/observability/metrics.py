@@ -195,8 +195,12 @@ METRICS: Mapping[str, str] = {
         "Rollouts in the groups of the step that were left out because they could not be graded."
     ),
     "rollout/failed_groups": (
-        "Instances without a group: prompt or media not readable, logits not finite, or no "
-        "rollout graded."
+        "Instances without a group: prompt or media not readable, no room in the decoding cache, "
+        "logits not finite, or no rollout graded."
+    ),
+    "rollout/no_room_groups": (
+        "Groups left out because prompt and longest response do not fit the decoding cache, even "
+        "alone (`rollout.cache_memory_gib`)."
     ),
     "rollout/not_finite_groups": (
         "Groups left out because the network computed logits that are not finite for one of their "
@@ -214,8 +218,8 @@ METRICS: Mapping[str, str] = {
         "prefix those that the pre-cap keeps), or all in distillation on its text."
     ),
     "teacher/failed_questions": (
-        "Questions it was to answer, left without a rollout: prompt or media not readable, or no "
-        "server answered."
+        "Questions it was to answer, left without a rollout: prompt or media not readable, no "
+        "room in the decoding cache, or no server answered."
     ),
     "teacher/lost_rollouts": (
         "Teacher rollouts that no server returned, or that could not be graded."

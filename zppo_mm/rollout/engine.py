@@ -110,7 +110,8 @@ class RolloutEngine(Protocol):
 
         The draw depends only on the weights, the prompt and the seed path, never on what else is in
         the batch. Nothing is drawn from logits that are not finite: the continuation ends before
-        that token and is broken.
+        that token and is broken. A request whose prompt and longest response find no room, even
+        alone, has no continuations; the others have theirs.
         """
         ...
 

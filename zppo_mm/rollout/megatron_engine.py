@@ -101,12 +101,16 @@ class MegatronEngine:
     def generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams
     ) -> list[list[Generation]]:
-        """Return `num_rollouts` continuations per request, in the order of the requests.
+        """Return `num_rollouts` continuations per request, in the order of the requests; none of
+        one that does not fit the cache.
 
         Raises:
             StopRequested: On every rank of the replica, if its leader is to stop.
-            ConfigError: A request does not fit the cache by itself.
         """
+        requests = [
+            each if self._fits(each, sampling) else replace(each, num_rollouts=0)
+            for each in requests
+        ]
         results: list[dict[int, Generation]] = [{} for _ in requests]
         queue = AdmissionQueue(requests, self._max_batch_size, self._max_prefill_tokens)
         if queue:
@@ -160,16 +164,20 @@ class MegatronEngine:
             tokens, positions = batch.last_tokens(), batch.positions()
             step(decode(self._model, tokens, positions, cache), 0)
 
+    def _fits(self, request: GenerationRequest, sampling: SamplingParams) -> bool:
+        """Return whether the cache has room for a request whatever else is in the batch."""
+        needed = self._cache_size.needed_bytes(
+            self._max_batch_size, len(request.prompt.token_ids), _kept_tokens(sampling)
+        )
+        return needed <= self._cache_bytes
+
     def _open_cache(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams
     ) -> DecodeCache:
         """Return a cache within the budget, no larger than what these requests can fill."""
-        prompts = [len(request.prompt.token_ids) for request in requests]
-        rows = min(self._max_batch_size, sum(request.num_rollouts for request in requests))
-        # The token that is decoded last is not kept, but rows join only where one finds room.
-        new_tokens = max(sampling.max_new_tokens - 1, 1)
-        size = self._cache_size
-        size.check(self._cache_bytes, rows, max(prompts), new_tokens)
+        prompts = [len(each.prompt.token_ids) for each in requests if each.num_rollouts]
+        rows = min(self._max_batch_size, sum(each.num_rollouts for each in requests))
+        new_tokens, size = _kept_tokens(sampling), self._cache_size
         most = rows * size.blocks_of(new_tokens) + min(
             sum(map(size.blocks_of, prompts)), rows * size.blocks_of(max(prompts))
         )
@@ -272,6 +280,13 @@ class MegatronEngine:
         # Both are exact in float64, so that one message carries them.
         message = replica.broadcast_from_leader(torch.stack([tokens.double(), logprobs.double()]))
         return message[0].long(), message[1].float()
+
+
+def _kept_tokens(sampling: SamplingParams) -> int:
+    """Return the tokens of the longest response that the cache keeps: not the one decoded last, but
+    rows join only where one finds room.
+    """
+    return max(sampling.max_new_tokens - 1, 1)
 
 
 def _preempt(batch: RolloutBatch, cache: DecodeCache, queue: AdmissionQueue) -> tuple[int, int]:

@@ -16,12 +16,12 @@ from data.question import Question
 from encoders.processor import VisionInput
 from zppo_mm.experience import Group, Prompt, PromptInstance, Rollout
 from zppo_mm.interruption import StopRequested
-from zppo_mm.methods import PLAIN_KINDS
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import Exchange
 from zppo_mm.rollout.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
 from zppo_mm.rollout.prompt import PromptEncoder, PromptError
-from zppo_mm.rollout.soundness import NOT_FINITE, Sampled, Soundness, check_rewards, first_break
+from zppo_mm.rollout.replica_shares import split_instances
+from zppo_mm.rollout.soundness import NOT_FINITE, Fault, Sampled, Soundness, check_rewards, fault_of
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +106,8 @@ class GroupSampler:
         exchange: The replicas.
 
     Attributes:
-        failures: Prompts without a group so far, by reason.
-        failed: Those of the last call: reasons by uid.
+        failures: Prompts without a group or a response so far, by reason.
+        failed: Those of the last call: reasons by uid, or by name and index of the text.
         num_preemptions: How often a rollout of the last call had to be computed again.
     """
 
@@ -138,10 +138,10 @@ class GroupSampler:
     ) -> list[Group]:
         """Return the groups of all instances, in order and the same on every rank.
 
-        An instance whose prompt cannot be made, for one of whose rollouts the network computes
-        logits that are not finite, or none of whose rollouts can be graded, has no group; it is
-        logged and counted in `failures`. Of the others, rollouts that cannot be graded are set
-        apart in `Group.ungraded`.
+        An instance whose prompt cannot be made or has no room in the engine, for one of whose
+        rollouts the network computes logits that are not finite, or none of whose rollouts can be
+        graded, has no group; it is logged and counted in `failures`. Of the others, rollouts that
+        cannot be graded are set apart in `Group.ungraded`.
 
         Args:
             instances: The same list on every rank.
@@ -166,10 +166,11 @@ class GroupSampler:
         outcomes = failed
         if self._exchange.is_leader:
             pairs = list(zip(encoded, generations, strict=True))
+            faults = (self._fault(item.prompt, group, params) for item, group in pairs)
             broken = [
-                _Outcome(item.index, reason=NOT_FINITE, detail=where)
-                for item, group in pairs
-                if (where := self._break(group))
+                _Outcome(item.index, reason=fault.reason, detail=fault.detail)
+                for (item, _), fault in zip(pairs, faults, strict=True)
+                if fault.reason
             ]
             unsound = {outcome.index for outcome in broken}
             sound = [(item, group) for item, group in pairs if item.index not in unsound]
@@ -224,7 +225,8 @@ class GroupSampler:
         """Return one response per user text, without media and without a grade, from the `<think>`
         on that its prompt may have opened; the same on every rank.
 
-        A response is `None` if the network computes logits that are not finite.
+        A response is `None` if its prompt has no room in the engine, or the network computes logits
+        that are not finite.
 
         Args:
             texts: The same list on every rank.
@@ -248,19 +250,34 @@ class GroupSampler:
             generations = self._engine.generate(requests, params)
         replies = self._exchange.gather(
             [
-                (self._encoder.decode_whole(group[0].response_ids), self._break(group))
-                for group in generations
+                (
+                    [self._encoder.decode_whole(each.response_ids) for each in group],
+                    self._fault(request.prompt, group, params),
+                )
+                for request, group in zip(requests, generations, strict=True)
             ]
         )
-        ordered = [replies[index % size][index // size] for index in range(len(texts))]
+        ordered = {
+            f"{name}/{index}": replies[index % size][index // size] for index in range(len(texts))
+        }
+        self.failed = {}
+        for each, (_, fault) in ordered.items():
+            if fault.reason:
+                self._count_failed(each, fault.reason, fault.detail)
         self._soundness.note(
-            [Sampled(f"{name}/{index}", where) for index, (_, where) in enumerate(ordered)]
+            [Sampled(each, fault.broke_at) for each, (group, fault) in ordered.items() if group]
         )
-        return [None if where else text for text, where in ordered]
+        return [None if fault.reason else group[0] for group, fault in ordered.values()]
 
-    def _break(self, generations: Sequence[Generation]) -> str:
-        """Return where a prompt's first broken rollout broke; empty if none did."""
-        return first_break(generations, parallel.rank())
+    def _fault(
+        self, prompt: Prompt, generations: Sequence[Generation], params: SamplingParams
+    ) -> Fault:
+        return fault_of(prompt, generations, params, parallel.rank())
+
+    def _count_failed(self, name: str, reason: str, detail: str) -> None:
+        self.failures[reason] += 1
+        self.failed[name] = reason
+        logger.warning("left out %s: %s: %s", name, reason, detail)
 
     @contextmanager
     def _stopping_together(self) -> Iterator[None]:
@@ -358,34 +375,11 @@ class GroupSampler:
         for index, instance in enumerate(instances):
             outcome = outcomes[index]
             if outcome.prompt is None:
-                self.failures[outcome.reason] += 1
-                self.failed[instance.uid] = outcome.reason
-                logger.warning(
-                    "no group for %s: %s: %s", instance.uid, outcome.reason, outcome.detail
-                )
+                self._count_failed(instance.uid, outcome.reason, outcome.detail)
             else:
                 check_rewards(instance.uid, [rollout.reward for rollout in outcome.rollouts])
                 groups.append(Group(instance, outcome.prompt, outcome.rollouts, outcome.ungraded))
         return groups
-
-
-def split_instances(instances: Sequence[PromptInstance], num_replicas: int) -> list[list[int]]:
-    """Deal instances to replicas, as even in number as possible.
-
-    Plain ones go in order, as the question feed dealt them, so that a replica finds their media
-    open already. The others go from the longest text to the shortest: in their own order BCQ and
-    NCQ alternate, and one replica would get all the long ones.
-
-    Returns:
-        Ascending indices per replica.
-    """
-    plain = [index for index, instance in enumerate(instances) if instance.kind in PLAIN_KINDS]
-    reformulated = [
-        index for index, instance in enumerate(instances) if instance.kind not in PLAIN_KINDS
-    ]
-    reformulated.sort(key=lambda index: (-len(instances[index].text), index))
-    order = [*plain, *reformulated]
-    return [sorted(order[replica::num_replicas]) for replica in range(num_replicas)]
 
 
 def _rollout(generation: Generation, text: str, verdict: Verdict, step: int) -> Rollout:

@@ -1,5 +1,5 @@
-"""What becomes of prompts for which the network computes logits that are not finite: left out and
-counted, or the end of the run.
+"""What becomes of prompts that the engine cannot continue, or for which the network computes logits
+that are not finite: left out and counted, or the end of the run.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zppo_mm.errors import NotFiniteError
-from zppo_mm.rollout.engine import Generation
+from zppo_mm.experience import Prompt
+from zppo_mm.rollout.engine import Generation, SamplingParams
 
 NOT_FINITE = "not_finite"
+NO_ROOM = "no_room"
 WINDOW_PROMPTS = 100
 MIN_WINDOW_PROMPTS = 20
 MAX_BROKEN_FRACTION = 0.1
@@ -32,18 +34,48 @@ class Sampled:
     broke_at: str
 
 
-def first_break(generations: Sequence[Generation], rank: int) -> str:
-    """Return where the first continuation of a prompt broke; empty if none did.
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a prompt has no continuation that can be used.
+
+    Attributes:
+        reason: `NOT_FINITE` or `NO_ROOM`; empty if it has one.
+        detail: Where it broke, or what found no room.
+    """
+
+    reason: str = ""
+    detail: str = ""
+
+    @property
+    def broke_at(self) -> str:
+        """Where the network broke; empty if it did not."""
+        return self.detail if self.reason == NOT_FINITE else ""
+
+
+def fault_of(
+    prompt: Prompt, generations: Sequence[Generation], sampling: SamplingParams, rank: int
+) -> Fault:
+    """Return what is wrong with what an engine returned for a prompt.
 
     Args:
-        generations: Of one prompt.
+        prompt: What was to be continued.
+        generations: Its continuations.
+        sampling: How they were drawn.
         rank: Where they were drawn.
     """
+    if not generations:
+        return Fault(
+            NO_ROOM,
+            "the prompt does not fit the decoding cache, got "
+            f"{len(prompt.token_ids)} tokens, expected room for them and a response of "
+            f"{sampling.max_new_tokens}; raise rollout.cache_memory_gib",
+        )
     for number, generation in enumerate(generations):
         index = generation.num_sound_tokens
         if index is not None:
-            return f"rollout {number}, token {index} of the response, drawn on rank {rank}"
-    return ""
+            where = f"rollout {number}, token {index} of the response, drawn on rank {rank}"
+            return Fault(NOT_FINITE, where)
+    return Fault()
 
 
 class Soundness:

@@ -9,7 +9,7 @@ from data.question import Question, check_same_question
 from zppo_mm.experience import Group, GroupKind, PromptInstance
 from zppo_mm.observability.metrics import StepMetrics, Sum
 from zppo_mm.randomness import generator
-from zppo_mm.rollout.soundness import NOT_FINITE
+from zppo_mm.rollout.soundness import NO_ROOM, NOT_FINITE
 from zppo_mm.stages.stages import Stages
 from zppo_mm.teacher.pending_answers import PendingAnswers
 from zppo_mm.zone.hard import count_of_fraction, select_hard
@@ -174,10 +174,9 @@ def _sample(
     groups = stages.sampler.sample(instances, stages.sampling, stages.num_rollouts, step)
     metrics.add("rollout/failed_groups", Sum(len(instances) - len(groups)))
     metrics.add("rollout/preempted", Sum(stages.sampler.num_preemptions))
-    metrics.add(
-        "rollout/not_finite_groups",
-        Sum(sum(reason == NOT_FINITE for reason in stages.sampler.failed.values())),
-    )
+    reasons = list(stages.sampler.failed.values())
+    metrics.add("rollout/not_finite_groups", Sum(reasons.count(NOT_FINITE)))
+    metrics.add("rollout/no_room_groups", Sum(reasons.count(NO_ROOM)))
     return groups
 
 

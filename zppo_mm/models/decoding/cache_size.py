@@ -90,6 +90,16 @@ class CacheSize:
             for block, row in zip(self.block_bytes, self.row_bytes, strict=True)
         )
 
+    def needed_bytes(self, num_rows: int, prompt_tokens: int, new_tokens: int) -> int:
+        """Return the bytes on the fullest stage with one prompt and response of these lengths.
+
+        Args:
+            num_rows: Most rows of the batch.
+            prompt_tokens: Of the prompt.
+            new_tokens: Of the response.
+        """
+        return self.num_bytes(self.blocks_of(prompt_tokens) + self.blocks_of(new_tokens), num_rows)
+
     def check(self, budget: int, num_rows: int, prompt_tokens: int, new_tokens: int) -> None:
         """Check that the longest sequence fits by itself: then every other one can wait.
 
@@ -102,8 +112,7 @@ class CacheSize:
         Raises:
             ConfigError: It does not fit.
         """
-        blocks = self.blocks_of(prompt_tokens) + self.blocks_of(new_tokens)
-        needed = self.num_bytes(blocks, num_rows)
+        needed = self.needed_bytes(num_rows, prompt_tokens, new_tokens)
         if needed > budget:
             raise ConfigError(
                 "rollout.cache_memory_gib: too little for one sequence, got "

@@ -15,7 +15,6 @@ from zppo_mm.parallel.failures import RankFailureError
 from zppo_mm.parallel.partition import PartitionLink
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.sampler import GroupSampler
-from zppo_mm.rollout.soundness import NOT_FINITE
 from zppo_mm.teacher.served.chat_server import ChatServer, PendingRequest, ReceivedRequest, Reply
 
 # How long the leader waits for requests before it checks on the student, and how long the other
@@ -117,7 +116,10 @@ class RankServer:
         kind, name = first.stream
         if kind == "respond":
             texts = sampler.respond([each.text for each in requests], sampling, name)
-            return [_refusal(NOT_FINITE) if text is None else _text_reply(text) for text in texts]
+            return [
+                _refusal(sampler.failed[f"{name}/{index}"]) if text is None else _text_reply(text)
+                for index, text in enumerate(texts)
+            ]
         instances = [_instance(request) for request in requests]
         groups = sampler.sample(instances, sampling, first.num_choices, step=0)
         by_uid = {group.instance.uid: group for group in groups}
