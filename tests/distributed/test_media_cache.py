@@ -33,7 +33,7 @@ from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.prefetch import MediaPrefetch
 from zppo_mm.rollout.prompt import PromptEncoder
-from zppo_mm.rollout.replica_shares import split_instances
+from zppo_mm.rollout.replica_parts import split_instances
 
 pytestmark = pytest.mark.timeout(700)  # three starts on a machine that may be busy
 NUM_QUESTIONS, PER_STEP, STEPS = 16, 5, 2

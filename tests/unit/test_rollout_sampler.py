@@ -30,7 +30,7 @@ from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.prompt import PromptEncoder
-from zppo_mm.rollout.replica_shares import split_instances
+from zppo_mm.rollout.replica_parts import split_instances
 from zppo_mm.rollout.sampler import GroupSampler
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=8, stop_token_ids=(0,))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support.zone_builders import group
 from zppo_mm.experience import PromptInstance
-from zppo_mm.rollout.replica_shares import split_instances
+from zppo_mm.rollout.replica_parts import split_instances
 from zppo_mm.zone.hard import pre_cap, pre_cap_draw
 from zppo_mm.zone.plain_schedule import PlainSchedule
 

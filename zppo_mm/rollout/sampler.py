@@ -20,7 +20,7 @@ from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import Exchange
 from zppo_mm.rollout.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
 from zppo_mm.rollout.prompt import PromptEncoder, PromptError
-from zppo_mm.rollout.replica_shares import split_instances
+from zppo_mm.rollout.replica_parts import split_instances
 from zppo_mm.rollout.soundness import NOT_FINITE, Fault, Sampled, Soundness, check_rewards, fault_of
 
 logger = logging.getLogger(__name__)
