@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from data.health import SampleHealth
+from data.media.node_cache import NodeCache
 from data.media.store import MediaStore
 from data.shards import ShardFolder
 from data.stream import QuestionStream
@@ -78,7 +80,8 @@ def build_run(
     barrier: LivenessBarrier | None = None,
     interruption: Interruption | None = None,
 ) -> Run:
-    """Build the parts of a run; process groups must be initialised.
+    """Build the parts of a run; process groups must be initialised. Without success, what was
+    opened until then is closed.
 
     Args:
         config: The run.
@@ -90,31 +93,40 @@ def build_run(
         ZppoError: A model, its layout or a template cannot be used.
         DataError: A data source cannot be used.
     """
-    folder = student_folder(config.model)
-    media = MediaStore(media_limits(config.data, folder))
     interruption = interruption or Interruption()
     exchange = ParallelExchange(barrier, interruption.is_due)
     ranks = TeacherRanks(link, exchange) if link is not None else None
+    with ExitStack() as opened:
+        return _build(config, exchange, ranks, interruption, opened)
+
+
+def _build(
+    config: RunConfig,
+    exchange: ParallelExchange,
+    ranks: TeacherRanks | None,
+    interruption: Interruption,
+    opened: ExitStack,
+) -> Run:
+    """Build the parts; `opened` closes them until they are whole, then the run does."""
+    folder = student_folder(config.model)
+    media = MediaStore(media_limits(config.data, folder))
+    opened.callback(media.close)
     pool = _teacher_pool(config, ranks, exchange, media)
+    _close_with(opened, pool)
     modes = (config.reward.judge, config.evaluation.judge)
     judging = build_judging(config, pool, exchange, modes, interruption.is_due)
+    _close_with(opened, judging.pool if judging.pool is not pool else None)
     verifier = build_verifier(config.reward, judging.judge, config.reward.judge)
-    shared = Shared(config, media, verifier, exchange, open_media_cache(config.data))
+    opened.callback(verifier.close)
+    cache = open_media_cache(config.data)
+    _close_with(opened, cache)
+    shared = Shared(config, media, verifier, exchange, cache, opened=opened)
     encoder = shared.encoder(folder, config.model.chat_template_kwargs)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     student = load_model(config.model, config.parallel, folder, trainable=True)
     add_lora(student, config.lora, config.seed)
     teachers = build_teachers(shared, pool, templates, encoder, ranks)
-    objective = _build_objective(
-        config.algorithm,
-        config.distill,
-        config.rollout.temperature,
-        student,
-        teachers.network,
-        config.train.share_prompts,
-    )
-    policy = Policy(student, config.train, config.parallel, objective)
-    _log_network(student, config.train.optimizer_state_dtype)
+    policy = _build_policy(config, student, teachers.network)
     if encoder.processor is not None and parallel.rank() == 0:
         logger.info("media: %s", describe(encoder.processor))
     stream = build_stream(config, SampleHealth(config.data.max_bad_fraction, config.data.strict))
@@ -143,12 +155,31 @@ def build_run(
         evaluation_sampler=sampler.with_grader(grader),
         pools=_once(pool, judging.pool, *teachers.pools),
         judge=judging.judge,
+        opened=opened.pop_all(),
     )
 
 
-def _log_network(student: VisionLanguageModel, moments_dtype: str) -> None:
-    log_part_sizes(student, moments_dtype)
+def _close_with(opened: ExitStack, part: Servers | NodeCache | None) -> None:
+    """Close a part, where there is one, when what was opened is closed."""
+    if part is not None:
+        opened.callback(part.close)
+
+
+def _build_policy(
+    config: RunConfig, student: VisionLanguageModel, teacher: VisionLanguageModel | None
+) -> Policy:
+    objective = _build_objective(
+        config.algorithm,
+        config.distill,
+        config.rollout.temperature,
+        student,
+        teacher,
+        config.train.share_prompts,
+    )
+    policy = Policy(student, config.train, config.parallel, objective)
+    log_part_sizes(student, config.train.optimizer_state_dtype)
     log_packages(student)
+    return policy
 
 
 def _teacher_pool(
@@ -223,7 +254,10 @@ def _build_feed(
     verifier: Verifier,
 ) -> QuestionFeed:
     data = shared.config.data
-    prefetches = data.prefetch_media and shared.cache is not None
+    prefetch = None
+    if data.prefetch_media and shared.cache is not None:
+        prefetch = MediaPrefetch(encoder.media.prefetch, data.num_decode_workers)
+        shared.opened.callback(prefetch.close)
     return QuestionFeed(
         stream,
         encoder,
@@ -232,9 +266,7 @@ def _build_feed(
         plain_text=templates.plain_text,
         max_prompt_tokens=data.max_prompt_tokens,
         can_grade=verifier.can_grade,
-        prefetch=MediaPrefetch(encoder.media.prefetch, data.num_decode_workers)
-        if prefetches
-        else None,
+        prefetch=prefetch,
     )
 
 

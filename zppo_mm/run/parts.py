@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from data.media.node_cache import NodeCache
@@ -44,6 +45,7 @@ class Run:
         verifier: Grades.
         encoders: Of the student and then the teacher; they keep opened media.
         teachers: Those who help.
+        opened: Closes what the run has opened.
         pools: Servers of the teachers and, if they are others, of the judge.
         judge: Of what the rules leave open.
         counted: Losses that `take_losses` has handed out, by metric.
@@ -62,6 +64,7 @@ class Run:
     encoders: list[PromptEncoder]
     teachers: Teachers
     evaluation_sampler: GroupSampler
+    opened: ExitStack
     pools: tuple[Servers, ...] = ()
     judge: LlmJudge | None = None
     counted: dict[str, int] = field(default_factory=dict)
@@ -133,12 +136,7 @@ class Run:
         release_memory(self.encoders, self.cache)
 
     def close(self) -> None:
-        """End the worker processes and the connections."""
-        for pool in self.pools:
-            pool.close()
-        if self.feed.prefetch is not None:
-            self.feed.prefetch.close()
-        self.media.close()
-        if self.cache is not None:
-            self.cache.close()
-        self.verifier.close()
+        """End the worker processes and the connections, and leave the shared media: all of them,
+        even if one cannot be closed.
+        """
+        self.opened.close()

@@ -8,6 +8,7 @@ import ctypes
 import logging
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What student and teachers have in common."""
+    """What student and teachers have in common; `opened` closes what was opened for them."""
 
     config: RunConfig
     media: MediaStore
@@ -42,6 +43,7 @@ class Shared:
     exchange: ParallelExchange
     cache: NodeCache | None = None
     encoders: list[PromptEncoder] = field(default_factory=list)
+    opened: ExitStack = field(default_factory=ExitStack)
 
     def encoder(
         self, folder: Path, chat_template_kwargs: Mapping[str, object] | None = None
