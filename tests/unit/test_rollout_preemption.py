@@ -4,6 +4,8 @@ responses are those of a cache with room for all.
 
 from __future__ import annotations
 
+import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +92,24 @@ def test_preempted_responses_have_the_log_probs_of_the_training_pass_in_bfloat16
     assert errors
     assert np.concatenate(errors).mean() <= MEAN_BFLOAT16
     assert np.concatenate(errors).max() <= MAX_BFLOAT16
+
+
+def test_a_limit_on_the_patches_of_a_prefill_changes_no_response(tmp_path: Path) -> None:
+    network = network_of("qwen3_5", tmp_path, "float32")
+    requests = requests_of("qwen3_5")
+    sizes = [sum(math.prod(grid) for grid in each.prompt.grids) for each in requests]
+    seen: list[int] = []
+    assert network.vision is not None
+    network.vision.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    limits = (sys.maxsize, max(sizes), 1)
+    sampled = [
+        MegatronEngine(network, SEED, max_prefill_patches=limit).generate(requests, SAMPLING)
+        for limit in limits
+    ]
+    alone = sorted(size for size in sizes if size)
+    assert len(alone) == 2
+    assert sorted(seen) == sorted([sum(alone), *alone, *alone])
+    for groups in sampled[1:]:
+        assert [[each.response_ids.tolist() for each in group] for group in groups] == [
+            [each.response_ids.tolist() for each in group] for group in sampled[0]
+        ]

@@ -93,6 +93,7 @@ class Shared:
             rollout.max_batch_size,
             should_stop=self.exchange.should_stop,
             cache_bytes=int(rollout.cache_memory_gib * GIB),
+            max_prefill_patches=self.config.train.micro_batch_patches,
         )
         engine.check_longest(max_prompt_tokens, max_response_tokens)
         return GroupSampler(engine, encoder, self.verifier, self.exchange)
