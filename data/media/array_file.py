@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import struct
 import weakref
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
+
+from data.errors import DataError
 
 State = Literal["unfinished", "complete", "refused", "not kept"]
 Header = Mapping[str, Any]
@@ -28,6 +31,10 @@ MAPPED_BYTES = 1 << 20
 """A smaller array is read: the number of mappings of a process is limited."""
 PROT_READ, MAP_SHARED = 1, 1
 MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+class DamagedFileError(DataError):
+    """A file is not what `write` wrote: shorter, or with another beginning."""
 
 
 def file_size(header: Header, array: npt.NDArray[Any]) -> int:
@@ -61,34 +68,67 @@ def mark(descriptor: int, state: State, header: Header) -> None:
 
 
 def read_state(descriptor: int) -> tuple[State, Header]:
-    """Return what a file says about itself; one that was left half-written is `unfinished`."""
-    state, header, _ = _read_head(descriptor)
+    """Return what a file says about itself; one that was left half-written, or says nothing that
+    `write` or `mark` wrote, is `unfinished`.
+    """
+    try:
+        state, header, _ = _read_head(descriptor)
+    except DamagedFileError:
+        return "unfinished", {}
     return state, header
 
 
 def read(descriptor: int) -> Stored:
     """Return what `write` wrote; a large array is mapped, so that all readers share its memory, and
     none can be written to.
+
+    Raises:
+        DamagedFileError: The file is not complete, or not of `write`.
     """
     state, header, start = _read_head(descriptor)
-    assert state == "complete", f"array file: read while {state}"
-    dtype, shape = np.dtype(header["dtype"]), tuple(header["shape"])
-    length = start + int(np.prod(shape)) * dtype.itemsize
-    content = (
-        _map(descriptor, length) if length >= MAPPED_BYTES else os.pread(descriptor, length, 0)
-    )
-    array = np.frombuffer(content, dtype, offset=start).reshape(shape)
+    try:
+        dtype, shape = np.dtype(header["dtype"]), tuple(header["shape"])
+        length = start + math.prod(shape) * dtype.itemsize
+        own = header["header"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(f"{state}, a header without {error}") from error
+    size = os.fstat(descriptor).st_size
+    # A mapped page beyond the end of its file would kill the process.
+    if state != "complete" or size < length:
+        raise _damaged(f"{state}, {size} bytes of {length}")
+    content = _map(descriptor, length) if length >= MAPPED_BYTES else None
+    if content is None:
+        content = _read_all(descriptor, length)
+    try:
+        array = np.frombuffer(content, dtype, offset=start).reshape(shape)
+    except (TypeError, ValueError) as error:
+        raise _damaged(f"numbers that are not of their shape: {error}") from error
     array.flags.writeable = False
-    return header["header"], array
+    return own, array
 
 
 def _read_head(descriptor: int) -> tuple[State, Header, int]:
     """Return state, header, and where an array begins."""
     prefix = os.pread(descriptor, PREFIX.size, 0)
     state, length = PREFIX.unpack(prefix) if len(prefix) == PREFIX.size else (b"", 0)
-    name = state.rstrip(b"\0").decode() or "unfinished"
-    header = json.loads(os.pread(descriptor, length, PREFIX.size)) if length else {}
-    return cast(State, name), header, _start(length)
+    name = state.rstrip(b"\0") or b"unfinished"
+    if name not in [each.encode() for each in get_args(State)]:
+        raise _damaged(f"the state {name!r}")
+    if PREFIX.size + length > os.fstat(descriptor).st_size:
+        raise _damaged(f"a header of {length} bytes in a shorter file")
+    try:
+        header = json.loads(os.pread(descriptor, length, PREFIX.size)) if length else {}
+    except ValueError as error:
+        raise _damaged(f"a header that is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise _damaged("a header that is no object")
+    return cast(State, name.decode()), header, _start(length)
+
+
+def _damaged(got: str) -> DamagedFileError:
+    return DamagedFileError(
+        f"array file: damaged, got {got}, expected what was written; let nothing else write there"
+    )
 
 
 def _encode(header: Header, array: npt.NDArray[Any]) -> bytes:
@@ -109,8 +149,21 @@ def _write_at(descriptor: int, content: bytes | memoryview, offset: int) -> None
         view, offset = view[count:], offset + count
 
 
+def _read_all(descriptor: int, length: int) -> bytearray:
+    """Return the first bytes of a file; one system call reads 2 GiB at most."""
+    content = bytearray(length)
+    view, offset = memoryview(content), 0
+    while offset < length:
+        count = os.preadv(descriptor, [view[offset:]], offset)
+        if not count:
+            raise _damaged(f"an end after {offset} bytes of {length}")
+        offset += count
+    return content
+
+
 def _map(descriptor: int, length: int) -> Any:
-    """Return the first bytes of a file, mapped until the last array on them is gone.
+    """Return the first bytes of a file, mapped until the last array on them is gone; `None` if the
+    system gives no more mappings.
 
     Python's `mmap` would hold a descriptor for each, of which a process has about a thousand.
     """
@@ -127,7 +180,7 @@ def _map(descriptor: int, length: int) -> Any:
     libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     address = libc.mmap(None, length, PROT_READ, MAP_SHARED, descriptor, 0)
     if address == MAP_FAILED:
-        raise OSError(ctypes.get_errno(), "an opened medium cannot be mapped")
+        return None
     buffer = (ctypes.c_ubyte * length).from_address(address)
     # Not at exit: another thread may still read.
     weakref.finalize(buffer, libc.munmap, address, length).atexit = False

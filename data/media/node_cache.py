@@ -20,7 +20,7 @@ from pathlib import Path
 
 from data.errors import ReasonedError
 from data.media import array_file
-from data.media.array_file import Stored
+from data.media.array_file import DamagedFileError, Stored
 from data.media.node_folder import ALIVE, LOCK, NodeFolder, default_root, locked, unlock_and_close
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ class NodeCache:
 
     Attributes:
         counts: So far, of this process: `opened` (made here), `prefetched` (of these ahead of
-            time), `found` (made earlier, or by another process), `not_kept` (made, without room).
+            time), `found` (made earlier, or by another process), `not_kept` (made, without room),
+            `damaged` (files that something else changed; what was in them is made again).
 
     Raises:
         OSError: The folder cannot be made.
@@ -99,8 +100,12 @@ class NodeCache:
                     return self._make_unkept(make)
                 state, header = array_file.read_state(part)
                 if state == "complete":
-                    self._count("found")
-                    return array_file.read(part)
+                    found = self._read(part, key)
+                    if found is not None:
+                        self._count("found")
+                        return found
+                    self._part(key).unlink(missing_ok=True)
+                    continue
                 if state == "refused":
                     raise ReasonedError(header["reason"], header["message"])
                 if state == "not kept":
@@ -161,7 +166,17 @@ class NodeCache:
             if descriptor is None:
                 return None
             self._asked(descriptor, self._step)
+            return self._read(descriptor, key)
+
+    def _read(self, descriptor: int, key: str) -> Stored | None:
+        """Read a finished file; a damaged one is removed, to be made again."""
+        try:
             return array_file.read(descriptor)
+        except DamagedFileError as error:
+            self._count("damaged")
+            (self._folder.path / key).unlink(missing_ok=True)
+            logger.warning("an opened medium is opened again: %s", error)
+            return None
 
     @contextmanager
     def _finished(self, key: str) -> Iterator[int | None]:
@@ -232,7 +247,7 @@ class NodeCache:
             raise
         self._count("opened")
         if self._keep(part, key, stored):
-            return array_file.read(part)
+            return self._read(part, key) or stored
         self._part(key).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             array_file.mark(part, "not kept", {})

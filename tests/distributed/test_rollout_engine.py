@@ -13,10 +13,10 @@ import torch
 
 from data.media.opening import Frames
 from data.question import MediaRef, Question
+from tests.support.crowding import crowded, forward_logprobs
 from tests.support.launch import run_ranks
 from tests.support.tiny_folder import build_model
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
-from zppo_mm.models.decoding.cache_size import CacheSize
 from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model as build_network
 from zppo_mm.parallel import groups as parallel
@@ -32,7 +32,6 @@ SEED = 11
 # relies on.
 LOGPROB_TOLERANCE = 1e-4
 NEW_TOKENS = 24
-SMALL_BLOCK, SPARE_BLOCKS, MAX_ROWS = 4, 6, 12
 QUESTIONS = {
     "text": ("the sum of 1 and 2?", ()),
     "image": ("what is it?", ("image",)),
@@ -100,8 +99,8 @@ def sample_everything(folder: Path, tensor: int, pipeline: int) -> dict[str, Any
         "filtered": engine.generate(
             everything, params(encoder, 0.8, top_k=20, top_p=0.9, presence_penalty=1.5)
         ),
-        "crowded": crowded(network, everything).generate(everything, early),
-        "no_room": crowded(network, everything).generate(
+        "crowded": crowded(network, SEED, everything, NEW_TOKENS).generate(everything, early),
+        "no_room": crowded(network, SEED, everything, NEW_TOKENS).generate(
             [request(encoder, TOO_LONG, 3), *everything[1:2]], early
         ),
         "still_training": network.training,
@@ -119,44 +118,6 @@ def sample_everything(folder: Path, tensor: int, pipeline: int) -> dict[str, Any
         results["nothing"] = engine.generate([], early)
     parallel.shutdown()
     return results
-
-
-def crowded(network: Any, requests: list[GenerationRequest]) -> MegatronEngine:
-    """Return an engine whose cache has room for one of the longest sequences and little more."""
-    size = CacheSize.of(network.architecture, *parallel_sizes(network), 4, SMALL_BLOCK)
-    longest = max(len(each.prompt.token_ids) for each in requests)
-    num_blocks = size.blocks_of(longest) + size.blocks_of(NEW_TOKENS) + SPARE_BLOCKS
-    budget = size.num_bytes(num_blocks, MAX_ROWS)
-    return MegatronEngine(network, SEED, MAX_ROWS, cache_bytes=budget, slots_per_block=SMALL_BLOCK)
-
-
-def parallel_sizes(network: Any) -> tuple[int, int]:
-    config = network.config
-    return config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-
-
-@torch.no_grad()
-def forward_logprobs(
-    network: torch.nn.Module, item: GenerationRequest, generation: Generation
-) -> np.ndarray:
-    """Log-probs of a response by the packed training forward pass."""
-    start, length = len(item.prompt.token_ids), len(generation.response_ids)
-    tokens = torch.from_numpy(np.concatenate([item.prompt.token_ids, generation.response_ids]))
-    answer = torch.arange(item.prompt.next_position, item.prompt.next_position + length).expand(
-        3, -1
-    )
-    positions = torch.cat([torch.from_numpy(item.prompt.positions), answer], dim=1)
-    patches = (
-        torch.from_numpy(np.concatenate([media.patches for media in item.vision]))
-        if item.vision
-        else None
-    )
-    grids = torch.tensor([media.grid for media in item.vision]) if item.vision else None
-    logits = network(
-        tokens, positions, torch.tensor([0, len(tokens)], dtype=torch.int32), patches, grids
-    )
-    logprobs = torch.log_softmax(logits[start - 1 : -1], dim=-1)
-    return logprobs.gather(1, tokens[start:, None]).squeeze(1).numpy()
 
 
 def transformers_greedy(folder: Path, name: str) -> list[int]:

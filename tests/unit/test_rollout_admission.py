@@ -15,8 +15,9 @@ from zppo_mm.rollout.engine import GenerationRequest
 SLOTS = 4
 
 
-def request(length: int, num_rollouts: int) -> GenerationRequest:
-    prompt = Prompt("", np.zeros(length, np.int64), np.zeros((3, length), np.int64), length)
+def request(length: int, num_rollouts: int, num_patches: int = 0) -> GenerationRequest:
+    grids = ((1, 1, num_patches),) if num_patches else ()
+    prompt = Prompt("", np.zeros(length, np.int64), np.zeros((3, length), np.int64), length, grids)
     return GenerationRequest(prompt, (), num_rollouts, ("x",))
 
 
@@ -34,15 +35,17 @@ def admit(cache: DecodeCache, requests: list[GenerationRequest], taken: list[Can
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9)), max_size=12),
+    st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9), st.integers(0, 20)), max_size=12),
     st.integers(1, 12),
+    st.integers(1, 40),
     st.integers(1, 100),
     st.integers(16, 60),
     st.randoms(),
 )
 def test_every_rollout_is_taken_once_within_the_limits(
-    sizes: list[tuple[int, int]],
+    sizes: list[tuple[int, int, int]],
     max_batch_size: int,
+    max_patches: int,
     max_tokens: int,
     num_blocks: int,
     random: np.random.Generator,
@@ -50,14 +53,15 @@ def test_every_rollout_is_taken_once_within_the_limits(
     """Rows end or are preempted at random; what was preempted comes back before all others."""
     requests = [request(*size) for size in sizes]
     cache = DecodeCache(num_blocks, max_batch_size, SLOTS)
-    queue = AdmissionQueue(requests, max_batch_size, max_tokens)
+    queue = AdmissionQueue(requests, max_batch_size, max_tokens, max_patches)
     rows: list[tuple[int, int]] = []
     done: list[tuple[int, int]] = []
     while len(queue) or rows:
         taken = queue.take(cache)
         assert taken or rows
         tokens = [sizes[each.request][0] + len(each.response_ids) for each in taken]
-        assert len(taken) <= 1 or sum(tokens) <= max_tokens
+        patches = [sizes[each.request][2] for each in taken]
+        assert len(taken) <= 1 or (sum(tokens) <= max_tokens and sum(patches) <= max_patches)
         if taken:
             admit(cache, requests, taken)
         rows += [(each.request, rollout) for each in taken for rollout in each.rollouts]
@@ -82,7 +86,7 @@ def test_every_rollout_is_taken_once_within_the_limits(
             done.append(rows.pop())
             cache.release(np.array([len(rows)]))
     assert sorted(done) == [
-        (index, rollout) for index, (_, count) in enumerate(sizes) for rollout in range(count)
+        (index, rollout) for index, (_, count, _) in enumerate(sizes) for rollout in range(count)
     ]
 
 

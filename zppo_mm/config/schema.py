@@ -284,9 +284,9 @@ class TrainConfig:
     )
     micro_batch_patches: int = key(
         16384,
-        "Maximum patches of images and videos in a micro-batch, which bounds the memory of the "
-        "vision tower; four patches are one token of Qwen's networks. A prompt with more is a "
-        "micro-batch by itself.",
+        "Maximum patches of images and videos in a micro-batch, and of the prompts that sampling "
+        "computes at once, which bounds the memory of the vision tower; four patches are one "
+        "token of Qwen's networks. A prompt with more is passed by itself.",
         at_least=1,
         may_change_on_resume=True,
     )

@@ -123,6 +123,9 @@ METRICS: Mapping[str, str] = {
         "Images and videos opened although the machine had no room to keep them: they are opened "
         "again by every rank that needs them."
     ),
+    "media/damaged": (
+        "Kept images and videos that something else had changed; they are opened again."
+    ),
     "media/cached_bytes": "Opened media kept in memory, on the machine that keeps the most.",
     "mismatch/gap": (
         "Mean absolute difference of a response token's log-probs by the sampler and by the policy "

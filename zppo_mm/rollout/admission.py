@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -43,14 +45,20 @@ class AdmissionQueue:
         requests: All requests.
         max_batch_size: Most rows of the batch.
         max_prefill_tokens: Most tokens of one prefill; a single longer sequence goes alone.
+        max_prefill_patches: Most patches of media of one prefill; a prompt with more goes alone.
     """
 
     def __init__(
-        self, requests: Sequence[GenerationRequest], max_batch_size: int, max_prefill_tokens: int
+        self,
+        requests: Sequence[GenerationRequest],
+        max_batch_size: int,
+        max_prefill_tokens: int,
+        max_prefill_patches: int = sys.maxsize,
     ) -> None:
         self._requests = requests
         self._max_batch_size = max_batch_size
         self._max_prefill_tokens = max_prefill_tokens
+        self._max_prefill_patches = max_prefill_patches
         order = sorted(
             range(len(requests)), key=lambda index: (-len(requests[index].prompt.token_ids), index)
         )
@@ -79,16 +87,18 @@ class AdmissionQueue:
         empty batch takes something in any case, if need be a part of a prompt's rollouts.
         """
         taken: list[Candidate] = []
-        rows, blocks, num_tokens = cache.batch_size, cache.num_free_blocks, 0
+        rows, blocks, num_tokens, num_patches = cache.batch_size, cache.num_free_blocks, 0, 0
         prompts: set[int] = set()
         while self._waiting:
             candidate = self._waiting[0]
-            length = len(self._requests[candidate.request].prompt.token_ids)
-            own = len(candidate.response_ids)
+            prompt = self._requests[candidate.request].prompt
+            length, own = len(prompt.token_ids), len(candidate.response_ids)
             num_tokens += length + own
-            if rows + len(candidate.rollouts) > self._max_batch_size or (
-                taken and num_tokens > self._max_prefill_tokens
-            ):
+            num_patches += sum(map(math.prod, prompt.grids))
+            exceeds = (
+                num_tokens > self._max_prefill_tokens or num_patches > self._max_prefill_patches
+            )
+            if rows + len(candidate.rollouts) > self._max_batch_size or (taken and exceeds):
                 break
             is_held = candidate.request in prompts or cache.holds(candidate.request)
             needed = cache.blocks_of(own) + (0 if is_held else cache.blocks_of(length))

@@ -4,6 +4,7 @@ token by token, in a batch that others join as rows become free.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -48,6 +49,7 @@ class MegatronEngine:
         cache_bytes: Most memory of the decoding cache on each GPU. What finds no room waits; if
             running sequences find none, the youngest are computed again later.
         slots_per_block: Tokens of a block of the cache.
+        max_prefill_patches: Most patches of media of one prefill.
     """
 
     def __init__(
@@ -59,12 +61,14 @@ class MegatronEngine:
         should_stop: Callable[[], bool] | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         slots_per_block: int = SLOTS_PER_BLOCK,
+        max_prefill_patches: int = sys.maxsize,
     ) -> None:
         assert max_batch_size > 0, "at least one sequence at a time"
         self._model = model
         self._seed = seed
         self._max_batch_size = max_batch_size
         self._max_prefill_tokens = max_prefill_tokens
+        self._max_prefill_patches = max_prefill_patches
         self._should_stop = should_stop
         self._cache_bytes = cache_bytes
         # A response that holds a media placeholder has no features for it: training on it would
@@ -112,7 +116,9 @@ class MegatronEngine:
             for each in requests
         ]
         results: list[dict[int, Generation]] = [{} for _ in requests]
-        queue = AdmissionQueue(requests, self._max_batch_size, self._max_prefill_tokens)
+        queue = AdmissionQueue(
+            requests, self._max_batch_size, self._max_prefill_tokens, self._max_prefill_patches
+        )
         if queue:
             training = self._model.training
             self._model.eval()

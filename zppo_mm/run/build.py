@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from data.health import SampleHealth
+from data.media.node_cache import NodeCache
 from data.media.store import MediaStore
 from data.shards import ShardFolder
 from data.stream import QuestionStream
@@ -38,6 +40,7 @@ from zppo_mm.rollout.prefetch import MediaPrefetch
 from zppo_mm.rollout.processor import describe
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
+from zppo_mm.rollout.served.engine import VllmEngine
 from zppo_mm.run.judging import build_judging, build_verifier
 from zppo_mm.run.parts import Run
 from zppo_mm.run.served_engine import open_served_engine
@@ -82,7 +85,8 @@ def build_run(
     interruption: Interruption | None = None,
     run_folder: RunFolder | None = None,
 ) -> Run:
-    """Build the parts of a run; process groups must be initialised.
+    """Build the parts of a run; process groups must be initialised. Without success, what was
+    opened until then is closed.
 
     Args:
         config: The run.
@@ -95,27 +99,46 @@ def build_run(
         ZppoError: A model, its layout or a template cannot be used.
         DataError: A data source cannot be used.
     """
-    folder = student_folder(config.model)
-    media = MediaStore(media_limits(config.data, folder))
     interruption = interruption or Interruption()
     exchange = ParallelExchange(barrier, interruption.is_due)
     ranks = TeacherRanks(link, exchange) if link is not None else None
+    with ExitStack() as opened:
+        return _build(config, exchange, ranks, interruption, opened, run_folder)
+
+
+def _build(
+    config: RunConfig,
+    exchange: ParallelExchange,
+    ranks: TeacherRanks | None,
+    interruption: Interruption,
+    opened: ExitStack,
+    run_folder: RunFolder | None,
+) -> Run:
+    """Build the parts; `opened` closes them until they are whole, then the run does."""
+    folder = student_folder(config.model)
+    media = MediaStore(media_limits(config.data, folder))
+    opened.callback(media.close)
     pool = _teacher_pool(config, ranks, exchange, media)
+    _close_with(opened, pool)
     modes = (config.reward.judge, config.evaluation.judge)
     judging = build_judging(config, pool, exchange, modes, interruption.is_due)
+    _close_with(opened, judging.pool if judging.pool is not pool else None)
     verifier = build_verifier(config.reward, judging.judge, config.reward.judge)
-    shared = Shared(config, media, verifier, exchange, open_media_cache(config.data))
+    opened.callback(verifier.close)
+    cache = open_media_cache(config.data)
+    _close_with(opened, cache)
+    shared = Shared(config, media, verifier, exchange, cache, opened=opened)
     encoder = shared.encoder(folder, config.model.chat_template_kwargs)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     student = load_model(config.model, config.parallel, folder, trainable=True)
     add_lora(student, config.lora, config.seed)
     teachers = build_teachers(shared, pool, templates, encoder, ranks)
-    objective = _build_objective(config, student, teachers.network)
-    policy = Policy(student, config.train, config.parallel, objective)
+    policy = _build_policy(config, student, teachers.network)
     _log_network(student, config.train.optimizer_state_dtype, encoder)
     stream = build_stream(config, SampleHealth(config.data.max_bad_fraction, config.data.strict))
     feed = _build_feed(shared, stream, encoder, templates, verifier)
     engine = open_served_engine(shared, policy.model, folder, encoder, run_folder)
+    _close_with(opened, engine)
     own = engine or shared.engine(policy.model, *student_limits(config))
     sampler = GroupSampler(own, encoder, verifier, exchange)
     stages = _build_stages(
@@ -147,7 +170,21 @@ def build_run(
         pools=_once(pool, judging.pool, *teachers.pools),
         judge=judging.judge,
         engine=engine,
+        opened=opened.pop_all(),
     )
+
+
+def _close_with(opened: ExitStack, part: Servers | NodeCache | VllmEngine | None) -> None:
+    """Close a part, where there is one, when what was opened is closed."""
+    if part is not None:
+        opened.callback(part.close)
+
+
+def _build_policy(
+    config: RunConfig, student: VisionLanguageModel, teacher: VisionLanguageModel | None
+) -> Policy:
+    objective = _build_objective(config, student, teacher)
+    return Policy(student, config.train, config.parallel, objective)
 
 
 def _log_network(student: VisionLanguageModel, moments_dtype: str, encoder: PromptEncoder) -> None:
@@ -256,7 +293,10 @@ def _build_feed(
     verifier: Verifier,
 ) -> QuestionFeed:
     data = shared.config.data
-    prefetches = data.prefetch_media and shared.cache is not None
+    prefetch = None
+    if data.prefetch_media and shared.cache is not None:
+        prefetch = MediaPrefetch(encoder.media.prefetch, data.num_decode_workers)
+        shared.opened.callback(prefetch.close)
     return QuestionFeed(
         stream,
         encoder,
@@ -265,9 +305,7 @@ def _build_feed(
         plain_text=templates.plain_text,
         max_prompt_tokens=data.max_prompt_tokens,
         can_grade=verifier.can_grade,
-        prefetch=MediaPrefetch(encoder.media.prefetch, data.num_decode_workers)
-        if prefetches
-        else None,
+        prefetch=prefetch,
     )
 
 

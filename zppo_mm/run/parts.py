@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,7 @@ class Run:
         verifier: Grades.
         encoders: Of the student and then the teacher; they keep opened media.
         teachers: Those who help.
+        opened: Closes what the run has opened.
         pools: Servers of the teachers and, if they are others, of the judge.
         judge: Of what the rules leave open.
         engine: Samples elsewhere; `None` if the trained network does.
@@ -66,6 +68,7 @@ class Run:
     encoders: list[PromptEncoder]
     teachers: Teachers
     evaluation_sampler: GroupSampler
+    opened: ExitStack
     pools: tuple[Servers, ...] = ()
     judge: LlmJudge | None = None
     engine: VllmEngine | None = None
@@ -156,14 +159,7 @@ class Run:
         release_memory(self.encoders, self.cache)
 
     def close(self) -> None:
-        """End the worker processes, the connections and the servers that the run started."""
-        if self.engine is not None:
-            self.engine.close()
-        for pool in self.pools:
-            pool.close()
-        if self.feed.prefetch is not None:
-            self.feed.prefetch.close()
-        self.media.close()
-        if self.cache is not None:
-            self.cache.close()
-        self.verifier.close()
+        """End the worker processes and the connections, and leave the shared media: all of them,
+        even if one cannot be closed.
+        """
+        self.opened.close()

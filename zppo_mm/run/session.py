@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 from data.errors import DataError
 from zppo_mm.config.schema import RunConfig
@@ -37,24 +37,28 @@ def open_run(
 ) -> Iterator[Run]:
     """Make the process groups, claim the run's folder and build the run; every rank of the student
     enters the block.
+
+    After an error the process groups are left without the other ranks: a process that ends with
+    them could be aborted, with another exit code than the error's.
     """
     parallel.initialize(config.parallel, config.seed, partition)
     failures.end_with_launcher()
     stopped: RunStopped | None = None
-    with (
-        failures.translate_collective_errors(),
-        open_liveness_barrier(config.parallel, partition, interruption) as barrier,
-        claimed(folder),
-    ):
-        run = build_run(config, link, barrier, interruption, folder)
-        try:
-            yield run
-        except RunStopped as error:
-            stopped = error
-        finally:
-            run.close()
-    # Nobody ends before all are done: a launcher ends the others as soon as one has.
-    parallel.shutdown()
+    try:
+        with (
+            failures.translate_collective_errors(),
+            open_liveness_barrier(config.parallel, partition, interruption) as barrier,
+            claimed(folder),
+            closing(build_run(config, link, barrier, interruption, folder)) as run,
+        ):
+            try:
+                yield run
+            except RunStopped as error:
+                stopped = error
+        # Nobody ends before all are done: a launcher ends the others as soon as one has.
+        parallel.shutdown()
+    finally:
+        parallel.leave()
     if stopped is not None:
         raise stopped
 

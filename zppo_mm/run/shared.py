@@ -8,6 +8,7 @@ import ctypes
 import logging
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What student and teachers have in common."""
+    """What student and teachers have in common; `opened` closes what was opened for them."""
 
     config: RunConfig
     media: MediaStore
@@ -43,6 +44,7 @@ class Shared:
     exchange: ParallelExchange
     cache: NodeCache | None = None
     encoders: list[PromptEncoder] = field(default_factory=list)
+    opened: ExitStack = field(default_factory=ExitStack)
 
     def encoder(
         self, folder: Path, chat_template_kwargs: Mapping[str, object] | None = None
@@ -87,6 +89,7 @@ class Shared:
             rollout.max_batch_size,
             should_stop=self.exchange.should_stop,
             cache_bytes=int(rollout.cache_memory_gib * GIB),
+            max_prefill_patches=self.config.train.micro_batch_patches,
         )
         engine.check_longest(max_prompt_tokens, max_response_tokens)
         return engine

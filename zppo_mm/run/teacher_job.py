@@ -69,6 +69,9 @@ def serve_teacher(
             while link.exit_reason() is None and not link.is_other_lost():
                 time.sleep(POLL_SECONDS)
         raise
+    finally:
+        # As `open_run` does.
+        parallel.leave()
     link.leave()
     if reason.startswith(STOPPED):
         raise RunStopped(int(reason.removeprefix(STOPPED)), "as the student")

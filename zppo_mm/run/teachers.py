@@ -106,7 +106,9 @@ def build_teachers(
         own = open_pool(
             other, shared.exchange, limits=shared.media.limits, where=f"fallback_teachers[{index}]"
         )
-        pools += [own] if own is not None else []
+        if own is not None:
+            shared.opened.callback(own.close)
+            pools.append(own)
         others.append(_build_teacher(shared, other, own, templates, student))
     chain = TeacherChain([first, *others]) if others else first
     network = first.model if distils and isinstance(first, MegatronTeacher) else None
