@@ -314,6 +314,7 @@ def test_what_does_not_come_in_time_is_sampled_again(
     assert EVENTS[at - 1] == "wait"
     assert interrupt(tmp_path, at, num_stops=1) == 1
     assert "step 2: its plain rollouts are left out of the checkpoint" in caplog.text
+    assert "(the run is to end)" in caplog.text
     resumed = start(tmp_path).to_its_end()
     assert versions(resumed, 2)["new"] == {2}
     assert versions(resumed, 3)["new"] == {2}

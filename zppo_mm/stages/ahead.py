@@ -15,8 +15,8 @@ from zppo_mm.stages.stages import Stages
 
 
 def sync_weights(stages: Stages, step: int, metrics: StepMetrics) -> Ahead | None:
-    """Give the engine the weights of a step; returns what was started for the step before that, if
-    anything.
+    """Give the engine the weights of a step; returns the part of the step that was started before,
+    if any.
 
     Raises:
         StopRequested: On every rank, if the run is to end.

@@ -167,16 +167,12 @@ class Overlap:
                 "step %d: its plain rollouts are left out of the checkpoint, because they are not "
                 "there (%s); they are sampled again when the run goes on",
                 self.ahead.step,
-                error or "the run is to end",
+                str(error) or "the run is to end",
             )
             return None, {}
         names = [f"ahead_{replica:05d}.npz" for replica in range(self._exchange.num_replicas)]
         kept = {uid: each for wave in self.ahead.waves for uid, each in wave.arrived().items()}
-        state = {
-            "step": self.ahead.step,
-            "version": self.ahead.version,
-            "files": names,
-        }
+        state = {"step": self.ahead.step, "version": self.ahead.version, "files": names}
         if not self._exchange.is_leader:
             return state, {}
         return state, {names[self._exchange.replica]: to_bytes(kept)}
