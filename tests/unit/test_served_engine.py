@@ -275,14 +275,41 @@ def test_a_server_with_other_weights_is_left_alone_until_it_has_them(
         assert engine.counts["faults/other_weights"] == refused
 
 
-def test_what_was_started_before_an_update_must_have_the_weights_before() -> None:
-    with serve_vllm(TableStudent()) as server, engine_of(server) as engine:
-        pending = engine.start(table_requests(2), SAMPLING)
-        groups = pending.wait()
-        engine.update_weights(2)
-        later = engine.generate(table_requests(1), SAMPLING)
-    spans = [each.versions[0].version for group in (*groups, *later) for each in group]
+def test_new_weights_wait_for_what_is_under_way() -> None:
+    """With them it could not be completed any more."""
+    with serve_vllm(TableStudent()) as server:
+        server.latency_seconds = 0.3
+        with engine_of(server) as engine:
+            pending = engine.start(table_requests(2), SAMPLING)
+            engine.update_weights(2)
+            assert len(server.delivered) == 2
+            groups = [*pending.wait(), *engine.generate(table_requests(1), SAMPLING)]
+            assert "faults/other_weights" not in engine.counts
+    spans = [each.versions[0].version for group in groups for each in group]
     assert spans == [1] * 6 + [2] * 3
+
+
+def test_partial_rollouts_go_on_with_new_weights() -> None:
+    """Nothing waits; the spans say which weights drew."""
+    with serve_vllm(TableStudent()) as server:
+        server.is_open.clear()
+        with engine_of(server, num_versions=2) as engine:
+            pending = engine.start(table_requests(2), SAMPLING)
+            while len(server.requests) < 2:
+                time.sleep(0.01)
+            engine.update_weights(2)
+            server.is_open.set()
+            groups = pending.wait()
+            with pytest.raises(RolloutServersLostError, match="other_weights"):
+                drop_late(engine, server)
+    assert {span.version for group in groups for each in group for span in each.versions} == {2}
+
+
+def drop_late(engine: VllmEngine, server: FakeVllm) -> None:
+    """Ask with version 2, and let the servers have one that is too late."""
+    vars(engine)["_policy"] = RetryPolicy(max_seconds=0.5, num_retries=None)
+    server.version = f"{RUN}/4"
+    engine.generate(table_requests(1), SAMPLING)
 
 
 def test_lost_servers_end_the_run() -> None:
