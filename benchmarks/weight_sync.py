@@ -37,8 +37,7 @@ from zppo_mm.run.shared import load_model
 from zppo_mm.run_folder import RunFolder
 
 VLLM = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "vllm"
-OPTIONS = ("--enforce-eager", "--skip-mm-profiling", "--skip-tokenizer-init")
-COMMAND = (str(VLLM), "serve", "{model}", *OPTIONS)
+COMMAND = (str(VLLM), "serve", "{model}", "--enforce-eager", "--skip-mm-profiling")
 PROMPT_TOKENS = 64
 
 
@@ -60,7 +59,7 @@ def main() -> None:
         config = RolloutConfig(
             engine="vllm",
             servers=1,
-            server_command=[*COMMAND, "--dtype", arguments.dtype],
+            server_command=[*COMMAND, "--dtype", arguments.dtype, *no_tokenizer(folder)],
         )
         student = ServedStudent(folder, 1024, network, engine)
         sync = open_weight_sync(config, student, RunFolder(Path(scratch)))
@@ -82,6 +81,11 @@ def main() -> None:
                 print_speed(name, sample, processes, arguments)
         finally:
             sync.close()
+
+
+def no_tokenizer(folder: Path) -> list[str]:
+    """Return the option for a folder of weights alone."""
+    return [] if (folder / "tokenizer.json").is_file() else ["--skip-tokenizer-init"]
 
 
 def smollm2_shapes(folder: Path, dtype: str) -> Path:

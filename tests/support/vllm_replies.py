@@ -51,7 +51,11 @@ def choice(
     content = []
     for row, token in zip(processed, ids, strict=True):
         listed = [token, *sampling.get("logprob_token_ids", [])][: 1 + sampling["logprobs"]]
-        named = [{"token_id": each, "logprob": float(row[each])} for each in dict.fromkeys(listed)]
+        # vLLM sends nothing below this.
+        named = [
+            {"token_id": each, "logprob": max(float(row[each]), -9999.0)}
+            for each in dict.fromkeys(listed)
+        ]
         content.append(
             {**named[0], "rank": 1, "top_logprobs": named[: max(1, sampling["logprobs"])]}
         )

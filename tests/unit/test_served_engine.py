@@ -9,10 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,26 +18,32 @@ import torch
 
 from data.media.opening import Frames
 from data.question import MediaRef, Question
-from encoders.config import TIMESTAMPED
 from tests.support.drawing_students import TableStudent, TransformersStudent
 from tests.support.running import free_port
+from tests.support.served_engines import (
+    LIMITS,
+    MANY,
+    RUN,
+    SAMPLING,
+    Relabelled,
+    engine_of,
+    ids_of,
+    table_requests,
+)
 from tests.support.vllm_replies import FAULTS, PASS
 from tests.support.vllm_server import FakeVllm, serve_vllm
 from zppo_mm.bundled import STUDENT_DIR
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.errors import RolloutServersLostError
-from zppo_mm.experience import Prompt
 from zppo_mm.interruption import StopRequested
 from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model
-from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.parity.oracle import SourceInput, model_inputs
 from zppo_mm.rollout.engine import GenerationRequest, SamplingParams
 from zppo_mm.rollout.megatron_engine import MegatronEngine
 from zppo_mm.rollout.prompt import PromptEncoder
-from zppo_mm.rollout.served.engine import GenerateServers, ServedModel, VllmEngine
-from zppo_mm.rollout.served.features import MediaReading
-from zppo_mm.rollout.served.pool import GeneratePool, GeneratePoolSettings, Limits
+from zppo_mm.rollout.served.engine import VllmEngine
+from zppo_mm.rollout.served.pool import GeneratePool, GeneratePoolSettings
 from zppo_mm.run.served_engine import served_model
 from zppo_mm.serving.client_process import PoolProcess
 from zppo_mm.serving.servers import RetryPolicy
@@ -50,81 +53,12 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 # Decoding and transformers sum the same float32 products in other orders.
 TOLERANCE = 1e-4
 FAULTY = 0.6
-PATIENT = RetryPolicy(max_seconds=60.0, num_retries=None)
-LIMITS = Limits(
-    connect_timeout_seconds=2.0,
-    read_timeout_seconds=2.0,
-    request_timeout_seconds=5.0,
-    num_retries=0,
-    backoff_seconds=0.01,
-    max_concurrency=8,
-)
-MANY = replace(LIMITS, max_concurrency=32, backoff_seconds=1e-4)
-RUN = "run"
-TABLE_MODEL = ServedModel(
-    vocabulary=40, reading=MediaReading((7, 9), None, TIMESTAMPED), run=RUN, seed=0
-)
-SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=6, stop_token_ids=(3,))
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "text": (),
     "image": ("image",),
     "video": ("video",),
     "mixed": ("image", "video", "image"),
 }
-
-
-class Relabelled:
-    """Gives servers the version of weights that they have already. Implements `WeightSender`."""
-
-    def __init__(self, *servers: FakeVllm) -> None:
-        self.servers = servers
-        self.pushed: list[int] = []
-        self.is_closed = False
-        self.counts = {"bytes": 0.0}
-
-    def push(self, version: int) -> None:
-        self.pushed.append(version)
-        for server in self.servers:
-            server.version = f"{RUN}/{version}"
-
-    def close(self) -> None:
-        self.is_closed = True
-
-
-@contextmanager
-def engine_of(
-    *servers: FakeVllm,
-    weights: Any = None,
-    policy: RetryPolicy = PATIENT,
-    pool: GenerateServers | None = None,
-    model: ServedModel = TABLE_MODEL,
-    limits: Limits = LIMITS,
-    **options: Any,
-) -> Iterator[VllmEngine]:
-    """Yield an engine whose servers have the weights of version 1."""
-    pool = pool or GeneratePool([server.url for server in servers], limits)
-    weights = weights or Relabelled(*servers)
-    engine = VllmEngine(pool, model, SingleProcess(), policy, weights, **options)
-    engine.update_weights(1)
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-def table_requests(count: int, num_rollouts: int = 3) -> list[GenerationRequest]:
-    def prompt(index: int) -> Prompt:
-        ids = np.array([10 + index % 20, 11, 12 + index % 7])
-        return Prompt("", ids, np.tile(np.arange(3), (3, 1)), 3)
-
-    return [
-        GenerationRequest(prompt(index), (), num_rollouts, ("rollout", f"q{index}"))
-        for index in range(count)
-    ]
-
-
-def ids_of(groups: Sequence[Sequence[Any]]) -> list[list[list[int]]]:
-    return [[each.response_ids.tolist() for each in group] for group in groups]
 
 
 def open_media(reference: MediaRef) -> Frames:
@@ -275,14 +209,41 @@ def test_a_server_with_other_weights_is_left_alone_until_it_has_them(
         assert engine.counts["faults/other_weights"] == refused
 
 
-def test_what_was_started_before_an_update_must_have_the_weights_before() -> None:
-    with serve_vllm(TableStudent()) as server, engine_of(server) as engine:
-        pending = engine.start(table_requests(2), SAMPLING)
-        groups = pending.wait()
-        engine.update_weights(2)
-        later = engine.generate(table_requests(1), SAMPLING)
-    spans = [each.versions[0].version for group in (*groups, *later) for each in group]
+def test_new_weights_wait_for_what_is_under_way() -> None:
+    """With them it could not be completed any more."""
+    with serve_vllm(TableStudent()) as server:
+        server.latency_seconds = 0.3
+        with engine_of(server) as engine:
+            pending = engine.start(table_requests(2), SAMPLING)
+            engine.update_weights(2)
+            assert len(server.delivered) == 2
+            groups = [*pending.wait(), *engine.generate(table_requests(1), SAMPLING)]
+            assert "faults/other_weights" not in engine.counts
+    spans = [each.versions[0].version for group in groups for each in group]
     assert spans == [1] * 6 + [2] * 3
+
+
+def test_partial_rollouts_go_on_with_new_weights() -> None:
+    """Nothing waits; the spans say which weights drew."""
+    with serve_vllm(TableStudent()) as server:
+        server.is_open.clear()
+        with engine_of(server, num_versions=2) as engine:
+            pending = engine.start(table_requests(2), SAMPLING)
+            while len(server.requests) < 2:
+                time.sleep(0.01)
+            engine.update_weights(2)
+            server.is_open.set()
+            groups = pending.wait()
+            with pytest.raises(RolloutServersLostError, match="other_weights"):
+                drop_late(engine, server)
+    assert {span.version for group in groups for each in group for span in each.versions} == {2}
+
+
+def drop_late(engine: VllmEngine, server: FakeVllm) -> None:
+    """Ask with version 2, and let the servers have one that is too late."""
+    vars(engine)["_policy"] = RetryPolicy(max_seconds=0.5, num_retries=None)
+    server.version = f"{RUN}/4"
+    engine.generate(table_requests(1), SAMPLING)
 
 
 def test_lost_servers_end_the_run() -> None:

@@ -109,6 +109,7 @@ def read_config(request: EvaluationRequest) -> RunConfig:
         "rollout.endpoints": [],
         "rollout.servers": 0,
         "rollout.max_staleness": 0,
+        "rollout.partial_rollouts": False,
     }
     if not is_run:
         # The preset's teacher cannot judge; a judge that is named can.

@@ -118,7 +118,7 @@ def vllm_engine(
         RetryPolicy(max_seconds=config.max_wait_seconds, num_retries=None),
         weights,
         exchange.should_stop,
-        config.partial_rollouts,
+        num_versions=1 + config.partial_rollouts,
     )
 
 

@@ -117,7 +117,8 @@ class VllmEngine:
         policy: How long a call may take, and how often a request is tried.
         weights: Sends weights; `None` if the servers keep those that they have.
         should_stop: Whether the run is to end, as far as this rank knows.
-        may_go_on: Whether a rollout may go on with the next weights, if they come meanwhile.
+        num_versions: Versions of the weights, from those at the start on, that may draw a
+            continuation; with 1, new weights wait until what is under way has come.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class VllmEngine:
         policy: RetryPolicy,
         weights: WeightSender | None = None,
         should_stop: Callable[[], bool] = never,
-        may_go_on: bool = False,
+        num_versions: int = 1,
     ) -> None:
         self._servers = servers
         self._model = model
@@ -136,8 +137,9 @@ class VllmEngine:
         self._policy = policy
         self._weights = weights
         self._should_stop = should_stop
-        self._may_go_on = may_go_on
+        self._num_versions = num_versions
         self._version: int | None = None
+        self._under_way: list[ServedGenerations] = []
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -176,27 +178,41 @@ class VllmEngine:
         """Start what `generate` does, with the weights that the servers have now."""
         version = self._version
         assert version is not None or not self._model.run, "weights are sent before the first call"
-        versions = (
-            range(version, version + 1 + self._may_go_on) if version is not None else range(0)
-        )
+        versions = range(version, version + self._num_versions) if version is not None else range(0)
         asked = (
             [self._model.request(each, sampling, versions) for each in requests]
             if self._exchange.is_leader
             else []
         )
-        return ServedGenerations(
+        pending = ServedGenerations(
             self._servers, self._exchange, self._policy, asked, self._should_stop
         )
+        self._under_way = [each for each in self._under_way if not each.is_over] + [pending]
+        return pending
 
     def update_weights(self, version: int) -> None:
         """Send the trained network's present weights; see `ServedEngine.update_weights`.
 
         Raises:
-            RolloutServersLostError: On every rank, if no server takes them.
+            StopRequested: On every rank, if the run is to end.
+            RolloutServersLostError: The same, if no server takes them.
         """
-        if self._weights is not None and version != self._version:
-            self._weights.push(version)
-            self._version = version
+        if self._weights is None or version == self._version:
+            return
+        if self._num_versions == 1:
+            self._let_arrive()
+        self._weights.push(version)
+        self._version = version
+
+    def _let_arrive(self) -> None:
+        """Wait for what is under way: with new weights it could not be completed any more."""
+        pending = [each for each in self._under_way if not each.is_over]
+        for each in pending:
+            each.arrive()
+        if pending:
+            self._exchange.gather([])
+            if not all(each.has_arrived for each in pending):
+                raise StopRequested
 
     def close(self) -> None:
         """Drop what is in flight, and end what was started."""
@@ -214,6 +230,9 @@ class ServedGenerations:
         policy: Of the requests.
         requests: The leader's; the others have none.
         should_stop: Whether the run is to end, as far as this rank knows.
+
+    Attributes:
+        is_over: Whether they were handed out or dropped.
     """
 
     def __init__(
@@ -231,6 +250,7 @@ class ServedGenerations:
         self._should_stop = should_stop
         self._outcomes: dict[int, GenerateOutcome] = {}
         self._num_clients = 0
+        self.is_over = False
         self._ask(range(len(requests)))
 
     def wait(self) -> list[list[Generation]]:
@@ -240,18 +260,29 @@ class ServedGenerations:
             StopRequested: On every rank, if any of them is to stop; it may be called again.
             RolloutServersLostError: On every rank, if a prompt of any replica is not continued.
         """
-        while not any(done for (done,) in self._exchange.gather_in_replica([self._is_done()])):
-            pass
+        self.arrive()
         problems = [each.problem for each in self._outcomes.values() if each.problem]
         gathered = self._exchange.gather([_Losses(len(self._requests), tuple(problems))])
-        if len(self._outcomes) < len(self._requests):
+        if not self.has_arrived:
             raise StopRequested
+        self.is_over = True
         _check_losses([each for replica in gathered for each in replica])
         own = [list(self._outcomes[index].generations) for index in range(len(self._requests))]
         return [group for rank in self._exchange.gather_in_replica(own) for group in rank]
 
+    def arrive(self) -> None:
+        """Wait until this replica has its continuations, or its leader is to stop."""
+        while not any(done for (done,) in self._exchange.gather_in_replica([self._is_done()])):
+            pass
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether this rank has all that it asked for."""
+        return len(self._outcomes) == len(self._requests)
+
     def cancel(self) -> None:
         """Drop what is under way."""
+        self.is_over = True
         self._future.cancel()
 
     def _ask(self, indices: Sequence[int]) -> None:
@@ -268,6 +299,8 @@ class ServedGenerations:
         """Return whether the leader has all outcomes or is to stop, after some time at most."""
         if not self._exchange.is_leader:
             return False
+        if self.has_arrived:
+            return True
         wait([self._future], timeout=EXCHANGE_SECONDS)
         if not self._future.done():
             return self._should_stop()
@@ -277,7 +310,7 @@ class ServedGenerations:
             outcomes = {index: each for index, each in outcomes.items() if index not in lost}
             self._ask(lost)
         self._outcomes |= outcomes
-        return len(self._outcomes) == len(self._requests)
+        return self.has_arrived
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,11 +128,20 @@ def _open_servers(
             "is no program here, expected that of vLLM, in an environment of its own "
             "(docs/serving.md); give its path"
         )
+    positions = student.network.architecture.max_position_embeddings
+    if config.servers and student.max_tokens > positions:
+        logger.warning(
+            "rollout servers: prompts and responses may have %d tokens, and servers take %d, the "
+            "max_position_embeddings of %s; they refuse longer ones",
+            student.max_tokens,
+            positions,
+            student.folder,
+        )
     host = server_host()
     settings = ServerSettings(
         tuple(config.server_command),
         student.folder.absolute(),
-        student.max_tokens,
+        min(student.max_tokens, positions),
         config.max_batch_size,
         host,
     )
