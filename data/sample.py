@@ -112,13 +112,29 @@ def parse_question(shard: str, key: str, content: bytes, extensions: Iterable[st
         expected = "expected printable UTF-8 without leading / or .."
         raise SampleError("bad_key", f"{where}: key is not allowed, {expected}; rename it")
     fields = load_object(where, content)
+    return make_question(
+        where, fields, _media(where, shard, key, fields, dict.fromkeys(extensions))
+    )
+
+
+def make_question(where: str, fields: Mapping[str, Any], media: tuple[MediaRef, ...]) -> Question:
+    """Build a question of the fields of KEY.json, wherever they were read.
+
+    Args:
+        where: File and key, for messages.
+        fields: All fields; `media` is not looked at.
+        media: Images and videos, in the order in which the prompt shows them.
+
+    Raises:
+        SampleError: A rule is broken; its `reason` says which.
+    """
     answer_type = _answer_type(where, fields)
     choices = _choices(where, fields, answer_type)
     answer = _text(where, fields, "answer")
     question = Question(
         id=_text(where, fields, "id"),
         text=_text(where, fields, "question"),
-        media=_media(where, shard, key, fields, dict.fromkeys(extensions)),
+        media=media,
         answer=_right_letter(where, answer, choices) if choices else answer,
         answer_type=answer_type,
         choices=choices,

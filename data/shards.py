@@ -6,7 +6,7 @@ import hashlib
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import overload
@@ -138,11 +138,11 @@ class ShardReader:
 
 
 class SampleKeys(Sequence[tuple[str, str]]):
-    """All `(shard, key)` of a folder in fixed order, without a list of pairs in memory."""
+    """All `(shard, key)` of a source in fixed order, without a list of pairs in memory."""
 
-    def __init__(self, keys: dict[str, list[str]]) -> None:
+    def __init__(self, keys: Mapping[str, Sequence[str]]) -> None:
         self._shards = list(keys)
-        self._keys = list(keys.values())
+        self._keys: list[Sequence[str]] = list(keys.values())
         self._ends = list(accumulate(map(len, self._keys)))
 
     def __len__(self) -> int:

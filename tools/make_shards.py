@@ -20,6 +20,9 @@ from data.imports.convert import convert_jsonl
 from data.lint import lint
 from data.media.opening import MediaLimits, MediaOpener
 from data.media.sampling import FrameSampling
+from data.sources.listing import list_tables
+from data.sources.rows import RowRules
+from data.sources.tables import TableSource
 from data.text import clean_text
 from zppo_mm.errors import ZppoError
 
@@ -171,13 +174,14 @@ def skipped(health: SampleHealth) -> str:
 def run_lint(argv: list[str]) -> int:
     """List all problems; exit status 1 if there are any."""
     parser = argparse.ArgumentParser(
-        prog="make_shards.py lint", description="List every problem of the shards in some folders."
+        prog="make_shards.py lint", description="List every problem of some sources."
     )
     parser.add_argument(
-        "folders",
-        nargs="+",
-        metavar="FOLDER",
-        help="all shard folders of one run, so that repeated ids are found",
+        "sources",
+        nargs="*",
+        metavar="SOURCE",
+        help="all sources of one run, so that repeated ids are found: folders of shards, files or "
+        "folders of *.jsonl, *.parquet, *.arrow; with --config by default those that it names",
     )
     parser.add_argument(
         "--config",
@@ -185,13 +189,29 @@ def run_lint(argv: list[str]) -> int:
         help="configuration of the run: its media limits are used, and prompts over its "
         "data.max_prompt_tokens are counted",
     )
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        type=field,
+        default=[],
+        metavar="PART=COLUMN",
+        help="columns of tables, as in data.train[].columns",
+    )
+    parser.add_argument(
+        "--default-answer-type", default="", help="of rows of tables that name none"
+    )
+    parser.add_argument(
+        "--media-root", default="", metavar="DIR", help="folder that paths in tables start from"
+    )
     add_limits(parser)
     arguments = parser.parse_args(argv)
     if arguments.config and arguments.no_decode:
         parser.error("--config needs the media; leave out --no-decode")
+    if not (arguments.config or arguments.sources):
+        parser.error("no sources; name them, or a run with --config")
     prompts = prompt_lengths(arguments.config) if arguments.config else None
     opener = opener_of(arguments) if prompts is None else MediaOpener(prompts.media_limits)
-    num_samples, problems = lint(arguments.folders, opener, prompts)
+    num_samples, problems = lint(linted_sources(arguments), opener, prompts)
     if opener is not None:
         opener.close()
     for problem in problems:
@@ -207,6 +227,27 @@ def run_lint(argv: list[str]) -> int:
     summary = f"{num_samples} samples, {len(bad)} problems{': ' + counts if counts else ''}"
     print(summary + too_long)
     return 1 if bad else 0
+
+
+def linted_sources(arguments: argparse.Namespace) -> list[str | TableSource]:
+    """Return folders of shards, which lint reads shard by shard, and opened tables."""
+    if not arguments.sources:
+        from zppo_mm.config.load import load_config
+
+        data = load_config(arguments.config).data
+        given = [
+            (source.path, source.columns, source.answer_type, source.media_root)
+            for source in (*data.train, *data.held_out)
+        ]
+    else:
+        options = (dict(arguments.columns), arguments.default_answer_type, arguments.media_root)
+        given = [(path, *options) for path in arguments.sources]
+    sources: list[str | TableSource] = []
+    for path, columns, answer_type, root in given:
+        listing = list_tables(path)
+        rules = RowRules(columns, answer_type)
+        sources.append(path if listing is None else TableSource(path, listing, rules, root or None))
+    return sources
 
 
 def prompt_lengths(file: str) -> PromptLengths:

@@ -24,9 +24,9 @@ from data.imports.convert import keep_good
 from data.imports.directives import without_directives
 from data.imports.row_view import RowView, split_columns
 from data.imports.tables import Row, read_rows
-from data.media.files import MediaFolder
 from data.media.opening import MediaLimits, MediaOpener
 from data.media.signatures import file_ending
+from data.media_folder import MediaFolder
 from data.question import ANSWER_TYPES, MediaKind
 from data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardSample
 from data.shard_writer import write_shards

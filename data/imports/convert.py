@@ -11,8 +11,8 @@ from data.errors import DataError, MediaError, SampleError
 from data.health import SampleHealth
 from data.imports.tables import read_lines
 from data.json_text import load_object
-from data.media.files import MediaFolder
 from data.media.opening import MediaLimits, MediaOpener
+from data.media_folder import MediaFolder
 from data.sample import ShardSample, check_fields, media_kind, parse_question
 from data.shard_writer import write_shards
 

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import csv
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from data.errors import DataError, SampleError
 from data.json_text import TEXT_RULE, InvalidText, check_texts, load_json, load_object
+from data.sources.json_lines import MAX_LINE_BYTES, lines_of, too_long
+from data.sources.parquet import open_parquet
+from data.sources.rows import check_names
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch, Schema
-    from pyarrow.parquet import ParquetFile
 
 TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 PARQUET_BATCH = 32
 """Rows of a Parquet file in memory at once; each may hold pictures."""
 
-MAX_LINE_BYTES = 1 << 29
 MAX_JSON_BYTES = 4 << 30
 
 Row = Mapping[str, Any]
@@ -67,19 +66,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes | SampleError]]:
     as its error.
     """
     with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES):
-            number += 1
-            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
-                    pass
-                expected = f"expected at most {MAX_LINE_BYTES} bytes; put its media into files"
-                yield (
-                    number,
-                    SampleError("oversized", f"{path}:{number}: the line is too long, {expected}"),
-                )
-            elif line.strip():
-                yield number, line
+        for number, _, _, content in lines_of(file):
+            yield number, content or too_long(f"{path}:{number}")
 
 
 def _checked(path: Path, number: int, row: Row) -> Row | SampleError:
@@ -151,7 +139,7 @@ def _separated(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
             strict=True,
         )
         try:
-            _check_columns(path, reader.fieldnames or ())
+            check_names(path, reader.fieldnames or ())
         except csv.Error as error:
             raise DataError(
                 f"{path}: its first line is not readable ({error}); name the columns there"
@@ -190,18 +178,6 @@ def _physical_lines(path: Path, file: TextIO) -> Iterator[str]:
         yield line
 
 
-def _check_columns(path: Path, names: Sequence[str]) -> None:
-    """Refuse a column name that is there twice: only one of the columns would be read. Spreadsheets
-    end in columns without a name.
-    """
-    twice = [name for name, count in Counter(names).items() if count > 1 and name.strip()]
-    if twice:
-        raise DataError(
-            f"{path}: two columns have one name, got {twice[0]!a}, expected every name once; "
-            "rename one"
-        )
-
-
 def read_parquet(
     path: Path, columns: Sequence[str] | None = None, numbers: Sequence[int] | None = None
 ) -> Iterator[tuple[int, Row | SampleError]]:
@@ -225,32 +201,14 @@ def parquet_head(path: Path) -> tuple[Schema, int]:
     Raises:
         DataError: The file cannot be read, or two columns have one name.
     """
-    with _open_parquet(path) as file:
+    with open_parquet(path) as file:
         return file.schema_arrow, file.metadata.num_rows
-
-
-@contextmanager
-def _open_parquet(path: Path) -> Iterator[ParquetFile]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except Exception as error:
-        raise DataError(
-            f"{path}: Parquet needs pyarrow, which cannot be imported ({error}); install pyarrow, "
-            "the `parquet` extra"
-        ) from error
-    try:
-        with ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow.names)
-            yield file
-    except ArrowException as error:
-        raise DataError(f"{path}: not readable as Parquet ({error}); download it again") from error
 
 
 def _parquet(
     path: Path, columns: Sequence[str] | None = None, numbers: Sequence[int] | None = None
 ) -> Iterator[tuple[int, Row | SampleError]]:
-    with _open_parquet(path) as file:
+    with open_parquet(path) as file:
         end = 0
         for group in range(file.num_row_groups):
             start, end = end, end + file.metadata.row_group(group).num_rows

@@ -63,8 +63,8 @@ def _check_sources(data: DataConfig) -> None:
         for index, source in enumerate(sources):
             if not source.path:
                 raise ConfigError(
-                    f"{name}[{index}].path: missing, got an empty path, expected a folder with "
-                    "shards; give it or remove the source"
+                    f"{name}[{index}].path: missing, got an empty path, expected a folder or "
+                    "file of questions; give it or remove the source"
                 )
 
 

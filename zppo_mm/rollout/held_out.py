@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from data.errors import DataError, SampleError
 from data.health import SampleHealth
 from data.question import Question
-from data.shards import ShardFolder
+from data.source import Source
 from zppo_mm.experience import Group, PromptInstance
 from zppo_mm.randomness import generator
 from zppo_mm.rollout.engine import SamplingParams
@@ -58,7 +58,7 @@ class HeldOut:
 
 
 def held_out_questions(
-    folders: Sequence[ShardFolder],
+    folders: Sequence[Source],
     num_questions: int,
     seed: int,
     health: SampleHealth | None = None,
@@ -68,7 +68,7 @@ def held_out_questions(
     out is not replaced.
 
     Args:
-        folders: Held-out shard folders.
+        folders: Held-out sources.
         num_questions: How many in all; 0 means every question.
         seed: The run's seed; a resumed run evaluates on the same questions.
         health: Counts, names the bad ones in the log, and stops when they are too many; not the
@@ -100,7 +100,7 @@ def held_out_questions(
 
 
 def _good_question(
-    folder: ShardFolder,
+    folder: Source,
     shard: str,
     key: str,
     health: SampleHealth,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from data.health import SampleHealth
 from data.media.store import MediaStore
-from data.shards import ShardFolder
+from data.source import Source
+from data.sources.opening import open_source
 from data.stream import QuestionStream
 from zppo_mm.bundled import STUDENT_DIR
 from zppo_mm.bundled.questions import bundled_sources
@@ -20,6 +21,7 @@ from zppo_mm.config.schema import (
     ModelConfig,
     RolloutConfig,
     RunConfig,
+    SourceConfig,
     TeacherConfig,
 )
 from zppo_mm.interruption import Interruption
@@ -271,7 +273,21 @@ def build_stream(config: RunConfig, health: SampleHealth) -> QuestionStream:
     """
     sources = config.data.train or bundled_sources(config, "train")
     return QuestionStream(
-        [(ShardFolder(source.path), source.weight) for source in sources], config.seed, health
+        [(configured_source(source), source.weight) for source in sources], config.seed, health
+    )
+
+
+def configured_source(source: SourceConfig) -> Source:
+    """Open a source of the configuration.
+
+    Raises:
+        DataError: It cannot be used.
+    """
+    return open_source(
+        source.path,
+        columns=source.columns,
+        answer_type=source.answer_type,
+        media_root=source.media_root,
     )
 
 
@@ -286,7 +302,7 @@ def _held_out(config: RunConfig, verifier: Verifier) -> HeldOut:
         )
         return HeldOut()
     sources = config.data.held_out or bundled_sources(config, "held_out")
-    folders = [ShardFolder(source.path) for source in sources]
+    folders = [configured_source(source) for source in sources]
     health = SampleHealth(config.data.max_bad_fraction, config.data.strict)
     chosen = held_out_questions(
         folders, config.evaluation.num_questions, config.seed, health, verifier.can_grade
