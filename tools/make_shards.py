@@ -31,12 +31,13 @@ if TYPE_CHECKING:
 
 CHECKED_FRAMES = 64
 """Of a video, evenly spread; how many a run takes is up to its model folder."""
-CONVERT_HELP = """Turn JSON lines and media files into webdataset shards with an index.
+CONVERT_HELP = """Turn JSON lines or a Parquet file, and media files, into webdataset shards with an
+index.
 
 Each line: {"id": …, "question": …, "answer": …, "answer_type": "math" | "choice" | "open",
 "choices": […], "source": …, "media": ["path", …]}.
-Choices, source, media and id are optional. The answer to a choice question is the
-letter or text of an option. Details: docs/data.md.
+Media may also be in image, images, video, videos. Only question and answer must be there.
+The answer to a choice question is the letter or text of an option. Details: docs/data.md.
 
 Other commands, each with its own --help:
   make_shards.py benchmark FILE OUT_DIR   convert a benchmark file
@@ -155,6 +156,31 @@ def add_format(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_rules(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what the columns of a table are."""
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        type=field,
+        default=[],
+        metavar="PART=COLUMN",
+        help="columns of tables, as in data.train[].columns",
+    )
+    parser.add_argument(
+        "--default-answer-type",
+        default="",
+        metavar="TYPE",
+        help="of rows of tables that name none (default: choice with choices, else math)",
+    )
+
+
+def health_of(arguments: argparse.Namespace) -> SampleHealth:
+    """Return what counts the samples of a file and judges their bad ones at its end."""
+    return SampleHealth(
+        arguments.max_bad_fraction, arguments.strict, option="--max-bad-fraction", at_end=True
+    )
+
+
 def field(text: str) -> tuple[str, str]:
     """Read one `PART=COLUMN`."""
     part, equals, column = text.partition("=")
@@ -189,17 +215,7 @@ def run_lint(argv: list[str]) -> int:
         help="configuration of the run: its media limits are used, and prompts over its "
         "data.max_prompt_tokens are counted",
     )
-    parser.add_argument(
-        "--columns",
-        nargs="+",
-        type=field,
-        default=[],
-        metavar="PART=COLUMN",
-        help="columns of tables, as in data.train[].columns",
-    )
-    parser.add_argument(
-        "--default-answer-type", default="", help="of rows of tables that name none"
-    )
+    add_rules(parser)
     parser.add_argument(
         "--media-root", default="", metavar="DIR", help="folder that paths in tables start from"
     )
@@ -261,7 +277,8 @@ def prompt_lengths(file: str) -> PromptLengths:
 
 def run_convert(argv: list[str]) -> int:
     """Write shards; bad samples are skipped, named and counted."""
-    parser = conversion_parser("make_shards.py", CONVERT_HELP, "INPUT.jsonl")
+    parser = conversion_parser("make_shards.py", CONVERT_HELP, "INPUT")
+    add_rules(parser)
     parser.add_argument(
         "--samples-per-shard",
         type=int,
@@ -270,9 +287,12 @@ def run_convert(argv: list[str]) -> int:
         help="maximum samples of one shard (default: %(default)s)",
     )
     arguments = parser.parse_args(argv)
-    health = SampleHealth(arguments.max_bad_fraction, arguments.strict)
+    health = health_of(arguments)
+    rules = RowRules(dict(arguments.columns), arguments.default_answer_type)
     with conversion_options(arguments, health) as options:
-        shards = convert_jsonl(**options, samples_per_shard=arguments.samples_per_shard)
+        shards = convert_jsonl(
+            **options, rules=rules, samples_per_shard=arguments.samples_per_shard
+        )
     print(f"{health.num_good} samples in {len(shards)} shards, {skipped(health)}")
     return 0
 
@@ -282,7 +302,7 @@ def run_benchmark(argv: list[str]) -> int:
     parser = conversion_parser("make_shards.py benchmark", BENCHMARK_HELP, "FILE")
     add_format(parser)
     arguments = parser.parse_args(argv)
-    health = SampleHealth(arguments.max_bad_fraction, arguments.strict)
+    health = health_of(arguments)
     with conversion_options(arguments, health) as options:
         conversion = convert_benchmark(
             **options, format_name=arguments.format, fields=dict(arguments.fields)

@@ -107,7 +107,7 @@ def convert_benchmark(
     folder = MediaFolder(
         source.parent if media_root is None else media_root, limit, follow_links=follow_links
     )
-    counted = health if health is not None else SampleHealth()
+    counted = health if health is not None else SampleHealth(at_end=True)
     rows = read_rows(source)
     first = list(islice(rows, ROWS_LOOKED_AT))
     present = {column for _, row in first if isinstance(row, Mapping) for column in row}
@@ -118,7 +118,7 @@ def convert_benchmark(
         (target / CONVERSION_FILE).unlink(missing_ok=True)
     written = write_shards(target, keep_good(source, makers, opener, counted), overwrite=overwrite)
     if not written:
-        listed = "; ".join(detail for _, _, detail in counted.listed[:5]) or "the file has no rows"
+        listed = counted.examples() if counted.num_bad else "the file has no rows"
         raise DataError(
             f"{source}: no row can be used as {name}, got {counted.counts}, expected at least one; "
             f"correct them: {listed}"

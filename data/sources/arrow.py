@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,17 +38,9 @@ class ArrowTable:
                 have to be in memory.
         """
         self.path = path
-        try:
-            import pyarrow
-        except Exception as error:
-            raise DataError(
-                f"{path}: Arrow files need pyarrow, which cannot be imported ({error}); install "
-                "pyarrow, the `parquet` extra"
-            ) from error
-        try:
-            schema, self._batches, self._size = _map(path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not readable as Arrow ({error}); save it again") from error
+        self._size = path.stat().st_size if path.is_file() else 0
+        with open_arrow(path) as (schema, batches):
+            self._batches = list(_uncompressed(path, batches, self._size))
         check_names(path, schema.names)
         self.schema_columns: Sequence[str] | None = schema.names
         self.held_columns: Sequence[str] = held_columns(schema)
@@ -97,24 +90,34 @@ class ArrowTable:
         return self._batches[batch], index - (self._ends[batch - 1] if batch else 0)
 
 
-def _map(path: Path) -> tuple[Schema, list[RecordBatch], int]:
-    """Return columns, batches and size of a file.
+@contextmanager
+def open_arrow(path: Path) -> Iterator[tuple[Schema, Iterator[RecordBatch]]]:
+    """Map a file or a stream; yields its columns and batches, which stay mapped as long as they are
+    used.
 
     Raises:
-        DataError: It is compressed.
+        DataError: It cannot be read.
     """
-    from pyarrow import ArrowInvalid, ipc, memory_map
-
-    mapped = memory_map(str(path))
-    size = mapped.size()
     try:
-        reader = ipc.open_file(mapped)
-        batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
-    except ArrowInvalid:
-        mapped.seek(0)
-        reader = ipc.open_stream(mapped)
-        batches = iter(reader)
-    return reader.schema, list(_uncompressed(path, batches, size)), size
+        from pyarrow import ArrowException, ArrowInvalid, ipc, memory_map
+    except Exception as error:
+        raise DataError(
+            f"{path}: Arrow files need pyarrow, which cannot be imported ({error}); install "
+            "pyarrow, the `parquet` extra"
+        ) from error
+    try:
+        with memory_map(str(path)) as mapped:
+            try:
+                reader = ipc.open_file(mapped)
+            except ArrowInvalid:
+                mapped.seek(0)
+                stream = ipc.open_stream(mapped)
+                yield stream.schema, iter(stream)
+            else:
+                numbers = range(reader.num_record_batches)
+                yield reader.schema, (reader.get_batch(number) for number in numbers)
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path}: not readable as Arrow ({error}); save it again") from error
 
 
 def _uncompressed(path: Path, batches: Iterator[RecordBatch], size: int) -> Iterator[RecordBatch]:

@@ -154,9 +154,10 @@ def row_media(where: str, row: Mapping[str, Any], rules: RowRules) -> list[Mediu
     media: list[Medium] = []
     for part, kind in MEDIA_PARTS.items():
         for column in rules.of(part):
-            for index, value in enumerate(cell_values(row_value(row, column))):
-                if not _is_nothing(value):
-                    media.append(_medium(where, kind, column, index, value))
+            cell = row_value(row, column)
+            values = () if _is_nothing(cell) else cell_values(cell)
+            for index, value in enumerate(values):
+                media.append(_medium(where, kind, column, index, value))
     if len(media) > MAX_MEDIA:
         got = f"got {len(media)}, expected at most {MAX_MEDIA}"
         raise SampleError("bad_field", f"{where}: too many media files, {got}; leave some out")

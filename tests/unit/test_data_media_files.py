@@ -108,10 +108,13 @@ BAD_LINES = {
     b'{"question": "caf\xe9", "answer": "1", "answer_type": "math"}': "bad_json",
     b'{"question": "q", "answer": "1", "answer": "2", "answer_type": "math"}': "bad_json",
     b"[" * 50_000: "bad_json",
-    b'{"question": "q", "answer": "1", "answer_type": "math", "image": "a.png"}': "unmapped_media",
-    b'{"question": "q", "answer": "1", "answer_type": "math", "images": [""], '
+    b'{"question": "q", "answer": "1", "answer_type": "math", "image": "a.png"}': "missing_media",
+    b'{"question": "q", "answer": "1", "answer_type": "math", "video": "a"}': "missing_media",
+    b'{"question": "q", "answer": "1", "answer_type": "math", "scan": "a.png"}': "unmapped_media",
+    b'{"question": "q", "answer": "1", "answer_type": "math", "images": [], '
     b'"picture": {"bytes": "", "path": null}}': "unmapped_media",
-    b'{"question": "q", "answer": "1", "answer_type": "math", "media": "good.png"}': "bad_field",
+    b'{"question": "q", "answer": "1", "answer_type": "math", "images": [""]}': "bad_field",
+    b'{"question": "q", "answer": "1", "answer_type": "math", "images": [null]}': "bad_field",
     b'{"question": "q", "answer": "1", "answer_type": "math", "media": false}': "bad_field",
     b'{"question": "q", "answer": "1", "answer_type": "math", "media": [null]}': "bad_field",
     b'{"question": "<image> q", "answer": "1", "answer_type": "math"}': "missing_media",

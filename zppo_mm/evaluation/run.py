@@ -135,7 +135,7 @@ def _questions(request: EvaluationRequest, config: RunConfig, student: Student) 
     chosen = held_out_questions(
         folders, config.evaluation.num_questions, config.seed, health, student.verifier.can_grade
     )
-    skipped.update(health.counts)
+    skipped.update(health.counts | health.left_out)
     listed += [list(entry) for entry in health.listed]
     data = [{"path": str(folder.path), "fingerprint": folder.fingerprint()} for folder in folders]
     return Questions(chosen, dict(skipped), listed, data)

@@ -106,7 +106,7 @@ METRICS: Mapping[str, str] = {
     "buffer/graduated_visits/*": "Questions graduated since the start, by number of visits.",
     "buffer/evicted_visits/*": "Questions evicted since the start, by number of visits.",
     "data/samples": "Samples read by the stream.",
-    "data/skipped/*": "Bad samples skipped, by reason.",
+    "data/skipped/*": "Samples skipped, by reason; all but `needs_judge` are bad.",
     "data/too_long": "Questions left out because their plain prompt has more than "
     "data.max_prompt_tokens tokens; not bad samples.",
     "distill/agreement": (

@@ -93,8 +93,9 @@ def held_out_questions(
                 questions.append(question)
     if num_skipped and not questions:
         raise DataError(
-            f"held-out data: no question can be asked, got {num_skipped} bad ones "
-            f"({counted.counts}), expected at least one good; correct data.held_out"
+            f"held-out data: no question can be asked, got {num_skipped} that cannot "
+            f"({counted.counts | counted.left_out}), expected at least one good; correct "
+            "data.held_out"
         )
     return HeldOut(tuple(questions), num_skipped)
 
@@ -113,7 +114,7 @@ def _good_question(
         health.bad(f"{shard}:{key}", error.reason, str(error))
         return None
     if not can_grade(question):
-        health.bad(f"{shard}:{key}", NEEDS_JUDGE, NEEDS_JUDGE_DETAIL)
+        health.leave_out(f"{shard}:{key}", NEEDS_JUDGE, NEEDS_JUDGE_DETAIL)
         return None
     health.good()
     return question

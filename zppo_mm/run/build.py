@@ -312,7 +312,7 @@ def _held_out(config: RunConfig, verifier: Verifier) -> HeldOut:
             "left out %d of %d held-out questions: %s",
             chosen.num_skipped,
             len(chosen) + chosen.num_skipped,
-            health.counts,
+            health.counts | health.left_out,
         )
     return chosen
 

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from data.health import TOO_LONG
 from zppo_mm.config.schema import EvaluationConfig
 from zppo_mm.lora.adapters import adapters_of
 from zppo_mm.lora.export import export_adapter
@@ -134,9 +135,11 @@ def _add_run_metrics(run: Run, metrics: StepMetrics) -> None:
         for losses in replica:
             metrics.merge(losses)
     health = run.stream.health
-    metrics.add("data/samples", Sum(health.num_good + health.num_bad + health.num_too_long))
-    metrics.add("data/too_long", Sum(health.num_too_long))
-    for reason, count in health.counts.items():
+    num_left_out = sum(health.left_out.values())
+    metrics.add("data/samples", Sum(health.num_good + health.num_bad + num_left_out))
+    metrics.add("data/too_long", Sum(health.left_out.get(TOO_LONG, 0)))
+    others = {reason: count for reason, count in health.left_out.items() if reason != TOO_LONG}
+    for reason, count in {**health.counts, **others}.items():
         metrics.add(f"data/skipped/{reason}", Sum(count))
 
 
