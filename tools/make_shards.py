@@ -20,6 +20,7 @@ from data.imports.convert import convert_jsonl
 from data.lint import lint
 from data.media.opening import MediaLimits, MediaOpener
 from data.media.sampling import FrameSampling
+from data.question import ANSWER_TYPES
 from data.text import clean_text
 from zppo_mm.errors import ZppoError
 
@@ -31,8 +32,8 @@ CHECKED_FRAMES = 64
 CONVERT_HELP = """Turn JSON lines and media files into webdataset shards with an index.
 
 Each line: {"id": …, "question": …, "answer": …, "answer_type": "math" | "choice" | "open",
-"choices": […], "source": …, "media": ["path", …]}.
-Choices, source, media and id are optional. The answer to a choice question is the
+"choices": […], "source": …, "media": ["path", …], "metadata": …}.
+Choices, source, media, metadata and id are optional. The answer to a choice question is the
 letter or text of an option. Details: docs/data.md.
 
 Other commands, each with its own --help:
@@ -66,6 +67,18 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def add_answer_types(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says which answer types the run has reward functions for."""
+    parser.add_argument(
+        "--answer-type",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="answer type of a reward function of your own, beside "
+        f"{', '.join(ANSWER_TYPES)}; may be given several times",
+    )
+
+
 def opener_of(arguments: argparse.Namespace) -> MediaOpener | None:
     """Return what opens the media, none with `--no-decode`."""
     if arguments.no_decode:
@@ -92,6 +105,7 @@ def conversion_options(
             "source": arguments.input,
             "opener": opener,
             "health": health,
+            "answer_types": (*ANSWER_TYPES, *arguments.answer_type),
             **{name: getattr(arguments, name) for name in names},
         }
     finally:
@@ -129,6 +143,7 @@ def conversion_parser(prog: str, description: str, source: str) -> argparse.Argu
         action="store_true",
         help="allow links below the media root to lead out of it",
     )
+    add_answer_types(parser)
     add_limits(parser)
     return parser
 
@@ -182,16 +197,20 @@ def run_lint(argv: list[str]) -> int:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="configuration of the run: its media limits are used, and prompts over its "
-        "data.max_prompt_tokens are counted",
+        help="configuration of the run: its media limits and reward functions are used, and "
+        "prompts over its data.max_prompt_tokens are counted",
     )
+    add_answer_types(parser)
     add_limits(parser)
     arguments = parser.parse_args(argv)
     if arguments.config and arguments.no_decode:
         parser.error("--config needs the media; leave out --no-decode")
     prompts = prompt_lengths(arguments.config) if arguments.config else None
     opener = opener_of(arguments) if prompts is None else MediaOpener(prompts.media_limits)
-    num_samples, problems = lint(arguments.folders, opener, prompts)
+    known = ANSWER_TYPES if prompts is None else prompts.answer_types
+    num_samples, problems = lint(
+        arguments.folders, opener, prompts, (*known, *arguments.answer_type)
+    )
     if opener is not None:
         opener.close()
     for problem in problems:

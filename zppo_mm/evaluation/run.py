@@ -22,7 +22,6 @@ from data.atomic_files import new_folder
 from data.errors import DataError
 from data.health import SampleHealth
 from data.imports.benchmarks import CONVERSION_VERSION, convert_benchmark, read_conversion
-from data.shards import ShardFolder
 from zppo_mm.bundled.questions import bundled_sources
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ZppoError
@@ -35,6 +34,7 @@ from zppo_mm.observability.logs import configure_logging
 from zppo_mm.parallel import failures
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.rollout.held_out import HeldOut, evaluation_instances, held_out_questions
+from zppo_mm.run.build import shard_folder
 
 logger = logging.getLogger(__name__)
 
@@ -122,18 +122,22 @@ def _questions(request: EvaluationRequest, config: RunConfig, student: Student) 
     folders, skipped, listed = [], Counter[str](), []
     for path in request.data or _own_sources(config):
         folder = (
-            parallel.on_rank_zero(partial(_converted, path, request, Path(config.output_dir)))
+            parallel.on_rank_zero(partial(_converted, path, request, config))
             if path.is_file()
             else path
         )
-        folders.append(ShardFolder(folder))
+        folders.append(shard_folder(folder, config))
         conversion = read_conversion(folder)
         if conversion is not None:
             skipped.update(conversion.skipped)
             listed += conversion.listed
     health = SampleHealth(config.data.max_bad_fraction, config.data.strict)
     chosen = held_out_questions(
-        folders, config.evaluation.num_questions, config.seed, health, student.verifier.can_grade
+        folders,
+        config.evaluation.num_questions,
+        config.seed,
+        health,
+        student.grading.verifier.can_grade,
     )
     skipped.update(health.counts)
     listed += [list(entry) for entry in health.listed]
@@ -152,7 +156,7 @@ def _own_sources(config: RunConfig) -> list[Path]:
     return [Path(source.path) for source in sources or bundled_sources(config, "held_out")]
 
 
-def _converted(file: Path, request: EvaluationRequest, output_dir: Path) -> Path:
+def _converted(file: Path, request: EvaluationRequest, config: RunConfig) -> Path:
     """Return the shards of a benchmark's file, made at the first use and shared by the evaluations
     of all models.
     """
@@ -166,9 +170,10 @@ def _converted(file: Path, request: EvaluationRequest, output_dir: Path) -> Path
         sorted(request.fields.items()),
         str(root.resolve()),
         CONVERSION_VERSION,
+        *config.reward.functions,
     ]
     digest = hashlib.blake2b(json.dumps(made_from).encode(), digest_size=4).hexdigest()
-    folder = output_dir / BENCHMARKS_FOLDER / f"{file.stem}-{digest}"
+    folder = Path(config.output_dir) / BENCHMARKS_FOLDER / f"{file.stem}-{digest}"
     if read_conversion(folder) is None:
         logger.info("converting %s into %s", file, folder)
         with new_folder(folder) as temporary:
@@ -179,6 +184,7 @@ def _converted(file: Path, request: EvaluationRequest, output_dir: Path) -> Path
                 fields=request.fields,
                 media_root=root,
                 health=SampleHealth(max_bad_fraction=1.0),
+                answer_types=config.reward.answer_types,
             )
     return folder
 
@@ -206,7 +212,7 @@ def _answer(
         began = time.perf_counter()
         chunk = left[start : start + questions_per_chunk]
         answers = _answer_chunk(student, instances, chunk, num_rollouts)
-        student.judging.check()
+        student.grading.check()
         if parallel.rank() == 0:
             folder.add(answers)
             _log_progress(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data.health import SampleHealth
 from data.media.store import MediaStore
-from data.shards import ShardFolder
+from data.shards import ShardFolder, ShardReader
 from data.stream import QuestionStream
 from zppo_mm.bundled import STUDENT_DIR
 from zppo_mm.bundled.questions import bundled_sources
@@ -38,7 +38,7 @@ from zppo_mm.rollout.prefetch import MediaPrefetch
 from zppo_mm.rollout.processor import describe
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
-from zppo_mm.run.judging import build_judging, build_verifier
+from zppo_mm.run.judging import build_grading
 from zppo_mm.run.parts import Run
 from zppo_mm.run.shared import (
     Shared,
@@ -97,8 +97,8 @@ def build_run(
     ranks = TeacherRanks(link, exchange) if link is not None else None
     pool = _teacher_pool(config, ranks, exchange, media)
     modes = (config.reward.judge, config.evaluation.judge)
-    judging = build_judging(config, pool, exchange, modes, interruption.is_due)
-    verifier = build_verifier(config.reward, judging.judge, config.reward.judge)
+    grading = build_grading(config, pool, exchange, modes, interruption.is_due)
+    verifier = grading.verifier
     shared = Shared(config, media, verifier, exchange, open_media_cache(config.data))
     encoder = shared.encoder(folder, config.model.chat_template_kwargs)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
@@ -121,7 +121,7 @@ def build_run(
     feed = _build_feed(shared, stream, encoder, templates, verifier)
     sampler = shared.sampler(policy.model, encoder, *student_limits(config))
     stages = _build_stages(
-        shared, policy, sampler, encoder, templates, teachers, feed, interruption, judging.check
+        shared, policy, sampler, encoder, templates, teachers, feed, interruption, grading.check
     )
     grader = verifier.with_judge_mode(config.evaluation.judge)
     log_generation_prefixes(shared.encoders, templates.closing)
@@ -141,8 +141,8 @@ def build_run(
         encoders=shared.encoders,
         teachers=teachers,
         evaluation_sampler=sampler.with_grader(grader),
-        pools=_once(pool, judging.pool, *teachers.pools),
-        judge=judging.judge,
+        pools=_once(pool, grading.pool, *teachers.pools),
+        judge=grading.judge,
     )
 
 
@@ -168,7 +168,7 @@ def _build_stages(
     teachers: Teachers,
     feed: QuestionFeed,
     interruption: Interruption,
-    check_judge: Callable[[], None],
+    check_grading: Callable[[], None],
 ) -> Stages:
     config = shared.config
     compressor, hints = build_rewriters(config.teacher, encoder, teachers.rewrites, templates)
@@ -211,7 +211,7 @@ def _build_stages(
         ),
         schedule=_plain_schedule(config.teacher, config.rollout, config.seed),
         interruption=interruption,
-        check_judge=check_judge,
+        check_grading=check_grading,
     )
 
 
@@ -270,9 +270,13 @@ def build_stream(config: RunConfig, health: SampleHealth) -> QuestionStream:
         DataError: A data source cannot be used.
     """
     sources = config.data.train or bundled_sources(config, "train")
-    return QuestionStream(
-        [(ShardFolder(source.path), source.weight) for source in sources], config.seed, health
-    )
+    folders = [(shard_folder(source.path, config), source.weight) for source in sources]
+    return QuestionStream(folders, config.seed, health)
+
+
+def shard_folder(path: str | Path, config: RunConfig) -> ShardFolder:
+    """Return a source whose questions the run can grade; others are bad samples."""
+    return ShardFolder(path, ShardReader(config.reward.answer_types))
 
 
 def _held_out(config: RunConfig, verifier: Verifier) -> HeldOut:
@@ -286,7 +290,7 @@ def _held_out(config: RunConfig, verifier: Verifier) -> HeldOut:
         )
         return HeldOut()
     sources = config.data.held_out or bundled_sources(config, "held_out")
-    folders = [ShardFolder(source.path) for source in sources]
+    folders = [shard_folder(source.path, config) for source in sources]
     health = SampleHealth(config.data.max_bad_fraction, config.data.strict)
     chosen = held_out_questions(
         folders, config.evaluation.num_questions, config.seed, health, verifier.can_grade
