@@ -7,9 +7,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -23,11 +24,13 @@ from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rewards.failures import MIN_GRADED, FailureCheck, WatchedFunctions
 from zppo_mm.rewards.function_process import BadReturn, read_reward
 from zppo_mm.rewards.verify import Verifier
+from zppo_mm.run.judging import build_grading
 from zppo_mm.zone.replay import ReplayBuffer
 
+T = TypeVar("T")
 FILE = str(Path(__file__).parents[1] / "support/reward_functions.py")
 FUNCTIONS = {"words": f"{FILE}:overlap", "parts": f"{FILE}:parts", "stated": f"{FILE}:stated"}
-LIMIT_SECONDS = 3.0
+LIMIT_SECONDS = 1.0
 
 
 def question(answer_type: str, answer: str = "red green", metadata: str = "") -> Question:
@@ -134,7 +137,7 @@ def test_a_call_that_never_ends_is_a_timeout(
         (0.25, "function"),
     ]
     assert verifier.num_timeouts == before + 1
-    assert "reward.functions.stated: no verdict within 3 s of processor time" in caplog.text
+    assert "reward.functions.stated: no verdict within 1 s of processor time" in caplog.text
 
 
 def test_the_judge_is_not_asked_about_what_a_function_grades() -> None:
@@ -182,6 +185,28 @@ def test_what_cannot_be_imported_or_called_is_an_error_at_the_start(
         pytest.raises(ConfigError, match=f"reward.functions.{message}.*expected module:function"),
     ):
         verifier.functions.start()
+
+
+class OtherReplica(SingleProcess):
+    """Another replica's leader, whose machine lacks the file, comes to the exchange too."""
+
+    num_replicas = 2
+
+    def gather(self, local: Sequence[T]) -> list[list[T]]:
+        return [list(local), ["reward.functions.words: no such file"]]  # type: ignore[list-item]
+
+
+def test_every_rank_ends_at_the_start_if_one_cannot_import() -> None:
+    config = load_config(None, [f"reward.functions.words={FILE}:overlap"])
+    grading = build_grading(config, None, SingleProcess(), ["never"])
+    assert grading.verifier.verify(question("words"), "\\boxed{red}").reward == 0.5
+    grading.check()
+    grading.verifier.close()
+    with pytest.raises(ConfigError, match=r"words: no such file"):
+        build_grading(config, None, OtherReplica(), ["never"])
+    config = load_config(None, [f"reward.functions.words={FILE}:giou"])
+    with pytest.raises(ConfigError, match=r"words: AttributeError: .* no attribute 'giou'"):
+        build_grading(config, None, SingleProcess(), ["never"])
 
 
 @pytest.mark.parametrize("name", ["iou", "reward.py:", "reward.py:3d", ":iou"])
