@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from data.errors import DataError, MediaError, ReasonedError, shown
 from data.health import TOO_LONG
-from data.question import MediaKind, MediaRef, Question
+from data.question import ANSWER_TYPES, MediaKind, MediaRef, Question
 from data.shard_names import EXPECTED_SHARDS, list_shards
 from data.shards import ShardReader
 from data.source import ReadsMedia, Source
@@ -70,6 +70,7 @@ def lint(
     folders: Sequence[str | Path | ReadableSource],
     opener: OpensMedia | None = None,
     prompts: MeasuresPrompts | None = None,
+    answer_types: Collection[str] = ANSWER_TYPES,
 ) -> tuple[int, list[Problem]]:
     """Return the number of samples and all problems of the folders of one run.
 
@@ -78,6 +79,7 @@ def lint(
             one or between them.
         opener: Opens every media file; `None` skips that.
         prompts: Measures every question whose media are good; `None` skips that.
+        answer_types: Those that the run can grade.
     """
     num_samples = 0
     problems: list[Problem] = []
@@ -103,7 +105,7 @@ def lint(
             for name, message in unread.items()
         ]
         for shard in shards:
-            reader = ShardReader()
+            reader = ShardReader(answer_types)
             problem = _shard_problem(reader, shard)
             if problem is not None:
                 problems.append(problem)

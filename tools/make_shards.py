@@ -8,7 +8,7 @@ import argparse
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from data.imports.convert import convert_jsonl
 from data.lint import lint
 from data.media.opening import MediaLimits, MediaOpener
 from data.media.sampling import FrameSampling
+from data.question import ANSWER_TYPES
 from data.sources.listing import list_tables
 from data.sources.rows import RowRules
 from data.sources.tables import TableSource
@@ -35,7 +36,7 @@ CONVERT_HELP = """Turn JSON lines or a Parquet file, and media files, into webda
 index.
 
 Each line: {"id": …, "question": …, "answer": …, "answer_type": "math" | "choice" | "open",
-"choices": […], "source": …, "media": ["path", …]}.
+"choices": […], "source": …, "media": ["path", …], "metadata": …}.
 Media may also be in image, images, video, videos. Only question and answer must be there.
 The answer to a choice question is the letter or text of an option. Details: docs/data.md.
 
@@ -70,6 +71,18 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def add_answer_types(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says which answer types the run has reward functions for."""
+    parser.add_argument(
+        "--answer-type",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="answer type of a reward function of your own, beside "
+        f"{', '.join(ANSWER_TYPES)}; may be given several times",
+    )
+
+
 def opener_of(arguments: argparse.Namespace) -> MediaOpener | None:
     """Return what opens the media, none with `--no-decode`."""
     if arguments.no_decode:
@@ -96,6 +109,7 @@ def conversion_options(
             "source": arguments.input,
             "opener": opener,
             "health": health,
+            "answer_types": (*ANSWER_TYPES, *arguments.answer_type),
             **{name: getattr(arguments, name) for name in names},
         }
     finally:
@@ -133,6 +147,7 @@ def conversion_parser(prog: str, description: str, source: str) -> argparse.Argu
         action="store_true",
         help="allow links below the media root to lead out of it",
     )
+    add_answer_types(parser)
     add_limits(parser)
     return parser
 
@@ -212,13 +227,14 @@ def run_lint(argv: list[str]) -> int:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="configuration of the run: its media limits are used, and prompts over its "
-        "data.max_prompt_tokens are counted",
+        help="configuration of the run: its media limits and reward functions are used, and "
+        "prompts over its data.max_prompt_tokens are counted",
     )
     add_rules(parser)
     parser.add_argument(
         "--media-root", default="", metavar="DIR", help="folder that paths in tables start from"
     )
+    add_answer_types(parser)
     add_limits(parser)
     arguments = parser.parse_args(argv)
     if arguments.config and arguments.no_decode:
@@ -227,7 +243,11 @@ def run_lint(argv: list[str]) -> int:
         parser.error("no sources; name them, or a run with --config")
     prompts = prompt_lengths(arguments.config) if arguments.config else None
     opener = opener_of(arguments) if prompts is None else MediaOpener(prompts.media_limits)
-    num_samples, problems = lint(linted_sources(arguments), opener, prompts)
+    known = (
+        *(ANSWER_TYPES if prompts is None else prompts.answer_types),
+        *arguments.answer_type,
+    )
+    num_samples, problems = lint(linted_sources(arguments, known), opener, prompts, known)
     if opener is not None:
         opener.close()
     for problem in problems:
@@ -245,7 +265,9 @@ def run_lint(argv: list[str]) -> int:
     return 1 if bad else 0
 
 
-def linted_sources(arguments: argparse.Namespace) -> list[str | TableSource]:
+def linted_sources(
+    arguments: argparse.Namespace, answer_types: Collection[str]
+) -> list[str | TableSource]:
     """Return folders of shards, which lint reads shard by shard, and opened tables."""
     if not arguments.sources:
         from zppo_mm.config.load import load_config
@@ -262,7 +284,11 @@ def linted_sources(arguments: argparse.Namespace) -> list[str | TableSource]:
     for path, columns, answer_type, root in given:
         listing = list_tables(path)
         rules = RowRules(columns, answer_type)
-        sources.append(path if listing is None else TableSource(path, listing, rules, root or None))
+        sources.append(
+            path
+            if listing is None
+            else TableSource(path, listing, rules, root or None, answer_types)
+        )
     return sources
 
 

@@ -45,7 +45,7 @@ def run_step(stages: Stages, step: int) -> StepRecord:
     Raises:
         TeacherLostError: On every rank, before anything but the stream was moved, if the teacher
             does not answer.
-        JudgeError: The same, if the judge does not give verdicts.
+        GradingError: The same, if grading fails too often.
         StopRequested: The same, if the run is to end.
     """
     metrics = StepMetrics()
@@ -58,7 +58,7 @@ def run_step(stages: Stages, step: int) -> StepRecord:
         for each in rounds:
             # A further teacher that is asked now can answer during the update.
             each.pending.poll()
-    stages.check_judge()
+    stages.check_grading()
 
     advantages = advantages_by_uid(selected.groups, stages.advantage_normalization)
     # Nothing was changed so far. From here on the step is finished, whatever is asked of the run.

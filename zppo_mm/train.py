@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from zppo_mm.config.schema import RunConfig
-from zppo_mm.errors import JudgeError
+from zppo_mm.errors import GradingError
 from zppo_mm.interruption import Interruption, StopRequested
 from zppo_mm.observability.logs import configure_logging
 from zppo_mm.observability.sinks import MetricsLog
@@ -86,7 +86,7 @@ def train_steps(run: Run, folder: RunFolder) -> None:
     Raises:
         RunStopped: On every rank, with a checkpoint of the last complete step.
         TeacherLostError: The same, if the teacher does not answer.
-        JudgeError: The same, if the judge does not give verdicts.
+        GradingError: The same, if grading fails too often.
     """
     train_iters, interruption = run.config.train.train_iters, run.stages.interruption
     interruption.steps_done = resumed = resume(run, folder)
@@ -121,17 +121,17 @@ def finish_step(
     Raises:
         TeacherLostError: On every rank, with a checkpoint, if the step is the last that the teacher
             answered in.
-        JudgeError: The same, if the judge does not give verdicts in the evaluation.
+        GradingError: The same, if grading fails too often in the evaluation.
     """
     config, step = run.config, record.step
     train_iters = config.train.train_iters
-    end: TeacherLostError | JudgeError | None = record.teacher_lost
+    end: TeacherLostError | GradingError | None = record.teacher_lost
     if is_evaluation_due(config.evaluation, train_iters, step) and end is None:
         # The step is complete; an evaluation that is dropped is made up for when the run goes on.
         with record.metrics.phase("evaluation"), suppress(StopRequested):
             try:
                 evaluate(run, folder, step)
-            except JudgeError as error:
+            except GradingError as error:
                 end = error
     run.release_memory()
     record_step(run, folder, record, time.perf_counter() - started, log)

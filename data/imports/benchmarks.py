@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, islice
@@ -81,6 +81,7 @@ def convert_benchmark(
     max_media_bytes: int | None = None,
     opener: MediaOpener | None = None,
     health: SampleHealth | None = None,
+    answer_types: Collection[str] = ANSWER_TYPES,
     overwrite: bool = False,
 ) -> Conversion:
     """Write one sample per row; rows that cannot be used are named, counted by reason and left out.
@@ -96,6 +97,7 @@ def convert_benchmark(
         max_media_bytes: Largest medium that is read; by default that of `MediaLimits`.
         opener: Opens every media file to see whether it can be opened; `None` skips that.
         health: Counts, and stops when too many are bad.
+        answer_types: Those that can be graded.
         overwrite: Remove shards that lie in `out_dir`.
 
     Raises:
@@ -116,7 +118,8 @@ def convert_benchmark(
     makers = _makers(source, folder, FORMATS[name], columns, chain(first, rows), stripped)
     if overwrite:
         (target / CONVERSION_FILE).unlink(missing_ok=True)
-    written = write_shards(target, keep_good(source, makers, opener, counted), overwrite=overwrite)
+    samples = keep_good(source, makers, opener, counted, answer_types)
+    written = write_shards(target, samples, overwrite=overwrite)
     if not written:
         listed = counted.examples() if counted.num_bad else "the file has no rows"
         raise DataError(

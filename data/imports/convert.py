@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from data.imports.tables import Row, read_rows, table_kind
 from data.media.opening import MediaLimits, MediaOpener
 from data.media.signatures import file_ending
 from data.media_folder import MediaFolder
+from data.question import ANSWER_TYPES
 from data.sample import ShardSample, media_kind, parse_question
 from data.shard_writer import write_shards
 from data.sources.rows import Medium, RowRules, content_of, question_fields
@@ -30,6 +31,7 @@ def convert_jsonl(
     opener: MediaOpener | None = None,
     health: SampleHealth | None = None,
     rules: RowRules | None = None,
+    answer_types: Collection[str] = ANSWER_TYPES,
     samples_per_shard: int = 1000,
     overwrite: bool = False,
 ) -> list[Path]:
@@ -49,6 +51,7 @@ def convert_jsonl(
         opener: Opens every media file to see whether it can be opened; `None` skips that.
         health: Counts, and stops when too many are bad.
         rules: What the columns are.
+        answer_types: Those that the run can grade.
         samples_per_shard: Most samples of one shard.
         overwrite: Remove shards that lie in `out_dir`.
 
@@ -69,7 +72,8 @@ def convert_jsonl(
         path.parent if media_root is None else media_root, limit, follow_links=follow_links
     )
     counted = health if health is not None else SampleHealth(at_end=True)
-    samples = keep_good(path, _makers(path, rules or RowRules(), folder), opener, counted)
+    makers = _makers(path, rules or RowRules(), folder)
+    samples = keep_good(path, makers, opener, counted, answer_types)
     written = write_shards(out_dir, samples, samples_per_shard, overwrite=overwrite)
     if not written:
         found = counted.examples() if counted.num_bad else "the file is empty"
@@ -98,6 +102,7 @@ def keep_good(
     samples: Iterable[tuple[int, Callable[[], ShardSample]]],
     opener: MediaOpener | None,
     health: SampleHealth,
+    answer_types: Collection[str] = ANSWER_TYPES,
 ) -> Iterator[ShardSample]:
     """Yield the samples that can be made and read again; the others, and those whose id was met
     before, are counted.
@@ -107,13 +112,14 @@ def keep_good(
         samples: Number of a row, and what makes its sample or raises.
         opener: Opens every media file; `None` skips that.
         health: Counts, and stops when too many are bad.
+        answer_types: Those that the run can grade.
     """
     first_row: dict[str, int] = {}
     for number, make in samples:
         where = f"{source}:{number}"
         try:
             sample = make()
-            _check(str(source), number, sample, opener)
+            _check(str(source), number, sample, opener, answer_types)
             question_id = sample.question["id"]
             if first_row.setdefault(question_id, number) != number:
                 raise SampleError(
@@ -177,7 +183,13 @@ def _load(where: str, medium: Medium, folder: MediaFolder) -> tuple[str, bytes]:
     return file_ending(medium.kind, held), held
 
 
-def _check(source: str, number: int, sample: ShardSample, opener: MediaOpener | None) -> None:
+def _check(
+    source: str,
+    number: int,
+    sample: ShardSample,
+    opener: MediaOpener | None,
+    answer_types: Collection[str],
+) -> None:
     """Raise what reading the sample from its shard would raise."""
     try:
         content = json.dumps(dict(sample.question)).encode()
@@ -185,9 +197,8 @@ def _check(source: str, number: int, sample: ShardSample, opener: MediaOpener | 
         raise SampleError(
             "bad_json", f"{source}:{number}: its fields cannot be written ({error}); correct them"
         ) from error
-    question = parse_question(
-        source, str(number), content, (extension for extension, _ in sample.media)
-    )
+    extensions = (extension for extension, _ in sample.media)
+    question = parse_question(source, str(number), content, extensions, answer_types)
     if opener is not None:
         for reference, (_, media) in zip(question.media, sample.media, strict=True):
             opener.open(media, reference.kind)

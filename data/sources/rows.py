@@ -28,7 +28,8 @@ MEDIA_PARTS: Mapping[str, MediaKind | None] = {
 `media` are known by the ending of a path.
 """
 IGNORE = "ignore"
-PARTS = (*(name for name in FIELDS if name != "media"), *MEDIA_PARTS, IGNORE)
+OWN_FIELDS = (*(name for name in FIELDS if name != "media"), "metadata")
+PARTS = (*OWN_FIELDS, *MEDIA_PARTS, IGNORE)
 """What a source's `columns` can name."""
 TEXT_PARTS = ("id", "question", "answer", "answer_type", "source")
 MIN_BASE64 = 256
@@ -133,8 +134,8 @@ def question_fields(
     _check_all_read(where, row, rules, has_media=bool(media))
     fields = {
         part: value
-        for part in FIELDS
-        if part not in MEDIA_PARTS and (value := _one_value(where, row, rules, part)) is not None
+        for part in OWN_FIELDS
+        if (value := _one_value(where, row, rules, part)) is not None
     }
     fields |= {part: _as_text(fields[part]) for part in TEXT_PARTS if part in fields}
     if isinstance(fields.get("choices"), list):

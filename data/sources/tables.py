@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import overload
 
 from data.errors import DataError, SampleError
-from data.question import MediaRef, Question
+from data.question import ANSWER_TYPES, MediaRef, Question
 from data.sample import make_question
 from data.shards import SampleKeys
 from data.sources.listing import TableListing
@@ -57,6 +57,7 @@ class TableSource:
         listing: TableListing,
         rules: RowRules,
         media_root: str | Path | None = None,
+        answer_types: Collection[str] = ANSWER_TYPES,
     ) -> None:
         """Index the files and hold their columns against the rules.
 
@@ -66,6 +67,7 @@ class TableSource:
             rules: What their columns are.
             media_root: What paths of media start from, and none of them leaves; by default the
                 folder of the file that has them.
+            answer_types: Those that can be graded; other questions are bad samples.
 
         Raises:
             DataError: A file cannot be read by rows, a column that the user names is not there, or
@@ -75,6 +77,7 @@ class TableSource:
         self.files = TableFiles()
         self._reader = SourceReader(self.files)
         self._listing, self._rules, self._media_root = listing, rules, media_root
+        self._answer_types = answer_types
         self._skip = frozenset(rules.of(IGNORE))
         self._prefixes = {str(file): _id_prefix(file, listing) for file in listing.files}
         tables = {str(file): self.files.table(str(file)) for file in listing.files}
@@ -102,7 +105,7 @@ class TableSource:
         default_id = f"{self._prefixes[shard]}/{key}"
         fields, media = question_fields(where, row, self._rules, default_id)
         references = tuple(self._reference(shard, key, medium) for medium in media)
-        return make_question(where, fields, references)
+        return make_question(where, fields, references, self._answer_types)
 
     def media_bytes(self, ref: MediaRef) -> bytes:
         """Return the content of a media file, undecoded; see `SourceReader.media_bytes`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from data.stream import QuestionStream
 from tests.support.tiny_folder import build_folder
 from zppo_mm.experience import PromptInstance
 from zppo_mm.parallel.exchange import SingleProcess
+from zppo_mm.rewards.verdict import Verdict
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.prompt import PromptEncoder
@@ -196,17 +197,11 @@ class EchoEngine:
         ]
 
 
-@dataclass(frozen=True)
-class Grade:
-    parsed: str | None
-    reward: float
-
-
 class FirstLetterGrader:
     """Right is the response that equals the answer."""
 
-    def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Grade]:
-        return [Grade(text, float(text == question.answer)) for question, text in items]
+    def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Verdict]:
+        return [Verdict(text, float(text == question.answer), "match") for question, text in items]
 
 
 def instance(

@@ -11,6 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from data.errors import SampleError
 from data.health import SampleHealth
 from data.lint import lint
 from data.media.opening import MediaLimits, MediaOpener
@@ -199,3 +200,16 @@ def test_a_bad_row_is_replaced_and_counted(tmp_path: Path) -> None:
     assert "got scan, expected a part of the question; name them: columns: {image: scan}" in str(
         health.listed
     )
+
+
+def test_a_row_has_metadata_and_an_answer_type_of_a_reward_function(tmp_path: Path) -> None:
+    row = {"question": "Where?", "answer": "[1, 2]", "size": {"width": 9}}
+    path = write_lines(tmp_path / "q.jsonl", [row])
+    source = open_source(
+        path, columns={"metadata": "size"}, answer_type="box", answer_types=("math", "box")
+    )
+    question = source.question(*source.keys()[0])
+    assert (question.answer_type, question.metadata) == ("box", '{"width": 9}')
+    plain = open_source(path, answer_type="box")
+    with pytest.raises(SampleError, match="unknown answer_type, got 'box'"):
+        plain.question(*plain.keys()[0])

@@ -151,7 +151,7 @@ class ZoneConfig:
     replay: bool = key(True, "Replay hard questions until the student solves them.")
     tau: float = key(
         0.5,
-        "A question is hard if the mean reward of its plain rollouts is below this.",
+        "A question is hard if the mean accuracy of its plain rollouts is below this.",
         at_least=0,
         at_most=1,
     )

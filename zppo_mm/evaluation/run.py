@@ -123,17 +123,19 @@ def _questions(request: EvaluationRequest, config: RunConfig, student: Student) 
     for source in [SourceConfig(path=str(path)) for path in request.data] or _own_sources(config):
         path = Path(source.path)
         if request.data and path.is_file():
-            path = parallel.on_rank_zero(
-                partial(_converted, path, request, Path(config.output_dir))
-            )
-        folders.append(configured_source(replace(source, path=str(path))))
+            path = parallel.on_rank_zero(partial(_converted, path, request, config))
+        folders.append(configured_source(replace(source, path=str(path)), config))
         conversion = read_conversion(path)
         if conversion is not None:
             skipped.update(conversion.skipped)
             listed += conversion.listed
     health = SampleHealth(config.data.max_bad_fraction, config.data.strict)
     chosen = held_out_questions(
-        folders, config.evaluation.num_questions, config.seed, health, student.verifier.can_grade
+        folders,
+        config.evaluation.num_questions,
+        config.seed,
+        health,
+        student.grading.verifier.can_grade,
     )
     skipped.update(health.counts | health.left_out)
     listed += [list(entry) for entry in health.listed]
@@ -152,7 +154,7 @@ def _own_sources(config: RunConfig) -> list[SourceConfig]:
     return sources or bundled_sources(config, "held_out")
 
 
-def _converted(file: Path, request: EvaluationRequest, output_dir: Path) -> Path:
+def _converted(file: Path, request: EvaluationRequest, config: RunConfig) -> Path:
     """Return the shards of a benchmark's file, made at the first use and shared by the evaluations
     of all models.
     """
@@ -166,9 +168,10 @@ def _converted(file: Path, request: EvaluationRequest, output_dir: Path) -> Path
         sorted(request.fields.items()),
         str(root.resolve()),
         CONVERSION_VERSION,
+        *config.reward.functions,
     ]
     digest = hashlib.blake2b(json.dumps(made_from).encode(), digest_size=4).hexdigest()
-    folder = output_dir / BENCHMARKS_FOLDER / f"{file.stem}-{digest}"
+    folder = Path(config.output_dir) / BENCHMARKS_FOLDER / f"{file.stem}-{digest}"
     if read_conversion(folder) is None:
         logger.info("converting %s into %s", file, folder)
         with new_folder(folder) as temporary:
@@ -179,6 +182,7 @@ def _converted(file: Path, request: EvaluationRequest, output_dir: Path) -> Path
                 fields=request.fields,
                 media_root=root,
                 health=SampleHealth(max_bad_fraction=1.0),
+                answer_types=config.reward.answer_types,
             )
     return folder
 
@@ -206,7 +210,7 @@ def _answer(
         began = time.perf_counter()
         chunk = left[start : start + questions_per_chunk]
         answers = _answer_chunk(student, instances, chunk, num_rollouts)
-        student.judging.check()
+        student.grading.check()
         if parallel.rank() == 0:
             folder.add(answers)
             _log_progress(

@@ -23,7 +23,7 @@ class Evaluation:
 
     Attributes:
         step: Rollout steps trained before it.
-        accuracy: Mean reward over questions and responses.
+        accuracy: Mean accuracy over questions and responses.
         accuracy_by_source: The same per data source.
         num_questions: Questions that were answered.
         num_skipped: Held-out questions that were left out: a bad sample, no judge for it, or its

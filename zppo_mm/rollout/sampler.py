@@ -19,6 +19,7 @@ from zppo_mm.interruption import StopRequested
 from zppo_mm.methods import PLAIN_KINDS
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import Exchange
+from zppo_mm.rewards.verdict import Verdict
 from zppo_mm.rollout.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
 from zppo_mm.rollout.prompt import PromptEncoder, PromptError
 from zppo_mm.rollout.soundness import NOT_FINITE, Sampled, Soundness, check_rewards, first_break
@@ -26,20 +27,6 @@ from zppo_mm.rollout.soundness import NOT_FINITE, Sampled, Soundness, check_rewa
 logger = logging.getLogger(__name__)
 
 UNGRADED = "ungraded"
-
-
-class Verdict(Protocol):
-    """The grade of a response."""
-
-    @property
-    def parsed(self) -> str | None:
-        """Final answer, `None` if there is none."""
-        ...
-
-    @property
-    def reward(self) -> float | None:
-        """0 or 1; `None` if it could not be graded."""
-        ...
 
 
 class Grader(Protocol):
@@ -397,4 +384,5 @@ def _rollout(generation: Generation, text: str, verdict: Verdict, step: int) -> 
         parsed=verdict.parsed,
         reward=math.nan if verdict.reward is None else float(verdict.reward),
         policy_version=step,
+        parts=verdict.parts,
     )

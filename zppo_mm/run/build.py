@@ -40,7 +40,7 @@ from zppo_mm.rollout.prefetch import MediaPrefetch
 from zppo_mm.rollout.processor import describe
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
-from zppo_mm.run.judging import build_judging, build_verifier
+from zppo_mm.run.judging import build_grading
 from zppo_mm.run.parts import Run
 from zppo_mm.run.shared import (
     Shared,
@@ -99,8 +99,8 @@ def build_run(
     ranks = TeacherRanks(link, exchange) if link is not None else None
     pool = _teacher_pool(config, ranks, exchange, media)
     modes = (config.reward.judge, config.evaluation.judge)
-    judging = build_judging(config, pool, exchange, modes, interruption.is_due)
-    verifier = build_verifier(config.reward, judging.judge, config.reward.judge)
+    grading = build_grading(config, pool, exchange, modes, interruption.is_due)
+    verifier = grading.verifier
     shared = Shared(config, media, verifier, exchange, open_media_cache(config.data))
     encoder = shared.encoder(folder, config.model.chat_template_kwargs)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
@@ -123,7 +123,7 @@ def build_run(
     feed = _build_feed(shared, stream, encoder, templates, verifier)
     sampler = shared.sampler(policy.model, encoder, *student_limits(config))
     stages = _build_stages(
-        shared, policy, sampler, encoder, templates, teachers, feed, interruption, judging.check
+        shared, policy, sampler, encoder, templates, teachers, feed, interruption, grading.check
     )
     grader = verifier.with_judge_mode(config.evaluation.judge)
     log_generation_prefixes(shared.encoders, templates.closing)
@@ -143,8 +143,8 @@ def build_run(
         encoders=shared.encoders,
         teachers=teachers,
         evaluation_sampler=sampler.with_grader(grader),
-        pools=_once(pool, judging.pool, *teachers.pools),
-        judge=judging.judge,
+        pools=_once(pool, grading.pool, *teachers.pools),
+        judge=grading.judge,
     )
 
 
@@ -170,7 +170,7 @@ def _build_stages(
     teachers: Teachers,
     feed: QuestionFeed,
     interruption: Interruption,
-    check_judge: Callable[[], None],
+    check_grading: Callable[[], None],
 ) -> Stages:
     config = shared.config
     compressor, hints = build_rewriters(config.teacher, encoder, teachers.rewrites, templates)
@@ -213,7 +213,7 @@ def _build_stages(
         ),
         schedule=_plain_schedule(config.teacher, config.rollout, config.seed),
         interruption=interruption,
-        check_judge=check_judge,
+        check_grading=check_grading,
     )
 
 
@@ -272,13 +272,12 @@ def build_stream(config: RunConfig, health: SampleHealth) -> QuestionStream:
         DataError: A data source cannot be used.
     """
     sources = config.data.train or bundled_sources(config, "train")
-    return QuestionStream(
-        [(configured_source(source), source.weight) for source in sources], config.seed, health
-    )
+    folders = [(configured_source(source, config), source.weight) for source in sources]
+    return QuestionStream(folders, config.seed, health)
 
 
-def configured_source(source: SourceConfig) -> Source:
-    """Open a source of the configuration.
+def configured_source(source: SourceConfig, config: RunConfig) -> Source:
+    """Open a source of the configuration; questions that the run cannot grade are bad samples.
 
     Raises:
         DataError: It cannot be used.
@@ -288,6 +287,7 @@ def configured_source(source: SourceConfig) -> Source:
         columns=source.columns,
         answer_type=source.answer_type,
         media_root=source.media_root,
+        answer_types=config.reward.answer_types,
     )
 
 
@@ -302,7 +302,7 @@ def _held_out(config: RunConfig, verifier: Verifier) -> HeldOut:
         )
         return HeldOut()
     sources = config.data.held_out or bundled_sources(config, "held_out")
-    folders = [configured_source(source) for source in sources]
+    folders = [configured_source(source, config) for source in sources]
     health = SampleHealth(config.data.max_bad_fraction, config.data.strict)
     chosen = held_out_questions(
         folders, config.evaluation.num_questions, config.seed, health, verifier.can_grade

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from zppo_mm.errors import JudgeError
+from zppo_mm.errors import GradingError
 from zppo_mm.interruption import RunStopped, StopRequested
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.run.parts import Run
@@ -82,14 +82,14 @@ class RunCheckpoints:
 
         Raises:
             TeacherLostError: On every rank, with a checkpoint, if the teacher does not answer.
-            JudgeError: The same, if the judge does not give verdicts.
+            GradingError: The same, if grading fails too often.
             RunStopped: On every rank, with a checkpoint, if the run is to end.
         """
         stream = self._run.stream
         position = stream.state_dict()
         try:
             yield
-        except (TeacherLostError, JudgeError):
+        except (TeacherLostError, GradingError):
             stream.load_state_dict(position)
             self.save_if_missing(step - 1)
             raise

@@ -20,6 +20,7 @@ class PromptLengths:
     Attributes:
         max_tokens: More than so many are not trained on.
         media_limits: What of the media has to be opened for that.
+        answer_types: Those that the run can grade.
 
     Raises:
         ConfigError: The student's folder or a template cannot be used.
@@ -29,6 +30,7 @@ class PromptLengths:
         folder = student_folder(config.model)
         self.max_tokens = config.data.max_prompt_tokens
         self.media_limits = media_limits(config.data, folder)
+        self.answer_types = config.reward.answer_types
         self._media: Mapping[MediaRef, Frames] = {}
         self._encoder = PromptEncoder(
             folder,

@@ -81,7 +81,7 @@ def evaluate(run: Run, folder: RunFolder, step: int) -> None:
     """Evaluate on the held-out questions after a step, if there are any; every rank calls this.
 
     Raises:
-        JudgeError: On every rank, if the judge does not give verdicts.
+        GradingError: On every rank, if grading fails too often.
     """
     if not run.held_out:
         return
@@ -93,7 +93,7 @@ def evaluate(run: Run, folder: RunFolder, step: int) -> None:
         run.config.evaluation.num_rollouts,
         step,
     )
-    run.stages.check_judge()
+    run.stages.check_grading()
     result = summarise(groups, run.held_out, step, run.config.data.max_prompt_tokens)
     if parallel.rank() == 0:
         write_held_out_answers(folder, step, groups)

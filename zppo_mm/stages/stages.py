@@ -60,7 +60,7 @@ class Stages:
         schedule: Divides plain prompts into waves. The teacher is asked about each wave as soon as
             it is sampled.
         interruption: Drops a step before its update begins; later the step is finished.
-        check_judge: Ends the run if the judge does not give verdicts; every rank calls it.
+        check_grading: Ends the run if grading fails too often; every rank calls it.
     """
 
     seed: int
@@ -79,4 +79,4 @@ class Stages:
     learner: Learner
     schedule: PlainSchedule
     interruption: Interruption = field(default_factory=Interruption)
-    check_judge: Callable[[], None] = lambda: None
+    check_grading: Callable[[], None] = lambda: None
