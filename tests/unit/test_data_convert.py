@@ -17,7 +17,7 @@ from data.imports.convert import convert_jsonl
 from data.lint import lint
 from data.media.opening import MediaLimits, MediaOpener
 from data.shard_writer import write_shards
-from data.shards import ShardFolder
+from data.shards import ShardFolder, ShardReader
 from data.sources.rows import RowRules
 from data.tar_index import sidecar_path
 from data.toy.easy_vqa import ANSWER_KINDS, easy_vqa_samples
@@ -153,6 +153,26 @@ def test_lint_lists_every_problem(tmp_path: Path) -> None:
         "bad_shard",
         "duplicate_id",
     ]
+
+
+def test_own_answer_types_and_metadata_reach_the_questions(tmp_path: Path) -> None:
+    metadata = {"box": [1, 2.5], "name": "größer", "of": None}
+    file = write_lines(
+        tmp_path / "boxes.jsonl",
+        [good(0, answer_type="box", metadata=metadata), good(1, metadata="7"), good(2)],
+    )
+    with pytest.raises(DataError, match=r"got 'box', expected one of math, choice, open; .*reward"):
+        convert_jsonl(file, tmp_path / "no", health=SampleHealth(strict=True))
+    known = ("math", "choice", "open", "box")
+    convert_jsonl(file, tmp_path / "out", answer_types=known)
+    folder = ShardFolder(tmp_path / "out", ShardReader(known))
+    keys = folder.keys()
+    boxed, plain, none = (folder.question(*key) for key in keys)
+    assert (boxed.answer_type, json.loads(boxed.metadata)) == ("box", metadata)
+    assert (json.loads(plain.metadata), none.metadata) == ("7", "")
+    assert len({boxed, plain, none}) == 3, "questions are hashable"
+    assert [problem.reason for problem in lint([tmp_path / "out"])[1]] == ["unknown_answer_type"]
+    assert lint([tmp_path / "out"], answer_types=known) == (3, [])
 
 
 @pytest.mark.medium

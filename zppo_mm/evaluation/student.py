@@ -90,7 +90,7 @@ def build_student(config: RunConfig) -> Student:
     folder = student_folder(config.model)
     media = MediaStore(media_limits(config.data, folder))
     shared = Shared(config, media, grading.verifier, exchange)
-    encoder = shared.encoder(folder, config.model.chat_template_kwargs)
+    encoder = shared.student_encoder(folder)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     log_generation_prefixes(shared.encoders, templates.closing)
     model = load_model(config.model, config.parallel, folder, trainable=False)
@@ -139,6 +139,7 @@ def describe_student(config: RunConfig, student: Student) -> dict[str, Any]:
         },
         "closing": student.templates.closing,
         "chat_template_kwargs": config.model.chat_template_kwargs,
+        **({"system_prompt": config.model.system_prompt} if config.model.system_prompt else {}),
         "media": {name: getattr(config.data, name) for name in media},
         "judge": judged if student.grading.judge is not None else None,
         "reward_functions": {

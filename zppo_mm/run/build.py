@@ -102,7 +102,7 @@ def build_run(
     grading = build_grading(config, pool, exchange, modes, interruption.is_due)
     verifier = grading.verifier
     shared = Shared(config, media, verifier, exchange, open_media_cache(config.data))
-    encoder = shared.encoder(folder, config.model.chat_template_kwargs)
+    encoder = shared.student_encoder(folder)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     student = load_model(config.model, config.parallel, folder, trainable=True)
     add_lora(student, config.lora, config.seed)

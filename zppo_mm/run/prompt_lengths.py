@@ -37,6 +37,7 @@ class PromptLengths:
             lambda ref: self._media[ref],
             overrides=processor_overrides(config.data),
             chat_template_kwargs=config.model.chat_template_kwargs,
+            system_prompt=config.model.system_prompt,
         )
         self._templates = load_templates(config.zone.templates, self._encoder.chat.special_tokens)
 

@@ -44,7 +44,10 @@ class Shared:
     encoders: list[PromptEncoder] = field(default_factory=list)
 
     def encoder(
-        self, folder: Path, chat_template_kwargs: Mapping[str, object] | None = None
+        self,
+        folder: Path,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        system_prompt: str = "",
     ) -> PromptEncoder:
         """Return a prompt encoder whose opened media are dropped with the others'."""
         encoder = PromptEncoder(
@@ -52,10 +55,16 @@ class Shared:
             self.media.open,
             overrides=processor_overrides(self.config.data),
             chat_template_kwargs=chat_template_kwargs,
+            system_prompt=system_prompt,
             cache=self.cache,
         )
         self.encoders.append(encoder)
         return encoder
+
+    def student_encoder(self, folder: Path) -> PromptEncoder:
+        """Return the student's prompt encoder."""
+        model = self.config.model
+        return self.encoder(folder, model.chat_template_kwargs, model.system_prompt)
 
     def without_thinking(self, encoder: PromptEncoder) -> PromptEncoder:
         """Return an encoder whose chat template turns reasoning off; the same one if it does so
@@ -64,7 +73,7 @@ class Shared:
         if encoder.chat.prefix.thinking == "closed" or not encoder.chat.can_switch_thinking:
             return encoder
         variables = {**encoder.chat_template_kwargs, THINKING_SWITCH: False}
-        return self.encoder(encoder.folder, variables)
+        return self.encoder(encoder.folder, variables, encoder.system_prompt)
 
     def sampler(
         self,
