@@ -1,4 +1,4 @@
-"""Count good, bad and too long samples, name the bad ones, and stop a run that meets too many."""
+"""Count good, bad and left out samples, name the bad ones, and stop where too many are bad."""
 
 from __future__ import annotations
 
@@ -24,17 +24,27 @@ class SampleHealth:
 
     Attributes:
         num_good: Samples that could be used.
-        num_too_long: Samples that were left out for their length, neither good nor bad.
+        left_out: Samples that are neither good nor bad, by reason: too long, or without a judge.
         counts: Bad samples by reason.
         listed: The first bad samples: `(sample id, reason, detail)`.
     """
 
-    def __init__(self, max_bad_fraction: float = 0.05, strict: bool = False) -> None:
+    def __init__(
+        self,
+        max_bad_fraction: float = 0.05,
+        strict: bool = False,
+        *,
+        option: str = "data.max_bad_fraction",
+        at_end: bool = False,
+    ) -> None:
         """Start with nothing counted.
 
         Args:
             max_bad_fraction: Largest fraction of bad samples, checked once 20 samples were met.
             strict: Raise at the first bad sample.
+            option: What sets the fraction, for messages.
+            at_end: The samples are those of one file: the fraction is checked by `finish`, and
+                before it only whether anything is good at all.
 
         Raises:
             DataError: The fraction is not between 0 and 1.
@@ -46,8 +56,9 @@ class SampleHealth:
             )
         self.max_bad_fraction = max_bad_fraction
         self.strict = strict
+        self._option, self._at_end = option, at_end
         self.num_good = 0
-        self.num_too_long = 0
+        self.left_out: dict[str, int] = {}
         self.counts: dict[str, int] = {}
         self.listed: list[tuple[str, str, str]] = []
 
@@ -92,48 +103,80 @@ class SampleHealth:
             self.num_good = max(0, self.num_good - 1)
         if len(self.listed) < MAX_LISTED:
             self.listed.append((sample_id, reason, detail))
-        logger.warning("skipped sample %s: %s: %s", sample_id, reason, detail)
         if self.strict:
             raise DataError(
                 f"data: sample {sample_id} is bad ({reason}): {detail}; correct or remove it, or "
                 "run without strict"
             )
+        logger.warning("skipped sample %s: %s: %s", sample_id, reason, detail)
         self._check_fraction()
 
-    def too_long(self, sample_id: str, detail: str) -> None:
-        """Count a sample, counted by `good` before, that is left out for its length; the first is
-        named in the log.
+    def leave_out(
+        self, sample_id: str, reason: str, detail: str, *, was_good: bool = False
+    ) -> None:
+        """Count a sample that is left out although nothing is wrong with it; the first of each
+        reason is named in the log.
 
         Args:
-            sample_id: The question's id.
-            detail: Its length and the limit.
+            sample_id: The question's id, or where the sample lies.
+            reason: Short fixed name to count by.
+            detail: Why it is left out.
+            was_good: The sample was counted by `good` before.
         """
-        self.num_good = max(0, self.num_good - 1)
-        self.num_too_long += 1
-        if self.num_too_long == 1:
+        if was_good:
+            self.num_good = max(0, self.num_good - 1)
+        self.left_out[reason] = self.left_out.get(reason, 0) + 1
+        if self.left_out[reason] == 1:
             logger.warning(
-                "questions with too long a prompt are left out and counted, the first is %s: %s",
+                "skipped sample %s: %s: %s (no bad one; others are only counted)",
                 shown(sample_id, MAX_ID_LENGTH),
+                reason,
                 detail,
             )
 
+    def examples(self) -> str:
+        """Return what is wrong with the first bad samples; where each was named just above, only
+        that.
+        """
+        if self._at_end:
+            return "they are named above"
+        return "; ".join(detail for _, _, detail in self.listed[:5])
+
+    def finish(self) -> None:
+        """Check the fraction of bad samples after the last one.
+
+        Raises:
+            DataError: It is above `max_bad_fraction`, and there are enough samples to say so.
+        """
+        if self.num_good + self.num_bad >= MIN_SAMPLES:
+            self._raise_if_above()
+
     def _check_fraction(self) -> None:
-        if self.num_good + self.num_bad < MIN_SAMPLES or self.bad_fraction <= self.max_bad_fraction:
+        if not self._at_end:
+            self.finish()
+        elif self.num_bad == MAX_LISTED and self.num_good == 0:
+            self._raise_if_above()
+
+    def _raise_if_above(self) -> None:
+        if self.bad_fraction <= self.max_bad_fraction:
             return
+        message = (
+            f"data: too many bad samples, got {self.num_bad} of {self.num_good + self.num_bad} "
+            f"({self.bad_fraction:.1%}), expected at most {self.max_bad_fraction:.1%}; correct "
+            f"them or raise {self._option}"
+        )
+        if self._at_end:  # each was named just above
+            raise DataError(message)
         lines = [f"  {sample_id}: {reason}: {detail}" for sample_id, reason, detail in self.listed]
         if self.num_bad > len(self.listed):
             lines.append(f"  … and {self.num_bad - len(self.listed)} more")
-        raise DataError(
-            f"data: too many bad samples, got {self.num_bad} of {self.num_good + self.num_bad} "
-            f"({self.bad_fraction:.1%}), expected at most {self.max_bad_fraction:.1%}; correct "
-            "them or raise data.max_bad_fraction:\n" + "\n".join(lines)
-        )
+        raise DataError(f"{message}:\n" + "\n".join(lines))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters as JSON values."""
         return {
             "num_good": self.num_good,
-            "num_too_long": self.num_too_long,
+            "left_out": dict(self.left_out),
             "counts": dict(self.counts),
             "listed": [list(entry) for entry in self.listed],
         }
@@ -141,7 +184,7 @@ class SampleHealth:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from saved counters."""
         self.num_good = int(state["num_good"])
-        self.num_too_long = int(state.get("num_too_long", 0))
+        self.left_out = {str(reason): int(count) for reason, count in state["left_out"].items()}
         self.counts = {str(reason): int(count) for reason, count in state["counts"].items()}
         self.listed = [
             (str(sample_id), str(reason), str(detail))

@@ -1,17 +1,18 @@
-"""Check shards by the rules of reading, and list every problem instead of stopping at one."""
+"""Check sources by the rules of reading, and list every problem instead of stopping at one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from data.errors import DataError, MediaError, ReasonedError, shown
 from data.health import TOO_LONG
-from data.question import MediaKind, MediaRef, Question
+from data.question import ANSWER_TYPES, MediaKind, MediaRef, Question
 from data.shard_names import EXPECTED_SHARDS, list_shards
 from data.shards import ShardReader
+from data.source import ReadsMedia, Source
 from data.tar_index import read_sidecar, same_entries, scan_tar, sidecar_path
 
 BAD_SHARD = "bad_shard"
@@ -34,13 +35,25 @@ class Problem:
 class OpensMedia(Protocol):
     """Reads and opens a media file, and raises `MediaError` where it cannot."""
 
-    def read_ref(self, ref: MediaRef, reader: ShardReader) -> bytes:
+    def read_ref(self, ref: MediaRef, reader: ReadsMedia) -> bytes:
         """Return the file, within the size limit."""
         ...
 
     def open(self, content: bytes, kind: MediaKind) -> object:
         """Decode it."""
         ...
+
+
+class ReadsSamples(ReadsMedia, Protocol):
+    """Reads questions and their media."""
+
+    def question(self, shard: str, key: str) -> Question:
+        """Return the question of one sample; see `data.source.Source`."""
+        ...
+
+
+class ReadableSource(Source, ReadsMedia, Protocol):
+    """A source that is no folder of shards, opened."""
 
 
 class MeasuresPrompts(Protocol):
@@ -54,21 +67,31 @@ class MeasuresPrompts(Protocol):
 
 
 def lint(
-    folders: Sequence[str | Path],
+    folders: Sequence[str | Path | ReadableSource],
     opener: OpensMedia | None = None,
     prompts: MeasuresPrompts | None = None,
+    answer_types: Collection[str] = ANSWER_TYPES,
 ) -> tuple[int, list[Problem]]:
     """Return the number of samples and all problems of the folders of one run.
 
     Args:
-        folders: Folders whose question ids must not repeat, within one or between them.
+        folders: Folders of shards, and other sources. Their question ids must not repeat, within
+            one or between them.
         opener: Opens every media file; `None` skips that.
         prompts: Measures every question whose media are good; `None` skips that.
+        answer_types: Those that the run can grade.
     """
     num_samples = 0
     problems: list[Problem] = []
     first_with_id: dict[str, str] = {}
-    for folder in map(Path, folders):
+    for each in folders:
+        if not isinstance(each, str | Path):
+            samples = each.keys()
+            num_samples += len(samples)
+            for file, row in samples:
+                problems += _sample_problems(each, file, row, first_with_id, opener, prompts)
+            continue
+        folder = Path(each)
         try:
             shards, unread = list_shards(folder)
         except DataError as error:
@@ -82,7 +105,7 @@ def lint(
             for name, message in unread.items()
         ]
         for shard in shards:
-            reader = ShardReader()
+            reader = ShardReader(answer_types)
             problem = _shard_problem(reader, shard)
             if problem is not None:
                 problems.append(problem)
@@ -116,7 +139,7 @@ def _shard_problem(reader: ShardReader, shard: Path) -> Problem | None:
 
 
 def _sample_problems(
-    reader: ShardReader,
+    reader: ReadsSamples,
     shard: str,
     key: str,
     first_with_id: dict[str, str],
@@ -159,7 +182,7 @@ def _unreadable(where: str, error: DataError) -> Problem:
 
 
 def _open(
-    reader: ShardReader,
+    reader: ReadsMedia,
     reference: MediaRef,
     where: str,
     opener: OpensMedia,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeAlias
 
 from data.errors import DataError
 
-AnswerType = Literal["math", "choice", "open"]
+AnswerType: TypeAlias = str
+"""One of `ANSWER_TYPES`, or one that a run has a reward function of its own for."""
 MediaKind = Literal["image", "video"]
 
-ANSWER_TYPES: tuple[AnswerType, ...] = get_args(AnswerType)
+ANSWER_TYPES: tuple[AnswerType, ...] = ("math", "choice", "open")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Question:
         answer_type: How the answer is verified.
         choices: Option texts of a multiple-choice question, first is A.
         source: Name of the data source.
+        metadata: JSON of what else a reward function is to know; empty for nothing.
     """
 
     id: str
@@ -51,6 +53,7 @@ class Question:
     answer_type: AnswerType
     choices: tuple[str, ...] = ()
     source: str = ""
+    metadata: str = ""
 
     @property
     def modality(self) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ UNOPENED_EXTENSIONS = frozenset(_UNOPENED.split())
 MAX_CHOICES = 26
 FIELDS = ("id", "question", "answer", "answer_type", "choices", "source", "media")
 MAX_MEDIA = 1000
+MAX_METADATA_CHARS = 1 << 16
+"""The replay buffer and its checkpoints hold them."""
 PARTS = re.compile(r"([0-9]+)|([^0-9]+)")
 UNUSABLE_KEY = re.compile(
     "[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]|\\A/|(?:\\A|/)\\.\\.(?:/|\\Z)"
@@ -95,7 +98,13 @@ def is_usable_key(key: str) -> bool:
     return UNUSABLE_KEY.search(key) is None
 
 
-def parse_question(shard: str, key: str, content: bytes, extensions: Iterable[str]) -> Question:
+def parse_question(
+    shard: str,
+    key: str,
+    content: bytes,
+    extensions: Iterable[str],
+    answer_types: Collection[str] = ANSWER_TYPES,
+) -> Question:
     """Build the question of one sample.
 
     Args:
@@ -103,6 +112,7 @@ def parse_question(shard: str, key: str, content: bytes, extensions: Iterable[st
         key: Sample key.
         content: Bytes of KEY.json.
         extensions: Members of the sample, e.g. `("json", "0.jpg", "1.jpg")`.
+        answer_types: Those that can be graded.
 
     Raises:
         SampleError: A rule is broken; its `reason` says which.
@@ -112,17 +122,39 @@ def parse_question(shard: str, key: str, content: bytes, extensions: Iterable[st
         expected = "expected printable UTF-8 without leading / or .."
         raise SampleError("bad_key", f"{where}: key is not allowed, {expected}; rename it")
     fields = load_object(where, content)
-    answer_type = _answer_type(where, fields)
+    media = _media(where, shard, key, fields, dict.fromkeys(extensions))
+    return make_question(where, fields, media, answer_types)
+
+
+def make_question(
+    where: str,
+    fields: Mapping[str, Any],
+    media: tuple[MediaRef, ...],
+    answer_types: Collection[str] = ANSWER_TYPES,
+) -> Question:
+    """Build a question of the fields of KEY.json, wherever they were read.
+
+    Args:
+        where: File and key, for messages.
+        fields: All fields; `media` is not looked at.
+        media: Images and videos, in the order in which the prompt shows them.
+        answer_types: Those that can be graded.
+
+    Raises:
+        SampleError: A rule is broken; its `reason` says which.
+    """
+    answer_type = _answer_type(where, fields, answer_types)
     choices = _choices(where, fields, answer_type)
     answer = _text(where, fields, "answer")
     question = Question(
         id=_text(where, fields, "id"),
         text=_text(where, fields, "question"),
-        media=_media(where, shard, key, fields, dict.fromkeys(extensions)),
+        media=media,
         answer=_right_letter(where, answer, choices) if choices else answer,
         answer_type=answer_type,
         choices=choices,
         source=_text(where, fields, "source", optional=True),
+        metadata=_metadata(where, fields),
     )
     if not question.media:
         check_fields(where, fields, has_media=False)
@@ -162,16 +194,29 @@ def _text(where: str, fields: Mapping[str, Any], name: str, *, optional: bool = 
     )
 
 
-def _answer_type(where: str, fields: Mapping[str, Any]) -> AnswerType:
+def _answer_type(
+    where: str, fields: Mapping[str, Any], answer_types: Collection[str]
+) -> AnswerType:
     value = fields.get("answer_type")
-    for answer_type in ANSWER_TYPES:
-        if value == answer_type:
-            return answer_type
-    expected = ", ".join(ANSWER_TYPES)
+    if isinstance(value, str) and value in answer_types:
+        return value
     raise SampleError(
         "unknown_answer_type",
-        f"{where}: unknown answer_type, got {reprlib.repr(value)}, expected one of {expected}; "
-        "correct it",
+        f"{where}: unknown answer_type, got {reprlib.repr(value)}, expected one of "
+        f"{', '.join(answer_types)}; correct it, or give reward.functions one for it",
+    )
+
+
+def _metadata(where: str, fields: Mapping[str, Any]) -> str:
+    """Return the field `metadata`, any JSON value, as text."""
+    value = fields.get("metadata")
+    text = "" if value is None else json.dumps(value, ensure_ascii=False)
+    if len(text) <= MAX_METADATA_CHARS:
+        return text
+    raise SampleError(
+        "bad_field",
+        f"{where}: field metadata is too long, got {len(text)} characters of JSON, expected at "
+        f"most {MAX_METADATA_CHARS}; leave out what the reward does not need",
     )
 
 

@@ -24,7 +24,9 @@ UNFINISHED = re.compile(
 )
 # What a writer that was killed leaves behind.
 OWN_LEFTOVER = re.compile(r"shard-[0-9]{6,}\.tar(?:\.tmp|\.tmp\.idx\.json|\.idx\.json)")
-EXPECTED_SHARDS = "expected *.tar; write some with tools/make_shards.py"
+EXPECTED_SHARDS = (
+    "expected *.tar, or *.jsonl, *.parquet, *.arrow; write shards with tools/make_shards.py"
+)
 
 
 def list_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:

@@ -6,13 +6,13 @@ import hashlib
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import overload
 
 from data.errors import DataError, SampleError, shown
-from data.question import MediaRef, Question
+from data.question import ANSWER_TYPES, MediaRef, Question
 from data.sample import parse_question
 from data.shard_names import EXPECTED_SHARDS, list_shards
 from data.tar_index import Member, TarIndex, check_header, load_index
@@ -23,9 +23,14 @@ MAX_QUESTION_BYTES = 1 << 24
 
 
 class ShardReader:
-    """Reads any member of any shard by (shard, key); safe to use from several threads."""
+    """Reads any member of any shard by (shard, key); safe to use from several threads.
 
-    def __init__(self) -> None:
+    Args:
+        answer_types: Those that can be graded; other questions are bad samples.
+    """
+
+    def __init__(self, answer_types: Collection[str] = ANSWER_TYPES) -> None:
+        self._answer_types = answer_types
         self._indexes: dict[str, TarIndex] = {}
         self._descriptors: dict[str, int] = {}
 
@@ -64,7 +69,8 @@ class ShardReader:
             got = f"got members {got}, expected json"
             message = f"{shard}:{shown(key)}: the sample has no question, {got}; add it"
             raise SampleError("missing_json", message)
-        return parse_question(shard, key, content, [member.extension for member in members])
+        extensions = [member.extension for member in members]
+        return parse_question(shard, key, content, extensions, self._answer_types)
 
     def media_bytes(self, ref: MediaRef) -> bytes:
         """Return the content of a media file, undecoded.
@@ -138,11 +144,11 @@ class ShardReader:
 
 
 class SampleKeys(Sequence[tuple[str, str]]):
-    """All `(shard, key)` of a folder in fixed order, without a list of pairs in memory."""
+    """All `(shard, key)` of a source in fixed order, without a list of pairs in memory."""
 
-    def __init__(self, keys: dict[str, list[str]]) -> None:
+    def __init__(self, keys: Mapping[str, Sequence[str]]) -> None:
         self._shards = list(keys)
-        self._keys = list(keys.values())
+        self._keys: list[Sequence[str]] = list(keys.values())
         self._ends = list(accumulate(map(len, self._keys)))
 
     def __len__(self) -> int:

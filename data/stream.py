@@ -16,7 +16,7 @@ import numpy.typing as npt
 from data.errors import DataError, SampleError
 from data.health import SampleHealth
 from data.question import Question
-from data.shards import ShardFolder
+from data.source import Source
 
 STATE_VERSION = 2
 
@@ -31,14 +31,14 @@ class QuestionStream:
 
     def __init__(
         self,
-        sources: Sequence[tuple[ShardFolder, float]],
+        sources: Sequence[tuple[Source, float]],
         seed: int,
         health: SampleHealth | None = None,
     ) -> None:
         """Start at the first question.
 
         Args:
-            sources: Folders with their relative weights.
+            sources: With their relative weights.
             seed: Seed of the order.
             health: Counts good and bad samples; by default one with its default limits.
 
@@ -47,8 +47,7 @@ class QuestionStream:
         """
         if not sources:
             raise DataError(
-                "QuestionStream: no sources, expected at least one folder of shards; name it under "
-                "data.train"
+                "QuestionStream: no sources, expected at least one; name it under data.train"
             )
         for folder, weight in sources:
             if not (math.isfinite(weight) and weight > 0):
@@ -58,7 +57,7 @@ class QuestionStream:
                 )
             if len(folder) == 0:
                 raise DataError(
-                    f"QuestionStream: {folder.path}: the shards hold no samples; write them again"
+                    f"QuestionStream: {folder.path}: it holds no samples; write it again"
                 )
         total = sum(weight for _, weight in sources)
         self._folders = [folder for folder, _ in sources]

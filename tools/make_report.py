@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from data.media.opening import MediaLimits, MediaOpener
-from data.shards import ShardReader
+from data.sources.reader import SourceReader
 from zppo_mm.report.page import write_report
 
 
@@ -24,7 +24,7 @@ def main() -> None:
             f"make_report: no such folder, got {arguments.run_folder}, expected a run's folder; "
             "give the one under runs/"
         )
-    reader, opener = ShardReader(), MediaOpener(MediaLimits())
+    reader, opener = SourceReader(), MediaOpener(MediaLimits())
     try:
         path = write_report(
             arguments.run_folder,

@@ -8,7 +8,7 @@ import argparse
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,10 @@ from data.imports.convert import convert_jsonl
 from data.lint import lint
 from data.media.opening import MediaLimits, MediaOpener
 from data.media.sampling import FrameSampling
+from data.question import ANSWER_TYPES
+from data.sources.listing import list_tables
+from data.sources.rows import RowRules
+from data.sources.tables import TableSource
 from data.text import clean_text
 from zppo_mm.errors import ZppoError
 
@@ -28,12 +32,13 @@ if TYPE_CHECKING:
 
 CHECKED_FRAMES = 64
 """Of a video, evenly spread; how many a run takes is up to its model folder."""
-CONVERT_HELP = """Turn JSON lines and media files into webdataset shards with an index.
+CONVERT_HELP = """Turn JSON lines or a Parquet file, and media files, into webdataset shards with an
+index.
 
 Each line: {"id": …, "question": …, "answer": …, "answer_type": "math" | "choice" | "open",
-"choices": […], "source": …, "media": ["path", …]}.
-Choices, source, media and id are optional. The answer to a choice question is the
-letter or text of an option. Details: docs/data.md.
+"choices": […], "source": …, "media": ["path", …], "metadata": …}.
+Media may also be in image, images, video, videos. Only question and answer must be there.
+The answer to a choice question is the letter or text of an option. Details: docs/data.md.
 
 Other commands, each with its own --help:
   make_shards.py benchmark FILE OUT_DIR   convert a benchmark file
@@ -66,6 +71,18 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def add_answer_types(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says which answer types the run has reward functions for."""
+    parser.add_argument(
+        "--answer-type",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="answer type of a reward function of your own, beside "
+        f"{', '.join(ANSWER_TYPES)}; may be given several times",
+    )
+
+
 def opener_of(arguments: argparse.Namespace) -> MediaOpener | None:
     """Return what opens the media, none with `--no-decode`."""
     if arguments.no_decode:
@@ -92,6 +109,7 @@ def conversion_options(
             "source": arguments.input,
             "opener": opener,
             "health": health,
+            "answer_types": (*ANSWER_TYPES, *arguments.answer_type),
             **{name: getattr(arguments, name) for name in names},
         }
     finally:
@@ -129,6 +147,7 @@ def conversion_parser(prog: str, description: str, source: str) -> argparse.Argu
         action="store_true",
         help="allow links below the media root to lead out of it",
     )
+    add_answer_types(parser)
     add_limits(parser)
     return parser
 
@@ -152,6 +171,31 @@ def add_format(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_rules(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what the columns of a table are."""
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        type=field,
+        default=[],
+        metavar="PART=COLUMN",
+        help="columns of tables, as in data.train[].columns",
+    )
+    parser.add_argument(
+        "--default-answer-type",
+        default="",
+        metavar="TYPE",
+        help="of rows of tables that name none (default: choice with choices, else math)",
+    )
+
+
+def health_of(arguments: argparse.Namespace) -> SampleHealth:
+    """Return what counts the samples of a file and judges their bad ones at its end."""
+    return SampleHealth(
+        arguments.max_bad_fraction, arguments.strict, option="--max-bad-fraction", at_end=True
+    )
+
+
 def field(text: str) -> tuple[str, str]:
     """Read one `PART=COLUMN`."""
     part, equals, column = text.partition("=")
@@ -171,27 +215,39 @@ def skipped(health: SampleHealth) -> str:
 def run_lint(argv: list[str]) -> int:
     """List all problems; exit status 1 if there are any."""
     parser = argparse.ArgumentParser(
-        prog="make_shards.py lint", description="List every problem of the shards in some folders."
+        prog="make_shards.py lint", description="List every problem of some sources."
     )
     parser.add_argument(
-        "folders",
-        nargs="+",
-        metavar="FOLDER",
-        help="all shard folders of one run, so that repeated ids are found",
+        "sources",
+        nargs="*",
+        metavar="SOURCE",
+        help="all sources of one run, so that repeated ids are found: folders of shards, files or "
+        "folders of *.jsonl, *.parquet, *.arrow; with --config by default those that it names",
     )
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="configuration of the run: its media limits are used, and prompts over its "
-        "data.max_prompt_tokens are counted",
+        help="configuration of the run: its media limits and reward functions are used, and "
+        "prompts over its data.max_prompt_tokens are counted",
     )
+    add_rules(parser)
+    parser.add_argument(
+        "--media-root", default="", metavar="DIR", help="folder that paths in tables start from"
+    )
+    add_answer_types(parser)
     add_limits(parser)
     arguments = parser.parse_args(argv)
     if arguments.config and arguments.no_decode:
         parser.error("--config needs the media; leave out --no-decode")
+    if not (arguments.config or arguments.sources):
+        parser.error("no sources; name them, or a run with --config")
     prompts = prompt_lengths(arguments.config) if arguments.config else None
     opener = opener_of(arguments) if prompts is None else MediaOpener(prompts.media_limits)
-    num_samples, problems = lint(arguments.folders, opener, prompts)
+    known = (
+        *(ANSWER_TYPES if prompts is None else prompts.answer_types),
+        *arguments.answer_type,
+    )
+    num_samples, problems = lint(linted_sources(arguments, known), opener, prompts, known)
     if opener is not None:
         opener.close()
     for problem in problems:
@@ -209,6 +265,33 @@ def run_lint(argv: list[str]) -> int:
     return 1 if bad else 0
 
 
+def linted_sources(
+    arguments: argparse.Namespace, answer_types: Collection[str]
+) -> list[str | TableSource]:
+    """Return folders of shards, which lint reads shard by shard, and opened tables."""
+    if not arguments.sources:
+        from zppo_mm.config.load import load_config
+
+        data = load_config(arguments.config).data
+        given = [
+            (source.path, source.columns, source.answer_type, source.media_root)
+            for source in (*data.train, *data.held_out)
+        ]
+    else:
+        options = (dict(arguments.columns), arguments.default_answer_type, arguments.media_root)
+        given = [(path, *options) for path in arguments.sources]
+    sources: list[str | TableSource] = []
+    for path, columns, answer_type, root in given:
+        listing = list_tables(path)
+        rules = RowRules(columns, answer_type)
+        sources.append(
+            path
+            if listing is None
+            else TableSource(path, listing, rules, root or None, answer_types)
+        )
+    return sources
+
+
 def prompt_lengths(file: str) -> PromptLengths:
     """Return what measures the prompts of a run."""
     # transformers is imported only where it is needed.
@@ -220,7 +303,8 @@ def prompt_lengths(file: str) -> PromptLengths:
 
 def run_convert(argv: list[str]) -> int:
     """Write shards; bad samples are skipped, named and counted."""
-    parser = conversion_parser("make_shards.py", CONVERT_HELP, "INPUT.jsonl")
+    parser = conversion_parser("make_shards.py", CONVERT_HELP, "INPUT")
+    add_rules(parser)
     parser.add_argument(
         "--samples-per-shard",
         type=int,
@@ -229,9 +313,12 @@ def run_convert(argv: list[str]) -> int:
         help="maximum samples of one shard (default: %(default)s)",
     )
     arguments = parser.parse_args(argv)
-    health = SampleHealth(arguments.max_bad_fraction, arguments.strict)
+    health = health_of(arguments)
+    rules = RowRules(dict(arguments.columns), arguments.default_answer_type)
     with conversion_options(arguments, health) as options:
-        shards = convert_jsonl(**options, samples_per_shard=arguments.samples_per_shard)
+        shards = convert_jsonl(
+            **options, rules=rules, samples_per_shard=arguments.samples_per_shard
+        )
     print(f"{health.num_good} samples in {len(shards)} shards, {skipped(health)}")
     return 0
 
@@ -241,7 +328,7 @@ def run_benchmark(argv: list[str]) -> int:
     parser = conversion_parser("make_shards.py benchmark", BENCHMARK_HELP, "FILE")
     add_format(parser)
     arguments = parser.parse_args(argv)
-    health = SampleHealth(arguments.max_bad_fraction, arguments.strict)
+    health = health_of(arguments)
     with conversion_options(arguments, health) as options:
         conversion = convert_benchmark(
             **options, format_name=arguments.format, fields=dict(arguments.fields)

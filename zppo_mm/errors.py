@@ -13,8 +13,8 @@ class CheckpointError(ZppoError):
     """A checkpoint is missing, incomplete or does not fit."""
 
 
-class JudgeError(ZppoError):
-    """The judge does not give verdicts, and the run is not to go on with it."""
+class GradingError(ZppoError):
+    """The judge or a reward function fails too often, and the run is not to go on with it."""
 
 
 class NotFiniteError(ZppoError):

@@ -33,11 +33,22 @@ NO_TOKEN = -1
 """Stands where a token could be and none is; no token has this id."""
 
 
-def is_correct(reward: float | None) -> bool:
-    """Return whether a response with this reward is correct: it has the full one. `None` is a
+ACCURACY = "accuracy"
+"""The part of a reward that says how right a response is, whatever else is rewarded."""
+
+
+def accuracy_of(reward: float, parts: Mapping[str, float]) -> float:
+    """Return how right a response is: the accuracy part of its reward, or the reward itself if that
+    has no such part.
+    """
+    return parts.get(ACCURACY, reward)
+
+
+def is_correct(accuracy: float | None) -> bool:
+    """Return whether a response with this accuracy is correct: it has the full one. `None` is a
     response that could not be graded.
     """
-    return reward is not None and reward >= 1
+    return accuracy is not None and accuracy >= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +58,7 @@ class Candidate:
     Attributes:
         text: The text as shown, special tokens escaped.
         source: Who wrote the response that was compressed.
-        correct: Whether the compressed response had reward 1.
+        correct: Whether the compressed response was correct.
         answer: Its parsed final answer, `None` if it had none.
     """
 
@@ -159,6 +170,7 @@ class Rollout:
             teacher text.
         teacher_top: `[response, k]`, if the teacher returned its log-probs with its answer.
         versions: Which weights drew its tokens, in order, if they were not all the same.
+        parts: Of the reward, by name; empty unless a reward function names some.
     """
 
     response_ids: IntArray
@@ -171,11 +183,17 @@ class Rollout:
     author: Literal["teacher", "student"] = "student"
     teacher_top: TopLogprobs | None = None
     versions: tuple[VersionSpan, ...] = ()
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> float:
+        """How right it is, in [0, 1]: what hardness, graduation and candidates go by."""
+        return accuracy_of(self.reward, self.parts)
 
     @property
     def is_correct(self) -> bool:
-        """Whether it has the full reward of 1."""
-        return is_correct(self.reward)
+        """Whether it has the full accuracy of 1."""
+        return is_correct(self.accuracy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +232,8 @@ class Group:
 
     @property
     def accuracy(self) -> float:
-        """Mean reward over the rollouts, the method's r-bar."""
-        return sum(rollout.reward for rollout in self.rollouts) / len(self.rollouts)
+        """Mean accuracy over the rollouts, the method's r-bar."""
+        return sum(rollout.accuracy for rollout in self.rollouts) / len(self.rollouts)
 
     @property
     def rewards_differ(self) -> bool:

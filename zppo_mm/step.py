@@ -48,7 +48,7 @@ def run_step(stages: Stages, step: int) -> StepRecord:
     Raises:
         TeacherLostError: On every rank, before anything but the stream was moved, if the teacher
             does not answer.
-        JudgeError: The same, if the judge does not give verdicts.
+        GradingError: The same, if grading fails too often.
         RolloutServersLostError: The same, if no server samples any more.
         StopRequested: The same, if the run is to end.
     """
@@ -63,7 +63,7 @@ def run_step(stages: Stages, step: int) -> StepRecord:
         for each in rounds:
             # A further teacher that is asked now can answer during the update.
             each.pending.poll()
-    stages.check_judge()
+    stages.check_grading()
     start_next(stages, rounds, step, metrics)
 
     advantages = advantages_by_uid(selected.groups, stages.advantage_normalization)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from zppo_mm.config.schema import RunConfig
-from zppo_mm.errors import JudgeError, RolloutServersLostError, ZppoError
+from zppo_mm.errors import GradingError, RolloutServersLostError, ZppoError
 from zppo_mm.interruption import Interruption, StopRequested
 from zppo_mm.observability.logs import configure_logging
 from zppo_mm.observability.sinks import MetricsLog
@@ -86,7 +86,7 @@ def train_steps(run: Run, folder: RunFolder) -> None:
     Raises:
         RunStopped: On every rank, with a checkpoint of the last complete step.
         TeacherLostError: The same, if the teacher does not answer.
-        JudgeError: The same, if the judge does not give verdicts.
+        GradingError: The same, if grading fails too often.
         RolloutServersLostError: The same, if no server samples any more.
     """
     train_iters, interruption = run.config.train.train_iters, run.stages.interruption
@@ -123,7 +123,7 @@ def finish_step(
         ParityError: On every rank, with a checkpoint, if sampling and training disagree.
         TeacherLostError: On every rank, with a checkpoint, if the step is the last that the teacher
             answered in.
-        JudgeError: The same, if the judge does not give verdicts in the evaluation.
+        GradingError: The same, if grading fails too often in the evaluation.
         RolloutServersLostError: The same, if no server samples any more in the evaluation.
     """
     config, step = run.config, record.step
@@ -134,7 +134,7 @@ def finish_step(
         with record.metrics.phase("evaluation"), suppress(StopRequested):
             try:
                 evaluate(run, folder, step)
-            except (JudgeError, RolloutServersLostError) as error:
+            except (GradingError, RolloutServersLostError) as error:
                 end = error
     run.release_memory()
     record_step(run, folder, record, time.perf_counter() - started, log)

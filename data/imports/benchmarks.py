@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, islice
@@ -24,9 +24,9 @@ from data.imports.convert import keep_good
 from data.imports.directives import without_directives
 from data.imports.row_view import RowView, split_columns
 from data.imports.tables import Row, read_rows
-from data.media.files import MediaFolder
 from data.media.opening import MediaLimits, MediaOpener
 from data.media.signatures import file_ending
+from data.media_folder import MediaFolder
 from data.question import ANSWER_TYPES, MediaKind
 from data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardSample
 from data.shard_writer import write_shards
@@ -81,6 +81,7 @@ def convert_benchmark(
     max_media_bytes: int | None = None,
     opener: MediaOpener | None = None,
     health: SampleHealth | None = None,
+    answer_types: Collection[str] = ANSWER_TYPES,
     overwrite: bool = False,
 ) -> Conversion:
     """Write one sample per row; rows that cannot be used are named, counted by reason and left out.
@@ -96,6 +97,7 @@ def convert_benchmark(
         max_media_bytes: Largest medium that is read; by default that of `MediaLimits`.
         opener: Opens every media file to see whether it can be opened; `None` skips that.
         health: Counts, and stops when too many are bad.
+        answer_types: Those that can be graded.
         overwrite: Remove shards that lie in `out_dir`.
 
     Raises:
@@ -107,7 +109,7 @@ def convert_benchmark(
     folder = MediaFolder(
         source.parent if media_root is None else media_root, limit, follow_links=follow_links
     )
-    counted = health if health is not None else SampleHealth()
+    counted = health if health is not None else SampleHealth(at_end=True)
     rows = read_rows(source)
     first = list(islice(rows, ROWS_LOOKED_AT))
     present = {column for _, row in first if isinstance(row, Mapping) for column in row}
@@ -116,9 +118,10 @@ def convert_benchmark(
     makers = _makers(source, folder, FORMATS[name], columns, chain(first, rows), stripped)
     if overwrite:
         (target / CONVERSION_FILE).unlink(missing_ok=True)
-    written = write_shards(target, keep_good(source, makers, opener, counted), overwrite=overwrite)
+    samples = keep_good(source, makers, opener, counted, answer_types)
+    written = write_shards(target, samples, overwrite=overwrite)
     if not written:
-        listed = "; ".join(detail for _, _, detail in counted.listed[:5]) or "the file has no rows"
+        listed = counted.examples() if counted.num_bad else "the file has no rows"
         raise DataError(
             f"{source}: no row can be used as {name}, got {counted.counts}, expected at least one; "
             f"correct them: {listed}"

@@ -1,20 +1,24 @@
-"""JSON lines and media files into shards, checked on the way."""
+"""JSON lines, Parquet and media files into shards, checked on the way."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 from data.errors import DataError, MediaError, SampleError
 from data.health import SampleHealth
-from data.imports.tables import read_lines
-from data.json_text import load_object
-from data.media.files import MediaFolder
+from data.imports.tables import Row, read_rows, table_kind
 from data.media.opening import MediaLimits, MediaOpener
-from data.sample import ShardSample, check_fields, media_kind, parse_question
+from data.media.signatures import file_ending
+from data.media_folder import MediaFolder
+from data.question import ANSWER_TYPES
+from data.sample import ShardSample, media_kind, parse_question
 from data.shard_writer import write_shards
+from data.sources.rows import Medium, RowRules, content_of, question_fields
+
+BINARY_TABLES = (".parquet", ".arrow")
 
 
 def convert_jsonl(
@@ -26,16 +30,19 @@ def convert_jsonl(
     max_media_bytes: int | None = None,
     opener: MediaOpener | None = None,
     health: SampleHealth | None = None,
+    rules: RowRules | None = None,
+    answer_types: Collection[str] = ANSWER_TYPES,
     samples_per_shard: int = 1000,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write one sample per line of a JSON lines file; bad ones are skipped and counted.
+    """Write one sample per line of a JSON lines file, or row of a Parquet or Arrow file; bad ones
+    are skipped and counted.
 
-    A line has the fields of KEY.json, but `media` lists paths of files. A missing `id` becomes
-    `<file name>/<line number>`.
+    A line has the fields of KEY.json, but media are given as in `data.sources.rows`. A missing `id`
+    becomes `<file name>/<line number>`.
 
     Args:
-        source: The JSON lines file, UTF-8.
+        source: The file.
         out_dir: Folder for the shards.
         media_root: What relative media paths start from, and no path leaves; by default the folder
             of `source`.
@@ -43,6 +50,8 @@ def convert_jsonl(
         max_media_bytes: Largest media file that is read; by default that of `MediaLimits`.
         opener: Opens every media file to see whether it can be opened; `None` skips that.
         health: Counts, and stops when too many are bad.
+        rules: What the columns are.
+        answer_types: Those that the run can grade.
         samples_per_shard: Most samples of one shard.
         overwrite: Remove shards that lie in `out_dir`.
 
@@ -56,24 +65,36 @@ def convert_jsonl(
     path = Path(source)
     if not path.is_file():
         raise DataError(
-            f"{path}: no such file, expected JSON lines; give its path as seen from here"
+            f"{path}: no such file, expected JSON lines or Parquet; give its path as seen from here"
         )
     limit = MediaLimits().max_bytes if max_media_bytes is None else max_media_bytes
     folder = MediaFolder(
         path.parent if media_root is None else media_root, limit, follow_links=follow_links
     )
-    counted = health if health is not None else SampleHealth()
-    samples = keep_good(path, _lines(path, folder), opener, counted)
+    counted = health if health is not None else SampleHealth(at_end=True)
+    makers = _makers(path, rules or RowRules(), folder)
+    samples = keep_good(path, makers, opener, counted, answer_types)
     written = write_shards(out_dir, samples, samples_per_shard, overwrite=overwrite)
     if not written:
-        listed = "; ".join(detail for _, _, detail in counted.listed) or "the file is empty"
-        raise DataError(f"{path}: no good sample, expected at least one; correct them: {listed}")
+        found = counted.examples() if counted.num_bad else "the file is empty"
+        raise DataError(f"{path}: no good sample, expected at least one; correct them: {found}")
     return written
 
 
-def _lines(source: Path, folder: MediaFolder) -> Iterator[tuple[int, Callable[[], ShardSample]]]:
-    for number, line in read_lines(source):
-        yield number, partial(_sample, f"{source}:{number}", source.stem, number, line, folder)
+def _makers(
+    source: Path, rules: RowRules, folder: MediaFolder
+) -> Iterator[tuple[int, Callable[[], ShardSample]]]:
+    kind = table_kind(source)
+    if kind in (".json", ".csv", ".tsv"):
+        raise DataError(
+            f"{source}: no lines of JSON, got {kind}, expected *.jsonl, *.parquet or *.arrow; "
+            f"python tools/make_shards.py benchmark {source} FOLDER reads it"
+        )
+    if kind not in BINARY_TABLES:
+        kind = ".jsonl"
+    keep = kind == ".jsonl"
+    for number, row in read_rows(source, kind):
+        yield number, partial(_sample, source, number, row, rules, folder, keep)
 
 
 def keep_good(
@@ -81,6 +102,7 @@ def keep_good(
     samples: Iterable[tuple[int, Callable[[], ShardSample]]],
     opener: MediaOpener | None,
     health: SampleHealth,
+    answer_types: Collection[str] = ANSWER_TYPES,
 ) -> Iterator[ShardSample]:
     """Yield the samples that can be made and read again; the others, and those whose id was met
     before, are counted.
@@ -90,13 +112,14 @@ def keep_good(
         samples: Number of a row, and what makes its sample or raises.
         opener: Opens every media file; `None` skips that.
         health: Counts, and stops when too many are bad.
+        answer_types: Those that the run can grade.
     """
     first_row: dict[str, int] = {}
     for number, make in samples:
         where = f"{source}:{number}"
         try:
             sample = make()
-            _check(str(source), number, sample, opener)
+            _check(str(source), number, sample, opener, answer_types)
             question_id = sample.question["id"]
             if first_row.setdefault(question_id, number) != number:
                 raise SampleError(
@@ -109,39 +132,64 @@ def keep_good(
             continue
         health.good()
         yield sample
+    health.finish()
 
 
 def _sample(
-    where: str, stem: str, number: int, line: bytes | SampleError, folder: MediaFolder
+    source: Path,
+    number: int,
+    row: Row | SampleError,
+    rules: RowRules,
+    folder: MediaFolder,
+    keep: bool,
 ) -> ShardSample:
-    """Return one line with its media files read."""
-    if isinstance(line, SampleError):
-        raise line
-    fields = load_object(where, line)
-    paths = fields.get("media")
-    paths = [] if paths is None else paths
-    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise SampleError(
-            "bad_field",
-            f"{where}: field media is wrong, got {paths!r:.200}, expected a list of paths; correct "
-            "it",
-        )
-    check_fields(where, fields, has_media=bool(paths))
-    media = []
-    for index, path in enumerate(paths):
-        suffix = Path(path).suffix[1:].lower()
-        if media_kind(suffix) is None:
+    """Return one row with its media read; `keep` lets fields that are not read stay in KEY.json."""
+    if isinstance(row, SampleError):
+        raise row
+    where = f"{source}:{number}"
+    fields, media = question_fields(where, row, rules, f"{source.stem}/{number}")
+    if keep:
+        fields = {name: row[name] for name in row.keys() - rules.read()} | fields
+    files: list[tuple[str, bytes]] = []
+    for index, medium in enumerate(media):
+        ending, content = _load(where, medium, folder)
+        files.append((ending if len(media) == 1 else f"{index}.{ending}", content))
+        folder.check_total(where, files)
+    fields["media"] = [extension for extension, _ in files]
+    return ShardSample(key=f"{number:09d}", question=fields, media=files)
+
+
+def _load(where: str, medium: Medium, folder: MediaFolder) -> tuple[str, bytes]:
+    """Return ending and content of a medium; without a name of its own, the ending is that of its
+    content.
+    """
+    if medium.path is not None:
+        if medium.ending and media_kind(medium.ending) is None:
             expected = "expected e.g. .jpg, .png, .mp4; convert the file"
             raise SampleError(
-                "unknown_media", f"{where}: unknown kind of media, got {path!r:.200}, {expected}"
+                "unknown_media",
+                f"{where}: unknown kind of media, got {medium.path!r:.200}, {expected}",
             )
-        media.append((suffix if len(paths) == 1 else f"{index}.{suffix}", folder.read(where, path)))
-        folder.check_total(where, media)
-    fields = {"id": f"{stem}/{number}", **fields, "media": [extension for extension, _ in media]}
-    return ShardSample(key=f"{number:09d}", question=fields, media=media)
+        content = folder.read(where, medium.path)
+        return medium.ending or file_ending(medium.kind, content), content
+    try:
+        held = content_of(medium.value)
+    except ValueError as error:
+        raise SampleError(
+            "bad_field", f"{where}: column {medium.column} is no base64 ({error}); write it again"
+        ) from error
+    assert held is not None, "a medium without a path has content"
+    folder.check_size(f"{where}: column {medium.column}", len(held))
+    return file_ending(medium.kind, held), held
 
 
-def _check(source: str, number: int, sample: ShardSample, opener: MediaOpener | None) -> None:
+def _check(
+    source: str,
+    number: int,
+    sample: ShardSample,
+    opener: MediaOpener | None,
+    answer_types: Collection[str],
+) -> None:
     """Raise what reading the sample from its shard would raise."""
     try:
         content = json.dumps(dict(sample.question)).encode()
@@ -149,9 +197,8 @@ def _check(source: str, number: int, sample: ShardSample, opener: MediaOpener | 
         raise SampleError(
             "bad_json", f"{source}:{number}: its fields cannot be written ({error}); correct them"
         ) from error
-    question = parse_question(
-        source, str(number), content, (extension for extension, _ in sample.media)
-    )
+    extensions = (extension for extension, _ in sample.media)
+    question = parse_question(source, str(number), content, extensions, answer_types)
     if opener is not None:
         for reference, (_, media) in zip(question.media, sample.media, strict=True):
             opener.open(media, reference.kind)

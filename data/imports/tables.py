@@ -1,38 +1,50 @@
-"""Rows of a table file: JSON, JSON lines, CSV, TSV or Parquet."""
+"""Rows of a table file: JSON, JSON lines, CSV, TSV, Parquet or Arrow."""
 
 from __future__ import annotations
 
 import csv
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from data.errors import DataError, SampleError
 from data.json_text import TEXT_RULE, InvalidText, check_texts, load_json, load_object
+from data.sources.arrow import open_arrow
+from data.sources.arrow_values import class_labels, with_labels
+from data.sources.json_lines import MAX_LINE_BYTES, lines_of, too_long
+from data.sources.parquet import open_parquet
+from data.sources.rows import check_names
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch, Schema
-    from pyarrow.parquet import ParquetFile
 
-TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
+MAGIC = {b"PAR1": ".parquet", b"ARRO": ".arrow"}
 PARQUET_BATCH = 32
 """Rows of a Parquet file in memory at once; each may hold pictures."""
 
-MAX_LINE_BYTES = 1 << 29
 MAX_JSON_BYTES = 4 << 30
 
 Row = Mapping[str, Any]
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
+def table_kind(path: Path) -> str:
+    """Return the suffix that says how a file is read: by its first bytes, or else its own."""
+    with path.open("rb") as file:
+        return MAGIC.get(file.read(4), path.suffix.lower())
+
+
+def read_rows(path: Path, kind: str = "") -> Iterator[tuple[int, Row | SampleError]]:
     """Yield number, from 1, and columns of every row; a row that cannot be read comes as its error,
     so that it can be counted.
 
     A JSON file holds a list of objects, or one object of objects, whose names become the column
     `id` where they have none.
+
+    Args:
+        path: The file.
+        kind: One of `TABLE_SUFFIXES`; by default its own.
 
     Raises:
         DataError: The file is missing, of no known kind, or cannot be read as a whole.
@@ -48,8 +60,9 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
         ".csv": _separated,
         ".tsv": _separated,
         ".parquet": _parquet,
+        ".arrow": _arrow,
     }
-    reader = readers.get(path.suffix.lower())
+    reader = readers.get(kind or path.suffix.lower())
     if reader is None:
         raise DataError(
             f"{path}: unknown kind of table, got {path.suffix!r}, expected one of "
@@ -67,19 +80,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes | SampleError]]:
     as its error.
     """
     with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES):
-            number += 1
-            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
-                    pass
-                expected = f"expected at most {MAX_LINE_BYTES} bytes; put its media into files"
-                yield (
-                    number,
-                    SampleError("oversized", f"{path}:{number}: the line is too long, {expected}"),
-                )
-            elif line.strip():
-                yield number, line
+        for number, _, _, content in lines_of(file):
+            yield number, content or too_long(f"{path}:{number}")
 
 
 def _checked(path: Path, number: int, row: Row) -> Row | SampleError:
@@ -151,7 +153,7 @@ def _separated(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
             strict=True,
         )
         try:
-            _check_columns(path, reader.fieldnames or ())
+            check_names(path, reader.fieldnames or ())
         except csv.Error as error:
             raise DataError(
                 f"{path}: its first line is not readable ({error}); name the columns there"
@@ -190,18 +192,6 @@ def _physical_lines(path: Path, file: TextIO) -> Iterator[str]:
         yield line
 
 
-def _check_columns(path: Path, names: Sequence[str]) -> None:
-    """Refuse a column name that is there twice: only one of the columns would be read. Spreadsheets
-    end in columns without a name.
-    """
-    twice = [name for name, count in Counter(names).items() if count > 1 and name.strip()]
-    if twice:
-        raise DataError(
-            f"{path}: two columns have one name, got {twice[0]!a}, expected every name once; "
-            "rename one"
-        )
-
-
 def read_parquet(
     path: Path, columns: Sequence[str] | None = None, numbers: Sequence[int] | None = None
 ) -> Iterator[tuple[int, Row | SampleError]]:
@@ -225,32 +215,15 @@ def parquet_head(path: Path) -> tuple[Schema, int]:
     Raises:
         DataError: The file cannot be read, or two columns have one name.
     """
-    with _open_parquet(path) as file:
+    with open_parquet(path) as file:
         return file.schema_arrow, file.metadata.num_rows
-
-
-@contextmanager
-def _open_parquet(path: Path) -> Iterator[ParquetFile]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except Exception as error:
-        raise DataError(
-            f"{path}: Parquet needs pyarrow, which cannot be imported ({error}); install pyarrow, "
-            "the `parquet` extra"
-        ) from error
-    try:
-        with ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow.names)
-            yield file
-    except ArrowException as error:
-        raise DataError(f"{path}: not readable as Parquet ({error}); download it again") from error
 
 
 def _parquet(
     path: Path, columns: Sequence[str] | None = None, numbers: Sequence[int] | None = None
 ) -> Iterator[tuple[int, Row | SampleError]]:
-    with _open_parquet(path) as file:
+    with open_parquet(path) as file:
+        labels = class_labels(file.schema_arrow)
         end = 0
         for group in range(file.num_row_groups):
             start, end = end, end + file.metadata.row_group(group).num_rows
@@ -262,7 +235,16 @@ def _parquet(
                 for index in range(batch.num_rows):
                     number += 1
                     if numbers is None or _within(numbers, number - 1, number):
-                        yield number, _read_row(path, number, batch.slice(index, 1))
+                        yield number, _read_row(path, number, batch.slice(index, 1), labels)
+
+
+def _arrow(path: Path) -> Iterator[tuple[int, Row | SampleError]]:
+    with open_arrow(path) as (schema, batches):
+        labels, number = class_labels(schema), 0
+        for batch in batches:
+            for index in range(batch.num_rows):
+                number += 1
+                yield number, _read_row(path, number, batch.slice(index, 1), labels)
 
 
 def _within(numbers: Sequence[int], start: int, end: int) -> bool:
@@ -271,9 +253,11 @@ def _within(numbers: Sequence[int], start: int, end: int) -> bool:
     return found < len(numbers) and numbers[found] <= end
 
 
-def _read_row(path: Path, number: int, row: RecordBatch) -> Row | SampleError:
+def _read_row(
+    path: Path, number: int, row: RecordBatch, labels: Mapping[str, Sequence[str]]
+) -> Row | SampleError:
     try:
-        return _values(row)
+        return with_labels(_values(row), labels)
     except UnicodeDecodeError as error:
         return SampleError("bad_text", f"{path}:{number}: {error}, {TEXT_RULE}; correct it")
     except (ValueError, OverflowError) as error:
@@ -282,7 +266,7 @@ def _read_row(path: Path, number: int, row: RecordBatch) -> Row | SampleError:
         )
 
 
-def _values(row: RecordBatch) -> Row:
+def _values(row: RecordBatch) -> dict[str, Any]:
     """Return one row; without its times where Python has none of them, such as those of
     nanoseconds.
     """

@@ -11,7 +11,7 @@ from data.errors import DataError, MediaError, SampleError
 from data.media.decoder import FrameLimits, MediaDecoder, WorkerLimits
 from data.media.sampling import FrameSampling
 from data.question import MediaKind, MediaRef
-from data.shards import ShardReader
+from data.source import ReadsMedia
 
 MAX_LIMIT = 1 << 50
 
@@ -103,13 +103,14 @@ class MediaOpener:
         decoded = self._decoder.decode(kind, content, self._frame_limits)
         return Frames(decoded.pixels, decoded.timestamps, decoded.seconds_per_frame)
 
-    def open_ref(self, ref: MediaRef, reader: ShardReader) -> Frames:
+    def open_ref(self, ref: MediaRef, reader: ReadsMedia) -> Frames:
         """Return the frames of a file named by reference; a file too large is refused before it is
         read.
 
         Raises:
             MediaError: As `open`, besides `missing`; the message names the file.
-            DataError: The shard is missing or was changed, or the video decoder is not installed.
+            DataError: What holds it is missing or was changed, or the video decoder is not
+                installed.
         """
         content = self.read_ref(ref, reader)
         try:
@@ -119,12 +120,12 @@ class MediaOpener:
                 error.reason, f"{ref.shard}:{ref.key}.{ref.extension}: {error}"
             ) from error
 
-    def read_ref(self, ref: MediaRef, reader: ShardReader) -> bytes:
+    def read_ref(self, ref: MediaRef, reader: ReadsMedia) -> bytes:
         """Return a file named by reference as it is; a file too large is refused before it is read.
 
         Raises:
             MediaError: The file is missing or too large; the message names it.
-            DataError: The shard is missing or was changed.
+            DataError: What holds it is missing or was changed.
         """
         try:
             self._check_bytes(ref.kind, reader.media_size(ref))

@@ -1,18 +1,18 @@
-"""The media of shards, by reference."""
+"""The media of sources, by reference."""
 
 from __future__ import annotations
 
 from data.media.opening import Frames, MediaLimits, MediaOpener
 from data.question import MediaRef
-from data.shards import ShardReader
+from data.sources.reader import SourceReader
 
 
 class MediaStore:
-    """Opens any media reference of a run's shards. Safe to use from several threads."""
+    """Opens any media reference of a run's sources. Safe to use from several threads."""
 
     def __init__(self, limits: MediaLimits) -> None:
         self.limits = limits
-        self._reader = ShardReader()
+        self._reader = SourceReader()
         self._opener = MediaOpener(limits)
 
     def open(self, ref: MediaRef) -> Frames:
@@ -24,6 +24,6 @@ class MediaStore:
         return self._opener.read_ref(ref, self._reader)
 
     def close(self) -> None:
-        """End the decoding workers and close the shards."""
+        """End the decoding workers and close the files."""
         self._opener.close()
         self._reader.close()

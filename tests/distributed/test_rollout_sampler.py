@@ -5,7 +5,6 @@ sampling.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model as build_network
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import ParallelExchange
+from zppo_mm.rewards.verdict import Verdict
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.megatron_engine import MegatronEngine
@@ -51,21 +51,15 @@ def open_media_on_rank_zero_only(reference: MediaRef) -> Frames:
     return open_media(reference)
 
 
-@dataclass(frozen=True)
-class Grade:
-    parsed: str | None
-    reward: float
-
-
 class LengthGrader:
     """Right is a response of even length; counts how many it graded on this rank."""
 
     def __init__(self) -> None:
         self.num_graded = 0
 
-    def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Grade]:
+    def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Verdict]:
         self.num_graded += len(items)
-        return [Grade(str(len(text)), float(len(text) % 2 == 0)) for _, text in items]
+        return [Verdict(str(len(text)), float(len(text) % 2 == 0), "match") for _, text in items]
 
 
 def describe(groups: Sequence[Group]) -> list[Any]:

@@ -17,7 +17,7 @@ import torch
 from tests.support.copied_engine import CopiedEngine
 from tests.support.running import SMALL, buffer, lines, transcript
 from zppo_mm.config.load import load_config
-from zppo_mm.errors import JudgeError
+from zppo_mm.errors import GradingError
 from zppo_mm.experience import Advantages, Group
 from zppo_mm.interruption import Interruption, RunStopped
 from zppo_mm.observability.metrics import StepMetrics
@@ -296,13 +296,13 @@ def test_dropped_for_another_reason_it_goes_on_the_same(whole: Whole, tmp_path: 
     started = start(tmp_path)
     replies = iter([True, True, False])  # step 1, its evaluation, step 2
 
-    def check_judge() -> None:
+    def check_grading() -> None:
         if not next(replies):
-            raise JudgeError("no verdicts")
+            raise GradingError("no verdicts")
 
-    stages = dataclasses.replace(started.run.stages, check_judge=check_judge)
+    stages = dataclasses.replace(started.run.stages, check_grading=check_grading)
     started.run = dataclasses.replace(started.run, stages=stages)
-    with pytest.raises(JudgeError):
+    with pytest.raises(GradingError):
         started.to_its_end()
     assert_same(start(tmp_path), whole)
 

@@ -17,11 +17,13 @@ from data.imports.convert import convert_jsonl
 from data.lint import lint
 from data.media.opening import MediaLimits, MediaOpener
 from data.shard_writer import write_shards
-from data.shards import ShardFolder
+from data.shards import ShardFolder, ShardReader
+from data.sources.rows import RowRules
 from data.tar_index import sidecar_path
 from data.toy.easy_vqa import ANSWER_KINDS, easy_vqa_samples
 from tests.support.running import run_python
 from tests.support.shard_samples import png, sample
+from tests.support.source_files import make_shards, rows_of, write_form, write_pictures
 
 MAKE_SHARDS = Path(__file__).parents[2] / "tools" / "make_shards.py"
 NUM_QUESTIONS = {"train": 38_575, "test": 9_673}
@@ -110,11 +112,11 @@ def test_lines_become_shards_and_bad_ones_are_counted(lines: Path, tmp_path: Pat
 def test_strict_and_the_fraction_stop_the_conversion(lines: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"questions\.jsonl:5 is bad \(bad_json\)"):
         convert_jsonl(lines, tmp_path / "a", health=SampleHealth(strict=True))
-    with pytest.raises(DataError, match=r"too many bad samples, got 5 of 20"):
+    # Not the 5 bad of the first 20, but all of the file.
+    with pytest.raises(DataError, match=r"too many bad samples, got 5 of 25 \(20.0%\)"):
         convert_jsonl(lines, tmp_path / "b")
-    with pytest.raises(
-        DataError, match=r"no good sample.*unknown_answer|no good sample.*unknown answer_type"
-    ):
+    assert not list((tmp_path / "b").glob("*"))
+    with pytest.raises(DataError, match=r"no good sample.*unknown answer_type"):
         convert_jsonl(
             write_lines(tmp_path / "one.jsonl", [good(1, answer_type="x")]),
             tmp_path / "c",
@@ -153,6 +155,26 @@ def test_lint_lists_every_problem(tmp_path: Path) -> None:
     ]
 
 
+def test_own_answer_types_and_metadata_reach_the_questions(tmp_path: Path) -> None:
+    metadata = {"box": [1, 2.5], "name": "größer", "of": None}
+    file = write_lines(
+        tmp_path / "boxes.jsonl",
+        [good(0, answer_type="box", metadata=metadata), good(1, metadata="7"), good(2)],
+    )
+    with pytest.raises(DataError, match=r"got 'box', expected one of math, choice, open; .*reward"):
+        convert_jsonl(file, tmp_path / "no", health=SampleHealth(strict=True))
+    known = ("math", "choice", "open", "box")
+    convert_jsonl(file, tmp_path / "out", answer_types=known)
+    folder = ShardFolder(tmp_path / "out", ShardReader(known))
+    keys = folder.keys()
+    boxed, plain, none = (folder.question(*key) for key in keys)
+    assert (boxed.answer_type, json.loads(boxed.metadata)) == ("box", metadata)
+    assert (json.loads(plain.metadata), none.metadata) == ("7", "")
+    assert len({boxed, plain, none}) == 3, "questions are hashable"
+    assert [problem.reason for problem in lint([tmp_path / "out"])[1]] == ["unknown_answer_type"]
+    assert lint([tmp_path / "out"], answer_types=known) == (3, [])
+
+
 @pytest.mark.medium
 def test_front_door(lines: Path, tmp_path: Path) -> None:
     made = run(lines, tmp_path / "out", "--max-bad-fraction", "0.5", "--samples-per-shard", "10")
@@ -173,6 +195,14 @@ def test_front_door(lines: Path, tmp_path: Path) -> None:
     assert f"{tmp_path / 'bad' / 'shard-000000.tar'}:000001: unknown_answer_type: " in found.stdout
     assert "1 samples, 1 problems: unknown_answer_type 1" in found.stdout
     assert "lint FOLDER" in run("--help").stdout
+    # Each bad line once, and the option of this tool.
+    refused = run(lines, tmp_path / "refused")
+    assert refused.returncode == 2
+    assert refused.stderr.count(f"{lines}:8") == 1
+    assert refused.stderr.splitlines()[-1] == (
+        "data: too many bad samples, got 6 of 25 (24.0%), expected at most 5.0%; correct them or "
+        "raise --max-bad-fraction"
+    )
 
 
 def package_records(split: str) -> list[tuple[str, str, int]]:
@@ -225,3 +255,38 @@ def test_easy_vqa_shards_hold_the_packages_pictures(tmp_path: Path) -> None:
         question = folder.question(*folder.keys()[index])
         assert opener.open_ref(question.media[0], folder.reader).pixels.shape == (1, 64, 64, 3)
     assert lint([tmp_path]) == (50, [])
+
+
+def test_media_fields_and_parquet_become_the_shards_of_paths(tmp_path: Path) -> None:
+    paths = write_pictures(tmp_path, 8)
+    rows = rows_of(paths)
+    for row, media in zip(rows, paths, strict=True):
+        del row["media"]
+        if media and media[0].endswith(".gif"):
+            row["video" if row["id"] == "q4" else "videos"] = media[0]
+        elif media:
+            row["images"] = media
+    rows[1]["image"] = rows[1].pop("images")[0]
+    expected = ShardFolder(make_shards(tmp_path, rows_of(paths)))
+    (tmp_path / "q.data").write_bytes(
+        min((write_form("structs", tmp_path, rows_of(paths)) / "data").iterdir()).read_bytes()
+    )
+    columns = RowRules({"image": "image,image_2"})
+    for source, rules in ((write_lines(tmp_path / "own.jsonl", rows), RowRules()),
+                          (tmp_path / "q.data", columns)):  # fmt: skip
+        health = SampleHealth(strict=True)
+        convert_jsonl(source, tmp_path / "out", health=health, rules=rules, overwrite=True)
+        made = ShardFolder(tmp_path / "out")
+        assert health.num_good == len(made) == (8 if rules is not columns else 4)
+        for mine, theirs in zip(made.keys(), expected.keys(), strict=False):
+            one, other = made.question(*mine), expected.question(*theirs)
+            assert replace(one, media=()) == replace(other, media=())
+            assert [made.media_bytes(ref) for ref in one.media] == [
+                expected.media_bytes(ref) for ref in other.media
+            ]
+
+
+def test_files_of_other_kinds_are_sent_to_the_command_that_reads_them(tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_text("question,answer\n1,1\n")
+    with pytest.raises(DataError, match=r"got \.csv.*make_shards\.py benchmark \S+q\.csv FOLDER"):
+        convert_jsonl(tmp_path / "q.csv", tmp_path / "out")

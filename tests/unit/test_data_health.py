@@ -105,3 +105,38 @@ def test_a_name_that_no_file_takes_can_be_logged_and_saved() -> None:
     health.bad("caf\udce9.tar:k", "bad_text", "caf\udce9.tar:k: half a pair \ud83d")
     assert health.listed == [("caf\\udce9.tar:k", "bad_text", "half a pair \ufffd")]
     json.dumps(health.state_dict(), ensure_ascii=False).encode()
+
+
+def test_samples_of_a_file_are_judged_at_its_end_and_named_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    health = SampleHealth(max_bad_fraction=0.1, option="--max-bad-fraction", at_end=True)
+    for index in range(5):
+        health.bad(f"s{index}", "r", "d")
+    health.good(15)
+    with pytest.raises(DataError, match=r"got 5 of 20 \(25.0%\).*or raise --max-bad-fraction\Z"):
+        health.finish()
+    health.good(30)
+    health.finish()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"skipped sample s{index}: r: d" for index in range(5)
+    ]
+    hopeless = SampleHealth(at_end=True)
+    for index in range(MAX_LISTED - 1):
+        hopeless.bad(f"s{index}", "r", "d")
+    with pytest.raises(DataError, match=r"got 100 of 100 \(100.0%\)"):
+        hopeless.bad("one more", "r", "d")
+
+
+def test_what_is_left_out_is_counted_and_not_bad(caplog: pytest.LogCaptureFixture) -> None:
+    health = SampleHealth(max_bad_fraction=0.0, strict=True)
+    health.good(25)
+    for index in range(20):
+        health.leave_out(f"s{index}", "needs_judge", "no judge", was_good=True)
+    assert (health.num_good, health.num_bad, health.left_out) == (5, 0, {"needs_judge": 20})
+    assert [record.getMessage() for record in caplog.records] == [
+        "skipped sample s0: needs_judge: no judge (no bad one; others are only counted)"
+    ]
+    kept = SampleHealth()
+    kept.load_state_dict(json.loads(json.dumps(health.state_dict())))
+    assert kept.left_out == {"needs_judge": 20}

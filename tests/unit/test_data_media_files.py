@@ -15,7 +15,7 @@ import pytest
 from data.errors import DataError, MediaError, SampleError
 from data.health import SampleHealth
 from data.imports.convert import convert_jsonl
-from data.media.files import MediaFolder
+from data.media_folder import MediaFolder
 from data.shards import ShardFolder
 from tests.support.shard_samples import png
 from tests.unit.test_data_convert import good, run, write_lines
@@ -108,10 +108,13 @@ BAD_LINES = {
     b'{"question": "caf\xe9", "answer": "1", "answer_type": "math"}': "bad_json",
     b'{"question": "q", "answer": "1", "answer": "2", "answer_type": "math"}': "bad_json",
     b"[" * 50_000: "bad_json",
-    b'{"question": "q", "answer": "1", "answer_type": "math", "image": "a.png"}': "unmapped_media",
-    b'{"question": "q", "answer": "1", "answer_type": "math", "images": [""], '
+    b'{"question": "q", "answer": "1", "answer_type": "math", "image": "a.png"}': "missing_media",
+    b'{"question": "q", "answer": "1", "answer_type": "math", "video": "a"}': "missing_media",
+    b'{"question": "q", "answer": "1", "answer_type": "math", "scan": "a.png"}': "unmapped_media",
+    b'{"question": "q", "answer": "1", "answer_type": "math", "images": [], '
     b'"picture": {"bytes": "", "path": null}}': "unmapped_media",
-    b'{"question": "q", "answer": "1", "answer_type": "math", "media": "good.png"}': "bad_field",
+    b'{"question": "q", "answer": "1", "answer_type": "math", "images": [""]}': "bad_field",
+    b'{"question": "q", "answer": "1", "answer_type": "math", "images": [null]}': "bad_field",
     b'{"question": "q", "answer": "1", "answer_type": "math", "media": false}': "bad_field",
     b'{"question": "q", "answer": "1", "answer_type": "math", "media": [null]}': "bad_field",
     b'{"question": "<image> q", "answer": "1", "answer_type": "math"}': "missing_media",
@@ -134,7 +137,7 @@ def test_bad_lines_are_each_counted_and_the_good_ones_written(tmp_path: Path) ->
 def test_a_line_without_end_is_counted_and_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.imports.tables.MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("data.sources.json_lines.MAX_LINE_BYTES", 1000)
     source = write_lines(tmp_path / "q.jsonl", [good(0), good(1, note="x" * 5000), good(2)])
     health = SampleHealth(1.0)
     convert_jsonl(source, tmp_path / "out", health=health)
@@ -147,7 +150,7 @@ def test_a_line_without_end_is_counted_and_not_kept(
 def test_media_of_one_question_are_bounded_together(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.media.files.MAX_SAMPLE_BYTES", 3 * len(png()))
+    monkeypatch.setattr("data.media_folder.MAX_SAMPLE_BYTES", 3 * len(png()))
     source = write_lines(
         tmp_path / "q.jsonl", [good(0, media=["good.png"] * 4), good(1, media=["good.png"] * 3)]
     )

@@ -242,6 +242,11 @@ def parse(fields: object, extensions: tuple[str, ...] = ("json", "jpg")) -> obje
         ),
         ({"answer_type": ["math"]}, "unknown_answer_type", "unknown answer_type"),
         (
+            {"metadata": "x" * 65_535},
+            "bad_field",
+            "field metadata is too long, got 65537 characters of JSON, expected at most 65536",
+        ),
+        (
             {"answer": "C"},
             "bad_choice",
             "the answer is not an option, got 'C', which names no option, expected A to B",

@@ -91,8 +91,8 @@ def test_packages_do_not_print() -> None:
     assert prints == []
 
 
-def test_examples_hold_no_python() -> None:
-    assert list(sources("examples")) == []
+def test_examples_hold_no_python_but_a_reward_function() -> None:
+    assert list(sources("examples")) == [ROOT / "examples/own_reward/reward.py"]
 
 
 @pytest.mark.medium

@@ -13,10 +13,10 @@ import pytest
 from data.question import Question
 from tests.support.raw_server import RawServer, Say, http, say, serve_raw
 from zppo_mm.config.schema import RewardConfig, TeacherConfig
-from zppo_mm.errors import ConfigError, JudgeError
+from zppo_mm.errors import ConfigError, GradingError
 from zppo_mm.parallel.exchange import SingleProcess
+from zppo_mm.rewards.failures import MIN_GRADED, FailureCheck, GradedCount, WatchedJudge
 from zppo_mm.rewards.judge import LlmJudge, load_judge_template
-from zppo_mm.rewards.malformed import MIN_JUDGED, JudgedCount, MalformedCheck
 from zppo_mm.rewards.verify import JudgedResponse, Verifier
 from zppo_mm.teacher.served.connect import open_pool
 from zppo_mm.teacher.served.judge import greedy_replies
@@ -155,8 +155,9 @@ def judged(judge: LlmJudge, num_right: int, num_malformed: int) -> None:
     judge.counts.update({"judged": num_right + num_malformed, "judge_malformed": num_malformed})
 
 
-def check_of(judge: LlmJudge | None, gather: Any = None) -> MalformedCheck:
-    return MalformedCheck(judge, "the judge at http://x/v1", 0.25, gather or SingleProcess().gather)
+def check_of(judge: LlmJudge | None, gather: Any = None) -> FailureCheck:
+    watched = WatchedJudge(judge, "the judge at http://x/v1") if judge is not None else None
+    return FailureCheck(watched, 0.25, gather or SingleProcess().gather)
 
 
 def some_judge() -> LlmJudge:
@@ -166,14 +167,14 @@ def some_judge() -> LlmJudge:
 def test_too_many_malformed_replies_end_the_run() -> None:
     judge = some_judge()
     check = check_of(judge)
-    judged(judge, MIN_JUDGED - 10, 9)
+    judged(judge, MIN_GRADED - 10, 9)
     check()  # one judgement too few to say anything
     ask(judge, "the cat")
     message = (
         r"reward.judge: the judge at http://x/v1 does not give verdicts, got 10 malformed replies "
         r"of 20 \(50%\), such as 'Looks right.', expected .* in all but 25%; .*max_malformed_fract"
     )
-    with pytest.raises(JudgeError, match=message):
+    with pytest.raises(GradingError, match=message):
         check()
 
 
@@ -185,7 +186,7 @@ def test_the_limit_is_on_the_judgements_since_the_last_check() -> None:
     judged(judge, 15, 5)
     check()
     judged(judge, 14, 6)  # 506 of 2,040 over all
-    with pytest.raises(JudgeError, match=r"6 malformed replies of 20"):
+    with pytest.raises(GradingError, match=r"6 malformed replies of 20"):
         check()
 
 
@@ -194,21 +195,23 @@ def test_every_rank_ends_by_what_all_have_judged() -> None:
     judged(judges[0], 20, 0)
     judged(judges[1], 0, 8)
     judges[1].malformed_example = "prose"
-    sent: list[JudgedCount] = []
+    sent: list[GradedCount] = []
 
-    def collect(local: Sequence[JudgedCount]) -> list[list[JudgedCount]]:
+    def collect(local: Sequence[GradedCount]) -> list[list[GradedCount]]:
         sent.extend(local)
         return [[]]
 
     for judge in judges:
         check_of(judge, collect)()
     for judge in judges:
-        with pytest.raises(JudgeError, match=r"8 malformed replies of 28 \(29%\), such as 'prose'"):
+        with pytest.raises(
+            GradingError, match=r"8 malformed replies of 28 \(29%\), such as 'prose'"
+        ):
             check_of(judge, lambda local: [[count] for count in sent])()
 
 
 def test_without_a_judge_nothing_is_exchanged() -> None:
-    def gather(local: Sequence[JudgedCount]) -> list[list[JudgedCount]]:
+    def gather(local: Sequence[GradedCount]) -> list[list[GradedCount]]:
         raise AssertionError("nobody else would come")
 
     check_of(None, gather)()
@@ -219,11 +222,11 @@ def test_a_run_that_would_grade_everything_wrong_ends() -> None:
         judge, pool = judge_at(server)
         check = check_of(judge)
         with Verifier(judge=judge) as verifier:
-            items = [(CAT, f"\\boxed{{cat {number}}}") for number in range(MIN_JUDGED)]
+            items = [(CAT, f"\\boxed{{cat {number}}}") for number in range(MIN_GRADED)]
             verdicts = verifier.verify_all(items)
         pool.close()
-    assert [verdict.reason for verdict in verdicts] == ["mismatch"] * MIN_JUDGED
+    assert [verdict.reason for verdict in verdicts] == ["mismatch"] * MIN_GRADED
     with pytest.raises(
-        JudgeError, match=r"20 malformed replies of 20 \(100%\), such as 'Yes, they"
+        GradingError, match=r"20 malformed replies of 20 \(100%\), such as 'Yes, they"
     ):
         check()

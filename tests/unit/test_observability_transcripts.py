@@ -33,7 +33,7 @@ GROUP_KEYS = [
     "num_prefix_tokens",
     "rollouts",
 ]
-RESPONSE_KEYS = ["text", "parsed", "reward", "num_tokens", "finish_reason"]
+RESPONSE_KEYS = ["text", "parsed", "reward", "parts", "num_tokens", "finish_reason"]
 ROLLOUT_KEYS = [*RESPONSE_KEYS, "advantage", "minibatch", "author", "policy_version"]
 
 
@@ -78,6 +78,7 @@ def test_format_of_a_group(tmp_path: Path) -> None:
         "text": group.rollouts[1].text,
         "parsed": None,
         "reward": 0.0,
+        "parts": {},
         "advantage": -0.5,
         "num_tokens": 12,
         "finish_reason": "length",

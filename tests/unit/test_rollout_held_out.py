@@ -45,7 +45,7 @@ def test_bad_and_ungradable_questions_are_left_out_named_and_counted(
         f"q{index}" for index in range(30) if index not in (4, 9)
     ]
     assert held_out.num_skipped == 2
-    assert health.counts == {"bad_field": 1, "needs_judge": 1}
+    assert (health.counts, health.left_out) == ({"bad_field": 1}, {"needs_judge": 1})
     assert "shard-000000.tar:000004: bad_field" in caplog.text
     assert "shard-000000.tar:000009: needs_judge" in caplog.text
 
@@ -67,7 +67,7 @@ def test_too_many_bad_ones_stop_the_run(folder: ShardFolder, tmp_path: Path) -> 
     write_shards(tmp_path, [sample(0, answer="")])
     with pytest.raises(
         DataError,
-        match=r"held-out data: no question can be asked, got 1 bad ones \({'bad_field': 1}\)",
+        match=r"held-out data: no question can be asked, got 1 that cannot \({'bad_field': 1}\)",
     ):
         held_out_questions([ShardFolder(tmp_path)], 0, 0, SampleHealth(max_bad_fraction=1.0))
 

@@ -60,6 +60,54 @@ def encoder(folder: Path) -> PromptEncoder:
     return PromptEncoder(folder, Media())
 
 
+@pytest.mark.parametrize("kinds", [(), ("image",), ("video", "image")])
+def test_a_system_message_equals_the_tokenizers_own_chat(
+    folder: Path, kinds: tuple[str, ...]
+) -> None:
+    system = "You are terse. The end."
+    plain = PromptEncoder(folder, Media())
+    encoder = PromptEncoder(folder, Media(), system_prompt=system)
+    content = [{"type": kind} for kind in kinds]
+    user = [*content, {"type": "text", "text": "What?"}] if kinds else "What?"
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=False
+    )
+    (prompt, vision), (without, _) = (
+        each.encode("What?", question(*kinds)) for each in (encoder, plain)
+    )
+    assert prompt.text == expected
+    assert prompt.grids == tuple(item.grid for item in vision)
+    assert len(vision) == len(kinds)
+    # The same prompt behind the message: ids, and positions moved by its length.
+    extra = len(prompt.token_ids) - len(without.token_ids)
+    assert extra > 0
+    tail = without.token_ids[np.flatnonzero(prompt.token_ids != without.token_ids[0])[0] :]
+    assert prompt.token_ids[-len(tail) :].tolist() == tail.tolist()
+    assert prompt.next_position == without.next_position + extra
+    assert encoder.chat.prefix == plain.chat.prefix
+    assert encoder.stop_token_ids == plain.stop_token_ids
+
+
+def test_a_special_token_in_a_system_message_is_text(folder: Path) -> None:
+    literal = SPECIAL_TOKENS[0]
+    encoder = PromptEncoder(folder, Media(), system_prompt=f"Never write {literal}.")
+    plain = PromptEncoder(folder, Media(), system_prompt="Never write.")
+    prompts = [each.encode("What?", question())[0] for each in (encoder, plain)]
+    special = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(literal)
+    counts = [int((prompt.token_ids == special).sum()) for prompt in prompts]
+    assert counts[0] == counts[1]
+    assert f"Never write {literal}." in prompts[0].text
+
+
+def test_a_template_without_system_messages_is_an_error(tmp_path: Path) -> None:
+    build_folder(tmp_path)
+    template = tmp_path / "chat_template.jinja"
+    template.write_text("{% set messages = messages[-1:] %}" + template.read_text())
+    with pytest.raises(ConfigError, match=r"shows no system message, got .*zone.templates"):
+        PromptEncoder(tmp_path, Media(), system_prompt="Be terse.")
+
+
 @pytest.mark.parametrize(
     "text", ["What is 1 + 1?", "  the\n\n the end  ", "<think>the</think>", "\n\n"]
 )

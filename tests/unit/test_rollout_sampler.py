@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from data.stream import QuestionStream
 from tests.support.tiny_folder import build_folder
 from zppo_mm.experience import PromptInstance
 from zppo_mm.parallel.exchange import SingleProcess
+from zppo_mm.rewards.verdict import Verdict
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.prompt import PromptEncoder
@@ -99,7 +100,7 @@ def test_feed_takes_good_questions_only_and_counts_the_others(
     assert health.num_good == 34
     assert set(health.counts) == {"unreadable"}
     assert health.num_bad > 0
-    assert health.num_too_long > 0
+    assert health.left_out["too_long"] > 0
 
 
 def test_a_too_long_prompt_is_no_bad_sample(
@@ -111,12 +112,12 @@ def test_a_too_long_prompt_is_no_bad_sample(
         taken = feed.take(30)
     assert {question.text for question in taken} == {"short"}
     assert (health.num_good, health.num_bad) == (30, 0)
-    assert health.num_too_long > 10, "ten times what data.max_bad_fraction allows"
+    assert health.left_out["too_long"] > 10, "ten times what data.max_bad_fraction allows"
     [message] = [record.getMessage() for record in caplog.records]
     assert "tokens, more than data.max_prompt_tokens=120" in message
     kept = SampleHealth()
     kept.load_state_dict(json.loads(json.dumps(health.state_dict())))
-    assert kept.num_too_long == health.num_too_long
+    assert kept.left_out == health.left_out
 
 
 def test_an_epoch_without_a_short_enough_prompt_ends_the_run(
@@ -149,11 +150,10 @@ def test_feed_stops_at_too_many_bad_samples_or_the_first_when_strict(
 
 def test_feed_refuses_what_cannot_be_graded(shards: Path, encoder: PromptEncoder) -> None:
     can_grade = lambda question: question.id not in ("q4", "q17")  # noqa: E731
-    feed, health = feed_of(shards, encoder, can_grade, max_bad_fraction=0.5)
+    feed, health = feed_of(shards, encoder, can_grade, strict=True)
     assert not {question.id for question in feed.take(16)} & {"q3", "q4", "q7", "q17"}
-    assert health.counts == {
-        "needs_judge": 2
-    }  # the media of q17 are broken as well, but need not be opened
+    # The media of q17 are broken as well, but need not be opened.
+    assert (health.counts, health.left_out["needs_judge"]) == ({}, 2)
 
 
 @pytest.mark.timeout(60)
@@ -198,17 +198,11 @@ class EchoEngine:
         ]
 
 
-@dataclass(frozen=True)
-class Grade:
-    parsed: str | None
-    reward: float
-
-
 class FirstLetterGrader:
     """Right is the response that equals the answer."""
 
-    def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Grade]:
-        return [Grade(text, float(text == question.answer)) for question, text in items]
+    def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Verdict]:
+        return [Verdict(text, float(text == question.answer), "match") for question, text in items]
 
 
 def instance(

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from tests.support.tiny_folder import build_folder
 from zppo_mm.errors import NotFiniteError
 from zppo_mm.experience import PromptInstance
 from zppo_mm.parallel.exchange import SingleProcess
+from zppo_mm.rewards.verdict import Verdict
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
@@ -90,20 +90,14 @@ def test_a_fraction_beyond_the_limit_ends_the_run(size: int) -> None:
         any(map(soundness.note, calls))
 
 
-@dataclass(frozen=True)
-class Grade:
-    parsed: str | None
-    reward: float | None
-
-
 class Rewarding:
     """Gives one reward to everything."""
 
     def __init__(self, reward: float | None) -> None:
         self._reward = reward
 
-    def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Grade]:
-        return [Grade(None, self._reward) for _ in items]
+    def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Verdict]:
+        return [Verdict(None, self._reward, "match") for _ in items]
 
 
 class Reporting:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from zppo_mm.comparison.intervals import Estimate, fraction_interval
 from zppo_mm.comparison.tables import Table
 from zppo_mm.errors import ConfigError
-from zppo_mm.experience import is_correct
+from zppo_mm.experience import accuracy_of, is_correct
 from zppo_mm.methods import PLAIN_KINDS
 from zppo_mm.observability.audit import comparable_answer, num_matches
 from zppo_mm.report.run_record import read_lines
@@ -198,8 +198,12 @@ def _num_rollouts(records: Iterable[Record]) -> int:
 
 
 def _accuracy(records: Iterable[Record]) -> Proportion:
-    rewards = [rollout["reward"] for record in records for rollout in _graded(record)]
-    return Proportion(sum(map(is_correct, rewards)), len(rewards))
+    accuracies = [
+        accuracy_of(rollout["reward"], rollout.get("parts", {}))  # older records have no parts
+        for record in records
+        for rollout in _graded(record)
+    ]
+    return Proportion(sum(map(is_correct, accuracies)), len(accuracies))
 
 
 def _plain_of(reformulated: Iterable[Record], records: Iterable[Record]) -> Iterator[Record]:

@@ -47,6 +47,7 @@ def check_relations(config: RunConfig) -> None:
         _check_distilled_server(teacher, distill, config.rollout)
     _check_lora(config.lora, config.train)
     _check_teachers(config.teacher, config.fallback_teachers)
+    _check_functions(config.reward)
     _check_judge(config.reward, config.evaluation, config.teacher, config.parallel)
     _check_teacher_ranks(config.teacher)
     check_rollout(config.rollout, config.algorithm, distill)
@@ -66,8 +67,8 @@ def _check_sources(data: DataConfig) -> None:
         for index, source in enumerate(sources):
             if not source.path:
                 raise ConfigError(
-                    f"{name}[{index}].path: missing, got an empty path, expected a folder with "
-                    "shards; give it or remove the source"
+                    f"{name}[{index}].path: missing, got an empty path, expected a folder or "
+                    "file of questions; give it or remove the source"
                 )
 
 
@@ -260,6 +261,22 @@ def _check_teachers(first: TeacherConfig, others: Sequence[TeacherConfig]) -> No
                 f"fallback_teachers[{index}].num_ranks: only the first teacher can have ranks of "
                 f"its own, got {other.num_ranks}, expected 0; serve this one and give its "
                 "endpoints, or let the student's ranks run it"
+            )
+
+
+def _check_functions(reward: RewardConfig) -> None:
+    """Check how reward functions are named."""
+    for answer_type, name in reward.functions.items():
+        if not answer_type.isidentifier():
+            raise ConfigError(
+                f"reward.functions: no name of an answer type, got {answer_type!r}, expected a "
+                "word such as box; correct it"
+            )
+        source, _, function = name.rpartition(":")
+        if not source or not all(part.isidentifier() for part in function.split(".")):
+            raise ConfigError(
+                f"reward.functions.{answer_type}: names no function, got {name!r}, expected "
+                "module:function or file.py:function; correct it"
             )
 
 

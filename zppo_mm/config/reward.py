@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from data.question import ANSWER_TYPES
 from zppo_mm.config.keys import key
 
 JUDGE_MODES = ("open", "fallback", "never")
@@ -23,7 +24,22 @@ class RewardConfig:
         "Maximum time of one grading call on a rank. Rollouts not graded by then are left out.",
         above=0,
     )
-    num_workers: int = key(2, "Grading processes per rank.", at_least=1)
+    num_workers: int = key(
+        2, "Grading processes per rank, and as many again for `reward.functions`.", at_least=1
+    )
+    functions: dict[str, str] = key(
+        {},
+        "Reward functions by answer type, such as `{box: reward.py:iou}`: `module:function` or "
+        "`file.py:function`, called with question, response, parsed and metadata. It returns a "
+        "number from 0 to 1, or named parts. See docs/rewards.md.",
+    )
+    max_failed_fraction: float = key(
+        0.25,
+        "The run stops when more than this fraction of the calls of `functions` fails (checked "
+        "after 20 calls).",
+        at_least=0,
+        at_most=1,
+    )
     judge: str = key(
         "open",
         "What the judge decides, a language model behind a server or the teacher on its own ranks. "
@@ -60,3 +76,9 @@ class RewardConfig:
         at_least=0,
         at_most=1,
     )
+
+    @property
+    def answer_types(self) -> tuple[str, ...]:
+        """The answer types that questions may have."""
+        own = [name for name in self.functions if name not in ANSWER_TYPES]
+        return (*ANSWER_TYPES, *own)

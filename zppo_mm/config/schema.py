@@ -32,10 +32,29 @@ samples; that of verl and TRL.
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """One folder of webdataset shards."""
+    """One source of questions: a folder of shards, or table files."""
 
-    path: str = key("", "Folder with `*.tar` shards, relative to the working directory.")
+    path: str = key(
+        "",
+        "Folder with `*.tar` shards; or a file, a folder or a pattern (`data/train-*.parquet`) of "
+        "`*.jsonl`, `*.parquet` or `*.arrow` files; relative to the working directory.",
+    )
     weight: float = key(1.0, "Sampling weight of this source in the stream.", above=0)
+    columns: dict[str, str] = key(
+        {},
+        "Columns of table files by part of a question, such as `{question: prompt, image: "
+        "picture}`; `ignore` names those whose media are left out.",
+    )
+    answer_type: str = key(
+        "",
+        "Answer type of rows of table files that name none. Empty: `choice` with choices, `math` "
+        "without.",
+    )
+    media_root: str = key(
+        "",
+        "Folder that media paths in table files start from and do not leave. Empty: the folder of "
+        "the file.",
+    )
 
 
 def _from_folder(off: Number, meaning: str) -> Number:
@@ -49,8 +68,8 @@ class DataConfig:
 
     train: list[SourceConfig] = key(
         [],
-        "Training sources, each with `path` and `weight`. Empty: the bundled digit questions of "
-        "the chosen modality.",
+        "Training sources, each with `path` and `weight`, and `columns` for table files. Empty: "
+        "the bundled digit questions of the chosen modality.",
     )
     held_out: list[SourceConfig] = key(
         [], "Held-out sources for evaluation. Empty: the bundled ones."
@@ -136,7 +155,7 @@ class ZoneConfig:
     replay: bool = key(True, "Replay hard questions until the student solves them.")
     tau: float = key(
         0.5,
-        "A question is hard if the mean reward of its plain rollouts is below this.",
+        "A question is hard if the mean accuracy of its plain rollouts is below this.",
         at_least=0,
         at_most=1,
     )

@@ -12,7 +12,7 @@ from typing import Any
 from data.errors import DataError, ReasonedError, SampleError
 from data.imports.benchmarks import load_media
 from data.imports.row_view import RowView
-from data.media.files import MediaFolder
+from data.media_folder import MediaFolder
 from data.sample import ShardSample
 from data.shard_writer import write_shards
 from zppo_mm.config.schema import RunConfig

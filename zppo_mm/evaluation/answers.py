@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from data.atomic_files import write_atomically
 from data.json_text import load_json
 from data.question import MediaRef, Question
 from zppo_mm.errors import ConfigError
-from zppo_mm.experience import Group, PromptInstance, Rollout, is_correct
+from zppo_mm.experience import Group, PromptInstance, Rollout, accuracy_of, is_correct
 from zppo_mm.rollout.grading import UNGRADED
 from zppo_mm.rollout.soundness import NO_ROOM
 
@@ -33,9 +33,10 @@ class Response:
     Attributes:
         text: As decoded.
         parsed: Content of the last `\\boxed{}`, `None` if nothing was boxed.
-        reward: 0 or 1, `None` if it could not be graded.
+        reward: In [0, 1], `None` if it could not be graded.
         finish_reason: `stop` or `length`.
         num_tokens: Its length, the stop token included.
+        parts: Of the reward, by name.
     """
 
     text: str
@@ -43,6 +44,12 @@ class Response:
     reward: float | None
     finish_reason: str
     num_tokens: int
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether it has the full accuracy."""
+        return self.reward is not None and is_correct(accuracy_of(self.reward, self.parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +61,7 @@ class AnsweredQuestion:
         id: The question's.
         source: Its data source.
         modality: `text`, `image`, `video`, or `mixed` with both kinds of media.
-        answer_type: `math`, `choice` or `open`.
+        answer_type: `math`, `choice`, `open`, or one with a reward function.
         prompt: The whole text that was asked, before the chat template and the placeholders of the
             media.
         media: `{kind, shard, key, extension}` in prompt order.
@@ -85,7 +92,7 @@ class AnsweredQuestion:
     @property
     def num_correct(self) -> int:
         """Correct responses."""
-        return sum(is_correct(response.reward) for response in self.responses)
+        return sum(response.is_correct for response in self.responses)
 
     @classmethod
     def of(
@@ -241,7 +248,12 @@ def _media_record(ref: MediaRef) -> dict[str, str]:
 def _response(rollout: Rollout) -> Response:
     reward = None if math.isnan(rollout.reward) else float(rollout.reward)
     return Response(
-        rollout.text, rollout.parsed, reward, rollout.finish_reason, len(rollout.response_ids)
+        rollout.text,
+        rollout.parsed,
+        reward,
+        rollout.finish_reason,
+        len(rollout.response_ids),
+        dict(rollout.parts),
     )
 
 

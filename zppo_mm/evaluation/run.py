@@ -12,7 +12,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,9 +22,8 @@ from data.atomic_files import new_folder
 from data.errors import DataError
 from data.health import SampleHealth
 from data.imports.benchmarks import CONVERSION_VERSION, convert_benchmark, read_conversion
-from data.shards import ShardFolder
 from zppo_mm.bundled.questions import bundled_sources
-from zppo_mm.config.schema import RunConfig
+from zppo_mm.config.schema import RunConfig, SourceConfig
 from zppo_mm.errors import ZppoError
 from zppo_mm.evaluation.answers import AnsweredQuestion, AnswerFolder
 from zppo_mm.evaluation.settings import EvaluationRequest, output_folder, read_config
@@ -35,6 +34,7 @@ from zppo_mm.observability.logs import configure_logging
 from zppo_mm.parallel import failures
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.rollout.held_out import HeldOut, evaluation_instances, held_out_questions
+from zppo_mm.run.build import configured_source
 
 logger = logging.getLogger(__name__)
 
@@ -120,28 +120,30 @@ def run_evaluation(request: EvaluationRequest) -> tuple[int, str]:
 
 def _questions(request: EvaluationRequest, config: RunConfig, student: Student) -> Questions:
     folders, skipped, listed = [], Counter[str](), []
-    for path in request.data or _own_sources(config):
-        folder = (
-            parallel.on_rank_zero(partial(_converted, path, request, Path(config.output_dir)))
-            if path.is_file()
-            else path
-        )
-        folders.append(ShardFolder(folder))
-        conversion = read_conversion(folder)
+    for source in [SourceConfig(path=str(path)) for path in request.data] or _own_sources(config):
+        path = Path(source.path)
+        if request.data and path.is_file():
+            path = parallel.on_rank_zero(partial(_converted, path, request, config))
+        folders.append(configured_source(replace(source, path=str(path)), config))
+        conversion = read_conversion(path)
         if conversion is not None:
             skipped.update(conversion.skipped)
             listed += conversion.listed
     health = SampleHealth(config.data.max_bad_fraction, config.data.strict)
     chosen = held_out_questions(
-        folders, config.evaluation.num_questions, config.seed, health, student.verifier.can_grade
+        folders,
+        config.evaluation.num_questions,
+        config.seed,
+        health,
+        student.grading.verifier.can_grade,
     )
-    skipped.update(health.counts)
+    skipped.update(health.counts | health.left_out)
     listed += [list(entry) for entry in health.listed]
     data = [{"path": str(folder.path), "fingerprint": folder.fingerprint()} for folder in folders]
     return Questions(chosen, dict(skipped), listed, data)
 
 
-def _own_sources(config: RunConfig) -> list[Path]:
+def _own_sources(config: RunConfig) -> list[SourceConfig]:
     """Return the held-out data that the run itself is evaluated on."""
     sources = config.data.held_out
     if config.data.train and not sources:
@@ -149,10 +151,10 @@ def _own_sources(config: RunConfig) -> list[Path]:
             "data.held_out: the run has no held-out questions, got none, expected a source; name "
             "questions with --data"
         )
-    return [Path(source.path) for source in sources or bundled_sources(config, "held_out")]
+    return sources or bundled_sources(config, "held_out")
 
 
-def _converted(file: Path, request: EvaluationRequest, output_dir: Path) -> Path:
+def _converted(file: Path, request: EvaluationRequest, config: RunConfig) -> Path:
     """Return the shards of a benchmark's file, made at the first use and shared by the evaluations
     of all models.
     """
@@ -166,9 +168,10 @@ def _converted(file: Path, request: EvaluationRequest, output_dir: Path) -> Path
         sorted(request.fields.items()),
         str(root.resolve()),
         CONVERSION_VERSION,
+        *config.reward.functions,
     ]
     digest = hashlib.blake2b(json.dumps(made_from).encode(), digest_size=4).hexdigest()
-    folder = output_dir / BENCHMARKS_FOLDER / f"{file.stem}-{digest}"
+    folder = Path(config.output_dir) / BENCHMARKS_FOLDER / f"{file.stem}-{digest}"
     if read_conversion(folder) is None:
         logger.info("converting %s into %s", file, folder)
         with new_folder(folder) as temporary:
@@ -179,6 +182,7 @@ def _converted(file: Path, request: EvaluationRequest, output_dir: Path) -> Path
                 fields=request.fields,
                 media_root=root,
                 health=SampleHealth(max_bad_fraction=1.0),
+                answer_types=config.reward.answer_types,
             )
     return folder
 
@@ -206,7 +210,7 @@ def _answer(
         began = time.perf_counter()
         chunk = left[start : start + questions_per_chunk]
         answers = _answer_chunk(student, instances, chunk, num_rollouts)
-        student.judging.check()
+        student.grading.check()
         if parallel.rank() == 0:
             folder.add(answers)
             _log_progress(

@@ -13,14 +13,14 @@ from data.media.store import MediaStore
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.parallel.exchange import ParallelExchange
-from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.processor import OVERRIDES
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.rollout.served.engine import VllmEngine
-from zppo_mm.run.build import evaluation_sampling, student_folder
-from zppo_mm.run.judging import Judging, build_judging, build_verifier, is_teacher
+from zppo_mm.run.build import student_folder
+from zppo_mm.run.judging import Grading, build_grading, is_teacher
+from zppo_mm.run.sampling import evaluation_sampling
 from zppo_mm.run.served_engine import vllm_engine
 from zppo_mm.run.shared import Shared, load_model, media_limits
 from zppo_mm.run.thinking import log_generation_prefixes
@@ -49,9 +49,8 @@ class Student:
         sampling: How tokens are drawn.
         templates: Texts of the prompts.
         encoder: Keeps opened media.
-        verifier: Grades.
         media: Opens media.
-        judging: The judge of what the rules leave open.
+        grading: Rules, reward functions, and the judge of what these leave open.
         engine: Asks servers of the model; `None` if this process runs it.
     """
 
@@ -59,29 +58,30 @@ class Student:
     sampling: SamplingParams
     templates: PromptTemplates
     encoder: PromptEncoder
-    verifier: Verifier
     media: MediaStore
-    judging: Judging
+    grading: Grading
     engine: VllmEngine | None = None
 
     def grading_losses(self) -> dict[str, int]:
         """Return what grading lost on this rank so far: comparisons that timed out or failed, and
         what the judge counts.
         """
+        verifier = self.grading.verifier
         return {
-            "timeouts": self.verifier.num_timeouts,
-            "errors": self.verifier.num_errors,
-            **(self.judging.judge.counts if self.judging.judge else {}),
+            "timeouts": verifier.num_timeouts,
+            "errors": verifier.num_errors,
+            "function_errors": verifier.functions.num_errors,
+            **(self.grading.judge.counts if self.grading.judge else {}),
         }
 
     def close(self) -> None:
         """End the worker processes and the connections."""
         if self.engine is not None:
             self.engine.close()
-        if self.judging.pool is not None:
-            self.judging.pool.close()
+        if self.grading.pool is not None:
+            self.grading.pool.close()
         self.media.close()
-        self.verifier.close()
+        self.grading.verifier.close()
 
 
 def build_student(config: RunConfig) -> Student:
@@ -95,11 +95,11 @@ def build_student(config: RunConfig) -> Student:
     mode = config.evaluation.judge
     asks_teacher = is_teacher(config.reward) and mode != "never"
     teachers = open_pool(config.teacher, exchange) if asks_teacher else None
-    judging = build_judging(config, teachers, exchange, [mode])
-    verifier = build_verifier(config.reward, judging.judge, mode)
+    grading = build_grading(config, teachers, exchange, [mode])
     folder = student_folder(config.model)
-    shared = Shared(config, MediaStore(media_limits(config.data, folder)), verifier, exchange)
-    encoder = shared.encoder(folder, config.model.chat_template_kwargs)
+    media = MediaStore(media_limits(config.data, folder))
+    shared = Shared(config, media, grading.verifier, exchange)
+    encoder = shared.student_encoder(folder)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     log_generation_prefixes(shared.encoders, templates.closing)
     engine: VllmEngine | None = None
@@ -112,7 +112,7 @@ def build_student(config: RunConfig) -> Student:
             config.rollout.endpoints,
             config.seed,
         )
-        sampler = GroupSampler(engine, encoder, verifier, exchange)
+        sampler = GroupSampler(engine, encoder, grading.verifier, exchange)
     else:
         model = load_model(config.model, config.parallel, folder, trainable=False)
         lengths = config.data.max_prompt_tokens, config.rollout.max_response_tokens
@@ -122,9 +122,8 @@ def build_student(config: RunConfig) -> Student:
         evaluation_sampling(config.evaluation, config.rollout, encoder),
         templates,
         encoder,
-        verifier,
-        shared.media,
-        judging,
+        media,
+        grading,
         engine,
     )
 
@@ -161,8 +160,13 @@ def describe_student(config: RunConfig, student: Student) -> dict[str, Any]:
         },
         "closing": student.templates.closing,
         "chat_template_kwargs": config.model.chat_template_kwargs,
+        **({"system_prompt": config.model.system_prompt} if config.model.system_prompt else {}),
         "media": {name: getattr(config.data, name) for name in media},
-        "judge": judged if student.judging.judge is not None else None,
+        "judge": judged if student.grading.judge is not None else None,
+        "reward_functions": {
+            answer_type: [name, _source_digest(name)]
+            for answer_type, name in config.reward.functions.items()
+        },
         # Other engines draw other responses; earlier evaluations had one alone.
         **({"engine": config.rollout.engine} if student.engine is not None else {}),
     }
@@ -190,3 +194,9 @@ def text_files_digest(folder: Path) -> str:
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _source_digest(name: str) -> str:
+    """Return a digest of the file of a reward function; empty for one of an installed module."""
+    path = Path(name.rpartition(":")[0])
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() if path.is_file() else ""

@@ -23,6 +23,8 @@ class Part:
         truncated: Fraction of responses that met the length limit.
         unparsed: Fraction of responses without a boxed answer.
         response_tokens: Mean length of a response.
+        reward: Mean reward.
+        parts: Mean of every part that a reward function names, over the responses that have it.
     """
 
     num_questions: int
@@ -32,6 +34,8 @@ class Part:
     truncated: float
     unparsed: float
     response_tokens: float
+    reward: float
+    parts: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,11 @@ def _part(answers: Sequence[AnsweredQuestion], seed: int, *path: str) -> Part:
         truncated=_mean([response.finish_reason == "length" for response in responses]),
         unparsed=_mean([response.parsed is None for response in responses]),
         response_tokens=_mean([response.num_tokens for response in responses]),
+        reward=_mean([response.reward for response in responses if response.reward is not None]),
+        parts={
+            name: _mean([response.parts[name] for response in responses if name in response.parts])
+            for name in sorted({name for response in responses for name in response.parts})
+        },
     )
 
 

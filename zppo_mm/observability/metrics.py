@@ -64,11 +64,11 @@ Metric: TypeAlias = Sum | Mean | Max
 _REFORMULATED = ", ".join(kind.name for kind in REFORMULATED)
 
 METRICS: Mapping[str, str] = {
-    "accuracy/plain": "Mean reward of the rollouts of plain prompts, new and replayed.",
-    "accuracy/new": "Mean reward of the rollouts of new questions.",
-    "accuracy/replayed": "Mean reward of the rollouts of replayed questions.",
+    "accuracy/plain": "Mean accuracy of the rollouts of plain prompts, new and replayed.",
+    "accuracy/new": "Mean accuracy of the rollouts of new questions.",
+    "accuracy/replayed": "Mean accuracy of the rollouts of replayed questions.",
     **{
-        f"accuracy/{kind.name}": f"Mean reward of the rollouts of {kind.label} prompts."
+        f"accuracy/{kind.name}": f"Mean accuracy of the rollouts of {kind.label} prompts."
         for kind in REFORMULATED
     },
     "advantage/positive": "Fraction of rollouts with a positive advantage.",
@@ -106,7 +106,7 @@ METRICS: Mapping[str, str] = {
     "buffer/graduated_visits/*": "Questions graduated since the start, by number of visits.",
     "buffer/evicted_visits/*": "Questions evicted since the start, by number of visits.",
     "data/samples": "Samples read by the stream.",
-    "data/skipped/*": "Bad samples skipped, by reason.",
+    "data/skipped/*": "Samples skipped, by reason; all but `needs_judge` are bad.",
     "data/too_long": "Questions left out because their plain prompt has more than "
     "data.max_prompt_tokens tokens; not bad samples.",
     "distill/agreement": (
@@ -191,6 +191,18 @@ METRICS: Mapping[str, str] = {
     "response/truncated/*": f"The same by kind of prompt (plain, {_REFORMULATED}, teacher).",
     "response/unparsed": "Fraction of responses without a boxed answer.",
     "prompt/tokens/*": f"Mean length of a prompt by kind (plain, {_REFORMULATED}).",
+    "reward/mean": (
+        "Mean reward of the rollouts of plain prompts; the accuracy, unless a reward function has "
+        "an accuracy part beside others."
+    ),
+    "reward/part/*": (
+        "Mean of a part that a reward function names, over the rollouts of plain prompts that "
+        "have it."
+    ),
+    "reward/function_errors": (
+        "Responses of the step for which a reward function raised, returned no reward or ended "
+        "its process; they are left out (`rollout/ungraded`)."
+    ),
     "reward/timeouts": (
         "Answers of the step whose grading came to no end within its limits; they are left out "
         "(`rollout/ungraded`)."
@@ -270,8 +282,8 @@ METRICS: Mapping[str, str] = {
     "system/rss_bytes": "Resident memory of the largest process of the run, now.",
     "system/rss_peak_bytes": "Largest resident memory of a process of the run since it started.",
     "teacher/accuracy": (
-        "Mean reward of the teacher's rollouts on what it was asked: hard questions (with hint and "
-        "prefix those that the pre-cap keeps), or all in distillation on its text."
+        "Mean accuracy of the teacher's rollouts on what it was asked: hard questions (with hint "
+        "and prefix those that the pre-cap keeps), or all in distillation on its text."
     ),
     "teacher/failed_questions": (
         "Questions it was to answer, left without a rollout: prompt or media not readable, no "

@@ -20,9 +20,11 @@ def group_metrics(groups: Sequence[Group], tau: float) -> StepMetrics:
     metrics = StepMetrics()
     for group in groups:
         part = "plain" if group.is_plain else group.kind
-        rewards = [rollout.reward for rollout in group.rollouts]
+        accuracies = [rollout.accuracy for rollout in group.rollouts]
         for name in {part, group.kind}:
-            metrics.add(f"accuracy/{name}", Mean(sum(rewards), len(rewards)))
+            metrics.add(f"accuracy/{name}", Mean(sum(accuracies), len(accuracies)))
+        if group.is_plain:
+            metrics.merge(reward_metrics(group.rollouts))
         metrics.add(f"prompt/tokens/{part}", Mean(len(group.prompt.token_ids)))
         metrics.merge(response_metrics(group.rollouts, part))
         metrics.add(
@@ -95,6 +97,16 @@ def response_metrics(rollouts: Sequence[Rollout], part: str) -> StepMetrics:
     return metrics
 
 
+def reward_metrics(rollouts: Sequence[Rollout]) -> StepMetrics:
+    """Measure rewards, and the parts that reward functions name."""
+    metrics = StepMetrics()
+    for rollout in rollouts:
+        metrics.add("reward/mean", Mean(rollout.reward))
+        for name, value in rollout.parts.items():
+            metrics.add(f"reward/part/{name}", Mean(value))
+    return metrics
+
+
 def teacher_metrics(answers: Sequence[Sequence[Rollout]]) -> StepMetrics:
     """Measure the teacher's rollouts on the questions that it was asked in a step, one sequence per
     question, empty if it has none.
@@ -106,8 +118,8 @@ def teacher_metrics(answers: Sequence[Sequence[Rollout]]) -> StepMetrics:
         Sum(sum(len(rollout.response_ids) for rollouts in answers for rollout in rollouts)),
     )
     for rollouts in answers:
-        rewards = [rollout.reward for rollout in rollouts]
-        metrics.add("teacher/accuracy", Mean(sum(rewards), len(rewards)))
+        accuracies = [rollout.accuracy for rollout in rollouts]
+        metrics.add("teacher/accuracy", Mean(sum(accuracies), len(accuracies)))
         metrics.add("teacher/solved", Mean(any(rollout.is_correct for rollout in rollouts)))
         metrics.add(
             "response/tokens/teacher",

@@ -153,6 +153,7 @@ def _response_record(rollout: Rollout) -> dict[str, Any]:
         "text": rollout.text,
         "parsed": rollout.parsed,
         "reward": None if math.isnan(rollout.reward) else float(rollout.reward),
+        "parts": dict(rollout.parts),
         "num_tokens": len(rollout.response_ids),
         "finish_reason": rollout.finish_reason,
     }

@@ -1,5 +1,5 @@
-"""From a response to its reward: the reward of its question's answer type grades what it boxes, and
-a judge what that leaves open.
+"""From a response to its reward: a reward function grades all of it, or the rules of its question's
+answer type what it boxes, and a judge what these leave open.
 
 Source: ZPPO (arXiv 2606.18216), reward.
 """
@@ -9,17 +9,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from data.question import Question
 from zppo_mm.errors import ConfigError
 from zppo_mm.rewards.boxes import final_answer
 from zppo_mm.rewards.choice import matches_choice, names_an_option
+from zppo_mm.rewards.functions import FunctionGrader
 from zppo_mm.rewards.mathematics import MAX_ANSWER_CHARS, Undecided, compare
+from zppo_mm.rewards.verdict import NOT_GRADED, Reason, Verdict
 from zppo_mm.rewards.workers import GradingPool, Outcome
 
-Reason = Literal["match", "mismatch", "not_boxed", "too_long", "timeout", "error", "no_verdict"]
-NOT_GRADED: tuple[Reason, ...] = ("timeout", "error", "no_verdict")
 _REASON_OF_OUTCOME: dict[Outcome, Reason] = {
     "equal": "match",
     "different": "mismatch",
@@ -34,22 +34,6 @@ LEFT_OPEN: tuple[Reason, ...] = ("mismatch", "not_boxed", "timeout", "error")
 
 Item = tuple[Question, str]
 """A question and the final answer of a response to it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """The grade of one response.
-
-    Attributes:
-        parsed: Content of the last `\\boxed{}`, `None` if nothing was boxed.
-        reward: In [0, 1], 1 if the answer is right; `None` if it was not graded.
-        reason: Not graded are `no_verdict` of the judge, and `timeout` and `error`: the comparison
-            itself failed.
-    """
-
-    parsed: str | None
-    reward: float | None
-    reason: Reason
 
 
 class Reward(Protocol):
@@ -173,11 +157,14 @@ class Verifier:
         judge: Decides what `judge_mode` says.
         budget_seconds: Wall-clock time for all comparisons by algebra of one call.
         rewards: More of them, or others, by answer type.
+        functions: Reward functions by answer type, `module:function` or `file.py:function`; they
+            take precedence over `rewards`.
         judge_mode: What the judge decides: `open`, questions of that answer type; `fallback`, also
             what the rules do not call right; `never`, nothing.
 
     Attributes:
         rewards: What grades by rules, by answer type.
+        functions: What grades by reward functions.
     """
 
     def __init__(
@@ -188,6 +175,7 @@ class Verifier:
         budget_seconds: float = 60.0,
         rewards: Mapping[str, Reward] | None = None,
         judge_mode: str = "open",
+        functions: Mapping[str, str] | None = None,
     ) -> None:
         if min(timeout_seconds, budget_seconds) <= 0 or num_workers < 1:
             raise ConfigError(
@@ -201,14 +189,17 @@ class Verifier:
             "choice": ChoiceReward(),
             **(rewards or {}),
         }
-        self._ruled_by_us = {"math", "choice"} - set(rewards or {})
+        self.functions = FunctionGrader(
+            functions or {}, timeout_seconds, num_workers, budget_seconds
+        )
+        self._ruled_by_us = {"math", "choice"} - {*(rewards or {}), *self.functions.functions}
         self._judge = judge
         self._judge_mode = judge_mode
 
     @property
     def num_timeouts(self) -> int:
-        """Comparisons ended by a limit so far."""
-        return self._pool.num_timeouts
+        """Comparisons and calls of reward functions ended by a limit so far."""
+        return self._pool.num_timeouts + self.functions.num_timeouts
 
     @property
     def num_errors(self) -> int:
@@ -223,7 +214,7 @@ class Verifier:
 
     def can_grade(self, question: Question) -> bool:
         """Return whether responses to a question can be graded: an `open` one needs a judge."""
-        return question.answer_type in self.rewards or self._is_for_judge(question)
+        return self._is_ruled(question.answer_type) or self._is_for_judge(question)
 
     def verify(self, question: Question, text: str) -> Verdict:
         """Grade one response; see `verify_all`."""
@@ -238,7 +229,7 @@ class Verifier:
             ValueError: If a reward is not in [0, 1].
         """
         self._check_types(items)
-        verdicts = self._grade_by_rules(items)
+        verdicts = self._grade_by_functions_or_rules(items)
         asked = [
             index
             for index, ((question, _), verdict) in enumerate(zip(items, verdicts, strict=True))
@@ -251,6 +242,21 @@ class Verifier:
         for index, is_right in zip(asked, self._judge.judge(shown), strict=True):
             verdicts[index] = _verdict(verdicts[index].parsed, reasons[is_right])
         return verdicts
+
+    def _grade_by_functions_or_rules(self, items: Sequence[tuple[Question, str]]) -> list[Verdict]:
+        called = [
+            index
+            for index, (question, _) in enumerate(items)
+            if question.answer_type in self.functions.functions
+        ]
+        if not called:
+            return self._grade_by_rules(items)
+        verdicts: dict[int, Verdict] = dict(
+            zip(called, self.functions.grade_all([items[i] for i in called]), strict=True)
+        )
+        others = [index for index in range(len(items)) if index not in verdicts]
+        verdicts.update(zip(others, self._grade_by_rules([items[i] for i in others]), strict=True))
+        return [verdicts[index] for index in range(len(items))]
 
     def _grade_by_rules(self, items: Sequence[tuple[Question, str]]) -> list[Verdict]:
         """Grade what is boxed; answers to `open` questions are the judge's."""
@@ -274,8 +280,11 @@ class Verifier:
             self._judge is not None
             and self._judge_mode != "never"
             and question.answer_type == OPEN
-            and OPEN not in self.rewards
+            and not self._is_ruled(OPEN)
         )
+
+    def _is_ruled(self, answer_type: str) -> bool:
+        return answer_type in self.rewards or answer_type in self.functions.functions
 
     def _asks_judge(self, question: Question, verdict: Verdict) -> bool:
         if verdict.reason not in LEFT_OPEN:
@@ -294,6 +303,7 @@ class Verifier:
     def close(self) -> None:
         """End the worker processes."""
         self._pool.close()
+        self.functions.close()
 
     def __enter__(self) -> Verifier:
         return self
@@ -307,6 +317,6 @@ class Verifier:
             raise ConfigError(
                 f"Verifier: question {asked.id!r} has answer_type {asked.answer_type!r} and there "
                 f"is no {'judge' if asked.answer_type == 'open' else 'such reward'}, expected one "
-                f"of {', '.join(self.rewards)}; give the Verifier a judge or a reward, or leave "
-                "such questions out of the data"
+                f"of {', '.join({**self.rewards, **self.functions.functions})}; give the run a "
+                "judge or a function (reward.functions), or leave such questions out of the data"
             )

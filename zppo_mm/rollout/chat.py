@@ -48,24 +48,31 @@ class Rendered:
 
 
 class ChatFormat:
-    """Renders one user message and turns pieces into token ids.
+    """Renders one user message, behind a system message if there is one, and turns pieces into
+    token ids.
 
     Args:
         hf_dir: Folder with tokenizer, chat template and config.json.
         template_kwargs: Variables of the chat template.
+        system_prompt: Text of the system message; empty for none but the template's own.
 
     Attributes:
         prefix: What comes between a prompt's text and the answer.
 
     Raises:
-        ConfigError: No chat template or one that cannot render a question, no stop token, tokens
-            that the tokenizer or the embedding does not know, or a family that is not known.
+        ConfigError: No chat template, one that cannot render a question or shows no system message,
+            no stop token, tokens that the tokenizer or the embedding does not know, or a family
+            that is not known.
     """
 
     def __init__(
-        self, hf_dir: str | Path, template_kwargs: Mapping[str, object] | None = None
+        self,
+        hf_dir: str | Path,
+        template_kwargs: Mapping[str, object] | None = None,
+        system_prompt: str = "",
     ) -> None:
         self._folder = Path(hf_dir)
+        self._system_prompt = system_prompt
         self._tokenizer: Any = load_tokenizer(self._folder)
         config = read_json(self._folder / "config.json")
         self.takes_media = "vision_config" in config
@@ -106,7 +113,7 @@ class ChatFormat:
     def render(self, text: str, media: Sequence[MediaKind]) -> Rendered:
         """Render one user message, media first, and the start of the answer.
 
-        Literal special tokens inside the text are hidden from the template's own and come back as
+        Literal special tokens inside the texts are hidden from the template's own and come back as
         plain text.
 
         Args:
@@ -126,10 +133,14 @@ class ChatFormat:
                 hidden,
             )
 
+        system = self._literal_pattern.sub(hide, self._system_prompt)
         marked = self._literal_pattern.sub(hide, text)
         shown: list[dict[str, str]] = [{"type": kind} for kind in media]
         content = [*shown, {"type": "text", "text": marked}] if media else marked
-        rendered = self._template.apply([{"role": "user", "content": content}])
+        messages: list[dict[str, object]] = [{"role": "user", "content": content}]
+        if system:
+            messages.insert(0, {"role": "system", "content": system})
+        rendered = self._template.apply(messages)
         pieces: list[Piece] = []
         position = 0
         for match in self._pattern.finditer(rendered):
@@ -240,6 +251,12 @@ class ChatFormat:
             rendered = self.render(QUESTION, media)
             used |= {piece for piece in rendered.pieces if isinstance(piece, int)}
             count = rendered.text.count(QUESTION)
+            if self._system_prompt.strip() not in rendered.text:
+                raise ConfigError(
+                    f"{self._folder}: the chat template shows no system message, got "
+                    f"{rendered.text!r:.300}, expected {self._system_prompt!r:.80} in it; put it "
+                    "into the closing instruction (zone.templates) instead of model.system_prompt"
+                )
             if count != 1:
                 raise ConfigError(
                     f"{self._folder}: the chat template does not show what it is given, got the "

@@ -39,7 +39,7 @@ class QuestionFeed:
     Attributes:
         stream: Where questions come from.
         encoder: Opens media and counts tokens.
-        health: Counts good, bad and too long samples; the stream's own.
+        health: Counts good, bad and left out samples; the stream's own.
         exchange: The replicas.
         plain_text: Renders a question with the closing format instruction.
         max_prompt_tokens: Longest plain prompt, media included.
@@ -61,7 +61,7 @@ class QuestionFeed:
     def take(self, num_questions: int) -> list[Question]:
         """Return the next good questions, the same on every rank.
 
-        One whose prompt is too long is left out without being bad.
+        One whose prompt is too long, or that needs a judge, is left out without being bad.
 
         Raises:
             DataError: Too many samples are bad, or any under `strict`, or as many in a row as the
@@ -78,10 +78,9 @@ class QuestionFeed:
                     good.append(question)
                     num_refused = 0
                     continue
-                if refusal.reason == TOO_LONG:
-                    self.health.too_long(question.id, refusal.detail)
-                else:
-                    self.health.bad(question.id, refusal.reason, refusal.detail, was_good=True)
+                is_bad = refusal.reason not in (TOO_LONG, NEEDS_JUDGE)
+                count = self.health.bad if is_bad else self.health.leave_out
+                count(question.id, refusal.reason, refusal.detail, was_good=True)
                 num_refused += 1
                 self._check_refused(num_refused, refusal)
         self._prefetch(num_questions)

@@ -11,23 +11,10 @@ from typing import Protocol
 from data.question import Question
 from encoders.processor import VisionInput
 from zppo_mm.experience import Prompt, PromptInstance, Rollout
+from zppo_mm.rewards.verdict import Verdict
 from zppo_mm.rollout.engine import Generation
 
 UNGRADED = "ungraded"
-
-
-class Verdict(Protocol):
-    """The grade of a response."""
-
-    @property
-    def parsed(self) -> str | None:
-        """Final answer, `None` if there is none."""
-        ...
-
-    @property
-    def reward(self) -> float | None:
-        """0 or 1; `None` if it could not be graded."""
-        ...
 
 
 class Grader(Protocol):
@@ -123,4 +110,5 @@ def _rollout(generation: Generation, text: str, verdict: Verdict, version: int) 
         reward=math.nan if verdict.reward is None else float(verdict.reward),
         policy_version=versions[0].version if versions else version,
         versions=versions if len(versions) > 1 else (),
+        parts=verdict.parts,
     )

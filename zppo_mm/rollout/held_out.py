@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from data.errors import DataError, SampleError
 from data.health import SampleHealth
 from data.question import Question
-from data.shards import ShardFolder
+from data.source import Source
 from zppo_mm.experience import Group, PromptInstance
 from zppo_mm.randomness import generator
 from zppo_mm.rollout.engine import SamplingParams
@@ -23,7 +23,7 @@ class Evaluation:
 
     Attributes:
         step: Rollout steps trained before it.
-        accuracy: Mean reward over questions and responses.
+        accuracy: Mean accuracy over questions and responses.
         accuracy_by_source: The same per data source.
         num_questions: Questions that were answered.
         num_skipped: Held-out questions that were left out: a bad sample, no judge for it, or its
@@ -58,7 +58,7 @@ class HeldOut:
 
 
 def held_out_questions(
-    folders: Sequence[ShardFolder],
+    folders: Sequence[Source],
     num_questions: int,
     seed: int,
     health: SampleHealth | None = None,
@@ -68,7 +68,7 @@ def held_out_questions(
     out is not replaced.
 
     Args:
-        folders: Held-out shard folders.
+        folders: Held-out sources.
         num_questions: How many in all; 0 means every question.
         seed: The run's seed; a resumed run evaluates on the same questions.
         health: Counts, names the bad ones in the log, and stops when they are too many; not the
@@ -93,14 +93,15 @@ def held_out_questions(
                 questions.append(question)
     if num_skipped and not questions:
         raise DataError(
-            f"held-out data: no question can be asked, got {num_skipped} bad ones "
-            f"({counted.counts}), expected at least one good; correct data.held_out"
+            f"held-out data: no question can be asked, got {num_skipped} that cannot "
+            f"({counted.counts | counted.left_out}), expected at least one good; correct "
+            "data.held_out"
         )
     return HeldOut(tuple(questions), num_skipped)
 
 
 def _good_question(
-    folder: ShardFolder,
+    folder: Source,
     shard: str,
     key: str,
     health: SampleHealth,
@@ -113,7 +114,7 @@ def _good_question(
         health.bad(f"{shard}:{key}", error.reason, str(error))
         return None
     if not can_grade(question):
-        health.bad(f"{shard}:{key}", NEEDS_JUDGE, NEEDS_JUDGE_DETAIL)
+        health.leave_out(f"{shard}:{key}", NEEDS_JUDGE, NEEDS_JUDGE_DETAIL)
         return None
     health.good()
     return question

@@ -36,6 +36,7 @@ class PromptEncoder:
             other error is the run's.
         overrides: Processor settings that are not to be those of the folder.
         chat_template_kwargs: Variables of the chat template, e.g. `{"enable_thinking": False}`.
+        system_prompt: Text of the system message; empty for none but the template's own.
         max_cached_bytes: Most bytes of patches that this encoder keeps.
         cache: Where the processes of this machine keep them; `None` shares nothing.
 
@@ -55,12 +56,14 @@ class PromptEncoder:
         *,
         overrides: Mapping[str, int | float] = NO_OVERRIDES,
         chat_template_kwargs: Mapping[str, object] | None = None,
+        system_prompt: str = "",
         max_cached_bytes: int = DEFAULT_CACHE_BYTES,
         cache: NodeCache | None = None,
     ) -> None:
         self.folder = Path(hf_dir)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
-        self.chat = ChatFormat(hf_dir, self.chat_template_kwargs)
+        self.system_prompt = system_prompt
+        self.chat = ChatFormat(hf_dir, self.chat_template_kwargs, system_prompt)
         self.processor = read_processor(hf_dir, overrides)
         self.media = OpenedMedia(media, self.processor, max_cached_bytes, cache)
 

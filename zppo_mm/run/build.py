@@ -12,16 +12,17 @@ from typing import cast
 from data.health import SampleHealth
 from data.media.node_cache import NodeCache
 from data.media.store import MediaStore
-from data.shards import ShardFolder
+from data.source import Source
+from data.sources.opening import open_source
 from data.stream import QuestionStream
 from zppo_mm.algorithms.importance import Level, MismatchCorrection
 from zppo_mm.bundled import STUDENT_DIR
 from zppo_mm.bundled.questions import bundled_sources
 from zppo_mm.config.schema import (
-    EvaluationConfig,
     ModelConfig,
     RolloutConfig,
     RunConfig,
+    SourceConfig,
     TeacherConfig,
 )
 from zppo_mm.interruption import Interruption
@@ -33,7 +34,6 @@ from zppo_mm.parallel.exchange import Exchange, ParallelExchange
 from zppo_mm.parallel.liveness_barrier import LivenessBarrier
 from zppo_mm.parallel.partition import PartitionLink
 from zppo_mm.rewards.verify import Verifier
-from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.held_out import HeldOut, held_out_questions
 from zppo_mm.rollout.prefetch import MediaPrefetch
@@ -41,8 +41,9 @@ from zppo_mm.rollout.processor import describe
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.rollout.served.engine import VllmEngine
-from zppo_mm.run.judging import build_judging, build_verifier
+from zppo_mm.run.judging import build_grading
 from zppo_mm.run.parts import Run
+from zppo_mm.run.sampling import evaluation_sampling, training_sampling
 from zppo_mm.run.served_engine import open_served_engine
 from zppo_mm.run.shared import (
     Shared,
@@ -121,14 +122,14 @@ def _build(
     pool = _teacher_pool(config, ranks, exchange, media)
     _close_with(opened, pool)
     modes = (config.reward.judge, config.evaluation.judge)
-    judging = build_judging(config, pool, exchange, modes, interruption.is_due)
-    _close_with(opened, judging.pool if judging.pool is not pool else None)
-    verifier = build_verifier(config.reward, judging.judge, config.reward.judge)
+    grading = build_grading(config, pool, exchange, modes, interruption.is_due)
+    _close_with(opened, grading.pool if grading.pool is not pool else None)
+    verifier = grading.verifier
     opened.callback(verifier.close)
     cache = open_media_cache(config.data)
     _close_with(opened, cache)
     shared = Shared(config, media, verifier, exchange, cache, opened=opened)
-    encoder = shared.encoder(folder, config.model.chat_template_kwargs)
+    encoder = shared.student_encoder(folder)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     student = load_model(config.model, config.parallel, folder, trainable=True)
     add_lora(student, config.lora, config.seed)
@@ -142,7 +143,7 @@ def _build(
     own = engine or shared.engine(policy.model, *student_limits(config))
     sampler = GroupSampler(own, encoder, verifier, exchange)
     stages = _build_stages(
-        shared, policy, sampler, encoder, templates, teachers, feed, interruption, judging.check
+        shared, policy, sampler, encoder, templates, teachers, feed, interruption, grading.check
     )
     if engine is not None:
         overlap, update = stages.overlap, engine.update_weights
@@ -167,8 +168,8 @@ def _build(
         encoders=shared.encoders,
         teachers=teachers,
         evaluation_sampler=sampler.with_grader(grader),
-        pools=_once(pool, judging.pool, *teachers.pools),
-        judge=judging.judge,
+        pools=_once(pool, grading.pool, *teachers.pools),
+        judge=grading.judge,
         engine=engine,
         opened=opened.pop_all(),
     )
@@ -211,7 +212,7 @@ def _build_stages(
     teachers: Teachers,
     feed: QuestionFeed,
     interruption: Interruption,
-    check_judge: Callable[[], None],
+    check_grading: Callable[[], None],
 ) -> Stages:
     config = shared.config
     compressor, hints = build_rewriters(config.teacher, encoder, teachers.rewrites, templates)
@@ -254,7 +255,7 @@ def _build_stages(
         ),
         schedule=_plain_schedule(config.teacher, config.rollout, config.seed),
         interruption=interruption,
-        check_judge=check_judge,
+        check_grading=check_grading,
         overlap=build_overlap(config, sampler, feed.stream, shared.exchange, interruption),
     )
 
@@ -336,8 +337,22 @@ def build_stream(config: RunConfig, health: SampleHealth) -> QuestionStream:
         DataError: A data source cannot be used.
     """
     sources = config.data.train or bundled_sources(config, "train")
-    return QuestionStream(
-        [(ShardFolder(source.path), source.weight) for source in sources], config.seed, health
+    folders = [(configured_source(source, config), source.weight) for source in sources]
+    return QuestionStream(folders, config.seed, health)
+
+
+def configured_source(source: SourceConfig, config: RunConfig) -> Source:
+    """Open a source of the configuration; questions that the run cannot grade are bad samples.
+
+    Raises:
+        DataError: It cannot be used.
+    """
+    return open_source(
+        source.path,
+        columns=source.columns,
+        answer_type=source.answer_type,
+        media_root=source.media_root,
+        answer_types=config.reward.answer_types,
     )
 
 
@@ -352,7 +367,7 @@ def _held_out(config: RunConfig, verifier: Verifier) -> HeldOut:
         )
         return HeldOut()
     sources = config.data.held_out or bundled_sources(config, "held_out")
-    folders = [ShardFolder(source.path) for source in sources]
+    folders = [configured_source(source, config) for source in sources]
     health = SampleHealth(config.data.max_bad_fraction, config.data.strict)
     chosen = held_out_questions(
         folders, config.evaluation.num_questions, config.seed, health, verifier.can_grade
@@ -362,7 +377,7 @@ def _held_out(config: RunConfig, verifier: Verifier) -> HeldOut:
             "left out %d of %d held-out questions: %s",
             chosen.num_skipped,
             len(chosen) + chosen.num_skipped,
-            health.counts,
+            health.counts | health.left_out,
         )
     return chosen
 
@@ -375,28 +390,3 @@ def _plain_schedule(teacher: TeacherConfig, rollout: RolloutConfig, seed: int) -
         return PlainSchedule(seed)
     size = max(1, rollout.max_batch_size // rollout.num_rollouts)
     return PlainSchedule(seed, size, parallel.num_replicas())
-
-
-def training_sampling(rollout: RolloutConfig, encoder: PromptEncoder) -> SamplingParams:
-    """Return how the student samples while it trains."""
-    return SamplingParams(
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        max_new_tokens=rollout.max_response_tokens,
-        stop_token_ids=encoder.stop_token_ids,
-    )
-
-
-def evaluation_sampling(
-    evaluation: EvaluationConfig, rollout: RolloutConfig, encoder: PromptEncoder
-) -> SamplingParams:
-    """Return how evaluations sample: responses end as in training."""
-    return replace(
-        training_sampling(rollout, encoder),
-        temperature=evaluation.temperature,
-        top_p=evaluation.top_p,
-        top_k=evaluation.top_k,
-        min_p=evaluation.min_p,
-        presence_penalty=evaluation.presence_penalty,
-    )

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zppo_mm.errors import JudgeError, RolloutServersLostError
+from zppo_mm.errors import GradingError, RolloutServersLostError
 from zppo_mm.interruption import RunStopped, StopRequested
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.run.parts import Run
@@ -87,14 +87,14 @@ class RunCheckpoints:
 
         Raises:
             TeacherLostError: On every rank, with a checkpoint, if the teacher does not answer.
-            JudgeError: The same, if the judge does not give verdicts.
+            GradingError: The same, if grading fails too often.
             RolloutServersLostError: The same, if the servers that sample do not answer.
             RunStopped: On every rank, with a checkpoint, if the run is to end.
         """
         position = self._run.position()
         try:
             yield
-        except (TeacherLostError, JudgeError, RolloutServersLostError):
+        except (TeacherLostError, GradingError, RolloutServersLostError):
             self._put_back(position)
             self.save_if_missing(step - 1)
             raise

@@ -1,14 +1,17 @@
-"""From a configuration to the judge: its servers, and what ends a run when it gives no verdicts."""
+"""From a configuration to what grades: rules and reward functions, the judge and its servers, and
+what ends a run when they fail.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from zppo_mm.config.schema import ParallelConfig, RewardConfig, RunConfig, TeacherConfig
-from zppo_mm.parallel.exchange import ParallelExchange
+from zppo_mm.errors import ConfigError
+from zppo_mm.parallel.exchange import Exchange, ParallelExchange
+from zppo_mm.rewards.failures import FailureCheck, WatchedFunctions, WatchedJudge
 from zppo_mm.rewards.judge import Complete, LlmJudge, load_judge_template
-from zppo_mm.rewards.malformed import MalformedCheck
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.teacher.served.connect import open_pool
 from zppo_mm.teacher.served.judge import greedy_replies
@@ -20,35 +23,42 @@ QUEUE_FRACTION = 0.8
 
 
 @dataclass(frozen=True, slots=True)
-class Judging:
-    """A judge and what belongs to it.
+class Grading:
+    """What grades, and what belongs to it.
 
     Attributes:
-        pool: Its servers; `None` if there is no judge.
-        judge: Of this rank.
-        check: Ends the run when the judge does not give verdicts; every rank calls it.
+        verifier: Of this rank.
+        judge: Of this rank; `None` if there is none.
+        pool: The judge's servers.
+        check: Ends the run when judge or reward functions fail too often; every rank calls it.
     """
 
-    pool: Servers | None
+    verifier: Verifier
     judge: LlmJudge | None
-    check: MalformedCheck
+    pool: Servers | None
+    check: Callable[[], None]
 
 
-def build_judging(
+def build_grading(
     config: RunConfig,
     teachers: Servers | None,
     exchange: ParallelExchange,
-    modes: Collection[str],
+    modes: Sequence[str],
     should_stop: Callable[[], bool] = bool,
-) -> Judging:
-    """Return the judge behind servers of its own, those of the teacher, or the teacher's ranks.
+) -> Grading:
+    """Return what grades: rules, reward functions, and a judge behind servers of its own, those of
+    the teacher, or the teacher's ranks. Every rank calls this.
 
     Args:
         config: The run.
         teachers: Servers of the teacher, or of its ranks.
-        exchange: The replicas.
-        modes: What the judge decides where it is used; there is none if all are `never`.
+        exchange: The replicas, each of which grades on one rank.
+        modes: What the judge decides where it is used, first in the verifier that is returned;
+            there is none if all are `never`.
         should_stop: Whether what is judged will be dropped anyway.
+
+    Raises:
+        ConfigError: On every rank, if one that grades cannot import a reward function.
     """
     reward, teacher = config.reward, config.teacher
     pool = None if set(modes) == {"never"} else _judge_pool(reward, teacher, teachers, exchange)
@@ -59,19 +69,53 @@ def build_judging(
         judge = LlmJudge(complete, template, reward.judge_max_response_chars)
     urls = reward.judge_endpoints or teacher.endpoints
     server = f"the judge at {', '.join(urls)}" if urls else "the judge on the teacher's ranks"
-    check = MalformedCheck(judge, server, reward.max_malformed_fraction, exchange.gather)
-    return Judging(pool, judge, check)
-
-
-def build_verifier(reward: RewardConfig, judge: LlmJudge | None, mode: str) -> Verifier:
-    """Return the grader; `mode` says what the judge decides."""
-    return Verifier(
+    verifier = Verifier(
         reward.timeout_seconds,
         reward.num_workers,
         judge,
         reward.budget_seconds,
-        judge_mode=mode,
+        judge_mode=modes[0],
+        functions=reward.functions,
     )
+    _start_functions(verifier, exchange)
+    checks = [
+        FailureCheck(
+            WatchedJudge(judge, server) if judge is not None else None,
+            reward.max_malformed_fraction,
+            exchange.gather,
+        ),
+        FailureCheck(
+            WatchedFunctions(verifier.functions) if reward.functions else None,
+            reward.max_failed_fraction,
+            exchange.gather,
+        ),
+    ]
+
+    def check() -> None:
+        for each in checks:
+            each()
+
+    return Grading(verifier, judge, pool, check)
+
+
+def _start_functions(verifier: Verifier, exchange: Exchange) -> None:
+    """Import the reward functions where they are called.
+
+    Raises:
+        ConfigError: On every rank, if that fails on one.
+    """
+    if not verifier.functions.functions:
+        return
+    problem = ""
+    if exchange.is_leader:
+        try:
+            verifier.functions.start()
+        except ConfigError as error:
+            problem = str(error)
+    problems = [each for replica in exchange.gather([problem]) for each in replica if each]
+    if problems:
+        verifier.close()
+        raise ConfigError(problems[0])
 
 
 def is_teacher(reward: RewardConfig) -> bool:

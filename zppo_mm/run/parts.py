@@ -110,6 +110,7 @@ class Run:
             {
                 "reward/timeouts": self.verifier.num_timeouts,
                 "reward/errors": self.verifier.num_errors,
+                "reward/function_errors": self.verifier.functions.num_errors,
             }
         )
         counts.update(

@@ -20,6 +20,7 @@ class PromptLengths:
     Attributes:
         max_tokens: More than so many are not trained on.
         media_limits: What of the media has to be opened for that.
+        answer_types: Those that the run can grade.
 
     Raises:
         ConfigError: The student's folder or a template cannot be used.
@@ -29,12 +30,14 @@ class PromptLengths:
         folder = student_folder(config.model)
         self.max_tokens = config.data.max_prompt_tokens
         self.media_limits = media_limits(config.data, folder)
+        self.answer_types = config.reward.answer_types
         self._media: Mapping[MediaRef, Frames] = {}
         self._encoder = PromptEncoder(
             folder,
             lambda ref: self._media[ref],
             overrides=processor_overrides(config.data),
             chat_template_kwargs=config.model.chat_template_kwargs,
+            system_prompt=config.model.system_prompt,
         )
         self._templates = load_templates(config.zone.templates, self._encoder.chat.special_tokens)
 

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from data.health import TOO_LONG
 from zppo_mm.config.schema import EvaluationConfig
 from zppo_mm.lora.adapters import adapters_of
 from zppo_mm.lora.export import export_adapter
@@ -80,7 +81,7 @@ def evaluate(run: Run, folder: RunFolder, step: int) -> None:
     """Evaluate on the held-out questions after a step, if there are any; every rank calls this.
 
     Raises:
-        JudgeError: On every rank, if the judge does not give verdicts.
+        GradingError: On every rank, if grading fails too often.
         RolloutServersLostError: On every rank, if no server samples any more.
     """
     if not run.held_out:
@@ -95,7 +96,7 @@ def evaluate(run: Run, folder: RunFolder, step: int) -> None:
         run.config.evaluation.num_rollouts,
         step,
     )
-    run.stages.check_judge()
+    run.stages.check_grading()
     result = summarise(groups, run.held_out, step, run.config.data.max_prompt_tokens)
     if parallel.rank() == 0:
         write_held_out_answers(folder, step, groups)
@@ -138,9 +139,11 @@ def _add_run_metrics(run: Run, metrics: StepMetrics) -> None:
         for losses in replica:
             metrics.merge(losses)
     health = run.stream.health
-    metrics.add("data/samples", Sum(health.num_good + health.num_bad + health.num_too_long))
-    metrics.add("data/too_long", Sum(health.num_too_long))
-    for reason, count in health.counts.items():
+    num_left_out = sum(health.left_out.values())
+    metrics.add("data/samples", Sum(health.num_good + health.num_bad + num_left_out))
+    metrics.add("data/too_long", Sum(health.left_out.get(TOO_LONG, 0)))
+    others = {reason: count for reason, count in health.left_out.items() if reason != TOO_LONG}
+    for reason, count in {**health.counts, **others}.items():
         metrics.add(f"data/skipped/{reason}", Sum(count))
 
 

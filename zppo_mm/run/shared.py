@@ -47,7 +47,10 @@ class Shared:
     opened: ExitStack = field(default_factory=ExitStack)
 
     def encoder(
-        self, folder: Path, chat_template_kwargs: Mapping[str, object] | None = None
+        self,
+        folder: Path,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        system_prompt: str = "",
     ) -> PromptEncoder:
         """Return a prompt encoder whose opened media are dropped with the others'."""
         encoder = PromptEncoder(
@@ -55,10 +58,16 @@ class Shared:
             self.media.open,
             overrides=processor_overrides(self.config.data),
             chat_template_kwargs=chat_template_kwargs,
+            system_prompt=system_prompt,
             cache=self.cache,
         )
         self.encoders.append(encoder)
         return encoder
+
+    def student_encoder(self, folder: Path) -> PromptEncoder:
+        """Return the student's prompt encoder."""
+        model = self.config.model
+        return self.encoder(folder, model.chat_template_kwargs, model.system_prompt)
 
     def without_thinking(self, encoder: PromptEncoder) -> PromptEncoder:
         """Return an encoder whose chat template turns reasoning off; the same one if it does so
@@ -67,7 +76,7 @@ class Shared:
         if encoder.chat.prefix.thinking == "closed" or not encoder.chat.can_switch_thinking:
             return encoder
         variables = {**encoder.chat_template_kwargs, THINKING_SWITCH: False}
-        return self.encoder(encoder.folder, variables)
+        return self.encoder(encoder.folder, variables, encoder.system_prompt)
 
     def engine(
         self, model: VisionLanguageModel, max_prompt_tokens: int, max_response_tokens: int

@@ -61,7 +61,7 @@ class Stages:
         schedule: Divides plain prompts into waves. The teacher is asked about each wave as soon as
             it is sampled.
         interruption: Drops a step before its update begins; later the step is finished.
-        check_judge: Ends the run if the judge does not give verdicts; every rank calls it.
+        check_grading: Ends the run if grading fails too often; every rank calls it.
         update_weights: Gives an engine that samples elsewhere the trained weights, as those of a
             rollout step; every rank calls it.
         overlap: Starts the plain rollouts of the next step before the update; `None` samples them
@@ -84,6 +84,6 @@ class Stages:
     learner: Learner
     schedule: PlainSchedule
     interruption: Interruption = field(default_factory=Interruption)
-    check_judge: Callable[[], None] = lambda: None
+    check_grading: Callable[[], None] = lambda: None
     update_weights: Callable[[int], None] = lambda version: None
     overlap: Overlap | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, fields, replace
@@ -28,7 +29,8 @@ class BufferEntry:
 
     Attributes:
         question: The question, its media by reference.
-        accuracy_at_admission: Mean accuracy of the rollouts that admitted it.
+        accuracy_at_admission: Mean accuracy of the rollouts that admitted it, of partial ones the
+            whole part of their sum.
         admitted_step: Rollout step of its admission; what FIFO goes by.
         visits: Times it was asked again since.
         last_accuracy: Mean accuracy when it was last asked.
@@ -126,12 +128,15 @@ class ReplayBuffer:
         """
         admitted: list[str] = []
         graduated: list[str] = []
-        for question, accuracy in _accuracies(groups):
+        for question, accuracies in _accuracies(groups):
+            accuracy = sum(accuracies) / len(accuracies)
             entry = self._entries.get(question.id)
             if entry is None:
                 if accuracy < tau:
-                    self._entries[question.id] = BufferEntry(question, accuracy, step, 0, accuracy)
-                    self.fates.admitted_by_accuracy[accuracy] += 1
+                    # Counted by this, so that partial accuracies make no more counts than others.
+                    known = math.floor(sum(accuracies)) / len(accuracies)
+                    self._entries[question.id] = BufferEntry(question, known, step, 0, accuracy)
+                    self.fates.admitted_by_accuracy[known] += 1
                     admitted.append(question.id)
                 continue
             check_same_question(entry.question, question)
@@ -194,24 +199,21 @@ class ReplayBuffer:
         return evicted
 
 
-def _accuracies(groups: Iterable[Group]) -> list[tuple[Question, float]]:
-    """Return every question with plain rollouts once, in order of appearance, with the mean reward
+def _accuracies(groups: Iterable[Group]) -> list[tuple[Question, list[float]]]:
+    """Return every question with plain rollouts once, in order of appearance, with the accuracies
     of all of them.
     """
-    rewards: dict[str, list[float]] = {}
+    accuracies: dict[str, list[float]] = {}
     questions: dict[str, Question] = {}
     for group in groups:
         if group.is_plain:
             check_same_question(
                 questions.setdefault(group.question.id, group.question), group.question
             )
-            rewards.setdefault(group.question.id, []).extend(
-                rollout.reward for rollout in group.rollouts
+            accuracies.setdefault(group.question.id, []).extend(
+                rollout.accuracy for rollout in group.rollouts
             )
-    return [
-        (questions[question_id], sum(values) / len(values))
-        for question_id, values in rewards.items()
-    ]
+    return [(questions[question_id], values) for question_id, values in accuracies.items()]
 
 
 def _saved(entry: BufferEntry) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from zppo_mm.experience import Group, PromptInstance
 from zppo_mm.parallel.exchange import Exchange
 from zppo_mm.parallel.failures import RankFailureError
 from zppo_mm.parallel.partition import PartitionLink
+from zppo_mm.rewards.verdict import Verdict
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.teacher.served.chat_server import ChatServer, PendingRequest, ReceivedRequest, Reply
@@ -23,18 +24,12 @@ POLL_SECONDS = 0.2
 EXCHANGE_SECONDS = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Ungraded:
-    parsed: str | None = None
-    reward: float = 0.0
-
-
 class NoGrader:
     """Grades nothing, because the student's ranks do. Implements `Grader`."""
 
-    def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[_Ungraded]:
+    def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Verdict]:
         """Return verdicts that mean nothing."""
-        return [_Ungraded() for _ in items]
+        return [Verdict(None, 0.0, "mismatch") for _ in items]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from zppo_mm.experience import Rollout
 from zppo_mm.parallel.exchange import Exchange
 from zppo_mm.randomness import generator
 from zppo_mm.reasoning import THINK_CLOSE
+from zppo_mm.rewards.verdict import Verdict
 from zppo_mm.rollout.grading import Grader
 from zppo_mm.serving.servers import RetryPolicy
 from zppo_mm.teacher.served.chat_api import ChatRequest, Choice
@@ -201,16 +202,17 @@ class ServedTeacher:
             graded = [(choice, next(verdicts)) for choice in choices]
             rollouts.append(
                 tuple(
-                    self._rollout(c, v.parsed, v.reward, step)
-                    for c, v in graded
-                    if v.reward is not None
+                    self._rollout(choice, verdict, step)
+                    for choice, verdict in graded
+                    if verdict.reward is not None
                 )
             )
         if self.tokens is not None:
             self.pool.counts["out_of_vocabulary_tokens"] = self.tokens.num_out_of_vocabulary
         return rollouts
 
-    def _rollout(self, choice: Choice, parsed: str | None, reward: float, step: int) -> Rollout:
+    def _rollout(self, choice: Choice, verdict: Verdict, step: int) -> Rollout:
+        assert verdict.reward is not None
         read = self.tokens.read(choice) if self.tokens is not None else None
         logprobs, top = None, None
         if choice.token_ids is not None:
@@ -224,10 +226,11 @@ class ServedTeacher:
             rollout_logprobs=logprobs,
             finish_reason=choice.finish_reason,
             text=choice.text,
-            parsed=parsed,
-            reward=float(reward),
+            parsed=verdict.parsed,
+            reward=float(verdict.reward),
             policy_version=step,
             teacher_top=top,
+            parts=verdict.parts,
         )
 
     def _own_indices(self, count: int) -> range:

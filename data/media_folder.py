@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from data.errors import MediaError, SampleError
@@ -52,6 +53,17 @@ class MediaFolder:
                 read, or is not a regular file.
             MediaError: `empty` or `oversized`.
         """
+        with self._found(where, path) as (shown, found):
+            return self._plain_file(where, shown, found)
+
+    def size(self, where: str, path: str) -> int:
+        """Return the bytes of one file; raises as `read`."""
+        with self._found(where, path) as (shown, found):
+            return self._check(where, shown, found.stat())
+
+    @contextmanager
+    def _found(self, where: str, path: str) -> Iterator[tuple[str, Path]]:
+        """Yield a path for messages, and where it leads."""
         if not is_valid_text(path):
             raise SampleError(
                 "bad_text", f"{where}: path is not valid text, got {ascii(path)[:200]}; correct it"
@@ -59,23 +71,22 @@ class MediaFolder:
         shown = f"{self.root / path!s:.300}"
         try:
             inside = self._inside(path)
-            content = self._plain_file(where, shown, inside) if inside is not None else None
+            if inside is not None:
+                yield shown, inside
+                return
         except OSError as error:
             message = (
-                f"{where}: {shown} cannot be read ({error.strerror}); add it or set --media-root"
+                f"{where}: {shown} cannot be read ({error.strerror}); add it or set the media root"
             )
             raise SampleError("missing_media", message) from error
-        if content is None:
-            expected = (
-                "expected a file inside; copy it there, set --media-root, or for links "
-                "--follow-links"
-            )
-            raise SampleError(
-                "outside_root",
-                f"{where}: path leaves the media root, got {path!r:.200} from {self.root}, "
-                f"{expected}",
-            )
-        return content
+        expected = (
+            "expected a file inside; copy it there, set the media root, or for links convert the "
+            "file with --follow-links"
+        )
+        raise SampleError(
+            "outside_root",
+            f"{where}: path leaves the media root, got {path!r:.200} from {self.root}, {expected}",
+        )
 
     def check_total(self, where: str, media: Sequence[tuple[str, bytes]]) -> None:
         """Refuse a question whose media take too much together, before the next is read.

@@ -1,0 +1,46 @@
+"""A source by its path: a folder of shards, or table files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from data.errors import DataError
+from data.question import ANSWER_TYPES
+from data.shards import ShardFolder, ShardReader
+from data.sources.listing import list_tables
+from data.sources.rows import RowRules
+from data.sources.tables import TableSource
+
+
+def open_source(
+    path: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    answer_type: str = "",
+    media_root: str | Path = "",
+    answer_types: Collection[str] = ANSWER_TYPES,
+) -> ShardFolder | TableSource:
+    """Return a source of questions.
+
+    Args:
+        path: A folder of shards; a file or folder of JSON lines, Parquet or Arrow, a pattern of
+            such files, or a folder that `datasets` saved.
+        columns: Of table files: columns by part of a question.
+        answer_type: Of their rows that name none.
+        media_root: What their media paths start from; by default the folder of the file.
+        answer_types: Those that can be graded; other questions are bad samples.
+
+    Raises:
+        DataError: The source cannot be used.
+    """
+    rules = RowRules(columns or {}, answer_type)
+    listing = list_tables(str(path))
+    if listing is not None:
+        return TableSource(path, listing, rules, media_root or None, answer_types)
+    if columns or answer_type or media_root:
+        raise DataError(
+            f"{path}: no table files, got columns, answer_type or media_root, which are for "
+            "*.jsonl, *.parquet and *.arrow; remove them or correct the path"
+        )
+    return ShardFolder(path, ShardReader(answer_types))
