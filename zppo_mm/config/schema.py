@@ -19,6 +19,7 @@ from zppo_mm.config.network import LoraConfig as LoraConfig
 from zppo_mm.config.network import ModelConfig as ModelConfig
 from zppo_mm.config.network import ParallelConfig as ParallelConfig
 from zppo_mm.config.reward import RewardConfig as RewardConfig
+from zppo_mm.config.rollout import RolloutConfig as RolloutConfig
 from zppo_mm.config.teacher import TeacherConfig as TeacherConfig
 from zppo_mm.methods import METHODS, SWITCHED, Kind
 
@@ -111,33 +112,6 @@ class DataConfig:
         may_change_on_resume=True,
     )
     strict: bool = key(False, "Stop at the first bad sample.", may_change_on_resume=True)
-
-
-@dataclass(kw_only=True)
-class RolloutConfig:
-    """How the student samples in training."""
-
-    num_rollouts: int = key(8, "Student rollouts per prompt (G_S).", at_least=2)
-    max_response_tokens: int = key(12288, "Maximum length of a response.", at_least=1)
-    temperature: float = key(
-        1.0, "Sampling temperature, also used for the log-probs of the loss.", above=0
-    )
-    top_p: float = key(1.0, "Nucleus sampling. 1: off.", above=0, at_most=1)
-    top_k: int = key(0, "Top-k sampling. 0: off.", at_least=0)
-    max_batch_size: int = key(
-        128,
-        "Maximum number of sequences that one replica decodes at once.",
-        at_least=1,
-        may_change_on_resume=True,
-    )
-    cache_memory_gib: float = key(
-        16.0,
-        "Maximum memory of the decoding cache on each GPU (or of each process on CPU), in GiB. "
-        "Where it is used up, sequences wait, and the youngest are computed again later "
-        "(`rollout/preempted`).",
-        above=0,
-        may_change_on_resume=True,
-    )
 
 
 @dataclass(kw_only=True)

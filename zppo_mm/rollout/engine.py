@@ -57,6 +57,19 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Consecutive tokens of a response that the same weights drew.
+
+    Attributes:
+        version: Rollout step that samples with these weights when it is on-policy.
+        num_tokens: Tokens drawn with them.
+    """
+
+    version: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """One continuation: `response_ids` and `rollout_logprobs` are `[response]`.
 
@@ -64,6 +77,8 @@ class Generation:
         is_broken: Whether the logits after these tokens were not finite, so that nothing could be
             drawn from them; the finish reason means nothing then.
         num_preemptions: How often it had to make room for others and was computed again.
+        versions: Which weights drew its tokens, in order; empty if the engine has no others than
+            the trained network's.
     """
 
     response_ids: IntArray
@@ -71,6 +86,7 @@ class Generation:
     finish_reason: FinishReason
     is_broken: bool = False
     num_preemptions: int = 0
+    versions: tuple[VersionSpan, ...] = ()
 
     @property
     def num_sound_tokens(self) -> int | None:
@@ -96,4 +112,39 @@ class RolloutEngine(Protocol):
         the batch. Nothing is drawn from logits that are not finite: the continuation ends before
         that token and is broken.
         """
+        ...
+
+
+class PendingGenerations(Protocol):
+    """Continuations that are being sampled."""
+
+    def wait(self) -> list[list[Generation]]:
+        """Return what `RolloutEngine.generate` returns; every rank of the replica calls this."""
+        ...
+
+    def cancel(self) -> None:
+        """Drop what is under way."""
+        ...
+
+
+class ServedEngine(RolloutEngine, Protocol):
+    """Samples elsewhere, with weights that it is sent, while the ranks do other things."""
+
+    def start(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingParams
+    ) -> PendingGenerations:
+        """Start what `generate` does, with the weights that the engine has now."""
+        ...
+
+    def update_weights(self, version: int) -> None:
+        """Send the trained network's present weights; every rank of every replica calls this.
+
+        Args:
+            version: Rollout step that samples with them when it is on-policy. Nothing is done if
+                the engine has that version already.
+        """
+        ...
+
+    def close(self) -> None:
+        """End what the engine has started."""
         ...
