@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zppo_mm.algorithms.logprobs import token_statistics
-from zppo_mm.algorithms.row_loss import OutputRows
+from zppo_mm.algorithms.row_loss import MAX_PRODUCT_ELEMENTS_CPU, OutputRows
 
 NUM_ROWS, HIDDEN, VOCABULARY = 37, 16, 53
 
@@ -109,3 +109,36 @@ def test_no_tensor_holds_the_logits_of_all_rows(dtype: torch.dtype) -> None:
         OutputRows(hidden, weight, 4 * VOCABULARY).sum(Loss(targets))[0].backward()
     # The gradient of the weight is the largest; logits of all rows would be 37 x 53.
     assert found.elements == VOCABULARY * HIDDEN < NUM_ROWS * VOCABULARY
+
+
+class LargestProduct(TorchDispatchMode):
+    """Keeps the number of elements of the largest bfloat16 matrix that a product returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ == "mm" and result.dtype == torch.bfloat16:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_in_bfloat16_the_gradient_of_a_large_weight_is_added_by_parts_that_stay_in_the_cache() -> (
+    None
+):
+    # Ten parts and a last one of 24 rows; few rows, so that no product of logits is as large.
+    width, vocabulary = MAX_PRODUCT_ELEMENTS_CPU // 128, 10 * 128 + 24
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, width, generator=random).to(torch.bfloat16)
+    weight = torch.zeros(vocabulary, width, dtype=torch.bfloat16, requires_grad=True)
+
+    def weighted(logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return ((logits + 1) * torch.arange(vocabulary)).sum(), logits.detach().sum()
+
+    with LargestProduct() as found:
+        OutputRows(hidden, weight).sum(weighted)[0].backward()
+    assert found.elements == MAX_PRODUCT_ELEMENTS_CPU
+    expected = torch.arange(vocabulary).bfloat16().float()[:, None] * hidden.float().sum(0)
+    assert weight.grad is not None
+    # Two roundings to 8 bits, of the product and of the gradient, next to a sum of three.
+    assert torch.allclose(weight.grad.float(), expected, rtol=2**-6, atol=2.0)

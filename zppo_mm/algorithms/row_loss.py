@@ -15,6 +15,10 @@ from zppo_mm.algorithms.logprobs import row_chunks
 
 MAX_CHUNK_LOGITS = 1 << 25
 """Logits of a chunk at most, 128 MiB in float32; 135 rows of Qwen3.5's vocabulary."""
+MAX_PRODUCT_ELEMENTS_CPU = 1 << 19
+"""Elements of a product that is cast and added on a CPU at most, 1 MiB in bfloat16: it is read back
+from the cache.
+"""
 
 RowLoss: TypeAlias = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 """From the logits `[chunk, vocab / tp]` float32 of some rows, and which rows those are, to their
@@ -120,5 +124,7 @@ def _add_product(
         total.addmm_(gradient.T, hidden)
         return
     # By parts, because a product as large as the weight would be another gradient.
+    if total.device.type == "cpu":
+        max_elements = min(max_elements, MAX_PRODUCT_ELEMENTS_CPU)
     for part in row_chunks(len(total), max(1, max_elements // hidden.shape[1])):
         total[part] += gradient[:, part].T @ hidden

@@ -13,6 +13,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from zppo_mm.models.layers.packing import PackedLayout
 from zppo_mm.models.layers.rotary import rotate
 
+MAX_CAST_TOKENS_CPU = 128
+"""Up to so many tokens of a sequence, torch's bfloat16 kernel for the CPU takes longer, with its
+backward pass, than its float32 kernel on casts.
+"""
+
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]
     """Causal attention of packed sequences through torch's kernel, batched over sequences of
@@ -94,11 +99,18 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         says otherwise.
         """
         q, k, v = (heads.transpose(1, 2) for heads in (query, key, value))
+        if _takes_less_in_float32(q):
+            q, k, v = q.float(), k.float(), v.float()
         grouped = q.shape[1] != k.shape[1]
         mixed = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
         )
-        return mixed.transpose(1, 2)
+        return mixed.transpose(1, 2).to(query.dtype)
+
+
+def _takes_less_in_float32(queries: torch.Tensor) -> bool:
+    is_short = queries.shape[2] <= MAX_CAST_TOKENS_CPU
+    return queries.device.type == "cpu" and queries.dtype == torch.bfloat16 and is_short
 
 
 def _after(parent: torch.Tensor, children: torch.Tensor) -> torch.Tensor:
