@@ -22,7 +22,7 @@ RUN_ENV := OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1
 WORKERS ?= 2
 IN_WORKERS = -n $(WORKERS) --dist loadfile
 
-.PHONY: install demo compare-demo test test-quick fuzz test-latest check test-gpu tiny-models bench
+.PHONY: install demo compare-demo test test-quick fuzz test-latest test-slurm check test-gpu tiny-models bench
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -65,6 +65,11 @@ test-latest:
 		"install it, or name it with PYTHON_LATEST=/path/to/python3.12" >&2; exit 1; }
 	$(MAKE) install VENV=$(VENV_LATEST) PYTHON=$(PYTHON_LATEST) CONSTRAINTS=constraints-latest.txt
 	$(RUN_ENV) $(VENV_LATEST)/bin/python -m pytest $(TESTS_LATEST)
+
+# The job scripts on a real Slurm with two virtual nodes on this machine; wants root, and Debian's packages.
+test-slurm: install
+	command -v slurmctld slurmd || { apt-get -q update && apt-get -q -y install slurm-wlm; }
+	$(RUN_ENV) $(BIN)/python -m pytest tests/slurm
 
 check: install
 	$(BIN)/ruff check .
