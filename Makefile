@@ -23,7 +23,7 @@ RUN_ENV := OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1
 WORKERS ?= 2
 IN_WORKERS = -n $(WORKERS) --dist loadfile
 
-.PHONY: install demo compare-demo test test-quick fuzz test-latest vllm-env vllm-example test-vllm check test-gpu tiny-models bench
+.PHONY: install demo compare-demo test test-quick fuzz test-latest vllm-env vllm-example test-vllm test-slurm check test-gpu tiny-models bench
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -88,6 +88,10 @@ models/vllm_student/model.safetensors: | install
 # One thread and little memory per server; the cache of a tiny model is small.
 test-vllm: install vllm-env
 	$(RUN_ENV) VLLM_CPU_KVCACHE_SPACE=1 VLLM=$(VENV_VLLM)/bin/vllm $(BIN)/python -m pytest -m vllm tests/vllm
+# The job scripts on a real Slurm with two virtual nodes on this machine; wants root, and Debian's packages.
+test-slurm: install
+	command -v slurmctld slurmd || { apt-get -q update && apt-get -q -y install slurm-wlm; }
+	$(RUN_ENV) $(BIN)/python -m pytest tests/slurm
 
 check: install
 	$(BIN)/ruff check .

@@ -31,23 +31,17 @@ Advantages = Mapping[str, FloatArray]
 FinishReason = Literal["stop", "length"]
 NO_TOKEN = -1
 """Stands where a token could be and none is; no token has this id."""
-
-
 ACCURACY = "accuracy"
 """The part of a reward that says how right a response is, whatever else is rewarded."""
 
 
 def accuracy_of(reward: float, parts: Mapping[str, float]) -> float:
-    """Return how right a response is: the accuracy part of its reward, or the reward itself if that
-    has no such part.
-    """
+    """Return how right a response is: the accuracy part of its reward, else the reward itself."""
     return parts.get(ACCURACY, reward)
 
 
 def is_correct(accuracy: float | None) -> bool:
-    """Return whether a response with this accuracy is correct: it has the full one. `None` is a
-    response that could not be graded.
-    """
+    """Return whether a response with this accuracy is correct; `None` was not graded."""
     return accuracy is not None and accuracy >= 1
 
 

@@ -190,8 +190,10 @@ class LoopbackServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, model: TinyModel, served_name: str = "tiny", honours_n: bool = True) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(
+        self, model: TinyModel, served_name: str = "tiny", honours_n: bool = True, port: int = 0
+    ) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.model = model
         self.served_name = served_name
         self.honours_n = honours_n

@@ -13,6 +13,10 @@ import torch.distributed as dist
 
 from zppo_mm.errors import ConfigError, ZppoError
 
+RANK_FAILURE_EXIT_CODE = 71
+"""EX_OSERR of sysexits.h: of a process that lost another one of the run, unlike one whose own error
+would come again.
+"""
 _PR_SET_PDEATHSIG = 1
 # How gloo, NCCL and the store word a connection that is gone, in lower case.
 _CONNECTION_ERRORS = (

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 from data.health import SampleHealth
 from data.media.node_cache import NodeCache
@@ -73,6 +73,8 @@ from zppo_mm.zone.selection import Selection
 
 logger = logging.getLogger(__name__)
 
+Part = TypeVar("Part", bound=Servers | NodeCache | VllmEngine | None)
+
 
 def student_folder(model: ModelConfig) -> Path:
     """Return the Hugging Face folder that the student starts from."""
@@ -119,15 +121,13 @@ def _build(
     folder = student_folder(config.model)
     media = MediaStore(media_limits(config.data, folder))
     opened.callback(media.close)
-    pool = _teacher_pool(config, ranks, exchange, media)
-    _close_with(opened, pool)
+    pool = _closing(opened, _teacher_pool(config, ranks, exchange, media))
     modes = (config.reward.judge, config.evaluation.judge)
     grading = build_grading(config, pool, exchange, modes, interruption.is_due)
-    _close_with(opened, grading.pool if grading.pool is not pool else None)
+    _closing(opened, grading.pool if grading.pool is not pool else None)
     verifier = grading.verifier
     opened.callback(verifier.close)
-    cache = open_media_cache(config.data)
-    _close_with(opened, cache)
+    cache = _closing(opened, open_media_cache(config.data))
     shared = Shared(config, media, verifier, exchange, cache, opened=opened)
     encoder = shared.student_encoder(folder)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
@@ -138,18 +138,14 @@ def _build(
     _log_network(student, config.train.optimizer_state_dtype, encoder)
     stream = build_stream(config, SampleHealth(config.data.max_bad_fraction, config.data.strict))
     feed = _build_feed(shared, stream, encoder, templates, verifier)
-    engine = open_served_engine(shared, policy.model, folder, encoder, run_folder)
-    _close_with(opened, engine)
+    engine = _closing(opened, open_served_engine(shared, policy.model, folder, encoder, run_folder))
     own = engine or shared.engine(policy.model, *student_limits(config))
     sampler = GroupSampler(own, encoder, verifier, exchange)
     stages = _build_stages(
         shared, policy, sampler, encoder, templates, teachers, feed, interruption, grading.check
     )
     if engine is not None:
-        overlap, update = stages.overlap, engine.update_weights
-        stages = replace(
-            stages, update_weights=update if overlap is None else overlap.before_update(update)
-        )
+        stages = _with_served_weights(stages, engine)
     grader = verifier.with_judge_mode(config.evaluation.judge)
     log_generation_prefixes(shared.encoders, templates.closing)
     if ranks is not None:
@@ -175,10 +171,19 @@ def _build(
     )
 
 
-def _close_with(opened: ExitStack, part: Servers | NodeCache | VllmEngine | None) -> None:
-    """Close a part, where there is one, when what was opened is closed."""
+def _closing(opened: ExitStack, part: Part) -> Part:
+    """Have a part, where there is one, closed with what was opened; returns it."""
     if part is not None:
         opened.callback(part.close)
+    return part
+
+
+def _with_served_weights(stages: Stages, engine: VllmEngine) -> Stages:
+    """Return stages that send the servers the trained weights."""
+    update: Callable[[int], None] = engine.update_weights
+    if stages.overlap is not None:
+        update = stages.overlap.before_update(update)
+    return replace(stages, update_weights=update)
 
 
 def _build_policy(

@@ -14,6 +14,7 @@ from zppo_mm.errors import ZppoError
 from zppo_mm.interruption import EXIT_CODE, Interruption, RunStopped
 from zppo_mm.parallel import failures
 from zppo_mm.parallel import groups as parallel
+from zppo_mm.parallel.failures import RankFailureError
 from zppo_mm.parallel.liveness_barrier import open_liveness_barrier
 from zppo_mm.parallel.partition import JobPartition, PartitionLink
 from zppo_mm.run.build import build_run
@@ -71,7 +72,8 @@ def exit_code(error: Exception, folder: RunFolder) -> int:
         folder: The run's.
 
     Returns:
-        1 after an error that the user can fix, `EXIT_CODE` where the same command goes on.
+        1 after an error that the user can fix, `EXIT_CODE` where the same command goes on,
+        `RANK_FAILURE_EXIT_CODE` where it may, because another process failed.
 
     Raises:
         Exception: The error itself, if it is neither.
@@ -82,7 +84,7 @@ def exit_code(error: Exception, folder: RunFolder) -> int:
         return EXIT_CODE
     if isinstance(error, ZppoError | DataError):
         logger.error("%s", error)
-        return 1
+        return failures.RANK_FAILURE_EXIT_CODE if isinstance(error, RankFailureError) else 1
     if isinstance(error, OSError) and (error.filename is not None or error.errno in _DISK_ERRORS):
         logger.error(
             "%s: a file of the run cannot be used, got %s, expected room and permission; check the "
