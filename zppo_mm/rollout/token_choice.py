@@ -58,7 +58,7 @@ def choose_tokens(
     else:
         # Without what is forbidden, the weights of all others could be too small for their
         # exponentials.
-        tokens = _invert((scores - scores.amax(-1, keepdim=True)).exp_(), uniforms)
+        tokens = _invert(scores.double().sub_(scores.amax(-1, keepdim=True)).exp_(), uniforms)
     chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
     sound = low.isfinite() & high.isfinite() & chosen.isfinite()
     return torch.where(sound, tokens, NO_TOKEN), torch.where(sound, chosen, 0.0)
@@ -73,7 +73,7 @@ def _draw_truncated(
         ordered, indices = scores.topk(params.top_k, dim=-1)
     else:
         ordered, indices = scores.sort(dim=-1, descending=True, stable=True)
-    probabilities = (ordered - ordered[:, :1]).exp_().double()
+    probabilities = (ordered - ordered[:, :1]).double().exp()
     # The first is the most likely and 1 here, so min_p is the bound itself.
     probabilities = probabilities * (probabilities >= params.min_p)
     before = probabilities.cumsum(dim=-1) - probabilities
@@ -88,7 +88,7 @@ def _invert(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     Sums run in float64: in float32 the rounding over a vocabulary of 248,320 shifts mass between
     tokens.
     """
-    cumulative = weights.double().cumsum(dim=-1)
+    cumulative = weights.cumsum(dim=-1)
     target = uniforms.to(cumulative.dtype)[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True).squeeze(1)
     return index.clamp_(max=weights.shape[1] - 1)
