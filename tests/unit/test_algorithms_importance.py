@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from zppo_mm.algorithms.importance import (
     logprob_gaps,
 )
 from zppo_mm.algorithms.losses import policy_loss
+from zppo_mm.config.schema import AlgorithmConfig, RolloutConfig, RunConfig
+from zppo_mm.run.build import mismatch_correction
 
 LEVELS: tuple[Level, ...] = ("token", "sequence", "geometric")
 UNCAPPED = 1e30
@@ -200,3 +203,34 @@ def test_every_correction_moves_the_gradient_towards_the_on_policy_one() -> None
     # 0.24, 0.60 and 0.61 of it are left over 20 pairs.
     assert biases["sequence"] < 0.4 * without
     assert max(biases.values()) < 0.75 * without
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "expected"),
+    [
+        ("megatron", {}, MismatchCorrection()),
+        ("vllm", {}, MismatchCorrection(cap=2.0)),
+        ("vllm", {"importance_level": "none"}, MismatchCorrection()),
+        ("megatron", {"importance_cap": 3.0}, MismatchCorrection(cap=3.0)),
+        (
+            "vllm",
+            {"importance_level": "sequence", "importance_cap": 5.0, "rejection_bound": 1.1},
+            MismatchCorrection(level="sequence", cap=5.0, rejection_bound=1.1),
+        ),
+        (
+            "megatron",
+            {"rejection_token_bound": 1e4},
+            MismatchCorrection(rejection_token_bound=1e4),
+        ),
+    ],
+)
+def test_the_engine_decides_where_nothing_is_set(
+    engine: str, options: dict[str, Any], expected: MismatchCorrection
+) -> None:
+    found = mismatch_correction(
+        RunConfig(rollout=RolloutConfig(engine=engine), algorithm=AlgorithmConfig(**options))
+    )
+    assert (found.cap, found.rejection_bound) == (expected.cap, expected.rejection_bound)
+    assert found.rejection_token_bound == expected.rejection_token_bound
+    assert found.level == expected.level or not found.cap
+    assert found.is_on == expected.is_on

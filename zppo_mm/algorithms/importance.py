@@ -5,7 +5,7 @@ With p the trained network before the step's updates, q the sampler and rho_t = 
 token's loss is weighted by min(w, cap):
 
 - `token`: w = rho_t. Every token is corrected given the tokens before it, not for how likely the
-  sampler was to come there: biased for responses of several tokens, with the least variance.
+  sampler was to come there: biased for responses of several tokens.
 - `sequence`: w = product of rho over the response's tokens. Without the cap the gradient is the
   on-policy one in expectation; the variance grows with the length.
 - `geometric`: w = (product of rho) ** (1 / tokens), which does not grow with the length.

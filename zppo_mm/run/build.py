@@ -255,7 +255,7 @@ def _build_stages(
             config.train,
             config.seed,
             temperature=config.rollout.temperature,
-            correction=_correction(config),
+            correction=mismatch_correction(config),
             averages_questions=config.distill.source == "teacher",
         ),
         schedule=_plain_schedule(config.teacher, config.rollout, config.seed),
@@ -280,7 +280,7 @@ def build_overlap(
     return Overlap(sampler, stream, exchange, interruption, last_step, rollout.partial_rollouts)
 
 
-def _correction(config: RunConfig) -> MismatchCorrection:
+def mismatch_correction(config: RunConfig) -> MismatchCorrection:
     """Return what is done about the difference between sampler and trained network."""
     algorithm = config.algorithm
     return MismatchCorrection(
