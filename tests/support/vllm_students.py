@@ -29,7 +29,7 @@ _SHARED_FILES = (
 )
 # Nothing is compiled, and no medium is invented to measure memory with: both take long. On a CPU a
 # seeded request whose prompt is prefilled in pieces ends the server.
-OPTIONS = ("--enforce-eager", "--skip-mm-profiling", "--no-enable-chunked-prefill")
+OPTIONS = ("--enforce-eager", "--skip-mm-profiling", "--max-num-batched-tokens=65536")
 MEDIA_KEYS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
