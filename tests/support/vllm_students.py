@@ -27,6 +27,9 @@ _SHARED_FILES = (
     "tokenizer_config.json",
     "video_preprocessor_config.json",
 )
+# Nothing is compiled, and no medium is invented to measure memory with: both take long. On a CPU a
+# seeded request whose prompt is prefilled in pieces ends the server.
+OPTIONS = ("--enforce-eager", "--skip-mm-profiling", "--max-num-batched-tokens=65536")
 MEDIA_KEYS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
@@ -111,5 +114,4 @@ def vllm_command() -> list[str]:
     """Return the words that start vLLM on a CPU, from the environment of `make vllm-env`."""
     program = Path(os.environ.get("VLLM", CLONE / ".venv-vllm" / "bin" / "vllm"))
     assert program.is_file(), f"{program}: no vLLM, expected that of `make vllm-env`; run it"
-    # Nothing is compiled, and no medium is invented to measure memory with: both take long.
-    return [str(program), "serve", "{model}", "--enforce-eager", "--skip-mm-profiling"]
+    return [str(program), "serve", "{model}", *OPTIONS]

@@ -59,7 +59,7 @@ class ServerSettings:
             "--worker-extension-cls": "zppo_vllm_worker.WeightLoader",
             "--max-model-len": str(self.max_tokens),
             "--max-num-seqs": str(self.max_batch_size),
-            # A seeded request whose prompt is prefilled in pieces ends the server.
+            # Room for the longest prompt in one piece.
             "--max-num-batched-tokens": str(max(self.max_tokens, MIN_BATCHED_TOKENS)),
         }
         said = {word.partition("=")[0] for word in words}
