@@ -35,7 +35,9 @@ LIMITS = Limits(
     backoff_seconds=0.05,
     max_concurrency=8,
 )
-MODEL = ServedModel(vocabulary=40, reading=MediaReading((7, 9), None, TIMESTAMPED), run="", seed=0)
+MODEL = ServedModel(
+    vocabulary=40, reading=MediaReading((7, 9), None, TIMESTAMPED), run="", seed=0, context=100
+)
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=6, stop_token_ids=(3,))
 NOBODY = "http://127.0.0.1:9"
 

@@ -31,7 +31,7 @@ LIMITS = Limits(
 MANY = replace(LIMITS, max_concurrency=32, backoff_seconds=1e-4)
 RUN = "run"
 TABLE_MODEL = ServedModel(
-    vocabulary=40, reading=MediaReading((7, 9), None, TIMESTAMPED), run=RUN, seed=0
+    vocabulary=40, reading=MediaReading((7, 9), None, TIMESTAMPED), run=RUN, seed=0, context=9
 )
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=6, stop_token_ids=(3,))
 

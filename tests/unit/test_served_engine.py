@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ def test_it_samples_what_the_training_network_samples(student: TransformersStude
         for temperature in (0.0, 0.7)
     )
     expected = MegatronEngine(network, seed=0).generate(requests, greedy)
-    model = served_model(architecture, encoder, seed=0, run=RUN)
+    model = served_model(architecture, encoder, seed=0, run=RUN, context=2048)
     with serve_vllm(student) as server, engine_of(server, model=model) as engine:
         same = engine.generate(requests, greedy)
         drawn = engine.generate(requests, warm)
@@ -269,6 +270,18 @@ def test_a_server_that_refuses_a_prompt_is_named() -> None:
     ):
         engine.generate(table_requests(1), SAMPLING)
     assert len(server.requests) == 1
+
+
+def test_a_refused_prompt_that_is_too_long_fails_alone() -> None:
+    short, long = table_requests(1)[0], table_requests(1)[0]
+    long = replace(long, prompt=long.prompt.continued([11]))
+    with (
+        serve_vllm(TableStudent(), plan=lambda number: "400" if number else PASS) as server,
+        engine_of(server) as engine,
+    ):
+        (answered,) = engine.generate([short], SAMPLING)
+        assert engine.generate([long], SAMPLING) == [[]]
+    assert len(answered) == short.num_rollouts
 
 
 def test_a_killed_server_gives_its_prompts_to_the_others() -> None:

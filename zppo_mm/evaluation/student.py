@@ -111,6 +111,7 @@ def build_student(config: RunConfig) -> Student:
             exchange,
             config.rollout.endpoints,
             config.seed,
+            config.data.max_prompt_tokens + config.rollout.max_response_tokens,
         )
         sampler = GroupSampler(engine, encoder, grading.verifier, exchange)
     else:

@@ -66,9 +66,10 @@ def fault_of(
     if not generations:
         return Fault(
             NO_ROOM,
-            "the prompt does not fit the decoding cache, got "
+            "the prompt does not fit the decoding cache or the servers, got "
             f"{len(prompt.token_ids)} tokens, expected room for them and a response of "
-            f"{sampling.max_new_tokens}; raise rollout.cache_memory_gib",
+            f"{sampling.max_new_tokens}; raise rollout.cache_memory_gib, or the servers' "
+            "--max-model-len",
         )
     for number, generation in enumerate(generations):
         index = generation.num_sound_tokens

@@ -65,6 +65,7 @@ def open_served_engine(
         shared.exchange,
         urls,
         config.seed,
+        served.max_tokens,
         weights,
         weights.run,
     )
@@ -77,6 +78,7 @@ def vllm_engine(
     exchange: ParallelExchange,
     urls: Sequence[str],
     seed: int,
+    context: int,
     weights: WeightSender | None = None,
     run: str = "",
 ) -> VllmEngine:
@@ -89,6 +91,7 @@ def vllm_engine(
         exchange: The replicas, which divide the connections.
         urls: Base URLs of the servers.
         seed: The run's.
+        context: Tokens of the longest prompt and response that the servers have to take.
         weights: Sends weights to the servers; `None` if they keep those that they have.
         run: Names the run in the versions of the weights.
 
@@ -113,7 +116,7 @@ def vllm_engine(
     )
     return VllmEngine(
         servers,
-        served_model(architecture, encoder, seed, run),
+        served_model(architecture, encoder, seed, run, context),
         exchange,
         RetryPolicy(max_seconds=config.max_wait_seconds, num_retries=None),
         weights,
@@ -123,7 +126,7 @@ def vllm_engine(
 
 
 def served_model(
-    architecture: Architecture, encoder: PromptEncoder, seed: int, run: str
+    architecture: Architecture, encoder: PromptEncoder, seed: int, run: str, context: int
 ) -> ServedModel:
     """Return what is known here of the network that servers run.
 
@@ -132,6 +135,7 @@ def served_model(
         encoder: Of the same model.
         seed: The run's.
         run: Names the run in the versions of the weights; empty if they are never sent.
+        context: Tokens of the longest prompt and response that the servers have to take.
     """
     placeholders = (
         (architecture.image_token_id, architecture.video_token_id)
@@ -143,4 +147,5 @@ def served_model(
         reading=MediaReading(placeholders, encoder.processor, encoder.chat.video_layout),
         run=run,
         seed=seed,
+        context=context,
     )

@@ -83,12 +83,14 @@ class ServedModel:
         reading: How it reads media.
         run: Names the run in the versions of its weights; empty if they are never sent.
         seed: The run's seed.
+        context: Tokens of the longest prompt and response that they have to take.
     """
 
     vocabulary: int
     reading: MediaReading
     run: str
     seed: int
+    context: int
 
     def request(
         self, asked: GenerationRequest, sampling: SamplingParams, versions: range
@@ -104,6 +106,7 @@ class ServedModel:
             vocabulary=self.vocabulary,
             run=self.run,
             versions=versions,
+            may_be_refused=len(asked.prompt.token_ids) + sampling.max_new_tokens > self.context,
         )
 
 
@@ -254,14 +257,19 @@ class ServedGenerations:
         self._ask(range(len(requests)))
 
     def wait(self) -> list[list[Generation]]:
-        """Return the continuations; every rank calls this.
+        """Return the continuations, none of a prompt that is longer than the servers have to take
+        and than they do; every rank calls this.
 
         Raises:
             StopRequested: On every rank, if any of them is to stop; it may be called again.
             RolloutServersLostError: On every rank, if a prompt of any replica is not continued.
         """
         self.arrive()
-        problems = [each.problem for each in self._outcomes.values() if each.problem]
+        problems = [
+            each.problem
+            for index, each in self._outcomes.items()
+            if each.problem and not (each.is_refused and self._requests[index].may_be_refused)
+        ]
         gathered = self._exchange.gather([_Losses(len(self._requests), tuple(problems))])
         if not self.has_arrived:
             raise StopRequested

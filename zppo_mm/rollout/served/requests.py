@@ -41,6 +41,7 @@ class ServedRequest:
         vocabulary: Tokens that the network has.
         run: Names the run in the versions of its weights; empty asks for no versions.
         versions: Those whose weights may draw.
+        may_be_refused: Whether prompt and longest response are more than the servers have to take.
     """
 
     token_ids: IntArray
@@ -52,6 +53,7 @@ class ServedRequest:
     vocabulary: int
     run: str = ""
     versions: range = range(0)
+    may_be_refused: bool = False
 
     def max_reply_bytes(self) -> int:
         """Return what a reply may take, decoded."""
