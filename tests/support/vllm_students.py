@@ -27,9 +27,8 @@ _SHARED_FILES = (
     "tokenizer_config.json",
     "video_preprocessor_config.json",
 )
-# Nothing is compiled, and no medium is invented to measure memory with: both take long. On a CPU a
-# seeded request whose prompt is prefilled in pieces ends the server.
-OPTIONS = ("--enforce-eager", "--skip-mm-profiling", "--max-num-batched-tokens=65536")
+# Nothing is compiled, and no medium is invented to measure memory with: both take long.
+OPTIONS = ("--enforce-eager", "--skip-mm-profiling")
 MEDIA_KEYS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 

@@ -23,6 +23,7 @@ from tests.support.tiny_folder import build_folder
 from zppo_mm.experience import PromptInstance
 from zppo_mm.interruption import Interruption, StopRequested
 from zppo_mm.parallel.exchange import SingleProcess
+from zppo_mm.rewards.verdict import Verdict
 from zppo_mm.rollout.engine import Generation, GenerationRequest, SamplingParams, VersionSpan
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
@@ -115,17 +116,11 @@ class NamedResponses:
         self.engine.num_cancelled += 1
 
 
-@dataclass(frozen=True)
-class Grade:
-    parsed: str | None
-    reward: float
-
-
 class NoGrader:
     """Finds everything right."""
 
-    def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Grade]:
-        return [Grade(text, 1.0) for _, text in items]
+    def verify_all(self, items: Sequence[tuple[Question, str]]) -> list[Verdict]:
+        return [Verdict(text, 1.0, "match") for _, text in items]
 
 
 @dataclass
