@@ -35,16 +35,22 @@ def unmapped_media(fields: Mapping[str, Any], read: Iterable[str], has_media: bo
 
     Args:
         fields: Values by name.
-        read: Names of those that are read, or that the user says are to be left out.
+        read: Names of those that are read, or that the user says are to be left out; a dot leads
+            into an object, of which the rest is not read.
         has_media: Other fields gave media: then a file's name or address is taken for that of one
             of them.
     """
     known = set(read)
-    return [
-        name
-        for name, value in fields.items()
-        if name not in known and _is_media(name, value, has_media)
-    ]
+    found: list[str] = []
+    for name, value in fields.items():
+        inside = {each.removeprefix(f"{name}.") for each in known if each.startswith(f"{name}.")}
+        if name in known:
+            continue
+        if inside and isinstance(value, Mapping):
+            found += [f"{name}.{each}" for each in unmapped_media(value, inside, has_media)]
+        elif _is_media(name, value, has_media):
+            found.append(name)
+    return found
 
 
 def check_markers(where: str, texts: Sequence[str], media: Sequence[MediaRef]) -> None:

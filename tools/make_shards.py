@@ -22,6 +22,7 @@ from data.media.opening import MediaLimits, MediaOpener
 from data.media.sampling import FrameSampling
 from data.question import ANSWER_TYPES
 from data.sources.listing import list_tables
+from data.sources.opening import check_no_table_options
 from data.sources.rows import RowRules
 from data.sources.tables import TableSource
 from data.text import clean_text
@@ -283,12 +284,12 @@ def linted_sources(
     sources: list[str | TableSource] = []
     for path, columns, answer_type, root in given:
         listing = list_tables(path)
+        if listing is None:
+            check_no_table_options(path, columns, answer_type, root)
+            sources.append(path)
+            continue
         rules = RowRules(columns, answer_type)
-        sources.append(
-            path
-            if listing is None
-            else TableSource(path, listing, rules, root or None, answer_types)
-        )
+        sources.append(TableSource(path, listing, rules, root or None, answer_types))
     return sources
 
 

@@ -23,6 +23,7 @@ PARTS = (
     "answer_type",
     "choices",
     "source",
+    "metadata",
     "image",
     "video",
     "media",
@@ -152,9 +153,8 @@ def read_fields(view: RowView) -> Draft:
         (media_kind(str(path).lower()) or "image", path) for path in paths
     ]
     source = view.text("source", default=view.stem)
-    return Draft(
-        _fields(_own_id(view), view.text("question"), answer, answer_type, choices, source), media
-    )
+    fields = _fields(_own_id(view), view.text("question"), answer, answer_type, choices, source)
+    return Draft({**fields, **view.metadata()}, media)
 
 
 @dataclass(frozen=True, slots=True)

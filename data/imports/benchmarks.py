@@ -32,7 +32,7 @@ from data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardSample
 from data.shard_writer import write_shards
 
 CONVERSION_FILE = "conversion.json"
-CONVERSION_VERSION = 2
+CONVERSION_VERSION = 3
 """Another one whenever the same file becomes other questions."""
 ROWS_LOOKED_AT = 20
 """Rows whose columns decide on the format; rows of a JSON file need not have the same."""

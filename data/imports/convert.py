@@ -149,7 +149,8 @@ def _sample(
     where = f"{source}:{number}"
     fields, media = question_fields(where, row, rules, f"{source.stem}/{number}")
     if keep:
-        fields = {name: row[name] for name in row.keys() - rules.read()} | fields
+        read = rules.read() | {column.split(".")[0] for column in rules.read()}
+        fields = {name: row[name] for name in row.keys() - read} | fields
     files: list[tuple[str, bytes]] = []
     for index, medium in enumerate(media):
         ending, content = _load(where, medium, folder)

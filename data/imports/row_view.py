@@ -15,6 +15,7 @@ from data.errors import SampleError
 from data.media_columns import unmapped_media
 from data.question import MediaKind
 from data.sample import MAX_CHOICES
+from data.sources.rows import as_json
 
 HIDDEN_ANSWERS = ("", "?", "N/A")
 """What test splits have instead of the answers that their authors keep."""
@@ -95,6 +96,21 @@ class RowView:
                 "that has answers",
             )
         return answer
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the field `metadata` of KEY.json, nothing where the row has none.
+
+        Raises:
+            SampleError: It is no JSON value, or there are two.
+        """
+        values = self.values("metadata")
+        if len(values) > 1:
+            raise SampleError(
+                "bad_field",
+                f"{self.where}: two values for metadata, got columns {self.columns['metadata']}, "
+                "expected one; name one column",
+            )
+        return {"metadata": as_json(self.where, values[0])} if values else {}
 
     def choices(self) -> list[str]:
         """Return the options without their letters.
@@ -185,12 +201,7 @@ class RowView:
         Raises:
             SampleError: `unmapped_media`.
         """
-        read = [
-            name
-            for columns in self.columns.values()
-            for column in split_columns(columns)
-            for name in (column, column.split(".")[0])
-        ]
+        read = [column for columns in self.columns.values() for column in split_columns(columns)]
         unread = unmapped_media(self.row, read, has_media)
         if unread:
             hint = (

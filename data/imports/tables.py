@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from data.errors import DataError, SampleError
 from data.json_text import TEXT_RULE, InvalidText, check_texts, load_json, load_object
 from data.sources.arrow import open_arrow
-from data.sources.arrow_values import class_labels, with_labels
+from data.sources.arrow_values import class_labels, shortest, with_labels
 from data.sources.json_lines import MAX_LINE_BYTES, lines_of, too_long
 from data.sources.parquet import open_parquet
 from data.sources.rows import check_names
@@ -270,13 +270,14 @@ def _values(row: RecordBatch) -> dict[str, Any]:
     """Return one row; without its times where Python has none of them, such as those of
     nanoseconds.
     """
-    from pyarrow.types import is_temporal
+    from pyarrow.types import is_float32, is_temporal
 
     try:
-        return dict(row.to_pylist()[0])
+        values = dict(row.to_pylist()[0])
     except (ValueError, OverflowError):
-        return dict(
-            row.select(
-                [field.name for field in row.schema if not is_temporal(field.type)]
-            ).to_pylist()[0]
-        )
+        names = [field.name for field in row.schema if not is_temporal(field.type)]
+        values = dict(row.select(names).to_pylist()[0])
+    for field in row.schema:
+        if is_float32(field.type) and values[field.name] is not None:
+            values[field.name] = shortest(values[field.name])
+    return values

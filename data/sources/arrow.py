@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from data.errors import DataError
 from data.sources.arrow_values import (
     class_labels,
+    column_paths,
     held_columns,
     light_row,
     row_of_key,
@@ -38,11 +39,12 @@ class ArrowTable:
                 have to be in memory.
         """
         self.path = path
+        self._state = _state_of(path)
         self._size = path.stat().st_size if path.is_file() else 0
         with open_arrow(path) as (schema, batches):
             self._batches = list(_uncompressed(path, batches, self._size))
         check_names(path, schema.names)
-        self.schema_columns: Sequence[str] | None = schema.names
+        self.schema_columns: Sequence[str] | None = column_paths(schema)
         self.held_columns: Sequence[str] = held_columns(schema)
         self._labels = class_labels(schema)
         self._schema = schema
@@ -86,8 +88,22 @@ class ArrowTable:
         return digest.hexdigest()
 
     def _position(self, index: int) -> tuple[RecordBatch, int]:
+        if _state_of(self.path) != self._state:
+            raise DataError(
+                f"{self.path}: the file was changed or replaced, got another size or time, "
+                "expected the file of the start; restore it, with its time, or start again"
+            )
         batch = bisect_right(self._ends, index)
         return self._batches[batch], index - (self._ends[batch - 1] if batch else 0)
+
+
+def _state_of(path: Path) -> tuple[int, ...]:
+    """Return what another file, or another content, has different; nothing of a missing file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @contextmanager
@@ -124,7 +140,9 @@ def _uncompressed(path: Path, batches: Iterator[RecordBatch], size: int) -> Iter
     """Yield the batches as long as they take no more than the file."""
     total = 0
     for batch in batches:
-        total += batch.get_total_buffer_size()
+        # Without dictionaries, which batches share.
+        buffers = (buffer for column in batch.columns for buffer in column.buffers())
+        total += sum(buffer.size for buffer in buffers if buffer is not None)
         if total > size:
             raise DataError(
                 f"{path}: compressed, so that its rows cannot be read one by one, got {total} "

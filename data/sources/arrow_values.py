@@ -8,6 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from data.errors import DataError, SampleError
 from data.json_text import TEXT_RULE
 from data.sources.rows import HELD
@@ -29,10 +31,52 @@ def holds_bytes(kind: DataType) -> bool:
 
 
 def held_columns(schema: Schema) -> list[str]:
-    """Return the columns that hold bytes."""
+    """Return the columns that hold bytes; of an object that is no picture, what inside it does."""
     return [
-        name for name, kind in zip(schema.names, schema.types, strict=True) if holds_bytes(kind)
+        held
+        for name, kind in zip(schema.names, schema.types, strict=True)
+        if holds_bytes(kind)
+        for held in _held(name, kind)
     ]
+
+
+def column_paths(schema: Schema) -> list[str]:
+    """Return the names of the columns, and of what is in objects with dots."""
+    return [
+        path
+        for name, kind in zip(schema.names, schema.types, strict=True)
+        for path in (name, *_inside(name, kind))
+    ]
+
+
+def is_picture(kind: DataType) -> bool:
+    """Return whether a type is the object that the `datasets` package has for an image."""
+    from pyarrow import types
+
+    return types.is_struct(kind) and set(_field_types(kind)) == {"bytes", "path"}
+
+
+def _held(name: str, kind: DataType) -> list[str]:
+    from pyarrow import types
+
+    if not types.is_struct(kind) or is_picture(kind):
+        return [name]
+    inner = {each: its for each, its in _field_types(kind).items() if holds_bytes(its)}
+    return [held for each, its in inner.items() for held in _held(f"{name}.{each}", its)]
+
+
+def _inside(name: str, kind: DataType) -> list[str]:
+    from pyarrow import types
+
+    if not types.is_struct(kind):
+        return []
+    inner = {f"{name}.{each}": its for each, its in _field_types(kind).items()}
+    return [path for each, its in inner.items() for path in (each, *_inside(each, its))]
+
+
+def _field_types(kind: DataType) -> dict[str, DataType]:
+    fields = [kind.field(index) for index in range(kind.num_fields)]
+    return {field.name: field.type for field in fields}
 
 
 def light(value: Scalar) -> Any:
@@ -50,6 +94,8 @@ def light(value: Scalar) -> Any:
                 return value.as_py()
             except (ValueError, OverflowError):
                 return None
+        if types.is_float32(kind):
+            return shortest(value.as_py())
         return value.as_py()
     if types.is_struct(kind):
         return {kind.field(index).name: light(value[index]) for index in range(kind.num_fields)}
@@ -94,9 +140,16 @@ def with_labels(row: dict[str, Any], labels: Mapping[str, Sequence[str]]) -> dic
     """Return a row with the names of its classes in the place of their numbers."""
     for column, names in labels.items():
         number = row.get(column)
-        if isinstance(number, int) and 0 <= number < len(names):
-            row[column] = names[number]
+        if isinstance(number, int):  # -1 stands for no class
+            row[column] = names[number] if 0 <= number < len(names) else None
     return row
+
+
+def shortest(value: float) -> float:
+    """Return a number of 32 bits with the fewest digits that tell it from others: 0.1 rather than
+    0.10000000149011612.
+    """
+    return float(str(np.float32(value)))
 
 
 def row_of_key(path: Path, key: str, num_rows: int) -> int:

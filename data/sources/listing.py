@@ -126,6 +126,13 @@ def _list_folder(folder: Path) -> TableListing | None:
             f"{folder}: files of several splits, got {', '.join(splits_found)}, expected one; name "
             f"it, such as {pattern}"
         )
+    unnamed = [file for file in files if not SPLIT.match(file.name)]
+    if splits_found and unnamed:
+        named = next(file for file in files if file not in unnamed)
+        raise DataError(
+            f"{folder}: files with and without a split in their name, got {named.name} and "
+            f"{unnamed[0].name}, expected those of one split; name them, such as {unnamed[0]}"
+        )
     return TableListing(folder, files)
 
 

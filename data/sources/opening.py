@@ -38,9 +38,18 @@ def open_source(
     listing = list_tables(str(path))
     if listing is not None:
         return TableSource(path, listing, rules, media_root or None, answer_types)
-    if columns or answer_type or media_root:
+    check_no_table_options(path, columns, answer_type, media_root)
+    return ShardFolder(path, ShardReader(answer_types))
+
+
+def check_no_table_options(path: str | Path, *options: object) -> None:
+    """Refuse options of tables for a folder of shards, to which they do not apply.
+
+    Raises:
+        DataError: One is given.
+    """
+    if any(options):
         raise DataError(
             f"{path}: no table files, got columns, answer_type or media_root, which are for "
             "*.jsonl, *.parquet and *.arrow; remove them or correct the path"
         )
-    return ShardFolder(path, ShardReader(answer_types))

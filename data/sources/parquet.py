@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 from data.errors import DataError
 from data.sources.arrow_values import (
     class_labels,
+    column_paths,
     held_columns,
     holds_bytes,
+    is_picture,
     light_row,
     row_of_key,
     with_labels,
@@ -79,7 +81,7 @@ class ParquetTable:
         with open_parquet(path) as file:
             self._metadata = file.metadata
             schema = file.schema_arrow
-        self.schema_columns: Sequence[str] | None = schema.names
+        self.schema_columns: Sequence[str] | None = column_paths(schema)
         self.held_columns: Sequence[str] = held_columns(schema)
         self._types = dict(zip(schema.names, schema.types, strict=True))
         self._labels = class_labels(schema)
@@ -221,8 +223,7 @@ def _is_picture(kind: DataType) -> bool:
 
     if types.is_list(kind) or types.is_large_list(kind):
         kind = kind.value_type
-    names = {kind.field(index).name for index in range(kind.num_fields)}
-    return types.is_struct(kind) and names == {"bytes", "path"}
+    return is_picture(kind)
 
 
 def _with_held(value: Any) -> Any:

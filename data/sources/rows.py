@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date, time
+from decimal import Decimal
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -83,7 +86,7 @@ class RowRules:
         answer_type: Of rows that name none; empty: `choice` with choices, `math` without.
 
     Raises:
-        DataError: An unknown part.
+        DataError: An unknown part, or a column of media that is named twice.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -96,11 +99,29 @@ class RowRules:
                 f"columns: unknown part of a question, got {wrong[0]!r}, expected one of "
                 f"{', '.join(PARTS)}; write columns: {{part: column}}"
             )
+        media = Counter(column for part in (*MEDIA_PARTS, IGNORE) for column in self._given(part))
+        twice = [column for column, count in media.items() if count > 1]
+        if twice:
+            raise DataError(
+                f"columns: a column of media is named twice, got {twice[0]!r}, expected it under "
+                f"one of {', '.join((*MEDIA_PARTS, IGNORE))}; remove the others"
+            )
 
     def of(self, part: str) -> list[str]:
         """Return the columns of a part."""
-        default = "" if part == IGNORE else part
-        return [name.strip() for name in self.columns.get(part, default).split(",") if name.strip()]
+        if part in self.columns:
+            return self._given(part)
+        return [] if part == IGNORE or self._is_taken(part) else [part]
+
+    def _given(self, part: str) -> list[str]:
+        return [name.strip() for name in self.columns.get(part, "").split(",") if name.strip()]
+
+    def _is_taken(self, part: str) -> bool:
+        """Return whether other media are read from the column of a media part's own name, or from
+        inside it.
+        """
+        given = {column.split(".")[0] for other in MEDIA_PARTS for column in self._given(other)}
+        return part in MEDIA_PARTS and part in given
 
     def named(self) -> set[str]:
         """Return the columns that the user names as parts of a question."""
@@ -108,8 +129,7 @@ class RowRules:
 
     def read(self) -> set[str]:
         """Return every column that is read or left out on purpose."""
-        columns = {column for part in PARTS for column in self.of(part)}
-        return columns | {column.split(".")[0] for column in columns}
+        return {column for part in PARTS for column in self.of(part)}
 
 
 def question_fields(
@@ -142,6 +162,8 @@ def question_fields(
         fields["choices"] = [_as_text(choice) for choice in fields["choices"]]
         if not fields["choices"]:
             del fields["choices"]
+    if "metadata" in fields:
+        fields["metadata"] = as_json(where, fields["metadata"])
     answer_type = rules.answer_type or ("choice" if "choices" in fields else "math")
     return {"id": default_id, "answer_type": answer_type, **fields}, media
 
@@ -265,6 +287,30 @@ def _as_text(value: Any) -> Any:
     """Return a number as text, as tables often have ids and answers."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return str(value) if is_number and math.isfinite(value) else value
+
+
+def as_json(where: str, value: Any) -> Any:
+    """Return metadata as JSON has it: times as ISO 8601, decimals as numbers.
+
+    Raises:
+        SampleError: It has something else, such as bytes.
+    """
+    try:
+        return json.loads(json.dumps(value, default=_plain))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SampleError(
+            "bad_field",
+            f"{where}: field metadata is no JSON value, got {error}, expected texts, numbers, "
+            "times, lists and objects; leave the rest out",
+        ) from error
+
+
+def _plain(value: Any) -> str | float:
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return float(value)
+    raise TypeError("bytes" if isinstance(value, Held) else type(value).__name__)
 
 
 def _is_nothing(value: Any) -> bool:

@@ -20,12 +20,16 @@ class Table(Protocol):
 
     @property
     def schema_columns(self) -> Sequence[str] | None:
-        """Return the names of the columns, `None` where each row has its own."""
+        """Return the names of the columns, and of what is in objects with dots; `None` where each
+        row has its own.
+        """
         ...
 
     @property
     def held_columns(self) -> Sequence[str]:
-        """Return the columns that hold bytes."""
+        """Return the columns that hold bytes; of an object that is no picture, what inside it
+        does.
+        """
         ...
 
     def __len__(self) -> int:

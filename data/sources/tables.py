@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import overload
 
@@ -12,6 +12,7 @@ from data.errors import DataError, SampleError
 from data.question import ANSWER_TYPES, MediaRef, Question
 from data.sample import make_question
 from data.shards import SampleKeys
+from data.source import Source
 from data.sources.listing import TableListing
 from data.sources.reader import SourceReader, TableFiles
 from data.sources.rows import (
@@ -21,6 +22,7 @@ from data.sources.rows import (
     cell_ref,
     file_ref,
     question_fields,
+    row_value,
     unread_media,
 )
 from data.sources.table import Table
@@ -49,7 +51,13 @@ class RowKeys(Sequence[str]):
 
 
 class TableSource:
-    """One source of JSON lines, Parquet or Arrow files."""
+    """One source of JSON lines, Parquet or Arrow files.
+
+    Attributes:
+        path: As the user gave it.
+        files: Its tables.
+        default_ids: Files that have rows without an id, by what the ids of these begin with.
+    """
 
     def __init__(
         self,
@@ -83,6 +91,11 @@ class TableSource:
         tables = {str(file): self.files.table(str(file)) for file in listing.files}
         for table in tables.values():
             _check_columns(table, rules)
+        self.default_ids = {
+            self._prefixes[name]: Path(name)
+            for name, table in tables.items()
+            if _lacks_ids(table, rules)
+        }
         self._keys = SampleKeys({name: RowKeys(table) for name, table in tables.items()})
 
     def __len__(self) -> int:
@@ -116,7 +129,7 @@ class TableSource:
         return self._reader.media_size(ref)
 
     def fingerprint(self) -> str:
-        """Return a digest of the files and of what their columns are."""
+        """Return a digest of the files, of what their columns are, and of the media root."""
         digest = hashlib.blake2b(digest_size=16)
         for file in self._listing.files:
             table = self.files.table(str(file))
@@ -124,6 +137,8 @@ class TableSource:
             digest.update(f"{name}\0{len(table)}\0{table.fingerprint()}\0".encode())
         rules = (sorted(self._rules.columns.items()), self._rules.answer_type)
         digest.update(f"{rules}\0{self._listing.state}".encode())
+        if self._media_root is not None:
+            digest.update(f"\0{self._media_root}".encode())
         return digest.hexdigest()
 
     def _reference(self, shard: str, key: str, medium: Medium) -> MediaRef:
@@ -141,6 +156,33 @@ def _id_prefix(file: Path, listing: TableListing) -> str:
     return f"{listing.root.absolute().name}/{file.relative_to(listing.root).with_suffix('')}"
 
 
+def check_default_ids(sources: Sequence[Source]) -> None:
+    """Refuse sources of one run whose rows without an id would get the same ones.
+
+    Raises:
+        DataError: Two files would.
+    """
+    files: dict[str, Path] = {}
+    for source in sources:
+        for prefix, file in source.default_ids.items() if isinstance(source, TableSource) else ():
+            other = files.setdefault(prefix, file)
+            if other.resolve() != file.resolve():
+                raise DataError(
+                    f"{file}: its rows have no id and would get those of {other}, got "
+                    f"{prefix + '/1'!r} from both, expected different ones; name columns: "
+                    "{id: COLUMN}, rename a file, or give folders of different names as the paths"
+                )
+
+
+def _lacks_ids(table: Table, rules: RowRules) -> bool:
+    """Return whether rows have no id; looks at some where each has columns of its own."""
+    columns = rules.of("id")
+    if table.schema_columns is not None:
+        return not _has(set(table.schema_columns), columns)
+    rows = islice(_rows(table), ROWS_LOOKED_AT)
+    return any(all(row_value(row, column) is None for column in columns) for row in rows)
+
+
 def _check_columns(table: Table, rules: RowRules) -> None:
     """Refuse a table whose columns are not those that the rules expect.
 
@@ -152,11 +194,11 @@ def _check_columns(table: Table, rules: RowRules) -> None:
     present = set(table.schema_columns or ()) | _columns(islice(rows, ROWS_LOOKED_AT))
     needed = {part: rules.of(part) for part in ("question", "answer")}
     missing = [part for part, columns in needed.items() if not _has(present, columns)]
-    if present and missing and "messages" not in present:
+    if present and missing:
         listed = ", ".join(f"{part}: COLUMN" for part in missing)
         raise DataError(
             f"{table.path}: no column for {' and '.join(missing)}, got columns "
-            f"{', '.join(sorted(present))}; name them: columns: {{{listed}}}"
+            f"{', '.join(_listed(present))}; name them: columns: {{{listed}}}"
         )
     unknown = [column for column in sorted(rules.named()) if not _has(present, [column])]
     if unknown:
@@ -165,16 +207,31 @@ def _check_columns(table: Table, rules: RowRules) -> None:
     if unknown:
         raise DataError(
             f"{table.path}: no such column, got {unknown[0]!r} in columns, expected one of "
-            f"{', '.join(sorted(present))}; correct it"
+            f"{', '.join(_listed(present, unknown[0].split('.')[0]))}; correct it"
         )
     read = rules.read()
-    unread = [column for column in table.held_columns if column not in read]
+    unread = [column for column in table.held_columns if not _is_read(column, read)]
     if unread:
         raise DataError(str(unread_media(f"{table.path}:1", unread)))
 
 
 def _has(present: set[str], columns: Sequence[str]) -> bool:
-    return any({column, column.split(".")[0]} & present for column in columns)
+    return any(column in present for column in columns)
+
+
+def _is_read(column: str, read: set[str]) -> bool:
+    """Return whether a column that holds bytes is read: itself, what it is in, or its bytes."""
+    above = accumulate(column.split("."), "{}.{}".format)
+    return f"{column}.bytes" in read or any(each in read for each in above)
+
+
+def _listed(present: set[str], inside: str = "") -> list[str]:
+    """Return the columns for a message; what is in objects only of one of them."""
+    return sorted(
+        column
+        for column in present
+        if column.rpartition(".")[0] not in present or column.startswith(f"{inside}.")
+    )
 
 
 def _rows(table: Table) -> Iterator[Mapping[str, object]]:
@@ -186,4 +243,12 @@ def _rows(table: Table) -> Iterator[Mapping[str, object]]:
 
 
 def _columns(rows: Iterator[Mapping[str, object]]) -> set[str]:
-    return set(chain.from_iterable(rows))
+    return set(chain.from_iterable(map(_paths, rows)))
+
+
+def _paths(row: Mapping[str, object]) -> Iterator[str]:
+    """Yield the names in a row, and those in its objects with dots."""
+    for name, value in row.items():
+        yield name
+        if isinstance(value, Mapping):
+            yield from (f"{name}.{inner}" for inner in _paths(value))

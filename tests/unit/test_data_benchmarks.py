@@ -183,11 +183,12 @@ def test_dots_lists_and_a_constant_answer_type(tmp_path: Path) -> None:
 
 
 def test_rows_of_the_projects_own_lines_are_read_too(tmp_path: Path) -> None:
-    rows = [{"id": "x", "question": "1 + 1?", "answer": "2", "answer_type": "math", "source": "s"}]
-    [question], _, _ = convert(tmp_path / "own.jsonl", rows)
+    row = {"id": "x", "question": "1 + 1?", "answer": "2", "answer_type": "math", "source": "s"}
+    [question], _, _ = convert(tmp_path / "own.jsonl", [{**row, "metadata": {"box": [1, 2]}}])
     assert question == Question(
-        id="x", text="1 + 1?", media=(), answer="2", answer_type="math", source="s"
-    )
+        id="x", text="1 + 1?", media=(), answer="2", answer_type="math", source="s",
+        metadata='{"box": [1, 2]}',
+    )  # fmt: skip
 
 
 def test_options_keep_their_letters(tmp_path: Path) -> None:

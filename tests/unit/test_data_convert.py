@@ -185,6 +185,8 @@ def test_front_door(lines: Path, tmp_path: Path) -> None:
     assert f"skipped sample {lines}:8: truncated" in made.stderr
     clean = run("lint", tmp_path / "out")
     assert (clean.returncode, clean.stdout) == (0, "19 samples, 0 problems\n")
+    unheeded = run("lint", tmp_path / "out", "--columns", "image=scan")
+    assert (unheeded.returncode, "no table files, got columns" in unheeded.stderr) == (2, True)
     again = run(lines, tmp_path / "out")
     assert again.returncode == 2
     assert "has shards already" in again.stderr

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from pyarrow import parquet
 
 from data.errors import SampleError
 from data.health import SampleHealth
+from data.imports.tables import read_rows
 from data.lint import lint
 from data.media.opening import MediaLimits, MediaOpener
 from data.media.store import MediaStore
@@ -167,6 +170,56 @@ def test_columns_are_named_and_values_become_text(tmp_path: Path) -> None:
     assert bare.question(*bare.keys()[0]).id == "pets/1"
     assert bare.question(*bare.keys()[0]).answer_type == "math"
     assert bare.fingerprint() != source.fingerprint()
+
+
+def test_a_column_is_shown_once_whatever_part_it_is_named_for(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [{"question": "1?", "answer": "1", "images": ["a.png"], "media": {"path": "a.png"}}]
+    path = write_lines(tmp_path / "q.jsonl", rows)
+    for columns in (
+        {"image": "images", "ignore": "media"},
+        {"image": "media.path", "ignore": "images"},
+    ):
+        source = open_source(path, columns=columns)
+        assert len(source.question(*source.keys()[0]).media) == 1
+
+
+def test_values_of_tables_are_plain_texts_and_json(tmp_path: Path) -> None:
+    features = {"label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}
+    schema = pyarrow.schema(
+        [
+            ("question", pyarrow.string()),
+            ("answer", pyarrow.float32()),
+            ("label", pyarrow.int64()),
+            ("metadata", pyarrow.struct([
+                ("time", pyarrow.timestamp("us")),
+                ("price", pyarrow.decimal128(6, 2)),
+            ])),
+            ("raw", pyarrow.binary()),
+        ],
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
+    )  # fmt: skip
+    when = datetime(2024, 5, 6, 7, 8, 9)
+    row = {
+        "question": "?", "answer": 0.1, "label": -1, "raw": b"x",
+        "metadata": {"time": when, "price": Decimal("12.50")},
+    }  # fmt: skip
+    path = tmp_path / "q.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([row], schema), path)
+    source = open_source(path, columns={"ignore": "raw"})
+    question = source.question(*source.keys()[0])
+    assert question.answer == "0.1"
+    assert json.loads(question.metadata) == {"time": when.isoformat(), "price": 12.5}
+    (_, converted), *_ = read_rows(path)
+    assert not isinstance(converted, SampleError)
+    assert (converted["answer"], converted["label"]) == (0.1, None)
+    for columns, message in (
+        ({"answer": "label", "ignore": "raw"}, "field answer is wrong, got None"),
+        ({"metadata": "raw"}, r"q\.parquet:1: field metadata is no JSON value, got bytes, exp"),
+    ):
+        source = open_source(path, columns=columns)
+        with pytest.raises(SampleError, match=message):
+            source.question(*source.keys()[0])
 
 
 def test_questions_are_read_without_the_bytes_of_their_pictures(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from data.errors import DataError, MediaError, SampleError
 from data.media.opening import MediaLimits, MediaOpener
 from data.sources.opening import open_source
 from data.sources.reader import SourceReader
+from data.sources.tables import check_default_ids
 from tests.support.shard_samples import png
 from tests.support.source_files import rows_of, write_form, write_lines
 
@@ -60,6 +61,12 @@ def two_kinds(folder: Path) -> Path:
     return folder
 
 
+def part_of_a_split(folder: Path) -> Path:
+    write_lines(folder / "questions.jsonl", [GOOD])
+    write_lines(folder / "test.jsonl", [GOOD])
+    return folder
+
+
 def file(name: str, content: bytes = b"x") -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         (folder / name).write_bytes(content)
@@ -83,6 +90,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
     "compressed arrow": (compressed_arrow, {}, r"compressed.*make_shards\.py \S+q\.arrow FOLDER"),
     "splits": (splits, {}, r"several splits, got test, train.*such as \S+/data/test\*\.parquet"),
     "saved splits": (saved_splits, {}, r"several splits, got test, train.*such as \S+/test"),
+    "one split": (
+        part_of_a_split, {},
+        r"with and without a split in their name, got test\.jsonl and questions\.jsonl, ex",
+    ),
     "state": (wrong_state, {}, r"no files of its own, got \['\.\./x\.arrow'\]"),
     "kinds": (two_kinds, {}, r"several kinds, got \.jsonl, \.parquet"),
     "nothing": (lambda folder: folder / "gone.jsonl", {}, "no shards, got no folder"),
@@ -90,6 +101,18 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
     "shards": (lambda folder: folder, {"answer_type": "math"}, "no table files, got columns, answ"),
     "part": (lines(GOOD), {"columns": {"prompt": "x"}}, "unknown part of a question, got 'prompt'"),
     "column": (lines(GOOD), {"columns": {"image": "scan"}}, "no such column, got 'scan' in"),
+    "path in an object": (
+        lines({**GOOD, "meta": {"picture": "a.png"}}), {"columns": {"image": "meta.pictur"}},
+        r"no such column, got 'meta\.pictur' in columns, expected one of .*meta\.picture",
+    ),
+    "path in a struct": (
+        lambda folder: write_parquet(folder / "q.parquet", [{**GOOD, "meta": {"picture": "a"}}]),
+        {"columns": {"image": "meta.pictur"}}, r"no such column, got 'meta\.pictur' in",
+    ),
+    "column twice": (
+        lines(GOOD), {"columns": {"image": "a,b", "video": "b"}},
+        "a column of media is named twice, got 'b', expected it under one of",
+    ),
     "question": (
         lines({"prompt": "1 + 1 = ?", "solution": "2"}), {},
         r"no column for question and answer, got columns prompt, solution; name them: columns: "
@@ -98,6 +121,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str]] = {
     "unread pictures": (
         lambda folder: write_parquet(folder / "q.parquet", [{**GOOD, "scan": b"x"}]), {},
         r"q\.parquet:1: media in columns that are not read, got scan.*columns: \{image: scan\}",
+    ),
+    "unread pictures in an object": (
+        lambda folder: write_parquet(
+            folder / "q.parquet", [{**GOOD, "meta": {"set": "s", "picture": b"x"}}]
+        ), {"columns": {"source": "meta.set"}},
+        r"q\.parquet:1: media in columns that are not read, got meta\.picture,",
     ),
     "unread list of pictures": (
         lambda folder: write_parquet(
@@ -130,15 +159,20 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str, str]] = {
     "many": ({"images": ["a.png"] * 1001}, "bad_field", "too many media files, got 1001"),
     "marker": ({"question": "<image> and <image>"}, "missing_media", "got 2 times <image> and 0"),
     "unread": ({"screenshot": "a.png"}, "unmapped_media", "got screenshot, expected a part of the"),
+    "unread inside": (
+        {"meta": {"set": "s", "picture": "a.png"}}, "unmapped_media", r"got meta\.picture, expec",
+    ),
     "answer": ({"answer": True}, "bad_field", "field answer is wrong, got True"),
     "half a pair": ({"extra": "\ud83d"}, "bad_text", "invalid text"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
 def test_bad_rows_say_what_is_wrong_and_where(tmp_path: Path, case: str) -> None:
     fields, reason, message = BAD_ROWS[case]
-    source = open_source(write_lines(tmp_path / "q.jsonl", [GOOD, {**GOOD, **fields}]))
+    columns = {"source": "meta.set"} if "meta" in fields else None
+    path = write_lines(tmp_path / "q.jsonl", [{**GOOD, "meta": {"set": "s"}}, {**GOOD, **fields}])
+    source = open_source(path, columns=columns)
     with pytest.raises(SampleError, match=rf"q\.jsonl:2: .*{message}") as caught:
         source.question(*source.keys()[1])
     assert caught.value.reason == reason
@@ -191,16 +225,56 @@ def test_a_file_that_was_changed_is_no_longer_read(tmp_path: Path, form: str) ->
         source.question(*source.keys()[0])
 
 
+def test_an_arrow_file_that_was_replaced_is_no_longer_read(tmp_path: Path) -> None:
+    path = write_form("stream", tmp_path, rows_of([[]] * 8))
+    source = open_source(path, columns={"image": "images", "video": "videos"})
+    first = source.keys()[0]
+    assert source.question(*first).id == "q0"
+    other = tmp_path / "other.arrow"
+    other.write_bytes(path.read_bytes())
+    other.replace(path)
+    with pytest.raises(DataError, match=r"stream\.arrow: the file was changed or replaced"):
+        source.question(*first)
+
+
+def test_dictionaries_are_no_sign_of_compression(tmp_path: Path) -> None:
+    """Every batch refers to the one dictionary of the file."""
+    names = pyarrow.array([f"{number:0200}" for number in range(50)] * 4).dictionary_encode()
+    texts = pyarrow.array(["1 + 1 = ?"] * 200)
+    table = pyarrow.table({"question": texts, "answer": names})
+    with ipc.new_file(tmp_path / "q.arrow", table.schema) as writer:
+        writer.write_table(table, 5)
+    source = open_source(tmp_path / "q.arrow")
+    assert source.question(*source.keys()[57]).answer == f"{7:0200}"
+
+
+def test_rows_of_two_sources_do_not_get_the_same_ids(tmp_path: Path) -> None:
+    paths = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        rows = [{**GOOD, "number": f"{name}{number}"} for number in range(2)]
+        paths.append(write_lines(tmp_path / name / "train.jsonl", rows))
+    message = (
+        r"b/train\.jsonl: its rows have no id and would get those of \S+a/train\.jsonl, got 't"
+    )
+    with pytest.raises(DataError, match=message):
+        check_default_ids([open_source(path) for path in paths])
+    check_default_ids([open_source(paths[0]), open_source(paths[0])])  # the same questions twice
+    check_default_ids([open_source(path.parent) for path in paths])
+    check_default_ids([open_source(path, columns={"id": "number"}) for path in paths])
+
+
 def test_another_content_or_reading_has_another_fingerprint(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "q.jsonl", [GOOD])
     prints = [open_source(path).fingerprint(), open_source(path, answer_type="open").fingerprint()]
+    prints.append(open_source(path, media_root=tmp_path).fingerprint())
     path.write_text(path.read_text().replace("2", "3"))
     prints.append(open_source(path).fingerprint())
     table = write_parquet(tmp_path / "q.parquet", [GOOD])
     prints.append(open_source(table).fingerprint())
     write_parquet(table, [{**GOOD, "answer": "4"}])
     prints.append(open_source(table).fingerprint())
-    assert len(set(prints)) == 5
+    assert len(set(prints)) == 6
 
 
 def test_cut_files_are_errors_of_the_user(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from data.media.node_cache import NodeCache
 from data.media.store import MediaStore
 from data.source import Source
 from data.sources.opening import open_source
+from data.sources.tables import check_default_ids
 from data.stream import QuestionStream
 from zppo_mm.algorithms.importance import Level, MismatchCorrection
 from zppo_mm.bundled import STUDENT_DIR
@@ -343,6 +344,7 @@ def build_stream(config: RunConfig, health: SampleHealth) -> QuestionStream:
     """
     sources = config.data.train or bundled_sources(config, "train")
     folders = [(configured_source(source, config), source.weight) for source in sources]
+    check_default_ids([folder for folder, _ in folders])
     return QuestionStream(folders, config.seed, health)
 
 
@@ -373,6 +375,7 @@ def _held_out(config: RunConfig, verifier: Verifier) -> HeldOut:
         return HeldOut()
     sources = config.data.held_out or bundled_sources(config, "held_out")
     folders = [configured_source(source, config) for source in sources]
+    check_default_ids(folders)
     health = SampleHealth(config.data.max_bad_fraction, config.data.strict)
     chosen = held_out_questions(
         folders, config.evaluation.num_questions, config.seed, health, verifier.can_grade
