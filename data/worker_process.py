@@ -47,7 +47,11 @@ class Channel:
 
     def __init__(self) -> None:
         end_with(int(sys.argv[1]))
-        self._connection = socket.socket(fileno=0)
+        # Away from standard input, and closed in programs that this process starts: whoever reads
+        # there would take requests.
+        self._connection = socket.socket(fileno=os.dup(0))
+        with open(os.devnull, "rb") as nothing:
+            os.dup2(nothing.fileno(), 0)
         self._connection.settimeout(None)
         self._lock = threading.Lock()
 

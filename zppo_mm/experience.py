@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.question import Question
+from zppo_mm.accuracy import accuracy_of, is_correct
 from zppo_mm.methods import PLAIN_KINDS
 from zppo_mm.methods import GroupKind as GroupKind
 
@@ -31,18 +32,6 @@ Advantages = Mapping[str, FloatArray]
 FinishReason = Literal["stop", "length"]
 NO_TOKEN = -1
 """Stands where a token could be and none is; no token has this id."""
-ACCURACY = "accuracy"
-"""The part of a reward that says how right a response is, whatever else is rewarded."""
-
-
-def accuracy_of(reward: float, parts: Mapping[str, float]) -> float:
-    """Return how right a response is: the accuracy part of its reward, else the reward itself."""
-    return parts.get(ACCURACY, reward)
-
-
-def is_correct(accuracy: float | None) -> bool:
-    """Return whether a response with this accuracy is correct; `None` was not graded."""
-    return accuracy is not None and accuracy >= 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.running import CLONE, SMALL, lines, run_python, transcript
 from zppo_mm.rewards.function_process import load_function, read_reward
+from zppo_mm.rewards.function_source import source_digest
 
 FUNCTION = "examples/own_reward/reward.py:box_reward"
 EXAMPLE = ("--config", "examples/own_reward/run.yaml")
@@ -67,6 +68,13 @@ def test_every_rollout_has_the_reward_of_the_function(boxes: Path, trained: Path
     assert row["reward/mean"] == row["reward/part/iou"] == pytest.approx(sum(ious) / len(ious))
     assert row["reward/part/accuracy"] == row["accuracy/plain"]
     assert row["rollout/ungraded"] == row["reward/function_errors"] == row["reward/timeouts"] == 0
+
+
+def test_the_checkpoint_says_which_function_graded(trained: Path) -> None:
+    (path,) = trained.glob("checkpoints/*/state.json")
+    digest = source_digest(str(CLONE / FUNCTION))
+    assert digest
+    assert json.loads(path.read_text())["reward_functions"] == {"box": digest}
 
 
 def test_partial_credit_gives_advantages(trained: Path) -> None:

@@ -17,6 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "data",
         "encoders",
+        "zppo_mm.accuracy",
         "zppo_mm.errors",
         "zppo_mm.interruption",
         "zppo_mm.methods",
@@ -54,6 +55,7 @@ FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in room
 
 TORCH_FREE = (
     "data",
+    "zppo_mm.accuracy",
     "zppo_mm.comparison",
     "zppo_mm.config",
     "zppo_mm.errors",

@@ -23,8 +23,10 @@ from zppo_mm.observability.rollout_metrics import group_metrics
 from zppo_mm.parallel.exchange import SingleProcess
 from zppo_mm.rewards.failures import MIN_GRADED, FailureCheck, WatchedFunctions
 from zppo_mm.rewards.function_process import BadReturn, read_reward
+from zppo_mm.rewards.function_source import source_digest, source_file
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.run.judging import build_grading
+from zppo_mm.run.resume import warn_of_edited_functions
 from zppo_mm.zone.replay import ReplayBuffer
 
 T = TypeVar("T")
@@ -219,9 +221,27 @@ def test_a_name_that_is_none_is_refused_in_the_configuration(name: str) -> None:
     assert config.reward.answer_types == ("math", "choice", "open", "box")
 
 
-@pytest.mark.parametrize("number", [1, True, 1.0, np.float32(1), np.int64(1)])
+NEARLY_ONE = 0.7 + 0.2 + 0.1  # 0.9999999999999999 in floating point
+
+
+@pytest.mark.parametrize(
+    "number",
+    [1, True, 1.0, np.float32(1), np.int64(1), np.bool_(True), NEARLY_ONE, 1.0000000000000002],
+)
 def test_any_real_number_is_a_reward(number: object) -> None:
     assert read_reward(number) == (1.0, {})
+    assert read_reward({"accuracy": number}) == (1.0, {"accuracy": 1.0})
+
+
+def test_what_is_close_to_a_bound_is_the_bound() -> None:
+    assert [read_reward(each)[0] for each in (-1e-9, 1e-9, 1e-3, 0.999)] == [0, 0, 1e-3, 0.999]
+    with pytest.raises(BadReturn, match=r"returned 1\.00001 for it"):
+        read_reward(1.00001)
+
+
+def test_huge_weights_are_weights() -> None:
+    """Their sum is more than a float holds."""
+    assert read_reward({"a": (1, 1e308), "b": (0, 1e308)})[0] == 0.5
 
 
 def test_full_parts_are_a_full_reward_whatever_their_weights() -> None:
@@ -230,6 +250,68 @@ def test_full_parts_are_a_full_reward_whatever_their_weights() -> None:
         assert reward == 1
     with pytest.raises(BadReturn, match="weight of a"):
         read_reward({"a": (1, math.inf)})
+
+
+def test_a_response_without_the_accuracy_that_others_have_is_a_failure(
+    verifier: Verifier, caplog: pytest.LogCaptureFixture
+) -> None:
+    verifier.functions._known_failures.clear()
+    with Verifier(LIMIT_SECONDS, num_workers=1, functions=FUNCTIONS) as own:
+        texts = ("{'brief': 1.0}", "{'accuracy': 0, 'brief': 1.0}", "0.9", "1 / 0")
+        verdicts = own.verify_all([(question("stated"), text) for text in texts])
+        assert [verdict.reward for verdict in verdicts] == [None, 0.5, None, None]
+        assert (own.functions.num_errors, own.functions.num_calls) == (3, 4)
+        assert own.verify(question("stated"), "1.0").reason == "error"  # in later calls too
+        assert own.verify(question("words"), "\\boxed{red}").reward == 0.5
+    assert "reward.functions.stated: returned no part accuracy" in caplog.text
+
+
+def test_a_function_that_reads_standard_input_takes_no_request(verifier: Verifier) -> None:
+    child = "__import__('subprocess').run(['cat'], capture_output=True, timeout=9).stdout == b''"
+    asked = [(question("stated"), text) for text in ("sys.stdin.read() == ''", child, "0.25")]
+    assert [verdict.reward for verdict in verifier.verify_all(asked)] == [1, 1, 0.25]
+
+
+def test_a_file_that_is_edited_during_the_run_is_refused(tmp_path: Path) -> None:
+    """Workers start later too, and would give other rewards."""
+    path = tmp_path / "own.py"
+    path.write_text("def f(**others):\n    return 0.25\n")
+    with Verifier(LIMIT_SECONDS, 1, functions={"words": f"{path}:f"}) as own:
+        own.functions.start()
+        path.write_text("def f(**others):\n    return 0.75\n")
+        assert own.verify(question("words"), "a").reward == 0.25
+        own.functions.close()
+        message = r"functions\.words: SourceChanged: the file was changed during the run, got"
+        with pytest.raises(ConfigError, match=message) as caught:
+            own.verify(question("words"), "b")
+    assert "math-verify" not in str(caught.value)
+
+
+def test_an_edit_of_a_module_is_seen_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "own_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ValueError('imported')\n")
+    (package / "inner.py").write_text("a = 1\n")
+    for name in (f"{package}/inner.py:f", "own_package.inner:f", "own_package:f"):
+        monkeypatch.chdir(tmp_path)
+        here = source_file(name)
+        monkeypatch.chdir("/")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        assert here is not None
+        assert source_file(name) == here
+    before = source_digest("own_package.inner:f")
+    assert before == source_digest(f"{package}/inner.py:f") != ""
+    (package / "inner.py").write_text("a = 2\n")
+    assert source_digest("own_package.inner:f") not in (before, "")
+    assert source_digest("no_such_module.inner:f") == source_digest("sys:exit") == ""
+
+
+def test_resuming_warns_of_an_edited_function(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_edited_functions({"box": "a", "words": "b"}, {"box": "a", "words": "c", "new": "d"})
+    (record,) = caplog.records
+    assert "reward.functions.words: the file of the function was changed since" in record.message
 
 
 def test_partial_credit_is_no_correct_answer() -> None:

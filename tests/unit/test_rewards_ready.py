@@ -91,7 +91,7 @@ def test_anls(answer: str, response: str, metadata: Any, expected: float) -> Non
 def test_a_reading_within_tolerance(
     answer: str, response: str, tolerance: float | None, right: bool
 ) -> None:
-    metadata = None if tolerance is None else {"tolerance": tolerance}
+    metadata = {"tolerance": tolerance}
     assert graded(readings.within_tolerance, answer, response, metadata)[0] == right
 
 
@@ -108,6 +108,11 @@ def test_iou_is_that_of_the_pixels() -> None:
         assert grounding.box_iou(one, other) == pytest.approx(expected, abs=1e-12)
         found = graded(grounding.iou, str(other), f"\\boxed{{{one}}}")
         assert found == (pytest.approx(expected, abs=1e-12), expected >= 0.5)
+
+
+def test_a_dash_between_numbers_is_no_sign() -> None:
+    assert grounding.numbers("10-20-30-40") == [10, 20, 30, 40]
+    assert grounding.numbers("(-1.5, -2) - 3") == [-1.5, -2, 3]
 
 
 def test_the_closest_of_several_boxes_counts() -> None:
@@ -141,6 +146,8 @@ def test_fields_of_an_object(answer: Any, f1: float) -> None:
         f"So:\n```json\n{json.dumps(answer)}\n```",
     ):
         assert graded(json_fields.fields, RECEIPT, response) == (pytest.approx(f1), f1 == 1)
+    huge = json.dumps({"shop": 10**400})
+    assert graded(json_fields.fields, RECEIPT, f"\\boxed{{{huge}}}") == (0, 0)
     assert graded(json_fields.fields, RECEIPT, "```json\n{broken}\n```") == (0, 0)
     with pytest.raises(ValueError, match=r"the reference is no JSON object, got '\[\]'"):
         graded(json_fields.fields, "[]", "")

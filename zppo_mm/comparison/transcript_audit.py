@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from zppo_mm.accuracy import accuracy_of, is_correct
 from zppo_mm.comparison.intervals import Estimate, fraction_interval
 from zppo_mm.comparison.tables import Table
 from zppo_mm.errors import ConfigError
-from zppo_mm.experience import accuracy_of, is_correct
 from zppo_mm.methods import PLAIN_KINDS
 from zppo_mm.observability.audit import comparable_answer, num_matches
 from zppo_mm.report.run_record import read_lines

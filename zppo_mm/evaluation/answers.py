@@ -15,8 +15,9 @@ from typing import Any
 from data.atomic_files import write_atomically
 from data.json_text import load_json
 from data.question import MediaRef, Question
+from zppo_mm.accuracy import accuracy_of, is_correct
 from zppo_mm.errors import ConfigError
-from zppo_mm.experience import Group, PromptInstance, Rollout, accuracy_of, is_correct
+from zppo_mm.experience import Group, PromptInstance, Rollout
 from zppo_mm.rollout.grading import UNGRADED
 from zppo_mm.rollout.soundness import NO_ROOM
 

@@ -13,6 +13,7 @@ from data.media.store import MediaStore
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.parallel.exchange import ParallelExchange
+from zppo_mm.rewards.function_source import source_digest
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.processor import OVERRIDES
 from zppo_mm.rollout.prompt import PromptEncoder
@@ -165,7 +166,7 @@ def describe_student(config: RunConfig, student: Student) -> dict[str, Any]:
         "media": {name: getattr(config.data, name) for name in media},
         "judge": judged if student.grading.judge is not None else None,
         "reward_functions": {
-            answer_type: [name, _source_digest(name)]
+            answer_type: [name, source_digest(name)]
             for answer_type, name in config.reward.functions.items()
         },
         # Other engines draw other responses; earlier evaluations had one alone.
@@ -195,9 +196,3 @@ def text_files_digest(folder: Path) -> str:
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _source_digest(name: str) -> str:
-    """Return a digest of the file of a reward function; empty for one of an installed module."""
-    path = Path(name.rpartition(":")[0])
-    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() if path.is_file() else ""

@@ -22,15 +22,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import psutil
 
 from data.question import Question
 from data.worker_process import MAX_MESSAGE, READY, Channel, drop_output, limit_memory, message
 from zppo_mm.rewards.forked import serve_forked
+from zppo_mm.rewards.function_source import source_digest
 
 MEMORY_BYTES = 4 << 30
 """Address space of a call beyond what the imports take."""
 ARGUMENTS = ("question", "response", "parsed", "metadata")
+ROUNDING = 1e-6
+"""So close to 0 and to 1 a number is that."""
 
 RewardFunction = Callable[..., Any]
 
@@ -49,8 +53,9 @@ def main() -> None:
     functions = {}
     # At the end, so that no file there takes the place of an installed module.
     sys.path.append(os.getcwd())
-    for answer_type, name in json.loads(sys.argv[2]).items():
+    for answer_type, (name, digest) in json.loads(sys.argv[2]).items():
         try:
+            check_source(name, digest)
             functions[answer_type] = load_function(name)
         # Whatever a user's module raises, an exit included, is the answer to the start.
         except BaseException as error:
@@ -60,6 +65,24 @@ def main() -> None:
     limit_memory(psutil.Process().memory_info().vms + MEMORY_BYTES)
     drop_output()
     serve_forked(channel, partial(answer, functions))
+
+
+class SourceChanged(Exception):
+    """The file of a function is not the one that the run started with."""
+
+
+def check_source(name: str, digest: str) -> None:
+    """Refuse a function whose file was edited during the run: its other responses have the rewards
+    of the earlier one.
+
+    Raises:
+        SourceChanged: It was.
+    """
+    if (found := source_digest(name)) != digest:
+        raise SourceChanged(
+            f"the file was changed during the run, got digest {found or 'of no file'}, expected "
+            f"{digest or 'of no file'}; restore it, or resume the run to go on with the new one"
+        )
 
 
 def load_function(name: str) -> RewardFunction:
@@ -144,20 +167,26 @@ def read_reward(returned: Any) -> tuple[float, dict[str, float]]:
                 f"returned {weights[name]} as the weight of {name}, expected "
                 "a number that is not negative",
             )
-    total = sum(weights.values())
-    if not total:
+    largest = max(weights.values(), default=0.0)
+    if not largest:
         raise BadReturn("weights", "returned parts without any weight, expected one above 0")
-    return sum(weights[name] * value for name, value in parts.items()) / total, parts
+    # By the largest: a sum of weights may be too large for a float.
+    scaled = {name: weight / largest for name, weight in weights.items()}
+    mean = sum(scaled[name] * value for name, value in parts.items()) / sum(scaled.values())
+    return _fraction(mean, "the weighted mean"), parts
 
 
 def _fraction(value: Any, what: str) -> float:
     number = _number(value, what)
-    if not 0 <= number <= 1:  # NaN is not
+    if not -ROUNDING <= number <= 1 + ROUNDING:  # NaN is not
         raise BadReturn("range", f"returned {number} for {what}, expected a number from 0 to 1")
-    return number
+    # As arithmetic left it: 0.7 + 0.2 + 0.1 is below 1, and only 1 is correct.
+    return float(round(number)) if abs(number - round(number)) <= ROUNDING else number
 
 
 def _number(value: Any, what: str) -> float:
+    if isinstance(value, np.bool_):  # NumPy's other numbers are real ones
+        return float(value)
     if isinstance(value, numbers.Real):
         return float(value)
     got = f"returned {type(value).__name__} {value!r:.80} for {what}"

@@ -71,14 +71,21 @@ class GradingPool:
         Raises:
             RuntimeError: If a worker cannot be started.
         """
-        answers = self.ask_all([{"parsed": parsed, "gold": gold} for parsed, gold in pairs])
+        try:
+            answers = self.ask_all([{"parsed": parsed, "gold": gold} for parsed, gold in pairs])
+        except WorkerNotStarted as error:
+            raise RuntimeError(
+                f"GradingPool: a grading worker {error} before it was ready, expected "
+                f"python -m {_ALGEBRA} to run; check that math-verify is installed "
+                "(standard error says more)"
+            ) from error
         return [_outcome(*each) for each in zip(pairs, answers, strict=True)]
 
     def ask_all(self, requests: Sequence[Mapping[str, Any]]) -> list[Answer]:
         """Return one answer per request, in order.
 
         Raises:
-            RuntimeError: If a worker cannot be started.
+            WorkerNotStarted: A worker cannot be started.
         """
         tries = [seconds for seconds in TRY_SECONDS if seconds < self.timeout_seconds]
         call = _Call(requests, [*tries, self.timeout_seconds])
@@ -121,7 +128,7 @@ class GradingPool:
         missing = len(call.waiting) - (len(self._workers) - len(busy))
         for _ in range(min(self.num_workers - len(self._workers), missing)):
             self._workers.append(KillableWorker(*self._command))
-        ready = [worker for worker in self._workers if self._is_ready(worker)]
+        ready = [worker for worker in self._workers if _is_ready(worker)]
         if ready and call.deadline is None:
             call.deadline = time.monotonic() + self.budget_seconds
         if call.deadline is None:
@@ -164,24 +171,6 @@ class GradingPool:
         self.num_timeouts += 1
         call.answers[index] = {"timeout": f"no verdict within {limit}"}
 
-    def _is_ready(self, worker: KillableWorker) -> bool:
-        """Return whether a worker can take a request.
-
-        Raises:
-            RuntimeError: It cannot be started.
-        """
-        if not worker.ready.done():
-            return False
-        try:
-            worker.ready.result()
-        except WorkerNotStarted as error:
-            raise RuntimeError(
-                f"GradingPool: a grading worker {error} before it was ready, expected "
-                f"python -m {self._command[0]} to run; check that math-verify is installed "
-                "(standard error says more)"
-            ) from error
-        return True
-
 
 class _Call:
     """The requests of one call: what waits and what runs, by index and number of the try, and what
@@ -195,6 +184,18 @@ class _Call:
         self.running: dict[Future[Reply], tuple[KillableWorker, int, int]] = {}
         self.answers: dict[int, Answer] = {}
         self.deadline: float | None = None
+
+
+def _is_ready(worker: KillableWorker) -> bool:
+    """Return whether a worker can take a request.
+
+    Raises:
+        WorkerNotStarted: It cannot be started.
+    """
+    if not worker.ready.done():
+        return False
+    worker.ready.result()
+    return True
 
 
 def _outcome(pair: tuple[str, str], answer: Answer) -> Outcome:

@@ -43,6 +43,7 @@ class RunCheckpoints:
         state = {
             "step": step,
             "config": asdict(run.config),
+            "reward_functions": run.verifier.functions.digests,
             "stream": run.position(),
             "replay": run.stages.replay.state_dict(),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,22 @@ def resume(run: Run, folder: RunFolder) -> int | None:
         run.stream.load_state_dict(state["stream"])
         run.stages.replay.load_state_dict(state["replay"])
         step = int(state["step"])
+    if parallel.rank() == 0:
+        warn_of_edited_functions(state.get("reward_functions", {}), run.verifier.functions.digests)
     _restore_overlap(run, state.get("ahead"), folder_of_step(checkpoints, step))
     logger.info("resumed %s after step %d", folder, step)
     return step
+
+
+def warn_of_edited_functions(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Warn of reward functions whose files are not those of the checkpoint, by their digests."""
+    for answer_type, digest in now.items():
+        if saved.get(answer_type, digest) != digest:
+            logger.warning(
+                "reward.functions.%s: the file of the function was changed since the checkpoint; "
+                "later steps have its new rewards",
+                answer_type,
+            )
 
 
 def _restore_overlap(run: Run, ahead: dict[str, Any] | None, path: Path) -> None:

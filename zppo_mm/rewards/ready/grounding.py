@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 from data.question import Question
 
 RIGHT_IOU = 0.5
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+# Between two numbers a dash is no sign: 10-20-30-40.
+_NUMBER = re.compile(r"(?:(?<!\d)-)?\d+(?:\.\d+)?")
 
 Box: TypeAlias = Sequence[float]
 

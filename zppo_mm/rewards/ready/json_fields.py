@@ -56,4 +56,6 @@ def _plain(value: Any) -> Any:
         return [_plain(each) for each in value]
     if isinstance(value, dict):
         return {name: _plain(each) for name, each in value.items()}
-    return json.dumps(value) if isinstance(value, bool) or value is None else float(value)
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    return value  # numbers: 12.50 is 12.5

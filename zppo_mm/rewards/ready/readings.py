@@ -21,11 +21,12 @@ def within_tolerance(question: Question, parsed: str | None, metadata: Any, **ot
 
     Source: ChartQA (arXiv 2203.10244), relaxed accuracy.
     """
-    given = metadata.get("tolerance", TOLERANCE) if isinstance(metadata, Mapping) else TOLERANCE
+    given = metadata.get("tolerance") if isinstance(metadata, Mapping) else None
+    tolerance = TOLERANCE if given is None else given
     answer, gold = number(parsed or ""), number(question.answer)
     if gold is None:
         return float((parsed or "").strip().casefold() == question.answer.strip().casefold())
-    return float(answer is not None and abs(answer - gold) <= given * abs(gold))
+    return float(answer is not None and abs(answer - gold) <= tolerance * abs(gold))
 
 
 def number(text: str) -> float | None:
