@@ -40,15 +40,21 @@ def unmapped_media(fields: Mapping[str, Any], read: Iterable[str], has_media: bo
         has_media: Other fields gave media: then a file's name or address is taken for that of one
             of them.
     """
-    known = set(read)
+    return _unmapped(fields, set(read), has_media, is_inner=False)
+
+
+def _unmapped(
+    fields: Mapping[str, Any], read: set[str], has_media: bool, *, is_inner: bool
+) -> list[str]:
     found: list[str] = []
     for name, value in fields.items():
-        inside = {each.removeprefix(f"{name}.") for each in known if each.startswith(f"{name}.")}
-        if name in known:
+        if name in read:
             continue
+        inside = {each.removeprefix(f"{name}.") for each in read if each.startswith(f"{name}.")}
         if inside and isinstance(value, Mapping):
-            found += [f"{name}.{each}" for each in unmapped_media(value, inside, has_media)]
-        elif _is_media(name, value, has_media):
+            unread = _unmapped(value, inside, has_media, is_inner=True)
+            found += [f"{name}.{inner}" for inner in unread]
+        elif _is_media(name, value, has_media, is_inner=is_inner):
             found.append(name)
     return found
 

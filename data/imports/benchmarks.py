@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, islice
@@ -30,6 +30,7 @@ from data.media_folder import MediaFolder
 from data.question import ANSWER_TYPES, MediaKind
 from data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardSample
 from data.shard_writer import write_shards
+from data.sources.rows import row_paths
 
 CONVERSION_FILE = "conversion.json"
 CONVERSION_VERSION = 3
@@ -112,7 +113,7 @@ def convert_benchmark(
     counted = health if health is not None else SampleHealth(at_end=True)
     rows = read_rows(source)
     first = list(islice(rows, ROWS_LOOKED_AT))
-    present = {column for _, row in first if isinstance(row, Mapping) for column in row}
+    present = _present(first)
     name, columns = choose_format(source, present, format_name, fields or {})
     stripped: Counter[str] = Counter()
     makers = _makers(source, folder, FORMATS[name], columns, chain(first, rows), stripped)
@@ -221,19 +222,22 @@ def _check_columns(source: Path, present: set[str], fields: Mapping[str, str]) -
         if part != "ignore"
         for column in split_columns(columns)
     }
-    missing = sorted(column for column in wanted if not {column, column.split(".")[0]} & present)
+    missing = sorted(wanted - present)
     if fields.get("answer_type") in ANSWER_TYPES:
         missing = [column for column in missing if column != fields["answer_type"]]
-    if missing and source.suffix.lower() == ".jsonl":  # lines need not have the same fields
-        later = {
-            column for _, row in read_rows(source) if isinstance(row, Mapping) for column in row
-        }
-        missing = [column for column in missing if not {column, column.split(".")[0]} & later]
+    if missing:  # lines need not have the same fields, and objects may be there only later
+        later = _present(read_rows(source))
+        missing = [column for column in missing if column not in later]
     if missing and present:
         raise DataError(
             f"{source}: no such column, got {missing[0]!r} in --fields, expected one of "
             f"{', '.join(sorted(present))}; correct it"
         )
+
+
+def _present(rows: Iterable[tuple[int, Row | SampleError]]) -> set[str]:
+    """Return the columns of rows, and what is in objects with dots."""
+    return {path for _, row in rows if isinstance(row, Mapping) for path in row_paths(row)}
 
 
 def _makers(

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, time
 from decimal import Decimal
@@ -193,6 +193,14 @@ def row_value(row: Mapping[str, Any], column: str) -> Any:
     for name in [column] if column in row else column.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
     return value
+
+
+def row_paths(row: Mapping[str, object]) -> Iterator[str]:
+    """Yield the names in a row, and those in its objects with dots."""
+    for name, value in row.items():
+        yield name
+        if isinstance(value, Mapping):
+            yield from (f"{name}.{inner}" for inner in row_paths(value))
 
 
 def cell_values(cell: Any) -> Sequence[Any]:

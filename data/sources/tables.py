@@ -22,6 +22,7 @@ from data.sources.rows import (
     cell_ref,
     file_ref,
     question_fields,
+    row_paths,
     row_value,
     unread_media,
 )
@@ -243,12 +244,4 @@ def _rows(table: Table) -> Iterator[Mapping[str, object]]:
 
 
 def _columns(rows: Iterator[Mapping[str, object]]) -> set[str]:
-    return set(chain.from_iterable(map(_paths, rows)))
-
-
-def _paths(row: Mapping[str, object]) -> Iterator[str]:
-    """Yield the names in a row, and those in its objects with dots."""
-    for name, value in row.items():
-        yield name
-        if isinstance(value, Mapping):
-            yield from (f"{name}.{inner}" for inner in _paths(value))
+    return set(chain.from_iterable(map(row_paths, rows)))

@@ -226,6 +226,9 @@ def test_columns_and_parts_that_are_not_there_are_errors(tmp_path: Path) -> None
     rows = [*[row] * 30, row | {"later": "7"}]
     questions, _, _ = convert(tmp_path / "c.jsonl", rows, fields={"source": "later"})
     assert [each.source for each in questions][-2:] == ["c", "7"]
+    inside = row | {"meta": {"picture": "a.png"}}
+    with pytest.raises(DataError, match=r"no such column, got 'meta\.pictur' in --fields"):
+        convert(tmp_path / "d.jsonl", [inside], fields={"image": "meta.pictur"})
     (tmp_path / "twice.csv").write_text("question,answer,image,image\nq,1,a.png,b.png\n")
     with pytest.raises(
         DataError, match=r"two columns have one name, got 'image', expected every name once"

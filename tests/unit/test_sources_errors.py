@@ -12,12 +12,15 @@ import pytest
 from pyarrow import ipc, parquet
 
 from data.errors import DataError, MediaError, SampleError
+from data.health import SampleHealth
 from data.media.opening import MediaLimits, MediaOpener
 from data.sources.opening import open_source
 from data.sources.reader import SourceReader
 from data.sources.tables import check_default_ids
 from tests.support.shard_samples import png
 from tests.support.source_files import rows_of, write_form, write_lines
+from zppo_mm.config.load import load_config
+from zppo_mm.run.build import build_stream
 
 GOOD = {"question": "1 + 1 = ?", "answer": "2"}
 
@@ -176,6 +179,24 @@ def test_bad_rows_say_what_is_wrong_and_where(tmp_path: Path, case: str) -> None
     with pytest.raises(SampleError, match=rf"q\.jsonl:2: .*{message}") as caught:
         source.question(*source.keys()[1])
     assert caught.value.reason == reason
+
+
+def test_names_of_shown_media_may_be_repeated_in_an_object(tmp_path: Path) -> None:
+    meta = {"set": "s", "image": "one.png", "pages": 3}
+    path = write_lines(tmp_path / "q.jsonl", [{**GOOD, "image": "one.png", "meta": meta}])
+    for columns in (None, {"source": "meta.set"}):
+        source = open_source(path, columns=columns)
+        assert len(source.question(*source.keys()[0]).media) == 1
+
+
+def test_a_run_refuses_sources_with_the_same_ids(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name / "train.jsonl", [GOOD])
+    listed = ",".join(f"{{path: {tmp_path}/{name}/train.jsonl}}" for name in ("a", "b"))
+    config = load_config(None, [f"data.train=[{listed}]"])
+    with pytest.raises(DataError, match="its rows have no id and would get those of"):
+        build_stream(config, SampleHealth())
 
 
 def test_two_columns_of_one_part_are_one_value_or_an_error(tmp_path: Path) -> None:
