@@ -19,7 +19,7 @@ import torch
 
 from data.media.opening import Frames
 from data.question import MediaRef, Question
-from tests.support.drawing_students import TableStudent, TransformersStudent
+from tests.support.drawing_students import Asked, Logits, TableStudent, TransformersStudent
 from tests.support.running import free_port
 from tests.support.served_engines import (
     LIMITS,
@@ -282,6 +282,23 @@ def test_a_refused_prompt_that_is_too_long_fails_alone() -> None:
         (answered,) = engine.generate([short], SAMPLING)
         assert engine.generate([long], SAMPLING) == [[]]
     assert len(answered) == short.num_rollouts
+
+
+class Cutting(TableStudent):
+    """Takes 3 + 2 tokens."""
+
+    def draw(self, asked: Asked) -> list[tuple[list[int], Logits]]:
+        return super().draw(replace(asked, sampling={**asked.sampling, "max_tokens": 2}))
+
+
+def test_a_response_that_the_server_cuts_ends_the_run_soon() -> None:
+    with (
+        serve_vllm(Cutting()) as server,
+        engine_of(server) as engine,
+        pytest.raises(RolloutServersLostError, match="--max-model-len may be too small"),
+    ):
+        engine.generate(table_requests(1), replace(SAMPLING, stop_token_ids=()))
+    assert len(server.requests) == 1
 
 
 def test_a_killed_server_gives_its_prompts_to_the_others() -> None:
