@@ -210,20 +210,6 @@ def test_a_server_with_other_weights_is_left_alone_until_it_has_them(
         assert engine.counts["faults/other_weights"] == refused
 
 
-def test_new_weights_wait_for_what_is_under_way() -> None:
-    """With them it could not be completed any more."""
-    with serve_vllm(TableStudent()) as server:
-        server.latency_seconds = 0.3
-        with engine_of(server) as engine:
-            pending = engine.start(table_requests(2), SAMPLING)
-            engine.update_weights(2)
-            assert len(server.delivered) == 2
-            groups = [*pending.wait(), *engine.generate(table_requests(1), SAMPLING)]
-            assert "faults/other_weights" not in engine.counts
-    spans = [each.versions[0].version for group in groups for each in group]
-    assert spans == [1] * 6 + [2] * 3
-
-
 def test_partial_rollouts_go_on_with_new_weights() -> None:
     """Nothing waits; the spans say which weights drew."""
     with serve_vllm(TableStudent()) as server:
