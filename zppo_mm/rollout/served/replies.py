@@ -179,9 +179,7 @@ def _spans(listed: Any, length: int, expected: Expected) -> tuple[VersionSpan, .
 
 
 def _check_unchanged(listed: Any) -> None:
-    """Check that the weights are those that the server was started with; vLLM before 0.32 does not
-    say.
-    """
+    """Check that the weights are those that the server was started with, if it says which."""
     for each in _listed(listed) if listed is not None else []:
         version = _text(each["version"])
         if version != STARTED_WITH:
