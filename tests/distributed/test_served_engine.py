@@ -9,10 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data.media.opening import Frames
+from data.question import MediaRef
 from encoders.config import TIMESTAMPED
+from tests.support import network_checks
 from tests.support.drawing_students import TableStudent
 from tests.support.launch import run_ranks
 from tests.support.vllm_server import serve_vllm
+from zppo_mm.bundled import STUDENT_DIR
+from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import RolloutServersLostError
 from zppo_mm.experience import Prompt
@@ -20,9 +25,11 @@ from zppo_mm.interruption import StopRequested
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import ParallelExchange, SingleProcess
 from zppo_mm.rollout.engine import GenerationRequest, SamplingParams
+from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.served.engine import ServedModel, VllmEngine
 from zppo_mm.rollout.served.features import MediaReading
 from zppo_mm.rollout.served.pool import GeneratePool, GeneratePoolSettings, Limits
+from zppo_mm.run.served_engine import open_served_engine
 from zppo_mm.serving.client_process import PoolProcess
 from zppo_mm.serving.servers import RetryPolicy
 
@@ -80,8 +87,34 @@ def sample_on_two_ranks(url: str, tensor: int) -> dict[str, Any]:
     except StopRequested:
         results["stopped"] = True
     stopped.close()
+    results["push"] = stop_in_a_push(ParallelConfig(tensor_model_parallel_size=tensor))
     parallel.shutdown()
     return results
+
+
+def stop_in_a_push(layout: ParallelConfig) -> str:
+    """Rank 0 alone knows that the run is to end, when the first weights are sent."""
+    config = load_config(None, ["rollout.engine=vllm", f"rollout.endpoints=[{NOBODY}]"])
+    opened = open_served_engine(
+        config,
+        ParallelExchange(should_stop=lambda: parallel.rank() == 0),
+        network_checks.build(STUDENT_DIR, layout),
+        STUDENT_DIR,
+        PromptEncoder(STUDENT_DIR, no_media),
+        None,
+    )
+    assert opened is not None
+    try:
+        opened.update_weights(1)
+    except StopRequested:
+        return "stopped"
+    finally:
+        opened.close()
+    return "sent"
+
+
+def no_media(reference: MediaRef) -> Frames:
+    raise NotImplementedError("no prompt has media")
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
@@ -103,4 +136,5 @@ def test_two_ranks_agree(tensor: int) -> None:
         assert rank["requests"] == (6 // num_replicas if rank["leader"] else 0)
         assert "prompts were not continued" in rank["lost"]
         assert rank["stopped"]
+        assert rank["push"] == "stopped"
     assert sum(rank["leader"] for rank in ranks) == num_replicas

@@ -4,7 +4,8 @@ processes: `python fake_vllm_server.py --port P --host H FAULTS ...`.
 It reads safetensors files and computes checksums by NumPy alone. Its greedy text is in the file
 itself, the tensors `probe.tokens` and `probe.logprobs`, so another file gives another text. Every
 load takes one line of the file FAULTS, if there are any left: `die`, `hang`, `refuse`, `corrupt`,
-or `ok`.
+`odd` (versions of several types), or `ok`. It is busy: a request that does not come before all
+others is never answered.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class Server(ThreadingHTTPServer):
 
     tensors: dict[str, np.ndarray[Any, Any]]
     version = "none"
+    is_odd = False
+    policy: str
     faults: Path
 
     def next_fault(self) -> str:
@@ -73,6 +76,7 @@ class Server(ThreadingHTTPServer):
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "hang":
             time.sleep(3600)
+        self.is_odd = fault == "odd"
         if fault == "refuse":
             return {"error": "refused"}
         try:
@@ -105,16 +109,23 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/update_weight_version":
             self.server.version = request["new_version"]
         elif path == "/inference/v1/generate":
+            if request.get("priority", 0) >= 0 or self.server.policy != "priority":
+                time.sleep(3600)  # behind requests that last
             reply = {"choices": [self._choice()]}
         self._reply(reply)
 
     def _choice(self) -> dict[str, Any]:
         tokens = self.server.tensors["probe.tokens"].tolist()
         logprobs = self.server.tensors["probe.logprobs"].tolist()
+        spans: list[dict[str, Any]] = [
+            {"version": self.server.version, "start": 0, "end": len(tokens)}
+        ]
+        if self.server.is_odd:
+            spans.append({"version": 1})
         return {
             "token_ids": tokens,
             "logprobs": {"content": [{"logprob": value} for value in logprobs]},
-            "weight_versions": [{"version": self.server.version, "start": 0, "end": len(tokens)}],
+            "weight_versions": spans,
         }
 
     def _reply(self, content: dict[str, Any]) -> None:
@@ -134,12 +145,14 @@ def main() -> None:
     parser.add_argument("faults", type=Path)
     parser.add_argument("--port", type=int)
     parser.add_argument("--host")
+    parser.add_argument("--scheduling-policy", default="fcfs")
     arguments, _ = parser.parse_known_args()
     engine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
     sys.stderr.write(f"engine {engine.pid}\n")
     sys.stderr.flush()
     server = Server((arguments.host, arguments.port), Handler)
     server.faults = arguments.faults
+    server.policy = arguments.scheduling_policy
     server.serve_forever()
 
 

@@ -19,7 +19,7 @@ import torch
 
 from data.media.opening import Frames
 from data.question import MediaRef, Question
-from tests.support.drawing_students import TableStudent, TransformersStudent
+from tests.support.drawing_students import Asked, Logits, TableStudent, TransformersStudent
 from tests.support.running import free_port
 from tests.support.served_engines import (
     LIMITS,
@@ -210,20 +210,6 @@ def test_a_server_with_other_weights_is_left_alone_until_it_has_them(
         assert engine.counts["faults/other_weights"] == refused
 
 
-def test_new_weights_wait_for_what_is_under_way() -> None:
-    """With them it could not be completed any more."""
-    with serve_vllm(TableStudent()) as server:
-        server.latency_seconds = 0.3
-        with engine_of(server) as engine:
-            pending = engine.start(table_requests(2), SAMPLING)
-            engine.update_weights(2)
-            assert len(server.delivered) == 2
-            groups = [*pending.wait(), *engine.generate(table_requests(1), SAMPLING)]
-            assert "faults/other_weights" not in engine.counts
-    spans = [each.versions[0].version for group in groups for each in group]
-    assert spans == [1] * 6 + [2] * 3
-
-
 def test_partial_rollouts_go_on_with_new_weights() -> None:
     """Nothing waits; the spans say which weights drew."""
     with serve_vllm(TableStudent()) as server:
@@ -282,6 +268,23 @@ def test_a_refused_prompt_that_is_too_long_fails_alone() -> None:
         (answered,) = engine.generate([short], SAMPLING)
         assert engine.generate([long], SAMPLING) == [[]]
     assert len(answered) == short.num_rollouts
+
+
+class Cutting(TableStudent):
+    """Takes 3 + 2 tokens."""
+
+    def draw(self, asked: Asked) -> list[tuple[list[int], Logits]]:
+        return super().draw(replace(asked, sampling={**asked.sampling, "max_tokens": 2}))
+
+
+def test_a_response_that_the_server_cuts_ends_the_run_soon() -> None:
+    with (
+        serve_vllm(Cutting()) as server,
+        engine_of(server) as engine,
+        pytest.raises(RolloutServersLostError, match="--max-model-len may be too small"),
+    ):
+        engine.generate(table_requests(1), replace(SAMPLING, stop_token_ids=()))
+    assert len(server.requests) == 1
 
 
 def test_a_killed_server_gives_its_prompts_to_the_others() -> None:

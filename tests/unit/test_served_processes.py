@@ -19,12 +19,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.support.drawing_students import TableStudent
 from tests.support.fake_vllm_server import naive_checksum
 from tests.support.running import CLONE
+from tests.support.vllm_server import serve_vllm
 from zppo_mm.errors import RolloutServersLostError
 from zppo_mm.interruption import StopRequested
 from zppo_mm.parallel.exchange import never
-from zppo_mm.rollout.served.server_control import Probe, PublishedWeights, ServerControl
+from zppo_mm.rollout.served.server_control import (
+    Probe,
+    PublishedWeights,
+    ServerControl,
+    ServerFaultError,
+)
 from zppo_mm.rollout.served.server_process import (
     ServerProcess,
     ServerSettings,
@@ -122,7 +129,7 @@ def test_servers_get_every_version(servers: Any, tmp_path: Path) -> None:
     assert not +two.all.counts
 
 
-@pytest.mark.parametrize("fault", ["die", "hang", "refuse", "corrupt"])
+@pytest.mark.parametrize("fault", ["die", "hang", "refuse", "corrupt", "odd"])
 def test_a_server_that_fails_comes_back_with_the_weights(
     servers: Any, tmp_path: Path, fault: str
 ) -> None:
@@ -180,6 +187,100 @@ def test_a_run_without_servers_ends(servers: Any, tmp_path: Path) -> None:
     with pytest.raises(RolloutServersLostError, match=r"no server is left.*refused.*refused"):
         two.all.publish(weights(tmp_path, 1), never)
     assert two.all.counts == {"failures": 4, "restarts": 2}
+
+
+def test_a_server_that_cannot_be_started_again_is_given_another_chance(
+    servers: Any, tmp_path: Path
+) -> None:
+    one = servers()
+    [server] = one.all._servers
+    start, errors = server._start, [OSError("no memory")]
+
+    def start_later() -> ServerProcess:
+        if errors:
+            raise errors.pop()
+        process: ServerProcess = start()
+        return process
+
+    server._start = start_later
+    one.faults[0].write_text("die")
+    one.all.publish(weights(tmp_path, 1), lambda: False)
+    assert one.all.counts == {"failures": 2, "restarts": 1}
+
+
+def test_servers_end_with_the_one_that_cannot_be_started(tmp_path: Path) -> None:
+    started: list[ServerProcess] = []
+
+    def start() -> ServerProcess:
+        if started:
+            raise OSError("no memory")
+        command = [sys.executable, "-c", "import time; time.sleep(3600)"]
+        started.append(ServerProcess(command, {}, tmp_path / "log"))
+        return started[0]
+
+    controls = [ServerControl(f"http://{HOST}:{port}", 1.0) for port in free_ports(HOST, 2)]
+    with pytest.raises(OSError, match="no memory"):
+        RolloutServers(controls, SupervisionLimits(WAIT_SECONDS), [start, start])
+    assert not started[0].is_running()
+
+
+def test_a_wrong_address_is_found_out_soon(tmp_path: Path) -> None:
+    """It is no server that is being started, which may take an hour."""
+    [port] = free_ports(HOST, 1)
+    limits = SupervisionLimits(3600.0, silent_seconds=0.1, max_faults=0, poll_seconds=0.05)
+    nobody = RolloutServers([ServerControl(f"http://{HOST}:{port}", 1.0)], limits, [None])
+    deadline = time.monotonic() + WAIT_SECONDS
+    with pytest.raises(RolloutServersLostError, match=r"no answer for 0\.1 s"):
+        nobody.publish(weights(tmp_path, 1), lambda: time.monotonic() > deadline)
+    nobody.close()
+
+
+class Unable(TableStudent):
+    """Finds no file."""
+
+    def load(self, path: Path) -> dict[str, str]:
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+
+def test_a_failed_load_leaves_no_weights_that_pass_for_others(tmp_path: Path) -> None:
+    """And no server that waits for ever, when the run is over."""
+    with serve_vllm(Unable()) as server:
+        control = ServerControl(server.url, LOAD_SECONDS)
+        with pytest.raises(ServerFaultError, match=r"No such file.*set rollout.sync_folder"):
+            control.load(weights(tmp_path, 1))
+        assert server.version == "loading"
+        assert not server.is_open.is_set()
+        control.close()
+        assert server.is_open.is_set()
+
+
+def test_a_host_of_another_machine_has_no_free_port() -> None:
+    with pytest.raises(OSError, match=r"assign requested address"):
+        free_ports("192.0.2.1", 1)
+
+
+SHARING = """
+import sys, time
+from multiprocessing.shared_memory import SharedMemory
+block = SharedMemory(create=True, size=4096)
+print("block", block.name, flush=True)
+time.sleep(3600)
+"""
+
+
+def test_shared_memory_of_a_killed_server_is_removed(tmp_path: Path) -> None:
+    """A run takes signals itself and blocks them, and so does all that it starts."""
+    log = tmp_path / "log"
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        process = ServerProcess([sys.executable, "-c", SHARING], {}, log)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    wait_for(lambda: log.is_file() and log.read_text().endswith("\n"))
+    block = Path("/dev/shm") / log.read_text().split()[1]
+    assert block.exists()
+    process.end()
+    assert not block.exists()
 
 
 def test_a_run_that_is_to_end_does_not_wait(servers: Any, tmp_path: Path) -> None:

@@ -134,8 +134,10 @@ def test_a_response_that_the_server_cut_is_a_fault() -> None:
     long = replace(ASK, sampling=replace(SAMPLING, stop_token_ids=()))
     reply = reply_to(long)
     asked = replace(long, sampling=replace(long.sampling, max_new_tokens=13))
-    with pytest.raises(Fault, match="max-model-len"):
+    with pytest.raises(Fault, match="max-model-len") as raised:
         read(asked, reply)
+    # It would cut it again.
+    assert raised.value.is_refusal
 
 
 def test_tokens_after_a_stop_token_are_a_fault() -> None:
@@ -185,6 +187,18 @@ def test_without_a_run_no_versions_are_read() -> None:
     for each in reply["choices"]:
         del each["weight_versions"]
     assert {each.versions for each in read(request, reply)} == {()}
+
+
+@pytest.mark.parametrize("version", ["default", "0a1b/7", "loading"])
+def test_without_a_run_weights_of_another_one_are_refused(version: str) -> None:
+    request = replace(ASK, run="", versions=range(0))
+    reply = reply_to(request, version)
+    if version == "default":
+        assert len(read(request, reply)) == 4
+        return
+    with pytest.raises(Fault, match=r"a training run has sent.*start the server again") as raised:
+        read(request, reply)
+    assert raised.value.is_refusal
 
 
 @given(st.binary(max_size=200))

@@ -264,8 +264,8 @@ METRICS: Mapping[str, str] = {
     "rollout/retries": "Further attempts at requests that failed.",
     "rollout/faults/*": (
         "Failed attempts by kind: connection, cut_off, timeout, http_<status>, bad_reply (not what "
-        "was asked for), unfinished (neither a stop token nor the limit), other_weights, "
-        "client_process."
+        "was asked for), unfinished (neither a stop token nor the limit), cut_by_server (by its "
+        "--max-model-len), other_weights, client_process."
     ),
     "rollout/stale_groups": (
         "Groups that were dropped and sampled again because other weights than the step's drew "

@@ -139,7 +139,8 @@ def _build(
     _log_network(student, config.train.optimizer_state_dtype, encoder)
     stream = build_stream(config, SampleHealth(config.data.max_bad_fraction, config.data.strict))
     feed = _build_feed(shared, stream, encoder, templates, verifier)
-    engine = _closing(opened, open_served_engine(shared, policy.model, folder, encoder, run_folder))
+    served = open_served_engine(config, exchange, policy.model, folder, encoder, run_folder)
+    engine = _closing(opened, served)
     own = engine or shared.engine(policy.model, *student_limits(config))
     sampler = GroupSampler(own, encoder, verifier, exchange)
     stages = _build_stages(

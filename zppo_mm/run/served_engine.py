@@ -6,16 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zppo_mm.config.rollout import RolloutConfig
+from zppo_mm.config.schema import RunConfig
+from zppo_mm.models.decoding.cache_size import GIB
 from zppo_mm.models.families.architecture import Architecture
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import ParallelExchange
+from zppo_mm.rollout.megatron_engine import MegatronEngine
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.served.engine import ServedModel, VllmEngine, WeightSender
 from zppo_mm.rollout.served.features import MediaReading
 from zppo_mm.rollout.served.opening import ServedStudent, open_weight_sync
 from zppo_mm.rollout.served.pool import GeneratePoolSettings, Limits
-from zppo_mm.run.shared import Shared, student_limits
+from zppo_mm.rollout.served.weight_sync import PROBE_PROMPT_TOKENS, PROBE_TOKENS
+from zppo_mm.run.shared import student_limits
 from zppo_mm.run_folder import RunFolder
 from zppo_mm.serving.api_key import read_key
 from zppo_mm.serving.client_process import PoolProcess
@@ -27,7 +31,8 @@ KEY_NAME = "rollout.api_key_env"
 
 
 def open_served_engine(
-    shared: Shared,
+    config: RunConfig,
+    exchange: ParallelExchange,
     student: VisionLanguageModel,
     folder: Path,
     encoder: PromptEncoder,
@@ -37,7 +42,8 @@ def open_served_engine(
     `None` if the trained network samples. Every rank calls this.
 
     Args:
-        shared: The configuration and the replicas.
+        config: Of the run.
+        exchange: The replicas.
         student: This rank's stage of the trained network.
         folder: That the student starts from.
         encoder: Of the same model.
@@ -47,28 +53,46 @@ def open_served_engine(
         ConfigError: On every rank, if the servers' key, command or folders cannot be used.
         ModelError: The same, if the student's folder cannot be served.
     """
-    config = shared.config
     if config.rollout.engine != "vllm":
         return None
     key = read_key(config.rollout.api_key_env, KEY_NAME)
-    reference = shared.engine(student, *student_limits(config))
-    served = ServedStudent(folder, sum(student_limits(config)), student, reference)
-    should_stop = shared.exchange.should_stop
+    served = ServedStudent(
+        folder, sum(student_limits(config)), student, probe_engine(config, student)
+    )
     logs = run_folder or RunFolder(Path())
-    weights = open_weight_sync(config.rollout, served, logs, should_stop, key)
+    weights = open_weight_sync(config.rollout, served, logs, exchange.should_stop, key)
     urls = parallel.broadcast_object(weights.servers.urls if weights.servers is not None else None)
     assert urls is not None, "rank 0 has the servers"
     return vllm_engine(
         config.rollout,
         student.architecture,
         encoder,
-        shared.exchange,
+        exchange,
         urls,
         config.seed,
-        served.max_tokens,
+        served.context,
         weights,
         weights.run,
     )
+
+
+def probe_engine(config: RunConfig, student: VisionLanguageModel) -> MegatronEngine:
+    """Return the engine that continues the prompt by which servers prove their weights.
+
+    It does not look whether the run is to end: only one replica samples by it, and must come to the
+    same collectives as the others.
+
+    Raises:
+        ConfigError: The decoding cache has no room for that prompt.
+    """
+    engine = MegatronEngine(
+        student,
+        config.seed,
+        max_batch_size=1,
+        cache_bytes=int(config.rollout.cache_memory_gib * GIB),
+    )
+    engine.check_longest(PROBE_PROMPT_TOKENS, PROBE_TOKENS)
+    return engine
 
 
 def vllm_engine(

@@ -221,7 +221,8 @@ class ServerPool:
                         timeout_seconds=self._limits.request_timeout_seconds,
                         received=self.received,
                     )
-                    return call.read(content)
+                    # A long one would hold up the other requests of the loop.
+                    return await asyncio.to_thread(call.read, content)
                 except Fault as fault:
                     backoff = self._backoff_seconds(attempt)
                     endpoint.failed(fault, backoff)

@@ -121,7 +121,7 @@ class VllmEngine:
         weights: Sends weights; `None` if the servers keep those that they have.
         should_stop: Whether the run is to end, as far as this rank knows.
         num_versions: Versions of the weights, from those at the start on, that may draw a
-            continuation; with 1, new weights wait until what is under way has come.
+            continuation; with 1, the caller sends no new weights before what is under way has come.
     """
 
     def __init__(
@@ -142,7 +142,6 @@ class VllmEngine:
         self._should_stop = should_stop
         self._num_versions = num_versions
         self._version: int | None = None
-        self._under_way: list[ServedGenerations] = []
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -187,11 +186,9 @@ class VllmEngine:
             if self._exchange.is_leader
             else []
         )
-        pending = ServedGenerations(
+        return ServedGenerations(
             self._servers, self._exchange, self._policy, asked, self._should_stop
         )
-        self._under_way = [each for each in self._under_way if not each.is_over] + [pending]
-        return pending
 
     def update_weights(self, version: int) -> None:
         """Send the trained network's present weights; see `ServedEngine.update_weights`.
@@ -202,20 +199,8 @@ class VllmEngine:
         """
         if self._weights is None or version == self._version:
             return
-        if self._num_versions == 1:
-            self._let_arrive()
         self._weights.push(version)
         self._version = version
-
-    def _let_arrive(self) -> None:
-        """Wait for what is under way: with new weights it could not be completed any more."""
-        pending = [each for each in self._under_way if not each.is_over]
-        for each in pending:
-            each.arrive()
-        if pending:
-            self._exchange.gather([])
-            if not all(each.has_arrived for each in pending):
-                raise StopRequested
 
     def close(self) -> None:
         """Drop what is in flight, and end what was started."""
@@ -233,9 +218,6 @@ class ServedGenerations:
         policy: Of the requests.
         requests: The leader's; the others have none.
         should_stop: Whether the run is to end, as far as this rank knows.
-
-    Attributes:
-        is_over: Whether they were handed out or dropped.
     """
 
     def __init__(
@@ -253,7 +235,6 @@ class ServedGenerations:
         self._should_stop = should_stop
         self._outcomes: dict[int, GenerateOutcome] = {}
         self._num_clients = 0
-        self.is_over = False
         self._ask(range(len(requests)))
 
     def wait(self) -> list[list[Generation]]:
@@ -264,33 +245,31 @@ class ServedGenerations:
             StopRequested: On every rank, if any of them is to stop; it may be called again.
             RolloutServersLostError: On every rank, if a prompt of any replica is not continued.
         """
-        self.arrive()
+        self._arrive()
         problems = [
             each.problem
             for index, each in self._outcomes.items()
             if each.problem and not (each.is_refused and self._requests[index].may_be_refused)
         ]
         gathered = self._exchange.gather([_Losses(len(self._requests), tuple(problems))])
-        if not self.has_arrived:
+        if not self._has_arrived:
             raise StopRequested
-        self.is_over = True
         _check_losses([each for replica in gathered for each in replica])
         own = [list(self._outcomes[index].generations) for index in range(len(self._requests))]
         return [group for rank in self._exchange.gather_in_replica(own) for group in rank]
 
-    def arrive(self) -> None:
+    def _arrive(self) -> None:
         """Wait until this replica has its continuations, or its leader is to stop."""
         while not any(done for (done,) in self._exchange.gather_in_replica([self._is_done()])):
             pass
 
     @property
-    def has_arrived(self) -> bool:
+    def _has_arrived(self) -> bool:
         """Whether this rank has all that it asked for."""
         return len(self._outcomes) == len(self._requests)
 
     def cancel(self) -> None:
         """Drop what is under way."""
-        self.is_over = True
         self._future.cancel()
 
     def _ask(self, indices: Sequence[int]) -> None:
@@ -307,7 +286,7 @@ class ServedGenerations:
         """Return whether the leader has all outcomes or is to stop, after some time at most."""
         if not self._exchange.is_leader:
             return False
-        if self.has_arrived:
+        if self._has_arrived:
             return True
         wait([self._future], timeout=EXCHANGE_SECONDS)
         if not self._future.done():
@@ -318,7 +297,7 @@ class ServedGenerations:
             outcomes = {index: each for index, each in outcomes.items() if index not in lost}
             self._ask(lost)
         self._outcomes |= outcomes
-        return self.has_arrived
+        return self._has_arrived
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,11 @@ class ServedStudent:
     network: VisionLanguageModel
     engine: RolloutEngine
 
+    @property
+    def context(self) -> int:
+        """Tokens of the longest prompt and response that servers can take."""
+        return min(self.max_tokens, self.network.architecture.max_position_embeddings)
+
 
 def open_weight_sync(
     config: RolloutConfig,
@@ -75,12 +80,20 @@ def open_weight_sync(
         ModelError: The student's folder cannot be served; raised on every rank.
     """
     problem, files, servers = "", None, None
+    machines = set(parallel.gather_from_ranks(socket.gethostname()))
     if parallel.rank() == 0:
         try:
             files = _weights_folder(config.sync_folder)
-            servers = _open_servers(config, student, folder, api_key)
+            host = server_host(len(machines)) if config.servers else LOOPBACK
+            servers = _open_servers(config, student, folder, api_key, host)
         except ConfigError as error:
             problem = str(error)
+        except OSError as error:
+            problem = (
+                f"rollout.servers: cannot be started, got {error}, expected a run's folder that "
+                "can be written and an address of this machine; correct it, or use "
+                "rollout.endpoints"
+            )
     problem = parallel.broadcast_object(problem)
     with contextlib.ExitStack() as opened:
         if files is not None:
@@ -115,7 +128,7 @@ def _weights_folder(configured: str) -> NodeFolder:
 
 
 def _open_servers(
-    config: RolloutConfig, student: ServedStudent, folder: RunFolder, api_key: str
+    config: RolloutConfig, student: ServedStudent, folder: RunFolder, api_key: str, host: str
 ) -> RolloutServers:
     limits = SupervisionLimits(
         start_seconds=config.server_start_seconds, max_faults=config.max_server_restarts
@@ -128,20 +141,18 @@ def _open_servers(
             "is no program here, expected that of vLLM, in an environment of its own "
             "(docs/serving.md); give its path"
         )
-    positions = student.network.architecture.max_position_embeddings
-    if config.servers and student.max_tokens > positions:
+    if config.servers and student.max_tokens > student.context:
         logger.warning(
             "rollout servers: prompts and responses may have %d tokens, and servers take %d, the "
             "max_position_embeddings of %s; they refuse longer ones",
             student.max_tokens,
-            positions,
+            student.context,
             student.folder,
         )
-    host = server_host()
     settings = ServerSettings(
         tuple(config.server_command),
         student.folder.absolute(),
-        min(student.max_tokens, positions),
+        student.context,
         config.max_batch_size,
         host,
     )
@@ -161,11 +172,25 @@ def _open_servers(
     return RolloutServers(controls, limits, starts)
 
 
-def server_host() -> str:
+def server_host(num_machines: int) -> str:
     """Return the address that servers started here listen at: of this machine alone, unless ranks
     on other machines have to reach them.
+
+    Args:
+        num_machines: That the run's ranks are on.
+
+    Raises:
+        ConfigError: Ranks on other machines cannot reach it.
+        OSError: The name of this machine has no address.
     """
-    local = os.environ.get("LOCAL_WORLD_SIZE", str(parallel.world_size()))
-    if int(local) == parallel.world_size():
+    if num_machines == 1:
         return LOOPBACK
-    return socket.gethostbyname(os.environ.get("MASTER_ADDR", socket.gethostname()))
+    name = os.environ.get("MASTER_ADDR", socket.gethostname())
+    address = socket.gethostbyname(name)
+    if address.startswith("127."):
+        raise ConfigError(
+            f"rollout.servers: ranks on other machines cannot reach them, got {address} for "
+            f"{name!r}, expected an address of the network; set MASTER_ADDR to one, or use "
+            "rollout.endpoints"
+        )
+    return address

@@ -17,6 +17,8 @@ from zppo_mm.serving.received_text import ReceivedText
 
 NOT_A_NUMBER = -9999.0
 """What vLLM sends for a log-prob that is NaN or minus infinity."""
+STARTED_WITH = "default"
+"""What vLLM calls the weights that it was started with (`v1/engine/core.py`)."""
 ENDED = ("stop", "length")
 OTHER_WEIGHTS = "other_weights"
 """Kind of the fault that other weights than the step's drew a continuation."""
@@ -35,7 +37,8 @@ class Expected:
         forbidden_ids: Never drawn; their log-probs come with every token.
         vocabulary: Tokens that the network has.
         forbidden_bias: Added to the scaled logits of what is forbidden.
-        run: Names the run in the versions; empty expects none.
+        run: Names the run in the versions; empty expects the weights that the server was started
+            with.
         versions: Those whose weights may have drawn.
     """
 
@@ -59,8 +62,8 @@ def parse_reply(body: bytes, expected: Expected, received: ReceivedText) -> tupl
 
     Raises:
         Fault: It is not what was asked for (`bad_reply`), a continuation was neither ended by a
-            stop token nor by the limit (`unfinished`), or other weights drew it
-            (`other_weights`).
+            stop token nor by the limit (`unfinished`), the server's own limit cut it
+            (`cut_by_server`), or other weights drew it (`other_weights`).
     """
     try:
         choices = _listed(json.loads(body)["choices"])
@@ -88,7 +91,11 @@ def _generation(choice: Mapping[str, Any], expected: Expected) -> Generation:
     if len(content) != len(ids):
         raise ValueError(f"{len(content)} log-probs of {len(ids)} tokens")
     logprobs = _logprobs(ids, content, expected)
-    versions = _spans(choice["weight_versions"], len(ids), expected) if expected.run else ()
+    versions: tuple[VersionSpan, ...] = ()
+    if expected.run:
+        versions = _spans(choice["weight_versions"], len(ids), expected)
+    else:
+        _check_unchanged(choice.get("weight_versions"))
     return Generation(ids, logprobs, finish_reason, versions=versions)
 
 
@@ -114,9 +121,11 @@ def _finish_reason(ids: IntArray, expected: Expected) -> FinishReason:
         return "stop"
     if len(ids) != expected.max_new_tokens:
         raise Fault(
-            "unfinished",
+            "cut_by_server",
             f"{len(ids)} tokens without a stop token, expected {expected.max_new_tokens}; the "
             "server's --max-model-len may be too small",
+            # The same request is cut at the same place.
+            is_refusal=True,
         )
     return "length"
 
@@ -167,6 +176,19 @@ def _spans(listed: Any, length: int, expected: Expected) -> tuple[VersionSpan, .
     if end != length:
         raise ValueError(f"spans of weights of {end} tokens, expected {length}")
     return tuple(spans)
+
+
+def _check_unchanged(listed: Any) -> None:
+    """Check that the weights are those that the server was started with, if it says which."""
+    for each in _listed(listed) if listed is not None else []:
+        version = _text(each["version"])
+        if version != STARTED_WITH:
+            raise Fault(
+                OTHER_WEIGHTS,
+                f"drawn with weights {version[:80]!r}, which a training run has sent, expected "
+                f"{STARTED_WITH!r}, those of the folder; start the server again",
+                is_refusal=True,
+            )
 
 
 def version_text(run: str, version: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,12 @@ GAPS = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.25}
 """Largest difference of the log-probs of greedy tokens by what is computed in: measured are 5e-6 in
 float32 and up to 0.07 in bfloat16.
 """
+
+
+LOADING = "loading"
+"""Version of a server whose load has not ended: no request accepts what it draws."""
+PROBE_PRIORITY = -1
+"""Before all requests, which have 0, so that the proof does not wait for a whole queue."""
 
 
 class ServerFaultError(Exception):
@@ -102,6 +109,7 @@ class ServerControl:
         self._load_seconds = load_seconds
         # Proxies of the environment are for other addresses.
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._is_paused = False
         self._client = httpx2.Client(base_url=self.url, headers=headers, trust_env=False)
 
     def is_healthy(self) -> bool:
@@ -117,9 +125,12 @@ class ServerControl:
         Requests that it was working on go on with the new weights, and it says so in their answers.
 
         Raises:
-            ServerFaultError: Anything went wrong. The server may have weights of both versions.
+            ServerFaultError: Anything went wrong. The server may have weights of both versions,
+                under a name that no request accepts.
         """
+        self._is_paused = True
         self._post("/pause?mode=keep&clear_cache=true")
+        self._post("/update_weight_version", {"new_version": LOADING})
         dtype = self._load_file(weights.file)
         # What was computed of a prompt or a medium with the weights before.
         done = self._post("/reset_prefix_cache?reset_running_requests=true")
@@ -127,12 +138,19 @@ class ServerControl:
             raise ServerFaultError(f"{self.url}: the prefix cache was not reset, got {done}")
         self._post("/reset_encoder_cache")
         self._post("/update_weight_version", {"new_version": weights.version})
-        self._post("/resume")
+        self._resume(SHORT_SECONDS)
         self._prove(weights, dtype)
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections. A server that a load has left paused goes on, if it can."""
+        if self._is_paused:
+            with contextlib.suppress(ServerFaultError):
+                self._resume(HEALTH_SECONDS)
         self._client.close()
+
+    def _resume(self, seconds: float) -> None:
+        self._post("/resume", seconds=seconds)
+        self._is_paused = False
 
     def _load_file(self, file: WeightFile) -> str:
         """Have every worker load the file and compare checksums; returns the server's type."""
@@ -145,7 +163,7 @@ class ServerControl:
             if not isinstance(result, dict) or "error" in result:
                 raise ServerFaultError(
                     f"{self.url}: a worker could not load {file.path}, got "
-                    f"{str(result)[:MAX_SHOWN]}"
+                    f"{str(result)[:MAX_SHOWN]}{_advice(result)}"
                 )
             _check_sums(self.url, result.get("checksums"), file.checksums)
         return str(results[0].get("dtype"))
@@ -164,8 +182,9 @@ class ServerControl:
                 "detokenize": False,
             },
             "stream": False,
+            "priority": PROBE_PRIORITY,
         }
-        # It may queue behind requests that go on.
+        # It may wait until one of the requests that go on has ended.
         reply = self._post("/inference/v1/generate", body, self._load_seconds)
         try:
             choice = reply["choices"][0]
@@ -216,6 +235,13 @@ def _bounded(response: httpx2.Response) -> Any:
         if size > MAX_REPLY_BYTES:
             raise ServerFaultError(f"{response.url}: a reply of more than {MAX_REPLY_BYTES} bytes")
         yield piece
+
+
+def _advice(result: Any) -> str:
+    """Return what to do about a worker's error, if it is known."""
+    if "No such file" not in str(result):
+        return ""
+    return "; set rollout.sync_folder to a folder that the server's machine has at the same path"
 
 
 def _check_sums(url: str, found: Any, expected: Mapping[str, str]) -> None:

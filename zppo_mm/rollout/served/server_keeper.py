@@ -9,6 +9,7 @@ imports nothing but the standard library.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,7 +17,9 @@ import sys
 import threading
 
 GRACE_SECONDS = 5.0
-"""Time for a server to clean up after itself."""
+"""Time for a server to clean up after itself, where signals can reach it."""
+BLOCKS = "/dev/shm/psm_"
+"""How the files of the blocks of `multiprocessing.shared_memory` begin."""
 
 
 def main() -> None:
@@ -31,16 +34,44 @@ def main() -> None:
     sys.stderr.write(f"server_keeper: the server ended with code {code}\n")
     sys.stderr.flush()
     # What it leaves behind: an engine whose own parent was killed.
-    os.killpg(0, signal.SIGKILL)
+    _kill_group()
 
 
 def _end_with_run(server: subprocess.Popen[bytes]) -> None:
     sys.stdin.buffer.read()
-    server.terminate()
-    try:
-        server.wait(GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(0, signal.SIGKILL)
+    # A run that takes signals itself blocks them, and the server has that from it.
+    if signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []):
+        server.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(GRACE_SECONDS)
+            return
+    _kill_group()
+
+
+def _kill_group() -> None:
+    """Kill the server, all that it started and the keeper, and remove the shared memory that they
+    cannot remove any more.
+    """
+    for path in _shared_memory():
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _shared_memory() -> set[str]:
+    """Return the files of the blocks of `multiprocessing.shared_memory` that the processes of this
+    group have mapped.
+    """
+    found = set()
+    for name in filter(str.isdecimal, os.listdir("/proc") if os.path.isdir("/proc") else ()):
+        # It may end meanwhile, or be somebody else's.
+        with contextlib.suppress(OSError):
+            if os.getpgid(int(name)) != os.getpgid(0):
+                continue
+            with open(f"/proc/{name}/maps") as maps:
+                fields = [line.rstrip("\n").split(maxsplit=5) for line in maps]
+            found |= {each[5] for each in fields if each[5:] and each[5].startswith(BLOCKS)}
+    return found
 
 
 if __name__ == "__main__":

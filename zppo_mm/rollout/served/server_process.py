@@ -19,6 +19,7 @@ from zppo_mm.rollout.served.vllm_worker import zppo_vllm_worker
 CLOSING_SECONDS = server_keeper.GRACE_SECONDS + 5.0
 MIN_BATCHED_TOKENS = 8192
 _PORTS = range(20_000, 32_000)
+_MAX_PORT_FAILURES = 100
 _LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCHER_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 """What a launcher sets for the ranks of the run, and a server would take for its own."""
@@ -56,6 +57,8 @@ class ServerSettings:
             "--generation-config": "vllm",
             "--enable-scale-out": None,
             "--logprobs-mode": "processed_logprobs",
+            # The proof of new weights comes before all requests.
+            "--scheduling-policy": "priority",
             "--worker-extension-cls": "zppo_vllm_worker.WeightLoader",
             "--max-model-len": str(self.max_tokens),
             "--max-num-seqs": str(self.max_batch_size),
@@ -131,7 +134,7 @@ class ServerProcess:
             self._keeper.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._keeper.wait(seconds)
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(OSError):
             os.killpg(self._keeper.pid, signal.SIGKILL)
         self._keeper.wait()
 
@@ -139,12 +142,21 @@ class ServerProcess:
 def free_ports(host: str, number: int) -> list[int]:
     """Return ports that nothing listens at now, from below those that the system gives to outgoing
     connections: one of these could take a port while its server is started again.
+
+    Raises:
+        OSError: There are none, or the host is not this machine.
     """
     with contextlib.ExitStack() as held:
         ports: list[int] = []
+        num_failures = 0
         while len(ports) < number:
             candidate = held.enter_context(socket.socket())
-            with contextlib.suppress(OSError):
+            try:
                 candidate.bind((host, secrets.choice(_PORTS)))
+            except OSError:
+                num_failures += 1
+                if num_failures > _MAX_PORT_FAILURES:
+                    raise
+            else:
                 ports.append(int(candidate.getsockname()[1]))
         return ports

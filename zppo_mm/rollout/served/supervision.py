@@ -4,6 +4,7 @@ newest weights, and starts it again where it is the run's.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -71,7 +72,7 @@ class SupervisedServer:
         self._loaded: PublishedWeights | None = None
         self._num_faults = 0
         self._last_fault = ""
-        self._is_starting = True
+        self._is_starting = start is not None
         self._is_closing = False
         self._since = time.monotonic()
         self._process = start() if start is not None else None
@@ -116,8 +117,9 @@ class SupervisedServer:
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
-        if self._process is not None:
-            self._process.end()
+        process = self._process
+        if process is not None:
+            process.end()
         # A request that is under way ends with the process, or is left behind.
         self._thread.join(JOIN_SECONDS)
         self._control.close()
@@ -127,8 +129,11 @@ class SupervisedServer:
             target = self._target
             try:
                 self._tend(target)
-            except ServerFaultError as fault:
-                self._fail(str(fault), is_current=target is self._target)
+            except Exception as error:
+                # Whatever it is: without this thread the run would wait for the server for ever.
+                is_named = isinstance(error, ServerFaultError)
+                fault = str(error) if is_named else f"{self.url}: {type(error).__name__}: {error}"
+                self._fail(fault, is_current=target is self._target)
             with self._changed:
                 if self._target is target and not self._is_closing:
                     self._changed.wait(self._limits.poll_seconds)
@@ -140,7 +145,9 @@ class SupervisedServer:
 
         Raises:
             ServerFaultError: It is dead, silent, or could not load the weights.
+            OSError: Its process cannot be started.
         """
+        self._start_again()
         if self._process is not None and not self._process.is_running():
             raise ServerFaultError(f"{self.url}: its process has ended; its log says why")
         now = time.monotonic()
@@ -159,7 +166,7 @@ class SupervisedServer:
             self._changed.notify_all()
 
     def _fail(self, fault: str, is_current: bool) -> None:
-        """Count a fault, and start the server again if it is the run's."""
+        """Count a fault, and end the server if it is the run's."""
         with self._changed:
             if self._is_closing:
                 return
@@ -173,13 +180,17 @@ class SupervisedServer:
             self._changed.notify_all()
         what = "given up" if self.is_lost else "started again" if self._start else "asked again"
         logger.warning("rollout server: %s; it is %s", fault, what)
-        if self._process is None or self._start is None:
+        if self._process is None:
             with self._changed:
                 self._changed.wait_for(lambda: self._is_closing, self._limits.poll_seconds)
             return
         self._process.end()
+        self._process = None
+
+    def _start_again(self) -> None:
+        """Start the server if it is the run's and was ended."""
         with self._changed:
-            if self._is_closing or self.is_lost:
+            if self._start is None or self._process is not None or self._is_closing:
                 return
             self._process, self._is_starting = self._start(), True
             self._since = time.monotonic()
@@ -194,6 +205,9 @@ class RolloutServers:
         limits: When one counts as dead.
         starts: Of every server, what starts its process; `None` for one that is not the run's.
 
+    Raises:
+        OSError: A process cannot be started; those before it are ended.
+
     Attributes:
         counts: `failures` of servers and `restarts` so far.
     """
@@ -207,10 +221,13 @@ class RolloutServers:
         self.counts: Counter[str] = Counter()
         self._changed = threading.Condition()
         self._limits = limits
-        self._servers = [
-            SupervisedServer(control, limits, self._changed, self.counts, start)
-            for control, start in zip(controls, starts, strict=True)
-        ]
+        self._servers: list[SupervisedServer] = []
+        with contextlib.ExitStack() as opened:
+            for control, start in zip(controls, starts, strict=True):
+                server = SupervisedServer(control, limits, self._changed, self.counts, start)
+                opened.callback(server.close)
+                self._servers.append(server)
+            opened.pop_all()
 
     @property
     def urls(self) -> list[str]:
