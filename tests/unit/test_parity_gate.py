@@ -38,8 +38,9 @@ from zppo_mm.rollout.feed import QuestionFeed
 from zppo_mm.rollout.megatron_engine import MegatronEngine
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
-from zppo_mm.run.build import build_run, build_stream, student_folder
+from zppo_mm.run.build import build_run, student_folder
 from zppo_mm.run.parts import Run
+from zppo_mm.run.questions import build_stream
 from zppo_mm.run_folder import RunFolder
 
 # Float32 sums in another order; the largest seen is 5e-6.

@@ -20,7 +20,7 @@ from data.sources.tables import check_default_ids
 from tests.support.shard_samples import png
 from tests.support.source_files import rows_of, write_form, write_lines
 from zppo_mm.config.load import load_config
-from zppo_mm.run.build import build_stream
+from zppo_mm.run.questions import build_stream
 
 GOOD = {"question": "1 + 1 = ?", "answer": "2"}
 

@@ -34,7 +34,7 @@ from zppo_mm.observability.logs import configure_logging
 from zppo_mm.parallel import failures
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.rollout.held_out import HeldOut, evaluation_instances, held_out_questions
-from zppo_mm.run.build import configured_source
+from zppo_mm.run.questions import configured_source
 
 logger = logging.getLogger(__name__)
 

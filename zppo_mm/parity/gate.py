@@ -31,8 +31,9 @@ from zppo_mm.parity.questions import Chosen, UncountedHealth, choose_questions
 from zppo_mm.parity.record import ParityRecord, count_modality, parity_table, write_record
 from zppo_mm.randomness import generator
 from zppo_mm.rollout.soundness import NOT_FINITE
-from zppo_mm.run.build import build_stream, student_folder
+from zppo_mm.run.build import student_folder
 from zppo_mm.run.parts import Run
+from zppo_mm.run.questions import build_stream
 from zppo_mm.run.shared import release_memory
 from zppo_mm.run_folder import RunFolder
 from zppo_mm.training.batching import build_batches, plan_batches

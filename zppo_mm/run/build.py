@@ -12,18 +12,13 @@ from typing import TypeVar, cast
 from data.health import SampleHealth
 from data.media.node_cache import NodeCache
 from data.media.store import MediaStore
-from data.source import Source
-from data.sources.opening import open_source
-from data.sources.tables import check_default_ids
 from data.stream import QuestionStream
 from zppo_mm.algorithms.importance import Level, MismatchCorrection
 from zppo_mm.bundled import STUDENT_DIR
-from zppo_mm.bundled.questions import bundled_sources
 from zppo_mm.config.schema import (
     ModelConfig,
     RolloutConfig,
     RunConfig,
-    SourceConfig,
     TeacherConfig,
 )
 from zppo_mm.interruption import Interruption
@@ -36,7 +31,6 @@ from zppo_mm.parallel.liveness_barrier import LivenessBarrier
 from zppo_mm.parallel.partition import PartitionLink
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.feed import QuestionFeed
-from zppo_mm.rollout.held_out import HeldOut, held_out_questions
 from zppo_mm.rollout.prefetch import MediaPrefetch
 from zppo_mm.rollout.processor import describe
 from zppo_mm.rollout.prompt import PromptEncoder
@@ -44,6 +38,7 @@ from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.rollout.served.engine import VllmEngine
 from zppo_mm.run.judging import build_grading
 from zppo_mm.run.parts import Run
+from zppo_mm.run.questions import build_held_out, build_stream
 from zppo_mm.run.sampling import evaluation_sampling, training_sampling
 from zppo_mm.run.served_engine import open_served_engine
 from zppo_mm.run.shared import (
@@ -158,7 +153,7 @@ def _build(
         policy=policy,
         stream=stream,
         feed=feed,
-        held_out=_held_out(config, grader),
+        held_out=build_held_out(config, grader),
         evaluation_sampling=evaluation_sampling(config.evaluation, config.rollout, encoder),
         media=media,
         cache=shared.cache,
@@ -334,61 +329,6 @@ def _build_objective(
     if teacher is not None:
         check_networks(student, teacher, config.train.share_prompts)
     return DistillationObjective(teacher, config.distill.top_k, temperature, group)
-
-
-def build_stream(config: RunConfig, health: SampleHealth) -> QuestionStream:
-    """Return the run's training questions from the first on, its bad samples counted by `health`;
-    every rank calls this.
-
-    Raises:
-        DataError: A data source cannot be used.
-    """
-    sources = config.data.train or bundled_sources(config, "train")
-    folders = [(configured_source(source, config), source.weight) for source in sources]
-    check_default_ids([folder for folder, _ in folders])
-    return QuestionStream(folders, config.seed, health)
-
-
-def configured_source(source: SourceConfig, config: RunConfig) -> Source:
-    """Open a source of the configuration; questions that the run cannot grade are bad samples.
-
-    Raises:
-        DataError: It cannot be used.
-    """
-    return open_source(
-        source.path,
-        columns=source.columns,
-        answer_type=source.answer_type,
-        media_root=source.media_root,
-        answer_types=config.reward.answer_types,
-    )
-
-
-def _held_out(config: RunConfig, verifier: Verifier) -> HeldOut:
-    """Return the questions of every evaluation; without held-out data of their own, a user's
-    questions are not evaluated.
-    """
-    if config.data.train and not config.data.held_out:
-        logger.warning(
-            "data.held_out is empty: this run trains without evaluation; name a folder of held-out "
-            "shards to have one"
-        )
-        return HeldOut()
-    sources = config.data.held_out or bundled_sources(config, "held_out")
-    folders = [configured_source(source, config) for source in sources]
-    check_default_ids(folders)
-    health = SampleHealth(config.data.max_bad_fraction, config.data.strict)
-    chosen = held_out_questions(
-        folders, config.evaluation.num_questions, config.seed, health, verifier.can_grade
-    )
-    if chosen.num_skipped:
-        logger.warning(
-            "left out %d of %d held-out questions: %s",
-            chosen.num_skipped,
-            len(chosen) + chosen.num_skipped,
-            health.counts | health.left_out,
-        )
-    return chosen
 
 
 def _plain_schedule(teacher: TeacherConfig, rollout: RolloutConfig, seed: int) -> PlainSchedule:
