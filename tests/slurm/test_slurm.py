@@ -93,8 +93,7 @@ def test_a_job_that_is_requeued_five_times_ends_as_one_that_was_not(
             ranks(tmp_path)["1"].send_signal(signal.SIGKILL)
         else:
             cluster.command(*node_down)
-            cluster.wait(lambda: cluster.num_restarts(job) == 3, job)
-            cluster.command("scontrol", "update", f"nodename={NODES[1]}", "state=resume")
+            cluster.wait(lambda restart=restart: cluster.num_restarts(job) == restart, job)
         cluster.wait_for_requeue(job, restart)
     assert cluster.wait_for_end(job) == "COMPLETED"
     assert_same(whole, tmp_path / "run")

@@ -153,7 +153,11 @@ def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
                 env={**os.environ, "SLURM_CONF": str(folder / "slurm.conf")},
                 timeout=60,
             )
-            for daemon in reversed(daemons):
+            deadline = time.monotonic() + 60
+            while daemons and cluster.command("squeue", "--noheader"):
+                assert time.monotonic() < deadline, "a cancelled job does not end"
+                time.sleep(0.2)
+            for daemon in daemons:
                 daemon.terminate()
             for daemon in daemons:
                 daemon.wait(timeout=60)
