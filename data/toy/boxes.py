@@ -5,13 +5,12 @@ Coordinates are single digits, so that even a very small model can write them.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
-from data.errors import DataError
 from data.toy.digits_media import encode_png
+from data.toy.question_files import check_counts, write_lines
 
 NUM_CELLS = 9
 CELL_PIXELS = 8
@@ -42,17 +41,12 @@ def write_boxes(
         DataError: Fewer than one question, or too many.
     """
     counts = {"train": num_train, "held_out": num_held_out}
-    if min(counts.values()) < 1 or sum(counts.values()) > MAX_QUESTIONS:
-        raise DataError(
-            f"boxes: cannot make so many questions, got {num_train} and {num_held_out}, expected "
-            f"at least one of each and at most {MAX_QUESTIONS} together; change the numbers"
-        )
+    check_counts(SOURCE, num_train, num_held_out, MAX_QUESTIONS)
     folder = Path(out_dir)
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for split, count in counts.items():
         lines = [_draw(folder, f"boxes-{split}-{seed}-{index:05d}") for index in range(count)]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+        write_lines(folder / f"{split}.jsonl", lines)
     return {f"{split}.jsonl": count for split, count in counts.items()}
 
 

@@ -7,13 +7,12 @@ The options are in the question in the form of an answer, so that a model withou
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from data.errors import DataError
+from data.toy.question_files import check_counts, write_lines
 
 LARGEST_TERM = 9
 LARGEST_MISTAKE = 3
@@ -42,20 +41,14 @@ def write_sums(
         DataError: Fewer than one question, or more than there are enough different ones for.
     """
     total = num_train + num_held_out
-    if min(num_train, num_held_out) < 1 or total > MAX_QUESTIONS:
-        raise DataError(
-            f"sums: cannot make so many questions, got {num_train} and {num_held_out}, expected at "
-            f"least one of each and at most {MAX_QUESTIONS} together; change the numbers"
-        )
+    check_counts(SOURCE, num_train, num_held_out, MAX_QUESTIONS)
     questions = dict(zip(range(total), _distinct_questions(seed), strict=False))
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     counts = {}
     for name, numbers in (("train", range(num_train)), ("held_out", range(num_train, total))):
         lines = [{"id": f"sums-{seed}-{number:04d}", **questions[number]} for number in numbers]
-        (folder / f"{name}.jsonl").write_text(
-            "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
-        )
+        write_lines(folder / f"{name}.jsonl", lines)
         counts[f"{name}.jsonl"] = len(lines)
     return counts
 

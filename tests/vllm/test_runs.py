@@ -18,7 +18,6 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 RUN_SECONDS = 800
 WHOLE = ("--no-enable-prefix-caching", "--no-enable-chunked-prefill")
 """On a CPU a seeded request whose prompt is prefilled in pieces ends the server."""
-MAX_LOGPROB_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 
 
 def start_run(base: Path, name: str, dtype: torch.dtype, *options: str) -> subprocess.Popen[str]:
