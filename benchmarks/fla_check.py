@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from zppo_mm.models.layers.causal_convolution import causal_convolution
-from zppo_mm.models.layers.delta_rule import chunk_gated_delta_rule, fused_kernels
+from zppo_mm.models.layers.delta_rule import (
+    check_versions,
+    chunk_gated_delta_rule,
+    fused_kernels,
+)
 
 SHAPES = ((4, 16, 32, (40, 100, 7)), (16, 128, 128, (1024, 512, 300)))
 """Heads, key dimension, value dimension, lengths of the packed sequences."""
@@ -62,6 +67,10 @@ def check_delta_rule(
     )
     print("  output", relative_error(found[0], expected))
     print("  final state", relative_error(state, torch.cat(states)))
+    # Raises where FLA's gradients are wrong, before minutes go into compiling its backward pass.
+    check_versions(
+        version("flash-linear-attention"), version("triton"), torch.cuda.get_device_capability()
+    )
     (found[0].float() * weight).sum().backward()
     for name, ours, theirs in zip("qkv", exact, half, strict=True):
         print(f"  gradient of {name}", relative_error(theirs.grad, ours.grad))

@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import fp8 as fp8_table
 from data.question import Question
 from tests.support.published_sizes import PUBLISHED
+from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
 from zppo_mm.experience import Prompt, TrainingSample
 from zppo_mm.models.families.architecture import parse_architecture
 from zppo_mm.models.provider import build_model
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel import groups as parallel
+from zppo_mm.planning.memory import estimate_memory
 from zppo_mm.rollout.engine import GenerationRequest, SamplingParams
 from zppo_mm.rollout.megatron_engine import MegatronEngine
 from zppo_mm.training.batching import build_batches, plan_batches
@@ -54,6 +57,7 @@ TINY = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
+KERNELS_SHOWN = 40
 RESERVED_IDS = 100  # the last ids of the vocabulary, special tokens among them, are not drawn
 
 
@@ -124,6 +128,25 @@ def clock() -> float:
     return time.perf_counter()
 
 
+def profiled(arguments: argparse.Namespace, work: Callable[[], object]) -> None:
+    """Print the kernels that a piece of work spends most time in, and how long the GPU is busy."""
+    if not arguments.profile or not torch.cuda.is_available():
+        return
+    started = clock()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        seconds = clock() - started
+    # Their own sum: the profiler's tables take minutes at some hundred thousand launches.
+    kernels: dict[str, list[float]] = {}
+    for event in profile.profiler.kineto_results.events():
+        if event.device_type() == torch.autograd.DeviceType.CUDA:
+            kernels.setdefault(event.name(), []).append(event.duration_ns() / 1e6)
+    busy = sum(map(sum, kernels.values()))
+    print(f"profiled: {seconds * 1e3:.0f} ms, of which the GPU was busy {busy:.0f} ms")
+    for name, times in sorted(kernels.items(), key=lambda each: -sum(each[1]))[:KERNELS_SHOWN]:
+        print(f"{sum(times):9.1f} ms {len(times):7} x {name[:150]}")
+
+
 def sample(arguments: argparse.Namespace) -> None:
     """Measure sampling, first of two tokens per rollout as a warm-up."""
     network = build(arguments, trainable=False)
@@ -158,6 +181,7 @@ def sample(arguments: argparse.Namespace) -> None:
             ms_per_step=round(seconds / num_tokens * 1e3, 2),
             mfu=round(flops / seconds / PEAK_FLOPS, 4),
         )
+    profiled(arguments, lambda: engine.generate(requests, replace(params, max_new_tokens=32)))
 
 
 def training_samples(arguments: argparse.Namespace, vocabulary: int) -> list[TrainingSample]:
@@ -181,6 +205,18 @@ def training_samples(arguments: argparse.Namespace, vocabulary: int) -> list[Tra
                 )
             )
     return samples
+
+
+def planned_bytes(network: VisionLanguageModel, arguments: argparse.Namespace) -> int:
+    """Return what the planner expects an update of the network in plain torch to take."""
+    config = load_config(None)
+    config.train.micro_batch_tokens = arguments.micro_batch_tokens
+    config.data.max_prompt_tokens = arguments.prompt_tokens
+    config.rollout.max_response_tokens = arguments.new_tokens
+    config.model.recompute = "none"
+    estimate = estimate_memory(network.architecture, config, 1)
+    state = estimate.weights + estimate.gradients + estimate.optimizer
+    return state + estimate.activations + estimate.output
 
 
 def update(arguments: argparse.Namespace) -> None:
@@ -229,7 +265,9 @@ def update(arguments: argparse.Namespace) -> None:
         mfu=round(6 * (inner * num_forward + output * rows) / seconds / PEAK_FLOPS, 4),
         loss=made.loss,
         grad_norm=made.grad_norm,
+        planned_GiB=round(planned_bytes(network, arguments) / 2**30, 2),
     )
+    profiled(arguments, lambda: policy.train_step(batches))
 
 
 def fp8(arguments: argparse.Namespace) -> None:
@@ -258,6 +296,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--profile", action="store_true", help="print where the GPU's time goes")
     arguments = parser.parse_args()
     if arguments.what == "fp8":
         fp8(arguments)

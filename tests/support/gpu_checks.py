@@ -58,7 +58,8 @@ class Differences:
     Attributes:
         mean: Of the logits.
         largest: Of the logits.
-        gradients: Per parameter, the norm of the difference over the norm of what is expected.
+        gradients: Per parameter, the norm of the difference over the norm of what is expected; the
+            norm of the gradient itself where none is expected.
     """
 
     mean: float
@@ -96,10 +97,13 @@ def differences(network: VisionLanguageModel, oracle: Any, kind: str) -> Differe
     wanted = {name: parameter.grad for name, parameter in oracle.named_parameters()}
     errors = {}
     for mapping in parameter_mappings(network):
-        whole = fuse_tensors(
-            [wanted[key] for key in mapping.keys], mapping.rule, network.architecture
-        )
         found = mapping.parameter.main_grad.cpu()
+        parts_wanted = [wanted[key] for key in mapping.keys]
+        if any(gradient is None for gradient in parts_wanted):
+            # A pack of text leaves the vision tower alone.
+            errors[mapping.name] = float(found.norm())
+            continue
+        whole = fuse_tensors(parts_wanted, mapping.rule, network.architecture)
         errors[mapping.name] = float((found - whole).norm() / whole.norm())
     return Differences(float(difference.mean()), float(difference.max()), errors)
 

@@ -33,7 +33,7 @@ from unittest import mock
 
 import torch
 
-from tests.support.running import CLONE, free_port
+from tests.support.running import CLONE, environment, free_port
 
 # Importing alone takes half a minute on a loaded two-core machine: once, or in every rank where
 # there is a GPU.
@@ -58,9 +58,8 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": world_size,
         "MASTER_PORT": port,
     }
-    path = os.pathsep.join(filter(None, [str(CLONE), os.environ.get("PYTHONPATH", "")]))
-    fixed = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return {**os.environ, **fixed, **{name: str(value) for name, value in names.items()}}
+    fixed = {"MASTER_ADDR": "127.0.0.1"}
+    return {**environment(), **fixed, **{name: str(value) for name, value in names.items()}}
 
 
 def run_ranks(
@@ -121,19 +120,17 @@ def run_ranks(
         ]
 
 
-def _start(task: Path, rank: int, environment: dict[str, str]) -> BaseProcess:
+def _start(task: Path, rank: int, variables: dict[str, str]) -> BaseProcess:
     if torch.cuda.is_available():
         process: BaseProcess = multiprocessing.get_context("spawn").Process(
-            target=_run_rank, args=(task, rank, environment)
+            target=_run_rank, args=(task, rank, variables)
         )
     else:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(IMPORTED))
-        with mock.patch.dict(
-            os.environ, {"PYTHONPATH": environment["PYTHONPATH"], "OMP_NUM_THREADS": "1"}
-        ):
+        with mock.patch.dict(os.environ, environment()):
             multiprocessing.forkserver.ensure_running()
-        process = context.Process(target=_run_rank, args=(task, rank, environment))
+        process = context.Process(target=_run_rank, args=(task, rank, variables))
     process.start()
     return process
 

@@ -45,7 +45,8 @@ def free_port() -> int:
 
 def environment() -> dict[str, str]:
     """Return the environment of a program that imports this clone and uses one thread."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CLONE)}
+    path = os.pathsep.join(filter(None, [str(CLONE), os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def launcher(processes: int) -> list[str]:

@@ -59,10 +59,10 @@ def text_config(*, tied: bool = False, **changes: Any) -> dict[str, Any]:
         "full_attention_interval": 2,
         "tie_word_embeddings": tied,
         "rope_parameters": rope_parameters(1e4, 0.5, [3, 3, 2]),
-        # transformers 5.17 writes this beside the others, and without it another value.
-        "partial_rotary_factor": 0.5,
-    }
-    return config | changes
+    } | changes
+    # transformers 5.17 writes this beside the others, and without it another value.
+    config["partial_rotary_factor"] = config["rope_parameters"]["partial_rotary_factor"]
+    return config
 
 
 def vision_config(hidden_size: int = 64) -> dict[str, Any]:

@@ -151,6 +151,16 @@ def test_fused_accumulation_and_kernels_give_the_same_gradients(
         assert difference <= TOLERANCE, name
 
 
+def test_the_output_layer_is_built_without_apex(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where Transformer Engine's layers accumulate gradients by themselves."""
+    monkeypatch.setattr(megatron_linears, "_grad_accum_fusion_available", False)
+    folder = tiny_qwen.save(tiny_qwen.text_model(), tmp_path)
+    build(folder, Fusions(gradient_accumulation=True), apart=False)
+    assert megatron_linears._grad_accum_fusion_available is False
+
+
 def test_fusions_that_are_never_on_have_nothing_to_fuse(tmp_path: Path) -> None:
     folder = tiny_qwen.save(tiny_qwen.vision_language_model(), tmp_path)
     network = network_checks.build(folder, ParallelConfig())

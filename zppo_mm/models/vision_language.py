@@ -5,6 +5,7 @@ last.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
+from megatron.core.tensor_parallel import layers as megatron_linears
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -33,6 +35,21 @@ from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.megatron_versions import gpt_model
 
 _MERGERS = ("model.merger.", "model.deepstack_merger_list.")
+
+
+@contextmanager
+def _output_layer_without_kernel() -> Iterator[None]:
+    """Let megatron-core build its output layer where Transformer Engine accumulates gradients and
+    Apex is missing.
+
+    It would ask for Apex's kernel. Only the weight of that layer is used here, never its product.
+    """
+    available = megatron_linears._grad_accum_fusion_available
+    megatron_linears._grad_accum_fusion_available = True
+    try:
+        yield
+    finally:
+        megatron_linears._grad_accum_fusion_available = available
 
 
 class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
@@ -61,18 +78,19 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         self.pre_process = pre_process
         self.post_process = post_process
         self.share_embeddings_and_output_weights = architecture.tie_word_embeddings
-        self.language_model = gpt_model(
-            config,
-            submodules,
-            architecture.vocab_size,
-            architecture.max_position_embeddings,
-            pre_process=pre_process,
-            post_process=post_process,
-            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
-            position_embedding_type="none",
-            # Features are fused into the whole sequence; it is scattered after that.
-            scatter_embedding_sequence_parallel=False,
-        )
+        with _output_layer_without_kernel():
+            self.language_model = gpt_model(
+                config,
+                submodules,
+                architecture.vocab_size,
+                architecture.max_position_embeddings,
+                pre_process=pre_process,
+                post_process=post_process,
+                share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+                position_embedding_type="none",
+                # Features are fused into the whole sequence; it is scattered after that.
+                scatter_embedding_sequence_parallel=False,
+            )
         self.model_type = self.language_model.model_type
         self.rotary = RotaryTable(architecture)
         self.vision: VisionTower | None = None

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -97,18 +98,20 @@ def _forget_groups() -> None:
 
 def _join(timeout: timedelta, partition: JobPartition | None) -> None:
     """Join this partition's processes, or those that torchrun's environment names, or be alone."""
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if backend == "nccl":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    join = partial(dist.init_process_group, "gloo", timeout=timeout)
+    if torch.cuda.is_available():
+        # Told which GPU is this rank's, NCCL need not guess it from the rank, which differs from
+        # the local one on several nodes and in a partition.
+        gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(gpu)
+        join = partial(dist.init_process_group, "nccl", timeout=timeout, device_id=gpu)
     if partition is not None:
         store = PrefixStore(partition.name, partition.store)
-        dist.init_process_group(
-            backend, store=store, rank=partition.rank, world_size=partition.size, timeout=timeout
-        )
+        join(store=store, rank=partition.rank, world_size=partition.size)
     elif "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        join()
     else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        join(store=HashStore(), rank=0, world_size=1)
 
 
 def shutdown() -> None:
