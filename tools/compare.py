@@ -16,7 +16,7 @@ from zppo_mm.comparison.launch import run_all
 from zppo_mm.comparison.plan import Plan, load_plan
 from zppo_mm.comparison.report import MARKDOWN_FILE, PAGE_FILE, write_comparison
 from zppo_mm.comparison.tables import markdown
-from zppo_mm.config.help import add_options
+from zppo_mm.config.help import add_options, parse_with_options
 from zppo_mm.errors import ConfigError
 from zppo_mm.observability.logs import configure_logging
 
@@ -45,7 +45,7 @@ def parse(arguments: list[str]) -> tuple[Plan, str]:
         help="start no run; print the command of each, for a cluster that starts them itself",
     )
     add_options(parser, "keys of the file, which they override, or options of all runs")
-    known = parser.parse_intermixed_args(arguments)
+    known = parse_with_options(parser, arguments)
     return load_plan(known.comparison, known.options), known.mode or "run"
 
 

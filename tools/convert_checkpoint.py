@@ -9,11 +9,15 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.observability.logs import quiet_libraries
+
+if TYPE_CHECKING:
+    from zppo_mm.conversion.choosing import Choice
 
 COMMANDS = {
     "import": (
@@ -23,7 +27,8 @@ COMMANDS = {
     ),
     "export": (
         ["MEGATRON_DIR|RUN_DIR", "HF_DIR"],
-        "write an imported folder, or the newest checkpoint of a run, as a Hugging Face folder",
+        "write an imported folder, or a checkpoint of a run, by default the newest, as a Hugging "
+        "Face folder",
     ),
     "verify": (
         ["HF_DIR", "[HF_DIR_2]"],
@@ -38,8 +43,8 @@ COMMANDS = {
 }
 
 
-def parse(arguments: list[str]) -> tuple[str, list[Path], ParallelConfig]:
-    """Read the command line: command, folders, layout.
+def parse(arguments: list[str]) -> tuple[str, list[Path], ParallelConfig, Choice]:
+    """Read the command line: command, folders, layout, and which checkpoint of a run.
 
     Raises:
         ConfigError: An option is unknown, or none of the layout's.
@@ -63,6 +68,8 @@ def parse(arguments: list[str]) -> tuple[str, list[Path], ParallelConfig]:
                 "with as many processes"
             )
             command.add_argument("options", nargs="*", metavar="parallel.KEY=VALUE", help=text)
+        if name == "export":
+            add_choice(command)
     known = vars(parser.parse_args(arguments))
     options = known.get("options", [])
     wrong = [option for option in options if not option.startswith("parallel.")]
@@ -74,13 +81,26 @@ def parse(arguments: list[str]) -> tuple[str, list[Path], ParallelConfig]:
     folders = [
         value for key, value in known.items() if key.startswith("folder_") and value is not None
     ]
-    return known["command"], folders, load_config(None, options).parallel
+    choice: Choice = known.get("step") or ("best" if known.get("best") else "newest")
+    return known["command"], folders, load_config(None, options).parallel, choice
+
+
+def add_choice(command: argparse.ArgumentParser) -> None:
+    """Add the options that choose a checkpoint of a run."""
+    choice = command.add_mutually_exclusive_group()
+    choice.add_argument("--step", type=int, metavar="N", help="the checkpoint after step N")
+    choice.add_argument(
+        "--best",
+        action="store_true",
+        help="of the checkpoints that are left, the one with the highest held-out accuracy in "
+        "evaluation.jsonl",
+    )
 
 
 def main() -> int:
     """Read the command line, then import what needs torch and run the command."""
     try:
-        command, folders, layout = parse(sys.argv[1:])
+        command, folders, layout, choice = parse(sys.argv[1:])
     except ConfigError as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return 2
@@ -90,7 +110,7 @@ def main() -> int:
     quiet_libraries()
     from zppo_mm.conversion.command import run_command
 
-    outcome = run_command(command, folders, layout)
+    outcome = run_command(command, folders, layout, choice)
     if outcome.text:
         print(
             outcome.text,

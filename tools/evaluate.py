@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.imports.benchmark_formats import FORMATS, PARTS
-from zppo_mm.config.help import add_options
+from zppo_mm.config.help import add_options, parse_with_options
 from zppo_mm.observability.logs import quiet_libraries
 
 DESCRIPTION = """Sample responses to questions, grade them as in training, and write pass@1 and
@@ -98,7 +98,7 @@ def add_table_options(parser: argparse.ArgumentParser) -> None:
 
 def parse(arguments: list[str]) -> dict[str, Any]:
     """Read the command line into the fields of an `EvaluationRequest`."""
-    known = vars(command_line().parse_intermixed_args(arguments))
+    known = vars(parse_with_options(command_line(), arguments))
     # Options may follow --data and --fields, which take as many words as come.
     data = [word for word in known["data"] if "=" not in word or Path(word).exists()]
     fields = [word for word in known["fields"] if word.partition("=")[0] in PARTS]

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from zppo_mm.config.help import add_options
+from zppo_mm.config.help import add_options, parse_with_options
 from zppo_mm.config.load import load_config
 from zppo_mm.errors import ZppoError
 from zppo_mm.observability.logs import quiet_libraries
@@ -34,7 +34,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--calibrate", type=Path, metavar="FILE", help="measure the rates here and write them"
     )
     add_options(parser)
-    known = parser.parse_intermixed_args(arguments)
+    known = parse_with_options(parser, arguments)
     if not known.calibrate and not (known.config and known.gpus):
         parser.error("--config and --gpus are needed, or --calibrate FILE")
     return known

@@ -37,7 +37,10 @@ def main() -> None:
     for name, path in described_files(RunFolder(folder)):
         if path.exists():
             print(f"{name + ':':<38} {path}")
-    evaluations = read_run(folder).evaluations
+    record = read_run(folder)
+    for when, what in record.described_changes():
+        print(f"{when + ':':<38} {what}")
+    evaluations = record.evaluations
     for label, evaluation in (
         (("before", evaluations[0]), ("after", evaluations[-1])) if evaluations else ()
     ):

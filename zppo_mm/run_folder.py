@@ -52,6 +52,11 @@ class RunFolder:
         return self.path / "evaluation.jsonl"
 
     @property
+    def changes(self) -> Path:
+        """One line per key that was given another value, by consent, when the run was resumed."""
+        return self.path / "changes.jsonl"
+
+    @property
     def parity(self) -> Path:
         """One line per parity check."""
         return self.path / "parity.jsonl"

@@ -43,7 +43,9 @@ def folder_of(config: RunConfig) -> RunFolder:
     )
 
 
-def train(config: RunConfig, interruption: Interruption | None = None) -> RunFolder:
+def train(
+    config: RunConfig, interruption: Interruption | None = None, restart: bool = False
+) -> RunFolder:
     """Train from the start or from the newest checkpoint to the last step, then export.
 
     Every rank calls this; those of a teacher on ranks of its own answer until the others have
@@ -52,6 +54,7 @@ def train(config: RunConfig, interruption: Interruption | None = None) -> RunFol
     Args:
         config: The run.
         interruption: Ends it before its last step; `None` is nothing that could.
+        restart: Whether an earlier run in the folder is moved aside, and not continued.
 
     Returns:
         The run's folder.
@@ -73,7 +76,7 @@ def train(config: RunConfig, interruption: Interruption | None = None) -> RunFol
         return folder
     with (
         link_to_teacher(config.parallel, partition) as link,
-        open_run(config, folder, partition, link, interruption) as run,
+        open_run(config, folder, partition, link, interruption, restart) as run,
     ):
         train_steps(run, folder)
         export_student(run, folder)

@@ -310,7 +310,10 @@ def test_help_describes_every_key_with_its_meaning() -> None:
     text = describe_options()
     for key in every_key(RunConfig()):
         assert f"  {key}  " in text
-    assert "train.lr  float = 1e-06\n      Constant learning rate. [at least 0]" in text
+    assert (
+        "train.lr  float = 1e-06\n      Learning rate, the highest one where it rises or falls. "
+        "[at least 0]"
+    ) in text
 
 
 def test_help_names_every_method() -> None:

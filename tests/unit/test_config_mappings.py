@@ -10,6 +10,7 @@ import pytest
 from zppo_mm.config.load import load_config, save_config
 from zppo_mm.errors import CheckpointError, ConfigError
 from zppo_mm.run.resume import check_same_run
+from zppo_mm.run_folder import RunFolder
 
 KEY = "model.chat_template_kwargs"
 
@@ -62,8 +63,8 @@ def test_what_is_no_mapping_of_json_values_is_refused(value: str, message: str) 
 def test_a_resumed_run_keeps_its_mappings(before: list[str], after: list[str]) -> None:
     saved = asdict(load_config(None, before))
     with pytest.raises(CheckpointError, match=r"chat_template_kwargs was \{.*\}, is \{.*\};"):
-        check_same_run(load_config(None, after), saved, Path("runs/one"))
-    check_same_run(load_config(None, before), saved, Path("runs/one"))
+        check_same_run(load_config(None, after), saved, RunFolder(Path("runs/one")))
+    check_same_run(load_config(None, before), saved, RunFolder(Path("runs/one")))
 
 
 @pytest.mark.parametrize(

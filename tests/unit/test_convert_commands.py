@@ -49,11 +49,18 @@ def tool() -> ModuleType:
 
 
 def test_the_command_line_is_read(tool: ModuleType) -> None:
-    assert tool.parse(["verify", "a"]) == ("verify", [Path("a")], LAYOUT)
-    assert tool.parse(["verify", "a", "b"]) == ("verify", [Path("a"), Path("b")], LAYOUT)
+    folders = [Path("a"), Path("b")]
+    assert tool.parse(["verify", "a"]) == ("verify", [Path("a")], LAYOUT, "newest")
+    assert tool.parse(["verify", "a", "b"]) == ("verify", folders, LAYOUT, "newest")
+    for words, choice in (
+        ([], "newest"),
+        (["--step", "20"], 20),
+        (["--best"], "best"),
+    ):
+        assert tool.parse(["export", "a", "b", *words]) == ("export", folders, LAYOUT, choice)
     layout = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=4)
     options = ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=4"]
-    assert tool.parse(["import", "a", "b", *options]) == ("import", [Path("a"), Path("b")], layout)
+    assert tool.parse(["import", "a", "b", *options]) == ("import", folders, layout, "newest")
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,13 @@ from tests.support.conversion_checks import LAYOUT, check_opens, content, releas
 from tests.support.tiny_fp8 import LINEARS, quantise
 from zppo_mm.config.load import save_config
 from zppo_mm.config.schema import ModelConfig, RunConfig, TrainConfig
+from zppo_mm.conversion.choosing import Choice
 from zppo_mm.conversion.exporting import export_folder
 from zppo_mm.conversion.importing import import_folder
 from zppo_mm.errors import CheckpointError, ModelError
 from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model
+from zppo_mm.observability.sinks import append_line
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.run_folder import RunFolder
 from zppo_mm.training import checkpoint
@@ -127,7 +129,7 @@ def test_an_imported_folder_opens_as_a_runs_checkpoint_does(
 
 
 def run_folder(source: Path, folder: Path) -> dict[str, torch.Tensor]:
-    """Write the output of a run after one step; returns its weights."""
+    """Write the output of a run after one and two steps; returns its weights."""
     config = RunConfig(model=ModelConfig(student=str(source), params_dtype="float32"))
     network = build_model(load_architecture(source), config.model, LAYOUT)
     load_hf_weights(network, source)
@@ -142,23 +144,32 @@ def run_folder(source: Path, folder: Path) -> dict[str, torch.Tensor]:
     )
     folder.mkdir(parents=True)
     save_config(config, folder / "config.yaml")
-    checkpoint.save(
-        RunFolder(folder).checkpoints,
-        1,
-        policy,
-        {"step": 1, "config": asdict(config)},
-        keep=1,
-    )
-    export_hf_weights(network, source, folder / "hf")
+    for step in (1, 2):
+        state = {"step": step, "config": asdict(config)}
+        checkpoint.save(RunFolder(folder).checkpoints, step, policy, state, keep=2)
+        export_hf_weights(network, source, folder / f"hf_{step}")
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.5 * (step == 1))
     return dict(network.named_parameters())
 
 
-def test_a_runs_newest_checkpoint_is_exported(source: Path, tmp_path: Path) -> None:
-    run_folder(source, tmp_path / "run")
-    export_folder(tmp_path / "run", tmp_path / "back", LAYOUT)
-    assert content(tmp_path / "back") == content(tmp_path / "run" / "hf")
-    assert content(tmp_path / "back") != content(source)
-    damaged = next((tmp_path / "run" / "checkpoints" / "step_000001").glob("*.distcp"))
+def test_a_checkpoint_of_a_run_is_exported(source: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run_folder(source, run.path)
+    append_line(run.evaluations, {"step": 1, "accuracy": 0.5})
+    append_line(run.evaluations, {"step": 2, "accuracy": 0.4})
+    first, second = content(run.path / "hf_1"), content(run.path / "hf_2")
+    assert first != second != content(source) != first
+    choices: tuple[tuple[Choice, object], ...] = (
+        ("newest", second),
+        (1, first),
+        ("best", first),
+    )
+    for choice, wanted in choices:
+        export_folder(run.path, tmp_path / "back", LAYOUT, choice)
+        assert content(tmp_path / "back") == wanted
+    damaged = next((run.checkpoints / "step_000002").glob("*.distcp"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"\.distcp: the checkpoint is incomplete"):
         export_folder(tmp_path / "run", tmp_path / "again", LAYOUT)

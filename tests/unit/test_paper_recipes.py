@@ -299,7 +299,7 @@ def test_the_commands_of_the_comparison_are_those_of_its_runs(
     for line, run in zip(lines, runs, strict=True):
         tool, *arguments = shlex.split(line)
         assert tool == "tools/train_zppo.py"
-        assert load_tool("train_zppo").parse(arguments) == run.config
+        assert load_tool("train_zppo").parse(arguments) == (run.config, False)
 
 
 def load_like(config: RunConfig, tensor: int) -> RunConfig:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from zppo_mm.config.load import did_you_mean, load_config, load_settings
+from zppo_mm.config.key_hints import did_you_mean
+from zppo_mm.config.load import load_config, load_settings
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ConfigError
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from zppo_mm.config.keys import Key, declared, default_of, walk
+from zppo_mm.config.key_hints import every_key, key_hint
+from zppo_mm.config.keys import Key, declared, default_of, may_change_on_resume, walk
 from zppo_mm.config.relations import check_relations
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ConfigError
@@ -27,6 +28,7 @@ def check_config(config: RunConfig) -> None:
                 f"{path}: only the first teacher has this key, got {value!r}, expected none; set "
                 f"teacher.{own.name} or remove it"
             )
+    _check_allow_changes(config.checkpoint.allow_changes)
     check_relations(config)
 
 
@@ -71,3 +73,21 @@ def _check_value(path: str, known: Key, value: Any) -> None:
             ) from error
     if known.range and not known.is_in_range(value):
         raise ConfigError(f"{path}: out of range, got {value}, expected {known.range}; correct it")
+
+
+def _check_allow_changes(named: list[str]) -> None:
+    """Check that each is a key, or a section with keys, that a resumed run may change."""
+    known = [path for path, _ in every_key(RunConfig)]
+    for name in named:
+        meant = [path for path in known if path == name or path.startswith(f"{name}.")]
+        if not meant:
+            raise ConfigError(
+                f"checkpoint.allow_changes: unknown key, got {name!r}, expected a key or section "
+                f"of the configuration; {key_hint(name, known, RunConfig)}"
+            )
+        if not any(may_change_on_resume(RunConfig, path) for path in meant):
+            raise ConfigError(
+                f"checkpoint.allow_changes: a run keeps this key, got {name!r}, expected one that "
+                "docs/configuration.md marks with consent; start a new run from the trained "
+                "weights, or remove it"
+            )

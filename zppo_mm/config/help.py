@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import Field, dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
-from zppo_mm.config.keys import declared, default_of, entry_type
+from zppo_mm.config.keys import Change, declared, default_of, entry_type, most_allowed
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.methods import METHODS
 
@@ -36,8 +36,11 @@ Later ones take precedence:
 An unknown key, a value of the wrong type or out of its range, and keys that contradict one another
 are errors.
 An empty *allowed* means every value of the type.
-*Resume* is "yes" for keys that may change when a run is resumed; a change of any other is an error.
+*Resume* says whether a resumed run may have another value of the key: "yes"; "consent", if
+`checkpoint.allow_changes` names the key or its section; or, where it is empty, never.
+Any other change is an error.
 """
+_RESUME = {True: "yes", "consent": "consent", False: ""}
 _METHODS_HEAD = """## Methods
 
 `method` sets the keys of its row and turns the other switches of `zone` and `distill` off.
@@ -55,6 +58,23 @@ def add_options(
     parser.add_argument("options", nargs="*", metavar="key=value", help=meaning)
 
 
+def parse_with_options(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """Read the command line of a parser with `add_options`. A key that is written like an option of
+    the tool ends the program with what to write.
+    """
+    known, others = parser.parse_known_intermixed_args(arguments)
+    for word in others:
+        name, _, value = word.lstrip("-").partition("=")
+        if word.startswith("--") and ("." in name or hasattr(RunConfig, name)):
+            parser.error(
+                f"argument {word}: a key with dashes, got {word!r}, expected {name}="
+                f"{value or 'VALUE'}; write it without dashes"
+            )
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    return known
+
+
 @dataclass(frozen=True, slots=True)
 class _Section:
     """Some keys with a common prefix.
@@ -63,13 +83,13 @@ class _Section:
         title: The prefix without its dot; empty for the keys of the root.
         help: What the section is.
         kind: The dataclass.
-        may_change_on_resume: Whether this holds for all of its keys.
+        may_change_on_resume: What this is for all of its keys that do not allow more.
     """
 
     title: str
     help: str
     kind: Any
-    may_change_on_resume: bool = False
+    may_change_on_resume: Change = False
 
 
 def describe_methods() -> str:
@@ -151,7 +171,7 @@ def _lines(each: _Section, own: Field[Any]) -> list[str]:
 def _row(each: _Section, own: Field[Any]) -> str:
     """Describe a key as a row of the page."""
     known = declared(own)
-    resume = "yes" if each.may_change_on_resume or known.may_change_on_resume else ""
+    resume = _RESUME[most_allowed(each.may_change_on_resume, known.may_change_on_resume)]
     meaning = f"{known.help} {_FIRST_ONLY}" if known.first_teacher_only else known.help
     allowed = "see [Methods](#methods)" if own.name == "method" else _allowed(own)
     cells = (f"`{_path(each, own)}`", own.type, f"`{_default_text(own)}`", allowed, resume, meaning)

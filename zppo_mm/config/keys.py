@@ -7,9 +7,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar, cast, get_args, get_type_hints
+from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args, get_type_hints
 
 Value = TypeVar("Value")
+Change: TypeAlias = bool | Literal["consent"]
+"""Whether a resumed run may have another value: freely, if `checkpoint.allow_changes` names the
+key, or never.
+"""
 _METADATA = "key"
 
 
@@ -24,10 +28,11 @@ class Key:
         above: Number that it must exceed.
         at_most: Largest allowed number.
         below: Number that it must stay under.
-        may_change_on_resume: Whether a resumed run may have another value. That of a section holds
-            for all of its keys.
+        may_change_on_resume: Whether a resumed run may have another value. Of a section it holds
+            for all of its keys that do not allow more.
         first_teacher_only: Whether it has no meaning for a fallback teacher.
         former_choices: What to write instead of values that it had in earlier versions.
+        also_called: Names that it has elsewhere, for hints.
     """
 
     help: str
@@ -36,9 +41,10 @@ class Key:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    may_change_on_resume: bool = False
+    may_change_on_resume: Change = False
     first_teacher_only: bool = False
     former_choices: Mapping[str, str] = field(default_factory=dict)
+    also_called: tuple[str, ...] = ()
 
     @property
     def range(self) -> str:
@@ -71,9 +77,10 @@ def key(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
-    may_change_on_resume: bool = False,
+    may_change_on_resume: Change = False,
     first_teacher_only: bool = False,
     former_choices: Mapping[str, str] | None = None,
+    also_called: Sequence[str] = (),
 ) -> Value:
     """Declare a key; the arguments are the attributes of `Key`. A list or mapping is copied."""
     declared = Key(
@@ -86,6 +93,7 @@ def key(
         may_change_on_resume,
         first_teacher_only,
         former_choices or {},
+        tuple(also_called),
     )
     if isinstance(default, list | dict):
         made: Any = field(default_factory=default.copy, metadata={_METADATA: declared})
@@ -94,7 +102,7 @@ def key(
     return cast(Value, made)
 
 
-def section(kind: type[Value], *, may_change_on_resume: bool = False) -> Value:
+def section(kind: type[Value], *, may_change_on_resume: Change = False) -> Value:
     """Declare a section: a key whose value is a dataclass of further keys, with the dataclass's
     docstring as its help.
     """
@@ -134,19 +142,25 @@ def walk(values: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]
                     yield from walk(entry, f"{path}[{index}].")
 
 
-def may_change_on_resume(kind: Any, dotted: str) -> bool:
-    """Return whether a resumed run may have another value at a key of `flat_keys`.
+def may_change_on_resume(kind: Any, dotted: str) -> Change:
+    """Return whether a resumed run may have another value at a key of `flat_keys`: the most that
+    the key or a section around it allows.
 
     Args:
         kind: The dataclass of the whole configuration.
         dotted: Such as `fallback_teachers.0.model`, or `fallback_teachers.count`.
     """
+    allowed: Change = False
     for name in dotted.split("."):
         own = next((each for each in fields(kind) if each.name == name), None)
         if own is None:
             # The index of an entry, or the number of entries.
             continue
-        if declared(own).may_change_on_resume:
-            return True
+        allowed = most_allowed(allowed, declared(own).may_change_on_resume)
         kind = entry_type(get_type_hints(kind)[name]) or kind
-    return False
+    return allowed
+
+
+def most_allowed(*changes: Change) -> Change:
+    """Return the one that allows most."""
+    return max(changes, key=(False, "consent", True).index)

@@ -7,9 +7,8 @@ so a misspelt key is an error that names where it came from. Imports no torch.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_type_hints
 
@@ -19,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.atomic_files import write_atomically
 from zppo_mm.config.checks import check_config
+from zppo_mm.config.key_hints import did_you_mean, key_hint
 from zppo_mm.config.keys import entry_type
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ConfigError
@@ -167,15 +167,9 @@ def _check_keys(layer: _Layer, kind: Any) -> None:
     """Raise on the first key of a layer that no dataclass has."""
     content = OmegaConf.to_container(layer.content, resolve=False)
     for key, known in _unknown_keys(content, kind, ""):
-        everywhere = [
-            path
-            for path in _all_keys(kind, "")
-            if path.rpartition(".")[2] == key.rpartition(".")[2]
-        ]
-        closest = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or everywhere
-        hint = f"did you mean {closest[0]}?" if closest else "see --help for all keys"
         raise ConfigError(
-            f"{layer.origin}: unknown key, got {key}, expected a key of the configuration; {hint}"
+            f"{layer.origin}: unknown key, got {key}, expected a key of the configuration; "
+            f"{key_hint(key, known, kind)}"
         )
 
 
@@ -206,22 +200,6 @@ def _emptied(content: Any, kind: Any, prefix: str) -> Iterator[str]:
             yield from _emptied(value, hints[name], f"{prefix}{name}.")
         elif value == {}:
             yield f"{prefix}{name}"
-
-
-def _all_keys(kind: Any, prefix: str) -> Iterator[str]:
-    """Yield every dotted key that can be set."""
-    hints = get_type_hints(kind)
-    for field in fields(kind):
-        if is_dataclass(hints[field.name]):
-            yield from _all_keys(hints[field.name], f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}"
-
-
-def did_you_mean(got: str, known: Iterable[str]) -> str:
-    """Return `; did you mean X?` when something known is close."""
-    closest = difflib.get_close_matches(got, list(known), n=1)
-    return f"; did you mean {closest[0]}?" if closest else ""
 
 
 def _merge(layers: Sequence[_Layer], kind: type[_Kind]) -> _Kind:

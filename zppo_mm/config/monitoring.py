@@ -88,6 +88,13 @@ class ObservabilityConfig:
     tensorboard: bool = key(True, "Write TensorBoard events.")
     wandb_project: str = key("", "Weights & Biases project. Empty: off.")
     progress_bar: bool = key(True, "Show a progress bar on rank 0.")
+    console_samples: int = key(
+        0,
+        "Groups of each step of which the log shows the question and one response, from new "
+        "questions to reformulated prompts. 0: none.",
+        at_least=0,
+        also_called=("num_samples_to_log", "log_completions", "num_completions_to_print"),
+    )
     report: bool = key(True, "Write report.html with every checkpoint.")
     report_examples: int = key(
         4, "Number of questions shown in the report with media, prompts and responses.", at_least=0

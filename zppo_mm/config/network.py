@@ -41,11 +41,13 @@ class ModelConfig:
         {},
         "Variables of the student's chat template, such as `enable_thinking: false`. A name that "
         "the template does not read is an error.",
+        may_change_on_resume="consent",
     )
     system_prompt: str = key(
         "",
         "Text of a system message in every prompt of the student, in training and evaluation. "
         "Empty: what its chat template shows by itself. The teacher and the judge get none.",
+        may_change_on_resume="consent",
     )
     transformer_impl: str = key(
         "auto",

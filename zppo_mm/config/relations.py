@@ -80,10 +80,35 @@ def _check_training(train: TrainConfig, lora: LoraConfig) -> None:
             f"{train.num_new_questions} questions for {train.updates_per_step} updates, expected a "
             "multiple of train.updates_per_step; change one of them"
         )
+    _check_schedule(train)
     if set(train.freeze) == set(TRAINABLE_PARTS) and not lora.rank:
         raise ConfigError(
             f"train.freeze: nothing is left to train, got {train.freeze}, expected at most two of "
             f"{', '.join(TRAINABLE_PARTS)}; shorten the list"
+        )
+
+
+def _check_schedule(train: TrainConfig) -> None:
+    """Check the rise and the fall of the learning rate."""
+    if train.lr_decay_style == "constant":
+        for name in ("min_lr", "lr_decay_updates"):
+            if getattr(train, name):
+                raise ConfigError(
+                    f"train.{name}: nothing falls, got {getattr(train, name)} with "
+                    "train.lr_decay_style='constant', expected 0; choose linear or cosine, or "
+                    "remove it"
+                )
+        return
+    if train.min_lr > train.lr:
+        raise ConfigError(
+            f"train.min_lr: above the learning rate, got {train.min_lr:g} with train.lr="
+            f"{train.lr:g}, expected at most that; correct one of them"
+        )
+    if train.lr_warmup_updates >= train.decay_updates:
+        raise ConfigError(
+            f"train.lr_warmup_updates: no updates are left for the decay, got "
+            f"{train.lr_warmup_updates} of {train.decay_updates}, expected fewer; change it or "
+            "train.lr_decay_updates"
         )
 
 

@@ -11,8 +11,18 @@ from zppo_mm.config.keys import key
 class RolloutConfig:
     """How the student samples in training."""
 
-    num_rollouts: int = key(8, "Student rollouts per prompt (G_S).", at_least=2)
-    max_response_tokens: int = key(12288, "Maximum length of a response.", at_least=1)
+    num_rollouts: int = key(
+        8,
+        "Student rollouts per prompt (G_S).",
+        at_least=2,
+        also_called=("num_generations", "group_size", "n", "n_samples_per_prompt"),
+    )
+    max_response_tokens: int = key(
+        12288,
+        "Maximum length of a response.",
+        at_least=1,
+        also_called=("max_new_tokens", "max_completion_length", "max_response_length"),
+    )
     temperature: float = key(
         1.0, "Sampling temperature, also used for the log-probs of the loss.", above=0
     )

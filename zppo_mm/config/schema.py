@@ -14,13 +14,14 @@ from zppo_mm.config.monitoring import EvaluationConfig as EvaluationConfig
 from zppo_mm.config.monitoring import ObservabilityConfig as ObservabilityConfig
 from zppo_mm.config.monitoring import ParityConfig as ParityConfig
 from zppo_mm.config.network import LORA_TARGETS as LORA_TARGETS
-from zppo_mm.config.network import TRAINABLE_PARTS
 from zppo_mm.config.network import LoraConfig as LoraConfig
 from zppo_mm.config.network import ModelConfig as ModelConfig
 from zppo_mm.config.network import ParallelConfig as ParallelConfig
 from zppo_mm.config.reward import RewardConfig as RewardConfig
 from zppo_mm.config.rollout import RolloutConfig as RolloutConfig
 from zppo_mm.config.teacher import TeacherConfig as TeacherConfig
+from zppo_mm.config.training import CheckpointConfig as CheckpointConfig
+from zppo_mm.config.training import TrainConfig as TrainConfig
 from zppo_mm.methods import METHODS, SWITCHED, Kind
 
 Number = TypeVar("Number", int, float)
@@ -39,7 +40,12 @@ class SourceConfig:
         "Folder with `*.tar` shards; or a file, a folder or a pattern (`data/train-*.parquet`) of "
         "`*.jsonl`, `*.parquet` or `*.arrow` files; relative to the working directory.",
     )
-    weight: float = key(1.0, "Sampling weight of this source in the stream.", above=0)
+    weight: float = key(
+        1.0,
+        "Relative share of the questions that come from this source: of weights 2 and 1, two "
+        "thirds come from the first, whatever the sizes.",
+        above=0,
+    )
     columns: dict[str, str] = key(
         {},
         "Columns of table files by part of a question, such as `{question: prompt, image: "
@@ -59,7 +65,12 @@ class SourceConfig:
 
 def _from_folder(off: Number, meaning: str) -> Number:
     """Declare a setting of media that the model's folder has too."""
-    return key(off, f"{meaning} 0: from the model folder.", at_least=0)
+    return key(
+        off,
+        f"{meaning} 0: from the model folder.",
+        at_least=0,
+        may_change_on_resume="consent",
+    )
 
 
 @dataclass(kw_only=True)
@@ -72,12 +83,16 @@ class DataConfig:
         "the bundled digit questions of the chosen modality.",
     )
     held_out: list[SourceConfig] = key(
-        [], "Held-out sources for evaluation. Empty: the bundled ones."
+        [],
+        "Held-out sources for evaluation. Empty: the bundled ones.",
+        may_change_on_resume="consent",
     )
     max_prompt_tokens: int = key(
         4096,
         "Maximum length of a plain prompt. Longer questions are skipped and counted.",
         at_least=1,
+        may_change_on_resume="consent",
+        also_called=("max_prompt_length",),
     )
     image_min_pixels: int = _from_folder(
         0, "Minimum pixels of an image. A smaller one is enlarged."
@@ -95,9 +110,14 @@ class DataConfig:
     video_max_frames: int = _from_folder(
         0, "Maximum frames of one video. A longer video is sampled more sparsely."
     )
-    max_media_bytes: int = key(256_000_000, "Maximum bytes of a media file.", at_least=1)
+    max_media_bytes: int = key(
+        256_000_000, "Maximum bytes of a media file.", at_least=1, may_change_on_resume="consent"
+    )
     max_media_pixels: int = key(
-        40_000_000, "Maximum pixels (width x height) of an image or a video frame.", at_least=1
+        40_000_000,
+        "Maximum pixels (width x height) of an image or a video frame.",
+        at_least=1,
+        may_change_on_resume="consent",
     )
     decode_timeout_seconds: float = key(
         30.0,
@@ -158,18 +178,27 @@ class ZoneConfig:
         "A question is hard if the mean accuracy of its plain rollouts is below this.",
         at_least=0,
         at_most=1,
+        may_change_on_resume="consent",
     )
     rho_replay: float = key(
-        0.25, "Replayed questions per step, as a fraction of the new ones.", at_least=0
+        0.25,
+        "Replayed questions per step, as a fraction of the new ones.",
+        at_least=0,
+        may_change_on_resume="consent",
     )
     rho_aug: float = key(
         0.25,
         "Maximum reformulated prompts per step (per round of dynamic sampling), as a fraction of "
         "new questions.",
         at_least=0,
+        may_change_on_resume="consent",
     )
     prefix_fraction: float = key(
-        0.4, "Fraction of a teacher rollout's tokens that forms a prefix.", above=0, below=1
+        0.4,
+        "Fraction of a teacher rollout's tokens that forms a prefix.",
+        above=0,
+        below=1,
+        may_change_on_resume="consent",
     )
     max_sampling_rounds: int = key(
         1,
@@ -177,12 +206,18 @@ class ZoneConfig:
         "them have a non-trivial group. Questions whose groups are all trivial, reformulated ones "
         "included, are left out of the update. 1: off.",
         at_least=1,
+        may_change_on_resume="consent",
     )
     buffer_capacity: int = key(
-        10_000, "Maximum number of questions in the replay buffer (B_max).", at_least=1
+        10_000,
+        "Maximum number of questions in the replay buffer (B_max).",
+        at_least=1,
+        may_change_on_resume="consent",
     )
     templates: str = key(
-        "", "Folder of prompts in place of the bundled ones: examples/own_prompts."
+        "",
+        "Folder of prompts in place of the bundled ones: examples/own_prompts.",
+        may_change_on_resume="consent",
     )
 
     @property
@@ -269,82 +304,8 @@ class DistillConfig:
         "Number of teacher log-probs per token. All other tokens count as one outcome. 0: the "
         "whole distribution.",
         at_least=0,
+        may_change_on_resume="consent",
     )
-
-
-@dataclass(kw_only=True)
-class TrainConfig:
-    """The training loop and the optimizer."""
-
-    train_iters: int = key(200, "Rollout steps.", at_least=1, may_change_on_resume=True)
-    max_hours: float = key(
-        0.0,
-        "Hours after which the run ends with a checkpoint. The same command continues it. 0: no "
-        "limit.",
-        at_least=0,
-        may_change_on_resume=True,
-    )
-    stop_within_seconds: float = key(
-        300.0,
-        "Maximum time to write a checkpoint and exit after SIGTERM, SIGINT (Ctrl-C), SIGUSR1, "
-        "SIGHUP or `max_hours`.",
-        above=0,
-        may_change_on_resume=True,
-    )
-    num_new_questions: int = key(384, "New questions per rollout step, over all ranks.", at_least=1)
-    updates_per_step: int = key(
-        4, "Gradient updates per rollout step (I). Every token is used once.", at_least=1
-    )
-    micro_batch_tokens: int = key(
-        16384,
-        "Maximum tokens of a micro-batch. A longer sequence is a micro-batch by itself.",
-        at_least=1,
-        may_change_on_resume=True,
-    )
-    micro_batch_patches: int = key(
-        16384,
-        "Maximum patches of images and videos in a micro-batch, and of the prompts that sampling "
-        "computes at once, which bounds the memory of the vision tower; four patches are one "
-        "token of Qwen's networks. A prompt with more is passed by itself.",
-        at_least=1,
-        may_change_on_resume=True,
-    )
-    share_prompts: str = key(
-        "auto",
-        "Shared-prefix training: the prompt of a group is computed once per micro-batch instead "
-        "of once per rollout. `auto`: if the layers support it.",
-        choices=("auto", "always", "never"),
-        may_change_on_resume=True,
-    )
-    lr: float = key(1e-6, "Constant learning rate.", at_least=0)
-    lr_warmup_updates: int = key(
-        0, "Gradient updates over which the learning rate rises from 0.", at_least=0
-    )
-    adam_beta1: float = key(0.9, "Beta 1 of AdamW.", at_least=0, below=1)
-    adam_beta2: float = key(0.999, "Beta 2 of AdamW.", at_least=0, below=1)
-    adam_eps: float = key(1e-8, "Epsilon of AdamW.", above=0)
-    weight_decay: float = key(0.1, "Weight decay of AdamW.", at_least=0)
-    optimizer_state_dtype: str = key(
-        "float32",
-        "Data type of AdamW's moments between updates. In `bfloat16` they take half the memory, "
-        "but with the default beta 2 the second moment cannot fall.",
-        choices=("float32", "bfloat16"),
-    )
-    clip_grad: float = key(1.0, "Maximum gradient norm.", above=0)
-    freeze: list[str] = key([], "Parts that are not trained.", choices=TRAINABLE_PARTS)
-
-
-@dataclass(kw_only=True)
-class CheckpointConfig:
-    """Saving and resuming."""
-
-    interval: int = key(
-        10, "Steps between checkpoints. There is always one at the end.", at_least=1
-    )
-    keep: int = key(
-        2, "Checkpoints kept. Older ones are removed when a newer one is complete.", at_least=1
-    )
-    resume: bool = key(True, "Continue from the newest complete checkpoint of the run's folder.")
 
 
 @dataclass(kw_only=True)
@@ -369,16 +330,17 @@ class RunConfig:
     data: DataConfig = section(DataConfig)
     model: ModelConfig = section(ModelConfig)
     parallel: ParallelConfig = section(ParallelConfig, may_change_on_resume=True)
-    rollout: RolloutConfig = section(RolloutConfig)
-    teacher: TeacherConfig = section(TeacherConfig)
+    rollout: RolloutConfig = section(RolloutConfig, may_change_on_resume="consent")
+    teacher: TeacherConfig = section(TeacherConfig, may_change_on_resume="consent")
     fallback_teachers: list[TeacherConfig] = key(
         [],
         "Further teachers, each a section like `teacher`. Each is asked the questions that none "
         "before it solved.",
+        may_change_on_resume="consent",
     )
     zone: ZoneConfig = section(ZoneConfig)
     reward: RewardConfig = section(RewardConfig, may_change_on_resume=True)
-    algorithm: AlgorithmConfig = section(AlgorithmConfig)
+    algorithm: AlgorithmConfig = section(AlgorithmConfig, may_change_on_resume="consent")
     distill: DistillConfig = section(DistillConfig)
     train: TrainConfig = section(TrainConfig)
     lora: LoraConfig = section(LoraConfig)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ZppoError
 from zppo_mm.observability.logs import configure_logging
 from zppo_mm.parallel import failures
 from zppo_mm.parallel import groups as parallel
+
+if TYPE_CHECKING:
+    from zppo_mm.conversion.choosing import Choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +29,22 @@ class Outcome:
     exit_code: int
 
 
-def run_command(name: str, folders: list[Path], layout: ParallelConfig) -> Outcome:
+def run_command(
+    name: str, folders: list[Path], layout: ParallelConfig, choice: Choice = "newest"
+) -> Outcome:
     """Run `import`, `export`, `verify` or `inspect`; every rank calls it.
 
     Args:
         name: The command.
         folders: Its folders, in the order of the command line.
         layout: Of the processes.
+        choice: Which checkpoint of a run `export` takes.
     """
     try:
         parallel.initialize(layout, seed=0)
         configure_logging(None, parallel.rank())
         with failures.translate_collective_errors():
-            outcome = _run(name, folders, layout)
+            outcome = _run(name, folders, layout, choice)
         parallel.shutdown()
     except ZppoError as error:
         # Every rank has the same error; one reports it.
@@ -48,7 +55,7 @@ def run_command(name: str, folders: list[Path], layout: ParallelConfig) -> Outco
     return outcome
 
 
-def _run(name: str, folders: list[Path], layout: ParallelConfig) -> Outcome:
+def _run(name: str, folders: list[Path], layout: ParallelConfig, choice: Choice) -> Outcome:
     # What a command does not need is not imported: transformers' models and a run's parts take
     # seconds.
     if name == "import":
@@ -59,7 +66,7 @@ def _run(name: str, folders: list[Path], layout: ParallelConfig) -> Outcome:
     if name == "export":
         from zppo_mm.conversion.exporting import export_folder
 
-        export_folder(folders[0], folders[1], layout)
+        export_folder(folders[0], folders[1], layout, choice)
         return Outcome("", 0)
     if name == "inspect":
         from zppo_mm.conversion.description import describe_folder

@@ -1,5 +1,5 @@
-"""An imported folder or a run's newest checkpoint to a Hugging Face folder, without a whole network
-in memory.
+"""An imported folder or a run's checkpoint to a Hugging Face folder, without a whole network in
+memory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from pathlib import Path
 
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import LoraConfig, ParallelConfig
-from zppo_mm.errors import CheckpointError, ModelError
+from zppo_mm.conversion.choosing import Choice, choose_checkpoint
+from zppo_mm.errors import ModelError
 from zppo_mm.lora.adapters import add_lora
 from zppo_mm.lora.checkpoint import load_adapters
 from zppo_mm.models.families.architecture import load_architecture
@@ -30,14 +31,17 @@ from zppo_mm.weights.safetensors_folder import SafetensorsFolder
 logger = logging.getLogger(__name__)
 
 
-def export_folder(source_dir: Path, target: Path, layout: ParallelConfig) -> None:
-    """Turn an imported folder, or a run's newest checkpoint, into a Hugging Face folder; every rank
-    calls it.
+def export_folder(
+    source_dir: Path, target: Path, layout: ParallelConfig, choice: Choice = "newest"
+) -> None:
+    """Turn an imported folder, or a run's checkpoint, into a Hugging Face folder; every rank calls
+    it.
 
     Args:
         source_dir: An imported folder, or a run's folder.
         target: The Hugging Face folder; an older one of that name is replaced.
         layout: How the work is split over processes; the result does not depend on it.
+        choice: Which checkpoint of a run.
 
     Raises:
         ModelError: The folder is neither, its files are not usable, or files cannot be written;
@@ -45,7 +49,7 @@ def export_folder(source_dir: Path, target: Path, layout: ParallelConfig) -> Non
         CheckpointError: The weights cannot be loaded.
     """
     started = time.perf_counter()
-    found = find_weights(source_dir)
+    found = find_weights(source_dir, choice)
     model = build_without_weights(load_architecture(found.source.path), layout)
     add_lora(model, found.lora, seed=0)
     failure: Exception | None = None
@@ -85,15 +89,19 @@ class Weights:
     changed_files: dict[str, bytes] = field(default_factory=dict)
 
 
-def find_weights(folder: Path) -> Weights:
-    """Return the checkpoint of an imported folder, or the newest of a run and the student it began
-    with.
+def find_weights(folder: Path, choice: Choice = "newest") -> Weights:
+    """Return the checkpoint of an imported folder, or one of a run and the student it began with.
 
     Raises:
-        ModelError: The folder is neither.
-        CheckpointError: The run has no complete checkpoint, or the newest is damaged.
+        ModelError: The folder is neither, or it is imported and a checkpoint of a run is chosen.
+        CheckpointError: The run has no such checkpoint, or it is damaged.
     """
     if is_imported(folder):
+        if choice != "newest":
+            raise ModelError(
+                f"{folder}: no run, got an imported folder, which has no steps, expected a run's "
+                "folder with --step and --best; leave them out"
+            )
         return Weights(folder, ImportedFolder(folder))
     run = RunFolder(folder)
     if not run.config.is_file():
@@ -101,14 +109,9 @@ def find_weights(folder: Path) -> Weights:
             f"{folder}: nothing to export, got no imported folder and no run with "
             f"{run.config.name}, expected one of them; check the path"
         )
-    newest = checkpoint.latest(run.checkpoints)
-    if newest is None:
-        raise CheckpointError(
-            f"{folder}: the run has no checkpoint, got no complete folder in "
-            f"{run.checkpoints.name}/, expected one; let it run until it has saved"
-        )
-    checkpoint.verify(newest)
+    chosen = choose_checkpoint(run, choice)
+    checkpoint.verify(chosen)
     config = load_config(run.config)
     student = student_folder(config.model)
     processor_files = changed_processor_files(student, processor_overrides(config.data))
-    return Weights(newest, SafetensorsFolder(student), config.lora, processor_files)
+    return Weights(chosen, SafetensorsFolder(student), config.lora, processor_files)

@@ -96,7 +96,7 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
         value = run.option(key)
         if value is not None:
             facts.append((label, str(value) or "bundled tiny model"))
-    return facts
+    return [*facts, *run.described_changes()]
 
 
 def _headlines(run: RunRecord) -> list[Headline]:

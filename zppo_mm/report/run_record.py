@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ class RunRecord:
         metrics: One mapping per step, ascending.
         evaluations: One mapping per evaluation on held-out questions, ascending.
         config: The resolved configuration; empty when the folder has none.
+        changes: One mapping per key that was given another value on a resume, in their order.
     """
 
     folder: Path
     metrics: list[Mapping[str, Any]]
     evaluations: list[Mapping[str, Any]]
     config: Mapping[str, Any]
+    changes: list[Mapping[str, Any]] = field(default_factory=list)
 
     def series(self, name: str) -> Series:
         """Return the steps that have a finite value of a metric, and the values."""
@@ -52,6 +54,13 @@ class RunRecord:
                 part,
             ),
         )
+
+    def described_changes(self) -> list[tuple[str, str]]:
+        """Return which keys changed after which step, in words."""
+        return [
+            (f"changed after step {row['step']}", f"{row['key']} {row['old']} → {row['new']}")
+            for row in self.changes
+        ]
 
     def last(self, name: str) -> float | None:
         """Return a metric's last finite value."""
@@ -76,6 +85,7 @@ def read_run(path: Path) -> RunRecord:
         metrics=sorted(read_lines(folder.metrics), key=lambda row: row["step"]),
         evaluations=sorted(read_lines(folder.evaluations), key=lambda row: row["step"]),
         config=config or {},
+        changes=list(read_lines(folder.changes)),
     )
 
 

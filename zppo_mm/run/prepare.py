@@ -5,6 +5,7 @@ checkpoint continues.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import logging
 import os
 from collections.abc import Iterator
@@ -24,22 +25,28 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def claimed(folder: RunFolder) -> Iterator[None]:
+def claimed(folder: RunFolder, restart: bool = False) -> Iterator[None]:
     """Hold the folder's lock on rank 0 as long as the process lives; the system lets go of it when
     the process dies.
 
     Rank 0 logs to the folder inside the block. A folder that was made here is taken away again by
     an error before a run has begun in it.
 
+    Args:
+        folder: Of the run.
+        restart: Whether what an earlier run left in it is moved aside first.
+
     Raises:
         ConfigError: On every rank, if another run writes to the folder or it cannot be made.
     """
     missing = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
     lock: IO[str] | None = None
+    aside: Path | None = None
     problem = ""
     if parallel.rank() == 0:
         try:
             lock = _lock(folder)
+            aside = _set_run_aside(folder) if restart else None
         except BlockingIOError:
             problem = (
                 f"{folder}: another process writes to this run, got a lock that is held, expected "
@@ -54,6 +61,8 @@ def claimed(folder: RunFolder) -> Iterator[None]:
     if problem:
         raise ConfigError(problem)
     configure_logging(folder.log, parallel.rank())
+    if aside is not None:
+        logger.warning("--restart: the earlier run is in %s, remove it to free its disk", aside)
     try:
         yield
     except BaseException:
@@ -109,6 +118,25 @@ def prepare_folder(config: RunConfig, folder: RunFolder, done: int | None) -> No
     parallel.barrier()
 
 
+def _set_run_aside(folder: RunFolder) -> Path | None:
+    """Move everything that a run left in its folder into a folder of its own there; returns it,
+    `None` if there is nothing.
+
+    Raises:
+        OSError: It cannot be moved; what is moved already stays there.
+    """
+    earlier = list(itertools.takewhile(Path.exists, folder.earlier_records()))
+    left = [path for path in folder.path.iterdir() if path not in (folder.lock, *earlier)]
+    if not left:
+        return None
+    target = next(path for path in folder.earlier_records() if path not in earlier)
+    target.mkdir()
+    # Checkpoints first: without them, a start after a kill in between keeps the records too.
+    for path in sorted(left, key=lambda path: path != folder.checkpoints):
+        os.replace(path, target / path.name)
+    return target
+
+
 def set_records_aside(folder: RunFolder) -> Path | None:
     """Move the records of a run that has no checkpoint into a folder of their own; returns it,
     `None` if there are none.
@@ -117,7 +145,7 @@ def set_records_aside(folder: RunFolder) -> Path | None:
         return None
     target = next(path for path in folder.earlier_records() if not path.exists())
     target.mkdir()
-    for path in (*folder.records, folder.parity, folder.tensorboard):
+    for path in (*folder.records, folder.changes, folder.parity, folder.tensorboard):
         if path.exists():
             os.replace(path, target / path.name)
     logger.warning(

@@ -12,6 +12,7 @@ from data.health import TOO_LONG
 from zppo_mm.config.schema import EvaluationConfig
 from zppo_mm.lora.adapters import adapters_of
 from zppo_mm.lora.export import export_adapter
+from zppo_mm.observability.console_samples import log_samples
 from zppo_mm.observability.learning_warnings import LearningWatch, warn_of_few_questions
 from zppo_mm.observability.metrics import Mean, StepMetrics, Sum, process_memory
 from zppo_mm.observability.sinks import MetricsLog, append_evaluation, open_metrics_log
@@ -126,6 +127,7 @@ def record_step(
     )
     write_buffer(folder, record.step, record.buffer)
     log.write(record.step, metrics.values())
+    log_samples(record.step, record.groups, run.config.observability.console_samples)
 
 
 def _add_run_metrics(run: Run, metrics: StepMetrics) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zppo_mm.config.keys import may_change_on_resume
-from zppo_mm.config.load import flat_keys
+from zppo_mm.config.changes import Changes, KeyChange, find_changes
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import CheckpointError, ConfigError
+from zppo_mm.observability.sinks import append_line, truncate_after
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.run.parts import Run
 from zppo_mm.run_folder import RunFolder
@@ -35,13 +34,18 @@ def resume(run: Run, folder: RunFolder) -> int | None:
         if parallel.on_rank_zero(lambda: checkpoint.latest(checkpoints) is not None):
             raise ConfigError(
                 f"checkpoint.resume: {folder} holds checkpoints of an earlier run, got "
-                "resume=false, expected a folder without; give another name or remove the folder"
+                "resume=false, expected a folder without; give another name, or start with "
+                "--restart, which moves them aside"
             )
         _refuse_orphans(folder)
         return None
-    state = checkpoint.load_latest(
-        checkpoints, run.policy, lambda state: check_same_run(config, state["config"], folder)
-    )
+    allowed: tuple[KeyChange, ...] = ()
+
+    def check(state: dict[str, Any]) -> None:
+        nonlocal allowed
+        allowed = check_same_run(config, state["config"], folder)
+
+    state = checkpoint.load_latest(checkpoints, run.policy, check)
     if state is None:
         _refuse_orphans(folder)
         return None
@@ -51,8 +55,13 @@ def resume(run: Run, folder: RunFolder) -> int | None:
         step = int(state["step"])
     if parallel.rank() == 0:
         warn_of_edited_functions(state.get("reward_functions", {}), run.verifier.functions.digests)
-    _restore_overlap(run, state.get("ahead"), folder_of_step(checkpoints, step))
+    parallel.on_rank_zero(lambda: _record_changes(folder, step, allowed))
     logger.info("resumed %s after step %d", folder, step)
+    ahead = state.get("ahead")
+    if allowed and ahead is not None:
+        logger.info("step %d: sampled again, with the new values of keys", step + 1)
+        ahead = None
+    _restore_overlap(run, ahead, folder_of_step(checkpoints, step))
     return step
 
 
@@ -95,40 +104,56 @@ def _refuse_orphans(folder: RunFolder) -> None:
     if parallel.on_rank_zero(folder.hf.exists):
         raise CheckpointError(
             f"{folder}: a finished run without checkpoints, got {folder.hf.name}/ but no "
-            "checkpoint to continue from, expected both or neither; give another name, or remove "
-            "the folder to start again"
+            "checkpoint to continue from, expected both or neither; give another name, or "
+            "start with --restart, which moves it aside"
         )
     if broken:
         raise CheckpointError(
             f"{folder}: a run without a usable checkpoint, got {', '.join(broken)}, expected one "
-            "that is complete; restore one from a copy, give another name, or remove the folder to "
-            "start again"
+            "that is complete; restore one from a copy, give another name, or start with "
+            "--restart, which moves it aside"
         )
 
 
-def check_same_run(config: RunConfig, saved: dict[str, Any], folder: RunFolder) -> None:
-    """Compare the configuration with the checkpoint's.
+def check_same_run(
+    config: RunConfig, saved: Mapping[str, Any], folder: RunFolder
+) -> tuple[KeyChange, ...]:
+    """Compare the configuration with the checkpoint's; returns what consent was given for.
 
     Raises:
-        CheckpointError: A key that would change what the earlier steps mean is different.
+        CheckpointError: A key that would change what the steps mean is different, without consent
+            or where none can be given.
     """
-    # A checkpoint that is older than a key was made with its default.
-    before, now = flat_keys(saved), flat_keys(asdict(config))
-    default = flat_keys(asdict(RunConfig()))
-    changed = {
-        key: (old, value)
-        for key, value in now.items()
-        if (old := before.get(key, default.get(key))) != value
-    }
-    fixed = {
-        key: values for key, values in changed.items() if not may_change_on_resume(RunConfig, key)
-    }
-    if fixed:
-        listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in fixed.items())
+    changes = find_changes(saved, config)
+    if different := (*changes.refused, *changes.lacking_consent):
+        listed = "; ".join(map(str, different))
         raise CheckpointError(
             f"{folder}: the configuration is not the one of the checkpoint: {listed}; resume with "
-            "the old values, or give the new run another name"
+            f"the old values, {_ways_on(changes, folder)}"
         )
     if parallel.rank() == 0:
-        for key, (old, new) in changed.items():
-            logger.warning("resumed with %s=%r, was %r", key, new, old)
+        for each in (*changes.free, *changes.allowed):
+            logger.warning("resumed with %s=%r, was %r", each.key, each.new, each.old)
+    return changes.allowed
+
+
+def _ways_on(changes: Changes, folder: RunFolder) -> str:
+    """Say how a run gets the values that its checkpoint does not have."""
+    names = ",".join(each.key for each in changes.lacking_consent)
+    allow = "" if changes.refused else f"allow them with 'checkpoint.allow_changes=[{names}]', "
+    start = f"or start a new run from the trained weights: another name, model.student={folder.hf}"
+    if folder.hf.is_dir():
+        return allow + start
+    export = f"tools/convert_checkpoint.py export {folder} {folder.hf}"
+    return f"{allow}{start} after `python {export}`"
+
+
+def _record_changes(folder: RunFolder, step: int, allowed: Sequence[KeyChange]) -> None:
+    """Write what the steps after `step` have other values of. What an earlier start wrote and no
+    step kept goes.
+    """
+    truncate_after(folder.changes, step - 1)
+    for each in allowed:
+        append_line(
+            folder.changes, {"step": step, "key": each.key, "old": each.old, "new": each.new}
+        )

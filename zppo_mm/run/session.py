@@ -35,9 +35,12 @@ def open_run(
     partition: JobPartition | None,
     link: PartitionLink | None,
     interruption: Interruption,
+    restart: bool = False,
 ) -> Iterator[Run]:
     """Make the process groups, claim the run's folder and build the run; every rank of the student
     enters the block.
+
+    With `restart` the folder's earlier run is moved aside first.
 
     After an error the process groups are left without the other ranks: a process that ends with
     them could be aborted, with another exit code than the error's.
@@ -49,7 +52,7 @@ def open_run(
         with (
             failures.translate_collective_errors(),
             open_liveness_barrier(config.parallel, partition, interruption) as barrier,
-            claimed(folder),
+            claimed(folder, restart),
             closing(build_run(config, link, barrier, interruption, folder)) as run,
         ):
             try:

@@ -236,7 +236,7 @@ def load_latest(
         raise CheckpointError(
             f"checkpoint: no usable checkpoint in {folder}, got {len(damaged)} broken "
             f"({damaged[0][1]}), expected at least one complete; restore one from a copy, or "
-            "remove the run's folder to start again"
+            "start with --restart, which moves the run aside"
         )
     return None
 

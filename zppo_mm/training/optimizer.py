@@ -75,7 +75,7 @@ def build_optimizer(
     config = OptimizerConfig(
         optimizer="adam",
         lr=train.lr,
-        min_lr=train.lr,
+        min_lr=train.min_lr,
         weight_decay=train.weight_decay,
         adam_beta1=train.adam_beta1,
         adam_beta2=train.adam_beta2,
@@ -93,17 +93,19 @@ def build_optimizer(
 
 def build_scheduler(optimizer: Any, train: TrainConfig) -> Any:
     """Return the schedule of the learning rate: a rise from 0 over `lr_warmup_updates`, then
-    constant.
+    constant, or down to `min_lr` at `decay_updates` and constant from there on.
     """
+    falls = train.lr_decay_style != "constant"
+    # The class needs an end after the warm-up, even of a constant schedule.
+    decay_updates = train.decay_updates if falls else train.lr_warmup_updates + 1
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=train.lr,
-        min_lr=train.lr,
+        min_lr=train.min_lr,
         lr_warmup_steps=train.lr_warmup_updates,
-        # The class needs an end after the warm-up, even of a constant schedule.
-        lr_decay_steps=train.lr_warmup_updates + train.train_iters * train.updates_per_step + 1,
-        lr_decay_style="constant",
+        lr_decay_steps=decay_updates,
+        lr_decay_style=train.lr_decay_style,
         start_wd=train.weight_decay,
         end_wd=train.weight_decay,
         wd_incr_steps=1,
