@@ -43,6 +43,15 @@ def test_the_newest_one_of_a_step_and_the_best(
     ]
 
 
+def test_before_training_there_is_no_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    choose_checkpoint(run_with(tmp_path, [10], {0: 0.9, 10: 0.5}), "best")
+    assert caplog.messages == [
+        "step 0 was better, 0.9000, but has no checkpoint; it is the student itself"
+    ]
+
+
 def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path) -> None:
     run = run_with(tmp_path, [30, 40], {0: 0.2, 20: 0.5})
     with pytest.raises(

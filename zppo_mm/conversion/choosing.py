@@ -75,10 +75,10 @@ def _best_step(run: RunFolder, complete: Mapping[int, Path]) -> int:
         )
         if accuracies[first] > accuracies[best]:
             logger.warning(
-                "step %d was better, %.4f, but has no checkpoint; raise checkpoint.keep in later "
-                "runs",
+                "step %d was better, %.4f, but has no checkpoint; %s",
                 first,
                 accuracies[first],
+                "raise checkpoint.keep in later runs" if first else "it is the student itself",
             )
     return best
 
