@@ -91,10 +91,15 @@ def test_consent_is_for_the_keys_that_it_names(
 ) -> None:
     consent = load_config(None, [after, f"checkpoint.allow_changes=[{named}]"])
     assert [str(each) for each in check_same_run(consent, saved(before), WHERE)] == [changed]
-    # Its name begins like one of the others, and is none of them.
-    other = load_config(None, [after, "checkpoint.allow_changes=[train.lr_warmup_updates]"])
+    other = load_config(None, [after, "checkpoint.allow_changes=[algorithm]"])
     with pytest.raises(CheckpointError, match=changed):
         check_same_run(other, saved(before), WHERE)
+
+
+def test_a_key_is_no_section_of_those_that_begin_like_it() -> None:
+    after = ["train.lr_warmup_updates=3", "checkpoint.allow_changes=[train.lr]"]
+    with pytest.raises(CheckpointError, match=r"train\.lr_warmup_updates was 0, is 3"):
+        check_same_run(load_config(None, after), saved(), WHERE)
 
 
 def test_the_refusal_says_how_to_go_on(tmp_path: Path) -> None:
@@ -115,6 +120,29 @@ def test_the_refusal_says_how_to_go_on(tmp_path: Path) -> None:
         check_same_run(load_config(None, ["seed=1", "zone.tau=0.4"]), saved(), folder)
     assert "allow" not in str(refused.value)
     assert str(refused.value).endswith(start)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        (
+            ["data.held_out=[{path: x}]"],
+            ["data.held_out=[{path: y},{path: z}]", "train.lr=2"],
+            "data.held_out,train.lr",
+        ),
+        (
+            [f"fallback_teachers=[{TEACHER}]", "model.chat_template_kwargs={a: 1}"],
+            ["fallback_teachers=[]", "model.chat_template_kwargs={b: 2}"],
+            "model.chat_template_kwargs,fallback_teachers",
+        ),
+    ],
+)
+def test_what_the_refusal_says_works(before: list[str], after: list[str], named: str) -> None:
+    with pytest.raises(CheckpointError) as refused:
+        check_same_run(load_config(None, after), saved(*before), WHERE)
+    advice = f"checkpoint.allow_changes=[{named}]"
+    assert f"'{advice}'" in str(refused.value)
+    assert check_same_run(load_config(None, [*after, advice]), saved(*before), WHERE)
 
 
 def test_more_steps_need_consent_where_the_learning_rate_falls_until_the_last() -> None:

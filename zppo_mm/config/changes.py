@@ -4,6 +4,7 @@ that.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,6 +27,14 @@ class KeyChange:
     key: str
     old: Any
     new: Any
+
+    @property
+    def to_allow(self) -> str:
+        """What `checkpoint.allow_changes` names: of the entries of a list of sections the list."""
+        parts = self.key.split(".")
+        return ".".join(
+            itertools.takewhile(lambda part: not part.isdigit() and part != "count", parts)
+        )
 
     def __str__(self) -> str:
         return f"{self.key} was {self.old!r}, is {self.new!r}"

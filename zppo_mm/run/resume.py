@@ -139,7 +139,7 @@ def check_same_run(
 
 def _ways_on(changes: Changes, folder: RunFolder) -> str:
     """Say how a run gets the values that its checkpoint does not have."""
-    names = ",".join(each.key for each in changes.lacking_consent)
+    names = ",".join(dict.fromkeys(each.to_allow for each in changes.lacking_consent))
     allow = "" if changes.refused else f"allow them with 'checkpoint.allow_changes=[{names}]', "
     start = f"or start a new run from the trained weights: another name, model.student={folder.hf}"
     if folder.hf.is_dir():
