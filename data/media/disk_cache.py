@@ -232,8 +232,9 @@ class DiskCache:
                 total, has_room = self._clear(_File(f"{key}{ENDING}", size, time.time()))
                 _write_number(lock, total)
                 if not has_room:
-                    self._refused_from = key
+                    self._refused_from = min(key, self._refused_from or key)
                     return False
+                self._refused_from = None
             self._check_free(size)
             _write_number(lock, total + size)
             os.ftruncate(part, 0)  # it may be what a killed process has begun

@@ -339,6 +339,11 @@ def test_refused_keys_do_not_look_through_the_folder_each_time(
         cache.get(f"c{number}", lambda: stored(1.0))
     assert len(scans) == 1
     assert cache.counts["not_kept"] == 20
+    # One that has room ends what was learnt from those that had none.
+    cache.get("aa", lambda: stored(1.0))
+    cache.get("c0", lambda: stored(1.0))
+    assert len(scans) == 3
+    assert names(tmp_path) == {"a", "aa"}
     # Room that others make is found.
     (tmp_path / f"a{ENDING}").unlink()
     monkeypatch.setattr(disk_cache, "REFUSALS_PER_LOOK", 1)
