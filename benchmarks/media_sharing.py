@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,13 +144,13 @@ class Turns:
         return [json.loads(line) for line in lines]
 
 
-def start(name: str, work: Path, processes: int, options: list[str]) -> Turns:
-    """Start a run, and stop it before its first step."""
+def start(name: str, work: Path, processes: int, options: Sequence[str]) -> Turns:
+    """Start a run; the caller stops it after its first step."""
     folder = work / name.replace(" ", "_")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
     command = [sys.executable, *launcher, str(CLONE / "tools" / "train_zppo.py")]
     process = subprocess.Popen(
-        [*command, *OPTIONS, *options, f"output_dir={work}", f"name={folder.name}"],
+        [*command, *options, f"output_dir={work}", f"name={folder.name}"],
         cwd=CLONE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
@@ -174,7 +175,9 @@ def measure(layout: str, work: Path, arguments: argparse.Namespace) -> None:
     ]
     runs = []
     for name, options in VARIANTS.items():
-        runs.append(start(name, work / layout, 1 if layout == "one" else 2, [*shared, *options]))
+        runs.append(
+            start(name, work / layout, 1 if layout == "one" else 2, [*OPTIONS, *shared, *options])
+        )
         runs[-1].step()  # one after the other, so that no start takes part of another's step
     while all(each.step() for each in runs):
         pass

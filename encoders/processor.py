@@ -61,11 +61,37 @@ def process_video(
     config: ProcessorConfig,
     seconds_per_frame: float | None = None,
 ) -> VisionInput:
-    """Resize, normalise and patchify sampled frames; the last frame is repeated until the temporal
-    patches are full.
+    """Resize, normalise and patchify sampled frames; see `resize_video` and `patchify_video`."""
+    return patchify_video(resize_video(frames, config), timestamps, config, seconds_per_frame)
+
+
+def resize_video(frames: npt.NDArray[np.uint8], config: ProcessorConfig) -> npt.NDArray[np.uint8]:
+    """Resize sampled frames to what the model sees.
 
     Args:
         frames: `[frames, height, width, 3]` RGB.
+        config: The tower's processor settings.
+
+    Raises:
+        ValueError: The array is not RGB frames, or the sides differ too much.
+    """
+    _check_pixels(frames, 4, "process_video", "[frames, height, width, 3]")
+    num_frames, height, width, _ = frames.shape
+    size = video_size(num_frames, height, width, config)
+    return np.stack([_resize(frame, size) for frame in frames])
+
+
+def patchify_video(
+    resized: npt.NDArray[np.uint8],
+    timestamps: Sequence[float],
+    config: ProcessorConfig,
+    seconds_per_frame: float | None = None,
+) -> VisionInput:
+    """Normalise and patchify resized frames; the last frame is repeated until the temporal patches
+    are full.
+
+    Args:
+        resized: `[frames, height, width, 3]` RGB.
         timestamps: Seconds of each frame.
         config: The tower's processor settings.
         seconds_per_frame: Seconds between two frames by the sampling rate; `None` takes the mean of
@@ -75,24 +101,19 @@ def process_video(
         The patches; a temporal patch's timestamp is the mean of its first and last frame's.
 
     Raises:
-        ValueError: The array is not RGB frames, the timestamps do not fit, or the sides differ too
-            much.
+        ValueError: The timestamps do not fit.
     """
-    _check_pixels(frames, 4, "process_video", "[frames, height, width, 3]")
-    if len(timestamps) != len(frames):
+    if len(timestamps) != len(resized):
         raise ValueError(
-            f"process_video: timestamps do not fit, got {len(timestamps)}, expected {len(frames)}, "
-            "one per frame; check the frame sampling"
+            f"process_video: timestamps do not fit, got {len(timestamps)}, expected "
+            f"{len(resized)}, one per frame; check the frame sampling"
         )
-    _, height, width, _ = frames.shape
-    size = video_size(len(frames), height, width, config)
-    missing = -len(frames) % config.temporal_patch_size
-    resized = np.stack([_resize(frame, size) for frame in frames])
-    resized = np.concatenate([resized, np.repeat(resized[-1:], missing, axis=0)])
+    missing = -len(resized) % config.temporal_patch_size
+    filled = np.concatenate([resized, np.repeat(resized[-1:], missing, axis=0)])
     times = np.asarray([*timestamps, *[timestamps[-1]] * missing], dtype=np.float64).reshape(
         -1, config.temporal_patch_size
     )
-    patches, grid = patchify(resized, config)
+    patches, grid = patchify(filled, config)
     if seconds_per_frame is None:
         seconds_per_frame = (timestamps[-1] - timestamps[0]) / max(1, len(timestamps) - 1)
     return VisionInput(

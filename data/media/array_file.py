@@ -78,9 +78,14 @@ def read_state(descriptor: int) -> tuple[State, Header]:
     return state, header
 
 
-def read(descriptor: int) -> Stored:
+def read(descriptor: int, *, map_large: bool = True) -> Stored:
     """Return what `write` wrote; a large array is mapped, so that all readers share its memory, and
     none can be written to.
+
+    Args:
+        descriptor: Of the file.
+        map_large: Off where a page may fail to be read later, as from a disk, which would kill the
+            process.
 
     Raises:
         DamagedFileError: The file is not complete, or not of `write`.
@@ -96,7 +101,7 @@ def read(descriptor: int) -> Stored:
     # A mapped page beyond the end of its file would kill the process.
     if state != "complete" or size < length:
         raise _damaged(f"{state}, {size} bytes of {length}")
-    content = _map(descriptor, length) if length >= MAPPED_BYTES else None
+    content = _map(descriptor, length) if map_large and length >= MAPPED_BYTES else None
     if content is None:
         content = _read_all(descriptor, length)
     try:

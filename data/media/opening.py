@@ -70,11 +70,15 @@ class MediaLimits:
 
 
 class MediaOpener:
-    """Turns files into frames, in worker processes. Safe to use from several threads."""
+    """Turns files into frames, in worker processes. Safe to use from several threads.
+
+    Attributes:
+        frame_limits: What of a file is decoded.
+    """
 
     def __init__(self, limits: MediaLimits) -> None:
         self.limits = limits
-        self._frame_limits = FrameLimits(
+        self.frame_limits = FrameLimits(
             max_pixels=limits.max_pixels,
             sampling=limits.sampling,
             max_clip_bytes=limits.worker_memory_bytes
@@ -100,7 +104,7 @@ class MediaOpener:
         if not content:
             raise MediaError("empty", f"{kind}: the file is empty; copy it again")
         self._check_bytes(kind, len(content))
-        decoded = self._decoder.decode(kind, content, self._frame_limits)
+        decoded = self._decoder.decode(kind, content, self.frame_limits)
         return Frames(decoded.pixels, decoded.timestamps, decoded.seconds_per_frame)
 
     def open_ref(self, ref: MediaRef, reader: ReadsMedia) -> Frames:
@@ -112,7 +116,15 @@ class MediaOpener:
             DataError: What holds it is missing or was changed, or the video decoder is not
                 installed.
         """
-        content = self.read_ref(ref, reader)
+        return self.decode_ref(ref, self.read_ref(ref, reader))
+
+    def decode_ref(self, ref: MediaRef, content: bytes) -> Frames:
+        """Return the frames of a file that was read by reference.
+
+        Raises:
+            MediaError: As `open`; the message names the file.
+            DataError: The video decoder is not installed.
+        """
         try:
             return self.open(content, ref.kind)
         except MediaError as error:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from data.media.disk_cache import ENDING
 from data.shard_writer import write_shards
 from data.shards import ShardFolder
 from data.toy.digits_shards import build_digit_shards, digit_samples
@@ -95,12 +96,15 @@ def test_two_ranks_give_the_same_answers(
         "--questions-per-chunk",
         "7",
         SHORT,
+        f"data.video_cache_dir={tmp_path / 'frames'}",
         *layout,
     ]
     code, said = evaluate(str(STUDENT), *words, processes=2)
     assert code == 0, said
     assert lines(tmp_path / "answers.jsonl") == lines(alone[0] / "answers.jsonl")
     assert results(tmp_path)["overall"] == results(alone[0])["overall"]
+    # Each clip once, whichever rank shows it.
+    assert len(list((tmp_path / "frames").glob(f"*{ENDING}"))) == NUM_PER_MODALITY
 
 
 def test_an_interrupted_evaluation_goes_on_and_refuses_other_settings(

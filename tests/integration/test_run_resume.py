@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,9 @@ def test_kill_and_resume(tmp_path: Path, killed_at: int, modality: str, dtype: s
         f"train.train_iters={STEPS}",
         "checkpoint.interval=2",
     )
-    # Neither shared nor prefetched media change what a run computes.
+    # Neither shared nor prefetched media nor kept frames change what a run computes.
     whole = run(tmp_path, "whole", "data.media_cache_bytes=0", *options)
+    options = (*options, f"data.video_cache_dir={tmp_path / 'frames'}")
     process = start(tmp_path, "killed", *options)
     kill_when(
         tmp_path / "killed" / "transcripts" / f"step_{killed_at:06d}.jsonl", process, process.pid
@@ -58,3 +60,8 @@ def test_kill_and_resume(tmp_path: Path, killed_at: int, modality: str, dtype: s
             [line[name] for line in right_metrics], abs=LOSS_TOLERANCE
         )
     assert [line["step"] for line in lines(resumed / "evaluation.jsonl")] == [0, STEPS]
+    kept = Counter[str]()
+    for line in right_metrics:
+        kept.update({name: line.get(f"video_cache/{name}", 0) for name in ("hits", "misses")})
+    # The step that was killed had decoded its clips.
+    assert (kept["hits"] > 0) == (kept["misses"] > 0) == (modality == "video")

@@ -146,6 +146,15 @@ class DataConfig:
         "`media_cache_bytes` has room beside those of the step.",
         may_change_on_resume=True,
     )
+    video_cache_dir: str = key(
+        "",
+        "Folder on a local disk of each machine that keeps the frames of videos, as the model "
+        "sees them, over epochs and runs. Empty: none.",
+        may_change_on_resume=True,
+    )
+    video_cache_gib: float = key(
+        64.0, "Maximum size of that folder in GiB.", above=0, may_change_on_resume=True
+    )
     max_bad_fraction: float = key(
         0.05,
         "The run stops when more than this fraction of the samples is bad (checked after 20 "

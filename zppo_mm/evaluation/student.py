@@ -23,7 +23,7 @@ from zppo_mm.run.build import student_folder
 from zppo_mm.run.judging import Grading, build_grading, is_teacher
 from zppo_mm.run.sampling import evaluation_sampling
 from zppo_mm.run.served_engine import vllm_engine
-from zppo_mm.run.shared import Shared, load_model, media_limits
+from zppo_mm.run.shared import Shared, load_model, media_limits, open_clip_cache
 from zppo_mm.run.thinking import log_generation_prefixes
 from zppo_mm.teacher.served.connect import open_pool
 from zppo_mm.zone.prompts import PromptTemplates, load_templates
@@ -99,7 +99,8 @@ def build_student(config: RunConfig) -> Student:
     grading = build_grading(config, teachers, exchange, [mode])
     folder = student_folder(config.model)
     media = MediaStore(media_limits(config.data, folder))
-    shared = Shared(config, media, grading.verifier, exchange)
+    clips = open_clip_cache(config.data, media)
+    shared = Shared(config, media, grading.verifier, exchange, clips=clips)
     encoder = shared.student_encoder(folder)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     log_generation_prefixes(shared.encoders, templates.closing)

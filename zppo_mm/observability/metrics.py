@@ -15,6 +15,7 @@ from typing import TypeAlias
 import psutil
 
 from zppo_mm.methods import KINDS, REFORMULATED
+from zppo_mm.observability.media_metrics import MEDIA_METRICS
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,17 +117,7 @@ METRICS: Mapping[str, str] = {
         "Rollouts not distilled from: no log-probs of the teacher in the student's tokens, or "
         "impossible ones."
     ),
-    "media/opened": "Images and videos decoded and patchified, over all ranks.",
-    "media/prefetched": "Those of them that were opened while the step before ran.",
-    "media/found": "Images and videos that a rank needed and found opened on its machine.",
-    "media/not_kept": (
-        "Images and videos opened although the machine had no room to keep them: they are opened "
-        "again by every rank that needs them."
-    ),
-    "media/damaged": (
-        "Kept images and videos that something else had changed; they are opened again."
-    ),
-    "media/cached_bytes": "Opened media kept in memory, on the machine that keeps the most.",
+    **MEDIA_METRICS,
     "mismatch/gap": (
         "Mean absolute difference of a response token's log-probs by the sampler and by the policy "
         "before the step's updates, in nats. Like all of `mismatch/*` where old log-probs are "

@@ -6,16 +6,17 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
-from data.errors import ReasonedError
+from data.errors import DataError, ReasonedError
 from data.media.array_file import Stored
+from data.media.clip_cache import ClipCache
 from data.media.node_cache import NodeCache
 from data.media.opening import Frames
 from data.question import MediaRef, Question
 from encoders.config import ProcessorConfig
-from encoders.processor import VisionInput, process_image, process_video
+from encoders.processor import VisionInput, patchify_video, process_image, resize_video
 
 DEFAULT_CACHE_BYTES = 512 * 1024 * 1024
 
@@ -39,6 +40,7 @@ class OpenedMedia:
         processor: How they are processed; `None` for a model that takes none.
         max_bytes: Most bytes of patches that this process keeps.
         cache: What the processes of this machine keep; `None` shares nothing.
+        clips: Opens videos and keeps their frames on a disk; `None` keeps none.
     """
 
     def __init__(
@@ -47,11 +49,13 @@ class OpenedMedia:
         processor: ProcessorConfig | None,
         max_bytes: int = DEFAULT_CACHE_BYTES,
         cache: NodeCache | None = None,
+        clips: ClipCache | None = None,
     ) -> None:
         self._open = open_media
         self._processor = processor
         self._max_bytes = max_bytes
         self._cache = cache
+        self._clips = clips
         self._kept: OrderedDict[tuple[MediaRef, ...], tuple[VisionInput, ...]] = OrderedDict()
         self._kept_bytes = 0
 
@@ -121,15 +125,27 @@ class OpenedMedia:
             raise PromptError(error.reason, f"{where}: {error}") from error
 
     def _open_and_process(self, reference: MediaRef, processor: ProcessorConfig) -> Stored:
-        frames = self._open(reference)
         try:
             if reference.kind == "image":
-                return _pack(process_image(frames.pixels[0], processor))
+                return _pack(process_image(self._open(reference).pixels[0], processor))
+            frames = self._resized(reference, processor)
             return _pack(
-                process_video(frames.pixels, frames.timestamps, processor, frames.seconds_per_frame)
+                patchify_video(
+                    frames.pixels, frames.timestamps, processor, frames.seconds_per_frame
+                )
             )
+        except DataError:
+            raise
         except ValueError as error:
             raise ReasonedError("unusable_media", str(error)) from error
+
+    def _resized(self, reference: MediaRef, processor: ProcessorConfig) -> Frames:
+        """Return the frames of a video as the model sees them."""
+        resize = partial(resize_video, config=processor)
+        if self._clips is not None:
+            return self._clips.open(reference, _settings(processor), resize)
+        frames = self._open(reference)
+        return replace(frames, pixels=resize(frames.pixels))
 
 
 def _key(reference: MediaRef, processor: ProcessorConfig) -> str:
@@ -138,6 +154,10 @@ def _key(reference: MediaRef, processor: ProcessorConfig) -> str:
     """
     named = json.dumps([asdict(reference), asdict(processor)], sort_keys=True)
     return hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
+
+
+def _settings(processor: ProcessorConfig) -> str:
+    return json.dumps(asdict(processor), sort_keys=True)
 
 
 def _pack(item: VisionInput) -> Stored:

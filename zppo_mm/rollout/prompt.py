@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.media.clip_cache import ClipCache
 from data.media.node_cache import NodeCache
 from data.media.opening import Frames
 from data.question import MediaRef, Question
@@ -39,6 +40,7 @@ class PromptEncoder:
         system_prompt: Text of the system message; empty for none but the template's own.
         max_cached_bytes: Most bytes of patches that this encoder keeps.
         cache: Where the processes of this machine keep them; `None` shares nothing.
+        clips: Opens videos and keeps their frames on a disk; `None` keeps none.
 
     Attributes:
         chat: The model's chat format.
@@ -59,13 +61,14 @@ class PromptEncoder:
         system_prompt: str = "",
         max_cached_bytes: int = DEFAULT_CACHE_BYTES,
         cache: NodeCache | None = None,
+        clips: ClipCache | None = None,
     ) -> None:
         self.folder = Path(hf_dir)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.system_prompt = system_prompt
         self.chat = ChatFormat(hf_dir, self.chat_template_kwargs, system_prompt)
         self.processor = read_processor(hf_dir, overrides)
-        self.media = OpenedMedia(media, self.processor, max_cached_bytes, cache)
+        self.media = OpenedMedia(media, self.processor, max_cached_bytes, cache, clips)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

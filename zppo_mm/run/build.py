@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from data.health import SampleHealth
-from data.media.node_cache import NodeCache
 from data.media.store import MediaStore
 from data.stream import QuestionStream
 from zppo_mm.algorithms.importance import Level, MismatchCorrection
@@ -45,7 +44,7 @@ from zppo_mm.run.shared import (
     Shared,
     load_model,
     media_limits,
-    open_media_cache,
+    open_shared,
     student_limits,
 )
 from zppo_mm.run.teachers import Teachers, build_rewriters, build_teachers
@@ -69,7 +68,7 @@ from zppo_mm.zone.selection import Selection
 
 logger = logging.getLogger(__name__)
 
-Part = TypeVar("Part", bound=Servers | NodeCache | VllmEngine | None)
+Part = TypeVar("Part", bound=Servers | VllmEngine | None)
 
 
 def student_folder(model: ModelConfig) -> Path:
@@ -123,8 +122,7 @@ def _build(
     _closing(opened, grading.pool if grading.pool is not pool else None)
     verifier = grading.verifier
     opened.callback(verifier.close)
-    cache = _closing(opened, open_media_cache(config.data))
-    shared = Shared(config, media, verifier, exchange, cache, opened=opened)
+    shared = open_shared(config, media, verifier, exchange, opened)
     encoder = shared.student_encoder(folder)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)
     student = load_model(config.model, config.parallel, folder, trainable=True)
@@ -157,6 +155,7 @@ def _build(
         evaluation_sampling=evaluation_sampling(config.evaluation, config.rollout, encoder),
         media=media,
         cache=shared.cache,
+        clips=shared.clips,
         verifier=verifier,
         encoders=shared.encoders,
         teachers=teachers,

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from data.media.clip_cache import ClipCache
 from data.media.node_cache import NodeCache
 from data.media.store import MediaStore
 from data.stream import QuestionStream
@@ -44,6 +45,7 @@ class Run:
         evaluation_sampler: Samples them, and grades as evaluations do.
         media: Opens and decodes media.
         cache: Opened media that the ranks of this machine share.
+        clips: Frames of videos that this machine's disk keeps.
         verifier: Grades.
         encoders: Of the student and then the teacher; they keep opened media.
         teachers: Those who help.
@@ -64,6 +66,7 @@ class Run:
     evaluation_sampling: SamplingParams
     media: MediaStore
     cache: NodeCache | None
+    clips: ClipCache | None
     verifier: Verifier
     encoders: list[PromptEncoder]
     teachers: Teachers
@@ -147,12 +150,18 @@ class Run:
     def take_media_counts(self) -> StepMetrics:
         """Return how this rank came by opened media since the last call."""
         metrics = StepMetrics()
-        if self.cache is None:
-            return metrics
-        for name, count in dict(self.cache.counts).items():
-            metrics.add(f"media/{name}", Sum(count - self.counted.get(f"media/{name}", 0)))
-            self.counted[f"media/{name}"] = count
-        metrics.add("media/cached_bytes", Max(self.cache.num_bytes()))
+        caches = (
+            ("media", self.cache, "cached_bytes"),
+            ("video_cache", self.clips, "bytes"),
+        )
+        for group, cache, bytes_name in caches:
+            if cache is None:
+                continue
+            for own, count in dict(cache.counts).items():
+                name = f"{group}/{own}"
+                metrics.add(name, Sum(count - self.counted.get(name, 0)))
+                self.counted[name] = count
+            metrics.add(f"{group}/{bytes_name}", Max(cache.num_bytes()))
         return metrics
 
     def release_memory(self) -> None:

@@ -12,10 +12,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.media.clip_cache import ClipCache
 from data.media.node_cache import NodeCache
 from data.media.opening import MediaLimits
 from data.media.store import MediaStore
 from zppo_mm.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig
+from zppo_mm.errors import ConfigError
 from zppo_mm.models.decoding.cache_size import GIB
 from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model
@@ -43,6 +45,7 @@ class Shared:
     verifier: Grader
     exchange: ParallelExchange
     cache: NodeCache | None = None
+    clips: ClipCache | None = None
     encoders: list[PromptEncoder] = field(default_factory=list)
     opened: ExitStack = field(default_factory=ExitStack)
 
@@ -60,6 +63,7 @@ class Shared:
             chat_template_kwargs=chat_template_kwargs,
             system_prompt=system_prompt,
             cache=self.cache,
+            clips=self.clips,
         )
         self.encoders.append(encoder)
         return encoder
@@ -173,6 +177,43 @@ def open_media_cache(config: DataConfig) -> NodeCache | None:
             error,
         )
         return None
+
+
+def open_clip_cache(config: DataConfig, media: MediaStore) -> ClipCache | None:
+    """Return what keeps the frames of videos on this machine's disk.
+
+    Raises:
+        ConfigError: Its folder cannot be used.
+    """
+    if not config.video_cache_dir:
+        return None
+    try:
+        folder = Path(config.video_cache_dir)
+        return ClipCache(media, folder, int(config.video_cache_gib * GIB))
+    except OSError as error:
+        raise ConfigError(
+            f"data.video_cache_dir: the folder cannot be used, got {error}, expected one that can "
+            "be made and written to on every machine; name another one, or leave the key out"
+        ) from error
+
+
+def open_shared(
+    config: RunConfig,
+    media: MediaStore,
+    verifier: Grader,
+    exchange: ParallelExchange,
+    opened: ExitStack,
+) -> Shared:
+    """Open the caches of media; every rank of the partition calls this.
+
+    Raises:
+        ConfigError: One cannot be used.
+    """
+    cache = open_media_cache(config.data)
+    if cache is not None:
+        opened.callback(cache.close)
+    clips = open_clip_cache(config.data, media)
+    return Shared(config, media, verifier, exchange, cache, clips, opened=opened)
 
 
 def release_memory(encoders: Sequence[PromptEncoder], cache: NodeCache | None = None) -> None:

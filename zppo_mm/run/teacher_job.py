@@ -21,10 +21,9 @@ from zppo_mm.parallel.liveness_barrier import LivenessBarrier, open_liveness_bar
 from zppo_mm.parallel.partition import DONE, JobPartition, PartitionLink, teacher_layout
 from zppo_mm.run.build import student_folder
 from zppo_mm.run.shared import (
-    Shared,
     longest_teacher_prompt,
     media_limits,
-    open_media_cache,
+    open_shared,
     release_memory,
 )
 from zppo_mm.run.teachers import load_teacher
@@ -122,10 +121,7 @@ def _serve(
             server = ChatServer(job_address())
             stack.callback(server.close)
             link.publish(SERVER, json.dumps({"url": server.url, "key": server.key}))
-        cache = open_media_cache(config.data)
-        if cache is not None:
-            stack.callback(cache.close)
-        shared = Shared(config, media, NoGrader(), exchange, cache)
+        shared = open_shared(config, media, NoGrader(), exchange, stack)
         layout = teacher_layout(config.teacher, config.parallel)
         model, encoder, sampling = load_teacher(shared, config.teacher, layout)
         limits = longest_teacher_prompt(config), sampling.max_new_tokens
@@ -138,7 +134,7 @@ def _serve(
             shared.sampler(model, shared.without_thinking(encoder), *limits),
             sampling,
             exchange,
-            lambda: release_memory(shared.encoders, cache),
+            lambda: release_memory(shared.encoders, shared.cache),
         )
         # A signal is passed on to the student, which decides when to end.
         with interruption.protected():
