@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from zppo_mm.run_folder import RunFolder, files_by_step
@@ -58,12 +59,41 @@ class RunRecord:
         _, values = self.series(name)
         return values[-1] if values else None
 
+    def thinned(self, most: int) -> RunRecord:
+        """Return a record of at most so many rows, for figures that stay small however long the
+        run is.
+
+        Metrics become means over equal numbers of steps, each at the middle one. The last row stays
+        as it is, because some values are counts since the start. Of the evaluations some are left
+        out, never the first or the last.
+        """
+        rows = self.metrics
+        if len(rows) > most:
+            bins = np.array_split(np.arange(len(rows) - 1), most - 1)
+            rows = [*(_mean_row([rows[index] for index in each]) for each in bins), rows[-1]]
+        evaluations = self.evaluations
+        if len(evaluations) > most:
+            kept = np.linspace(0, len(evaluations) - 1, most).round().astype(int)
+            evaluations = [evaluations[index] for index in kept]
+        return replace(self, metrics=rows, evaluations=evaluations)
+
     def option(self, key: str) -> Any:
         """Return a value of the configuration by its dotted key, `None` where it is missing."""
         value: Any = self.config
         for name in key.split("."):
             value = value.get(name) if isinstance(value, Mapping) else None
         return value
+
+
+def _mean_row(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Average each metric over the rows that have a finite value of it."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if value is not None:
+                values.setdefault(name, []).append(value)
+    means = {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+    return {**means, "step": rows[len(rows) // 2]["step"]}
 
 
 def read_run(path: Path) -> RunRecord:
