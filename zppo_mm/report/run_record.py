@@ -99,14 +99,18 @@ def _mean_row(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 def read_run(path: Path) -> RunRecord:
     """Read a run's folder; every file may be missing."""
     folder = RunFolder(path)
-    text = folder.config.read_text(encoding="utf-8") if folder.config.exists() else ""
-    config = yaml.safe_load(text)
     return RunRecord(
         folder=path,
         metrics=sorted(read_lines(folder.metrics), key=lambda row: row["step"]),
         evaluations=sorted(read_lines(folder.evaluations), key=lambda row: row["step"]),
-        config=config or {},
+        config=read_config(folder),
     )
+
+
+def read_config(folder: RunFolder) -> Mapping[str, Any]:
+    """Return a run's resolved configuration; empty when the folder has none."""
+    text = folder.config.read_text(encoding="utf-8") if folder.config.exists() else ""
+    return yaml.safe_load(text) or {}
 
 
 def read_lines(path: Path) -> Iterator[Mapping[str, Any]]:
