@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from torch.distributed import HashStore
 
+from zppo_mm.config.schema import ParallelConfig
+from zppo_mm.interruption import Interruption
 from zppo_mm.observability.metrics import Sum
 from zppo_mm.observability.rank_times import (
     NUM_STEPS,
@@ -15,6 +19,9 @@ from zppo_mm.observability.rank_times import (
     RankTimes,
     SlowRankWatch,
 )
+from zppo_mm.parallel import groups as parallel
+from zppo_mm.parallel.exchange import ParallelExchange
+from zppo_mm.parallel.liveness_barrier import LivenessBarrier
 from zppo_mm.parallel.wait_clock import WaitClock
 
 
@@ -48,6 +55,26 @@ def test_a_phase_that_fails_counts_too() -> None:
     with pytest.raises(KeyError), metrics.phase("data"):
         raise KeyError
     assert metrics.busy_seconds["data"] == metrics.values()["seconds/data"] > 0
+
+
+def test_an_exchange_counts_the_wait_for_a_late_rank() -> None:
+    parallel.initialize(ParallelConfig(), seed=0)
+    store, late_seconds = HashStore(), 0.3
+    first, late = (
+        LivenessBarrier(store, store, rank, 2, timeout_seconds=60, interruption=Interruption())
+        for rank in (0, 1)
+    )
+    try:
+        exchange = ParallelExchange(first)
+        timer = threading.Timer(late_seconds, late.wait)
+        timer.start()
+        assert exchange.gather(["mine"]) == [["mine"]]
+        timer.join()
+    finally:
+        first.close()
+        late.close()
+        parallel.shutdown()
+    assert exchange.waits.seconds >= late_seconds
 
 
 def times(*update: float) -> RankTimes:
