@@ -12,7 +12,7 @@ _HEAD = """\
 Every name that a line of `metrics.jsonl` can have, and what it means.
 `*` stands for one last part: a kind of prompt, a reason, an accuracy in percent, a phase.
 A mean over nothing is left out; a value that is not finite is `null`.
-TensorBoard and Weights & Biases show the same names.
+Trackers show the same names; in Prometheus `accuracy/plain` is `zppo_accuracy_plain`.
 
 This page is printed from `METRICS` in `zppo_mm/observability/metrics.py` by
 `python tools/make_metrics_page.py > docs/metrics.md`.

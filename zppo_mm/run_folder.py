@@ -72,6 +72,21 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def ranks(self) -> Path:
+        """One line per step: seconds by rank and phase."""
+        return self.path / "ranks.jsonl"
+
+    @property
+    def profiles(self) -> Path:
+        """Traces of torch's profiler, one folder per step."""
+        return self.path / "profiles"
+
+    @property
+    def profile_request(self) -> Path:
+        """A file that somebody makes here asks for a trace of the next step."""
+        return self.path / "profile"
+
+    @property
     def checkpoints(self) -> Path:
         """One folder per saved step."""
         return self.path / "checkpoints"
@@ -104,7 +119,18 @@ class RunFolder:
     @property
     def records(self) -> tuple[Path, ...]:
         """Everything that steps append to or rewrite."""
-        return (self.metrics, self.evaluations, self.transcripts, self.buffers, self.answers)
+        return (
+            self.metrics,
+            self.evaluations,
+            self.ranks,
+            self.transcripts,
+            self.buffers,
+            self.answers,
+        )
+
+    def profile_of(self, step: int, rank: int) -> Path:
+        """Return the trace of a rank in a step."""
+        return self.profiles / f"step_{step:06d}" / f"rank_{rank:04d}.json.gz"
 
     def transcript_of(self, step: int) -> Path:
         """Return the transcript of a step."""

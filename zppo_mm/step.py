@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from zppo_mm.algorithms.advantages import group_advantages
 from zppo_mm.experience import Advantages, Group
 from zppo_mm.observability.metrics import StepMetrics
+from zppo_mm.observability.rank_times import PhaseMetrics
 from zppo_mm.stages.ahead import complete_step, start_next, sync_weights
 from zppo_mm.stages.overlap import Ahead
 from zppo_mm.stages.record import (
@@ -52,7 +54,7 @@ def run_step(stages: Stages, step: int) -> StepRecord:
         RolloutServersLostError: The same, if no server samples any more.
         StopRequested: The same, if the run is to end.
     """
-    metrics = StepMetrics()
+    metrics = PhaseMetrics(stages.waited, torch.profiler.record_function)
     ahead = sync_weights(stages, step, metrics)
     rounds = [sample_round(stages, (), step, metrics, ahead)]
     selected = select_groups(stages, rounds, step, metrics)

@@ -107,7 +107,8 @@ def train_steps(run: Run, folder: RunFolder) -> None:
                 started = time.perf_counter()
                 with checkpoints.restoring_stream(step):
                     run.check_teacher()
-                    record = run_step(run.stages, step)
+                    with run.profiler.step(step):
+                        record = run_step(run.stages, step)
                 finish_step(run, folder, record, started, checkpoints, log)
             checkpoints.stop_if_requested(train_iters)
 

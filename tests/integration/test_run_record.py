@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support.running import buffer, lines, run, transcript
 
@@ -29,6 +30,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "zppo",
         "modality=mixed",
         f"train.train_iters={STEPS}",
+        "observability.trackers=[tensorboard]",
+        "observability.tracked_samples_interval=4",
+        "observability.profile_steps=[2]",
         processes=2,
     )
 
@@ -50,6 +54,32 @@ def test_the_run_leaves_everything(folder: Path) -> None:
         assert (folder / name).stat().st_size > 0, name
     assert [line["step"] for line in lines(folder / "metrics.jsonl")] == list(range(1, STEPS + 1))
     assert [line["step"] for line in lines(folder / "evaluation.jsonl")] == [0, STEPS]
+
+
+def test_both_ranks_are_measured_and_traced(folder: Path) -> None:
+    phases = {"data", "plain_rollout", "teacher", "update"}
+    records, rows = lines(folder / "ranks.jsonl"), lines(folder / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    for record, row in zip(records, rows, strict=True):
+        assert phases <= set(record["seconds"])
+        for name, (first, second) in record["seconds"].items():
+            # Written to the millisecond; rank 0 was in the phase no shorter than it was busy.
+            assert row[f"ranks/busy_most/{name}"] == pytest.approx(max(first, second), abs=1e-3)
+            assert 0 <= first <= row[f"seconds/{name}"] + 1e-3
+            assert second >= 0
+        assert row["ranks/slowest"] == record["slowest"]["rank"]
+    assert sorted(path.name for path in (folder / "profiles" / "step_000002").iterdir()) == [
+        "rank_0000.json.gz",
+        "rank_0001.json.gz",
+    ]
+
+
+def test_samples_are_in_tensorboard(folder: Path) -> None:
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0})
+    events.Reload()
+    assert [each.step for each in events.Tensors("samples/1/text_summary")] == [1, 5]
+    assert events.Tags()["images"]
+    assert not any(name.startswith("tracking/") for name in events.Tags()["scalars"])
 
 
 def test_advantages(folder: Path) -> None:

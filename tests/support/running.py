@@ -26,7 +26,7 @@ SMALL = (
     "teacher.num_rollouts=2",
     "evaluation.num_questions=6",
     "evaluation.interval=0",
-    "observability.tensorboard=false",
+    "observability.trackers=[]",
     "zone.rho_aug=0.5",
 )
 """Options that make a step small but let it have replayed questions and reformulated prompts."""

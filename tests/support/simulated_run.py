@@ -12,7 +12,8 @@ import numpy as np
 from data.question import MediaRef, Question
 from zppo_mm.config.load import load_config, save_config
 from zppo_mm.experience import Candidate, Group, GroupKind, Prompt, PromptInstance, Rollout
-from zppo_mm.observability.metrics import Mean, StepMetrics, Sum, process_memory
+from zppo_mm.observability.metrics import Mean, StepMetrics, Sum
+from zppo_mm.observability.process_memory import process_memory
 from zppo_mm.observability.rollout_metrics import (
     buffer_metrics,
     group_metrics,

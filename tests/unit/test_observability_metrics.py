@@ -16,8 +16,8 @@ from zppo_mm.observability.metrics import (
     StepMetrics,
     Sum,
     is_documented,
-    process_memory,
 )
+from zppo_mm.observability.process_memory import process_memory
 from zppo_mm.observability.rollout_metrics import (
     buffer_metrics,
     group_metrics,

@@ -17,9 +17,10 @@ from tests.support.simulated_run import make_group, make_question, make_rollout,
 from zppo_mm.experience import GroupKind
 from zppo_mm.observability.sinks import append_line
 from zppo_mm.observability.transcripts import write_transcript
-from zppo_mm.report.examples import choose_examples, split_prompt
+from zppo_mm.report.examples import choose_examples, shortened, split_prompt
 from zppo_mm.report.figures import FIGURES
-from zppo_mm.report.page import write_report
+from zppo_mm.report.page import MAX_POINTS, write_report
+from zppo_mm.report.run_record import RunRecord
 from zppo_mm.run_folder import RunFolder
 
 MEDIA = (
@@ -158,3 +159,39 @@ def test_prompt_is_cut_at_its_candidates() -> None:
         ("lost", candidates[2]),
         ("", candidates[3]),
     ]
+
+
+def test_figures_of_a_long_run_show_means_over_steps() -> None:
+    rows = [{"step": step, "a": float(step), "b": None} for step in range(1, 8)]
+    rows[2]["a"] = None
+    evaluations = [{"step": step} for step in range(7)]
+    thin = RunRecord(Path(), rows, evaluations, {}).thinned(3)
+    # Steps 1 to 3, whose third has no value: (1 + 2) / 2; 4 to 6: (4 + 5 + 6) / 3; then the last.
+    assert thin.metrics == [{"step": 2, "a": 1.5}, {"step": 5, "a": 5.0}, rows[-1]]
+    assert [row["step"] for row in thin.evaluations] == [0, 3, 6]
+    short = RunRecord(Path(), rows[:3], evaluations[:3], {})
+    assert short.thinned(3) == short
+
+
+@pytest.mark.medium
+def test_page_does_not_grow_with_the_steps(tmp_path: Path) -> None:
+    sizes = []
+    for num_steps in (MAX_POINTS, 10 * MAX_POINTS):
+        folder = tmp_path / str(num_steps)
+        folder.mkdir()
+        lines = "".join(
+            f'{{"step": {step}, "batch/easy": {step % 7}, "policy/loss": {step % 5}}}\n'
+            for step in range(1, num_steps + 1)
+        )
+        (folder / "metrics.jsonl").write_text(lines)
+        sizes.append(len(write_report(folder).read_text()))
+    assert sizes[1] < 1.2 * sizes[0]
+
+
+def test_long_texts_are_shown_without_their_middle(tmp_path: Path) -> None:
+    assert shortened("abcdefgh", most=4) == "ab\n[… 4 characters …]\ngh"
+    assert shortened("abcd", most=4) == "abcd"
+    long = "x" * 200_000
+    group = make_group(make_question(0), "new", [make_rollout(long, 0.0)] * 8, text=long)
+    write_transcript(RunFolder(tmp_path), 1, [group], {}, {})
+    assert len(write_report(tmp_path).read_text()) < 200_000

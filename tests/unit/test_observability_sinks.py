@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from zppo_mm.config.schema import ObservabilityConfig
-from zppo_mm.errors import ConfigError
 from zppo_mm.observability.logs import configure_logging
 from zppo_mm.observability.sinks import (
     JsonLinesSink,
@@ -20,6 +18,7 @@ from zppo_mm.observability.sinks import (
     open_metrics_log,
     truncate_after,
 )
+from zppo_mm.observability.trackers import Trackers
 from zppo_mm.run_folder import RunFolder
 
 
@@ -34,7 +33,7 @@ def steps(path: Path) -> list[int]:
 
 
 def test_resume_leaves_no_step_twice(tmp_path: Path) -> None:
-    config = ObservabilityConfig(tensorboard=False, progress_bar=False)
+    config = ObservabilityConfig(trackers=[], progress_bar=False)
     log = open_metrics_log(config, RunFolder(tmp_path), train_iters=5, last_step=0)
     append_evaluation(RunFolder(tmp_path), Evaluation(0, 0.1))
     for step in (1, 2, 3):
@@ -113,25 +112,9 @@ def test_tensorboard_holds_every_step_once_after_a_resume(tmp_path: Path) -> Non
     ]
 
 
-def test_missing_wandb_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(
-        ConfigError,
-        match=(
-            r"observability\.wandb_project: wandb cannot be imported .* install the `wandb` extra"
-        ),
-    ):
-        open_metrics_log(
-            ObservabilityConfig(tensorboard=False, wandb_project="p"),
-            RunFolder(tmp_path),
-            train_iters=1,
-            last_step=0,
-        )
-
-
 def test_console_says_one_line_per_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     log = open_metrics_log(
-        ObservabilityConfig(tensorboard=False, progress_bar=False),
+        ObservabilityConfig(trackers=[], progress_bar=False),
         RunFolder(tmp_path),
         train_iters=9,
         last_step=0,
@@ -160,7 +143,7 @@ def test_every_sink_is_closed_when_one_fails() -> None:
 
     sinks = (Sink(True), Sink(False))
     with pytest.raises(ExceptionGroup, match="some sinks did not close"):
-        MetricsLog(sinks).close()
+        MetricsLog(sinks, Trackers({})).close()
     assert sinks[1].closed
 
 

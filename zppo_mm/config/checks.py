@@ -71,8 +71,11 @@ def _check_value(path: str, known: Key, value: Any) -> None:
                 f"{path}: not JSON, got {value!r} ({error}), expected texts, finite numbers, "
                 "true, false, null, lists and mappings; correct it"
             ) from error
-    if known.range and not known.is_in_range(value):
-        raise ConfigError(f"{path}: out of range, got {value}, expected {known.range}; correct it")
+    for number in value if isinstance(value, list) else [value]:
+        if known.range and not known.is_in_range(number):
+            raise ConfigError(
+                f"{path}: out of range, got {number}, expected {known.range}; correct it"
+            )
 
 
 def _check_allow_changes(named: list[str]) -> None:

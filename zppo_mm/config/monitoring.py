@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from zppo_mm.config.keys import key
 from zppo_mm.config.reward import JUDGE_MODES
 
+TRACKERS = ("tensorboard", "wandb", "swanlab")
+
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
@@ -85,8 +87,43 @@ class ParityConfig:
 class ObservabilityConfig:
     """What a run writes besides checkpoints."""
 
-    tensorboard: bool = key(True, "Write TensorBoard events.")
-    wandb_project: str = key("", "Weights & Biases project. Empty: off.")
+    trackers: list[str] = key(
+        ["tensorboard"],
+        "What shows metrics and samples, besides `metrics.jsonl`: TensorBoard (files in the run's "
+        "folder), Weights & Biases, SwanLab. A tracker that fails never ends a run "
+        "(`tracking/failures/*`).",
+        choices=TRACKERS,
+    )
+    tracker_project: str = key("zppo", "Project of W&B and SwanLab.")
+    trackers_offline: bool = key(
+        False, "W&B and SwanLab write to the run's folder alone; their `sync` command uploads it."
+    )
+    tracked_samples: int = key(
+        4,
+        "Questions that trackers show at a time, each with its media, its prompt, and the "
+        "responses with the highest and the lowest reward. 0: none.",
+        at_least=0,
+    )
+    tracked_samples_interval: int = key(
+        20, "Steps between samples; the first step has some.", at_least=1
+    )
+    prometheus_port: int = key(
+        0,
+        "Port on rank 0 where Prometheus reads the newest step's metrics (`/metrics`). 0: none.",
+        at_least=0,
+        at_most=65535,
+    )
+    prometheus_host: str = key(
+        "127.0.0.1",
+        "Address that the port is opened at. `0.0.0.0`: all, for a Prometheus on another machine; "
+        "anybody who reaches the port can read the metrics.",
+    )
+    profile_steps: list[int] = key(
+        [],
+        "Steps of which every rank writes a torch profiler trace to `profiles/` in the run's "
+        "folder. A file `profile` in that folder asks for one of the next step at any time.",
+        at_least=1,
+    )
     progress_bar: bool = key(True, "Show a progress bar on rank 0.")
     console_samples: int = key(
         0,

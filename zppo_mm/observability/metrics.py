@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-import os
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
-
-import psutil
 
 from zppo_mm.methods import KINDS, REFORMULATED
 from zppo_mm.observability.media_metrics import MEDIA_METRICS
@@ -182,6 +177,13 @@ METRICS: Mapping[str, str] = {
     "response/truncated/*": f"The same by kind of prompt (plain, {_REFORMULATED}, teacher).",
     "response/unparsed": "Fraction of responses without a boxed answer.",
     "prompt/tokens/*": f"Mean length of a prompt by kind (plain, {_REFORMULATED}).",
+    "ranks/busy_most/*": (
+        "Seconds of a phase, without waiting for other replicas, on the rank that took longest; "
+        "with several ranks alone, as all `ranks/*`. `ranks.jsonl` has those of every rank."
+    ),
+    "ranks/busy_least/*": "The same on the rank that took least.",
+    "ranks/slowest": "Rank whose phases together took longest so.",
+    "ranks/spread": "By what fraction that was longer than on the median rank.",
     "reward/mean": (
         "Mean reward of the rollouts of plain prompts; the accuracy, unless a reward function has "
         "an accuracy part beside others."
@@ -320,6 +322,10 @@ METRICS: Mapping[str, str] = {
     "throughput/tokens_per_second": (
         "Response tokens of the step per second of the step, over all ranks."
     ),
+    "tracking/failures/*": (
+        "Calls of a tracker (tensorboard, wandb, swanlab, prometheus), of the sample maker or of "
+        "the profiler that failed since the step before was written."
+    ),
     "weight_sync/bytes": (
         "Bytes of weights written for servers; with `rollout.engine: vllm` alone, as the next "
         "three. `seconds/weight_sync` has the time of the step's own."
@@ -374,15 +380,3 @@ class StepMetrics:
         """Return the reduced values by name, sorted; means over nothing are left out."""
         reduced = {name: metric.reduced() for name, metric in sorted(self._metrics.items())}
         return {name: value for name, value in reduced.items() if value is not None}
-
-
-def process_memory() -> StepMetrics:
-    """Return this process's memory, to be merged over ranks by their maximum."""
-    metrics = StepMetrics()
-    metrics.add("system/rss_bytes", Max(psutil.Process(os.getpid()).memory_info().rss))
-    # Linux counts the peak in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    metrics.add(
-        "system/rss_peak_bytes", Max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-    )
-    return metrics

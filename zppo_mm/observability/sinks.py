@@ -1,4 +1,4 @@
-"""Where a step's numbers go: JSON lines always; TensorBoard, W&B and a progress bar by choice."""
+"""Where a step's numbers go: JSON lines and the console always, trackers by choice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from data.atomic_files import write_atomically
 from zppo_mm.config.schema import ObservabilityConfig
-from zppo_mm.errors import ConfigError
 from zppo_mm.methods import REFORMULATED
+from zppo_mm.observability.samples import Sample
+from zppo_mm.observability.trackers import Trackers, open_trackers
 from zppo_mm.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -92,52 +93,6 @@ class JsonLinesSink:
         """Nothing is held between writes."""
 
 
-class TensorBoardSink:
-    """Writes scalars under `tensorboard/`; on resume the later steps of a killed run are hidden."""
-
-    def __init__(self, folder: Path, last_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=last_step + 1)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WandbSink:
-    """Logs to Weights & Biases; the run's folder is the identity, so that a resumed run continues
-    the same one.
-    """
-
-    def __init__(self, project: str, run_folder: Path) -> None:
-        try:
-            import wandb
-        except Exception as error:
-            raise ConfigError(
-                f"observability.wandb_project: wandb cannot be imported ({error}), got project "
-                f"{project!r}, expected an installed wandb; install the `wandb` extra or leave the "
-                "project empty"
-            ) from error
-        self._run = wandb.init(
-            project=project,
-            name=run_folder.name,
-            id=run_folder.name,
-            dir=str(run_folder),
-            resume="allow",
-        )
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
 class ConsoleSink:
     """Logs one line per step and moves a progress bar where there is a terminal."""
 
@@ -183,20 +138,31 @@ class ConsoleSink:
 
 
 class MetricsLog:
-    """All sinks of a run as one."""
+    """All sinks of a run as one.
 
-    def __init__(self, sinks: tuple[MetricsSink, ...]) -> None:
+    Args:
+        sinks: An error of theirs ends the run.
+        trackers: Those of theirs do not, and are counted among the values of the next step.
+    """
+
+    def __init__(self, sinks: tuple[MetricsSink, ...], trackers: Trackers) -> None:
         self._sinks = sinks
+        self._trackers = trackers
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Hand a step's values to every sink."""
-        for sink in self._sinks:
+        values = {**values, **self._trackers.take_failures()}
+        for sink in (*self._sinks, self._trackers):
             sink.write(step, values)
+
+    def write_samples(self, step: int, make: Callable[[], Sequence[Sample]]) -> None:
+        """Hand samples of a step to the trackers; what makes them is called if there are any."""
+        self._trackers.write_samples(step, make)
 
     def close(self) -> None:
         """Close every sink, the later ones too when one fails."""
         errors = []
-        for sink in self._sinks:
+        for sink in (*self._sinks, self._trackers):
             try:
                 sink.close()
             except Exception as error:
@@ -206,7 +172,11 @@ class MetricsLog:
 
 
 def open_metrics_log(
-    config: ObservabilityConfig, folder: RunFolder, train_iters: int, last_step: int
+    config: ObservabilityConfig,
+    folder: RunFolder,
+    train_iters: int,
+    last_step: int,
+    others: Sequence[MetricsSink] = (),
 ) -> MetricsLog:
     """Open the sinks that the configuration asks for; call on one rank only.
 
@@ -215,13 +185,17 @@ def open_metrics_log(
         folder: Where their files lie.
         train_iters: Steps of the whole run.
         last_step: Last step that the checkpoint holds, 0 at the start; later lines of
-            `metrics.jsonl` and `evaluation.jsonl` are dropped.
+            `metrics.jsonl`, `evaluation.jsonl` and `ranks.jsonl` are dropped.
+        others: Further sinks.
+
+    Raises:
+        ConfigError: The package of a tracker is missing.
     """
-    truncate_after(folder.evaluations, last_step)
-    sinks: list[MetricsSink] = [JsonLinesSink(folder.metrics, last_step)]
-    if config.tensorboard:
-        sinks.append(TensorBoardSink(folder.tensorboard, last_step))
-    if config.wandb_project:
-        sinks.append(WandbSink(config.wandb_project, folder.path))
-    sinks.append(ConsoleSink(train_iters, last_step, config.progress_bar))
-    return MetricsLog(tuple(sinks))
+    trackers = open_trackers(config, folder, last_step)
+    for path in (folder.evaluations, folder.ranks):
+        truncate_after(path, last_step)
+    sinks = (
+        JsonLinesSink(folder.metrics, last_step),
+        ConsoleSink(train_iters, last_step, config.progress_bar),
+    )
+    return MetricsLog((*sinks, *others), trackers)

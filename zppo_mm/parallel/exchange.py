@@ -11,6 +11,7 @@ from zppo_mm.interruption import StopRequested
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel import replica
 from zppo_mm.parallel.liveness_barrier import LivenessBarrier
+from zppo_mm.parallel.wait_clock import WaitClock
 
 T = TypeVar("T")
 
@@ -56,6 +57,9 @@ class ParallelExchange:
         barrier: Waits for slow ranks before each collective; `None` leaves that to the time limit
             of the process group.
         should_stop: Whether the run is to end, as far as this rank knows; once true, it stays so.
+
+    Attributes:
+        waits: Time that this rank spent in exchanges between replicas.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class ParallelExchange:
     ) -> None:
         self._barrier = barrier
         self.should_stop = should_stop
+        self.waits = WaitClock()
 
     @property
     def replica(self) -> int:
@@ -85,9 +90,10 @@ class ParallelExchange:
         Raises:
             StopRequested: On every rank, if any of them knows that the run is to end.
         """
-        if self._barrier is not None:
-            self._barrier.wait()
-        by_replica, is_stopping = parallel.gather_with_flag(local, self.should_stop())
+        with self.waits.waiting():
+            if self._barrier is not None:
+                self._barrier.wait()
+            by_replica, is_stopping = parallel.gather_with_flag(local, self.should_stop())
         if is_stopping:
             raise StopRequested
         return by_replica

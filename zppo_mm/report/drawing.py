@@ -117,8 +117,10 @@ def curves(
 def draw_stack(
     axes: Axes, run: RunRecord, metrics: Sequence[str], labels: Sequence[str], colors: Sequence[str]
 ) -> bool:
-    """Draw metrics as bars on top of each other, one bar per step."""
+    """Draw metrics as bars on top of each other, one bar per row."""
     steps = [row["step"] for row in run.metrics]
+    # A bar may stand for several steps.
+    width = (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else 0.4
     bottom = np.zeros(len(steps))
     for metric, label, color in zip(metrics, labels, colors, strict=True):
         heights = np.array([row.get(metric) or 0.0 for row in run.metrics])
@@ -127,7 +129,7 @@ def draw_stack(
                 steps,
                 heights,
                 bottom=bottom,
-                width=1.0 if len(steps) > 1 else 0.4,
+                width=width,
                 label=label,
                 color=color,
                 edgecolor="white",

@@ -7,7 +7,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ MAX_FRAMES_SHOWN = 8
 MAX_SIDE_PIXELS = 320
 MAX_RESPONSES_SHOWN = 8
 MAX_TRANSCRIPTS_READ = 25
+MAX_BYTES_READ = 2**28
+MAX_CHARS_SHOWN = 6000
+MAX_ANSWER_CHARS = 300
 NUM_CASES_PER_EXAMPLE = 3
 PART_TITLES = {"plain" if kind.role == "plain" else kind.name: kind.title for kind in KINDS}
 """Heading of every part of an example, in the order shown."""
@@ -117,7 +120,11 @@ def choose_examples(
         open_media: Opens a media reference; `None` shows no media.
     """
     cases: dict[str, _Case] = {}
+    num_bytes = 0
     for path in transcripts_newest_first(folder)[:MAX_TRANSCRIPTS_READ]:
+        num_bytes += path.stat().st_size
+        if cases and num_bytes > MAX_BYTES_READ:
+            break
         for question_id, case in _cases(path).items():
             cases.setdefault(question_id, case)
         if sum(case.interest[0] for case in cases.values()) >= NUM_CASES_PER_EXAMPLE * num_examples:
@@ -185,10 +192,28 @@ def _shown_group(title: str, record: Mapping[str, Any]) -> ShownGroup:
         title=title,
         kind=record["kind"],
         accuracy=record["accuracy"],
-        segments=split_prompt(record["prompt"], record["candidates"]),
-        rollouts=tuple(record["rollouts"][:MAX_RESPONSES_SHOWN]),
+        segments=tuple(
+            replace(segment, text=shortened(segment.text))
+            for segment in split_prompt(record["prompt"], record["candidates"])
+        ),
+        rollouts=tuple(
+            {
+                **rollout,
+                "text": shortened(rollout["text"]),
+                "parsed": rollout["parsed"] and shortened(rollout["parsed"], MAX_ANSWER_CHARS),
+            }
+            for rollout in record["rollouts"][:MAX_RESPONSES_SHOWN]
+        ),
         num_rollouts=len(record["rollouts"]),
     )
+
+
+def shortened(text: str, most: int = MAX_CHARS_SHOWN) -> str:
+    """Leave out the middle of a long text; the transcript has all of it."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]}\n[… {len(text) - 2 * half} characters …]\n{text[-half:]}"
 
 
 def split_prompt(prompt: str, candidates: Sequence[Mapping[str, Any]]) -> tuple[PromptSegment, ...]:

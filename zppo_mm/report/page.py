@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 TEMPLATES_FOLDER = Path(__file__).parent
 TEMPLATE_FILE = "page.html.jinja"
+MAX_POINTS = 200
+"""Most steps in a figure; a figure is about 600 pixels wide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ def write_report(
             name=run_folder.resolve().name,
             facts=_facts(run),
             headlines=_headlines(run),
-            figures=draw_figures(run),
+            figures=draw_figures(run.thinned(MAX_POINTS)),
             examples=choose_examples(run_folder, num_examples, open_media),
         )
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from zppo_mm.run_folder import RunFolder, files_by_step
@@ -67,6 +68,24 @@ class RunRecord:
         _, values = self.series(name)
         return values[-1] if values else None
 
+    def thinned(self, most: int) -> RunRecord:
+        """Return a record of at most so many rows, for figures that stay small however long the
+        run is.
+
+        Metrics become means over equal numbers of steps, each at the middle one. The last row stays
+        as it is, because some values are counts since the start. Of the evaluations some are left
+        out, never the first or the last.
+        """
+        rows = self.metrics
+        if len(rows) > most:
+            bins = np.array_split(np.arange(len(rows) - 1), most - 1)
+            rows = [*(_mean_row([rows[index] for index in each]) for each in bins), rows[-1]]
+        evaluations = self.evaluations
+        if len(evaluations) > most:
+            kept = np.linspace(0, len(evaluations) - 1, most).round().astype(int)
+            evaluations = [evaluations[index] for index in kept]
+        return replace(self, metrics=rows, evaluations=evaluations)
+
     def option(self, key: str) -> Any:
         """Return a value of the configuration by its dotted key, `None` where it is missing."""
         value: Any = self.config
@@ -75,18 +94,33 @@ class RunRecord:
         return value
 
 
+def _mean_row(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Average each metric over the rows that have a finite value of it."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if value is not None:
+                values.setdefault(name, []).append(value)
+    means = {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+    return {**means, "step": rows[len(rows) // 2]["step"]}
+
+
 def read_run(path: Path) -> RunRecord:
     """Read a run's folder; every file may be missing."""
     folder = RunFolder(path)
-    text = folder.config.read_text(encoding="utf-8") if folder.config.exists() else ""
-    config = yaml.safe_load(text)
     return RunRecord(
         folder=path,
         metrics=sorted(read_lines(folder.metrics), key=lambda row: row["step"]),
         evaluations=sorted(read_lines(folder.evaluations), key=lambda row: row["step"]),
-        config=config or {},
+        config=read_config(folder),
         changes=list(read_lines(folder.changes)),
     )
+
+
+def read_config(folder: RunFolder) -> Mapping[str, Any]:
+    """Return a run's resolved configuration; empty when the folder has none."""
+    text = folder.config.read_text(encoding="utf-8") if folder.config.exists() else ""
+    return yaml.safe_load(text) or {}
 
 
 def read_lines(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.rollout.served.engine import VllmEngine
 from zppo_mm.run.judging import build_grading
 from zppo_mm.run.parts import Run
+from zppo_mm.run.profiler import StepProfiler
 from zppo_mm.run.questions import build_held_out, build_stream
 from zppo_mm.run.sampling import evaluation_sampling, training_sampling
 from zppo_mm.run.served_engine import open_served_engine
@@ -129,7 +130,7 @@ def _build(
     add_lora(student, config.lora, config.seed)
     teachers = build_teachers(shared, pool, templates, encoder, ranks)
     policy = _build_policy(config, student, teachers.network)
-    _log_network(student, config.train.optimizer_state_dtype, encoder)
+    _log_network(student, config.train.optimizer_state_dtype, shared.encoders, templates.closing)
     stream = build_stream(config, SampleHealth(config.data.max_bad_fraction, config.data.strict))
     feed = _build_feed(shared, stream, encoder, templates, verifier)
     served = open_served_engine(config, exchange, policy.model, folder, encoder, run_folder)
@@ -139,10 +140,8 @@ def _build(
     stages = _build_stages(
         shared, policy, sampler, encoder, templates, teachers, feed, interruption, grading.check
     )
-    if engine is not None:
-        stages = _with_served_weights(stages, engine)
+    stages = _with_served_weights(stages, engine)
     grader = verifier.with_judge_mode(config.evaluation.judge)
-    log_generation_prefixes(shared.encoders, templates.closing)
     if ranks is not None:
         ranks.wait_until_ready()
     return Run(
@@ -163,6 +162,7 @@ def _build(
         pools=_once(pool, grading.pool, *teachers.pools),
         judge=grading.judge,
         engine=engine,
+        profiler=StepProfiler(config.observability.profile_steps, run_folder or RunFolder(Path())),
         opened=opened.pop_all(),
     )
 
@@ -174,8 +174,10 @@ def _closing(opened: ExitStack, part: Part) -> Part:
     return part
 
 
-def _with_served_weights(stages: Stages, engine: VllmEngine) -> Stages:
-    """Return stages that send the servers the trained weights."""
+def _with_served_weights(stages: Stages, engine: VllmEngine | None) -> Stages:
+    """Return stages that send the servers, if there are any, the trained weights."""
+    if engine is None:
+        return stages
     update: Callable[[int], None] = engine.update_weights
     if stages.overlap is not None:
         update = stages.overlap.before_update(update)
@@ -189,11 +191,18 @@ def _build_policy(
     return Policy(student, config.train, config.parallel, objective)
 
 
-def _log_network(student: VisionLanguageModel, moments_dtype: str, encoder: PromptEncoder) -> None:
+def _log_network(
+    student: VisionLanguageModel,
+    moments_dtype: str,
+    encoders: Sequence[PromptEncoder],
+    closing: str,
+) -> None:
     log_part_sizes(student, moments_dtype)
     log_packages(student)
-    if encoder.processor is not None and parallel.rank() == 0:
-        logger.info("media: %s", describe(encoder.processor))
+    processor = encoders[0].processor
+    if processor is not None and parallel.rank() == 0:
+        logger.info("media: %s", describe(processor))
+    log_generation_prefixes(encoders, closing)
 
 
 def _teacher_pool(
@@ -257,6 +266,7 @@ def _build_stages(
         schedule=_plain_schedule(config.teacher, config.rollout, config.seed),
         interruption=interruption,
         check_grading=check_grading,
+        waited=lambda: shared.exchange.waits.seconds + policy.waits.seconds,
         overlap=build_overlap(config, sampler, feed.stream, shared.exchange, interruption),
     )
 

@@ -13,6 +13,7 @@ from data.media.store import MediaStore
 from data.stream import QuestionStream
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.observability.metrics import Max, StepMetrics, Sum
+from zppo_mm.observability.rank_times import SlowRankWatch
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.rewards.judge import LlmJudge
 from zppo_mm.rewards.verify import Verifier
@@ -22,6 +23,7 @@ from zppo_mm.rollout.held_out import HeldOut
 from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.rollout.served.engine import VllmEngine
+from zppo_mm.run.profiler import StepProfiler
 from zppo_mm.run.shared import release_memory
 from zppo_mm.run.teachers import Teachers
 from zppo_mm.stages.stages import Stages
@@ -49,12 +51,14 @@ class Run:
         verifier: Grades.
         encoders: Of the student and then the teacher; they keep opened media.
         teachers: Those who help.
+        profiler: Writes traces of steps.
         opened: Closes what the run has opened.
         pools: Servers of the teachers and, if they are others, of the judge.
         judge: Of what the rules leave open.
         engine: Samples elsewhere; `None` if the trained network does.
         counted: Losses that `take_losses` has handed out, by metric.
         sent: What `take_weight_counts` has handed out.
+        slow_ranks: Warns of a rank that keeps the others waiting.
     """
 
     config: RunConfig
@@ -71,12 +75,14 @@ class Run:
     encoders: list[PromptEncoder]
     teachers: Teachers
     evaluation_sampler: GroupSampler
+    profiler: StepProfiler
     opened: ExitStack
     pools: tuple[Servers, ...] = ()
     judge: LlmJudge | None = None
     engine: VllmEngine | None = None
     counted: dict[str, int] = field(default_factory=dict)
     sent: dict[str, float] = field(default_factory=dict)
+    slow_ranks: SlowRankWatch = field(default_factory=SlowRankWatch)
 
     @property
     def templates(self) -> PromptTemplates:

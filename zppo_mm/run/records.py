@@ -5,6 +5,7 @@ student.
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,8 +15,16 @@ from zppo_mm.lora.adapters import adapters_of
 from zppo_mm.lora.export import export_adapter
 from zppo_mm.observability.console_samples import log_samples
 from zppo_mm.observability.learning_warnings import LearningWatch, warn_of_few_questions
-from zppo_mm.observability.metrics import Mean, StepMetrics, Sum, process_memory
-from zppo_mm.observability.sinks import MetricsLog, append_evaluation, open_metrics_log
+from zppo_mm.observability.metrics import Mean, Sum
+from zppo_mm.observability.process_memory import process_memory
+from zppo_mm.observability.rank_times import PhaseMetrics, RankTimes
+from zppo_mm.observability.samples import make_samples
+from zppo_mm.observability.sinks import (
+    MetricsLog,
+    append_evaluation,
+    append_line,
+    open_metrics_log,
+)
 from zppo_mm.observability.transcripts import write_buffer, write_held_out_answers, write_transcript
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.report.page import write_report
@@ -45,8 +54,10 @@ def metrics_log(run: Run, folder: RunFolder, done: int) -> Iterator[MetricsLog |
         return
     config = run.config
     warn_of_few_questions(config.train.num_new_questions, run.stream.num_samples)
-    sinks = open_metrics_log(config.observability, folder, config.train.train_iters, done)
-    log = MetricsLog((sinks, LearningWatch(config.rollout, config.distill)))
+    watch = LearningWatch(config.rollout, config.distill)
+    log = open_metrics_log(
+        config.observability, folder, config.train.train_iters, done, others=(watch,)
+    )
     try:
         yield log
     finally:
@@ -114,7 +125,7 @@ def record_step(
 ) -> None:
     """Write transcript, buffer file and metrics of a step; every rank calls this."""
     metrics = record.metrics
-    _add_run_metrics(run, metrics)
+    times = _add_run_metrics(run, metrics)
     metrics.add("seconds/step", Sum(seconds))
     metrics.add(
         "throughput/tokens_per_second", Mean(metrics.values().get("rollout/tokens", 0.0), seconds)
@@ -126,17 +137,37 @@ def record_step(
         folder, record.step, record.groups, advantages, record.minibatches, record.teacher_rewards
     )
     write_buffer(folder, record.step, record.buffer)
+    if parallel.world_size() > 1:
+        append_line(folder.ranks, times.record(record.step))
+        run.slow_ranks.check(times)
     log.write(record.step, metrics.values())
-    log_samples(record.step, record.groups, run.config.observability.console_samples)
+    observability = run.config.observability
+    log_samples(record.step, record.groups, observability.console_samples)
+    if (record.step - 1) % observability.tracked_samples_interval == 0:
+        log.write_samples(
+            record.step,
+            lambda: make_samples(
+                record.groups, observability.tracked_samples, lambda ref: run.media.open(ref).pixels
+            ),
+        )
 
 
-def _add_run_metrics(run: Run, metrics: StepMetrics) -> None:
-    """Add what all ranks measured beside the step: memory, grading, servers, bad samples."""
+def _add_run_metrics(run: Run, metrics: PhaseMetrics) -> RankTimes:
+    """Add what all ranks measured beside the step: memory, grading, servers, bad samples, traces.
+
+    Returns:
+        What the ranks did in the step.
+    """
     of_rank = process_memory()
+    of_rank.merge(run.profiler.take_failures())
     of_rank.merge(run.take_media_counts())
     of_rank.merge(run.take_weight_counts())
-    for measured in parallel.gather_from_ranks(of_rank):
+    own = (of_rank, socket.gethostname(), dict(metrics.busy_seconds))
+    gathered = parallel.gather_from_ranks(own)
+    for measured, _, _ in gathered:
         metrics.merge(measured)
+    times = RankTimes([host for _, host, _ in gathered], [busy for _, _, busy in gathered])
+    metrics.merge(times.metrics())
     for replica in parallel.gather_from_replicas([run.take_losses()]):
         for losses in replica:
             metrics.merge(losses)
@@ -147,6 +178,7 @@ def _add_run_metrics(run: Run, metrics: StepMetrics) -> None:
     others = {reason: count for reason, count in health.left_out.items() if reason != TOO_LONG}
     for reason, count in {**health.counts, **others}.items():
         metrics.add(f"data/skipped/{reason}", Sum(count))
+    return times
 
 
 def refresh_report(run: Run, folder: RunFolder) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from zppo_mm.experience import Advantages, BufferUpdate, Group
 from zppo_mm.observability.metrics import Max, StepMetrics, Sum
+from zppo_mm.observability.rank_times import PhaseMetrics
 from zppo_mm.observability.rollout_metrics import (
     buffer_metrics,
     group_metrics,
@@ -45,7 +46,7 @@ class StepRecord:
     minibatches: dict[str, tuple[int, ...]]
     teacher_rewards: dict[str, tuple[float, ...]]
     buffer: BufferUpdate
-    metrics: StepMetrics
+    metrics: PhaseMetrics
     teacher_lost: TeacherLostError | None = None
 
 

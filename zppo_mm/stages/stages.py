@@ -64,6 +64,7 @@ class Stages:
         check_grading: Ends the run if grading fails too often; every rank calls it.
         update_weights: Gives an engine that samples elsewhere the trained weights, as those of a
             rollout step; every rank calls it.
+        waited: Returns the seconds that this rank has waited for other replicas so far.
         overlap: Starts the plain rollouts of the next step before the update; `None` samples them
             in their own step.
     """
@@ -86,4 +87,5 @@ class Stages:
     interruption: Interruption = field(default_factory=Interruption)
     check_grading: Callable[[], None] = lambda: None
     update_weights: Callable[[int], None] = lambda version: None
+    waited: Callable[[], float] = lambda: 0.0
     overlap: Overlap | None = None

@@ -24,6 +24,7 @@ from zppo_mm.models.provider import freeze_parts
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.observability.metrics import Mean
 from zppo_mm.parallel import groups as parallel
+from zppo_mm.parallel.wait_clock import WaitClock
 from zppo_mm.training.objective import (
     Objective,
     ObjectiveTerms,
@@ -108,6 +109,7 @@ class Policy:
         model: This rank's stage.
         objective: The training objective.
         shares_prompts: Whether micro-batches use shared-prefix training.
+        waits: Time that this rank spent in reductions over replicas.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class Policy:
         freeze_parts(model, train.freeze)
         self.model = model
         self.objective = objective
+        self.waits = WaitClock()
         self._denominator = 1.0
         self._skipped_in_a_row = 0
         self._config: Any = model.config
@@ -231,7 +234,8 @@ class Policy:
         """Finish the reductions over replicas, tied stages and tensor ranks, then divide by the one
         global denominator.
         """
-        finalize_model_grads(model, None, **groups)
+        with self.waits.waiting():
+            finalize_model_grads(model, None, **groups)
         if parallel.tensor_size() > 1:
             for parameter in self.model.parameters():
                 if parameter.requires_grad and getattr(parameter, "sum_gradients_across_tp", False):
@@ -249,8 +253,9 @@ class Policy:
         if sums and parallel.is_replica_leader():
             total[1:] = torch.stack(sums).sum(0)
         total[0] = 0.0 if math.isfinite(norm) else 1.0
-        dist.all_reduce(total)
-        values = total.tolist()
+        with self.waits.waiting():
+            dist.all_reduce(total)
+            values = total.tolist()
         return values[1:], values[0] == 0.0 and all(map(math.isfinite, values))
 
     def _report_skip(self, results: list[tuple[ObjectiveTerms, tuple[str, ...]]]) -> None:
