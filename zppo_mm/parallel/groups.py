@@ -24,6 +24,7 @@ from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.parallel import megatron_cpu
 from zppo_mm.parallel.failures import RankZeroError, translate_rendezvous_errors
+from zppo_mm.parallel.job_store import join_job
 from zppo_mm.parallel.layout import validate_layout
 
 if TYPE_CHECKING:
@@ -100,8 +101,8 @@ def _join(timeout: timedelta, partition: JobPartition | None) -> None:
     """Join this partition's processes, or those that torchrun's environment names, or be alone."""
     join = partial(dist.init_process_group, "gloo", timeout=timeout)
     if torch.cuda.is_available():
-        # Told which GPU is this rank's, NCCL need not guess it from the rank, which differs from
-        # the local one on several nodes and in a partition.
+        # With this rank's GPU named, NCCL need not guess it from the rank, which differs from the
+        # local one on several nodes and in a partition.
         gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(gpu)
         join = partial(dist.init_process_group, "nccl", timeout=timeout, device_id=gpu)
@@ -109,7 +110,8 @@ def _join(timeout: timedelta, partition: JobPartition | None) -> None:
         store = PrefixStore(partition.name, partition.store)
         join(store=store, rank=partition.rank, world_size=partition.size)
     elif "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        join()
+        job_store, rank, size = join_job(timeout)
+        join(store=job_store, rank=rank, world_size=size)
     else:
         join(store=HashStore(), rank=0, world_size=1)
 
