@@ -101,8 +101,8 @@ def _join(timeout: timedelta, partition: JobPartition | None) -> None:
     """Join this partition's processes, or those that torchrun's environment names, or be alone."""
     join = partial(dist.init_process_group, "gloo", timeout=timeout)
     if torch.cuda.is_available():
-        # With this rank's GPU named, NCCL need not guess it from the rank, which differs from the
-        # local one on several nodes and in a partition.
+        # Otherwise NCCL guesses this rank's GPU from the global rank, which differs from the local
+        # one on several nodes and in a partition.
         gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(gpu)
         join = partial(dist.init_process_group, "nccl", timeout=timeout, device_id=gpu)
