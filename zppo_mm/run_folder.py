@@ -37,6 +37,11 @@ class RunFolder:
         return self.path / "run.log"
 
     @property
+    def stacks(self) -> Path:
+        """Where every process was when one was found to hang, a file each."""
+        return self.path / "stacks"
+
+    @property
     def servers(self) -> Path:
         """One log per server that the run starts."""
         return self.path / "servers"

@@ -12,6 +12,7 @@ from zppo_mm.errors import GradingError, RolloutServersLostError, ZppoError
 from zppo_mm.interruption import Interruption, StopRequested
 from zppo_mm.observability.logs import configure_logging
 from zppo_mm.observability.sinks import MetricsLog
+from zppo_mm.parallel import failures
 from zppo_mm.parallel.partition import divide_job
 from zppo_mm.parity.compare import ParityError
 from zppo_mm.parity.gate import check_parity, is_parity_due
@@ -63,6 +64,7 @@ def train(
         RunStopped: On every rank, if it was ended before its last step.
     """
     interruption = interruption or Interruption()
+    failures.refuse_restarts(config.train.max_hours)
     interruption.limit(config.train.stop_within_seconds, config.train.max_hours)
     configure_logging(None, int(os.environ.get("RANK", "0")))
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -72,7 +74,7 @@ def train(
     folder = folder_of(config)
     partition = divide_job(config.parallel, config.teacher)
     if partition is not None and partition.name == "teacher":
-        serve_teacher(config, partition, interruption)
+        serve_teacher(config, folder, partition, interruption)
         return folder
     with (
         link_to_teacher(config.parallel, partition) as link,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import pickle
 import time
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -158,6 +160,31 @@ def alone() -> tuple[int, list[list[int]]]:
 def num_threads() -> int:
     """Return the threads of this process, those that Python does not know included."""
     return len(os.listdir("/proc/self/task"))
+
+
+def padded_bytes(layout: ParallelConfig, size: int) -> int:
+    """Return for how many bytes this rank makes room while replicas exchange objects of a size."""
+    parallel.initialize(layout, seed=0)
+    rooms = []
+    exchange = dist.all_gather_object
+
+    def counting(collected: list[object], value: object, group: dist.ProcessGroup) -> None:
+        rooms.append(len(collected) * len(pickle.dumps(value)))
+        exchange(collected, value, group=group)
+
+    with mock.patch.object(dist, "all_gather_object", counting):
+        own = [bytes([parallel.replica_rank()]) * size] if parallel.is_replica_leader() else []
+        gathered = parallel.gather_from_replicas(own)
+    assert [part[0][0] for part in gathered] == list(range(parallel.num_replicas()))
+    parallel.shutdown()
+    return sum(rooms)
+
+
+def test_only_leaders_make_room_for_what_replicas_exchange() -> None:
+    size = 100_000
+    rooms = run_ranks(padded_bytes, 4, ParallelConfig(tensor_model_parallel_size=2), size)
+    # Leaders are ranks 0 and 2; each of the 2 objects counts once. The rest is flags.
+    assert [round(each / size) for each in rooms] == [2, 0, 2, 0]
 
 
 def test_one_process_needs_no_launcher() -> None:

@@ -32,6 +32,7 @@ from zppo_mm.run.build import student_folder
 from zppo_mm.run.shared import Shared, longest_teacher_prompt, media_limits
 from zppo_mm.run.teacher_job import link_to_teacher, serve_teacher
 from zppo_mm.run.teachers import load_teacher
+from zppo_mm.run_folder import RunFolder
 from zppo_mm.teacher.megatron_teacher import MegatronTeacher
 from zppo_mm.teacher.served.judge import greedy_replies
 from zppo_mm.teacher.served.servers import Servers
@@ -85,7 +86,7 @@ def ask_both(num_ranks: int, sizes: Sequence[str], shards: Path) -> dict[str, An
     partition = divide_job(config.parallel, config.teacher)
     assert partition is not None
     if partition.name == "teacher":
-        serve_teacher(config, partition)
+        serve_teacher(config, RunFolder(shards / "run"), partition)
         return None
     with link_to_teacher(config.parallel, partition) as link:
         assert link is not None
@@ -214,7 +215,7 @@ def meet_trouble(trouble: str, shards: Path) -> None:
     if partition.name == "teacher":
         if trouble == "killed":
             threading.Thread(target=end_when_asked, args=(partition,), daemon=True).start()
-        serve_teacher(config, partition)
+        serve_teacher(config, RunFolder(shards / "run"), partition)
         return
     with link_to_teacher(config.parallel, partition) as link:
         assert link is not None

@@ -52,6 +52,21 @@ def end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def refuse_restarts(max_hours: float) -> None:
+    """Refuse a limit of hours under a launcher that starts a run again whatever it ended for.
+
+    Raises:
+        ConfigError: There is a limit, and torchrun has `--max-restarts`.
+    """
+    num_restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if max_hours and num_restarts:
+        raise ConfigError(
+            f"train.max_hours: torchrun would start the run again when its hours are over, got "
+            f"{max_hours:g} and --max-restarts {num_restarts}, expected one of them; leave one out,"
+            " and have torchrun itself ended with SIGTERM when the time is over"
+        )
+
+
 @contextlib.contextmanager
 def translate_rendezvous_errors() -> Iterator[None]:
     """Turn the errors of a failed rendezvous into one line.

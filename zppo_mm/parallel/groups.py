@@ -24,6 +24,7 @@ from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.parallel import megatron_cpu
 from zppo_mm.parallel.failures import RankZeroError, translate_rendezvous_errors
+from zppo_mm.parallel.job_store import join_job
 from zppo_mm.parallel.layout import validate_layout
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ def _join(timeout: timedelta, partition: JobPartition | None) -> None:
         store = PrefixStore(partition.name, partition.store)
         join(store=store, rank=partition.rank, world_size=partition.size)
     elif "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        join()
+        job_store, rank, size = join_job(timeout)
+        join(store=job_store, rank=rank, world_size=size)
     else:
         join(store=HashStore(), rank=0, world_size=1)
 
@@ -256,13 +258,35 @@ def gather_from_replicas(local: Sequence[T]) -> list[list[T]]:
 def gather_with_flag(local: Sequence[T], flag: bool) -> tuple[list[list[T]], bool]:
     """Exchange what every replica has, and whether a flag is up on any rank; all ranks call it and
     all get the same.
+
+    Leaders exchange with leaders, then each gives its replica the result: an exchange pads every
+    rank's object to the longest, which over all ranks would be room for one per rank on each.
     """
-    contribution = (replica_rank(), list(local)) if is_replica_leader() else None
-    collected = gather_from_ranks((contribution, flag))
-    by_replica = sorted(
-        (each for each, _ in collected if each is not None), key=lambda each: each[0]
-    )
-    return [objects for _, objects in by_replica], any(flag for _, flag in collected)
+    group = model_group()
+    leader = leader_of_replica()
+    flags = _gather_in(group, flag)
+    result: list[Any] = [None]
+    if rank() == leader:
+        leaders = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        result = [_gather_in(leaders, (list(local), any(flags)))]
+    if group.size() > 1:
+        dist.broadcast_object_list(result, src=leader, group=group)
+    return [objects for objects, _ in result[0]], any(is_up for _, is_up in result[0])
+
+
+def leader_of_replica() -> int:
+    """Return the rank of this replica's leader: a replica's ranks count tensor ranks first, then
+    stages.
+    """
+    return int(dist.get_process_group_ranks(model_group())[-tensor_size()])
+
+
+def _gather_in(group: dist.ProcessGroup, local: T) -> list[T]:
+    if group.size() == 1:
+        return [local]
+    collected: list[Any] = [None] * group.size()
+    dist.all_gather_object(collected, local, group=group)
+    return collected
 
 
 def gather_from_ranks(local: T) -> list[T]:

@@ -21,7 +21,9 @@ from zppo_mm.parallel.partition import JobPartition
 
 BEAT_SECONDS = 1.0
 SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.0005, 0.2
-_STOP, _FAILURE = "stop", "failure"
+FAILURE = "failure"
+"""Key of the store under which a rank reports the failure of one to the others."""
+_STOP = "stop"
 
 
 class Store(Protocol):
@@ -87,10 +89,10 @@ class LivenessBarrier:
             self._store.set(released, "1")
         pause = SHORTEST_PAUSE_SECONDS
         while not self._store.check([released]):
-            if self._store.check([_FAILURE]):
+            if self._store.check([FAILURE]):
                 raise RankFailureError(
                     f"parallel: rank {self._rank} lost another process of the run, got "
-                    f"{self._store.get(_FAILURE).decode()!r}, expected every rank to live; look at "
+                    f"{self._store.get(FAILURE).decode()!r}, expected every rank to live; look at "
                     "its output, then start the run again to resume"
                 )
             time.sleep(pause)
@@ -107,7 +109,7 @@ class LivenessBarrier:
         if problem:
             # Without a store no rank is left to read it.
             with contextlib.suppress(RuntimeError):
-                self._store.set(_FAILURE, f"rank {self._rank}: {problem}")
+                self._store.set(FAILURE, f"rank {self._rank}: {problem}")
 
     def _beat(self) -> None:
         # The store ends with the process that holds it; the next call that needs it raises.
@@ -139,7 +141,7 @@ class LivenessBarrier:
         ]
         if silent:
             self._store.set(
-                _FAILURE, f"rank {silent[0]}: no heartbeat within parallel.timeout_minutes"
+                FAILURE, f"rank {silent[0]}: no heartbeat within parallel.timeout_minutes"
             )
 
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 
-from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from zppo_mm.config.schema import ParallelConfig, TeacherConfig
 from zppo_mm.errors import ConfigError
-from zppo_mm.parallel.failures import translate_rendezvous_errors
+from zppo_mm.parallel.job_store import join_job
 from zppo_mm.parallel.layout import validate_layout
 
 PartitionName = Literal["student", "teacher"]
@@ -136,10 +136,7 @@ def divide_job(student: ParallelConfig, teacher: TeacherConfig) -> JobPartition 
         )
     # On the teacher's ranks too, so that nobody waits for a process that has given up.
     validate_layout(student, num_students, num_others=teacher.num_ranks)
-    with translate_rendezvous_errors():
-        store, rank, _ = next(
-            rendezvous("env://", timeout=timedelta(minutes=student.timeout_minutes))
-        )
+    store, rank, _ = join_job(timedelta(minutes=student.timeout_minutes))
     if rank < num_students:
         return JobPartition("student", rank, num_students, rank, store)
     return JobPartition("teacher", rank - num_students, teacher.num_ranks, rank, store)

@@ -18,7 +18,7 @@ def broadcast_from_leader(tensor: torch.Tensor) -> torch.Tensor:
     """Overwrite a tensor on every rank of the replica by its leader's, in place; returns it."""
     group = parallel.model_group()
     if group.size() > 1:
-        dist.broadcast(tensor, src=_leader(group), group=group)
+        dist.broadcast(tensor, src=parallel.leader_of_replica(), group=group)
     return tensor
 
 
@@ -41,10 +41,3 @@ def gather_vocabulary(logits: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(logits) for _ in range(parallel.tensor_size())]
     dist.all_gather(parts, logits.contiguous(), group=parallel.tensor_group())
     return torch.cat(parts, dim=-1)
-
-
-def _leader(group: dist.ProcessGroup) -> int:
-    """Return the global rank of tensor rank 0 of the last stage: a replica's ranks count tensor
-    ranks first, then stages.
-    """
-    return int(dist.get_process_group_ranks(group)[-parallel.tensor_size()])

@@ -18,6 +18,7 @@ from zppo_mm.parallel.failures import RankFailureError
 from zppo_mm.parallel.liveness_barrier import open_liveness_barrier
 from zppo_mm.parallel.partition import JobPartition, PartitionLink
 from zppo_mm.run.build import build_run
+from zppo_mm.run.hangs import finding_hangs
 from zppo_mm.run.parts import Run
 from zppo_mm.run.prepare import claimed
 from zppo_mm.run_folder import RunFolder
@@ -53,6 +54,7 @@ def open_run(
             failures.translate_collective_errors(),
             open_liveness_barrier(config.parallel, partition, interruption) as barrier,
             claimed(folder, restart),
+            finding_hangs(config.parallel, folder.stacks, partition),
             closing(build_run(config, link, barrier, interruption, folder)) as run,
         ):
             try:

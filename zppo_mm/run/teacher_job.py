@@ -20,6 +20,7 @@ from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.parallel.liveness_barrier import LivenessBarrier, open_liveness_barrier
 from zppo_mm.parallel.partition import DONE, JobPartition, PartitionLink, teacher_layout
 from zppo_mm.run.build import student_folder
+from zppo_mm.run.hangs import finding_hangs
 from zppo_mm.run.shared import (
     longest_teacher_prompt,
     media_limits,
@@ -27,6 +28,7 @@ from zppo_mm.run.shared import (
     release_memory,
 )
 from zppo_mm.run.teachers import load_teacher
+from zppo_mm.run_folder import RunFolder
 from zppo_mm.teacher.served.chat_server import ChatServer, job_address
 from zppo_mm.teacher.served.rank_server import NoGrader, RankServer
 from zppo_mm.teacher.served.teacher_ranks import POLL_SECONDS, READY, SERVER
@@ -39,7 +41,10 @@ EXIT_CHECK_SECONDS = 1.0
 
 
 def serve_teacher(
-    config: RunConfig, partition: JobPartition, interruption: Interruption | None = None
+    config: RunConfig,
+    folder: RunFolder,
+    partition: JobPartition,
+    interruption: Interruption | None = None,
 ) -> None:
     """Load the teacher and answer until the student has ended; every rank of the teacher's
     partition calls this.
@@ -58,7 +63,10 @@ def serve_teacher(
             layout = teacher_layout(config.teacher, config.parallel)
             parallel.initialize(layout, config.seed, partition)
             failures.end_with_launcher()
-            with open_liveness_barrier(config.parallel, partition, interruption) as barrier:
+            with (
+                open_liveness_barrier(config.parallel, partition, interruption) as barrier,
+                finding_hangs(config.parallel, folder.stacks, partition),
+            ):
                 reason = _serve(config, link, barrier, interruption)
             parallel.shutdown()
     except Exception as error:

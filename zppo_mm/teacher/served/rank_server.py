@@ -33,7 +33,7 @@ class NoGrader:
 
 
 @dataclass(frozen=True, slots=True)
-class _Turn:
+class Turn:
     """What the leader has all ranks do next: answer requests, if there are any, or leave."""
 
     requests: tuple[ReceivedRequest, ...] = ()
@@ -69,10 +69,10 @@ class RankServer:
             RankFailureError: The student's processes are gone or cut off.
         """
         while True:
-            turns: list[_Turn] = []
+            turns: list[Turn] = []
             batch: list[PendingRequest] = []
             if self.server is not None:
-                turn, batch = self._next_turn(self.server)
+                turn, batch = self.next_turn(self.server)
                 turns = [turn]
             (turn,), *_ = self.exchange.gather(turns)
             if turn.exit_reason is not None:
@@ -83,13 +83,13 @@ class RankServer:
                 for pending, reply in zip(batch, replies, strict=False):  # the leader has a batch
                     pending.reply.set_result(reply)
 
-    def _next_turn(self, server: ChatServer) -> tuple[_Turn, list[PendingRequest]]:
+    def next_turn(self, server: ChatServer) -> tuple[Turn, list[PendingRequest]]:
         """Wait for something to do, but not longer than the other ranks should wait."""
         deadline = time.monotonic() + EXCHANGE_SECONDS
         while time.monotonic() < deadline:
             exit_reason = self.link.exit_reason()
             if exit_reason is not None:
-                return _Turn(exit_reason=exit_reason), []
+                return Turn(exit_reason=exit_reason), []
             if self.link.is_other_lost():
                 raise RankFailureError(
                     "teacher: the student's ranks are gone, got no heartbeat within "
@@ -98,8 +98,8 @@ class RankServer:
                 )
             batch = server.take_batch(POLL_SECONDS)
             if batch:
-                return _Turn(tuple(pending.request for pending in batch)), batch
-        return _Turn(), []
+                return Turn(tuple(pending.request for pending in batch)), batch
+        return Turn(), []
 
     def _answer(self, requests: Sequence[ReceivedRequest]) -> list[Reply]:
         """Answer requests of equal settings; all ranks get the same replies."""
