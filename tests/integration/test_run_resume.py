@@ -35,15 +35,19 @@ def test_kill_and_resume(tmp_path: Path, killed_at: int, modality: str, dtype: s
         f"train.train_iters={STEPS}",
         "checkpoint.interval=2",
     )
+    # Where files go on their way changes nothing, and nothing stays there.
+    staging = tmp_path / "staging"
+    staged = (f"checkpoint.staging_dir={staging}",) if modality == "text" else ()
     # Neither shared nor prefetched media change what a run computes.
     whole = run(tmp_path, "whole", "data.media_cache_bytes=0", *options)
-    process = start(tmp_path, "killed", *options)
+    process = start(tmp_path, "killed", *options, *staged)
     kill_when(
         tmp_path / "killed" / "transcripts" / f"step_{killed_at:06d}.jsonl", process, process.pid
     )
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    resumed = run(tmp_path, "killed", *options)
+    resumed = run(tmp_path, "killed", *options, *staged)
+    assert not staged or list(staging.iterdir()) == []
     for step in range(1, STEPS + 1):
         left, right = transcript(whole, step), transcript(resumed, step)
         assert [group["uid"] for group in left] == [group["uid"] for group in right]
@@ -58,3 +62,7 @@ def test_kill_and_resume(tmp_path: Path, killed_at: int, modality: str, dtype: s
             [line[name] for line in right_metrics], abs=LOSS_TOLERANCE
         )
     assert [line["step"] for line in lines(resumed / "evaluation.jsonl")] == [0, STEPS]
+    # A save counts in the step after it.
+    waited = [line["seconds/checkpoint"] > 0 for line in left_metrics]
+    assert waited == [False, False, True, False, True]
+    assert {line["checkpoint/broken"] for line in right_metrics} == {0}

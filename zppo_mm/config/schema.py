@@ -345,6 +345,13 @@ class CheckpointConfig:
         2, "Checkpoints kept. Older ones are removed when a newer one is complete.", at_least=1
     )
     resume: bool = key(True, "Continue from the newest complete checkpoint of the run's folder.")
+    staging_dir: str = key(
+        "",
+        "Folder of each machine that takes a checkpoint first, on the way to the run's folder. "
+        "Then slow or stalled storage delays training only when two checkpoints wait for it, not "
+        "one, and the copy in host memory is given up sooner. It needs room for the machine's part "
+        "of two checkpoints. Empty: straight to the run's folder.",
+    )
 
 
 @dataclass(kw_only=True)
