@@ -2,14 +2,15 @@
 is complete.
 
     torchrun --nproc-per-node 2 benchmarks/checkpoint_stall.py [--width 512] [--rounds 5]
-        [--params-dtype bfloat16] [--moments-dtype float32] [--staging FOLDER]
+        [--params-dtype bfloat16] [--moments-dtype float32]
 
-A random Qwen3.5 whose optimizer has moments. In turns, so that a busy machine slows all alike:
-`copy` clones the tensors that a rank saves and nothing else; `stall` is `CheckpointWriter.save`
-after the save before is complete, which is what training waits for; `complete` is the time from
-there to the end of `CheckpointWriter.finish`, so that a synchronous save takes `stall` and
-`complete`. With `--staging` `released` is the time until the copy in host memory is given up.
-Medians over the rounds of the slowest rank; `CPU` is of the thread that trains.
+A random Qwen3.5 whose optimizer has moments, on one disk. In turns, so that a busy machine slows
+all alike: `copy` clones the tensors that a rank saves and nothing else; `stall` is
+`CheckpointWriter.save` with no save under way, which is what training waits for; `second` is the
+same straight after, which waits for the first, or with a staging folder until that has its files;
+`complete` is `CheckpointWriter.finish` then. A synchronous save would take `stall` and `complete`.
+Seconds, medians over the rounds of the slowest rank; `CPU` is of the thread that trains, in
+`stall`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from checkpoint_memory import with_moments, write_model
@@ -51,14 +53,20 @@ def clone_state(policy: Policy) -> None:
 
 def measure(policy: Policy, folder: Path, rounds: int) -> dict[str, list[float]]:
     """Return this rank's seconds by name."""
-    writer = CheckpointWriter(folder, 1)
+    writers = {
+        "direct": CheckpointWriter(folder / "direct", 1),
+        "staged": CheckpointWriter(folder / "staged", 1, staging=folder / "staging"),
+    }
     found = defaultdict(list)
     for step in range(1, rounds + 2):
-        found["copy s"].append(timed(lambda: clone_state(policy))[0])
-        seconds, cpu = timed(lambda step=step: writer.save(step, policy, {"step": step}))
-        found["stall s"].append(seconds)
-        found["stall CPU s"].append(cpu)
-        found["complete s"].append(timed(writer.finish)[0])
+        found["copy"].append(timed(lambda: clone_state(policy))[0])
+        for name, writer in writers.items():
+            save = partial(writer.save, step, policy, {"step": step})
+            seconds, cpu = timed(save)
+            found[f"{name} stall"].append(seconds)
+            found[f"{name} CPU"].append(cpu)
+            found[f"{name} second"].append(timed(save)[0])
+            found[f"{name} complete"].append(timed(writer.finish)[0])
     return {name: values[1:] for name, values in found.items()}  # the first warms up
 
 
@@ -84,10 +92,11 @@ def main() -> None:
         )
         objective = PolicyObjective(AlgorithmConfig(), 1.0, parallel.tensor_group())
         train = TrainConfig(optimizer_state_dtype=options.moments_dtype)
-        policy = with_moments(Policy(model, train, layout, objective))
+        policy = with_moments(Policy(model, train, layout, objective), options.moments_dtype)
         ranks = parallel.gather_from_ranks(measure(policy, folder / "run", options.rounds))
         if parallel.rank() == 0:
-            size = sum(p.stat().st_size for p in next((folder / "run").iterdir()).iterdir())
+            saved = next((folder / "run" / "direct").iterdir())
+            size = sum(path.stat().st_size for path in saved.iterdir())
             slowest = {
                 key: statistics.median(map(max, zip(*(each[key] for each in ranks), strict=True)))
                 for key in ranks[0]
