@@ -55,13 +55,16 @@ def peak_of(work: Callable[[], object]) -> tuple[int, float]:
     return resident("VmHWM") - before, time.perf_counter() - started
 
 
-def with_moments(policy: Policy) -> Policy:
+def with_moments(policy: Policy, dtype: str = "float32") -> Policy:
     """Give every trained parameter the moments that an update would."""
     for part in policy.optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
             for main in group["params"]:
-                zeros = {name: torch.full_like(main, 0.5) for name in ("exp_avg", "exp_avg_sq")}
-                part.optimizer.state[main] = {"step": torch.tensor(1.0), **zeros}
+                moments = {
+                    name: torch.full_like(main, 0.5, dtype=getattr(torch, dtype))
+                    for name in ("exp_avg", "exp_avg_sq")
+                }
+                part.optimizer.state[main] = {"step": torch.tensor(1.0), **moments}
     return policy
 
 

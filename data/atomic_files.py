@@ -112,6 +112,17 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def forget_cached(path: Path) -> None:
+    """Let the next reader of a synced file read the disk and not memory, where the system can."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)
+
+
 def _rename_unless_made(source: Path, target: Path) -> None:
     try:
         source.rename(target)

@@ -98,9 +98,9 @@ def train_steps(run: Run, folder: RunFolder) -> None:
     interruption.steps_done = resumed = resume(run, folder)
     done = resumed or 0
     prepare_folder(run.config, folder, resumed)
+    checkpoints = RunCheckpoints(run, folder.checkpoints)
     if done < train_iters:
         check_parity(run, folder, done)
-    checkpoints = RunCheckpoints(run, folder.checkpoints)
     with metrics_log(run, folder, done) as log:
         evaluate_first(run, folder, resumed)
         with interruption.protected():
@@ -143,6 +143,7 @@ def finish_step(
             except (GradingError, RolloutServersLostError) as error:
                 end = error
     run.release_memory()
+    record.metrics.merge(checkpoints.take_metrics())
     record_step(run, folder, record, time.perf_counter() - started, log)
     if is_parity_due(config.parity, train_iters, step) and end is None:
         with suppress(StopRequested):

@@ -21,7 +21,8 @@ from tests.support.training_example import Case, build_policy, make_batches, wri
 from zppo_mm.errors import CheckpointError
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.training import checkpoint
-from zppo_mm.training.checkpoint import CheckpointWriter
+from zppo_mm.training.checkpoint_files import STATE_FILE
+from zppo_mm.training.checkpoint_writer import CheckpointWriter
 from zppo_mm.training.optimizer_state import parameter_shards
 
 CASE = Case(params_dtype="bfloat16")
@@ -204,7 +205,7 @@ def resume_and_save(
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
     folder: Path, tmp_path: Path
 ) -> None:
-    signs = ["", "/__0_0.distcp", f"/{checkpoint.STATE_FILE}"]
+    signs = ["", "/__0_0.distcp", f"/{STATE_FILE}"]
     targets = [tmp_path / str(number) for number, _ in enumerate(signs)]
     for target, sign in zip(targets, signs, strict=True):
         ((code, output),) = run_ranks(

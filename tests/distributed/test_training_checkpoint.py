@@ -23,6 +23,7 @@ from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import CheckpointError
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.training import checkpoint
+from zppo_mm.training.checkpoint_files import RANDOM_FILE, STATE_FILE
 from zppo_mm.training.policy import Policy
 from zppo_mm.weights.megatron_folder import save_entries
 
@@ -283,7 +284,7 @@ def prune_and_damage(model: Path, target: Path) -> dict[str, Any]:
     results["after the fallback"] = policy.train_step(batches).loss
     results["expected"] = losses[3]
     results["names"] = sorted(path.name for path in target.iterdir())
-    (target / "step_000003" / checkpoint.STATE_FILE).unlink()
+    (target / "step_000003" / STATE_FILE).unlink()
     try:
         checkpoint.load_latest(target, policy)
     except CheckpointError as error:
@@ -306,8 +307,7 @@ def test_damage_falls_back_and_pruning_keeps_the_newest(folder: Path, tmp_path: 
     assert results["names"] == ["step_000003", "step_000004.broken"]
     assert "no usable checkpoint" in results["error"]
     assert (
-        f"step_000003/{checkpoint.STATE_FILE}: the checkpoint is incomplete, got no file"
-        in results["error"]
+        f"step_000003/{STATE_FILE}: the checkpoint is incomplete, got no file" in results["error"]
     )
     assert results["saved again"] == {"step": 4, "again": True}
 
@@ -320,7 +320,7 @@ def fail_to_read(model: Path, target: Path) -> list[Any]:
     for step in (1, 2):
         checkpoint.save(target, step, policy, {"step": step}, keep=2)
     newest = target / "step_000002"
-    hidden, damaged = newest / checkpoint.STATE_FILE, newest / checkpoint.RANDOM_FILE
+    hidden, damaged = newest / STATE_FILE, newest / RANDOM_FILE
     results: list[Any] = []
     if parallel.rank() == 0:
         damaged.write_bytes(b"")

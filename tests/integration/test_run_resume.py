@@ -36,9 +36,12 @@ def test_kill_and_resume(tmp_path: Path, killed_at: int, modality: str, dtype: s
         f"train.train_iters={STEPS}",
         "checkpoint.interval=2",
     )
+    # Where files go on their way changes nothing, and nothing stays there.
+    staging = tmp_path / "staging"
+    staged = (f"checkpoint.staging_dir={staging}",) if modality == "text" else ()
     # Neither shared nor prefetched media nor kept frames change what a run computes.
     whole = run(tmp_path, "whole", "data.media_cache_bytes=0", *options)
-    options = (*options, f"data.video_cache_dir={tmp_path / 'frames'}")
+    options = (*options, f"data.video_cache_dir={tmp_path / 'frames'}", *staged)
     process = start(tmp_path, "killed", *options)
     kill_when(
         tmp_path / "killed" / "transcripts" / f"step_{killed_at:06d}.jsonl", process, process.pid
@@ -46,6 +49,7 @@ def test_kill_and_resume(tmp_path: Path, killed_at: int, modality: str, dtype: s
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     resumed = run(tmp_path, "killed", *options)
+    assert not staged or list(staging.iterdir()) == []
     for step in range(1, STEPS + 1):
         left, right = transcript(whole, step), transcript(resumed, step)
         assert [group["uid"] for group in left] == [group["uid"] for group in right]
@@ -65,3 +69,7 @@ def test_kill_and_resume(tmp_path: Path, killed_at: int, modality: str, dtype: s
         kept.update({name: line.get(f"video_cache/{name}", 0) for name in ("hits", "misses")})
     # The step that was killed had decoded its clips.
     assert (kept["hits"] > 0) == (kept["misses"] > 0) == (modality == "video")
+    # A save counts in the step after it.
+    waited = [line["seconds/checkpoint"] > 0 for line in left_metrics]
+    assert waited == [False, False, True, False, True]
+    assert {line["checkpoint/broken"] for line in right_metrics} == {0}

@@ -8,13 +8,14 @@ import pytest
 
 from zppo_mm.errors import CheckpointError
 from zppo_mm.training.checkpoint_files import make_empty, publish, put_back, step_folders
+from zppo_mm.training.staging import stage
 
 
-def write(folder: Path, step: int) -> None:
+def write(folder: Path, step: int, keep: int = 1) -> None:
     partial = folder / f".step_{step:06d}.partial"
     make_empty(partial)
     (partial / "state.json").write_text("{}", encoding="utf-8")
-    publish(partial, folder / f"step_{step:06d}", {}, keep=1)
+    publish(partial, folder / f"step_{step:06d}", {}, keep=keep)
 
 
 def test_a_link_to_a_checkpoint_is_pruned_and_what_it_leads_to_stays(tmp_path: Path) -> None:
@@ -49,3 +50,21 @@ def test_a_folder_that_is_unavailable_is_no_beginning(tmp_path: Path) -> None:
             CheckpointError, match=f"{name}: no folder, got {found}, expected the run's checkpoints"
         ):
             put_back(tmp_path / name)
+
+
+def test_pruning_goes_by_the_checkpoint_that_was_just_written(tmp_path: Path) -> None:
+    # One of a later step may be damaged: it neither counts as kept nor goes.
+    for step in (1, 9, 2, 3):
+        (tmp_path / f"step_{step:06d}").mkdir()
+    write(tmp_path, 4)
+    assert step_folders(tmp_path) == [tmp_path / "step_000004", tmp_path / "step_000009"]
+    write(tmp_path, 10, keep=2)
+    assert step_folders(tmp_path) == [tmp_path / "step_000009", tmp_path / "step_000010"]
+    write(tmp_path, 11, keep=5)
+    assert len(step_folders(tmp_path)) == 3
+
+
+def test_a_staging_folder_that_cannot_be_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.staging_dir: .*file cannot take"):
+        stage([], tmp_path / "file")

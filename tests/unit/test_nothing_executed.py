@@ -31,7 +31,7 @@ from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.rollout.chat import ChatFormat
 from zppo_mm.training import checkpoint
-from zppo_mm.training.checkpoint_files import publish
+from zppo_mm.training.checkpoint_files import RANDOM_FILE, SCHEDULE_FILE, STATE_FILE, publish
 from zppo_mm.training.objective import PolicyObjective
 from zppo_mm.training.policy import Policy
 from zppo_mm.weights.checkpoint_metadata import METADATA_FILE, read_metadata
@@ -237,9 +237,7 @@ def saved_run(source: Path, tmp_path: Path) -> tuple[Policy, Path]:
     return policy, path
 
 
-@pytest.mark.parametrize(
-    "file", [METADATA_FILE, checkpoint.RANDOM_FILE, checkpoint.STATE_FILE, checkpoint.SCHEDULE_FILE]
-)
+@pytest.mark.parametrize("file", [METADATA_FILE, RANDOM_FILE, STATE_FILE, SCHEDULE_FILE])
 def test_a_hostile_checkpoint_of_a_run_is_refused_and_runs_nothing(
     source: Path, tmp_path: Path, marker: Path, file: str
 ) -> None:
@@ -258,20 +256,20 @@ def test_a_hostile_checkpoint_of_a_run_is_refused_and_runs_nothing(
 @pytest.mark.parametrize(
     ("file", "content", "problem"),
     [
-        (checkpoint.SCHEDULE_FILE, b'{"num_updates": 1, "scheduler": null}', "got TypeError"),
-        (checkpoint.SCHEDULE_FILE, b'{"num_updates": 1, "scheduler": {}}', "got KeyError"),
+        (SCHEDULE_FILE, b'{"num_updates": 1, "scheduler": null}', "got TypeError"),
+        (SCHEDULE_FILE, b'{"num_updates": 1, "scheduler": {}}', "got KeyError"),
         (
-            checkpoint.RANDOM_FILE,
+            RANDOM_FILE,
             [{"device": "cpu", "torch": torch.zeros(3), "streams": {}}],
             "got TypeError",
         ),
         (
-            checkpoint.STATE_FILE,
+            STATE_FILE,
             b'{"another": "version"}',
             "got KeyError: 'step', expected what a run of this version saves",
         ),
         (
-            checkpoint.SCHEDULE_FILE,
+            SCHEDULE_FILE,
             None,
             "saved by another version of this program, got no schedule.json",
         ),

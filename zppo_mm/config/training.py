@@ -151,6 +151,13 @@ class CheckpointConfig:
         also_called=("save_total_limit", "max_checkpoints"),
     )
     resume: bool = key(True, "Continue from the newest complete checkpoint of the run's folder.")
+    staging_dir: str = key(
+        "",
+        "Folder of each machine that takes a checkpoint first, on the way to the run's folder. "
+        "Then slow or stalled storage delays training only when two checkpoints wait for it, not "
+        "one, and the copy in host memory is given up sooner. It needs room for the machine's part "
+        "of two checkpoints. Empty: straight to the run's folder.",
+    )
     allow_changes: list[str] = key(
         [],
         "Keys or sections that may have other values than in the checkpoint that a run continues "

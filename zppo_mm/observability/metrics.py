@@ -101,6 +101,7 @@ METRICS: Mapping[str, str] = {
     "buffer/evicted/*": "Questions evicted since the start, by accuracy at admission in percent.",
     "buffer/graduated_visits/*": "Questions graduated since the start, by number of visits.",
     "buffer/evicted_visits/*": "Questions evicted since the start, by number of visits.",
+    "checkpoint/broken": "Damaged checkpoints that starts of the run have set aside.",
     "data/samples": "Samples read by the stream.",
     "data/skipped/*": "Samples skipped, by reason; all but `needs_judge` are bad.",
     "data/too_long": "Questions left out because their plain prompt has more than "
@@ -269,7 +270,8 @@ METRICS: Mapping[str, str] = {
     "seconds/*": (
         "Seconds of one phase (data, plain_rollout, teacher, reformulated_rollout, old_logprobs, "
         "update, evaluation, weight_sync, …). Rollouts that the step before started count with the "
-        "time that they were waited for."
+        "time that they were waited for; `checkpoint` is the time that a save kept training "
+        "waiting, and counts in the step after it."
     ),
     "seconds/step": "Seconds of the whole step.",
     "system/rss_bytes": "Resident memory of the largest process of the run, now.",

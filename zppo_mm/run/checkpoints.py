@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,10 +12,13 @@ from typing import Any
 
 from zppo_mm.errors import GradingError, RolloutServersLostError
 from zppo_mm.interruption import RunStopped, StopRequested
+from zppo_mm.observability.metrics import Max, StepMetrics, Sum
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.run.parts import Run
 from zppo_mm.teacher.teacher import TeacherLostError
-from zppo_mm.training.checkpoint import CheckpointWriter
+from zppo_mm.training.checkpoint_writer import CheckpointWriter
+from zppo_mm.training.staging import stage
+from zppo_mm.weights.distributed_folder import on_every_rank
 
 
 class RunCheckpoints:
@@ -23,13 +27,22 @@ class RunCheckpoints:
     Args:
         run: What is saved.
         folder: Of the checkpoints.
+
+    Raises:
+        CheckpointError: On every rank, if `checkpoint.staging_dir` cannot be written on one.
     """
 
     def __init__(self, run: Run, folder: Path) -> None:
         self._run = run
         self._interruption = run.stages.interruption
+        config = run.config.checkpoint
+        staging = Path(config.staging_dir) if config.staging_dir else None
+        if staging is not None:
+            on_every_rank(staging, partial(stage, [], staging))  # an error now, not at the first
+        self._num_broken = parallel.on_rank_zero(lambda: len(list(folder.glob("*.broken"))))
+        self._seconds = 0.0
         self._writer = CheckpointWriter(
-            folder, run.config.checkpoint.keep, partial(setattr, self._interruption, "steps_done")
+            folder, config.keep, partial(setattr, self._interruption, "steps_done"), staging
         )
 
     def save(self, step: int, wait: bool) -> None:
@@ -50,9 +63,11 @@ class RunCheckpoints:
         own_files: dict[str, bytes] = {}
         if overlap is not None:
             state["ahead"], own_files = overlap.state()
+        started = time.perf_counter()
         self._writer.save(step, run.policy, state, own_files)
         if wait:
             self._writer.finish()
+        self._seconds += time.perf_counter() - started
 
     def save_if_missing(self, step: int) -> None:
         """Leave a complete checkpoint of a step. One that is complete or under way is not written
@@ -65,6 +80,16 @@ class RunCheckpoints:
     def poll(self) -> None:
         """See whether the save under way is complete."""
         self._writer.notice()
+
+    def take_metrics(self) -> StepMetrics:
+        """Return how long saves kept this rank from training since the last call, and how many
+        checkpoints were set aside when the run was started.
+        """
+        metrics = StepMetrics()
+        metrics.add("seconds/checkpoint", Sum(self._seconds))
+        metrics.add("checkpoint/broken", Max(self._num_broken))
+        self._seconds = 0.0
+        return metrics
 
     def stop_if_requested(self, step: int) -> None:
         """End the run after a complete step.

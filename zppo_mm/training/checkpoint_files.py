@@ -27,11 +27,13 @@ def step_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [
-        (int(match[1]), path)
-        for path in folder.iterdir()
-        if (match := _STEP_FOLDER.fullmatch(path.name)) and path.is_dir()
+        path for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name) and path.is_dir()
     ]
-    return [path for _, path in sorted(found)]
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def make_empty(partial_folder: Path) -> None:
@@ -42,8 +44,8 @@ def make_empty(partial_folder: Path) -> None:
 
 
 def publish(partial_folder: Path, target: Path, checksums: dict[str, int], keep: int) -> None:
-    """Rename a complete folder, then prune; the rename is the moment at which the checkpoint
-    exists.
+    """Rename a complete folder, then prune what is older; the rename is the moment at which the
+    checkpoint exists.
 
     Args:
         partial_folder: With all files of the checkpoint.
@@ -67,7 +69,9 @@ def publish(partial_folder: Path, target: Path, checksums: dict[str, int], keep:
     sync(partial_folder / MANIFEST_FILE)
     sync(partial_folder)
     replace_folder(partial_folder, target)
-    for old in step_folders(target.parent)[: -max(keep, 1)]:
+    # Only what is older than a checkpoint that has just been read back: others may be damaged.
+    older = [path for path in step_folders(target.parent) if _step(path) < _step(target)]
+    for old in older[: max(0, len(older) - (keep - 1))]:
         # Renamed first, so that a half-removed folder never looks like a checkpoint.
         replace_folder(old, old.with_name(f".{old.name}.removed"))
     for leftover in target.parent.glob(".step_*.*"):

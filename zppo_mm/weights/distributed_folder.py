@@ -15,7 +15,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,7 @@ _FITTING = "expected a complete checkpoint of this network; use another one"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WrittenFile:
-    """A file that is complete and synced to disk.
+    """What a rank has written of a checkpoint.
 
     Attributes:
         name: In the folder.
@@ -157,33 +157,46 @@ def plan_writes(chunks: Sequence[WriteChunk]) -> tuple[list[WriteChunk], Metadat
 
 
 def write_chunks(chunks: list[WriteChunk], folder: Path) -> WrittenFile:
-    """Write this rank's file and sync it; each chunk is released when it is written. No other rank
-    is waited for.
+    """Write this rank's file and sync it. No other rank is waited for.
 
     Args:
-        chunks: From `plan_writes`; empty afterwards.
+        chunks: As of `write_to`.
         folder: Exists.
 
     Raises:
         OSError: There is no room or no permission.
     """
-    name = f"__{parallel.rank()}_0.distcp"
-    results, size, checksum = [], 0, 0
-    chunks.reverse()
-    with open(folder / name, "wb") as stream:
-        while chunks:
-            chunk = chunks.pop()
-            content = _serialised(chunk.content())
-            stream.write(content)
-            location = _StorageInfo(name, size, len(content))
-            results.append(
-                WriteResult(
-                    index=chunk.item.index, size_in_bytes=len(content), storage_data=location
-                )
-            )
-            size, checksum = size + len(content), zlib.crc32(content, checksum)
+    with open(folder / own_file_name(), "wb") as stream:
+        written = write_to(stream, chunks)
         stream.flush()
         os.fsync(stream.fileno())
+    return written
+
+
+def own_file_name() -> str:
+    """Return the name of this rank's file."""
+    return f"__{parallel.rank()}_0.distcp"
+
+
+def write_to(stream: BinaryIO, chunks: list[WriteChunk]) -> WrittenFile:
+    """Write the content of this rank's file; each chunk is released when it is written.
+
+    Args:
+        stream: Anything that takes bytes.
+        chunks: From `plan_writes`; empty afterwards.
+    """
+    name = own_file_name()
+    results, size, checksum = [], 0, 0
+    chunks.reverse()
+    while chunks:
+        chunk = chunks.pop()
+        content = _serialised(chunk.content())
+        stream.write(content)
+        location = _StorageInfo(name, size, len(content))
+        results.append(
+            WriteResult(index=chunk.item.index, size_in_bytes=len(content), storage_data=location)
+        )
+        size, checksum = size + len(content), zlib.crc32(content, checksum)
     return WrittenFile(name, size, checksum, results)
 
 
