@@ -185,7 +185,13 @@ def _shown_group(title: str, record: Mapping[str, Any]) -> ShownGroup:
         title=title,
         kind=record["kind"],
         accuracy=record["accuracy"],
-        segments=split_prompt(record["prompt"], record["candidates"]),
+        segments=(
+            *(
+                PromptSegment(f"{turn['role']}: {turn['text']}\n\n")
+                for turn in record.get("earlier", ())
+            ),
+            *split_prompt(record["prompt"], record["candidates"]),
+        ),
         rollouts=tuple(record["rollouts"][:MAX_RESPONSES_SHOWN]),
         num_rollouts=len(record["rollouts"]),
     )
