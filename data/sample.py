@@ -199,6 +199,13 @@ def _text(where: str, fields: Mapping[str, Any], name: str, *, optional: bool = 
 
 def _turns(where: str, fields: Mapping[str, Any]) -> tuple[Turn, ...]:
     """Return the messages, the question last."""
+    if isinstance(fields.get("question"), list | tuple):
+        got = reprlib.repr(fields["question"])
+        raise SampleError(
+            "bad_field",
+            f"{where}: field question is a list, got {got}, expected a text; give a conversation "
+            "as messages, of a table with columns: {messages: COLUMN}",
+        )
     if fields.get("messages") is None:
         return (Turn("user", _text(where, fields, "question")),)
     if fields.get("question") is not None:

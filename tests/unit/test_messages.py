@@ -180,6 +180,10 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         {"messages": MARKED, **NAMED, "question": "What?"}, "bad_field",
         "two fields say what is asked, got question and messages, expected one",
     ),
+    "messages as question": (
+        {"question": MARKED, **NAMED}, "bad_field",
+        r"field question is a list, .*give a conversation as messages, of a table with columns: \{",
+    ),
     "two places": (
         {"messages": user(PICTURED), "images": ["2.png"]}, "bad_field",
         r"media in messages and in another column, got images, .*columns: \{ignore: images\}",
