@@ -25,6 +25,7 @@ from tests.support.tiny_folder import TEMPLATE, build_folder
 from tests.support.zone_builders import CountingCompressor, group, rollout
 from zppo_mm.config.schema import TeacherConfig, ZoneConfig
 from zppo_mm.errors import ConfigError
+from zppo_mm.evaluation.answers import AnsweredQuestion
 from zppo_mm.observability.transcripts import write_transcript
 from zppo_mm.report.examples import choose_examples
 from zppo_mm.rewards.judge import LlmJudge, load_judge_template
@@ -44,6 +45,7 @@ from zppo_mm.teacher.teacher import Hint, Trace
 from zppo_mm.zone.hint import reveals
 from zppo_mm.zone.prompts import load_templates
 from zppo_mm.zone.reformulate import Reformulator
+from zppo_mm.zone.replay import ReplayBuffer
 
 SHOWN = MediaRef("image", "s.tar", "a", "0.png"), MediaRef("image", "s.tar", "b", "1.png")
 EARLIER = (
@@ -272,10 +274,26 @@ def test_a_hint_may_repeat_what_the_conversation_says() -> None:
     assert not reveals("count to seven", Trace(talked, "", "seven"))
 
 
+def test_the_replay_buffer_keeps_the_conversation_over_a_checkpoint() -> None:
+    buffer, restored = ReplayBuffer(3), ReplayBuffer(3)
+    buffer.update([make_group(TALK, "new", [make_rollout("4", 0.0)])], 0.5, 1)
+    restored.load_state_dict(json.loads(json.dumps(buffer.state_dict())))
+    assert [entry.question for entry in restored.entries()] == [TALK]
+    # Asked again by the stream, it is the same question.
+    restored.update([make_group(TALK, "new", [make_rollout("4", 0.0)])], 0.5, 2)
+    # Buffers of runs before there were conversations.
+    state = json.loads(json.dumps(buffer.state_dict()))
+    del state["entries"][0]["question"]["earlier"]
+    restored.load_state_dict(state)
+    assert [entry.question for entry in restored.entries()] == [replace(TALK, earlier=())]
+
+
 def test_transcript_and_report_show_the_earlier_messages(tmp_path: Path) -> None:
     made = make_group(TALK, "new", [make_rollout("4", 1.0)], 1, (), "ask")
     path = write_transcript(RunFolder(tmp_path), 1, [made], {}, {})
     record = json.loads(path.read_text())
+    answered = AnsweredQuestion.of(0, made.instance, made, "")
+    assert record["earlier"] == answered.earlier
     assert record["earlier"] == [{"role": turn.role, "text": turn.text} for turn in EARLIER]
     (example,) = choose_examples(tmp_path, 1, None)
     shown = "".join(segment.text for segment in example.groups[0].segments)
