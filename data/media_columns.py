@@ -6,11 +6,8 @@ Without its picture it would be another question.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-from data.errors import SampleError
-from data.question import MediaRef
 
 _THING = (
     r"(?:image|img|picture|pic|photo|photograph|figure|screenshot|frame|thumbnail|video|clip|movie"
@@ -26,8 +23,6 @@ _FILE = re.compile(
     re.IGNORECASE,
 )
 _DATA_URL = re.compile(r"data:(?:image|video|audio)/")
-_MARKER = re.compile(r"`<(?:image|video)[ _]?\d*>`|<(image|video)[ _]?(\d{0,9})>")
-"""In backticks it is text about the marker, and has no groups."""
 
 
 def unmapped_media(fields: Mapping[str, Any], read: Iterable[str], has_media: bool) -> list[str]:
@@ -57,34 +52,6 @@ def _unmapped(
         elif _is_media(name, value, has_media, is_inner=is_inner):
             found.append(name)
     return found
-
-
-def check_markers(where: str, texts: Sequence[str], media: Sequence[MediaRef]) -> None:
-    """Refuse a question whose `<image>`, `<image 2>` and `<video>` are not as many as its media; in
-    backticks they are text.
-
-    Raises:
-        SampleError: `missing_media`.
-    """
-    for kind in ("image", "video"):
-        have = sum(reference.kind == kind for reference in media)
-        found = [match[2] for text in texts for match in _MARKER.finditer(text) if match[1] == kind]
-        bare = found.count("")
-        # Some count from 0.
-        highest = max((max(int(number), 1) for number in found if number), default=0)
-        if (bare and bare != have) or highest > have:
-            got = (
-                f"got {bare} times <{kind}>" if bare and bare != have else f"got <{kind} {highest}>"
-            )
-            expected = (
-                "expected as many; add or name the media, or set the marker in backticks where it "
-                "is text"
-            )
-            raise SampleError(
-                "missing_media",
-                f"{where}: the text does not fit its media, {got} and {have} of kind {kind}, "
-                f"{expected}",
-            )
 
 
 def _is_media(name: str, value: Any, has_media: bool, *, is_inner: bool = False) -> bool:

@@ -12,8 +12,9 @@ from typing import Any
 from data.choices import named_options, option_letters
 from data.errors import SampleError, shown
 from data.json_text import load_object
-from data.media_columns import check_markers, unmapped_media
-from data.question import ANSWER_TYPES, AnswerType, MediaKind, MediaRef, Question
+from data.media_columns import unmapped_media
+from data.messages import in_text_order, read_messages
+from data.question import ANSWER_TYPES, AnswerType, MediaKind, MediaRef, Question, Turn
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp"})
 VIDEO_EXTENSIONS = frozenset({"mp4", "m4v", "mov", "webm", "mkv", "avi", "gif"})
@@ -25,7 +26,7 @@ _UNOPENED = """
 UNOPENED_EXTENSIONS = frozenset(_UNOPENED.split())
 """Of pictures, videos and sounds in formats that are not opened."""
 MAX_CHOICES = 26
-FIELDS = ("id", "question", "answer", "answer_type", "choices", "source", "media")
+FIELDS = ("id", "question", "messages", "answer", "answer_type", "choices", "source", "media")
 MAX_MEDIA = 1000
 MAX_METADATA_CHARS = 1 << 16
 """The replay buffer and its checkpoints hold them."""
@@ -137,7 +138,7 @@ def make_question(
     Args:
         where: File and key, for messages.
         fields: All fields; `media` is not looked at.
-        media: Images and videos, in the order in which the prompt shows them.
+        media: Images and videos; the prompt shows them in this order where no text places them.
         answer_types: Those that can be graded.
 
     Raises:
@@ -146,19 +147,21 @@ def make_question(
     answer_type = _answer_type(where, fields, answer_types)
     choices = _choices(where, fields, answer_type)
     answer = _text(where, fields, "answer")
+    *earlier, last = _turns(where, fields)
+    texts = [*(turn.text for turn in earlier), last.text, *choices]
     question = Question(
         id=_text(where, fields, "id"),
-        text=_text(where, fields, "question"),
-        media=media,
+        text=last.text,
+        media=in_text_order(where, texts, media),
         answer=_right_letter(where, answer, choices) if choices else answer,
         answer_type=answer_type,
         choices=choices,
         source=_text(where, fields, "source", optional=True),
         metadata=_metadata(where, fields),
+        earlier=tuple(earlier),
     )
     if not question.media:
         check_fields(where, fields, has_media=False)
-    check_markers(where, [question.text, *choices], question.media)
     return question
 
 
@@ -192,6 +195,34 @@ def _text(where: str, fields: Mapping[str, Any], name: str, *, optional: bool = 
         f"{where}: field {name} is wrong, got {reprlib.repr(value)}, expected a text that is not "
         "empty; correct it",
     )
+
+
+def _turns(where: str, fields: Mapping[str, Any]) -> tuple[Turn, ...]:
+    """Return the messages, the question last."""
+    if isinstance(fields.get("question"), list | tuple):
+        got = reprlib.repr(fields["question"])
+        raise SampleError(
+            "bad_field",
+            f"{where}: field question is a list, got {got}, expected a text; give a conversation "
+            "as messages, of a table with columns: {messages: COLUMN}",
+        )
+    if fields.get("messages") is None:
+        return (Turn("user", _text(where, fields, "question")),)
+    if fields.get("question") is not None:
+        raise SampleError(
+            "bad_field",
+            f"{where}: two fields say what is asked, got question and messages, expected one; "
+            "remove the other, or leave its column out with columns: {ignore: …}",
+        )
+    turns, media = read_messages(where, fields["messages"])
+    if media:
+        raise SampleError(
+            "bad_field",
+            f"{where}: a part of messages holds a medium, got {reprlib.repr(media[0][1])}, "
+            'expected {"type": "image"} alone; a shard has files beside KEY.json and their order '
+            "in media",
+        )
+    return turns
 
 
 def _answer_type(

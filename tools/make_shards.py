@@ -38,7 +38,8 @@ index.
 
 Each line: {"id": …, "question": …, "answer": …, "answer_type": "math" | "choice" | "open",
 "choices": […], "source": …, "media": ["path", …], "metadata": …}.
-Media may also be in image, images, video, videos. Only question and answer must be there.
+Media may also be in image, images, video, videos. Only question (or messages) and answer must be
+there.
 The answer to a choice question is the letter or text of an option. Details: docs/data.md.
 
 Other commands, each with its own --help:

@@ -59,9 +59,9 @@ class PromptInstance:
         uid: Unique over the run: `<step>/<kind>/<question id>`, with the index in the step
             before the id where it is plain; `<step>/inject/<kind>/<index>/<question id>` for a
             plain group into which a rollout was put.
-        question: The question whose media and answer count.
+        question: The question whose media, earlier messages and answer count.
         kind: Where the prompt comes from.
-        text: The whole user text, closing format instruction included.
+        text: The whole text of the last message, closing format instruction included.
         candidates: Shown candidates in the order shown, or the one hint; empty for plain prompts.
         response_prefix: Tokens, in the student's vocabulary, that the response is made to begin
             with; they carry no loss.

@@ -11,7 +11,8 @@ from data.media_folder import MediaFolder
 from data.question import MediaRef
 from data.shards import ShardReader
 from data.sources.listing import TABLES
-from data.sources.rows import cell_position, cell_values, content_of, file_path
+from data.sources.references import cell_position, file_path
+from data.sources.rows import cell_values, content_of
 from data.sources.table import Table
 
 NO_LIMIT = 1 << 62

@@ -17,7 +17,8 @@ from typing import Any
 from data.errors import DataError, SampleError, shown
 from data.json_text import TEXT_RULE, InvalidText, check_texts
 from data.media_columns import unmapped_media
-from data.question import MediaKind, MediaRef
+from data.messages import read_messages
+from data.question import MediaKind
 from data.sample import FIELDS, MAX_MEDIA, media_kind
 
 MEDIA_PARTS: Mapping[str, MediaKind | None] = {
@@ -111,7 +112,8 @@ class RowRules:
         """Return the columns of a part."""
         if part in self.columns:
             return self._given(part)
-        return [] if part == IGNORE or self._is_taken(part) else [part]
+        is_left_out = part == IGNORE or part in self._given(IGNORE) or self._is_taken(part)
+        return [] if is_left_out else [part]
 
     def _given(self, part: str) -> list[str]:
         return [name.strip() for name in self.columns.get(part, "").split(",") if name.strip()]
@@ -135,7 +137,8 @@ class RowRules:
 def question_fields(
     where: str, row: Mapping[str, Any], rules: RowRules, default_id: str
 ) -> tuple[dict[str, Any], list[Medium]]:
-    """Return the fields of KEY.json, without `media`, and the media of a row.
+    """Return the fields of KEY.json, without `media`, and the media of a row. Those of `messages`
+    become texts.
 
     Args:
         where: File and number of the row, for messages.
@@ -151,12 +154,14 @@ def question_fields(
     except InvalidText as error:
         raise SampleError("bad_text", f"{where}: {error}, {TEXT_RULE}; correct it") from error
     media = row_media(where, row, rules)
-    _check_all_read(where, row, rules, has_media=bool(media))
     fields = {
         part: value
         for part in OWN_FIELDS
         if (value := _one_value(where, row, rules, part)) is not None
     }
+    if "messages" in fields:
+        media += _read_conversation(where, row, rules, fields, media)
+    _check_all_read(where, row, rules, has_media=bool(media))
     fields |= {part: _as_text(fields[part]) for part in TEXT_PARTS if part in fields}
     if isinstance(fields.get("choices"), list):
         fields["choices"] = [_as_text(choice) for choice in fields["choices"]]
@@ -187,6 +192,26 @@ def row_media(where: str, row: Mapping[str, Any], rules: RowRules) -> list[Mediu
     return media
 
 
+def _read_conversation(
+    where: str,
+    row: Mapping[str, Any],
+    rules: RowRules,
+    fields: dict[str, Any],
+    others: Sequence[Medium],
+) -> list[Medium]:
+    """Put the messages as texts into the fields, and return the media that they hold."""
+    turns, held = read_messages(where, fields["messages"])
+    fields["messages"] = [{"role": turn.role, "content": turn.text} for turn in turns]
+    if held and others:
+        raise SampleError(
+            "bad_field",
+            f"{where}: media in messages and in another column, got {others[0].column}, expected "
+            f"them in one place; leave one out, e.g. columns: {{{IGNORE}: {others[0].column}}}",
+        )
+    (column,) = [each for each in rules.of("messages") if row_value(row, each) is not None]
+    return [_medium(where, kind, column, index, value) for index, (kind, value) in enumerate(held)]
+
+
 def row_value(row: Mapping[str, Any], column: str) -> Any:
     """Return what a column holds, `None` if it is missing; a dot leads into an object."""
     value: Any = row
@@ -204,8 +229,12 @@ def row_paths(row: Mapping[str, object]) -> Iterator[str]:
 
 
 def cell_values(cell: Any) -> Sequence[Any]:
-    """Return the values of a column that may hold one or a list."""
-    return cell if isinstance(cell, list | tuple) else [cell]
+    """Return the media of a column that may hold one, a list or messages."""
+    if not isinstance(cell, list | tuple):
+        return [cell]
+    if cell and isinstance(cell[0], Mapping) and "role" in cell[0]:
+        return [value for _, value in read_messages("", cell)[1]]
+    return cell
 
 
 def content_of(value: Any) -> bytes | None:
@@ -253,31 +282,6 @@ def check_names(path: object, names: Iterable[str]) -> None:
             f"{path}: two columns have one name, got {twice[0]!a}, expected every name once; "
             "rename one"
         )
-
-
-def file_ref(kind: MediaKind, root: object, path: str) -> MediaRef:
-    """Return the reference to a file below a folder, which any process can open without its row."""
-    key, dot, extension = path.rpartition(".")
-    if not dot or not extension or "/" in extension:
-        key, extension = path, ""
-    return MediaRef(kind, f"{root}/", key, extension)
-
-
-def file_path(ref: MediaRef) -> str:
-    """Return the path of `file_ref`, from its folder."""
-    return f"{ref.key}.{ref.extension}" if ref.extension else ref.key
-
-
-def cell_ref(medium: Medium, file: str, key: str) -> MediaRef:
-    """Return the reference to what a row of a table holds."""
-    ending = f".{medium.ending}" if medium.ending else ""
-    return MediaRef(medium.kind, file, key, f"{medium.column}/{medium.index}{ending}")
-
-
-def cell_position(ref: MediaRef) -> tuple[str, int]:
-    """Return column and index of `cell_ref`."""
-    column, _, position = ref.extension.rpartition("/")
-    return column, int(position.partition(".")[0])
 
 
 def _one_value(where: str, row: Mapping[str, Any], rules: RowRules, part: str) -> Any:

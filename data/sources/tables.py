@@ -15,12 +15,11 @@ from data.shards import SampleKeys
 from data.source import Source
 from data.sources.listing import TableListing
 from data.sources.reader import SourceReader, TableFiles
+from data.sources.references import cell_ref, file_ref
 from data.sources.rows import (
     IGNORE,
     Medium,
     RowRules,
-    cell_ref,
-    file_ref,
     question_fields,
     row_paths,
     row_value,
@@ -193,7 +192,10 @@ def _check_columns(table: Table, rules: RowRules) -> None:
     """
     rows = _rows(table) if table.schema_columns is None else iter(())
     present = set(table.schema_columns or ()) | _columns(islice(rows, ROWS_LOOKED_AT))
-    needed = {part: rules.of(part) for part in ("question", "answer")}
+    needed = {
+        "question": [*rules.of("question"), *rules.of("messages")],
+        "answer": rules.of("answer"),
+    }
     missing = [part for part, columns in needed.items() if not _has(present, columns)]
     if present and missing:
         listed = ", ".join(f"{part}: COLUMN" for part in missing)

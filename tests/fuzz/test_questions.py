@@ -33,11 +33,23 @@ VALUES = st.recursive(
 )
 NAMES = st.sampled_from((*PARTS, "images", "note"))
 ROWS = st.dictionaries(NAMES | TEXTS, VALUES, max_size=8)
+TURNS = st.lists(
+    st.dictionaries(
+        st.sampled_from(("role", "content", "type", "text", "image")),
+        st.sampled_from(("user", "system", "assistant", "text", "image", "<image>", "a.png"))
+        | st.lists(st.just({"type": "image"}) | VALUES, max_size=2)
+        | VALUES,
+        max_size=3,
+    )
+    | st.fixed_dictionaries({"role": st.just("user"), "content": TEXTS}),
+    max_size=3,
+)
 GOOD = {"question": "q", "answer": "1", "answer_type": "math"}
 LINES = (
     st.binary(max_size=40).map(lambda content: content.replace(b"\n", b""))
     | ROWS.map(lambda row: json.dumps(row).encode())
     | ROWS.map(lambda row: json.dumps(GOOD | row).encode())
+    | TURNS.map(lambda turns: json.dumps({"messages": turns, "answer": "1"}).encode())
     | ROWS.map(
         lambda row: (
             json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass").replace(b"\n", b"")
@@ -52,7 +64,11 @@ def read_all(folder: Path) -> int:
     for key in list(shards.keys()):
         question = shards.question(*key)
         "".join(
-            (question.id, question.text, question.answer, question.source, *question.choices)
+            (
+                *(turn.text for turn in question.earlier),
+                *(question.id, question.text, question.answer, question.source),
+                *question.choices,
+            )
         ).encode()
         for reference in question.media:
             shards.media_bytes(reference)

@@ -14,7 +14,7 @@ from zppo_mm.rollout.prompt import PromptEncoder
 from zppo_mm.serving.servers import RetryPolicy
 from zppo_mm.teacher.served.chat_api import ChatRequest
 from zppo_mm.teacher.served.pool import EndpointPool
-from zppo_mm.teacher.served.servers import Outcome
+from zppo_mm.teacher.served.servers import Outcome, Servers
 from zppo_mm.teacher.served.teacher import ServedTeacher
 from zppo_mm.teacher.served.tokens import TokenReader
 from zppo_mm.zone.prompts import load_templates
@@ -42,7 +42,7 @@ def ask(url: str, policy: RetryPolicy = PATIENT, **options: Any) -> tuple[Outcom
 
 
 def served_teacher(
-    pool: EndpointPool,
+    pool: Servers,
     config: TeacherConfig,
     verifier: Verifier,
     encoder: PromptEncoder,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import AutoTokenizer
 
 from data.media.opening import Frames, MediaLimits, MediaOpener
-from data.question import MediaKind, MediaRef, Question
+from data.question import MediaKind, MediaRef, Question, Turn
 from tests.support.processor_oracle import Case, Processed, ask_transformers
 from tests.support.processor_settings import QWEN2_5_VL, patch_settings
 from tests.support.tiny_folder import build_folder
@@ -104,6 +105,32 @@ MODES = ("L", "LA", "RGBA", "P", "1", "CMYK")
 NUM_FRAMES = (1, 2, 3, 5, 7, 8, 45)
 CLIPS = ("bikes", "carphone_pristine")
 CLOCKWISE = (0, 1, -1, 0)
+ASKED = "What is it?"
+TALK: list[dict[str, Any]] = [
+    {"role": "system", "content": "Look at everything."},
+    {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": "First: "},
+            {"type": "image", "name": "odd"},
+            {"type": "video", "name": "7 frames"},
+            {"type": "text", "text": " What are\nthey? "},
+        ],
+    },
+    {"role": "assistant", "content": "Noise, and a clip."},
+    {
+        "role": "user",
+        "content": [
+            {"type": "image", "name": "RGBA"},
+            {"type": "text", "text": "and "},
+            {"type": "image", "name": "tiny"},
+            {"type": "text", "text": ", before "},
+            {"type": "video", "name": "slow"},
+            {"type": "text", "text": "?"},
+        ],
+    },
+]
+"""As Hugging Face chat templates take it, with the names of the media besides."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +198,40 @@ class Asked:
     encoder: PromptEncoder
     question: Question
     case: Case
+    text: str = ASKED
+
+
+def conversation(folder: Path, exported: Path, media: Media, encoder: PromptEncoder) -> Asked:
+    """Return our reading of `TALK`, and its rendering by transformers."""
+    shown = [part for turn in TALK for part in turn["content"] if isinstance(part, dict)]
+    named = [part for part in shown if part["type"] != "text"]
+    turns = [
+        Turn(
+            turn["role"],
+            "".join(
+                part if isinstance(part, str) else part.get("text", f"<{part['type']}>")
+                for part in turn["content"]
+            ),
+        )
+        for turn in TALK
+    ]
+    refs = tuple(MediaRef(part["type"], "", part["name"], "") for part in named)
+    rendered = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        TALK, tokenize=False, add_generation_prompt=True
+    )
+    return Asked(
+        "conversation",
+        "",
+        encoder,
+        Question("q", turns[-1].text, refs, "1", "math", earlier=tuple(turns[:-1])),
+        Case(
+            exported,
+            with_bare_videos(encoder, rendered),
+            tuple(media.images[ref.key] for ref in refs if ref.kind == "image"),
+            tuple(media.videos[ref.key] for ref in refs if ref.kind == "video"),
+        ),
+        turns[-1].text,
+    )
 
 
 def open_media(media: Media, opener: MediaOpener, ref: MediaRef) -> Frames:
@@ -216,6 +277,8 @@ def asked(media: Media, tmp_path_factory: pytest.TempPathFactory) -> Iterator[li
                     ),
                 )
             )
+        talked = conversation(folder, exported, media, encoder)
+        cases.append(replace(talked, layout=title))
     yield cases
     for opener in openers:
         opener.close()
@@ -243,7 +306,10 @@ def bare(encoder: PromptEncoder, kinds: list[MediaKind]) -> str:
     temporal patches. Version 4 and vLLM replace them, as here; with a bare placeholder 5.23 does
     the same.
     """
-    text = encoder.chat.render("What is it?", kinds).text
+    return with_bare_videos(encoder, encoder.chat.render(ASKED, kinds).text)
+
+
+def with_bare_videos(encoder: PromptEncoder, text: str) -> str:
     if encoder.chat.video_layout.timestamped:
         return text.replace("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>")
     return text
@@ -261,7 +327,7 @@ def test_prompts_equal_those_of_transformers(asked: list[Asked], answers: list[P
         if oracle.refusal:
             refused.add(each.name)
             continue
-        prompt, vision = each.encoder.encode("What is it?", each.question)
+        prompt, vision = each.encoder.encode(each.text, each.question)
         assert prompt.token_ids.tolist() == oracle.values["input_ids"][0].tolist(), where
         seconds = []
         for kind, grids, pixels in (

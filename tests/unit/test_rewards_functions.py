@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from data.question import MediaRef, Question
+from data.question import MediaRef, Question, Turn
 from tests.support.zone_builders import group, rollout
 from zppo_mm.config.load import load_config
 from zppo_mm.errors import ConfigError, GradingError
@@ -72,12 +72,15 @@ def test_parts_make_a_weighted_mean_and_are_kept(verifier: Verifier) -> None:
 
 def test_a_function_is_given_question_response_answer_and_metadata(verifier: Verifier) -> None:
     metadata = json.dumps({"box": [1, 2.5], "name": "é"})
-    asked = question("stated", "gold", metadata)
+    earlier = (Turn("system", "Hi"), Turn("user", "é?"))
+    asked = replace(question("stated", "gold", metadata), earlier=earlier)
     for claim in (
         "metadata == {'box': [1, 2.5], 'name': 'é'}",
         "question.answer == 'gold' and question.id == 'q7' and question.text == 'Which?'",
         "parsed == 'x y'  # \\boxed{x y}",
         "question.media == () and question.choices == ()",
+        "[turn.role for turn in question.earlier] == ['system', 'user']",
+        "question.earlier[1].text == 'é?'",
     ):
         assert verifier.verify(asked, claim).reward == 1, claim
     assert verifier.verify(replace(asked, metadata=""), "metadata is None").reward == 1

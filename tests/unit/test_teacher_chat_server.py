@@ -31,13 +31,13 @@ def test_the_server_refuses_what_is_no_request_and_who_has_no_key() -> None:
     assert post(server, request, key="guess")[0] == 401
     assert post(server, request, key="\u00e9")[0] == 401
     assert post(server, request, path="/v1/models")[0] == 404
-    two = [*request["messages"], {"role": "user", "content": "Again"}]
+    answered = [*request["messages"], {"role": "assistant", "content": "Hello"}]
     pictured = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
     for wrong in (
         b"{",
         [],
         {"messages": []},
-        request | {"messages": two},
+        request | {"messages": answered},
         request | {"messages": pictured},
         request | {"n": 0},
         request | {"max_tokens": 0},

@@ -67,10 +67,10 @@ def shards_of(folder: Path, modality: Any) -> Shards:
 
 
 def parts_of(shards: Shards, question: Question, **options: Any) -> Sequence[Any]:
-    content = MessageWriter(TeacherConfig(**options), shards).content(
+    (message,) = MessageWriter(TeacherConfig(**options), shards).messages(
         "Look. <|image_pad|>", question.media
     )
-    assert not isinstance(content, str)
+    content: list[Any] = message["content"]
     assert content[-1] == {"type": "text", "text": "Look. < |image_pad|>"}
     return content[:-1]
 
@@ -106,7 +106,8 @@ def test_a_video_leaves_as_its_sampled_frames_or_as_its_file(video: Shards) -> N
 
 
 def test_a_text_question_is_one_text() -> None:
-    assert MessageWriter(TeacherConfig()).content("Hi") == "Hi"
+    messages = MessageWriter(TeacherConfig()).messages("Hi")
+    assert messages == [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(scope="module")

@@ -307,10 +307,11 @@ def test_retry_after() -> None:
 
 def test_request_body() -> None:
     ask = ChatRequest("hi é", num_choices=4, temperature=1.0, max_tokens=9, seed=2**31 - 1)
-    body = json.loads(ask.body("m", "hi é", 4, 0))
+    messages = [{"role": "user", "content": "hi é"}]
+    body = json.loads(ask.body("m", messages, 4, 0))
     assert body == {
         "model": "m",
-        "messages": [{"role": "user", "content": "hi é"}],
+        "messages": messages,
         "temperature": 1.0,
         "top_p": 1.0,
         "max_tokens": 9,
@@ -318,16 +319,14 @@ def test_request_body() -> None:
         "stream": False,
         "n": 4,
     }
-    assert json.loads(ask.body("m", "hi é", 1, 1))["seed"] == 0  # servers take 31 bits
-    assert "n" not in json.loads(ask.body("m", "hi é", 1, 1))
+    assert json.loads(ask.body("m", messages, 1, 1))["seed"] == 0  # servers take 31 bits
+    assert "n" not in json.loads(ask.body("m", messages, 1, 1))
 
 
 def test_special_tokens_in_a_question_are_plain_text() -> None:
     given = "<|im_end|> </s> [/INST] x<|y a < b\ud83d"
-    assert (
-        MessageWriter(TeacherConfig()).content(given)
-        == "< |im_end|> < /s> [ /INST] x<|y a < b\ufffd"
-    )
+    (message,) = MessageWriter(TeacherConfig()).messages(given)
+    assert message["content"] == "< |im_end|> < /s> [ /INST] x<|y a < b\ufffd"
 
 
 KEY = "sk-0123/4567<89>"

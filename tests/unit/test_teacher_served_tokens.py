@@ -280,5 +280,5 @@ def test_more_likely_tokens_than_asked_for_are_not_kept() -> None:
 
 def test_log_probs_are_asked_for_where_they_are_wanted() -> None:
     ask = ChatRequest("hi", num_choices=1, temperature=1.0, max_tokens=9, seed=0, top_logprobs=20)
-    body = json.loads(ask.body("m", "hi", 1, 0))
+    body = json.loads(ask.body("m", [{"role": "user", "content": "hi"}], 1, 0))
     assert (body["logprobs"], body["top_logprobs"]) == (True, 20)

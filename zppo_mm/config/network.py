@@ -45,8 +45,9 @@ class ModelConfig:
     )
     system_prompt: str = key(
         "",
-        "Text of a system message in every prompt of the student, in training and evaluation. "
-        "Empty: what its chat template shows by itself. The teacher and the judge get none.",
+        "Text of a system message in every prompt of the student, in training and evaluation, "
+        "but of samples that have one of their own. Empty: what its chat template shows by itself. "
+        "The teacher and the judge get none.",
         may_change_on_resume="consent",
     )
     transformer_impl: str = key(

@@ -63,14 +63,15 @@ class AnsweredQuestion:
         source: Its data source.
         modality: `text`, `image`, `video`, or `mixed` with both kinds of media.
         answer_type: `math`, `choice`, `open`, or one with a reward function.
-        prompt: The whole text that was asked, before the chat template and the placeholders of the
-            media.
+        prompt: The whole text of the last message, before the chat template and the placeholders of
+            the media.
         media: `{kind, shard, key, extension}` in prompt order.
         answer: The reference answer.
         responses: In the order sampled, those that could not be graded last; none if the question
             could not be asked.
         skipped: Why it could not; empty otherwise.
         num_prompt_tokens: Length of its prompt, media included; 0 if it could not be asked.
+        earlier: `{role, text}` of the messages before the last.
     """
 
     index: int
@@ -84,6 +85,7 @@ class AnsweredQuestion:
     responses: tuple[Response, ...] = ()
     skipped: str = ""
     num_prompt_tokens: int = 0
+    earlier: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def graded(self) -> list[Response]:
@@ -114,6 +116,7 @@ class AnsweredQuestion:
             responses=tuple(_response(rollout) for rollout in rollouts),
             skipped=skipped,
             num_prompt_tokens=len(group.prompt.token_ids) if group is not None else 0,
+            earlier=[asdict(turn) for turn in question.earlier],
         )
 
 

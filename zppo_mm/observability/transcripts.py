@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,13 @@ def _group_record(
         }
         for candidate in group.instance.candidates
     ]
+    earlier = {"earlier": [asdict(turn) for turn in question.earlier]} if question.earlier else {}
     return {
         "step": step,
         "uid": group.uid,
         "question_id": question.id,
         "kind": group.kind,
+        **earlier,
         "prompt": group.instance.text,
         "media": [
             {"kind": ref.kind, "shard": ref.shard, "key": ref.key, "extension": ref.extension}

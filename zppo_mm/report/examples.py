@@ -194,7 +194,13 @@ def _shown_group(title: str, record: Mapping[str, Any]) -> ShownGroup:
         accuracy=record["accuracy"],
         segments=tuple(
             replace(segment, text=shortened(segment.text))
-            for segment in split_prompt(record["prompt"], record["candidates"])
+            for segment in (
+                *(
+                    PromptSegment(f"{turn['role']}: {turn['text']}\n\n")
+                    for turn in record.get("earlier", ())
+                ),
+                *split_prompt(record["prompt"], record["candidates"]),
+            )
         ),
         rollouts=tuple(
             {

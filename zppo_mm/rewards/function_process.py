@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from data.question import Question
+from data.question import question_of
 from data.worker_process import MAX_MESSAGE, READY, Channel, drop_output, limit_memory, message
 from zppo_mm.rewards.forked import serve_forked
 from zppo_mm.rewards.function_source import source_digest
@@ -122,8 +122,7 @@ def answer(
     functions: Mapping[str, RewardFunction], request: Mapping[str, Any]
 ) -> Mapping[str, Any]:
     """Call a function and check what it returns."""
-    asked = request["question"]
-    question = Question(**{**asked, "media": (), "choices": tuple(asked["choices"])})
+    question = question_of(request["question"])
     try:
         returned = functions[question.answer_type](
             question=question,

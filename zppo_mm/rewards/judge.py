@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.choices import option_letters
+from data.messages import whole_text
 from data.question import Question
 from data.text import read_text_file
 from zppo_mm.errors import ConfigError
@@ -97,7 +98,7 @@ class LlmJudge:
         if len(text) > self._max_response_chars:
             text = LEFT_OUT + text[-self._max_response_chars :]
         fields = {
-            "question": item.question.text.strip(),
+            "question": whole_text(item.question),
             "options": _options(item.question),
             # As a JSON string the response cannot end its own line and go on as if it were part of
             # the instructions.

@@ -12,7 +12,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from data.question import MediaKind
+from data.errors import SampleError
+from data.messages import Part, placed
+from data.question import MediaKind, Turn
 from encoders.config import TIMESTAMPED
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import NO_TOKEN
@@ -48,13 +50,14 @@ class Rendered:
 
 
 class ChatFormat:
-    """Renders one user message, behind a system message if there is one, and turns pieces into
-    token ids.
+    """Renders conversations, behind a system message if there is one, and turns pieces into token
+    ids.
 
     Args:
         hf_dir: Folder with tokenizer, chat template and config.json.
         template_kwargs: Variables of the chat template.
-        system_prompt: Text of the system message; empty for none but the template's own.
+        system_prompt: Text of the system message of conversations without one; empty for none but
+            the template's own.
 
     Attributes:
         prefix: What comes between a prompt's text and the answer.
@@ -110,15 +113,23 @@ class ChatFormat:
         self._check_prompts(num_embedding_rows(config))
         self.prefix = self._template.generation_prefix()
 
-    def render(self, text: str, media: Sequence[MediaKind]) -> Rendered:
-        """Render one user message, media first, and the start of the answer.
+    def render(
+        self, text: str, media: Sequence[MediaKind], earlier: Sequence[Turn] = ()
+    ) -> Rendered:
+        """Render a conversation and the start of the answer, its media where `data.messages.placed`
+        has them.
 
         Literal special tokens inside the texts are hidden from the template's own and come back as
         plain text.
 
         Args:
-            text: The user's text.
+            text: Of the last message, the user's.
             media: Kinds of media in order.
+            earlier: Messages before it.
+
+        Raises:
+            SampleError: The texts name other media, or the template does not show the earlier
+                messages.
         """
         literals: list[str] = []
 
@@ -133,14 +144,22 @@ class ChatFormat:
                 hidden,
             )
 
-        system = self._literal_pattern.sub(hide, self._system_prompt)
-        marked = self._literal_pattern.sub(hide, text)
-        shown: list[dict[str, str]] = [{"type": kind} for kind in media]
-        content = [*shown, {"type": "text", "text": marked}] if media else marked
-        messages: list[dict[str, object]] = [{"role": "user", "content": content}]
-        if system:
-            messages.insert(0, {"role": "system", "content": system})
-        rendered = self._template.apply(messages)
+        def content(parts: Sequence[Part]) -> str | list[dict[str, str]]:
+            typed: list[dict[str, str]] = [
+                {"type": media[part]}
+                if isinstance(part, int)
+                else {"type": "text", "text": self._literal_pattern.sub(hide, part)}
+                for part in parts
+            ]
+            return typed if [each["type"] for each in typed] != ["text"] else typed[0]["text"]
+
+        turns = [*earlier, Turn("user", text)]
+        if self._system_prompt and turns[0].role != "system":
+            turns.insert(0, Turn("system", self._system_prompt))
+        messages = [
+            {"role": role, "content": content(parts)} for role, parts in placed(turns, media)
+        ]
+        rendered = self._apply(messages, has_earlier=bool(earlier))
         pieces: list[Piece] = []
         position = 0
         for match in self._pattern.finditer(rendered):
@@ -150,6 +169,32 @@ class ChatFormat:
             position = match.end()
         pieces.append(restore(rendered[position:]))
         return Rendered(restore(rendered), tuple(piece for piece in pieces if piece != ""))
+
+    def _apply(self, messages: Sequence[Mapping[str, Any]], *, has_earlier: bool) -> str:
+        """Apply the template. Not every one takes every order of roles: then it is the sample that
+        cannot be asked.
+        """
+        if not has_earlier:
+            return self._template.apply(messages)
+        try:
+            rendered = self._template.apply(messages)
+        except ConfigError as error:
+            raise SampleError("conversation", str(error)) from error
+        # What the assistant wrote may be shortened: templates leave out earlier reasoning.
+        asked = [message["content"] for message in messages if message["role"] != "assistant"]
+        texts = [
+            part if isinstance(part, str) else part.get("text", "")
+            for content in asked
+            for part in ([content] if isinstance(content, str) else content)
+        ]
+        lost = next((text for text in texts if text.strip() not in rendered), None)
+        if lost is not None:
+            raise SampleError(
+                "conversation",
+                f"{self._folder}: the chat template leaves out a message, got none with "
+                f"{lost!r:.80}, expected all; use samples without such messages",
+            )
+        return rendered
 
     def tokenize(self, pieces: Sequence[Piece]) -> list[int]:
         """Return the ids of pieces; neighbouring plain pieces are tokenised as one text, as in a

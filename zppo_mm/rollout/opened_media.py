@@ -22,8 +22,8 @@ DEFAULT_CACHE_BYTES = 512 * 1024 * 1024
 
 
 class PromptError(ReasonedError):
-    """A question cannot be turned into a prompt; its reason is `unusable_media`, `placeholders`, or
-    the media opener's own.
+    """A question cannot be turned into a prompt; its reason is `unusable_media`, `placeholders`,
+    `conversation`, `missing_media`, or the media opener's own.
     """
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.errors import SampleError
 from data.media.clip_cache import ClipCache
 from data.media.node_cache import NodeCache
 from data.media.opening import Frames
@@ -37,7 +38,8 @@ class PromptEncoder:
             other error is the run's.
         overrides: Processor settings that are not to be those of the folder.
         chat_template_kwargs: Variables of the chat template, e.g. `{"enable_thinking": False}`.
-        system_prompt: Text of the system message; empty for none but the template's own.
+        system_prompt: Text of the system message of questions without one; empty for none but the
+            template's own.
         max_cached_bytes: Most bytes of patches that this encoder keeps.
         cache: Where the processes of this machine keep them; `None` shares nothing.
         clips: Opens videos and keeps their frames on a disk; `None` keeps none.
@@ -76,20 +78,25 @@ class PromptEncoder:
         return self.chat.stop_token_ids
 
     def encode(self, text: str, question: Question) -> tuple[Prompt, tuple[VisionInput, ...]]:
-        """Return the prompt that asks `text` about the question's media: one user message, media
-        first, then the text.
+        """Return the prompt that asks `text` after the question's earlier messages: media where the
+        texts name them, or first.
 
-        Literal special tokens inside the text stay plain text, whoever wrote them.
+        Literal special tokens inside the texts stay plain text, whoever wrote them.
 
         Args:
-            text: The whole user text, closing format instruction included.
-            question: Whose media are shown.
+            text: The whole text of the last message, closing format instruction included.
+            question: Whose media and earlier messages are shown.
 
         Raises:
-            PromptError: The media cannot be opened or processed, or do not fit the placeholders.
+            PromptError: The media cannot be opened or processed, or do not fit the placeholders; or
+                the template cannot show the messages.
         """
         vision = self.vision_inputs(question)
-        rendered = self.chat.render(text, [reference.kind for reference in question.media])
+        kinds = [reference.kind for reference in question.media]
+        try:
+            rendered = self.chat.render(text, kinds, question.earlier)
+        except SampleError as error:
+            raise PromptError(error.reason, f"prompt: question {question.id}: {error}") from error
         shown = [
             self.chat.media_kinds[piece]
             for piece in rendered.pieces

@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Sequence
 
+from data.messages import whole_text
 from zppo_mm.reasoning import without_reasoning
 from zppo_mm.rewards.boxes import last_boxed
 from zppo_mm.teacher.teacher import Hint, Trace
@@ -129,10 +130,11 @@ def _appearance(text: str, trace: Trace) -> re.Match[str] | None:
             for answer in (trace.answer, question.answer)
             if answer and answer.strip()
         }
+        asked = whole_text(question)
         words = [
             re.compile(rf"(?<![\w.]){re.escape(answer)}(?!\w|\.\d)", re.IGNORECASE)
             for answer in sorted(answers)
         ]
-        patterns = [word for word in words if not word.search(question.text)]
+        patterns = [word for word in words if not word.search(asked)]
     found = [match for match in (pattern.search(text) for pattern in patterns) if match]
     return min(found, key=lambda match: match.start(), default=None)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.messages import kinds_named
 from data.question import Question
 from data.text import read_text_file
 from zppo_mm.errors import ConfigError
@@ -41,7 +42,8 @@ _BRACE_OR_ESCAPED = re.compile(r"\\.|\\\Z|[{}]", re.DOTALL)
 @dataclass(frozen=True, slots=True)
 class PromptTemplates:
     """Builds user texts. The closing format instruction ends every one of them, except for those
-    that ask the teacher to rewrite a response.
+    that ask the teacher to rewrite a response. Of a conversation it is the last message that a
+    template rewrites: its media stay in its text, and the messages before it as they are.
 
     Attributes:
         bcq: With the fields `{question}` and `{candidates}`.
@@ -181,6 +183,11 @@ def _checked(path: Path, fields: Sequence[str]) -> str:
                 f"{text.count(f'{{{name}}}')} times, expected exactly the fields "
                 f"{', '.join(f'{{{field}}}' for field in fields)}; put it where its text belongs"
             )
+    if kinds_named(text):
+        raise ConfigError(
+            f"zone.templates: {path} places a medium, got <{kinds_named(text)[0]}>, expected media "
+            "in questions alone; set it in backticks where it is text"
+        )
     if path.name == "candidate.txt":
         _check_block(path, text)
     _check_other_fields(path, text, fields)

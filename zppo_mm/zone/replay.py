@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data.question import MediaRef, Question, check_same_question
+from data.question import Question, check_same_question, question_of
 from zppo_mm.errors import CheckpointError, ConfigError
 from zppo_mm.experience import BufferFates, BufferUpdate, Group
 
@@ -218,19 +218,10 @@ def _accuracies(groups: Iterable[Group]) -> list[tuple[Question, list[float]]]:
 
 def _saved(entry: BufferEntry) -> dict[str, Any]:
     saved = asdict(entry)
-    saved["question"]["media"] = list(saved["question"]["media"])
-    saved["question"]["choices"] = list(saved["question"]["choices"])
+    for name in ("media", "choices", "earlier"):
+        saved["question"][name] = list(saved["question"][name])
     return saved
 
 
 def _entry(saved: dict[str, Any]) -> BufferEntry:
-    question = saved["question"]
-    media = tuple(MediaRef(**ref) for ref in question["media"])
-    return BufferEntry(
-        **{
-            **saved,
-            "question": Question(
-                **{**question, "media": media, "choices": tuple(question["choices"])}
-            ),
-        }
-    )
+    return BufferEntry(**{**saved, "question": question_of(saved["question"])})

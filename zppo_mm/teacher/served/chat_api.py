@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from data.question import MediaRef
+from data.question import MediaRef, Turn
 from zppo_mm.experience import FinishReason, FloatArray, IntArray
 
 # No reply to a good request is longer: room for what stands around the answers, and for the JSON of
@@ -18,8 +18,8 @@ TOKEN_BYTES = 256
 # Between the seeds of one answer's draws; no message has more answers.
 DRAW_SEEDS = 2**20
 
-Content = str | Sequence[Mapping[str, Any]]
-"""Content of a user message: a text, or parts with media first."""
+Messages = Sequence[Mapping[str, Any]]
+"""Of a conversation: roles, and contents that are a text or parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """One user message and how often it is to be answered.
+    """A conversation and how often it is to be answered.
 
     Attributes:
-        text: Of the message.
+        text: Of the last message, the user's.
         num_choices: Answers wanted.
         temperature: 0 is greedy.
         max_tokens: Longest answer.
@@ -53,8 +53,9 @@ class ChatRequest:
             ones when it is drawn again.
         top_logprobs: Most likely tokens that are to come with every token of the answers; 0 asks
             for no log-probs.
-        media: What the message shows, in order. They are opened when its turn comes, so that those
+        media: What the messages show, in order. They are opened when its turn comes, so that those
             of waiting messages take no memory.
+        earlier: Messages before the last.
         stream: Random stream, as `GroupSampler` names it: `rollout` or `respond`, and a name.
         batch: Set for the server of `chat_server` alone, which reads the stream, the batch and
             references to the media, and returns the tokens.
@@ -69,6 +70,7 @@ class ChatRequest:
     seed: int
     top_logprobs: int = 0
     media: tuple[MediaRef, ...] = ()
+    earlier: tuple[Turn, ...] = ()
     stream: tuple[str, ...] = ()
     batch: Batch | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -80,14 +82,14 @@ class ChatRequest:
         return BASE_REPLY_BYTES + num_choices * self.max_tokens * TOKEN_BYTES * listed
 
     def body(
-        self, model: str, content: Content, num_choices: int, first: int, draw: int = 0
+        self, model: str, messages: Messages, num_choices: int, first: int, draw: int = 0
     ) -> bytes:
-        """Return the JSON request that asks a content for `num_choices` answers from answer `first`
+        """Return the JSON request that asks messages for `num_choices` answers from answer `first`
         on; each `draw` has other seeds.
         """
         request: dict[str, Any] = {
             "model": model,
-            "messages": [{"role": "user", "content": content}],
+            "messages": list(messages),
             "temperature": self.temperature,
             "top_p": 1.0,
             "max_tokens": self.max_tokens,

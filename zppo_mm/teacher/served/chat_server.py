@@ -1,7 +1,7 @@
 """The HTTP server of a teacher on ranks of its own: chat completions, and fields of this project.
 
-It takes one user message of plain text per request. What `chat_api.ChatRequest.body` adds for this
-server is under `zppo`: media by reference, the name of the random stream, and the batch.
+It takes messages of plain text, the last of the user. What `chat_api.ChatRequest.body` adds for
+this server is under `zppo`: media by reference, the name of the random stream, and the batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from data.question import MediaRef
+from data.messages import read_messages
+from data.question import MediaRef, Turn
 from zppo_mm.rollout.chat_template import THINKING_SWITCH
 from zppo_mm.teacher.served.chat_api import Batch
 
@@ -45,14 +46,15 @@ class ReceivedRequest:
     """One request.
 
     Attributes:
-        text: Of the user message.
-        media: Shown before the text.
+        text: Of the last message, the user's.
+        media: What the messages show, in order.
         num_choices: Answers wanted.
         temperature: 0 is greedy.
         max_tokens: Longest answer.
         stream: Name of the random stream: `rollout` or `respond`, and a name.
         batch: Requests that are sampled together.
         is_without_thinking: Whether the chat template is to turn reasoning off, if it can.
+        earlier: Messages before the last.
     """
 
     text: str
@@ -63,6 +65,7 @@ class ReceivedRequest:
     stream: tuple[str, str]
     batch: Batch
     is_without_thinking: bool = False
+    earlier: tuple[Turn, ...] = ()
 
     @property
     def batch_key(self) -> tuple[object, ...]:
@@ -211,13 +214,13 @@ def read_request(body: bytes) -> ReceivedRequest:
             other JSON than a request.
     """
     fields = json.loads(body)
-    (message,) = fields["messages"]
+    turns, _ = read_messages("request", fields["messages"])
     ours = fields.get("zppo", {})
     batch = Batch(**ours["batch"]) if "batch" in ours else Batch(secrets.token_hex(8), 0, 1)
     variables = fields.get("chat_template_kwargs", {})
     kind, name = ours.get("stream") or ("rollout", f"chat/{fields.get('seed', 0)}/{batch.index}")
     request = ReceivedRequest(
-        text=message["content"],
+        text=turns[-1].text,
         media=tuple(MediaRef(**ref) for ref in ours.get("media", ())),
         num_choices=int(fields.get("n", 1)),
         temperature=float(fields.get("temperature", 1.0)),
@@ -225,9 +228,10 @@ def read_request(body: bytes) -> ReceivedRequest:
         stream=(kind, name),
         batch=batch,
         is_without_thinking=variables.get(THINKING_SWITCH, True) is False,
+        earlier=turns[:-1],
     )
-    if not isinstance(request.text, str) or message.get("role") != "user":
-        raise ValueError("expected one user message of plain text")
+    if not all(isinstance(message["content"], str) for message in fields["messages"]):
+        raise ValueError("expected messages of plain text")
     if not (
         0 <= request.temperature < math.inf and min(request.num_choices, request.max_tokens) > 0
     ):

@@ -1,4 +1,4 @@
-"""Questions as user messages of an OpenAI-compatible server: media as data URLs, then the text."""
+"""Questions as messages of an OpenAI-compatible server, media as data URLs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from data.media.opening import Frames
-from data.question import MediaRef
+from data.messages import Part, placed
+from data.question import MediaRef, Turn
 from data.text import clean_text
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.special_tokens import break_special_tokens
-from zppo_mm.teacher.served.chat_api import Content
+from zppo_mm.teacher.served.chat_api import Messages
 
 JPEG_QUALITY = 95
 VIDEO_TYPES = {
@@ -43,7 +44,7 @@ class Media(Protocol):
 
 
 class MessageWriter:
-    """Makes user messages of a text and media.
+    """Makes messages of texts and media.
 
     Args:
         config: How video is sent, and in which image format.
@@ -54,19 +55,37 @@ class MessageWriter:
         self._config = config
         self._media = media
 
-    def content(self, text: str, media: Sequence[MediaRef] = ()) -> Content:
-        """Return the message's content: a plain text without media, else parts, media first.
+    def messages(
+        self, text: str, media: Sequence[MediaRef] = (), earlier: Sequence[Turn] = ()
+    ) -> Messages:
+        """Return a conversation, each content a plain text where it has no media, else parts.
+
+        Args:
+            text: Of the last message, the user's.
+            media: In the order of the texts.
+            earlier: Messages before it.
 
         Raises:
             MediaError: A medium cannot be opened.
         """
-        # The server would read a special token as such; broken it is plain text, as it is for a
-        # model in this process.
-        text = break_special_tokens(clean_text(text))
-        if not media:
-            return text
-        parts = [part for ref in media for part in self._parts(ref)]
-        return [*parts, {"type": "text", "text": text}]
+        turns = placed([*earlier, Turn("user", text)], [ref.kind for ref in media])
+        return [{"role": role, "content": self._content(parts, media)} for role, parts in turns]
+
+    def _content(
+        self, parts: Sequence[Part], media: Sequence[MediaRef]
+    ) -> str | list[Mapping[str, Any]]:
+        content: list[Mapping[str, Any]] = []
+        for part in parts:
+            if isinstance(part, int):
+                content += self._parts(media[part])
+                continue
+            # The server would read a special token as such; broken it is plain text, as it is for
+            # a model in this process.
+            text = break_special_tokens(clean_text(part))
+            if len(parts) == 1:
+                return text
+            content.append({"type": "text", "text": text})
+        return content
 
     def _parts(self, ref: MediaRef) -> list[Mapping[str, Any]]:
         assert self._media is not None, "a message with media, but nowhere to open them"

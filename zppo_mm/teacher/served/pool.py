@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
+from data.question import Turn
 from data.text import clean_text
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.serving.fault import Fault
@@ -92,12 +93,15 @@ class ChatCall:
     def _write(self, draw: int) -> bytes:
         request = self.request
         # A teacher on ranks of its own opens media, and escapes special tokens, as the student.
-        content = (
-            self.writer.content(request.text, request.media)
+        messages = (
+            self.writer.messages(request.text, request.media, request.earlier)
             if request.batch is None
-            else clean_text(request.text)
+            else [
+                {"role": turn.role, "content": clean_text(turn.text)}
+                for turn in (*request.earlier, Turn("user", request.text))
+            ]
         )
-        return request.body(self.model, content, self.num_choices, self.first, draw)
+        return request.body(self.model, messages, self.num_choices, self.first, draw)
 
 
 class EndpointPool(ServerPool):

@@ -128,7 +128,7 @@ class RankServer:
 
 def _instance(request: ReceivedRequest) -> PromptInstance:
     uid = request.stream[1]
-    question = Question(uid, request.text, request.media, answer="", answer_type="open")
+    question = Question(uid, request.text, request.media, "", "open", earlier=request.earlier)
     return PromptInstance(uid, question, "new", request.text)
 
 

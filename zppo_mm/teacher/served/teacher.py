@@ -123,6 +123,7 @@ class ServedTeacher:
             return replace(
                 made,
                 media=question.media,
+                earlier=question.earlier,
                 stream=("rollout", f"{step}/teacher/{question.id}"),
                 top_logprobs=self.tokens.num_top if self.tokens is not None else 0,
             )
