@@ -69,7 +69,7 @@ def test_rank_0_waits_for_a_rank_that_still_writes(failing: int) -> None:
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(each.of_all, write(rank)) for rank, each in enumerate(ranks)]
         assert tried.wait(PATIENCE_SECONDS)
-        # Rank 0 has done its part and asks for the other's at least once more.
+        # Rank 0 has done its part and asks for the other's at least again.
         with pytest.raises(TimeoutError):
             futures[0].result(0.2)
         may_end.set()
