@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from zppo_mm.config.load import load_config
 from zppo_mm.errors import ConfigError
 from zppo_mm.evaluation.questions import converted
 from zppo_mm.evaluation.settings import EvaluationRequest, output_folder, read_config
+from zppo_mm.evaluation.student import Student
 from zppo_mm.evaluation.suite import JUDGE_MODES, find_benchmark, open_suite
 from zppo_mm.evaluation.suite_scores import (
     SUITE_FILE,
@@ -33,6 +35,8 @@ from zppo_mm.evaluation.suite_scores import (
 )
 from zppo_mm.rewards.judge import LlmJudge, load_judge_template
 from zppo_mm.rewards.verify import Verifier
+from zppo_mm.rollout.sampler import GroupSampler
+from zppo_mm.run.judging import Grading
 
 VALUES = {"a": 0.1, "b": 0.5, "c": 0.9, "d": 0.2, "e": 0.6}
 FAMILY = {"a": "image", "b": "image", "c": "image", "d": "text", "e": "text"}
@@ -201,3 +205,22 @@ def test_a_suite_needs_its_folder_and_a_baseline_its_suite(tmp_path: Path) -> No
     assert output_folder(request, Path("runs")) == Path("runs/evaluations/student/paper")
     with pytest.raises(ConfigError, match=r"--baseline: .*suite\.json is not readable"):
         read_scores(tmp_path)
+
+
+def test_a_student_is_graded_as_its_benchmark_says() -> None:
+    judge = LlmJudge(lambda prompts: [], "run: {question} {response} {reference}", 100)
+    own = load_formats(DECLARED)["charxiv"].judge
+    open_question = Question("q", "Which?", (), "the solid one", "open")
+    with Verifier(judge=judge, judge_mode="fallback") as verifier:
+        # Only what grades is looked at.
+        nothing: Any = None
+        sampler = GroupSampler(nothing, nothing, verifier, nothing)
+        grading = Grading(verifier, judge, None, lambda: None)
+        student = Student(sampler, nothing, nothing, nothing, nothing, grading)
+        rules = student.graded_by("never", "")
+        assert rules.grading.judge is None
+        assert not rules.grading.verifier.can_grade(open_question)
+        judged = student.graded_by("open", own)
+        assert judged.grading.judge not in (None, judge)
+        assert judged.grading.verifier.can_grade(open_question)
+        assert student.grading.judge is judge

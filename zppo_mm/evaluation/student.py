@@ -86,7 +86,8 @@ class Student:
         Raises:
             ConfigError: The file is no prompt of a judge.
         """
-        judge = self.grading.judge
+        # Answers that it does not decide must not depend on whether there is one.
+        judge = None if judge_mode == "never" else self.grading.judge
         if judge is not None and judge_template:
             judge = judge.with_template(load_judge_template(judge_template))
         verifier = self.grading.verifier.with_judge(judge, judge_mode)
