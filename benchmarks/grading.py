@@ -1,4 +1,5 @@
 """Time of grading: answers that are decided by text, by kind, and a burst of answers that hang.
+Before it, how many of the right and wrong answers of tests/unit/answers_*.txt are accepted.
 
 python benchmarks/grading.py
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import time
 
 from data.question import Question
+from tests.unit.test_rewards_pairs import read_pairs
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rewards.workers import GradingPool
 
@@ -41,7 +43,27 @@ def answers(number: int) -> dict[str, tuple[Question, str]]:
     }
 
 
+def count_accepted() -> None:
+    """Print of each list of answers how many are accepted."""
+    with Verifier(timeout_seconds=60.0, budget_seconds=600.0) as verifier:
+        for name in ("right", "wrong", "peer"):
+            for kind, pairs in merged(name).items():
+                items = [
+                    (Question("q", "?", (), gold, "math"), f"\\boxed{{{answer}}}")
+                    for answer, gold in pairs
+                ]
+                reasons = [verdict.reason for verdict in verifier.verify_all(items)]
+                print(f"answers_{name}.txt {kind}: {reasons.count('match')} of {len(pairs)}")
+
+
+def merged(name: str) -> dict[str, list[tuple[str, str]]]:
+    """Return the pairs of a list; those of our own lists, which have many kinds, as one."""
+    pairs = read_pairs(f"answers_{name}.txt")
+    return pairs if name == "peer" else {name: [pair for some in pairs.values() for pair in some]}
+
+
 def main() -> None:
+    count_accepted()
     rows = [answers(number) for number in range(NUM_ANSWERS)]
     with Verifier() as verifier:
         for kind in rows[0]:

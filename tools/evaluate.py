@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data.imports.benchmark_formats import FORMATS, PARTS
+from data.imports.benchmark_formats import PARTS, known_formats
 from zppo_mm.config.help import add_options, parse_with_options
 from zppo_mm.observability.logs import quiet_libraries
 
@@ -68,9 +68,27 @@ def command_line() -> argparse.ArgumentParser:
         help="what samples; vllm: servers of this model, rollout.endpoints=[URL,…] (default: "
         "megatron)",
     )
+    add_suite_options(parser)
     add_table_options(parser)
     add_options(parser, "options of tools/train_zppo.py; they take precedence over all others")
     return parser
+
+
+def add_suite_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a suite of benchmarks."""
+    parser.add_argument(
+        "--suite",
+        default="",
+        metavar="NAME|DIR",
+        help="paper, or a folder of declared benchmarks; --data then names the folder that has a "
+        "folder for each",
+    )
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="DIR",
+        help="results of the same suite, such as those of the model before training; adds the gain",
+    )
 
 
 def add_table_options(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +96,7 @@ def add_table_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         default="",
-        choices=[*FORMATS],
+        choices=[*known_formats()],
         help="format of benchmark files (default: recognised by their columns)",
     )
     parser.add_argument(

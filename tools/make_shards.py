@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.errors import DataError
 from data.health import SampleHealth
-from data.imports.benchmark_formats import FORMATS, PARTS
+from data.imports.benchmark_formats import PARTS, known_formats
 from data.imports.benchmarks import convert_benchmark
 from data.imports.convert import convert_jsonl
 from data.lint import lint
@@ -159,7 +159,7 @@ def add_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         default="",
-        choices=[*FORMATS],
+        choices=[*known_formats()],
         help="format of the file (default: recognised by its columns)",
     )
     parts = ", ".join(PARTS)

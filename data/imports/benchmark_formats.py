@@ -1,21 +1,20 @@
-"""What a row of a known benchmark means: its columns as a question, its media still where they lie.
-
-A format is a table from the parts of a question to columns, which a user may change, and the few
-rules that the table cannot say.
+"""Known benchmarks, each declared in a YAML file: where its table lies, what its columns mean as a
+question, and how answers are scored.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from data.errors import SampleError
-from data.imports.row_view import RowView, spelled
-from data.question import ANSWER_TYPES, AnswerType, MediaKind
-from data.sample import media_kind
+import yaml
 
+from data.errors import DataError
+
+DECLARED = Path(__file__).parent / "declared"
 PARTS = (
     "id",
     "question",
@@ -27,220 +26,144 @@ PARTS = (
     "image",
     "video",
     "media",
+    "unit",
+    "decimals",
     "ignore",
 )
 """What columns can be given for; `ignore` are those whose pictures and videos are left out on
 purpose.
 """
-_NUMBER = re.compile(
-    r"[-+]?\$?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?(?: ?/ ?\d+)?%?", re.IGNORECASE
-)
-_DECIMALS = re.compile(r"(\d+)(?:\.0*)?")
-_MARKER = re.compile(r"<image (\d+)>")
-_SUBJECT = re.compile(r"(?:dev|validation|test)_(.+)_\d+")
+FAMILIES = ("text", "image", "video")
+READINGS = ("either", "letter", "text", "index")
+SCORINGS = ("rules", "rules_and_judge", "judge", "anls", "relaxed")
+ANY_TABLE = "fields"
+"""Any table whose columns the user has named; not a benchmark."""
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """A question before its media are read.
-
-    Attributes:
-        question: Fields of KEY.json but for the media.
-        media: Kind and value of each: a path, the bytes, or `{"bytes": …, "path": …}`.
-    """
-
-    question: Mapping[str, Any]
-    media: Sequence[tuple[MediaKind, Any]] = ()
-
-
-def read_mathvista(view: RowView) -> Draft:
-    """Read a row of MathVista: unit and decimal places of the answer are stated in the question,
-    as its own prompts do.
-    """
-    answer, choices = view.answer(), view.choices()
-    kind = view.text("answer_type", default="text")
-    text = view.text("question")
-    unit, decimals = view.row.get("unit"), _DECIMALS.fullmatch(str(view.row.get("precision")))
-    if unit and isinstance(unit, str):
-        text += f" (Unit: {unit})"
-    answer_type: AnswerType = "math"
-    if choices:
-        answer_type, answer = "choice", view.letter(answer, choices, "text")
-    elif kind == "float" and decimals:
-        text += (
-            f" Round the answer to {decimals[1]} decimal place{'' if decimals[1] == '1' else 's'}."
-        )
-    elif kind == "text":
-        answer_type = "open"
-    source = f"mathvista/{view.text('source', default=view.stem)}"
-    return Draft(
-        _fields(f"mathvista/{_own_id(view)}", text, answer, answer_type, choices, source),
-        view.media(("image", "image")),
-    )
-
-
-def read_mmmu(view: RowView) -> Draft:
-    """Read a row of MMMU: `<image n>` in question and options names the n-th of the pictures, which
-    all come before the text.
-
-    An open question may have several spellings of its answer: the first that is a number, or else
-    all of them for a judge.
-    """
-    answer, choices = view.answer(), view.choices()
-    answer_type: AnswerType = "choice"
-    if choices:
-        answer = view.letter(answer, choices, "letter")
-    else:
-        several = spelled(answer)
-        spellings = [
-            str(entry).strip()
-            for entry in (several if isinstance(several, list) and several else [answer])
-        ]
-        number = next((entry for entry in spellings if _NUMBER.fullmatch(entry)), None)
-        answer_type, answer = (
-            ("open", " or ".join(spellings)) if number is None else ("math", number)
-        )
-    media = [
-        (number, value)
-        for number, value in enumerate(view.all_values("image"), start=1)
-        if value not in (None, "")
-    ]
-    position_of = {number: position for position, (number, _) in enumerate(media, start=1)}
-    question_id = _own_id(view)
-    subject = _SUBJECT.fullmatch(question_id)
-    source = view.text("source", default=subject[1] if subject else view.stem)
-    fields = _fields(
-        f"mmmu/{question_id}",
-        _renumber(view, view.text("question"), position_of),
-        answer,
-        answer_type,
-        [_renumber(view, choice, position_of) for choice in choices],
-        f"mmmu/{source}",
-    )
-    return Draft(fields, [("image", value) for _, value in media])
-
-
-def read_videomme(view: RowView) -> Draft:
-    """Read a row of Video-MME: its video lies beside the table as `<videoID>.mp4`, also in
-    `video/`, `videos/` or `data/`.
-    """
-    choices = view.choices()
-    answer = view.letter(view.answer(), choices, "letter")
-    source = f"videomme/{view.text('source', default=view.stem)}"
-    fields = _fields(
-        f"videomme/{_own_id(view)}", view.text("question"), answer, "choice", choices, source
-    )
-    return Draft(fields, view.media(("video", "video")))
-
-
-def read_fields(view: RowView) -> Draft:
-    """Read a row of any table whose columns the user has named.
-
-    Without an answer type, options make a question multiple choice, and all others are compared as
-    mathematics.
-    """
-    answer, choices = view.answer(), view.choices()
-    named = view.columns.get("answer_type", "")
-    answer_type = (
-        named
-        if named in ANSWER_TYPES and named not in view.row
-        else view.text("answer_type", default="choice" if choices else "math")
-    )
-    if answer_type == "choice":
-        answer = view.letter(answer, choices)
-    paths = [path for _, path in view.media(("media", "image"))]
-    media = view.media(("image", "image"), ("video", "video")) + [
-        (media_kind(str(path).lower()) or "image", path) for path in paths
-    ]
-    source = view.text("source", default=view.stem)
-    fields = _fields(_own_id(view), view.text("question"), answer, answer_type, choices, source)
-    return Draft({**fields, **view.metadata()}, media)
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkFormat:
-    """How rows of one kind are read.
+    """How the rows of a benchmark are read and its answers scored.
 
     Attributes:
-        read: From a row to a question.
-        columns: By part of a question, where the format has them.
-        marks: Columns by which a table of this kind is recognised.
+        title: Its name in tables.
+        family: One of `FAMILIES`, over which scores are averaged.
+        in_paper: Whether the paper is known to have it in its suite.
+        dataset: Where it is published, on the Hugging Face Hub.
+        files: Patterns of its table files in its folder; the first that fits anything counts.
+        folders: Where its media lie besides, from the same folder.
+        columns_from: The public code that reads the same columns; empty if they are not confirmed.
+        note: What is scored otherwise than by the benchmark's own script.
+        columns: By part of a question, several with commas between them; of `a|b` the first that
+            the table has.
+        marks: Columns by which a table of this kind is recognised; none if it is only named.
+        reading: What an answer to options is: a `letter`, a `text`, `either`, or an `index` from 0.
+        options_in: Column whose text has the options, with their letters before them.
+        shuffled: Options are put in an order that the question's text decides.
+        answers: What answers of the table mean.
+        answer_after: What the answer comes after in its column.
+        spellings: An answer may spell a list of right ones.
+        answer_types: By what the column of the answer type says, of questions without options;
+            `math` for all others.
+        rounded: Answer type of the column whose answers are rounded to `decimals` places.
+        source_pattern: What is the source in an id.
+        without_question: Text of a row that has none.
+        scoring: One of `SCORINGS`.
+        judge: File of the judge's prompt beside the declaration; empty means the run's.
     """
 
-    read: Callable[[RowView], Draft]
+    title: str = ""
+    family: str = ""
+    in_paper: bool = False
+    dataset: str = ""
+    files: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+    columns_from: str = ""
+    note: str = ""
     columns: Mapping[str, str]
-    marks: frozenset[str]
+    marks: frozenset[str] = frozenset()
+    reading: str = "either"
+    options_in: str = ""
+    shuffled: bool = False
+    answers: Mapping[str, str] = field(default_factory=dict)
+    answer_after: str = ""
+    spellings: bool = False
+    answer_types: Mapping[str, str] = field(default_factory=dict)
+    rounded: str = ""
+    source_pattern: str = ""
+    without_question: str = ""
+    scoring: str = "rules"
+    judge: str = ""
 
 
-FORMATS: Mapping[str, BenchmarkFormat] = {
-    "mathvista": BenchmarkFormat(
-        read_mathvista,
-        {
-            "id": "pid",
-            "question": "question",
-            "answer": "answer",
-            "answer_type": "answer_type",
-            "choices": "choices",
-            "source": "metadata.source",
-            "image": "image",
-            "ignore": "",
-        },
-        frozenset({"pid", "question", "choices", "precision"}),
-    ),
-    "mmmu": BenchmarkFormat(
-        read_mmmu,
-        {name: name for name in ("id", "question", "answer", "source")}
-        | {
-            "choices": "options",
-            "image": ",".join(f"image_{number}" for number in range(1, 8)),
-            "ignore": "",
-        },
-        frozenset({"options", "image_1"}),
-    ),
-    "videomme": BenchmarkFormat(
-        read_videomme,
-        {
-            "id": "question_id",
-            "question": "question",
-            "answer": "answer",
-            "choices": "options",
-            "source": "duration",
-            "video": "videoID",
-            "ignore": "",
-        },
-        frozenset({"videoID", "options"}),
-    ),
-    "fields": BenchmarkFormat(read_fields, {part: part for part in PARTS}, frozenset()),
-}
+@cache
+def known_formats() -> Mapping[str, BenchmarkFormat]:
+    """Return the declared benchmarks by name, and `fields` last."""
+    any_table = BenchmarkFormat(
+        columns={part: part for part in PARTS if part not in ("unit", "decimals")}
+    )
+    return {**load_formats(DECLARED), ANY_TABLE: any_table}
 
 
-def _fields(
-    question_id: str, text: str, answer: str, answer_type: str, choices: Sequence[str], source: str
-) -> dict[str, Any]:
-    fields = {
-        "id": question_id,
-        "question": text,
-        "answer": answer,
-        "answer_type": answer_type,
-        "source": source,
-    }
-    return {**fields, "choices": list(choices)} if choices else fields
+def load_formats(folder: Path) -> dict[str, BenchmarkFormat]:
+    """Read the declarations of a folder, by the names of their files.
+
+    Raises:
+        DataError: There is none, or one is not as above.
+    """
+    files = sorted(folder.glob("*.yaml"))
+    if not files:
+        raise DataError(
+            f"{folder}: no benchmarks, got no *.yaml in it, expected one for each; see those in "
+            f"{DECLARED}"
+        )
+    return {file.stem: _load(file) for file in files}
 
 
-def _own_id(view: RowView) -> str:
-    return view.text("id", default=f"{view.stem}/{view.number}")
+def _load(file: Path) -> BenchmarkFormat:
+    try:
+        # The loader in C is missing where PyYAML was built without it.
+        found = yaml.load(file.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"{file}: not readable as YAML ({error}); correct it") from error
+    keys = {each.name: each.type for each in fields(BenchmarkFormat)}
+    _expect(file, "declaration", isinstance(found, dict), found, "keys with values")
+    for key, value in found.items():
+        _expect(file, "key", key in keys, key, f"one of {', '.join(keys)}")
+        _expect(file, key, _fits(value, str(keys[key])), value, str(keys[key]))
+    allowed = {"family": FAMILIES, "reading": READINGS, "scoring": SCORINGS}
+    for key, values in allowed.items():
+        _expect(file, key, found.get(key, values[0]) in values, found.get(key), f"one of {values}")
+    columns = found.get("columns", {})
+    for part in columns:
+        _expect(file, "columns", part in PARTS, part, f"one of {', '.join(PARTS)}")
+    for part in ("question", "answer"):
+        _expect(file, "columns", part in columns, sorted(columns), f"a column for {part}")
+    judge = found.get("judge", "")
+    _expect(file, "judge", not judge or (file.parent / judge).is_file(), judge, "a file beside it")
+    made = {key: _frozen(value, str(keys[key])) for key, value in found.items()}
+    made["columns"] = {"ignore": "", **columns}
+    if judge:
+        made["judge"] = str(file.parent / judge)
+    return BenchmarkFormat(**made)
 
 
-def _renumber(view: RowView, text: str, position_of: Mapping[int, int]) -> str:
-    """Let markers count only the pictures that are there."""
+def _fits(value: Any, kind: str) -> bool:
+    """Return whether a value of YAML can be one of a field's type."""
+    if kind.startswith("Mapping"):
+        return isinstance(value, dict) and all(
+            isinstance(each, str) for pair in value.items() for each in pair
+        )
+    if kind.startswith(("tuple", "frozenset")):
+        return isinstance(value, list) and all(isinstance(each, str) for each in value)
+    return isinstance(value, bool if kind == "bool" else str)
 
-    def renumbered(match: re.Match[str]) -> str:
-        if int(match[1]) not in position_of:
-            got = f"got {match[0]} in the text and no image_{match[1]}"
-            raise SampleError(
-                "missing_media",
-                f"{view.where}: a picture is missing, {got}, expected it; download the file again",
-            )
-        return f"<image {position_of[int(match[1])]}>"
 
-    return _MARKER.sub(renumbered, text)
+def _frozen(value: Any, kind: str) -> Any:
+    if kind.startswith("frozenset"):
+        return frozenset(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _expect(file: Path, key: str, is_right: bool, got: object, expected: str) -> None:
+    if not is_right:
+        raise DataError(f"{file}: {key}, got {got!r:.200}, expected {expected}; correct it")

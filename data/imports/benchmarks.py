@@ -19,21 +19,22 @@ from typing import Any
 from data.atomic_files import write_atomically
 from data.errors import DataError, MediaError, SampleError
 from data.health import SampleHealth
-from data.imports.benchmark_formats import FORMATS, PARTS, BenchmarkFormat
+from data.imports.benchmark_columns import choose_format, paths_of, rows_of
+from data.imports.benchmark_formats import ANY_TABLE, BenchmarkFormat, known_formats
+from data.imports.benchmark_rows import read_benchmark, read_fields
 from data.imports.convert import keep_good
 from data.imports.directives import without_directives
-from data.imports.row_view import RowView, split_columns
-from data.imports.tables import Row, read_rows
+from data.imports.row_view import RowView
+from data.imports.tables import Row
 from data.media.opening import MediaLimits, MediaOpener
 from data.media.signatures import file_ending
 from data.media_folder import MediaFolder
 from data.question import ANSWER_TYPES, MediaKind
 from data.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardSample
 from data.shard_writer import write_shards
-from data.sources.rows import row_paths
 
 CONVERSION_FILE = "conversion.json"
-CONVERSION_VERSION = 3
+CONVERSION_VERSION = 4
 """Another one whenever the same file becomes other questions."""
 ROWS_LOOKED_AT = 20
 """Rows whose columns decide on the format; rows of a JSON file need not have the same."""
@@ -75,7 +76,9 @@ def convert_benchmark(
     source: str | Path,
     out_dir: str | Path,
     *,
+    files: Sequence[Path] = (),
     format_name: str = "",
+    formats: Mapping[str, BenchmarkFormat] | None = None,
     fields: Mapping[str, str] | None = None,
     media_root: str | Path | None = None,
     follow_links: bool = False,
@@ -88,12 +91,14 @@ def convert_benchmark(
     """Write one sample per row; rows that cannot be used are named, counted by reason and left out.
 
     Args:
-        source: JSON, JSON lines, CSV, TSV or Parquet.
+        source: JSON, JSON lines, CSV, TSV or Parquet; with `files`, the folder that they lie in.
         out_dir: Folder for the shards and `conversion.json`, which is written last.
-        format_name: One of `FORMATS`; empty means the one whose columns the file has.
+        files: Tables of one kind that are one benchmark together.
+        format_name: One of the formats; empty means the one whose columns the file has.
+        formats: By name; by default all that are declared here.
         fields: Columns by part of a question, in place of the format's.
         media_root: What relative media paths start from, and no path leaves; by default the folder
-            of the file.
+            of the (first) file.
         follow_links: Links may lead out of it.
         max_media_bytes: Largest medium that is read; by default that of `MediaLimits`.
         opener: Opens every media file to see whether it can be opened; `None` skips that.
@@ -106,17 +111,20 @@ def convert_benchmark(
             used.
     """
     source, target = Path(source), Path(out_dir)
+    tables = list(files) or [source]
     limit = MediaLimits().max_bytes if max_media_bytes is None else max_media_bytes
     folder = MediaFolder(
-        source.parent if media_root is None else media_root, limit, follow_links=follow_links
+        tables[0].parent if media_root is None else media_root, limit, follow_links=follow_links
     )
     counted = health if health is not None else SampleHealth(at_end=True)
-    rows = read_rows(source)
+    rows = rows_of(tables)
     first = list(islice(rows, ROWS_LOOKED_AT))
-    present = _present(first)
-    name, columns = choose_format(source, present, format_name, fields or {})
+    present = {path for _, _, row in first for path in paths_of(row)}
+    formats = formats or known_formats()
+    name, columns = choose_format(tables, present, format_name, fields or {}, formats)
     stripped: Counter[str] = Counter()
-    makers = _makers(source, folder, FORMATS[name], columns, chain(first, rows), stripped)
+    reader = _Reader(folder, name, formats[name], columns, stripped)
+    makers = reader.makers(chain(first, rows), len(tables) == 1)
     if overwrite:
         (target / CONVERSION_FILE).unlink(missing_ok=True)
     samples = keep_good(source, makers, opener, counted, answer_types)
@@ -157,127 +165,43 @@ def read_conversion(folder: str | Path) -> Conversion | None:
         ) from error
 
 
-def choose_format(
-    source: Path, present: set[str], format_name: str, fields: Mapping[str, str]
-) -> tuple[str, dict[str, str]]:
-    """Return the name of the format and the columns by part of a question.
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Makes samples of rows, without format directives of their own, which are counted."""
 
-    Raises:
-        DataError: The format or a part of a question is unknown, or columns that it cannot do
-            without are missing.
-    """
-    if format_name and format_name not in FORMATS:
-        raise DataError(
-            f"{source}: unknown format, got {format_name!r}, expected one of {', '.join(FORMATS)}; "
-            "correct --format"
-        )
-    wrong = [part for part in fields if part not in PARTS]
-    if wrong:
-        raise DataError(
-            f"{source}: unknown part of a question, got {wrong[0]!r}, expected one of "
-            f"{', '.join(PARTS)}; correct --fields"
-        )
-    name = format_name or next(name for name, known in FORMATS.items() if known.marks <= present)
-    columns = dict(FORMATS[name].columns)
-    if name == "mathvista" and "decoded_image" in present:
-        columns |= {
-            "image": "decoded_image",
-            "ignore": "image",
-        }  # the picture itself; `image` beside it is only its path
-    _check_parts(source, name, fields)
-    columns |= fields
-    _check_columns(source, present, fields)
-    missing = [
-        part
-        for part in ("question", "answer")
-        if columns[part].split(".")[0] not in present and columns[part] not in present
-    ]
-    if missing and present:
-        listed = ", ".join(f"{part}=COLUMN" for part in missing)
-        raise DataError(
-            f"{source}: no column for {' and '.join(missing)}, got columns "
-            f"{', '.join(sorted(present))}; name them: --fields {listed}"
-        )
-    return name, columns
+    folder: MediaFolder
+    name: str
+    known: BenchmarkFormat
+    columns: Mapping[str, str]
+    stripped: Counter[str]
 
+    def makers(
+        self, rows: Iterable[tuple[Path, int, Row | SampleError]], is_one_table: bool
+    ) -> Iterator[tuple[int, Callable[[], ShardSample]]]:
+        """Yield number and maker of every sample; rows of several tables are numbered on."""
+        for running, (table, number, row) in enumerate(rows, start=1):
+            key = number if is_one_table else running
+            yield key, partial(self._sample, f"{table}:{number}", table.stem, key, row)
 
-def _check_parts(source: Path, name: str, fields: Mapping[str, str]) -> None:
-    """Refuse a part that rows of this format are not asked for."""
-    unread = [part for part in fields if part not in FORMATS[name].columns]
-    if unread:
-        expected = ", ".join(FORMATS[name].columns)
-        raise DataError(
-            f"{source}: {name} has no such part, got {unread[0]!r}, expected one of {expected}; "
-            "use --format fields"
-        )
-
-
-def _check_columns(source: Path, present: set[str], fields: Mapping[str, str]) -> None:
-    """Refuse a column that the user names and no row has: its questions
-    would silently lack it.
-    """
-    wanted = {
-        column
-        for part, columns in fields.items()
-        if part != "ignore"
-        for column in split_columns(columns)
-    }
-    missing = sorted(wanted - present)
-    if fields.get("answer_type") in ANSWER_TYPES:
-        missing = [column for column in missing if column != fields["answer_type"]]
-    if missing:  # lines need not have the same fields, and objects may be there only later
-        later = _present(read_rows(source))
-        missing = [column for column in missing if column not in later]
-    if missing and present:
-        raise DataError(
-            f"{source}: no such column, got {missing[0]!r} in --fields, expected one of "
-            f"{', '.join(sorted(present))}; correct it"
-        )
-
-
-def _present(rows: Iterable[tuple[int, Row | SampleError]]) -> set[str]:
-    """Return the columns of rows, and what is in objects with dots."""
-    return {path for _, row in rows if isinstance(row, Mapping) for path in row_paths(row)}
-
-
-def _makers(
-    source: Path,
-    folder: MediaFolder,
-    known: BenchmarkFormat,
-    columns: Mapping[str, str],
-    rows: Iterator[tuple[int, Row | SampleError]],
-    stripped: Counter[str],
-) -> Iterator[tuple[int, Callable[[], ShardSample]]]:
-    for number, row in rows:
-        yield number, partial(_sample, source, folder, known, columns, number, row, stripped)
-
-
-def _sample(
-    source: Path,
-    folder: MediaFolder,
-    known: BenchmarkFormat,
-    columns: Mapping[str, str],
-    number: int,
-    row: Row | SampleError,
-    stripped: Counter[str],
-) -> ShardSample:
-    """Return one row with its media read and without format directives of its own, which are
-    counted.
-    """
-    if isinstance(row, SampleError):
-        raise row
-    view = RowView(f"{source}:{number}", number, source.stem, row, columns)
-    draft = known.read(view)
-    view.check_all_read(has_media=bool(draft.media))
-    media = load_media(view.where, folder, draft.media)
-    text = without_directives(draft.question["question"])
-    stripped["question"] += text != draft.question["question"]
-    fields = {**draft.question, "question": text, "media": [extension for extension, _ in media]}
-    return ShardSample(f"{number:09d}", fields, media)
+    def _sample(self, where: str, stem: str, key: int, row: Row | SampleError) -> ShardSample:
+        if isinstance(row, SampleError):
+            raise row
+        view = RowView(where, key, stem, row, self.columns)
+        is_named = self.name != ANY_TABLE
+        draft = read_benchmark(self.name, self.known, view) if is_named else read_fields(view)
+        view.check_all_read(has_media=bool(draft.media))
+        media = load_media(where, self.folder, draft.media, self.known.folders)
+        text = view.text("question", default="")
+        self.stripped["question"] += without_directives(text) != text
+        fields = {**draft.question, "media": [extension for extension, _ in media]}
+        return ShardSample(f"{key:09d}", fields, media)
 
 
 def load_media(
-    where: str, folder: MediaFolder, values: Sequence[tuple[MediaKind, Any]]
+    where: str,
+    folder: MediaFolder,
+    values: Sequence[tuple[MediaKind, Any]],
+    below: Sequence[str] = (),
 ) -> list[tuple[str, bytes]]:
     """Return extension and content of the media of a row, in order.
 
@@ -285,6 +209,7 @@ def load_media(
         where: The row, for messages.
         folder: Where named files are.
         values: Of each medium its bytes, or the name of its file.
+        below: Where files may lie below the folder, besides `MEDIA_FOLDERS`.
 
     Raises:
         SampleError: A value is no medium, or names a file that is not there.
@@ -292,13 +217,15 @@ def load_media(
     """
     media: list[tuple[str, bytes]] = []
     for index, (kind, value) in enumerate(values):
-        suffix, content = _load(where, folder, kind, value)
+        suffix, content = _load(where, folder, kind, value, below)
         media.append((suffix if len(values) == 1 else f"{index}.{suffix}", content))
         folder.check_total(where, media)
     return media
 
 
-def _load(where: str, folder: MediaFolder, kind: MediaKind, value: Any) -> tuple[str, bytes]:
+def _load(
+    where: str, folder: MediaFolder, kind: MediaKind, value: Any, below: Sequence[str]
+) -> tuple[str, bytes]:
     """Return ending and content of one medium; the ending of bytes comes from the bytes."""
     path = value.get("path") if isinstance(value, Mapping) else value
     content = value.get("bytes") if isinstance(value, Mapping) else value
@@ -317,7 +244,9 @@ def _load(where: str, folder: MediaFolder, kind: MediaKind, value: Any) -> tuple
     known = IMAGE_EXTENSIONS if kind == "image" else VIDEO_EXTENSIONS
     suffix = Path(path).suffix[1:].lower()
     names = [path] if suffix in known else [f"{path}.{ending}" for ending in sorted(known)]
-    candidates = [os.path.join(below, name) for below in MEDIA_FOLDERS[kind] for name in names]
+    candidates = [
+        os.path.join(part, name) for part in (*MEDIA_FOLDERS[kind], *below) for name in names
+    ]
     try:
         found = next((name for name in candidates if folder.holds(name)), None)
     except (OSError, ValueError) as error:

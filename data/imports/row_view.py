@@ -90,12 +90,16 @@ class RowView:
         """
         answer = self.text("answer", default="")
         if answer in HIDDEN_ANSWERS:
-            raise SampleError(
-                "no_answer",
-                f"{self.where}: no reference answer, got {answer!r}, expected one; use a split "
-                "that has answers",
-            )
+            raise self.no_answer(answer)
         return answer
+
+    def no_answer(self, answer: str) -> SampleError:
+        """Return the error of a row whose answer its authors keep."""
+        return SampleError(
+            "no_answer",
+            f"{self.where}: no reference answer, got {answer!r}, expected one; use a split "
+            "that has answers",
+        )
 
     def metadata(self) -> dict[str, Any]:
         """Return the field `metadata` of KEY.json, nothing where the row has none.

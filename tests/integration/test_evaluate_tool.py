@@ -253,3 +253,36 @@ def test_open_questions_are_asked_again_when_the_judge_is_back(tmp_path: Path) -
     assert list(found["by_answer_type"]) == ["open"]
     # The tiny model knows no JSON, and what is no verdict counts as wrong.
     assert found["overall"]["pass_at"]["2"]["value"] == 0
+
+
+def test_a_suite_evaluates_what_lies_on_disk_and_lists_what_does_not(tmp_path: Path) -> None:
+    declared, data, before = tmp_path / "declared", tmp_path / "data", tmp_path / "before"
+    for folder in (declared, before):
+        folder.mkdir()
+    declaration = "family: text\nfiles: ['*.jsonl']\ncolumns: {question: question, answer: answer}"
+    rows = [{"question": f"{number} + 1?", "answer": str(number + 1)} for number in range(3)]
+    scorings = {"sums": "rules", "names": "anls", "gone": "rules", "open": "judge"}
+    for name, scoring in scorings.items():
+        text = f"title: {name}\nscoring: {scoring}\n{declaration}\n"
+        (declared / f"{name}.yaml").write_text(text)
+        (data / name).mkdir(parents=True)
+        if name != "gone":
+            lines_of_rows = "".join(json.dumps(row) + "\n" for row in rows)
+            (data / name / "rows.jsonl").write_text(lines_of_rows)
+    known = {"title": "sums", "family": "text", "num_questions": 3, "skipped_fraction": 0.0}
+    known |= {"value": -1.0, "in_paper": False}
+    (before / "suite.json").write_text(json.dumps({"scores": {"sums": known}}))
+    words = [str(STUDENT), "--suite", str(declared), "--data", str(data), SHORT]
+    words += ["--output", str(tmp_path / "out"), f"output_dir={tmp_path}"]
+    code, said = evaluate(*words, "--baseline", str(before))
+    assert code == 0, said
+    found = json.loads((tmp_path / "out" / "suite.json").read_text(encoding="utf-8"))
+    assert list(found["scores"]) == ["names", "sums"]
+    assert list(found["missing"]) == ["gone"]
+    assert found["left_out"] == {"open": "needs a judge"}
+    names, sums = (results(tmp_path / "out" / name) for name in ("names", "sums"))
+    assert found["scores"]["names"]["value"] == names["overall"]["reward"]
+    assert found["scores"]["sums"]["value"] == sums["overall"]["pass_at"]["1"]["value"]
+    assert found["gains"] == {"sums": found["scores"]["sums"]["value"] + 1}
+    assert list(names["by_answer_type"]) == ["anls"]
+    assert "text: 2 of 4" in said

@@ -13,8 +13,8 @@ from pyarrow import parquet
 
 from data.health import SampleHealth
 from data.imports.benchmarks import Conversion, convert_benchmark, read_conversion
-from data.question import Question
-from data.shards import ShardFolder
+from data.question import ANSWER_TYPES, Question
+from data.shards import ShardFolder, ShardReader
 from tests.support.shard_samples import png
 
 Rows = Sequence[dict[str, Any]]
@@ -82,5 +82,5 @@ def convert(
     out = path.parent / f"{path.name}.shards"
     conversion = convert_benchmark(path, out, health=SampleHealth(max_bad_fraction), **options)
     assert read_conversion(out) == conversion
-    folder = ShardFolder(out)
+    folder = ShardFolder(out, ShardReader(options.get("answer_types", ANSWER_TYPES)))
     return [folder.question(shard, key) for shard, key in list(folder.keys())], folder, conversion

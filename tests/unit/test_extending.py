@@ -18,7 +18,7 @@ PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 SECTIONS = {text.partition("\n")[0]: text.partition("\n")[2] for text in PAGE.split("\n## ")[1:]}
 BLOCK = re.compile(
     r"^In (?:the new file )?`(?P<path>[\w/.]+)`(?:, (?P<how>append to|before|after) "
-    r"`(?P<name>[\w.]+)`)?:\n```python\n(?P<code>.*?)```$",
+    r"`(?P<name>[\w.]+)`)?:\n```(?:python|yaml)\n(?P<code>.*?)```$",
     re.MULTILINE | re.DOTALL,
 )
 TRIAL = re.compile(r"^Try it:\n```python\n(.*?)```$", re.MULTILINE | re.DOTALL)
@@ -33,7 +33,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__")
         )
     blocks = list(BLOCK.finditer(PAGE))
-    assert len(blocks) == PAGE.count("```python") - len(SECTIONS)
+    assert len(blocks) == len(re.findall("```(?:python|yaml)", PAGE)) - len(SECTIONS)
     for block in blocks:
         path = root / block["path"]
         if block["how"]:

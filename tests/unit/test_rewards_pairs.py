@@ -13,6 +13,8 @@ from data.question import Question
 from zppo_mm.rewards.verify import Verifier
 
 MIN_WRONG = 400
+MIN_PEER_SHARE = 0.95
+"""Of another project's right answers, those that are accepted; docs/rewards.md names the others."""
 
 
 def read_pairs(name: str) -> dict[str, list[tuple[str, str]]]:
@@ -63,6 +65,20 @@ def test_near_misses_are_wrong_in_both_directions(verifier: Verifier, kind: str)
     assert [
         pair for pair in judged(verifier, both) if pair[2] not in ("mismatch", "not_boxed")
     ] == []
+
+
+@pytest.mark.medium
+def test_another_projects_wrong_answers_are_wrong_and_most_right_ones_are_right(
+    verifier: Verifier,
+) -> None:
+    """Verdicts are those of math-verify's tests (github.com/huggingface/Math-Verify, 5d148cf)."""
+    peer = read_pairs("answers_peer.txt")
+    accepted = {
+        kind: [pair for pair in judged(verifier, pairs) if pair[2] == "match"]
+        for kind, pairs in peer.items()
+    }
+    assert accepted["wrong"] == []
+    assert len(accepted["right"]) >= MIN_PEER_SHARE * len(peer["right"])
 
 
 @pytest.mark.medium

@@ -4,71 +4,51 @@ calls this.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import platform
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from data.atomic_files import new_folder
 from data.errors import DataError
-from data.health import SampleHealth
-from data.imports.benchmarks import CONVERSION_VERSION, convert_benchmark, read_conversion
-from zppo_mm.bundled.questions import bundled_sources
-from zppo_mm.config.schema import RunConfig, SourceConfig
+from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import ZppoError
 from zppo_mm.evaluation.answers import AnsweredQuestion, AnswerFolder
+from zppo_mm.evaluation.questions import Questions, requested_questions
 from zppo_mm.evaluation.settings import EvaluationRequest, output_folder, read_config
 from zppo_mm.evaluation.student import Student, build_student, describe_student
+from zppo_mm.evaluation.suite import evaluate_suite
 from zppo_mm.evaluation.summary import Summary, summarise_answers, summary_table
 from zppo_mm.experience import PromptInstance
 from zppo_mm.observability.logs import configure_logging
 from zppo_mm.parallel import failures
 from zppo_mm.parallel import groups as parallel
-from zppo_mm.rollout.held_out import HeldOut, evaluation_instances, held_out_questions
-from zppo_mm.run.questions import configured_source
+from zppo_mm.rollout.held_out import HeldOut, evaluation_instances
 
 logger = logging.getLogger(__name__)
 
 EVALUATED_STEP = 0
 """Recorded in rollouts, which nobody reads here."""
 BATCHES_PER_CHUNK = 4
-BENCHMARKS_FOLDER = "benchmarks"
 LOG_FILE = "run.log"
 PACKAGES = ("zppo-mm", "torch", "megatron-core", "transformers", "math-verify")
 WARNED_SKIPPED_FRACTION = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Questions:
-    """What is asked, and what is left out before anything is asked.
-
-    Attributes:
-        chosen: The questions.
-        skipped: Rows and samples that are none, by reason.
-        listed: The first of them: where, reason, what is wrong.
-        data: Folders with their fingerprints.
-    """
-
-    chosen: HeldOut
-    skipped: dict[str, int]
-    listed: list[list[str]]
-    data: list[dict[str, str]]
-
-
-def evaluate_model(request: EvaluationRequest) -> Summary:
+def evaluate_model(request: EvaluationRequest) -> str:
     """Sample and grade responses to all questions, go on where an earlier start stopped, and write
     the results.
 
     Every rank calls this and gets the same.
+
+    Returns:
+        The table of the results.
 
     Raises:
         ZppoError: The model, an option or the folder of the results cannot be used, or rank 0
@@ -83,22 +63,19 @@ def evaluate_model(request: EvaluationRequest) -> Summary:
     with failures.translate_collective_errors():
         student = build_student(config)
         try:
-            questions = _questions(request, config, student)
-            settings = describe_student(config, student) | {
-                "num_questions": config.evaluation.num_questions,
-                "data": questions.data,
-            }
-            folder = AnswerFolder(output)
-            done = set(parallel.on_rank_zero(lambda: folder.open(settings)))
-            num_rollouts = config.evaluation.num_rollouts
-            batch = parallel.num_replicas() * config.rollout.max_batch_size
-            size = request.questions_per_chunk or max(1, BATCHES_PER_CHUNK * batch // num_rollouts)
-            _answer(student, questions.chosen, done, folder, num_rollouts, size)
-            summary = parallel.on_rank_zero(lambda: _finish(folder, questions, settings, config))
+            if request.suite:
+                answer = partial(answer_questions, chunk=request.questions_per_chunk)
+                table = evaluate_suite(request, config, student, output, answer)
+            else:
+                questions = requested_questions(request, config, student)
+                summary = answer_questions(
+                    student, config, questions, output, request.questions_per_chunk
+                )
+                table = summary_table(summary)
         finally:
             student.close()
     parallel.shutdown()
-    return summary
+    return table
 
 
 def run_evaluation(request: EvaluationRequest) -> tuple[int, str]:
@@ -108,83 +85,40 @@ def run_evaluation(request: EvaluationRequest) -> tuple[int, str]:
         The exit code, and the table of the results on rank 0.
     """
     try:
-        summary = evaluate_model(request)
+        table = evaluate_model(request)
     except (ZppoError, DataError) as error:
         logger.error("%s", error)
         return 1, ""
     finally:
         # After an error too, or the process could be aborted at its end, with another exit code.
         parallel.leave()
-    return 0, summary_table(summary) if os.environ.get("RANK", "0") == "0" else ""
+    return 0, table if os.environ.get("RANK", "0") == "0" else ""
 
 
-def _questions(request: EvaluationRequest, config: RunConfig, student: Student) -> Questions:
-    folders, skipped, listed = [], Counter[str](), []
-    for source in [SourceConfig(path=str(path)) for path in request.data] or _own_sources(config):
-        path = Path(source.path)
-        if request.data and path.is_file():
-            path = parallel.on_rank_zero(partial(_converted, path, request, config))
-        folders.append(configured_source(replace(source, path=str(path)), config))
-        conversion = read_conversion(path)
-        if conversion is not None:
-            skipped.update(conversion.skipped)
-            listed += conversion.listed
-    health = SampleHealth(config.data.max_bad_fraction, config.data.strict)
-    chosen = held_out_questions(
-        folders,
-        config.evaluation.num_questions,
-        config.seed,
-        health,
-        student.grading.verifier.can_grade,
-    )
-    skipped.update(health.counts | health.left_out)
-    listed += [list(entry) for entry in health.listed]
-    data = [{"path": str(folder.path), "fingerprint": folder.fingerprint()} for folder in folders]
-    return Questions(chosen, dict(skipped), listed, data)
+def answer_questions(
+    student: Student, config: RunConfig, questions: Questions, output: Path, chunk: int
+) -> Summary:
+    """Answer those questions that have no answer in a folder yet, and write the results there;
+    every rank calls this.
 
-
-def _own_sources(config: RunConfig) -> list[SourceConfig]:
-    """Return the held-out data that the run itself is evaluated on."""
-    sources = config.data.held_out
-    if config.data.train and not sources:
-        raise DataError(
-            "data.held_out: the run has no held-out questions, got none, expected a source; name "
-            "questions with --data"
-        )
-    return sources or bundled_sources(config, "held_out")
-
-
-def _converted(file: Path, request: EvaluationRequest, config: RunConfig) -> Path:
-    """Return the shards of a benchmark's file, made at the first use and shared by the evaluations
-    of all models.
+    Args:
+        student: Samples and grades.
+        config: Of the evaluation.
+        questions: All of them.
+        output: The folder.
+        chunk: Questions between two saves; 0 means a few batches.
     """
-    status = file.stat()
-    root = request.media_root or file.parent
-    made_from = [
-        str(file.resolve()),
-        status.st_size,
-        status.st_mtime_ns,
-        request.format,
-        sorted(request.fields.items()),
-        str(root.resolve()),
-        CONVERSION_VERSION,
-        *config.reward.functions,
-    ]
-    digest = hashlib.blake2b(json.dumps(made_from).encode(), digest_size=4).hexdigest()
-    folder = Path(config.output_dir) / BENCHMARKS_FOLDER / f"{file.stem}-{digest}"
-    if read_conversion(folder) is None:
-        logger.info("converting %s into %s", file, folder)
-        with new_folder(folder) as temporary:
-            convert_benchmark(
-                file,
-                temporary,
-                format_name=request.format,
-                fields=request.fields,
-                media_root=root,
-                health=SampleHealth(max_bad_fraction=1.0),
-                answer_types=config.reward.answer_types,
-            )
-    return folder
+    settings = describe_student(config, student) | {
+        "num_questions": config.evaluation.num_questions,
+        "data": questions.data,
+    }
+    folder = AnswerFolder(output)
+    done = set(parallel.on_rank_zero(lambda: folder.open(settings)))
+    num_rollouts = config.evaluation.num_rollouts
+    batch = parallel.num_replicas() * config.rollout.max_batch_size
+    size = chunk or max(1, BATCHES_PER_CHUNK * batch // num_rollouts)
+    _answer(student, questions.chosen, done, folder, num_rollouts, size)
+    return parallel.on_rank_zero(lambda: _finish(folder, questions, settings, config))
 
 
 def _answer(

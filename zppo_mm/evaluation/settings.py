@@ -33,6 +33,11 @@ SAMPLING: dict[str, dict[str, float]] = {
 }
 """Named ways to sample. Source: ZPPO (arXiv 2606.18216), evaluation."""
 EVALUATIONS_FOLDER = "evaluations"
+SUITE_FUNCTIONS = {
+    "anls": "zppo_mm.rewards.ready.texts:anls",
+    "relaxed": "zppo_mm.rewards.ready.readings:within_tolerance",
+}
+"""Reward functions of the scorings of benchmarks that have one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +47,9 @@ class EvaluationRequest:
     Attributes:
         model: A Hugging Face folder, or the folder of a finished run.
         data: Folders of shards and files of benchmarks; none means the held-out data of the run.
+        suite: Name of declared benchmarks, or the folder of their declarations; `data` is then the
+            one folder that has theirs.
+        baseline: Results of the same suite, from which gains are counted.
         sampling: A name in `SAMPLING`; empty means the run's own settings, and `paper` for a
             Hugging Face folder.
         num_rollouts: Responses per question; 0 means the configuration's.
@@ -57,6 +65,8 @@ class EvaluationRequest:
 
     model: Path
     data: tuple[Path, ...] = ()
+    suite: str = ""
+    baseline: Path | None = None
     sampling: str = ""
     num_rollouts: int = 0
     output: Path | None = None
@@ -89,6 +99,7 @@ def read_config(request: EvaluationRequest) -> RunConfig:
             f"{request.model}: no questions, got a Hugging Face folder and no --data, expected "
             "folders of shards or a file"
         )
+    _check_suite(request)
     if (request.format or request.fields or request.media_root) and not any(
         path.is_file() for path in request.data
     ):
@@ -96,6 +107,25 @@ def read_config(request: EvaluationRequest) -> RunConfig:
             "--format, --fields, --media-root: nothing to read by them, got no file in --data, "
             "expected one; leave them out"
         )
+    layers = _layers(request, folder, is_run)
+    # JSON is YAML, in which a path may look like a number.
+    options = [*(f"{key}={json.dumps(value)}" for key, value in layers.items()), *request.options]
+    config = load_config(run.config if is_run else None, options)
+    if config.rollout.servers:
+        raise ConfigError(
+            f"rollout.servers: an evaluation starts no servers, got {config.rollout.servers}, "
+            "expected 0; start one of the model (vllm serve) and name it in rollout.endpoints"
+        )
+    if student_folder(config.model) != folder:
+        raise ConfigError(
+            f"model.student: another model than the one to evaluate, got {config.model.student!r}, "
+            f"expected {str(folder)!r}; name the folder as the first argument only"
+        )
+    return config
+
+
+def _layers(request: EvaluationRequest, folder: Path, is_run: bool) -> dict[str, object]:
+    """Return what an evaluation sets, by key; the options of the command line come after it."""
     # Bad questions are counted in the results instead of stopping; and no teacher has ranks here.
     layers: dict[str, object] = {"data.max_bad_fraction": 1.0, "model.student": str(folder)}
     layers |= {
@@ -118,27 +148,35 @@ def read_config(request: EvaluationRequest) -> RunConfig:
     layers |= SAMPLING[request.sampling or "paper"] if request.sampling or not is_run else {}
     if request.data:
         layers["evaluation.num_questions"] = 0
+    if request.suite:
+        layers |= {f"reward.functions.{name}": each for name, each in SUITE_FUNCTIONS.items()}
     if request.num_rollouts:
         layers["evaluation.num_rollouts"] = request.num_rollouts
-    # JSON is YAML, in which a path may look like a number.
-    options = [*(f"{key}={json.dumps(value)}" for key, value in layers.items()), *request.options]
-    config = load_config(run.config if is_run else None, options)
-    if config.rollout.servers:
+    return layers
+
+
+def _check_suite(request: EvaluationRequest) -> None:
+    """Refuse a suite without its one folder, and what only a suite has.
+
+    Raises:
+        ConfigError: In both cases.
+    """
+    if request.suite and (len(request.data) != 1 or not request.data[0].is_dir()):
         raise ConfigError(
-            f"rollout.servers: an evaluation starts no servers, got {config.rollout.servers}, "
-            "expected 0; start one of the model (vllm serve) and name it in rollout.endpoints"
+            f"--suite {request.suite}: no folder of benchmarks, got --data "
+            f"{' '.join(map(str, request.data)) or 'nothing'}, expected the one folder that has a "
+            "folder for each; name it with --data"
         )
-    if student_folder(config.model) != folder:
+    if request.baseline is not None and not request.suite:
         raise ConfigError(
-            f"model.student: another model than the one to evaluate, got {config.model.student!r}, "
-            f"expected {str(folder)!r}; name the folder as the first argument only"
+            "--baseline: nothing to compare, got no --suite, expected one; leave it out"
         )
-    return config
 
 
 def output_folder(request: EvaluationRequest, output_dir: Path) -> Path:
     """Return where the results go."""
-    return request.output or output_dir / EVALUATIONS_FOLDER / request.model.resolve().name
+    folder = output_dir / EVALUATIONS_FOLDER / request.model.resolve().name
+    return request.output or (folder / Path(request.suite).name if request.suite else folder)
 
 
 def _exported(run: RunFolder) -> Path:

@@ -5,7 +5,7 @@ grader.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from zppo_mm.config.schema import RunConfig
 from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.parallel.exchange import ParallelExchange
 from zppo_mm.rewards.function_source import source_digest
+from zppo_mm.rewards.judge import load_judge_template
 from zppo_mm.rollout.engine import SamplingParams
 from zppo_mm.rollout.processor import OVERRIDES
 from zppo_mm.rollout.prompt import PromptEncoder
@@ -74,6 +75,24 @@ class Student:
             "function_errors": verifier.functions.num_errors,
             **(self.grading.judge.counts if self.grading.judge else {}),
         }
+
+    def graded_by(self, judge_mode: str, judge_template: str) -> Student:
+        """Return one that shares all with this one but what the judge decides, and its prompt.
+
+        Args:
+            judge_mode: As `evaluation.judge`.
+            judge_template: The prompt's file; empty means the one that it has.
+
+        Raises:
+            ConfigError: The file is no prompt of a judge.
+        """
+        # Answers that it does not decide must not depend on whether there is one.
+        judge = None if judge_mode == "never" else self.grading.judge
+        if judge is not None and judge_template:
+            judge = judge.with_template(load_judge_template(judge_template))
+        verifier = self.grading.verifier.with_judge(judge, judge_mode)
+        grading = replace(self.grading, verifier=verifier, judge=judge)
+        return replace(self, sampler=self.sampler.with_grader(verifier), grading=grading)
 
     def close(self) -> None:
         """End the worker processes and the connections."""

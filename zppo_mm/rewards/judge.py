@@ -5,10 +5,11 @@ Source: ZPPO (arXiv 2606.18216), reward.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -55,7 +56,6 @@ class LlmJudge:
             of them whose reply was `judge_malformed`, those where the rules say otherwise
             (`judge_disagreements`), responses that got no reply (`judge_failures`), and those of
             which only the end was shown (`judge_cut`).
-        malformed_example: Beginning of the last reply without a verdict.
     """
 
     def __init__(self, complete: Complete, template: str, max_response_chars: int) -> None:
@@ -63,7 +63,18 @@ class LlmJudge:
         self._template = template
         self._max_response_chars = max_response_chars
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
-        self.malformed_example = ""
+        self._malformed: deque[str] = deque([""], maxlen=1)
+
+    @property
+    def malformed_example(self) -> str:
+        """Beginning of the last reply without a verdict."""
+        return self._malformed[0]
+
+    def with_template(self, template: str) -> LlmJudge:
+        """Return one with another prompt; both count together."""
+        other = copy.copy(self)
+        other._template = template
+        return other
 
     def judge(self, items: Sequence[JudgedResponse]) -> list[bool | None]:
         """Return for every response whether it agrees with the reference, `None` where the model
@@ -86,7 +97,7 @@ class LlmJudge:
         self.counts["judged"] += 1
         if verdict is None:
             self.counts["judge_malformed"] += 1
-            self.malformed_example = reply[:MAX_SHOWN_CHARS]
+            self._malformed.append(reply[:MAX_SHOWN_CHARS])
             logger.debug("judge: no verdict in %r", self.malformed_example)
         by_rule = compare(item.text, item.question.answer) if item.is_final_answer else None
         if isinstance(by_rule, bool) and by_rule != bool(verdict):

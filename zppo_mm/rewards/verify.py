@@ -208,8 +208,12 @@ class Verifier:
 
     def with_judge_mode(self, judge_mode: str) -> Verifier:
         """Return one that shares everything with this one but what the judge decides."""
+        return self.with_judge(self._judge, judge_mode)
+
+    def with_judge(self, judge: Judge | None, judge_mode: str) -> Verifier:
+        """Return one that shares everything with this one but the judge and what it decides."""
         other = copy.copy(self)
-        other._judge_mode = judge_mode
+        other._judge, other._judge_mode = judge, judge_mode
         return other
 
     def can_grade(self, question: Question) -> bool:
