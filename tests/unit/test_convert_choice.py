@@ -30,7 +30,7 @@ def test_the_newest_one_of_a_step_and_the_best(
 ) -> None:
     caplog.set_level(logging.INFO)
     run = run_with(
-        tmp_path, [30, 40, 50, 60], {0: 0.2, 20: 0.9, 40: 0.6, 50: float("nan"), 60: 0.6}
+        tmp_path, [30, 40, 50, 60], {20: 0.9, 30: 0.3, 40: 0.6, 50: float("nan"), 60: 0.6}
     )
     assert choose_checkpoint(run, "newest").name == "step_000060"
     assert choose_checkpoint(run, 30).name == "step_000030"
@@ -38,7 +38,8 @@ def test_the_newest_one_of_a_step_and_the_best(
     # The earlier of equals; one without an accuracy is none.
     assert choose_checkpoint(run, "best").name == "step_000040"
     assert caplog.messages == [
-        "step 40 has the best held-out accuracy, 0.6000, of the checkpoints after step 40, step 60",
+        "step 40 has the best held-out accuracy, 0.6000, of the checkpoints after step 30, step "
+        "40, step 60",
         "step 20 was better, 0.9000, but has no checkpoint; raise checkpoint.keep in later runs",
     ]
 
