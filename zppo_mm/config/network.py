@@ -120,7 +120,7 @@ class ParallelConfig:
         10.0, "Time limit of collectives, after which a silent rank counts as lost.", above=0
     )
     hang_minutes: float = key(
-        5.0,
+        9.0,
         "A process whose main thread is at the same place in the program for so long hangs: all "
         "write their stacks to `stacks/` in the run's folder and end. Waits that have a limit of "
         "their own do not count. Below `timeout_minutes`, or the other ranks give up first. 0: "
