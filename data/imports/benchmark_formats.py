@@ -121,8 +121,7 @@ def load_formats(folder: Path) -> dict[str, BenchmarkFormat]:
 
 def _load(file: Path) -> BenchmarkFormat:
     try:
-        # The loader in C is missing where PyYAML was built without it.
-        found = yaml.load(file.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        found = yaml.safe_load(file.read_bytes())
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{file}: not readable as YAML ({error}); correct it") from error
     keys = {each.name: each.type for each in fields(BenchmarkFormat)}

@@ -48,7 +48,8 @@ def test_before_training_there_is_no_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     choose_checkpoint(run_with(tmp_path, [10], {0: 0.9, 10: 0.5}), "best")
-    assert caplog.messages == [
+    warnings = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert warnings == [
         "step 0 was better, 0.9000, but has no checkpoint; it is the student itself"
     ]
 

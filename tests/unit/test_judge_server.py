@@ -194,7 +194,7 @@ def test_every_rank_ends_by_what_all_have_judged() -> None:
     judges = [some_judge(), some_judge()]
     judged(judges[0], 20, 0)
     judged(judges[1], 0, 8)
-    judges[1].malformed_example = "prose"
+    judges[1]._malformed.append("prose")
     sent: list[GradedCount] = []
 
     def collect(local: Sequence[GradedCount]) -> list[list[GradedCount]]:

@@ -33,7 +33,7 @@ OPTIONS = (
     "rollout.max_response_tokens=16",
     "evaluation.num_questions=1",
     "observability.report=false",
-    "observability.tensorboard=false",
+    "observability.trackers=[]",
     "parity.mode=none",
     "checkpoint.interval=1",
 )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import Field, fields, is_dataclass
 from typing import Any, get_type_hints
 
-from zppo_mm.config.keys import declared
+from zppo_mm.config.keys import other_names
 
 
 def key_hint(got: str, beside: Sequence[str], kind: Any) -> str:
@@ -21,7 +21,7 @@ def key_hint(got: str, beside: Sequence[str], kind: Any) -> str:
     own_name = got.rpartition(".")[2].lower()
     known = dict(every_key(kind))
     meant = [
-        *(path for path, own in known.items() if own_name in declared(own).also_called),
+        *(path for path, own in known.items() if own_name in other_names(own)),
         *difflib.get_close_matches(got, beside, n=1, cutoff=0.6),
         *(path for path in known if path.rpartition(".")[2] == own_name),
     ]

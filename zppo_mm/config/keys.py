@@ -115,6 +115,11 @@ def declared(own: Field[Any]) -> Key:
     return cast(Key, own.metadata[_METADATA])
 
 
+def other_names(own: Field[Any]) -> tuple[str, ...]:
+    """Return what a key is called elsewhere; nothing of a plain field."""
+    return declared(own).also_called if _METADATA in own.metadata else ()
+
+
 def default_of(own: Field[Any]) -> Any:
     """Return the default of a field."""
     return own.default if own.default_factory is MISSING else own.default_factory()
