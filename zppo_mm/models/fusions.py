@@ -2,8 +2,8 @@
 
 megatron-core has further fusions, of the rotary embedding, the persistent layer norm, the masked
 softmax and the cross-entropy. They belong to modules that this network does not use: its rotation
-takes a table of three axes per pack, its norms are RMSNorms, its attention is torch's or
-Transformer Engine's, and its loss is computed in chunks from the hidden states.
+takes a table of three axes per pack, its norms are RMSNorms, its attention is torch's, and its loss
+is computed in chunks from the hidden states.
 """
 
 from __future__ import annotations

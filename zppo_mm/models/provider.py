@@ -255,7 +255,7 @@ def _check_groups(parallel: ParallelConfig) -> None:
 def _check_context(parallel: ParallelConfig, implementation: Implementation) -> None:
     if parallel.context_parallel_size > 1 and implementation == "transformer_engine":
         raise ConfigError(
-            "parallel.context_parallel_size: not with Transformer Engine's attention, got "
+            "parallel.context_parallel_size: not with Transformer Engine's layers, got "
             f"{parallel.context_parallel_size} on a machine where it is used, expected 1 with it; "
             "set model.transformer_impl=local, or the size to 1"
         )

@@ -64,6 +64,13 @@ class TensorBoard:
         self._writer.close()
 
 
+def _identity(project: str, offline: bool, folder: Path) -> dict[str, str | None]:
+    """Return what W&B and SwanLab know a run by, in the words of both."""
+    mode = "offline" if offline else None
+    name = folder.name
+    return {"project": project, "name": name, "id": name, "resume": "allow", "mode": mode}
+
+
 class Wandb:
     """Weights & Biases; the run's folder is the identity, so that a resumed run continues the same
     one.
@@ -71,14 +78,7 @@ class Wandb:
 
     def __init__(self, wandb: ModuleType, project: str, offline: bool, folder: Path) -> None:
         self._wandb = wandb
-        self._run = wandb.init(
-            project=project,
-            name=folder.name,
-            id=folder.name,
-            dir=str(folder),
-            resume="allow",
-            mode="offline" if offline else None,
-        )
+        self._run = wandb.init(dir=str(folder), **_identity(project, offline, folder))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -107,12 +107,7 @@ class SwanLab:
     def __init__(self, swanlab: ModuleType, project: str, offline: bool, folder: Path) -> None:
         self._swanlab = swanlab
         self._run = swanlab.init(
-            project=project,
-            name=folder.name,
-            id=folder.name,
-            log_dir=str(folder / "swanlab"),
-            resume="allow",
-            mode="offline" if offline else None,
+            log_dir=str(folder / "swanlab"), **_identity(project, offline, folder)
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
