@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,11 +11,12 @@ from pathlib import Path
 from typing import overload
 
 from data.errors import DataError, SampleError, shown
+from data.files import LOCAL, LocalFiles
 from data.question import ANSWER_TYPES, MediaRef, Question
 from data.sample import parse_question
 from data.shard_names import EXPECTED_SHARDS, list_shards
 from data.tar_index import Member, TarIndex, check_header, load_index
-from data.tar_members import BLOCK, open_regular, read_at
+from data.tar_members import BLOCK, read_at
 
 MAX_OPEN_SHARDS = 256
 MAX_QUESTION_BYTES = 1 << 24
@@ -27,10 +27,14 @@ class ShardReader:
 
     Args:
         answer_types: Those that can be graded; other questions are bad samples.
+        files: Open the shards; by default those of this machine.
     """
 
-    def __init__(self, answer_types: Collection[str] = ANSWER_TYPES) -> None:
+    def __init__(
+        self, answer_types: Collection[str] = ANSWER_TYPES, files: LocalFiles = LOCAL
+    ) -> None:
         self._answer_types = answer_types
+        self.files = files
         self._indexes: dict[str, TarIndex] = {}
         self._descriptors: dict[str, int] = {}
 
@@ -42,7 +46,7 @@ class ShardReader:
         """
         index = self._indexes.get(shard)
         if index is None:
-            index = self._indexes[shard] = load_index(Path(shard))
+            index = self._indexes[shard] = load_index(Path(shard), self.files)
         return index
 
     def question(self, shard: str, key: str) -> Question:
@@ -87,7 +91,7 @@ class ShardReader:
     def close(self) -> None:
         """Close the shards held open; the next read opens them again."""
         while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+            self.files.close(self._descriptors.popitem()[1])
 
     def __del__(self) -> None:
         self.close()
@@ -124,17 +128,18 @@ class ShardReader:
         if descriptor is not None:
             content = read_at(shard, descriptor, BLOCK + size, start)
         else:
-            descriptor = open_regular(shard)
+            descriptor = self.files.open(shard)
             try:
                 content = read_at(shard, descriptor, BLOCK + size, start)
             finally:
                 # Beyond the limit a shard is opened for each read: closing one here could take it
                 # from another thread.
                 if (
-                    len(self._descriptors) >= MAX_OPEN_SHARDS
+                    not self.files.stays_open(shard)
+                    or len(self._descriptors) >= MAX_OPEN_SHARDS
                     or self._descriptors.setdefault(shard, descriptor) != descriptor
                 ):
-                    os.close(descriptor)
+                    self.files.close(descriptor)
         where = f"{shard}:{shown(key)}.{shown(member.extension)}"
         check_header(where, content[:BLOCK], key, member, is_plain=self.index(shard).is_plain)
         if len(content) != BLOCK + size:
@@ -191,7 +196,7 @@ class ShardFolder:
         """
         self.path = Path(path)
         self.reader = reader or ShardReader()
-        paths, unread = list_shards(self.path)
+        paths, unread = list_shards(self.path, self.reader.files)
         if unread:
             raise DataError(next(iter(unread.values())))
         if not paths:

@@ -124,7 +124,8 @@ def _questions(request: EvaluationRequest, config: RunConfig, student: Student) 
         path = Path(source.path)
         if request.data and path.is_file():
             path = parallel.on_rank_zero(partial(_converted, path, request, config))
-        folders.append(configured_source(replace(source, path=str(path)), config))
+            source = replace(source, path=str(path))
+        folders.append(configured_source(source, config, student.media.files))
         conversion = read_conversion(path)
         if conversion is not None:
             skipped.update(conversion.skipped)

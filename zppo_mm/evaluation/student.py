@@ -21,6 +21,7 @@ from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.rollout.served.engine import VllmEngine
 from zppo_mm.run.build import student_folder
 from zppo_mm.run.judging import Grading, build_grading, is_teacher
+from zppo_mm.run.remote import open_files
 from zppo_mm.run.sampling import evaluation_sampling
 from zppo_mm.run.served_engine import vllm_engine
 from zppo_mm.run.shared import Shared, load_model, media_limits
@@ -98,7 +99,7 @@ def build_student(config: RunConfig) -> Student:
     teachers = open_pool(config.teacher, exchange) if asks_teacher else None
     grading = build_grading(config, teachers, exchange, [mode])
     folder = student_folder(config.model)
-    media = MediaStore(media_limits(config.data, folder))
+    media = MediaStore(media_limits(config.data, folder), open_files(config.remote))
     shared = Shared(config, media, grading.verifier, exchange)
     encoder = shared.student_encoder(folder)
     templates = load_templates(config.zone.templates, encoder.chat.special_tokens)

@@ -123,9 +123,7 @@ METRICS: Mapping[str, str] = {
         "Images and videos opened although the machine had no room to keep them: they are opened "
         "again by every rank that needs them."
     ),
-    "media/damaged": (
-        "Kept images and videos that something else had changed; they are opened again."
-    ),
+    "media/damaged": "Kept images and videos that something else changed; they are opened again.",
     "media/cached_bytes": "Opened media kept in memory, on the machine that keeps the most.",
     "mismatch/gap": (
         "Mean absolute difference of a response token's log-probs by the sampler and by the policy "
@@ -191,6 +189,10 @@ METRICS: Mapping[str, str] = {
     "response/truncated/*": f"The same by kind of prompt (plain, {_REFORMULATED}, teacher).",
     "response/unparsed": "Fraction of responses without a boxed answer.",
     "prompt/tokens/*": f"Mean length of a prompt by kind (plain, {_REFORMULATED}).",
+    "remote/evicted": "Fetched files that made way for others in the cache, over all ranks.",
+    "remote/fetched": "Files fetched from other machines, over all ranks.",
+    "remote/fetched_bytes": "Their bytes.",
+    "remote/retried": "Requests for such files that failed and were repeated.",
     "reward/mean": (
         "Mean reward of the rollouts of plain prompts; the accuracy, unless a reward function has "
         "an accuracy part beside others."
