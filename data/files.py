@@ -58,8 +58,12 @@ class LocalFiles:
         """Close what `open` returned."""
         os.close(descriptor)
 
-    def stays_open(self, path: str) -> bool:
-        """Return whether a file may be held open between reads."""
+    def hold(self, path: str) -> OpenFile:
+        """Open a file that is read again and again; raises as `open`."""
+        return OpenFile(self, self.open(path))
+
+    def is_current(self, held: OpenFile) -> bool:
+        """Return whether what is held open is still what `hold` would open."""
         return True
 
     def keep(self, path: str) -> None:
@@ -72,6 +76,22 @@ class LocalFiles:
     def at_hand(self, folder: str, path: str) -> Iterator[None]:
         """Have a file that a table names lie at its path during the block, if there is one."""
         yield
+
+
+class OpenFile:
+    """A descriptor that is closed when the last thread that reads from it lets go of it.
+
+    Args:
+        files: Close it.
+        descriptor: What they opened.
+        stays_open: Whether it may be held between reads.
+    """
+
+    def __init__(self, files: LocalFiles, descriptor: int, *, stays_open: bool = True) -> None:
+        self._files, self.descriptor, self.stays_open = files, descriptor, stays_open
+
+    def __del__(self) -> None:
+        self._files.close(self.descriptor)
 
 
 LOCAL = LocalFiles()

@@ -7,6 +7,7 @@ A file of an address has a path below the cache's folder, `s3://bucket/set/a.tar
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import posixpath
@@ -20,7 +21,7 @@ from pathlib import Path
 from data.errors import DataError, shown
 from data.file_cache import FileCache, NoRoomError
 from data.file_lock import unlock_and_close
-from data.files import LocalFiles
+from data.files import LocalFiles, OpenFile
 from data.remote_objects import (
     BACKOFF_SECONDS,
     NUM_ATTEMPTS,
@@ -66,6 +67,7 @@ class RemoteFiles(LocalFiles):
         self._listings: dict[str, Listing] = {}
         self._known: dict[str, RemoteFile | None] = {}
         self._kept: dict[str, int] = {}
+        self._shard_bytes: dict[str, int] = {}
         self._fetched: Counter[str] = Counter()
 
     def __reduce__(self) -> tuple[type[RemoteFiles], tuple[str | Path, int, int, float]]:
@@ -172,9 +174,27 @@ class RemoteFiles(LocalFiles):
         """Close what `open` returned; the file may make way for others."""
         unlock_and_close(descriptor)
 
-    def stays_open(self, path: str) -> bool:
-        """Return whether a file may be held open: no remote one, it could not make way."""
-        return not path.startswith(self._prefix)
+    def hold(self, path: str) -> OpenFile:
+        """Open a file that is read again and again; see `LocalFiles.hold`.
+
+        Where all shards of the run fit into the cache, a shard is held without its lock, so that it
+        makes way for others, if need be; else it is opened for each read.
+        """
+        if not path.startswith(self._prefix):
+            return super().hold(path)
+        descriptor = self.open(path)
+        stays_open = 0 < sum(self._shard_bytes.values()) <= self.max_bytes
+        if stays_open:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        return OpenFile(self, descriptor, stays_open=stays_open)
+
+    def is_current(self, held: OpenFile) -> bool:
+        """Return whether a file that is held open has not made way; see `LocalFiles.is_current`."""
+        return os.fstat(held.descriptor).st_nlink > 0
+
+    def expect_shards(self, folder: Path, num_bytes: int) -> None:
+        """Take note of how large the shards of a folder are together."""
+        self._shard_bytes[str(folder)] = num_bytes
 
     def keep(self, path: str) -> None:
         """Have a file lie at its path until these files are released; raises as `open`."""
@@ -256,7 +276,7 @@ class RemoteFiles(LocalFiles):
     def _fetch(self, file: RemoteFile, target: Path) -> None:
         self._objects.download(file.address, target)
         now, size = self._objects.describe(file.address), target.stat().st_size
-        if now != file or size != file.size:
+        if size != file.size or (now != file and not self._is_listed(file)):
             got = f"version {now.version!r} of {now.size} bytes" if now else "nothing"
             raise DataError(
                 f"{file.address}: the object was changed, got {got} and {size} bytes, expected "
@@ -264,6 +284,15 @@ class RemoteFiles(LocalFiles):
                 "start again"
             )
         self._fetched.update({"fetched": 1, "fetched_bytes": size})
+
+    def _is_listed(self, file: RemoteFile) -> bool:
+        """Return whether a listing has an object as it was; some stores describe an object in other
+        words than they list it.
+        """
+        folder, _, name = file.address.rpartition("/")
+        if str(self.path_of(folder)) not in self._listings:
+            return False
+        return self._objects.listing(folder).files.get(name) == file
 
 
 def _stamp(file: RemoteFile) -> int:

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -227,5 +228,7 @@ def _described(address: str, entry: Mapping[str, Any]) -> RemoteFile | None:
     size = entry.get("size")
     if size is None:
         return None
-    version = next((str(entry[name]) for name in VERSIONS if entry.get(name)), "")
-    return RemoteFile(address, int(size), version)
+    version = next((entry[name] for name in VERSIONS if entry.get(name)), "")
+    if isinstance(version, datetime):  # of which listings have the number
+        version = version.timestamp()
+    return RemoteFile(address, int(size), str(version))

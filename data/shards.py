@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import overload
 
 from data.errors import DataError, SampleError, shown
-from data.files import LOCAL, LocalFiles
+from data.files import LOCAL, LocalFiles, OpenFile
 from data.question import ANSWER_TYPES, MediaRef, Question
 from data.sample import parse_question
 from data.shard_names import EXPECTED_SHARDS, list_shards
@@ -36,7 +36,7 @@ class ShardReader:
         self._answer_types = answer_types
         self.files = files
         self._indexes: dict[str, TarIndex] = {}
-        self._descriptors: dict[str, int] = {}
+        self._opened: dict[str, OpenFile] = {}
 
     def index(self, shard: str) -> TarIndex:
         """Return the index of a shard, loaded at the first use.
@@ -90,11 +90,7 @@ class ShardReader:
 
     def close(self) -> None:
         """Close the shards held open; the next read opens them again."""
-        while self._descriptors:
-            self.files.close(self._descriptors.popitem()[1])
-
-    def __del__(self) -> None:
-        self.close()
+        self._opened.clear()
 
     def _member(self, ref: MediaRef) -> Member:
         for member in self._members(ref.shard, ref.key):
@@ -124,28 +120,24 @@ class ShardReader:
     def _read_checked(self, shard: str, key: str, member: Member, size: int) -> bytes:
         """Return the first `size` bytes of a member after a check of its header."""
         start = member.offset - BLOCK
-        descriptor = self._descriptors.get(shard)
-        if descriptor is not None:
-            content = read_at(shard, descriptor, BLOCK + size, start)
-        else:
-            descriptor = self.files.open(shard)
-            try:
-                content = read_at(shard, descriptor, BLOCK + size, start)
-            finally:
-                # Beyond the limit a shard is opened for each read: closing one here could take it
-                # from another thread.
-                if (
-                    not self.files.stays_open(shard)
-                    or len(self._descriptors) >= MAX_OPEN_SHARDS
-                    or self._descriptors.setdefault(shard, descriptor) != descriptor
-                ):
-                    self.files.close(descriptor)
+        held = self._held(shard)  # stays open as long as this name has it
+        content = read_at(shard, held.descriptor, BLOCK + size, start)
         where = f"{shard}:{shown(key)}.{shown(member.extension)}"
         check_header(where, content[:BLOCK], key, member, is_plain=self.index(shard).is_plain)
         if len(content) != BLOCK + size:
             got = f"got {len(content) - BLOCK} of {size} bytes"
             raise DataError(f"{where}: the shard ends inside the file, {got}; copy it again")
         return content[BLOCK:]
+
+    def _held(self, shard: str) -> OpenFile:
+        held = self._opened.get(shard)
+        if held is not None and self.files.is_current(held):
+            return held
+        opened = self.files.hold(shard)
+        # Beyond the limit a shard is opened for each read.
+        if opened.stays_open and (held or len(self._opened) < MAX_OPEN_SHARDS):
+            self._opened[shard] = opened
+        return opened
 
 
 class SampleKeys(Sequence[tuple[str, str]]):

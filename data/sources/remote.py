@@ -84,12 +84,17 @@ def _listed_tables(target: Path, found: Iterable[Path], files: RemoteFiles) -> S
 
 
 def _check_sizes(address: str, folder: Path, names: Iterable[str], files: RemoteFiles) -> None:
-    """Say before the first step what of a folder of shards does not fit into the cache."""
+    """Say before the first step what of a folder of shards does not fit into the cache.
+
+    Raises:
+        DataError: One of them does not.
+    """
     sizes = {
         name: files.size_without_opening(folder / name) or 0
         for name in names
         if name.endswith(SHARD_SUFFIX)
     }
+    files.expect_shards(folder, sum(sizes.values()))
     name = max(sizes, key=lambda name: sizes[name])
     if sizes[name] > files.max_bytes:
         raise DataError(

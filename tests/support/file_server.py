@@ -22,11 +22,13 @@ class FileServer:
         url: Its address.
         gets: Files that it sent, by name; listings are none.
         failures: Requests for a file that are refused before one is answered, by name.
+        status: What it refuses with.
     """
 
     url: str = ""
     gets: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
+    status: int = 503
 
 
 @contextmanager
@@ -42,7 +44,7 @@ def serve_files(folder: Path) -> Iterator[FileServer]:
             name = Path(self.path).name
             if state.failures[name] > 0:
                 state.failures[name] -= 1
-                self.send_error(503)
+                self.send_error(state.status)
                 return None
             if self.command == "GET" and Path(self.translate_path(self.path)).is_file():
                 state.gets[name] += 1

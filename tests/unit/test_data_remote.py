@@ -27,6 +27,7 @@ from data.sources.reader import SourceReader, TableFiles
 from data.sources.tables import TableSource
 from data.stream import QuestionStream
 from tests.support.file_server import FileServer, serve_files
+from tests.support.running import free_port
 from tests.support.source_files import (
     FORMS,
     make_shards,
@@ -142,6 +143,19 @@ def test_a_small_cache_holds_its_limit_and_gives_the_same(
     assert files.counts["evicted"] >= len(sizes) - 1
     with pytest.raises(DataError, match=r"larger than the cache, got .*remote\.cache_bytes=100"):
         open_source(f"{server.url}/shards", files=remote(tmp_path, 100))
+
+
+def test_a_shard_that_is_held_open_makes_way_for_others(
+    folder: Path, server: FileServer, tmp_path: Path
+) -> None:
+    files = remote(tmp_path)
+    source = open_source(f"{server.url}/shards", files=files)
+    whole = questions(source)
+    shards = list((tmp_path / "cache").rglob("*.tar"))
+    for path in shards:
+        assert RemoteFiles(tmp_path / "cache", GENEROUS)._cache.remove(path)
+    assert questions(source) == whole
+    assert {server.gets[path.name] for path in shards} == {2}, "fetched again, once"
 
 
 def test_patterns_and_a_media_root_elsewhere(
@@ -296,3 +310,22 @@ def test_a_cache_that_cannot_be_written_is_named(
     (tmp_path / "cache").write_text("a file where the cache should be")
     with pytest.raises(DataError, match=r"cannot be kept in .*cache \(Not a directory\)"):
         open_source(f"{server.url}/for_shards.jsonl", files=remote(tmp_path))
+
+
+def test_refusals_and_silent_servers_are_named(
+    own: tuple[Path, FileServer], tmp_path: Path
+) -> None:
+    _, server = own
+    address = f"{server.url}/for_shards.jsonl"
+    server.status, server.failures["for_shards.jsonl"] = 403, 99
+    files = remote(tmp_path)
+    with pytest.raises(DataError, match=r"not to be read, got .*403.* set the credentials"):
+        open_source(address, files=files)
+    assert files.counts["retried"] == 0
+    server.status = 404
+    with pytest.raises(DataError, match=r"for_shards\.jsonl: no such object, expected a file"):
+        open_source(address, files=remote(tmp_path))
+    with pytest.raises(
+        DataError, match=r"cannot be fetched, got .*Cannot connect.* 3 attempts, exp"
+    ):
+        open_source(f"http://127.0.0.1:{free_port()}/q.jsonl", files=remote(tmp_path))
