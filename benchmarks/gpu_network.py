@@ -82,7 +82,8 @@ def draw_weights(network: VisionLanguageModel, seed: int = 0) -> None:
 
 def text_config(size: str) -> dict[str, Any]:
     """Return the config.json of a published language model, or of a tiny one of its kind."""
-    raw = dict(PUBLISHED["Qwen3.5-0.8B" if size == "tiny" else size][0]["text_config"])
+    published = PUBLISHED["Qwen3.5-0.8B" if size == "tiny" else size][0]
+    raw = dict(published.get("text_config", published))
     if size == "tiny":
         rope = {"partial_rotary_factor": 0.5, "mrope_section": [3, 3, 2]}
         raw |= {**TINY, "rope_parameters": {**raw["rope_parameters"], **rope}}
@@ -207,10 +208,12 @@ def training_samples(arguments: argparse.Namespace, vocabulary: int) -> list[Tra
     return samples
 
 
-def planned_bytes(network: VisionLanguageModel, arguments: argparse.Namespace) -> int:
-    """Return what the planner expects an update of the network in plain torch to take."""
+def planned_bytes(network: VisionLanguageModel, arguments: argparse.Namespace, longest: int) -> int:
+    """Return what the planner expects an update of the network in plain torch to take, with packs
+    of at most `longest` tokens.
+    """
     config = load_config(None)
-    config.train.micro_batch_tokens = arguments.micro_batch_tokens
+    config.train.micro_batch_tokens = longest
     config.data.max_prompt_tokens = arguments.prompt_tokens
     config.rollout.max_response_tokens = arguments.new_tokens
     config.model.recompute = "none"
@@ -241,7 +244,8 @@ def update(arguments: argparse.Namespace) -> None:
         replace(batch, microbatches=list(batch.microbatches))
         for batch in build_batches(plan, samples, replica=0, media=None, device=parallel.device())
     ]
-    num_forward = sum(len(each.token_ids) for batch in batches for each in batch.microbatches)
+    lengths = [len(each.token_ids) for batch in batches for each in batch.microbatches]
+    num_forward = sum(lengths)
     rows = len(samples) * arguments.new_tokens
     times = []
     for _ in range(arguments.repeats + 1):
@@ -258,14 +262,14 @@ def update(arguments: argparse.Namespace) -> None:
         share=policy.shares_prompts,
         samples=len(samples),
         forward_tokens=num_forward,
-        microbatches=sum(len(batch.microbatches) for batch in batches),
+        microbatches=len(lengths),
         first_seconds=round(times[0], 3),
         seconds=round(seconds, 3),
         tokens_per_second=round(num_forward / seconds),
         mfu=round(6 * (inner * num_forward + output * rows) / seconds / PEAK_FLOPS, 4),
         loss=made.loss,
         grad_norm=made.grad_norm,
-        planned_GiB=round(planned_bytes(network, arguments) / 2**30, 2),
+        planned_GiB=round(planned_bytes(network, arguments, max(lengths)) / 2**30, 2),
     )
     profiled(arguments, lambda: policy.train_step(batches))
 

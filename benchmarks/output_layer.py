@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from zppo_mm.algorithms.logprobs import token_statistics
-from zppo_mm.algorithms.row_loss import MAX_CHUNK_LOGITS, OutputRows
+from zppo_mm.algorithms.row_loss import MAX_CHUNK_LOGITS_CPU, OutputRows
 from zppo_mm.text_table import text_table
 
 
@@ -68,7 +68,7 @@ def main() -> None:
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         costs = []
-        for chunk in (0, MAX_CHUNK_LOGITS):
+        for chunk in (0, MAX_CHUNK_LOGITS_CPU):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 costs.append(pool.apply(measure, (size, dtype, chunk)))
         whole, chunked = costs

@@ -43,6 +43,7 @@ from zppo_mm.algorithms.row_loss import OutputRows
 from zppo_mm.config.schema import ModelConfig, ParallelConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import Group, Prompt, PromptInstance, Rollout, TopLogprobs, TrainingSample
+from zppo_mm.models import vision_language
 from zppo_mm.models.families.architecture import load_architecture
 from zppo_mm.models.provider import build_model
 from zppo_mm.models.vision_language import VisionLanguageModel
@@ -307,9 +308,11 @@ def refusals(folders: Path) -> list[str]:
     larger = build_model(
         dataclasses.replace(architecture, vocab_size=136), ModelConfig(), layout, trainable=False
     )
-    # Its layers say this of themselves on a machine with that package.
     fused = build_model(architecture, ModelConfig(), layout, trainable=False)
-    fused.config.transformer_impl = "transformer_engine"
+    # As if it alone were computed by flash-linear-attention's kernels.
+    vision_language.chosen_kernels = lambda config: (  # type: ignore[assignment]
+        (abs, abs) if config is fused.config else None
+    )
     said = []
     for teacher, share_prompts in ((larger, "auto"), (fused, "auto"), (fused, "never")):
         try:

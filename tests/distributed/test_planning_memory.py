@@ -56,7 +56,7 @@ def test_a_tensor_rank_holds_what_is_counted(index: int) -> None:
         each for each in rank_parameters(architecture()) if (each.tensor, each.pipeline) == (2, 1)
     )
     groups.shutdown()
-    counted = activations(architecture(), LAYOUTS[index], "none", TOKENS, Precision())
+    counted = activations(architecture(), LAYOUTS[index], "none", TOKENS, Precision(on_gpu=False))
     for weights, kept in run_ranks(held, 2, index):
         assert 2 * split.num_parameters == pytest.approx(weights, rel=TOLERANCE)
         assert counted == pytest.approx(kept, rel=TOLERANCE)

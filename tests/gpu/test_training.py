@@ -16,6 +16,8 @@ from tests.support.training_example import (
     Case,
     build_policy,
     make_batches,
+    make_groups,
+    run_cases,
     write_tiny_folder,
 )
 from zppo_mm.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig
@@ -93,6 +95,24 @@ def test_the_default_trains_on_the_gpu(tmp_path: Path) -> None:
 
 def test_a_bfloat16_run_saves_resumes_and_exports(tmp_path: Path) -> None:
     gpu_checks.run_in_bfloat16(tmp_path)
+
+
+def updates_with_and_without_sharing(folder: Path) -> list[tuple[float, float]]:
+    """Return loss and gradient norm of an update without and with shared prompts."""
+    cases = [
+        Case(samples=make_groups, share_prompts=shared, params_dtype="bfloat16")
+        for shared in (False, True)
+    ]
+    firsts = [result.metrics[0].updates[0] for result in run_cases(folder, cases)]
+    return [(first.loss, first.grad_norm) for first in firsts]
+
+
+def test_shared_prompts_change_no_update(tmp_path: Path) -> None:
+    ((apart, shared),) = run_ranks(
+        updates_with_and_without_sharing, 1, write_tiny_folder(tmp_path / "hf")
+    )
+    assert shared[0] == pytest.approx(apart[0], abs=LOSS_TOLERANCE)
+    assert shared[1] == pytest.approx(apart[1], rel=NORM_TOLERANCE)
 
 
 def offloaded_bytes(folder: Path) -> tuple[int, int]:

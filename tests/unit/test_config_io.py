@@ -238,16 +238,6 @@ def test_fp8_without_transformer_engine_is_refused() -> None:
         load_config(None, ["model.fp8=e4m3", "model.transformer_impl=local"])
 
 
-def test_shared_prompts_with_transformer_engine_are_refused() -> None:
-    with pytest.raises(
-        ConfigError,
-        match=(r"train\.share_prompts: not with Transformer Engine's layers, got 'always'"),
-    ):
-        load_config(
-            None, ["train.share_prompts=always", "model.transformer_impl=transformer_engine"]
-        )
-
-
 @pytest.mark.parametrize("other", ["model.transformer_impl=transformer_engine", "model.fp8=e4m3"])
 def test_context_parallelism_with_transformer_engine_is_refused(other: str) -> None:
     with pytest.raises(

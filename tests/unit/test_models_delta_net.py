@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from zppo_mm.models.layers import delta_rule
 from zppo_mm.models.layers.causal_convolution import causal_convolution
 from zppo_mm.models.layers.delta_rule import chunk_gated_delta_rule, unit_length
 
@@ -78,11 +79,16 @@ def naive_rule(
     return torch.stack(outputs, 1), state
 
 
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["in turn", "by transitions"])
 @pytest.mark.parametrize("alike", [False, True], ids=["any keys", "equal keys"])
-def test_delta_rule_and_gradients_equal_the_recurrence(alike: bool) -> None:
+def test_delta_rule_and_gradients_equal_the_recurrence(
+    alike: bool, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two chunks and padding. Equal keys with a beta near 1 and no decay are the hardest system: a
     power series of its matrix would lose all digits.
     """
+    if on_gpu:
+        monkeypatch.setattr(delta_rule, "scan_in_turn", delta_rule.scan_by_transitions)
     torch.manual_seed(1)
     batch, length, key_heads, value_heads, dim = 2, 45, 2, 4, 8
     query, key = torch.randn(2, batch, length, key_heads, dim).unbind(0)

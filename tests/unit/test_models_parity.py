@@ -183,7 +183,7 @@ def test_padding_stays_below_the_bound_and_undoes_itself() -> None:
 
 def test_the_chunked_rule_equals_a_loop_over_tokens() -> None:
     torch.manual_seed(0)
-    length = 2 * delta_rule.MAX_CHUNK_TOKENS + 5
+    length = 2 * delta_rule.MAX_CHUNK_TOKENS_CPU + 5
     query, key = torch.randn(2, length, 2, 8), torch.randn(2, length, 2, 8)
     value = torch.randn(2, length, 4, 6)
     log_decay, beta = -torch.rand(2, length, 4), torch.rand(2, length, 4)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.bias import causal_lower_right
 
 from data.question import MediaRef, Question
 from encoders.processor import VisionInput
@@ -20,6 +21,7 @@ from zppo_mm.algorithms.row_loss import OutputRows
 from zppo_mm.config.schema import AlgorithmConfig, ModelConfig, ParallelConfig, TrainConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.experience import TrainingSample
+from zppo_mm.models import vision_language
 from zppo_mm.models.layers import delta_rule
 from zppo_mm.models.layers.causal_convolution import causal_convolution, last_inputs
 from zppo_mm.models.layers.packing import MAX_PADDING_RATIO, build_layout
@@ -203,16 +205,29 @@ def test_the_local_layers_share_by_default(folder: Path, asked: str, is_shared: 
     )
 
 
+def test_the_mask_of_a_gpu_is_that_of_a_cpu() -> None:
+    layout = build_layout(torch.tensor([0, 5, 8, 15], dtype=torch.int32), parents=(-1, 0, 0))
+    for branch in layout.branches:
+        for group in branch.child_groups:
+            assert torch.equal(causal_lower_right(*group.mask.shape)._materialize(), group.mask)
+
+
+@pytest.fixture
+def fused_delta_net(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU with flash-linear-attention."""
+    monkeypatch.setattr(vision_language, "chosen_kernels", lambda config: (abs, abs))
+
+
+@pytest.mark.usefixtures("fused_delta_net")
 @pytest.mark.parametrize("asked", ["auto", "never"])
 def test_layers_that_cannot_share_do_not(folder: Path, asked: str) -> None:
     network = network_checks.build(folder, ParallelConfig())
-    network.config.transformer_impl = "transformer_engine"
     assert not make_policy(network, asked).shares_prompts
 
 
+@pytest.mark.usefixtures("fused_delta_net")
 def test_layers_that_cannot_share_refuse_to(folder: Path) -> None:
     network = network_checks.build(folder, ParallelConfig())
-    network.config.transformer_impl = "transformer_engine"
     with pytest.raises(
         ConfigError, match=r"train\.share_prompts: this network cannot share prompts, got 'always'"
     ):
@@ -301,8 +316,13 @@ def naive_rule(
     return torch.stack(outputs, 1), state
 
 
-@pytest.mark.parametrize("length", [1, 20, 2 * delta_rule.MAX_CHUNK_TOKENS + 5])
-def test_the_rule_from_a_given_state_equals_a_loop_over_tokens(length: int) -> None:
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["in turn", "by transitions"])
+@pytest.mark.parametrize("length", [1, 20, 2 * delta_rule.MAX_CHUNK_TOKENS_CPU + 5])
+def test_the_rule_from_a_given_state_equals_a_loop_over_tokens(
+    length: int, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if on_gpu:
+        monkeypatch.setattr(delta_rule, "scan_in_turn", delta_rule.scan_by_transitions)
     torch.manual_seed(0)
     shapes = [
         (2, length, 2, 8),

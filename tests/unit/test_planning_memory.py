@@ -16,6 +16,7 @@ from tests.support.published_sizes import PUBLISHED
 from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import AlgorithmConfig, ParallelConfig, RunConfig
 from zppo_mm.models.families.architecture import Architecture, parse_architecture
+from zppo_mm.models.layers import delta_rule
 from zppo_mm.models.provider import build_model
 from zppo_mm.parallel import groups
 from zppo_mm.planning.activations import Precision, layer_bytes
@@ -86,10 +87,12 @@ def test_activations_are_what_autograd_keeps(name: str, dtype: str, recompute: s
     architecture, config = NETWORKS[name], run_config(recompute, dtype)
     model = build(architecture, config)
     held = kept_by_backward(model, TOKENS)
-    counted = activations(architecture, config.parallel, recompute, TOKENS, Precision(BYTES[dtype]))
+    counted = activations(
+        architecture, config.parallel, recompute, TOKENS, Precision(BYTES[dtype], on_gpu=False)
+    )
     if recompute == "full":
         # The inside of one layer is there while it is computed again, after the forward pass.
-        counted -= inside_of_a_layer(architecture, TOKENS, Precision(BYTES[dtype]))
+        counted -= inside_of_a_layer(architecture, TOKENS, Precision(BYTES[dtype], on_gpu=False))
     assert counted == pytest.approx(held, rel=TOLERANCE)
 
 
@@ -105,7 +108,9 @@ def test_weights_gradients_and_optimizer_are_those_of_a_policy(dtype: str) -> No
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
         part.optimizer.step()
-    counted = estimate_memory(architecture, config, 1, precision=Precision(BYTES[dtype]))
+    counted = estimate_memory(
+        architecture, config, 1, precision=Precision(BYTES[dtype], on_gpu=False)
+    )
     buffers = [each.grad_data for each in policy._wrapped.buffers]
     state, copies = [], []
     for part in optimizer.chained_optimizers:
@@ -120,13 +125,26 @@ def test_weights_gradients_and_optimizer_are_those_of_a_policy(dtype: str) -> No
 
 
 def test_a_hundred_million_parameters() -> None:
+    check_a_hundred_million_parameters(on_gpu=False)
+
+
+def test_a_hundred_million_parameters_as_a_gpu_computes_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(delta_rule, "scan_in_turn", delta_rule.scan_by_transitions)
+    monkeypatch.setattr(delta_rule, "MAX_CHUNK_TOKENS_CPU", delta_rule.MAX_CHUNK_TOKENS_GPU)
+    check_a_hundred_million_parameters(on_gpu=True)
+
+
+def check_a_hundred_million_parameters(on_gpu: bool) -> None:
+    """Compare what is counted with what autograd keeps."""
     architecture = small(
         "Qwen3.5-0.8B", num_hidden_layers=8, hidden_size=768, intermediate_size=2048
     )
     config = run_config("none", "bfloat16")
     model = build(architecture, config)
     assert 0.9e8 < sum(parameter.numel() for parameter in model.parameters()) < 1.2e8
-    counted = activations(architecture, config.parallel, "none", TOKENS, Precision())
+    counted = activations(architecture, config.parallel, "none", TOKENS, Precision(on_gpu=on_gpu))
     assert counted == pytest.approx(kept_by_backward(model, TOKENS), rel=TOLERANCE)
 
 

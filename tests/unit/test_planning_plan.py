@@ -93,6 +93,8 @@ def test_a_slower_teacher_is_waited_for() -> None:
     workload = replace(load_workload(None), num_steps=2)
     slow = replace(workload, teacher=replace(workload.teacher, latency_seconds=1000.0))
     machine = load_machine("H100-80GB")
+    # Sampling is too quick to hide the teacher.
+    machine.decode.layer_seconds = 1e-4
     quick, late = (
         make_plan(student("2B"), config, 8, machine, each).layouts[0].seconds
         for each in (workload, slow)

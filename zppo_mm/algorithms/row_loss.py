@@ -13,8 +13,11 @@ from torch.nn.functional import linear
 
 from zppo_mm.algorithms.logprobs import row_chunks
 
-MAX_CHUNK_LOGITS = 1 << 25
-"""Logits of a chunk at most, 128 MiB in float32; 135 rows of Qwen3.5's vocabulary."""
+MAX_CHUNK_LOGITS_CPU = 1 << 25
+MAX_CHUNK_LOGITS_GPU = 1 << 27
+"""Logits of a chunk at most, 512 MiB in float32 on a GPU; 540 rows of Qwen3.5's vocabulary. With
+every chunk, the gradient of the weight is read and written once.
+"""
 MAX_PRODUCT_ELEMENTS_CPU = 1 << 19
 """Elements of a product that is cast and added on a CPU at most, 1 MiB in bfloat16: it is read back
 from the cache.
@@ -35,12 +38,12 @@ class OutputRows:
         hidden: `[rows, hidden]`, normalised. Ranks that share the vocabulary hold the same rows and
             sum their gradients in the backward pass.
         weight: `[vocab / tp, hidden]`, this rank's slice of the vocabulary.
-        max_chunk_logits: Bounds the rows of a chunk.
+        max_chunk_logits: Bounds the rows of a chunk; 0 for what suits the device.
     """
 
     hidden: torch.Tensor
     weight: torch.Tensor
-    max_chunk_logits: int = MAX_CHUNK_LOGITS
+    max_chunk_logits: int = 0
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -55,7 +58,8 @@ class OutputRows:
 
     def chunks(self) -> list[slice]:
         """Return slices that cover all rows; an empty one if there are none."""
-        size = max(1, self.max_chunk_logits // len(self.weight))
+        default = MAX_CHUNK_LOGITS_CPU if self.hidden.is_cpu else MAX_CHUNK_LOGITS_GPU
+        size = max(1, (self.max_chunk_logits or default) // len(self.weight))
         return row_chunks(len(self), size) or [slice(0, 0)]
 
     def sum(self, row_loss: RowLoss) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +99,7 @@ class _Sum(torch.autograd.Function):
             if hidden_gradient is not None:
                 torch.mm(gradient, weight, out=hidden_gradient[chunk])
             if weight_gradient is not None:
-                _add_product(weight_gradient, gradient, hidden[chunk], rows.max_chunk_logits)
+                _add_product(weight_gradient, gradient, hidden[chunk])
         # Cast at once: what is kept until the backward pass is as large as the weight.
         kept = weight_gradient.to(weight.dtype) if weight_gradient is not None else None
         ctx.save_for_backward(hidden_gradient, kept)
@@ -114,17 +118,17 @@ class _Sum(torch.autograd.Function):
         return hidden, weight, None, None
 
 
-def _add_product(
-    total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor, max_elements: int
-) -> None:
-    """Add `gradient.T @ hidden` to a float32 `total`."""
+def _add_product(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
+    """Add `gradient.T @ hidden` to a float32 `total`, which is as large as the weight: nothing else
+    of that size is made.
+    """
     if hidden.dtype == total.dtype:
         # In one call: a product that is added apart takes two more passes over a gradient as large
         # as the weight, a fifth of the time on a CPU.
         total.addmm_(gradient.T, hidden)
         return
-    # By parts, because a product as large as the weight would be another gradient.
-    if total.device.type == "cpu":
-        max_elements = min(max_elements, MAX_PRODUCT_ELEMENTS_CPU)
-    for part in row_chunks(len(total), max(1, max_elements // hidden.shape[1])):
+    if not total.is_cpu:
+        torch.addmm(total, gradient.T, hidden, out_dtype=total.dtype, out=total)
+        return
+    for part in row_chunks(len(total), max(1, MAX_PRODUCT_ELEMENTS_CPU // hidden.shape[1])):
         total[part] += gradient[:, part].T @ hidden

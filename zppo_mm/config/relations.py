@@ -37,7 +37,7 @@ def check_relations(config: RunConfig) -> None:
     _check_sources(config.data)
     _check_training(config.train, config.lora)
     _check_mismatch(config.algorithm)
-    _check_layout(config.parallel, config.model, config.train)
+    _check_layout(config.parallel, config.model)
     distill, teacher, others = config.distill, config.teacher, config.fallback_teachers
     if distill.source == "none":
         _check_policy_gradient(config.zone, distill, others)
@@ -104,14 +104,8 @@ def _check_mismatch(algorithm: AlgorithmConfig) -> None:
             )
 
 
-def _check_layout(parallel: ParallelConfig, model: ModelConfig, train: TrainConfig) -> None:
+def _check_layout(parallel: ParallelConfig, model: ModelConfig) -> None:
     """Check the parallel layout and what the implementation of the layers supports."""
-    if train.share_prompts == "always" and model.transformer_impl == "transformer_engine":
-        raise ConfigError(
-            "train.share_prompts: not with Transformer Engine's layers, got 'always' with "
-            "model.transformer_impl='transformer_engine', expected 'auto' or 'never'; change one "
-            "of them"
-        )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ConfigError(
             "parallel.sequence_parallel: needs tensor parallelism, got true with "

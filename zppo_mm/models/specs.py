@@ -152,7 +152,7 @@ def _local_layer(kind: LayerType, architecture: Architecture) -> ModuleSpec:
     else:
         norm = RMSNorm if architecture.qk_norm else None
         mixer, projection = (
-            _attention(ColumnParallelLinear, RowParallelLinear, PackedAttention, norm),
+            _attention(ColumnParallelLinear, RowParallelLinear, norm),
             "linear_qkv",
         )
     # Checkpoints carry Transformer Engine's names, which hold a norm inside the linear layer after
@@ -188,7 +188,7 @@ def _transformer_engine_layer(kind: LayerType, architecture: Architecture, fp8: 
             }
     else:
         norm = provider.layer_norm(rms_norm=True, for_qk=True) if architecture.qk_norm else None
-        mixer = _attention(column, row, provider.core_attention(), norm)
+        mixer = _attention(column, row, norm)
     return _layer(architecture, mixer, column, row, **norms)
 
 
@@ -198,9 +198,14 @@ def _delta_net(column: Any, row: Any) -> ModuleSpec:
     )
 
 
-def _attention(column: Any, row: Any, core: Any, norm: Any) -> ModuleSpec:
+def _attention(column: Any, row: Any, norm: Any) -> ModuleSpec:
+    # Torch's attention with Transformer Engine's layers too: only ours lets prompts be shared.
     submodules = SelfAttentionSubmodules(
-        linear_qkv=column, core_attention=core, linear_proj=row, q_layernorm=norm, k_layernorm=norm
+        linear_qkv=column,
+        core_attention=PackedAttention,
+        linear_proj=row,
+        q_layernorm=norm,
+        k_layernorm=norm,
     )
     return ModuleSpec(
         module=PackedSelfAttention,

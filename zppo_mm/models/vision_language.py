@@ -327,8 +327,7 @@ class VisionLanguageModel(MegatronModule):  # type: ignore[misc]
         """Whether a sequence may continue another one; the same on every rank, whatever layers its
         stage has.
         """
-        fused = self.architecture.has_linear_attention and chosen_kernels(self.config) is not None
-        return self.config.transformer_impl == "local" and not fused
+        return not self.architecture.has_linear_attention or chosen_kernels(self.config) is None
 
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
         """Take the hidden states of the previous stage; Megatron's schedules call this before

@@ -100,8 +100,8 @@ def _join(timeout: timedelta, partition: JobPartition | None) -> None:
     """Join this partition's processes, or those that torchrun's environment names, or be alone."""
     join = partial(dist.init_process_group, "gloo", timeout=timeout)
     if torch.cuda.is_available():
-        # Told which GPU is this rank's, NCCL need not guess it from the rank, which differs from
-        # the local one on several nodes and in a partition.
+        # Otherwise NCCL guesses this rank's GPU from the global rank, which differs from the local
+        # one on several nodes and in a partition.
         gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(gpu)
         join = partial(dist.init_process_group, "nccl", timeout=timeout, device_id=gpu)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.models.families.architecture import Architecture, LayerType
-from zppo_mm.models.layers.delta_rule import MAX_CHUNK_TOKENS
+from zppo_mm.models.layers.delta_rule import MAX_CHUNK_TOKENS_CPU, MAX_CHUNK_TOKENS_GPU
 
 FLOAT32 = 4
 
@@ -22,9 +22,11 @@ class Precision:
 
     Attributes:
         element: Bytes of a number in the network's type.
+        on_gpu: Whether a GPU computes it, whose DeltaNet keeps other tensors.
     """
 
     element: int = 2
+    on_gpu: bool = True
 
 
 def layer_bytes(
@@ -89,20 +91,27 @@ def _delta_net(architecture: Architecture, precision: Precision) -> float:
     if element == FLOAT32:
         # Queries and keys are views of the activated convolution.
         kept += channels * FLOAT32
-    return kept + _chunked_rule(architecture, keys, values, element) * FLOAT32
+    return kept + _chunked_rule(architecture, keys, values, precision) * FLOAT32
 
 
-def _chunked_rule(architecture: Architecture, keys: int, values: int, element: int) -> float:
+def _chunked_rule(
+    architecture: Architecture, keys: int, values: int, precision: Precision
+) -> float:
     """Return the float32 numbers that `chunk_gated_delta_rule` keeps of a token."""
     heads, key_dim = architecture.linear_num_value_heads, architecture.linear_key_head_dim
     repeated = heads * key_dim
+    chunk = MAX_CHUNK_TOKENS_GPU if precision.on_gpu else MAX_CHUNK_TOKENS_CPU
     # Queries and keys in chunks, and for every value head where those are more.
-    kept = 2 * keys + (2 * repeated if heads > architecture.linear_num_key_heads else 0)
+    kept = 2.0 * keys + (2 * repeated if heads > architecture.linear_num_key_heads else 0)
     # Before normalisation, where that is a copy.
-    kept += 2 * keys if element < FLOAT32 else 0
+    kept += 2 * keys if precision.element < FLOAT32 else 0
     # Six matrices of a chunk and three decays.
-    kept += heads * (6 * MAX_CHUNK_TOKENS + 3)
+    kept += heads * (6 * chunk + 3)
     # Both sides of the triangular system, writes, keys and queries of the scan.
     kept += 2 * (values + repeated) + values + 2 * repeated
     # A state per chunk.
-    return kept + values * key_dim / MAX_CHUNK_TOKENS
+    kept += values * key_dim / chunk
+    if precision.on_gpu:
+        # What a state is multiplied with to get the next, and a copy of the values.
+        kept += repeated * key_dim / chunk + values
+    return kept

@@ -13,7 +13,7 @@ from zppo_mm.conversion.description import SIZES, LayoutMemory
 from zppo_mm.errors import ZppoError
 from zppo_mm.models.decoding.cache_size import GIB
 from zppo_mm.models.families.architecture import Architecture, check_layout
-from zppo_mm.planning.activations import Precision
+from zppo_mm.planning.activations import FLOAT32, Precision
 from zppo_mm.planning.machine import MachineRates
 from zppo_mm.planning.memory import MemoryEstimate, estimate_memory
 from zppo_mm.planning.workload import Workload
@@ -223,7 +223,8 @@ def counted(
     splits: list[LayoutMemory],
 ) -> MemoryEstimate:
     """Return the memory of the candidate as it is."""
-    precision = Precision(machine.element_bytes)
+    # GPUs compute in bfloat16.
+    precision = Precision(machine.element_bytes, on_gpu=machine.element_bytes < FLOAT32)
     memory = estimate_memory(
         architecture, candidate.config, candidate.num_student_ranks, splits, precision
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from encoders.tower_memory import VALUE_BYTES, tower_activations
-from zppo_mm.algorithms.row_loss import MAX_CHUNK_LOGITS
+from zppo_mm.algorithms.row_loss import MAX_CHUNK_LOGITS_GPU
 from zppo_mm.config.schema import ParallelConfig, RunConfig
 from zppo_mm.conversion.description import (
     GRADIENT_BYTES,
@@ -224,7 +224,7 @@ def _output(architecture: Architecture, layout: ParallelConfig, loss_tokens: int
     rows = architecture.vocab_size // layout.tensor_model_parallel_size
     tokens = loss_tokens // layout.context_parallel_size
     return (
-        MAX_CHUNK_LOGITS * CHUNK_LOGIT_BYTES
+        MAX_CHUNK_LOGITS_GPU * CHUNK_LOGIT_BYTES
         + rows * hidden * OUTPUT_WEIGHT_BYTES
         + tokens * hidden * 2 * WEIGHT_BYTES
     )

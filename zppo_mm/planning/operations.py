@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.models.families.architecture import Architecture
-from zppo_mm.models.layers.delta_rule import MAX_CHUNK_TOKENS
+from zppo_mm.models.layers.delta_rule import MAX_CHUNK_TOKENS_CPU
 from zppo_mm.planning.activations import FLOAT32, Precision, layer_bytes
 from zppo_mm.planning.machine import MachineRates, PassRates
 
@@ -75,7 +75,7 @@ def forward_flops(architecture: Architecture, tokens: float, context: float) -> 
     flops += kinds.count("full_attention") * 4 * width * context
     key_dim, value_dim = architecture.linear_key_head_dim, architecture.linear_value_head_dim
     # Inside a chunk: products of keys and queries, the triangular system, reads; then the state.
-    rule = MAX_CHUNK_TOKENS * (2 * key_dim + (key_dim + value_dim) / 2 + value_dim)
+    rule = MAX_CHUNK_TOKENS_CPU * (2 * key_dim + (key_dim + value_dim) / 2 + value_dim)
     rule += 3 * key_dim * value_dim
     flops += kinds.count("linear_attention") * 2 * architecture.linear_num_value_heads * rule
     return flops * tokens

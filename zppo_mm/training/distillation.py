@@ -52,8 +52,7 @@ def check_networks(
     if student.shares_prompts and not teacher.shares_prompts and share_prompts != "never":
         raise ConfigError(
             "train.share_prompts: the teacher's layers cannot share prompts, got "
-            f"{share_prompts!r} with distillation, expected 'never' with this teacher; set it, or "
-            "teacher.transformer_impl=local"
+            f"{share_prompts!r} with distillation, expected 'never' with this teacher; set it"
         )
 
 

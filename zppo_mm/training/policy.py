@@ -338,10 +338,9 @@ def _shares_prompts(model: VisionLanguageModel, train: TrainConfig) -> bool:
     """Return whether prompts are shared by the responses of a micro-batch."""
     if train.share_prompts == "always" and not model.shares_prompts:
         raise ConfigError(
-            "train.share_prompts: this network cannot share prompts, got 'always' with Transformer "
-            "Engine's layers or flash-linear-attention's kernels, expected 'auto' or 'never' with "
-            "those; change it, or set model.transformer_impl=local where flash-linear-attention is "
-            "not installed"
+            "train.share_prompts: this network cannot share prompts, got 'always' with "
+            "flash-linear-attention's kernels, expected 'auto' or 'never' with those; change it, "
+            "or uninstall flash-linear-attention and fla-core"
         )
     return model.shares_prompts and train.share_prompts != "never"
 

@@ -170,7 +170,7 @@ class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
                 packed_seq_params=packed_seq_params,
             )
         else:
-            mixed = self._attend(query, key, value, packed_seq_params)
+            mixed = self.core_attention(query, key, value, packed_seq_params=packed_seq_params)
         if exchange is not None:
             mixed = exchange.to_tokens(mixed)
         mixed = mixed.reshape(len(mixed), 1, -1)
@@ -178,20 +178,3 @@ class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
             mixed = mixed * torch.sigmoid(gate[0].reshape(len(mixed), 1, -1))
         output: tuple[torch.Tensor, torch.Tensor | None] = self.linear_proj(mixed)
         return output
-
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout
-    ) -> torch.Tensor:
-        if isinstance(self.core_attention, PackedAttention):
-            local: torch.Tensor = self.core_attention(query, key, value, packed_seq_params=layout)
-            return local
-        fused: torch.Tensor = self.core_attention(
-            query,
-            key,
-            value,
-            None,
-            attn_mask_type=self.attn_mask_type,
-            attention_bias=None,
-            packed_seq_params=layout.without_buckets(),
-        )
-        return fused

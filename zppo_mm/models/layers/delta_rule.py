@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from typing import Any
 
@@ -15,9 +16,10 @@ from packaging.version import Version
 from zppo_mm.errors import ConfigError
 from zppo_mm.models.layers.norm import parameter_device
 
-MAX_CHUNK_TOKENS = 32
-"""Longest chunk: work inside a chunk grows with its square, steps between chunks with their
-number.
+MAX_CHUNK_TOKENS_CPU = 32
+MAX_CHUNK_TOKENS_GPU = 64
+"""Longest chunk: work inside a chunk grows with its square, steps between chunks with their number,
+which cost more on a GPU.
 """
 NORM_EPSILON = 1e-6
 """Added to the squared length of queries and keys, as the fused kernels do."""
@@ -67,7 +69,8 @@ def chunk_gated_delta_rule(
     """
     length, key_heads = key.shape[1:3]
     value_heads, value_dim = value.shape[2:]
-    num_chunks = -(-length // MAX_CHUNK_TOKENS)
+    on_cpu = key.device.type == "cpu"
+    num_chunks = -(-length // (MAX_CHUNK_TOKENS_CPU if on_cpu else MAX_CHUNK_TOKENS_GPU))
     size = -(-length // num_chunks)
     padding = num_chunks * size - length
     query, key, value = (
@@ -88,7 +91,7 @@ def chunk_gated_delta_rule(
     if value_heads != key_heads:
         repeats = value_heads // key_heads
         query, key, key_products, query_products = (
-            t.repeat_interleave(repeats, 1) for t in (query, key, key_products, query_products)
+            t.repeat_interleave(repeats, 2) for t in (query, key, key_products, query_products)
         )
     reads = query_products * between
     since_start = decay.exp()[..., None]
@@ -98,10 +101,17 @@ def chunk_gated_delta_rule(
         key_products * between * beta, torch.cat([value, key * since_start], -1) * beta
     )
     values, state_keys = writes.split([value_dim, key.shape[-1]], -1)
-    output, state = _scan_chunks(
-        values, state_keys, reads, query * since_start, key, decay, final_state, initial_state
+    # What each token leaves in the state at the end of its chunk, and what is left of the state.
+    to_state = (key * (decay[..., -1:] - decay).exp()[..., None]).transpose(-1, -2)
+    whole = decay[..., -1].exp()[..., None, None]
+    scan = scan_in_turn if on_cpu else scan_by_transitions
+    output, state = scan(
+        _Chunks(values, state_keys, reads, query * since_start, to_state, whole),
+        initial_state,
+        final_state,
     )
-    output = output.flatten(2, 3).transpose(1, 2)
+    # `[chunks, batch, heads, size, dim]` to `[batch, length, heads, dim]`.
+    output = output.permute(1, 0, 3, 2, 4).flatten(1, 2)
     return (output[:, :length] if padding else output), state
 
 
@@ -131,48 +141,118 @@ class _UnitLowerSolve(torch.autograd.Function):
 
 
 def _chunks(tensor: torch.Tensor, num_chunks: int, padding: int) -> torch.Tensor:
-    """Turn `[batch, length, heads, dim]` into `[batch, heads, chunks, size, dim]`."""
+    """Turn `[batch, length, heads, dim]` into `[chunks, batch, heads, size, dim]`."""
     if padding:
         tensor = F.pad(tensor, (0, 0, 0, 0, 0, padding))
     batch, length, heads, dim = tensor.shape
     return (
         tensor.reshape(batch, num_chunks, length // num_chunks, heads, dim)
-        .permute(0, 3, 1, 2, 4)
+        .permute(1, 0, 3, 2, 4)
         .contiguous()
     )
 
 
-def _scan_chunks(
-    values: torch.Tensor,
-    state_keys: torch.Tensor,
-    reads: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    decay: torch.Tensor,
-    final_state: bool,
-    state: torch.Tensor | None,
+@dataclass(frozen=True, slots=True)
+class _Chunks:
+    """What follows from the chunks themselves, each `[chunks, batch, heads, ...]`.
+
+    With the state S before a chunk, its tokens write `values - state_keys S`, read `query S + reads
+    (their writes)`, and leave `whole S + to_state (their writes)`.
+
+    Attributes:
+        values: `[..., size, value_dim]`.
+        state_keys: `[..., size, key_dim]`.
+        reads: `[..., size, size]`.
+        query: `[..., size, key_dim]`.
+        to_state: `[..., key_dim, size]`.
+        whole: `[..., 1, 1]`.
+    """
+
+    values: torch.Tensor
+    state_keys: torch.Tensor
+    reads: torch.Tensor
+    query: torch.Tensor
+    to_state: torch.Tensor
+    whole: torch.Tensor
+
+
+def scan_in_turn(
+    chunks: _Chunks, state: torch.Tensor | None, final_state: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Carry the state from chunk to chunk; without one, the first starts empty."""
-    num_chunks = values.shape[2]
-    until_end = (decay[..., -1:] - decay).exp()[..., None]
+    """Carry the state from chunk to chunk with as few operations as there are, for a CPU; without
+    one, the first starts empty.
+
+    Returns:
+        What the tokens read, `[chunks, batch, heads, size, value_dim]`, and the last state.
+    """
+    num_chunks = len(chunks.values)
     # Unbinding has one backward pass for all chunks; indexing would fill a whole gradient tensor
     # with zeros for each.
-    to_state = (key * until_end).transpose(-1, -2).unbind(2)
-    whole = decay[..., -1].exp()[..., None, None].unbind(2)
-    chunks = zip(
-        values.unbind(2), state_keys.unbind(2), reads.unbind(2), query.unbind(2), strict=True
-    )
+    parts = (getattr(chunks, part.name).unbind(0) for part in fields(chunks))
     outputs = []
-    for chunk, (write, state_key, read, chunk_query) in enumerate(chunks):
-        if state is None:
-            outputs.append(read @ write)
-        else:
-            write = write - state_key @ state
-            outputs.append(chunk_query @ state + read @ write)
+    for chunk, (value, state_key, read, query, to_state, whole) in enumerate(
+        zip(*parts, strict=True)
+    ):
+        write = value if state is None else value - state_key @ state
+        outputs.append(read @ write if state is None else query @ state + read @ write)
         if final_state or chunk + 1 < num_chunks:
-            added = to_state[chunk] @ write
-            state = added if state is None else state * whole[chunk] + added
-    return torch.stack(outputs, 2), state if final_state else None
+            added = to_state @ write
+            state = added if state is None else state * whole + added
+    return torch.stack(outputs), state if final_state else None
+
+
+def scan_by_transitions(
+    chunks: _Chunks, state: torch.Tensor | None, final_state: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As `scan_in_turn`, with one product per chunk and all others for all chunks at once, for a
+    GPU.
+
+    A chunk maps the state S before it to A S + B, where A = `whole` - `to_state` `state_keys` and B
+    = `to_state` `values`. That is up to twice the arithmetic, in a twentieth of the calls.
+    """
+    identity = torch.eye(chunks.query.shape[-1], device=chunks.query.device)
+    transitions = identity * chunks.whole - chunks.to_state @ chunks.state_keys
+    states = _StateScan.apply(  # type: ignore[no-untyped-call]
+        transitions, chunks.to_state @ chunks.values, state
+    )
+    before = states[:-1]
+    writes = chunks.values - chunks.state_keys @ before
+    output = chunks.query @ before + chunks.reads @ writes
+    return output, states[-1] if final_state else None
+
+
+class _StateScan(torch.autograd.Function):
+    """From A, B and the first state to the states before every chunk and after the last, by S <- A
+    S + B.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, transitions: torch.Tensor, added: torch.Tensor, first: torch.Tensor | None
+    ) -> torch.Tensor:
+        states = added.new_empty((len(added) + 1, *added.shape[1:]))
+        if first is None:
+            states[0].zero_()
+        else:
+            states[0].copy_(first)
+        flat = states.flatten(1, 2)
+        by_chunk = zip(added.flatten(1, 2), transitions.flatten(1, 2), flat, flat[1:], strict=False)
+        for addition, transition, before, after in by_chunk:
+            torch.baddbmm(addition, transition, before, out=after)
+        ctx.save_for_backward(transitions, states)
+        ctx.has_first = first is not None
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        transitions, states = ctx.saved_tensors
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        flat = total.flatten(1, 2)
+        turned = transitions.flatten(1, 2).transpose(-1, -2)
+        for chunk in reversed(range(len(turned))):
+            flat[chunk].baddbmm_(turned[chunk], flat[chunk + 1])
+        of_transitions = total[1:] @ states[:-1].transpose(-1, -2)
+        return of_transitions, total[1:], total[0] if ctx.has_first else None
 
 
 def chosen_kernels(

@@ -15,6 +15,7 @@ from itertools import groupby, pairwise
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from torch.nn.attention.bias import causal_lower_right
 
 from zppo_mm.models.layers.cache import DecodeCache
 from zppo_mm.models.layers.ulysses import UlyssesExchange
@@ -72,7 +73,8 @@ class ChildGroup:
         parent: Its index in the pack.
         num_children: Rows of the bucket.
         mask: `[longest child, parent's tokens + longest child]` whether a child's token attends
-            to a token: the whole parent, and its own past.
+            to a token: the whole parent, and its own past. On a GPU without elements: given any,
+            torch would compute grouped heads there without a fused kernel.
     """
 
     parent: int
@@ -134,17 +136,6 @@ class PackedLayout(PackedSeqParams):  # type: ignore[misc]
             return parts[0]
         return torch.cat(parts).index_select(0, self.order)
 
-    def without_buckets(self) -> PackedSeqParams:
-        """Return the plain parameters, as Transformer Engine takes them."""
-        assert not self.branches, "Transformer Engine's attention does not support parents"
-        return PackedSeqParams(
-            qkv_format=self.qkv_format,
-            cu_seqlens_q=self.cu_seqlens_q,
-            cu_seqlens_kv=self.cu_seqlens_kv,
-            max_seqlen_q=self.max_seqlen_q,
-            max_seqlen_kv=self.max_seqlen_kv,
-        )
-
 
 def build_layout(
     cu_seqlens: torch.Tensor,
@@ -197,13 +188,9 @@ def build_layout(
         # Inverse permutation: from the concatenated parts back to the order of the pack.
         tokens = [bucket.tokens for bucket in (*buckets, *(branch.bucket for branch in branches))]
         order = torch.argsort(torch.cat([indices for indices in tokens if indices is not None]))
-    longest = max(lengths)
     return PackedLayout(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
         buckets=buckets,
         branches=tuple(branches),
         lengths=tuple(lengths),
@@ -248,12 +235,15 @@ def _child_groups(
     bucket: Bucket, children: dict[int, int], lengths: list[int], device: torch.device
 ) -> tuple[ChildGroup, ...]:
     """Divide a bucket's children by parent."""
-    causal = torch.ones((bucket.longest, bucket.longest), dtype=torch.bool, device=device).tril()
     child_groups = []
     # `groupby` needs siblings next to each other, as `build_layout` sorts them.
     for parent, members in groupby(bucket.sequences, key=children.__getitem__):
-        # `[longest child, parent + longest child]`: every parent token, then the own past.
-        mask = torch.cat([causal.new_ones((bucket.longest, lengths[parent])), causal], 1)
+        shape = (bucket.longest, lengths[parent] + bucket.longest)
+        mask: torch.Tensor = (
+            torch.ones(shape, dtype=torch.bool).tril(lengths[parent])
+            if device.type == "cpu"
+            else causal_lower_right(*shape)
+        )
         child_groups.append(ChildGroup(parent, len(list(members)), mask))
     return tuple(child_groups)
 
