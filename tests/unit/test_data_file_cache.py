@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,10 +47,16 @@ def test_a_file_is_fetched_once_for_all_who_ask_at_the_same_time(tmp_path: Path)
     together = threading.Barrier(4)
     contents: list[bytes] = []
 
+    def fetch(target: Path) -> None:
+        time.sleep(0.2)  # the others come to wait; where they do not, the test still holds
+        fetch_of(b"a" * SIZE, fetched)(target)
+
     def ask() -> None:
         cache = FileCache(tmp_path, 1000)  # as other processes have: locks are of open files
         together.wait()
-        contents.append(read(cache, "a/x.tar", fetched))
+        descriptor = cache.open(tmp_path / "a/x.tar", SIZE, 7, fetch)
+        contents.append(os.read(descriptor, SIZE + 1))
+        unlock_and_close(descriptor)
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
