@@ -23,7 +23,7 @@ RUN_ENV := OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1
 WORKERS ?= 2
 IN_WORKERS = -n $(WORKERS) --dist loadfile
 
-.PHONY: install demo compare-demo test test-quick fuzz test-latest vllm-env vllm-example test-vllm test-slurm check test-gpu tiny-models bench
+.PHONY: install demo compare-demo test test-quick fuzz test-latest vllm-env vllm-example test-vllm test-slurm test-s3 check test-gpu tiny-models bench
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -92,6 +92,11 @@ test-vllm: install vllm-env
 test-slurm: install
 	command -v slurmctld slurmd || { apt-get -q update && apt-get -q -y install slurm-wlm; }
 	$(RUN_ENV) $(BIN)/python -m pytest tests/slurm
+
+# Sources behind s3:// against a server on this machine; its packages are large, so that make test leaves it out.
+test-s3: install
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[test-s3]'
+	$(RUN_ENV) $(BIN)/python -m pytest -m s3 tests/s3
 
 check: install
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data.errors import DataError, MediaError, ReasonedError, shown
+from data.files import LOCAL, LocalFiles
 from data.health import TOO_LONG
 from data.question import ANSWER_TYPES, MediaKind, MediaRef, Question
 from data.shard_names import EXPECTED_SHARDS, list_shards
@@ -71,6 +72,7 @@ def lint(
     opener: OpensMedia | None = None,
     prompts: MeasuresPrompts | None = None,
     answer_types: Collection[str] = ANSWER_TYPES,
+    files: LocalFiles = LOCAL,
 ) -> tuple[int, list[Problem]]:
     """Return the number of samples and all problems of the folders of one run.
 
@@ -80,6 +82,7 @@ def lint(
         opener: Opens every media file; `None` skips that.
         prompts: Measures every question whose media are good; `None` skips that.
         answer_types: Those that the run can grade.
+        files: Open the shards of folders.
     """
     num_samples = 0
     problems: list[Problem] = []
@@ -93,7 +96,7 @@ def lint(
             continue
         folder = Path(each)
         try:
-            shards, unread = list_shards(folder)
+            shards, unread = list_shards(folder, files)
         except DataError as error:
             problems.append(Problem(str(folder), "no_shards", str(error)))
             continue
@@ -105,7 +108,7 @@ def lint(
             for name, message in unread.items()
         ]
         for shard in shards:
-            reader = ShardReader(answer_types)
+            reader = ShardReader(answer_types, files)
             problem = _shard_problem(reader, shard)
             if problem is not None:
                 problems.append(problem)
@@ -123,13 +126,13 @@ def lint(
 def _shard_problem(reader: ShardReader, shard: Path) -> Problem | None:
     """Return why a shard, or its index, cannot be trusted."""
     try:
-        found, reason = scan_tar(shard), "wrong_index"
+        found, reason = scan_tar(shard, reader.files), "wrong_index"
     except DataError as error:
         found, reason, message = None, BAD_SHARD, str(error)
     try:
         index = reader.index(str(shard))  # the error of a contradiction names both sides
         if found is not None:
-            read_sidecar(shard, found.tar_size)
+            read_sidecar(shard, found.tar_size, reader.files)
             if same_entries(index, found):
                 return None
             message = f"{shard}: the index does not fit the shard; remove {sidecar_path(shard)}"

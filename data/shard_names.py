@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Set
 from pathlib import Path
 
 from data.errors import DataError, shown
+from data.files import LOCAL, LocalFiles
 from data.tar_index import SIDECAR_SUFFIX
 from data.text import is_valid_text
 
@@ -29,7 +29,7 @@ EXPECTED_SHARDS = (
 )
 
 
-def list_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
+def list_shards(folder: Path, files: LocalFiles = LOCAL) -> tuple[list[Path], dict[str, str]]:
     """Return the shards of a folder, and why other files that look like shards are not read, by
     name.
 
@@ -37,7 +37,7 @@ def list_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
         DataError: There is no such folder, or it cannot be listed.
     """
     try:
-        names = sorted(os.listdir(folder))
+        names = sorted(files.names(folder))
     except OSError as error:
         got = f"got no folder ({error.strerror})"
         raise DataError(f"{folder}: no shards, {got}, {EXPECTED_SHARDS}") from error

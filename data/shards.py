@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,11 +11,12 @@ from pathlib import Path
 from typing import overload
 
 from data.errors import DataError, SampleError, shown
+from data.files import LOCAL, LocalFiles, OpenFile
 from data.question import ANSWER_TYPES, MediaRef, Question
 from data.sample import parse_question
 from data.shard_names import EXPECTED_SHARDS, list_shards
 from data.tar_index import Member, TarIndex, check_header, load_index
-from data.tar_members import BLOCK, open_regular, read_at
+from data.tar_members import BLOCK, read_at
 
 MAX_OPEN_SHARDS = 256
 MAX_QUESTION_BYTES = 1 << 24
@@ -27,12 +27,16 @@ class ShardReader:
 
     Args:
         answer_types: Those that can be graded; other questions are bad samples.
+        files: Open the shards; by default those of this machine.
     """
 
-    def __init__(self, answer_types: Collection[str] = ANSWER_TYPES) -> None:
+    def __init__(
+        self, answer_types: Collection[str] = ANSWER_TYPES, files: LocalFiles = LOCAL
+    ) -> None:
         self._answer_types = answer_types
+        self.files = files
         self._indexes: dict[str, TarIndex] = {}
-        self._descriptors: dict[str, int] = {}
+        self._opened: dict[str, OpenFile] = {}
 
     def index(self, shard: str) -> TarIndex:
         """Return the index of a shard, loaded at the first use.
@@ -42,7 +46,7 @@ class ShardReader:
         """
         index = self._indexes.get(shard)
         if index is None:
-            index = self._indexes[shard] = load_index(Path(shard))
+            index = self._indexes[shard] = load_index(Path(shard), self.files)
         return index
 
     def question(self, shard: str, key: str) -> Question:
@@ -86,11 +90,7 @@ class ShardReader:
 
     def close(self) -> None:
         """Close the shards held open; the next read opens them again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-
-    def __del__(self) -> None:
-        self.close()
+        self._opened.clear()
 
     def _member(self, ref: MediaRef) -> Member:
         for member in self._members(ref.shard, ref.key):
@@ -120,27 +120,24 @@ class ShardReader:
     def _read_checked(self, shard: str, key: str, member: Member, size: int) -> bytes:
         """Return the first `size` bytes of a member after a check of its header."""
         start = member.offset - BLOCK
-        descriptor = self._descriptors.get(shard)
-        if descriptor is not None:
-            content = read_at(shard, descriptor, BLOCK + size, start)
-        else:
-            descriptor = open_regular(shard)
-            try:
-                content = read_at(shard, descriptor, BLOCK + size, start)
-            finally:
-                # Beyond the limit a shard is opened for each read: closing one here could take it
-                # from another thread.
-                if (
-                    len(self._descriptors) >= MAX_OPEN_SHARDS
-                    or self._descriptors.setdefault(shard, descriptor) != descriptor
-                ):
-                    os.close(descriptor)
+        held = self._held(shard)  # stays open as long as this name has it
+        content = read_at(shard, held.descriptor, BLOCK + size, start)
         where = f"{shard}:{shown(key)}.{shown(member.extension)}"
         check_header(where, content[:BLOCK], key, member, is_plain=self.index(shard).is_plain)
         if len(content) != BLOCK + size:
             got = f"got {len(content) - BLOCK} of {size} bytes"
             raise DataError(f"{where}: the shard ends inside the file, {got}; copy it again")
         return content[BLOCK:]
+
+    def _held(self, shard: str) -> OpenFile:
+        held = self._opened.get(shard)
+        if held is not None and self.files.is_current(held):
+            return held
+        opened = self.files.hold(shard)
+        # Beyond the limit a shard is opened for each read.
+        if opened.stays_open and (held or len(self._opened) < MAX_OPEN_SHARDS):
+            self._opened[shard] = opened
+        return opened
 
 
 class SampleKeys(Sequence[tuple[str, str]]):
@@ -191,7 +188,7 @@ class ShardFolder:
         """
         self.path = Path(path)
         self.reader = reader or ShardReader()
-        paths, unread = list_shards(self.path)
+        paths, unread = list_shards(self.path, self.reader.files)
         if unread:
             raise DataError(next(iter(unread.values())))
         if not paths:

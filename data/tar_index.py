@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError, shown
-from data.tar_members import BLOCK, check_end, open_regular, read_at, rounded, tar_members
+from data.files import LOCAL, LocalFiles
+from data.tar_members import (
+    BLOCK,
+    END_BYTES,
+    MAX_END_BYTES,
+    check_end,
+    read_at,
+    rounded,
+    tar_members,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,17 +74,21 @@ def split_name(name: str) -> tuple[str, str] | None:
     return None if match is None else (match[1], match[2].lower())
 
 
-def scan_tar(path: Path) -> TarIndex:
+def scan_tar(path: Path, files: LocalFiles = LOCAL) -> TarIndex:
     """Index a shard by reading its headers.
+
+    Args:
+        path: The shard.
+        files: Open it.
 
     Raises:
         DataError: The file is not a complete tar archive, or it breaks a rule of webdataset shards.
     """
-    descriptor = open_regular(path)
+    descriptor = files.open(path)
     try:
         return _scan(path, descriptor, os.fstat(descriptor).st_size)
     finally:
-        os.close(descriptor)
+        files.close(descriptor)
 
 
 def _scan(path: Path, descriptor: int, tar_size: int) -> TarIndex:
@@ -133,30 +146,31 @@ def write_sidecar(shard: Path, index: TarIndex) -> None:
     sidecar_path(shard).write_text(json.dumps(stored, separators=(",", ":")))
 
 
-def load_index(shard: Path) -> TarIndex:
+def load_index(shard: Path, files: LocalFiles = LOCAL) -> TarIndex:
     """Return the index of a shard: from its sidecar, or by a scan if that is missing or unreadable.
 
     A sidecar is believed when its entries fill the shard from the first byte to the end of the
     archive. Where they do not, the shard is scanned, and both must agree. What the entries say of
-    names is held against the headers when a sample is read.
+    names is held against the headers when a sample is read. A shard that would have to be fetched
+    is not, if its size alone fits the sidecar.
+
+    Args:
+        shard: The shard.
+        files: Open it.
 
     Raises:
         DataError: The shard is missing, not a complete tar archive, or not what its sidecar says.
     """
-    descriptor = open_regular(shard)
+    away = files.size_without_opening(shard)
+    index = None if away is None else _sidecar_of_size(shard, away, files)
+    if away is not None and index is not None and _has_end(_end(index), away):
+        return index
+    descriptor = files.open(shard)
     try:
         tar_size = os.fstat(descriptor).st_size
-        try:
-            index = read_sidecar(shard, tar_size)
-        except DataError as error:
-            # It contradicts nothing, and the shard speaks for itself.
-            logger.warning("%s", error)
-            index = None
+        index = index or _sidecar_of_size(shard, tar_size, files)
         if index is None:
             return _scan(shard, descriptor, tar_size)
-        if index.tar_size != tar_size:
-            expected = f"{index.tar_size} bytes with {len(index.samples)} samples"
-            raise _contradiction(shard, f"{tar_size} bytes", expected)
         if _fills(index, shard, descriptor):
             return index
         found = _scan(shard, descriptor, tar_size)
@@ -164,7 +178,23 @@ def load_index(shard: Path) -> TarIndex:
             raise _contradiction(shard, _extent(found), _extent(index))
         return replace(index, is_plain=found.is_plain)
     finally:
-        os.close(descriptor)
+        files.close(descriptor)
+
+
+def _sidecar_of_size(shard: Path, tar_size: int, files: LocalFiles) -> TarIndex | None:
+    """Return what the sidecar of a shard of this size says, `None` if there is none or it is
+    unreadable.
+    """
+    try:
+        index = read_sidecar(shard, tar_size, files)
+    except DataError as error:
+        # It contradicts nothing, and the shard speaks for itself.
+        logger.warning("%s", error)
+        return None
+    if index is not None and index.tar_size != tar_size:
+        expected = f"{index.tar_size} bytes with {len(index.samples)} samples"
+        raise _contradiction(shard, f"{tar_size} bytes", expected)
+    return index
 
 
 def same_entries(one: TarIndex, other: TarIndex) -> bool:
@@ -195,12 +225,9 @@ def _fills(index: TarIndex, shard: Path, descriptor: int) -> bool:
     """Return whether the members, each behind one header, fill a shard to the end of the
     archive.
     """
-    end = 0
-    for members in index.samples.values():
-        for member in members:
-            if member.offset != end + BLOCK:
-                return False
-            end = member.offset + rounded(member.size)
+    end = _end(index)
+    if end is None:
+        return False
     try:
         check_end(shard, descriptor, end, index.tar_size)
     except DataError:
@@ -208,16 +235,31 @@ def _fills(index: TarIndex, shard: Path, descriptor: int) -> bool:
     return True
 
 
-def read_sidecar(shard: Path, tar_size: int) -> TarIndex | None:
+def _end(index: TarIndex) -> int | None:
+    """Return where the last member ends; `None` where they are not one behind the other."""
+    end = 0
+    for members in index.samples.values():
+        for member in members:
+            if member.offset != end + BLOCK:
+                return None
+            end = member.offset + rounded(member.size)
+    return end
+
+
+def _has_end(end: int | None, tar_size: int) -> bool:
+    return end is not None and END_BYTES <= tar_size - end <= MAX_END_BYTES
+
+
+def read_sidecar(shard: Path, tar_size: int, files: LocalFiles = LOCAL) -> TarIndex | None:
     """Return what the sidecar of a shard says, `None` if there is none.
 
     Raises:
         DataError: It cannot be read or understood.
     """
     path = sidecar_path(shard)
-    if not os.path.lexists(path):
+    if not files.exists(path):
         return None
-    descriptor = open_regular(path, "index")
+    descriptor = files.open(path, "index")
     try:
         size = os.fstat(descriptor).st_size
         limit = min(MAX_SIDECAR_BYTES, SIDECAR_BYTES_PER_BLOCK * (tar_size // BLOCK + 1))
@@ -229,7 +271,7 @@ def read_sidecar(shard: Path, tar_size: int) -> TarIndex | None:
         advice = "remove it, then the shard is scanned"
         raise DataError(f"{path}: the index is unreadable ({detail}); {advice}") from error
     finally:
-        os.close(descriptor)
+        files.close(descriptor)
 
 
 def _parse_sidecar(stored: Any) -> TarIndex:

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.errors import DataError
@@ -17,14 +18,14 @@ from data.health import SampleHealth
 from data.imports.benchmark_formats import PARTS, known_formats
 from data.imports.benchmarks import convert_benchmark
 from data.imports.convert import convert_jsonl
-from data.lint import lint
+from data.lint import ReadableSource, lint
 from data.media.opening import MediaLimits, MediaOpener
 from data.media.sampling import FrameSampling
 from data.question import ANSWER_TYPES
-from data.sources.listing import list_tables
-from data.sources.opening import check_no_table_options
+from data.remote_files import RemoteFiles
+from data.sources.opening import check_no_table_options, open_source
+from data.sources.remote import list_source
 from data.sources.rows import RowRules
-from data.sources.tables import TableSource
 from data.text import clean_text
 from zppo_mm.errors import ZppoError
 
@@ -224,7 +225,8 @@ def run_lint(argv: list[str]) -> int:
         nargs="*",
         metavar="SOURCE",
         help="all sources of one run, so that repeated ids are found: folders of shards, files or "
-        "folders of *.jsonl, *.parquet, *.arrow; with --config by default those that it names",
+        "folders of *.jsonl, *.parquet, *.arrow, or addresses of such; with --config by default "
+        "those that it names",
     )
     parser.add_argument(
         "--config",
@@ -249,7 +251,9 @@ def run_lint(argv: list[str]) -> int:
         *(ANSWER_TYPES if prompts is None else prompts.answer_types),
         *arguments.answer_type,
     )
-    num_samples, problems = lint(linted_sources(arguments, known), opener, prompts, known)
+    files = remote_files(arguments.config)
+    sources = linted_sources(arguments, known, files)
+    num_samples, problems = lint(sources, opener, prompts, known, files)
     if opener is not None:
         opener.close()
     for problem in problems:
@@ -268,8 +272,8 @@ def run_lint(argv: list[str]) -> int:
 
 
 def linted_sources(
-    arguments: argparse.Namespace, answer_types: Collection[str]
-) -> list[str | TableSource]:
+    arguments: argparse.Namespace, answer_types: Collection[str], files: RemoteFiles
+) -> list[str | Path | ReadableSource]:
     """Return folders of shards, which lint reads shard by shard, and opened tables."""
     if not arguments.sources:
         from zppo_mm.config.load import load_config
@@ -282,16 +286,33 @@ def linted_sources(
     else:
         options = (dict(arguments.columns), arguments.default_answer_type, arguments.media_root)
         given = [(path, *options) for path in arguments.sources]
-    sources: list[str | TableSource] = []
+    sources: list[str | Path | ReadableSource] = []
     for path, columns, answer_type, root in given:
-        listing = list_tables(path)
-        if listing is None:
+        listing = list_source(path, files)
+        if listing.tables is None:
             check_no_table_options(path, columns, answer_type, root)
-            sources.append(path)
+            sources.append(listing.path)
             continue
-        rules = RowRules(columns, answer_type)
-        sources.append(TableSource(path, listing, rules, root or None, answer_types))
+        sources.append(
+            open_source(
+                path,
+                columns=columns,
+                answer_type=answer_type,
+                media_root=root,
+                answer_types=answer_types,
+                files=files,
+            )
+        )
     return sources
+
+
+def remote_files(config: str | None) -> RemoteFiles:
+    """Return the way to addresses: that of a run, or with the default settings."""
+    from zppo_mm.config.load import load_config
+    from zppo_mm.config.remote import RemoteConfig
+    from zppo_mm.run.remote import open_files
+
+    return open_files(load_config(config).remote if config else RemoteConfig())
 
 
 def prompt_lengths(file: str) -> PromptLengths:
@@ -299,8 +320,10 @@ def prompt_lengths(file: str) -> PromptLengths:
     # transformers is imported only where it is needed.
     from zppo_mm.config.load import load_config
     from zppo_mm.run.prompt_lengths import PromptLengths
+    from zppo_mm.run.remote import fetched_models
 
-    return PromptLengths(load_config(file))
+    with fetched_models(load_config(file)) as config:
+        return PromptLengths(config)
 
 
 def run_convert(argv: list[str]) -> int:

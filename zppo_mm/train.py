@@ -29,6 +29,7 @@ from zppo_mm.run.records import (
     record_step,
     refresh_report,
 )
+from zppo_mm.run.remote import fetched_models
 from zppo_mm.run.resume import resume
 from zppo_mm.run.session import open_run
 from zppo_mm.run.teacher_job import link_to_teacher, serve_teacher
@@ -67,6 +68,11 @@ def train(
     failures.refuse_restarts(config.train.max_hours)
     interruption.limit(config.train.stop_within_seconds, config.train.max_hours)
     configure_logging(None, int(os.environ.get("RANK", "0")))
+    with fetched_models(config) as config:
+        return _train(config, interruption, restart)
+
+
+def _train(config: RunConfig, interruption: Interruption, restart: bool) -> RunFolder:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         # Once per machine: the others wait for this process to join them, and are ended by their
         # launcher if it does not.

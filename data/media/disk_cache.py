@@ -26,9 +26,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data.file_lock import unlock_and_close
 from data.media import array_file
 from data.media.array_file import DamagedFileError, Stored
-from data.media.node_folder import LOCK, unlock_and_close
+from data.media.node_folder import LOCK
 
 logger = logging.getLogger(__name__)
 

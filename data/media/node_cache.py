@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import ReasonedError
+from data.file_lock import locked, unlock_and_close
 from data.media import array_file
 from data.media.array_file import DamagedFileError, Stored
-from data.media.node_folder import ALIVE, LOCK, NodeFolder, default_root, locked, unlock_and_close
+from data.media.node_folder import ALIVE, LOCK, NodeFolder, default_root
 
 logger = logging.getLogger(__name__)
 

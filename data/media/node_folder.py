@@ -9,9 +9,9 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+
+from data.file_lock import locked, unlock_and_close
 
 SHARED_MEMORY = Path("/dev/shm")
 LOCK = "lock"
@@ -71,23 +71,6 @@ class NodeFolder:
                 held.enter_context(locked(self._base / LOCK))
             unlock_and_close(alive)
             _remove_if_dead(self.path)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[int]:
-    """Hold the exclusive lock of a file, which is made if it is missing; yields its descriptor."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
-    finally:
-        unlock_and_close(descriptor)
-
-
-def unlock_and_close(descriptor: int) -> None:
-    """Give a lock back; closing alone would leave it to processes that were forked meanwhile."""
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
-    os.close(descriptor)
 
 
 def _remove_if_dead(folder: Path) -> None:

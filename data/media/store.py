@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from data.files import LOCAL, LocalFiles
 from data.media.decoder import FrameLimits
 from data.media.opening import Frames, MediaLimits, MediaOpener
 from data.question import MediaRef
-from data.sources.reader import SourceReader
+from data.sources.reader import SourceReader, TableFiles
 
 
 class MediaStore:
-    """Opens any media reference of a run's sources. Safe to use from several threads."""
+    """Opens any media reference of a run's sources. Safe to use from several threads.
 
-    def __init__(self, limits: MediaLimits) -> None:
-        self.limits = limits
-        self._reader = SourceReader()
+    Args:
+        limits: What is opened.
+        files: Open what holds the media; by default those of this machine.
+    """
+
+    def __init__(self, limits: MediaLimits, files: LocalFiles = LOCAL) -> None:
+        self.limits, self.files = limits, files
+        self._reader = SourceReader(TableFiles(files))
         self._opener = MediaOpener(limits)
 
     @property

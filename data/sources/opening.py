@@ -6,9 +6,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from data.errors import DataError
+from data.files import LOCAL, LocalFiles
 from data.question import ANSWER_TYPES
+from data.remote_files import is_address
 from data.shards import ShardFolder, ShardReader
-from data.sources.listing import list_tables
+from data.sources.remote import list_source
 from data.sources.rows import RowRules
 from data.sources.tables import TableSource
 
@@ -20,6 +22,7 @@ def open_source(
     answer_type: str = "",
     media_root: str | Path = "",
     answer_types: Collection[str] = ANSWER_TYPES,
+    files: LocalFiles = LOCAL,
 ) -> ShardFolder | TableSource:
     """Return a source of questions.
 
@@ -30,16 +33,18 @@ def open_source(
         answer_type: Of their rows that name none.
         media_root: What their media paths start from; by default the folder of the file.
         answer_types: Those that can be graded; other questions are bad samples.
+        files: Open its files; by default those of this machine.
 
     Raises:
         DataError: The source cannot be used.
     """
     rules = RowRules(columns or {}, answer_type)
-    listing = list_tables(str(path))
-    if listing is not None:
-        return TableSource(path, listing, rules, media_root or None, answer_types)
+    listing = list_source(path, files)
+    if listing.tables is not None:
+        root = files.path_of(str(media_root)) if is_address(str(media_root)) else media_root
+        return TableSource(listing.path, listing.tables, rules, root or None, answer_types, files)
     check_no_table_options(path, columns, answer_type, media_root)
-    return ShardFolder(path, ShardReader(answer_types))
+    return ShardFolder(listing.path, ShardReader(answer_types, files))
 
 
 def check_no_table_options(path: str | Path, *options: object) -> None:

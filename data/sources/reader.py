@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError, SampleError
+from data.files import LOCAL, LocalFiles
 from data.media_folder import MediaFolder
 from data.question import MediaRef
 from data.shards import ShardReader
@@ -20,9 +21,14 @@ NO_LIMIT = 1 << 62
 
 
 class TableFiles:
-    """The table files of a process, each indexed at its first use."""
+    """The table files of a process, each indexed at its first use, and kept from then on.
 
-    def __init__(self) -> None:
+    Args:
+        files: Open them; by default those of this machine.
+    """
+
+    def __init__(self, files: LocalFiles = LOCAL) -> None:
+        self.files = files
         self._tables: dict[str, Table] = {}
 
     def table(self, path: str) -> Table:
@@ -33,12 +39,14 @@ class TableFiles:
         """
         table = self._tables.get(path)
         if table is None:
+            self.files.keep(path)
             table = self._tables[path] = TABLES[Path(path).suffix.lower()](Path(path))
         return table
 
     def close(self) -> None:
         """Forget the files; the next use indexes them again."""
         self._tables.clear()
+        self.files.release()
 
 
 class SourceReader:
@@ -49,8 +57,9 @@ class SourceReader:
     """
 
     def __init__(self, tables: TableFiles | None = None) -> None:
-        self._shards = ShardReader()
         self._tables = tables or TableFiles()
+        self._files = self._tables.files
+        self._shards = ShardReader(files=self._files)
         self._last = threading.local()
 
     def media_bytes(self, ref: MediaRef) -> bytes:
@@ -61,13 +70,15 @@ class SourceReader:
             DataError: What holds it is missing or was changed.
         """
         if ref.shard.endswith("/"):
-            return MediaFolder(ref.shard, NO_LIMIT).read(ref.shard, file_path(ref))
+            with self._files.at_hand(ref.shard, file_path(ref)):
+                return MediaFolder(ref.shard, NO_LIMIT).read(ref.shard, file_path(ref))
         return self._cell(ref) if _is_table(ref) else self._shards.media_bytes(ref)
 
     def media_size(self, ref: MediaRef) -> int:
         """Return the size of a media file in bytes; raises as `media_bytes`."""
         if ref.shard.endswith("/"):
-            return MediaFolder(ref.shard, NO_LIMIT).size(ref.shard, file_path(ref))
+            with self._files.at_hand(ref.shard, file_path(ref)):
+                return MediaFolder(ref.shard, NO_LIMIT).size(ref.shard, file_path(ref))
         return len(self._cell(ref)) if _is_table(ref) else self._shards.media_size(ref)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import overload
 
 from data.errors import DataError, SampleError
+from data.files import LOCAL, LocalFiles
 from data.question import ANSWER_TYPES, MediaRef, Question
 from data.sample import make_question
 from data.shards import SampleKeys
@@ -66,6 +67,7 @@ class TableSource:
         rules: RowRules,
         media_root: str | Path | None = None,
         answer_types: Collection[str] = ANSWER_TYPES,
+        files: LocalFiles = LOCAL,
     ) -> None:
         """Index the files and hold their columns against the rules.
 
@@ -76,13 +78,14 @@ class TableSource:
             media_root: What paths of media start from, and none of them leaves; by default the
                 folder of the file that has them.
             answer_types: Those that can be graded; other questions are bad samples.
+            files: Open the files; by default those of this machine.
 
         Raises:
             DataError: A file cannot be read by rows, a column that the user names is not there, or
                 one that holds bytes is not read.
         """
         self.path = Path(path)
-        self.files = TableFiles()
+        self.files = TableFiles(files)
         self._reader = SourceReader(self.files)
         self._listing, self._rules, self._media_root = listing, rules, media_root
         self._answer_types = answer_types

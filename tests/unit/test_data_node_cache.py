@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 
 from data.errors import DataError, MediaError, ReasonedError
+from data.file_lock import locked
 from data.media.array_file import MAPPED_BYTES, Stored
 from data.media.node_cache import NodeCache
-from data.media.node_folder import NodeFolder, locked
+from data.media.node_folder import NodeFolder
 
 GENEROUS = 1 << 30
 START_SECONDS = 120.0  # of a process on a busy machine

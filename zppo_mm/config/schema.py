@@ -17,6 +17,7 @@ from zppo_mm.config.network import LORA_TARGETS as LORA_TARGETS
 from zppo_mm.config.network import LoraConfig as LoraConfig
 from zppo_mm.config.network import ModelConfig as ModelConfig
 from zppo_mm.config.network import ParallelConfig as ParallelConfig
+from zppo_mm.config.remote import RemoteConfig as RemoteConfig
 from zppo_mm.config.reward import RewardConfig as RewardConfig
 from zppo_mm.config.rollout import RolloutConfig as RolloutConfig
 from zppo_mm.config.teacher import TeacherConfig as TeacherConfig
@@ -38,7 +39,8 @@ class SourceConfig:
     path: str = key(
         "",
         "Folder with `*.tar` shards; or a file, a folder or a pattern (`data/train-*.parquet`) of "
-        "`*.jsonl`, `*.parquet` or `*.arrow` files; relative to the working directory.",
+        "`*.jsonl`, `*.parquet` or `*.arrow` files; relative to the working directory, or an "
+        "address such as `s3://bucket/folder`.",
     )
     weight: float = key(
         1.0,
@@ -58,8 +60,8 @@ class SourceConfig:
     )
     media_root: str = key(
         "",
-        "Folder that media paths in table files start from and do not leave. Empty: the folder of "
-        "the file.",
+        "Folder, or its address, that media paths in table files start from and do not leave. "
+        "Empty: the folder of the file.",
     )
 
 
@@ -337,6 +339,7 @@ class RunConfig:
     )
     seed: int = key(0, "Seed of the data stream, of sampling and of the reformulation.")
     data: DataConfig = section(DataConfig)
+    remote: RemoteConfig = section(RemoteConfig)
     model: ModelConfig = section(ModelConfig)
     parallel: ParallelConfig = section(ParallelConfig, may_change_on_resume=True)
     rollout: RolloutConfig = section(RolloutConfig, may_change_on_resume="consent")

@@ -83,7 +83,7 @@ def read_questions(
         DataError: They cannot be used, or there is none.
     """
     skipped, listed = Counter[str](), []
-    folders = [configured_source(source, config) for source in sources]
+    folders = [configured_source(source, config, student.media.files) for source in sources]
     for source in sources:
         conversion = read_conversion(source.path)
         if conversion is not None:

@@ -22,6 +22,7 @@ from zppo_mm.rollout.sampler import GroupSampler
 from zppo_mm.rollout.served.engine import VllmEngine
 from zppo_mm.run.build import student_folder
 from zppo_mm.run.judging import Grading, build_grading, is_teacher
+from zppo_mm.run.remote import open_files
 from zppo_mm.run.sampling import evaluation_sampling
 from zppo_mm.run.served_engine import vllm_engine
 from zppo_mm.run.shared import Shared, load_model, media_limits, open_clip_cache
@@ -117,7 +118,7 @@ def build_student(config: RunConfig) -> Student:
     teachers = open_pool(config.teacher, exchange) if asks_teacher else None
     grading = build_grading(config, teachers, exchange, [mode])
     folder = student_folder(config.model)
-    media = MediaStore(media_limits(config.data, folder))
+    media = MediaStore(media_limits(config.data, folder), open_files(config.remote))
     clips = open_clip_cache(config.data, media)
     shared = Shared(config, media, grading.verifier, exchange, clips=clips)
     encoder = shared.student_encoder(folder)

@@ -185,6 +185,10 @@ METRICS: Mapping[str, str] = {
     "ranks/busy_least/*": "The same on the rank that took least.",
     "ranks/slowest": "Rank whose phases together took longest so.",
     "ranks/spread": "By what fraction that was longer than on the median rank.",
+    "remote/evicted": "Fetched files that made way for others in the cache, over all ranks.",
+    "remote/fetched": "Files fetched from other machines, over all ranks.",
+    "remote/fetched_bytes": "Their bytes.",
+    "remote/retried": "Requests for such files that failed and were repeated.",
     "reward/mean": (
         "Mean reward of the rollouts of plain prompts; the accuracy, unless a reward function has "
         "an accuracy part beside others."

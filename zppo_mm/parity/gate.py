@@ -134,7 +134,7 @@ def _random_states_kept() -> Iterator[None]:
 
 
 def _choose(run: Run, num_questions: int) -> Chosen:
-    stream = build_stream(run.config, UncountedHealth())
+    stream = build_stream(run.config, UncountedHealth(), run.media.files)
     stream.load_state_dict(run.stream.state_dict())
     return choose_questions(stream, run.feed, num_questions)
 

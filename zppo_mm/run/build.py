@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, cast
 
-from data.health import SampleHealth
 from data.media.store import MediaStore
 from data.stream import QuestionStream
 from zppo_mm.algorithms.importance import Level, MismatchCorrection
@@ -38,7 +37,8 @@ from zppo_mm.rollout.served.engine import VllmEngine
 from zppo_mm.run.judging import build_grading
 from zppo_mm.run.parts import Run
 from zppo_mm.run.profiler import StepProfiler
-from zppo_mm.run.questions import build_held_out, build_stream
+from zppo_mm.run.questions import build_held_out, build_stream, sample_health
+from zppo_mm.run.remote import open_files
 from zppo_mm.run.sampling import evaluation_sampling, training_sampling
 from zppo_mm.run.served_engine import open_served_engine
 from zppo_mm.run.shared import (
@@ -115,7 +115,7 @@ def _build(
 ) -> Run:
     """Build the parts; `opened` closes them until they are whole, then the run does."""
     folder = student_folder(config.model)
-    media = MediaStore(media_limits(config.data, folder))
+    media = MediaStore(media_limits(config.data, folder), open_files(config.remote))
     opened.callback(media.close)
     pool = _closing(opened, _teacher_pool(config, ranks, exchange, media))
     modes = (config.reward.judge, config.evaluation.judge)
@@ -131,7 +131,7 @@ def _build(
     teachers = build_teachers(shared, pool, templates, encoder, ranks)
     policy = _build_policy(config, student, teachers.network)
     _log_network(student, config.train.optimizer_state_dtype, shared.encoders, templates.closing)
-    stream = build_stream(config, SampleHealth(config.data.max_bad_fraction, config.data.strict))
+    stream = build_stream(config, sample_health(config), media.files)
     feed = _build_feed(shared, stream, encoder, templates, verifier)
     served = open_served_engine(config, exchange, policy.model, folder, encoder, run_folder)
     engine = _closing(opened, served)
@@ -150,7 +150,7 @@ def _build(
         policy=policy,
         stream=stream,
         feed=feed,
-        held_out=build_held_out(config, grader),
+        held_out=build_held_out(config, grader, media.files),
         evaluation_sampling=evaluation_sampling(config.evaluation, config.rollout, encoder),
         media=media,
         cache=shared.cache,
@@ -210,7 +210,7 @@ def _teacher_pool(
 ) -> Servers | None:
     if ranks is not None:
         return ranks.open_pool(config.teacher, config.rollout.max_batch_size)
-    return open_pool(config.teacher, exchange, limits=media.limits)
+    return open_pool(config.teacher, exchange, limits=media.limits, files=media.files)
 
 
 def _build_stages(

@@ -154,8 +154,11 @@ class Run:
         return metrics
 
     def take_media_counts(self) -> StepMetrics:
-        """Return how this rank came by opened media since the last call."""
+        """Return how this rank came by remote files and opened media since the last call."""
         metrics = StepMetrics()
+        for name, count in self.media.files.counts.items():
+            metrics.add(f"remote/{name}", Sum(count - self.counted.get(f"remote/{name}", 0)))
+            self.counted[f"remote/{name}"] = count
         caches = (
             ("media", self.cache, "cached_bytes"),
             ("video_cache", self.clips, "bytes"),

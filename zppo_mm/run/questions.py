@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from data.files import LocalFiles
 from data.health import SampleHealth
 from data.source import Source
 from data.sources.opening import open_source
@@ -13,24 +14,38 @@ from zppo_mm.bundled.questions import bundled_sources
 from zppo_mm.config.schema import RunConfig, SourceConfig
 from zppo_mm.rewards.verify import Verifier
 from zppo_mm.rollout.held_out import HeldOut, held_out_questions
+from zppo_mm.run.remote import open_files
 
 logger = logging.getLogger(__name__)
 
 
-def build_stream(config: RunConfig, health: SampleHealth) -> QuestionStream:
+def build_stream(
+    config: RunConfig, health: SampleHealth, files: LocalFiles | None = None
+) -> QuestionStream:
     """Return the run's training questions from the first on, its bad samples counted by `health`;
     every rank calls this.
+
+    Args:
+        config: The run.
+        health: Counts bad samples.
+        files: Open the sources; by default files of their own.
 
     Raises:
         DataError: A data source cannot be used.
     """
     sources = config.data.train or bundled_sources(config, "train")
-    folders = [(configured_source(source, config), source.weight) for source in sources]
+    files = files or open_files(config.remote)
+    folders = [(configured_source(source, config, files), source.weight) for source in sources]
     check_default_ids([folder for folder, _ in folders])
     return QuestionStream(folders, config.seed, health)
 
 
-def configured_source(source: SourceConfig, config: RunConfig) -> Source:
+def sample_health(config: RunConfig) -> SampleHealth:
+    """Return what counts a run's bad samples, of training or of evaluation."""
+    return SampleHealth(config.data.max_bad_fraction, config.data.strict)
+
+
+def configured_source(source: SourceConfig, config: RunConfig, files: LocalFiles) -> Source:
     """Open a source of the configuration; questions that the run cannot grade are bad samples.
 
     Raises:
@@ -42,10 +57,11 @@ def configured_source(source: SourceConfig, config: RunConfig) -> Source:
         answer_type=source.answer_type,
         media_root=source.media_root,
         answer_types=config.reward.answer_types,
+        files=files,
     )
 
 
-def build_held_out(config: RunConfig, verifier: Verifier) -> HeldOut:
+def build_held_out(config: RunConfig, verifier: Verifier, files: LocalFiles) -> HeldOut:
     """Return the questions of every evaluation; without held-out data of their own, a user's
     questions are not evaluated.
     """
@@ -56,9 +72,9 @@ def build_held_out(config: RunConfig, verifier: Verifier) -> HeldOut:
         )
         return HeldOut()
     sources = config.data.held_out or bundled_sources(config, "held_out")
-    folders = [configured_source(source, config) for source in sources]
+    folders = [configured_source(source, config, files) for source in sources]
     check_default_ids(folders)
-    health = SampleHealth(config.data.max_bad_fraction, config.data.strict)
+    health = sample_health(config)
     chosen = held_out_questions(
         folders, config.evaluation.num_questions, config.seed, health, verifier.can_grade
     )

@@ -21,6 +21,7 @@ from zppo_mm.parallel.liveness_barrier import LivenessBarrier, open_liveness_bar
 from zppo_mm.parallel.partition import DONE, JobPartition, PartitionLink, teacher_layout
 from zppo_mm.run.build import student_folder
 from zppo_mm.run.hangs import finding_hangs
+from zppo_mm.run.remote import open_files
 from zppo_mm.run.shared import (
     longest_teacher_prompt,
     media_limits,
@@ -122,7 +123,8 @@ def _serve(
 ) -> str:
     exchange = ParallelExchange(barrier, _HasStudentLeft(link))
     with contextlib.ExitStack() as stack:
-        media = MediaStore(media_limits(config.data, student_folder(config.model)))
+        opened = media_limits(config.data, student_folder(config.model))
+        media = MediaStore(opened, open_files(config.remote))
         stack.callback(media.close)
         server = None
         if exchange.is_leader and exchange.replica == 0:

@@ -104,7 +104,11 @@ def build_teachers(
     pools: list[Servers] = []
     for index, other in enumerate(config.fallback_teachers if answers else ()):
         own = open_pool(
-            other, shared.exchange, limits=shared.media.limits, where=f"fallback_teachers[{index}]"
+            other,
+            shared.exchange,
+            limits=shared.media.limits,
+            files=shared.media.files,
+            where=f"fallback_teachers[{index}]",
         )
         if own is not None:
             shared.opened.callback(own.close)

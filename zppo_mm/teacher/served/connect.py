@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from data.files import LOCAL, LocalFiles
 from data.media.opening import MediaLimits
 from zppo_mm.config.schema import TeacherConfig
 from zppo_mm.errors import ConfigError
@@ -36,6 +37,7 @@ def open_pool(
     model: str = "",
     *,
     limits: MediaLimits | None = None,
+    files: LocalFiles = LOCAL,
     where: str = "teacher",
 ) -> Servers | None:
     """Return this process's way to the servers; `None` if there are none. Every rank calls this.
@@ -49,6 +51,7 @@ def open_pool(
         urls: Other servers than the teacher's.
         model: Their model.
         limits: What is opened of media; `None` if no message has any.
+        files: Open what holds the media; by default those of this machine.
         where: The keys' section, for messages.
 
     Raises:
@@ -76,6 +79,7 @@ def open_pool(
             max_concurrency=max(1, config.max_concurrency // exchange.num_replicas),
             first=exchange.replica,
             limits=limits,
+            files=files,
         )
     )
     probes = exchange.is_leader and exchange.replica == 0

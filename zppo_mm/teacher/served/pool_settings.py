@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from data.files import LOCAL, LocalFiles
 from data.media.opening import MediaLimits
 from data.media.store import MediaStore
 from zppo_mm.config.schema import TeacherConfig
@@ -17,6 +18,7 @@ class PoolSettings:
 
     Attributes:
         limits: What is opened of media; `None` if no message has any.
+        files: Open what holds the media.
     """
 
     urls: tuple[str, ...]
@@ -26,6 +28,7 @@ class PoolSettings:
     max_concurrency: int = 0
     first: int = 0
     limits: MediaLimits | None = None
+    files: LocalFiles = LOCAL
     batch_size: int = 0
 
     @property
@@ -42,7 +45,7 @@ class PoolSettings:
             self.api_key,
             max_concurrency=self.max_concurrency,
             first=self.first,
-            media=MediaStore(self.limits) if self.limits is not None else None,
+            media=MediaStore(self.limits, self.files) if self.limits is not None else None,
             batch_size=self.batch_size,
         )
 
