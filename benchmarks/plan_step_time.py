@@ -104,6 +104,8 @@ def compare(folder: Path, rates: str, num_steps: int) -> tuple[Measured, StepSec
         response=LengthAssumption(median=RESPONSE_TOKENS, sigma=0.0),
         # Half of every group is right.
         pass_rate_spread=1e9,
+        open_fraction=0.0,
+        algebra_fraction=0.0,
     )
     architecture, config = run.policy.model.architecture, run.config
     simulator = Simulator.of(architecture, config, machine, workload)

@@ -73,6 +73,13 @@ def show_recipes(workload: Workload) -> None:
         "ZPPO": (workload,),
         "ZPPO, 128 requests": (workload, "teacher.max_concurrency=128"),
         "ZPPO, median 7,000": (longer,),
+        "inject": (workload, "method=inject"),
+        "off_distill": (
+            workload,
+            "method=off_distill",
+            "train.updates_per_step=1",
+            "distill.top_k=20",
+        ),
     }
     found = {}
     for name, (assumed, *options) in cases.items():
@@ -81,7 +88,14 @@ def show_recipes(workload: Workload) -> None:
         row(name, *(f"{hours(each):.1f}" for each in planned))
     for size, each in zip(SIZES, found["ZPPO"], strict=True):
         seconds = each.seconds
-        phases = (seconds.plain, seconds.teacher, seconds.reformulated, seconds.update)
+        phases = (
+            seconds.plain,
+            seconds.teacher,
+            seconds.reformulated,
+            seconds.grading,
+            seconds.update,
+            seconds.evaluation,
+        )
         rollout = each.candidate.config.rollout
         row(
             size,

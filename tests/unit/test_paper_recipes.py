@@ -23,7 +23,8 @@ from zppo_mm.errors import ConfigError
 from zppo_mm.methods import METHODS
 from zppo_mm.models.families.architecture import Architecture, check_layout, parse_architecture
 from zppo_mm.parallel import groups
-from zppo_mm.planning.memory import estimate_memory, format_estimate
+from zppo_mm.planning.memory import estimate_memory, format_estimate, rank_parameters
+from zppo_mm.planning.operations import linear_parameters
 from zppo_mm.run.shared import longest_prompt
 
 ROOT = Path(__file__).parents[2]
@@ -248,6 +249,19 @@ def test_the_comparison_changes_only_what_it_compares(monkeypatch: pytest.Monkey
             if made.get(key) != expected.get(key)
         }
         assert differing == {}, run.label
+
+
+def test_what_the_teacher_takes_in_bfloat16_and_in_fp8() -> None:
+    """The row of docs/scaling.md, in GB."""
+    teacher = parse_architecture(PUBLISHED["Qwen3.5-27B"][0])
+    (whole, *_) = rank_parameters(teacher)
+    assert (whole.tensor, whole.pipeline) == (1, 1)
+    assert round(2 * whole.num_parameters / 1e9, 1) == 54.7
+    # FP8 are the linear layers of the decoder, but for beta and alpha of 48 heads.
+    narrow = teacher.layer_types.count("linear_attention") * 2 * 48 * teacher.hidden_size
+    in_fp8 = linear_parameters(teacher) - narrow
+    rest = whole.num_parameters - in_fp8
+    assert (round(in_fp8 / 1e9, 1), round((in_fp8 + 2 * rest) / 1e9, 1)) == (24.3, 30.4)
 
 
 def test_every_run_of_the_comparison_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,12 @@ import pytest
 
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.parallel import groups
-from zppo_mm.planning.calibration import fit, write_rates
+from zppo_mm.planning.calibration import (
+    algebra_per_second,
+    answers_per_second,
+    fit,
+    write_rates,
+)
 from zppo_mm.planning.machine import MachineRates, PassRates, load_machine
 from zppo_mm.planning.measured import (
     Timed,
@@ -68,3 +73,9 @@ def test_passes_are_timed_beside_their_work() -> None:
     # Two packs of two samples; forward pass and two backward products of 4 layers.
     assert trained.work.layers == 2 * 3 * 4
     assert trained.seconds > 0
+
+
+def test_grading_is_timed() -> None:
+    # By rules 58,000 answers a second, by algebra 24 on a quiet machine: three orders apart.
+    rules, algebra = answers_per_second(50), algebra_per_second(3)
+    assert rules > 10 * algebra > 0

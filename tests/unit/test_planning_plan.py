@@ -89,7 +89,9 @@ def test_more_gpus_are_not_slower_and_larger_students_not_faster() -> None:
 
 def test_a_slower_teacher_is_waited_for() -> None:
     # Without rewrites, which would be further requests.
-    config = load_config(RECIPES / "2b.yaml", [*FEWER, "teacher.compressor=rule"])
+    config = load_config(
+        RECIPES / "2b.yaml", [*FEWER, "teacher.compressor=rule", "reward.judge=never"]
+    )
     workload = replace(load_workload(None), num_steps=2)
     slow = replace(workload, teacher=replace(workload.teacher, latency_seconds=1000.0))
     machine = load_machine("H100-80GB")
@@ -126,8 +128,58 @@ def test_gpus_are_whole_nodes() -> None:
 
 
 def test_an_unknown_machine_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"--gpu: unknown machine, got 'H1'.*H100-80GB"):
-        load_machine("H1")
+    message = r"--gpu: nothing is known.*got 'A100-80GB'.*H100-80GB.*--calibrate FILE.*collectives"
+    with pytest.raises(ConfigError, match=message):
+        load_machine("A100-80GB")
+
+
+VLLM = ("rollout.engine=vllm", "rollout.servers=1")
+
+
+def test_sampling_by_vllm_is_planned_with_measured_rates_alone() -> None:
+    with pytest.raises(ConfigError, match=r"vLLM samples.*got H100-80GB.*vllm bench latency"):
+        plan("2B", 8, "H100-80GB", *VLLM)
+    config = load_config(RECIPES / "2b.yaml", [*FEWER, *VLLM, "train.micro_batch_tokens=16384"])
+    machine = load_machine("H100-80GB")
+    machine.vllm.layer_seconds = 1e-4
+    workload = replace(load_workload(None), num_steps=2)
+    made = make_plan(student("2B"), config, 8, machine, workload, (2,))
+    best = made.layouts[0]
+    # Two GPUs for the teacher, some for servers, the others train; these hold no cache.
+    assert {each.candidate.vllm_gpus_per_node for each in made.layouts} <= {1, 2, 4}
+    for each in made.layouts:
+        candidate = each.candidate
+        assert candidate.num_student_ranks == 8 - 2 - candidate.vllm_gpus_per_node
+        assert candidate.memory is not None
+        assert candidate.memory.cache == 0
+    assert best.seconds.old_logprobs > 0
+    assert f"vllm {best.candidate.vllm_gpus_per_node}/node" in format_plan(made, 200, 1)
+    assert "cache_memory_gib" not in format_plan(made, 200, 1)
+
+
+def test_adapters_are_not_planned() -> None:
+    with pytest.raises(ConfigError, match=r"lora.rank: .*got 8, expected 0"):
+        plan("2B", 8, "H100-80GB", "lora.rank=8")
+
+
+def test_distillation_has_its_teacher_on_the_students_ranks() -> None:
+    made = plan("0.8B", 8, "H200-141GB", *ON_DISTILL)
+    assert {each.candidate.placement.kind for each in made.layouts} == {"in turn"}
+    assert {
+        each.candidate.config.parallel.pipeline_model_parallel_size for each in made.layouts
+    } == {1}
+    assert "distillation computes the teacher on one pipeline stage" in {
+        each.refusal for each in made.refused
+    }
+
+
+ON_DISTILL = (
+    "method=on_distill",
+    "teacher.model=models/Qwen3.5-27B",
+    "teacher.endpoints=[]",
+    "reward.judge=never",
+    "train.micro_batch_tokens=16384",
+)
 
 
 def test_wrong_files_are_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from zppo_mm.config.load import load_config
 from zppo_mm.planning.decoding import decode_seconds, serve_seconds
 from zppo_mm.planning.machine import MachineRates, PassRates
 from zppo_mm.planning.operations import DecodeStep, Work
-from zppo_mm.planning.questions import QuestionSource
+from zppo_mm.planning.questions import QuestionSource, SimulatedRound
 from zppo_mm.planning.workload import LengthAssumption, Workload
 
 CLOCK = DecodeStep(fixed=1.0, weights=0.0, per_sequence=0.0, state=0.0, per_token=0.0)
@@ -77,27 +77,31 @@ def source(*options: str, **workload: float) -> QuestionSource:
     return QuestionSource(config, Workload(**workload))  # type: ignore[arg-type]
 
 
+def first_round(*options: str, **workload: float) -> SimulatedRound:
+    return source(*options, **workload).step(0).rounds[0]
+
+
 def test_a_step_has_the_counts_of_the_paper() -> None:
     questions = source()
-    first, second = questions.step(0), questions.step(1)
+    (first,), (second,) = (questions.step(number).rounds for number in (0, 1))
     # 384 new questions, and from the second step on a quarter of that replayed and reformulated.
     assert len(first.plain) == 384
     assert len(second.plain) == 384 + 96
     assert len(second.reformulated) == second.num_bcq + second.num_ncq == 96
     # Hard are those with fewer than 4 of 8 right.
-    assert (second.plain.num_right[second.hard] < 4).all()
-    assert len(second.hard) == (second.plain.num_right < 4).sum()
-    assert second.teacher_tokens.shape == (len(second.hard), 4)
+    assert (second.plain.num_right[second.asked] < 4).all()
+    assert len(second.asked) == (second.plain.num_right < 4).sum()
+    assert second.teacher_tokens.shape == (len(second.asked), 4)
 
 
 def test_the_cap_keeps_both_prompts_of_the_hardest() -> None:
     # The teacher solves every question, so each of 48 has a BCQ with 2 candidates and an NCQ with
     # its wrong rollouts, 8 where none is right.
-    step = source(teacher_pass_rate=1.0, pass_rate=0.02).step(0)
+    step = first_round(teacher_pass_rate=1.0, pass_rate=0.02)
     assert (step.num_bcq, step.num_ncq) == (48, 48)
     assert step.num_rewrites <= 48 * (2 + 8)
     # It solves none: no BCQ.
-    step = source(teacher_pass_rate=0.0, pass_rate=0.02).step(0)
+    step = first_round(teacher_pass_rate=0.0, pass_rate=0.02)
     assert (step.num_bcq, step.num_ncq) == (0, 96)
 
 
@@ -108,9 +112,64 @@ def test_the_cap_keeps_both_prompts_of_the_hardest() -> None:
 def test_methods_ask_for_what_they_show(
     method: str, has_teacher: bool, num_reformulated: int
 ) -> None:
-    step = source(f"method={method}", teacher_pass_rate=1.0, pass_rate=0.1).step(0)
+    step = first_round(f"method={method}", teacher_pass_rate=1.0, pass_rate=0.1)
     assert len(step.reformulated) == num_reformulated
-    assert (len(step.hard) > 0) == has_teacher == (step.teacher_tokens.size > 0)
+    assert (len(step.asked) > 0) == has_teacher == (step.teacher_tokens.size > 0)
+
+
+def test_a_teachers_right_answer_takes_the_place_of_one_rollout() -> None:
+    step = first_round("method=inject", teacher_pass_rate=1.0, pass_rate=0.02)
+    assert len(step.reformulated) == 0
+    assert step.is_awaited.all()
+    # Every hard group has a right rollout now, so all of them can be learned from.
+    assert step.num_injected == len(step.asked) > 300
+    changed = step.trained.num_right > 0
+    assert changed.all()
+    # Most groups had none right.
+    assert (step.trained.num_right == 1).sum() > 200
+    nobody = first_round("method=inject", teacher_pass_rate=0.0, pass_rate=0.02)
+    assert nobody.num_injected == 0
+    assert len(nobody.trained) == nobody.plain.has_signal().sum()
+
+
+def test_distillation_asks_about_all_and_trains_on_what_is_right() -> None:
+    step = first_round("method=off_distill", teacher_pass_rate=0.0, teacher_pass_rate_easy=1.0)
+    assert (len(step.plain), len(step.asked), step.asks_first) == (0, 384, True)
+    assert step.is_awaited.all()
+    # Of the questions that are not hard, about half, all four answers; of the hard ones none.
+    assert 100 < len(step.trained) < 300
+    assert (step.trained.num_right == 4).all()
+    assert (step.trained.responses > 0).all()
+    replayed = source("method=off_distill_replay")
+    replayed.step(0)
+    (second,) = replayed.step(1).rounds
+    assert len(second.plain) == len(second.asked) == 384 + 96
+    own = first_round("method=on_distill")
+    assert len(own.trained) == len(own.plain) == 384
+
+
+def test_dynamic_sampling_takes_rounds_until_enough_is_useful() -> None:
+    options = ("method=grpo_replay", "zone.max_sampling_rounds=3")
+    hopeless = source(*options, pass_rate=1e-9, pass_rate_spread=1e9).step(0)
+    assert [len(each.plain) for each in hopeless.rounds] == [384] * 3
+    assert len(hopeless.trained) == 0
+    questions = source(*options)
+    questions.step(0)
+    step = questions.step(1)
+    # Replayed questions come in the first round.
+    assert [len(each.plain) for each in step.rounds][:2] == [384 + 96, 384]
+    assert len(step.trained) == sum(len(each.trained) for each in step.rounds)
+    # One of the 384 in two hundred and fifty-six has eight equal rollouts; two rounds are plenty.
+    even = source(*options, pass_rate_spread=1e9).step(0)
+    assert len(even.rounds) in (1, 2)
+
+
+def test_an_evaluation_asks_what_is_configured() -> None:
+    assert source(
+        "evaluation.num_questions=7", "evaluation.num_rollouts=3"
+    ).held_out().responses.shape == (7, 3)
+    assert len(source("evaluation.num_questions=0").held_out()) == Workload().num_held_out
+    assert len(source("data.train=[{path: shards}]").held_out()) == 0
 
 
 def test_the_buffer_keeps_the_newest() -> None:
@@ -124,13 +183,14 @@ def test_the_buffer_keeps_the_newest() -> None:
 
 
 def test_the_same_seed_draws_the_same() -> None:
-    one, two, other = (source(seed=seed).step(0) for seed in (3, 3, 4))
+    one, two, other = (first_round(seed=seed) for seed in (3, 3, 4))
     assert (one.plain.responses == two.plain.responses).all()
     assert (one.teacher_tokens == two.teacher_tokens).all()
     assert (one.plain.responses != other.plain.responses).any()
 
 
 def test_only_groups_with_signal_are_trained_on() -> None:
-    groups = source().step(0).plain
-    kept = groups.with_signal()
-    assert len(kept) == ((groups.num_right > 0) & (groups.num_right < 8)).sum() < len(groups)
+    step = source("method=grpo").step(0)
+    groups = step.rounds[0].plain
+    assert 0 < len(step.trained) < len(groups)
+    assert len(step.trained) == ((groups.num_right > 0) & (groups.num_right < 8)).sum()

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zppo_mm.algorithms.logprobs import token_statistics
-from zppo_mm.algorithms.row_loss import MAX_PRODUCT_ELEMENTS_CPU, OutputRows
+from zppo_mm.algorithms.row_loss import MAX_CHUNK_LOGITS_GPU, MAX_PRODUCT_ELEMENTS_CPU, OutputRows
 
 NUM_ROWS, HIDDEN, VOCABULARY = 37, 16, 53
 
@@ -109,6 +109,28 @@ def test_no_tensor_holds_the_logits_of_all_rows(dtype: torch.dtype) -> None:
         OutputRows(hidden, weight, 4 * VOCABULARY).sum(Loss(targets))[0].backward()
     # The gradient of the weight is the largest; logits of all rows would be 37 x 53.
     assert found.elements == VOCABULARY * HIDDEN < NUM_ROWS * VOCABULARY
+
+
+def published_loss(logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    targets = torch.zeros(len(logits), dtype=torch.int64, device="meta")
+    logprobs, entropies = token_statistics(logits, targets)
+    return logprobs.sum(), entropies.detach().sum()[None]
+
+
+def test_published_shapes_have_half_a_gibibyte_of_logits_at_once() -> None:
+    """A forward and a backward pass without data: 12,288 loss tokens, a vocabulary of 248,320."""
+    tokens, vocabulary, width = 12288, 248320, 512
+    hidden, weight = (
+        torch.empty(rows, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for rows in (tokens, vocabulary)
+    )
+    with LargestTensor() as found:
+        OutputRows(hidden, weight).sum(published_loss)[0].backward()
+    # Nothing else is larger: the gradient of a narrow weight is smaller than a chunk.
+    assert vocabulary * width < found.elements <= MAX_CHUNK_LOGITS_GPU
+    assert MAX_CHUNK_LOGITS_GPU * 4 == 1 << 29
+    # All at once, in bfloat16, in float32 and their gradient: 10 bytes each.
+    assert 10 * tokens * vocabulary == pytest.approx(30.5e9, rel=1e-3)
 
 
 class LargestProduct(TorchDispatchMode):

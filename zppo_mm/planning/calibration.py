@@ -1,5 +1,5 @@
-"""Rates of the machine at hand: products, memory, collectives, media, and how near passes of small
-networks come to them.
+"""Rates of the machine at hand: products, memory, collectives, media, grading, and how near passes
+of small networks come to them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from PIL import Image
 
 from data.atomic_files import write_atomically
 from data.media.images import decode_image
+from data.question import Question
 from encoders.config import ProcessorConfig
 from encoders.processor import process_image
 from zppo_mm.config.schema import ParallelConfig
@@ -33,10 +34,13 @@ from zppo_mm.planning.measured import (
     timed_decoding,
     timed_update,
 )
+from zppo_mm.rewards.verify import Verifier
+from zppo_mm.rewards.workers import GradingPool
 
 IMAGE_SIDE = 1120
 """Pixels; its square is the paper's largest image."""
 _REDUCED = 1 << 24
+_ANSWERS, _POLYNOMIALS = 500, 20
 _PROCESSOR = ProcessorConfig(
     patch_size=16,
     temporal_patch_size=2,
@@ -66,6 +70,8 @@ def calibrate() -> MachineRates:
         matmul_flops=_matmul_flops(dtype, 8192 if on_gpu else 1024),
         memory_bandwidth=_bandwidth(1 << (30 if on_gpu else 26)),
         media_per_second=_media_per_second(),
+        answers_per_second=answers_per_second(_ANSWERS),
+        algebra_per_second=algebra_per_second(_POLYNOMIALS),
         shares_prompts=not on_gpu,
     )
     if parallel.world_size() > 1:
@@ -186,6 +192,32 @@ def _media_per_second() -> float:
     return 1 / fastest(
         lambda: process_image(decode_image(content, IMAGE_SIDE**2)[0], _PROCESSOR), num_rounds=2
     )
+
+
+def answers_per_second(count: int) -> float:
+    """Grade fractions in two spellings by rules, no two of them alike."""
+    items = [
+        (
+            Question("", "", (), f"\\frac{{{number}}}{{{number + 1}}}", "math"),
+            f"\\boxed{{\\dfrac{{{number}}}{{{number + 1}}}}}",
+        )
+        for number in range(count)
+    ]
+    with Verifier() as verifier:
+        return count / fastest(lambda: verifier.verify_all(items))
+
+
+def algebra_per_second(count: int) -> float:
+    """Compare polynomials by algebra in one worker, by the clock on the wall."""
+    pool = GradingPool(timeout_seconds=60.0, num_workers=1, budget_seconds=600.0)
+    try:
+        pool.compare_all([("x+1", "1+x")])  # starts the worker
+        pairs = [(f"(x+{n})^2", f"x^2+{2 * n}x+{n**2}") for n in range(1, count + 1)]
+        started = time.perf_counter()
+        pool.compare_all(pairs)
+        return count / (time.perf_counter() - started)
+    finally:
+        pool.close()
 
 
 def _collective() -> tuple[float, float]:

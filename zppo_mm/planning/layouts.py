@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+import numpy as np
+
 from zppo_mm.config.schema import ParallelConfig, RunConfig
 from zppo_mm.conversion.description import SIZES, LayoutMemory
 from zppo_mm.errors import ZppoError
@@ -15,7 +17,7 @@ from zppo_mm.models.decoding.cache_size import GIB
 from zppo_mm.models.families.architecture import Architecture, check_layout
 from zppo_mm.planning.activations import FLOAT32, Precision
 from zppo_mm.planning.machine import MachineRates
-from zppo_mm.planning.memory import MemoryEstimate, estimate_memory
+from zppo_mm.planning.memory import MemoryEstimate, cache_bytes, estimate_memory, fullest_rank
 from zppo_mm.planning.workload import Workload
 from zppo_mm.zone.hard import count_of_fraction
 
@@ -25,6 +27,10 @@ MAX_BATCH_SIZES = (256, 192, 128, 96, 64, 48, 32, 24, 16, 8)
 """Rollouts at once; the largest that fits is taken."""
 TEACHER_GPUS = (1, 2, 4)
 """Of a node, for a teacher that has GPUs of its own."""
+VLLM_GPUS = (1, 2, 4)
+"""Of a node, for servers that sample."""
+SLOW_GPUS = 1 << 21
+"""In the place of a step's number, names the draw of slow GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,7 @@ class Candidate:
         num_nodes: Nodes of the job.
         memory: Of the fullest GPU; `None` if it could not be counted.
         refusal: Why it cannot be; empty if it can.
+        vllm_gpus_per_node: That vLLM servers use, each one, to sample.
     """
 
     config: RunConfig
@@ -60,6 +67,7 @@ class Candidate:
     num_nodes: int
     memory: MemoryEstimate | None = None
     refusal: str = ""
+    vllm_gpus_per_node: int = 0
 
     @property
     def model_ranks(self) -> int:
@@ -69,13 +77,27 @@ class Candidate:
 
     @property
     def num_samplers(self) -> int:
-        """Return the replicas that sample; context ranks are such."""
+        """Return the replicas that sample and grade; context ranks are such."""
         return self.num_student_ranks // self.model_ranks
+
+    @property
+    def num_servers(self) -> int:
+        """Return the vLLM servers that sample in their place."""
+        return self.vllm_gpus_per_node * self.num_nodes
 
     @property
     def num_replicas(self) -> int:
         """Return the replicas that share an update."""
         return self.num_samplers // self.config.parallel.context_parallel_size
+
+    def slowdowns(self, workload: Workload) -> list[float]:
+        """Return of every replica that samples how many times longer it takes: as its slowest
+        GPU.
+        """
+        random = np.random.default_rng((workload.seed, SLOW_GPUS))
+        # A replica is slow if the least of its draws is below the share.
+        least = random.random((self.num_samplers, self.model_ranks)).min(1)
+        return [workload.slowdown if each < workload.slow_fraction else 1.0 for each in least]
 
 
 def candidates(
@@ -99,16 +121,22 @@ def candidates(
         teacher_gpus: Of a node, that a teacher of its own may have.
     """
     found = []
-    for placement, parallel, tokens in _choices(config, num_gpus, machine, teacher_gpus):
-        per_node = min(machine.gpus_per_node, num_gpus)
-        num_nodes = -(-num_gpus // per_node)
+    per_node = min(machine.gpus_per_node, num_gpus)
+    num_nodes = -(-num_gpus // per_node)
+    samplers = [gpus for gpus in VLLM_GPUS if gpus < per_node]
+    if config.rollout.engine == "megatron":
+        samplers = [0]
+    for vllm_gpus, (placement, parallel, tokens) in product(
+        samplers, list(_choices(config, num_gpus, machine, teacher_gpus))
+    ):
         candidate = Candidate(
             replace(
                 config, parallel=parallel, train=replace(config.train, micro_batch_tokens=tokens)
             ),
             placement,
-            num_gpus - placement.gpus_per_node * num_nodes,
+            num_gpus - (placement.gpus_per_node + vllm_gpus) * num_nodes,
             num_nodes,
+            vllm_gpus_per_node=vllm_gpus,
         )
         refusal = _refusal(architecture, candidate, machine)
         found.append(
@@ -164,6 +192,10 @@ def _refusal(architecture: Architecture, candidate: Candidate, machine: MachineR
         check_layout(architecture, layout)
     except ZppoError as error:
         return str(error).split("; ", 1)[0]
+    if candidate.config.distill.source != "none":
+        refusal = _refusal_to_distil(candidate)
+        if refusal:
+            return refusal
     ranks = candidate.model_ranks * layout.context_parallel_size
     if candidate.num_student_ranks < 1 or candidate.num_student_ranks % ranks:
         return (
@@ -178,6 +210,16 @@ def _refusal(architecture: Architecture, candidate: Candidate, machine: MachineR
     return ""
 
 
+def _refusal_to_distil(candidate: Candidate) -> str:
+    """Return why there can be no distillation; `zppo_mm.config.relations` refuses the same."""
+    if candidate.placement.kind == "ranks":
+        return "distillation needs the teacher on the student's ranks"
+    layout = candidate.config.parallel
+    if candidate.placement.kind == "in turn" and layout.pipeline_model_parallel_size > 1:
+        return "distillation computes the teacher on one pipeline stage"
+    return ""
+
+
 def fitted(
     architecture: Architecture,
     candidate: Candidate,
@@ -188,27 +230,48 @@ def fitted(
     """Return the candidate with as many rollouts at once as fit into memory at their longest, so
     that none is preempted, and a cache for them; or refused.
     """
-    config, usable = candidate.config, machine.memory_gib * machine.usable_fraction * GIB
-    prompts = config.train.num_new_questions
-    prompts += count_of_fraction(config.zone.rho_replay, prompts) * config.zone.replay
-    per_replica = -(-prompts // candidate.num_samplers) * config.rollout.num_rollouts
-    sizes = [size for size in MAX_BATCH_SIZES if size < per_replica]
-    for size in [min(per_replica, MAX_BATCH_SIZES[0]), *sizes]:
-        smaller = _with_rollout(config, max_batch_size=size, cache_memory_gib=math.inf)
-        memory = counted(
-            architecture, replace(candidate, config=smaller), machine, workload, splits
-        )
-        if memory.peak <= usable:
+    usable = machine.memory_gib * machine.usable_fraction * GIB
+    for size in _batch_sizes(candidate):
+        smaller = _with_rollout(candidate.config, max_batch_size=size, cache_memory_gib=math.inf)
+        candidate = replace(candidate, config=smaller)
+        memory = counted(architecture, candidate, machine, workload, splits)
+        sampler = _server_bytes(architecture, candidate, machine, splits)
+        if max(memory.peak, sampler) <= usable:
             budget = math.ceil(10 * memory.cache / GIB) / 10
-            smaller = _with_rollout(smaller, cache_memory_gib=budget)
+            if not candidate.num_servers:
+                smaller = _with_rollout(smaller, cache_memory_gib=budget)
             return replace(candidate, config=smaller, memory=memory)
+    largest = _largest(memory) if memory.peak > usable else "weights and cache of a vLLM server"
     return replace(
         candidate,
-        config=smaller,
         memory=memory,
-        refusal=f"{memory.peak / GIB:.1f} GiB with {size} rollouts at once, of "
-        f"{usable / GIB:.1f} usable: {_largest(memory)}",
+        refusal=f"{max(memory.peak, sampler) / GIB:.1f} GiB with {size} rollouts at once, of "
+        f"{usable / GIB:.1f} usable: {largest}",
     )
+
+
+def _batch_sizes(candidate: Candidate) -> list[int]:
+    """Return how many rollouts at once are tried, the most first."""
+    config = candidate.config
+    prompts = config.train.num_new_questions
+    prompts += count_of_fraction(config.zone.rho_replay, prompts) * config.zone.replay
+    samplers = candidate.num_servers or candidate.num_samplers
+    most = min(-(-prompts // samplers) * config.rollout.num_rollouts, MAX_BATCH_SIZES[0])
+    return [most, *(size for size in MAX_BATCH_SIZES if size < most)]
+
+
+def _server_bytes(
+    architecture: Architecture,
+    candidate: Candidate,
+    machine: MachineRates,
+    splits: list[LayoutMemory],
+) -> int:
+    """Return the bytes of a vLLM server on one GPU, weights and cache; 0 without servers."""
+    if not candidate.num_servers:
+        return 0
+    alone = replace(candidate.config, parallel=ParallelConfig())
+    cache = cache_bytes(architecture, alone, Precision(machine.element_bytes))
+    return cache + fullest_rank(splits, alone.parallel) * machine.element_bytes
 
 
 def _with_rollout(config: RunConfig, **changes: Any) -> RunConfig:

@@ -27,6 +27,19 @@ class PassRates:
 
 
 @dataclass(kw_only=True)
+class ServerRates(PassRates):
+    """The same of a vLLM server that samples, on one GPU."""
+
+    matmul_efficiency: float = key(0.5, "Share of `matmul_flops` in products.", above=0, at_most=2)
+    layer_seconds: float = key(
+        0.0,
+        "Time that a layer takes however little there is to do. 0: not measured, so that a run "
+        "with `rollout.engine=vllm` is not planned.",
+        at_least=0,
+    )
+
+
+@dataclass(kw_only=True)
 class MachineRates:
     """Rates of one GPU, or of one rank on a machine without."""
 
@@ -48,9 +61,16 @@ class MachineRates:
     media_per_second: float = key(
         20.0, "Images, or frames of a video, that a rank opens and cuts into patches.", above=0
     )
+    answers_per_second: float = key(
+        58000.0, "Responses that a process grades by rules, without algebra.", above=0
+    )
+    algebra_per_second: float = key(
+        24.0, "Responses that one of `reward.num_workers` compares by algebra.", above=0
+    )
     shares_prompts: bool = key(False, "Whether training shares prompts there.")
     train: PassRates = section(PassRates)
     decode: PassRates = section(PassRates)
+    vllm: ServerRates = section(ServerRates)
 
 
 def load_machine(name: str) -> MachineRates:
@@ -66,8 +86,10 @@ def load_machine(name: str) -> MachineRates:
     path = bundled.get(name.upper(), Path(name))
     if not path.is_file():
         raise ConfigError(
-            f"--gpu: unknown machine, got {name!r}, expected {', '.join(bundled)} or a YAML file "
-            "of rates; write one with --calibrate"
+            f"--gpu: nothing is known of this machine, got {name!r}, expected "
+            f"{', '.join(bundled)} or a YAML file of rates; on one such GPU, "
+            "`python tools/plan_run.py --calibrate FILE` measures products, memory, a layer's time "
+            "in sampling and in training, media and grading, and under torchrun collectives"
         )
     rates = load_settings(MachineRates, path)
     check_values(rates, str(path))

@@ -20,10 +20,11 @@ from zppo_mm.parallel import groups as parallel
 from zppo_mm.planning.operations import (
     Work,
     decode_work,
+    forward_work,
     output_flops,
-    train_work,
+    train_passes,
 )
-from zppo_mm.planning.step_time import GRADIENT_BYTES, UPDATE_TRAFFIC
+from zppo_mm.planning.update_time import GRADIENT_BYTES, UPDATE_TRAFFIC
 from zppo_mm.rollout.engine import GenerationRequest, SamplingParams
 from zppo_mm.rollout.megatron_engine import MegatronEngine
 from zppo_mm.training.batching import build_batches, plan_batches
@@ -158,7 +159,8 @@ def timed_update(
     )
     batches = build_batches(plan, samples, replica=0, media=None, device=parallel.device())
     packs = len(batches[0].microbatches)
-    work = train_work(architecture, layout, "none", num_samples * tokens, tokens / 2)
+    work = forward_work(architecture, layout, num_samples * tokens, tokens / 2)
+    work *= train_passes("none")
     work += Work(3 * output_flops(architecture, num_samples * half))
     work += Work(layers=3 * packs * architecture.num_layers)
     parameters = sum(parameter.numel() for parameter in model.parameters())

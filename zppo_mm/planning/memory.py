@@ -26,7 +26,7 @@ from zppo_mm.planning.activations import (
     layer_bytes,
     shards_of_hidden,
 )
-from zppo_mm.run.shared import longest_prompt
+from zppo_mm.run.shared import longest_answer, longest_prompt
 from zppo_mm.text_table import text_table
 from zppo_mm.weights.mapping import parameter_mappings
 from zppo_mm.weights.megatron_folder import build_without_weights
@@ -56,7 +56,7 @@ class MemoryEstimate:
         output: Of the output layer in training: a chunk of logits, the gradient of the weight, and
             the loss tokens' hidden states with their gradient.
         cache: Keys, values and DeltaNet states of one batch of rollouts with the longest prompts
-            and responses, at most `rollout.cache_memory_gib`.
+            and responses, at most `rollout.cache_memory_gib`; 0 where vLLM samples.
         offloaded: Of the gradients and the optimizer state, what is not on the GPU while sampling;
             the state is in host memory then.
         teacher: Weights of a teacher on the student's ranks.
@@ -120,16 +120,16 @@ def estimate_memory(
             f" x context {layout.context_parallel_size} for {num_student_ranks} ranks, expected a "
             "divisor; change the sizes or the number of GPUs"
         )
-    parameters = _fullest_rank(splits or rank_parameters(architecture), layout)
+    parameters = fullest_rank(splits or rank_parameters(architecture), layout)
     # The context ranks hold the same weights and share the optimizer state too.
     sharded_over = num_student_ranks // model_ranks if layout.use_distributed_optimizer else 1
     moments = parameters * MOMENT_BYTES // sharded_over
     in_bfloat16 = config.train.optimizer_state_dtype == "bfloat16"
     # In float32 the optimizer's copy is the weights themselves.
     state = OPTIMIZER_BYTES if precision.element < FLOAT32 else MOMENT_BYTES
-    longest = longest_prompt(config) + config.rollout.max_response_tokens
+    longest, response = longest_trained(config)
     pack = max(config.train.micro_batch_tokens, longest) // layout.context_parallel_size
-    loss_tokens = max(config.train.micro_batch_tokens, config.rollout.max_response_tokens)
+    loss_tokens = max(config.train.micro_batch_tokens, response)
     gradients = parameters * GRADIENT_BYTES
     optimizer = parameters * state // sharded_over - in_bfloat16 * moments // 2
     return MemoryEstimate(
@@ -140,9 +140,24 @@ def estimate_memory(
         activations=activations(architecture, layout, config.model.recompute, pack, precision),
         vision=vision_activations(architecture, config, precision),
         output=_output(architecture, layout, loss_tokens),
-        cache=cache_bytes(architecture, config, precision),
+        cache=cache_bytes(architecture, config, precision) * (config.rollout.engine != "vllm"),
         offloaded=layout.offload_optimizer * (gradients + optimizer),
     )
+
+
+def longest_trained(config: RunConfig) -> tuple[int, int]:
+    """Return the tokens of the longest sample that is trained on, and of its response: of the
+    student's own, or where the teacher's responses are trained on, of theirs after a plain prompt.
+    """
+    response = config.rollout.max_response_tokens
+    own = (longest_prompt(config) + response, response)
+    answer = longest_answer(config)
+    teachers = (config.data.max_prompt_tokens + answer, answer)
+    if config.distill.source == "teacher":
+        return teachers
+    if config.zone.inject:
+        return max(own[0], teachers[0]), max(own[1], teachers[1])
+    return own
 
 
 def format_estimate(estimate: MemoryEstimate) -> str:
@@ -152,8 +167,12 @@ def format_estimate(estimate: MemoryEstimate) -> str:
     return text_table(["on the fullest GPU", "GiB"], rows)
 
 
-def _fullest_rank(splits: list[LayoutMemory], layout: ParallelConfig) -> int:
-    """Return the parameters of the fullest rank."""
+def fullest_rank(splits: list[LayoutMemory], layout: ParallelConfig) -> int:
+    """Return the parameters of the fullest rank.
+
+    Raises:
+        ConfigError: The network does not fit the layout.
+    """
     asked = (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size)
     for split in splits:
         if (split.tensor, split.pipeline) == asked:

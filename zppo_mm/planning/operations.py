@@ -97,24 +97,24 @@ def tower_flops(architecture: Architecture, patches: float, media: float) -> flo
     return float(vision["depth"] * per_patch * patches)
 
 
-def train_work(
-    architecture: Architecture,
-    layout: ParallelConfig,
-    recompute: str,
-    tokens: float,
-    context: float,
+def train_passes(recompute: str) -> int:
+    """Return the passes through the decoder in training, of which the backward pass is two; with
+    `full`, every layer is computed again.
+    """
+    return 4 if recompute == "full" else 3
+
+
+def forward_work(
+    architecture: Architecture, layout: ParallelConfig, tokens: float, context: float
 ) -> Work:
-    """Return a rank's work for forward and backward pass over some tokens of the decoder, without
-    calls.
+    """Return a rank's work for a forward pass over some tokens of the decoder, without calls.
 
     Args:
         architecture: The network.
         layout: Divides layers, heads and tokens.
-        recompute: With `full`, every layer is computed again.
         tokens: Of a replica.
         context: Mean number of tokens that each attends to.
     """
-    passes = 4 if recompute == "full" else 3
     ranks = (
         layout.tensor_model_parallel_size
         * layout.pipeline_model_parallel_size
@@ -124,7 +124,7 @@ def train_work(
     kept = sum(
         layer_bytes(architecture, kind, alone, Precision()) for kind in architecture.layer_types
     )
-    return Work(forward_flops(architecture, tokens, context), tokens * kept) * (passes / ranks)
+    return Work(forward_flops(architecture, tokens, context), tokens * kept) * (1 / ranks)
 
 
 def output_flops(architecture: Architecture, rows: float) -> float:
@@ -171,12 +171,18 @@ def decode_work(architecture: Architecture) -> tuple[float, float, float]:
 
 
 def decode_step(
-    architecture: Architecture, layout: ParallelConfig, machine: MachineRates
+    architecture: Architecture, tensor: int, machine: MachineRates, rates: PassRates
 ) -> DecodeStep:
-    """Return the rates of a replica's decoding loop; pipeline stages wait for one another."""
-    tensor = layout.tensor_model_parallel_size
+    """Return the rates of a decoding loop; pipeline stages wait for one another.
+
+    Args:
+        architecture: The network.
+        tensor: GPUs that share every layer.
+        machine: Its rates.
+        rates: How near the loop comes to them.
+    """
     flops, traffic, cached = decode_work(architecture)
-    rates, element = machine.decode, machine.element_bytes
+    element = machine.element_bytes
     bandwidth = machine.memory_bandwidth * rates.bandwidth_efficiency
     layers = architecture.num_layers + 1
     fixed = layers * rates.layer_seconds

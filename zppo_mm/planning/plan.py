@@ -18,7 +18,7 @@ from zppo_mm.planning.workload import Workload
 from zppo_mm.text_table import text_table
 
 HOUR = 3600
-_NAMES = ("tp", "pp", "cp", "dp", "sp", "pack", "rollouts", "teacher")
+_NAMES = ("tp", "pp", "cp", "dp", "sp", "pack", "rollouts", "sampling", "teacher")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,10 @@ def make_plan(
         teacher_gpus: Of a node, that a teacher of its own may have.
 
     Raises:
-        ConfigError: There are fewer GPUs than one, or more than a node but no whole nodes.
+        ConfigError: There are fewer GPUs than one, or more than a node but no whole nodes; or the
+            run is one that is not planned.
     """
+    _check_planned(config, machine)
     if num_gpus < 1 or (num_gpus > machine.gpus_per_node and num_gpus % machine.gpus_per_node):
         raise ConfigError(
             f"--gpus: no whole nodes, got {num_gpus}, expected 1 to {machine.gpus_per_node} or a "
@@ -81,6 +83,23 @@ def make_plan(
         planned.append(PlannedLayout(candidate, simulator.run(candidate, parameters[split])))
     planned.sort(key=lambda each: each.seconds.total)
     return Plan(tuple(planned), tuple(each for each in found if each.refusal))
+
+
+def _check_planned(config: RunConfig, machine: MachineRates) -> None:
+    """Check that what the run does is counted, and was measured on the machine."""
+    if config.lora.rank:
+        raise ConfigError(
+            "lora.rank: only runs that train all parameters are planned, got "
+            f"{config.lora.rank}, expected 0; with lora.rank=0 the plan is an upper bound"
+        )
+    if config.rollout.engine == "vllm" and not machine.vllm.layer_seconds:
+        raise ConfigError(
+            f"--gpu: how fast vLLM samples on it was not measured, got {machine.name} with "
+            "vllm.layer_seconds=0, expected seconds a layer; on one such GPU run `vllm bench "
+            "latency --model STUDENT --batch-size 1 --input-len 32 --output-len 256`, and give a "
+            "file of rates with vllm.layer_seconds = (seconds / 256 - bytes of the weights / "
+            "bandwidth) / (layers + 1)"
+        )
 
 
 def format_plan(plan: Plan, train_iters: int, num_shown: int) -> str:
@@ -132,7 +151,8 @@ def options(candidate: Candidate) -> str:
         )
     ]
     words.append(f"rollout.max_batch_size={config.rollout.max_batch_size}")
-    words.append(f"rollout.cache_memory_gib={config.rollout.cache_memory_gib}")
+    if not candidate.num_servers:
+        words.append(f"rollout.cache_memory_gib={config.rollout.cache_memory_gib}")
     words.append(f"train.micro_batch_tokens={config.train.micro_batch_tokens}")
     if candidate.placement.kind == "ranks":
         ranks = candidate.placement.gpus_per_node * candidate.num_nodes
@@ -153,6 +173,7 @@ def _cells(candidate: Candidate) -> list[str]:
         "yes" if layout.sequence_parallel else "no",
         str(candidate.config.train.micro_batch_tokens),
         str(candidate.config.rollout.max_batch_size),
+        f"vllm {candidate.vllm_gpus_per_node}/node" if candidate.num_servers else "ranks",
         teacher,
     ]
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from zppo_mm.config.checks import check_values
 from zppo_mm.config.keys import key, section
 from zppo_mm.config.load import load_settings
+from zppo_mm.models.families.architecture import Architecture
 
 Lengths = npt.NDArray[np.int64]
 
@@ -68,11 +69,40 @@ class Workload:
         at_least=0,
         at_most=1,
     )
+    teacher_pass_rate_easy: float = key(
+        0.9,
+        "The same on the others, which a teacher answers for `distill.source=teacher` alone.",
+        at_least=0,
+        at_most=1,
+    )
+    open_fraction: float = key(
+        0.1, "Share of the questions that have no rules, but a judge.", at_least=0, at_most=1
+    )
+    judge_tokens: int = key(100, "Tokens of a judge's reply.", at_least=1)
+    judge_gpus: int = key(
+        1, "GPUs of a server of `reward.judge_endpoints`; these are not counted.", at_least=1
+    )
+    algebra_fraction: float = key(
+        0.1, "Share of the responses that are compared by algebra.", at_least=0, at_most=1
+    )
+    num_held_out: int = key(
+        500, "Held-out questions, of which `evaluation.num_questions=0` asks all.", at_least=0
+    )
+    slow_fraction: float = key(
+        0.0, "Share of the student's GPUs that are slower than the others.", at_least=0, at_most=1
+    )
+    slowdown: float = key(1.5, "How many times longer everything takes there.", at_least=1)
     media_per_question: float = key(1.0, "Images of a question, or frames.", at_least=0)
     media_fraction: float = key(
         0.75, "Share of a plain prompt that stands for media.", at_least=0, at_most=1
     )
     teacher: TeacherAssumption = section(TeacherAssumption)
+
+    def num_patches(self, architecture: Architecture, prompt_tokens: float) -> float:
+        """Return the patches of the media in some tokens of plain prompts."""
+        if architecture.vision is None or not self.media_per_question:
+            return 0.0
+        return prompt_tokens * self.media_fraction * architecture.spatial_merge_size**2
 
 
 def load_workload(path: Path | None) -> Workload:

@@ -130,7 +130,7 @@ def longest_prompt(config: RunConfig) -> int:
     """
     zone = config.zone
     shown = max(2 * zone.bcq, config.rollout.num_rollouts * zone.ncq, int(zone.hint))
-    continued = zone.prefix * count_of_fraction(zone.prefix_fraction, _longest_answer(config))
+    continued = zone.prefix * count_of_fraction(zone.prefix_fraction, longest_answer(config))
     return config.data.max_prompt_tokens + max(
         shown * config.teacher.compression_max_tokens, continued
     )
@@ -143,11 +143,11 @@ def longest_teacher_prompt(config: RunConfig) -> int:
     lengths = [config.data.max_prompt_tokens]
     kinds = config.zone.kinds
     if config.teacher.compressor == "teacher" and any(kind.is_rewritten for kind in kinds):
-        lengths += [config.rollout.max_response_tokens, _longest_answer(config)]
+        lengths += [config.rollout.max_response_tokens, longest_answer(config)]
     return max(lengths)
 
 
-def _longest_answer(config: RunConfig) -> int:
+def longest_answer(config: RunConfig) -> int:
     """Return the tokens of the longest response of any teacher."""
     return max(each.max_response_tokens for each in (config.teacher, *config.fallback_teachers))
 
