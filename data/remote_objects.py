@@ -68,7 +68,8 @@ class Listing:
 
 
 class RemoteObjects:
-    """Lists, describes and downloads objects; what fails is tried again, a few times.
+    """Lists, describes, downloads, uploads and removes objects; what fails is tried again, a few
+    times.
 
     Args:
         num_attempts: At every request.
@@ -140,14 +141,65 @@ class RemoteObjects:
         """
         self._retried(address, lambda store: store.get_file(address, str(path)))
 
+    def tree(self, address: str) -> dict[str, RemoteFile]:
+        """Return all objects below an address, by their path there; raises as `listing`."""
+        entries = self._retried(address, lambda store: store.find(address, detail=True))
+        own = self._store(address)._strip_protocol(address).rstrip("/")
+        found = {}
+        for full, entry in entries.items():
+            name = str(full).removeprefix(own).lstrip("/")
+            described = _described(f"{address}/{name}", entry)
+            # No name may lead out of a folder.
+            if described is not None and not {"", ".", ".."} & set(name.split("/")):
+                found[name] = described
+        return found
+
+    def upload(self, path: Path, address: str) -> RemoteFile:
+        """Make an object of a file, in place of one that is there, and return what its store then
+        says of it.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            DataError: It cannot be uploaded, or its store has less of it.
+        """
+        size = path.stat().st_size
+        try:
+            self._retried(address, lambda store: store.put_file(str(path), address), "uploaded")
+        except MissingObjectError:
+            path.stat()  # the file may be what is missing
+            raise
+        found = self.describe(address)
+        if found is None or found.size < size:
+            got = "nothing" if found is None else f"{found.size} bytes"
+            raise DataError(
+                f"{address}: the object is not what was uploaded, got {got}, expected {size} "
+                "bytes; check the store"
+            )
+        return found
+
+    def remove(self, address: str) -> None:
+        """Remove an object, if it is there.
+
+        Raises:
+            DataError: It cannot be removed.
+        """
+        try:
+            self._retried(address, lambda store: store.rm_file(address), "removed")
+        except MissingObjectError:
+            return
+
     def _store(self, address: str) -> Any:
         scheme = address.split("://")[0]
         if scheme not in self._stores:
             self._stores[scheme] = _open_store(scheme, address)
         return self._stores[scheme]
 
-    def _retried(self, address: str, request: Callable[[Any], Result]) -> Result:
-        """Return what a request gives, or raise why it does not, after some attempts."""
+    def _retried(
+        self, address: str, request: Callable[[Any], Result], done: str = "fetched"
+    ) -> Result:
+        """Return what a request gives, or raise why it does not, after some attempts; `done` is
+        what is not done then.
+        """
         store = self._store(address)
         for attempt in range(1, self._num_attempts + 1):
             try:
@@ -164,7 +216,7 @@ class RemoteObjects:
                     ) from error
                 if status in (401, 403):
                     raise DataError(
-                        f"{address}: not to be read, got {detail}, expected an answer; set the "
+                        f"{address}: cannot be {done}, got {detail}, expected an answer; set the "
                         "credentials of its store, see docs/data.md"
                     ) from error
                 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
@@ -173,7 +225,7 @@ class RemoteObjects:
                     ) from error
                 if attempt == self._num_attempts:
                     raise DataError(
-                        f"{address}: cannot be fetched, got {detail} at each of {attempt} "
+                        f"{address}: cannot be {done}, got {detail} at each of {attempt} "
                         "attempts, expected an answer; check network, address and credentials"
                     ) from error
                 wait = self._backoff_seconds * 2 ** (attempt - 1)
@@ -210,6 +262,8 @@ def _open_store(scheme: str, address: str) -> Any:
             # By default a whole file has to come within five minutes.
             timeout = ClientTimeout(total=None, sock_connect=30, sock_read=READ_TIMEOUT_SECONDS)
             options["client_kwargs"] = {"timeout": timeout}
+        elif scheme in ("file", "local"):
+            options["auto_mkdir"] = True  # as object stores, which have no folders
         return fsspec.filesystem(scheme, skip_instance_cache=True, **options)
     except ImportError as error:
         extra = EXTRAS.get(scheme)

@@ -133,6 +133,17 @@ class RunFolder:
             self.answers,
         )
 
+    @property
+    def mirrored(self) -> tuple[Path, ...]:
+        """What a copy of the run elsewhere has besides checkpoints."""
+        pages = (self.config, self.log, self.changes, self.parity, self.report)
+        return (*self.records, *pages, self.tensorboard, self.stacks, self.hf, self.adapter)
+
+    @property
+    def restored(self) -> tuple[Path, ...]:
+        """What a run that continues from such a copy needs, besides a checkpoint and its log."""
+        return (*self.records, self.changes, self.parity, self.tensorboard)
+
     def profile_of(self, step: int, rank: int) -> Path:
         """Return the trace of a rank in a step."""
         return self.profiles / f"step_{step:06d}" / f"rank_{rank:04d}.json.gz"

@@ -10,6 +10,7 @@ from pathlib import Path
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.errors import GradingError, RolloutServersLostError, ZppoError
 from zppo_mm.interruption import Interruption, StopRequested
+from zppo_mm.mirror.upload import Mirror
 from zppo_mm.observability.logs import configure_logging
 from zppo_mm.observability.sinks import MetricsLog
 from zppo_mm.parallel import failures
@@ -17,6 +18,7 @@ from zppo_mm.parallel.partition import divide_job
 from zppo_mm.parity.compare import ParityError
 from zppo_mm.parity.gate import check_parity, is_parity_due
 from zppo_mm.run.checkpoints import RunCheckpoints
+from zppo_mm.run.mirroring import mirrored, refuse_stored_run
 from zppo_mm.run.model_paths import check_model_paths
 from zppo_mm.run.parts import Run
 from zppo_mm.run.prepare import prepare_folder
@@ -78,6 +80,8 @@ def _train(config: RunConfig, interruption: Interruption, restart: bool) -> RunF
         # launcher if it does not.
         check_model_paths(config.model, [config.teacher, *config.fallback_teachers])
     folder = folder_of(config)
+    if os.environ.get("RANK", "0") == "0":
+        refuse_stored_run(config.checkpoint, folder, restart)
     partition = divide_job(config.parallel, config.teacher)
     if partition is not None and partition.name == "teacher":
         serve_teacher(config, folder, partition, interruption)
@@ -85,14 +89,20 @@ def _train(config: RunConfig, interruption: Interruption, restart: bool) -> RunF
     with (
         link_to_teacher(config.parallel, partition) as link,
         open_run(config, folder, partition, link, interruption, restart) as run,
+        mirrored(config.checkpoint, folder) as mirror,
     ):
-        train_steps(run, folder)
+        train_steps(run, folder, mirror)
         export_student(run, folder)
     return folder
 
 
-def train_steps(run: Run, folder: RunFolder) -> None:
+def train_steps(run: Run, folder: RunFolder, mirror: Mirror | None = None) -> None:
     """Resume, check parity, and run the steps that are left; every rank calls this.
+
+    Args:
+        run: The run.
+        folder: Its folder.
+        mirror: On rank 0, what keeps a copy of it.
 
     Raises:
         RunStopped: On every rank, with a checkpoint of the last complete step.
@@ -104,7 +114,7 @@ def train_steps(run: Run, folder: RunFolder) -> None:
     interruption.steps_done = resumed = resume(run, folder)
     done = resumed or 0
     prepare_folder(run.config, folder, resumed)
-    checkpoints = RunCheckpoints(run, folder.checkpoints)
+    checkpoints = RunCheckpoints(run, folder.checkpoints, mirror)
     if done < train_iters:
         check_parity(run, folder, done)
     with metrics_log(run, folder, done) as log:

@@ -1,4 +1,4 @@
-"""Sources and models behind `s3://`, from an S3-compatible server on this machine."""
+"""Sources, models and the copy of a run behind `s3://`, from a server on this machine."""
 
 from __future__ import annotations
 
@@ -92,6 +92,13 @@ def test_a_changed_object_is_noticed(store: Any, folder: Path, tmp_path: Path) -
         open_source("s3://nobucket/set", files=RemoteFiles(tmp_path / "cache", 1 << 30))
 
 
+def texts(folder: Path, step: int) -> list[list[str]]:
+    """Return what a run has sampled in a step, by group."""
+    return [
+        [rollout["text"] for rollout in group["rollouts"]] for group in transcript(folder, step)
+    ]
+
+
 def _copied(source: Path, target: Path) -> Path:
     shutil.copytree(source, target)
     return target.parent
@@ -121,12 +128,28 @@ def test_a_run_on_a_bucket_is_the_run_on_local_files_also_resumed(
     run(tmp_path, "away", *away, f"train.train_iters={STEPS - 1}")
     resumed = run(tmp_path, "away", *away)
     for step in range(1, STEPS + 1):
-        assert [
-            [rollout["text"] for rollout in group["rollouts"]] for group in transcript(here, step)
-        ] == [
-            [rollout["text"] for rollout in group["rollouts"]]
-            for group in transcript(resumed, step)
-        ]
+        assert texts(here, step) == texts(resumed, step)
     steps = lines(resumed / "metrics.jsonl")
     assert steps[0]["remote/fetched"] == 2, "a shard and its index"
     assert steps[-1]["remote/fetched"] == 0, "they are in the cache"
+
+
+def test_a_run_goes_on_from_its_copy_on_another_machine(store: Any, tmp_path: Path) -> None:
+    options = ("modality=text", "parity.mode=none", "checkpoint.interval=1")
+    here = run(tmp_path / "here", "run", *options, f"train.train_iters={STEPS}")
+    away = (*options, f"checkpoint.mirror=s3://{BUCKET}/runs/")
+    run(tmp_path / "away", "run", *away, f"train.train_iters={STEPS - 1}")
+    shutil.rmtree(tmp_path / "away")
+    second = run(tmp_path / "away", "run", *away, f"train.train_iters={STEPS}")
+    for step in range(1, STEPS + 1):
+        assert texts(here, step) == texts(second, step)
+    steps = lines(second / "metrics.jsonl")
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert [line["mirror/failures"] for line in steps] == [0] * STEPS
+    assert "is fetched from s3://" in (second / "run.log").read_text()
+    listed = store.list_objects_v2(Bucket=BUCKET, Prefix="runs/run/")["Contents"]
+    stored = {entry["Key"].removeprefix("runs/run/"): entry["Size"] for entry in listed}
+    for kind in ("checkpoints", "transcripts", "hf"):
+        files = [path for path in (second / kind).rglob("*") if path.is_file()]
+        sizes = {str(path.relative_to(second)): path.stat().st_size for path in files}
+        assert sizes == {name: size for name, size in stored.items() if name.startswith(kind)}

@@ -319,7 +319,7 @@ def test_refusals_and_silent_servers_are_named(
     address = f"{server.url}/for_shards.jsonl"
     server.status, server.failures["for_shards.jsonl"] = 403, 99
     files = remote(tmp_path)
-    with pytest.raises(DataError, match=r"not to be read, got .*403.* set the credentials"):
+    with pytest.raises(DataError, match=r"cannot be fetched, got .*403.* set the credentials"):
         open_source(address, files=files)
     assert files.counts["retried"] == 0
     server.status = 404

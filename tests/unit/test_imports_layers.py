@@ -41,7 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("zppo_mm.models.decoding", "zppo_mm.weights"),
     ("zppo_mm.lora", "zppo_mm.rollout"),
     ("zppo_mm.rollout.served", "zppo_mm.teacher", "zppo_mm.training"),
-    ("zppo_mm.teacher.served", "zppo_mm.zone"),
+    ("zppo_mm.mirror", "zppo_mm.teacher.served", "zppo_mm.zone"),
     ("zppo_mm.bundled", "zppo_mm.stages"),
     ("zppo_mm.run", "zppo_mm.step"),
     ("zppo_mm.parity",),

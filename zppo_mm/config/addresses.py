@@ -1,4 +1,4 @@
-"""Addresses of servers."""
+"""Addresses of servers and of stores."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from zppo_mm.errors import ConfigError
+
+_READ_ONLY = ("http", "https", "hf")
 
 
 def check_addresses(key: str, urls: Sequence[str], section: str = "teacher") -> None:
@@ -28,4 +30,14 @@ def check_addresses(key: str, urls: Sequence[str], section: str = "teacher") -> 
         raise ConfigError(
             f"{key}: an address is listed twice, expected each once; raise "
             f"{section}.max_concurrency instead"
+        )
+
+
+def check_store(key: str, address: str) -> None:
+    """Check the address of a store that files are uploaded to; empty is none."""
+    scheme, separator, rest = address.partition("://")
+    if address and (not separator or not rest.strip("/") or scheme in _READ_ONLY):
+        raise ConfigError(
+            f"{key}: not a store that takes files, got {address!r}, expected an address such as "
+            "s3://bucket/runs or file:///mnt/store/runs; correct it"
         )

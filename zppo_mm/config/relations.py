@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from zppo_mm.config.addresses import check_addresses
+from zppo_mm.config.addresses import check_addresses, check_store
 from zppo_mm.config.network import TRAINABLE_PARTS
 from zppo_mm.config.rollout_relations import check_rollout
 from zppo_mm.config.schema import (
@@ -34,6 +34,7 @@ def check_relations(config: RunConfig) -> None:
         ConfigError: Keys that do not fit together, or that nothing would use.
     """
     _check_name(config.name)
+    check_store("checkpoint.mirror", config.checkpoint.mirror)
     _check_sources(config.data)
     _check_training(config.train, config.lora)
     _check_mismatch(config.algorithm)

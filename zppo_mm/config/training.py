@@ -158,6 +158,20 @@ class CheckpointConfig:
         "one, and the copy in host memory is given up sooner. It needs room for the machine's part "
         "of two checkpoints. Empty: straight to the run's folder.",
     )
+    mirror: str = key(
+        "",
+        "Address, such as `s3://bucket/runs`, that has a copy of the run's folder below it, under "
+        "the folder's name: complete checkpoints, as many as are kept here, records and the "
+        "exported model, uploaded while training goes on. A start whose folder has older "
+        "checkpoints than the copy, or none, continues from the copy. Empty: none.",
+    )
+    max_failed_saves: int = key(
+        3,
+        "Saves that may fail one after another, on a full disk or storage that answers with "
+        "errors, before the run ends. Until then it goes on, and the next save tries again. The "
+        "first checkpoint of a run must succeed.",
+        at_least=1,
+    )
     allow_changes: list[str] = key(
         [],
         "Keys or sections that may have other values than in the checkpoint that a run continues "

@@ -102,6 +102,7 @@ METRICS: Mapping[str, str] = {
     "buffer/graduated_visits/*": "Questions graduated since the start, by number of visits.",
     "buffer/evicted_visits/*": "Questions evicted since the start, by number of visits.",
     "checkpoint/broken": "Damaged checkpoints that starts of the run have set aside.",
+    "checkpoint/failed": "Saves that could not be written; the next one tries again.",
     "data/samples": "Samples read by the stream.",
     "data/skipped/*": "Samples skipped, by reason; all but `needs_judge` are bad.",
     "data/too_long": "Questions left out because their plain prompt has more than "
@@ -114,6 +115,10 @@ METRICS: Mapping[str, str] = {
         "impossible ones."
     ),
     **MEDIA_METRICS,
+    "mirror/failures": "Passes that could not upload what is new; the next one tries again.",
+    "mirror/newest_step": "Newest complete checkpoint in the copy of the run; -1: none yet.",
+    "mirror/uploaded": "Files uploaded to the copy of the run.",
+    "mirror/uploaded_bytes": "Their bytes.",
     "mismatch/gap": (
         "Mean absolute difference of a response token's log-probs by the sampler and by the policy "
         "before the step's updates, in nats. Like all of `mismatch/*` where old log-probs are "
@@ -185,6 +190,8 @@ METRICS: Mapping[str, str] = {
     "ranks/busy_least/*": "The same on the rank that took least.",
     "ranks/slowest": "Rank whose phases together took longest so.",
     "ranks/spread": "By what fraction that was longer than on the median rank.",
+    "records/failed_writes": "Attempts to write records of steps that storage refused.",
+    "records/waiting_bytes": "Their bytes that wait in memory to be tried again.",
     "remote/evicted": "Fetched files that made way for others in the cache, over all ranks.",
     "remote/fetched": "Files fetched from other machines, over all ranks.",
     "remote/fetched_bytes": "Their bytes.",

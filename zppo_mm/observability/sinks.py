@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from data.atomic_files import write_atomically
 from zppo_mm.config.schema import ObservabilityConfig
 from zppo_mm.methods import REFORMULATED
+from zppo_mm.observability.record_writer import Write, append_bytes
 from zppo_mm.observability.samples import Sample
 from zppo_mm.observability.trackers import Trackers, open_trackers
 from zppo_mm.run_folder import RunFolder
@@ -39,22 +39,20 @@ class MetricsSink(Protocol):
         ...
 
 
-def append_line(path: Path, record: Mapping[str, Any]) -> None:
+def append_line(path: Path, record: Mapping[str, Any], append: Write = append_bytes) -> None:
     """Append one JSON line and leave it on the disk; numbers that are not finite become null."""
     clean = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in record.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(clean, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append(path, (json.dumps(clean, allow_nan=False) + "\n").encode())
 
 
-def append_evaluation(folder: RunFolder, evaluation: DataclassInstance) -> None:
+def append_evaluation(
+    folder: RunFolder, evaluation: DataclassInstance, append: Write = append_bytes
+) -> None:
     """Append one evaluation, a dataclass with a `step`, to the run's `evaluation.jsonl`."""
-    append_line(folder.evaluations, asdict(evaluation))
+    append_line(folder.evaluations, asdict(evaluation), append)
 
 
 def truncate_after(path: Path, step: int) -> None:
@@ -79,15 +77,15 @@ def truncate_after(path: Path, step: int) -> None:
 class JsonLinesSink:
     """Appends `{"step": …, name: value, …}` to `metrics.jsonl`."""
 
-    def __init__(self, path: Path, last_step: int) -> None:
+    def __init__(self, path: Path, last_step: int, append: Write = append_bytes) -> None:
         """Open the file and drop what a killed run wrote after `last_step`, the step of the
         checkpoint that goes on.
         """
-        self._path = path
+        self._path, self._append = path, append
         truncate_after(path, last_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        append_line(self._path, {"step": step, **values})
+        append_line(self._path, {"step": step, **values}, self._append)
 
     def close(self) -> None:
         """Nothing is held between writes."""
@@ -177,6 +175,7 @@ def open_metrics_log(
     train_iters: int,
     last_step: int,
     others: Sequence[MetricsSink] = (),
+    append: Write = append_bytes,
 ) -> MetricsLog:
     """Open the sinks that the configuration asks for; call on one rank only.
 
@@ -187,6 +186,7 @@ def open_metrics_log(
         last_step: Last step that the checkpoint holds, 0 at the start; later lines of
             `metrics.jsonl`, `evaluation.jsonl` and `ranks.jsonl` are dropped.
         others: Further sinks.
+        append: Appends to `metrics.jsonl`.
 
     Raises:
         ConfigError: The package of a tracker is missing.
@@ -195,7 +195,7 @@ def open_metrics_log(
     for path in (folder.evaluations, folder.ranks):
         truncate_after(path, last_step)
     sinks = (
-        JsonLinesSink(folder.metrics, last_step),
+        JsonLinesSink(folder.metrics, last_step, append),
         ConsoleSink(train_iters, last_step, config.progress_bar),
     )
     return MetricsLog((*sinks, *others), trackers)

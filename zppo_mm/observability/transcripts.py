@@ -16,6 +16,7 @@ from typing import Any
 
 from data.atomic_files import write_atomically
 from zppo_mm.experience import BufferUpdate, Group, Rollout
+from zppo_mm.observability.record_writer import Write
 from zppo_mm.run_folder import RunFolder, files_by_step
 
 NO_MINIBATCH = -1
@@ -28,6 +29,7 @@ def write_transcript(
     advantages: Mapping[str, Sequence[float]],
     minibatches: Mapping[str, Sequence[int]],
     teacher_rewards: Mapping[str, Sequence[float]] | None = None,
+    write: Write = write_atomically,
 ) -> Path:
     """Write all groups of a step, one line each, in their order.
 
@@ -40,6 +42,7 @@ def write_transcript(
             was trained on.
         teacher_rewards: Rewards of the teacher's rollouts by question id, recorded with the plain
             groups of the questions it was asked.
+        write: Writes the file.
     """
     asked = teacher_rewards or {}
     records = []
@@ -48,10 +51,12 @@ def write_transcript(
         if group.is_plain and group.question.id in asked:
             record["teacher_rewards"] = [float(reward) for reward in asked[group.question.id]]
         records.append(record)
-    return _write_lines(folder.transcript_of(step), records)
+    return _write_lines(folder.transcript_of(step), records, write)
 
 
-def write_buffer(folder: RunFolder, step: int, update: BufferUpdate) -> Path:
+def write_buffer(
+    folder: RunFolder, step: int, update: BufferUpdate, write: Write = write_atomically
+) -> Path:
     """Write what a step admitted, graduated and evicted, and the whole buffer after it, oldest
     admission first.
     """
@@ -62,10 +67,12 @@ def write_buffer(folder: RunFolder, step: int, update: BufferUpdate) -> Path:
         "evicted": list(update.evicted),
         "content": list(update.content),
     }
-    return _write(folder.buffer_of(step), json.dumps(record, ensure_ascii=False) + "\n")
+    return _write(folder.buffer_of(step), json.dumps(record, ensure_ascii=False) + "\n", write)
 
 
-def write_held_out_answers(folder: RunFolder, step: int, groups: Iterable[Group]) -> Path:
+def write_held_out_answers(
+    folder: RunFolder, step: int, groups: Iterable[Group], write: Write = write_atomically
+) -> Path:
     """Write what the student answered to every held-out question after a step, one line per
     question, in their order.
     """
@@ -83,7 +90,7 @@ def write_held_out_answers(folder: RunFolder, step: int, groups: Iterable[Group]
         }
         for group in groups
     ]
-    return _write_lines(folder.answers_of(step), records)
+    return _write_lines(folder.answers_of(step), records, write)
 
 
 def discard_steps_after(folder: RunFolder, step: int) -> None:
@@ -162,12 +169,12 @@ def _response_record(rollout: Rollout) -> dict[str, Any]:
     }
 
 
-def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
-    return _write(
-        path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    )
+def _write_lines(path: Path, records: Iterable[Mapping[str, Any]], write: Write) -> Path:
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return _write(path, "".join(lines), write)
 
 
-def _write(path: Path, text: str) -> Path:
+def _write(path: Path, text: str, write: Write) -> Path:
     # A lone surrogate becomes its JSON escape instead of stopping the run.
-    return write_atomically(path, text.encode("utf-8", errors="backslashreplace"))
+    write(path, text.encode("utf-8", errors="backslashreplace"))
+    return path

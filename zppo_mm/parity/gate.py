@@ -93,7 +93,7 @@ def check_parity(run: Run, folder: RunFolder, step: int) -> None:
         record, findings=(*broken, *record.findings), seconds=time.perf_counter() - started
     )
     if parallel.rank() == 0:
-        write_record(folder, record)
+        write_record(folder, record, run.records.append)
         logger.info("%s", parity_table(record))
     _conclude(record, chosen, config.mode)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from zppo_mm.observability.record_writer import Write, append_bytes
 from zppo_mm.observability.sinks import append_line
 from zppo_mm.parity.compare import Gap, Limit
 from zppo_mm.parity.media import MediaCount
@@ -87,9 +88,9 @@ def count_modality(
     )
 
 
-def write_record(folder: RunFolder, record: ParityRecord) -> None:
+def write_record(folder: RunFolder, record: ParityRecord, append: Write = append_bytes) -> None:
     """Append the record to the run's `parity.jsonl`; numbers that are not finite become null."""
-    append_line(folder.parity, _finite(asdict(record)))
+    append_line(folder.parity, _finite(asdict(record)), append)
 
 
 def parity_table(record: ParityRecord) -> str:

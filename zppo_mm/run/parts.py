@@ -14,6 +14,7 @@ from data.stream import QuestionStream
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.observability.metrics import Max, StepMetrics, Sum
 from zppo_mm.observability.rank_times import SlowRankWatch
+from zppo_mm.observability.record_writer import RecordWriter
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.rewards.judge import LlmJudge
 from zppo_mm.rewards.verify import Verifier
@@ -59,6 +60,7 @@ class Run:
         counted: Losses that `take_losses` has handed out, by metric.
         sent: What `take_weight_counts` has handed out.
         slow_ranks: Warns of a rank that keeps the others waiting.
+        records: Writes the records of steps, on rank 0.
     """
 
     config: RunConfig
@@ -83,6 +85,7 @@ class Run:
     counted: dict[str, int] = field(default_factory=dict)
     sent: dict[str, float] = field(default_factory=dict)
     slow_ranks: SlowRankWatch = field(default_factory=SlowRankWatch)
+    records: RecordWriter = field(default_factory=RecordWriter)
 
     @property
     def templates(self) -> PromptTemplates:

@@ -15,7 +15,7 @@ from zppo_mm.lora.adapters import adapters_of
 from zppo_mm.lora.export import export_adapter
 from zppo_mm.observability.console_samples import log_samples
 from zppo_mm.observability.learning_warnings import LearningWatch, warn_of_few_questions
-from zppo_mm.observability.metrics import Mean, Sum
+from zppo_mm.observability.metrics import Max, Mean, Sum
 from zppo_mm.observability.process_memory import process_memory
 from zppo_mm.observability.rank_times import PhaseMetrics, RankTimes
 from zppo_mm.observability.samples import make_samples
@@ -56,7 +56,12 @@ def metrics_log(run: Run, folder: RunFolder, done: int) -> Iterator[MetricsLog |
     warn_of_few_questions(config.train.num_new_questions, run.stream.num_samples)
     watch = LearningWatch(config.rollout, config.distill)
     log = open_metrics_log(
-        config.observability, folder, config.train.train_iters, done, others=(watch,)
+        config.observability,
+        folder,
+        config.train.train_iters,
+        done,
+        others=(watch,),
+        append=run.records.append,
     )
     try:
         yield log
@@ -111,8 +116,8 @@ def evaluate(run: Run, folder: RunFolder, step: int) -> None:
     run.stages.check_grading()
     result = summarise(groups, run.held_out, step, run.config.data.max_prompt_tokens)
     if parallel.rank() == 0:
-        write_held_out_answers(folder, step, groups)
-        append_evaluation(folder, result)
+        write_held_out_answers(folder, step, groups, run.records.replace)
+        append_evaluation(folder, result, run.records.append)
         parts = ", ".join(
             f"{source or 'without source'} {accuracy:.3f}"
             for source, accuracy in result.accuracy_by_source.items()
@@ -134,11 +139,17 @@ def record_step(
         return
     advantages = {uid: values.tolist() for uid, values in record.advantages.items()}
     write_transcript(
-        folder, record.step, record.groups, advantages, record.minibatches, record.teacher_rewards
+        folder,
+        record.step,
+        record.groups,
+        advantages,
+        record.minibatches,
+        record.teacher_rewards,
+        run.records.replace,
     )
-    write_buffer(folder, record.step, record.buffer)
+    write_buffer(folder, record.step, record.buffer, run.records.replace)
     if parallel.world_size() > 1:
-        append_line(folder.ranks, times.record(record.step))
+        append_line(folder.ranks, times.record(record.step), run.records.append)
         run.slow_ranks.check(times)
     log.write(record.step, metrics.values())
     observability = run.config.observability
@@ -162,6 +173,8 @@ def _add_run_metrics(run: Run, metrics: PhaseMetrics) -> RankTimes:
     of_rank.merge(run.profiler.take_failures())
     of_rank.merge(run.take_media_counts())
     of_rank.merge(run.take_weight_counts())
+    of_rank.add("records/failed_writes", Sum(run.records.take_num_failed()))
+    of_rank.add("records/waiting_bytes", Max(run.records.waiting_bytes))
     own = (of_rank, socket.gethostname(), dict(metrics.busy_seconds))
     gathered = parallel.gather_from_ranks(own)
     for measured, _, _ in gathered:

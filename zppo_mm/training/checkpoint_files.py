@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from data.atomic_files import remove, replace_folder, restore_replaced, sync
 from zppo_mm.errors import CheckpointError
 from zppo_mm.training.manifest import MANIFEST_FILE, checksum
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
 SCHEDULE_FILE = "schedule.json"
@@ -29,10 +33,11 @@ def step_folders(folder: Path) -> list[Path]:
     found = [
         path for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name) and path.is_dir()
     ]
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint's folder."""
     return int(path.name.removeprefix("step_"))
 
 
@@ -43,7 +48,13 @@ def make_empty(partial_folder: Path) -> None:
     partial_folder.mkdir(parents=True)
 
 
-def publish(partial_folder: Path, target: Path, checksums: dict[str, int], keep: int) -> None:
+def publish(
+    partial_folder: Path,
+    target: Path,
+    checksums: dict[str, int],
+    keep: int,
+    in_use: Callable[[], Path | None] = lambda: None,
+) -> None:
     """Rename a complete folder, then prune what is older; the rename is the moment at which the
     checkpoint exists.
 
@@ -52,6 +63,7 @@ def publish(partial_folder: Path, target: Path, checksums: dict[str, int], keep:
         target: Its final name, beside the other checkpoints.
         checksums: Of the files that are synced to disk already, by name.
         keep: Complete checkpoints left afterwards, at least 1.
+        in_use: Returns one that must stay for now, besides.
 
     Raises:
         OSError: There is no room or no permission; the other checkpoints are as they were.
@@ -69,13 +81,24 @@ def publish(partial_folder: Path, target: Path, checksums: dict[str, int], keep:
     sync(partial_folder / MANIFEST_FILE)
     sync(partial_folder)
     replace_folder(partial_folder, target)
+    _prune(target, keep, in_use)
+
+
+def _prune(newest: Path, keep: int, in_use: Callable[[], Path | None]) -> None:
+    """Remove the oldest beyond `keep`; what cannot be removed now is tried again after the next
+    save.
+    """
     # Only what is older than a checkpoint that has just been read back: others may be damaged.
-    older = [path for path in step_folders(target.parent) if _step(path) < _step(target)]
-    for old in older[: max(0, len(older) - (keep - 1))]:
-        # Renamed first, so that a half-removed folder never looks like a checkpoint.
-        replace_folder(old, old.with_name(f".{old.name}.removed"))
-    for leftover in target.parent.glob(".step_*.*"):
-        remove(leftover)
+    older = [path for path in step_folders(newest.parent) if step_of(path) < step_of(newest)]
+    try:
+        for old in older[: max(0, len(older) - (keep - 1))]:
+            # Renamed first, so that a half-removed folder never looks like a checkpoint.
+            if old != in_use():
+                replace_folder(old, old.with_name(f".{old.name}.removed"))
+        for leftover in newest.parent.glob(".step_*.*"):
+            remove(leftover)
+    except OSError as error:
+        logger.warning("checkpoint: an old one cannot be removed now, got %s", error)
 
 
 def put_back(folder: Path) -> None:

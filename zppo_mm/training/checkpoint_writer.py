@@ -54,6 +54,10 @@ WriteOwn = Callable[[Path], WrittenFile]
 logger = logging.getLogger(__name__)
 
 
+def _raise(step: int, error: CheckpointError) -> None:
+    raise error
+
+
 @dataclass(frozen=True, slots=True)
 class _Save:
     """A save under way.
@@ -82,11 +86,14 @@ class CheckpointWriter:
     Args:
         folder: Holds the checkpoints of a run, on storage that all ranks share.
         keep: Complete checkpoints left after a save, at least 1.
-        on_complete: Called with the step of every checkpoint that has become complete, by `notice`
-            or `finish`.
+        on_complete: Called with the step of every checkpoint that has become complete, by whatever
+            finds it so.
         staging: A folder of each machine that takes the files first. Host memory then has the copy
             only until that disk has it, and a save waits for the second before it rather than for
             the one before, so that shared storage may stall for an interval between saves.
+        on_failure: Called in its place, on every rank, with the error of a save that could not be
+            written; complete checkpoints are as they were. Without it the error is raised.
+        in_use: Returns a checkpoint that must not be removed for now; called on rank 0.
     """
 
     def __init__(
@@ -95,9 +102,11 @@ class CheckpointWriter:
         keep: int,
         on_complete: Callable[[int], None] = lambda step: None,
         staging: Path | None = None,
+        on_failure: Callable[[int, CheckpointError], None] = _raise,
+        in_use: Callable[[], Path | None] = lambda: None,
     ) -> None:
-        self._folder, self._keep, self._on_complete = folder, keep, on_complete
-        self._staging = staging
+        self._folder, self._keep, self._staging = folder, keep, staging
+        self._on_complete, self._on_failure, self._in_use = on_complete, on_failure, in_use
         self._most_pending = 1 if staging is None else 2
         self._pending: deque[_Save] = deque()
 
@@ -120,13 +129,13 @@ class CheckpointWriter:
             Where the checkpoint will be.
 
         Raises:
-            CheckpointError: A save before cannot be written; complete checkpoints are as they were.
+            CheckpointError: The ranks' shards do not make up whole tensors.
         """
         while len(self._pending) >= self._most_pending:
             self._finish_oldest()
         if self._pending:
-            # One copy in host memory at a time.
-            on_every_rank(self._pending[-1].folder, self._pending[-1].staged.result)
+            # One copy in host memory at a time. What failed there is an error of that save.
+            wait([self._pending[-1].staged])
         target = folder_of_step(self._folder, step)
         small_files = {
             STATE_FILE: json.dumps(state, indent=1).encode(),
@@ -156,7 +165,7 @@ class CheckpointWriter:
                     for name, content in small_files.items():
                         (partial_folder / name).write_bytes(content)
                     checksums = {file.name: file.checksum for file in files}
-                    publish(partial_folder, target, checksums, self._keep)
+                    publish(partial_folder, target, checksums, self._keep, self._in_use)
                     logger.info("checkpoint: saved %s", target)
             except BaseException:
                 if parallel.rank() == 0:
@@ -171,26 +180,23 @@ class CheckpointWriter:
     def notice(self) -> None:
         """See whether the oldest save under way is complete; costs one small exchange while there
         is one.
-
-        Raises:
-            CheckpointError: It cannot be written; complete checkpoints are as they were.
         """
         if self._pending and all(parallel.gather_from_ranks(self._pending[0].complete.done())):
             self._finish_oldest()
 
     def finish(self) -> None:
-        """Wait for all saves under way.
-
-        Raises:
-            CheckpointError: One cannot be written; complete checkpoints are as they were.
-        """
+        """Wait for all saves under way."""
         while self._pending:
             self._finish_oldest()
 
     def _finish_oldest(self) -> None:
         oldest = self._pending.popleft()
-        on_every_rank(oldest.folder, oldest.complete.result)
-        self._on_complete(oldest.step)
+        try:
+            on_every_rank(oldest.folder, oldest.complete.result)
+        except CheckpointError as error:
+            self._on_failure(oldest.step, error)
+        else:
+            self._on_complete(oldest.step)
 
 
 def _write_own(
