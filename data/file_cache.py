@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.file_lock import locked, unlock_and_close
+from data.file_lock import locked, unlock_and_close, wait_for_lock
 
 PART = ".part"
 LOCKS, TOTAL = ".locks", ".total"
@@ -183,7 +183,10 @@ class FileCache:
         lock.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if wait:
+                wait_for_lock(descriptor)
+            else:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
         finally:
             unlock_and_close(descriptor)

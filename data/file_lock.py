@@ -14,10 +14,15 @@ def locked(path: Path) -> Iterator[int]:
     """Hold the exclusive lock of a file, which is made if it is missing; yields its descriptor."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        wait_for_lock(descriptor)
         yield descriptor
     finally:
         unlock_and_close(descriptor)
+
+
+def wait_for_lock(descriptor: int) -> None:
+    """Wait until no other process or thread has the lock of an open file, however long it works."""
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def unlock_and_close(descriptor: int) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import ReasonedError
-from data.file_lock import locked, unlock_and_close
+from data.file_lock import locked, unlock_and_close, wait_for_lock
 from data.media import array_file
 from data.media.array_file import DamagedFileError, Stored
 from data.media.node_folder import ALIVE, LOCK, NodeFolder, default_root
@@ -212,7 +212,10 @@ class NodeCache:
             return
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                if wait:
+                    wait_for_lock(descriptor)
+                else:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield None
             else:

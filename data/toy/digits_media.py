@@ -8,11 +8,9 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import av
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from data.toy.digits import HELD_OUT_FRACTION, Split
 
@@ -52,6 +50,9 @@ class DigitBank:
 
 def load_bank(split: Split) -> DigitBank:
     """Return the digits of a split; the two splits share no image."""
+    # Every process of a run imports this module, and one of them draws.
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
     held_out = np.random.default_rng(_SPLIT_SEED).random(len(pixels)) < HELD_OUT_FRACTION
@@ -73,6 +74,8 @@ def encode_png(pixels: Pixels) -> bytes:
 
 def encode_mp4(tiles: Sequence[Pixels]) -> bytes:
     """Return tiles shown one after another, one second each, as an H.264 mp4 file."""
+    import av
+
     buffer = io.BytesIO()
     with av.open(buffer, mode="w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND)

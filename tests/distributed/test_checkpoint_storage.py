@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from tests.support.launch import run_ranks
 from tests.support.training_example import Case, build_policy, make_batches, write_tiny_folder
 from zppo_mm.errors import CheckpointError
 from zppo_mm.parallel import groups as parallel
+from zppo_mm.parallel.thread_progress import ThreadProgress
+from zppo_mm.run.hangs import BOUNDED_WAITS
 from zppo_mm.training import checkpoint
 from zppo_mm.training.checkpoint_writer import CheckpointWriter
 from zppo_mm.training.manifest import MANIFEST_FILE
@@ -26,6 +29,7 @@ from zppo_mm.weights.checkpoint_metadata import METADATA_FILE
 CASE = Case(params_dtype="bfloat16")
 PATIENCE_SECONDS = 60.0
 SMALL_FILE = 20_000
+NUM_CHECKS = 50
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +97,12 @@ def save_to_stalled_storage(model: Path, root: Path) -> dict[str, Any]:
     results: dict[str, Any] = {"while it stalls": (list(complete), os.path.exists(target))}
     results["second is staged"] = writer._pending[-1].staged.result() is not None
     results["on the machine"] = (open_files_in(staging), list(staging.iterdir()))
-    parallel.barrier()
-    storage.answers.set()
+    moves: list[bool] = []
+    watcher = threading.Thread(target=watch_until_it_answers, args=(storage, moves))
+    watcher.start()
     writer.save(3, policy, {"step": 3})
+    watcher.join()
+    results["waits"] = all(moves)
     writer.finish()
     results["complete"] = list(complete)
     results["left on the machine"] = open_files_in(staging)
@@ -111,6 +118,15 @@ def save_to_stalled_storage(model: Path, root: Path) -> dict[str, Any]:
     results["in the end"] = sorted(path.name for path in target.iterdir())
     parallel.shutdown()
     return results
+
+
+def watch_until_it_answers(storage: StalledStorage, moves: list[bool]) -> None:
+    """Check the main thread as the hang watch does, many times, then let storage answer."""
+    progress = ThreadProgress(threading.main_thread(), BOUNDED_WAITS, is_computing_progress=False)
+    for _ in range(NUM_CHECKS):
+        time.sleep(0.02)
+        moves.append(progress.has_moved())
+    storage.answers.set()
 
 
 def no_room_for_staging() -> Callable[[], object]:
@@ -159,6 +175,7 @@ def test_stalled_and_forgetful_storage(folder: Path, tmp_path: Path) -> None:
         assert results["while it stalls"] == ([], False)
         assert results["second is staged"]
         assert results["on the machine"] == (2, [])
+        assert results["waits"]  # and no rank was taken for one that hangs
         assert results["complete"] == [1, 2, 3]
         assert results["left on the machine"] == 0
         stalled, synchronous = results["bytes"]

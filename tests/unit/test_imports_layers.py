@@ -72,6 +72,9 @@ TORCH_FREE = (
     "zppo_mm.zone",
 )
 HEAVY = {"torch", "transformers", "megatron"}
+# A third more memory, and processor time to start, for every process of a run: what draws imports
+# them when it does.
+DRAWING = {"matplotlib", "sklearn", "scipy", "av"}
 # The vision tower shares its work over a group that it is handed; it makes none.
 PROCESS_GROUP_PARTS = (
     "zppo_mm.algorithms",
@@ -157,6 +160,35 @@ def test_torch_free_parts_stay_so() -> None:
         if name.split(".")[0] in HEAVY
     ]
     assert wrong == []
+
+
+def imported_at_start(module: str) -> set[str]:
+    """Return all modules of ours and the other packages that importing a module brings in."""
+    paths = {module_name(path): path for path in sources()}
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        for node in runtime_nodes(ast.parse(paths[name].read_text())):
+            if isinstance(node, ast.FunctionDef):
+                node.body = []  # is imported when it is called
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                names = [f"{getattr(node, 'module', '')}.{each.name}" for each in node.names]
+                for whole in (*names, *(each.rpartition(".")[0] for each in names)):
+                    inner = [each for each in paths if is_within(whole.lstrip("."), each)]
+                    waiting += inner
+                    found |= set() if inner else {whole.lstrip(".").split(".")[0]}
+    return found
+
+
+def test_ranks_start_without_what_draws() -> None:
+    assert DRAWING & imported_at_start("zppo_mm.report.page") == {"matplotlib"}
+    found = imported_at_start("zppo_mm.train")
+    assert {"torch", "zppo_mm.run.questions", "data.toy.digits_media"} <= found
+    assert DRAWING & found == set()
 
 
 def test_algorithms_import_torch_only() -> None:

@@ -1,11 +1,12 @@
 """Finds a process of the run that hangs, and has every process write where it is before they end.
 
-A process hangs when its main thread has been at one place in the program for too long. No phase of
-a run has to report progress for that: whatever works through layers, tokens, files or questions
-moves. A single call may compute for long on a CPU, which is progress as well; on a GPU it does not,
-and there a thread that waits for the device may be busy. Only waits stay at one place while all is
-well; each of them has a limit of its own, so a process in one of them is left to that: collectives,
-the barrier of the ranks, answers of servers and of worker processes.
+A process hangs when its main thread has been in one call of the program for too long. No phase of a
+run has to report progress for that: whatever works through layers, tokens, files or questions calls
+again. A single call may read or write a large file, which is progress as well, or compute for long
+on a CPU; on a GPU it does not, and there a thread that waits for the device may be busy. Only waits
+stay at one place while all is well; each of them has a limit of its own, so a process in one of
+them is left to that: collectives, the barrier of the ranks, answers of servers and of worker
+processes, files that another process makes.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ import contextlib
 import faulthandler
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import CodeType, FrameType
 
 from zppo_mm.parallel.failures import RANK_FAILURE_EXIT_CODE
 from zppo_mm.parallel.liveness_barrier import FAILURE, Store
+from zppo_mm.parallel.thread_progress import ThreadProgress
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +31,7 @@ WRITE_SECONDS = 5.0
 """From the news that a process hangs to the end: every other process writes its stacks in it."""
 LEAVE_SECONDS = 30.0
 """For a main thread to end by itself after another process failed."""
-COMPUTING_SECONDS = 0.001
-"""Processor time between two checks of a thread that does more than wait."""
 _HANG = "hang"
-_COLLECTIVES = "torch.distributed.distributed_c10d"
 
 
 class HangWatch:
@@ -66,13 +63,10 @@ class HangWatch:
         self._name = name
         self._path = path
         self._limit_seconds = limit_seconds
-        self._bounded = {_code_of(each) for each in bounded_waits}
         self._end_process = end
-        self._main = threading.main_thread().ident or 0
-        self._is_computing_progress = is_computing_progress
-        self._clock = time.pthread_getcpuclockid(self._main)
-        self._computed = 0.0
-        self._position: list[tuple[int, int]] = []
+        self._progress = ThreadProgress(
+            threading.main_thread(), bounded_waits, is_computing_progress=is_computing_progress
+        )
         self._seconds_there = 0.0
         self._seconds_lost = 0.0
         self._has_written = False
@@ -95,33 +89,13 @@ class HangWatch:
             now = time.monotonic()
             # A process that was stopped for a while, by a debugger or its scheduler, did not hang.
             seconds, last = min(now - last, 2 * CHECK_SECONDS), now
-            where = self._check(seconds)
+            has_moved = self._progress.has_moved()
+            self._seconds_there = 0.0 if has_moved else self._seconds_there + seconds
             if self._seconds_there >= self._limit_seconds:
-                self._report(where)
+                self._report(self._progress.where)
                 return
             if self._is_another_lost(seconds):
                 return
-
-    def _check(self, seconds: float) -> str:
-        """See whether the main thread has moved; returns where it is."""
-        frame: FrameType | None = sys._current_frames()[self._main]
-        assert frame is not None
-        innermost = f"{frame.f_code.co_qualname} ({frame.f_code.co_filename}:{frame.f_lineno})"
-        position, is_bounded = [], False
-        while frame is not None:
-            position.append((id(frame), frame.f_lasti))
-            is_bounded |= (
-                frame.f_code in self._bounded or frame.f_globals.get("__name__") == _COLLECTIVES
-            )
-            frame = frame.f_back
-        computed = time.clock_gettime(self._clock)
-        is_computing = computed - self._computed > COMPUTING_SECONDS
-        is_there = position == self._position and not is_bounded
-        if self._is_computing_progress and is_computing:
-            is_there = False
-        self._seconds_there = self._seconds_there + seconds if is_there else 0.0
-        self._position, self._computed = position, computed
-        return innermost
 
     def _report(self, where: str) -> None:
         """Report to the other processes, and end this one."""
@@ -175,9 +149,3 @@ class HangWatch:
         writer.start()
         writer.join(CHECK_SECONDS)
         self._end_process(RANK_FAILURE_EXIT_CODE)
-
-
-def _code_of(function: Callable[..., object]) -> CodeType:
-    code = function.__code__
-    assert isinstance(code, CodeType)
-    return code

@@ -8,6 +8,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import cast
 
+from data.file_lock import wait_for_lock
+from data.media.disk_cache import DiskCache
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.hang_watch import HangWatch
@@ -26,6 +28,9 @@ BOUNDED_WAITS: tuple[Callable[..., object], ...] = (
     Future.result,
     wait,
     RolloutServers.publish,
+    # For what another process fetches or decodes, with time limits; its end frees the lock.
+    wait_for_lock,
+    DiskCache._locked,
     # Of the student's and the teacher's ranks for one another, as long as they send heartbeats.
     TeacherRanks.wait_until_ready,
     TeacherRanks.open_pool,
