@@ -27,7 +27,6 @@ from zppo_mm.observability.sinks import (
 )
 from zppo_mm.observability.transcripts import write_buffer, write_held_out_answers, write_transcript
 from zppo_mm.parallel import groups as parallel
-from zppo_mm.report.page import write_report
 from zppo_mm.report.run_record import read_lines
 from zppo_mm.rollout.held_out import ask_held_out, summarise
 from zppo_mm.rollout.processor import changed_processor_files, processor_overrides
@@ -191,6 +190,9 @@ def _write_report(run: Run, folder: RunFolder) -> None:
     observability = run.config.observability
     if not observability.report:
         return
+    # Here, because only rank 0 draws, and matplotlib takes a while to import.
+    from zppo_mm.report.page import write_report
+
     try:
         write_report(
             folder.path, lambda ref: run.media.open(ref).pixels, observability.report_examples
