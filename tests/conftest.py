@@ -64,6 +64,24 @@ def raws(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return written_configs(tmp_path_factory.mktemp("configs"))
 
 
+@pytest.fixture(scope="session")
+def prompt_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's folder without weights: tokenizer, chat template, processor."""
+    from tests.support.tiny_folder import build_folder
+
+    folder = tmp_path_factory.mktemp("prompts")
+    build_folder(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random student with a vision tower, and without a tokenizer."""
+    from tests.support.training_example import write_tiny_folder
+
+    return write_tiny_folder(tmp_path_factory.mktemp("student"))
+
+
 @pytest.fixture
 def marker(tmp_path: Path) -> Iterator[Path]:
     """A file that is there afterwards if code has run."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from zppo_mm.comparison.tables import markdown
 from zppo_mm.comparison.transcript_audit import as_json, audit_run, audit_table
 from zppo_mm.errors import ConfigError
+from zppo_mm.piped_output import ends_with_its_reader
 
 
 def parse_steps(text: str) -> tuple[int, int | None]:
@@ -54,11 +55,12 @@ def main() -> int:
     except ConfigError as error:
         print(f"audit: {error}", file=sys.stderr)
         return 2
-    if arguments.json:
-        print(json.dumps({name: as_json(audit) for name, audit in audits.items()}, indent=2))
-    else:
-        table = audit_table(audits)
-        print(f"{markdown(table)}\n\n{table.note}")
+    with ends_with_its_reader():
+        if arguments.json:
+            print(json.dumps({name: as_json(audit) for name, audit in audits.items()}, indent=2))
+        else:
+            table = audit_table(audits)
+            print(f"{markdown(table)}\n\n{table.note}")
     return 0
 
 

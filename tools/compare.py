@@ -19,6 +19,7 @@ from zppo_mm.comparison.tables import markdown
 from zppo_mm.config.help import add_options, parse_with_options
 from zppo_mm.errors import ConfigError
 from zppo_mm.observability.logs import configure_logging
+from zppo_mm.piped_output import ends_with_its_reader
 
 TRAIN_TOOL = Path(__file__).with_name("train_zppo.py")
 
@@ -64,13 +65,16 @@ def main() -> int:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     if mode == "commands":
-        for run in plan.runs:
-            print(shlex.join([os.path.relpath(TRAIN_TOOL), *run.arguments]))
+        with ends_with_its_reader():
+            for run in plan.runs:
+                print(shlex.join([os.path.relpath(TRAIN_TOOL), *run.arguments]))
         return 0
     failures = run_all(plan, TRAIN_TOOL) if mode == "run" else []
-    for table in write_comparison(plan, failures):
-        print(f"\n{table.title}\n\n{markdown(table)}")
-    print(f"\n{plan.folder / MARKDOWN_FILE}\n{plan.folder / PAGE_FILE}")
+    tables = write_comparison(plan, failures)
+    with ends_with_its_reader():
+        for table in tables:
+            print(f"\n{table.title}\n\n{markdown(table)}")
+        print(f"\n{plan.folder / MARKDOWN_FILE}\n{plan.folder / PAGE_FILE}")
     for failure in failures:
         print(f"compare: {failure.run.name} failed: {failure.reason}", file=sys.stderr)
     return 1 if failures else 0

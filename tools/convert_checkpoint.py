@@ -15,6 +15,7 @@ from zppo_mm.config.load import load_config
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.errors import ConfigError
 from zppo_mm.observability.logs import quiet_libraries
+from zppo_mm.piped_output import ends_with_its_reader
 
 if TYPE_CHECKING:
     from zppo_mm.conversion.choosing import Choice
@@ -112,10 +113,9 @@ def main() -> int:
 
     outcome = run_command(command, folders, layout, choice)
     if outcome.text:
-        print(
-            outcome.text,
-            file=sys.stderr if outcome.exit_code and command != "verify" else sys.stdout,
-        )
+        failed = outcome.exit_code and command != "verify"
+        with ends_with_its_reader():
+            print(outcome.text, file=sys.stderr if failed else sys.stdout)
     return outcome.exit_code
 
 

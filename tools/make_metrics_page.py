@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 
 from zppo_mm.observability.metrics import METRICS
+from zppo_mm.piped_output import ends_with_its_reader
 
 _HEAD = """\
 # Metrics
@@ -30,4 +31,5 @@ def metrics_page() -> str:
 
 
 if __name__ == "__main__":
-    print(metrics_page(), end="")
+    with ends_with_its_reader():
+        print(metrics_page(), end="")

@@ -15,6 +15,7 @@ from zppo_mm.config.help import add_options, parse_with_options
 from zppo_mm.config.load import load_config
 from zppo_mm.errors import ZppoError
 from zppo_mm.observability.logs import quiet_libraries
+from zppo_mm.piped_output import ends_with_its_reader
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -75,10 +76,12 @@ def main() -> int:
     known = parse(sys.argv[1:])
     quiet_libraries()
     try:
-        print(calibrate(known.calibrate) if known.calibrate else plan(known))
+        text = calibrate(known.calibrate) if known.calibrate else plan(known)
     except ZppoError as error:
         print(f"plan_run: {error}", file=sys.stderr)
         return 1
+    with ends_with_its_reader():
+        print(text)
     return 0
 
 

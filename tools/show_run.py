@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from zppo_mm.piped_output import ends_with_its_reader
 from zppo_mm.report.run_record import read_config, read_run
 from zppo_mm.report.watch import NewLines, describe
 from zppo_mm.run_folder import RunFolder
@@ -66,10 +67,16 @@ def main() -> None:
             f"show_run: no such folder, got {folder}, expected a run's folder; give the one under "
             "runs/"
         )
-    if arguments.watch is not None:
+    with ends_with_its_reader():
+        if arguments.watch is None:
+            show(folder)
+            return
         with suppress(KeyboardInterrupt):
             watch(RunFolder(folder), arguments.watch)
-        return
+
+
+def show(folder: Path) -> None:
+    """Print the files of a run that there are, its changes and its accuracy."""
     for name, path in described_files(RunFolder(folder)):
         if path.exists():
             print(f"{name + ':':<38} {path}")

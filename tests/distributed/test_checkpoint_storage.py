@@ -13,10 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.support.launch import run_ranks
-from tests.support.training_example import Case, build_policy, make_batches, write_tiny_folder
+from tests.support.training_example import Case, build_policy, make_batches
 from zppo_mm.errors import CheckpointError
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.thread_progress import ThreadProgress
@@ -30,11 +28,6 @@ CASE = Case(params_dtype="bfloat16")
 PATIENCE_SECONDS = 60.0
 SMALL_FILE = 20_000
 NUM_CHECKS = 50
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_folder(tmp_path_factory.mktemp("tiny"))
 
 
 class StalledStorage:
@@ -170,8 +163,8 @@ def failing_save(
     return "", []
 
 
-def test_stalled_and_forgetful_storage(folder: Path, tmp_path: Path) -> None:
-    for results in run_ranks(save_to_stalled_storage, 2, folder, tmp_path):
+def test_stalled_and_forgetful_storage(student_folder: Path, tmp_path: Path) -> None:
+    for results in run_ranks(save_to_stalled_storage, 2, student_folder, tmp_path):
         assert results["while it stalls"] == ([], False)
         assert results["second is staged"]
         assert results["on the machine"] == (2, [])

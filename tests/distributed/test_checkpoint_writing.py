@@ -12,12 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from tests.support.launch import run_ranks
-from tests.support.training_example import Case, build_policy, make_batches, write_tiny_folder
+from tests.support.training_example import Case, build_policy, make_batches
 from zppo_mm.errors import CheckpointError
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.training import checkpoint
@@ -28,11 +27,6 @@ from zppo_mm.training.optimizer_state import parameter_shards
 CASE = Case(params_dtype="bfloat16")
 PATIENCE_SECONDS = 60.0
 SMALL_FILE = 20_000
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_folder(tmp_path_factory.mktemp("tiny"))
 
 
 class HeldDisk:
@@ -137,9 +131,11 @@ def save_on_a_full_disk(
     return "", []
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(folder: Path, tmp_path: Path) -> None:
+def test_training_goes_on_while_a_checkpoint_is_written(
+    student_folder: Path, tmp_path: Path
+) -> None:
     target = tmp_path / "checkpoints"
-    ranks = run_ranks(train_while_writing, 2, folder, target)
+    ranks = run_ranks(train_while_writing, 2, student_folder, target)
     assert not torch.equal(*(results["drawn"][1] for results in ranks))
     for results in ranks:
         assert results["drawn"][0]
@@ -203,13 +199,18 @@ def resume_and_save(
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
-    folder: Path, tmp_path: Path
+    student_folder: Path, tmp_path: Path
 ) -> None:
     signs = ["", "/__0_0.distcp", f"/{STATE_FILE}"]
     targets = [tmp_path / str(number) for number, _ in enumerate(signs)]
     for target, sign in zip(targets, signs, strict=True):
         ((code, output),) = run_ranks(
-            train_until_killed, 1, folder, target, f".step_000002.partial{sign}", check=False
+            train_until_killed,
+            1,
+            student_folder,
+            target,
+            f".step_000002.partial{sign}",
+            check=False,
         )
         assert code == -signal.SIGKILL, output
         assert checkpoint.latest(target) == target / "step_000001"
@@ -218,5 +219,5 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
     target = tmp_path / "replaced"
     (tmp_path / "0" / "step_000001").rename(tmp_path / "0" / ".step_000001.replaced")
     (tmp_path / "0").rename(target)
-    (results,) = run_ranks(resume_and_save, 1, folder, [target, *targets[1:]])
+    (results,) = run_ranks(resume_and_save, 1, student_folder, [target, *targets[1:]])
     assert results == [({"step": 1}, ["step_000002"])] * 3

@@ -61,11 +61,6 @@ SECTIONS = ("query", "key", "value", "z", "beta", "alpha")
 STATE = {"step": 1, "stream": {"delivered": [3, 4]}, "replay": [{"id": "q", "accuracy": 0.1 + 0.2}]}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_folder(tmp_path_factory.mktemp("tiny"))
-
-
 def make_case(layout: ParallelConfig, dtype: str) -> Case:
     if dtype != MOMENTS:
         return Case(layout, params_dtype=dtype)
@@ -235,16 +230,16 @@ def load_on_one_rank(model: Path, root: Path) -> dict[tuple[str, str], Any]:
 
 
 def test_a_checkpoint_continues_at_every_layout_with_either_optimizer(
-    folder: Path, tmp_path: Path
+    student_folder: Path, tmp_path: Path
 ) -> None:
-    two = run_ranks(save_and_load, 2, folder, tmp_path, DTYPES, LAYOUTS)
+    two = run_ranks(save_and_load, 2, student_folder, tmp_path, DTYPES, LAYOUTS)
     for results in two:
         assert {dtype: set(found) for dtype, found in results.items()} == {
             key: set(LAYOUTS) for key in DTYPES
         }
         check_round(results)
     reference = {dtype: two[0][dtype]["data whole"]["losses"] for dtype in DTYPES}
-    (one,) = run_ranks(load_on_one_rank, 1, folder, tmp_path)
+    (one,) = run_ranks(load_on_one_rank, 1, student_folder, tmp_path)
     assert len(one) == len(DTYPES) * len(LAYOUTS)
     for (dtype, name), (state, losses) in one.items():
         assert state == STATE, (dtype, name)
@@ -260,9 +255,9 @@ def test_a_bfloat16_checkpoint_continues_where_two_kinds_of_layout_meet(tmp_path
         check_round(results)
 
 
-def test_moments_in_bfloat16_continue_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+def test_moments_in_bfloat16_continue_bit_for_bit(student_folder: Path, tmp_path: Path) -> None:
     layouts = {name: LAYOUTS[name] for name in ("data", "tensor whole", "data whole")}
-    for results in run_ranks(save_and_load, 2, folder, tmp_path, (MOMENTS,), layouts):
+    for results in run_ranks(save_and_load, 2, student_folder, tmp_path, (MOMENTS,), layouts):
         assert set(results[MOMENTS]) == set(layouts)
         check_round(results)
 
@@ -296,8 +291,10 @@ def prune_and_damage(model: Path, target: Path) -> dict[str, Any]:
     return results
 
 
-def test_damage_falls_back_and_pruning_keeps_the_newest(folder: Path, tmp_path: Path) -> None:
-    (results,) = run_ranks(prune_and_damage, 1, folder, tmp_path)
+def test_damage_falls_back_and_pruning_keeps_the_newest(
+    student_folder: Path, tmp_path: Path
+) -> None:
+    (results,) = run_ranks(prune_and_damage, 1, student_folder, tmp_path)
     assert results["nothing saved"] is None
     assert results["kept"] == ["step_000003", "step_000004"]
     assert results["fallback"] == {"step": 3}
@@ -345,8 +342,8 @@ def fail_to_read(model: Path, target: Path) -> list[Any]:
     return results
 
 
-def test_a_disk_that_cannot_be_read_now_is_not_damage(folder: Path, tmp_path: Path) -> None:
-    for error, names, state, names_after in run_ranks(fail_to_read, 2, folder, tmp_path):
+def test_a_disk_that_cannot_be_read_now_is_not_damage(student_folder: Path, tmp_path: Path) -> None:
+    for error, names, state, names_after in run_ranks(fail_to_read, 2, student_folder, tmp_path):
         assert "the checkpoint's files cannot be used, got [Errno 40]" in error
         assert names == ["step_000001", "step_000002"]
         # Now the damage is certain.

@@ -206,6 +206,10 @@ def test_teacher_ranks_that_cannot_be_are_refused(overrides: list[str], message:
         ("algorithm.clip_ratio_c=1", "expected more than 1"),
         ("train.lr=.nan", "train.lr: out of range, got nan"),
         ("train.lr=.inf", "train.lr: out of range, got inf"),
+        (
+            "observability.profile_steps=[3, 0]",
+            r"observability\.profile_steps: out of range, got 0, expected at least 1; correct it",
+        ),
         # YAML reads `on` as true, which is why the choices are other words.
         (
             "train.share_prompts=on",

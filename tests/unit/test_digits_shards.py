@@ -10,12 +10,20 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from data.errors import DataError
 from data.media.opening import MediaLimits, MediaOpener
 from data.shards import ShardFolder
 from data.toy.digits import MODALITIES, Modality
-from data.toy.digits_media import FRAME_PIXELS, FRAMES_PER_DIGIT, TILE_PIXELS, encode_mp4, load_bank
+from data.toy.digits_media import (
+    FRAME_PIXELS,
+    FRAMES_PER_DIGIT,
+    TILE_PIXELS,
+    encode_mp4,
+    load_bank,
+    read_digits,
+)
 from data.toy.digits_shards import build_digit_shards
 from zppo_mm.bundled.folder import SAMPLING
 
@@ -26,6 +34,13 @@ CODEC_TOLERANCE = 3.0
 def write(folder: Path, modality: Modality, seed: int = 0, count: int = 12) -> Path:
     build_digit_shards(folder, modality, "train", count, seed)
     return folder
+
+
+def test_digits_are_those_that_scikit_learn_loads() -> None:
+    images, labels = read_digits()
+    expected = load_digits()
+    assert np.array_equal(images, expected.images)
+    assert np.array_equal(labels, expected.target)
 
 
 @pytest.mark.parametrize("modality", MODALITIES)

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 
+from tests.support.running import run_python
 from zppo_mm.parallel import megatron_cpu
 
 pytestmark = pytest.mark.skipif(
@@ -53,6 +54,13 @@ def test_compiled_functions_run_eagerly() -> None:
     plain(torch.zeros(1))
     # A compiled function runs its Python body once, while it is traced.
     assert len(seen) == 2
+
+
+@pytest.mark.medium
+def test_a_rank_starts_without_the_compiler_and_what_only_rank_zero_needs() -> None:
+    heavy = "{'matplotlib', 'scipy', 'sklearn', 'torch._inductor.compile_fx'}"
+    done = run_python("-c", f"import sys, zppo_mm.train; print(sorted({heavy} & set(sys.modules)))")
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_factories_can_be_pickled_and_scripted() -> None:

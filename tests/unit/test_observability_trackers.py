@@ -9,7 +9,9 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
@@ -171,6 +173,26 @@ def test_offline_trackers_take_numbers_texts_and_pictures(
     written = [path for path in folder.rglob("*") if path.is_file()]
     # One picture per step, which nobody has uploaded.
     assert len([path for path in written if path.suffix == ".png"]) == 2
+
+
+@pytest.mark.parametrize("kind", [Wandb, SwanLab])
+def test_a_restarted_run_is_another_run_and_a_resumed_one_is_not(
+    kind: type[Wandb] | type[SwanLab], tmp_path: Path
+) -> None:
+    opened: list[dict[str, object]] = []
+    package = ModuleType("tracker")
+    package.__dict__["init"] = lambda **given: opened.append(given)
+    folder = RunFolder(tmp_path / "run")
+    for number in range(3):
+        for _ in ("started", "resumed"):
+            kind(package, "zppo-tests", True, folder.path)
+        next(islice(folder.earlier_records(), number, None)).mkdir(parents=True)
+    assert [each["id"] for each in opened] == [
+        *["run"] * 2,
+        *["run-2"] * 2,
+        *["run-3"] * 2,
+    ]
+    assert [each["name"] for each in opened] == [each["id"] for each in opened]
 
 
 def test_prometheus_reads_the_newest_step() -> None:

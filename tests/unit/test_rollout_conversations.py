@@ -66,15 +66,8 @@ def open_media(ref: MediaRef) -> Frames:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    build_folder(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def encoder(folder: Path) -> PromptEncoder:
-    return PromptEncoder(folder, open_media)
+def encoder(prompt_folder: Path) -> PromptEncoder:
+    return PromptEncoder(prompt_folder, open_media)
 
 
 def runs_of(ids: list[int], token: int) -> list[int]:
@@ -105,7 +98,7 @@ def test_a_text_conversation_equals_the_tokenizers_own_chat(
     assert other.text.startswith("<|im_start|>system\nNot shown: the sample has one.")
 
 
-def test_media_stand_where_the_texts_have_them(folder: Path, encoder: PromptEncoder) -> None:
+def test_media_stand_where_the_texts_have_them(prompt_folder: Path, encoder: PromptEncoder) -> None:
     prompt, vision = encoder.encode(TALK.text, TALK)
     first, second = (f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>" for count in (6, 4))
     expected = (
@@ -115,7 +108,9 @@ def test_media_stand_where_the_texts_have_them(folder: Path, encoder: PromptEnco
         f"<|im_start|>user\nIs {second} the same? Say `<image>`.<|im_end|>\n"
         "<|im_start|>assistant\n<think>\n"
     )
-    assert prompt.token_ids.tolist() == AutoTokenizer.from_pretrained(folder).encode(expected)
+    assert prompt.token_ids.tolist() == AutoTokenizer.from_pretrained(prompt_folder).encode(
+        expected
+    )
     assert prompt.grids == ((1, 4, 6), (1, 4, 4)) == tuple(item.grid for item in vision)
 
 

@@ -49,28 +49,21 @@ def question(*kinds: str, key: str = "a") -> Question:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    build_folder(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def encoder(folder: Path) -> PromptEncoder:
-    return PromptEncoder(folder, Media())
+def encoder(prompt_folder: Path) -> PromptEncoder:
+    return PromptEncoder(prompt_folder, Media())
 
 
 @pytest.mark.parametrize("kinds", [(), ("image",), ("video", "image")])
 def test_a_system_message_equals_the_tokenizers_own_chat(
-    folder: Path, kinds: tuple[str, ...]
+    prompt_folder: Path, kinds: tuple[str, ...]
 ) -> None:
     system = "You are terse. The end."
-    plain = PromptEncoder(folder, Media())
-    encoder = PromptEncoder(folder, Media(), system_prompt=system)
+    plain = PromptEncoder(prompt_folder, Media())
+    encoder = PromptEncoder(prompt_folder, Media(), system_prompt=system)
     content = [{"type": kind} for kind in kinds]
     user = [*content, {"type": "text", "text": "What?"}] if kinds else "What?"
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+    expected = AutoTokenizer.from_pretrained(prompt_folder).apply_chat_template(
         messages, add_generation_prompt=True, tokenize=False
     )
     (prompt, vision), (without, _) = (
@@ -89,12 +82,12 @@ def test_a_system_message_equals_the_tokenizers_own_chat(
     assert encoder.stop_token_ids == plain.stop_token_ids
 
 
-def test_a_special_token_in_a_system_message_is_text(folder: Path) -> None:
+def test_a_special_token_in_a_system_message_is_text(prompt_folder: Path) -> None:
     literal = SPECIAL_TOKENS[0]
-    encoder = PromptEncoder(folder, Media(), system_prompt=f"Never write {literal}.")
-    plain = PromptEncoder(folder, Media(), system_prompt="Never write.")
+    encoder = PromptEncoder(prompt_folder, Media(), system_prompt=f"Never write {literal}.")
+    plain = PromptEncoder(prompt_folder, Media(), system_prompt="Never write.")
     prompts = [each.encode("What?", question())[0] for each in (encoder, plain)]
-    special = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(literal)
+    special = AutoTokenizer.from_pretrained(prompt_folder).convert_tokens_to_ids(literal)
     counts = [int((prompt.token_ids == special).sum()) for prompt in prompts]
     assert counts[0] == counts[1]
     assert f"Never write {literal}." in prompts[0].text
@@ -112,9 +105,9 @@ def test_a_template_without_system_messages_is_an_error(tmp_path: Path) -> None:
     "text", ["What is 1 + 1?", "  the\n\n the end  ", "<think>the</think>", "\n\n"]
 )
 def test_text_equals_the_tokenizers_own_chat(
-    folder: Path, encoder: PromptEncoder, text: str
+    prompt_folder: Path, encoder: PromptEncoder, text: str
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(prompt_folder)
     prompt, vision = encoder.encode(text, question())
     expected = tokenizer.apply_chat_template(
         [{"role": "user", "content": text}],
@@ -130,8 +123,8 @@ def test_text_equals_the_tokenizers_own_chat(
     )
 
 
-def test_media_are_expanded_as_the_family_does(folder: Path, encoder: PromptEncoder) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def test_media_are_expanded_as_the_family_does(prompt_folder: Path, encoder: PromptEncoder) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(prompt_folder)
     prompt, vision = encoder.encode("the sum?", question("image", "video"))
     # image 16 x 24 pixels: 4 x 6 patches, 6 features. Video: times 0, 0.5 | 1, 1 in two temporal
     # patches, 4 features each.
@@ -195,9 +188,9 @@ def test_imitated_special_tokens_stay_text(
 
 
 def test_placeholders_that_are_no_special_tokens_are_broken_in_text(
-    folder: Path, tmp_path: Path
+    prompt_folder: Path, tmp_path: Path
 ) -> None:
-    for item in folder.iterdir():
+    for item in prompt_folder.iterdir():
         (tmp_path / item.name).write_bytes(item.read_bytes())
     for name in ("tokenizer.json", "tokenizer_config.json"):
         content = json.loads((tmp_path / name).read_text())
@@ -230,9 +223,9 @@ def test_counts_and_names_tokens(encoder: PromptEncoder) -> None:
     assert encoder.chat.count_tokens("the<|im_end|>") == 1 + 1 + 6 + 2
 
 
-def test_media_are_opened_once_while_cached(folder: Path) -> None:
+def test_media_are_opened_once_while_cached(prompt_folder: Path) -> None:
     media = Media()
-    encoder = PromptEncoder(folder, media, max_cached_bytes=1)
+    encoder = PromptEncoder(prompt_folder, media, max_cached_bytes=1)
     encoder.encode("one", question("image", "video"))
     encoder.encode("two", question("image", "video"))
     assert encoder.vision_inputs(question("image", "video"))[0].kind == "image"
@@ -242,8 +235,8 @@ def test_media_are_opened_once_while_cached(folder: Path) -> None:
     assert media.opened == ["a0", "a1", "b0", "a0", "a1"]
 
 
-def test_bad_media_and_templates_are_refused(folder: Path, tmp_path: Path) -> None:
-    encoder = PromptEncoder(folder, Media())
+def test_bad_media_and_templates_are_refused(prompt_folder: Path, tmp_path: Path) -> None:
+    encoder = PromptEncoder(prompt_folder, Media())
     bad = Question("q", "", (MediaRef("image", "s.tar", "broken", "png"),), "1", "math")
     with pytest.raises(
         PromptError, match=r"question q: image s.tar:broken.png: media: cannot decode"

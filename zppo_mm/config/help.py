@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 from zppo_mm.config.keys import Change, declared, default_of, entry_type, most_allowed
 from zppo_mm.config.schema import RunConfig
 from zppo_mm.methods import METHODS
+from zppo_mm.piped_output import ends_with_its_reader
 
 LINE_WIDTH = 100
 _PAGE_HEAD = """# Configuration
@@ -62,7 +63,8 @@ def parse_with_options(parser: argparse.ArgumentParser, arguments: list[str]) ->
     """Read the command line of a parser with `add_options`. A key that is written like an option of
     the tool ends the program with what to write.
     """
-    known, others = parser.parse_known_intermixed_args(arguments)
+    with ends_with_its_reader():  # --help prints pages
+        known, others = parser.parse_known_intermixed_args(arguments)
     for word in others:
         name, _, value = word.lstrip("-").partition("=")
         if word.startswith("--") and ("." in name or hasattr(RunConfig, name)):
@@ -207,4 +209,5 @@ def _methods_table() -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(reference_page())
+    with ends_with_its_reader():
+        sys.stdout.write(reference_page())

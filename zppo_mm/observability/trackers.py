@@ -9,6 +9,7 @@ import importlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
@@ -65,9 +66,12 @@ class TensorBoard:
 
 
 def _identity(project: str, offline: bool, folder: Path) -> dict[str, str | None]:
-    """Return what W&B and SwanLab know a run by, in the words of both."""
+    """Return what W&B and SwanLab know a run by, in the words of both: its name, and its number if
+    it was restarted, which would otherwise go on with the steps of the one before.
+    """
     mode = "offline" if offline else None
-    name = folder.name
+    num_earlier = sum(1 for _ in takewhile(Path.exists, RunFolder(folder).earlier_records()))
+    name = f"{folder.name}-{num_earlier + 1}" if num_earlier else folder.name
     return {"project": project, "name": name, "id": name, "resume": "allow", "mode": mode}
 
 

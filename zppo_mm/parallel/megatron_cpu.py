@@ -41,6 +41,16 @@ _CUDA_TYPE_NAMES = {
 _TYPE_READERS = "megatron.core.optimizer"
 
 
+def leave_uncompiled() -> None:
+    """`torch.compile` returns the plain function. Must come before megatron-core's first import.
+
+    megatron-core decorates its small fused functions with it at import; on a CPU each new shape
+    would cost seconds of C++ compilation, and the compiler alone a second of every process's start.
+    """
+    if not torch.cuda.is_available():
+        torch.compile = _uncompiled
+
+
 def install() -> bool:
     """Apply every patch, once. Calling it again, or with CUDA at hand, changes nothing.
 
@@ -56,8 +66,15 @@ def install() -> bool:
     _patch_factories()
     _patch_tensor_type()
     _patch_random_states()
-    _force_eager()
     return True
+
+
+def _uncompiled(model: Any = None, **_: object) -> Any:
+    return _itself if model is None else model
+
+
+def _itself(function: Any) -> Any:
+    return function
 
 
 def _current_device() -> torch.device:
@@ -195,12 +212,3 @@ def _patch_random_states() -> None:
     module._set_cuda_rng_state = set_state
     cuda: Any = torch.cuda
     cuda.manual_seed = no_seed
-
-
-def _force_eager() -> None:
-    """`torch.compile` runs the plain function.
-
-    megatron-core decorates its small fused functions with it at import; on a CPU each new shape
-    would cost seconds of C++ compilation.
-    """
-    torch.compiler.set_stance("force_eager")

@@ -203,6 +203,9 @@ def _write_report(run: Run, folder: RunFolder) -> None:
     observability = run.config.observability
     if not observability.report:
         return
+    # Here, because only rank 0 draws, and matplotlib takes a while to import.
+    from zppo_mm.report.page import write_report
+
     try:
         # Every rank imports this module, and one of them draws.
         from zppo_mm.report.page import write_report
