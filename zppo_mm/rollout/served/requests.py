@@ -19,6 +19,14 @@ from zppo_mm.serving.fault import Fault
 from zppo_mm.serving.received_text import ReceivedText
 
 GENERATE_PATH = "/inference/v1/generate"
+NO_ROUTE = (
+    "; it has no such route, expected vLLM of at least 0.32, started with --enable-scale-out, and "
+    "with VLLM_SERVER_DEV_MODE=1 to be sent weights (docs/serving.md)"
+)
+MAX_MISSING = 2
+"""Replies that say so, after which a prompt is not asked again: something before a server may say
+it once.
+"""
 MAX_BIAS = 100.0
 """Largest bias of a logit that vLLM takes."""
 BASE_REPLY_BYTES = 2**20
@@ -171,5 +179,5 @@ class GenerateCall:
         return self.request.read(content, self.received)
 
     def is_settled_by(self, fault: Fault, kinds: Mapping[str, int]) -> bool:
-        """Return that no fault settles it but what settles any call."""
-        return False
+        """Return whether no server has the route."""
+        return kinds["http_404"] >= MAX_MISSING

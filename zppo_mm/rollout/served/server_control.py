@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx2
 
+from zppo_mm.rollout.served.requests import NO_ROUTE
 from zppo_mm.rollout.served.vllm_worker.zppo_vllm_worker import METHOD
 from zppo_mm.rollout.served.weight_files import WeightFile
 
@@ -166,7 +167,21 @@ class ServerControl:
                     f"{str(result)[:MAX_SHOWN]}{_advice(result)}"
                 )
             _check_sums(self.url, result.get("checksums"), file.checksums)
+        self._check_number(len(results))
         return str(results[0].get("dtype"))
+
+    def _check_number(self, num_answered: int) -> None:
+        """Check that every worker of the server has answered. Of several data-parallel engines,
+        vLLM passes on the answers of the first alone.
+        """
+        reply = self._ask("GET", "/get_world_size")
+        number = reply.get("world_size") if isinstance(reply, dict) else None
+        if number != num_answered:
+            raise ServerFaultError(
+                f"{self.url}: not every worker has proven its weights, got {num_answered} answers, "
+                f"expected {number}; start one server for each data-parallel engine instead "
+                "(docs/serving.md)"
+            )
 
     def _prove(self, weights: PublishedWeights, dtype: str) -> None:
         """Compare the server's greedy continuation with the trainer's."""
@@ -209,8 +224,17 @@ class ServerControl:
         self, path: str, body: Mapping[str, Any] | None = None, seconds: float = SHORT_SECONDS
     ) -> Any:
         """Post a request; returns the JSON of the reply, `None` if it has no body."""
+        return self._ask("POST", path, body, seconds)
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        seconds: float = SHORT_SECONDS,
+    ) -> Any:
         try:
-            with self._client.stream("POST", path, json=body, timeout=seconds) as response:
+            with self._client.stream(method, path, json=body, timeout=seconds) as response:
                 content = b"".join(_bounded(response))
         except httpx2.HTTPError as error:
             raise ServerFaultError(
@@ -220,6 +244,7 @@ class ServerControl:
             raise ServerFaultError(
                 f"{self.url}{path}: HTTP {response.status_code}, got "
                 f"{content[:MAX_SHOWN].decode(errors='replace')}"
+                f"{NO_ROUTE if response.status_code == httpx2.codes.NOT_FOUND else ''}"
             )
         try:
             return json.loads(content) if content else None

@@ -84,6 +84,7 @@ class WeightLoader:
         """
         model = self.model_runner.get_model()
         parameters = dict(model.named_parameters())
+        modules = dict(model.named_modules())
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         num_compared = 0
         for key in sorted(file.keys()):
@@ -92,9 +93,16 @@ class WeightLoader:
             if parameter is None or not key.endswith(_UNPACKED):
                 continue
             tensor = file.get_tensor(key)
-            rows = parameter[: tensor.shape[0]]  # a vocabulary may be padded
-            if rows.shape != tensor.shape:  # or divided over workers
-                continue
+            # A vocabulary is divided over the workers, and may be padded.
+            shard = getattr(modules[name.rpartition(".")[0]], "shard_indices", None)
+            if shard is not None:
+                tensor = tensor[shard.org_vocab_start_index : shard.org_vocab_end_index]
+            rows = parameter[: tensor.shape[0]]
+            if rows.shape != tensor.shape:
+                raise ValueError(
+                    f"{name} has the shape {tuple(parameter.shape)}, "
+                    f"expected the rows of {key}, {tuple(tensor.shape)}"
+                )
             if not torch.equal(rows, tensor.to(rows.device, rows.dtype)):
                 raise ValueError(f"{name} has other values than {key} of the file")
             num_compared += 1
