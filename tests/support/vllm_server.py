@@ -45,6 +45,7 @@ class FakeVllm(ThreadingHTTPServer):
         student: Draws.
         plan: From the number of a request for continuations to a fault or `PASS`.
         version: Of the weights.
+        calls: Paths and bodies of all other requests.
         missing: Routes that it has not.
         num_workers: That it says it has; one answers.
         latency_seconds: Least time of an answer.
@@ -62,6 +63,7 @@ class FakeVllm(ThreadingHTTPServer):
         self.student = student
         self.plan = plan
         self.version = UNSYNCED
+        self.calls: list[tuple[str, dict[str, Any]]] = []
         self.missing: set[str] = set()
         self.num_workers = 1
         self.latency_seconds = 0.0
@@ -126,6 +128,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         if path == GENERATE:
             self.generate(request)
+            return
+        self.server.calls.append((path, request))
+        if path == "/v1/load_lora_adapter":
+            self.send_bytes(200, b"Success: LoRA adapter added successfully.")
             return
         reply: Any = {}
         if path == "/pause":

@@ -24,24 +24,30 @@ from tests.support import network_checks
 from tests.support.running import lines, transcript
 from tests.support.vllm_students import start_run, student, type_name, vllm_command
 from zppo_mm.config.rollout import RolloutConfig
-from zppo_mm.config.schema import ModelConfig, ParallelConfig
+from zppo_mm.config.schema import LoraConfig, ModelConfig, ParallelConfig
+from zppo_mm.lora.adapters import adapters_of, add_lora
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.rollout.megatron_engine import MegatronEngine
 from zppo_mm.rollout.served.opening import ServedStudent, open_weight_sync
-from zppo_mm.rollout.served.server_control import PublishedWeights, ServerFaultError
+from zppo_mm.rollout.served.server_control import (
+    ADAPTER_NAME,
+    PublishedWeights,
+    ServerFaultError,
+)
 from zppo_mm.rollout.served.vllm_worker.zppo_vllm_worker import METHOD
 from zppo_mm.rollout.served.weight_files import WeightFile
 from zppo_mm.rollout.served.weight_sync import WeightSync
 from zppo_mm.run_folder import RunFolder
 from zppo_mm.weights.hf_export import export_hf_weights
 
-pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank"), pytest.mark.timeout(900)]
 
 NUM_TOKENS = 12
 PROMPT_TOKENS = 180
 """Longer than a block of the server's prefix cache."""
-LONG = 600
+LONG = 400
 """Tokens that a request is still about to draw when the server is paused."""
+REPLY_SECONDS = 500
 RUN_SECONDS = 500
 WHOLE = ("--no-enable-prefix-caching", "--no-enable-chunked-prefill")
 """On a CPU a seeded request whose prompt is prefilled in pieces ends the server, and with a prefix
@@ -56,18 +62,22 @@ class Setting:
     Attributes:
         dtype: In which it computes.
         options: Of the command.
+        has_adapters: Whether adapters train, and are sent beside the frozen weights.
     """
 
     dtype: torch.dtype
     options: tuple[str, ...]
+    has_adapters: bool = False
 
 
 STUDENTS = {
-    "qwen3_vl": Setting(torch.float32, ("--no-enable-chunked-prefill",)),
+    "qwen3_vl": Setting(torch.float32, ("--no-enable-chunked-prefill",), has_adapters=True),
     "qwen3_vl_tied": Setting(torch.float32, ("--tensor-parallel-size", "2")),
     "qwen3_5": Setting(torch.bfloat16, WHOLE),
 }
 ONE, TIED, BFLOAT16 = STUDENTS
+AHEAD = ("rollout.max_staleness=1", "rollout.partial_rollouts=true")
+ADAPTERS = ("rollout.send_adapters=true", "lora.rank=8", "train.lr=1e-2")
 MAX_GAP = {torch.float32: 1e-4, torch.bfloat16: 0.2}
 """Of a log-prob; measured are 1e-6 in float32, and in bfloat16 up to 0.07."""
 
@@ -90,11 +100,11 @@ class Served:
         return url
 
     def train(self) -> None:
-        """Change every weight, more than a step of training would."""
+        """Change every weight that trains, more than a step of training would."""
         generator = torch.Generator().manual_seed(self.version)
         with torch.no_grad():
             for name, parameter in self.network.named_parameters():
-                if "A_log" not in name:
+                if "A_log" not in name and parameter.requires_grad:
                     noise = torch.randn(parameter.shape, generator=generator) * 0.02
                     parameter.add_(noise.to(parameter.dtype))
 
@@ -106,12 +116,12 @@ class Served:
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=120) as reply:
+        with urllib.request.urlopen(request, timeout=REPLY_SECONDS) as reply:
             return json.loads(reply.read())
 
     def running(self) -> bool:
         """Return whether the server works on a request."""
-        with urllib.request.urlopen(self.url + "/metrics", timeout=120) as reply:
+        with urllib.request.urlopen(self.url + "/metrics", timeout=REPLY_SECONDS) as reply:
             rows = [row.split() for row in reply.read().decode().splitlines()]
         [number] = [row[-1] for row in rows if row[0].startswith("vllm:num_requests_running")]
         return float(number) > 0
@@ -123,7 +133,9 @@ class Served:
             "ignore_eos": True,
             "logprobs": 0,
         }
-        body = {"token_ids": ids, "sampling_params": sampling}
+        body: dict[str, Any] = {"token_ids": ids, "sampling_params": sampling}
+        if adapters_of(self.network) is not None:
+            body["model"] = ADAPTER_NAME
         choice: dict[str, Any] = self.post("/inference/v1/generate", body)["choices"][0]
         return choice
 
@@ -137,8 +149,11 @@ def served(
     folder = student(request.param, base / "student", setting.dtype)
     options = ModelConfig(params_dtype=type_name(setting.dtype))
     network = network_checks.build(folder, ParallelConfig(), options)
+    if setting.has_adapters:
+        add_lora(network, LoraConfig(rank=8, alpha=16), seed=0)
     config = RolloutConfig(
         engine="vllm",
+        send_adapters=setting.has_adapters,
         servers=1,
         server_command=vllm_command(setting.dtype, *setting.options),
         max_batch_size=16,
@@ -154,6 +169,7 @@ def test_every_version_answers_as_transformers_with_its_weights(
     served: Served, tmp_path: Path
 ) -> None:
     ids = np.random.default_rng(0).integers(0, 400, PROMPT_TOKENS).tolist()
+    before = np.zeros(NUM_TOKENS)
     for _ in range(3):
         served.push()
         choice = served.greedy(ids)
@@ -161,6 +177,8 @@ def test_every_version_answers_as_transformers_with_its_weights(
         expected = greedy_logprobs(oracle, ids, choice["token_ids"], served.dtype)
         found = [each["logprob"] for each in choice["logprobs"]["content"]]
         assert max(abs(np.array(found) - expected)) <= MAX_GAP[served.dtype]
+        assert max(abs(expected - before)) > MAX_GAP[served.dtype], "training changes something"
+        before = expected
         assert choice["weight_versions"] == [
             {"version": served.sync.version_text(served.version), "start": 0, "end": NUM_TOKENS}
         ]
@@ -239,7 +257,7 @@ def test_every_worker_has_compared_its_part(served: Served) -> None:
 @pytest.mark.parametrize(
     ("served", "options"),
     [
-        (ONE, ("modality=text", "rollout.max_staleness=1", "rollout.partial_rollouts=true")),
+        (ONE, ("modality=text", *AHEAD, *ADAPTERS)),
         (BFLOAT16, ("modality=image",)),
     ],
     indirect=["served"],
@@ -253,7 +271,7 @@ def test_two_steps_on_two_ranks(served: Served, options: tuple[str, ...], tmp_pa
     assert process.returncode == 0, output[-6000:]
     rows = lines(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
-    is_ahead = "rollout.max_staleness=1" in options
+    is_ahead = set(AHEAD) < set(options)
     for row in rows:
         assert row["weight_sync/bytes"] > 0
         assert row["weight_sync/failures"] == row.get("rollout/stale_groups", 0) == 0

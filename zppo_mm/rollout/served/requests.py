@@ -49,6 +49,7 @@ class ServedRequest:
         vocabulary: Tokens that the network has.
         run: Names the run in the versions of its weights; empty asks for no versions.
         versions: Those whose weights may draw.
+        adapter: Name of the adapters that draw; empty for the network without.
         may_be_refused: Whether prompt and longest response are more than the servers have to take.
     """
 
@@ -61,6 +62,7 @@ class ServedRequest:
     vocabulary: int
     run: str = ""
     versions: range = range(0)
+    adapter: str = ""
     may_be_refused: bool = False
 
     def max_reply_bytes(self) -> int:
@@ -85,6 +87,8 @@ class ServedRequest:
             "sampling_params": self._sampling_params(),
             "stream": False,
         }
+        if self.adapter:
+            request["model"] = self.adapter
         if self.media:
             request["features"] = features(self.media)
         return json.dumps(request).encode()
