@@ -145,7 +145,6 @@ class Run:
     """A training run that goes on for one step at a time, from the first turn on.
 
     Attributes:
-        name: Its name.
         rows: Metrics of the steps so far; `seconds/step` is the turn's time by the clock, without
             evaluation.
     """
@@ -177,7 +176,6 @@ class Run:
             start_new_session=True,
         )
         self._process: subprocess.Popen[bytes] | None = None
-        self.name = name
         self._metrics = folder / name / "metrics.jsonl"
         self.rows: list[dict[str, float]] = []
 

@@ -140,6 +140,7 @@ def start_run(base: Path, folder: Path, dtype: torch.dtype, *options: str) -> su
         f"model.student={folder}",
         f"model.params_dtype={type_name(dtype)}",
         "rollout.engine=vllm",
+        "observability.report=false",
         *options,
         processes=2,
     )

@@ -14,9 +14,9 @@ import torch
 from tests.support.running import lines
 from tests.support.vllm_students import start_run, student, vllm_command
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
-RUN_SECONDS = 800
+RUN_SECONDS = 1500
 WHOLE = ("--no-enable-prefix-caching", "--no-enable-chunked-prefill")
 """On a CPU a seeded request whose prompt is prefilled in pieces ends the server."""
 

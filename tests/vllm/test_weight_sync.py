@@ -40,7 +40,7 @@ from zppo_mm.rollout.served.weight_sync import WeightSync
 from zppo_mm.run_folder import RunFolder
 from zppo_mm.weights.hf_export import export_hf_weights
 
-pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank"), pytest.mark.timeout(1800)]
 
 NUM_TOKENS = 12
 PROMPT_TOKENS = 180
@@ -48,7 +48,7 @@ PROMPT_TOKENS = 180
 LONG = 400
 """Tokens that a request is still about to draw when the server is paused."""
 REPLY_SECONDS = 500
-RUN_SECONDS = 500
+RUN_SECONDS = 1500
 WHOLE = ("--no-enable-prefix-caching", "--no-enable-chunked-prefill")
 """On a CPU a seeded request whose prompt is prefilled in pieces ends the server, and with a prefix
 cache Qwen3.5 has every longer prompt in pieces.
