@@ -87,7 +87,7 @@ models/vllm_student/model.safetensors: | install
 
 # One thread and little memory per server; the cache of a tiny model is small.
 test-vllm: install vllm-env
-	$(RUN_ENV) VLLM_CPU_KVCACHE_SPACE=1 VLLM=$(VENV_VLLM)/bin/vllm $(BIN)/python -m pytest -m vllm tests/vllm
+	$(RUN_ENV) VLLM_CPU_KVCACHE_SPACE=1 VLLM=$(VENV_VLLM)/bin/vllm $(BIN)/python -m pytest $(IN_WORKERS) -m vllm tests/vllm
 
 # The job scripts on a real Slurm with two virtual nodes on this machine; wants root, and Debian's packages.
 # Nothing is skipped where it cannot run: it fails, and says what it wants. The time limits are those of a daemon that hangs.

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import distribution
 
-import av
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -85,6 +84,8 @@ def encode_png(pixels: Pixels) -> bytes:
 
 def encode_mp4(tiles: Sequence[Pixels]) -> bytes:
     """Return tiles shown one after another, one second each, as an H.264 mp4 file."""
+    import av
+
     buffer = io.BytesIO()
     with av.open(buffer, mode="w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND)

@@ -95,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        self._reply({})
+        self._reply({"world_size": 1} if self.path == "/get_world_size" else {})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length", 0)))

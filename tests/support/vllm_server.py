@@ -45,6 +45,9 @@ class FakeVllm(ThreadingHTTPServer):
         student: Draws.
         plan: From the number of a request for continuations to a fault or `PASS`.
         version: Of the weights.
+        calls: Paths and bodies of all other requests.
+        missing: Routes that it has not.
+        num_workers: That it says it has; one answers.
         latency_seconds: Least time of an answer.
         injected: Faults so far.
         delivered: Of every reply that was sent whole, the tokens of its continuations by request
@@ -60,6 +63,9 @@ class FakeVllm(ThreadingHTTPServer):
         self.student = student
         self.plan = plan
         self.version = UNSYNCED
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.missing: set[str] = set()
+        self.num_workers = 1
         self.latency_seconds = 0.0
         self.injected: Counter[str] = Counter()
         self.delivered: list[tuple[int, str, list[list[int]]]] = []
@@ -110,14 +116,22 @@ class Handler(BaseHTTPRequestHandler):
     server: FakeVllm
 
     def do_GET(self) -> None:
-        self.send(200 if self.path == "/health" else 404, {})
+        replies = {"/health": {}, "/get_world_size": {"world_size": self.server.num_workers}}
+        self.send(200 if self.path in replies else 404, replies.get(self.path, {}))
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         request = json.loads(body) if body else {}
         path = self.path.partition("?")[0]
+        if path in self.server.missing:
+            self.send(404, {"detail": "Not Found"})
+            return
         if path == GENERATE:
             self.generate(request)
+            return
+        self.server.calls.append((path, request))
+        if path == "/v1/load_lora_adapter":
+            self.send_bytes(200, b"Success: LoRA adapter added successfully.")
             return
         reply: Any = {}
         if path == "/pause":

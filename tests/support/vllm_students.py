@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 import transformers
 
 from tests.support import tiny_qwen
-from tests.support.running import CLONE
+from tests.support.running import CLONE, start
 from zppo_mm.bundled import STUDENT_DIR
 
 _SHARED_FILES = (
@@ -109,8 +110,37 @@ def student(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path
     return folder
 
 
-def vllm_command() -> list[str]:
-    """Return the words that start vLLM on a CPU, from the environment of `make vllm-env`."""
+def vllm_command(dtype: torch.dtype, *options: str) -> list[str]:
+    """Return the words that start vLLM on a CPU, from the environment of `make vllm-env`.
+
+    Its engine and its only worker are one process, which starts sooner than two; several workers
+    have processes of their own all the same, which are not bound to cores that there may not be.
+    """
     program = Path(os.environ.get("VLLM", CLONE / ".venv-vllm" / "bin" / "vllm"))
     assert program.is_file(), f"{program}: no vLLM, expected that of `make vllm-env`; run it"
-    return [str(program), "serve", "{model}", *OPTIONS]
+    variables = [
+        "VLLM_CPU_KVCACHE_SPACE=1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING=0",
+        "VLLM_CPU_OMP_THREADS_BIND=nobind",
+    ]
+    return ["env", *variables, str(program), "serve", "{model}", "--dtype", type_name(dtype),
+            *OPTIONS, *options]  # fmt: skip
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """Return the name of a type in the configuration."""
+    return str(dtype).removeprefix("torch.")
+
+
+def start_run(base: Path, folder: Path, dtype: torch.dtype, *options: str) -> subprocess.Popen[str]:
+    """Start a run of two ranks whose student, a folder, vLLM samples for."""
+    return start(
+        base,
+        "run",
+        f"model.student={folder}",
+        f"model.params_dtype={type_name(dtype)}",
+        "rollout.engine=vllm",
+        "observability.report=false",
+        *options,
+        processes=2,
+    )

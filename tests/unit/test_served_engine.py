@@ -258,6 +258,13 @@ def test_a_server_that_refuses_a_prompt_is_named() -> None:
     assert len(server.requests) == 1
 
 
+def test_a_server_of_another_kind_or_age_is_named() -> None:
+    with serve_vllm(TableStudent()) as server, engine_of(server) as engine:
+        server.missing = {"/inference/v1/generate"}
+        with pytest.raises(RolloutServersLostError, match=r"http_404.*vLLM of at least 0\.32"):
+            engine.generate(table_requests(1), SAMPLING)
+
+
 def test_a_refused_prompt_that_is_too_long_fails_alone() -> None:
     short, long = table_requests(1)[0], table_requests(1)[0]
     long = replace(long, prompt=long.prompt.continued([11]))

@@ -9,6 +9,7 @@ from zppo_mm.errors import ConfigError
 from zppo_mm.serving.api_key import read_key
 
 VLLM = "rollout.engine=vllm"
+ADAPTERS = ("rollout.send_adapters=true", "lora.rank=8")
 SERVER = "rollout.endpoints=['http://h:1']"
 
 
@@ -30,6 +31,15 @@ SERVER = "rollout.endpoints=['http://h:1']"
             r"listed twice.*raise rollout\.max_concurrency",
         ),
         ([VLLM, SERVER, "rollout.api_key_env=sk-geheim"], r"rollout\.api_key_env: not a name"),
+        (
+            ["rollout.send_adapters=true", "lora.rank=8"],
+            r"rollout\.send_adapters: .*got true with rollout\.engine='megatron', lora\.rank=8",
+        ),
+        ([VLLM, SERVER, "rollout.send_adapters=true"], r"rollout\.send_adapters: .*lora\.rank=0"),
+        (
+            [VLLM, SERVER, *ADAPTERS, "lora.also_train=[projector]"],
+            r"rollout\.send_adapters: .*lora\.also_train=\['projector'\]",
+        ),
         (["rollout.engine=sglang"], r"rollout\.engine: not a choice"),
     ],
 )

@@ -15,6 +15,7 @@ from zppo_mm.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from zppo_mm.errors import ModelError
 from zppo_mm.lora.adapters import adapters_of, add_lora
 from zppo_mm.models.vision_language import VisionLanguageModel
+from zppo_mm.rollout.served.adapter_files import AdapterFiles
 from zppo_mm.rollout.served.vllm_worker.zppo_vllm_worker import checksum
 from zppo_mm.rollout.served.weight_files import WeightFile, WeightFiles
 from zppo_mm.weights.hf_export import export_hf_weights
@@ -90,6 +91,33 @@ def test_adapters_are_merged(tmp_path: Path) -> None:
     key = "model.layers.0.mlp.down_proj.weight"
     assert torch.equal(found[key], expected[key])
     assert not torch.equal(found[key], plain[key])
+
+
+def test_adapters_are_sent_beside_the_frozen_weights(tmp_path: Path) -> None:
+    source, _ = tiny_families.folder("qwen3", tmp_path / "source")
+    network = network_checks.build(source, LAYOUT)
+    add_lora(network, LoraConfig(rank=2, alpha=6), seed=0)
+    adapters = adapters_of(network)
+    assert adapters is not None
+    for target in adapters.targets():
+        torch.nn.init.normal_(target.lora_B, std=0.1)
+    frozen = WeightFiles(network, source, tmp_path / "files", merges=False).write(1)
+    assert frozen is not None
+    found, plain = load_file(frozen.path), load_file(source / "model.safetensors")
+    assert all(torch.equal(found[key], plain[key]) for key in plain)
+    files = AdapterFiles(network, source, tmp_path / "adapters")
+    written = [files.write(version) for version in (1, 2, 3)][-1]
+    assert written is not None
+    assert sorted(path.name for path in (tmp_path / "adapters").iterdir()) == [
+        "version_2",
+        "version_3",
+    ]
+    assert written.scaling == 3
+    tensors = load_file(written.file.path)
+    assert written.file.checksums == {key: checksum(each) for key, each in tensors.items()}
+    [target] = [each for each in adapters.targets() if each.key.endswith("0.mlp.down_proj.weight")]
+    name = "base_model.model.model.layers.0.mlp.down_proj"
+    assert torch.equal(tensors[f"{name}.lora_B.weight"], target.lora_B)
 
 
 def test_two_versions_are_kept(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def check_relations(config: RunConfig) -> None:
     _check_functions(config.reward)
     _check_judge(config.reward, config.evaluation, config.teacher, config.parallel)
     _check_teacher_ranks(config.teacher)
-    check_rollout(config.rollout, config.algorithm, distill)
+    check_rollout(config.rollout, config.algorithm, distill, config.lora)
 
 
 def _check_name(name: str) -> None:

@@ -92,6 +92,12 @@ class RolloutConfig:
         "folder that all of them have under the same path. There must be room for two copies.",
         may_change_on_resume=True,
     )
+    send_adapters: bool = key(
+        False,
+        "Whether servers get the frozen weights once and the adapters of `lora` after every step, "
+        "instead of merged weights, which bfloat16 rounds. vLLM must know LoRA for the model. Not "
+        "with `lora.also_train`.",
+    )
     sync_timeout_seconds: float = key(
         600.0,
         "Maximum time for a server to load the weights.",

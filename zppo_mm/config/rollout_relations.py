@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from zppo_mm.config.addresses import check_addresses
-from zppo_mm.config.schema import AlgorithmConfig, DistillConfig, RolloutConfig
+from zppo_mm.config.schema import AlgorithmConfig, DistillConfig, LoraConfig, RolloutConfig
 from zppo_mm.errors import ConfigError
 
 
 def check_rollout(
-    rollout: RolloutConfig, algorithm: AlgorithmConfig, distill: DistillConfig
+    rollout: RolloutConfig, algorithm: AlgorithmConfig, distill: DistillConfig, lora: LoraConfig
 ) -> None:
     """Check what samples, and when.
 
@@ -17,6 +17,7 @@ def check_rollout(
     """
     _check_servers(rollout)
     _check_engine(rollout)
+    _check_adapters(rollout, lora)
     _check_overlap(rollout, algorithm, distill)
 
 
@@ -60,6 +61,17 @@ def _check_engine(rollout: RolloutConfig) -> None:
             "rollout.top_p, rollout.top_k: servers give log-probs of what these leave of a "
             f"distribution, got {rollout.top_p:g} and {rollout.top_k} with rollout.engine='vllm', "
             "expected 1 and 0; set them, or rollout.engine=megatron"
+        )
+
+
+def _check_adapters(rollout: RolloutConfig, lora: LoraConfig) -> None:
+    """Check that there are servers for the adapters, and adapters that are all that trains."""
+    if rollout.send_adapters and (rollout.engine != "vllm" or not lora.rank or lora.also_train):
+        raise ConfigError(
+            "rollout.send_adapters: there are no servers, or the adapters are not all that trains, "
+            f"got true with rollout.engine={rollout.engine!r}, lora.rank={lora.rank} and "
+            f"lora.also_train={lora.also_train}, expected vllm, a rank above 0 and []; set them, "
+            "or send_adapters to false"
         )
 
 

@@ -18,6 +18,7 @@ from zppo_mm.rollout.served.engine import ServedModel, VllmEngine, WeightSender
 from zppo_mm.rollout.served.features import MediaReading
 from zppo_mm.rollout.served.opening import ServedStudent, open_weight_sync
 from zppo_mm.rollout.served.pool import GeneratePoolSettings, Limits
+from zppo_mm.rollout.served.server_control import ADAPTER_NAME
 from zppo_mm.rollout.served.weight_sync import PROBE_PROMPT_TOKENS, PROBE_TOKENS
 from zppo_mm.run.shared import student_limits
 from zppo_mm.run_folder import RunFolder
@@ -122,6 +123,7 @@ def vllm_engine(
     Raises:
         ConfigError: The key's variable is not set.
     """
+    adapter = ADAPTER_NAME if weights is not None and config.send_adapters else ""
     limits = Limits(
         connect_timeout_seconds=CONNECT_SECONDS,
         read_timeout_seconds=config.request_timeout_seconds,
@@ -140,7 +142,7 @@ def vllm_engine(
     )
     return VllmEngine(
         servers,
-        served_model(architecture, encoder, seed, run, context),
+        served_model(architecture, encoder, seed, run, context, adapter),
         exchange,
         RetryPolicy(max_seconds=config.max_wait_seconds, num_retries=None),
         weights,
@@ -150,7 +152,12 @@ def vllm_engine(
 
 
 def served_model(
-    architecture: Architecture, encoder: PromptEncoder, seed: int, run: str, context: int
+    architecture: Architecture,
+    encoder: PromptEncoder,
+    seed: int,
+    run: str,
+    context: int,
+    adapter: str = "",
 ) -> ServedModel:
     """Return what is known here of the network that servers run.
 
@@ -160,6 +167,7 @@ def served_model(
         seed: The run's.
         run: Names the run in the versions of the weights; empty if they are never sent.
         context: Tokens of the longest prompt and response that the servers have to take.
+        adapter: Name of the trained adapters there; empty if they are merged, or there are none.
     """
     placeholders = (
         (architecture.image_token_id, architecture.video_token_id)
@@ -172,4 +180,5 @@ def served_model(
         run=run,
         seed=seed,
         context=context,
+        adapter=adapter,
     )

@@ -84,6 +84,7 @@ class ServedModel:
         run: Names the run in the versions of its weights; empty if they are never sent.
         seed: The run's seed.
         context: Tokens of the longest prompt and response that they have to take.
+        adapter: Name of the trained adapters there; empty if they are merged, or there are none.
     """
 
     vocabulary: int
@@ -91,6 +92,7 @@ class ServedModel:
     run: str
     seed: int
     context: int
+    adapter: str = ""
 
     def request(
         self, asked: GenerationRequest, sampling: SamplingParams, versions: range
@@ -106,6 +108,7 @@ class ServedModel:
             vocabulary=self.vocabulary,
             run=self.run,
             versions=versions,
+            adapter=self.adapter,
             may_be_refused=len(asked.prompt.token_ids) + sampling.max_new_tokens > self.context,
         )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from data.media.node_folder import NodeFolder, default_root
 from zppo_mm.config.rollout import RolloutConfig
 from zppo_mm.errors import ConfigError
+from zppo_mm.lora.adapters import adapters_of
 from zppo_mm.models.vision_language import VisionLanguageModel
 from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import never
@@ -109,6 +110,7 @@ def open_weight_sync(
             student.engine,
             servers,
             should_stop,
+            config.send_adapters,
         )
         # From here on they end with the synchronisation.
         sync.opened = opened.pop_all()
@@ -149,12 +151,14 @@ def _open_servers(
             student.context,
             student.folder,
         )
+    adapters = adapters_of(student.network)
     settings = ServerSettings(
         tuple(config.server_command),
         student.folder.absolute(),
         student.context,
         config.max_batch_size,
         host,
+        adapters.config.rank if adapters is not None and config.send_adapters else 0,
     )
     for index, port in enumerate(free_ports(host, config.servers)):
         device = config.server_devices[index] if config.server_devices else ""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from zppo_mm.rollout.served.requests import GenerateCall, ServedRequest
+from zppo_mm.rollout.served.requests import NO_ROUTE, GenerateCall, ServedRequest
 from zppo_mm.rollout.served.results import GenerateOutcome
 from zppo_mm.serving.fault import Fault
 from zppo_mm.serving.pool import ServerPool
@@ -81,7 +81,12 @@ class GeneratePool(ServerPool):
         self, request: ServedRequest, outcome: GenerateOutcome, policy: RetryPolicy
     ) -> None:
         call = GenerateCall(request, self.received)
-        outcome.generations = await self._attempts(call, outcome, policy)
+        try:
+            outcome.generations = await self._attempts(call, outcome, policy)
+        except Fault as fault:
+            if fault.kind == "http_404":
+                raise Fault(fault.kind, fault.detail + NO_ROUTE) from fault
+            raise
         self.counts["prompt_tokens"] += len(request.token_ids)
         self.counts["completion_tokens"] += sum(
             len(each.response_ids) for each in outcome.generations

@@ -19,6 +19,14 @@ from zppo_mm.serving.fault import Fault
 from zppo_mm.serving.received_text import ReceivedText
 
 GENERATE_PATH = "/inference/v1/generate"
+NO_ROUTE = (
+    "; it has no such route, expected vLLM of at least 0.32, started with --enable-scale-out, and "
+    "with VLLM_SERVER_DEV_MODE=1 to be sent weights (docs/serving.md)"
+)
+MAX_MISSING = 2
+"""Replies that say so, after which a prompt is not asked again: something before a server may say
+it once.
+"""
 MAX_BIAS = 100.0
 """Largest bias of a logit that vLLM takes."""
 BASE_REPLY_BYTES = 2**20
@@ -41,6 +49,7 @@ class ServedRequest:
         vocabulary: Tokens that the network has.
         run: Names the run in the versions of its weights; empty asks for no versions.
         versions: Those whose weights may draw.
+        adapter: Name of the adapters that draw; empty for the network without.
         may_be_refused: Whether prompt and longest response are more than the servers have to take.
     """
 
@@ -53,6 +62,7 @@ class ServedRequest:
     vocabulary: int
     run: str = ""
     versions: range = range(0)
+    adapter: str = ""
     may_be_refused: bool = False
 
     def max_reply_bytes(self) -> int:
@@ -77,6 +87,8 @@ class ServedRequest:
             "sampling_params": self._sampling_params(),
             "stream": False,
         }
+        if self.adapter:
+            request["model"] = self.adapter
         if self.media:
             request["features"] = features(self.media)
         return json.dumps(request).encode()
@@ -171,5 +183,5 @@ class GenerateCall:
         return self.request.read(content, self.received)
 
     def is_settled_by(self, fault: Fault, kinds: Mapping[str, int]) -> bool:
-        """Return that no fault settles it but what settles any call."""
-        return False
+        """Return whether no server has the route."""
+        return kinds["http_404"] >= MAX_MISSING

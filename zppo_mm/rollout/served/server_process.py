@@ -20,6 +20,8 @@ CLOSING_SECONDS = server_keeper.GRACE_SECONDS + 5.0
 MIN_BATCHED_TOKENS = 8192
 _PORTS = range(20_000, 32_000)
 _MAX_PORT_FAILURES = 100
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM makes room for."""
 _LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCHER_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 """What a launcher sets for the ranks of the run, and a server would take for its own."""
@@ -35,6 +37,7 @@ class ServerSettings:
         max_tokens: Longest prompt and response together.
         max_batch_size: Most sequences that it samples at once.
         host: The address that it listens at.
+        lora_rank: Of adapters that it is to take; 0 for none.
     """
 
     command: tuple[str, ...]
@@ -42,6 +45,7 @@ class ServerSettings:
     max_tokens: int
     max_batch_size: int
     host: str
+    lora_rank: int = 0
 
     def words(self, port: int, index: int) -> list[str]:
         """Return the whole command line: the configured words, then what the run needs unless they
@@ -65,6 +69,10 @@ class ServerSettings:
             # Room for the longest prompt in one piece.
             "--max-num-batched-tokens": str(max(self.max_tokens, MIN_BATCHED_TOKENS)),
         }
+        if self.lora_rank:
+            fitting = [rank for rank in _LORA_RANKS if rank >= self.lora_rank]
+            options["--enable-lora"] = None
+            options["--max-lora-rank"] = str(min(fitting, default=self.lora_rank))
         said = {word.partition("=")[0] for word in words}
         for option, value in options.items():
             if option not in said:
@@ -88,6 +96,7 @@ def server_environment(base: Mapping[str, str], device: str) -> dict[str, str]:
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     # Opens the routes by which weights are loaded.
     environment["VLLM_SERVER_DEV_MODE"] = "1"
+    environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     if device:
         environment["CUDA_VISIBLE_DEVICES"] = device
     return environment

@@ -52,14 +52,18 @@ class WeightFiles:
         model: This rank's stage.
         source_dir: The folder that servers start from; its keys are used as it spells them.
         folder: Where the files go; the writing rank's counts.
+        merges: Whether adapters are merged into the weights; else they are left out.
 
     Raises:
         ModelError: The source does not fit the network, or is quantised, so that a server of it
             could not take plain weights; raised on every rank.
     """
 
-    def __init__(self, model: VisionLanguageModel, source_dir: Path, folder: Path) -> None:
+    def __init__(
+        self, model: VisionLanguageModel, source_dir: Path, folder: Path, merges: bool = True
+    ) -> None:
         self._model = model
+        self._merges = merges
         self._folder = folder
         dtypes: dict[str, torch.dtype] = {}
         for stage in parallel.gather_from_ranks(_dtypes(model)):
@@ -82,7 +86,7 @@ class WeightFiles:
         )
 
     def write(self, version: int) -> WeightFile | None:
-        """Write the present weights, adapters merged; every rank calls it.
+        """Write the present weights; every rank calls it.
 
         The files of all versions but the one before are removed first.
 
@@ -97,7 +101,7 @@ class WeightFiles:
         failure: Exception | None = None
         if is_writer():
             try:
-                self._remove_before(version)
+                remove_before(self._folder, version)
                 writer = FolderWriter(target, {SINGLE_NAME: self._header}, {})
             except OSError as error:
                 failure = error
@@ -106,7 +110,9 @@ class WeightFiles:
         sink = functools.partial(self._take, writer, checksums) if writer is not None else None
         try:
             mappings = in_rounds(parameter_mappings(self._model))
-            rounds = merged_rounds(self._model, mappings, self._source)
+            rounds = (
+                merged_rounds(self._model, mappings, self._source) if self._merges else mappings
+            )
             stream_weights(self._model, rounds, self._source, sink, target)
             if writer is not None:
                 try:
@@ -133,12 +139,14 @@ class WeightFiles:
             writer.write(name, tensor)
             checksums[name] = checksum(tensor)
 
-    def _remove_before(self, version: int) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        kept = {f"version_{version - back}" for back in range(1, _NUM_KEPT)}
-        for path in self._folder.glob("version_*"):
-            if path.name not in kept:
-                shutil.rmtree(path)
+
+def remove_before(folder: Path, version: int) -> None:
+    """Make a folder of versions, and remove all from it but the one before this one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {f"version_{version - back}" for back in range(1, _NUM_KEPT)}
+    for path in folder.glob("version_*"):
+        if path.name not in kept:
+            shutil.rmtree(path)
 
 
 class _NetworkTypes(SafetensorsFolder):

@@ -20,7 +20,8 @@ from zppo_mm.parallel import groups as parallel
 from zppo_mm.parallel.exchange import never
 from zppo_mm.randomness import generator
 from zppo_mm.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
-from zppo_mm.rollout.served.server_control import Probe, PublishedWeights
+from zppo_mm.rollout.served.adapter_files import AdapterFiles
+from zppo_mm.rollout.served.server_control import Probe, PublishedAdapter, PublishedWeights
 from zppo_mm.rollout.served.supervision import RolloutServers
 from zppo_mm.rollout.served.weight_files import WeightFile, WeightFiles
 
@@ -43,6 +44,7 @@ class WeightSync:
         engine: Samples with the trained network itself, for the probe.
         servers: All servers, on rank 0; `None` on the others.
         should_stop: Whether the run is to end, as far as this rank knows.
+        sends_adapters: Whether the frozen weights are sent once, and adapters every time.
 
     Attributes:
         counts: So far, on rank 0: `bytes` written, `failures` of servers, `restarts`, and `seconds`
@@ -63,12 +65,18 @@ class WeightSync:
         engine: RolloutEngine,
         servers: RolloutServers | None,
         should_stop: Callable[[], bool] = never,
+        sends_adapters: bool = False,
     ) -> None:
         self.servers = servers
         self.opened = contextlib.ExitStack()
         if servers is not None:
             self.opened.callback(servers.close)
-        self._files = WeightFiles(model, source_dir, folder)
+        self._files = WeightFiles(model, source_dir, folder, merges=not sends_adapters)
+        self._adapters = (
+            AdapterFiles(model, source_dir, folder / "adapters") if sends_adapters else None
+        )
+        self._has_frozen = False
+        self._frozen: WeightFile | None = None
         self._engine = engine
         self._should_stop = should_stop
         self._dtype = str(model.config.params_dtype).removeprefix("torch.")
@@ -115,22 +123,24 @@ class WeightSync:
             ModelError: The weights could not be written; raised on every rank.
         """
         started = time.monotonic()
-        file = self._files.write(version)
+        before = self._bytes
+        file, adapter = self._write(version)
         written = time.monotonic()
         # Only those who write know what to expect; the other replicas have the same weights.
         probe = self._probe() if parallel.replica_rank() == 0 else None
-        problem, is_stopping = parallel.on_rank_zero(lambda: self._publish(file, probe))
+        problem, is_stopping = parallel.on_rank_zero(
+            lambda: self._publish(version, file, adapter, probe)
+        )
         if is_stopping:
             raise StopRequested
         if problem:
             raise RolloutServersLostError(problem)
         if file is not None:
-            self._bytes += file.num_bytes
             self._seconds += time.monotonic() - started
             logger.info(
                 "weights of version %d: %d bytes, written in %.2f s, with the servers after %.2f s",
                 version,
-                file.num_bytes,
+                self._bytes - before,
                 written - started,
                 time.monotonic() - started,
             )
@@ -139,14 +149,33 @@ class WeightSync:
         """End the servers that the run started, and remove the weights."""
         self.opened.close()
 
-    def _publish(self, file: WeightFile | None, probe: Probe | None) -> tuple[str, bool]:
+    def _write(self, version: int) -> tuple[WeightFile | None, PublishedAdapter | None]:
+        """Write what changes, and the frozen weights the first time."""
+        if not self._has_frozen:
+            self._frozen = self._files.write(version)
+            self._bytes += self._frozen.num_bytes if self._frozen is not None else 0
+        if self._adapters is None:
+            return self._frozen, None
+        self._has_frozen = True
+        adapter = self._adapters.write(version)
+        self._bytes += adapter.file.num_bytes if adapter is not None else 0
+        return self._frozen, adapter
+
+    def _publish(
+        self,
+        version: int,
+        file: WeightFile | None,
+        adapter: PublishedAdapter | None,
+        probe: Probe | None,
+    ) -> tuple[str, bool]:
         """Return why no server has the weights, and whether the run is to end instead."""
         assert self.servers is not None, "rank 0 has the servers"
         assert file is not None, "rank 0 writes"
         assert probe is not None, "rank 0 is of the first replica"
         try:
             self.servers.publish(
-                PublishedWeights(file, self.version_text(file.version), probe), self._should_stop
+                PublishedWeights(file, self.version_text(version), probe, adapter),
+                self._should_stop,
             )
         except RolloutServersLostError as error:
             return str(error), False

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 METHOD = "load_zppo_weights"
+ADAPTER_METHOD = "compare_zppo_adapter"
 """Called by `POST /collective_rpc`."""
 _UNPACKED = ("norm.weight", "embed_tokens.weight", "lm_head.weight")
 """Ends of the names of tensors that servers keep as they are on any device; linear layers are fused
@@ -34,12 +35,15 @@ class WeightLoader:
 
     model_runner: Any
     vllm_config: Any
+    _frozen: tuple[str, dict[str, Any]] | None = None
 
-    def load_zppo_weights(self, path: str) -> dict[str, Any]:
+    def load_zppo_weights(self, path: str, is_frozen: bool = False) -> dict[str, Any]:
         """Load the weights of a safetensors file in place.
 
         Args:
             path: The file, keys as in the folder that the server was started from.
+            is_frozen: Whether nothing else is loaded later, so that a file which this worker has
+                already is not loaded again.
 
         Returns:
             `checksums` of the tensors as they were read, by key, `dtype` of the server's model, and
@@ -48,6 +52,9 @@ class WeightLoader:
         """
         from vllm.config import set_current_vllm_config
 
+        if is_frozen and self._frozen is not None and self._frozen[0] == path:
+            return self._frozen[1]
+        self._frozen = None
         checksums: dict[str, str] = {}
         try:
             with safe_open(path, framework="pt") as file, set_current_vllm_config(self.vllm_config):
@@ -56,11 +63,40 @@ class WeightLoader:
                 num_compared = self._compare(file)
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"[:_MAX_MESSAGE]}
-        return {
+        reply = {
             "checksums": checksums,
             "dtype": str(self.vllm_config.model_config.dtype).removeprefix("torch."),
             "num_compared": num_compared,
         }
+        self._frozen = (path, reply) if is_frozen else None
+        return reply
+
+    def compare_zppo_adapter(self, path: str, scaling: float) -> dict[str, Any]:
+        """Compare the adapters that this worker has loaded with their file.
+
+        Args:
+            path: The file, as PEFT writes it.
+            scaling: Of what the adapters add, which is multiplied into their B's.
+
+        Returns:
+            `checksums` of the tensors of the file, by key, and `num_compared`; or `error`.
+        """
+        try:
+            manager = self.model_runner.lora_manager._adapter_manager
+            [adapter] = manager.list_adapters().values()
+            own = [checksum(tensor) for tensor in _matrices(adapter.loras.values())]
+            checksums, expected = {}, []
+            with safe_open(path, framework="pt") as file:
+                for key in sorted(file.keys()):
+                    tensor = file.get_tensor(key)
+                    checksums[key] = checksum(tensor)
+                    tensor = tensor.to(self.vllm_config.lora_config.lora_dtype)
+                    expected.append(checksum(tensor * scaling if ".lora_B." in key else tensor))
+            if sorted(own) != sorted(expected):
+                raise ValueError(f"other adapters than those of {path}")
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"[:_MAX_MESSAGE]}
+        return {"checksums": checksums, "num_compared": len(own)}
 
     def _pack_output_layer(self) -> None:
         """Rebuild the copy that CPU kernels have of an output layer. Reloading leaves the one of an
@@ -84,23 +120,42 @@ class WeightLoader:
         """
         model = self.model_runner.get_model()
         parameters = dict(model.named_parameters())
+        modules = dict(model.named_modules())
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         num_compared = 0
         for key in sorted(file.keys()):
             name = mapper.map_name(key) if mapper is not None else key
+            owner = str(name).rpartition(".")[0]
+            if f"{owner}.base_layer" in modules:  # it may take adapters
+                owner, name = f"{owner}.base_layer", f"{owner}.base_layer.weight"
             parameter = parameters.get(name)
             if parameter is None or not key.endswith(_UNPACKED):
                 continue
             tensor = file.get_tensor(key)
-            rows = parameter[: tensor.shape[0]]  # a vocabulary may be padded
-            if rows.shape != tensor.shape:  # or divided over workers
-                continue
+            # A vocabulary is divided over the workers, and may be padded.
+            shard = getattr(modules[owner], "shard_indices", None)
+            if shard is not None:
+                tensor = tensor[shard.org_vocab_start_index : shard.org_vocab_end_index]
+            rows = parameter[: tensor.shape[0]]
+            if rows.shape != tensor.shape:
+                raise ValueError(
+                    f"{name} has the shape {tuple(parameter.shape)}, "
+                    f"expected the rows of {key}, {tuple(tensor.shape)}"
+                )
             if not torch.equal(rows, tensor.to(rows.device, rows.dtype)):
                 raise ValueError(f"{name} has other values than {key} of the file")
             num_compared += 1
         if not num_compared:
             raise ValueError("no tensor of the file was found in the model")
         return num_compared
+
+
+def _matrices(loras: Any) -> Iterator[torch.Tensor]:
+    """Yield the A's and B's of adapters; those of linears that are fused are in lists."""
+    for lora in loras:
+        for matrix in (lora.lora_a, lora.lora_b):
+            parts = matrix if isinstance(matrix, list | tuple) else [matrix]
+            yield from (part for part in parts if part is not None)
 
 
 def _read(file: Any, checksums: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
