@@ -21,6 +21,7 @@ from zppo_mm.planning.memory import longest_trained
 from zppo_mm.planning.questions import Groups
 from zppo_mm.planning.sampling_time import SamplingTime
 from zppo_mm.planning.step_time import Simulator, StepSeconds
+from zppo_mm.planning.update_time import UpdateTime
 from zppo_mm.planning.workload import LengthAssumption, TeacherAssumption, Workload
 
 LAYERS = 4
@@ -227,6 +228,17 @@ def test_distillation_trains_on_all_and_computes_the_teacher_in_every_pack() -> 
     assert served.update == pytest.approx(16 * 3 * LAYERS)
     # 32 requests at once of 2 s and 20 tokens of 3 s, while nothing is sampled.
     assert (served.plain, served.teacher) == (0, pytest.approx(62))
+
+
+def test_what_a_teacher_got_wrong_is_in_no_pack() -> None:
+    candidate = Candidate(
+        config_of(*PACKED, "train.micro_batch_tokens=110"), Placement("none"), 1, 1
+    )
+    rates = machine(train=PassRates(layer_seconds=1.0))
+    trained = Groups(np.full(2, 100), np.array([[10, 0], [10, 10]]), np.array([1, 2]))
+    update = UpdateTime(network(), rates, ALIKE).update(candidate, trained, num_parameters=10)
+    # Three samples of 110 tokens, one to a pack.
+    assert update == pytest.approx(3 * 3 * LAYERS)
 
 
 def test_slow_gpus_are_waited_for() -> None:
