@@ -21,6 +21,7 @@ STAMP := $(VENV)/.installed
 RUN_ENV := OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1
 # A worker takes whole files: their fixtures are made once.
 WORKERS ?= 2
+INSTALL_SLURM = sh -c "apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -q -y install slurm-wlm"
 IN_WORKERS = -n $(WORKERS) --dist loadfile
 
 .PHONY: install demo compare-demo test test-quick fuzz test-latest vllm-env vllm-example test-vllm test-slurm test-s3 check test-gpu tiny-models bench
@@ -46,10 +47,9 @@ demo: install
 compare-demo: install
 	$(RUN_ENV) $(BIN)/python tools/compare.py examples/compare_digits/compare.yaml $(COMPARE_OPTIONS)
 
-# Tests that start ranks use the cores themselves, so they run one by one.
+# In one go: a worker at a test whose ranks wait for each other, a server or a disk leaves its core to the other.
 test: install
-	$(RUN_ENV) $(BIN)/python -m pytest $(IN_WORKERS) tests/unit tests/fuzz
-	$(RUN_ENV) $(BIN)/python -m pytest tests/distributed tests/integration
+	$(RUN_ENV) $(BIN)/python -m pytest $(IN_WORKERS) tests/unit tests/fuzz tests/distributed tests/integration
 
 # For everyday work: the unit tests that take about a second at most, and a run on two ranks.
 test-quick: install
@@ -88,10 +88,14 @@ models/vllm_student/model.safetensors: | install
 # One thread and little memory per server; the cache of a tiny model is small.
 test-vllm: install vllm-env
 	$(RUN_ENV) VLLM_CPU_KVCACHE_SPACE=1 VLLM=$(VENV_VLLM)/bin/vllm $(BIN)/python -m pytest -m vllm tests/vllm
+
 # The job scripts on a real Slurm with two virtual nodes on this machine; wants root, and Debian's packages.
+# Nothing is skipped where it cannot run: it fails, and says what it wants. The time limits are those of a daemon that hangs.
 test-slurm: install
-	command -v slurmctld slurmd || { apt-get -q update && apt-get -q -y install slurm-wlm; }
-	$(RUN_ENV) $(BIN)/python -m pytest tests/slurm
+	@test "$$(id -u)" = 0 || { echo "test-slurm: Slurm's daemons start jobs as root only, got user $$(id -un); run it as root" >&2; exit 1; }
+	command -v slurmctld slurmd || timeout --kill-after=30 300 $(INSTALL_SLURM) || \
+		{ echo "test-slurm: no slurmctld and slurmd, and apt-get could not install slurm-wlm; install it first" >&2; exit 1; }
+	$(RUN_ENV) timeout --signal=INT --kill-after=60 900 $(BIN)/python -m pytest tests/slurm
 
 # Sources behind s3:// against a server on this machine; its packages are large, so that make test leaves it out.
 test-s3: install

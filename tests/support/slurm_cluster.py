@@ -5,7 +5,6 @@ Needs root, Debian's `slurm-wlm`, and neither munge nor cgroups (`make test-slur
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import time
@@ -148,19 +147,31 @@ def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
             _wait_for_nodes(cluster, daemons)
             yield cluster
         finally:
-            subprocess.run(
-                ["scancel", "--full", "--user=root"],
-                env={**os.environ, "SLURM_CONF": str(folder / "slurm.conf")},
-                timeout=60,
-            )
-            deadline = time.monotonic() + 60
-            while daemons and cluster.command("squeue", "--noheader"):
-                assert time.monotonic() < deadline, "a cancelled job does not end"
-                time.sleep(0.2)
-            for daemon in daemons:
-                daemon.terminate()
-            for daemon in daemons:
-                daemon.wait(timeout=60)
+            try:
+                _cancel_jobs(cluster, daemons)
+            finally:
+                _end(daemons)
+
+
+def _cancel_jobs(cluster: SlurmCluster, daemons: Sequence[subprocess.Popen[bytes]]) -> None:
+    if not daemons or daemons[0].poll() is not None:
+        return  # no controller would answer
+    cluster.command("scancel", "--full", "--user=root")
+    deadline = time.monotonic() + 60
+    while cluster.command("squeue", "--noheader"):
+        assert time.monotonic() < deadline, "a cancelled job does not end"
+        time.sleep(0.2)
+
+
+def _end(daemons: Sequence[subprocess.Popen[bytes]]) -> None:
+    for daemon in daemons:
+        daemon.terminate()
+    for daemon in daemons:
+        try:
+            daemon.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
 
 
 def _write_configuration(folder: Path) -> None:
