@@ -4,10 +4,39 @@ OUT_DIR/held_out.jsonl.
 
 from __future__ import annotations
 
+import argparse
 import sys
+from pathlib import Path
 
-from data.toy.command_line import write_from_command_line
+from data.errors import DataError
 from data.toy.sums import write_sums
 
+
+def main() -> int:
+    """Read the command line and write the files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "out_dir", type=Path, nargs="?", default=Path("datasets/sums"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--num-train", type=int, default=400, help="training questions (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-held-out", type=int, default=100, help="held-out questions (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    arguments = parser.parse_args()
+    try:
+        counts = write_sums(
+            arguments.out_dir, arguments.num_train, arguments.num_held_out, arguments.seed
+        )
+    except DataError as error:
+        print(f"make_sums: {error}", file=sys.stderr)
+        return 2
+    for name, count in counts.items():
+        print(f"{arguments.out_dir / name}: {count} questions")
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit(write_from_command_line(__doc__, "sums", num_train=400, write=write_sums))
+    sys.exit(main())
