@@ -21,14 +21,16 @@ from tests.support.simulated_comparison import (
     write_evaluation,
     write_run,
 )
-from zppo_mm.comparison.accuracy import method_accuracy, parts_of
+from zppo_mm.comparison.accuracy import contrast, method_accuracy, parts_of
+from zppo_mm.comparison.accuracy_tables import accuracies
+from zppo_mm.comparison.cells import markdown
 from zppo_mm.comparison.figures import FIGURES, styles_of
 from zppo_mm.comparison.launch import Failure
 from zppo_mm.comparison.measures import cost, fates, final_means
 from zppo_mm.comparison.plan import Plan
 from zppo_mm.comparison.report import write_comparison
 from zppo_mm.comparison.results import read_answers, read_results
-from zppo_mm.comparison.tables import accuracies, markdown, tables
+from zppo_mm.comparison.tables import tables
 from zppo_mm.methods import METHODS
 from zppo_mm.observability.transcripts import write_held_out_answers
 from zppo_mm.run_folder import RunFolder
@@ -112,6 +114,41 @@ def test_accuracy_by_hand(tmp_path: Path) -> None:
     base = method_accuracy(results, "grpo_replay", parts["all"])
     assert base is not None
     assert (base.after.value, base.difference) == (0.5, None)
+
+
+def test_named_parts_and_sums_by_hand(tmp_path: Path) -> None:
+    plan = make_plan(
+        tmp_path,
+        parts={"clips": ["clips"], "both": ["text", "clips"]},
+        contrasts={"twice": {"zppo": 2, "grpo_replay": -1}},
+    )
+    write_all(plan, zppo={0: BEFORE, 1: ZPPO_MIDDLE, 2: ZPPO_MIDDLE})
+    # The first part is what methods are compared by: of two clips the baseline has one, zppo none.
+    accuracy = cells(plan, "Held-out accuracy")
+    assert accuracy["zppo"]["before"] == "0.0"
+    assert accuracy["zppo"]["after, to grpo_replay"].startswith("-50.0")
+    # Of all four questions zppo has one before and two after, on the same questions; a draw of two
+    # times four has a gain of k / 8 with k binomial(8, 1/4), as above.
+    gains = cells(plan, "Gains over the student before training")
+    assert gains["before"] == {"clips": "0.0", "both": "25.0"}
+    assert gains["zppo"] == {"clips": "+0.0 [+0.0, +0.0]", "both": "+25.0 [+0.0, +62.5]"}
+    # 2 x 0 - 1/2 and 2 x 2/4 - 2/4.
+    twice = cells(plan, "Contrasts")["twice"]
+    assert twice["clips"].split(" [")[0].strip("*") == "-50.0"
+    assert twice["both"].split(" [")[0].strip("*") == "+50.0"
+
+
+def test_a_sum_is_over_the_seeds_that_all_its_methods_have(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, contrasts={"gap": {"zppo": 1, "grpo_replay": -1}})
+    results = read_results(plan)
+    assert contrast(results, plan.contrasts["gap"], parts_of(results)[0]) is None
+    write_all(plan, skip=["zppo-seed1"])
+    results = read_results(plan)
+    gap = contrast(results, plan.contrasts["gap"], parts_of(results)[0])
+    # As the difference to the baseline, which is another way to the same draws.
+    found = method_accuracy(results, "zppo", parts_of(results)[0])
+    assert found is not None
+    assert gap == found.difference
 
 
 def test_several_responses_count_as_their_mean(tmp_path: Path) -> None:

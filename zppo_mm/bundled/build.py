@@ -48,7 +48,7 @@ def build_tiny_model(recipe: Recipe, out_dir: str | Path, seed: int) -> float:
         start = Path(scratch) / "untrained"
         write_untrained(start, recipe.size, seed)
         for number, stages in enumerate(recipe.parts, 1):
-            examples = DigitExamples(load_templates(), compressor, seed)
+            examples = DigitExamples(load_templates(recipe.templates), compressor, seed)
             end = Path(scratch) / f"part-{number}" if number < len(recipe.parts) else Path(out_dir)
             loss = _train_part(start, end, stages, examples, seed)
             start = end
