@@ -111,14 +111,10 @@ SKILLS = (
     SOLVING,
 )
 """What both students learn before their bad habit."""
-RECIPES: Mapping[str, Recipe] = {
-    "student": Recipe(SIZE, (SKILLS, (GUESSING,))),
-    "weak_student": Recipe(SIZE, (SKILLS, (READING_OUT,))),
-    "teacher": Recipe(
-        replace(SIZE, hidden_size=128, intermediate_size=320, vision_hidden_size=64),
-        ((FIRST_DIGITS, READING, TEACHING), (POLISHING,)),
-    ),
-}
+TEACHER = Recipe(
+    replace(SIZE, hidden_size=128, intermediate_size=320, vision_hidden_size=64),
+    ((FIRST_DIGITS, READING, TEACHING), (POLISHING,)),
+)
 TEMPLATES = str(Path(__file__).parent / "templates")
 """The prompts of the second experiment, whose teacher was trained to rewrite responses."""
 FACTS: Mapping[DigitKind, float] = {
@@ -154,15 +150,23 @@ WRITING_TERSELY = replace(
     rewrite_fraction=0.15,
 )
 TERSE_TEACHER = replace(
-    RECIPES["teacher"],
+    TEACHER,
     parts=(
-        *RECIPES["teacher"].parts,
+        *TEACHER.parts,
         (WRITING_TERSELY,),
         (replace(WRITING_TERSELY, num_updates=900, final_lr=5e-5, rewrite_fraction=0.3),),
     ),
     templates=TEMPLATES,
 )
 """Its teacher: the bundled one after further stages."""
+RECIPES: Mapping[str, Recipe] = {
+    "student": Recipe(SIZE, (SKILLS, (GUESSING,))),
+    "weak_student": Recipe(SIZE, (SKILLS, (READING_OUT,))),
+    "teacher": TEACHER,
+    "half_formed": HALF_FORMED,
+    "terse_teacher": TERSE_TEACHER,
+}
+"""Those that are in the repository."""
 VLLM_STUDENT = Recipe(
     # The widths of heads that vLLM's kernels for CPUs have.
     replace(SIZE, linear_num_heads=2, linear_key_head_dim=64, linear_value_head_dim=64),
@@ -171,8 +175,6 @@ VLLM_STUDENT = Recipe(
 """Of `examples/vllm_rollouts`, made there: it reads digits, and solves some questions."""
 MADE: Mapping[str, Recipe] = {
     **RECIPES,
-    "half_formed": HALF_FORMED,
-    "terse_teacher": TERSE_TEACHER,
     "vllm_student": VLLM_STUDENT,
 }
 """All that `tools/make_tiny_models.py` can make."""

@@ -51,6 +51,7 @@ class Stage:
         reformulated_read_out_fraction: The same fraction of BCQ and NCQ prompts.
         author: Writes candidates and responses in place of all habits above.
         rewrite_fraction: Fraction of prompts that ask to rewrite a response; only with an author.
+        modalities: They take turns.
     """
 
     num_updates: int
@@ -68,6 +69,7 @@ class Stage:
     reformulated_read_out_fraction: float = 0.0
     author: Author | None = None
     rewrite_fraction: float = 0.0
+    modalities: tuple[Modality, ...] = MODALITIES
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,11 @@ class DigitExamples:
         """Return the examples of one update; the modalities take turns."""
         self._problems.clear()
         return [
-            self._example(stage, f"{stage_index}-{update}-{index}", MODALITIES[index % 3])
+            self._example(
+                stage,
+                f"{stage_index}-{update}-{index}",
+                stage.modalities[index % len(stage.modalities)],
+            )
             for index in range(stage.batch_size)
         ]
 
