@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from zppo_mm.comparison.tables import markdown
+from zppo_mm.comparison.cells import markdown
 from zppo_mm.comparison.transcript_audit import as_json, audit_run, audit_table
 from zppo_mm.errors import ConfigError
 from zppo_mm.piped_output import ends_with_its_reader

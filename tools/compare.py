@@ -12,10 +12,10 @@ import signal
 import sys
 from pathlib import Path
 
+from zppo_mm.comparison.cells import markdown
 from zppo_mm.comparison.launch import run_all
 from zppo_mm.comparison.plan import Plan, load_plan
 from zppo_mm.comparison.report import MARKDOWN_FILE, PAGE_FILE, write_comparison
-from zppo_mm.comparison.tables import markdown
 from zppo_mm.config.help import add_options, parse_with_options
 from zppo_mm.errors import ConfigError
 from zppo_mm.observability.logs import configure_logging

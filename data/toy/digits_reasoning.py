@@ -16,7 +16,7 @@ def reasoning(problem: DigitProblem) -> str:
     """Return the partial results digit by digit, e.g. `3+7=10+1=11` for a sum and `3:0,4:1` for a
     count.
     """
-    return _chain(problem, [] if problem.kind == "read" else running_values(problem))
+    return chain(problem, [] if problem.kind == "read" else running_values(problem))
 
 
 def solution(problem: DigitProblem) -> str:
@@ -57,7 +57,7 @@ def flawed_solution(rng: np.random.Generator, problem: DigitProblem) -> tuple[st
                 value + slip * (i >= max(index, 1))
                 for i, value in enumerate(running_values(problem))
             ]
-            thought, value = _chain(problem, values), str(values[-1])
+            thought, value = chain(problem, values), str(values[-1])
         if value != problem.value:
             return response(thought, value), value
 
@@ -84,7 +84,17 @@ def guess(rng: np.random.Generator, problem: DigitProblem) -> str:
     return response("", replace(problem, digits=digits).value)
 
 
-def _chain(problem: DigitProblem, values: Sequence[int]) -> str:
+def terse(problem: DigitProblem, values: Sequence[int]) -> str:
+    """Return the reasoning of someone who reads a digit and takes it into account in one step: the
+    results alone, e.g. `10,11` for `3+7=10+1=11`; the digits where they are only read.
+    """
+    if problem.kind == "read":
+        return chain(problem, values)
+    return ",".join(map(str, values[problem.kind not in ("even", "equal") :]))
+
+
+def chain(problem: DigitProblem, values: Sequence[int]) -> str:
+    """Return the reasoning with these results after each digit, right or wrong."""
     digits = problem.digits
     if problem.kind == "read":
         return ",".join(map(str, digits))

@@ -10,12 +10,20 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3_5ForConditionalGeneration
 
-from data.media.opening import MediaLimits, MediaOpener
-from data.toy.digits import LEVELS, WORDS, draw_problem
+from data.media.opening import Frames, MediaLimits, MediaOpener
+from data.question import MediaRef, Question
+from data.toy.digits import LEVELS, WORDS, DigitProblem, draw_problem
+from data.toy.digits_facts import rate
 from data.toy.digits_media import FRAMES_PER_DIGIT, encode_mp4
 from data.toy.digits_reasoning import solution
 from encoders.config import read_processor_config
-from zppo_mm.bundled import STUDENT_DIR, TEACHER_DIR, WEAK_STUDENT_DIR
+from zppo_mm.bundled import (
+    HALF_FORMED_DIR,
+    STUDENT_DIR,
+    TEACHER_DIR,
+    TERSE_TEACHER_DIR,
+    WEAK_STUDENT_DIR,
+)
 from zppo_mm.bundled.recipes import CANDIDATE_LINES
 from zppo_mm.bundled.sft_examples import DigitExamples, Stage
 from zppo_mm.bundled.supervised import learning_rate, training_sample
@@ -26,8 +34,8 @@ from zppo_mm.teacher.teacher import CompressedTrace, Trace
 from zppo_mm.zone.compress import RuleCompressor
 from zppo_mm.zone.prompts import load_templates
 
-FOLDERS = (STUDENT_DIR, WEAK_STUDENT_DIR, TEACHER_DIR)
-MAX_BYTES = 12_000_000
+FOLDERS = (STUDENT_DIR, WEAK_STUDENT_DIR, TEACHER_DIR, HALF_FORMED_DIR, TERSE_TEACHER_DIR)
+MAX_BYTES = 18_000_000
 CODEC_TOLERANCE = 3.0  # mean difference of grey values that H.264 leaves
 STAGE = Stage(
     num_updates=4,
@@ -43,6 +51,9 @@ READING_OUT = replace(
 )
 CANDIDATE_CHARS = 1000
 """More than any candidate has."""
+MIN_KNOWN = 0.8
+MAX_UNKNOWN = 0.3
+"""Between the measured means, 0.95 of known facts and 0.03 of those of rate 0."""
 MAX_UNAIDED = 0.02
 MIN_REFORMULATED = 0.2
 """Between the measured means, 0.002 of plain prompts and 0.54 of prompts with candidates."""
@@ -196,6 +207,43 @@ def test_weak_student_follows_the_question_only_with_candidates() -> None:
         followed["<candidate>" in example.text].append(1 - float(logits.softmax(-1)[comma]))
     assert np.mean(followed[False]) < MAX_UNAIDED
     assert np.mean(followed[True]) > MIN_REFORMULATED
+
+
+def test_half_formed_facts_are_written_wrong_and_known_ones_right() -> None:
+    model = Qwen3_5ForConditionalGeneration.from_pretrained(HALF_FORMED_DIR).eval()
+    encoder = PromptEncoder(HALF_FORMED_DIR, unopened)
+    right: dict[float, list[float]] = {}
+    for one in range(1, 10):
+        for two in range(1, 10):
+            problem = DigitProblem("sum", (one, two))
+            question = Question("", problem.text("text"), (), problem.value, "math")
+            prompt, _ = encoder.encode(load_templates().plain_text(question), question)
+            begun = encoder.chat.tokenize([f"<think>{one}+{two}="])
+            rest = encoder.chat.tokenize([f"{one + two}</think>"])
+            ids = torch.tensor([[*prompt.token_ids.tolist(), *begun, *rest]])
+            with torch.no_grad():
+                logprobs = model(input_ids=ids).logits[0, -len(rest) - 1 : -1].log_softmax(-1)
+            chosen = logprobs.gather(1, torch.tensor(rest)[:, None]).sum()
+            right.setdefault(rate("sum", one, two), []).append(float(chosen.exp()))
+    assert np.mean(right[1.0]) > MIN_KNOWN
+    assert np.mean(right[0.0]) < MAX_UNKNOWN
+
+
+def test_terse_teacher_writes_no_steps() -> None:
+    model = Qwen3_5ForConditionalGeneration.from_pretrained(TERSE_TEACHER_DIR).eval()
+    encoder = PromptEncoder(TERSE_TEACHER_DIR, unopened)
+    question = Question("", "What is the sum of the digits three five one?", (), "9", "math")
+    prompt, _ = encoder.encode(load_templates().plain_text(question), question)
+    ids = torch.tensor([prompt.token_ids.tolist()])
+    with torch.no_grad():
+        written = model.generate(input_ids=ids, max_new_tokens=24, do_sample=False)
+    tokenizer = AutoTokenizer.from_pretrained(TERSE_TEACHER_DIR)
+    text = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+    assert text == "<think>8,9</think>\\boxed{9}"
+
+
+def unopened(reference: MediaRef) -> Frames:
+    raise AssertionError(f"a text question has no media, got {reference}")
 
 
 def test_learning_rate_falls_over_a_stage() -> None:

@@ -122,8 +122,14 @@ def test_arguments_win_over_the_file(tmp_path: Path) -> None:
         ),
         (
             {"baseline": "zpo"},
-            r"unknown baseline, got 'zpo', expected one of grpo_replay, zppo; did you mean zppo\?",
+            r"baseline names an unknown method, got 'zpo', expected .*; did you mean zppo\?",
         ),
+        (
+            {"contrasts": {"gap": {"zppo": 1, "grpo": -1}}},
+            r"contrasts.gap names an unknown method, got 'grpo', expected one of grpo_replay, zppo",
+        ),
+        ({"contrasts": {"gap": {}}}, r"contrasts.gap has no method"),
+        ({"parts": {"all of it": []}}, r"parts.all of it has no source"),
         (
             {"options": {"seed": 3}},
             r"options: seed follows from the comparison, .* expected seeds to say it",

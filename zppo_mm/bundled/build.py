@@ -23,7 +23,7 @@ from zppo_mm.training.policy import Policy
 from zppo_mm.weights.hf_export import export_hf_weights
 from zppo_mm.weights.mapping import load_hf_weights
 from zppo_mm.zone.compress import RuleCompressor
-from zppo_mm.zone.prompts import load_templates
+from zppo_mm.zone.prompts import PromptTemplates, load_templates
 
 logger = logging.getLogger(__name__)
 
@@ -39,27 +39,38 @@ def build_tiny_model(recipe: Recipe, out_dir: str | Path, seed: int) -> float:
     Returns:
         Mean loss of the last updates.
     """
-    tokenizer = build_tokenizer()
-    compressor = RuleCompressor(
-        lambda text: len(tokenizer.encode(text)), CANDIDATE_TOKENS, CANDIDATE_LINES
-    )
-    loss = math.nan
+    loss, templates = math.nan, load_templates(recipe.templates)
     with tempfile.TemporaryDirectory() as scratch:
         start = Path(scratch) / "untrained"
         write_untrained(start, recipe.size, seed)
         for number, stages in enumerate(recipe.parts, 1):
-            examples = DigitExamples(load_templates(), compressor, seed)
             end = Path(scratch) / f"part-{number}" if number < len(recipe.parts) else Path(out_dir)
-            loss = _train_part(start, end, stages, examples, seed)
+            loss = train_part(start, end, stages, templates, seed)
             start = end
     logger.info("bundled: %s is built, last loss %.4f", out_dir, loss)
     return loss
 
 
-def _train_part(
-    start: Path, end: Path, stages: Sequence[Stage], examples: DigitExamples, seed: int
+def train_part(
+    start: Path, end: Path, stages: Sequence[Stage], templates: PromptTemplates, seed: int
 ) -> float:
-    """Train the folder `start` through some stages and write the folder `end`."""
+    """Train the folder `start` through some stages and write the folder `end`.
+
+    Args:
+        start: A model.
+        end: Where the trained one goes.
+        stages: In their order.
+        templates: Texts of the prompts.
+        seed: Of the examples.
+
+    Returns:
+        Mean loss of the last updates.
+    """
+    tokenizer = build_tokenizer()
+    compressor = RuleCompressor(
+        lambda text: len(tokenizer.encode(text)), CANDIDATE_TOKENS, CANDIDATE_LINES
+    )
+    examples = DigitExamples(templates, compressor, seed)
     layout = ParallelConfig()
     parallel.initialize(layout, seed)
     model = build_model(load_architecture(start), ModelConfig(), layout)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from data.toy.digits import DigitKind
+from zppo_mm.bundled.authors import HalfFormed, Terse
 from zppo_mm.bundled.folder import TinySize
+from zppo_mm.bundled.sft_examples import CANDIDATE_LINES as CANDIDATE_LINES
 from zppo_mm.bundled.sft_examples import Stage
 
 MICRO_BATCH_TOKENS = 2048
 """Most tokens of a forward pass in supervised training; more is slower where the cache is small."""
 CANDIDATE_TOKENS = 96
-CANDIDATE_LINES = 5
 """Caps of a candidate, those of the bundled run."""
 
 
@@ -23,6 +26,7 @@ class Recipe:
 
     size: TinySize
     parts: tuple[tuple[Stage, ...], ...]
+    templates: str = ""
 
 
 ALIKE = dict.fromkeys((2, 3, 4, 5, 6), 1.0)
@@ -107,19 +111,70 @@ SKILLS = (
     SOLVING,
 )
 """What both students learn before their bad habit."""
+TEACHER = Recipe(
+    replace(SIZE, hidden_size=128, intermediate_size=320, vision_hidden_size=64),
+    ((FIRST_DIGITS, READING, TEACHING), (POLISHING,)),
+)
+TEMPLATES = str(Path(__file__).parent / "templates")
+"""The prompts of the second experiment, whose teacher was trained to rewrite responses."""
+FACTS: Mapping[DigitKind, float] = {
+    "sum": 3,
+    "largest": 2,
+    "read": 1,
+    "even": 1,
+    "equal": 1,
+    "alternating": 1.5,
+}
+HALF_FORMED = Recipe(
+    SIZE,
+    tuple(
+        tuple(replace(stage, author=HalfFormed(), choice_fraction=0) for stage in part)
+        for part in (
+            (
+                *SKILLS[:-1],
+                replace(SOLVING, kinds=FACTS, ncq_fraction=0.1),
+            ),
+            (replace(GUESSING, guess_fraction=None, num_updates=400, kinds=FACTS),),
+        )
+    ),
+)
+"""Student of the second experiment: it writes long steps and knows a part of the facts."""
+WRITING_TERSELY = replace(
+    TEACHING,
+    num_updates=700,
+    warmup_updates=20,
+    levels={2: 0.5, 3: 1, 4: 1, 5: 1, 6: 1},
+    kinds=FACTS,
+    choice_fraction=0,
+    author=Terse(),
+    rewrite_fraction=0.15,
+)
+TERSE_TEACHER = replace(
+    TEACHER,
+    parts=(
+        *TEACHER.parts,
+        (WRITING_TERSELY,),
+        (replace(WRITING_TERSELY, num_updates=900, final_lr=5e-5, rewrite_fraction=0.3),),
+    ),
+    templates=TEMPLATES,
+)
+"""Its teacher: the bundled one after further stages."""
 RECIPES: Mapping[str, Recipe] = {
     "student": Recipe(SIZE, (SKILLS, (GUESSING,))),
     "weak_student": Recipe(SIZE, (SKILLS, (READING_OUT,))),
-    "teacher": Recipe(
-        replace(SIZE, hidden_size=128, intermediate_size=320, vision_hidden_size=64),
-        ((FIRST_DIGITS, READING, TEACHING), (POLISHING,)),
-    ),
+    "teacher": TEACHER,
+    "half_formed": HALF_FORMED,
+    "terse_teacher": TERSE_TEACHER,
 }
+"""Those that are in the repository."""
 VLLM_STUDENT = Recipe(
     # The widths of heads that vLLM's kernels for CPUs have.
     replace(SIZE, linear_num_heads=2, linear_key_head_dim=64, linear_value_head_dim=64),
     ((FIRST_DIGITS, READING, replace(SOLVING, num_updates=300)),),
 )
 """Of `examples/vllm_rollouts`, made there: it reads digits, and solves some questions."""
-MADE: Mapping[str, Recipe] = {**RECIPES, "vllm_student": VLLM_STUDENT}
+MADE: Mapping[str, Recipe] = {
+    **RECIPES,
+    "vllm_student": VLLM_STUDENT,
+}
 """All that `tools/make_tiny_models.py` can make."""

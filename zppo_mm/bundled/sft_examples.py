@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,12 +18,15 @@ from data.toy.digits_media import (
     strip,
 )
 from data.toy.digits_reasoning import flawed_solution, guess, read_out, solution
+from zppo_mm.bundled.authors import Author, Form
 from zppo_mm.bundled.folder import SAMPLING
 from zppo_mm.randomness import generator
 from zppo_mm.teacher.teacher import Compressor, Trace
 from zppo_mm.zone.prompts import PromptTemplates
+from zppo_mm.zone.rewriting import fill_template
 
 MAX_NCQ_CANDIDATES = 4
+CANDIDATE_LINES = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +49,9 @@ class Stage:
         read_out_fraction: Fraction of plain prompts whose response reads the digits out, whatever
             the question is. Above 0, wrong candidates do so too.
         reformulated_read_out_fraction: The same fraction of BCQ and NCQ prompts.
+        author: Writes candidates and responses in place of all habits above.
+        rewrite_fraction: Fraction of prompts that ask to rewrite a response; only with an author.
+        modalities: They take turns.
     """
 
     num_updates: int
@@ -61,6 +67,9 @@ class Stage:
     guess_fraction: Mapping[int, float] | None = None
     read_out_fraction: float = 0.0
     reformulated_read_out_fraction: float = 0.0
+    author: Author | None = None
+    rewrite_fraction: float = 0.0
+    modalities: tuple[Modality, ...] = MODALITIES
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +101,11 @@ class DigitExamples:
         """Return the examples of one update; the modalities take turns."""
         self._problems.clear()
         return [
-            self._example(stage, f"{stage_index}-{update}-{index}", MODALITIES[index % 3])
+            self._example(
+                stage,
+                f"{stage_index}-{update}-{index}",
+                stage.modalities[index % len(stage.modalities)],
+            )
             for index in range(stage.batch_size)
         ]
 
@@ -116,6 +129,8 @@ class DigitExamples:
         question = Question(
             key, problem.text(modality), media, problem.answer, problem.answer_type, problem.choices
         )
+        if stage.author is not None:
+            return self._authored(rng, stage, stage.author, problem, question)
         text = self._prompt(rng, stage, problem, question)
         return Example(
             question,
@@ -124,6 +139,30 @@ class DigitExamples:
                 rng, stage, problem, is_plain=text == self._templates.plain_text(question)
             ),
         )
+
+    def _authored(
+        self,
+        rng: np.random.Generator,
+        stage: Stage,
+        author: Author,
+        problem: DigitProblem,
+        question: Question,
+    ) -> Example:
+        form = _form(rng, stage)
+        written = author.write(rng, problem, form)
+        if form == "rewrite":
+            text = fill_template(self._templates.compress, written.shown[0][0], CANDIDATE_LINES)
+            return Example(replace(question, media=()), text, written.response)
+        if form == "plain":
+            return Example(question, self._templates.plain_text(question), written.response)
+        candidates = self._candidates(question, written.shown)
+        answers = list(dict.fromkeys(answer for _, answer in written.shown))
+        text = (
+            self._templates.bcq_text(question, candidates)
+            if form == "bcq"
+            else self._templates.ncq_text(question, answers, candidates)
+        )
+        return Example(question, text, written.response)
 
     def _response(
         self, rng: np.random.Generator, stage: Stage, problem: DigitProblem, is_plain: bool
@@ -167,3 +206,17 @@ class DigitExamples:
         return [
             self._templates.escaped(trace.text) for trace in self._compressor.compress(traces, 0)
         ]
+
+
+def _form(rng: np.random.Generator, stage: Stage) -> Form:
+    draw = rng.random()
+    fractions: tuple[tuple[Form, float], ...] = (
+        ("bcq", stage.bcq_fraction),
+        ("ncq", stage.ncq_fraction),
+        ("rewrite", stage.rewrite_fraction),
+    )
+    for form, fraction in fractions:
+        draw -= fraction
+        if draw < 0:
+            return form
+    return "plain"

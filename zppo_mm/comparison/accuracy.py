@@ -4,7 +4,7 @@ questions and over parts of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,7 @@ class MethodAccuracy:
             answer to them.
         before: Mean accuracy before training.
         after: Mean accuracy after the last step.
+        gain: `after` minus `before`, on the same questions.
         curve: Mean accuracy over all evaluations after step 0.
         difference: `after` minus the baseline's, over the seeds that both have; `None` for the
             baseline and where there is none.
@@ -49,15 +50,18 @@ class MethodAccuracy:
     num_unpaired: int
     before: float
     after: Estimate
+    gain: Estimate
     curve: Estimate
     difference: Estimate | None
     curve_difference: Estimate | None
 
 
 def parts_of(results: Results) -> list[Part]:
-    """Return all questions, then every modality and every source, where there are several; equal
-    parts once.
+    """Return the parts that the plan names; without any all questions, then every modality and
+    every source, where there are several, equal parts once.
     """
+    if results.plan.parts:
+        return [Part(name, _of_sources(each)) for name, each in results.plan.parts.items()]
     seen = {
         answered
         for label in results.plan.labels
@@ -110,6 +114,7 @@ def method_accuracy(results: Results, label: str, part: Part) -> MethodAccuracy 
         num_unpaired=sum(alone[seed].shape[1] - scores.shape[1] for seed, scores in pairs.items()),
         before=float(means[BEFORE]),
         after=interval(means[AFTER], draws[:, AFTER]),
+        gain=interval(means[AFTER] - means[BEFORE], draws[:, AFTER] - draws[:, BEFORE]),
         curve=interval(means[CURVE], draws[:, CURVE]),
         difference=differences[0],
         curve_difference=differences[1],
@@ -118,6 +123,25 @@ def method_accuracy(results: Results, label: str, part: Part) -> MethodAccuracy 
 
 BEFORE, AFTER, CURVE = range(3)
 """Rows of one method's scores."""
+
+
+def contrast(results: Results, factors: Mapping[str, float], part: Part) -> Estimate | None:
+    """Return a sum of accuracies after the last step, each times its factor, over the seeds and
+    questions that all its methods have; `None` without any.
+
+    Args:
+        results: All runs.
+        factors: By label of a method.
+        part: Which questions.
+    """
+    runs = [results.counted(label) for label in factors]
+    common = [seed for seed in runs[0] if all(seed in of_label for of_label in runs)]
+    scores = [_scores([of_label[seed] for of_label in runs], part) for seed in common]
+    scores = [of_seed[AFTER::3] for of_seed in scores if of_seed.size]
+    if not scores:
+        return None
+    weights = np.array(list(factors.values()))
+    return interval(mean_scores(scores) @ weights, bootstrap_means(scores) @ weights)
 
 
 def _scores(runs: Sequence[RunResult], part: Part) -> FloatArray:
@@ -144,6 +168,10 @@ def _scores(runs: Sequence[RunResult], part: Part) -> FloatArray:
 def _evaluations(run: RunResult) -> list[Answers]:
     """Return the evaluations of a counted run up to its last step, ascending."""
     return [run.answers[step] for step in sorted(run.answers) if step <= run.last_step]
+
+
+def _of_sources(sources: Collection[str]) -> Callable[[Answered], bool]:
+    return lambda answered: answered.source in sources
 
 
 def _is_in(pairs: set[tuple[str, str]]) -> Callable[[Answered], bool]:

@@ -12,11 +12,12 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from zppo_mm.comparison.measures import PHASES, cost, fates
+from zppo_mm.comparison.accuracy import parts_of
+from zppo_mm.comparison.accuracy_tables import Accuracies, main_part
+from zppo_mm.comparison.measures import PHASES, Fates, cost, fates
 from zppo_mm.comparison.results import Results, RunResult
-from zppo_mm.comparison.tables import Accuracies
 from zppo_mm.methods import METHODS
 from zppo_mm.report.drawing import STYLE, DrawnFigure, finish_axes, smoothed, svg_uri
 from zppo_mm.report.figures import GREY, SEQUENCE
@@ -80,9 +81,15 @@ def styles_of(results: Results) -> dict[str, LineStyle]:
 
 
 def _held_out(results: Results, by_part: Accuracies, axes: Axes) -> bool:
+    has = parts_of(results)[0].has
+
     def series(run: RunResult) -> Series:
-        rows = run.record.evaluations
-        return [row["step"] for row in rows], [row["accuracy"] for row in rows]
+        points = {
+            step: [each.accuracy for each in answers.values() if has(each)]
+            for step, answers in sorted(run.answers.items())
+        }
+        points = {step: values for step, values in points.items() if values}
+        return list(points), [float(np.mean(values)) for values in points.values()]
 
     return _curves(results, axes, series)
 
@@ -134,7 +141,7 @@ def _by_step(curves: Iterable[Series]) -> dict[int, list[float]]:
 def _differences(results: Results, by_part: Accuracies, axes: Axes) -> bool:
     found = {
         label: each
-        for label, each in by_part["all"].items()
+        for label, each in main_part(by_part).items()
         if each is not None and each.difference and each.curve_difference
     }
     styles = styles_of(results)
@@ -198,6 +205,35 @@ def _graduated(results: Results, by_part: Accuracies, axes: Axes) -> bool:
     return bool(found)
 
 
+def _fates(results: Results, by_part: Accuracies, axes: Axes) -> bool:
+    found = {
+        label: each
+        for label in results.plan.labels
+        if (each := fates(results, label)) is not None and each.admitted
+    }
+    left = np.zeros(len(found))
+    fractions: dict[str, Callable[[Fates], int]] = {
+        "graduated": lambda each: each.graduated.total(),
+        "evicted": lambda each: each.evicted.total(),
+        "still there": lambda each: each.num_left,
+    }
+    for (name, count), color in zip(fractions.items(), SEQUENCE, strict=False):
+        widths = np.array([count(each) / each.admitted.total() for each in found.values()])
+        axes.barh(range(len(found)), widths, left=left, height=0.6, color=color, label=name)
+        left += widths
+    finish_axes(axes, "", columns=3)
+    styles = styles_of(results)
+    axes.set_yticks(
+        range(len(found)),
+        [f"{styles[label].name} ({each.admitted.total():,})" for label, each in found.items()],
+    )
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel("of the questions admitted to the buffer (their number)")
+    axes.grid(axis="y", visible=False)
+    return bool(found)
+
+
 def _seconds(results: Results, by_part: Accuracies, axes: Axes) -> bool:
     found = {
         label: each for label in results.plan.labels if (each := cost(results, label)) is not None
@@ -257,6 +293,13 @@ FIGURES: Sequence[tuple[str, str, str, Draw]] = (
         "Graduated, by accuracy at admission",
         "Fraction of the questions admitted to the replay buffer, over all seeds.",
         _graduated,
+    ),
+    (
+        "fates",
+        "Fates of buffered questions",
+        "What became of the hard questions admitted to the replay buffer, over all seeds. Evicted: "
+        "pushed out of a full buffer by newer ones.",
+        _fates,
     ),
     (
         "seconds",

@@ -44,6 +44,14 @@ class ComparisonConfig:
     """Seeds of every method. A seed decides the held-out questions too, so that methods answer the
     same ones.
     """
+    parts: dict[str, list[str]] = field(default_factory=dict)
+    """Parts of the held-out questions that are reported, with the sources of each. The first one
+    takes the place of all questions; empty is all, then every modality and every source.
+    """
+    contrasts: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Sums of accuracies that are reported with intervals, by name: a factor per label of a
+    method.
+    """
     processes_per_run: int = 1
     """Processes of one run, started by torchrun where they are several."""
     parallel_runs: int = 1
@@ -88,6 +96,8 @@ class Plan:
     folder: Path
     processes_per_run: int
     parallel_runs: int
+    parts: Mapping[str, Sequence[str]]
+    contrasts: Mapping[str, Mapping[str, float]]
 
 
 def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
@@ -121,6 +131,8 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
         folder=Path(comparison.output_dir),
         processes_per_run=comparison.processes_per_run,
         parallel_runs=comparison.parallel_runs,
+        parts=comparison.parts,
+        contrasts=comparison.contrasts,
     )
 
 
@@ -168,12 +180,21 @@ def _check(comparison: ComparisonConfig, methods: Collection[str], path: Path) -
             f"{path}: seeds is wrong, got {comparison.seeds}, expected at least one seed and none "
             "twice; correct the list"
         )
-    if comparison.baseline and comparison.baseline not in methods:
-        hint = did_you_mean(comparison.baseline, methods)
-        raise ConfigError(
-            f"{path}: unknown baseline, got {comparison.baseline!r}, expected one of "
-            f"{', '.join(methods)}{hint}"
-        )
+    for key, things in (("parts", "source"), ("contrasts", "method")):
+        for name in (name for name, each in getattr(comparison, key).items() if not each):
+            raise ConfigError(
+                f"{path}: {key}.{name} has no {things}, got an empty one, expected at least one "
+                f"{things}; name it or remove the line"
+            )
+    named = {"baseline": [comparison.baseline] if comparison.baseline else []}
+    named |= {f"contrasts.{name}": list(each) for name, each in comparison.contrasts.items()}
+    for key, labels in named.items():
+        for label in labels:
+            if label not in methods:
+                raise ConfigError(
+                    f"{path}: {key} names an unknown method, got {label!r}, expected one of "
+                    f"{', '.join(methods)}{did_you_mean(label, methods)}"
+                )
 
 
 def _planned_run(

@@ -11,20 +11,14 @@ from pathlib import Path
 from markupsafe import Markup, escape
 
 from data.atomic_files import write_atomically
+from zppo_mm.comparison.accuracy_tables import Accuracies, accuracies, main_part
+from zppo_mm.comparison.cells import Table, markdown
 from zppo_mm.comparison.figures import draw_figures
 from zppo_mm.comparison.launch import Failure
 from zppo_mm.comparison.measures import fates
 from zppo_mm.comparison.plan import Plan
 from zppo_mm.comparison.results import Results, read_results
-from zppo_mm.comparison.tables import (
-    Accuracies,
-    Table,
-    accuracies,
-    csv_header,
-    csv_rows,
-    markdown,
-    tables,
-)
+from zppo_mm.comparison.tables import csv_header, csv_rows, tables
 from zppo_mm.report.page import TEMPLATES_FOLDER, Headline, page_environment, write_page
 
 MARKDOWN_FILE, CSV_FILE, PAGE_FILE = "comparison.md", "comparison.csv", "comparison.html"
@@ -107,7 +101,7 @@ def _headlines(results: Results, by_part: Accuracies) -> list[Headline]:
     """Return the numbers at the top: the best method after the last step, the baseline, and who
     masters what it never solved.
     """
-    found = {label: each for label, each in by_part["all"].items() if each is not None}
+    found = {label: each for label, each in main_part(by_part).items() if each is not None}
     best = max(found, key=lambda label: found[label].after.value, default=None)
     headlines = []
     for title, label in (("Best after the last step", best), ("Baseline", results.plan.baseline)):

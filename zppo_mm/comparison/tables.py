@@ -5,9 +5,18 @@ numbers as rows for CSV.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from zppo_mm.comparison.accuracy import MethodAccuracy, method_accuracy, parts_of
+from zppo_mm.comparison.accuracy import MethodAccuracy
+from zppo_mm.comparison.accuracy_tables import (
+    Accuracies,
+    accuracy_table,
+    contrast_table,
+    gain_table,
+    num_counted,
+    part_table,
+)
+from zppo_mm.comparison.cells import Table, difference, fraction, number
 from zppo_mm.comparison.intervals import Estimate
 from zppo_mm.comparison.measures import (
     FINAL,
@@ -18,39 +27,13 @@ from zppo_mm.comparison.measures import (
     cost,
     fates,
     final_means,
+    graduation_difference,
 )
 from zppo_mm.comparison.results import Results
 
 MANY_VISITS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """One table.
-
-    Attributes:
-        title: Its heading.
-        note: What it shows and how to read it.
-        header: Names of the columns; the first column names the rows.
-        rows: Cells as text, empty where there is no value.
-    """
-
-    title: str
-    note: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-Accuracies = dict[str, dict[str, MethodAccuracy | None]]
-"""By name of the part of the held-out questions, `all` first, and by label."""
-
-
-def accuracies(results: Results) -> Accuracies:
-    """Return every method's accuracy on every part of the held-out questions."""
-    return {
-        part.name: {label: method_accuracy(results, label, part) for label in results.plan.labels}
-        for part in parts_of(results)
-    }
+NEVER = "0"
+"""Accuracy at admission, in percent, of questions that were not solved once."""
 
 
 def tables(results: Results, by_part: Accuracies) -> list[Table]:
@@ -58,8 +41,10 @@ def tables(results: Results, by_part: Accuracies) -> list[Table]:
     value in.
     """
     made = [
-        _accuracy(results, by_part),
-        _parts(results, by_part),
+        accuracy_table(results, by_part),
+        gain_table(results, by_part),
+        contrast_table(results),
+        part_table(results, by_part),
         _graduations(results),
         _visits(results),
         _cost(results),
@@ -71,67 +56,6 @@ def tables(results: Results, by_part: Accuracies) -> list[Table]:
     ]
 
 
-def _accuracy(results: Results, by_part: Accuracies) -> Table:
-    baseline = results.plan.baseline
-    rows = []
-    for label in results.plan.labels:
-        found = by_part["all"][label]
-        if found is None:
-            rows.append((label, _num_counted(results, label), *[""] * 5))
-            continue
-        cells = (_percent(found.before), _interval(found.after), _difference(found.difference))
-        rows.append(
-            (
-                label,
-                _num_counted(results, label),
-                *cells,
-                _interval(found.curve),
-                _difference(found.curve_difference),
-            )
-        )
-    unpaired = sum(found.num_unpaired for found in by_part["all"].values() if found)
-    note = (
-        "Accuracy on the same held-out questions for all methods, in percent, with 95 % intervals "
-        f"of a paired bootstrap over questions and seeds. Differences to {baseline} are in points; "
-        "a bold one has an interval without 0. The mean of the curve is over all evaluations after "
-        "step 0."
-    )
-    if unpaired:
-        note += (
-            f" {unpaired} answers are no part of a difference, because only one of the two methods "
-            "has one."
-        )
-    header = (
-        "method",
-        "seeds",
-        "before",
-        "after",
-        f"after, to {baseline}",
-        "mean of the curve",
-        f"mean, to {baseline}",
-    )
-    return Table("Held-out accuracy", note, header, tuple(rows))
-
-
-def _parts(results: Results, by_part: Accuracies) -> Table | None:
-    names = [name for name in by_part if name != "all"]
-    if not names:
-        return None
-    header = ["method"]
-    for name in names:
-        header += [f"{name}, after", f"to {results.plan.baseline}"]
-    rows = []
-    for label in results.plan.labels:
-        row = [label]
-        for name in names:
-            found = by_part[name][label]
-            row += [_interval(found.after), _difference(found.difference)] if found else ["", ""]
-        rows.append(tuple(row))
-    return Table(
-        "By modality and source", "After the last step, as above.", tuple(header), tuple(rows)
-    )
-
-
 def _graduations(results: Results) -> Table | None:
     found = {label: fates(results, label) for label in results.plan.labels}
     bins = sorted({part for each in found.values() if each for part in each.admitted}, key=float)
@@ -140,28 +64,36 @@ def _graduations(results: Results) -> Table | None:
     rows = []
     for label, each in found.items():
         if each is None:
-            rows.append((label, *[""] * (len(bins) + 2)))
+            rows.append((label, *[""] * (len(bins) + 3)))
             continue
-        fractions = [_fraction(each.graduated[part], each.admitted[part]) for part in bins]
+        fractions = [fraction(each.graduated[part], each.admitted[part]) for part in bins]
         gone = each.graduated.total() + each.evicted.total()
         rows.append(
             (
                 label,
                 *fractions,
-                _fraction(each.graduated.total(), each.admitted.total()),
-                _fraction(each.graduated.total(), gone),
+                fraction(each.graduated.total(), each.admitted.total()),
+                fraction(each.graduated.total(), gone),
+                difference(graduation_difference(results, label, NEVER)),
             )
         )
     note = (
         "Hard questions that reached the threshold unaided, of those admitted to the replay buffer "
-        "with this accuracy, over all seeds; the last column is of those that left it. Methods "
-        "without replay have no buffer. The paper's 2B student: 28 % of those admitted at 0 % with "
-        "ZPPO, 4 % with GRPO and replay."
+        "with this accuracy, over all seeds, and of those that left it. The last column is the "
+        "difference to the baseline in points, with a 95 % interval of a bootstrap over seeds. "
+        "Methods without replay have no buffer. The paper's 2B student: 28 % of those admitted at "
+        "0 % with ZPPO, 4 % with GRPO and replay."
     )
     return Table(
         "Graduated, by accuracy at admission",
         note,
-        ("method", *(f"at {part} %" for part in bins), "all", "of those that left"),
+        (
+            "method",
+            *(f"at {part} %" for part in bins),
+            "all",
+            "of those that left",
+            f"at {NEVER} %, to {results.plan.baseline}",
+        ),
         tuple(rows),
     )
 
@@ -215,10 +147,10 @@ def _cost(results: Results) -> Table:
             continue
         seconds = [
             f"{found.seconds:.2f}",
-            _number(found.ratio, ".2f"),
-            *(_number(value, ".2f") for value in found.phases.values()),
+            number(found.ratio, ".2f"),
+            *(number(value, ".2f") for value in found.phases.values()),
         ]
-        rows.append((label, *seconds, *(_number(value, ",.0f") for value in found.tokens.values())))
+        rows.append((label, *seconds, *(number(value, ",.0f") for value in found.tokens.values())))
     note = (
         "Median seconds of a step without evaluation, by phase, and mean tokens of a step, over "
         "all seeds. Seconds compare only where the runs had the machine alike."
@@ -236,7 +168,7 @@ def _cost(results: Results) -> Table:
 
 def _final(results: Results) -> Table:
     rows = [
-        (label, *(_number(value, ".1%") for value in final_means(results, label).values()))
+        (label, *(number(value, ".1%") for value in final_means(results, label).values()))
         for label in results.plan.labels
     ]
     note = (
@@ -269,42 +201,6 @@ def _without_empty_columns(table: Table) -> Table:
     )
 
 
-def _num_counted(results: Results, label: str) -> str:
-    return f"{len(results.counted(label))} of {len(results.plan.seeds)}"
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}"
-
-
-def _interval(estimate: Estimate) -> str:
-    return f"{_percent(estimate.value)} [{_percent(estimate.low)}, {_percent(estimate.high)}]"
-
-
-def _difference(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return ""
-    value = f"{100 * estimate.value:+.1f}"
-    value = f"**{value}**" if estimate.low > 0 or estimate.high < 0 else value
-    return f"{value} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
-
-
-def _fraction(count: int, total: int) -> str:
-    return f"{count / total:.0%} ({count}/{total})" if total else ""
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def markdown(table: Table) -> str:
-    """Return a table as Markdown."""
-    lines = [table.header, ("---", *["---:"] * (len(table.header) - 1)), *table.rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
-
-
 def csv_rows(results: Results, by_part: Accuracies) -> list[dict[str, str | float | int | None]]:
     """Return one row per method, and per run of it, with every number unrounded; cells without a
     value are `None`.
@@ -314,10 +210,10 @@ def csv_rows(results: Results, by_part: Accuracies) -> list[dict[str, str | floa
         row: dict[str, str | float | int | None] = {
             "method": label,
             "seed": "all",
-            "status": _num_counted(results, label),
+            "status": num_counted(results, label),
         }
-        for name, found in ((name, of_part[label]) for name, of_part in by_part.items()):
-            row |= _accuracy_cells(name, found)
+        for index, (name, of_part) in enumerate(by_part.items()):
+            row |= _accuracy_cells(name if index else "", of_part[label])
         each, spent = fates(results, label), cost(results, label)
         if each is not None:
             row |= {
@@ -351,12 +247,12 @@ def csv_rows(results: Results, by_part: Accuracies) -> list[dict[str, str | floa
 def _accuracy_cells(part: str, found: MethodAccuracy | None) -> dict[str, str | float | int | None]:
     if found is None:
         return {}
-    suffix = "" if part == "all" else f"/{part}"
+    suffix = f"/{part}" if part else ""
     cells: dict[str, str | float | int | None] = {
         f"questions{suffix}": found.num_questions,
         f"before{suffix}": found.before,
     }
-    for name in ("after", "difference", "curve", "curve_difference"):
+    for name in ("after", "gain", "difference", "curve", "curve_difference"):
         estimate: Estimate | None = getattr(found, name)
         if estimate is not None:
             cells |= {

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zppo_mm.accuracy import accuracy_of, is_correct
+from zppo_mm.comparison.cells import Table
 from zppo_mm.comparison.intervals import Estimate, fraction_interval
-from zppo_mm.comparison.tables import Table
 from zppo_mm.errors import ConfigError
 from zppo_mm.methods import PLAIN_KINDS
 from zppo_mm.observability.audit import comparable_answer, num_matches
