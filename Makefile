@@ -43,8 +43,12 @@ demo: install
 	$(BIN)/python tools/show_run.py runs/demo
 
 # Finished runs are not repeated.
-compare-demo: install
-	$(RUN_ENV) $(BIN)/python tools/compare.py examples/compare_digits/compare.yaml $(COMPARE_OPTIONS)
+compare-demo: install datasets/half_formed/text-arithmetic-held_out
+	$(RUN_ENV) $(BIN)/python tools/compare.py examples/compare_half_formed/demo.yaml $(COMPARE_OPTIONS)
+
+# The folder that is written last.
+datasets/half_formed/text-arithmetic-held_out: | install
+	$(RUN_ENV) $(BIN)/python tools/make_digit_families.py
 
 # Tests that start ranks use the cores themselves, so they run one by one.
 test: install

@@ -11,6 +11,7 @@ import pytest
 from zppo_mm.comparison.intervals import (
     Estimate,
     bootstrap_means,
+    bootstrap_ratios,
     fraction_interval,
     interval,
     mean_scores,
@@ -91,6 +92,16 @@ def test_blocks_change_no_number_of_draws(monkeypatch: pytest.MonkeyPatch) -> No
     scores = [np.full((1, 30), 0.5), np.full((1, 20), 0.5)]
     monkeypatch.setattr("zppo_mm.comparison.intervals._BLOCK_COUNTS", 1000)
     assert bootstrap_means(scores)[:, 0].tolist() == pytest.approx([0.5] * 10_000)
+
+
+def test_ratios_are_of_sums_over_the_same_seeds() -> None:
+    counts = np.array([[[1.0, 2.0], [3.0, 10.0]], [[0.0, 4.0], [4.0, 4.0]]])
+    draws = bootstrap_ratios(counts)
+    # Both seeds alike in both rows: 1/2 and 0, 3/10 and 1, or one of each: 4/12 and 4/8.
+    exact = {(0.5, 0.0): 0.25, (0.3, 1.0): 0.25, (4 / 12, 0.5): 0.5}
+    for pair, probability in exact.items():
+        found = np.isclose(draws, pair).all(axis=1).mean()
+        assert found == pytest.approx(probability, abs=FREQUENCY_TOLERANCE)
 
 
 def test_interval_takes_percentiles() -> None:

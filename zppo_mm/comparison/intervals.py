@@ -69,6 +69,23 @@ def bootstrap_means(
     return sums / num_seeds
 
 
+def bootstrap_ratios(
+    counts: FloatArray, num_draws: int = NUM_DRAWS, seed: int = BOOTSTRAP_SEED
+) -> FloatArray:
+    """Return `[draws, rows]`: of resampled seeds the sum of the first counts by that of the second
+    ones, 0 of nothing. One draw is the same for all rows.
+
+    Args:
+        counts: `[rows, seeds, 2]`.
+        num_draws: Resamples.
+        seed: Of the random stream.
+    """
+    num_seeds = counts.shape[1]
+    drawn = generator(seed, "ratios").integers(num_seeds, size=(num_draws, num_seeds))
+    sums = counts[:, drawn].sum(axis=2)
+    return (sums[..., 0] / np.maximum(sums[..., 1], 1)).T  # type: ignore[no-any-return]
+
+
 def interval(value: float, draws: FloatArray) -> Estimate:
     """Return a value with the percentiles of its draws `[draws]`."""
     low, high = np.quantile(draws, TAILS)

@@ -9,6 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from zppo_mm.comparison.intervals import Estimate, bootstrap_ratios, interval
 from zppo_mm.comparison.results import Results
 from zppo_mm.report.run_record import RunRecord
 
@@ -20,6 +23,7 @@ TOKENS = (
     ("of the teacher", "teacher/tokens"),
     ("trained on", "batch/loss_tokens"),
 )
+FATES = ("graduated", "admitted")
 FINAL = (
     ("plain accuracy", "accuracy/plain"),
     ("BCQ accuracy", "accuracy/bcq"),
@@ -81,6 +85,37 @@ def fates(results: Results, label: str) -> Fates | None:
         return None
     names = ("admitted", "graduated", "evicted", "graduated_visits", "evicted_visits")
     return Fates(*(_total(records, f"buffer/{name}/") for name in names))
+
+
+def graduation_difference(results: Results, label: str, part: str) -> Estimate | None:
+    """Return the fraction that graduated of the questions admitted with an accuracy, minus the
+    baseline's, over the seeds that both have; `None` for the baseline and without buffers.
+
+    Args:
+        results: All runs.
+        label: The method.
+        part: Accuracy at admission in percent, as metrics name it.
+    """
+    labels = (label, results.plan.baseline)
+    if label == results.plan.baseline or not all(map(results.has_replay, labels)):
+        return None
+    runs = [results.counted(each) for each in labels]
+    counts = np.array(
+        [
+            [
+                [_total([of_label[seed].record], f"buffer/{fate}/")[part] for fate in FATES]
+                for seed in runs[0]
+                if seed in runs[1]
+            ]
+            for of_label in runs
+        ],
+        dtype=np.float64,
+    )
+    if not counts.size or not counts[..., 1].sum(axis=1).all():
+        return None
+    sums = counts.sum(axis=1)
+    ratios, draws = sums[:, 0] / sums[:, 1], bootstrap_ratios(counts)
+    return interval(ratios[0] - ratios[1], draws[:, 0] - draws[:, 1])
 
 
 def cost(results: Results, label: str) -> Cost | None:

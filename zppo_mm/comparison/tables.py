@@ -16,7 +16,7 @@ from zppo_mm.comparison.accuracy_tables import (
     num_counted,
     part_table,
 )
-from zppo_mm.comparison.cells import Table, fraction, number
+from zppo_mm.comparison.cells import Table, difference, fraction, number
 from zppo_mm.comparison.intervals import Estimate
 from zppo_mm.comparison.measures import (
     FINAL,
@@ -27,10 +27,13 @@ from zppo_mm.comparison.measures import (
     cost,
     fates,
     final_means,
+    graduation_difference,
 )
 from zppo_mm.comparison.results import Results
 
 MANY_VISITS = 4
+NEVER = "0"
+"""Accuracy at admission, in percent, of questions that were not solved once."""
 
 
 def tables(results: Results, by_part: Accuracies) -> list[Table]:
@@ -61,7 +64,7 @@ def _graduations(results: Results) -> Table | None:
     rows = []
     for label, each in found.items():
         if each is None:
-            rows.append((label, *[""] * (len(bins) + 2)))
+            rows.append((label, *[""] * (len(bins) + 3)))
             continue
         fractions = [fraction(each.graduated[part], each.admitted[part]) for part in bins]
         gone = each.graduated.total() + each.evicted.total()
@@ -71,18 +74,26 @@ def _graduations(results: Results) -> Table | None:
                 *fractions,
                 fraction(each.graduated.total(), each.admitted.total()),
                 fraction(each.graduated.total(), gone),
+                difference(graduation_difference(results, label, NEVER)),
             )
         )
     note = (
         "Hard questions that reached the threshold unaided, of those admitted to the replay buffer "
-        "with this accuracy, over all seeds; the last column is of those that left it. Methods "
-        "without replay have no buffer. The paper's 2B student: 28 % of those admitted at 0 % with "
-        "ZPPO, 4 % with GRPO and replay."
+        "with this accuracy, over all seeds, and of those that left it. The last column is the "
+        "difference to the baseline in points, with a 95 % interval of a bootstrap over seeds. "
+        "Methods without replay have no buffer. The paper's 2B student: 28 % of those admitted at "
+        "0 % with ZPPO, 4 % with GRPO and replay."
     )
     return Table(
         "Graduated, by accuracy at admission",
         note,
-        ("method", *(f"at {part} %" for part in bins), "all", "of those that left"),
+        (
+            "method",
+            *(f"at {part} %" for part in bins),
+            "all",
+            "of those that left",
+            f"at {NEVER} %, to {results.plan.baseline}",
+        ),
         tuple(rows),
     )
 
