@@ -44,7 +44,6 @@ from zppo_mm.bundled.questions import bundled_sources
 from zppo_mm.config.load import load_config
 from zppo_mm.run.build import student_folder
 from zppo_mm.run.shared import media_limits
-from zppo_mm.teacher.served.chat_api import Content
 from zppo_mm.teacher.served.media import MessageWriter
 from zppo_mm.zone.prompts import load_templates
 
@@ -99,7 +98,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def digest(content: Content) -> str:
+def digest(content: object) -> str:
     """Return what a message is recognised by."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
