@@ -51,9 +51,10 @@ compare-demo: install datasets/half_formed/text-arithmetic-held_out
 datasets/half_formed/text-arithmetic-held_out: | install
 	$(RUN_ENV) $(BIN)/python tools/make_digit_families.py
 
-# In one go: a worker at a test whose ranks wait for each other, a server or a disk leaves its core to the other.
+# Two workers each time: one at a test whose ranks wait for each other, a server or a disk leaves its core to the other.
 test: install
-	$(RUN_ENV) $(BIN)/python -m pytest $(IN_WORKERS) tests/unit tests/fuzz tests/distributed tests/integration
+	$(RUN_ENV) $(BIN)/python -m pytest $(IN_WORKERS) tests/unit tests/fuzz
+	$(RUN_ENV) $(BIN)/python -m pytest $(IN_WORKERS) tests/distributed tests/integration
 
 # For everyday work: the unit tests that take about a second at most, and a run on two ranks.
 test-quick: install

@@ -191,16 +191,16 @@ def test_one_process_needs_no_launcher() -> None:
     assert run_ranks(alone, 1) == [(1, [[1, 2]])]
 
 
-def gloo_threads() -> int:
-    """Return the threads of this process that belong to gloo's groups."""
+def gloo_threads() -> list[str]:
+    """Return the names of the threads of this process that belong to gloo's groups."""
     names = [
-        Path(f"/proc/self/task/{thread}/comm").read_text()
+        Path(f"/proc/self/task/{thread}/comm").read_text().strip()
         for thread in os.listdir("/proc/self/task")
     ]
-    return sum("gloo" in name for name in names)
+    return [name for name in names if "gloo" in name]
 
 
-def see_gloo_threads() -> tuple[int, int]:
+def see_gloo_threads() -> tuple[list[str], list[str]]:
     parallel.initialize(ParallelConfig(tensor_model_parallel_size=2), seed=0)
     # Imported by transformers' networks among others; made now, its functions' defaults would hold
     # the default process group.
@@ -213,5 +213,6 @@ def see_gloo_threads() -> tuple[int, int]:
 def test_threads_end_with_their_groups() -> None:
     # One that still freed a tensor while the interpreter ended would abort the process.
     for before, after in run_ranks(see_gloo_threads, 2):
-        assert before > 0
-        assert after == 0
+        # Each thread of this name wakes a hundred times a second.
+        assert before.count("gloo_tcp_loop") == 1
+        assert after == []

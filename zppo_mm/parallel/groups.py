@@ -24,6 +24,7 @@ from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr
 from zppo_mm.config.schema import ParallelConfig
 from zppo_mm.parallel import megatron_cpu
 from zppo_mm.parallel.failures import RankZeroError, translate_rendezvous_errors
+from zppo_mm.parallel.gloo_device import release_gloo_device, share_gloo_device
 from zppo_mm.parallel.job_store import join_job
 from zppo_mm.parallel.layout import validate_layout
 
@@ -99,6 +100,7 @@ def _forget_groups() -> None:
 
 def _join(timeout: timedelta, partition: JobPartition | None) -> None:
     """Join this partition's processes, or those that torchrun's environment names, or be alone."""
+    share_gloo_device()
     join = partial(dist.init_process_group, "gloo", timeout=timeout)
     if torch.cuda.is_available():
         # Otherwise NCCL guesses this rank's GPU from the global rank, which differs from the local
@@ -132,6 +134,7 @@ def leave() -> None:
     if dist.is_initialized():
         _forget_groups()
         dist.destroy_process_group()
+        release_gloo_device()
 
 
 def device() -> torch.device:
