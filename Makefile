@@ -24,7 +24,7 @@ WORKERS ?= 2
 INSTALL_SLURM = sh -c "apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -q -y install slurm-wlm"
 IN_WORKERS = -n $(WORKERS) --dist loadfile
 
-.PHONY: install demo compare-demo test test-quick fuzz test-latest vllm-env vllm-example test-vllm test-slurm test-s3 check test-gpu tiny-models bench
+.PHONY: install demo compare-demo test test-quick fuzz test-latest vllm-env vllm-example test-vllm test-slurm install-slurm test-s3 check test-gpu tiny-models bench
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -94,13 +94,15 @@ models/vllm_student/model.safetensors: | install
 test-vllm: install vllm-env
 	$(RUN_ENV) VLLM_CPU_KVCACHE_SPACE=1 VLLM=$(VENV_VLLM)/bin/vllm $(BIN)/python -m pytest $(IN_WORKERS) -m vllm tests/vllm
 
-# The job scripts on a real Slurm with two virtual nodes on this machine; wants root, and Debian's packages.
-# Nothing is skipped where it cannot run: it fails, and says what it wants. The time limits are those of a daemon that hangs.
-test-slurm: install
-	@test "$$(id -u)" = 0 || { echo "test-slurm: Slurm's daemons start jobs as root only, got user $$(id -un); run it as root" >&2; exit 1; }
-	command -v slurmctld slurmd || timeout --kill-after=30 300 $(INSTALL_SLURM) || \
-		{ echo "test-slurm: no slurmctld and slurmd, and apt-get could not install slurm-wlm; install it first" >&2; exit 1; }
+# The job scripts on a real Slurm with two virtual nodes on this machine. The time limits are those of a daemon that hangs.
+test-slurm: install install-slurm
 	$(RUN_ENV) timeout --signal=INT --kill-after=60 900 $(BIN)/python -m pytest tests/slurm
+
+# Debian's packages. Nothing is skipped where they cannot be had: it fails, and says what it wants.
+install-slurm:
+	@test "$$(id -u)" = 0 || { echo "install-slurm: Slurm's daemons start jobs as root only, got user $$(id -un); run it as root" >&2; exit 1; }
+	{ command -v slurmctld && command -v slurmd; } || timeout --kill-after=30 300 $(INSTALL_SLURM) || \
+		{ echo "install-slurm: no slurmctld and slurmd, and apt-get could not install slurm-wlm; install it first" >&2; exit 1; }
 
 # Sources behind s3:// against a server on this machine; its packages are large, so that make test leaves it out.
 test-s3: install
