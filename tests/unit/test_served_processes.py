@@ -332,6 +332,7 @@ def test_a_server_does_not_take_itself_for_a_rank() -> None:
     environment = server_environment({**launched, "PATH": "p", "PYTHONPATH": "mine"}, "6,7")
     assert environment.keys() - {"PATH", "PYTHONPATH"} == {
         "CUDA_VISIBLE_DEVICES",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
         "VLLM_SERVER_DEV_MODE",
     }
     folder, _, rest = environment["PYTHONPATH"].partition(os.pathsep)
