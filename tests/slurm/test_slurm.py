@@ -180,11 +180,12 @@ def test_a_run_with_its_teacher_on_nodes_of_the_job(
 
 
 def test_an_array_makes_the_runs_of_a_comparison(cluster: SlurmCluster, tmp_path: Path) -> None:
+    options = (option.split("=", 1) for option in (*OPTIONS, "train.train_iters=2"))
     plan = {
         "output_dir": str(tmp_path / "runs"),
         "methods": ["grpo", "zppo"],
         "seeds": [0],
-        "options": dict(option.split("=", 1) for option in (*OPTIONS, "train.train_iters=2")),
+        "options": {key: yaml.safe_load(value) for key, value in options},
     }
     path = tmp_path / "compare.yaml"
     path.write_text(yaml.safe_dump(plan))
