@@ -1,4 +1,4 @@
-"""Write the digit questions of examples/half_formed as shards, a folder per family and split."""
+"""Write the digit questions of examples/compare_half_formed: shards by family and split."""
 
 from __future__ import annotations
 
